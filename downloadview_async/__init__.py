@@ -1,0 +1,82 @@
+"""Who may have which file: your application decides, and the fastest thing at hand sends it."""
+
+from downloadview_async.asgi.endpoint import Download
+from downloadview_async.asgi.middleware import OffloadMiddleware
+from downloadview_async.asgi.response import DownloadResponse, download_error
+from downloadview_async.errors import (
+    AccessDenied,
+    ConfigurationError,
+    DownloadError,
+    FileError,
+    FileMissing,
+    PreconditionFailed,
+    SourceUnavailable,
+    TransferAborted,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.request import DownloadRequest
+from downloadview_async.offload.backends import XAccelRedirect, XSendfile
+from downloadview_async.offload.base import OffloadBackend
+from downloadview_async.offload.rules import Rule
+from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
+from downloadview_async.sources.object import ObjectFile, ObjectSource
+from downloadview_async.sources.path import LocalFile, PathSource
+from downloadview_async.sources.remote import RemoteFile, RemoteSource, Upstream
+from downloadview_async.sources.storage import (
+    DirectoryStorage,
+    MemoryStorage,
+    StorageFile,
+    StorageSource,
+    SyncStorage,
+    storage_from_url,
+)
+from downloadview_async.sources.virtual import VirtualFile, VirtualSource
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessDenied",
+    "AsyncFile",
+    "ByteRange",
+    "ConfigurationError",
+    "DirectoryStorage",
+    "Download",
+    "DownloadError",
+    "DownloadRequest",
+    "DownloadResponse",
+    "ETag",
+    "FileError",
+    "FileMetadata",
+    "FileMissing",
+    "LocalFile",
+    "MemoryStorage",
+    "ObjectFile",
+    "ObjectSource",
+    "OffloadBackend",
+    "OffloadMiddleware",
+    "OpenFile",
+    "PathSource",
+    "PreconditionFailed",
+    "RemoteFile",
+    "RemoteSource",
+    "Rule",
+    "Source",
+    "SourceUnavailable",
+    "Storage",
+    "StorageFile",
+    "StorageSource",
+    "SyncStorage",
+    "TransferAborted",
+    "Upstream",
+    "UpstreamError",
+    "UpstreamTimeout",
+    "VirtualFile",
+    "VirtualSource",
+    "XAccelRedirect",
+    "XSendfile",
+    "__version__",
+    "download_error",
+    "storage_from_url",
+]

@@ -1,0 +1,67 @@
+"""`Download`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from downloadview_async.asgi.response import DownloadResponse, error_response
+from downloadview_async.errors import ConfigurationError, FileError
+from downloadview_async.sources.base import Source
+
+ALLOWED = "GET, HEAD, OPTIONS"
+
+
+class Download:
+    """Answers GET and HEAD with the file that `source` finds, OPTIONS with 204, and every other method with 405.
+
+    key: what of the request the source is asked for. By default the route's only path parameter, or below a `Mount`
+    the rest of the path. The name of a path parameter, where a route has several; or a function from the request.
+    attachment, headers: as in `DownloadResponse`. cache_control: the Cache-Control header.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        attachment: bool = True,
+        cache_control: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        key: str | Callable[[Request], Any] | None = None,
+    ) -> None:
+        self.source = source
+        self.attachment = attachment
+        self.headers = dict(headers or {})
+        if cache_control is not None:
+            self.headers["Cache-Control"] = cache_control
+        self._key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        response: Response
+        if scope["method"] == "OPTIONS":
+            response = Response(status_code=204, headers={"Allow": ALLOWED})
+        elif scope["method"] not in ("GET", "HEAD"):
+            response = Response("Method Not Allowed", 405, {"Allow": ALLOWED}, "text/plain")
+        else:
+            try:
+                file = await self.source.resolve(self._key_of(scope))
+            except FileError as exc:
+                response = error_response(exc, scope)
+            else:
+                response = DownloadResponse(file, attachment=self.attachment, headers=self.headers)
+        await response(scope, receive, send)
+
+    def _key_of(self, scope: Scope) -> Any:
+        if callable(self._key):
+            return self._key(Request(scope))
+        parameters = scope.get("path_params") or {}
+        if self._key is not None:
+            return str(parameters[self._key])
+        if len(parameters) > 1:
+            raise ConfigurationError(f"Download needs key=, one of {', '.join(parameters)}: the route has several")
+        for value in parameters.values():
+            return str(value)
+        return str(scope["path"]).removeprefix(scope.get("root_path", "")).removeprefix("/")

@@ -1,0 +1,155 @@
+"""`DownloadResponse`: one file as one response, sent by a proxy where one is offered, else by us."""
+
+import logging
+from collections.abc import Mapping
+
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from downloadview_async.asgi.transfer import send_plan, until_the_client_leaves
+from downloadview_async.errors import DownloadError, FileError
+from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.http.plan import Headers, Plan, Presentation, describe, make_plan
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
+from downloadview_async.sources.base import AsyncFile
+
+logger = logging.getLogger("downloadview_async")
+
+# Made here from the file itself. An application that could set them could promise what is not sent.
+_RESERVED = OFFLOAD_HEADERS | {
+    "accept-ranges",
+    "connection",
+    "content-length",
+    "content-range",
+    "etag",
+    "last-modified",
+    "transfer-encoding",
+}
+
+
+class DownloadResponse(Response):
+    """Sends `file` to the client. It may be returned from any Starlette or FastAPI endpoint, and is an ASGI app.
+
+    filename: what the client should call it; default: the file's own name. It is made safe for clients.
+    attachment: to be saved (the default), or to be shown inline.
+    content_type: the whole Content-Type; default: the file's own, or by its name.
+    headers: further headers. Those that describe the framing, validators and offloads are made here: `ValueError`.
+    status_code: with anything but 200 the whole file is sent, without conditions, ranges and offload.
+
+    The file is opened when the response is sent, and not at all where something else answers first. One that turns
+    out to be missing then is a 404, as in `error_response`.
+    """
+
+    def __init__(
+        self,
+        file: AsyncFile,
+        *,
+        filename: str | None = None,
+        attachment: bool = True,
+        content_type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        status_code: int = 200,
+        background: BackgroundTask | None = None,
+    ) -> None:
+        if reserved := _RESERVED.intersection(name.lower() for name in headers or ()):
+            raise ValueError(f"a DownloadResponse makes these headers itself: {', '.join(sorted(reserved))}")
+        self.file = file
+        self.presentation = Presentation(
+            filename=file.name if filename is None else filename, attachment=attachment, content_type=content_type
+        )
+        self.status_code = status_code
+        self.background = background
+        self.init_headers(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request: offloaded, or as its method, conditions and ranges want it."""
+
+        async def answer() -> None:
+            try:
+                await self._answer(scope, send)
+            except FileError as exc:
+                await error_response(exc, scope)(scope, receive, send)
+
+        await until_the_client_leaves(answer, receive)
+        if self.background is not None:
+            await self.background()
+
+    async def _answer(self, scope: Scope, send: Send) -> None:
+        # An endpoint may answer a POST with a file, too; conditions and ranges are not for that.
+        readable = scope["method"] in ("GET", "HEAD")
+        request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if readable else GET
+        backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
+        if backend is not None and readable and self.status_code == 200:
+            offload = backend.headers_for(self.file)
+            if offload is not None:
+                async with self.file.open(request.describing()) as opened:
+                    metadata = opened.metadata
+                plan = self._offloaded(metadata, offload)
+                await send({"type": "http.response.start", "status": plan.status, "headers": self._raw(plan, scope)})
+                await send({"type": "http.response.body", "body": b""})
+                return
+        async with self.file.open(request) as opened:
+            plan = make_plan(
+                request, opened.metadata, self.presentation, status=self.status_code, headers=self._own_headers()
+            )
+            await send_plan(plan, opened, self._raw(plan, scope), send)
+
+    def _offloaded(self, metadata: FileMetadata, offload: Mapping[str, str]) -> Plan:
+        """Return the answer that is an order to the proxy: always a 200, whatever the client asked.
+
+        "Whoever sends the bytes evaluates Range and If-*": the proxy makes it a 206, 304 or 416.
+        """
+        headers = describe(metadata, self.presentation) | self._own_headers() | dict(offload)
+        headers["content-length"] = "0"
+        return Plan(200, headers, ())
+
+    def _own_headers(self) -> Headers:
+        return {name: value for name, value in self.headers.items() if name not in _RESERVED and name != "set-cookie"}
+
+    def _raw(self, plan: Plan, scope: Scope) -> list[tuple[bytes, bytes]]:
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in plan.headers.items()]
+        raw += [header for header in self.raw_headers if header[0] == b"set-cookie"]
+        if _has_body(scope):
+            raw.append((b"connection", b"close"))  # the body is never read, so nothing can follow it
+        return raw
+
+
+def _has_body(scope: Scope) -> bool:
+    return scope.get("http_version", "1.1").startswith("1") and any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+        for name, value in scope["headers"]
+    )
+
+
+def error_response(exc: FileError, scope: Scope) -> Response:
+    """Return the answer to a request whose file cannot be sent; why it cannot is logged, and told to nobody else.
+
+    What a client may not see and what does not exist are one 404, to the letter.
+    """
+    status = exc.status
+    reason = str(exc).encode("unicode_escape").decode()
+    logger.log(
+        logging.INFO if status < 500 else logging.WARNING,
+        "%s %a: %d, %s",
+        scope["method"],
+        scope["path"],
+        status,
+        reason,
+    )
+    headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+    if status == 503:
+        headers["Retry-After"] = "5"
+    return Response(status.phrase, status_code=status, headers=headers, media_type="text/plain")
+
+
+async def download_error(request: Request, exc: Exception) -> Response:
+    """Answer for an exception handler: `Starlette(exception_handlers={FileError: download_error})`.
+
+    An endpoint that calls `source.resolve` itself then gives the answers that `Download` gives.
+    """
+    if not isinstance(exc, FileError):
+        raise DownloadError(f"download_error answers FileError, not {type(exc).__name__}") from exc
+    return error_response(exc, request.scope)

@@ -1,0 +1,107 @@
+"""Sending the body of a plan: exactly the bytes that were promised, to a client that may leave at any time."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+
+import anyio
+from starlette.types import Receive, Send
+
+from downloadview_async.errors import SourceUnavailable, TransferAborted
+from downloadview_async.http.metadata import ByteRange
+from downloadview_async.http.plan import Plan
+from downloadview_async.sources.base import OpenFile
+
+_MAX_UNREAD_BODY = 64 * 1024  # bytes of a request body that are read and dropped while waiting for the client to leave
+
+
+async def send_plan(plan: Plan, file: OpenFile, headers: list[tuple[bytes, bytes]], send: Send) -> None:
+    """Send the answer that `plan` is, with `headers` as ASGI wants them.
+
+    Raises `SourceUnavailable` if the file cannot be read and nothing has been sent yet, so that another status still
+    can be; else `TransferAborted`, and the server has to abort the connection.
+    """
+    start = {"type": "http.response.start", "status": plan.status, "headers": headers}
+    left = plan.length
+    if left == 0:
+        await send(start)
+        await send({"type": "http.response.body", "body": b""})
+        return
+    started = False
+    async with aclosing(_body(plan, file)) as chunks:
+        try:
+            async for chunk in chunks:
+                if not started:
+                    started = True
+                    await send(start)
+                if left is not None:
+                    left -= len(chunk)
+                await send({"type": "http.response.body", "body": chunk, "more_body": left != 0})
+                if left == 0:
+                    return
+        except TransferAborted as exc:
+            if started:
+                raise
+            raise SourceUnavailable(str(exc)) from exc
+    if not started:
+        await send(start)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _body(plan: Plan, file: OpenFile) -> AsyncGenerator[bytes, None]:
+    for piece in plan.body:
+        if isinstance(piece, bytes):
+            yield piece
+            continue
+        async with aclosing(_exactly(piece, file)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+async def _exactly(span: ByteRange | None, file: OpenFile) -> AsyncGenerator[bytes, None]:
+    """Yield the bytes of a span: what a file has grown by is cut off, what is missing aborts."""
+    left = None if span is None else len(span)
+    chunks = file.stream(span)
+    try:
+        async for chunk in chunks:
+            yield chunk if left is None else chunk[:left]
+            if left is not None and (left := left - len(chunk)) <= 0:
+                return
+    finally:
+        if isinstance(chunks, AsyncGenerator):
+            await chunks.aclose()
+    if left:
+        raise TransferAborted(f"the file ended {left} bytes before what was promised of it")
+
+
+async def until_the_client_leaves(work: Callable[[], Awaitable[None]], receive: Receive) -> None:
+    """Run `work`, and cancel it as soon as the client disconnects. Raises what `work` raises.
+
+    Servers do not raise from `send` when a client has left: they drop what is sent, so a download that did not
+    listen would read its file to the end for nobody.
+    """
+    failure: Exception | None = None
+    async with anyio.create_task_group() as tasks:
+
+        async def listen() -> None:
+            if await _client_leaves(receive):
+                tasks.cancel_scope.cancel()
+
+        tasks.start_soon(listen)
+        try:
+            await work()
+        except Exception as exc:
+            failure = exc  # raised below, not as a part of an ExceptionGroup
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _client_leaves(receive: Receive) -> bool:
+    """Return True when the client disconnects; False when it sends a body that is too large to wait behind."""
+    unread = 0
+    while unread <= _MAX_UNREAD_BODY:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return True
+        unread += len(message.get("body", b""))
+    return False

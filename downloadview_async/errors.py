@@ -1,0 +1,75 @@
+"""Every error this library raises.
+
+    DownloadError
+    ├── ConfigurationError         a setting or an argument is wrong; raised at start-up, says what to do
+    ├── FileError                  no byte of the file has left yet: becomes a status
+    │   ├── FileMissing            404  there is no such file
+    │   ├── AccessDenied           404  there is one, but not for this client (never told apart from missing)
+    │   ├── PreconditionFailed     412  the origin of a remote file refused If-Match or If-Unmodified-Since
+    │   ├── SourceUnavailable      503  the disk, the storage or this process is overloaded; try again
+    │   └── UpstreamError          502  a remote server failed or broke the protocol
+    │       └── UpstreamTimeout    504  a remote server did not answer in time
+    └── TransferAborted            bytes have left already: the connection is aborted, never ended cleanly
+
+The message of an error is for the log. No response ever shows it.
+"""
+
+from http import HTTPStatus
+
+
+class DownloadError(Exception):
+    """The root of the tree."""
+
+
+class ConfigurationError(DownloadError, ValueError):
+    """A setting or an argument is wrong. The message says which, and what to do about it."""
+
+
+class FileError(DownloadError):
+    """A file cannot be sent, and nothing of it has been: the client gets `status`."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+class FileMissing(FileError):
+    """There is no such file."""
+
+    status = HTTPStatus.NOT_FOUND
+
+
+class AccessDenied(FileError):
+    """There is such a file, but this client or this process may not read it. Answered like `FileMissing`."""
+
+    status = HTTPStatus.NOT_FOUND
+
+
+class PreconditionFailed(FileError):
+    """The origin server of a remote file answered 412 to the client's own preconditions."""
+
+    status = HTTPStatus.PRECONDITION_FAILED
+
+
+class SourceUnavailable(FileError):
+    """The file may exist, but cannot be opened now: no worker, no descriptor, no connection free."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class UpstreamError(FileError):
+    """A remote server failed, refused us or broke the protocol."""
+
+    status = HTTPStatus.BAD_GATEWAY
+
+
+class UpstreamTimeout(UpstreamError):
+    """A remote server did not answer in time."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+
+
+class TransferAborted(DownloadError):
+    """The promised bytes cannot be delivered any more: the file shrank, the disk or the upstream failed.
+
+    It is raised out of the ASGI application so that the server aborts the connection: the client must not take
+    what it has for the whole file.
+    """

@@ -1,0 +1,74 @@
+"""HTTP dates, RFC 9110 section 5.6.7: seconds since the epoch (UTC) to text and back."""
+
+import math
+import re
+from datetime import UTC, datetime
+
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_MONTH = {name: number for number, name in enumerate(_MONTHS, start=1)}
+
+_DAY_NAME = "(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
+_LONG_DAY_NAME = "(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day"
+_TIME = "(?P<hour>[0-9]{2}):(?P<minute>[0-9]{2}):(?P<second>[0-9]{2})"
+_MONTH_NAME = f"(?P<month>{'|'.join(_MONTHS)})"
+
+# "A recipient that parses a timestamp value in an HTTP field MUST accept all three HTTP-date formats." [5.6.7]
+_FORMATS = (
+    re.compile(f"{_DAY_NAME}, (?P<day>[0-9]{{2}}) {_MONTH_NAME} (?P<year>[0-9]{{4}}) {_TIME} GMT"),  # IMF-fixdate
+    re.compile(f"{_LONG_DAY_NAME}, (?P<day>[0-9]{{2}})-{_MONTH_NAME}-(?P<year>[0-9]{{2}}) {_TIME} GMT"),  # RFC 850
+    re.compile(f"{_DAY_NAME} {_MONTH_NAME} (?P<day>[0-9]{{2}}| [0-9]) {_TIME} (?P<year>[0-9]{{4}})"),  # asctime
+)
+
+LATEST = 253402300799
+"""The last second that an HTTP date can name: Fri, 31 Dec 9999 23:59:59 GMT."""
+
+
+def http_seconds(moment: datetime | float) -> int | None:
+    """Return a moment as the whole seconds since the epoch that an HTTP date can name, or None where it cannot.
+
+    A datetime without a time zone is taken as UTC.
+    """
+    if isinstance(moment, datetime):
+        moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    seconds = math.floor(moment)
+    return seconds if 0 <= seconds <= LATEST else None
+
+
+def format_http_date(seconds: int) -> str:
+    """Return `seconds` since the epoch as an IMF-fixdate. 0 <= seconds <= `LATEST`."""
+    t = datetime.fromtimestamp(seconds, UTC)
+    return f"{_DAYS[t.weekday()]}, {t:%d} {_MONTHS[t.month - 1]} {t.year:04} {t:%H:%M:%S} GMT"
+
+
+def parse_http_date(text: str, *, now: float | None = None) -> int | None:
+    """Return the seconds since the epoch that an HTTP date names, or None if it is not a valid one.
+
+    A two-digit year that seems to be more than 50 years after `now` (default: the clock) is in the last century.
+    """
+    for pattern in _FORMATS:
+        if match := pattern.fullmatch(text):
+            break
+    else:
+        return None
+    year = int(match["year"])
+    if len(match["year"]) == 2:
+        today = datetime.now(UTC) if now is None else datetime.fromtimestamp(now, UTC)
+        year += today.year // 100 * 100
+        if year > today.year + 50:
+            year -= 100
+    # A leap second is valid in the grammar; the epoch has none, so it counts as the second before.
+    second = min(int(match["second"]), 59) if match["second"] == "60" else int(match["second"])
+    try:
+        moment = datetime(
+            year,
+            _MONTH[match["month"]],
+            int(match["day"]),
+            int(match["hour"]),
+            int(match["minute"]),
+            second,
+            tzinfo=UTC,
+        )
+    except ValueError:
+        return None
+    return int(moment.timestamp())

@@ -1,0 +1,75 @@
+"""Content-Disposition, RFC 6266: the one way a file name takes to a client."""
+
+import re
+import unicodedata
+from urllib.parse import quote
+
+MAX_BYTES = 255
+"""The longest name, in bytes of UTF-8, that common file systems take."""
+
+_DEVICES = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\..*)?", re.IGNORECASE)
+_FORBIDDEN_ON_WINDOWS = re.compile('[<>:"|?*]')
+_ATTR_CHAR = "!#$&+-.^_`|~"  # besides letters and digits [RFC 8187 3.2.1]; urllib's quote keeps "_.-~" anyway
+_JOINERS = "\u200c\u200d"  # invisible, but part of how words and emoji are written
+
+
+def is_device_name(name: str) -> bool:
+    """Return whether Windows takes `name` for a device, whatever its extension: `CON`, `nul.txt`, `COM1`."""
+    return _DEVICES.fullmatch(name) is not None
+
+
+def client_filename(name: str) -> str:
+    """Return `name` as a client may be told it: a base name, safe to save under on any system; never empty.
+
+    Without path parts, control, bidirectional and other invisible characters, lone surrogates, blanks and dots at
+    the end; not a Windows device; at most `MAX_BYTES` bytes of UTF-8, cut before its extension.
+    """
+    name = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    name = "".join(
+        character
+        for character in unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode("utf-8"))
+        if unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp", "Cn", "Co") or character in _JOINERS
+    )
+    name = name.strip().rstrip(". ")
+    if is_device_name(name):
+        name = f"_{name}"
+    return _cut(name) if name.strip(".") else "download"
+
+
+def _cut(name: str) -> str:
+    if len(name.encode()) <= MAX_BYTES:
+        return name
+    stem, dot, extension = name.rpartition(".")
+    suffix = f"{dot}{extension}"
+    if not stem or len(suffix.encode()) > MAX_BYTES // 4:
+        stem, suffix = name, ""
+    return stem.encode()[: MAX_BYTES - len(suffix.encode())].decode("utf-8", "ignore").rstrip(". ") + suffix
+
+
+def _ascii_fallback(name: str) -> str:
+    """Return the nearest ASCII name: accents dropped, `download` where nothing of a foreign stem is left."""
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
+    # A quoted-string could escape the quote, but clients differ in how they read that [RFC 6266 appendix D];
+    # the same goes for a percent sign. The exact name is in filename*.
+    ascii_name = _FORBIDDEN_ON_WINDOWS.sub("_", ascii_name.replace("\\", "_").replace("/", "_").replace("%", "_"))
+    stem, dot, extension = ascii_name.rpartition(".")
+    if not dot:
+        stem, extension = extension, ""
+    stem = stem.strip()
+    if not name.isascii() and not re.search("[0-9A-Za-z]", stem):
+        stem = "download"
+    fallback = f"{stem}{dot}{extension}".rstrip(". ")
+    return f"_{fallback}" if is_device_name(fallback) else fallback
+
+
+def content_disposition(filename: str, *, attachment: bool = True) -> str:
+    """Return the value of Content-Disposition that names `filename`, whatever is in it.
+
+    An ASCII fallback for old clients, and the exact name by RFC 8187 wherever the two differ.
+    """
+    name = client_filename(filename)
+    fallback = _ascii_fallback(name)
+    value = f'{"attachment" if attachment else "inline"}; filename="{fallback}"'
+    if fallback != name:
+        value += f"; filename*=UTF-8''{quote(name, safe=_ATTR_CHAR)}"
+    return value

@@ -1,0 +1,71 @@
+"""What is known of one version of a file: `FileMetadata`, its entity tag (`ETag`) and a span of it (`ByteRange`)."""
+
+import re
+from dataclasses import dataclass
+
+from downloadview_async.http.dates import http_seconds
+
+# etagc = %x21 / %x23-7E / obs-text [RFC 9110 8.8.3]; header text is latin-1.
+_ETAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class ETag:
+    """An entity tag, RFC 9110 section 8.8.3. `value` is what stands between the quotes."""
+
+    value: str
+    weak: bool = False
+
+    def __str__(self) -> str:
+        return f'W/"{self.value}"' if self.weak else f'"{self.value}"'
+
+    @classmethod
+    def parse(cls, text: str) -> "ETag | None":
+        """Return the entity tag that `text` is, or None where it is none."""
+        match = _ETAG.fullmatch(text)
+        return cls(match[2], weak=match[1] is not None) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Bytes `start` up to, and without, `stop` of a file: `ByteRange(0, 10)` is the first ten."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"a byte range starts at 0 or later and ends no earlier than it starts: {self!r}")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def content_range(self, size: int) -> str:
+        """Return the value of Content-Range for this part of a file of `size` bytes, RFC 9110 section 14.4."""
+        return f"bytes {self.start}-{self.stop - 1}/{size}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileMetadata:
+    """What is known of one version of a file. What is not known is None.
+
+    size: bytes. last_modified: seconds since the epoch, UTC. content_type: the whole value of Content-Type.
+    accept_ranges: whether a part of it can be sent; only a file of known size has parts.
+    headers: further headers that describe this version, such as Content-Encoding or Vary, names in lower case.
+    """
+
+    size: int | None = None
+    etag: ETag | None = None
+    last_modified: int | None = None
+    content_type: str | None = None
+    accept_ranges: bool = True
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def stat_validators(size: int, mtime_ns: int) -> tuple[ETag, int | None]:
+    """Return the strong entity tag and the Last-Modified time of a stored file, from its size and its mtime.
+
+    The tag is equal on every replica that keeps mtimes (it never has the inode in it), and changes with the
+    nanosecond: a file replaced within one second gets another.
+    """
+    return ETag(f"{mtime_ns:x}-{size:x}"), http_seconds(mtime_ns // 1_000_000_000)

@@ -1,0 +1,25 @@
+"""Accept-Encoding, RFC 9110 section 12.5.3: which stored encoding of a file a client takes."""
+
+import re
+
+_ITEM = re.compile(
+    r"[ \t]*+([!#$%&'*+.^_`|~0-9A-Za-z-]+|\*)(?:[ \t]*+;[ \t]*+[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?[ \t]*+"
+)
+
+
+def preferred_encodings(accept_encoding: str | None, available: tuple[str, ...]) -> list[str]:
+    """Return which of `available` the client takes, best first; equal weights keep the order of `available`.
+
+    Only what weighs at least as much as the unencoded file is returned. Elements that do not parse are left out.
+    """
+    if not accept_encoding:
+        return []
+    weights: dict[str, float] = {}
+    for element in accept_encoding.split(","):
+        if match := _ITEM.fullmatch(element):
+            weights[match[1].lower().removeprefix("x-")] = float(match[2] or "1")
+    # "identity" is acceptable unless excluded, and it is what anything else has to beat [12.5.3]
+    identity = weights.get("identity", 0.0)
+    accepted = [(weights.get(name, weights.get("*", 0.0)), name) for name in available]
+    accepted = [item for item in accepted if item[0] > 0 and item[0] >= identity]
+    return [name for _, name in sorted(accepted, key=lambda item: -item[0])]

@@ -1,0 +1,62 @@
+"""`DownloadRequest`: all that a request says about which bytes of a file it wants, and nothing else of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Self
+
+_LISTS = {b"if-match": "if_match", b"if-none-match": "if_none_match", b"accept-encoding": "accept_encoding"}
+_SINGLE = {
+    b"if-unmodified-since": "if_unmodified_since",
+    b"if-modified-since": "if_modified_since",
+    b"if-range": "if_range",
+    b"range": "range",
+}
+_CONTRADICTORY = ""  # what a field that may come once is worth when it comes twice: no valid value of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadRequest:
+    """The method and the header fields that decide a download; absent fields are None.
+
+    Fields that are lists are joined when they come more than once. A field that must come once and comes twice is
+    the empty text, which parses as no value at all: two Range fields are no Range, two If-Range match nothing.
+    """
+
+    method: str = "GET"
+    if_match: str | None = None
+    if_unmodified_since: str | None = None
+    if_none_match: str | None = None
+    if_modified_since: str | None = None
+    if_range: str | None = None
+    range: str | None = None
+    accept_encoding: str | None = None
+
+    @classmethod
+    def from_headers(cls, method: str, headers: Iterable[tuple[bytes, bytes]]) -> Self:
+        """Read the raw headers of an ASGI scope: names in lower case, values as bytes (latin-1)."""
+        fields: dict[str, str] = {}
+        for name, value in headers:
+            if field := _LISTS.get(name):
+                text = value.decode("latin-1")
+                fields[field] = f"{fields[field]}, {text}" if field in fields else text
+            elif field := _SINGLE.get(name):
+                fields[field] = _CONTRADICTORY if field in fields else value.decode("latin-1").strip(" \t")
+        return cls(method=method, **fields)
+
+    def describing(self) -> Self:
+        """Return the request for the description alone of the whole, unencoded file: a HEAD without conditions."""
+        return replace(
+            self,
+            method="HEAD",
+            if_match=None,
+            if_unmodified_since=None,
+            if_none_match=None,
+            if_modified_since=None,
+            if_range=None,
+            range=None,
+            accept_encoding=None,
+        )
+
+
+GET = DownloadRequest()
+"""A plain GET of the whole file."""

@@ -1,0 +1,108 @@
+"""One value for each kind of proxy: which header it obeys, and how it reads a path in it.
+
+The encodings are not interchangeable: nginx and lighttpd percent-decode the value, mod_xsendfile 0.12 does not, and
+the wrong choice makes the proxy send another file.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+from urllib.parse import quote, unquote
+
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.offload.rules import Rule, RuleTable
+from downloadview_async.sources.base import AsyncFile
+
+_INTERNAL_URI = re.compile(r"/(?:[A-Za-z0-9_~.-]+/)*")
+_CHARSET = re.compile("[A-Za-z0-9_.:-]+")
+
+
+class XAccelRedirect:
+    """nginx: X-Accel-Redirect with an internal URI, percent-encoded.
+
+    rules: their targets are the URIs of `internal` locations, which begin and end with a slash.
+    buffering, charset, expires ("off", or a number of seconds), limit_rate (bytes per second): nginx's own handling
+    of this answer, see https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_ignore_headers. None leaves it
+    to nginx's configuration.
+
+    Raises `ConfigurationError` for a target or an option that nginx would not take.
+    """
+
+    def __init__(
+        self,
+        rules: Iterable[Rule],
+        *,
+        buffering: bool | None = None,
+        charset: str | None = None,
+        expires: int | Literal["off"] | None = None,
+        limit_rate: int | None = None,
+    ) -> None:
+        rules = list(rules)
+        for rule in rules:
+            if not _INTERNAL_URI.fullmatch(rule.target) or rule.target == "/" or "/." in rule.target:
+                raise ConfigurationError(
+                    f"the target {rule.target!r} is no internal location for nginx: write it with a slash at both "
+                    "ends, such as /_files/, as in `location /_files/ { internal; alias /srv/files/; }`"
+                )
+        self._rules = RuleTable(rules)
+        self._options: dict[str, str] = {}
+        if buffering is not None:
+            self._options["x-accel-buffering"] = "yes" if buffering else "no"
+        if charset is not None:
+            if not _CHARSET.fullmatch(charset):
+                raise ConfigurationError(f"no charset: {charset!r}")
+            self._options["x-accel-charset"] = charset
+        if expires is not None:
+            if expires != "off" and (isinstance(expires, bool | str) or expires < 0):
+                raise ConfigurationError(f"expires is a number of seconds or 'off', not {expires!r}")
+            self._options["x-accel-expires"] = str(expires)
+        if limit_rate is not None:
+            if isinstance(limit_rate, bool) or limit_rate < 0:
+                raise ConfigurationError(
+                    f"limit_rate is a number of bytes per second, 0 for no limit, not {limit_rate!r}"
+                )
+            self._options["x-accel-limit-rate"] = str(limit_rate)
+
+    def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
+        """Return X-Accel-Redirect and the options, or None for a file that no rule covers."""
+        location = file.location
+        if location is None or (found := self._rules.match(location)) is None:
+            return None
+        target, rest = found
+        if "://" in location:
+            rest = unquote(rest)  # the path of a URL is encoded already
+        return {"x-accel-redirect": target + quote(rest), **self._options}
+
+
+class XSendfile:
+    """Apache with mod_xsendfile, and lighttpd: X-Sendfile with an absolute path.
+
+    rules: their targets are directories as the proxy sees them.
+    encoding: "raw" for Apache's mod_xsendfile before 1.0, which takes the bytes of the path as they are; "percent"
+    for lighttpd and for mod_xsendfile 1.0, which decode them.
+
+    Raises `ConfigurationError` for a target that is no absolute directory, and for an unknown encoding.
+    """
+
+    def __init__(self, rules: Iterable[Rule], *, encoding: Literal["raw", "percent"]) -> None:
+        rules = [Rule(rule.source, f"{rule.target.rstrip('/')}/") for rule in rules]
+        for rule in rules:
+            if "://" in rule.source or not rule.target.startswith("/") or "/../" in rule.target:
+                raise ConfigurationError(
+                    f"X-Sendfile sends local files: a rule from {rule.source!r} to {rule.target!r} needs an absolute "
+                    "directory on both sides"
+                )
+        if encoding not in ("raw", "percent"):
+            raise ConfigurationError(f"encoding is 'raw' (Apache) or 'percent' (lighttpd), not {encoding!r}")
+        self._rules = RuleTable(rules)
+        self._encoding = encoding
+
+    def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
+        """Return X-Sendfile, or None for a file that no rule covers."""
+        location = file.location
+        if location is None or (found := self._rules.match(location)) is None:
+            return None
+        path = "".join(found)
+        # a header value is bytes, which ASGI code carries as latin-1 text
+        return {"x-sendfile": quote(path) if self._encoding == "percent" else os.fsencode(path).decode("latin-1")}

@@ -1,0 +1,1 @@
+"""Where files come from: a name (or a request) in, an `AsyncFile` out."""

@@ -1,0 +1,71 @@
+"""The seams between the rooms: `Source`, `AsyncFile`, `OpenFile` and `Storage`. Protocols only."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
+
+
+class OpenFile(Protocol):
+    """One version of a file, held until the context that gave it ends."""
+
+    @property
+    def metadata(self) -> FileMetadata:
+        """What is known of this very version."""
+        ...
+
+    def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        """Yield the bytes of a span of the file, or with None all there is; never more than the span.
+
+        Fewer bytes than the span has mean that the file shrank; whoever sends them must abort. The iterator borrows
+        the file's handle, and is of no use after the context ends.
+
+        Raises `TransferAborted` where the rest cannot be read.
+        """
+        ...
+
+
+class AsyncFile(Protocol):
+    """A file that someone may send. It holds nothing until it is opened, so one that is never sent leaks nothing."""
+
+    @property
+    def name(self) -> str:
+        """What the client should call it, before it is made safe for clients."""
+        ...
+
+    @property
+    def location(self) -> str | None:
+        """The absolute path or the URL by which a proxy could fetch it; None if there is none."""
+        ...
+
+    def open(self, request: DownloadRequest = GET) -> AbstractAsyncContextManager[OpenFile]:
+        """Open one version of the file.
+
+        `request` says what will be asked of it, so that a remote file costs one upstream request: a HEAD will not
+        read, a Range will probably read just that. It is a hint: any span of the open file can still be streamed.
+
+        Raises `FileMissing`, `AccessDenied`, `SourceUnavailable`, `UpstreamError`.
+        """
+        ...
+
+
+class Source(Protocol):
+    """Finds the file that a name stands for. Raises `FileError` where it finds none."""
+
+    async def resolve(self, name: Any, /) -> AsyncFile:
+        """Return the file. Whether it exists may be found out only when it is opened."""
+        ...
+
+
+class Storage(Protocol):
+    """Named bytes. A name is a relative path with `/` between its segments, checked before it gets here."""
+
+    def open(self, name: str, request: DownloadRequest = GET) -> AbstractAsyncContextManager[OpenFile]:
+        """Open one version of what is stored under `name`, as `AsyncFile.open` does."""
+        ...
+
+    async def locate(self, name: str) -> str | None:
+        """Return the absolute path or the URL by which a proxy could fetch it, or None."""
+        ...

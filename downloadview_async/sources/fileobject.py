@@ -1,0 +1,92 @@
+"""Blocking file objects and iterators as open files: every call to them is made in a worker thread."""
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from downloadview_async.errors import DownloadError, TransferAborted
+from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.sources.local import CHUNK_SIZE
+from downloadview_async.sources.workers import UNLIMITED, Workers
+
+_BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
+_DONE = object()
+
+
+class OpenFileObject:
+    """An object with `read`, and `seek` if parts of it are to be sent. Whoever opened it closes it."""
+
+    def __init__(self, file: Any, metadata: FileMetadata, *, workers: Workers) -> None:
+        self.metadata = metadata
+        self._file = file
+        self._workers = workers
+
+    async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        """Yield the bytes of the span, or without one all that `read` gives, `CHUNK_SIZE` at a time."""
+        if span is not None:
+            await self._in_worker(self._file.seek, span.start)
+        left = CHUNK_SIZE if span is None else len(span)
+        while left:
+            chunk = _as_bytes(await self._in_worker(self._file.read, min(CHUNK_SIZE, left)))
+            if not chunk:
+                return
+            yield chunk
+            if span is not None:
+                left -= len(chunk)
+
+    async def _in_worker(self, method: Any, argument: int) -> Any:
+        try:
+            return await self._workers.run(method, argument)
+        except Exception as exc:
+            raise TransferAborted(f"reading a file object failed: {exc}") from exc
+
+
+class OpenIterator:
+    """A blocking iterator of bytes or text. Items are gathered, so that small ones do not cost a thread hop each."""
+
+    def __init__(self, items: Iterator[Any], metadata: FileMetadata, *, workers: Workers) -> None:
+        self.metadata = metadata
+        self._items = items
+        self._workers = workers
+
+    async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        """Yield what the iterator yields, from its beginning: it has no parts."""
+        more = True
+        while more:
+            try:
+                chunk, more = await self._workers.run(self._gather)
+            except DownloadError as exc:
+                raise TransferAborted(str(exc)) from exc
+            if chunk:
+                yield chunk
+
+    def _gather(self) -> tuple[bytes, bool]:
+        gathered: list[bytes] = []
+        size = 0
+        deadline = time.monotonic() + _BATCH_SECONDS
+        while size < CHUNK_SIZE // 4 and time.monotonic() < deadline:
+            item = next(self._items, _DONE)
+            if item is _DONE:
+                return b"".join(gathered), False
+            gathered.append(_as_bytes(item))
+            size += len(gathered[-1])
+        return b"".join(gathered), True
+
+
+def _as_bytes(item: Any) -> bytes:
+    return item.encode() if isinstance(item, str) else bytes(item)
+
+
+@asynccontextmanager
+async def closing_in_thread(resource: Any) -> AsyncIterator[None]:
+    """Call `resource.close()`, if it has one, in a thread when the context ends: always, and to its end."""
+    try:
+        yield
+    finally:
+        if (close := getattr(resource, "close", None)) is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(close, limiter=UNLIMITED)

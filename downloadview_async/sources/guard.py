@@ -1,0 +1,153 @@
+"""Which hosts and addresses a remote fetch may connect to: deny by default, checked at the connection itself.
+
+A name is looked up once, every answer is checked, and the connection goes to an address that was checked: there is
+no second lookup that an attacker's name server could answer otherwise.
+"""
+
+import ipaddress
+import socket
+from collections.abc import Iterable
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
+
+import anyio
+import httpcore2
+import httpx2
+
+from downloadview_async.errors import UpstreamError
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_SIX_TO_FOUR_RELAYS = ipaddress.IPv4Network("192.88.99.0/24")
+
+
+def is_public(address: Address) -> bool:
+    """Return whether an address is one of the public Internet, whatever form an IPv4 address is wrapped in."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not address.is_multicast and address not in _SIX_TO_FOUR_RELAYS
+    wrapped = address.ipv4_mapped or address.sixtofour
+    if wrapped is None and address in _NAT64:
+        wrapped = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if wrapped is not None:
+        return is_public(wrapped)
+    return address in _GLOBAL_UNICAST and address.is_global
+
+
+def is_private(address: Address) -> bool:
+    """Return whether an address is of this machine or of a private network, as a host allowed by name may have."""
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_private and not (
+        address.is_link_local or address.is_unspecified or address.is_multicast or address.is_reserved
+    )
+
+
+class AllowedHosts:
+    """The hosts that an upstream may be: the one that the application's own URL names, and those allowed by name.
+
+    allow: names or literal addresses. Only these may be at an address that is not public; link-local addresses (cloud
+    metadata) only where the address itself is allowed.
+    """
+
+    def __init__(self, host: str, allow: Iterable[str] = ()) -> None:
+        self._allowed = {_normalized(name) for name in allow}
+        self._hosts = self._allowed | {_normalized(host)}
+
+    def permits(self, host: str) -> bool:
+        """Return whether a request may name this host at all."""
+        return _normalized(host) in self._hosts
+
+    def permits_addresses(self, host: str, addresses: list[Address]) -> bool:
+        """Return whether a connection to `host` may go to any of the addresses it has: all of them, or none."""
+        if all(map(is_public, addresses)):
+            return True
+        host = _normalized(host)
+        if host not in self._allowed:
+            return False
+        return all(map(is_private, addresses)) or [host] == [str(address) for address in addresses]
+
+
+def _normalized(host: str) -> str:
+    host = host.strip("[]").rstrip(".").lower()
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
+
+
+class GuardedBackend(httpcore2.AsyncNetworkBackend):
+    """Opens the connections of a client: looks a name up once, checks every address, connects to a checked one."""
+
+    def __init__(self, hosts: AllowedHosts) -> None:
+        self._hosts = hosts
+        self._network = httpcore2.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        """Return a connection. Raises `UpstreamError` for a host or an address that is not allowed."""
+        addresses = await _look_up(host, port, timeout)
+        if not self._hosts.permits(host) or not self._hosts.permits_addresses(host, addresses):
+            raise UpstreamError(
+                f"{host!r} is at {', '.join(map(str, addresses))}, which is not allowed: list the host in allow_hosts "
+                "if this source is meant to reach it"
+            )
+        failure: Exception | None = None
+        for address in addresses:
+            try:
+                return await self._network.connect_tcp(str(address), port, timeout, local_address, socket_options)
+            except httpcore2.ConnectError as exc:
+                failure = exc
+        raise failure or httpcore2.ConnectError(f"{host!r} has no address")
+
+    async def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> httpcore2.AsyncNetworkStream:
+        """Raise `UpstreamError`: a remote file is never behind a Unix socket."""
+        raise UpstreamError(f"a Unix socket is no upstream: {path!r}")
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait, as httpcore does between tries."""
+        await anyio.sleep(seconds)
+
+
+async def _look_up(host: str, port: int, timeout: float | None) -> list[Address]:
+    try:
+        with anyio.fail_after(timeout):
+            found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except TimeoutError as exc:
+        raise httpcore2.ConnectTimeout(f"looking {host!r} up took more than {timeout} s") from exc
+    except (OSError, UnicodeError) as exc:
+        raise httpcore2.ConnectError(f"{host!r} cannot be looked up: {exc}") from exc
+    # the zone of a link-local address (fe80::1%eth0) is of no interest: it is refused or listed as it is
+    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
+
+
+def guarded_client(hosts: AllowedHosts, *, connect_timeout: float, read_timeout: float) -> httpx2.AsyncClient:
+    """Return a client that connects nowhere else, follows nothing, keeps no cookies and knows no proxies."""
+    transport = httpx2.AsyncHTTPTransport(trust_env=False)
+    # The one way to give httpx's transport a network of our own. Nobody waits in its pool (our slots come first), so
+    # a request cancelled while waiting cannot take a connection with it.
+    transport._pool = httpcore2.AsyncConnectionPool(  # noqa: SLF001
+        ssl_context=httpcore2.default_ssl_context(),
+        max_connections=None,
+        max_keepalive_connections=20,
+        keepalive_expiry=5.0,
+        network_backend=GuardedBackend(hosts),
+    )
+    client = httpx2.AsyncClient(
+        transport=transport,
+        trust_env=False,
+        follow_redirects=False,
+        timeout=httpx2.Timeout(read_timeout, connect=connect_timeout),
+    )
+    # what an upstream sets for one user must not be sent for the next
+    client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    return client

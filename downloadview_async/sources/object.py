@@ -1,0 +1,124 @@
+"""Files of objects (database rows, models): `ObjectSource` reads what it needs from their attributes."""
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from downloadview_async.errors import ConfigurationError, FileMissing
+from downloadview_async.http.content_types import content_type_for, valid_content_type, with_charset
+from downloadview_async.http.dates import http_seconds
+from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.base import AsyncFile, OpenFile, Source
+
+
+class ObjectSource:
+    """Finds an object, and in it a file.
+
+    get: an asynchronous function from the key (or whatever the endpoint gives: a request, say) to an object, or None.
+    It should have closed its database session when it returns: the bytes flow long after.
+    source: where the names live that `file_field` holds: a `PathSource`, a `StorageSource` ... Not needed where the
+    attribute holds an `AsyncFile`.
+    file_field: the attribute with the file: its name, or an `AsyncFile`. Empty or None: the file is missing.
+    basename_field, mime_type_field, encoding_field (Content-Encoding), charset_field, size_field (bytes, for files
+    that do not know it), modification_time_field (a datetime, or seconds since the epoch, UTC): attributes that say
+    more of the file. An empty value says nothing.
+    """
+
+    def __init__(
+        self,
+        get: Callable[[Any], Awaitable[Any]],
+        *,
+        source: Source | None = None,
+        file_field: str = "file",
+        basename_field: str | None = None,
+        mime_type_field: str | None = None,
+        encoding_field: str | None = None,
+        charset_field: str | None = None,
+        size_field: str | None = None,
+        modification_time_field: str | None = None,
+    ) -> None:
+        self._get = get
+        self._source = source
+        self._file_field = file_field
+        self._fields = {
+            "name": basename_field,
+            "mime_type": mime_type_field,
+            "encoding": encoding_field,
+            "charset": charset_field,
+            "size": size_field,
+            "modified": modification_time_field,
+        }
+
+    async def resolve(self, key: Any, /) -> AsyncFile:
+        """Return the file of the object that `get` finds. Raises `FileMissing` where there is no object or file."""
+        found = await self._get(key)
+        if found is None:
+            raise FileMissing(f"there is no object {key!r}")
+        file = getattr(found, self._file_field)
+        if not file:
+            raise FileMissing(f"the object {key!r} has no file")
+        if isinstance(file, str | os.PathLike):
+            if self._source is None:
+                raise ConfigurationError(
+                    f"{self._file_field!r} holds a name, {file!r}: ObjectSource needs source=, where that name lives"
+                )
+            file = await self._source.resolve(os.fspath(file))
+        said = {name: getattr(found, field) for name, field in self._fields.items() if field is not None}
+        return ObjectFile(file, **{name: value for name, value in said.items() if value not in (None, "")})
+
+
+class ObjectFile:
+    """A file with what an object says of it."""
+
+    def __init__(
+        self,
+        file: AsyncFile,
+        *,
+        name: str | None = None,
+        mime_type: str | None = None,
+        encoding: str | None = None,
+        charset: str | None = None,
+        size: int | None = None,
+        modified: datetime | float | None = None,
+    ) -> None:
+        self.name = file.name if name is None else name
+        self.location = file.location
+        self._file = file
+        self._mime_type = valid_content_type(mime_type)
+        self._encoding = encoding
+        self._charset = charset
+        self._size = size
+        self._modified = modified
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator["OpenObjectFile"]:
+        """Open the file itself."""
+        async with self._file.open(request) as opened:
+            yield OpenObjectFile(opened, self._metadata(opened.metadata))
+
+    def _metadata(self, metadata: FileMetadata) -> FileMetadata:
+        content_type = self._mime_type or metadata.content_type or content_type_for(self.name)
+        changed = replace(metadata, content_type=with_charset(content_type, self._charset))
+        if metadata.size is None:
+            changed = replace(changed, size=self._size, accept_ranges=False)
+        if self._encoding is not None:
+            changed = replace(changed, headers=(*changed.headers, ("content-encoding", self._encoding)))
+        if self._modified is not None:
+            changed = replace(changed, last_modified=http_seconds(self._modified))
+        return changed
+
+
+class OpenObjectFile:
+    """An open file that is described by its object too."""
+
+    def __init__(self, opened: OpenFile, metadata: FileMetadata) -> None:
+        self.metadata = metadata
+        self._opened = opened
+
+    def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        """Yield the bytes of the file itself."""
+        return self._opened.stream(span)

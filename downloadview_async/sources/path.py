@@ -1,0 +1,127 @@
+"""Local files: `PathSource` finds them beneath a root, `LocalFile` is one of them."""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing
+from downloadview_async.http.content_types import content_type_for
+from downloadview_async.http.negotiation import preferred_encodings
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.local import OpenLocalFile
+from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.root import Root, Symlinks, open_trusted
+from downloadview_async.sources.workers import Workers
+
+SUFFIXES = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}
+"""Content codings, and what is appended to the name of a file for its precompressed sibling."""
+
+_trusted_workers = Workers()
+
+
+class LocalFile:
+    """A file on a local disk, by a path that the application's own code has chosen.
+
+    A name that came with a request never belongs here: `PathSource` opens those beneath a root.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+        self.location: str | None = os.path.abspath(path)
+        self.name = os.path.basename(self.location) if name is None else name
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
+        """Open the file, following links. Raises `FileMissing`, `AccessDenied` or `SourceUnavailable`."""
+        assert self.location is not None
+        opened = await _trusted_workers.run_or_abandon(open_trusted, self.location, discard=_close)
+        try:
+            yield OpenLocalFile(*opened, workers=_trusted_workers)
+        finally:
+            _close(opened)
+
+
+class FileBeneath:
+    """A file beneath a root, with its precompressed siblings if the source has any."""
+
+    def __init__(self, root: Root, name: str, *, workers: Workers, precompressed: Sequence[str] = ()) -> None:
+        self.location: str | None = root.locate(name)
+        self.name = name.rpartition("/")[2]
+        self._root = root
+        self._path = name
+        self._workers = workers
+        self._precompressed = tuple(precompressed)
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
+        """Open the file, or the sibling that the request prefers, beneath the root."""
+        encoding, opened = await self._open_best(request)
+        try:
+            file = OpenLocalFile(*opened, workers=self._workers)
+            if self._precompressed:
+                _describe_encoding(file, encoding, content_type_for(self.name))
+            yield file
+        finally:
+            _close(opened)
+
+    async def _open_best(self, request: DownloadRequest) -> tuple[str | None, tuple[int, os.stat_result]]:
+        for encoding in preferred_encodings(request.accept_encoding, self._precompressed):
+            try:
+                return encoding, await self._open(self._path + SUFFIXES[encoding])
+            except (FileMissing, AccessDenied):
+                continue
+        return None, await self._open(self._path)
+
+    async def _open(self, path: str) -> tuple[int, os.stat_result]:
+        if (opened := self._root.open_cached(path)) is not None:
+            return opened
+        return await self._workers.run_or_abandon(self._root.open, path, discard=_close)
+
+
+class PathSource:
+    """Files of a directory, by their path beneath it.
+
+    root: the directory. It is opened now, and every file is opened beneath it (`Root`).
+    symlinks: "deny" them all, follow those that stay "inside" (the default), or "follow" every link.
+    precompressed: content codings ("br", "zstd", "gzip") of which `NAME.br`, `NAME.zst`, `NAME.gz` may be sent in
+    place of NAME to clients that accept them.
+    threads: how many blocking calls to this directory may run at once.
+
+    Raises `ConfigurationError` where root is no readable directory or an option has no such value.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        symlinks: Symlinks = "inside",
+        precompressed: Sequence[str] = (),
+        threads: int = 40,
+    ) -> None:
+        if unknown := set(precompressed) - set(SUFFIXES):
+            raise ConfigurationError(f"precompressed takes {', '.join(SUFFIXES)}, not {', '.join(sorted(unknown))}")
+        self.root = Root(root, symlinks=symlinks)
+        self._precompressed = tuple(precompressed)
+        self._workers = Workers(threads)
+
+    async def resolve(self, name: str, /) -> FileBeneath:
+        """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
+        checked_segments(name)
+        return FileBeneath(self.root, name, workers=self._workers, precompressed=self._precompressed)
+
+
+def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: str) -> None:
+    metadata = replace(file.metadata, headers=(("vary", "Accept-Encoding"),))
+    if encoding is not None:
+        assert metadata.etag is not None
+        metadata = replace(
+            metadata,
+            etag=replace(metadata.etag, value=f"{metadata.etag.value}-{encoding}"),
+            content_type=content_type,
+            headers=(("content-encoding", encoding), *metadata.headers),
+        )
+    file.metadata = metadata
+
+
+def _close(opened: tuple[int, os.stat_result]) -> None:
+    os.close(opened[0])

@@ -1,0 +1,454 @@
+"""Files of other HTTP servers: `RemoteSource` finds them below a URL, `RemoteFile` is one of them.
+
+The request that opens a remote file is its description too: a GET, a GET of a single range and a HEAD each cost one
+upstream request. Conditions and the range go upstream, an allow-list of headers comes back, bytes are passed on raw.
+"""
+
+import math
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote, unquote, urlsplit
+
+import anyio
+
+from downloadview_async.errors import (
+    ConfigurationError,
+    DownloadError,
+    FileError,
+    FileMissing,
+    PreconditionFailed,
+    SourceUnavailable,
+    TransferAborted,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from downloadview_async.http.conditional import failed_precondition, parse_etag_list
+from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.http.dates import parse_http_date
+from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.ranges import RangeSpec, parse_range, select_ranges
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.workers import Slots
+
+MAX_REDIRECTS = 5
+_MAX_SKIP = 256 * 1024  # bytes: reading over a gap this small is cheaper than another request
+
+# Whatever else an upstream says stays with us: X-Accel-*, X-Sendfile*, X-Reproxy-* and Set-Cookie are orders to our
+# proxy or to our client. Content-Length, -Type, -Range, ETag and Last-Modified are read, checked and made anew.
+_PASSED_HEADERS = ("content-encoding", "content-language", "cache-control", "expires", "vary")
+
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
+_UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,18})", re.IGNORECASE)
+_LENGTH = re.compile("[0-9]{1,18}")
+
+# The errors of httpx and httpx2, by name because either may be in use; the first that fits counts.
+ERRORS: Mapping[str, type[FileError]] = {
+    "PoolTimeout": SourceUnavailable,
+    "TimeoutException": UpstreamTimeout,
+    "HTTPError": UpstreamError,
+    "InvalidURL": UpstreamError,
+    "StreamError": UpstreamError,
+    "CookieConflict": UpstreamError,
+}
+
+
+def _file_error(exc: Exception) -> FileError | None:
+    """Return our error for one of the client's, or None for one that is not the upstream's fault."""
+    names = {cls.__name__ for cls in type(exc).__mro__ if cls.__module__.partition(".")[0] in ("httpx", "httpx2")}
+    for name, error in ERRORS.items():
+        if name in names:
+            return error(f"{type(exc).__name__}: {exc}")
+    return None
+
+
+class Upstream:
+    """A client and the hosts it may be used for.
+
+    host: the host of the application's own URL. allow_hosts: further hosts, by name or literal address, that
+    redirects may lead to; only a host in this list may be at an address that is not public.
+    client: an `AsyncClient` of httpx2 or httpx to use in place of our own. It brings its own transport: hosts are
+    still checked, the addresses they resolve to are not.
+    max_connections: upstream requests at once; who waits longer than two seconds for one is turned away.
+    connect_timeout, read_timeout: seconds to connect, and to wait for the next bytes.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        allow_hosts: Iterable[str] = (),
+        client: Any = None,
+        max_connections: int = 100,
+        connect_timeout: float = 10.0,
+        read_timeout: float = 30.0,
+    ) -> None:
+        # httpx is only needed, and only imported, by who has remote files
+        from downloadview_async.sources.guard import AllowedHosts, guarded_client
+
+        self._hosts = AllowedHosts(host, allow_hosts)
+        self._owns_client = client is None
+        self._client = client or guarded_client(self._hosts, connect_timeout=connect_timeout, read_timeout=read_timeout)
+        self._slots = Slots(max_connections)
+
+    async def aclose(self) -> None:
+        """Close our own client and its connections; one that was passed in is its owner's to close."""
+        if self._owns_client:
+            await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.aclose()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Hold one of the connections. Raises `SourceUnavailable`."""
+        slot = await self._slots.take()
+        try:
+            yield
+        finally:
+            self._slots.free(slot)
+
+    async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
+        """Return the response, its body unread, after at most `MAX_REDIRECTS` redirects.
+
+        Raises `UpstreamError`, `UpstreamTimeout` or `SourceUnavailable`.
+        """
+        try:
+            request = self._client.build_request(method, url, headers=headers)
+            for _ in range(MAX_REDIRECTS + 1):
+                self._check(request.url, url)
+                response = await self._client.send(request, stream=True, follow_redirects=False)
+                if response.next_request is None:
+                    return response
+                request = response.next_request
+                await close(response)
+        except Exception as exc:
+            if error := _file_error(exc):
+                raise error from exc
+            raise
+        raise UpstreamError(f"{url!r} redirects more than {MAX_REDIRECTS} times")
+
+    def _check(self, url: Any, origin: str) -> None:
+        secure = urlsplit(origin).scheme == "https"
+        if url.scheme != "https" and (secure or url.scheme != "http"):
+            raise UpstreamError(f"not a scheme to fetch {origin!r} by: {url.scheme!r}")
+        if url.userinfo or not self._hosts.permits(url.host):
+            raise UpstreamError(f"{origin!r} leads to {url.host!r}, which is not in allow_hosts")
+
+
+async def close(response: Any) -> None:
+    """Close a response, and its connection if bytes are left in it, even when cancelled."""
+    with anyio.CancelScope(shield=True):
+        await response.aclose()
+
+
+class RemoteSource:
+    """The files below a URL.
+
+    url: http or https, with the path that names are appended to, such as `https://files.example.org/pub/`. Its host
+    must have public addresses only, unless `allow_hosts` lists it. The other options are those of `Upstream`.
+
+    Raises `ConfigurationError` for a URL that is none, or that carries a password or a query.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        client: Any = None,
+        allow_hosts: Iterable[str] = (),
+        max_connections: int = 100,
+        connect_timeout: float = 10.0,
+        read_timeout: float = 30.0,
+    ) -> None:
+        self.url = f"{url.rstrip('/')}/"
+        self._upstream = Upstream(
+            _host_of(url),
+            allow_hosts=allow_hosts,
+            client=client,
+            max_connections=max_connections,
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+        )
+
+    async def resolve(self, name: str, /) -> "RemoteFile":
+        """Return the file called `name` below the URL. Raises `FileMissing` for what no file may be called."""
+        checked_segments(name)
+        return RemoteFile(self.url + quote(name), upstream=self._upstream)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._upstream.aclose()
+
+
+def _host_of(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # a bad port is found by asking for it
+    except ValueError as exc:
+        raise ConfigurationError(f"{url!r} is not a URL: {exc}") from exc
+    if parts.scheme not in ("http", "https") or not host:
+        raise ConfigurationError(f"{url!r} is not the http or https URL of a server")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ConfigurationError(
+            f"the URL of {host!r} has a user, a query or a fragment: credentials belong in the headers of a client "
+            "that you pass as client="
+        )
+    return host
+
+
+class RemoteFile:
+    """A file of another HTTP server, by a URL that the application has chosen.
+
+    upstream: the client and the hosts to use; without one, a client for this file alone and for public addresses.
+    """
+
+    def __init__(self, url: str, *, upstream: Upstream | None = None, name: str | None = None) -> None:
+        self.location: str | None = url
+        self.name = unquote(urlsplit(url).path).rpartition("/")[2] if name is None else name
+        self._url = url
+        self._upstream = upstream
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator["OpenRemoteFile"]:
+        """Send the one request upstream, and describe the file by what it answers."""
+        if self._upstream is None:
+            async with (
+                Upstream(_host_of(self._url)) as upstream,
+                RemoteFile(self._url, upstream=upstream).open(request) as file,
+            ):
+                yield file
+            return
+        async with self._upstream.slot():
+            opened = OpenRemoteFile(self._upstream, self._url)
+            try:
+                await opened.begin(request)
+                yield opened
+            finally:
+                await opened.aclose()
+
+
+class OpenRemoteFile:
+    """What an upstream has answered, and further ranged requests where a span is asked for that is not in it."""
+
+    def __init__(self, upstream: Upstream, url: str) -> None:
+        self.metadata = FileMetadata()
+        self._upstream = upstream
+        self._url = url
+        self._body: _Body | None = None
+
+    async def begin(self, request: DownloadRequest) -> None:
+        """Ask the upstream what the client asks us. Raises `FileError`."""
+        spec = _single_range(request)
+        headers = _forwarded(request, spec)
+        response = await self._upstream.send(request.method, self._url, headers)
+        if request.method == "HEAD" and response.status_code in (405, 501):
+            await close(response)  # a server that knows no HEAD; a GET that is not read says the same
+            response = await self._upstream.send("GET", self._url, headers)
+        self._body = _Body(response, ranged=spec is not None)
+        self.metadata = self._described(response, request, spec)
+
+    def _described(self, response: Any, request: DownloadRequest, spec: RangeSpec | None) -> FileMetadata:
+        """Return what the answer says of the file. Raises `FileError` for one that is a failure or makes no sense."""
+        assert self._body is not None
+        fields = _fields(response)
+        metadata = _validators(fields)
+        match response.status_code:
+            case 200:
+                self._body.stop = size = _size(fields)
+                return replace(_entity(metadata, fields), size=size)
+            case 206 if spec is not None:
+                part, size = _content_range(fields)
+                if size is not None and select_ranges([spec], size) != [part]:
+                    raise UpstreamError(
+                        f"{self._url!r} sent {fields.get('content-range')!r}, which is not what was asked"
+                    )
+                self._body.position, self._body.stop = part.start, part.stop
+                return replace(_entity(metadata, fields), size=size)
+            case 304 if request.if_none_match is not None or request.if_modified_since is not None:
+                self._body.finished = True
+                return _not_modified(metadata, request)
+            case 412 if request.if_match is not None or request.if_unmodified_since is not None:
+                raise PreconditionFailed(f"{self._url!r} answered 412")
+            case 416 if spec is not None:
+                self._body.finished = True
+                if match := _UNSATISFIED_RANGE.fullmatch(fields.get("content-range", "")):
+                    return replace(metadata, size=int(match[1]))
+            case 404 | 410:
+                raise FileMissing(f"{self._url!r} answered {response.status_code}")
+        raise UpstreamError(f"{self._url!r} answered {response.status_code}")
+
+    async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        """Yield the bytes of the span, raw: from the answer that is open if they are in it, else from a new one."""
+        span = span or (None if self.metadata.size is None else ByteRange(0, self.metadata.size))
+        try:
+            if self._body is None or not self._body.has(span):
+                self._body = await self._reopened(span)
+            async with aclosing(self._body.read(span)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except TransferAborted:
+            raise
+        except DownloadError as exc:
+            raise TransferAborted(f"{self._url!r} failed: {exc}") from exc
+        except Exception as exc:
+            if error := _file_error(exc):
+                raise TransferAborted(f"{self._url!r} failed: {error}") from exc
+            raise
+
+    async def _reopened(self, span: ByteRange | None) -> "_Body":
+        """Return a body that the span is in, of the same version of the file. Raises `TransferAborted`."""
+        await self.aclose()
+        headers = {"accept-encoding": "identity"}
+        if span is not None:
+            headers["range"] = f"bytes={span.start}-{span.stop - 1}"
+        response = await self._upstream.send("GET", self._url, headers)
+        self._body = body = _Body(response, ranged=True)  # closed with us from here on
+        fields = _fields(response)
+        now = _validators(fields)
+        if (now.etag, now.last_modified) != (self.metadata.etag, self.metadata.last_modified):
+            raise TransferAborted(f"{self._url!r} changed while it was sent")
+        if response.status_code == 206 and span is not None:
+            part, size = _content_range(fields)
+            if part != span or size not in (None, self.metadata.size):
+                raise TransferAborted(f"{self._url!r} sent {part} of {size} where {span} was asked")
+            body.position, body.stop = part.start, part.stop
+        elif response.status_code == 200 and (span is None or _size(fields) in (None, self.metadata.size)):
+            body.stop = _size(fields)
+        else:
+            raise TransferAborted(f"{self._url!r} answered {response.status_code} when asked for the next part")
+        return body
+
+    async def aclose(self) -> None:
+        """Close the answer that is open."""
+        body, self._body = self._body, None
+        if body is not None:
+            await close(body.response)
+
+
+class _Body:
+    """The body of a response: which bytes of the file come next, and where it ends (None: not known).
+
+    ranged: a range was asked for, so if this is not one, the upstream has none, and reading over is the only way.
+    """
+
+    def __init__(self, response: Any, *, ranged: bool) -> None:
+        self.response = response
+        self._max_skip = math.inf if ranged else _MAX_SKIP
+        self.position = 0
+        self.stop: int | None = None
+        self.finished = response.request.method == "HEAD"
+        self._chunks = response.aiter_raw()
+        self._rest = b""
+
+    def has(self, span: ByteRange | None) -> bool:
+        """Return whether the span can be read from here without reading over much else."""
+        if self.finished:
+            return False
+        if span is None:
+            return self.position == 0 and self.stop is None
+        gap = span.start - self.position
+        return 0 <= gap <= self._max_skip and (self.stop is None or span.stop <= self.stop)
+
+    async def read(self, span: ByteRange | None) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of the span, reading over what comes before it."""
+        while span is None or self.position < span.stop:
+            chunk = self._rest or await anext(self._chunks, b"")
+            self._rest = b""
+            if not chunk:
+                self.finished = True
+                return
+            if span is not None:
+                skip = max(span.start - self.position, 0)
+                self._rest = chunk[max(span.stop - self.position, 0) :]
+                chunk = chunk[: len(chunk) - len(self._rest)]
+                self.position += len(chunk)
+                chunk = chunk[skip:]
+            if chunk:
+                yield chunk
+
+
+def _single_range(request: DownloadRequest) -> RangeSpec | None:
+    if request.method != "GET" or request.range is None:
+        return None
+    specs = parse_range(request.range)
+    return specs[0] if specs is not None and len(specs) == 1 else None
+
+
+def _forwarded(request: DownloadRequest, spec: RangeSpec | None) -> dict[str, str]:
+    conditions = {
+        "if-match": request.if_match,
+        "if-unmodified-since": request.if_unmodified_since,
+        "if-none-match": request.if_none_match,
+        "if-modified-since": request.if_modified_since,
+    }
+    headers = {name: value for name, value in conditions.items() if value}
+    headers["accept-encoding"] = "identity"
+    if spec is not None:
+        first, last = ("" if number is None else number for number in spec)
+        headers["range"] = f"bytes={first}-{last}"
+        if request.if_range:
+            headers["if-range"] = request.if_range
+    return headers
+
+
+def _fields(response: Any) -> dict[str, str]:
+    return {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw}
+
+
+def _validators(fields: dict[str, str]) -> FileMetadata:
+    return FileMetadata(
+        etag=ETag.parse(fields.get("etag", "")), last_modified=parse_http_date(fields.get("last-modified", ""))
+    )
+
+
+def _entity(metadata: FileMetadata, fields: dict[str, str]) -> FileMetadata:
+    return replace(
+        metadata,
+        content_type=valid_content_type(fields.get("content-type")),
+        headers=tuple((name, fields[name]) for name in _PASSED_HEADERS if name in fields),
+    )
+
+
+def _size(fields: dict[str, str]) -> int | None:
+    length = fields.get("content-length")
+    if length is None or "transfer-encoding" in fields:
+        return None
+    if not _LENGTH.fullmatch(length):
+        raise UpstreamError(f"a Content-Length of {length!r}")
+    return int(length)
+
+
+def _content_range(fields: dict[str, str]) -> tuple[ByteRange, int | None]:
+    """Return the part and the size that a 206 names. Raises `UpstreamError` for what is none."""
+    value = fields.get("content-range", "")
+    match = _CONTENT_RANGE.fullmatch(value)
+    if match is None or int(match[1]) > int(match[2]) or (match[3] != "*" and int(match[2]) >= int(match[3])):
+        raise UpstreamError(f"a Content-Range of {value!r}")
+    part = ByteRange(int(match[1]), int(match[2]) + 1)
+    length = _size(fields)
+    if length is not None and length != len(part):
+        raise UpstreamError(f"{length} bytes for a Content-Range of {value!r}")
+    return part, None if match[3] == "*" else int(match[3])
+
+
+def _not_modified(metadata: FileMetadata, request: DownloadRequest) -> FileMetadata:
+    """Return metadata for which the client's validators are current, as a 304 says even where it names none."""
+    if failed_precondition(request, metadata) == 304:
+        return metadata
+    tags = parse_etag_list(request.if_none_match or "")
+    return replace(
+        metadata,
+        etag=ETag.parse(tags[0]) if tags else metadata.etag,
+        last_modified=parse_http_date(request.if_modified_since or "") or metadata.last_modified,
+    )

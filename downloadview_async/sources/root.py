@@ -1,0 +1,215 @@
+"""`Root`: a directory that files are opened beneath, and that no name, link or race leads out of.
+
+Linux's openat2 does the whole walk in the kernel. Where it is missing, `openat` goes segment by segment, never
+through a link that it has not read itself. Both end in an `fstat`: a regular file, or nothing.
+"""
+
+import ctypes
+import errno
+import os
+import stat
+import weakref
+from typing import Literal
+
+from downloadview_async.errors import AccessDenied, ConfigurationError, FileError, FileMissing, SourceUnavailable
+from downloadview_async.sources.names import checked_segments
+
+Symlinks = Literal["deny", "inside", "follow"]
+"""deny: no link at all. inside: links that stay beneath the root. follow: any link, wherever it leads."""
+
+# O_NONBLOCK: opening a FIFO must not wait for its writer.
+_FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | getattr(os, "O_PATH", 0)
+_MAX_LINKS = 40  # as in the kernel
+_MAX_RACES = 8
+
+# <linux/openat2.h>; the number is the same on every architecture
+_SYS_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
+_RESOLVE_CACHED = 0x20
+_RESOLVE = {
+    "deny": _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS,
+    "inside": _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS,
+    "follow": _RESOLVE_NO_MAGICLINKS,
+}
+
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EISDIR})
+_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.EXDEV})
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
+
+
+def _openat2(directory: int, name: str, resolve: int) -> int:
+    how = _OpenHow(flags=_FILE_FLAGS, mode=0, resolve=resolve)
+    descriptor: int = _libc.syscall(
+        ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(directory), os.fsencode(name), ctypes.byref(how), _HOW_SIZE
+    )
+    if descriptor < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), name)
+    return descriptor
+
+
+def has_openat2() -> bool:
+    """Return whether this system has openat2 (Linux 5.6) and lets us call it (some sandboxes do not)."""
+    try:
+        os.close(_openat2(_AT_FDCWD, ".", 0))
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+_AT_FDCWD = -100
+
+
+class Root:
+    """A directory, held open, and the policy for symbolic links beneath it.
+
+    `path` is absolute but not resolved, as a proxy's configuration would name it. The directory is opened once: one
+    that is renamed goes on being served.
+
+    Raises `ConfigurationError` where `path` is no directory that can be read.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, symlinks: Symlinks = "inside", use_openat2: bool | None = None
+    ) -> None:
+        if symlinks not in _RESOLVE:
+            raise ConfigurationError(f"symlinks must be one of {', '.join(_RESOLVE)}, not {symlinks!r}")
+        self.path = os.path.abspath(path)
+        self.symlinks: Symlinks = symlinks
+        self.use_openat2 = has_openat2() if use_openat2 is None else use_openat2
+        try:
+            self._descriptor = os.open(self.path, _DIRECTORY_FLAGS)
+        except OSError as exc:
+            raise ConfigurationError(
+                f"the root {self.path!r} cannot be opened ({exc.strerror}): create the directory, make it readable "
+                "for this user, or correct the setting"
+            ) from exc
+        self._finalizer = weakref.finalize(self, os.close, self._descriptor)
+
+    def close(self) -> None:
+        """Close the directory. Files that are open stay so."""
+        self._finalizer()
+
+    def locate(self, name: str) -> str:
+        """Return the absolute path of `name`, as a proxy on the same machine would open it."""
+        return f"{self.path.rstrip('/')}/{name}"
+
+    def open_cached(self, name: str) -> tuple[int, os.stat_result] | None:
+        """Open a file if the kernel can do so without waiting for a disk; else return None. Otherwise as `open`."""
+        checked_segments(name)
+        if not self.use_openat2:
+            return None
+        try:
+            descriptor = _openat2(self._descriptor, name, _RESOLVE[self.symlinks] | _RESOLVE_CACHED)
+        except OSError as exc:
+            if exc.errno in (errno.EAGAIN, errno.EINVAL):  # not cached; a kernel before 5.12
+                return None
+            raise _file_error(exc) from exc
+        return _only_regular(descriptor)
+
+    def open(self, name: str) -> tuple[int, os.stat_result]:
+        """Open the regular file `name` beneath the root. May block on a disk.
+
+        Returns a descriptor, which the caller has to close, and its `fstat`. Raises `FileMissing`, `AccessDenied` or
+        `SourceUnavailable`.
+        """
+        segments = checked_segments(name)
+        try:
+            if self.use_openat2:
+                descriptor = self._open_in_kernel(name)
+            elif self.symlinks == "follow":
+                descriptor = os.open(name, _FILE_FLAGS, dir_fd=self._descriptor)
+            else:
+                descriptor = self._open_by_segments(segments)
+        except OSError as exc:
+            raise _file_error(exc) from exc
+        return _only_regular(descriptor)
+
+    def _open_in_kernel(self, name: str) -> int:
+        for _ in range(_MAX_RACES):
+            try:
+                return _openat2(self._descriptor, name, _RESOLVE[self.symlinks])
+            except OSError as exc:
+                # "a [...] component [...] raced with a rename [...] the caller may retry" [openat2(2), EAGAIN]
+                if exc.errno != errno.EAGAIN:
+                    raise
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), name)
+
+    def _open_by_segments(self, segments: list[str]) -> int:
+        """Walk down with `openat` and O_NOFOLLOW; a link is read and walked like a name, beneath the root."""
+        pending = segments[::-1]
+        trail = [os.dup(self._descriptor)]  # the directories from the root down to where the walk stands
+        links = 0
+        try:
+            while True:
+                segment = pending.pop()
+                if segment == "..":  # from a link only
+                    if len(trail) == 1:
+                        raise OSError(errno.EXDEV, "a link leads out of the root", segment)
+                    os.close(trail.pop())
+                elif (target := _read_link(segment, trail[-1])) is not None:
+                    links += 1
+                    if self.symlinks == "deny" or links > _MAX_LINKS:
+                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), segment)
+                    if target.startswith("/"):
+                        raise OSError(errno.EXDEV, "an absolute link leads out of the root", segment)
+                    pending += [part for part in reversed(target.split("/")) if part not in ("", ".")]
+                elif pending:
+                    trail.append(os.open(segment, _DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=trail[-1]))
+                else:
+                    return os.open(segment, _FILE_FLAGS | os.O_NOFOLLOW, dir_fd=trail[-1])
+                if not pending:
+                    raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), segment)
+        finally:
+            for descriptor in trail:
+                os.close(descriptor)
+
+
+def open_trusted(path: str) -> tuple[int, os.stat_result]:
+    """Open the regular file at a path that the application itself has chosen, following links. May block on a disk.
+
+    Returns and raises what `Root.open` does.
+    """
+    try:
+        descriptor = os.open(path, _FILE_FLAGS)
+    except OSError as exc:
+        raise _file_error(exc) from exc
+    return _only_regular(descriptor)
+
+
+def _read_link(name: str, directory: int) -> str | None:
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError as exc:
+        if exc.errno == errno.EINVAL:  # not a link
+            return None
+        raise
+
+
+def _only_regular(descriptor: int) -> tuple[int, os.stat_result]:
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise FileMissing("not a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, found
+
+
+def _file_error(exc: OSError) -> FileError:
+    if exc.errno in _MISSING:
+        return FileMissing(str(exc))
+    if exc.errno in _DENIED:
+        return AccessDenied(str(exc))
+    return SourceUnavailable(str(exc))

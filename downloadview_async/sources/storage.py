@@ -1,0 +1,216 @@
+"""Named bytes behind a seam: `StorageSource`, and the storages that come with the library."""
+
+import os
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
+from hashlib import blake2b
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from downloadview_async.errors import AccessDenied, ConfigurationError, DownloadError, FileMissing, SourceUnavailable
+from downloadview_async.http.dates import http_seconds
+from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.base import OpenFile, Storage
+from downloadview_async.sources.fileobject import OpenFileObject, closing_in_thread
+from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
+from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.path import FileBeneath
+from downloadview_async.sources.root import Root, Symlinks
+from downloadview_async.sources.workers import Workers
+
+
+class StorageFile:
+    """A file of a storage, by its key."""
+
+    def __init__(self, storage: Storage, key: str, *, name: str | None = None, location: str | None = None) -> None:
+        self.storage = storage
+        self.key = key
+        self.name = key.rpartition("/")[2] if name is None else name
+        self.location = location
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
+        """Open one version of what the storage has under the key."""
+        async with self.storage.open(self.key, request) as opened:
+            yield opened
+
+
+class StorageSource:
+    """The files of a storage, by their names in it."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    async def resolve(self, name: str, /) -> StorageFile:
+        """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
+        checked_segments(name)
+        return StorageFile(self.storage, name, location=await self.storage.locate(name))
+
+
+class DirectoryStorage:
+    """A local directory as a storage: names are opened beneath it exactly as `PathSource` does."""
+
+    def __init__(self, root: str | os.PathLike[str], *, symlinks: Symlinks = "inside", threads: int = 40) -> None:
+        self.root = Root(root, symlinks=symlinks)
+        self._workers = Workers(threads)
+
+    @asynccontextmanager
+    async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
+        """Open the file called `name` beneath the directory."""
+        async with FileBeneath(self.root, name, workers=self._workers).open(request) as opened:
+            yield opened
+
+    async def locate(self, name: str) -> str | None:
+        """Return the absolute path of `name`."""
+        return self.root.locate(name)
+
+
+class MemoryStorage:
+    """A storage in memory, for tests and small fixed content. A key put again is a new version."""
+
+    def __init__(self, files: dict[str, bytes] | None = None) -> None:
+        self._files: dict[str, tuple[bytes, FileMetadata]] = {}
+        for name, content in (files or {}).items():
+            self.put(name, content)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Store `content`; downloads that have begun go on with what they began with."""
+        content = bytes(content)
+        self._files[name] = (
+            content,
+            FileMetadata(size=len(content), etag=content_etag(content), last_modified=int(time.time())),
+        )
+
+    def delete(self, name: str) -> None:
+        """Remove what is stored under `name`. Raises `FileMissing`."""
+        if self._files.pop(name, None) is None:
+            raise FileMissing(f"nothing is stored as {name!r}")
+
+    @asynccontextmanager
+    async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator["OpenBytes"]:
+        """Open what is stored under `name` now."""
+        try:
+            content, metadata = self._files[name]
+        except KeyError:
+            raise FileMissing(f"nothing is stored as {name!r}") from None
+        yield OpenBytes(content, metadata)
+
+    async def locate(self, name: str) -> None:
+        """Return None: no proxy can fetch what is in this process's memory."""
+
+
+class OpenBytes:
+    """Bytes in memory as an open file."""
+
+    def __init__(self, content: bytes, metadata: FileMetadata) -> None:
+        self.metadata = metadata
+        self._content = content
+
+    async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        """Yield the bytes of the span, `CHUNK_SIZE` at a time."""
+        start, stop = (span.start, span.stop) if span else (0, len(self._content))
+        for position in range(start, stop, CHUNK_SIZE):
+            yield self._content[position : min(position + CHUNK_SIZE, stop)]
+
+
+def content_etag(content: bytes) -> ETag:
+    """Return a strong entity tag made of the content itself."""
+    return ETag(blake2b(content, digest_size=16).hexdigest())
+
+
+class SyncStorage:
+    """Makes a storage out of any object with a blocking `open(name, "rb")`: fsspec file systems, Django's storages.
+
+    What `open` returns is read by `seek` and `read` in a worker thread, `CHUNK_SIZE` bytes at a time, never whole.
+    The size comes from `size(name)`, else from seeking to the end. The time of the last change comes from
+    `modified(name)` or `get_modified_time(name)`; a file with neither has no validators, and so no resumable ranges.
+    The location comes from `path(name)`, else from `url(name)` if that is an absolute URL.
+    """
+
+    def __init__(self, storage: Any, *, threads: int = 40) -> None:
+        if not callable(getattr(storage, "open", None)):
+            raise ConfigurationError(f"{storage!r} has no open(name, mode)")
+        self._storage = storage
+        self._workers = Workers(threads)
+
+    @asynccontextmanager
+    async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[OpenFileObject]:
+        """Open the file in a worker thread and ask for its size and age."""
+        file, metadata = await self._workers.run_or_abandon(self._open, name, discard=lambda opened: opened[0].close())
+        async with closing_in_thread(file):
+            yield OpenFileObject(file, metadata, workers=self._workers)
+
+    def _open(self, name: str) -> tuple[Any, FileMetadata]:
+        with _as_file_errors(name):
+            file = self._storage.open(name, "rb")
+            try:
+                size = self._ask("size", name)
+                if size is None:
+                    size = file.seek(0, os.SEEK_END)
+                modified = self._ask("modified", name) or self._ask("get_modified_time", name)
+            except BaseException:
+                file.close()
+                raise
+        return file, _dated_metadata(int(size), modified)
+
+    async def locate(self, name: str) -> str | None:
+        """Return the path or the absolute URL that the storage gives for `name`, or None."""
+        return await self._workers.run_or_abandon(self._locate, name)
+
+    def _locate(self, name: str) -> str | None:
+        with _as_file_errors(name):
+            if path := self._ask("path", name):
+                return str(os.path.abspath(path))
+            url = self._ask("url", name)
+        return url if isinstance(url, str) and "://" in url else None
+
+    def _ask(self, method: str, name: str) -> Any:
+        """Return what the object's method says of `name`, or None where it has no such method or it is not for it."""
+        function = getattr(self._storage, method, None)
+        if not callable(function):
+            return None
+        try:
+            return function(name)
+        except NotImplementedError:
+            return None
+
+
+def _dated_metadata(size: int, modified: datetime | float | None) -> FileMetadata:
+    if modified is None:
+        return FileMetadata(size=size)
+    seconds = modified.timestamp() if isinstance(modified, datetime) else modified
+    return FileMetadata(
+        size=size, etag=ETag(f"{int(seconds * 1_000_000):x}-{size:x}"), last_modified=http_seconds(modified)
+    )
+
+
+@contextmanager
+def _as_file_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except DownloadError:
+        raise
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as exc:
+        raise FileMissing(f"the storage has no {name!r}: {exc}") from exc
+    except PermissionError as exc:
+        raise AccessDenied(f"the storage denies {name!r}: {exc}") from exc
+    except OSError as exc:
+        raise SourceUnavailable(f"the storage failed on {name!r}: {exc}") from exc
+
+
+def storage_from_url(url: str) -> Storage:
+    """Return the storage that a URL names: `file:///srv/media` or `memory://`.
+
+    Raises `ConfigurationError` for any other scheme, and for a directory that cannot be opened.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "memory" and not (parts.netloc or parts.path.strip("/")):
+        return MemoryStorage()
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
+        return DirectoryStorage(unquote(parts.path))
+    raise ConfigurationError(
+        f"{url!r} is no storage: give file:///ABSOLUTE/DIRECTORY or memory://, or make a StorageSource of an object"
+    )

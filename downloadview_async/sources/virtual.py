@@ -1,0 +1,170 @@
+"""Generated content as files: `VirtualFile` is one, `VirtualSource` makes them from names."""
+
+import inspect
+import io
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import anyio
+
+from downloadview_async.errors import FileMissing
+from downloadview_async.http.content_types import content_type_for, with_charset
+from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.fileobject import OpenFileObject, OpenIterator, closing_in_thread
+from downloadview_async.sources.local import CHUNK_SIZE
+from downloadview_async.sources.storage import OpenBytes, content_etag
+from downloadview_async.sources.workers import Workers
+
+Content = bytes | str | io.IOBase | Iterable[bytes | str] | AsyncIterable[bytes | str]
+"""What a virtual file is made of. Text is sent as UTF-8."""
+
+_workers = Workers()
+
+
+class VirtualFile:
+    """A file whose bytes are made when they are asked for.
+
+    content: bytes or text; a file object with a blocking or an asynchronous `read`; an iterable or asynchronous
+    iterable of bytes or text; or a function without arguments, plain or asynchronous, that returns one of them. What
+    blocks runs in a worker thread, generators too. A function makes new content for every download; an iterator or a
+    file object given as it is can be sent once.
+    size: bytes, where it is known beforehand. Bytes, text and seekable file objects know it themselves.
+    etag, last_modified (seconds since the epoch, UTC): validators. Bytes and text have a tag of their own.
+    """
+
+    location: str | None = None
+
+    def __init__(
+        self,
+        content: Content | Callable[[], Any],
+        *,
+        name: str,
+        content_type: str | None = None,
+        size: int | None = None,
+        etag: ETag | None = None,
+        last_modified: int | None = None,
+    ) -> None:
+        self.name = name
+        self._content = content
+        self._content_type = content_type
+        self._size = size
+        self._etag = etag
+        self._last_modified = last_modified
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
+        """Make the content, but nothing of a generator is run before it is streamed."""
+        content = self._content
+        if callable(content) and not hasattr(content, "read"):
+            content = await _call(content)
+        if content is None:
+            raise FileMissing(f"nothing was made for {self.name!r}")
+        async with _opened(content, self._metadata(content)) as opened:
+            yield opened
+
+    def _metadata(self, content: Any) -> FileMetadata:
+        size, etag = self._size, self._etag
+        if isinstance(content, str):
+            content = content.encode()
+        whole = isinstance(content, bytes | bytearray | memoryview)
+        if whole:
+            size, etag = len(content), etag or content_etag(bytes(content))
+        return FileMetadata(
+            size=size,
+            etag=etag,
+            last_modified=self._last_modified,
+            content_type=with_charset(self._content_type) if self._content_type else content_type_for(self.name),
+            accept_ranges=whole,
+        )
+
+
+@asynccontextmanager
+async def _opened(content: Any, metadata: FileMetadata) -> AsyncIterator[OpenFile]:
+    """Give an open file over content of any kind, and close the content when done with it."""
+    if isinstance(content, str):
+        yield OpenBytes(content.encode(), metadata)
+    elif isinstance(content, bytes | bytearray | memoryview):
+        yield OpenBytes(bytes(content), metadata)
+    elif hasattr(content, "__aiter__"):
+        async with _closing_async(content):
+            yield OpenAsyncIterable(content, metadata)
+    elif hasattr(content, "read"):
+        async with closing_in_thread(content):
+            yield OpenFileObject(content, await _workers.run(_measured, content, metadata), workers=_workers)
+    elif hasattr(content, "__iter__"):
+        iterator = iter(content)
+        async with closing_in_thread(iterator):
+            yield OpenIterator(iterator, metadata, workers=_workers)
+    else:
+        raise TypeError(f"a virtual file is made of bytes, text, a file object or an iterable, not {content!r}")
+
+
+def _measured(file: Any, metadata: FileMetadata) -> FileMetadata:
+    if isinstance(file, io.TextIOBase) or not file.seekable():
+        return metadata  # characters are not bytes
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return replace(metadata, size=size, accept_ranges=True)
+
+
+class OpenAsyncIterable:
+    """An asynchronous iterable, or a file object with an asynchronous `read`, as an open file without parts."""
+
+    def __init__(self, content: Any, metadata: FileMetadata) -> None:
+        self.metadata = metadata
+        self._content = content
+
+    async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        """Yield what the content yields, from its beginning."""
+        async for item in _blocks(self._content) if hasattr(self._content, "read") else self._content:
+            if item:
+                yield item.encode() if isinstance(item, str) else bytes(item)
+
+
+async def _blocks(file: Any) -> AsyncIterator[Any]:
+    # a file object iterates over lines, which may be as long as the file
+    while block := await file.read(CHUNK_SIZE):
+        yield block
+
+
+@asynccontextmanager
+async def _closing_async(content: Any) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        if (close := getattr(content, "aclose", None) or getattr(content, "close", None)) is not None:
+            with anyio.CancelScope(shield=True):
+                await close()
+
+
+async def _call(function: Callable[..., Any], *args: Any) -> Any:
+    """Return what a plain or asynchronous function returns; a plain one runs in a worker thread."""
+    if inspect.iscoroutinefunction(function):
+        return await function(*args)
+    result = await _workers.run(function, *args)
+    return await result if inspect.isawaitable(result) else result
+
+
+class VirtualSource:
+    """Files that a function makes from their names.
+
+    make: a plain or asynchronous function from a name to an `AsyncFile`, to anything that a `VirtualFile` can be made
+    of, or to None: there is no such file. It may raise `FileMissing` too.
+    """
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        self._make = make
+
+    async def resolve(self, name: str, /) -> AsyncFile:
+        """Return the file made for `name`. Raises `FileMissing`."""
+        made = await _call(self._make, name)
+        if made is None:
+            raise FileMissing(f"nothing is made for {name!r}")
+        if hasattr(made, "location"):
+            file: AsyncFile = made
+            return file
+        return VirtualFile(made, name=name.rpartition("/")[2])
