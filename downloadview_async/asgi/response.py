@@ -142,6 +142,8 @@ def error_response(exc: FileError, scope: Scope) -> Response:
     headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
     if status == 503:
         headers["Retry-After"] = "5"
+    if status == 412:
+        return Response(status_code=status, headers=headers)  # as when the condition fails here: no body, so no type
     return Response(status.phrase, status_code=status, headers=headers, media_type="text/plain")
 
 

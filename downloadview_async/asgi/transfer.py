@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 import anyio
+from anyio.lowlevel import checkpoint
 from starlette.types import Receive, Send
 
 from downloadview_async.errors import SourceUnavailable, TransferAborted
@@ -38,6 +39,9 @@ async def send_plan(plan: Plan, file: OpenFile, headers: list[tuple[bytes, bytes
                 await send({"type": "http.response.body", "body": chunk, "more_body": left != 0})
                 if left == 0:
                     return
+                # Neither a read from the page cache nor a send that drops what a client who has left would get waits
+                # for anything: let the others run, and the listener hear that the client has left.
+                await checkpoint()
         except TransferAborted as exc:
             if started:
                 raise

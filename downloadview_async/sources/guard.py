@@ -39,6 +39,8 @@ def is_private(address: Address) -> bool:
     """Return whether an address is of this machine or of a private network, as a host allowed by name may have."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
+    if address.is_loopback:
+        return True
     return address.is_private and not (
         address.is_link_local or address.is_unspecified or address.is_multicast or address.is_reserved
     )

@@ -27,7 +27,7 @@ class OpenLocalFile:
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span: from the page cache at once, from the disk by way of a worker."""
         assert self.metadata.size is not None
-        position, stop = (span.start, span.stop) if span else (0, self.metadata.size)
+        position, stop = (span.start, span.stop) if span is not None else (0, self.metadata.size)
         buffer = memoryview(bytearray(min(CHUNK_SIZE, stop - position)))
         while position < stop:
             length = min(CHUNK_SIZE, stop - position)

@@ -290,7 +290,8 @@ class OpenRemoteFile:
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span, raw: from the answer that is open if they are in it, else from a new one."""
-        span = span or (None if self.metadata.size is None else ByteRange(0, self.metadata.size))
+        if span is None and self.metadata.size is not None:
+            span = ByteRange(0, self.metadata.size)
         try:
             if self._body is None or not self._body.has(span):
                 self._body = await self._reopened(span)

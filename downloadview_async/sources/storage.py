@@ -111,7 +111,7 @@ class OpenBytes:
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span, `CHUNK_SIZE` at a time."""
-        start, stop = (span.start, span.stop) if span else (0, len(self._content))
+        start, stop = (span.start, span.stop) if span is not None else (0, len(self._content))
         for position in range(start, stop, CHUNK_SIZE):
             yield self._content[position : min(position + CHUNK_SIZE, stop)]
 

@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Callable
-from typing import TypeVar, TypeVarTuple
+from typing import Any, Generic, Literal, TypeVar, TypeVarTuple
 
 import anyio
 import anyio.from_thread
@@ -69,29 +69,63 @@ class Workers:
         The worker stays taken until the call ends; what it returns then goes to `discard`.
         """
         slot = await self._slots.take()
-        results: list[T] = []
-        taken = threading.Lock()  # whoever takes it first, caller or worker, decides what becomes of the call
-
-        def work() -> None:
-            try:
-                results.append(function(*args))
-            finally:
-                if not taken.acquire(blocking=False):
-                    for result in results:
-                        discard(result)
-                    anyio.from_thread.run_sync(self._slots.free, slot)
-
+        call = _Call(function, args, discard, lambda: self._slots.free(slot))
         try:
-            await anyio.to_thread.run_sync(work, limiter=UNLIMITED, abandon_on_cancel=True)
+            await anyio.to_thread.run_sync(call.work, limiter=UNLIMITED, abandon_on_cancel=True)
         except anyio.get_cancelled_exc_class():
-            if taken.acquire(blocking=False):
-                raise  # the call goes on: its worker cleans up
-            for result in results:
-                discard(result)
-            self._slots.free(slot)
+            call.abandon()
             raise
         except BaseException:
             self._slots.free(slot)
             raise
         self._slots.free(slot)
-        return results[0]
+        return call.results[0]
+
+
+class _Call(Generic[T]):
+    """A blocking call and its caller, who may leave at any moment; whoever is last cleans up."""
+
+    def __init__(
+        self,
+        function: Callable[..., T],
+        args: tuple[Any, ...],
+        discard: Callable[[T], object],
+        free: Callable[[], None],
+    ) -> None:
+        self.results: list[T] = []
+        self._function = function
+        self._args = args
+        self._discard = discard
+        self._free = free
+        self._lock = threading.Lock()
+        self._state: Literal["waiting", "running", "ended", "abandoned"] = "waiting"
+
+    def work(self) -> None:
+        """Make the call. In a worker thread."""
+        if not self._moves_on("waiting", "running"):
+            return
+        try:
+            self.results.append(self._function(*self._args))
+        finally:
+            if not self._moves_on("running", "ended"):
+                self._discard_results()
+                anyio.from_thread.run_sync(self._free)
+
+    def abandon(self) -> None:
+        """Leave the call to itself. In the event loop's thread."""
+        with self._lock:
+            before, self._state = self._state, "abandoned"
+        if before != "running":  # else the worker cleans up
+            self._discard_results()
+            self._free()
+
+    def _moves_on(self, before: str, after: Literal["running", "ended"]) -> bool:
+        with self._lock:
+            if self._state != before:
+                return False
+            self._state = after
+            return True
+
+    def _discard_results(self) -> None:
+        for result in self.results:
+            self._discard(result)

@@ -1,0 +1,303 @@
+"""`DownloadResponse` and `OffloadMiddleware` inside real applications: what an offload goes on, and what it never does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp
+
+import downloadview_async as dv
+from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.testing import assert_download_response, assert_x_accel_redirect, assert_x_sendfile, call
+
+pytestmark = pytest.mark.asyncio
+CONTENT = b"<p>" * 1000
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "page.html").write_bytes(CONTENT)
+    (tmp_path / "sub" / "a b%.txt").write_bytes(b"text")
+    return tmp_path
+
+
+@pytest.fixture
+def source(root: Path) -> dv.PathSource:
+    return dv.PathSource(root)
+
+
+def nginx(root: Path, **options: Any) -> dv.XAccelRedirect:
+    return dv.XAccelRedirect([dv.Rule(str(root), "/_files/")], **options)
+
+
+async def passed_on(request: Request, call_next: Any) -> Response:
+    response: Response = await call_next(request)
+    return response
+
+
+def plain(app: ASGIApp, backend: dv.OffloadBackend) -> ASGIApp:
+    return dv.OffloadMiddleware(app, backend)
+
+
+def middlewares(*others: Middleware) -> Any:
+    def wrapped(app: ASGIApp, backend: dv.OffloadBackend) -> ASGIApp:
+        return Starlette(
+            routes=[Mount("/", app)], middleware=[Middleware(dv.OffloadMiddleware, backend=backend), *others]
+        )
+
+    return wrapped
+
+
+def outside(*others: Middleware) -> Any:
+    def wrapped(app: ASGIApp, backend: dv.OffloadBackend) -> ASGIApp:
+        return Starlette(
+            routes=[Mount("/", app)], middleware=[*others, Middleware(dv.OffloadMiddleware, backend=backend)]
+        )
+
+    return wrapped
+
+
+def mounted_in_fastapi(app: ASGIApp, backend: dv.OffloadBackend) -> ASGIApp:
+    api = FastAPI()
+    api.mount("/", dv.OffloadMiddleware(app, backend))
+    return api
+
+
+GZIP = Middleware(GZipMiddleware, minimum_size=1)
+BASE = Middleware(BaseHTTPMiddleware, dispatch=passed_on)
+CORS = Middleware(CORSMiddleware, allow_origins=["*"])
+WRAPPINGS = {
+    "plain": plain,
+    "gzip": middlewares(GZIP),
+    "basehttp": middlewares(BASE, BASE),
+    "cors": middlewares(CORS),
+    "all": middlewares(GZIP, BASE, CORS),
+    "outside": outside(CORS, BASE, GZIP),
+    "fastapi": mounted_in_fastapi,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Range": "bytes=0-1"}, {"If-None-Match": "*"}, {"If-Match": '"x"'}, {"Range": "bytes=99999-"}]
+)
+async def test_an_offload_is_always_a_200_without_a_body(
+    root: Path, source: dv.PathSource, wrap: Any, method: str, headers: dict[str, str]
+) -> None:
+    app = wrap(Mount("/d", app=dv.Download(source, attachment=False, cache_control="private")), nginx(root))
+    answer = await call(app, "/d/page.html", method=method, headers={"Accept-Encoding": "gzip", **headers})
+    assert answer.status == 200
+    assert_x_accel_redirect(
+        answer, redirect_url="/_files/page.html", filename="page.html", attachment=False, content_type="text/html; charset=utf-8"
+    )
+    assert answer.body == b""
+    assert answer.headers["content-length"] == "0"
+    assert answer.headers["cache-control"] == "private"
+    assert answer.headers["content-security-policy"] == "sandbox; default-src 'none'"
+    assert not {"accept-ranges", "content-range", "content-encoding", "transfer-encoding"} & set(answer.headers)
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
+async def test_a_file_outside_every_rule_is_streamed(source: dv.PathSource, wrap: Any) -> None:
+    app = wrap(Mount("/d", app=dv.Download(source)), nginx(Path("/elsewhere")))
+    answer = await call(app, "/d/page.html")
+    assert_download_response(answer, content=CONTENT, filename="page.html")
+    assert not OFFLOAD_HEADERS & set(answer.headers)
+
+
+async def test_the_options_of_nginx(root: Path, source: dv.PathSource) -> None:
+    backend = nginx(root, buffering=False, charset="utf-8", expires=60, limit_rate=1024)
+    answer = await call(dv.OffloadMiddleware(dv.Download(source), backend), "/sub/a b%.txt")
+    assert_x_accel_redirect(
+        answer,
+        redirect_url="/_files/sub/a%20b%25.txt",
+        filename="a b%.txt",
+        buffering=False,
+        charset="utf-8",
+        expires=60,
+        limit_rate=1024,
+    )
+
+
+async def test_x_sendfile(root: Path, source: dv.PathSource) -> None:
+    backend = dv.XSendfile([dv.Rule(str(root), "/srv/files")], encoding="raw")
+    answer = await call(dv.OffloadMiddleware(dv.Download(source), backend), "/sub/a b%.txt")
+    assert_x_sendfile(answer, file_path="/srv/files/sub/a b%.txt")
+    assert answer.headers["etag"] != '"0"'
+
+
+async def test_the_innermost_middleware_wins(root: Path, source: dv.PathSource) -> None:
+    inner = dv.OffloadMiddleware(dv.Download(source), dv.XAccelRedirect([dv.Rule(str(root), "/_inner/")]))
+    answer = await call(dv.OffloadMiddleware(inner, nginx(root)), "/page.html")
+    assert_x_accel_redirect(answer, redirect_url="/_inner/page.html")
+
+
+@pytest.mark.parametrize("header", ["X-Sendfile-Type", "X-Accel-Mapping", "X-Sendfile", "X-Accel-Redirect"])
+async def test_nothing_in_a_request_chooses_an_offload(source: dv.PathSource, header: str) -> None:
+    answer = await call(dv.Download(source), "/page.html", headers={header: "X-Accel-Redirect", "X-Accel-Mapping": "/=/"})
+    assert_download_response(answer, content=CONTENT)
+    assert not OFFLOAD_HEADERS & set(answer.headers)
+
+
+async def test_what_replaces_our_response_carries_no_offload(root: Path, source: dv.PathSource) -> None:
+    async def refuse(request: Request, call_next: Any) -> Response:
+        await call_next(request)
+        return PlainTextResponse("no", 403)
+
+    async def crash(request: Request, call_next: Any) -> Response:
+        await call_next(request)
+        raise RuntimeError("crash")
+
+    for dispatch, status in ((refuse, 403), (crash, 500)):
+        app = middlewares(Middleware(BaseHTTPMiddleware, dispatch=dispatch))(
+            Mount("/d", app=dv.Download(source)), nginx(root)
+        )
+        answer = await call(app, "/d/page.html", raise_errors=False)
+        assert answer.status == status
+        assert not OFFLOAD_HEADERS & set(answer.headers)
+
+
+async def test_an_endpoint_decides_who_may_have_which_file(root: Path, source: dv.PathSource) -> None:
+    async def endpoint(request: Request) -> Response:
+        if request.headers.get("authorization") != "yes":
+            raise HTTPException(403)
+        response = dv.DownloadResponse(await source.resolve(request.path_params["path"]), filename="Päge.html")
+        response.set_cookie("seen", "1")
+        response.headers["X-Own"] = "1"
+        return response
+
+    app = dv.OffloadMiddleware(
+        Starlette(
+            routes=[Route("/{path:path}", endpoint)],
+            exception_handlers={dv.FileError: dv.download_error},
+        ),
+        nginx(root),
+    )
+    refused = await call(app, "/page.html")
+    assert refused.status == 403
+    assert not OFFLOAD_HEADERS & set(refused.headers)
+    granted = await call(app, "/page.html", headers={"Authorization": "yes"})
+    assert_x_accel_redirect(granted, redirect_url="/_files/page.html", filename="Päge.html")
+    assert granted.headers["x-own"] == "1"
+    assert granted.headers["set-cookie"].startswith("seen=1")
+    for name in ("../secret", "none", "sub"):
+        missing = await call(app, f"/{name}", headers={"Authorization": "yes"})
+        assert (missing.status, missing.body) == (404, b"Not Found")
+
+
+async def test_a_link_out_of_the_root_is_not_offloaded_either(root: Path, source: dv.PathSource) -> None:
+    (root / "out").symlink_to("/etc/passwd")
+    answer = await call(dv.OffloadMiddleware(dv.Download(source), nginx(root)), "/out")
+    assert answer.status == 404
+    assert not OFFLOAD_HEADERS & set(answer.headers)
+
+
+async def test_another_status_is_sent_whole_by_us(root: Path, source: dv.PathSource) -> None:
+    response = dv.DownloadResponse(await source.resolve("page.html"), status_code=404)
+    answer = await call(dv.OffloadMiddleware(response, nginx(root)), "/", headers={"Range": "bytes=0-1"})
+    assert (answer.status, answer.body) == (404, CONTENT)
+    assert not OFFLOAD_HEADERS & set(answer.headers)
+
+
+async def test_a_post_may_be_answered_with_a_file(root: Path, source: dv.PathSource) -> None:
+    response = dv.DownloadResponse(await source.resolve("page.html"))
+    answer = await call(
+        dv.OffloadMiddleware(response, nginx(root)), "/", method="POST", headers={"Range": "bytes=0-1", "If-None-Match": "*"}
+    )
+    assert (answer.status, answer.body) == (200, CONTENT)
+
+
+@pytest.mark.parametrize(
+    "name", ["X-Accel-Redirect", "x-sendfile", "Content-Length", "Content-Range", "ETag", "Transfer-Encoding"]
+)
+async def test_headers_that_only_the_library_may_make_are_refused(source: dv.PathSource, name: str) -> None:
+    with pytest.raises(ValueError, match=name.lower()):
+        dv.DownloadResponse(await source.resolve("page.html"), headers={name: "x"})
+
+
+async def test_headers_that_are_set_later_cannot_break_the_framing(source: dv.PathSource) -> None:
+    response = dv.DownloadResponse(await source.resolve("page.html"))
+    response.headers["Content-Length"] = "1"
+    response.headers["X-Accel-Redirect"] = "/secret"
+    answer = await call(response)
+    assert answer.headers["content-length"] == str(len(CONTENT))
+    assert "x-accel-redirect" not in answer.headers
+
+
+async def test_a_304_keeps_the_headers_of_the_application_and_none_of_the_content(source: dv.PathSource) -> None:
+    answer = await call(dv.Download(source, headers={"Cache-Control": "no-cache", "X-Own": "1"}), "/page.html", headers={"If-None-Match": "*"})
+    assert answer.status == 304
+    assert (answer.headers["cache-control"], answer.headers["x-own"]) == ("no-cache", "1")
+    assert "content-disposition" not in answer.headers
+
+
+async def test_a_background_task_runs_after_the_download(source: dv.PathSource) -> None:
+    done: list[int] = []
+    response = dv.DownloadResponse(await source.resolve("page.html"), background=BackgroundTask(done.append, 1))
+    assert (await call(response)).body == CONTENT
+    assert done == [1]
+
+
+async def test_the_key_of_a_route(root: Path) -> None:
+    asked: list[Any] = []
+
+    async def make(key: Any) -> bytes:
+        asked.append(key)
+        return b"x"
+
+    source = dv.VirtualSource(make)
+    app = Starlette(
+        routes=[
+            Route("/one/{id:int}", dv.Download(source)),
+            Route("/two/{tenant}/{name}", dv.Download(source, key="name")),
+            Route("/request/{name}", dv.Download(source, key=lambda request: request.url.path)),
+            Route("/bad/{tenant}/{name}", dv.Download(source)),
+            Mount("/mount", dv.Download(source)),
+        ]
+    )
+    for path in ("/one/7", "/two/t/n", "/request/r", "/mount/a/b"):
+        assert (await call(app, path)).status == 200
+    assert asked == ["7", "n", "/request/r", "a/b"]
+    with pytest.raises(dv.ConfigurationError, match="key="):
+        await call(app, "/bad/t/n")
+
+
+async def test_details_of_a_failure_are_in_the_log_alone_and_escaped(
+    source: dv.PathSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "downloadview_async")
+    answer = await call(dv.Download(source), "/evil\nINFO: forged")
+    assert (answer.status, answer.body) == (404, b"Not Found")
+    assert len(caplog.records) == 1
+    assert "\n" not in caplog.records[0].getMessage()
+    assert "forged" in caplog.records[0].getMessage()
+
+
+async def test_download_error_answers_our_errors_only() -> None:
+    with pytest.raises(dv.DownloadError):
+        await dv.download_error(Request({"type": "http", "method": "GET", "path": "/", "headers": []}), KeyError("x"))
+
+
+async def test_other_scopes_pass_the_middleware_untouched() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope)
+
+    scope = {"type": "lifespan"}
+    await dv.OffloadMiddleware(app, nginx(Path("/x")))(scope, None, None)  # type: ignore[arg-type]
+    assert seen == [scope]
+    assert seen[0] is scope

@@ -1,0 +1,293 @@
+"""Exactly the promised bytes, or an aborted connection; and nothing left open, whatever the client does."""
+
+import asyncio
+import gc
+import os
+import resource
+import socket
+import struct
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+import downloadview_async as dv
+from downloadview_async.sources.local import CHUNK_SIZE
+from downloadview_async.testing import call
+from tests.live import ask, live, parse
+
+MIB = 1 << 20
+BIG = 64 * MIB  # more than the socket buffers of both sides take
+
+pytestmark = pytest.mark.asyncio
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def back_to(count: int) -> None:
+    """Wait until no more descriptors are open than `count`."""
+    for _ in range(200):
+        if descriptors() <= count:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{descriptors()} descriptors are open, {count} were")
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    path = tmp_path / "big.bin"
+    path.write_bytes(os.urandom(MIB) * (BIG // MIB))
+    return path
+
+
+def serving(root: Path) -> Starlette:
+    return Starlette(routes=[Route("/{path:path}", dv.Download(dv.PathSource(root)))])
+
+
+async def begun(port: int, path: str, *, buffer: int = 4096) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
+    """Ask for a file with small buffers, and stop reading after the first bytes."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=client, limit=buffer)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    return reader, writer, await reader.read(1000)
+
+
+async def rest(reader: asyncio.StreamReader) -> bytes:
+    received = bytearray()
+    try:
+        while block := await reader.read(1 << 20):
+            received += block
+    except ConnectionError:
+        pass
+    return bytes(received)
+
+
+async def test_a_file_that_grows_is_cut_at_the_promise(big: Path) -> None:
+    content = big.read_bytes()
+    async with live(serving(big.parent)) as port:
+        reader, writer, first = await begun(port, "/big.bin")
+        with big.open("ab") as file:
+            file.write(b"more")
+        answer = parse(first + await rest(reader))
+        writer.close()
+    assert answer.complete
+    assert answer.body == content
+
+
+async def test_a_file_that_shrinks_aborts_after_an_exact_prefix(big: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = big.read_bytes()
+    async with live(serving(big.parent)) as port:
+        reader, writer, first = await begun(port, "/big.bin")
+        os.truncate(big, BIG // 2)
+        answer = parse(first + await rest(reader))
+        writer.close()
+    assert not answer.complete
+    assert answer.body == content[: len(answer.body)]
+    assert len(answer.body) >= BIG // 2 - 8 * MIB
+    assert "before what was promised" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["renamed over", "unlinked"])
+async def test_a_file_that_is_replaced_is_sent_to_its_old_end(big: Path, how: str) -> None:
+    content = big.read_bytes()
+    async with live(serving(big.parent)) as port:
+        reader, writer, first = await begun(port, "/big.bin")
+        if how == "unlinked":
+            big.unlink()
+        else:
+            (big.parent / "new").write_bytes(b"new" * MIB)
+            (big.parent / "new").rename(big)
+        answer = parse(first + await rest(reader))
+        writer.close()
+    assert answer.complete
+    assert answer.body == content
+
+
+async def test_headers_and_bytes_are_of_one_version(tmp_path: Path) -> None:
+    """A file is replaced by rename all the time: its length and its tag always are those of its bytes."""
+    stop = threading.Event()
+
+    def replace() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            (tmp_path / "new").write_bytes(b"%d" % (number % 10) * (1 + number % 1000))
+            (tmp_path / "new").rename(tmp_path / "file")
+
+    (tmp_path / "file").write_bytes(b"0")
+    thread = threading.Thread(target=replace)
+    app = serving(tmp_path)
+    thread.start()
+    try:
+        for _ in range(1000):
+            answer = await call(app, "/file", scope={"path_params": {"path": "file"}})
+            assert len(answer.body) == int(answer.headers["content-length"])
+            assert answer.headers["etag"].strip('"').endswith(f"-{len(answer.body):x}")
+            assert len(set(answer.body)) == 1
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Failing:
+    """A file whose disk fails at the 20th read; an `AsyncFile` as a user would write it."""
+
+    name = "failing.bin"
+    location = None
+
+    def __init__(self, fail_at: int = 20) -> None:
+        self.fail_at = fail_at
+        self.open_now = 0
+
+    @asynccontextmanager
+    async def open(self, request: Any = None) -> AsyncIterator["Failing"]:
+        self.open_now += 1
+        try:
+            yield self
+        finally:
+            self.open_now -= 1
+
+    metadata = dv.FileMetadata(size=BIG)
+
+    async def stream(self, span: Any) -> AsyncIterator[bytes]:
+        for number in range(BIG // CHUNK_SIZE):
+            if number == self.fail_at:
+                raise dv.TransferAborted("reading failed: [Errno 5] Input/output error")
+            yield b"x" * CHUNK_SIZE
+
+
+async def test_a_disk_that_fails_amid_aborts_and_before_the_first_byte_is_a_503() -> None:
+    amid, first = Failing(), Failing(fail_at=0)
+    app = Starlette(
+        routes=[Route("/amid", dv.DownloadResponse(amid)), Route("/first", dv.DownloadResponse(first))]  # type: ignore[arg-type]
+    )
+    async with live(app) as port:
+        answer = await ask(port, "/amid")
+        assert not answer.complete
+        assert len(answer.body) == 20 * CHUNK_SIZE
+        answer = await ask(port, "/first")
+        assert (answer.status, answer.body) == (503, b"Service Unavailable")
+        assert answer.headers["retry-after"]
+    assert (amid.open_now, first.open_now) == (0, 0)
+
+
+async def test_a_generator_that_raises_amid_aborts_and_before_the_first_byte_is_a_500() -> None:
+    def amid() -> Any:
+        yield b"x" * MIB
+        raise RuntimeError("amid")
+
+    def first() -> Any:
+        raise RuntimeError("first")
+        yield b""
+
+    def make(name: str) -> dv.VirtualFile:
+        return dv.VirtualFile({"amid": amid, "first": first}[name], name=name)
+
+    app = Starlette(routes=[Route("/{name}", dv.Download(dv.VirtualSource(make)))])
+    async with live(app) as port:
+        answer = await ask(port, "/amid")
+        assert (answer.status, len(answer.body), answer.complete) == (200, MIB, False)
+        assert (await ask(port, "/first")).status == 500
+
+
+async def test_a_client_that_leaves_closes_the_file_at_once(big: Path) -> None:
+    async with live(serving(big.parent)) as port:
+        await ask(port, "/none")
+        before = descriptors()
+        _, writer, _ = await begun(port, "/big.bin")
+        assert descriptors() > before
+        writer.transport.abort()
+        await back_to(before)
+
+
+async def test_hundreds_of_resets_leave_nothing_open(big: Path) -> None:
+    async with live(serving(big.parent)) as port:
+        await ask(port, "/none")
+        before, tasks = descriptors(), len(asyncio.all_tasks())
+        clients = [await begun(port, "/big.bin") for _ in range(200)]
+        for _, writer, _ in clients:
+            client = writer.get_extra_info("socket")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        del clients
+        await back_to(before)
+        for _ in range(100):
+            if len(asyncio.all_tasks()) <= tasks:
+                break
+            await asyncio.sleep(0.01)
+        assert len(asyncio.all_tasks()) <= tasks
+
+
+async def test_cancelled_inside_send_closes_the_file(big: Path) -> None:
+    app = dv.Download(dv.PathSource(big.parent))
+    before = descriptors()
+    for _ in range(20):
+        answer = await call(app, "/big.bin", cancel_after_bytes=CHUNK_SIZE)
+        assert answer.cancelled
+        assert not answer.complete
+    gc.collect()
+    assert descriptors() <= before
+
+
+async def test_a_client_that_leaves_before_the_first_byte_or_twice_is_served_nothing(big: Path) -> None:
+    app = dv.Download(dv.PathSource(big.parent))
+    before = descriptors()
+    for _ in range(5):
+        answer = await call(app, "/big.bin", leave_after_messages=0)
+        assert len(answer.body) == 0
+        assert not answer.complete
+    assert descriptors() <= before
+
+
+async def test_a_body_sent_with_a_get_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "ten.txt").write_bytes(b"0123456789")
+    async with live(serving(tmp_path)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /ten.txt HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
+        sent = 0
+        with pytest.raises(ConnectionError):  # the server closes while we send
+            while sent < 100 * MIB:
+                writer.write(b"x" * 65536)
+                await writer.drain()
+                sent += 65536
+        writer.close()
+        assert sent < 50 * MIB
+
+
+async def test_one_request_after_the_other_on_one_connection(tmp_path: Path) -> None:
+    (tmp_path / "ten.txt").write_bytes(b"0123456789")
+    async with live(serving(tmp_path)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(3):
+            writer.write(b"GET /ten.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert b" 200 OK" in head
+            assert await reader.readexactly(10) == b"0123456789"
+        writer.close()
+
+
+async def test_descriptors_exhausted_are_a_503_and_recover(tmp_path: Path) -> None:
+    (tmp_path / "ten.txt").write_bytes(b"0123456789")
+    app = dv.Download(dv.PathSource(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert (await call(app, "/ten.txt")).status == 200
+    gc.collect()  # files of other tests must not be closed meanwhile
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        refused = await call(app, "/ten.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert refused.status == 503
+    assert (await call(app, "/ten.txt")).status == 200

@@ -1,0 +1,92 @@
+"""A real uvicorn in the test's own event loop, and a raw client that sees every byte of an answer."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response as it came over the socket."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    complete: bool
+    """Whether the body has all that its framing promised."""
+
+
+@contextlib.asynccontextmanager
+async def live(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
+    """Serve `app` on a free port of the loopback, and give the port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options)
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0)
+        if task.done():
+            task.result()
+    try:
+        yield int(listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        await task
+        listener.close()
+
+
+async def ask(port: int, path: str, *, method: str = "GET", headers: dict[str, str] | None = None) -> Answer:
+    """Send one request and read the whole answer."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: test", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    return await ask_raw(port, ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape"), method=method)
+
+
+async def ask_raw(port: int, request: bytes, *, method: str = "GET") -> Answer:
+    """Send bytes, and read until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        received = bytearray()
+        with contextlib.suppress(ConnectionError):
+            while block := await reader.read(1 << 16):
+                received += block
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+    return parse(bytes(received), method=method)
+
+
+def parse(received: bytes, *, method: str = "GET") -> Answer:
+    """Read an answer by its framing."""
+    head, _, body = received.partition(b"\r\n\r\n")
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        assert name.lower() not in headers, f"two {name} fields"
+        headers[name.lower()] = value.strip()
+    status = int(status_line.split(" ")[1])
+    if method == "HEAD" or status in (204, 304):
+        return Answer(status, headers, body, body == b"")
+    if headers.get("transfer-encoding") == "chunked":
+        return Answer(status, headers, *_dechunked(body))
+    return Answer(status, headers, body, len(body) == int(headers.get("content-length", -1)))
+
+
+def _dechunked(body: bytes) -> tuple[bytes, bool]:
+    whole = b""
+    while body:
+        line, _, body = body.partition(b"\r\n")
+        size = int(line, 16)
+        if size == 0:
+            return whole, body == b"\r\n"
+        whole, body = whole + body[:size], body[size + 2 :]
+    return whole, False

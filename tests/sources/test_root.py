@@ -1,0 +1,260 @@
+"""Opening beneath a root: what names, links and races cannot do. Every test runs with openat2 and without."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from downloadview_async import AccessDenied, ConfigurationError, FileError, FileMissing, SourceUnavailable
+from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.root import Root, Symlinks, has_openat2, open_trusted
+
+OUTSIDE = b"outside"
+INSIDE = b"inside"
+
+
+@pytest.fixture(params=["openat2", "openat"])
+def use_openat2(request: pytest.FixtureRequest) -> bool:
+    if request.param == "openat2" and not has_openat2():
+        pytest.skip("openat2: this kernel or sandbox has none")
+    return bool(request.param == "openat2")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Iterator[Path]:
+    root = tmp_path / "root"
+    (root / "sub" / "deep").mkdir(parents=True)
+    (root / "a.txt").write_bytes(INSIDE)
+    (root / "sub" / "b.txt").write_bytes(INSIDE)
+    (tmp_path / "root-private").mkdir()
+    (tmp_path / "root-private" / "secret.txt").write_bytes(OUTSIDE)
+    (tmp_path / "secret.txt").write_bytes(OUTSIDE)
+    links = {
+        "to-file": "sub/b.txt",
+        "to-directory": "sub",
+        "sub/deep/up": "../b.txt",
+        "sub/deep/up-twice": "../../a.txt",
+        "out": "../secret.txt",
+        "out-and-in": "../root/a.txt",
+        "absolute": str(root / "a.txt"),
+        "absolute-out": str(tmp_path / "secret.txt"),
+        "through-proc": f"/proc/self/cwd/{os.path.relpath(root / 'a.txt')}",
+        "loop": "loop",
+        "loop-1": "loop-2",
+        "loop-2": "loop-1",
+        "dangling": "nothing",
+        "to-root": ".",
+        "directory-out": "..",
+        "to-link": "to-file",
+    }
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    os.mkfifo(root / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = os.getcwd()
+        os.chdir(root)  # a socket's path has at most 107 bytes
+        try:
+            listener.bind("socket")
+        finally:
+            os.chdir(here)
+        yield root
+
+
+def read(root: Root, name: str) -> bytes:
+    descriptor, found = root.open(name)
+    with os.fdopen(descriptor, "rb") as file:
+        assert not os.get_inheritable(descriptor)
+        content = file.read()
+    assert found.st_size == len(content)
+    return content
+
+
+REFUSED_NAMES = [
+    *["", "/", "//etc/passwd", "/etc/passwd", ".", "..", "../secret.txt", "sub/../a.txt", "./a.txt", "sub//b.txt"],
+    *["a.txt/", "a.txt/x", "sub/", "sub", "../root/a.txt", "../root-private/secret.txt", "a.txt\0", "\0", "a\nb", "a\x7f"],
+    *["\ud800.txt", "x" * 300, "x/" * 2500 + "x", "sub\\b.txt", "..\\secret.txt", "C:\\a.txt", "c:a.txt", "\\\\host\\share"],
+    *["a.txt::$DATA", "CON", "nul.txt", "sub/COM1", "lpt9.tar.gz", "con .txt", "fifo", "socket", "a.txt;x=1", "nothing"],
+]
+
+
+@pytest.mark.parametrize("symlinks", ["deny", "inside", "follow"])
+@pytest.mark.parametrize("name", REFUSED_NAMES, ids=lambda name: ascii(name)[:30])
+def test_a_name_that_is_no_file_of_the_root_is_missing(
+    base: Path, use_openat2: bool, symlinks: Symlinks, name: str
+) -> None:
+    root = Root(base, symlinks=symlinks, use_openat2=use_openat2)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileMissing):
+        root.open(name)
+    with pytest.raises(FileMissing):
+        assert root.open_cached(name) is None
+        raise FileMissing("openat goes to a worker")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+LINKS = {
+    "to-file": INSIDE,
+    "to-directory/b.txt": INSIDE,
+    "sub/deep/up": INSIDE,
+    "sub/deep/up-twice": INSIDE,
+    "to-link": INSIDE,
+    "to-root/a.txt": INSIDE,
+    "to-root/to-root/to-directory/b.txt": INSIDE,
+    "absolute": None,
+    "out-and-in": None,
+    "through-proc": None,
+    "out": None,
+    "absolute-out": None,
+    "directory-out/secret.txt": None,
+    "directory-out/root/a.txt": None,
+    "loop": None,
+    "loop-1": None,
+    "dangling": None,
+    "to-directory": None,
+    "to-root": None,
+}
+
+
+@pytest.mark.parametrize("name, content", LINKS.items())
+def test_links_that_stay_inside_are_followed_and_no_others(
+    base: Path, use_openat2: bool, name: str, content: bytes | None
+) -> None:
+    root = Root(base, symlinks="inside", use_openat2=use_openat2)
+    if content is None:
+        with pytest.raises((FileMissing, AccessDenied)):
+            root.open(name)
+    else:
+        assert read(root, name) == content
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_no_link_is_followed_where_links_are_denied(base: Path, use_openat2: bool, name: str) -> None:
+    root = Root(base, symlinks="deny", use_openat2=use_openat2)
+    assert read(root, "sub/b.txt") == INSIDE
+    with pytest.raises((FileMissing, AccessDenied)):
+        root.open(name)
+
+
+def test_every_link_is_followed_where_the_owner_wants_it(base: Path, use_openat2: bool) -> None:
+    root = Root(base, symlinks="follow", use_openat2=use_openat2)
+    assert read(root, "out") == OUTSIDE
+    assert read(root, "absolute") == INSIDE
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.txt", "50%.txt", "a%20b.txt", "q?.txt", "é.txt", "π.txt", ",.txt", "end ", "end.", ".hidden", "...", "~"]
+)
+def test_unusual_names_are_files_like_others(base: Path, use_openat2: bool, name: str) -> None:
+    (base / name).write_bytes(name.encode())
+    assert read(Root(base, use_openat2=use_openat2), name) == name.encode()
+
+
+def test_regex_characters_in_the_root_mean_nothing(tmp_path: Path, use_openat2: bool) -> None:
+    strange = tmp_path / "r[o].*(x)+?"
+    strange.mkdir()
+    (strange / "a.txt").write_bytes(INSIDE)
+    root = Root(strange, use_openat2=use_openat2)
+    assert read(root, "a.txt") == INSIDE
+    assert root.locate("a.txt") == f"{strange}/a.txt"
+
+
+def test_an_unreadable_file_is_denied(base: Path, use_openat2: bool) -> None:
+    if os.geteuid() == 0:
+        # root may read everything; a directory without the search bit is no better. Ask as somebody else.
+        _as_nobody(base, use_openat2)
+        return
+    (base / "a.txt").chmod(0)
+    with pytest.raises(AccessDenied):
+        Root(base, use_openat2=use_openat2).open("a.txt")
+
+
+def _as_nobody(base: Path, use_openat2: bool) -> None:
+    root = Root(base, use_openat2=use_openat2)
+    (base / "a.txt").chmod(0)
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        try:
+            root.open("a.txt")
+        except AccessDenied:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_directory_swapped_for_a_link_never_lets_an_outside_byte_through(base: Path, use_openat2: bool) -> None:
+    """One thread swaps `swap` between a directory and a link to the outside, as fast as it can."""
+    outside = base.parent / "root-private"
+    (outside / "a.txt").write_bytes(OUTSIDE)
+    real, link, swap = base / "real", base / "link", base / "swap"
+    real.mkdir()
+    (real / "a.txt").write_bytes(INSIDE)
+    link.symlink_to(outside)
+    stop = threading.Event()
+
+    def swapper() -> None:
+        while not stop.is_set():
+            for which in (real, link):
+                os.rename(which, swap)
+                os.rename(swap, which)
+
+    root = Root(base, use_openat2=use_openat2)
+    thread = threading.Thread(target=swapper)
+    thread.start()
+    seen = {INSIDE: 0, OUTSIDE: 0}
+    try:
+        for _ in range(20_000):
+            try:
+                seen[read(root, "swap/a.txt")] += 1
+            except FileError:
+                continue
+    finally:
+        stop.set()
+        thread.join()
+    assert seen[OUTSIDE] == 0
+    assert seen[INSIDE] > 0
+
+
+@pytest.mark.parametrize("path", ["nothing", "a.txt"])
+def test_a_root_that_is_no_directory_is_refused_at_once(base: Path, path: str) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be opened"):
+        Root(base / path)
+
+
+def test_an_unknown_policy_is_refused_at_once(base: Path) -> None:
+    with pytest.raises(ConfigurationError, match="deny, inside, follow"):
+        Root(base, symlinks="yes")  # type: ignore[arg-type]
+
+
+def test_a_closed_root_opens_nothing(base: Path, use_openat2: bool) -> None:
+    root = Root(base, use_openat2=use_openat2)
+    root.close()
+    root.close()
+    with pytest.raises(SourceUnavailable):
+        root.open("a.txt")
+
+
+def test_a_cached_file_is_opened_without_a_worker(base: Path) -> None:
+    if not has_openat2():
+        pytest.skip("openat2: this kernel or sandbox has none")
+    root = Root(base)
+    read(root, "a.txt")
+    opened = root.open_cached("a.txt")
+    assert opened is not None
+    os.close(opened[0])
+
+
+def test_a_trusted_path_is_a_regular_file_or_nothing(base: Path) -> None:
+    descriptor, _ = open_trusted(str(base / "out"))
+    os.close(descriptor)
+    for name in ("fifo", "sub", "nothing"):
+        with pytest.raises(FileMissing):
+            open_trusted(str(base / name))
+
+
+def test_segments_of_a_good_name() -> None:
+    assert checked_segments("a/b c/π.txt") == ["a", "b c", "π.txt"]

@@ -1,0 +1,275 @@
+"""One set of promises, kept by every storage."""
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from downloadview_async import (
+    AccessDenied,
+    ByteRange,
+    ConfigurationError,
+    DirectoryStorage,
+    Download,
+    FileMissing,
+    MemoryStorage,
+    SourceUnavailable,
+    Storage,
+    StorageFile,
+    StorageSource,
+    SyncStorage,
+    TransferAborted,
+    storage_from_url,
+)
+from downloadview_async.testing import call
+
+pytestmark = pytest.mark.asyncio
+CONTENT = bytes(range(256)) * 4096  # 1 MiB: several chunks
+
+
+class FileSystem:
+    """What fsspec's local file system looks like, with a count of what is open and the largest read."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.open_now = 0
+        self.largest = 0
+
+    def open(self, path: str, mode: str) -> Any:
+        assert mode == "rb"
+        outer = self
+
+        class File:
+            def __init__(self) -> None:
+                self.raw = (outer.root / path).open("rb")
+                outer.open_now += 1
+
+            def read(self, size: int) -> bytes:
+                outer.largest = max(outer.largest, size)
+                return self.raw.read(size)
+
+            def seek(self, *args: int) -> int:
+                return self.raw.seek(*args)
+
+            def close(self) -> None:
+                outer.open_now -= 1
+                self.raw.close()
+
+        return File()
+
+    def size(self, path: str) -> int:
+        return (self.root / path).stat().st_size
+
+    def modified(self, path: str) -> datetime:
+        return datetime.fromtimestamp((self.root / path).stat().st_mtime, UTC)
+
+    def url(self, path: str) -> str:
+        return f"https://files.test/{path}"
+
+
+class Django:
+    """What a Django storage looks like: no size without a stat, a path, a URL that is only a path."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, name: str, mode: str = "rb") -> Any:
+        return (self.root / name).open("rb")
+
+    def path(self, name: str) -> str:
+        return str(self.root / name)
+
+    def url(self, name: str) -> str:
+        return f"/media/{name}"
+
+    def get_modified_time(self, name: str) -> datetime:
+        return datetime.fromtimestamp((self.root / name).stat().st_mtime)  # noqa: DTZ006
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file.bin").write_bytes(CONTENT)
+    (tmp_path / "empty").write_bytes(b"")
+    return tmp_path
+
+
+@pytest.fixture(params=["directory", "memory", "fsspec", "django", "url"])
+def storage(request: pytest.FixtureRequest, root: Path) -> Iterator[Storage]:
+    yield {
+        "directory": lambda: DirectoryStorage(root),
+        "memory": lambda: MemoryStorage({"sub/file.bin": CONTENT, "empty": b""}),
+        "fsspec": lambda: SyncStorage(FileSystem(root)),
+        "django": lambda: SyncStorage(Django(root)),
+        "url": lambda: storage_from_url(f"file://{root}"),
+    }[request.param]()
+
+
+async def read(storage: Storage, name: str, span: ByteRange | None = None) -> bytes:
+    async with storage.open(name) as opened:
+        return b"".join([chunk async for chunk in opened.stream(span)])
+
+
+SPANS = [(0, 10), (0, len(CONTENT)), (1000, 600_000), (len(CONTENT) - 1, len(CONTENT)), (5, 5), (0, 300_000)]
+
+
+@pytest.mark.parametrize("start, stop", SPANS)
+async def test_any_span_is_exactly_that(storage: Storage, start: int, stop: int) -> None:
+    assert await read(storage, "sub/file.bin", ByteRange(start, stop)) == CONTENT[start:stop]
+
+
+async def test_several_spans_of_one_open_file_in_any_order(storage: Storage) -> None:
+    async with storage.open("sub/file.bin") as opened:
+        for start, stop in ((700_000, 700_010), (0, 3), (500, 300_000)):
+            assert b"".join([c async for c in opened.stream(ByteRange(start, stop))]) == CONTENT[start:stop]
+
+
+async def test_the_whole_and_the_empty_file(storage: Storage) -> None:
+    answer = await call(Download(StorageSource(storage)), "/sub/file.bin")
+    assert answer.body == CONTENT
+    assert (answer.headers["content-length"], answer.headers["accept-ranges"]) == (str(len(CONTENT)), "bytes")
+    assert answer.headers["content-disposition"] == 'attachment; filename="file.bin"'
+    assert (await call(Download(StorageSource(storage)), "/empty")).headers["content-length"] == "0"
+
+
+async def test_validators_change_with_the_file(storage: Storage, root: Path) -> None:
+    app = Download(StorageSource(storage))
+    before = (await call(app, "/sub/file.bin")).headers["etag"]
+    assert (await call(app, "/sub/file.bin", headers={"If-None-Match": before})).status == 304
+    if isinstance(storage, MemoryStorage):
+        storage.put("sub/file.bin", CONTENT[::-1])
+    else:
+        (root / "sub" / "file.bin").write_bytes(CONTENT[::-1])
+        os.utime(root / "sub" / "file.bin", ns=(0, 1_700_000_000_000_000_001))
+    assert (await call(app, "/sub/file.bin")).headers["etag"] != before
+
+
+@pytest.mark.parametrize("name", ["none", "sub", "sub/none", "sub/file.bin/x"])
+async def test_what_is_no_file_is_missing(storage: Storage, name: str) -> None:
+    with pytest.raises(FileMissing):
+        await read(storage, name)
+
+
+@pytest.mark.parametrize("name", ["", "../x", "/etc/passwd", "a//b", "a/./b", "a\\b", "CON", "a\0b"])
+async def test_a_name_that_no_file_has_never_reaches_a_storage(name: str) -> None:
+    class Untouchable:
+        def open(self, name: str, request: Any = None) -> Any:
+            raise AssertionError("asked")
+
+        async def locate(self, name: str) -> str | None:
+            raise AssertionError("asked")
+
+    with pytest.raises(FileMissing):
+        await StorageSource(Untouchable()).resolve(name)
+
+
+async def test_locations(root: Path) -> None:
+    table: list[tuple[Storage, str | None]] = [
+        (DirectoryStorage(root), f"{root}/sub/file.bin"),
+        (MemoryStorage(), None),
+        (SyncStorage(Django(root)), f"{root}/sub/file.bin"),
+        (SyncStorage(FileSystem(root)), "https://files.test/sub/file.bin"),
+    ]
+    for storage, location in table:
+        assert (await StorageSource(storage).resolve("sub/file.bin")).location == location
+
+
+async def test_a_synchronous_storage_is_read_in_pieces_and_closed(root: Path) -> None:
+    files = FileSystem(root)
+    app = Download(StorageSource(SyncStorage(files)))
+    assert (await call(app, "/sub/file.bin")).body == CONTENT
+    await call(app, "/sub/file.bin", leave_after_bytes=1)
+    await call(app, "/sub/file.bin", cancel_after_bytes=1)
+    await call(app, "/sub/file.bin", method="HEAD")
+    assert files.open_now == 0
+    assert 0 < files.largest <= 256 * 1024
+
+
+ERRORS = [
+    (FileNotFoundError(2, "x"), FileMissing),
+    (IsADirectoryError(21, "x"), FileMissing),
+    (PermissionError(13, "x"), AccessDenied),
+    (OSError(5, "x"), SourceUnavailable),
+    (FileMissing("x"), FileMissing),
+]
+
+
+@pytest.mark.parametrize("error, ours", ERRORS)
+@pytest.mark.parametrize("where", ["open", "size"])
+async def test_errors_of_a_synchronous_storage(root: Path, error: Exception, ours: type[Exception], where: str) -> None:
+    files = FileSystem(root)
+
+    def fail(*args: Any) -> Any:
+        raise error
+
+    setattr(files, where, fail)
+    with pytest.raises(ours):
+        await read(SyncStorage(files), "sub/file.bin")
+    assert files.open_now == 0
+
+
+async def test_a_read_that_fails_aborts(root: Path) -> None:
+    class Failing(Django):
+        def open(self, name: str, mode: str = "rb") -> Any:
+            file = super().open(name)
+            file.close()
+            return file
+
+    class Sized(Failing):
+        def size(self, name: str) -> int:
+            return 10
+
+    with pytest.raises(TransferAborted):
+        await read(SyncStorage(Sized(root)), "sub/file.bin", ByteRange(0, 10))
+
+
+async def test_an_object_that_can_say_less(root: Path) -> None:
+    class Bare:
+        def open(self, name: str, mode: str) -> Any:
+            return (root / name).open(mode)
+
+        def path(self, name: str) -> str:
+            raise NotImplementedError
+
+    answer = await call(Download(StorageSource(SyncStorage(Bare()))), "/sub/file.bin", headers={"Range": "bytes=-2"})
+    assert (answer.status, answer.body) == (206, CONTENT[-2:])
+    assert not {"etag", "last-modified"} & set(answer.headers)
+    assert (await StorageSource(SyncStorage(Bare())).resolve("x")).location is None
+    with pytest.raises(ConfigurationError, match="no open"):
+        SyncStorage(object())
+
+
+async def test_memory_is_a_new_version_with_each_put() -> None:
+    storage = MemoryStorage({"x": b"old"})
+    async with storage.open("x") as opened:
+        storage.put("x", b"new!")
+        assert [chunk async for chunk in opened.stream(None)] == [b"old"]
+    assert await read(storage, "x") == b"new!"
+    storage.delete("x")
+    with pytest.raises(FileMissing):
+        await read(storage, "x")
+    with pytest.raises(FileMissing):
+        storage.delete("x")
+
+
+@pytest.mark.parametrize("url", ["", "/srv", "file:srv", "file://host/srv", "s3://bucket", "memory://x", "file:///nothing/here"])
+async def test_a_url_that_is_no_storage_is_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError):
+        storage_from_url(url)
+
+
+async def test_storages_by_url(root: Path) -> None:
+    assert isinstance(storage_from_url("memory://"), MemoryStorage)
+    (root / "a b").mkdir()
+    (root / "a b" / "x").write_bytes(b"x")
+    assert await read(storage_from_url(f"file://{root}/a%20b"), "x") == b"x"
+
+
+async def test_a_storage_file_by_key() -> None:
+    file = StorageFile(MemoryStorage({"k/1": b"x"}), "k/1", name="one.txt")
+    async with file.open() as opened:
+        assert opened.metadata.size == 1
+    assert (file.name, file.location) == ("one.txt", None)

@@ -1,0 +1,194 @@
+"""Generated content of every kind: what is known of it, that it is closed, and that nothing of it blocks the loop."""
+
+import asyncio
+import io
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiofiles
+import pytest
+
+from downloadview_async import ByteRange, Download, ETag, FileMissing, LocalFile, VirtualFile, VirtualSource
+from downloadview_async.testing import call
+
+pytestmark = pytest.mark.asyncio
+TEN = b"0123456789"
+LOOP_THREAD = threading.main_thread()
+
+
+class Generated:
+    """Plain and asynchronous generators that know whether they were closed, and in which thread they ran."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+        self.started = 0
+        self.threads: set[threading.Thread] = set()
+
+    def plain(self) -> Iterator[bytes]:
+        self.started += 1
+        try:
+            for n in range(10):
+                self.threads.add(threading.current_thread())
+                yield b"%d" % n
+        finally:
+            self.threads.add(threading.current_thread())
+            self.closed += 1
+
+    async def asynchronous(self) -> AsyncIterator[bytes]:
+        self.started += 1
+        try:
+            for n in range(10):
+                yield b"%d" % n
+        finally:
+            await asyncio.sleep(0)
+            self.closed += 1
+
+    def text(self) -> Iterator[str]:
+        yield from ("0123", "456789")
+
+    def endless(self) -> Iterator[bytes]:
+        try:
+            while True:
+                self.threads.add(threading.current_thread())
+                yield b"x" * 100_000
+        finally:
+            self.closed += 1
+
+    async def endless_asynchronous(self) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"x" * 100_000
+        finally:
+            self.closed += 1
+
+
+async def test_every_kind_of_content_gives_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "ten"
+    path.write_bytes(TEN)
+    made = Generated()
+
+    async def opened() -> Any:
+        return await aiofiles.open(path, "rb")
+
+    async def text() -> str:
+        return TEN.decode()
+
+    sized: list[Any] = [TEN, bytearray(TEN), memoryview(TEN), TEN.decode(), lambda: TEN, text, io.BytesIO(TEN), lambda: path.open("rb")]
+    unsized: list[Any] = [made.plain, made.asynchronous, made.text, opened, iter([TEN]), [TEN[:5], TEN[5:]], io.StringIO(TEN.decode())]
+    for contents, known in ((sized, True), (unsized, False)):
+        for content in contents:
+            answer = await call(_app(VirtualFile(content, name="x.txt")), "/x", headers={"Range": "bytes=2-4"})
+            assert answer.complete
+            assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+            if known:
+                assert (answer.status, answer.body, answer.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
+            else:
+                assert (answer.status, answer.body) == (200, TEN)
+                assert not {"content-length", "accept-ranges", "content-range"} & set(answer.headers)
+
+
+def _app(file: Any) -> Download:
+    async def make(name: str) -> Any:
+        return file
+
+    return Download(VirtualSource(make))
+
+
+async def test_a_known_size_of_generated_content_is_promised_and_kept() -> None:
+    made = Generated()
+    answer = await call(_app(VirtualFile(made.plain, name="x", size=10)), "/x", headers={"Range": "bytes=0-1"})
+    assert (answer.status, answer.body, answer.headers["content-length"]) == (200, TEN, "10")
+    assert "accept-ranges" not in answer.headers
+    longer = await call(_app(VirtualFile(made.plain, name="x", size=4)), "/x")
+    assert (longer.body, longer.complete) == (TEN[:4], True)
+    shorter = await call(_app(VirtualFile(made.plain, name="x", size=11)), "/x", raise_errors=False)
+    assert not shorter.complete
+    assert made.closed == made.started == 3
+
+
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+async def test_a_generator_runs_once_for_each_download_and_not_for_a_head(kind: str) -> None:
+    made = Generated()
+    app = _app(VirtualFile(getattr(made, kind), name="x"))
+    assert (await call(app, "/x", method="HEAD")).body == b""
+    assert made.started == 0
+    for turn in (1, 2):
+        assert (await call(app, "/x")).body == TEN
+        assert (made.started, made.closed) == (turn, turn)
+
+
+@pytest.mark.parametrize("kind", ["endless", "endless_asynchronous"])
+async def test_a_generator_is_closed_when_the_client_leaves_or_the_server_cancels(kind: str) -> None:
+    made = Generated()
+    app = _app(VirtualFile(getattr(made, kind), name="x"))
+    assert not (await call(app, "/x", leave_after_bytes=1_000_000)).complete
+    assert made.closed == 1
+    assert (await call(app, "/x", cancel_after_bytes=1_000_000)).cancelled
+    assert made.closed == 2
+
+
+async def test_plain_code_never_runs_in_the_event_loops_thread() -> None:
+    made = Generated()
+
+    def make(name: str) -> VirtualFile:
+        made.threads.add(threading.current_thread())
+        return VirtualFile(lambda: made.plain(), name=name)
+
+    assert (await call(Download(VirtualSource(make)), "/x")).body == TEN
+    assert made.threads
+    assert LOOP_THREAD not in made.threads
+
+
+async def test_a_slow_generator_is_sent_on_as_it_yields() -> None:
+    go_on = threading.Event()
+
+    def slow() -> Iterator[bytes]:
+        yield b"first"
+        threading.Event().wait(0.1)  # longer than a batch
+        yield b"second"
+        assert go_on.wait(30)
+        yield b"third"
+
+    got: list[bytes] = []
+    async with VirtualFile(slow, name="x").open() as opened:
+        async for chunk in opened.stream(None):
+            got.append(chunk)
+            if b"second" in b"".join(got):
+                go_on.set()
+    assert b"".join(got) == b"firstsecondthird"
+    assert len(got) >= 2
+
+
+async def test_what_make_may_return() -> None:
+    local = LocalFile("/etc/hostname")
+
+    async def make(name: str) -> Any:
+        return {"file": local, "bytes": b"x", "text": "é"}.get(name)
+
+    source = VirtualSource(make)
+    assert await source.resolve("file") is local
+    assert (await call(Download(source), "/text")).body == "é".encode()
+    assert (await call(Download(source), "/none")).status == 404
+    with pytest.raises(FileMissing):
+        await source.resolve("none")
+    with pytest.raises(TypeError, match="made of bytes"):
+        await call(_app(VirtualFile(5, name="x")), "/x")  # type: ignore[arg-type]
+    with pytest.raises(FileMissing):
+        async with VirtualFile(lambda: None, name="x").open():
+            pass
+
+
+async def test_validators_of_generated_content() -> None:
+    made = VirtualFile(Generated().plain, name="x", etag=ETag("v1"), last_modified=1_700_000_000)
+    assert (await call(_app(made), "/x", headers={"If-None-Match": '"v1"'})).status == 304
+    one, two = [(await call(_app(VirtualFile(c, name="x")), "/x")).headers["etag"] for c in (b"one", b"two")]
+    assert one != two
+
+
+async def test_file_objects_are_closed() -> None:
+    file = io.BytesIO(TEN)
+    async with VirtualFile(file, name="x").open() as opened:
+        assert [chunk async for chunk in opened.stream(ByteRange(3, 5))] == [b"34"]
+    assert file.closed
