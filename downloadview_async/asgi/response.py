@@ -10,8 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from downloadview_async.asgi.transfer import send_plan, until_the_client_leaves
 from downloadview_async.errors import DownloadError, FileError
-from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.plan import Headers, Plan, Presentation, describe, make_plan
+from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
 from downloadview_async.sources.base import AsyncFile
@@ -86,25 +85,18 @@ class DownloadResponse(Response):
             offload = backend.headers_for(self.file)
             if offload is not None:
                 async with self.file.open(request.describing()) as opened:
-                    metadata = opened.metadata
-                plan = self._offloaded(metadata, offload)
-                await send({"type": "http.response.start", "status": plan.status, "headers": self._raw(plan, scope)})
-                await send({"type": "http.response.body", "body": b""})
-                return
+                    plan = make_offload_plan(opened.metadata, self.presentation, offload, headers=self._own_headers())
+                # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
+                if "content-encoding" not in plan.headers:
+                    start = {"type": "http.response.start", "status": plan.status, "headers": self._raw(plan, scope)}
+                    await send(start)
+                    await send({"type": "http.response.body", "body": b""})
+                    return
         async with self.file.open(request) as opened:
             plan = make_plan(
                 request, opened.metadata, self.presentation, status=self.status_code, headers=self._own_headers()
             )
             await send_plan(plan, opened, self._raw(plan, scope), send)
-
-    def _offloaded(self, metadata: FileMetadata, offload: Mapping[str, str]) -> Plan:
-        """Return the answer that is an order to the proxy: always a 200, whatever the client asked.
-
-        "Whoever sends the bytes evaluates Range and If-*": the proxy makes it a 206, 304 or 416.
-        """
-        headers = describe(metadata, self.presentation) | self._own_headers() | dict(offload)
-        headers["content-length"] = "0"
-        return Plan(200, headers, ())
 
     def _own_headers(self) -> Headers:
         return {name: value for name, value in self.headers.items() if name not in _RESERVED and name != "set-cookie"}

@@ -28,6 +28,7 @@ _TYPES = {
     ".json": "application/json",
     ".jsonl": "application/jsonl",
     ".jxl": "image/jxl",
+    ".log": "text/plain",
     ".m4a": "audio/mp4",
     ".m4v": "video/x-m4v",
     ".map": "application/json",
@@ -51,6 +52,7 @@ _TYPES = {
     ".rtf": "application/rtf",
     ".sqlite": "application/vnd.sqlite3",
     ".svg": "image/svg+xml",
+    ".svgz": "application/gzip",
     ".tar": "application/x-tar",
     ".tgz": "application/gzip",
     ".toml": "application/toml",
@@ -63,6 +65,7 @@ _TYPES = {
     ".webp": "image/webp",
     ".woff": "font/woff",
     ".woff2": "font/woff2",
+    ".xhtml": "application/xhtml+xml",
     ".xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
     ".xml": "application/xml",
     ".xz": "application/x-xz",
@@ -75,13 +78,15 @@ _TYPES = {
 # filenames=(): never the mime.types files of the machine.
 _STANDARD = mimetypes.MimeTypes(filenames=())
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+# A parameter may be empty: "text/plain;" is valid [RFC 9110 5.6.6, 8.3.1].
 _MEDIA_TYPE = re.compile(
-    rf'{_TOKEN}/{_TOKEN}(?:[ \t]*;[ \t]*{_TOKEN}=(?:{_TOKEN}|"[^"\\\x00-\x1f\x7f]*"))*', re.ASCII
-)  # [RFC 9110 8.3.1]
+    rf'{_TOKEN}/{_TOKEN}(?:[ \t]*+;[ \t]*+(?:{_TOKEN}=(?:{_TOKEN}|"[\t \x21\x23-\x5b\x5d-\x7e]*+"))?)*+'
+)
+_CHARSET = re.compile(_TOKEN)
 
-# Shown by a browser without running anything that is in them.
-_PASSIVE = ("audio/", "font/", "image/", "video/")
+# Shown by a browser without running anything that is in them. No comma: of a list, a browser takes the last type.
+_PASSIVE = re.compile(rf"(?:audio|font|image|video)/(?!.*\+xml){_TOKEN}")
 _PASSIVE_TYPES = frozenset({"text/plain", "text/csv", "application/json", DEFAULT})
 
 
@@ -95,10 +100,15 @@ def content_type_for(name: str) -> str:
 
 
 def with_charset(content_type: str, charset: str | None = None) -> str:
-    """Return a content type with its charset: the one given, else utf-8 for text, else none."""
+    """Return a content type with its charset: its own, else the one given, else utf-8 for text, else none.
+
+    A `charset` that cannot be the name of one counts as none.
+    """
     if "charset=" in content_type.lower():
         return content_type
-    if charset is None and not content_type.startswith("text/"):
+    if charset is not None and not _CHARSET.fullmatch(charset):
+        charset = None
+    if charset is None and not content_type.lower().startswith("text/"):
         return content_type
     return f"{content_type}; charset={charset or 'utf-8'}"
 
@@ -114,4 +124,4 @@ def is_active(content_type: str) -> bool:
     Everything that is not known to be passive counts as active.
     """
     essence = content_type.partition(";")[0].strip().lower()
-    return essence not in _PASSIVE_TYPES and (not essence.startswith(_PASSIVE) or essence.endswith("+xml"))
+    return essence not in _PASSIVE_TYPES and not _PASSIVE.fullmatch(essence)

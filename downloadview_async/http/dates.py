@@ -27,12 +27,11 @@ LATEST = 253402300799
 def http_seconds(moment: datetime | float) -> int | None:
     """Return a moment as the whole seconds since the epoch that an HTTP date can name, or None where it cannot.
 
-    A datetime without a time zone is taken as UTC.
+    A datetime without a time zone is taken as UTC. What lies before the epoch cannot be named.
     """
     if isinstance(moment, datetime):
         moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    seconds = math.floor(moment)
-    return seconds if 0 <= seconds <= LATEST else None
+    return math.floor(moment) if 0 <= moment < LATEST + 1 else None
 
 
 def format_http_date(seconds: int) -> str:
@@ -51,24 +50,16 @@ def parse_http_date(text: str, *, now: float | None = None) -> int | None:
             break
     else:
         return None
-    year = int(match["year"])
+    # A leap second is valid in the grammar; the epoch has none, so it counts as the second before.
+    second = 59 if match["second"] == "60" else int(match["second"])
+    time = (int(match["hour"]), int(match["minute"]), second)
+    year, month, day = int(match["year"]), _MONTH[match["month"]], int(match["day"])
     if len(match["year"]) == 2:
         today = datetime.now(UTC) if now is None else datetime.fromtimestamp(now, UTC)
         year += today.year // 100 * 100
-        if year > today.year + 50:
+        if (year, month, day, *time) > (today.year + 50, *today.timetuple()[1:6]):
             year -= 100
-    # A leap second is valid in the grammar; the epoch has none, so it counts as the second before.
-    second = min(int(match["second"]), 59) if match["second"] == "60" else int(match["second"])
     try:
-        moment = datetime(
-            year,
-            _MONTH[match["month"]],
-            int(match["day"]),
-            int(match["hour"]),
-            int(match["minute"]),
-            second,
-            tzinfo=UTC,
-        )
+        return int(datetime(year, month, day, *time, tzinfo=UTC).timestamp())
     except ValueError:
         return None
-    return int(moment.timestamp())

@@ -7,10 +7,14 @@ from urllib.parse import quote
 MAX_BYTES = 255
 """The longest name, in bytes of UTF-8, that common file systems take."""
 
-_DEVICES = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\..*)?", re.IGNORECASE)
+_DEVICES = re.compile(
+    r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\..*)?", re.IGNORECASE | re.DOTALL
+)
 _FORBIDDEN_ON_WINDOWS = re.compile('[<>:"|?*]')
 _ATTR_CHAR = "!#$&+-.^_`|~"  # besides letters and digits [RFC 8187 3.2.1]; urllib's quote keeps "_.-~" anyway
 _JOINERS = "\u200c\u200d"  # invisible, but part of how words and emoji are written
+# What nobody sees at either end of a name: all of Unicode's space separators (Zs), and the joiners.
+_BLANKS = " \u00a0\u1680\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))) + _JOINERS
 
 
 def is_device_name(name: str) -> bool:
@@ -27,13 +31,16 @@ def client_filename(name: str) -> str:
     name = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
     name = "".join(
         character
-        for character in unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode("utf-8"))
+        for character in name.encode("utf-8", "replace").decode("utf-8")
         if unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp", "Cn", "Co") or character in _JOINERS
     )
-    name = name.strip().rstrip(". ")
-    if is_device_name(name):
-        name = f"_{name}"
-    return _cut(name) if name.strip(".") else "download"
+    return _fitted(unicodedata.normalize("NFC", name)) or "download"
+
+
+def _fitted(name: str) -> str:
+    """Return `name` without blanks around it, cut to `MAX_BYTES`, and no device of Windows; it may be empty."""
+    name = _cut(name.lstrip(_BLANKS).rstrip(_BLANKS + "."))
+    return _cut(f"_{name}") if is_device_name(name) else name
 
 
 def _cut(name: str) -> str:
@@ -43,7 +50,8 @@ def _cut(name: str) -> str:
     suffix = f"{dot}{extension}"
     if not stem or len(suffix.encode()) > MAX_BYTES // 4:
         stem, suffix = name, ""
-    return stem.encode()[: MAX_BYTES - len(suffix.encode())].decode("utf-8", "ignore").rstrip(". ") + suffix
+    stem = stem.encode()[: MAX_BYTES - len(suffix.encode())].decode("utf-8", "ignore")
+    return stem.rstrip(_BLANKS + ".") + suffix
 
 
 def _ascii_fallback(name: str) -> str:
@@ -55,11 +63,11 @@ def _ascii_fallback(name: str) -> str:
     stem, dot, extension = ascii_name.rpartition(".")
     if not dot:
         stem, extension = extension, ""
-    stem = stem.strip()
     if not name.isascii() and not re.search("[0-9A-Za-z]", stem):
         stem = "download"
-    fallback = f"{stem}{dot}{extension}".rstrip(". ")
-    return f"_{fallback}" if is_device_name(fallback) else fallback
+    elif stem.startswith(".") and not name.startswith("."):
+        stem = f"download{stem}"  # no hidden file where there was none
+    return _fitted(f"{stem.strip()}{dot}{extension}")
 
 
 def content_disposition(filename: str, *, attachment: bool = True) -> str:

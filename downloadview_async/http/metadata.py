@@ -6,15 +6,23 @@ from dataclasses import dataclass
 from downloadview_async.http.dates import http_seconds
 
 # etagc = %x21 / %x23-7E / obs-text [RFC 9110 8.8.3]; header text is latin-1.
-_ETAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+_VALUE = re.compile(r"[\x21\x23-\x7e\x80-\xff]*+")
+_ETAG = re.compile(rf'(W/)?"({_VALUE.pattern})"')
 
 
 @dataclass(frozen=True, slots=True)
 class ETag:
-    """An entity tag, RFC 9110 section 8.8.3. `value` is what stands between the quotes."""
+    """An entity tag, RFC 9110 section 8.8.3. `value` is what stands between the quotes.
+
+    Raises `ValueError` for a value that cannot stand there: a quote, a blank, a control or anything beyond latin-1.
+    """
 
     value: str
     weak: bool = False
+
+    def __post_init__(self) -> None:
+        if not _VALUE.fullmatch(self.value):
+            raise ValueError(f"not the value of an entity tag: {self.value!r}")
 
     def __str__(self) -> str:
         return f'W/"{self.value}"' if self.weak else f'"{self.value}"'

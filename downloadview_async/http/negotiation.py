@@ -3,7 +3,7 @@
 import re
 
 _ITEM = re.compile(
-    r"[ \t]*+([!#$%&'*+.^_`|~0-9A-Za-z-]+|\*)(?:[ \t]*+;[ \t]*+[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?[ \t]*+"
+    r"[ \t]*+([!#$%&'*+.^_`|~0-9A-Za-z-]++)(?:[ \t]*+;[ \t]*+[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?[ \t]*+"
 )
 
 
@@ -18,8 +18,10 @@ def preferred_encodings(accept_encoding: str | None, available: tuple[str, ...])
     for element in accept_encoding.split(","):
         if match := _ITEM.fullmatch(element):
             weights[match[1].lower().removeprefix("x-")] = float(match[2] or "1")
-    # "identity" is acceptable unless excluded, and it is what anything else has to beat [12.5.3]
-    identity = weights.get("identity", 0.0)
-    accepted = [(weights.get(name, weights.get("*", 0.0)), name) for name in available]
+    # "*" "matches any available content coding not explicitly listed", no coding at all ("identity") included, which
+    # is what the others have to beat [12.5.3].
+    others = weights.get("*", 0.0)
+    identity = weights.get("identity", others)
+    accepted = [(weights.get(name, others), name) for name in available]
     accepted = [item for item in accepted if item[0] > 0 and item[0] >= identity]
     return [name for _, name in sorted(accepted, key=lambda item: -item[0])]

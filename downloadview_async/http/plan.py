@@ -1,6 +1,7 @@
 """`make_plan`: everything that is decided about an answer, before anything is done."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from downloadview_async.http.conditional import failed_precondition, range_applies
@@ -56,22 +57,27 @@ class Presentation:
     content_type: str | None = None
 
 
-def describe(metadata: FileMetadata, presentation: Presentation) -> Headers:
-    """Return the headers that a 200 with this file has, however its bytes are sent: all but those of the framing."""
-    content_type = presentation.content_type or metadata.content_type or content_type_for(presentation.filename)
-    headers = {
-        "content-type": content_type,
+def describe(metadata: FileMetadata, presentation: Presentation, headers: Headers | None = None) -> Headers:
+    """Return the headers that a 200 with this file has, however its bytes are sent: all but those of the framing.
+
+    `headers` are the application's own and win over those that describe the file.
+    """
+    described = {
+        "content-type": presentation.content_type or metadata.content_type or content_type_for(presentation.filename),
         "content-disposition": content_disposition(presentation.filename, attachment=presentation.attachment),
         "x-content-type-options": "nosniff",
     }
-    if not presentation.attachment and is_active(content_type):
-        headers["content-security-policy"] = "sandbox; default-src 'none'"
     if metadata.etag is not None:
-        headers["etag"] = str(metadata.etag)
+        described["etag"] = str(metadata.etag)
     if metadata.last_modified is not None:
-        headers["last-modified"] = format_http_date(metadata.last_modified)
-    headers.update(metadata.headers)
-    return headers
+        described["last-modified"] = format_http_date(metadata.last_modified)
+    described |= metadata.headers
+    described |= headers or {}
+    # By what is sent in the end: the application's own headers may have changed both.
+    inline = not described["content-disposition"].lower().startswith("attachment")
+    if inline and is_active(described["content-type"]):
+        described.setdefault("content-security-policy", "sandbox; default-src 'none'")
+    return described
 
 
 def make_plan(
@@ -88,15 +94,16 @@ def make_plan(
     `headers` are the application's own and win over those that describe the file. A `status` other than 200 is sent
     with the whole file: preconditions and ranges are only for a 200 [13.2.1, 14.2]. `now` is in seconds, UTC.
     """
-    metadata = _not_from_the_future(metadata, time.time() if now is None else now)
-    described = describe(metadata, presentation) | (headers or {})
+    shown = _not_from_the_future(metadata, time.time() if now is None else now)
+    described = describe(shown, presentation, headers)
     if status != 200:
         return _whole(request, metadata, described, status)
-    if failed := failed_precondition(request, metadata):
+    if failed := failed_precondition(request, shown):
         return _without_file(failed, described)
     if request.method != "GET" or request.range is None or metadata.size is None or not metadata.accept_ranges:
         return _whole(request, metadata, described, status)  # "Range [is] defined for [...] GET" alone [14.2]
     specs = parse_range(request.range)
+    # The file's true time, not the one shown: a date that moves with the clock is no validator to resume by.
     if specs is None or not range_applies(request, metadata):
         return _whole(request, metadata, described, status)
     parts = select_ranges(specs, metadata.size)
@@ -105,6 +112,23 @@ def make_plan(
     if parts == "unsatisfiable":
         return _without_file(416, described, {"content-range": f"bytes */{metadata.size}", "accept-ranges": "bytes"})
     return _partial(parts, metadata.size, described)
+
+
+def make_offload_plan(
+    metadata: FileMetadata,
+    presentation: Presentation,
+    offload: Mapping[str, str],
+    *,
+    headers: Headers | None = None,
+    now: float | None = None,
+) -> Plan:
+    """Return the answer that has a proxy send the file: `offload` are the headers that the proxy obeys.
+
+    It is a 200 without a body whatever the client asked: who sends the bytes evaluates Range and If-*, so the proxy
+    makes it a 206, a 304 or a 416.
+    """
+    shown = _not_from_the_future(metadata, time.time() if now is None else now)
+    return Plan(200, describe(shown, presentation, headers) | dict(offload) | {"content-length": "0"}, ())
 
 
 def _not_from_the_future(metadata: FileMetadata, now: float) -> FileMetadata:
@@ -141,5 +165,7 @@ def _partial(parts: list[ByteRange], size: int, headers: Headers) -> Plan:
 def _without_file(status: int, headers: Headers, extra: Headers | None = None) -> Plan:
     kept = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT} | (extra or {})
     if status != 304:
-        kept["content-length"] = "0"
+        # How long the file may be cached says nothing of an error, which is for this request alone.
+        kept.pop("expires", None)
+        kept |= {"cache-control": "private, no-store", "content-length": "0"}
     return Plan(status, kept, ())

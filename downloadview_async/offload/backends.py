@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote_to_bytes
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.rules import Rule, RuleTable
@@ -54,11 +54,11 @@ class XAccelRedirect:
                 raise ConfigurationError(f"no charset: {charset!r}")
             self._options["x-accel-charset"] = charset
         if expires is not None:
-            if expires != "off" and (isinstance(expires, bool | str) or expires < 0):
+            if expires != "off" and not _is_natural(expires):
                 raise ConfigurationError(f"expires is a number of seconds or 'off', not {expires!r}")
             self._options["x-accel-expires"] = str(expires)
         if limit_rate is not None:
-            if isinstance(limit_rate, bool) or limit_rate < 0:
+            if not _is_natural(limit_rate):
                 raise ConfigurationError(
                     f"limit_rate is a number of bytes per second, 0 for no limit, not {limit_rate!r}"
                 )
@@ -70,9 +70,10 @@ class XAccelRedirect:
         if location is None or (found := self._rules.match(location)) is None:
             return None
         target, rest = found
-        if "://" in location:
-            rest = unquote(rest)  # the path of a URL is encoded already
-        return {"x-accel-redirect": target + quote(rest), **self._options}
+        path = os.fsencode(rest) if location.startswith("/") else _decoded(rest)
+        if path is None:
+            return None
+        return {"x-accel-redirect": target + quote(path), **self._options}
 
 
 class XSendfile:
@@ -86,23 +87,47 @@ class XSendfile:
     """
 
     def __init__(self, rules: Iterable[Rule], *, encoding: Literal["raw", "percent"]) -> None:
-        rules = [Rule(rule.source, f"{rule.target.rstrip('/')}/") for rule in rules]
+        rules = list(rules)
         for rule in rules:
-            if "://" in rule.source or not rule.target.startswith("/") or "/../" in rule.target:
+            absolute = rule.source.startswith("/") and rule.target.startswith("/")
+            if not absolute or {".", ".."} & {*rule.target.split("/")} or not _is_text(rule.target):
                 raise ConfigurationError(
                     f"X-Sendfile sends local files: a rule from {rule.source!r} to {rule.target!r} needs an absolute "
                     "directory on both sides"
                 )
+        rules = [Rule(rule.source, f"{rule.target.rstrip('/')}/") for rule in rules]
         if encoding not in ("raw", "percent"):
             raise ConfigurationError(f"encoding is 'raw' (Apache) or 'percent' (lighttpd), not {encoding!r}")
         self._rules = RuleTable(rules)
         self._encoding = encoding
 
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
-        """Return X-Sendfile, or None for a file that no rule covers."""
+        """Return X-Sendfile, or None for a file that no rule covers, or that a raw value cannot name."""
         location = file.location
         if location is None or (found := self._rules.match(location)) is None:
             return None
-        path = "".join(found)
+        path = os.fsencode("".join(found))
+        if self._encoding == "percent":
+            return {"x-sendfile": quote(path)}
+        if path.endswith(b" "):
+            return None  # the end of a header value is trimmed, and the proxy would send the file without the space
         # a header value is bytes, which ASGI code carries as latin-1 text
-        return {"x-sendfile": quote(path) if self._encoding == "percent" else os.fsencode(path).decode("latin-1")}
+        return {"x-sendfile": path.decode("latin-1")}
+
+
+def _decoded(rest: str) -> bytes | None:
+    """Return the bytes that the path of a URL encodes, or None where nginx would not ask for that very path again."""
+    if "?" in rest or "#" in rest:
+        return None
+    path = unquote_to_bytes(rest)
+    if path.count(b"/") != rest.count("/") or {b".", b".."} & {*path.split(b"/")} or min(path) < 0x20:
+        return None
+    return path
+
+
+def _is_natural(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: str) -> bool:
+    return all(" " <= character != "\x7f" for character in value)

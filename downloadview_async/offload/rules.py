@@ -1,10 +1,15 @@
 """`Rule`: what lies below a directory or a URL here is below a target there, for the proxy."""
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from downloadview_async.errors import ConfigurationError
+
+# What a proxy would resolve to another file, trim, or refuse: a control character, an empty segment or one of dots.
+_AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f]|(?:^|/)\.{0,2}(?:/|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +42,27 @@ class RuleTable:
             raise ConfigurationError("an offload backend without a rule offloads nothing: add one, or no backend")
 
     def match(self, location: str) -> tuple[str, str] | None:
-        """Return the target of the rule for `location`, and what of it is below the source; None without a rule."""
+        """Return the target of the rule for `location`, and what of it is below the source.
+
+        None without a rule, and for a location that is below its source by spelling alone: one with a segment that is
+        empty, `.` or `..`, or with a control character.
+        """
         prefix = location
         while slash := prefix.rfind("/") + 1:
             prefix = prefix[: slash - 1]
             if (target := self._targets.get(prefix)) is not None:
-                return target, location[slash:]
+                rest = location[slash:]
+                return None if _AMBIGUOUS.search(rest) else (target, rest)
         return None
 
 
 def _normalized(source: str) -> str:
     """Return a source without its last slash, so that it is a prefix of whole segments."""
-    if "://" in source:
-        return source.rstrip("/")
-    if not os.path.isabs(source):
-        raise ConfigurationError(f"the source of an offload rule is an absolute path or a URL, not {source!r}")
-    return os.path.normpath(source).rstrip("/")
+    if os.path.isabs(source):
+        return f"/{os.path.normpath(source).strip('/')}".rstrip("/")
+    parts = urlsplit(source)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise ConfigurationError(
+            f"the source of an offload rule is an absolute directory, or an http or https URL, not {source!r}"
+        )
+    return source.rstrip("/")

@@ -15,6 +15,7 @@ import httpcore2
 import httpx2
 
 from downloadview_async.errors import UpstreamError
+from downloadview_async.sources.sockets import connect
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -84,7 +85,6 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
 
     def __init__(self, hosts: AllowedHosts) -> None:
         self._hosts = hosts
-        self._network = httpcore2.AnyIOBackend()
 
     async def connect_tcp(
         self,
@@ -104,7 +104,13 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         failure: Exception | None = None
         for address in addresses:
             try:
-                return await self._network.connect_tcp(str(address), port, timeout, local_address, socket_options)
+                return await connect(
+                    str(address),
+                    port,
+                    family=socket.AF_INET if address.version == 4 else socket.AF_INET6,
+                    timeout=timeout,
+                    options=socket_options or (),
+                )
             except httpcore2.ConnectError as exc:
                 failure = exc
         raise failure or httpcore2.ConnectError(f"{host!r} has no address")
@@ -134,11 +140,12 @@ async def _look_up(host: str, port: int, timeout: float | None) -> list[Address]
 
 def guarded_client(hosts: AllowedHosts, *, connect_timeout: float, read_timeout: float) -> httpx2.AsyncClient:
     """Return a client that connects nowhere else, follows nothing, keeps no cookies and knows no proxies."""
-    transport = httpx2.AsyncHTTPTransport(trust_env=False)
+    context = httpcore2.default_ssl_context()
+    transport = httpx2.AsyncHTTPTransport(verify=context, trust_env=False)
     # The one way to give httpx's transport a network of our own. Nobody waits in its pool (our slots come first), so
     # a request cancelled while waiting cannot take a connection with it.
     transport._pool = httpcore2.AsyncConnectionPool(  # noqa: SLF001
-        ssl_context=httpcore2.default_ssl_context(),
+        ssl_context=context,
         max_connections=None,
         max_keepalive_connections=20,
         keepalive_expiry=5.0,

@@ -1,6 +1,7 @@
 """Files of objects (database rows, models): `ObjectSource` reads what it needs from their attributes."""
 
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,6 +14,8 @@ from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source
+
+_CODING = re.compile("[0-9A-Za-z._-]+")
 
 
 class ObjectSource:
@@ -105,7 +108,7 @@ class ObjectFile:
         changed = replace(metadata, content_type=with_charset(content_type, self._charset))
         if metadata.size is None:
             changed = replace(changed, size=self._size, accept_ranges=False)
-        if self._encoding is not None:
+        if self._encoding is not None and _CODING.fullmatch(self._encoding):
             changed = replace(changed, headers=(*changed.headers, ("content-encoding", self._encoding)))
         if self._modified is not None:
             changed = replace(changed, last_modified=http_seconds(self._modified))

@@ -42,6 +42,9 @@ _MAX_SKIP = 256 * 1024  # bytes: reading over a gap this small is cheaper than a
 # proxy or to our client. Content-Length, -Type, -Range, ETag and Last-Modified are read, checked and made anew.
 _PASSED_HEADERS = ("content-encoding", "content-language", "cache-control", "expires", "vary")
 
+# What an upstream says to its own proxy in place of the bytes.
+_OFFLOADS = frozenset({"x-accel-redirect", "x-sendfile", "x-reproxy-url", "x-litespeed-location"})
+
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,18})", re.IGNORECASE)
 _LENGTH = re.compile("[0-9]{1,18}")
@@ -266,6 +269,11 @@ class OpenRemoteFile:
         match response.status_code:
             case 200:
                 self._body.stop = size = _size(fields)
+                if size == 0 and (order := _OFFLOADS.intersection(fields)):
+                    raise UpstreamError(
+                        f"{self._url!r} sent {', '.join(order)} and no bytes: it is behind a proxy of its own, whose URL "
+                        "this source needs"
+                    )
                 return replace(_entity(metadata, fields), size=size)
             case 206 if spec is not None:
                 part, size = _content_range(fields)

@@ -187,7 +187,8 @@ async def test_any_range_of_an_empty_file_is_the_whole_of_it(port: int, kind: st
 async def test_two_range_fields_are_ignored(port: int, kind: str) -> None:
     answer = await ask_raw(
         port,
-        f"GET /{kind}/ten.txt HTTP/1.1\r\nHost: x\r\nRange: bytes=0-1\r\nRange: bytes=2-3\r\nConnection: close\r\n\r\n".encode(),
+        b"GET /%b/ten.txt HTTP/1.1\r\nHost: x\r\nRange: bytes=0-1\r\nRange: bytes=2-3\r\nConnection: close\r\n\r\n"
+        % kind.encode(),
     )
     assert (answer.status, answer.body) == (200, CONTENT)
 
@@ -255,7 +256,9 @@ async def test_date_conditions(port: int, kind: str) -> None:
 @each_kind
 async def test_a_missing_file_ignores_conditions_and_says_one_thing(port: int, kind: str) -> None:
     plain = await ask(port, f"/{kind}/none.txt")
-    conditional = await ask(port, f"/{kind}/none.txt", headers={"If-Match": '"x"', "If-None-Match": "*", "Range": "bytes=0-1"})
+    conditional = await ask(
+        port, f"/{kind}/none.txt", headers={"If-Match": '"x"', "If-None-Match": "*", "Range": "bytes=0-1"}
+    )
     for answer in (plain, conditional):
         assert (answer.status, answer.body) == (404, b"Not Found")
         assert answer.headers["cache-control"] == "private, no-store"

@@ -1,4 +1,4 @@
-"""`DownloadResponse` and `OffloadMiddleware` inside real applications: what an offload goes on, and what it never does."""
+"""`DownloadResponse` and `OffloadMiddleware` in real applications: what an offload goes on, and what it never does."""
 
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,11 @@ async def test_an_offload_is_always_a_200_without_a_body(
     answer = await call(app, "/d/page.html", method=method, headers={"Accept-Encoding": "gzip", **headers})
     assert answer.status == 200
     assert_x_accel_redirect(
-        answer, redirect_url="/_files/page.html", filename="page.html", attachment=False, content_type="text/html; charset=utf-8"
+        answer,
+        redirect_url="/_files/page.html",
+        filename="page.html",
+        attachment=False,
+        content_type="text/html; charset=utf-8",
     )
     assert answer.body == b""
     assert answer.headers["content-length"] == "0"
@@ -147,7 +151,9 @@ async def test_the_innermost_middleware_wins(root: Path, source: dv.PathSource) 
 
 @pytest.mark.parametrize("header", ["X-Sendfile-Type", "X-Accel-Mapping", "X-Sendfile", "X-Accel-Redirect"])
 async def test_nothing_in_a_request_chooses_an_offload(source: dv.PathSource, header: str) -> None:
-    answer = await call(dv.Download(source), "/page.html", headers={header: "X-Accel-Redirect", "X-Accel-Mapping": "/=/"})
+    answer = await call(
+        dv.Download(source), "/page.html", headers={header: "X-Accel-Redirect", "X-Accel-Mapping": "/=/"}
+    )
     assert_download_response(answer, content=CONTENT)
     assert not OFFLOAD_HEADERS & set(answer.headers)
 
@@ -215,7 +221,10 @@ async def test_another_status_is_sent_whole_by_us(root: Path, source: dv.PathSou
 async def test_a_post_may_be_answered_with_a_file(root: Path, source: dv.PathSource) -> None:
     response = dv.DownloadResponse(await source.resolve("page.html"))
     answer = await call(
-        dv.OffloadMiddleware(response, nginx(root)), "/", method="POST", headers={"Range": "bytes=0-1", "If-None-Match": "*"}
+        dv.OffloadMiddleware(response, nginx(root)),
+        "/",
+        method="POST",
+        headers={"Range": "bytes=0-1", "If-None-Match": "*"},
     )
     assert (answer.status, answer.body) == (200, CONTENT)
 
@@ -238,7 +247,11 @@ async def test_headers_that_are_set_later_cannot_break_the_framing(source: dv.Pa
 
 
 async def test_a_304_keeps_the_headers_of_the_application_and_none_of_the_content(source: dv.PathSource) -> None:
-    answer = await call(dv.Download(source, headers={"Cache-Control": "no-cache", "X-Own": "1"}), "/page.html", headers={"If-None-Match": "*"})
+    answer = await call(
+        dv.Download(source, headers={"Cache-Control": "no-cache", "X-Own": "1"}),
+        "/page.html",
+        headers={"If-None-Match": "*"},
+    )
     assert answer.status == 304
     assert (answer.headers["cache-control"], answer.headers["x-own"]) == ("no-cache", "1")
     assert "content-disposition" not in answer.headers

@@ -51,7 +51,9 @@ def serving(root: Path) -> Starlette:
     return Starlette(routes=[Route("/{path:path}", dv.Download(dv.PathSource(root)))])
 
 
-async def begun(port: int, path: str, *, buffer: int = 4096) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
+async def begun(
+    port: int, path: str, *, buffer: int = 4096
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
     """Ask for a file with small buffers, and stop reading after the first bytes."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
@@ -169,7 +171,7 @@ class Failing:
 async def test_a_disk_that_fails_amid_aborts_and_before_the_first_byte_is_a_503() -> None:
     amid, first = Failing(), Failing(fail_at=0)
     app = Starlette(
-        routes=[Route("/amid", dv.DownloadResponse(amid)), Route("/first", dv.DownloadResponse(first))]  # type: ignore[arg-type]
+        routes=[Route("/amid", dv.DownloadResponse(amid)), Route("/first", dv.DownloadResponse(first))]
     )
     async with live(app) as port:
         answer = await ask(port, "/amid")
@@ -187,8 +189,7 @@ async def test_a_generator_that_raises_amid_aborts_and_before_the_first_byte_is_
         raise RuntimeError("amid")
 
     def first() -> Any:
-        raise RuntimeError("first")
-        yield b""
+        yield 1 // 0
 
     def make(name: str) -> dv.VirtualFile:
         return dv.VirtualFile({"amid": amid, "first": first}[name], name=name)
@@ -252,15 +253,16 @@ async def test_a_client_that_leaves_before_the_first_byte_or_twice_is_served_not
 async def test_a_body_sent_with_a_get_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "ten.txt").write_bytes(b"0123456789")
     async with live(serving(tmp_path)) as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /ten.txt HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
         sent = 0
-        with pytest.raises(ConnectionError):  # the server closes while we send
+        try:
             while sent < 100 * MIB:
                 writer.write(b"x" * 65536)
                 await writer.drain()
                 sent += 65536
-        writer.close()
+        except ConnectionError:  # the server closes while we send
+            writer.close()
         assert sent < 50 * MIB
 
 

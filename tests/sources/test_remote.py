@@ -109,6 +109,17 @@ async def test_one_client_request_is_one_upstream_request(upstream: Upstream, po
     assert [request.split(b" ")[0] for request in upstream.requests] == [b"GET", b"HEAD", b"GET"]
 
 
+@pytest.mark.parametrize("header", ["X-Accel-Redirect", "X-Sendfile"])
+async def test_an_upstream_reached_without_its_proxy_is_a_502_and_not_an_empty_file(
+    upstream: Upstream, port: int, header: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream.answers = [ok(b"", f"{header}: /_files/a")]
+    assert (await ask(port, "/a")).status == 502
+    assert "proxy of its own" in caplog.text
+    upstream.answers = [ok(b"")]
+    assert (await ask(port, "/a")).status == 200
+
+
 async def test_conditions_and_validators_are_forwarded_and_nothing_else_of_the_client(
     upstream: Upstream, port: int
 ) -> None:
@@ -122,7 +133,9 @@ async def test_conditions_and_validators_are_forwarded_and_nothing_else_of_the_c
         assert upstream.header(name) is None
 
 
-@pytest.mark.parametrize("name, value", [("If-None-Match", '"x", "y"'), ("If-Modified-Since", "Tue, 14 Nov 2023 22:13:20 GMT")])
+@pytest.mark.parametrize(
+    "name, value", [("If-None-Match", '"x", "y"'), ("If-Modified-Since", "Tue, 14 Nov 2023 22:13:20 GMT")]
+)
 async def test_a_304_without_validators_is_still_one(upstream: Upstream, port: int, name: str, value: str) -> None:
     upstream.answers = [b"HTTP/1.1 304 Not Modified\r\nContent-Length: 0\r\n\r\n"]
     assert (await ask(port, "/a", headers={name: value})).status == 304

@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,40 @@ def read(root: Root, name: str) -> bytes:
 
 REFUSED_NAMES = [
     *["", "/", "//etc/passwd", "/etc/passwd", ".", "..", "../secret.txt", "sub/../a.txt", "./a.txt", "sub//b.txt"],
-    *["a.txt/", "a.txt/x", "sub/", "sub", "../root/a.txt", "../root-private/secret.txt", "a.txt\0", "\0", "a\nb", "a\x7f"],
-    *["\ud800.txt", "x" * 300, "x/" * 2500 + "x", "sub\\b.txt", "..\\secret.txt", "C:\\a.txt", "c:a.txt", "\\\\host\\share"],
-    *["a.txt::$DATA", "CON", "nul.txt", "sub/COM1", "lpt9.tar.gz", "con .txt", "fifo", "socket", "a.txt;x=1", "nothing"],
+    *[
+        "a.txt/",
+        "a.txt/x",
+        "sub/",
+        "sub",
+        "../root/a.txt",
+        "../root-private/secret.txt",
+        "a.txt\0",
+        "\0",
+        "a\nb",
+        "a\x7f",
+    ],
+    *[
+        "\ud800.txt",
+        "x" * 300,
+        "x/" * 2500 + "x",
+        "sub\\b.txt",
+        "..\\secret.txt",
+        "C:\\a.txt",
+        "c:a.txt",
+        "\\\\host\\share",
+    ],
+    *[
+        "a.txt::$DATA",
+        "CON",
+        "nul.txt",
+        "sub/COM1",
+        "lpt9.tar.gz",
+        "con .txt",
+        "fifo",
+        "socket",
+        "a.txt;x=1",
+        "nothing",
+    ],
 ]
 
 
@@ -89,9 +121,8 @@ def test_a_name_that_is_no_file_of_the_root_is_missing(
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(FileMissing):
         root.open(name)
-    with pytest.raises(FileMissing):
-        assert root.open_cached(name) is None
-        raise FileMissing("openat goes to a worker")
+    with suppress(FileMissing):
+        assert root.open_cached(name) is None  # a worker is asked, as above
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
@@ -145,7 +176,8 @@ def test_every_link_is_followed_where_the_owner_wants_it(base: Path, use_openat2
 
 
 @pytest.mark.parametrize(
-    "name", ["a b.txt", "50%.txt", "a%20b.txt", "q?.txt", "é.txt", "π.txt", ",.txt", "end ", "end.", ".hidden", "...", "~"]
+    "name",
+    ["a b.txt", "50%.txt", "a%20b.txt", "q?.txt", "é.txt", "π.txt", ",.txt", "end ", "end.", ".hidden", "...", "~"],
 )
 def test_unusual_names_are_files_like_others(base: Path, use_openat2: bool, name: str) -> None:
     (base / name).write_bytes(name.encode())

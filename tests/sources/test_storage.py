@@ -1,7 +1,7 @@
 """One set of promises, kept by every storage."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Django:
         return f"/media/{name}"
 
     def get_modified_time(self, name: str) -> datetime:
-        return datetime.fromtimestamp((self.root / name).stat().st_mtime)  # noqa: DTZ006
+        return datetime.fromtimestamp((self.root / name).stat().st_mtime)
 
 
 @pytest.fixture
@@ -98,14 +98,15 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["directory", "memory", "fsspec", "django", "url"])
-def storage(request: pytest.FixtureRequest, root: Path) -> Iterator[Storage]:
-    yield {
+def storage(request: pytest.FixtureRequest, root: Path) -> Storage:
+    makers: dict[str, Callable[[], Storage]] = {
         "directory": lambda: DirectoryStorage(root),
         "memory": lambda: MemoryStorage({"sub/file.bin": CONTENT, "empty": b""}),
         "fsspec": lambda: SyncStorage(FileSystem(root)),
         "django": lambda: SyncStorage(Django(root)),
         "url": lambda: storage_from_url(f"file://{root}"),
-    }[request.param]()
+    }
+    return makers[request.param]()
 
 
 async def read(storage: Storage, name: str, span: ByteRange | None = None) -> bytes:
@@ -255,7 +256,9 @@ async def test_memory_is_a_new_version_with_each_put() -> None:
         storage.delete("x")
 
 
-@pytest.mark.parametrize("url", ["", "/srv", "file:srv", "file://host/srv", "s3://bucket", "memory://x", "file:///nothing/here"])
+@pytest.mark.parametrize(
+    "url", ["", "/srv", "file:srv", "file://host/srv", "s3://bucket", "memory://x", "file:///nothing/here"]
+)
 async def test_a_url_that_is_no_storage_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError):
         storage_from_url(url)

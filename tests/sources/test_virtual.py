@@ -75,8 +75,25 @@ async def test_every_kind_of_content_gives_its_bytes(tmp_path: Path) -> None:
     async def text() -> str:
         return TEN.decode()
 
-    sized: list[Any] = [TEN, bytearray(TEN), memoryview(TEN), TEN.decode(), lambda: TEN, text, io.BytesIO(TEN), lambda: path.open("rb")]
-    unsized: list[Any] = [made.plain, made.asynchronous, made.text, opened, iter([TEN]), [TEN[:5], TEN[5:]], io.StringIO(TEN.decode())]
+    sized: list[Any] = [
+        TEN,
+        bytearray(TEN),
+        memoryview(TEN),
+        TEN.decode(),
+        lambda: TEN,
+        text,
+        io.BytesIO(TEN),
+        lambda: path.open("rb"),
+    ]
+    unsized: list[Any] = [
+        made.plain,
+        made.asynchronous,
+        made.text,
+        opened,
+        iter([TEN]),
+        [TEN[:5], TEN[5:]],
+        io.StringIO(TEN.decode()),
+    ]
     for contents, known in ((sized, True), (unsized, False)):
         for content in contents:
             answer = await call(_app(VirtualFile(content, name="x.txt")), "/x", headers={"Range": "bytes=2-4"})

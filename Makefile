@@ -1,0 +1,85 @@
+# Python 3.11 or newer and make are all it takes; nothing here needs root. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Every package is pinned with its hashes. The project itself is built with what has been installed so.
+INSTALL = $(PIP) install --require-hashes --requirement $(1) && \
+	$(PIP) install --no-deps --no-build-isolation --no-index --editable .
+LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+	--custom-compile-command "make lock" pyproject.toml requirements/build.in
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s: make PYTHON=python3.11 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.done: requirements/run.txt pyproject.toml | $(BIN)/python
+	$(call INSTALL,requirements/run.txt)
+	@touch $@
+
+$(VENV)/dev.done: requirements/dev.txt pyproject.toml | $(BIN)/python
+	$(call INSTALL,requirements/dev.txt)
+	@touch $@ $(VENV)/run.done
+
+.PHONY: run
+run: $(VENV)/run.done  ## Serve the demo on http://127.0.0.1:8000 (PORT=9000 for another port)
+	@$(BIN)/python -m app.demo
+	@$(if $(PORT),export DOWNLOADVIEW_SERVER__PORT="$(PORT)";) \
+		own_port="$${DOWNLOADVIEW_SERVER__PORT:-8000}"; \
+		case "$$DOWNLOADVIEW_OFFLOAD$$DOWNLOADVIEW_OFFLOAD__BACKEND" in ?*) own_port=8080;; esac; \
+		own_files="http://127.0.0.1:$$own_port/files/"; \
+		export DOWNLOADVIEW_SOURCES__MIRROR__URL="$${DOWNLOADVIEW_SOURCES__MIRROR__URL:-$$own_files}"; \
+		exec $(BIN)/downloadview serve --config app/downloadview.toml
+
+.PHONY: test
+test: $(VENV)/dev.done  ## Run all tests; PYTEST_ARGS="-k range -x" for some
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/dev.done  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(VENV)/dev.done  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: docs
+docs: $(VENV)/dev.done  ## Build the documentation into docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+.PHONY: coverage
+coverage: $(VENV)/dev.done  ## Run all tests and report the lines and branches they miss
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m coverage combine
+	$(BIN)/python -m coverage report
+
+.PHONY: wheel
+wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+.PHONY: lock
+lock:  ## Pin the newest versions of all packages again (needs uv)
+	$(LOCK) --upgrade --extra server --extra sqlalchemy --output-file requirements/run.txt
+	$(LOCK) --upgrade --all-extras --group test --group lint --group docs --constraints requirements/run.txt \
+		--output-file requirements/dev.txt
+
+.PHONY: clean
+clean:  ## Remove the environment, the demo's content and everything that was built
+	rm -rf $(VENV) .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache dist docs/_build app/demo.db \
+		app/files/large.bin
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,127 @@
+"""The command `downloadview`."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import msgspec
+
+from downloadview_async import ConfigurationError, __version__
+from downloadview_async.service.load import CONFIG, load_settings
+from downloadview_async.service.settings import Settings
+
+_DEFAULT_CONFIG = "downloadview.toml"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="downloadview")
+def main() -> None:
+    """Serve downloads: of directories, storages, databases, other servers and code."""
+
+
+@main.command()
+@click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
+@click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8000]")
+@click.option("--uds", help="Listen on a Unix socket instead.")
+@click.option("--fd", type=int, help="Listen on an open socket, by the number of its descriptor, instead.")
+@click.option("--workers", type=int, help="How many processes serve.  [default: 1]")
+@click.option("--root-path", help="The path that a proxy serves this below.")
+@click.option("--proxy-headers/--no-proxy-headers", default=None, help="Believe X-Forwarded-*.  [default: believe]")
+@click.option(
+    "--forwarded-allow-ips", help="Whose X-Forwarded-* to believe: addresses, or *.  [default: 127.0.0.1,::1]"
+)
+@click.option("--log-level", help="critical, error, warning, info, debug or trace.  [default: info]")
+@click.option("--access-log/--no-access-log", default=None, help="Log every request.  [default: log]")
+@click.option("--use-colors/--no-use-colors", default=None, help="Colours in the log.  [default: on a terminal]")
+@click.option("--loop", help="auto, asyncio or uvloop.  [default: auto]")
+@click.option("--http", help="auto, h11 or httptools.  [default: auto]")
+@click.option("--backlog", type=int, help="Connections that wait to be taken.  [default: 2048]")
+@click.option("--limit-concurrency", type=int, help="Requests at once before 503 is answered.")
+@click.option("--limit-max-requests", type=int, help="Requests after which a worker is replaced.")
+@click.option("--timeout-keep-alive", type=int, help="Seconds an idle connection is kept.  [default: 5]")
+@click.option("--timeout-graceful-shutdown", type=int, help="Seconds that downloads have to end.  [default: 30]")
+@click.option("--server-header/--no-server-header", default=None, help="Send a Server header.  [default: send]")
+@click.option("--date-header/--no-date-header", default=None, help="Send a Date header.  [default: send]")
+@click.option("--ssl-keyfile", help="The private key for HTTPS.")
+@click.option("--ssl-certfile", help="The certificate for HTTPS.")
+@click.option("--ssl-keyfile-password", help="The password of the private key.")
+def serve(path: Path | None, config: Path | None, **options: Any) -> None:
+    """Serve what the settings say, or the directory PATH alone: its files are at /files/.
+
+    The settings are those of --config, of the file that DOWNLOADVIEW_CONFIG names, or of downloadview.toml in the
+    current directory. Variables such as DOWNLOADVIEW_SERVER__PORT win over the file, options win over both. The
+    options are uvicorn's. The page at / lists what is served; /-/livez and /-/readyz tell how the service is.
+    """
+    if path is not None and config is not None:
+        raise click.UsageError("PATH and --config exclude each other: PATH is for a directory without settings")
+    try:
+        _choose(path, config)
+        given = {name: value for name, value in options.items() if value is not None}
+        if given.keys() & {"host", "port"} and not given.keys() & {"uds", "fd"}:
+            given |= {"uds": None, "fd": None}  # uvicorn would prefer what the file says of those
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=given)
+        run(settings)
+    except ConfigurationError as exc:
+        click.echo(f"downloadview: {exc}", err=True)
+        sys.exit(2)
+
+
+def _choose(path: Path | None, config: Path | None) -> None:
+    """Put what is to be served into the environment, where worker processes find it too."""
+    if path is not None:
+        root = path.absolute()
+        example = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and entry.name[0] != ".")[:3]
+        route = {"path": "/files/{path:path}", "source": "files", "example": example}
+        os.environ.pop(CONFIG, None)
+        os.environ["DOWNLOADVIEW_SOURCES"] = json.dumps({"files": {"type": "path", "root": str(root)}})
+        os.environ["DOWNLOADVIEW_ROUTES"] = json.dumps([route])
+    elif config is not None:
+        os.environ[CONFIG] = str(config)
+    elif CONFIG not in os.environ:
+        if not os.path.exists(_DEFAULT_CONFIG):
+            raise ConfigurationError(
+                f"nothing to serve: give a directory, or settings with --config, {CONFIG} or a file {_DEFAULT_CONFIG} "
+                "in the current directory"
+            )
+        os.environ[CONFIG] = _DEFAULT_CONFIG
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM, after which downloads have `timeout_graceful_shutdown` seconds to end.
+
+    Raises `ConfigurationError`.
+    """
+    # imported here so that --help and a refusal need none of it
+    import uvicorn
+
+    from downloadview_async.service.build import app_from_environment, build
+    from downloadview_async.service.logs import log_config
+
+    server = settings.server
+    if server.uds is not None and not os.path.isdir(os.path.dirname(os.path.abspath(server.uds))):
+        raise settings.error("server.uds", f"the directory of {server.uds!r} is missing: create it")
+    app = build(settings)  # also with several workers: what is wrong is said once, before any of them starts
+    # uvicorn passes the signal on when all has ended: that is a success, not a death by signal
+    signal.signal(signal.SIGTERM, _end)
+    uvicorn.run(
+        app if server.workers == 1 else f"{app_from_environment.__module__}:{app_from_environment.__name__}",
+        factory=server.workers > 1,
+        lifespan="on",
+        ws="none",
+        log_config=log_config(server.log_level),
+        **msgspec.structs.asdict(server),
+    )
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""From settings to an ASGI application: sources, routes, a proxy to offload to, and the service's own pages."""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from downloadview_async import (
+    Download,
+    FileError,
+    FileMissing,
+    ObjectSource,
+    OffloadBackend,
+    OffloadMiddleware,
+    PathSource,
+    RemoteSource,
+    Rule,
+    Source,
+    StorageSource,
+    VirtualSource,
+    XAccelRedirect,
+    XSendfile,
+    download_error,
+    storage_from_url,
+)
+from downloadview_async.service.health import Health, check_directory
+from downloadview_async.service.load import CONFIG, load_settings
+from downloadview_async.service.logs import OneLineFailures, one_line_aborts
+from downloadview_async.service.pages import IndexPage
+from downloadview_async.service.settings import (
+    ObjectSettings,
+    OffloadSettings,
+    PathSettings,
+    RemoteSettings,
+    Settings,
+    StorageSettings,
+    VirtualSettings,
+    directory_of,
+)
+
+
+class _Database(Protocol):
+    """What `service.database.Documents` does. It is imported only where there is one: SQLAlchemy is optional."""
+
+    async def get(self, key: str) -> Any: ...
+    async def check(self) -> None: ...
+    def opened(self) -> contextlib.AbstractAsyncContextManager[None]: ...
+
+
+def build(settings: Settings) -> Starlette:
+    """Return the service as an ASGI application. What needs an event loop is opened and closed in its lifespan.
+
+    Raises `ConfigurationError` for what the settings name and does not exist.
+    """
+    sources, databases = _sources(settings)
+    checks: dict[str, Callable[[], Awaitable[None]]] = {}
+    for name, source in settings.sources.items():
+        if (directory := directory_of(source)) is not None:
+            checks[name] = check_directory(directory)
+    checks |= {name: database.check for name, database in databases.items()}
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(one_line_aborts())
+            for source in sources.values():
+                if isinstance(source, RemoteSource):
+                    stack.push_async_callback(source.aclose)
+            for name, database in databases.items():
+                with settings.blaming(f"sources.{name}"):
+                    await stack.enter_async_context(database.opened())
+            yield
+
+    health = Health(checks)
+    middleware = [Middleware(OneLineFailures)]
+    if (backend := _backend(settings)) is not None:
+        middleware.append(Middleware(OffloadMiddleware, backend=backend))
+    app = Starlette(
+        routes=[
+            Route("/", IndexPage(settings).answer),
+            Route("/-/livez", health.livez),
+            Route("/-/readyz", health.readyz),
+            *_routes(settings, sources),
+        ],
+        middleware=middleware,
+        exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
+        lifespan=lifespan,
+    )
+    # /files is as unknown as any other path: no redirect tells that there is more below it
+    app.router.redirect_slashes = False
+    return app
+
+
+def app_from_environment() -> Starlette:
+    """Return the service for the environment's own settings: DOWNLOADVIEW_CONFIG and what overrides it.
+
+    This is what each of several worker processes calls.
+    """
+    return build(load_settings(os.environ.get(CONFIG), environ=os.environ))
+
+
+def _sources(settings: Settings) -> tuple[dict[str, Source], dict[str, _Database]]:
+    sources: dict[str, Source] = {}
+    databases: dict[str, _Database] = {}
+    for name, source in settings.sources.items():
+        key = f"sources.{name}"
+        match source:
+            case PathSettings():
+                with settings.blaming(f"{key}.root"):
+                    sources[name] = PathSource(
+                        source.root, symlinks=source.symlinks, precompressed=source.precompressed
+                    )
+            case StorageSettings():
+                with settings.blaming(f"{key}.url"):
+                    sources[name] = StorageSource(storage_from_url(source.url))
+            case RemoteSettings():
+                with settings.blaming(f"{key}.url"):
+                    sources[name] = RemoteSource(
+                        source.url,
+                        allow_hosts=source.allow_hosts,
+                        max_connections=source.max_connections,
+                        connect_timeout=source.connect_timeout,
+                        read_timeout=source.read_timeout,
+                    )
+            case VirtualSettings():
+                sources[name] = VirtualSource(_imported(settings, f"{key}.factory", source.factory))
+    for name, source in settings.sources.items():
+        if isinstance(source, ObjectSettings):
+            databases[name] = database = _database(settings, name, source)
+            sources[name] = ObjectSource(
+                database.get,
+                source=sources[source.source],
+                file_field="file",
+                basename_field="filename",
+                mime_type_field="content_type",
+            )
+    return sources, databases
+
+
+def _database(settings: Settings, name: str, source: ObjectSettings) -> _Database:
+    try:
+        from downloadview_async.service.database import Documents
+    except ModuleNotFoundError as exc:
+        raise settings.error(
+            f"sources.{name}.type", f'object needs {exc.name}: install "downloadview_async[server,sqlalchemy]"'
+        ) from exc
+    with settings.blaming(f"sources.{name}"):
+        return Documents(source, directory=settings.directory)
+
+
+def _imported(settings: Settings, key: str, factory: str) -> Callable[[str], Any]:
+    """Return the function that `module:function` names, with the settings' own directory on the import path."""
+    directory = str(settings.directory)
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    module, _, path = factory.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for attribute in path.split("."):
+            found = getattr(found, attribute)
+    except Exception as exc:  # whatever the module does when it is imported
+        raise settings.error(
+            key,
+            f"{factory!r} cannot be imported ({type(exc).__name__}: {exc}): give module:function, of a module in "
+            f"{directory} or one that is installed",
+        ) from exc
+    if not callable(found):
+        raise settings.error(key, f"{factory!r} is no function: give module:function")
+    function: Callable[[str], Any] = found
+    return function
+
+
+def _routes(settings: Settings, sources: Mapping[str, Source]) -> Iterator[Route]:
+    for index, route in enumerate(settings.routes):
+        endpoint = Download(
+            sources[route.source],
+            attachment=route.disposition == "attachment",
+            cache_control=route.cache_control,
+        )
+        try:
+            yield Route(route.path, endpoint)
+        except (AssertionError, ValueError) as exc:
+            raise settings.error(f"routes[{index}].path", f"{exc}: write the parameter as {{path:path}}") from exc
+
+
+def _backend(settings: Settings) -> OffloadBackend | None:
+    offload = settings.offload
+    if offload.backend is None:
+        return None
+    with settings.blaming("offload"):
+        rules = [Rule(rule.source, rule.target or rule.source) for rule in offload.rules]
+        if offload.backend == "nginx":
+            return XAccelRedirect(
+                rules,
+                buffering=offload.buffering,
+                charset=offload.charset,
+                expires=offload.expires,
+                limit_rate=offload.limit_rate,
+            )
+        return XSendfile(rules, encoding=offload.encoding or _encoding_of(offload))
+
+
+def _encoding_of(offload: OffloadSettings) -> Any:
+    # Apache's mod_xsendfile before 1.0 takes the bytes as they are, lighttpd decodes them
+    return "raw" if offload.backend == "apache" else "percent"
+
+
+async def _not_found(request: Request, exc: Exception) -> Response:
+    return await download_error(request, FileMissing("there is no such route"))
+
+
+async def _method_not_allowed(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    return Response("Method Not Allowed", 405, exc.headers, "text/plain")

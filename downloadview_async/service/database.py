@@ -1,0 +1,149 @@
+"""Rows of a database table as objects with a file. The only module that needs SQLAlchemy."""
+
+import re
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sqlalchemy import MetaData, Select, Table, null, select
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import NoSuchTableError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from downloadview_async import ConfigurationError, SourceUnavailable
+from downloadview_async.service.settings import ObjectSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What a row says of its file."""
+
+    file: str | None
+    filename: str | None
+    content_type: str | None
+
+
+class Documents:
+    """The rows of one table. It is of use within `opened`.
+
+    Raises `ConfigurationError` for a database URL that no installed driver can open.
+    """
+
+    def __init__(self, settings: ObjectSettings, *, directory: Path) -> None:
+        self._settings = settings
+        try:
+            self._engine: AsyncEngine = create_async_engine(_located(make_url(settings.database), directory))
+        except ModuleNotFoundError as exc:
+            raise ConfigurationError(f"the database needs {exc.name}: install it") from exc
+        except SQLAlchemyError as exc:
+            raise ConfigurationError(
+                f"the database URL is of no use ({str(exc).partition('(Background')[0].strip()}): give one with an "
+                "asynchronous driver, such as sqlite+aiosqlite:///demo.db or postgresql+asyncpg://host/name"
+            ) from exc
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Look at the table, and close all connections at the end.
+
+        Raises `ConfigurationError` if there is no such database, table or column.
+        """
+        try:
+            self._table = await self._reflected()
+            self._statement = self._select(self._table)
+            yield
+        finally:
+            await self._engine.dispose()
+
+    async def _reflected(self) -> Table:
+        schema, _, name = self._settings.table.rpartition(".")
+        try:
+            async with self._engine.connect() as connection:
+                return await connection.run_sync(
+                    lambda sync: Table(name, MetaData(), schema=schema or None, autoload_with=sync)
+                )
+        except NoSuchTableError as exc:
+            raise ConfigurationError(
+                f"the database has no table {self._settings.table!r}: create it, or correct `table`"
+            ) from exc
+        except (SQLAlchemyError, OSError) as exc:
+            raise ConfigurationError(
+                f"the database cannot be read ({type(exc).__name__}: {getattr(exc, 'orig', exc)}): create it, start "
+                "it, or correct `database`"
+            ) from exc
+
+    def _select(self, table: Table) -> Select[Any]:
+        settings = self._settings
+        for option in ("key", "file", "filename", "content_type"):
+            column = getattr(settings, option)
+            if column is not None and column not in table.c:
+                raise ConfigurationError(
+                    f"the table {settings.table!r} has no column {column!r}: correct `{option}`, one of "
+                    f"{', '.join(table.c.keys())}"
+                )
+        named = [
+            table.c[column].label(label) if column is not None else null().label(label)
+            for label, column in (
+                ("file", settings.file),
+                ("filename", settings.filename),
+                ("content_type", settings.content_type),
+            )
+        ]
+        return select(*named).limit(1)
+
+    async def get(self, key: str) -> Document | None:
+        """Return the row for a key, or None. Its connection is free again before this returns.
+
+        Raises `SourceUnavailable` if the database does not answer.
+        """
+        column = self._table.c[self._settings.key]
+        value = _as(column.type, key)
+        if value is None:
+            return None
+        rows = await self._rows(self._statement.where(column == value))
+        return Document(*(None if value is None else str(value) for value in rows[0])) if rows else None
+
+    async def check(self) -> None:
+        """Return if a row of the table can be read; else raise `SourceUnavailable`."""
+        await self._rows(self._statement)  # SQLite answers SELECT 1 without a look at the file
+
+    async def _rows(self, statement: Any) -> Sequence[Any]:
+        try:
+            async with self._engine.connect() as connection:
+                return (await connection.execute(statement)).all()
+        except (SQLAlchemyError, OSError) as exc:
+            raise SourceUnavailable(f"the database failed: {type(exc).__name__}: {exc}") from exc
+
+
+def _located(url: URL, directory: Path) -> URL:
+    """Return the URL with an SQLite file absolute, and opened to read only.
+
+    Raises `ConfigurationError` for a file that cannot be read: SQLite itself would say so less clearly.
+    """
+    name = url.database
+    if url.get_backend_name() != "sqlite" or name in (None, "", ":memory:") or name.startswith("file:"):
+        return url
+    path = directory / name
+    try:
+        path.open("rb").close()
+    except OSError as exc:
+        raise ConfigurationError(
+            f"the database {str(path)!r} cannot be read ({exc.strerror}): create it, or correct `database`"
+        ) from exc
+    return url.set(database=f"file:{quote(str(path))}").update_query_dict({"mode": "ro", "uri": "true"})
+
+
+def _as(kind: Any, key: str) -> Any:
+    """Return a key from a URL as the column's own type, or None for one that no row can have."""
+    try:
+        python_type = kind.python_type
+    except NotImplementedError:
+        python_type = str
+    if python_type is int:
+        return int(key) if re.fullmatch("-?[0-9]{1,18}", key) else None
+    if python_type is uuid.UUID:
+        return uuid.UUID(key) if re.fullmatch("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", key) else None
+    return None if "\0" in key or any("\ud800" <= c <= "\udfff" for c in key) else key

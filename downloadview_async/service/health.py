@@ -1,0 +1,56 @@
+"""`/-/livez`: this process answers. `/-/readyz`: it can reach what it serves from."""
+
+import os
+from collections.abc import Awaitable, Callable, Mapping
+
+import anyio
+import anyio.to_thread
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+_PATIENCE = 2.0  # seconds that a check may take: a hung disk is one that cannot be reached
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+class Health:
+    """Answers both, with `checks` by the names of the sources: a check that raises is a source that is not reached."""
+
+    def __init__(self, checks: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
+        self._checks = checks
+
+    async def livez(self, request: Request) -> Response:
+        """Answer 200: the event loop runs."""
+        return PlainTextResponse("alive\n", headers=_HEADERS)
+
+    async def readyz(self, request: Request) -> Response:
+        """Answer 200, or 503 with the names of the sources that cannot be reached, and nothing more of them."""
+        failed: list[str] = []
+
+        async def run(name: str, check: Callable[[], Awaitable[None]]) -> None:
+            try:
+                with anyio.fail_after(_PATIENCE):
+                    await check()
+            except Exception:  # whatever it is: the answer is the same
+                failed.append(name)
+
+        async with anyio.create_task_group() as tasks:
+            for name, check in self._checks.items():
+                tasks.start_soon(run, name, check)
+        if failed:
+            return PlainTextResponse("".join(f"{name}\n" for name in sorted(failed)), 503, _HEADERS)
+        return PlainTextResponse("ready\n", headers=_HEADERS)
+
+
+def check_directory(path: str) -> Callable[[], Awaitable[None]]:
+    """Return a check that the directory can be listed."""
+    # one thread for each directory: a disk that hangs keeps that one, however often it is asked
+    limiter = anyio.CapacityLimiter(1)
+
+    def listed() -> None:
+        with os.scandir(path) as entries:
+            next(entries, None)
+
+    async def check() -> None:
+        await anyio.to_thread.run_sync(listed, limiter=limiter, abandon_on_cancel=True)
+
+    return check

@@ -1,0 +1,326 @@
+"""Reading settings: a TOML file, DOWNLOADVIEW_* variables over it, and the command line over both.
+
+Every mistake is a `ConfigurationError` of one line: where it is written, which key, what is wrong, what to do.
+"""
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+from urllib.parse import quote, unquote
+
+import msgspec
+from msgspec import Meta, Struct
+
+from downloadview_async import ConfigurationError
+from downloadview_async.service.settings import (
+    ObjectSettings,
+    OffloadSettings,
+    PathSettings,
+    RemoteSettings,
+    RouteSettings,
+    RuleSettings,
+    ServerSettings,
+    Settings,
+    SourceSettings,
+    StorageSettings,
+    VirtualSettings,
+    configuration_error,
+    directory_of,
+)
+
+PREFIX = "DOWNLOADVIEW_"
+CONFIG = "DOWNLOADVIEW_CONFIG"
+"""The variable that names the settings file. It is not a setting itself."""
+
+_T = TypeVar("_T")
+
+_SOURCE_TYPES: dict[str, type[Struct]] = {
+    "path": PathSettings,
+    "storage": StorageSettings,
+    "object": ObjectSettings,
+    "remote": RemoteSettings,
+    "virtual": VirtualSettings,
+}
+_TABLES: dict[str, Any] = {
+    "server": ServerSettings,
+    "sources": dict[str, Any],
+    "routes": list[RouteSettings],
+    "offload": OffloadSettings,
+}
+_PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # as Starlette reads a route's path
+_NGINX_OPTIONS = ("buffering", "charset", "expires", "limit_rate")
+
+
+def load_settings(
+    file: str | os.PathLike[str] | None,
+    *,
+    environ: Mapping[str, str],
+    options: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Return the settings in a TOML file, with the DOWNLOADVIEW_* variables of `environ` and server `options` over it.
+
+    Relative paths begin at the file's directory; without a file there are only the variables and the options, and
+    relative paths begin at the current directory. A variable names a key with `__` between its parts, such as
+    DOWNLOADVIEW_SERVER__PORT; its value is text, or JSON for a whole table or list. options: what the command line
+    says of `[server]`.
+
+    Nothing that the settings name is opened. Raises `ConfigurationError`.
+    """
+    label = "settings" if file is None else os.fspath(file)
+    directory = Path.cwd() if file is None else Path(file).absolute().parent
+    data = {} if file is None else _read(label)
+    origins = _apply_variables(data, environ)
+    for name, value in (options or {}).items():
+        data.setdefault("server", {})[name] = value
+        origins[f"server.{name}"] = "the command line"
+    return _Draft(label, directory, origins).settings(data)
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        with open(file, "rb") as opened:
+            return tomllib.load(opened)
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{file}: the settings file cannot be read ({exc.strerror}): give the path of a readable TOML file with "
+            f"--config or {CONFIG}"
+        ) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{file}: not valid TOML: {exc}: correct what is there") from exc
+
+
+def _apply_variables(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Put the variables into `data`; return which key came from which variable."""
+    origins: dict[str, str] = {}
+    names = [name for name in environ if name.startswith(PREFIX) and name != CONFIG]
+    for name in sorted(names, key=lambda name: (name.count("__"), name)):  # whole tables first, then what is in them
+        *parents, last = name.removeprefix(PREFIX).split("__")
+        table: Any = data
+        keys: list[str] = []
+        for part in parents:
+            keys.append(_spelled(part, table))
+            table = table.setdefault(keys[-1], {})
+            if not isinstance(table, dict):
+                whole = PREFIX + "__".join(keys).upper()
+                raise ConfigurationError(f"{name}: {'.'.join(keys)} is no table: give it whole, as JSON, in {whole}")
+        keys.append(_spelled(last, table))
+        table[keys[-1]] = _value(name, environ[name], _kind_of(keys, data))
+        origins[".".join(keys)] = name
+    return origins
+
+
+def _spelled(part: str, table: Mapping[str, Any]) -> str:
+    """Return the key of a table that a part of a variable's name means: MY_FILES may be `my-files`."""
+    for key in table:
+        if key.upper().replace("-", "_") == part.upper():
+            return key
+    return part.lower()
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(text)
+        except ValueError as exc:
+            raise ConfigurationError(f"{name}: not valid JSON: {exc}: correct it") from exc
+    try:
+        return msgspec.convert(text, kind, strict=False)
+    except msgspec.ValidationError:
+        return text  # to be refused like any other wrong value
+
+
+def _kind_of(keys: Sequence[str], data: Mapping[str, Any]) -> Any:
+    """Return the type of a setting, to read the text of a variable as; str for what is not known."""
+    kind = _TABLES.get(keys[0])
+    names = list(keys[1:])
+    if keys[0] == "sources" and names:
+        source = data["sources"].get(names.pop(0))
+        kind = _SOURCE_TYPES.get(str(source.get("type"))) if isinstance(source, dict) else None
+    for name in names:
+        kind = _fields(kind).get(name)
+    return str if kind is None else kind
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """Settings while they are checked, with what an error has to say of them."""
+
+    file: str
+    directory: Path
+    origins: Mapping[str, str]
+
+    def error(self, key: str, problem: str) -> ConfigurationError:
+        return configuration_error(self.file, self.origins, key, problem)
+
+    def settings(self, data: Mapping[str, Any]) -> Settings:
+        self._only_known("", data, _TABLES)
+        sources = {name: self._source(name, table) for name, table in self._table("sources", data).items()}
+        for name, source in sources.items():
+            self._check_reference(f"sources.{name}", source, sources)
+        offload = self._table("offload", data)
+        self._each_known("offload.rules", offload.get("rules"), RuleSettings)
+        self._each_known("routes", data.get("routes"), RouteSettings)
+        return Settings(
+            file=self.file,
+            directory=self.directory,
+            origins=self.origins,
+            server=self._converted("server", self._table("server", data), ServerSettings),
+            sources=sources,
+            routes=self._routes(self._converted("routes", data.get("routes", []), list[RouteSettings]), sources),
+            offload=self._offload(self._converted("offload", offload, OffloadSettings), sources),
+        )
+
+    def _table(self, key: str, data: Mapping[str, Any]) -> dict[str, Any]:
+        table = data.get(key, {})
+        if not isinstance(table, dict):
+            raise self.error(key, f"this is a table: write it as [{key}] in TOML, or as a JSON object in a variable")
+        return table
+
+    def _converted(self, key: str, value: Any, kind: type[_T]) -> _T:
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            self._only_known(key, value, [*_fields(kind), *filter(None, [kind.__struct_config__.tag_field])])
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError as exc:
+            raise self.error(*_explained(key, str(exc), kind)) from None
+
+    def _each_known(self, key: str, tables: Any, kind: type[Struct]) -> None:
+        for index, table in enumerate(tables if isinstance(tables, list) else ()):
+            self._only_known(f"{key}[{index}]", table, _fields(kind))
+
+    def _only_known(self, key: str, table: Any, names: Iterable[str]) -> None:
+        names = list(names)
+        for name in table if isinstance(table, dict) else ():
+            if name not in names:
+                raise self.error(f"{key}.{name}".lstrip("."), f"unknown key: {_instead_of(name, names)}")
+
+    def _source(self, name: str, table: Any) -> SourceSettings:
+        key = f"sources.{name}"
+        if not re.fullmatch("[A-Za-z0-9_-]+", name):
+            raise self.error(key, "no name for a source: use letters, digits, - and _")
+        if not isinstance(table, dict):
+            raise self.error(key, f"a source is a table: write it as [{key}]")
+        if "type" not in table:
+            raise self.error(f"{key}.type", f"missing: give one of {', '.join(_SOURCE_TYPES)}")
+        kind = _SOURCE_TYPES.get(str(table["type"]))
+        if kind is None:
+            raise self.error(
+                f"{key}.type", f"no type {table['type']!r}: {_instead_of(str(table['type']), _SOURCE_TYPES)}"
+            )
+        source = cast("SourceSettings", self._converted(key, table, kind))
+        if isinstance(source, PathSettings):
+            return msgspec.structs.replace(source, root=self._absolute(source.root))
+        if isinstance(source, StorageSettings) and re.match("file:[^/]", source.url):
+            path = self._absolute(unquote(source.url.removeprefix("file:")))
+            return msgspec.structs.replace(source, url=f"file://{quote(path)}")
+        return source
+
+    def _absolute(self, path: str) -> str:
+        return os.path.normpath(self.directory / path)
+
+    def _check_reference(self, key: str, source: SourceSettings, sources: Mapping[str, SourceSettings]) -> None:
+        if not isinstance(source, ObjectSettings):
+            return
+        self._check_known_source(f"{key}.source", source.source, sources)
+        if isinstance(sources[source.source], ObjectSettings):
+            raise self.error(
+                f"{key}.source", f"{source.source!r} is an object source too: name the source where the files are"
+            )
+
+    def _check_known_source(self, key: str, name: str, sources: Mapping[str, SourceSettings]) -> None:
+        if name not in sources:
+            raise self.error(key, f"there is no source {name!r}: {_instead_of(name, sources)}")
+
+    def _routes(self, routes: list[RouteSettings], sources: Mapping[str, SourceSettings]) -> list[RouteSettings]:
+        shapes: dict[str, int] = {}
+        for index, route in enumerate(routes):
+            key = f"routes[{index}]"
+            self._check_known_source(f"{key}.source", route.source, sources)
+            if not route.path.startswith("/") or len(_PARAMETER.findall(route.path)) != 1:
+                raise self.error(
+                    f"{key}.path",
+                    f"{route.path!r} is no path with one parameter: begin it with a slash and write the parameter as "
+                    "{path:path} (with slashes in it) or {name} (without)",
+                )
+            if route.path.startswith("/-/"):
+                raise self.error(f"{key}.path", "/-/ is for the service's own pages: choose another path")
+            # the parameter's name makes no difference to what the route matches
+            first = shapes.setdefault(_PARAMETER.sub(lambda found: f"{{{found[2] or ':str'}}}", route.path), index)
+            if first != index:
+                raise self.error(
+                    f"{key}.path",
+                    f"{route.path!r} is the path of routes[{first}] too, which would answer: remove one or change it",
+                )
+        return routes
+
+    def _offload(self, offload: OffloadSettings, sources: Mapping[str, SourceSettings]) -> OffloadSettings:
+        rules = []
+        places = [place for source in sources.values() if (place := _place_of(source)) is not None]
+        for index, rule in enumerate(offload.rules):
+            key = f"offload.rules[{index}]"
+            source = rule.source if "://" in rule.source else self._absolute(rule.source)
+            if not any(_is_within(place, source) or _is_within(source, place) for place in places):
+                raise self.error(
+                    f"{key}.source",
+                    f"no source lives under {source!r}: give a directory or URL that one of them serves "
+                    f"({', '.join(dict.fromkeys(places)) or 'there is none'}), or remove the rule",
+                )
+            if rule.target is None and offload.backend == "nginx":
+                raise self.error(f"{key}.target", "missing: nginx needs an internal location, such as /_files/")
+            rules.append(RuleSettings(source=source, target=rule.target))
+        for name in _NGINX_OPTIONS:
+            if getattr(offload, name) is not None and offload.backend in ("apache", "lighttpd"):
+                raise self.error(f"offload.{name}", f"{offload.backend} has no such option: remove it")
+        if offload.encoding is not None and offload.backend == "nginx":
+            raise self.error("offload.encoding", "nginx always decodes percent signs: remove it")
+        if offload.backend is not None and not rules:
+            raise self.error("offload.rules", "a backend without a rule sends nothing: add one, or remove the backend")
+        return msgspec.structs.replace(offload, rules=rules)
+
+
+def _place_of(source: SourceSettings) -> str | None:
+    return source.url.rstrip("/") if isinstance(source, RemoteSettings) else directory_of(source)
+
+
+def _is_within(inner: str, outer: str) -> bool:
+    """Return whether a directory or URL is another, or below it: by whole segments."""
+    return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
+
+
+def _instead_of(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    if close := difflib.get_close_matches(name, known, 1):
+        return f"did you mean {close[0]!r}?"
+    return f"use one of {', '.join(known)}" if known else "there is none yet, so add one"
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Return the names and types of the fields of the Struct that is in a type, if there is one."""
+    struct = next((part for part in _parts(kind) if isinstance(part, type) and issubclass(part, Struct)), None)
+    return {} if struct is None else {field.name: field.type for field in msgspec.structs.fields(struct)}
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """Yield a type and whatever it is made of."""
+    yield kind
+    for part in get_args(kind):
+        yield from _parts(part)
+
+
+def _explained(key: str, message: str, kind: Any) -> tuple[str, str]:
+    """Return the whole key and the problem for what msgspec says of a value of a type."""
+    problem, _, place = message.partition(" - at `$")
+    place = place.rstrip("`")
+    if missing := re.fullmatch("Object missing required field `(.*)`", problem):
+        problem, place = "missing", f"{place}.{missing[1]}"
+    for name in re.findall(r"\w*[a-z_]\w*", place):
+        kind = _fields(kind).get(name)
+    takes = [part.description for part in _parts(kind) if isinstance(part, Meta) and part.description]
+    problem = (problem[:1].lower() + problem[1:]).replace("`", "")
+    return key + place, f"{problem}: give {takes[0]}" if takes else f"{problem}: correct it"

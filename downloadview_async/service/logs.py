@@ -1,0 +1,76 @@
+"""What the service says in the log: one line where a server would print a traceback that tells an operator nothing."""
+
+import asyncio
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from downloadview_async import ConfigurationError, TransferAborted
+
+_SERVER_LOGGER = "uvicorn.error"
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Make one line of a transfer that was aborted on purpose: by `TransferAborted`, or at the end of the server."""
+    exc = record.exc_info[1] if record.exc_info else None
+    if isinstance(exc, TransferAborted | asyncio.CancelledError):
+        reason = str(exc) or "the server stops"
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.msg, record.args = "Transfer aborted: %s", (reason.encode("unicode_escape").decode(),)
+        record.exc_info = record.exc_text = None
+    return True
+
+
+@contextmanager
+def one_line_aborts() -> Iterator[None]:
+    """Have uvicorn log an aborted transfer as one line, as long as the context lasts."""
+    logger = logging.getLogger(_SERVER_LOGGER)
+    logger.addFilter(_without_traceback)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_without_traceback)
+
+
+class OneLineFailures:
+    """Has a start-up that fails for a `ConfigurationError` report its message, not a traceback of how it was found."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything on, but for the message of a failed start-up."""
+        if scope["type"] != "lifespan":
+            await self.app(scope, receive, send)
+            return
+        failed: list[Message] = []
+
+        async def keep_failure(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                failed.append(message)  # sent below, when it is known why
+            else:
+                await send(message)
+
+        try:
+            await self.app(scope, receive, keep_failure)
+        except Exception as exc:
+            for message in failed:
+                await send({**message, "message": str(exc)} if isinstance(exc, ConfigurationError) else message)
+            raise
+
+
+def log_config(level: str) -> dict[str, Any]:
+    """Return uvicorn's own logging configuration, with the library's log in it."""
+    from uvicorn.config import LOGGING_CONFIG
+
+    config: dict[str, Any] = copy.deepcopy(LOGGING_CONFIG)
+    config["loggers"]["downloadview_async"] = {
+        "handlers": ["default"],
+        "level": "DEBUG" if level == "trace" else level.upper(),
+        "propagate": False,
+    }
+    return config

@@ -1,0 +1,203 @@
+"""What can be set, as types. A field's description says what it takes, and is what a wrong value is answered with."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import unquote, urlsplit
+
+from msgspec import Meta, Struct
+
+from downloadview_async import ConfigurationError
+
+_Seconds = Annotated[float, Meta(gt=0)]
+_Count = Annotated[int, Meta(ge=1)]
+
+
+class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[server]`: options of uvicorn, under uvicorn's own names and with its meanings."""
+
+    host: Annotated[str, Meta(description="the address to listen on, such as 127.0.0.1 or 0.0.0.0")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="a TCP port, 0 to 65535")] = 8000
+    uds: Annotated[str, Meta(description="the path of a Unix socket to listen on")] | None = None
+    fd: Annotated[int, Meta(ge=0, description="the number of an open socket to listen on")] | None = None
+    workers: Annotated[int, Meta(ge=1, description="how many processes serve, 1 or more")] = 1
+    root_path: Annotated[
+        str,
+        Meta(pattern=r"^(/[^/\s]+)*$", description="the path a proxy serves this below, such as /downloads, or empty"),
+    ] = ""
+    proxy_headers: Annotated[bool, Meta(description="true to believe X-Forwarded-* of forwarded_allow_ips")] = True
+    forwarded_allow_ips: (
+        Annotated[str, Meta(description="addresses of trusted proxies, separated by commas, or *")] | None
+    ) = None
+    log_level: Annotated[
+        Literal["critical", "error", "warning", "info", "debug", "trace"],
+        Meta(description="critical, error, warning, info, debug or trace"),
+    ] = "info"
+    access_log: Annotated[bool, Meta(description="true to log every request")] = True
+    use_colors: Annotated[bool, Meta(description="true or false; without it, colours on a terminal only")] | None = None
+    loop: Annotated[Literal["auto", "asyncio", "uvloop"], Meta(description="auto, asyncio or uvloop")] = "auto"
+    http: Annotated[Literal["auto", "h11", "httptools"], Meta(description="auto, h11 or httptools")] = "auto"
+    backlog: Annotated[int, Meta(ge=1, description="connections that wait to be taken")] = 2048
+    limit_concurrency: Annotated[_Count, Meta(description="requests at once before 503 is answered")] | None = None
+    limit_max_requests: Annotated[_Count, Meta(description="requests after which a worker is replaced")] | None = None
+    timeout_keep_alive: Annotated[int, Meta(ge=0, description="seconds an idle connection is kept")] = 5
+    timeout_graceful_shutdown: Annotated[int, Meta(ge=0, description="seconds that downloads have to end")] = 30
+    server_header: Annotated[bool, Meta(description="true to send a Server header")] = True
+    date_header: Annotated[bool, Meta(description="true to send a Date header")] = True
+    ssl_keyfile: Annotated[str, Meta(description="the path of a private key")] | None = None
+    ssl_certfile: Annotated[str, Meta(description="the path of a certificate")] | None = None
+    ssl_keyfile_password: Annotated[str, Meta(description="the password of the private key")] | None = None
+
+
+class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="path"):
+    """`type = "path"`: a directory."""
+
+    root: Annotated[str, Meta(min_length=1, description="a directory, absolute or relative to the settings file")]
+    symlinks: Annotated[Literal["deny", "inside", "follow"], Meta(description="deny, inside or follow")] = "inside"
+    precompressed: Annotated[
+        list[Literal["br", "zstd", "gzip"]], Meta(description='a list of "br", "zstd" and "gzip"')
+    ] = []
+
+
+class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="storage"):
+    """`type = "storage"`: a storage by its URL."""
+
+    url: Annotated[
+        str,
+        Meta(min_length=1, description="file:///absolute/directory, file:directory beside this file, or memory://"),
+    ]
+
+
+class ObjectSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="object"):
+    """`type = "object"`: rows of a database table, each with a file of another source."""
+
+    database: Annotated[str, Meta(min_length=1, description="an SQLAlchemy URL with an asynchronous driver")]
+    table: Annotated[str, Meta(min_length=1, description="a table or view, or schema.table")]
+    key: Annotated[str, Meta(min_length=1, description="the column that a URL's key is looked up in")]
+    file: Annotated[str, Meta(min_length=1, description="the column with the file's name in `source`")]
+    source: Annotated[str, Meta(min_length=1, description="the name of the source where the files live")]
+    filename: Annotated[str, Meta(description="the column with the name for clients")] | None = None
+    content_type: Annotated[str, Meta(description="the column with the media type")] | None = None
+
+
+class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="remote"):
+    """`type = "remote"`: the files below a URL."""
+
+    url: Annotated[str, Meta(min_length=1, description="an http or https URL that names are appended to")]
+    allow_hosts: Annotated[
+        list[str], Meta(description="a list of hosts that may be reached at private addresses or by a redirect")
+    ] = []
+    max_connections: Annotated[_Count, Meta(description="upstream requests at once, 1 or more")] = 100
+    connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 10.0
+    read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 30.0
+
+
+class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="virtual"):
+    """`type = "virtual"`: files that a function makes."""
+
+    factory: Annotated[
+        str,
+        Meta(
+            pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$",
+            description='"module:function"; the directory of the settings file is on the import path',
+        ),
+    ]
+
+
+SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSettings | VirtualSettings
+
+
+class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[[routes]]`: which URLs are answered by which source."""
+
+    path: Annotated[str, Meta(description="a path with one parameter, such as /files/{path:path}")]
+    source: Annotated[str, Meta(description="the name of one of the sources")]
+    disposition: Annotated[Literal["attachment", "inline"], Meta(description="attachment or inline")] = "attachment"
+    cache_control: (
+        Annotated[str, Meta(pattern=r"^[ -~]+$", description="a Cache-Control header, such as private")] | None
+    ) = None
+    name: Annotated[str, Meta(min_length=1, description="what the page at / calls the route")] | None = None
+    example: Annotated[
+        str | list[str], Meta(description="a file, or a list of files, that the page at / links to")
+    ] = []
+
+    @property
+    def examples(self) -> list[str]:
+        """The examples as a list."""
+        return [self.example] if isinstance(self.example, str) else self.example
+
+
+class RuleSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[[offload.rules]]`: what a proxy can reach, and where it finds it."""
+
+    source: Annotated[
+        str, Meta(min_length=1, description="a directory, absolute or relative to the settings file, or a URL")
+    ]
+    target: (
+        Annotated[str, Meta(min_length=1, description="what the source is for the proxy, such as /_files/")] | None
+    ) = None
+
+
+class OffloadSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[offload]`: the proxy that sends files for us, if there is one."""
+
+    backend: Annotated[Literal["nginx", "apache", "lighttpd"], Meta(description="nginx, apache or lighttpd")] | None = (
+        None
+    )
+    rules: Annotated[list[RuleSettings], Meta(description="[[offload.rules]] tables")] = []
+    buffering: Annotated[bool, Meta(description="true or false")] | None = None
+    charset: Annotated[str, Meta(description="a charset, such as utf-8")] | None = None
+    expires: Annotated[int | Literal["off"], Meta(description='a number of seconds, or "off"')] | None = None
+    limit_rate: Annotated[int, Meta(ge=0, description="bytes per second, 0 for no limit")] | None = None
+    encoding: Annotated[Literal["raw", "percent"], Meta(description="raw or percent")] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings, checked as far as they can be without opening anything; directories are absolute.
+
+    directory: where relative paths begin, and modules are imported from. origins: where a key was written, for
+    messages; what is not in there comes from `file`.
+    """
+
+    file: str
+    directory: Path
+    origins: Mapping[str, str]
+    server: ServerSettings
+    sources: Mapping[str, SourceSettings]
+    routes: Sequence[RouteSettings]
+    offload: OffloadSettings
+
+    def error(self, key: str, problem: str) -> ConfigurationError:
+        """Return the error for a key such as `sources.files.root`."""
+        return configuration_error(self.file, self.origins, key, problem)
+
+    @contextmanager
+    def blaming(self, key: str) -> Iterator[None]:
+        """Say of a `ConfigurationError` raised inside which key it comes from."""
+        try:
+            yield
+        except ConfigurationError as exc:
+            raise self.error(key, str(exc)) from exc
+
+
+def configuration_error(file: str, origins: Mapping[str, str], key: str, problem: str) -> ConfigurationError:
+    """Return the error of one line: where it is written, which key, what is wrong and what to do."""
+    origin, part = file, key
+    while part:
+        if part in origins:
+            origin = origins[part]
+            break
+        part = part[: max(part.rfind("."), part.rfind("["), 0)]
+    return ConfigurationError(f"{origin}: {key}: {problem}" if key else f"{origin}: {problem}")
+
+
+def directory_of(source: SourceSettings) -> str | None:
+    """Return the local directory that a source serves, or None if it serves none."""
+    if isinstance(source, PathSettings):
+        return source.root
+    if isinstance(source, StorageSettings) and (parts := urlsplit(source.url)).scheme == "file":
+        return unquote(parts.path).rstrip("/") or "/"
+    return None

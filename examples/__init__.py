@@ -1,0 +1,1 @@
+"""Applications that use the library, each run by the tests."""

@@ -1,0 +1,1 @@
+"""What HTTP says about a download, as tables: values in, values out."""

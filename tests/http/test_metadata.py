@@ -1,0 +1,95 @@
+"""Entity tags, byte ranges and the validators of a stored file."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from downloadview_async.http.metadata import ByteRange, ETag, stat_validators
+from tests.http.asking import LARGE
+
+
+@pytest.mark.parametrize(
+    "text, etag",
+    [
+        ('"xyzzy"', ETag("xyzzy")),
+        ('W/"xyzzy"', ETag("xyzzy", weak=True)),
+        ('""', ETag("")),
+        ('W/""', ETag("", weak=True)),
+        ('"a,b"', ETag("a,b")),
+        ('"W/"', ETag("W/")),
+        ('"\\"', ETag("\\")),
+        ('"\xe9"', ETag("\xe9")),
+        ("", None),
+        ("xyzzy", None),
+        ('"', None),
+        ('"a', None),
+        ("'a'", None),
+        ('w/"a"', None),
+        ('W"a"', None),
+        ('W/a"', None),
+        ('"a"b"', None),
+        ('"a", "b"', None),
+        (' "a"', None),
+        ('"a" ', None),
+        ('"a b"', None),
+        ('"a\x00"', None),
+        ('"a\x7f"', None),
+        ('"a"\n', None),
+        ('"\u0100"', None),
+        ("*", None),
+    ],
+)
+def test_an_entity_tag_is_read_as_it_stands_there(text: str, etag: ETag | None) -> None:
+    assert ETag.parse(text) == etag
+    assert etag is None or str(etag) == text
+
+
+@pytest.mark.parametrize("value", ['"', 'a"b', "a b", "\t", "a\r\nSet-Cookie: a=b", "\x00", "\x7f", "π", "\u2028"])
+def test_what_cannot_stand_in_a_tag_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match="entity tag"):
+        ETag(value)
+
+
+@given(st.text() | st.text('W/"a').map('W/"{}"'.format))
+def test_no_text_raises_and_what_is_read_is_written_the_same(text: str) -> None:
+    etag = ETag.parse(text)
+    assert etag is None or str(etag) == text
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("text", ['"', "a", "W/", " ", '""', "\x00"], ids=repr)
+def test_a_huge_tag_is_decided(text: str) -> None:
+    assert ETag.parse('"' + text * (LARGE // len(text)) + "\n") is None
+
+
+def test_a_byte_range_counts_from_its_first_byte_to_before_its_stop() -> None:
+    part = ByteRange(2, 5)
+    assert len(part) == 3
+    assert b"0123456789"[part.start : part.stop] == b"234"
+    assert part.content_range(10) == "bytes 2-4/10"
+
+
+@pytest.mark.parametrize("start, stop", [(-1, 5), (5, 4), (-2, -1)])
+def test_a_byte_range_that_is_none_is_refused(start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match="byte range"):
+        ByteRange(start, stop)
+
+
+def test_a_stored_file_has_a_strong_tag_that_changes_with_the_nanosecond_and_the_size() -> None:
+    second = 1_700_000_000
+    etag, modified = stat_validators(10, second * 10**9)
+    assert not etag.weak
+    assert ETag.parse(str(etag)) == etag
+    assert modified == second
+    assert stat_validators(10, second * 10**9 + 999_999_999)[1] == second
+    tags = {
+        stat_validators(size, second * 10**9 + nanosecond)[0] for size in (10, 11, 0x10) for nanosecond in (0, 1, 16)
+    }
+    assert len(tags) == 9
+
+
+@given(st.integers(0, 1 << 63), st.integers(-(1 << 63), 1 << 63))
+def test_any_stat_gives_validators(size: int, mtime_ns: int) -> None:
+    etag, modified = stat_validators(size, mtime_ns)
+    assert ETag.parse(str(etag)) == etag
+    assert (modified is None) == (mtime_ns < 0)

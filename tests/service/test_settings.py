@@ -1,0 +1,399 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from downloadview_async import ConfigurationError
+from downloadview_async.service.build import build
+from downloadview_async.service.load import load_settings
+from downloadview_async.service.settings import (
+    ObjectSettings,
+    PathSettings,
+    RemoteSettings,
+    RouteSettings,
+    ServerSettings,
+    Settings,
+    StorageSettings,
+    VirtualSettings,
+)
+
+FILES = '[sources.files]\ntype = "path"\nroot = "files"\n'
+ROUTE = '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\n'
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory for settings, with a directory `files` in it."""
+    (tmp_path / "files").mkdir()
+    return tmp_path
+
+
+def write(directory: Path, text: str) -> str:
+    file = directory / "downloadview.toml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def load(directory: Path, text: str, environ: dict[str, str] | None = None, **options: Any) -> Settings:
+    return load_settings(write(directory, text), environ=environ or {}, options=options)
+
+
+def test_the_example_of_every_kind(directory: Path) -> None:
+    settings = load(
+        directory,
+        """
+        [server]
+        host = "0.0.0.0"
+        port = 9000
+        [sources.files]
+        type = "path"
+        root = "files"
+        symlinks = "deny"
+        precompressed = ["br", "gzip"]
+        [sources.media]
+        type = "storage"
+        url = "file:///srv/media"
+        [sources.documents]
+        type = "object"
+        database = "sqlite+aiosqlite:///demo.db"
+        table = "documents"
+        key = "key"
+        file = "path"
+        filename = "title"
+        content_type = "content_type"
+        source = "files"
+        [sources.mirror]
+        type = "remote"
+        url = "http://127.0.0.1:8000/files/"
+        allow_hosts = ["127.0.0.1"]
+        [sources.reports]
+        type = "virtual"
+        factory = "reports:make"
+        [[routes]]
+        path = "/files/{path:path}"
+        source = "files"
+        disposition = "inline"
+        cache_control = "private"
+        example = "hello.txt"
+        [offload]
+        backend = "nginx"
+        limit_rate = 1000
+        expires = "off"
+        [[offload.rules]]
+        source = "files"
+        target = "/_files/"
+        """,
+    )
+    assert settings.server == ServerSettings(host="0.0.0.0", port=9000)
+    assert settings.sources == {
+        "files": PathSettings(root=str(directory / "files"), symlinks="deny", precompressed=["br", "gzip"]),
+        "media": StorageSettings(url="file:///srv/media"),
+        "documents": ObjectSettings(
+            database="sqlite+aiosqlite:///demo.db",
+            table="documents",
+            key="key",
+            file="path",
+            filename="title",
+            content_type="content_type",
+            source="files",
+        ),
+        "mirror": RemoteSettings(url="http://127.0.0.1:8000/files/", allow_hosts=["127.0.0.1"]),
+        "reports": VirtualSettings(factory="reports:make"),
+    }
+    assert settings.routes == [
+        RouteSettings(
+            path="/files/{path:path}",
+            source="files",
+            disposition="inline",
+            cache_control="private",
+            example="hello.txt",
+        )
+    ]
+    assert settings.offload.backend == "nginx"
+    assert settings.offload.rules[0].source == str(directory / "files")
+    assert (settings.offload.limit_rate, settings.offload.expires) == (1000, "off")
+
+
+def test_defaults(directory: Path) -> None:
+    settings = load(directory, "")
+    assert settings.server == ServerSettings()
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8000)
+    assert settings.server.timeout_graceful_shutdown == 30
+    assert settings.sources == {}
+    assert settings.offload.backend is None
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("file:files", "file://{directory}/files"),
+        ("file:a b", "file://{directory}/a%20b"),
+        ("file:../other", "file://{parent}/other"),
+        ("file:///srv/media", "file:///srv/media"),
+        ("memory://", "memory://"),
+    ],
+)
+def test_a_storage_may_be_beside_the_settings(directory: Path, url: str, expected: str) -> None:
+    settings = load(directory, f'[sources.media]\ntype = "storage"\nurl = "{url}"')
+    source = settings.sources["media"]
+    assert isinstance(source, StorageSettings)
+    assert source.url == expected.format(directory=directory, parent=directory.parent)
+
+
+REFUSED = [
+    # what is written, the key, and words of the remedy
+    ("port = 8000", "port", "unknown key: use one of offload, routes, server, sources"),
+    ("[servre]", "servre", "did you mean 'server'?"),
+    ("[server]\nprot = 1", "server.prot", "did you mean 'port'?"),
+    ('[server]\nport = "x"', "server.port", "give a TCP port, 0 to 65535"),
+    ("[server]\nport = 70000", "server.port", "give a TCP port, 0 to 65535"),
+    ("[server]\nworkers = 0", "server.workers", "1 or more"),
+    ('[server]\nlog_level = "loud"', "server.log_level", "critical, error, warning"),
+    ('[server]\nroot_path = "x/"', "server.root_path", "such as /downloads"),
+    ("[server]\naccess_log = 1", "server.access_log", "true to log every request"),
+    ("server = 1", "server", "write it as [server]"),
+    ("sources = []", "sources", "write it as [sources]"),
+    ("offload = 1", "offload", "write it as [offload]"),
+    ('routes = "x"', "routes", "expected array"),
+    ("[sources]\nfiles = 1", "sources.files", "write it as [sources.files]"),
+    ('[sources."a b"]\ntype = "path"', "sources.a b", "use letters, digits"),
+    ("[sources.files]\nroot = 'x'", "sources.files.type", "give one of path, storage"),
+    ("[sources.files]\ntype = 'paht'", "sources.files.type", "did you mean 'path'?"),
+    ("[sources.files]\ntype = 'path'", "sources.files.root", "missing: give a directory"),
+    ("[sources.files]\ntype = 'path'\nroot = ''", "sources.files.root", "give a directory"),
+    (f"{FILES}rot = 'x'", "sources.files.rot", "did you mean 'root'?"),
+    (f"{FILES}symlinks = 'some'", "sources.files.symlinks", "deny, inside or follow"),
+    (f"{FILES}precompressed = ['rar']", "sources.files.precompressed[0]", '"br", "zstd" and "gzip"'),
+    ("[sources.m]\ntype = 'remote'\nurl = 'http://x/'\nallow_hosts = 'y'", "sources.m.allow_hosts", "a list of hosts"),
+    ("[sources.m]\ntype = 'remote'\nurl = 'http://x/'\nread_timeout = 0", "sources.m.read_timeout", "more than 0"),
+    ("[sources.v]\ntype = 'virtual'\nfactory = 'reports'", "sources.v.factory", "module:function"),
+    (f"{FILES}[[routes]]\nsource = 'files'", "routes[0].path", "missing: give a path"),
+    (f"{FILES}[[routes]]\npath = '/x/{{p}}'\nsource = 'flies'", "routes[0].source", "did you mean 'files'?"),
+    (ROUTE, "routes[0].source", "there is no source 'files': there is none yet"),
+    (f"{FILES}{ROUTE}sorce = 1", "routes[0].sorce", "did you mean 'source'?"),
+    (f"{FILES}[[routes]]\npath = '/x'\nsource = 'files'", "routes[0].path", "{path:path}"),
+    (f"{FILES}[[routes]]\npath = 'x/{{p}}'\nsource = 'files'", "routes[0].path", "begin it with a slash"),
+    (f"{FILES}[[routes]]\npath = '/{{a}}/{{b}}'\nsource = 'files'", "routes[0].path", "one parameter"),
+    (f"{FILES}[[routes]]\npath = '/-/{{a}}'\nsource = 'files'", "routes[0].path", "choose another path"),
+    (f"{FILES}{ROUTE}{ROUTE}", "routes[1].path", "the path of routes[0] too"),
+    (f"{FILES}{ROUTE}{ROUTE.replace('path:', 'name:')}", "routes[1].path", "remove one or change it"),
+    (f"{FILES}{ROUTE}disposition = 'show'", "routes[0].disposition", "attachment or inline"),
+    (f'{FILES}{ROUTE}cache_control = "a\\r\\nb"', "routes[0].cache_control", "such as private"),
+    (f"{FILES}{ROUTE}example = [1]", "routes[0].example[0]", "a file, or a list of files"),
+    ("[offload]\nbackend = 'caddie'", "offload.backend", "nginx, apache or lighttpd"),
+    ("[offload]\nbakend = 'nginx'", "offload.bakend", "did you mean 'backend'?"),
+    ("[offload]\nbackend = 'nginx'", "offload.rules", "add one, or remove the backend"),
+    (f"{FILES}[[offload.rules]]\nsource = 'else'", "offload.rules[0].source", "no source lives under"),
+    (f"{FILES}[[offload.rules]]\nsource = 'fil'", "offload.rules[0].source", "or remove the rule"),
+    (f"{FILES}[[offload.rules]]\nsource = 'http://x/'", "offload.rules[0].source", "no source lives under"),
+    (f"{FILES}[[offload.rules]]\nsorce = 'x'", "offload.rules[0].sorce", "did you mean 'source'?"),
+    (f"{FILES}[offload]\nexpires = 'on'", "offload.expires", 'a number of seconds, or "off"'),
+    (
+        f"{FILES}[offload]\nbackend = 'nginx'\n[[offload.rules]]\nsource = 'files'",
+        "offload.rules[0].target",
+        "/_files/",
+    ),
+    (
+        f"{FILES}[offload]\nbackend = 'apache'\nlimit_rate = 1\n[[offload.rules]]\nsource = 'files'",
+        "offload.limit_rate",
+        "apache has no such option",
+    ),
+    (
+        f"{FILES}[offload]\nbackend='nginx'\nencoding='raw'\n[[offload.rules]]\nsource='files'\ntarget='/_files/'",
+        "offload.encoding",
+        "remove it",
+    ),
+]
+
+
+@pytest.mark.parametrize("text, key, remedy", REFUSED)
+def test_a_mistake_is_refused_with_file_key_and_remedy(directory: Path, text: str, key: str, remedy: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        load(directory, text)
+    message = str(refused.value)
+    assert message.startswith(f"{directory / 'downloadview.toml'}: {key}: ")
+    assert remedy in message
+    assert "\n" not in message
+
+
+def object_source(**changes: str) -> str:
+    keys = {
+        "type": "object",
+        "database": "sqlite+aiosqlite:///demo.db",
+        "table": "documents",
+        "key": "key",
+        "file": "path",
+        "source": "files",
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in (keys | changes).items()]
+    return "\n".join(["[sources.documents]", *lines, ""])
+
+
+BUILD_REFUSED = [
+    ("[sources.files]\ntype = 'path'\nroot = 'gone'", "sources.files.root", "create the directory"),
+    ("[sources.m]\ntype = 'storage'\nurl = 'file:gone'", "sources.m.url", "create the directory"),
+    ("[sources.m]\ntype = 'storage'\nurl = 's3://bucket'", "sources.m.url", "memory://"),
+    ("[sources.m]\ntype = 'remote'\nurl = 'ftp://x/'", "sources.m.url", "http or https"),
+    ("[sources.m]\ntype = 'remote'\nurl = 'http://u:p@x/'", "sources.m.url", "credentials belong in the headers"),
+    ("[sources.v]\ntype = 'virtual'\nfactory = 'no_such_module:make'", "sources.v.factory", "give module:function"),
+    ("[sources.v]\ntype = 'virtual'\nfactory = 'json:no_such'", "sources.v.factory", "give module:function"),
+    ("[sources.v]\ntype = 'virtual'\nfactory = 'broken_reports:make'", "sources.v.factory", "ZeroDivisionError"),
+    ("[sources.v]\ntype = 'virtual'\nfactory = 'string:digits'", "sources.v.factory", "no function"),
+    (f"{FILES}[[routes]]\npath = '/x/{{p:no}}'\nsource = 'files'", "routes[0].path", "{path:path}"),
+    (f"{FILES}{object_source(database='sqlite:///demo.db')}", "sources.documents", "sqlite+aiosqlite:///"),
+    (f"{FILES}{object_source(database='sqlite+aiosqlite:///gone.db')}", "sources.documents", "gone.db' cannot be read"),
+    (f"{FILES}{object_source(database='nonsense')}", "sources.documents", "asynchronous driver"),
+    (f"{FILES}{object_source(database='postgresql+asyncpg://h/n')}", "sources.documents", "needs asyncpg: install it"),
+    (
+        f"{FILES}[offload]\nbackend = 'nginx'\n[[offload.rules]]\nsource = 'files'\ntarget = '_files'",
+        "offload",
+        "with a slash at both ends",
+    ),
+    (
+        f"{FILES}[offload]\nbackend = 'apache'\n[[offload.rules]]\nsource = 'files'\ntarget = 'files'",
+        "offload",
+        "absolute directory",
+    ),
+]
+
+
+@pytest.mark.parametrize("text, key, remedy", BUILD_REFUSED)
+def test_what_is_missing_is_refused_when_the_service_is_built(
+    directory: Path, text: str, key: str, remedy: str
+) -> None:
+    (directory / "broken_reports.py").write_text("1 / 0")
+    (directory / "demo.db").touch()
+    settings = load(directory, text)
+    with pytest.raises(ConfigurationError) as refused:
+        build(settings)
+    message = str(refused.value)
+    assert message.startswith(f"{directory / 'downloadview.toml'}: {key}: ")
+    assert remedy in message
+
+
+@pytest.mark.parametrize(
+    "changes, remedy",
+    [
+        ({"source": "flies"}, "sources.documents.source: there is no source 'flies': did you mean 'files'?"),
+        ({"source": "documents"}, "sources.documents.source: 'documents' is an object source too"),
+    ],
+)
+def test_the_source_of_an_object_source_is_checked(directory: Path, changes: dict[str, str], remedy: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        load(directory, FILES + object_source(**changes))
+    assert remedy in str(refused.value)
+
+
+def test_a_file_that_is_missing_or_no_toml_is_refused(directory: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"gone\.toml: the settings file cannot be read .* --config"):
+        load_settings(directory / "gone.toml", environ={})
+    with pytest.raises(ConfigurationError, match=r"downloadview\.toml: not valid TOML: .*line 2"):
+        load(directory, "[server]\nport = = 1")
+    (directory / "latin.toml").write_bytes(b'[server]\nhost = "\xe9"')
+    with pytest.raises(ConfigurationError, match="not valid TOML"):
+        load_settings(directory / "latin.toml", environ={})
+
+
+@pytest.mark.parametrize(
+    "environ, key, expected",
+    [
+        ({"DOWNLOADVIEW_SERVER__PORT": "9000"}, "server.port", 9000),
+        ({"DOWNLOADVIEW_SERVER__PROXY_HEADERS": "false"}, "server.proxy_headers", False),
+        ({"DOWNLOADVIEW_SERVER__HOST": "10"}, "server.host", "10"),  # text where the setting is text
+        ({"DOWNLOADVIEW_SERVER__UDS": "/run/x.sock"}, "server.uds", "/run/x.sock"),
+        ({"DOWNLOADVIEW_SERVER": '{"port": 1}'}, "server.port", 1),
+        ({"DOWNLOADVIEW_SERVER": '{"port": 1}', "DOWNLOADVIEW_SERVER__PORT": "2"}, "server.port", 2),
+        ({"DOWNLOADVIEW_SERVER": '{"host": "::1"}'}, "server.port", 8000),  # the whole table
+        ({"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx"}, "offload.backend", "nginx"),
+        ({"DOWNLOADVIEW_OFFLOAD__EXPIRES": "60"}, "offload.expires", 60),
+        ({"DOWNLOADVIEW_OFFLOAD__EXPIRES": "off"}, "offload.expires", "off"),
+        ({"DOWNLOADVIEW_OFFLOAD__LIMIT_RATE": "5"}, "offload.limit_rate", 5),
+        ({"DOWNLOADVIEW_OFFLOAD__BUFFERING": "false"}, "offload.buffering", False),
+        ({"DOWNLOADVIEW_OFFLOAD": '{"backend":"apache","rules":[{"source":"files"}]}'}, "offload.backend", "apache"),
+        ({"DOWNLOADVIEW_SOURCES__MY_MIRROR__URL": "http://y/"}, "sources.my-mirror.url", "http://y/"),
+        ({"DOWNLOADVIEW_SOURCES__MY_MIRROR__ALLOW_HOSTS": '["y"]'}, "sources.my-mirror.allow_hosts", ["y"]),
+        ({"DOWNLOADVIEW_SOURCES__MY_MIRROR__READ_TIMEOUT": "2.5"}, "sources.my-mirror.read_timeout", 2.5),
+        ({"DOWNLOADVIEW_SOURCES__MEM": '{"type":"storage","url":"memory://"}'}, "sources.mem.url", "memory://"),
+        (
+            {"DOWNLOADVIEW_SOURCES__MEM__TYPE": "storage", "DOWNLOADVIEW_SOURCES__MEM__URL": "memory://"},
+            "sources.mem.url",
+            "memory://",
+        ),
+        ({"DOWNLOADVIEW_ROUTES": "[]"}, "routes", []),
+        ({"DOWNLOADVIEW_CONFIG": "elsewhere.toml", "OTHER": "x"}, "server.port", 8001),
+    ],
+)
+def test_variables_win_over_the_file(directory: Path, environ: dict[str, str], key: str, expected: Any) -> None:
+    text = (
+        f'[server]\nport = 8001\n{FILES}[sources.my-mirror]\ntype = "remote"\nurl = "http://x/"\n{ROUTE}'
+        '[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+    )
+    found: Any = load(directory, text, environ)
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        (
+            {"DOWNLOADVIEW_SERVER__PROT": "1"},
+            "DOWNLOADVIEW_SERVER__PROT: server.prot: unknown key: did you mean 'port'?",
+        ),
+        ({"DOWNLOADVIEW_PORT": "1"}, "DOWNLOADVIEW_PORT: port: unknown key"),
+        (
+            {"DOWNLOADVIEW_SERVER__PORT": "x"},
+            "DOWNLOADVIEW_SERVER__PORT: server.port: expected int, got str: give a TCP",
+        ),
+        ({"DOWNLOADVIEW_SERVER": '{"port": -1}'}, "DOWNLOADVIEW_SERVER: server.port: expected int >= 0"),
+        ({"DOWNLOADVIEW_SERVER": '{"port": 1'}, "DOWNLOADVIEW_SERVER: not valid JSON"),
+        ({"DOWNLOADVIEW_SERVER": "8000"}, "DOWNLOADVIEW_SERVER: server: this is a table"),
+        ({"DOWNLOADVIEW_ROUTES__0__PATH": "/x"}, "routes is no table: give it whole, as JSON, in DOWNLOADVIEW_ROUTES"),
+        ({"DOWNLOADVIEW_SOURCES__FILES__ROOT__X": "x"}, "sources.files.root is no table"),
+        ({"DOWNLOADVIEW_SOURCES__NEW__ROOT": "x"}, "sources.new.type: missing"),
+    ],
+)
+def test_a_mistake_in_a_variable_names_the_variable(directory: Path, environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        load(directory, FILES + ROUTE, environ)
+    assert message in str(refused.value)
+
+
+def test_the_command_line_wins_over_variables(directory: Path) -> None:
+    environ = {"DOWNLOADVIEW_SERVER__PORT": "9000", "DOWNLOADVIEW_SERVER__HOST": "::1"}
+    settings = load(directory, "[server]\nport = 8001", environ, port=9001)
+    assert (settings.server.port, settings.server.host) == (9001, "::1")
+    with pytest.raises(ConfigurationError, match=r"^the command line: server\.port: expected int >= 0"):
+        load(directory, "", port=-1)
+
+
+def test_without_a_file_relative_paths_begin_at_the_current_directory(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(directory)
+    settings = load_settings(None, environ={"DOWNLOADVIEW_SOURCES": '{"files": {"type": "path", "root": "files"}}'})
+    assert settings.sources["files"] == PathSettings(root=str(directory / "files"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "files",
+        "files/",
+        "files/public",
+        ".",
+        "{directory}/files",
+        "{directory}",
+        "http://up.test/",
+        "http://up.test/pub",
+    ],
+)
+def test_a_rule_may_be_for_what_a_source_serves_or_a_part_or_more_of_it(directory: Path, source: str) -> None:
+    text = (
+        f'{FILES}[sources.up]\ntype = "remote"\nurl = "http://up.test/pub/"\n'
+        f'[[offload.rules]]\nsource = "{source.format(directory=directory)}"\ntarget = "/_x/"'
+    )
+    assert load(directory, text).offload.rules[0].target == "/_x/"

@@ -1,0 +1,167 @@
+"""Local files: precompressed siblings, every way of reading, and what is refused when a source is made."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from downloadview_async import (
+    ByteRange,
+    ConfigurationError,
+    Download,
+    LocalFile,
+    OffloadMiddleware,
+    PathSource,
+    Rule,
+    TransferAborted,
+    XAccelRedirect,
+)
+from downloadview_async.sources import local
+from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
+from downloadview_async.sources.workers import Workers
+from downloadview_async.testing import assert_x_accel_redirect, call
+
+pytestmark = pytest.mark.asyncio
+PLAIN = b"body {} " * 100
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "root").mkdir()
+    root = tmp_path / "root"
+    for name, content in {
+        "style.css": PLAIN,
+        "style.css.br": b"BROTLI",
+        "style.css.gz": b"GZIP",
+        "lone.css": PLAIN,
+    }.items():
+        (root / name).write_bytes(content)
+        os.utime(root / name, ns=(0, 1_700_000_000_000_000_000))
+    (tmp_path / "secret.gz").write_bytes(b"SECRET")
+    (root / "lone.css.gz").symlink_to(tmp_path / "secret.gz")
+    (root / "lone.css.zst").mkdir()
+    return root
+
+
+PREFERENCES = [
+    ("gzip, br", "br", b"BROTLI"),
+    ("gzip;q=1, br;q=0.5", "gzip", b"GZIP"),
+    ("gzip", "gzip", b"GZIP"),
+    ("x-gzip", "gzip", b"GZIP"),
+    ("zstd", None, PLAIN),
+    ("*", "br", b"BROTLI"),
+    ("br;q=0, gzip;q=0", None, PLAIN),
+    ("gzip;q=0.1, identity", None, PLAIN),
+    ("identity", None, PLAIN),
+    ("", None, PLAIN),
+]
+
+
+@pytest.mark.parametrize("accept, encoding, body", PREFERENCES)
+async def test_a_sibling_is_sent_to_who_prefers_it(root: Path, accept: str, encoding: str | None, body: bytes) -> None:
+    app = Download(PathSource(root, precompressed=("br", "zstd", "gzip")))
+    answer = await call(app, "/style.css", headers={"Accept-Encoding": accept})
+    assert (answer.body, answer.headers.get("content-encoding")) == (body, encoding)
+    assert answer.headers["vary"] == "Accept-Encoding"
+    assert answer.headers["content-type"] == "text/css; charset=utf-8"
+    assert answer.headers["content-disposition"] == 'attachment; filename="style.css"'
+    assert answer.headers["content-length"] == str(len(body))
+    again = await call(app, "/style.css", headers={"Accept-Encoding": accept, "If-None-Match": answer.headers["etag"]})
+    assert (again.status, again.headers["vary"]) == (304, "Accept-Encoding")
+
+
+async def test_every_encoding_has_a_tag_of_its_own_even_with_one_size_and_time(root: Path) -> None:
+    (root / "style.css.br").write_bytes(b"x" * len(PLAIN))
+    os.utime(root / "style.css.br", ns=(0, 1_700_000_000_000_000_000))
+    app = Download(PathSource(root, precompressed=("br",)))
+    plain = await call(app, "/style.css")
+    packed = await call(app, "/style.css", headers={"Accept-Encoding": "br"})
+    assert plain.headers["etag"] != packed.headers["etag"]
+    mixed = {"Accept-Encoding": "br", "Range": "bytes=0-1", "If-Range": plain.headers["etag"]}
+    assert (await call(app, "/style.css", headers=mixed)).status == 200
+    resumed = {"Accept-Encoding": "br", "Range": "bytes=0-1", "If-Range": packed.headers["etag"]}
+    assert (await call(app, "/style.css", headers=resumed)).body == b"xx"
+
+
+async def test_a_sibling_that_leads_out_of_the_root_or_is_no_file_is_not_sent(root: Path) -> None:
+    app = Download(PathSource(root, precompressed=("gzip", "zstd")))
+    for accept in ("gzip", "zstd"):
+        answer = await call(app, "/lone.css", headers={"Accept-Encoding": accept})
+        assert answer.body == PLAIN
+        assert "content-encoding" not in answer.headers
+
+
+async def test_siblings_are_for_those_who_ask_for_them(root: Path) -> None:
+    answer = await call(Download(PathSource(root)), "/style.css", headers={"Accept-Encoding": "br, gzip"})
+    assert answer.body == PLAIN
+    assert not {"vary", "content-encoding"} & set(answer.headers)
+    with pytest.raises(ConfigurationError, match="br, zstd, gzip, not deflate"):
+        PathSource(root, precompressed=["deflate"])
+
+
+async def test_a_proxy_gets_the_plain_file_and_packs_it_itself(root: Path) -> None:
+    app = OffloadMiddleware(
+        Download(PathSource(root, precompressed=("br",))), XAccelRedirect([Rule(str(root), "/_files/")])
+    )
+    answer = await call(app, "/style.css", headers={"Accept-Encoding": "br"})
+    assert_x_accel_redirect(answer, redirect_url="/_files/style.css")
+    assert "content-encoding" not in answer.headers
+
+
+@pytest.fixture(params=["page cache", "cannot tell", "never asked"])
+def big(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file of several chunks: on a disk; on tmpfs, which cannot tell what is cached; and without RWF_NOWAIT."""
+    directory = tmp_path
+    if request.param == "cannot tell":
+        if not Path("/dev/shm").is_dir():
+            pytest.skip("tmpfs: there is no /dev/shm")
+        directory = Path("/dev/shm")
+    if request.param == "never asked":
+        monkeypatch.setattr(local, "_RWF_NOWAIT", None)
+    path = directory / f"downloadview-{os.getpid()}.bin"
+    path.write_bytes(os.urandom(3 * CHUNK_SIZE + 7))
+    yield path
+    path.unlink()
+
+
+async def test_every_way_of_reading_gives_the_same_bytes(big: Path) -> None:
+    content = big.read_bytes()
+    for span in (
+        None,
+        ByteRange(0, len(content)),
+        ByteRange(5, CHUNK_SIZE + 6),
+        ByteRange(len(content) - 1, len(content)),
+    ):
+        async with LocalFile(big).open() as opened:
+            read = b"".join([chunk async for chunk in opened.stream(span)])
+        assert read == (content if span is None else content[span.start : span.stop])
+
+
+async def test_a_cold_file_is_read_from_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "cold.bin"
+    content = os.urandom(4 * CHUNK_SIZE)
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    async with LocalFile(path).open() as opened:
+        assert b"".join([chunk async for chunk in opened.stream(None)]) == content
+
+
+async def test_a_descriptor_that_cannot_be_read_aborts(tmp_path: Path) -> None:
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        opened = OpenLocalFile(directory, os.stat(tmp_path), workers=Workers())
+        with pytest.raises(TransferAborted, match="at byte 0"):
+            _ = [chunk async for chunk in opened.stream(ByteRange(0, 10))]
+    finally:
+        os.close(directory)
+
+
+async def test_names_and_locations(root: Path) -> None:
+    file = LocalFile(root / "style.css")
+    assert (file.name, file.location) == ("style.css", str(root / "style.css"))
+    assert LocalFile(root / "style.css", name="x").name == "x"
+    found = await PathSource(root).resolve("style.css")
+    assert (found.name, found.location) == ("style.css", str(root / "style.css"))

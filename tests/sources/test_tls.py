@@ -1,0 +1,85 @@
+"""Remote files over TLS: the certificate is checked against the name, whatever address was connected to."""
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpcore2
+import pytest
+import pytest_asyncio
+
+from downloadview_async import RemoteSource, UpstreamError
+
+pytestmark = [
+    pytest.mark.asyncio,
+    pytest.mark.skipif(shutil.which("openssl") is None, reason="TLS: openssl is not installed"),
+]
+BODY = bytes(range(256)) * 4096
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(path), "-out", str(path) + ".crt"]
+    subprocess.run(command, check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + Path(f"{path}.crt").read_bytes())
+    return path
+
+
+@pytest_asyncio.fixture
+async def port(certificate: Path) -> AsyncIterator[int]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def fetch(url: str, *, times: int = 1) -> list[bytes]:
+    source = RemoteSource(url, allow_hosts=["localhost", "127.0.0.1"])
+    bodies = []
+    try:
+        for _ in range(times):
+            async with (await source.resolve("x")).open() as opened:
+                bodies.append(b"".join([chunk async for chunk in opened.stream(None)]))
+    finally:
+        await source.aclose()
+    return bodies
+
+
+async def test_a_trusted_certificate_of_the_right_name(
+    port: int, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusting = ssl.create_default_context(cafile=f"{certificate}.crt")
+    monkeypatch.setattr(httpcore2, "default_ssl_context", lambda: trusting)
+    assert await fetch(f"https://localhost:{port}/", times=3) == [BODY] * 3
+    with pytest.raises(UpstreamError, match="certificate"):
+        await fetch(f"https://127.0.0.1:{port}/")
+
+
+async def test_a_certificate_that_nobody_trusts(port: int) -> None:
+    with pytest.raises(UpstreamError, match="certificate"):
+        await fetch(f"https://localhost:{port}/")
+
+
+async def test_a_plain_server_where_tls_was_expected() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        with pytest.raises(UpstreamError):
+            await fetch(f"https://localhost:{server.sockets[0].getsockname()[1]}/")

@@ -1,0 +1,244 @@
+"""The documentation is true: its code runs, its settings load, its commands exist, its tables are the code's own."""
+
+import ast
+import asyncio
+import importlib.metadata
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from starlette.testclient import TestClient
+
+import downloadview_async
+from downloadview_async.service import settings as service_settings
+from downloadview_async.service.load import load_settings
+from downloadview_async.testing import assert_x_accel_redirect
+from tests.servers import PROJECT
+
+DOCS = PROJECT / "docs"
+PAGES = [path for path in sorted([*PROJECT.glob("*.md"), *DOCS.rglob("*.md")]) if "_build" not in path.parts]
+_BLOCK = re.compile(
+    r"^(?P<fence>`{3,}|:{3,})(?P<kind>\S*)[^\n]*\n(?P<text>.*?)^(?P=fence)\s*$", re.MULTILINE | re.DOTALL
+)
+
+
+def blocks(page: Path, *kinds: str) -> list[tuple[int, str]]:
+    """Return the code blocks of a page of some kinds, each with the line it begins on."""
+    text = page.read_text()
+    return [
+        (text.count("\n", 0, match.start("text")), match["text"])
+        for match in _BLOCK.finditer(text)
+        if match["kind"] in kinds
+    ]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(PROJECT))
+
+
+def pages_with(*kinds: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, *kinds)], ids=name_of)
+
+
+def test_every_block_is_of_a_kind_that_is_checked() -> None:
+    known = {"python", "toml", "sh", "{literalinclude}", "{toctree}", "{eval-rst}"}
+    for page in PAGES:
+        kinds = {match["kind"] for match in _BLOCK.finditer(page.read_text())}
+        assert kinds <= known, f"{name_of(page)} has blocks that nobody checks: {kinds - known}"
+
+
+def run_page(page: Path) -> dict[str, Any]:
+    """Run the Python blocks of a page, one after the other, and return what they have defined."""
+    namespace: dict[str, Any] = {"__name__": "page"}
+
+    async def run(code: Any) -> None:
+        result = eval(code, namespace)
+        if inspect.isawaitable(result):
+            await result
+
+    with asyncio.Runner() as runner:
+        for line, text in blocks(page, "python"):
+            source = "\n" * line + text  # so that tracebacks name the page's own lines
+            runner.run(run(compile(source, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)))
+    return namespace
+
+
+@pages_with("python")
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+def test_the_applications_of_the_readme_send_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = run_page(PROJECT / "README.md")
+    (tmp_path / "files" / "17.pdf").write_bytes(b"%PDF")
+    client = TestClient(page["app"])
+    assert client.get("/invoices/17.pdf").status_code == 403
+    answer = client.get("/invoices/17.pdf", headers={"X-User": "ada"})
+    assert_x_accel_redirect(answer, redirect_url="/_files/17.pdf", filename="invoice.pdf")
+    assert client.get("/invoices/18.pdf", headers={"X-User": "ada"}).status_code == 404
+
+
+@pages_with("toml")
+def test_settings_load(page: Path, tmp_path: Path) -> None:
+    for number, (_, text) in enumerate(blocks(page, "toml")):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(text)
+        loaded = load_settings(file, environ={})
+        assert set(tomllib.loads(text)) <= {"server", "sources", "routes", "offload"}
+        assert loaded.sources
+        assert loaded.routes
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    for _, text in blocks(page, "sh"):
+        subprocess.run(["bash", "-n"], input=text.encode(), check=True)
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch("[A-Z_]+=.*", words[0]):
+                words.pop(0)
+            if words:
+                yield words
+
+
+def help_of(*command: str) -> str:
+    return subprocess.run([sys.executable, "-m", *command, "--help"], capture_output=True, check=True, text=True).stdout
+
+
+@pages_with("sh")
+def test_commands_and_their_options_exist(page: Path) -> None:
+    for words in commands(page):
+        program, arguments = Path(words[0]).name, words[1:]
+        options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+        match program:
+            case "downloadview":
+                text = help_of("downloadview_async.cli", arguments[0])
+            case "make":
+                text = " ".join(re.findall(r"^([\w.-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+                assert set(arguments) <= set(text.split()), f"no such target: {words}"
+            case "ruff":
+                text = subprocess.run(
+                    [sys.executable, "-m", *words[:2], "--help"], capture_output=True, text=True
+                ).stdout
+            case "mypy" | "pytest" | "sphinx-build" | "python3" | "pip" | "apt-get":
+                assert not options, f"nobody checks the options of {words}"
+                continue
+            case _:
+                pytest.fail(f"nobody checks the command {words}")
+        for option in options:
+            assert re.search(rf"{re.escape(option)}\b", text), f"{program} has no {option}: {words}"
+
+
+def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-W",
+            "-q",
+            "-b",
+            "html",
+            "-d",
+            tmp_path / "doctrees",
+            DOCS,
+            tmp_path / "html",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "html" / "api.html").exists()
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (DOCS / "api.md").read_text()
+    documented = set(re.findall(r"auto(?:class|function|exception):: (\w+)", page))
+    assert set(downloadview_async.__all__) - {"__version__"} <= documented
+
+
+def parts_of(kind: Any) -> Iterator[Any]:
+    yield kind
+    for part in get_args(kind):
+        yield from parts_of(part)
+
+
+STRUCTS = [
+    struct
+    for struct in vars(service_settings).values()
+    if inspect.isclass(struct) and issubclass(struct, msgspec.Struct) and struct is not msgspec.Struct
+]
+
+
+@pytest.mark.parametrize("struct", STRUCTS)
+def test_the_reference_has_every_setting_as_it_is(struct: type[msgspec.Struct]) -> None:
+    page = (DOCS / "configuration.md").read_text()
+    for setting in msgspec.structs.fields(struct):
+        takes = next(
+            part.description for part in parts_of(setting.type) if isinstance(part, msgspec.Meta) and part.description
+        )
+        default: Any = None if setting.default is msgspec.NODEFAULT else setting.default
+        if setting.required:
+            shown = "required"
+        elif setting.default_factory is not msgspec.NODEFAULT:
+            shown = f"`{setting.default_factory()}`"
+        elif default is None:
+            shown = "none"
+        else:
+            shown = "`" + (str(default).lower() if isinstance(default, bool) else repr(default).replace("'", '"')) + "`"
+        row = f"| `{setting.name}` | {takes} | {shown} |"
+        assert row in page, f"the reference lacks this row: {row}"
+
+
+def test_every_dependency_is_explained_with_its_licence() -> None:
+    page = (DOCS / "dependencies.md").read_text()
+    rows = {
+        package.strip(): line
+        for line in page.splitlines()
+        if line.startswith("| ") and not line.startswith("| package")
+        for package in line.split("|")[1].split(" (")[0].replace(" 2 with asyncio", "").split(",")
+    }
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    required = [
+        *project["project"]["dependencies"],
+        *[name for names in project["project"]["optional-dependencies"].values() for name in names],
+        *[name for names in project["dependency-groups"].values() for name in names if isinstance(name, str)],
+    ]
+    for requirement in required:
+        match = re.match("[A-Za-z0-9_-]+", requirement)
+        assert match is not None
+        package = match[0]
+        assert package in rows, f"docs/dependencies.md says nothing of {package}"
+        metadata = importlib.metadata.metadata(package).json
+        said = " ".join(str(metadata.get(key, "")) for key in ("license_expression", "license", "classifier"))
+        licences = re.findall(r"MIT|BSD|Apache|MPL", rows[package].split("|")[-2] + rows[package].split("|")[3])
+        assert licences, f"docs/dependencies.md has no licence for {package}"
+        for licence in licences:
+            assert re.search(licence.replace("MPL", "MPL|Mozilla"), said), f"{package} is not {licence}: {said}"
+
+
+def test_the_architecture_has_every_module() -> None:
+    page = (DOCS / "architecture.md").read_text()
+    package = PROJECT / "downloadview_async"
+    modules = [path.relative_to(package) for path in package.rglob("*.py") if path.name != "__init__.py"]
+    assert [str(path) for path in modules if f"`{path}`" not in page and f"`{path.parent}/`" not in page] == []
+    named = re.findall(r"`((?:http|sources|offload|asgi|service)/[\w/.]+)`", page)
+    assert [name for name in named if not (package / name).exists()] == []
+
+
+def test_links_between_pages_and_files_lead_somewhere() -> None:
+    for page in PAGES:
+        text = _BLOCK.sub("", page.read_text())
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
+        for target in re.findall(r"`((?:docs|examples|deploy|tests|app|downloadview_async)/[\w./-]*)`", text):
+            assert (PROJECT / target).exists(), f"{name_of(page)} names {target}"
