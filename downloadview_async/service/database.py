@@ -100,7 +100,7 @@ class Documents:
         Raises `SourceUnavailable` if the database does not answer.
         """
         column = self._table.c[self._settings.key]
-        value = _as(column.type, key)
+        value = key_as(column.type, key)
         if value is None:
             return None
         rows = await self._rows(self._statement.where(column == value))
@@ -136,7 +136,7 @@ def _located(url: URL, directory: Path) -> URL:
     return url.set(database=f"file:{quote(str(path))}").update_query_dict({"mode": "ro", "uri": "true"})
 
 
-def _as(kind: Any, key: str) -> Any:
+def key_as(kind: Any, key: str) -> Any:
     """Return a key from a URL as the column's own type, or None for one that no row can have."""
     try:
         python_type = kind.python_type

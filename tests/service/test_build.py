@@ -2,16 +2,20 @@ import asyncio
 import logging
 import os
 import sqlite3
+import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 from starlette.testclient import TestClient
 
 from downloadview_async import ConfigurationError, TransferAborted
 from downloadview_async.service.build import build
+from downloadview_async.service.database import key_as
 from downloadview_async.service.load import load_settings
 from downloadview_async.service.logs import one_line_aborts
 
@@ -122,6 +126,35 @@ def test_a_key_is_looked_up_as_its_columns_type(directory: Path) -> None:
             assert client.get(f"/documents/{key}").status_code == 404, key
 
 
+def test_a_column_without_a_type_is_looked_up_as_text(directory: Path) -> None:
+    make_database(directory, "")
+    with client_of(directory, TEXT + DOCUMENTS) as client:
+        assert client.get("/documents/1").status_code == 200
+        assert client.get("/documents/01").status_code == 404
+
+
+UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
+
+
+@pytest.mark.parametrize(
+    "kind, key, expected",
+    [
+        (sqlalchemy.Uuid(), UUID, uuid.UUID(UUID)),
+        (sqlalchemy.Uuid(), UUID.upper(), uuid.UUID(UUID)),
+        (sqlalchemy.Uuid(), UUID.replace("-", ""), None),
+        (sqlalchemy.Uuid(), f"{{{UUID}}}", None),
+        (sqlalchemy.BigInteger(), "-7", -7),
+        (sqlalchemy.BigInteger(), "٣", None),
+        (sqlalchemy.BigInteger(), "1" * 19, None),
+        (sqlalchemy.String(), "٣", "٣"),
+        (sqlalchemy.String(), "a\0b", None),
+        (sqlalchemy.String(), "\ud800", None),
+    ],
+)
+def test_keys_are_read_strictly(kind: Any, key: str, expected: Any) -> None:
+    assert key_as(kind, key) == expected
+
+
 def test_the_connection_is_free_while_the_file_is_sent(directory: Path) -> None:
     make_database(directory)
     with client_of(directory, TEXT + DOCUMENTS) as client:
@@ -152,6 +185,22 @@ def test_a_table_that_is_not_as_the_settings_say_stops_the_start(
     assert str(refused.value).startswith(f"{directory / 'downloadview.toml'}: sources.documents: ")
     assert message in str(refused.value)
     assert not (directory / "gone.db").exists()
+
+
+def test_a_file_that_is_no_database_stops_the_start(directory: Path) -> None:
+    (directory / "my demo.db").write_bytes(b"this is no database" * 1000)
+    with pytest.raises(ConfigurationError, match="the database cannot be read"), client_of(directory, TEXT + DOCUMENTS):
+        pass
+
+
+def test_an_object_source_without_sqlalchemy_says_what_to_install(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "downloadview_async.service.database")
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    refused = pytest.raises(ConfigurationError, match=r"sources\.documents\.type: .* install .*sqlalchemy")
+    with refused, client_of(directory, TEXT + DOCUMENTS):
+        pass
 
 
 def test_a_failed_start_reports_one_line(directory: Path) -> None:
