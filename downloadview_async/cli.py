@@ -1,5 +1,6 @@
 """The command `downloadview`."""
 
+import functools
 import json
 import os
 import signal
@@ -7,10 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import click
-import msgspec
-
 from downloadview_async import ConfigurationError, __version__
+
+try:
+    import click
+    import msgspec
+except ModuleNotFoundError as exc:
+    sys.exit(f'downloadview: the service needs {exc.name}: pip install "downloadview_async[server]"')
+
 from downloadview_async.service.load import CONFIG, load_settings
 from downloadview_async.service.settings import Settings
 
@@ -40,7 +45,9 @@ def main() -> None:
 @click.option("--access-log/--no-access-log", default=None, help="Log every request.  [default: log]")
 @click.option("--use-colors/--no-use-colors", default=None, help="Colours in the log.  [default: on a terminal]")
 @click.option("--loop", help="auto, asyncio or uvloop.  [default: auto]")
-@click.option("--http", help="auto, h11 or httptools.  [default: auto]")
+@click.option("--http", help="auto (sendfile), h11 or httptools.  [default: auto]")
+@click.option("--stall-timeout", type=float, help="Seconds a client may take almost nothing.  [default: 60]")
+@click.option("--minimum-rate", type=int, help="Bytes per second that a client has to take.  [default: 64]")
 @click.option("--backlog", type=int, help="Connections that wait to be taken.  [default: 2048]")
 @click.option("--limit-concurrency", type=int, help="Requests at once before 503 is answered.")
 @click.option("--limit-max-requests", type=int, help="Requests after which a worker is replaced.")
@@ -100,6 +107,7 @@ def run(settings: Settings) -> None:
     # imported here so that --help and a refusal need none of it
     import uvicorn
 
+    from downloadview_async.asgi.server import DownloadProtocol
     from downloadview_async.service.build import app_from_environment, build
     from downloadview_async.service.logs import log_config
 
@@ -109,13 +117,17 @@ def run(settings: Settings) -> None:
     app = build(settings)  # also with several workers: what is wrong is said once, before any of them starts
     # uvicorn passes the signal on when all has ended: that is a success, not a death by signal
     signal.signal(signal.SIGTERM, _end)
+    options = msgspec.structs.asdict(server)
+    watch = {"stall_seconds": options.pop("stall_timeout"), "minimum_rate": options.pop("minimum_rate")}
+    if server.http == "auto":
+        options["http"] = functools.partial(DownloadProtocol, **watch)
     uvicorn.run(
         app if server.workers == 1 else f"{app_from_environment.__module__}:{app_from_environment.__name__}",
         factory=server.workers > 1,
         lifespan="on",
         ws="none",
         log_config=log_config(server.log_level),
-        **msgspec.structs.asdict(server),
+        **options,
     )
 
 

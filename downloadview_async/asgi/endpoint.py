@@ -11,7 +11,7 @@ from downloadview_async.asgi.response import DownloadResponse, error_response
 from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.sources.base import Source
 
-ALLOWED = "GET, HEAD, OPTIONS"
+_ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
 
 class Download:
@@ -42,9 +42,9 @@ class Download:
         """Answer one request."""
         response: Response
         if scope["method"] == "OPTIONS":
-            response = Response(status_code=204, headers={"Allow": ALLOWED})
+            response = Response(status_code=204, headers=_ALLOW)
         elif scope["method"] not in ("GET", "HEAD"):
-            response = Response("Method Not Allowed", 405, {"Allow": ALLOWED}, "text/plain")
+            response = Response("Method Not Allowed", 405, _ALLOW, "text/plain")
         else:
             try:
                 file = await self.source.resolve(self._key_of(scope))

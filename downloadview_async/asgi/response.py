@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from downloadview_async.asgi.transfer import send_plan, until_the_client_leaves
+from downloadview_async.asgi.transfer import PATHSEND, send_plan, until_the_client_leaves
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import GET, DownloadRequest
@@ -96,7 +96,9 @@ class DownloadResponse(Response):
             plan = make_plan(
                 request, opened.metadata, self.presentation, status=self.status_code, headers=self._own_headers()
             )
-            await send_plan(plan, opened, self._raw(plan, scope), send)
+            server = (scope.get("extensions") or {}).get(PATHSEND) or {}
+            raw = self._raw(plan, scope)
+            await send_plan(plan, opened, raw, send, by_descriptor=bool(server.get("descriptor")))
 
     def _own_headers(self) -> Headers:
         return {name: value for name, value in self.headers.items() if name not in _RESERVED and name != "set-cookie"}

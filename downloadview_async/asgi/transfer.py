@@ -12,11 +12,19 @@ from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.sources.base import OpenFile
 
+PATHSEND = "http.response.pathsend"
+"""The ASGI extension by which a server sends a file itself."""
+
+_SMALL = 64 * 1024  # bytes that are sent with less work in one message than by the kernel
 _MAX_UNREAD_BODY = 64 * 1024  # bytes of a request body that are read and dropped while waiting for the client to leave
 
 
-async def send_plan(plan: Plan, file: OpenFile, headers: list[tuple[bytes, bytes]], send: Send) -> None:
+async def send_plan(
+    plan: Plan, file: OpenFile, headers: list[tuple[bytes, bytes]], send: Send, *, by_descriptor: bool = False
+) -> None:
     """Send the answer that `plan` is, with `headers` as ASGI wants them.
+
+    by_descriptor: whether the server takes an open descriptor, with an offset and a count, in a path send.
 
     Raises `SourceUnavailable` if the file cannot be read and nothing has been sent yet, so that another status still
     can be; else `TransferAborted`, and the server has to abort the connection.
@@ -26,6 +34,22 @@ async def send_plan(plan: Plan, file: OpenFile, headers: list[tuple[bytes, bytes
     if left == 0:
         await send(start)
         await send({"type": "http.response.body", "body": b""})
+        return
+    if by_descriptor and (span := _only_span(plan)) is not None and (descriptor := _descriptor_of(file)) is not None:
+        sent = anyio.Event()
+        await send(start)
+        await send(
+            {
+                "type": PATHSEND,
+                "path": f"/dev/fd/{descriptor}",
+                "descriptor": descriptor,
+                "offset": span.start,
+                "count": len(span),
+                "sent": sent,
+            }
+        )
+        # Some middleware takes a message from us before the server does. The descriptor has to be open until then.
+        await sent.wait()
         return
     started = False
     async with aclosing(_body(plan, file)) as chunks:
@@ -49,6 +73,19 @@ async def send_plan(plan: Plan, file: OpenFile, headers: list[tuple[bytes, bytes
     if not started:
         await send(start)
     await send({"type": "http.response.body", "body": b""})
+
+
+def _only_span(plan: Plan) -> ByteRange | None:
+    """Return the span that is the whole body, if it is worth more than one message."""
+    match plan.body:
+        case (ByteRange() as span,) if len(span) > _SMALL:
+            return span
+    return None
+
+
+def _descriptor_of(file: OpenFile) -> int | None:
+    descriptor: int | None = getattr(file, "descriptor", None)
+    return descriptor
 
 
 async def _body(plan: Plan, file: OpenFile) -> AsyncGenerator[bytes, None]:

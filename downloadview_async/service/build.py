@@ -35,7 +35,7 @@ from downloadview_async import (
 )
 from downloadview_async.service.health import Health, check_directory
 from downloadview_async.service.load import CONFIG, load_settings
-from downloadview_async.service.logs import OneLineFailures, one_line_aborts
+from downloadview_async.service.logs import OneLineFailures, log_aborts_in_one_line
 from downloadview_async.service.pages import IndexPage
 from downloadview_async.service.settings import (
     ObjectSettings,
@@ -72,7 +72,7 @@ def build(settings: Settings) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(one_line_aborts())
+            log_aborts_in_one_line()
             for source in sources.values():
                 if isinstance(source, RemoteSource):
                     stack.push_async_callback(source.aclose)
@@ -221,4 +221,5 @@ async def _not_found(request: Request, exc: Exception) -> Response:
 
 async def _method_not_allowed(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
-    return Response("Method Not Allowed", 405, exc.headers, "text/plain")
+    headers = {**(exc.headers or {}), "X-Content-Type-Options": "nosniff"}
+    return Response("Method Not Allowed", 405, headers, "text/plain")

@@ -3,8 +3,6 @@
 import asyncio
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,15 +23,9 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-@contextmanager
-def one_line_aborts() -> Iterator[None]:
-    """Have uvicorn log an aborted transfer as one line, as long as the context lasts."""
-    logger = logging.getLogger(_SERVER_LOGGER)
-    logger.addFilter(_without_traceback)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_without_traceback)
+def log_aborts_in_one_line() -> None:
+    """Have uvicorn log an aborted transfer as one line, to the end of the process: the last ones end after us."""
+    logging.getLogger(_SERVER_LOGGER).addFilter(_without_traceback)
 
 
 class OneLineFailures:

@@ -38,7 +38,14 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     access_log: Annotated[bool, Meta(description="true to log every request")] = True
     use_colors: Annotated[bool, Meta(description="true or false; without it, colours on a terminal only")] | None = None
     loop: Annotated[Literal["auto", "asyncio", "uvloop"], Meta(description="auto, asyncio or uvloop")] = "auto"
-    http: Annotated[Literal["auto", "h11", "httptools"], Meta(description="auto, h11 or httptools")] = "auto"
+    http: Annotated[
+        Literal["auto", "h11", "httptools"],
+        Meta(description="auto (sendfile, and stalled clients are dropped), or uvicorn's own h11 or httptools"),
+    ] = "auto"
+    stall_timeout: Annotated[
+        _Seconds, Meta(description="seconds a client may take less than minimum_rate; needs http = auto")
+    ] = 60.0
+    minimum_rate: Annotated[int, Meta(ge=1, description="bytes per second that a client has to take")] = 64
     backlog: Annotated[int, Meta(ge=1, description="connections that wait to be taken")] = 2048
     limit_concurrency: Annotated[_Count, Meta(description="requests at once before 503 is answered")] | None = None
     limit_max_requests: Annotated[_Count, Meta(description="requests after which a worker is replaced")] | None = None

@@ -18,7 +18,7 @@ class OpenLocalFile:
     """An open descriptor, which whoever opened it closes. Everything sent comes from it, the description too."""
 
     def __init__(self, descriptor: int, found: os.stat_result, *, workers: Workers) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self._workers = workers
         self._read_cached_pages = _RWF_NOWAIT is not None
         etag, last_modified = stat_validators(found.st_size, found.st_mtime_ns)
@@ -34,7 +34,7 @@ class OpenLocalFile:
             try:
                 chunk = self._cached(buffer[:length], position)
                 if chunk is None:
-                    chunk = await self._workers.run_or_abandon(os.pread, self._descriptor, length, position)
+                    chunk = await self._workers.run_or_abandon(os.pread, self.descriptor, length, position)
             except (OSError, SourceUnavailable) as exc:
                 raise TransferAborted(f"reading failed at byte {position}: {exc}") from exc
             if not chunk:
@@ -48,7 +48,7 @@ class OpenLocalFile:
             return None
         assert _RWF_NOWAIT is not None
         try:
-            return bytes(buffer[: os.preadv(self._descriptor, [buffer], position, _RWF_NOWAIT)])
+            return bytes(buffer[: os.preadv(self.descriptor, [buffer], position, _RWF_NOWAIT)])
         except BlockingIOError:
             return None
         except OSError as exc:

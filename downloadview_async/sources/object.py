@@ -122,6 +122,12 @@ class OpenObjectFile:
         self.metadata = metadata
         self._opened = opened
 
+    @property
+    def descriptor(self) -> int | None:
+        """The descriptor of a local file, for servers that can send from one."""
+        descriptor: int | None = getattr(self._opened, "descriptor", None)
+        return descriptor
+
     def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the file itself."""
         return self._opened.stream(span)

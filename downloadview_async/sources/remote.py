@@ -271,8 +271,8 @@ class OpenRemoteFile:
                 self._body.stop = size = _size(fields)
                 if size == 0 and (order := _OFFLOADS.intersection(fields)):
                     raise UpstreamError(
-                        f"{self._url!r} sent {', '.join(order)} and no bytes: it is behind a proxy of its own, whose URL "
-                        "this source needs"
+                        f"{self._url!r} sent {', '.join(order)} and no bytes: it is behind a proxy of its own, whose "
+                        "URL this source needs"
                     )
                 return replace(_entity(metadata, fields), size=size)
             case 206 if spec is not None:

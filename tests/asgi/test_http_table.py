@@ -3,7 +3,7 @@
 import asyncio
 import io
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from email.parser import BytesParser
 from email.policy import HTTP
 from pathlib import Path
@@ -15,6 +15,8 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 import downloadview_async as dv
+from downloadview_async.asgi import transfer
+from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.sources.path import FileBeneath
 from downloadview_async.sources.root import Root
 from downloadview_async.sources.workers import Workers
@@ -69,8 +71,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", params=["httptools", "h11", "zero-copy"])
+def way(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Give the way of sending: chunks by either of uvicorn's parsers, or sendfile, here for files of any size."""
+    if request.param != "zero-copy":
+        yield request.param
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "_SMALL", 0)
+        yield DownloadProtocol
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def port(root: Path) -> AsyncIterator[int]:
+async def port(root: Path, way: Any) -> AsyncIterator[int]:
     contents = {path.name: path.read_bytes() for path in root.iterdir()}
 
     async def find(key: str) -> Any:
@@ -95,7 +108,7 @@ async def port(root: Path) -> AsyncIterator[int]:
         "fileobject": dv.VirtualSource(as_file_object),
     }
     app = Starlette()
-    async with live(app) as port:
+    async with live(app, http=way) as port:
         remote = dv.RemoteSource(f"http://127.0.0.1:{port}/path/", allow_hosts=["127.0.0.1"])
         sources["remote"] = remote
         for kind, source in sources.items():
@@ -270,6 +283,7 @@ async def test_a_missing_file_ignores_conditions_and_says_one_thing(port: int, k
 async def test_other_methods_are_405(port: int, kind: str, method: str) -> None:
     answer = await ask(port, f"/{kind}/ten.txt", method=method, headers={"Content-Length": "0"})
     assert answer.status == 405
+    assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["allow"] == "GET, HEAD, OPTIONS"
 
 

@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 import downloadview_async as dv
+from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.testing import call
 from tests.live import ask, live, parse
@@ -47,6 +48,12 @@ def big(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(params=["httptools", DownloadProtocol], ids=["chunks", "zero-copy"])
+def http(request: pytest.FixtureRequest) -> Any:
+    """Give the way of sending."""
+    return request.param
+
+
 def serving(root: Path) -> Starlette:
     return Starlette(routes=[Route("/{path:path}", dv.Download(dv.PathSource(root)))])
 
@@ -74,9 +81,9 @@ async def rest(reader: asyncio.StreamReader) -> bytes:
     return bytes(received)
 
 
-async def test_a_file_that_grows_is_cut_at_the_promise(big: Path) -> None:
+async def test_a_file_that_grows_is_cut_at_the_promise(big: Path, http: Any) -> None:
     content = big.read_bytes()
-    async with live(serving(big.parent)) as port:
+    async with live(serving(big.parent), http=http) as port:
         reader, writer, first = await begun(port, "/big.bin")
         with big.open("ab") as file:
             file.write(b"more")
@@ -86,9 +93,11 @@ async def test_a_file_that_grows_is_cut_at_the_promise(big: Path) -> None:
     assert answer.body == content
 
 
-async def test_a_file_that_shrinks_aborts_after_an_exact_prefix(big: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_file_that_shrinks_aborts_after_an_exact_prefix(
+    big: Path, caplog: pytest.LogCaptureFixture, http: Any
+) -> None:
     content = big.read_bytes()
-    async with live(serving(big.parent)) as port:
+    async with live(serving(big.parent), http=http) as port:
         reader, writer, first = await begun(port, "/big.bin")
         os.truncate(big, BIG // 2)
         answer = parse(first + await rest(reader))
@@ -100,9 +109,9 @@ async def test_a_file_that_shrinks_aborts_after_an_exact_prefix(big: Path, caplo
 
 
 @pytest.mark.parametrize("how", ["renamed over", "unlinked"])
-async def test_a_file_that_is_replaced_is_sent_to_its_old_end(big: Path, how: str) -> None:
+async def test_a_file_that_is_replaced_is_sent_to_its_old_end(big: Path, how: str, http: Any) -> None:
     content = big.read_bytes()
-    async with live(serving(big.parent)) as port:
+    async with live(serving(big.parent), http=http) as port:
         reader, writer, first = await begun(port, "/big.bin")
         if how == "unlinked":
             big.unlink()
@@ -168,12 +177,10 @@ class Failing:
             yield b"x" * CHUNK_SIZE
 
 
-async def test_a_disk_that_fails_amid_aborts_and_before_the_first_byte_is_a_503() -> None:
+async def test_a_disk_that_fails_amid_aborts_and_before_the_first_byte_is_a_503(http: Any) -> None:
     amid, first = Failing(), Failing(fail_at=0)
-    app = Starlette(
-        routes=[Route("/amid", dv.DownloadResponse(amid)), Route("/first", dv.DownloadResponse(first))]
-    )
-    async with live(app) as port:
+    app = Starlette(routes=[Route("/amid", dv.DownloadResponse(amid)), Route("/first", dv.DownloadResponse(first))])
+    async with live(app, http=http) as port:
         answer = await ask(port, "/amid")
         assert not answer.complete
         assert len(answer.body) == 20 * CHUNK_SIZE
@@ -183,7 +190,7 @@ async def test_a_disk_that_fails_amid_aborts_and_before_the_first_byte_is_a_503(
     assert (amid.open_now, first.open_now) == (0, 0)
 
 
-async def test_a_generator_that_raises_amid_aborts_and_before_the_first_byte_is_a_500() -> None:
+async def test_a_generator_that_raises_amid_aborts_and_before_the_first_byte_is_a_500(http: Any) -> None:
     def amid() -> Any:
         yield b"x" * MIB
         raise RuntimeError("amid")
@@ -195,14 +202,14 @@ async def test_a_generator_that_raises_amid_aborts_and_before_the_first_byte_is_
         return dv.VirtualFile({"amid": amid, "first": first}[name], name=name)
 
     app = Starlette(routes=[Route("/{name}", dv.Download(dv.VirtualSource(make)))])
-    async with live(app) as port:
+    async with live(app, http=http) as port:
         answer = await ask(port, "/amid")
         assert (answer.status, len(answer.body), answer.complete) == (200, MIB, False)
         assert (await ask(port, "/first")).status == 500
 
 
-async def test_a_client_that_leaves_closes_the_file_at_once(big: Path) -> None:
-    async with live(serving(big.parent)) as port:
+async def test_a_client_that_leaves_closes_the_file_at_once(big: Path, http: Any) -> None:
+    async with live(serving(big.parent), http=http) as port:
         await ask(port, "/none")
         before = descriptors()
         _, writer, _ = await begun(port, "/big.bin")
@@ -211,8 +218,8 @@ async def test_a_client_that_leaves_closes_the_file_at_once(big: Path) -> None:
         await back_to(before)
 
 
-async def test_hundreds_of_resets_leave_nothing_open(big: Path) -> None:
-    async with live(serving(big.parent)) as port:
+async def test_hundreds_of_resets_leave_nothing_open(big: Path, http: Any) -> None:
+    async with live(serving(big.parent), http=http) as port:
         await ask(port, "/none")
         before, tasks = descriptors(), len(asyncio.all_tasks())
         clients = [await begun(port, "/big.bin") for _ in range(200)]
@@ -250,9 +257,9 @@ async def test_a_client_that_leaves_before_the_first_byte_or_twice_is_served_not
     assert descriptors() <= before
 
 
-async def test_a_body_sent_with_a_get_is_not_read(tmp_path: Path) -> None:
+async def test_a_body_sent_with_a_get_is_not_read(tmp_path: Path, http: Any) -> None:
     (tmp_path / "ten.txt").write_bytes(b"0123456789")
-    async with live(serving(tmp_path)) as port:
+    async with live(serving(tmp_path), http=http) as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /ten.txt HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
         sent = 0
@@ -266,9 +273,9 @@ async def test_a_body_sent_with_a_get_is_not_read(tmp_path: Path) -> None:
         assert sent < 50 * MIB
 
 
-async def test_one_request_after_the_other_on_one_connection(tmp_path: Path) -> None:
+async def test_one_request_after_the_other_on_one_connection(tmp_path: Path, http: Any) -> None:
     (tmp_path / "ten.txt").write_bytes(b"0123456789")
-    async with live(serving(tmp_path)) as port:
+    async with live(serving(tmp_path), http=http) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for _ in range(3):
             writer.write(b"GET /ten.txt HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -152,7 +152,7 @@ def test_a_download_that_ends_in_time_is_not_cut(tmp_path: Path) -> None:
             server.process.send_signal(signal.SIGTERM)
             server.wait_for_log("Waiting for connections to close")
             assert len(answer.read()) == 100_000_000 - 1
-        assert server.stop() == 0
+        assert server.process.wait(30) == 0  # by the one signal: a second could meet an interpreter without handlers
 
 
 def test_a_transfer_that_fails_in_the_middle_is_one_log_line(directory: Path) -> None:
