@@ -29,10 +29,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def server(root: Path, tmp_path: Path) -> Iterator[Server]:
+@pytest.fixture(params=["httptools", "downloadview_async.asgi.server:DownloadProtocol"], ids=["chunks", "zero-copy"])
+def server(request: pytest.FixtureRequest, root: Path, tmp_path: Path) -> Iterator[Server]:
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "tests.bounds_app:app", "--port", str(port), "--no-access-log"]
+    command += ["--http", request.param]
     env = {"BOUNDS_ROOT": str(root), "BOUNDS_PORT": str(port)}
     with serving(command, port, env=env, log=tmp_path / "log") as server:
         yield server

@@ -115,10 +115,8 @@ class DownloadProtocol(HttpToolsProtocol):
                 await self._send_in_chunks(descriptor, offset, message.get("count"), send)
             else:
                 count = message.get("count", cycle.expected_content_length)
-                sent = await self._sendfile(descriptor, offset, count)
-                if sent < count and not self._lost:
-                    raise TransferAborted(f"the file ended {count - sent} bytes before what was promised of it")
-                cycle.expected_content_length -= sent
+                await self._sendfile(descriptor, offset, count)
+                cycle.expected_content_length -= count
             await send({"type": "http.response.body", "body": b""})
         finally:
             if opened is not None:
@@ -136,12 +134,11 @@ class DownloadProtocol(HttpToolsProtocol):
             offset += len(chunk)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
-    async def _sendfile(self, descriptor: int, offset: int, count: int) -> int:
-        """Return how many bytes went from the file to the socket: all, or fewer where either of them ended."""
+    async def _sendfile(self, descriptor: int, offset: int, count: int) -> None:
+        """Send a part of a file, or return when the client has left. Raises `TransferAborted` where the file ends."""
         await self._flushed()
-        left = count
-        while left and not self._lost:
-            length = min(left, _WINDOW)
+        while count and not self._lost:
+            length = min(count, _WINDOW)
             try:
                 if await self._is_cached(descriptor, offset, length):
                     sent = self._send_some(descriptor, offset, length)
@@ -152,12 +149,18 @@ class DownloadProtocol(HttpToolsProtocol):
                 await self._writable()
                 continue
             except ConnectionError:
-                break
+                await self._abort()
+                return
             if sent == 0:
-                break
+                raise TransferAborted(f"the file ended {count} bytes before what was promised of it")
             offset += sent
-            left -= sent
-        return count - left
+            count -= sent
+
+    async def _abort(self) -> None:
+        """Close the connection and wait until uvicorn knows, so that it does not take the answer for a broken one."""
+        self.transport.abort()
+        while not self._lost:
+            await asyncio.sleep(0)
 
     def _send_some(self, descriptor: int, offset: int, length: int) -> int:
         if self._socket is None:
