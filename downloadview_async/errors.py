@@ -1,7 +1,7 @@
 """Every error this library raises.
 
     DownloadError
-    ├── ConfigurationError         a setting or an argument is wrong; raised at start-up, says what to do
+    ├── ConfigurationError         a setting or an argument is wrong; says what to do, at start-up if it is known then
     ├── FileError                  no byte of the file has left yet: becomes a status
     │   ├── FileMissing            404  there is no such file
     │   ├── AccessDenied           404  there is one, but not for this client (never told apart from missing)

@@ -5,9 +5,10 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from downloadview_async.asgi.response import DownloadResponse, error_response
+from downloadview_async.asgi.response import DownloadResponse, close_after_body, error_response
 from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.sources.base import Source
 
@@ -40,11 +41,12 @@ class Download:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        assert scope["type"] == "http", "a download is an answer to an HTTP request"
         response: Response
         if scope["method"] == "OPTIONS":
-            response = Response(status_code=204, headers=_ALLOW)
+            response = Response(status_code=204, headers=_ALLOW | close_after_body(scope))
         elif scope["method"] not in ("GET", "HEAD"):
-            response = Response("Method Not Allowed", 405, _ALLOW, "text/plain")
+            response = Response("Method Not Allowed", 405, _ALLOW | close_after_body(scope), "text/plain")
         else:
             try:
                 file = await self.source.resolve(self._key_of(scope))
@@ -58,10 +60,13 @@ class Download:
         if callable(self._key):
             return self._key(Request(scope))
         parameters = scope.get("path_params") or {}
-        if self._key is not None:
-            return str(parameters[self._key])
-        if len(parameters) > 1:
-            raise ConfigurationError(f"Download needs key=, one of {', '.join(parameters)}: the route has several")
-        for value in parameters.values():
-            return str(value)
-        return str(scope["path"]).removeprefix(scope.get("root_path", "")).removeprefix("/")
+        key = self._key
+        if key is None:
+            route = scope.get("route")
+            own = list(route.param_convertors) if isinstance(route, Route) else []
+            if not own:  # below a Mount, whose own parameters are none of a file's name
+                return str(scope["path"]).removeprefix(scope.get("root_path", "")).removeprefix("/")
+            key = own[0] if len(own) == 1 else ""
+        if key not in parameters:
+            raise ConfigurationError(f"Download needs key=, one of the route's parameters: {', '.join(parameters)}")
+        return str(parameters[key])

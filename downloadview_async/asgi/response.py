@@ -1,6 +1,8 @@
 """`DownloadResponse`: one file as one response, sent by a proxy where one is offered, else by us."""
 
+import codecs
 import logging
+import re
 from collections.abc import Mapping
 
 from starlette.background import BackgroundTask
@@ -10,12 +12,14 @@ from starlette.types import Receive, Scope, Send
 
 from downloadview_async.asgi.transfer import PATHSEND, send_plan, until_the_client_leaves
 from downloadview_async.errors import DownloadError, FileError
+from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
 from downloadview_async.sources.base import AsyncFile
 
 logger = logging.getLogger("downloadview_async")
+codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
 
 # Made here from the file itself. An application that could set them could promise what is not sent.
 _RESERVED = OFFLOAD_HEADERS | {
@@ -29,6 +33,9 @@ _RESERVED = OFFLOAD_HEADERS | {
 }
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+
 class DownloadResponse(Response):
     """Sends `file` to the client. It may be returned from any Starlette or FastAPI endpoint, and is an ASGI app.
 
@@ -36,7 +43,8 @@ class DownloadResponse(Response):
     attachment: to be saved (the default), or to be shown inline.
     content_type: the whole Content-Type; default: the file's own, or by its name.
     headers: further headers. Those that describe the framing, validators and offloads are made here: `ValueError`.
-    status_code: with anything but 200 the whole file is sent, without conditions, ranges and offload.
+    status_code: with anything but 200 the whole file is sent, without conditions, ranges and offload. Not one that has
+    no body: `ValueError`, as for a content type that is none and a header with a control character.
 
     The file is opened when the response is sent, and not at all where something else answers first. One that turns
     out to be missing then is a 404, as in `error_response`.
@@ -55,6 +63,12 @@ class DownloadResponse(Response):
     ) -> None:
         if reserved := _RESERVED.intersection(name.lower() for name in headers or ()):
             raise ValueError(f"a DownloadResponse makes these headers itself: {', '.join(sorted(reserved))}")
+        if bad := [name for name, value in (headers or {}).items() if _CONTROL.search(name + value)]:
+            raise ValueError(f"a control character in a header: {bad!r}")
+        if content_type is not None and valid_content_type(content_type) is None:
+            raise ValueError(f"not a content type: {content_type!r}")
+        if status_code < 200 or status_code in (204, 205, 304):
+            raise ValueError(f"a response with the status {status_code} has no body to send a file in")
         self.file = file
         self.presentation = Presentation(
             filename=file.name if filename is None else filename, attachment=attachment, content_type=content_type
@@ -66,13 +80,13 @@ class DownloadResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request: offloaded, or as its method, conditions and ranges want it."""
 
-        async def answer() -> None:
+        async def answer(send: Send) -> None:
             try:
                 await self._answer(scope, send)
             except FileError as exc:
                 await error_response(exc, scope)(scope, receive, send)
 
-        await until_the_client_leaves(answer, receive)
+        await until_the_client_leaves(answer, receive, send)
         if self.background is not None:
             await self.background()
 
@@ -106,16 +120,17 @@ class DownloadResponse(Response):
     def _raw(self, plan: Plan, scope: Scope) -> list[tuple[bytes, bytes]]:
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in plan.headers.items()]
         raw += [header for header in self.raw_headers if header[0] == b"set-cookie"]
-        if _has_body(scope):
-            raw.append((b"connection", b"close"))  # the body is never read, so nothing can follow it
+        raw += [(name.encode(), value.encode()) for name, value in close_after_body(scope).items()]
         return raw
 
 
-def _has_body(scope: Scope) -> bool:
-    return scope.get("http_version", "1.1").startswith("1") and any(
+def close_after_body(scope: Scope) -> Headers:
+    """Return the header that closes the connection after a request with a body, which is not read."""
+    sends_body = scope.get("http_version", "1.1").startswith("1") and any(
         name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
         for name, value in scope["headers"]
     )
+    return {"connection": "close"} if sends_body else {}
 
 
 def error_response(exc: FileError, scope: Scope) -> Response:
@@ -133,7 +148,7 @@ def error_response(exc: FileError, scope: Scope) -> Response:
         status,
         reason,
     )
-    headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+    headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff", **close_after_body(scope)}
     if status == 503:
         headers["Retry-After"] = "5"
     if status == 412:

@@ -20,8 +20,8 @@ import anyio.to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from downloadview_async.asgi.transfer import PATHSEND
-from downloadview_async.errors import TransferAborted
+from downloadview_async.asgi.transfer import PATHSEND, LentDescriptor
+from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.sources.workers import Workers
 
 STALL_SECONDS = 60.0
@@ -29,6 +29,9 @@ STALL_SECONDS = 60.0
 
 MINIMUM_RATE = 64
 """Bytes per second that a client has to take, on the average of `STALL_SECONDS`."""
+
+MAX_HEAD_BYTES = 64 * 1024
+"""The longest head of a request: its first line and its header fields."""
 
 _WINDOW = 1 << 20  # bytes that are looked for in the page cache, and sent, at a time
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
@@ -53,15 +56,45 @@ class DownloadProtocol(HttpToolsProtocol):
         self._waiter: asyncio.Future[None] | None = None
         self._socket: socket.socket | None = None
         self._in_worker = False
+        self._in_head, self._head_bytes = True, 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Offer path send to the application where the connection has a plain socket."""
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")
-        if connection is not None and transport.get_extra_info("sslcontext") is None:
+        if connection is None or transport.get_extra_info("sslcontext") is not None:
+            return
+        try:
             # An event loop does not let anyone else write to a transport's own descriptor.
             self._socket = socket.socket(fileno=os.dup(connection.fileno()))
-            self.app = functools.partial(self._with_path_send, self.app)
+        except OSError:
+            return  # no descriptor is left: in chunks, then
+        self.app = functools.partial(self._with_path_send, self.app)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, but not a request head without end: httptools itself has no limit."""
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.logger.warning("A request head of more than %d bytes was refused", MAX_HEAD_BYTES)
+            self.send_400_response("Request header fields too large.")
+
+    def on_message_begin(self) -> None:
+        """Begin to count the bytes of a request head."""
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        """Go on to the body, which is not counted."""
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request, unless a body that nobody has asked for is still coming."""
+        if self.cycle.more_body:
+            self.transport.close()
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give back what the connection holds."""
@@ -103,11 +136,11 @@ class DownloadProtocol(HttpToolsProtocol):
         """Send the body that the message names. Raises `TransferAborted` if the file has less than was promised."""
         # The cycle counts down what Content-Length promised, of bytes that it sends itself.
         cycle: Any = send.__self__  # type: ignore[attr-defined]
-        opened = None
+        lent: LentDescriptor | None = message.get("descriptor")
+        # Our own from the first moment: the response may be cancelled at any other.
+        descriptor: int | None = None
         try:
-            descriptor = message.get("descriptor")
-            if descriptor is None:
-                descriptor = opened = await anyio.to_thread.run_sync(_open, message["path"])
+            descriptor = await anyio.to_thread.run_sync(_open, message["path"]) if lent is None else lent.dup()
             offset = message.get("offset", 0)
             if method == "HEAD":
                 pass
@@ -118,11 +151,13 @@ class DownloadProtocol(HttpToolsProtocol):
                 await self._sendfile(descriptor, offset, count)
                 cycle.expected_content_length -= count
             await send({"type": "http.response.body", "body": b""})
+        except (OSError, SourceUnavailable) as exc:
+            raise TransferAborted(f"sending a file failed: {exc}") from exc
         finally:
-            if opened is not None:
-                os.close(opened)
-            if (sent_event := message.get("sent")) is not None:
-                sent_event.set()
+            if descriptor is not None:
+                os.close(descriptor)
+            if lent is not None:
+                lent.returned.set()
 
     async def _send_in_chunks(self, descriptor: int, offset: int, count: int | None, send: Send) -> None:
         """Send a file without a Content-Length: a path send that promised none has to be framed."""
@@ -158,9 +193,10 @@ class DownloadProtocol(HttpToolsProtocol):
 
     async def _abort(self) -> None:
         """Close the connection and wait until uvicorn knows, so that it does not take the answer for a broken one."""
+        self._waiter = self.loop.create_future()
         self.transport.abort()
-        while not self._lost:
-            await asyncio.sleep(0)
+        if not self._lost:
+            await self._waiter
 
     def _send_some(self, descriptor: int, offset: int, length: int) -> int:
         if self._socket is None:

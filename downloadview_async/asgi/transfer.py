@@ -1,13 +1,16 @@
 """Sending the body of a plan: exactly the bytes that were promised, to a client that may leave at any time."""
 
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from types import TracebackType
+from typing import Self
 
 import anyio
 from anyio.lowlevel import checkpoint
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
-from downloadview_async.errors import SourceUnavailable, TransferAborted
+from downloadview_async.errors import FileError, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.sources.base import OpenFile
@@ -17,6 +20,31 @@ PATHSEND = "http.response.pathsend"
 
 _SMALL = 64 * 1024  # bytes that are sent with less work in one message than by the kernel
 _MAX_UNREAD_BODY = 64 * 1024  # bytes of a request body that are read and dropped while waiting for the client to leave
+
+
+class LentDescriptor:
+    """An open descriptor that goes to the server in a path send. It cannot be taken for another once it is closed.
+
+    returned: set by the server when it is done with the message.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number: int | None = number
+        self.returned = anyio.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._number = None
+
+    def dup(self) -> int:
+        """Return a descriptor of the server's own. Raises `TransferAborted` where the response has ended already."""
+        if self._number is None:
+            raise TransferAborted("the response ended before its file was sent")
+        return os.dup(self._number)
 
 
 async def send_plan(
@@ -36,20 +64,18 @@ async def send_plan(
         await send({"type": "http.response.body", "body": b""})
         return
     if by_descriptor and (span := _only_span(plan)) is not None and (descriptor := _descriptor_of(file)) is not None:
-        sent = anyio.Event()
         await send(start)
-        await send(
-            {
-                "type": PATHSEND,
-                "path": f"/dev/fd/{descriptor}",
-                "descriptor": descriptor,
-                "offset": span.start,
-                "count": len(span),
-                "sent": sent,
-            }
-        )
-        # Some middleware takes a message from us before the server does. The descriptor has to be open until then.
-        await sent.wait()
+        with LentDescriptor(descriptor) as lent:
+            await send(
+                {
+                    "type": PATHSEND,
+                    "path": f"/dev/fd/{descriptor}",
+                    "descriptor": lent,
+                    "offset": span.start,
+                    "count": len(span),
+                }
+            )
+            await lent.returned.wait()  # some middleware takes a message from us long before the server does
         return
     started = False
     async with aclosing(_body(plan, file)) as chunks:
@@ -66,8 +92,10 @@ async def send_plan(
                 # Neither a read from the page cache nor a send that drops what a client who has left would get waits
                 # for anything: let the others run, and the listener hear that the client has left.
                 await checkpoint()
-        except TransferAborted as exc:
+        except (TransferAborted, FileError) as exc:
             if started:
+                raise TransferAborted(str(exc)) from exc
+            if isinstance(exc, FileError):
                 raise
             raise SourceUnavailable(str(exc)) from exc
     if not started:
@@ -114,27 +142,43 @@ async def _exactly(span: ByteRange | None, file: OpenFile) -> AsyncGenerator[byt
         raise TransferAborted(f"the file ended {left} bytes before what was promised of it")
 
 
-async def until_the_client_leaves(work: Callable[[], Awaitable[None]], receive: Receive) -> None:
-    """Run `work`, and cancel it as soon as the client disconnects. Raises what `work` raises.
+async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], receive: Receive, send: Send) -> None:
+    """Run `work`, and cancel it if the client disconnects before all is sent. Raises what `work` raises.
 
     Servers do not raise from `send` when a client has left: they drop what is sent, so a download that did not
     listen would read its file to the end for nobody.
     """
     failure: Exception | None = None
+    last: Message = {"type": ""}
+
+    async def send_watched(message: Message) -> None:
+        nonlocal last
+        last = message
+        await send(message)
+
     async with anyio.create_task_group() as tasks:
 
         async def listen() -> None:
-            if await _client_leaves(receive):
+            # Servers say "http.disconnect" after the end of a response, too. All that is left then is closing the
+            # file, which is not to be cancelled.
+            if await _client_leaves(receive) and not _ends_the_response(last):
                 tasks.cancel_scope.cancel()
 
         tasks.start_soon(listen)
         try:
-            await work()
+            await work(send_watched)
         except Exception as exc:
             failure = exc  # raised below, not as a part of an ExceptionGroup
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+def _ends_the_response(message: Message) -> bool:
+    if message["type"] == PATHSEND:
+        lent: LentDescriptor = message["descriptor"]
+        return lent.returned.is_set()
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 async def _client_leaves(receive: Receive) -> bool:

@@ -73,6 +73,9 @@ def describe(metadata: FileMetadata, presentation: Presentation, headers: Header
         described["last-modified"] = format_http_date(metadata.last_modified)
     described |= metadata.headers
     described |= headers or {}
+    # What the application says of its own choice takes nothing from ours: a cache has to go by both [12.5.5].
+    if varies := [value for name, value in (*metadata.headers, *(headers or {}).items()) if name == "vary"]:
+        described["vary"] = ", ".join(dict.fromkeys(varies))
     # By what is sent in the end: the application's own headers may have changed both.
     inline = not described["content-disposition"].lower().startswith("attachment")
     if inline and is_active(described["content-type"]):

@@ -22,7 +22,7 @@ class OpenFile(Protocol):
         Fewer bytes than the span has mean that the file shrank; whoever sends them must abort. The iterator borrows
         the file's handle, and is of no use after the context ends.
 
-        Raises `TransferAborted` where the rest cannot be read.
+        Raises `TransferAborted` where the rest cannot be read; a `FileError` counts as that once bytes have been sent.
         """
         ...
 
@@ -45,6 +45,8 @@ class AsyncFile(Protocol):
 
         `request` says what will be asked of it, so that a remote file costs one upstream request: a HEAD will not
         read, a Range will probably read just that. It is a hint: any span of the open file can still be streamed.
+
+        When a client leaves, the context ends while its task is cancelled: what is awaited then has to be shielded.
 
         Raises `FileMissing`, `AccessDenied`, `SourceUnavailable`, `UpstreamError`.
         """

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from downloadview_async.errors import DownloadError, TransferAborted
+from downloadview_async.errors import TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.sources.workers import UNLIMITED, Workers
@@ -27,11 +27,11 @@ class OpenFileObject:
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span, or without one all that `read` gives, `CHUNK_SIZE` at a time."""
-        if span is not None:
+        if span is not None and (span.start or hasattr(self._file, "seek")):
             await self._in_worker(self._file.seek, span.start)
         left = CHUNK_SIZE if span is None else len(span)
         while left:
-            chunk = _as_bytes(await self._in_worker(self._file.read, min(CHUNK_SIZE, left)))
+            chunk = as_bytes(await self._in_worker(self._file.read, min(CHUNK_SIZE, left)))
             if not chunk:
                 return
             yield chunk
@@ -52,33 +52,37 @@ class OpenIterator:
         self.metadata = metadata
         self._items = items
         self._workers = workers
+        self._first = True
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield what the iterator yields, from its beginning: it has no parts."""
         more = True
         while more:
-            try:
-                chunk, more = await self._workers.run(self._gather)
-            except DownloadError as exc:
-                raise TransferAborted(str(exc)) from exc
+            chunk, more = await self._workers.run(self._gather)
             if chunk:
                 yield chunk
 
     def _gather(self) -> tuple[bytes, bool]:
         gathered: list[bytes] = []
         size = 0
+        if self._first:  # goes out at once, and says that there is an answer
+            self._first = False
+            item = next(self._items, _DONE)
+            return (b"", False) if item is _DONE else (as_bytes(item), True)
         deadline = time.monotonic() + _BATCH_SECONDS
         while size < CHUNK_SIZE // 4 and time.monotonic() < deadline:
             item = next(self._items, _DONE)
             if item is _DONE:
                 return b"".join(gathered), False
-            gathered.append(_as_bytes(item))
+            gathered.append(as_bytes(item))
             size += len(gathered[-1])
         return b"".join(gathered), True
 
 
-def _as_bytes(item: Any) -> bytes:
-    return item.encode() if isinstance(item, str) else bytes(item)
+def as_bytes(item: Any) -> bytes:
+    """Return bytes, or text as UTF-8. Raises `TypeError` for anything else."""
+    # not bytes(item): of a number, that is as many zeros
+    return item.encode() if isinstance(item, str) else bytes(memoryview(item))
 
 
 @asynccontextmanager

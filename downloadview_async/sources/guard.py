@@ -132,7 +132,7 @@ async def _look_up(host: str, port: int, timeout: float | None) -> list[Address]
             found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except TimeoutError as exc:
         raise httpcore2.ConnectTimeout(f"looking {host!r} up took more than {timeout} s") from exc
-    except (OSError, UnicodeError) as exc:
+    except (OSError, OverflowError, UnicodeError) as exc:
         raise httpcore2.ConnectError(f"{host!r} cannot be looked up: {exc}") from exc
     # the zone of a link-local address (fe80::1%eth0) is of no interest: it is refused or listed as it is
     return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))

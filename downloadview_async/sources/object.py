@@ -88,14 +88,15 @@ class ObjectFile:
         size: int | None = None,
         modified: datetime | float | None = None,
     ) -> None:
-        self.name = file.name if name is None else name
+        self.name = file.name if name is None else str(name)
         self.location = file.location
         self._file = file
-        self._mime_type = valid_content_type(mime_type)
-        self._encoding = encoding
-        self._charset = charset
-        self._size = size
-        self._modified = modified
+        self._mime_type = valid_content_type(mime_type if isinstance(mime_type, str) else None)
+        self._encoding = encoding if isinstance(encoding, str) and _CODING.fullmatch(encoding) else None
+        self._charset = charset if isinstance(charset, str) else None
+        # What stands in a database is not always what it should be; then the file itself is believed.
+        self._size = size if isinstance(size, int) and size >= 0 else None
+        self._modified = modified if isinstance(modified, datetime | int | float) else None
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator["OpenObjectFile"]:
@@ -108,7 +109,7 @@ class ObjectFile:
         changed = replace(metadata, content_type=with_charset(content_type, self._charset))
         if metadata.size is None:
             changed = replace(changed, size=self._size, accept_ranges=False)
-        if self._encoding is not None and _CODING.fullmatch(self._encoding):
+        if self._encoding is not None:
             changed = replace(changed, headers=(*changed.headers, ("content-encoding", self._encoding)))
         if self._modified is not None:
             changed = replace(changed, last_modified=http_seconds(self._modified))

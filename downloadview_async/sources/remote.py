@@ -17,12 +17,10 @@ import anyio
 
 from downloadview_async.errors import (
     ConfigurationError,
-    DownloadError,
     FileError,
     FileMissing,
     PreconditionFailed,
     SourceUnavailable,
-    TransferAborted,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -48,6 +46,7 @@ _OFFLOADS = frozenset({"x-accel-redirect", "x-sendfile", "x-reproxy-url", "x-lit
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,18})", re.IGNORECASE)
 _LENGTH = re.compile("[0-9]{1,18}")
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 # The errors of httpx and httpx2, by name because either may be in use; the first that fits counts.
 ERRORS: Mapping[str, type[FileError]] = {
@@ -77,7 +76,8 @@ class Upstream:
     client: an `AsyncClient` of httpx2 or httpx to use in place of our own. It brings its own transport: hosts are
     still checked, the addresses they resolve to are not.
     max_connections: upstream requests at once; who waits longer than two seconds for one is turned away.
-    connect_timeout, read_timeout: seconds to connect, and to wait for the next bytes.
+    connect_timeout, read_timeout: seconds to connect, and to wait for the next bytes. Both together are what an
+    upstream has until its answer's head is complete, however slowly it drips.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Upstream:
         self._owns_client = client is None
         self._client = client or guarded_client(self._hosts, connect_timeout=connect_timeout, read_timeout=read_timeout)
         self._slots = Slots(max_connections)
+        self._head_timeout = connect_timeout + read_timeout
 
     async def aclose(self) -> None:
         """Close our own client and its connections; one that was passed in is its owner's to close."""
@@ -127,18 +128,26 @@ class Upstream:
         Raises `UpstreamError`, `UpstreamTimeout` or `SourceUnavailable`.
         """
         try:
-            request = self._client.build_request(method, url, headers=headers)
-            for _ in range(MAX_REDIRECTS + 1):
-                self._check(request.url, url)
-                response = await self._client.send(request, stream=True, follow_redirects=False)
-                if response.next_request is None:
-                    return response
-                request = response.next_request
-                await close(response)
+            with anyio.fail_after(self._head_timeout):
+                return await self._send(method, url, headers)
+        except TimeoutError as exc:
+            raise UpstreamTimeout(f"{url!r} took more than {self._head_timeout} s to answer") from exc
         except Exception as exc:
             if error := _file_error(exc):
                 raise error from exc
             raise
+
+    async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
+        # as bytes: an entity tag may hold more than ASCII, which is all that httpx makes of text
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        request = self._client.build_request(method, url, headers=raw)
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check(request.url, url)
+            response = await self._client.send(request, stream=True, follow_redirects=False)
+            if response.next_request is None:
+                return response
+            request = response.next_request
+            await close(response)
         raise UpstreamError(f"{url!r} redirects more than {MAX_REDIRECTS} times")
 
     def _check(self, url: Any, origin: str) -> None:
@@ -147,6 +156,9 @@ class Upstream:
             raise UpstreamError(f"not a scheme to fetch {origin!r} by: {url.scheme!r}")
         if url.userinfo or not self._hosts.permits(url.host):
             raise UpstreamError(f"{origin!r} leads to {url.host!r}, which is not in allow_hosts")
+        # A host is allowed for its files, not for whatever else listens there.
+        if url.port is not None and url.port not in (urlsplit(origin).port, 80, 443):
+            raise UpstreamError(f"{origin!r} leads to port {url.port} of {url.host!r}")
 
 
 async def close(response: Any) -> None:
@@ -306,17 +318,13 @@ class OpenRemoteFile:
             async with aclosing(self._body.read(span)) as chunks:
                 async for chunk in chunks:
                     yield chunk
-        except TransferAborted:
-            raise
-        except DownloadError as exc:
-            raise TransferAborted(f"{self._url!r} failed: {exc}") from exc
         except Exception as exc:
             if error := _file_error(exc):
-                raise TransferAborted(f"{self._url!r} failed: {error}") from exc
+                raise error from exc
             raise
 
     async def _reopened(self, span: ByteRange | None) -> "_Body":
-        """Return a body that the span is in, of the same version of the file. Raises `TransferAborted`."""
+        """Return a body that the span is in, of the same version of the file. Raises `UpstreamError`."""
         await self.aclose()
         headers = {"accept-encoding": "identity"}
         if span is not None:
@@ -326,16 +334,16 @@ class OpenRemoteFile:
         fields = _fields(response)
         now = _validators(fields)
         if (now.etag, now.last_modified) != (self.metadata.etag, self.metadata.last_modified):
-            raise TransferAborted(f"{self._url!r} changed while it was sent")
+            raise UpstreamError(f"{self._url!r} changed while it was sent")
         if response.status_code == 206 and span is not None:
             part, size = _content_range(fields)
             if part != span or size not in (None, self.metadata.size):
-                raise TransferAborted(f"{self._url!r} sent {part} of {size} where {span} was asked")
+                raise UpstreamError(f"{self._url!r} sent {part} of {size} where {span} was asked")
             body.position, body.stop = part.start, part.stop
         elif response.status_code == 200 and (span is None or _size(fields) in (None, self.metadata.size)):
             body.stop = _size(fields)
         else:
-            raise TransferAborted(f"{self._url!r} answered {response.status_code} when asked for the next part")
+            raise UpstreamError(f"{self._url!r} answered {response.status_code} when asked for the next part")
         return body
 
     async def aclose(self) -> None:
@@ -412,7 +420,12 @@ def _forwarded(request: DownloadRequest, spec: RangeSpec | None) -> dict[str, st
 
 
 def _fields(response: Any) -> dict[str, str]:
-    return {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw}
+    fields: dict[str, str] = {}
+    for raw_name, raw_value in response.headers.raw:
+        name, value = raw_name.lower().decode("latin-1"), raw_value.decode("latin-1")
+        # A list may come in several fields. A field that may come once, and comes twice, then is none that parses.
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
 
 
 def _validators(fields: dict[str, str]) -> FileMetadata:
@@ -425,7 +438,9 @@ def _entity(metadata: FileMetadata, fields: dict[str, str]) -> FileMetadata:
     return replace(
         metadata,
         content_type=valid_content_type(fields.get("content-type")),
-        headers=tuple((name, fields[name]) for name in _PASSED_HEADERS if name in fields),
+        headers=tuple(
+            (name, fields[name]) for name in _PASSED_HEADERS if _FIELD_VALUE.fullmatch(fields.get(name, "\0"))
+        ),
     )
 
 

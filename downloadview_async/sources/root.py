@@ -8,6 +8,7 @@ import ctypes
 import errno
 import os
 import stat
+import sys
 import weakref
 from typing import Literal
 
@@ -25,6 +26,7 @@ _MAX_RACES = 8
 
 # <linux/openat2.h>; the number is the same on every architecture
 _SYS_OPENAT2 = 437
+_AT_FDCWD = -100
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_BENEATH = 0x08
@@ -60,14 +62,13 @@ def _openat2(directory: int, name: str, resolve: int) -> int:
 
 def has_openat2() -> bool:
     """Return whether this system has openat2 (Linux 5.6) and lets us call it (some sandboxes do not)."""
+    if sys.platform != "linux":
+        return False  # there, the number is another call's
     try:
         os.close(_openat2(_AT_FDCWD, ".", 0))
     except (OSError, AttributeError):
         return False
     return True
-
-
-_AT_FDCWD = -100
 
 
 class Root:

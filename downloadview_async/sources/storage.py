@@ -4,7 +4,8 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from datetime import datetime
+from dataclasses import replace
+from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -116,7 +117,7 @@ class OpenBytes:
             yield self._content[position : min(position + CHUNK_SIZE, stop)]
 
 
-def content_etag(content: bytes) -> ETag:
+def content_etag(content: bytes | bytearray | memoryview) -> ETag:
     """Return a strong entity tag made of the content itself."""
     return ETag(blake2b(content, digest_size=16).hexdigest())
 
@@ -125,8 +126,9 @@ class SyncStorage:
     """Makes a storage out of any object with a blocking `open(name, "rb")`: fsspec file systems, Django's storages.
 
     What `open` returns is read by `seek` and `read` in a worker thread, `CHUNK_SIZE` bytes at a time, never whole.
-    The size comes from `size(name)`, else from seeking to the end. The time of the last change comes from
-    `modified(name)` or `get_modified_time(name)`; a file with neither has no validators, and so no resumable ranges.
+    The size comes from seeking to the end of the open file, else from `size(name)`; without `seek` there are no ranges.
+    The time of the last change comes from `modified(name)` or `get_modified_time(name)`; a file with neither has no
+    validators. One in whole seconds makes a weak tag: two versions may share a second.
     The location comes from `path(name)`, else from `url(name)` if that is an absolute URL.
     """
 
@@ -147,14 +149,14 @@ class SyncStorage:
         with _as_file_errors(name):
             file = self._storage.open(name, "rb")
             try:
-                size = self._ask("size", name)
-                if size is None:
-                    size = file.seek(0, os.SEEK_END)
+                seekable = hasattr(file, "seek")
+                size = file.seek(0, os.SEEK_END) if seekable else self._ask("size", name)
                 modified = self._ask("modified", name) or self._ask("get_modified_time", name)
+                metadata = _dated_metadata(None if size is None else int(size), modified)
             except BaseException:
                 file.close()
                 raise
-        return file, _dated_metadata(int(size), modified)
+        return file, metadata if seekable else replace(metadata, accept_ranges=False)
 
     async def locate(self, name: str) -> str | None:
         """Return the path or the absolute URL that the storage gives for `name`, or None."""
@@ -178,13 +180,13 @@ class SyncStorage:
             return None
 
 
-def _dated_metadata(size: int, modified: datetime | float | None) -> FileMetadata:
-    if modified is None:
+def _dated_metadata(size: int | None, modified: datetime | float | None) -> FileMetadata:
+    if modified is None or size is None:
         return FileMetadata(size=size)
-    seconds = modified.timestamp() if isinstance(modified, datetime) else modified
-    return FileMetadata(
-        size=size, etag=ETag(f"{int(seconds * 1_000_000):x}-{size:x}"), last_modified=http_seconds(modified)
-    )
+    if isinstance(modified, datetime):
+        modified = (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
+    etag = ETag(f"{int(modified * 1_000_000):x}-{size:x}", weak=float(modified).is_integer())
+    return FileMetadata(size=size, etag=etag, last_modified=http_seconds(modified))
 
 
 @contextmanager
@@ -197,8 +199,8 @@ def _as_file_errors(name: str) -> Iterator[None]:
         raise FileMissing(f"the storage has no {name!r}: {exc}") from exc
     except PermissionError as exc:
         raise AccessDenied(f"the storage denies {name!r}: {exc}") from exc
-    except OSError as exc:
-        raise SourceUnavailable(f"the storage failed on {name!r}: {exc}") from exc
+    except Exception as exc:  # whatever errors a storage has of its own
+        raise SourceUnavailable(f"the storage failed on {name!r}: {type(exc).__name__}: {exc}") from exc
 
 
 def storage_from_url(url: str) -> Storage:

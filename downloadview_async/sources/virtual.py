@@ -10,11 +10,11 @@ from typing import Any
 import anyio
 
 from downloadview_async.errors import FileMissing
-from downloadview_async.http.content_types import content_type_for, with_charset
+from downloadview_async.http.content_types import content_type_for, valid_content_type, with_charset
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.fileobject import OpenFileObject, OpenIterator, closing_in_thread
+from downloadview_async.sources.fileobject import OpenFileObject, OpenIterator, as_bytes, closing_in_thread
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.sources.storage import OpenBytes, content_etag
 from downloadview_async.sources.workers import Workers
@@ -23,6 +23,7 @@ Content = bytes | str | io.IOBase | Iterable[bytes | str] | AsyncIterable[bytes 
 """What a virtual file is made of. Text is sent as UTF-8."""
 
 _workers = Workers()
+_LARGE = 1 << 20  # bytes that are not hashed on the event loop
 
 
 class VirtualFile:
@@ -34,6 +35,8 @@ class VirtualFile:
     file object given as it is can be sent once.
     size: bytes, where it is known beforehand. Bytes, text and seekable file objects know it themselves.
     etag, last_modified (seconds since the epoch, UTC): validators. Bytes and text have a tag of their own.
+
+    Raises `ValueError` for a content type that is none.
     """
 
     location: str | None = None
@@ -48,6 +51,8 @@ class VirtualFile:
         etag: ETag | None = None,
         last_modified: int | None = None,
     ) -> None:
+        if content_type is not None and valid_content_type(content_type) is None:
+            raise ValueError(f"not a content type: {content_type!r}")
         self.name = name
         self._content = content
         self._content_type = content_type
@@ -63,16 +68,18 @@ class VirtualFile:
             content = await _call(content)
         if content is None:
             raise FileMissing(f"nothing was made for {self.name!r}")
-        async with _opened(content, self._metadata(content)) as opened:
-            yield opened
-
-    def _metadata(self, content: Any) -> FileMetadata:
-        size, etag = self._size, self._etag
         if isinstance(content, str):
             content = content.encode()
+        async with _opened(content, await self._metadata(content)) as opened:
+            yield opened
+
+    async def _metadata(self, content: Any) -> FileMetadata:
+        size, etag = self._size, self._etag
         whole = isinstance(content, bytes | bytearray | memoryview)
         if whole:
-            size, etag = len(content), etag or content_etag(bytes(content))
+            size = memoryview(content).nbytes
+            if etag is None:  # a large one takes its time
+                etag = content_etag(content) if size < _LARGE else await _workers.run(content_etag, content)
         return FileMetadata(
             size=size,
             etag=etag,
@@ -85,11 +92,9 @@ class VirtualFile:
 @asynccontextmanager
 async def _opened(content: Any, metadata: FileMetadata) -> AsyncIterator[OpenFile]:
     """Give an open file over content of any kind, and close the content when done with it."""
-    if isinstance(content, str):
-        yield OpenBytes(content.encode(), metadata)
-    elif isinstance(content, bytes | bytearray | memoryview):
+    if isinstance(content, bytes | bytearray | memoryview):
         yield OpenBytes(bytes(content), metadata)
-    elif hasattr(content, "__aiter__"):
+    elif hasattr(content, "__aiter__") or inspect.iscoroutinefunction(getattr(content, "read", None)):
         async with _closing_async(content):
             yield OpenAsyncIterable(content, metadata)
     elif hasattr(content, "read"):
@@ -104,8 +109,8 @@ async def _opened(content: Any, metadata: FileMetadata) -> AsyncIterator[OpenFil
 
 
 def _measured(file: Any, metadata: FileMetadata) -> FileMetadata:
-    if isinstance(file, io.TextIOBase) or not file.seekable():
-        return metadata  # characters are not bytes
+    if isinstance(file, io.TextIOBase) or not (hasattr(file, "seekable") and file.seekable()):
+        return metadata  # of text, the size counts characters
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     return replace(metadata, size=size, accept_ranges=True)
@@ -122,7 +127,7 @@ class OpenAsyncIterable:
         """Yield what the content yields, from its beginning."""
         async for item in _blocks(self._content) if hasattr(self._content, "read") else self._content:
             if item:
-                yield item.encode() if isinstance(item, str) else bytes(item)
+                yield as_bytes(item)
 
 
 async def _blocks(file: Any) -> AsyncIterator[Any]:

@@ -67,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("files")
     for name, content in {"ten.txt": CONTENT, "empty.txt": b"", "page.html": b"<p>", "a.tar.gz": b"gz"}.items():
         (root / name).write_bytes(content)
-        os.utime(root / name, ns=(0, MODIFIED * 1_000_000_000 + 5))
+        os.utime(root / name, ns=(0, MODIFIED * 1_000_000_000 + 500_000_005))
     return root
 
 

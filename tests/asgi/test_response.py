@@ -237,6 +237,28 @@ async def test_headers_that_only_the_library_may_make_are_refused(source: dv.Pat
         dv.DownloadResponse(await source.resolve("page.html"), headers={name: "x"})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"content_type": "text/html\r\nX: 1"},
+        {"content_type": "text/π"},
+        {"headers": {"X-Own": "a\r\nb"}},
+        {"headers": {"X-\nOwn": "a"}},
+        {"status_code": 204},
+        {"status_code": 304},
+        {"status_code": 103},
+    ],
+)
+async def test_what_would_break_the_answer_is_refused(source: dv.PathSource, options: Any) -> None:
+    with pytest.raises(ValueError, match=r"content type|control|no body"):
+        dv.DownloadResponse(await source.resolve("page.html"), **options)
+
+
+async def test_vary_of_the_application_joins_ours(root: Path) -> None:
+    app = dv.Download(dv.PathSource(root, precompressed=["gzip"]), headers={"Vary": "Cookie"})
+    assert (await call(app, "/page.html")).headers["vary"] == "Accept-Encoding, Cookie"
+
+
 async def test_headers_that_are_set_later_cannot_break_the_framing(source: dv.PathSource) -> None:
     response = dv.DownloadResponse(await source.resolve("page.html"))
     response.headers["Content-Length"] = "1"
@@ -278,14 +300,18 @@ async def test_the_key_of_a_route(root: Path) -> None:
             Route("/two/{tenant}/{name}", dv.Download(source, key="name")),
             Route("/request/{name}", dv.Download(source, key=lambda request: request.url.path)),
             Route("/bad/{tenant}/{name}", dv.Download(source)),
+            Route("/typo/{name}", dv.Download(source, key="nmae")),
             Mount("/mount", dv.Download(source)),
+            Mount("/of/{tenant}", dv.Download(source)),
+            Mount("/user/{user}", routes=[Route("/files/{path:path}", dv.Download(source))]),
         ]
     )
-    for path in ("/one/7", "/two/t/n", "/request/r", "/mount/a/b"):
+    for path in ("/one/7", "/two/t/n", "/request/r", "/mount/a/b", "/of/bob/a/b", "/user/bob/files/c/d"):
         assert (await call(app, path)).status == 200
-    assert asked == ["7", "n", "/request/r", "a/b"]
-    with pytest.raises(dv.ConfigurationError, match="key="):
-        await call(app, "/bad/t/n")
+    assert asked == ["7", "n", "/request/r", "a/b", "a/b", "c/d"]
+    for path in ("/bad/t/n", "/typo/n"):
+        with pytest.raises(dv.ConfigurationError, match="key="):
+            await call(app, path)
 
 
 async def test_details_of_a_failure_are_in_the_log_alone_and_escaped(

@@ -196,6 +196,50 @@ async def test_a_path_send_of_less_than_was_promised_aborts(big: Path) -> None:
         assert not (await ask_raw(port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")).complete
 
 
+async def test_a_response_that_has_ended_lends_nothing(big: Path) -> None:
+    """Some middleware cancels the response while its message is still on the way to the server."""
+    ended: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        messages: list[Any] = []
+        kept = asyncio.Event()
+
+        async def keep(message: Any) -> None:
+            messages.append(message)
+            kept.set()
+
+        inner = asyncio.create_task(dv.DownloadResponse(dv.LocalFile(big))(scope, receive, keep))
+        while len(messages) < 2:
+            kept.clear()
+            await kept.wait()
+        inner.cancel()
+        await asyncio.gather(inner, return_exceptions=True)
+        other = os.open("/etc/passwd", os.O_RDONLY)  # takes the number that is free now
+        try:
+            for message in messages:
+                await send(message)
+        except dv.TransferAborted:
+            ended.append(True)
+            raise
+        finally:
+            os.close(other)
+
+    async with live(app, http=DownloadProtocol) as port:
+        answer = await ask(port, "/")
+    assert not answer.complete
+    assert answer.body == b""
+    assert ended == [True]
+
+
+async def test_a_path_that_cannot_be_opened_aborts(big: Path) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.pathsend", "path": f"{big}.none"})
+
+    async with live(app, http=DownloadProtocol) as port:
+        assert not (await ask(port, "/")).complete
+
+
 def small_buffers(port: int) -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -239,7 +283,7 @@ async def drain(client: socket.socket) -> int:
 
 
 async def test_a_client_that_reads_slowly_but_enough_gets_everything(big: Path) -> None:
-    os.truncate(big, 3 * MIB)
+    os.truncate(big, MIB)
     http = functools.partial(DownloadProtocol, stall_seconds=0.2, minimum_rate=1000)
     async with live(app_for(big.parent), http=http) as port:
         client = small_buffers(port)

@@ -177,6 +177,66 @@ class Failing:
             yield b"x" * CHUNK_SIZE
 
 
+class Awaited:
+    """A file that awaits when it is closed, as a user's storage might: a session to give back, say."""
+
+    name = "awaited"
+    location = None
+    metadata = dv.FileMetadata(size=BIG)
+
+    def __init__(self) -> None:
+        self.closed: list[str] = []
+        self.stop = asyncio.Event()
+
+    @asynccontextmanager
+    async def open(self, request: Any = None) -> AsyncIterator["Awaited"]:
+        try:
+            yield self
+        finally:
+            self.closed.append("begun")
+            for _ in range(20):
+                await asyncio.sleep(0)
+            self.closed.append("ended")
+            self.stop.set()
+
+    async def stream(self, span: Any) -> AsyncIterator[bytes]:
+        for _ in range(BIG // CHUNK_SIZE):
+            yield b"x" * CHUNK_SIZE
+
+
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
+async def test_the_end_of_a_response_does_not_cancel_the_closing_of_the_file(parser: str) -> None:
+    for _ in range(5):
+        file = Awaited()
+        async with live(Starlette(routes=[Route("/", dv.DownloadResponse(file))]), http=parser) as port:
+            assert (await ask(port, "/")).complete
+            await asyncio.wait_for(file.stop.wait(), 5)
+        assert file.closed == ["begun", "ended"]
+
+
+@pytest.mark.parametrize("error", [dv.UpstreamError, dv.SourceUnavailable, dv.FileMissing])
+async def test_an_error_with_a_status_is_an_abort_once_bytes_have_left(error: type[dv.FileError]) -> None:
+    async def late() -> AsyncIterator[bytes]:
+        yield b"x" * MIB
+        raise error("late")
+
+    async def early() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            raise error("early")
+        yield b""
+
+    def early_plain() -> Any:
+        for _ in range(3):
+            raise error("early")
+        yield b""
+
+    with pytest.raises(dv.TransferAborted, match="late"):
+        await call(dv.DownloadResponse(dv.VirtualFile(late, name="x")))
+    for made in (early, early_plain):
+        answer = await call(dv.DownloadResponse(dv.VirtualFile(made, name="x")))
+        assert answer.status == error.status
+
+
 async def test_a_disk_that_fails_amid_aborts_and_before_the_first_byte_is_a_503(http: Any) -> None:
     amid, first = Failing(), Failing(fail_at=0)
     app = Starlette(routes=[Route("/amid", dv.DownloadResponse(amid)), Route("/first", dv.DownloadResponse(first))])

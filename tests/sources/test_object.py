@@ -114,6 +114,23 @@ async def test_a_generated_file_gets_its_size_from_the_object() -> None:
     assert (answer.status, answer.headers["content-length"], answer.body) == (200, "5", b"01234")
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"title": 7},
+        {"size": "10"},
+        {"size": -1},
+        {"modified": "yesterday"},
+        {"mime_type": 5},
+        {"encoding": 1},
+        {"charset": 2},
+    ],
+)
+async def test_odd_values_of_a_row_leave_the_file_as_it_is(odd: dict[str, Any]) -> None:
+    answer = await call(app_for(Document(**odd)), "/k")
+    assert_download_response(answer, content=b"0123456789", filename="7" if "title" in odd else "a.bin")
+
+
 async def test_paths_of_rows_are_opened_beneath_their_source(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "secret").write_bytes(b"secret")

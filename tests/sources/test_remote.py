@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from downloadview_async import Download, RemoteSource
-from tests.live import Answer, ask, live
+from tests.live import Answer, ask, ask_raw, live
 
 TEN = b"0123456789"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -139,6 +139,19 @@ async def test_conditions_and_validators_are_forwarded_and_nothing_else_of_the_c
 async def test_a_304_without_validators_is_still_one(upstream: Upstream, port: int, name: str, value: str) -> None:
     upstream.answers = [b"HTTP/1.1 304 Not Modified\r\nContent-Length: 0\r\n\r\n"]
     assert (await ask(port, "/a", headers={name: value})).status == 304
+
+
+async def test_an_entity_tag_of_any_legal_byte_is_forwarded(upstream: Upstream, port: int) -> None:
+    upstream.answers = [ok(TEN, 'ETag: "x"')]
+    raw = b'GET /a HTTP/1.1\r\nHost: x\r\nConnection: close\r\nIf-None-Match: "\xe9"\r\n\r\n'
+    assert (await ask_raw(port, raw)).status == 200
+    assert upstream.header("if-none-match") == '"\xe9"'
+
+
+async def test_a_redirect_to_another_port_of_an_allowed_host_is_refused(upstream: Upstream, port: int) -> None:
+    upstream.answers = [b"HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:6379/\r\nContent-Length: 0\r\n\r\n"]
+    assert (await ask(port, "/a")).status == 502
+    assert len(upstream.requests) == 1
 
 
 async def test_only_listed_headers_come_back(upstream: Upstream, port: int) -> None:

@@ -199,7 +199,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error, ours", ERRORS)
-@pytest.mark.parametrize("where", ["open", "size"])
+@pytest.mark.parametrize("where", ["open", "modified"])
 async def test_errors_of_a_synchronous_storage(root: Path, error: Exception, ours: type[Exception], where: str) -> None:
     files = FileSystem(root)
 
@@ -213,18 +213,18 @@ async def test_errors_of_a_synchronous_storage(root: Path, error: Exception, our
 
 
 async def test_a_read_that_fails_aborts(root: Path) -> None:
-    class Failing(Django):
-        def open(self, name: str, mode: str = "rb") -> Any:
-            file = super().open(name)
-            file.close()
+    class Failing(FileSystem):
+        def open(self, path: str, mode: str) -> Any:
+            file = super().open(path, mode)
+
+            def fail(size: int) -> bytes:
+                raise OSError(5, "Input/output error")
+
+            file.read = fail
             return file
 
-    class Sized(Failing):
-        def size(self, name: str) -> int:
-            return 10
-
-    with pytest.raises(TransferAborted):
-        await read(SyncStorage(Sized(root)), "sub/file.bin", ByteRange(0, 10))
+    with pytest.raises(TransferAborted, match="Input/output"):
+        await read(SyncStorage(Failing(root)), "sub/file.bin", ByteRange(0, 10))
 
 
 async def test_an_object_that_can_say_less(root: Path) -> None:
@@ -241,6 +241,54 @@ async def test_an_object_that_can_say_less(root: Path) -> None:
     assert (await StorageSource(SyncStorage(Bare())).resolve("x")).location is None
     with pytest.raises(ConfigurationError, match="no open"):
         SyncStorage(object())
+
+
+async def test_a_stream_that_cannot_seek_is_sent_whole(root: Path) -> None:
+    class Stream:
+        def __init__(self) -> None:
+            self.left = [b"01234", b"56789", b""]
+
+        def read(self, size: int) -> bytes:
+            return self.left.pop(0)
+
+        def close(self) -> None:
+            pass
+
+    class Streams:
+        def open(self, name: str, mode: str) -> Stream:
+            return Stream()
+
+        def size(self, name: str) -> int:
+            return 10
+
+    answer = await call(Download(StorageSource(SyncStorage(Streams()))), "/x", headers={"Range": "bytes=2-3"})
+    assert (answer.status, answer.body, answer.headers["content-length"]) == (200, b"0123456789", "10")
+    assert "accept-ranges" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "modified, tag",
+    [
+        (1_700_000_000, 'W/"60a24181e4000-0"'),
+        (1_700_000_000.25, '"60a2418221090-0"'),
+        (datetime(2023, 11, 14, 22, 13, 20, 250_000), '"60a2418221090-0"'),
+        (datetime(2023, 11, 14, 22, 13, 20, 250_000, tzinfo=UTC), '"60a2418221090-0"'),
+    ],
+)
+async def test_a_time_in_whole_seconds_makes_a_weak_tag(root: Path, modified: Any, tag: str) -> None:
+    files = FileSystem(root)
+    files.modified = lambda path: modified  # type: ignore[method-assign]
+    answer = await call(Download(StorageSource(SyncStorage(files))), "/empty")
+    assert answer.headers["etag"] == tag
+    assert answer.headers["last-modified"] == "Tue, 14 Nov 2023 22:13:20 GMT"
+
+
+async def test_errors_that_a_storage_has_of_its_own_are_a_503(root: Path) -> None:
+    class Odd:
+        def open(self, name: str, mode: str) -> Any:
+            raise KeyError(name)
+
+    assert (await call(Download(StorageSource(SyncStorage(Odd()))), "/x")).status == 503
 
 
 async def test_memory_is_a_new_version_with_each_put() -> None:

@@ -204,6 +204,61 @@ async def test_validators_of_generated_content() -> None:
     assert one != two
 
 
+class Reader:
+    """A file object that can read, and nothing else."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.left = [TEN[:4], TEN[4:], b""]
+
+    def read(self, size: int) -> bytes:
+        return self.left.pop(0)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class AsyncReader(Reader):
+    """What Starlette's UploadFile looks like."""
+
+    async def read(self, size: int) -> bytes:  # type: ignore[override]
+        return super().read(size)
+
+    async def close(self) -> None:  # type: ignore[override]
+        super().close()
+
+
+@pytest.mark.parametrize("kind", [Reader, AsyncReader])
+async def test_a_file_object_that_can_only_read(kind: type[Reader]) -> None:
+    made: Any = kind()
+    answer = await call(_app(VirtualFile(made, name="x")), "/x")
+    assert (answer.body, answer.complete, made.closed) == (TEN, True, True)
+
+
+async def test_items_that_are_no_bytes_are_an_error_and_not_zeros() -> None:
+    with pytest.raises(TypeError):
+        await call(_app(VirtualFile(lambda: [1, 2, 3], name="x")), "/x")
+
+
+async def test_large_content_is_not_hashed_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def hashed(content: Any) -> ETag:
+        threads.append(threading.current_thread())
+        return ETag("x")
+
+    monkeypatch.setattr("downloadview_async.sources.virtual.content_etag", hashed)
+    for size in (10, 2 << 20):
+        assert (await call(_app(VirtualFile(b"x" * size, name="x")), "/x")).headers["etag"] == '"x"'
+    assert threads[0] is LOOP_THREAD
+    assert threads[1] is not LOOP_THREAD
+
+
+async def test_a_content_type_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="content type"):
+        VirtualFile(b"", name="x", content_type="text/html\r\nX: 1")
+
+
 async def test_file_objects_are_closed() -> None:
     file = io.BytesIO(TEN)
     async with VirtualFile(file, name="x").open() as opened:
