@@ -35,9 +35,10 @@ $(VENV)/dev.done: requirements/dev.txt pyproject.toml | $(BIN)/python
 .PHONY: run
 run: $(VENV)/run.done  ## Serve the demo on http://127.0.0.1:8000 (PORT=9000 for another port)
 	@$(BIN)/python -m app.demo
+	@# the mirror fetches from the demo itself: with a backend by way of the proxy, as we would give it an order, no bytes
 	@$(if $(PORT),export DOWNLOADVIEW_SERVER__PORT="$(PORT)";) \
 		own_port="$${DOWNLOADVIEW_SERVER__PORT:-8000}"; \
-		case "$$DOWNLOADVIEW_OFFLOAD$$DOWNLOADVIEW_OFFLOAD__BACKEND" in ?*) own_port=8080;; esac; \
+		case "$$DOWNLOADVIEW_OFFLOAD$${DOWNLOADVIEW_OFFLOAD__BACKEND:+backend}" in *backend*) own_port=8080;; esac; \
 		own_files="http://127.0.0.1:$$own_port/files/"; \
 		export DOWNLOADVIEW_SOURCES__MIRROR__URL="$${DOWNLOADVIEW_SOURCES__MIRROR__URL:-$$own_files}"; \
 		exec $(BIN)/downloadview serve --config app/downloadview.toml

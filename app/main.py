@@ -8,18 +8,17 @@ from starlette.applications import Starlette
 
 from app import demo
 from downloadview_async import ConfigurationError
-from downloadview_async.service.build import build
-from downloadview_async.service.load import CONFIG, load_settings
+from downloadview_async.service.build import app_from_environment
+from downloadview_async.service.load import CONFIG
 
 _STARTUP_FAILURE = 3  # uvicorn's own status: it does not start a worker again that ended with this
 
 
 def _application() -> Starlette:
-    config = os.environ.get(CONFIG)
     try:
-        if config is None:
+        if not os.environ.get(CONFIG):
             demo.make()
-        return build(load_settings(config or Path(__file__).with_name("downloadview.toml"), environ=os.environ))
+        return app_from_environment(Path(__file__).with_name("downloadview.toml"))
     except ConfigurationError as exc:
         print(f"downloadview: {exc}", file=sys.stderr)
         sys.exit(_STARTUP_FAILURE)

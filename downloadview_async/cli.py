@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+import stat
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,12 +15,14 @@ try:
     import click
     import msgspec
 except ModuleNotFoundError as exc:
-    sys.exit(f'downloadview: the service needs {exc.name}: pip install "downloadview_async[server]"')
+    sys.exit(f"downloadview: the service needs {exc.name}: install downloadview_async with its extra `server`")
 
 from downloadview_async.service.load import CONFIG, load_settings
-from downloadview_async.service.settings import Settings
+from downloadview_async.service.settings import DatabaseUnavailable, Settings
 
 _DEFAULT_CONFIG = "downloadview.toml"
+_WRONG_SETTINGS = 2  # a supervisor need not try again
+_STARTUP_FAILURE = 3  # as uvicorn: another try may go better
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,18 +79,15 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
         run(settings)
     except ConfigurationError as exc:
         click.echo(f"downloadview: {exc}", err=True)
-        sys.exit(2)
+        sys.exit(_STARTUP_FAILURE if isinstance(exc, DatabaseUnavailable) else _WRONG_SETTINGS)
 
 
 def _choose(path: Path | None, config: Path | None) -> None:
     """Put what is to be served into the environment, where worker processes find it too."""
     if path is not None:
-        root = path.absolute()
-        example = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and entry.name[0] != ".")[:3]
-        route = {"path": "/files/{path:path}", "source": "files", "example": example}
         os.environ.pop(CONFIG, None)
-        os.environ["DOWNLOADVIEW_SOURCES"] = json.dumps({"files": {"type": "path", "root": str(root)}})
-        os.environ["DOWNLOADVIEW_ROUTES"] = json.dumps([route])
+        os.environ["DOWNLOADVIEW_SOURCES"] = json.dumps({"files": {"type": "path", "root": str(path.absolute())}})
+        os.environ["DOWNLOADVIEW_ROUTES"] = json.dumps([{"path": "/files/{path:path}", "source": "files"}])
     elif config is not None:
         os.environ[CONFIG] = str(config)
     elif CONFIG not in os.environ:
@@ -105,18 +105,20 @@ def run(settings: Settings) -> None:
     Raises `ConfigurationError`.
     """
     # imported here so that --help and a refusal need none of it
+    import anyio
     import uvicorn
 
     from downloadview_async.asgi.server import DownloadProtocol
-    from downloadview_async.service.build import app_from_environment, build
+    from downloadview_async.service.build import app_from_environment, build, check_databases
     from downloadview_async.service.logs import log_config
 
-    server = settings.server
-    if server.uds is not None and not os.path.isdir(os.path.dirname(os.path.abspath(server.uds))):
-        raise settings.error("server.uds", f"the directory of {server.uds!r} is missing: create it")
-    app = build(settings)  # also with several workers: what is wrong is said once, before any of them starts
     # uvicorn passes the signal on when all has ended: that is a success, not a death by signal
     signal.signal(signal.SIGTERM, _end)
+    # also with several workers: what is wrong is said once, before any of them starts
+    _check_server(settings)
+    app = build(settings)
+    anyio.run(check_databases, settings)
+    server = settings.server
     options = msgspec.structs.asdict(server)
     watch = {"stall_seconds": options.pop("stall_timeout"), "minimum_rate": options.pop("minimum_rate")}
     if server.http == "auto":
@@ -129,6 +131,52 @@ def run(settings: Settings) -> None:
         log_config=log_config(server.log_level),
         **options,
     )
+
+
+def _check_server(settings: Settings) -> None:
+    """Raise `ConfigurationError` for what uvicorn would say with a traceback."""
+    server = settings.server
+    if server.uds is not None and not os.path.isdir(os.path.dirname(os.path.abspath(server.uds))):
+        raise settings.error("server.uds", f"the directory of {server.uds!r} is missing: create it")
+    if server.fd is not None:
+        try:
+            problem = None if stat.S_ISSOCK(os.fstat(server.fd).st_mode) else "it is something else"
+        except OSError as exc:
+            problem = str(exc.strerror)
+        if problem is not None:
+            raise settings.error(
+                "server.fd",
+                f"{server.fd} is no open socket ({problem}): give the number of one that this process inherits",
+            )
+    if server.ssl_certfile or server.ssl_keyfile:
+        _check_certificate(settings)
+
+
+def _check_certificate(settings: Settings) -> None:
+    import ssl
+
+    server = settings.server
+    if not server.ssl_certfile:
+        raise settings.error("server.ssl_keyfile", "a key without a certificate: give ssl_certfile too")
+    for key, path in (("ssl_certfile", server.ssl_certfile), ("ssl_keyfile", server.ssl_keyfile)):
+        try:
+            if path:
+                open(path, "rb").close()
+        except OSError as exc:  # which of them it is, load_cert_chain does not tell
+            raise settings.error(
+                f"server.{key}", f"{path!r} cannot be read ({exc.strerror}): give a file that this user may read"
+            ) from exc
+    password = server.ssl_keyfile_password or ""  # a text in any case: OpenSSL would ask at the terminal
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile or None, password)
+    except (OSError, ValueError) as exc:  # ValueError: a password that is too long
+        reason = getattr(exc, "reason", None) or str(exc)
+        raise settings.error(
+            "server.ssl_certfile",
+            f"the certificate and its key are of no use ({reason}): give a pair in PEM format, and "
+            "ssl_keyfile_password if the key has one",
+        ) from exc
 
 
 def _end(number: int, frame: object) -> NoReturn:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -62,7 +63,8 @@ def build(settings: Settings) -> Starlette:
 
     Raises `ConfigurationError` for what the settings name and does not exist.
     """
-    sources, databases = _sources(settings)
+    databases = _databases(settings)
+    sources = _sources(settings, databases)
     checks: dict[str, Callable[[], Awaitable[None]]] = {}
     for name, source in settings.sources.items():
         if (directory := directory_of(source)) is not None:
@@ -76,9 +78,7 @@ def build(settings: Settings) -> Starlette:
             for source in sources.values():
                 if isinstance(source, RemoteSource):
                     stack.push_async_callback(source.aclose)
-            for name, database in databases.items():
-                with settings.blaming(f"sources.{name}"):
-                    await stack.enter_async_context(database.opened())
+            await stack.enter_async_context(_opened(settings, databases))
             yield
 
     health = Health(checks)
@@ -101,17 +101,43 @@ def build(settings: Settings) -> Starlette:
     return app
 
 
-def app_from_environment() -> Starlette:
+def app_from_environment(default: Path | None = None) -> Starlette:
     """Return the service for the environment's own settings: DOWNLOADVIEW_CONFIG and what overrides it.
 
-    This is what each of several worker processes calls.
+    This is what each of several worker processes calls. default: the settings file, if DOWNLOADVIEW_CONFIG names none.
+    Raises `ConfigurationError`.
     """
-    return build(load_settings(os.environ.get(CONFIG), environ=os.environ))
+    return build(load_settings(os.environ.get(CONFIG) or default, environ=os.environ))
 
 
-def _sources(settings: Settings) -> tuple[dict[str, Source], dict[str, _Database]]:
+async def check_databases(settings: Settings) -> None:
+    """Open and close each database: what only that tells is known before a server starts, and its workers.
+
+    Raises `ConfigurationError`, as the start of the application itself would.
+    """
+    async with _opened(settings, _databases(settings)):
+        pass
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, databases: Mapping[str, _Database]) -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as stack:
+        for name, database in databases.items():
+            with settings.blaming(f"sources.{name}"):
+                await stack.enter_async_context(database.opened())
+        yield
+
+
+def _databases(settings: Settings) -> dict[str, _Database]:
+    return {
+        name: _database(settings, name, source)
+        for name, source in settings.sources.items()
+        if isinstance(source, ObjectSettings)
+    }
+
+
+def _sources(settings: Settings, databases: Mapping[str, _Database]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
-    databases: dict[str, _Database] = {}
     for name, source in settings.sources.items():
         key = f"sources.{name}"
         match source:
@@ -136,15 +162,14 @@ def _sources(settings: Settings) -> tuple[dict[str, Source], dict[str, _Database
                 sources[name] = VirtualSource(_imported(settings, f"{key}.factory", source.factory))
     for name, source in settings.sources.items():
         if isinstance(source, ObjectSettings):
-            databases[name] = database = _database(settings, name, source)
             sources[name] = ObjectSource(
-                database.get,
+                databases[name].get,
                 source=sources[source.source],
                 file_field="file",
                 basename_field="filename",
                 mime_type_field="content_type",
             )
-    return sources, databases
+    return sources
 
 
 def _database(settings: Settings, name: str, source: ObjectSettings) -> _Database:
@@ -152,7 +177,8 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
         from downloadview_async.service.database import Documents
     except ModuleNotFoundError as exc:
         raise settings.error(
-            f"sources.{name}.type", f'object needs {exc.name}: install "downloadview_async[server,sqlalchemy]"'
+            f"sources.{name}.type",
+            f"object needs {exc.name}: install downloadview_async with its extra `sqlalchemy`",
         ) from exc
     with settings.blaming(f"sources.{name}"):
         return Documents(source, directory=settings.directory)

@@ -1,21 +1,23 @@
 """Rows of a database table as objects with a file. The only module that needs SQLAlchemy."""
 
+import datetime
 import re
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import MetaData, Select, Table, null, select
+from sqlalchemy import BigInteger, Enum, Float, Integer, MetaData, Numeric, Select, Table, literal, null, select
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import NoSuchTableError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, NoSuchTableError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from downloadview_async import ConfigurationError, SourceUnavailable
-from downloadview_async.service.settings import ObjectSettings
+from downloadview_async.service.settings import DatabaseUnavailable, ObjectSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class Documents:
     async def opened(self) -> AsyncIterator[None]:
         """Look at the table, and close all connections at the end.
 
-        Raises `ConfigurationError` if there is no such database, table or column.
+        Raises `ConfigurationError` if there is no such database, table or column; `DatabaseUnavailable`, which is one,
+        if the database does not answer.
         """
         try:
             self._table = await self._reflected()
@@ -70,7 +73,8 @@ class Documents:
                 f"the database has no table {self._settings.table!r}: create it, or correct `table`"
             ) from exc
         except (SQLAlchemyError, OSError) as exc:
-            raise ConfigurationError(
+            later = isinstance(exc, OperationalError | InterfaceError | OSError)
+            raise (DatabaseUnavailable if later else ConfigurationError)(
                 f"the database cannot be read ({type(exc).__name__}: {getattr(exc, 'orig', exc)}): create it, start "
                 "it, or correct `database`"
             ) from exc
@@ -103,7 +107,7 @@ class Documents:
         value = key_as(column.type, key)
         if value is None:
             return None
-        rows = await self._rows(self._statement.where(column == value))
+        rows = await self._rows(self._statement.where(column == literal(value, _comparable(column.type))))
         return Document(*(None if value is None else str(value) for value in rows[0])) if rows else None
 
     async def check(self) -> None:
@@ -136,14 +140,52 @@ def _located(url: URL, directory: Path) -> URL:
     return url.set(database=f"file:{quote(str(path))}").update_query_dict({"mode": "ro", "uri": "true"})
 
 
+def _comparable(kind: Any) -> Any:
+    """Return the type to send a key as: a number that is too large for the column is no error, but no row's."""
+    match kind:
+        case Integer():
+            return BigInteger()
+        case Float():
+            return kind
+        case Numeric():
+            return Numeric()
+    return kind
+
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+# How each type is written in a URL: in one way only, and never in one that a driver would refuse.
+_INTEGER = "-?[0-9]{1,18}"
+_NUMBER = r"-?[0-9]{1,30}(\.[0-9]{1,30})?"
+_DAY = "[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_CLOCK = r"[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{6})?(Z|[+-][0-9]{2}:[0-9]{2})?"
+_READERS: Mapping[type, tuple[str, Callable[[str], Any]]] = {
+    int: (_INTEGER, int),
+    float: (_NUMBER, float),
+    Decimal: (_NUMBER, Decimal),
+    bool: ("true|false", lambda key: key == "true"),
+    datetime.date: (_DAY, datetime.date.fromisoformat),
+    datetime.time: (_CLOCK, datetime.time.fromisoformat),
+    datetime.datetime: (f"{_DAY}T{_CLOCK}", datetime.datetime.fromisoformat),
+    uuid.UUID: ("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", uuid.UUID),
+}
+
+
 def key_as(kind: Any, key: str) -> Any:
     """Return a key from a URL as the column's own type, or None for one that no row can have."""
     try:
         python_type = kind.python_type
     except NotImplementedError:
         python_type = str
-    if python_type is int:
-        return int(key) if re.fullmatch("-?[0-9]{1,18}", key) else None
-    if python_type is uuid.UUID:
-        return uuid.UUID(key) if re.fullmatch("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", key) else None
-    return None if "\0" in key or any("\ud800" <= c <= "\udfff" for c in key) else key
+    if python_type in (str, object):  # object: a type that SQLAlchemy knows nothing of
+        possible = key in kind.enums if isinstance(kind, Enum) else "\0" not in key and not _SURROGATES.search(key)
+        return key if possible else None
+    pattern, read = _READERS.get(python_type, (None, str))
+    if pattern is None or not re.fullmatch(pattern, key):
+        return None
+    try:
+        value = read(key)
+    except ValueError:  # the 30th of February
+        return None
+    if isinstance(value, datetime.datetime | datetime.time) and (value.tzinfo is not None) != kind.timezone:
+        return None
+    return value

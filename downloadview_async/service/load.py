@@ -54,6 +54,8 @@ _TABLES: dict[str, Any] = {
     "offload": OffloadSettings,
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # as Starlette reads a route's path
+_COMMAND_LINE = "the command line"
+_SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
 _NGINX_OPTIONS = ("buffering", "charset", "expires", "limit_rate")
 
 
@@ -66,9 +68,9 @@ def load_settings(
     """Return the settings in a TOML file, with the DOWNLOADVIEW_* variables of `environ` and server `options` over it.
 
     Relative paths begin at the file's directory; without a file there are only the variables and the options, and
-    relative paths begin at the current directory. A variable names a key with `__` between its parts, such as
-    DOWNLOADVIEW_SERVER__PORT; its value is text, or JSON for a whole table or list. options: what the command line
-    says of `[server]`.
+    relative paths begin at the current directory, as those of the options always do. A variable names a key with `__`
+    between its parts, such as DOWNLOADVIEW_SERVER__PORT; its value is text, or JSON for a whole table or list.
+    options: what the command line says of `[server]`.
 
     Nothing that the settings name is opened. Raises `ConfigurationError`.
     """
@@ -78,7 +80,7 @@ def load_settings(
     origins = _apply_variables(data, environ)
     for name, value in (options or {}).items():
         data.setdefault("server", {})[name] = value
-        origins[f"server.{name}"] = "the command line"
+        origins[f"server.{name}"] = _COMMAND_LINE
     return _Draft(label, directory, origins).settings(data)
 
 
@@ -170,7 +172,7 @@ class _Draft:
             file=self.file,
             directory=self.directory,
             origins=self.origins,
-            server=self._converted("server", self._table("server", data), ServerSettings),
+            server=self._server(self._converted("server", self._table("server", data), ServerSettings)),
             sources=sources,
             routes=self._routes(self._converted("routes", data.get("routes", []), list[RouteSettings]), sources),
             offload=self._offload(self._converted("offload", offload, OffloadSettings), sources),
@@ -199,6 +201,14 @@ class _Draft:
         for name in table if isinstance(table, dict) else ():
             if name not in names:
                 raise self.error(f"{key}.{name}".lstrip("."), f"unknown key: {_instead_of(name, names)}")
+
+    def _server(self, server: ServerSettings) -> ServerSettings:
+        paths = {
+            name: self._absolute(path)
+            for name in _SERVER_PATHS
+            if (path := getattr(server, name)) and self.origins.get(f"server.{name}") != _COMMAND_LINE
+        }
+        return msgspec.structs.replace(server, **paths)
 
     def _source(self, name: str, table: Any) -> SourceSettings:
         key = f"sources.{name}"
@@ -322,5 +332,6 @@ def _explained(key: str, message: str, kind: Any) -> tuple[str, str]:
     for name in re.findall(r"\w*[a-z_]\w*", place):
         kind = _fields(kind).get(name)
     takes = [part.description for part in _parts(kind) if isinstance(part, Meta) and part.description]
+    problem = re.sub("Expected `str` matching regex .*", "this text does not fit", problem)
     problem = (problem[:1].lower() + problem[1:]).replace("`", "")
     return key + place, f"{problem}: give {takes[0]}" if takes else f"{problem}: correct it"

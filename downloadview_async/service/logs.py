@@ -29,29 +29,33 @@ def log_aborts_in_one_line() -> None:
 
 
 class OneLineFailures:
-    """Has a start-up that fails for a `ConfigurationError` report its message, not a traceback of how it was found."""
+    """Has a start-up that fails for a `ConfigurationError`, and an end that is forced, report one line each."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on, but for the message of a failed start-up."""
+        """Pass everything on, but for the message of a failed start-up or shutdown."""
         if scope["type"] != "lifespan":
             await self.app(scope, receive, send)
             return
         failed: list[Message] = []
 
         async def keep_failure(message: Message) -> None:
-            if message["type"] == "lifespan.startup.failed":
+            if message["type"] in ("lifespan.startup.failed", "lifespan.shutdown.failed"):
                 failed.append(message)  # sent below, when it is known why
             else:
                 await send(message)
 
         try:
             await self.app(scope, receive, keep_failure)
-        except Exception as exc:
+        except BaseException as exc:
             for message in failed:
-                await send({**message, "message": str(exc)} if isinstance(exc, ConfigurationError) else message)
+                if isinstance(exc, ConfigurationError):
+                    message["message"] = str(exc)
+                elif isinstance(exc, asyncio.CancelledError):
+                    message["message"] = "The server ends at once, as it was told to twice"
+                await send(message)  # anything else is a bug, and told in full
             raise
 
 

@@ -15,6 +15,10 @@ _Seconds = Annotated[float, Meta(gt=0)]
 _Count = Annotated[int, Meta(ge=1)]
 
 
+class DatabaseUnavailable(ConfigurationError):
+    """A database does not answer now, but may do so later: unlike other errors, it is worth starting again for."""
+
+
 class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """`[server]`: options of uvicorn, under uvicorn's own names and with its meanings."""
 
@@ -123,7 +127,11 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     source: Annotated[str, Meta(description="the name of one of the sources")]
     disposition: Annotated[Literal["attachment", "inline"], Meta(description="attachment or inline")] = "attachment"
     cache_control: (
-        Annotated[str, Meta(pattern=r"^[ -~]+$", description="a Cache-Control header, such as private")] | None
+        Annotated[
+            str,
+            Meta(pattern=r"^[ -~]+$", description="a Cache-Control header, such as private; leave it out to send none"),
+        ]
+        | None
     ) = None
     name: Annotated[str, Meta(min_length=1, description="what the page at / calls the route")] | None = None
     example: Annotated[
@@ -187,7 +195,7 @@ class Settings:
         try:
             yield
         except ConfigurationError as exc:
-            raise self.error(key, str(exc)) from exc
+            raise type(exc)(str(self.error(key, str(exc)))) from exc
 
 
 def configuration_error(file: str, origins: Mapping[str, str], key: str, problem: str) -> ConfigurationError:

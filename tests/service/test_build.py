@@ -1,4 +1,6 @@
 import asyncio
+import datetime
+import decimal
 import logging
 import os
 import sqlite3
@@ -126,6 +128,32 @@ def test_a_key_is_looked_up_as_its_columns_type(directory: Path) -> None:
             assert client.get(f"/documents/{key}").status_code == 404, key
 
 
+@pytest.mark.parametrize(
+    "key_type, stored, key, others",
+    [
+        ("DATE", "2026-02-28", "2026-02-28", ["2026-02-29", "x", "1"]),
+        ("DATETIME", "2026-02-28 10:30:00.000000", "2026-02-28T10:30:00", ["2026-02-28T10:30:01", "x", "1"]),
+        ("NUMERIC(8, 2)", "1.5", "1.50", ["1.51", "x", "NaN", "9" * 400]),
+        ("FLOAT", "1.5", "1.5", ["2", "x", "inf", "9" * 400]),
+        ("BOOLEAN", "1", "true", ["false", "x", "1"]),
+        ("INTEGER", "1", "1", ["9" * 18, "9" * 19, "x"]),
+        ("BLOB", "x", None, ["x"]),
+    ],
+)
+def test_a_key_that_the_column_cannot_have_is_missing(
+    directory: Path, key_type: str, stored: str, key: str | None, others: list[str]
+) -> None:
+    with closing(sqlite3.connect(make_database(directory, key_type))) as connection:
+        connection.execute("UPDATE documents SET key = ? WHERE title = 'Überblick.txt'", (stored,))
+        connection.execute("DELETE FROM documents WHERE title != 'Überblick.txt' OR title IS NULL")
+        connection.commit()
+    with client_of(directory, TEXT + DOCUMENTS) as client:
+        if key is not None:
+            assert client.get(f"/documents/{key}").status_code == 200
+        for other in others:
+            assert client.get(f"/documents/{other}").status_code == 404, other
+
+
 def test_a_column_without_a_type_is_looked_up_as_text(directory: Path) -> None:
     make_database(directory, "")
     with client_of(directory, TEXT + DOCUMENTS) as client:
@@ -148,7 +176,37 @@ UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
         (sqlalchemy.BigInteger(), "1" * 19, None),
         (sqlalchemy.String(), "٣", "٣"),
         (sqlalchemy.String(), "a\0b", None),
+        (sqlalchemy.types.NullType(), "a", "a"),
+        (sqlalchemy.types.NullType(), "a\0b", None),
         (sqlalchemy.String(), "\ud800", None),
+        (sqlalchemy.Date(), "2026-02-28", datetime.date(2026, 2, 28)),
+        (sqlalchemy.Date(), "2026-02-29", None),
+        (sqlalchemy.Date(), "20260228", None),
+        (sqlalchemy.Date(), "x", None),
+        (sqlalchemy.DateTime(), "2026-02-28T10:30:00", datetime.datetime(2026, 2, 28, 10, 30)),
+        (sqlalchemy.DateTime(), "2026-02-28T10:30:00Z", None),
+        (sqlalchemy.DateTime(), "2026-02-28", None),
+        (sqlalchemy.DateTime(timezone=True), "2026-02-28T10:30:00", None),
+        (
+            sqlalchemy.DateTime(timezone=True),
+            "2026-02-28T10:30:00+00:00",
+            datetime.datetime(2026, 2, 28, 10, 30, tzinfo=datetime.UTC),
+        ),
+        (sqlalchemy.Time(), "10:30:00", datetime.time(10, 30)),
+        (sqlalchemy.Time(), "25:00:00", None),
+        (sqlalchemy.Numeric(), "-1.50", decimal.Decimal("-1.50")),
+        (sqlalchemy.Numeric(), "NaN", None),
+        (sqlalchemy.Numeric(), "1e9", None),
+        (sqlalchemy.Float(), "1.5", 1.5),
+        (sqlalchemy.Float(), "inf", None),
+        (sqlalchemy.Float(), "1_0", None),
+        (sqlalchemy.Boolean(), "true", True),
+        (sqlalchemy.Boolean(), "1", None),
+        (sqlalchemy.Enum("new", "old"), "old", "old"),
+        (sqlalchemy.Enum("new", "old"), "other", None),
+        (sqlalchemy.LargeBinary(), "x", None),
+        (sqlalchemy.Interval(), "1", None),
+        (sqlalchemy.ARRAY(sqlalchemy.Integer()), "1", None),
     ],
 )
 def test_keys_are_read_strictly(kind: Any, key: str, expected: Any) -> None:

@@ -1,6 +1,9 @@
 import os
+import shutil
 import signal
 import socket
+import sqlite3
+import ssl
 import subprocess
 import sys
 import urllib.request
@@ -45,7 +48,13 @@ def refused(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) ->
     """Run the command, which must end with 2 and without a traceback; return what it says on standard error."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("DOWNLOADVIEW_")}
     run = subprocess.run(
-        [*COMMAND, *arguments], cwd=cwd, env=environ | dict(env or {}), capture_output=True, text=True, timeout=30
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        env=environ | dict(env or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
@@ -58,7 +67,9 @@ def test_serve_a_directory(directory: Path, number: int) -> None:
     command = [*COMMAND, str(directory / "files"), "--port", str(port)]
     with serving(command, port, log=directory / "log") as server:
         assert get(f"{server.url}/files/a.txt") == b"0123456789"
-        assert b'<a href="/files/a.txt">a.txt</a>' in get(f"{server.url}/")
+        page = get(f"{server.url}/")
+        assert b"/files/{path:path}" in page
+        assert b"a.txt" not in page  # nobody has asked for a list of what is in there
         assert get(f"{server.url}/-/readyz") == b"ready\n"
         assert server.stop(number) == 0
         assert "Traceback" not in server.log
@@ -145,6 +156,23 @@ def test_a_stop_during_a_download_waits_its_time_and_leaves_no_traceback(tmp_pat
         assert server.log.count("Transfer aborted: ") == 1
 
 
+def test_a_second_interrupt_ends_the_download_at_once_and_in_one_line(tmp_path: Path) -> None:
+    with (
+        demo(tmp_path / "log") as server,
+        socket.create_connection(("127.0.0.1", int(server.address))) as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(b"GET /reports/large.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(16) == b"HTTP/1.1 200 OK\r"
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for_log("Waiting for connections to close")
+        assert server.stop(signal.SIGINT) == 0
+        assert "Traceback" not in server.log
+        assert server.log.count("Transfer aborted: the server stops") == 1
+        assert server.log.count("ERROR") == 1
+        assert "The server ends at once" in server.log
+
+
 def test_a_download_that_ends_in_time_is_not_cut(tmp_path: Path) -> None:
     with demo(tmp_path / "log") as server:
         with urllib.request.urlopen(f"{server.url}/reports/large.txt") as answer:
@@ -186,6 +214,94 @@ def test_a_refused_start_is_one_line_and_status_2(directory: Path) -> None:
     wrong = {"DOWNLOADVIEW_SOURCES__FILES__ROOT": "gone"}
     assert "DOWNLOADVIEW_SOURCES__FILES__ROOT: sources.files.root: the root" in refused(cwd=directory, env=wrong)
     assert "sources.files.root: the root" in refused("--workers", "2", cwd=directory, env=wrong)
+
+
+def write_documents(directory: Path, database: str, table: str = "documents") -> None:
+    with sqlite3.connect(directory / "documents.db") as connection:
+        connection.execute("CREATE TABLE documents (key TEXT, path TEXT)")
+    connection.close()
+    with (directory / "downloadview.toml").open("a") as file:
+        file.write(
+            f'[sources.documents]\ntype = "object"\ndatabase = "{database}"\ntable = "{table}"\n'
+            'key = "key"\nfile = "path"\nsource = "files"\n'
+        )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_table_that_is_not_there_is_refused_before_any_worker_starts(directory: Path, workers: str) -> None:
+    write_documents(directory, "sqlite+aiosqlite:///documents.db", "dokuments")
+    said = refused("--port", "0", "--workers", workers, cwd=directory)
+    assert said == (
+        "downloadview: downloadview.toml: sources.documents: the database has no table 'dokuments': create it, or "
+        "correct `table`\n"
+    )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_database_that_does_not_answer_yet_is_worth_another_try(directory: Path, workers: str) -> None:
+    write_documents(directory, "sqlite+aiosqlite:///documents.db")
+    (directory / "documents.db-wal").mkdir()  # SQLite can open the file, but not use it
+    command = [*COMMAND, "--port", "0", "--workers", workers]
+    run = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=30)
+    assert (run.returncode, run.stderr.count("\n")) == (3, 1), run.stderr
+    assert "sources.documents: the database cannot be read" in run.stderr
+
+
+def test_a_certificate_that_cannot_be_used_is_refused(directory: Path) -> None:
+    (directory / "no.pem").write_text("no certificate")
+    cases = [
+        (["--ssl-certfile", "gone.pem"], "server.ssl_certfile: 'gone.pem' cannot be read (No such file or directory)"),
+        (["--ssl-keyfile", "no.pem"], "server.ssl_keyfile: a key without a certificate: give ssl_certfile too"),
+        (["--ssl-certfile", "no.pem"], "server.ssl_certfile: the certificate and its key are of no use"),
+        (["--ssl-certfile", "no.pem", "--ssl-keyfile", "gone"], "server.ssl_keyfile: 'gone' cannot be read"),
+    ]
+    for arguments, message in cases:
+        for workers in ("1", "2"):
+            said = refused(*arguments, "--workers", workers, cwd=directory)
+            assert said.startswith(f"downloadview: the command line: {message}")
+            assert said.count("\n") == 1
+
+
+def make_certificate(directory: Path, *protection: str) -> None:
+    command = "openssl req -x509 -newkey rsa:2048 -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    files = ["-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run([*command.split(), *files, *protection], cwd=directory, check=True, capture_output=True)
+
+
+openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: apt install openssl")
+
+
+@openssl
+def test_a_key_with_a_password_is_refused_without_it(directory: Path) -> None:
+    make_certificate(directory, "-passout", "pass:secret")
+    said = refused("--ssl-certfile", "cert.pem", "--ssl-keyfile", "key.pem", cwd=directory)
+    assert "server.ssl_certfile: the certificate and its key are of no use" in said
+    assert "ssl_keyfile_password" in said
+
+
+@openssl
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_https_with_a_certificate_beside_the_settings(directory: Path, workers: str) -> None:
+    make_certificate(directory, "-nodes")
+    with (directory / "downloadview.toml").open("a") as file:
+        file.write('[server]\nssl_certfile = "cert.pem"\nssl_keyfile = "key.pem"\n')
+    port = free_port()
+    command = [*COMMAND, "--config", "../downloadview.toml", "--port", str(port), "--workers", workers]
+    trusting = ssl.create_default_context(cafile=str(directory / "cert.pem"))
+    with serving(command, port, log=directory / "log", cwd=directory / "files") as server:
+        server.wait_for_log("Application startup complete")
+        with urllib.request.urlopen(f"https://127.0.0.1:{port}/f/a.txt", context=trusting, timeout=10) as answer:
+            assert answer.read() == b"0123456789"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_descriptor_that_is_no_socket_is_refused(directory: Path, workers: str) -> None:
+    said = refused("--fd", "77", "--workers", workers, cwd=directory)
+    assert said == (
+        "downloadview: the command line: server.fd: 77 is no open socket (Bad file descriptor): give the number of one "
+        "that this process inherits\n"
+    )
+    assert "server.fd: 0 is no open socket" in refused("--fd", "0", "--workers", workers, cwd=directory)
 
 
 def test_a_port_that_is_taken_is_one_line(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import configparser
 import fnmatch
+import os
 import re
 import shlex
 import shutil
@@ -143,6 +144,35 @@ def test_nginx_of_compose_serves_the_demo(tmp_path: Path) -> None:
 
 def _is_root() -> bool:
     return Path("/proc/self").stat().st_uid == 0
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed: apt install make")
+@pytest.mark.parametrize(
+    "environ, mirror",
+    [
+        ({}, "http://127.0.0.1:8000/files/"),
+        ({"DOWNLOADVIEW_SERVER__PORT": "9000"}, "http://127.0.0.1:9000/files/"),
+        ({"PORT": "9001", "DOWNLOADVIEW_SERVER__PORT": "9000"}, "http://127.0.0.1:9001/files/"),
+        ({"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx"}, "http://127.0.0.1:8080/files/"),
+        ({"DOWNLOADVIEW_OFFLOAD": '{"backend": "apache", "rules": []}'}, "http://127.0.0.1:8080/files/"),
+        ({"DOWNLOADVIEW_OFFLOAD": "{}"}, "http://127.0.0.1:8000/files/"),
+        ({"DOWNLOADVIEW_OFFLOAD": '{"rules": []}'}, "http://127.0.0.1:8000/files/"),
+        ({"DOWNLOADVIEW_OFFLOAD__BACKEND": ""}, "http://127.0.0.1:8000/files/"),
+        ({"DOWNLOADVIEW_OFFLOAD__LIMIT_RATE": "5"}, "http://127.0.0.1:8000/files/"),
+        ({"DOWNLOADVIEW_SOURCES__MIRROR__URL": "http://x/"}, "http://x/"),
+    ],
+)
+def test_make_run_lets_the_mirror_ask_who_has_the_bytes(tmp_path: Path, environ: dict[str, str], mirror: str) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, script in [("python", "exit 0"), ("downloadview", 'echo "$DOWNLOADVIEW_SOURCES__MIRROR__URL"')]:
+        program = tmp_path / "bin" / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    (tmp_path / "run.done").touch()  # as if everything were installed
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DOWNLOADVIEW_", "MAKE"))}
+    command = ["make", "--no-print-directory", "run", f"VENV={tmp_path}"]
+    run = subprocess.run(command, cwd=PROJECT, env=kept | environ, capture_output=True, text=True, check=True)
+    assert run.stdout == f"{mirror}\n"
 
 
 def unit() -> configparser.ConfigParser:

@@ -100,7 +100,7 @@ def contrast(one: float, other: float) -> float:
 def test_the_page_breaks_no_policy_of_its_own(server: Server, tmp_path: Path) -> None:
     shown = browse(f"{server.url}/", tmp_path / "profile", "--dump-dom", "--enable-logging=stderr")
     assert "Content Security Policy" not in shown  # which a violation would be reported with
-    for path in ("/files/hello.txt", "/media/picture.png", "/documents/greeting", "/mirror/large.bin"):
+    for path in ("/files/hello.txt", "/media/picture.png", "/documents/greeting", "/mirror/archive.tar.gz"):
         assert f'<a href="{path}">' in shown
 
 

@@ -180,6 +180,7 @@ REFUSED = [
     (f"{FILES}{ROUTE}{ROUTE.replace('path:', 'name:')}", "routes[1].path", "remove one or change it"),
     (f"{FILES}{ROUTE}disposition = 'show'", "routes[0].disposition", "attachment or inline"),
     (f'{FILES}{ROUTE}cache_control = "a\\r\\nb"', "routes[0].cache_control", "such as private"),
+    (f'{FILES}{ROUTE}cache_control = ""', "routes[0].cache_control", "leave it out to send none"),
     (f"{FILES}{ROUTE}example = [1]", "routes[0].example[0]", "a file, or a list of files"),
     ("[offload]\nbackend = 'caddie'", "offload.backend", "nginx, apache or lighttpd"),
     ("[offload]\nbakend = 'nginx'", "offload.bakend", "did you mean 'backend'?"),
@@ -215,6 +216,7 @@ def test_a_mistake_is_refused_with_file_key_and_remedy(directory: Path, text: st
     assert message.startswith(f"{directory / 'downloadview.toml'}: {key}: ")
     assert remedy in message
     assert "\n" not in message
+    assert "regex" not in message
 
 
 def object_source(**changes: str) -> str:
@@ -376,6 +378,16 @@ def test_without_a_file_relative_paths_begin_at_the_current_directory(
     monkeypatch.chdir(directory)
     settings = load_settings(None, environ={"DOWNLOADVIEW_SOURCES": '{"files": {"type": "path", "root": "files"}}'})
     assert settings.sources["files"] == PathSettings(root=str(directory / "files"))
+
+
+def test_the_servers_own_files_begin_at_the_settings_but_those_of_the_command_line_do_not(directory: Path) -> None:
+    text = '[server]\nssl_keyfile = "key.pem"\nuds = "../socket"\n'
+    server = load(directory, text, {"DOWNLOADVIEW_SERVER__SSL_CERTFILE": "cert.pem"}).server
+    assert (server.ssl_keyfile, server.ssl_certfile) == (str(directory / "key.pem"), str(directory / "cert.pem"))
+    assert server.uds == str(directory.parent / "socket")
+    server = load(directory, text, ssl_keyfile="key.pem", uds=None).server
+    assert (server.ssl_keyfile, server.ssl_certfile, server.uds) == ("key.pem", None, None)
+    assert load(directory, text, {"DOWNLOADVIEW_SERVER__SSL_KEYFILE": ""}).server.ssl_keyfile == ""
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, Response
 
 from downloadview_async.service.settings import RouteSettings, Settings
 
+_PARAMETER = re.compile("{[^}]*}")
 _KINDS = {
     "path": "a directory",
     "storage": "a storage",
@@ -47,6 +48,7 @@ class IndexPage:
             {
                 "name": route.name or route.source,
                 "path": route.path,
+                "parameter": _PARAMETER.findall(route.path)[0],
                 "kind": kind,
                 "links": [{"name": name, "href": root + _link(route, name)} for name in route.examples],
             }
@@ -60,5 +62,5 @@ def _type_of(settings: Settings, route: RouteSettings) -> str:
 
 
 def _link(route: RouteSettings, name: str) -> str:
-    before, after = re.split(r"{[^}]*}", route.path)
+    before, after = _PARAMETER.split(route.path)
     return quote(before) + quote(name) + quote(after)
