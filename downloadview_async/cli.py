@@ -109,7 +109,8 @@ def run(settings: Settings) -> None:
     import uvicorn
 
     from downloadview_async.asgi.server import DownloadProtocol
-    from downloadview_async.service.build import app_from_environment, build, check_databases
+    from downloadview_async.service.build import build, check_databases, worker_app
+    from downloadview_async.service.ending import EndsInTime
     from downloadview_async.service.logs import log_config
 
     # uvicorn passes the signal on when all has ended: that is a success, not a death by signal
@@ -124,7 +125,7 @@ def run(settings: Settings) -> None:
     if server.http == "auto":
         options["http"] = functools.partial(DownloadProtocol, **watch)
     uvicorn.run(
-        app if server.workers == 1 else f"{app_from_environment.__module__}:{app_from_environment.__name__}",
+        EndsInTime(app) if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
         factory=server.workers > 1,
         lifespan="on",
         ws="none",

@@ -34,6 +34,7 @@ from downloadview_async import (
     download_error,
     storage_from_url,
 )
+from downloadview_async.service.ending import EndsInTime
 from downloadview_async.service.health import Health, check_directory
 from downloadview_async.service.load import CONFIG, load_settings
 from downloadview_async.service.logs import OneLineFailures, log_aborts_in_one_line
@@ -104,10 +105,14 @@ def build(settings: Settings) -> Starlette:
 def app_from_environment(default: Path | None = None) -> Starlette:
     """Return the service for the environment's own settings: DOWNLOADVIEW_CONFIG and what overrides it.
 
-    This is what each of several worker processes calls. default: the settings file, if DOWNLOADVIEW_CONFIG names none.
-    Raises `ConfigurationError`.
+    default: the settings file, if DOWNLOADVIEW_CONFIG names none. Raises `ConfigurationError`.
     """
     return build(load_settings(os.environ.get(CONFIG) or default, environ=os.environ))
+
+
+def worker_app() -> EndsInTime:
+    """Return the service for one of several worker processes, which ends in time with it."""
+    return EndsInTime(app_from_environment())
 
 
 async def check_databases(settings: Settings) -> None:

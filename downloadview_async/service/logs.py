@@ -1,6 +1,7 @@
 """What the service says in the log: one line where a server would print a traceback that tells an operator nothing."""
 
 import asyncio
+import codecs
 import copy
 import logging
 from typing import Any
@@ -10,13 +11,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from downloadview_async import ConfigurationError, TransferAborted
 
 _SERVER_LOGGER = "uvicorn.error"
+codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Make one line of a transfer that was aborted on purpose: by `TransferAborted`, or at the end of the server."""
     exc = record.exc_info[1] if record.exc_info else None
     if isinstance(exc, TransferAborted | asyncio.CancelledError):
-        reason = str(exc) or "the server stops"
+        reason = str(exc) if isinstance(exc, TransferAborted) else "the server stops"
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         record.msg, record.args = "Transfer aborted: %s", (reason.encode("unicode_escape").decode(),)
         record.exc_info = record.exc_text = None
