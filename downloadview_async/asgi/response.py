@@ -4,13 +4,14 @@ import codecs
 import logging
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from downloadview_async.asgi.transfer import PATHSEND, send_plan, until_the_client_leaves
+from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, send_plan, until_the_client_leaves
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
@@ -124,13 +125,12 @@ class DownloadResponse(Response):
         return raw
 
 
-def close_after_body(scope: Scope) -> Headers:
-    """Return the header that closes the connection after a request with a body, which is not read."""
-    sends_body = scope.get("http_version", "1.1").startswith("1") and any(
-        name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
-        for name, value in scope["headers"]
-    )
-    return {"connection": "close"} if sends_body else {}
+def close_after_body(scope: Mapping[str, Any]) -> Headers:
+    """Return the header that closes the connection after a request whose body is too long to be read for nothing."""
+    fields = dict(scope["headers"])
+    length = fields.get(b"content-length", b"0")
+    endless = b"transfer-encoding" in fields or not length.isdigit() or len(length) > 9 or int(length) > MAX_UNREAD_BODY
+    return {"connection": "close"} if endless and scope.get("http_version", "1.1").startswith("1") else {}
 
 
 def error_response(exc: FileError, scope: Scope) -> Response:

@@ -20,6 +20,7 @@ import anyio.to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from downloadview_async.asgi.response import close_after_body
 from downloadview_async.asgi.transfer import PATHSEND, LentDescriptor
 from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.sources.workers import Workers
@@ -92,7 +93,7 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on to the next request, unless a body that nobody has asked for is still coming."""
-        if self.cycle.more_body:
+        if self.cycle.more_body and close_after_body(dict(self.cycle.scope)):
             self.transport.close()
         super().on_response_complete()
 

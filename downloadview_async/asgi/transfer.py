@@ -19,7 +19,8 @@ PATHSEND = "http.response.pathsend"
 """The ASGI extension by which a server sends a file itself."""
 
 _SMALL = 64 * 1024  # bytes that are sent with less work in one message than by the kernel
-_MAX_UNREAD_BODY = 64 * 1024  # bytes of a request body that are read and dropped while waiting for the client to leave
+MAX_UNREAD_BODY = 1 << 20
+"""Bytes of a request body that are read and dropped: closing before a client has sent it can cost it the answer."""
 
 
 class LentDescriptor:
@@ -184,7 +185,7 @@ def _ends_the_response(message: Message) -> bool:
 async def _client_leaves(receive: Receive) -> bool:
     """Return True when the client disconnects; False when it sends a body that is too large to wait behind."""
     unread = 0
-    while unread <= _MAX_UNREAD_BODY:
+    while unread <= MAX_UNREAD_BODY:
         message = await receive()
         if message["type"] == "http.disconnect":
             return True

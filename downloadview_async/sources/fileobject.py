@@ -59,8 +59,8 @@ class OpenIterator:
         more = True
         while more:
             chunk, more = await self._workers.run(self._gather)
-            if chunk:
-                yield chunk
+            for piece in pieces(chunk):
+                yield piece
 
     def _gather(self) -> tuple[bytes, bool]:
         gathered: list[bytes] = []
@@ -81,8 +81,16 @@ class OpenIterator:
 
 def as_bytes(item: Any) -> bytes:
     """Return bytes, or text as UTF-8. Raises `TypeError` for anything else."""
+    if isinstance(item, bytes):
+        return item
     # not bytes(item): of a number, that is as many zeros
     return item.encode() if isinstance(item, str) else bytes(memoryview(item))
+
+
+def pieces(chunk: bytes) -> Iterator[bytes]:
+    """Yield a chunk in pieces of `CHUNK_SIZE`: what a slow client leaves in a buffer is never more than that."""
+    for position in range(0, len(chunk), CHUNK_SIZE):
+        yield chunk[position : position + CHUNK_SIZE]
 
 
 @asynccontextmanager

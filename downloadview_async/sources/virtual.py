@@ -14,7 +14,7 @@ from downloadview_async.http.content_types import content_type_for, valid_conten
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.fileobject import OpenFileObject, OpenIterator, as_bytes, closing_in_thread
+from downloadview_async.sources.fileobject import OpenFileObject, OpenIterator, as_bytes, closing_in_thread, pieces
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.sources.storage import OpenBytes, content_etag
 from downloadview_async.sources.workers import Workers
@@ -126,8 +126,8 @@ class OpenAsyncIterable:
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield what the content yields, from its beginning."""
         async for item in _blocks(self._content) if hasattr(self._content, "read") else self._content:
-            if item:
-                yield as_bytes(item)
+            for piece in pieces(as_bytes(item)):
+                yield piece
 
 
 async def _blocks(file: Any) -> AsyncIterator[Any]:
