@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Every package is pinned with its hashes. The project itself is built with what has been installed so.
 INSTALL = $(PIP) install --require-hashes --requirement $(1) && \
 	$(PIP) install --no-deps --no-build-isolation --no-index --editable .
-LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command "make lock" pyproject.toml requirements/build.in
 
 .DEFAULT_GOAL := help
