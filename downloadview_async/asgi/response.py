@@ -3,7 +3,8 @@
 import codecs
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 from starlette.background import BackgroundTask
@@ -11,9 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, send_plan, until_the_client_leaves
+from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, SMALL, send_plan, until_the_client_leaves
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
@@ -87,9 +89,44 @@ class DownloadResponse(Response):
             except FileError as exc:
                 await error_response(exc, scope)(scope, receive, send)
 
-        await until_the_client_leaves(answer, receive, send)
+        if not await self._answer_at_once(scope, send):
+            await until_the_client_leaves(answer, receive, send)
         if self.background is not None:
             await self.background()
+
+    async def _answer_at_once(self, scope: Scope, send: Send) -> bool:
+        """Answer with a small local file that is in the page cache, and return whether it was one.
+
+        Nothing is waited for, so nobody has to listen for a client that leaves.
+        """
+        open_cached: Callable[[DownloadRequest], Any] | None = getattr(self.file, "open_cached", None)
+        if (
+            open_cached is None
+            or scope["method"] not in ("GET", "HEAD")
+            or EXTENSION in (scope.get("extensions") or {})
+        ):
+            return False
+        request = DownloadRequest.from_headers(scope["method"], scope["headers"])
+        try:
+            opened = open_cached(request)
+        except FileError:
+            return False  # found again, and answered, by who waits
+        if opened is None:
+            return False
+        with closing(opened):
+            plan = self._plan(request, opened.metadata)
+            body: bytes | None = b""
+            if plan.length:
+                match plan.body:
+                    case (ByteRange() as span,) if len(span) <= SMALL:
+                        body = opened.read_cached(span)
+                    case _:
+                        body = None
+        if body is None:
+            return False
+        await send({"type": "http.response.start", "status": plan.status, "headers": self._raw(plan, scope)})
+        await send({"type": "http.response.body", "body": body})
+        return True
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         # An endpoint may answer a POST with a file, too; conditions and ranges are not for that.
@@ -108,12 +145,13 @@ class DownloadResponse(Response):
                     await send({"type": "http.response.body", "body": b""})
                     return
         async with self.file.open(request) as opened:
-            plan = make_plan(
-                request, opened.metadata, self.presentation, status=self.status_code, headers=self._own_headers()
-            )
+            plan = self._plan(request, opened.metadata)
             server = (scope.get("extensions") or {}).get(PATHSEND) or {}
             raw = self._raw(plan, scope)
             await send_plan(plan, opened, raw, send, by_descriptor=bool(server.get("descriptor")))
+
+    def _plan(self, request: DownloadRequest, metadata: FileMetadata) -> Plan:
+        return make_plan(request, metadata, self.presentation, status=self.status_code, headers=self._own_headers())
 
     def _own_headers(self) -> Headers:
         return {name: value for name, value in self.headers.items() if name not in _RESERVED and name != "set-cookie"}

@@ -18,7 +18,9 @@ from downloadview_async.sources.base import OpenFile
 PATHSEND = "http.response.pathsend"
 """The ASGI extension by which a server sends a file itself."""
 
-_SMALL = 64 * 1024  # bytes that are sent with less work in one message than by the kernel
+SMALL = 64 * 1024
+"""Bytes of a file that are sent with less work in one message than by the kernel."""
+
 MAX_UNREAD_BODY = 1 << 20
 """Bytes of a request body that are read and dropped: closing before a client has sent it can cost it the answer."""
 
@@ -107,7 +109,7 @@ async def send_plan(
 def _only_span(plan: Plan) -> ByteRange | None:
     """Return the span that is the whole body, if it is worth more than one message."""
     match plan.body:
-        case (ByteRange() as span,) if len(span) > _SMALL:
+        case (ByteRange() as span,) if len(span) > SMALL:
             return span
     return None
 

@@ -2,6 +2,7 @@
 
 import mimetypes
 import re
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 DEFAULT = "application/octet-stream"
@@ -90,6 +91,7 @@ _PASSIVE = re.compile(rf"(?:audio|font|image|video)/(?!.*\+xml){_TOKEN}")
 _PASSIVE_TYPES = frozenset({"text/plain", "text/csv", "application/json", DEFAULT})
 
 
+@lru_cache(maxsize=1024)
 def content_type_for(name: str) -> str:
     """Return the Content-Type of a file called `name`: text with charset=utf-8, everything else without a charset.
 

@@ -3,6 +3,7 @@
 import math
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -34,6 +35,7 @@ def http_seconds(moment: datetime | float) -> int | None:
     return math.floor(moment) if 0 <= moment < LATEST + 1 else None
 
 
+@lru_cache(maxsize=1024)
 def format_http_date(seconds: int) -> str:
     """Return `seconds` since the epoch as an IMF-fixdate. 0 <= seconds <= `LATEST`."""
     t = datetime.fromtimestamp(seconds, UTC)

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from functools import lru_cache
 from urllib.parse import quote
 
 MAX_BYTES = 255
@@ -70,6 +71,7 @@ def _ascii_fallback(name: str) -> str:
     return _fitted(f"{stem.strip()}{dot}{extension}")
 
 
+@lru_cache(maxsize=1024)
 def content_disposition(filename: str, *, attachment: bool = True) -> str:
     """Return the value of Content-Disposition that names `filename`, whatever is in it.
 

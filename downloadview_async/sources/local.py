@@ -15,7 +15,7 @@ _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
 
 class OpenLocalFile:
-    """An open descriptor, which whoever opened it closes. Everything sent comes from it, the description too."""
+    """An open descriptor, which whoever opened the file closes. Everything sent comes from it, the description too."""
 
     def __init__(self, descriptor: int, found: os.stat_result, *, workers: Workers) -> None:
         self.descriptor = descriptor
@@ -23,6 +23,15 @@ class OpenLocalFile:
         self._read_cached_pages = _RWF_NOWAIT is not None
         etag, last_modified = stat_validators(found.st_size, found.st_mtime_ns)
         self.metadata = FileMetadata(size=found.st_size, etag=etag, last_modified=last_modified)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self.descriptor)
+
+    def read_cached(self, span: ByteRange) -> bytes | None:
+        """Return all bytes of a short span if the page cache has them, without ever waiting for the disk; else None."""
+        chunk = self._cached(memoryview(bytearray(len(span))), span.start)
+        return chunk if chunk is not None and len(chunk) == len(span) else None
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span: from the page cache at once, from the disk by way of a worker."""

@@ -52,17 +52,30 @@ class FileBeneath:
         self._workers = workers
         self._precompressed = tuple(precompressed)
 
+    def open_cached(self, request: DownloadRequest) -> OpenLocalFile | None:
+        """Open the file, which the caller then closes, if that waits for nothing; else return None.
+
+        Raises what `open` does.
+        """
+        if self._precompressed and request.accept_encoding:
+            return None  # siblings may have to be looked for
+        opened = self._root.open_cached(self._path)
+        return None if opened is None else self._opened(opened, None)
+
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
         """Open the file, or the sibling that the request prefers, beneath the root."""
         encoding, opened = await self._open_best(request)
         try:
-            file = OpenLocalFile(*opened, workers=self._workers)
-            if self._precompressed:
-                _describe_encoding(file, encoding, content_type_for(self.name))
-            yield file
+            yield self._opened(opened, encoding)
         finally:
             _close(opened)
+
+    def _opened(self, opened: tuple[int, os.stat_result], encoding: str | None) -> OpenLocalFile:
+        file = OpenLocalFile(*opened, workers=self._workers)
+        if self._precompressed:
+            _describe_encoding(file, encoding, content_type_for(self.name))
+        return file
 
     async def _open_best(self, request: DownloadRequest) -> tuple[str | None, tuple[int, os.stat_result]]:
         for encoding in preferred_encodings(request.accept_encoding, self._precompressed):

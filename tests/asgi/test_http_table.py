@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 import downloadview_async as dv
-from downloadview_async.asgi import transfer
+from downloadview_async.asgi import response, transfer
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.sources.path import FileBeneath
 from downloadview_async.sources.root import Root
@@ -78,7 +78,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield request.param
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "_SMALL", 0)
+        patch.setattr(transfer, "SMALL", 0)
+        patch.setattr(response, "SMALL", 0)
         yield DownloadProtocol
 
 

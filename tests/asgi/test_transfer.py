@@ -19,6 +19,7 @@ from starlette.routing import Route
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.sources.local import CHUNK_SIZE
+from downloadview_async.sources.root import has_openat2
 from downloadview_async.testing import call
 from tests.live import ask, live, parse
 
@@ -331,6 +332,38 @@ async def test_a_body_sent_with_a_get_is_not_read(tmp_path: Path, http: Any) -> 
         except ConnectionError:  # the server closes while we send
             writer.close()
         assert sent < 50 * MIB
+
+
+async def test_a_small_cached_file_is_answered_without_listening_or_a_worker(tmp_path: Path) -> None:
+    if not has_openat2():
+        pytest.skip("openat2: this kernel or sandbox has none")
+    (tmp_path / "ten.txt").write_bytes(b"0123456789")
+    (tmp_path / "empty.txt").write_bytes(b"")
+
+    async def nobody_listens() -> Any:
+        raise AssertionError("receive was called")
+
+    source = dv.PathSource(tmp_path)
+    threads = threading.active_count()
+    before = descriptors()
+    for name, headers, status, body in (
+        ("ten.txt", [], 200, b"0123456789"),
+        ("ten.txt", [(b"range", b"bytes=2-4")], 206, b"234"),
+        ("ten.txt", [(b"if-none-match", b"*")], 304, b""),
+        ("ten.txt", [(b"range", b"bytes=10-")], 416, b""),
+        ("empty.txt", [], 200, b""),
+    ):
+        messages: list[Any] = []
+
+        async def send(message: Any, messages: list[Any] = messages) -> None:
+            messages.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": f"/{name}", "headers": headers}
+        await dv.Download(source)(scope, nobody_listens, send)
+        assert [message["type"] for message in messages] == ["http.response.start", "http.response.body"]
+        assert (messages[0]["status"], messages[1]["body"]) == (status, body)
+    assert threading.active_count() == threads
+    assert descriptors() == before
 
 
 async def test_one_request_after_the_other_on_one_connection(tmp_path: Path, http: Any) -> None:
