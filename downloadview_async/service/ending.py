@@ -6,11 +6,11 @@ import threading
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_PATIENCE = 1.0  # seconds after the shutdown of the application, which comes after the time that downloads have to end
+_PATIENCE = 0.5  # seconds after the shutdown of the application, which comes after the time that downloads have to end
 
 
 class EndsInTime:
-    """Ends the process a second after the application's shutdown, should anything still run then.
+    """Ends the process half a second after the application's shutdown, should anything still run then.
 
     A call that blocks cannot be cancelled: the event loop would wait for it, and the interpreter for its thread. This
     is for the outermost application of a process that does nothing else.

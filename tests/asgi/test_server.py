@@ -284,7 +284,7 @@ async def drain(client: socket.socket) -> int:
 
 async def test_a_client_that_reads_slowly_but_enough_gets_everything(big: Path) -> None:
     os.truncate(big, MIB)
-    http = functools.partial(DownloadProtocol, stall_seconds=0.2, minimum_rate=1000)
+    http = functools.partial(DownloadProtocol, stall_seconds=1, minimum_rate=1000)
     async with live(app_for(big.parent), http=http) as port:
         client = small_buffers(port)
         client.send(b"GET /ours/big.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

@@ -334,20 +334,27 @@ async def test_an_upstream_that_refuses_connections_is_a_502(port: int, upstream
     await source.aclose()
 
 
-async def test_a_client_that_leaves_closes_the_upstream_at_once(upstream: Upstream, port: int) -> None:
-    for answer in (b"", OK + b"Content-Length: 1000000\r\n\r\n" + b"x" * 100_000):  # before the first byte, and amid
-        upstream.answers = [answer]
-        upstream.hold_after = asyncio.Event()
-        count = len(upstream.requests)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n")
-        while len(upstream.requests) == count:
-            await asyncio.sleep(0.001)
-        if answer:
-            await reader.readexactly(1000)
-        writer.close()
-        await asyncio.wait_for(upstream.closed.wait(), 0.4)  # the read timeout is 0.5 s
-        assert upstream.open == 0
+async def test_a_client_that_leaves_closes_the_upstream_at_once(upstream: Upstream) -> None:
+    """Long before the read timeout, which is half a minute here."""
+    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"], read_timeout=30)  # type: ignore[attr-defined]
+    async with live(Starlette(routes=[Route("/{path:path}", Download(source))])) as port:
+        for answer in (
+            b"",
+            OK + b"Content-Length: 1000000\r\n\r\n" + b"x" * 100_000,
+        ):  # before the first byte, and amid
+            upstream.answers = [answer]
+            upstream.hold_after = asyncio.Event()
+            count = len(upstream.requests)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n")
+            while len(upstream.requests) == count:
+                await asyncio.sleep(0.001)
+            if answer:
+                await reader.readexactly(1000)
+            writer.close()
+            await asyncio.wait_for(upstream.closed.wait(), 15)
+            assert upstream.open == 0
+    await source.aclose()
 
 
 async def test_redirects_are_followed_within_the_allowed_hosts(upstream: Upstream, port: int) -> None:
