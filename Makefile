@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PORT ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -28,9 +29,15 @@ $(VENV)/run.done: requirements/run.txt pyproject.toml | $(BIN)/python
 	$(call INSTALL,requirements/run.txt)
 	@touch $@
 
-$(VENV)/dev.done: requirements/dev.txt pyproject.toml | $(BIN)/python
+$(VENV)/dev.done: requirements/dev.txt requirements/oldest.txt pyproject.toml | $(BIN)/python
 	$(call INSTALL,requirements/dev.txt)
+	@# where only the tests look for it
+	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/oldest --requirement requirements/oldest.txt
 	@touch $@ $(VENV)/run.done
+
+$(VENV)/bench.done: requirements/bench.txt pyproject.toml | $(BIN)/python
+	$(call INSTALL,requirements/bench.txt)
+	@touch $@
 
 .PHONY: run
 run: $(VENV)/run.done  ## Serve the demo on http://127.0.0.1:8000 (PORT=9000 for another port)
@@ -69,6 +76,10 @@ coverage: $(VENV)/dev.done  ## Run all tests and report the lines and branches t
 	$(BIN)/python -m coverage combine
 	$(BIN)/python -m coverage report
 
+.PHONY: bench
+bench: $(VENV)/bench.done  ## Compare with other servers, in 20 minutes (needs wrk); BENCH_ARGS="--quick" for a look
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
 .PHONY: wheel
 wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
@@ -78,6 +89,10 @@ lock:  ## Pin the newest versions of all packages again (needs uv)
 	$(LOCK) --upgrade --extra server --extra sqlalchemy --output-file requirements/run.txt
 	$(LOCK) --upgrade --all-extras --group test --group lint --group docs --constraints requirements/run.txt \
 		--output-file requirements/dev.txt
+	$(LOCK) --upgrade --extra server --group bench --constraints requirements/dev.txt \
+		--output-file requirements/bench.txt
+	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
+		requirements/oldest.in --output-file requirements/oldest.txt
 
 .PHONY: clean
 clean:  ## Remove the environment, the demo's content and everything that was built

@@ -4,12 +4,14 @@ import ast
 import asyncio
 import importlib.metadata
 import inspect
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,8 +20,13 @@ import pytest
 from starlette.testclient import TestClient
 
 import downloadview_async
+from benchmarks import report
+from benchmarks.measures import FIGURES, MEASURES
+from benchmarks.servers import SERVERS
+from downloadview_async.asgi import lasting, server, transfer
 from downloadview_async.service import settings as service_settings
 from downloadview_async.service.load import load_settings
+from downloadview_async.sources import local, open_file_cache
 from downloadview_async.testing import assert_x_accel_redirect
 from tests.servers import PROJECT
 
@@ -124,7 +131,18 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                 text = help_of("downloadview_async.cli", arguments[0])
             case "make":
                 text = " ".join(re.findall(r"^([\w.-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
-                assert set(arguments) <= set(text.split()), f"no such target: {words}"
+                variables = dict(word.split("=", 1) for word in arguments if "=" in word)
+                targets = [word for word in arguments if "=" not in word]
+                assert set(targets) <= set(text.split()), f"no such target: {words}"
+                assert set(variables) <= {"BENCH_ARGS"}, f"nobody checks the variables of {words}"
+                if variables:
+                    assert targets == ["bench"]
+                    text = help_of("benchmarks")
+                    given = shlex.split(variables["BENCH_ARGS"])
+                    options = [word for word in given if word.startswith("--")]
+                    for option, value in pairwise(given):
+                        known = {"--only": MEASURES, "--servers": SERVERS}.get(option)
+                        assert known is None or set(value.split(",")) <= set(known), f"unknown names: {words}"
             case "ruff":
                 text = subprocess.run(
                     [sys.executable, "-m", *words[:2], "--help"], capture_output=True, text=True
@@ -218,10 +236,14 @@ def test_every_dependency_is_explained_with_its_licence() -> None:
         assert match is not None
         package = match[0]
         assert package in rows, f"docs/dependencies.md says nothing of {package}"
-        metadata = importlib.metadata.metadata(package).json
-        said = " ".join(str(metadata.get(key, "")) for key in ("license_expression", "license", "classifier"))
         licences = re.findall(r"MIT|BSD|Apache|MPL", rows[package].split("|")[-2] + rows[package].split("|")[3])
         assert licences, f"docs/dependencies.md has no licence for {package}"
+        try:
+            metadata = importlib.metadata.metadata(package).json
+        except importlib.metadata.PackageNotFoundError:
+            assert requirement in project["dependency-groups"]["bench"]  # the others have to be installed
+            continue
+        said = " ".join(str(metadata.get(key, "")) for key in ("license_expression", "license", "classifier"))
         for licence in licences:
             assert re.search(licence.replace("MPL", "MPL|Mozilla"), said), f"{package} is not {licence}: {said}"
 
@@ -242,3 +264,34 @@ def test_links_between_pages_and_files_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
         for target in re.findall(r"`((?:docs|examples|deploy|tests|app|downloadview_async)/[\w./-]*)`", text):
             assert (PROJECT / target).exists(), f"{name_of(page)} names {target}"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f"Up to {transfer.SMALL >> 10} KiB, in the page cache",
+        f"up to {open_file_cache.MAX_FILES} files of a directory",
+        f"at most {server._WINDOW >> 10} KiB at a time",
+        f"chunks of at most {local.CHUNK_SIZE >> 10} KiB",
+        f"one byte of every {local._PROBE >> 10} KiB",
+        f"less than {server.MINIMUM_RATE} bytes a second on the average of {server.STALL_SECONDS:.0f} seconds",
+        f"A request head has {server.STALL_SECONDS:.0f} seconds to arrive, and {server.MAX_HEAD_BYTES >> 10} KiB",
+        f"Up to {lasting.MAX_KEPT} files have one",
+    ],
+)
+def test_the_page_on_performance_names_the_sizes_of_the_code(said: str) -> None:
+    assert said in " ".join((DOCS / "performance.md").read_text().split())
+
+
+def test_the_page_on_performance_has_every_measure() -> None:
+    page = (DOCS / "performance.md").read_text()
+    assert [measure for measure in MEASURES if f"`{measure}`" not in page] == []
+
+
+def test_the_results_are_those_of_the_run() -> None:
+    page = (DOCS / "performance" / "results.md").read_text()
+    for path in DOCS.glob("performance/results.json"):  # nobody has edited the one or the other
+        figures = json.loads(path.read_text())["figures"]
+        assert set(figures) <= set(FIGURES)
+        for table in (report.goals_table(figures), report.core_table(figures), report.example_table(figures)):
+            assert table in page

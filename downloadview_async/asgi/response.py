@@ -3,23 +3,36 @@
 import codecs
 import logging
 import re
-from collections.abc import Callable, Mapping
-from contextlib import closing
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, SMALL, send_plan, until_the_client_leaves
+from downloadview_async.asgi.transfer import (
+    MAX_UNREAD_BODY,
+    PATHSEND,
+    PREPARED,
+    SMALL,
+    LentFile,
+    PreparedHead,
+    only_span,
+    send_plan,
+    until_the_client_leaves,
+)
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
-from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
 from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
 
 logger = logging.getLogger("downloadview_async")
 codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
@@ -35,6 +48,9 @@ _RESERVED = OFFLOAD_HEADERS | {
     "transfer-encoding",
 }
 
+
+RawHeaders = list[tuple[bytes, bytes]]
+"""Headers as ASGI wants them."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -64,108 +80,174 @@ class DownloadResponse(Response):
         status_code: int = 200,
         background: BackgroundTask | None = None,
     ) -> None:
-        if reserved := _RESERVED.intersection(name.lower() for name in headers or ()):
-            raise ValueError(f"a DownloadResponse makes these headers itself: {', '.join(sorted(reserved))}")
-        if bad := [name for name, value in (headers or {}).items() if _CONTROL.search(name + value)]:
-            raise ValueError(f"a control character in a header: {bad!r}")
         if content_type is not None and valid_content_type(content_type) is None:
             raise ValueError(f"not a content type: {content_type!r}")
         if status_code < 200 or status_code in (204, 205, 304):
             raise ValueError(f"a response with the status {status_code} has no body to send a file in")
         self.file = file
-        self.presentation = Presentation(
-            filename=file.name if filename is None else filename, attachment=attachment, content_type=content_type
-        )
+        self.presentation = _presentation(file.name if filename is None else filename, attachment, content_type)
         self.status_code = status_code
         self.background = background
-        self.init_headers(headers)
+        self.raw_headers = list(_checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request: offloaded, or as its method, conditions and ranges want it."""
-
-        async def answer(send: Send) -> None:
-            try:
-                await self._answer(scope, send)
-            except FileError as exc:
-                await error_response(exc, scope)(scope, receive, send)
-
-        if not await self._answer_at_once(scope, send):
-            await until_the_client_leaves(answer, receive, send)
+        if not await self._answer_at_once(scope, receive, send):
+            await until_the_client_leaves(partial(self._answer_or_error, scope, receive), receive, send)
         if self.background is not None:
             await self.background()
 
-    async def _answer_at_once(self, scope: Scope, send: Send) -> bool:
-        """Answer with a small local file that is in the page cache, and return whether it was one.
+    async def _answer_or_error(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._answer(scope, send)
+        except FileError as exc:
+            await error_response(exc, scope)(scope, receive, send)
 
-        Nothing is waited for, so nobody has to listen for a client that leaves.
+    async def _answer_at_once(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Answer with a local file that the kernel has at hand, and return whether it was one.
+
+        It is offloaded, small and in the page cache, or the server's to send. Nobody has to listen for a client that
+        leaves: nothing is waited for but the server, who knows.
         """
-        open_cached: Callable[[DownloadRequest], Any] | None = getattr(self.file, "open_cached", None)
-        if (
-            open_cached is None
-            or scope["method"] not in ("GET", "HEAD")
-            or EXTENSION in (scope.get("extensions") or {})
-        ):
+        if scope["method"] not in ("GET", "HEAD"):
             return False
         request = DownloadRequest.from_headers(scope["method"], scope["headers"])
+        offload = self._offload(scope)
         try:
-            opened = open_cached(request)
+            opened = open_at_once(self.file, request if offload is None else HEAD)
         except FileError:
             return False  # found again, and answered, by who waits
-        if opened is None:
+        if opened is None or (local := local_of(opened)) is None:
             return False
-        with closing(opened):
-            plan = self._plan(request, opened.metadata)
-            body: bytes | None = b""
-            if plan.length:
-                match plan.body:
-                    case (ByteRange() as span,) if len(span) <= SMALL:
-                        body = opened.read_cached(span)
-                    case _:
-                        body = None
-        if body is None:
-            return False
-        await send({"type": "http.response.start", "status": plan.status, "headers": self._raw(plan, scope)})
-        await send({"type": "http.response.body", "body": body})
-        return True
+        try:
+            answer = self._answer_to(request, opened.metadata, offload, keep=True)
+            if offload is not None and "content-encoding" in answer.plan.headers:
+                return False
+            path_send = (scope.get("extensions") or {}).get(PATHSEND) or {}
+            if (body := _body_at_once(answer.plan, local)) is not None:
+                start = self._start(answer, scope)
+                if answer.head is not None and PREPARED in path_send:
+                    start[PREPARED] = answer.head
+                await send(start)
+                await send({"type": "http.response.body", "body": body})
+                return True
+            span = only_span(answer.plan)
+            if span is None or "descriptor" not in path_send:
+                return False
+            await send(self._start(answer, scope))
+            async with LentFile(local) as lent:
+                await send(lent.message(span))
+                await lent.returned(receive, send)
+            return True
+        finally:
+            local.close()
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         # An endpoint may answer a POST with a file, too; conditions and ranges are not for that.
         readable = scope["method"] in ("GET", "HEAD")
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if readable else GET
-        backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        if backend is not None and readable and self.status_code == 200:
-            offload = backend.headers_for(self.file)
-            if offload is not None:
-                async with self.file.open(request.describing()) as opened:
-                    plan = make_offload_plan(opened.metadata, self.presentation, offload, headers=self._own_headers())
-                # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
-                if "content-encoding" not in plan.headers:
-                    start = {"type": "http.response.start", "status": plan.status, "headers": self._raw(plan, scope)}
-                    await send(start)
-                    await send({"type": "http.response.body", "body": b""})
-                    return
+        if readable and (offload := self._offload(scope)) is not None:
+            async with self.file.open(HEAD) as opened:
+                answer = self._answer_to(HEAD, opened.metadata, offload)
+            # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
+            if "content-encoding" not in answer.plan.headers:
+                await send(self._start(answer, scope))
+                await send({"type": "http.response.body", "body": b""})
+                return
         async with self.file.open(request) as opened:
-            plan = self._plan(request, opened.metadata)
-            server = (scope.get("extensions") or {}).get(PATHSEND) or {}
-            raw = self._raw(plan, scope)
-            await send_plan(plan, opened, raw, send, by_descriptor=bool(server.get("descriptor")))
+            answer = self._answer_to(request, opened.metadata, None)
+            path_send = (scope.get("extensions") or {}).get(PATHSEND)
+            await send_plan(answer.plan, opened, self._start(answer, scope), send, path_send=path_send)
 
-    def _plan(self, request: DownloadRequest, metadata: FileMetadata) -> Plan:
-        return make_plan(request, metadata, self.presentation, status=self.status_code, headers=self._own_headers())
+    def _offload(self, scope: Scope) -> Mapping[str, str] | None:
+        """Return the headers that have a proxy send the file, if one is offered and can."""
+        backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
+        return None if backend is None or self.status_code != 200 else backend.headers_for(self.file)
 
-    def _own_headers(self) -> Headers:
-        return {name: value for name, value in self.headers.items() if name not in _RESERVED and name != "set-cookie"}
+    def _answer_to(
+        self, request: DownloadRequest, metadata: FileMetadata, offload: Mapping[str, str] | None, *, keep: bool = False
+    ) -> "_Answer":
+        """Return the answer to a request; keep it for the next time where that is allowed."""
+        own = tuple(header for header in self.raw_headers if header[0] != b"set-cookie") if self.raw_headers else ()
+        if offload is None and not (request.unconditional and self.status_code == 200):
+            plan = make_plan(request, metadata, self.presentation, status=self.status_code, headers=_text(own))
+            return _Answer(plan, _raw(plan.headers))
+        # A Last-Modified in the future is told as the time it is now.
+        prepare = _kept_answer if keep and (metadata.last_modified or 0) <= time.time() else _plain_answer
+        offered = None if offload is None else tuple(offload.items())
+        return prepare(request.method, metadata, self.presentation, own, offered)
 
-    def _raw(self, plan: Plan, scope: Scope) -> list[tuple[bytes, bytes]]:
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in plan.headers.items()]
-        raw += [header for header in self.raw_headers if header[0] == b"set-cookie"]
-        raw += [(name.encode(), value.encode()) for name, value in close_after_body(scope).items()]
-        return raw
+    def _start(self, answer: "_Answer", scope: Scope) -> Message:
+        headers = [*answer.headers, *_raw(close_after_body(scope))]
+        if self.raw_headers:
+            headers += [header for header in self.raw_headers if header[0] == b"set-cookie"]
+        return {"type": "http.response.start", "status": answer.plan.status, "headers": headers}
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A plan, its headers as ASGI wants them, and as HTTP/1.1 does if it is an answer to keep."""
+
+    plan: Plan
+    headers: RawHeaders
+    head: PreparedHead | None = None
+
+
+@lru_cache(maxsize=1024)
+def _presentation(filename: str, attachment: bool, content_type: str | None) -> Presentation:
+    return Presentation(filename=filename, attachment=attachment, content_type=content_type)
+
+
+@lru_cache(maxsize=256)
+def _checked_headers(headers: tuple[tuple[str, str], ...]) -> RawHeaders:
+    if reserved := _RESERVED.intersection(name.lower() for name, _ in headers):
+        raise ValueError(f"a DownloadResponse makes these headers itself: {', '.join(sorted(reserved))}")
+    if bad := [name for name, value in headers if _CONTROL.search(name + value)]:
+        raise ValueError(f"a control character in a header: {bad!r}")
+    return _raw({name.lower(): value for name, value in headers})
+
+
+def _plain_answer(
+    method: str,
+    metadata: FileMetadata,
+    presentation: Presentation,
+    own: tuple[tuple[bytes, bytes], ...],
+    offload: tuple[tuple[str, str], ...] | None,
+) -> _Answer:
+    """Return the answer to a request that asks for nothing special."""
+    if offload is None:
+        plan = make_plan(DownloadRequest(method=method), metadata, presentation, headers=_text(own))
+    else:
+        plan = make_offload_plan(metadata, presentation, dict(offload), headers=_text(own))
+    headers = _raw(plan.headers)
+    return _Answer(plan, headers, PreparedHead.of(headers))
+
+
+_kept_answer = lru_cache(maxsize=1024)(_plain_answer)  # nothing of it changes until the file does
+
+
+def _text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    text = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+    return {name: value for name, value in text.items() if name not in _RESERVED}
+
+
+def _raw(headers: Mapping[str, str]) -> RawHeaders:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+def _body_at_once(plan: Plan, file: OpenLocalFile) -> bytes | None:
+    """Return the whole body, if it is short and can be had without waiting; else None."""
+    if not plan.body:
+        return b""
+    piece = plan.body[0] if len(plan.body) == 1 else None
+    return file.read_cached(piece) if isinstance(piece, ByteRange) and len(piece) <= SMALL else None
 
 
 def close_after_body(scope: Mapping[str, Any]) -> Headers:
     """Return the header that closes the connection after a request whose body is too long to be read for nothing."""
     fields = dict(scope["headers"])
+    if b"content-length" not in fields and b"transfer-encoding" not in fields:
+        return {}
     length = fields.get(b"content-length", b"0")
     endless = b"transfer-encoding" in fields or not length.isdigit() or len(length) > 9 or int(length) > MAX_UNREAD_BODY
     return {"connection": "close"} if endless and scope.get("http_version", "1.1").startswith("1") else {}

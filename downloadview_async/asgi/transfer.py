@@ -1,22 +1,29 @@
 """Sending the body of a plan: exactly the bytes that were promised, to a client that may leave at any time."""
 
-import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import re
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import anyio
 from anyio.lowlevel import checkpoint
 from starlette.types import Message, Receive, Send
 
+from downloadview_async.asgi.lasting import LastingPaths
 from downloadview_async.errors import FileError, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.sources.base import OpenFile
+from downloadview_async.sources.local import OpenLocalFile, local_of
 
 PATHSEND = "http.response.pathsend"
 """The ASGI extension by which a server sends a file itself."""
+
+PREPARED = "downloadview_async.prepared"
+"""The key in the start of a response, for a server that wants it, of its `PreparedHead`. All of the body follows."""
 
 SMALL = 64 * 1024
 """Bytes of a file that are sent with less work in one message than by the kernel."""
@@ -25,61 +32,151 @@ MAX_UNREAD_BODY = 1 << 20
 """Bytes of a request body that are read and dropped: closing before a client has sent it can cost it the answer."""
 
 
-class LentDescriptor:
-    """An open descriptor that goes to the server in a path send. It cannot be taken for another once it is closed.
+_NAME = re.compile(rb"(?!(?:connection|transfer-encoding)$)[!#$%&'*+.^_`|~0-9a-z-]+")
+_VALUE = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 
-    returned: set by the server when it is done with the message.
+
+class _OfThread(threading.local):
+    """What each thread, and so each event loop, has of its own."""
+
+    def __init__(self) -> None:
+        self.lasting_paths = LastingPaths()
+
+
+_of_thread = _OfThread()
+
+
+def is_ordinary(name: bytes, value: bytes) -> bool:
+    """Return whether a header is a valid one in lower case [RFC 9110 5.1, 5.5], and says nothing of the connection."""
+    return bool(_NAME.fullmatch(name) and _VALUE.fullmatch(value))
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedHead:
+    """The headers of a response that is sent again and again, and the very lines that they are in HTTP/1.1.
+
+    Only for a start whose headers are still these: whoever is in between may have added to them.
     """
 
-    def __init__(self, number: int) -> None:
-        self._number: int | None = number
-        self.returned = anyio.Event()
+    headers: tuple[tuple[bytes, bytes], ...]
+    lines: bytes
+    length: int
 
-    def __enter__(self) -> Self:
+    @classmethod
+    def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> "PreparedHead | None":
+        """Prepare a head, if it is an ordinary one: whatever else it may be is for the server to look at."""
+        headers = tuple(headers)
+        lines = b"".join([b"%s: %s\r\n" % header for header in headers])
+        lengths = [int(value) for name, value in headers if name == b"content-length" and value.isdigit()]
+        if len(lengths) != 1 or not all(is_ordinary(name, value) for name, value in headers):
+            return None
+        return cls(headers, lines, lengths[0])
+
+
+class LentFile:
+    """An open file, lent to the server for a path send: a context, which ends when the server has given it back.
+
+    It cannot be taken once the context is ending.
+    """
+
+    __slots__ = ("_ended", "_file", "_taken", "_waited_for", "is_returned")
+
+    def __init__(self, file: OpenLocalFile) -> None:
+        self._file = file
+        self._taken = False
+        self._ended = False
+        self._waited_for: anyio.Event | None = None
+        self.is_returned = False
+
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(
+    async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._number = None
+        self._ended = True
+        if self._taken and not self.is_returned:
+            with anyio.CancelScope(shield=True):
+                await self._wait()
 
-    def dup(self) -> int:
-        """Return a descriptor of the server's own. Raises `TransferAborted` where the response has ended already."""
-        if self._number is None:
+    def take(self) -> OpenLocalFile:
+        """Return the file, to be given back. Raises `TransferAborted` where the response has ended already."""
+        if self._ended:
             raise TransferAborted("the response ended before its file was sent")
-        return os.dup(self._number)
+        self._taken = True
+        return self._file
+
+    def give_back(self) -> None:
+        """Let the file be closed."""
+        self.is_returned = True
+        if self._waited_for is not None:
+            self._waited_for.set()
+
+    async def returned(self, receive: Receive | None = None, send: Send | None = None) -> None:
+        """Wait until the server has had the file: some middleware takes a message from us long before the server does.
+
+        With `receive` and `send`, until the client leaves: where nobody else listens for that.
+        """
+        if self.is_returned:
+            return
+        if receive is None or send is None:
+            await self._wait()
+        else:
+            await until_the_client_leaves(lambda _: self._wait(), receive, send)
+
+    async def _wait(self) -> None:
+        if not self.is_returned:
+            self._waited_for = self._waited_for or anyio.Event()
+            await self._waited_for.wait()
+
+    def message(self, span: ByteRange) -> Message:
+        """Return the path send of a span of the file."""
+        return {
+            "type": PATHSEND,
+            "path": f"/dev/fd/{self._file.descriptor}",
+            "descriptor": self,
+            "offset": span.start,
+            "count": len(span),
+        }
 
 
 async def send_plan(
-    plan: Plan, file: OpenFile, headers: list[tuple[bytes, bytes]], send: Send, *, by_descriptor: bool = False
+    plan: Plan,
+    file: OpenFile,
+    start: Message,
+    send: Send,
+    *,
+    path_send: Mapping[str, Any] | None = None,
 ) -> None:
-    """Send the answer that `plan` is, with `headers` as ASGI wants them.
+    """Send the answer that `plan` is, which has this start.
 
-    by_descriptor: whether the server takes an open descriptor, with an offset and a count, in a path send.
+    path_send: what the server says of its path send, None where it has none. With "descriptor" in it, it takes an
+    open descriptor, an offset and a count; without, a path, and only whole files are sent so.
 
     Raises `SourceUnavailable` if the file cannot be read and nothing has been sent yet, so that another status still
     can be; else `TransferAborted`, and the server has to abort the connection.
     """
-    start = {"type": "http.response.start", "status": plan.status, "headers": headers}
     left = plan.length
     if left == 0:
         await send(start)
         await send({"type": "http.response.body", "body": b""})
         return
-    if by_descriptor and (span := _only_span(plan)) is not None and (descriptor := _descriptor_of(file)) is not None:
+    span, local = only_span(plan), local_of(file)
+    if path_send is None or span is None or local is None:
+        pass
+    elif path_send.get("descriptor"):
         await send(start)
-        with LentDescriptor(descriptor) as lent:
-            await send(
-                {
-                    "type": PATHSEND,
-                    "path": f"/dev/fd/{descriptor}",
-                    "descriptor": lent,
-                    "offset": span.start,
-                    "count": len(span),
-                }
-            )
-            await lent.returned.wait()  # some middleware takes a message from us long before the server does
+        async with LentFile(local) as lent:
+            await send(lent.message(span))
+            await lent.returned()
         return
+    elif len(span) == file.metadata.size:
+        with _of_thread.lasting_paths.path_of(local.descriptor) as path:
+            if path is not None:
+                # The server counts down from Content-Length; when it opens the file, and is done, it does not say.
+                await send(start)
+                await send({"type": PATHSEND, "path": path})
+                return
     started = False
     async with aclosing(_body(plan, file)) as chunks:
         try:
@@ -106,17 +203,10 @@ async def send_plan(
     await send({"type": "http.response.body", "body": b""})
 
 
-def _only_span(plan: Plan) -> ByteRange | None:
+def only_span(plan: Plan) -> ByteRange | None:
     """Return the span that is the whole body, if it is worth more than one message."""
-    match plan.body:
-        case (ByteRange() as span,) if len(span) > SMALL:
-            return span
-    return None
-
-
-def _descriptor_of(file: OpenFile) -> int | None:
-    descriptor: int | None = getattr(file, "descriptor", None)
-    return descriptor
+    piece = plan.body[0] if len(plan.body) == 1 else None
+    return piece if isinstance(piece, ByteRange) and len(piece) > SMALL else None
 
 
 async def _body(plan: Plan, file: OpenFile) -> AsyncGenerator[bytes, None]:
@@ -179,8 +269,8 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
 
 def _ends_the_response(message: Message) -> bool:
     if message["type"] == PATHSEND:
-        lent: LentDescriptor = message["descriptor"]
-        return lent.returned.is_set()
+        lent: LentFile | None = message.get("descriptor")
+        return lent is None or lent.is_returned
     return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 

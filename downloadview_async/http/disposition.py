@@ -8,9 +8,10 @@ from urllib.parse import quote
 MAX_BYTES = 255
 """The longest name, in bytes of UTF-8, that common file systems take."""
 
-_DEVICES = re.compile(
-    r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\..*)?", re.IGNORECASE | re.DOTALL
-)
+DEVICE_NAME = r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\.[^/]*)?"
+"""A regular expression, for any case: what Windows takes for a device, whatever the extension."""
+
+_DEVICES = re.compile(DEVICE_NAME, re.IGNORECASE)
 _FORBIDDEN_ON_WINDOWS = re.compile('[<>:"|?*]')
 _ATTR_CHAR = "!#$&+-.^_`|~"  # besides letters and digits [RFC 8187 3.2.1]; urllib's quote keeps "_.-~" anyway
 _JOINERS = "\u200c\u200d"  # invisible, but part of how words and emoji are written

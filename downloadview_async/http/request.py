@@ -1,8 +1,7 @@
 """`DownloadRequest`: all that a request says about which bytes of a file it wants, and nothing else of it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 _LISTS = {b"if-match": "if_match", b"if-none-match": "if_none_match", b"accept-encoding": "accept_encoding"}
 _SINGLE = {
@@ -11,6 +10,7 @@ _SINGLE = {
     b"if-range": "if_range",
     b"range": "range",
 }
+_FIELDS = frozenset(_LISTS) | frozenset(_SINGLE)
 _CONTRADICTORY = ""  # what a field that may come once is worth when it comes twice: no valid value of it
 
 
@@ -32,8 +32,11 @@ class DownloadRequest:
     accept_encoding: str | None = None
 
     @classmethod
-    def from_headers(cls, method: str, headers: Iterable[tuple[bytes, bytes]]) -> Self:
+    def from_headers(cls, method: str, headers: Iterable[tuple[bytes, bytes]]) -> "DownloadRequest":
         """Read the raw headers of an ASGI scope: names in lower case, values as bytes (latin-1)."""
+        headers = list(headers)
+        if _FIELDS.isdisjoint(dict(headers)):
+            return _PLAIN.get(method) or cls(method=method)
         fields: dict[str, str] = {}
         for name, value in headers:
             if field := _LISTS.get(name):
@@ -43,20 +46,22 @@ class DownloadRequest:
                 fields[field] = _CONTRADICTORY if field in fields else value.decode("latin-1").strip(" \t")
         return cls(method=method, **fields)
 
-    def describing(self) -> Self:
-        """Return the request for the description alone of the whole, unencoded file: a HEAD without conditions."""
-        return replace(
-            self,
-            method="HEAD",
-            if_match=None,
-            if_unmodified_since=None,
-            if_none_match=None,
-            if_modified_since=None,
-            if_range=None,
-            range=None,
-            accept_encoding=None,
+    @property
+    def unconditional(self) -> bool:
+        """Whether the answer follows from the file alone: no precondition, and no range."""
+        return (
+            self.range is None
+            and self.if_none_match is None
+            and self.if_modified_since is None
+            and self.if_match is None
+            and self.if_unmodified_since is None
         )
 
 
 GET = DownloadRequest()
 """A plain GET of the whole file."""
+
+HEAD = DownloadRequest(method="HEAD")
+"""Asks for the description alone of the whole, unencoded file."""
+
+_PLAIN = {"GET": GET, "HEAD": HEAD}

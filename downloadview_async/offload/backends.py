@@ -7,6 +7,8 @@ the wrong choice makes the proxy send another file.
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 from urllib.parse import quote, unquote_to_bytes
 
@@ -15,6 +17,7 @@ from downloadview_async.offload.rules import Rule, RuleTable
 from downloadview_async.sources.base import AsyncFile
 
 _INTERNAL_URI = re.compile(r"/(?:[A-Za-z0-9_~.-]+/)*")
+_KEPT = 1024  # answers to the last locations that were asked for; they follow from the rules alone
 _CHARSET = re.compile("[A-Za-z0-9_.:-]+")
 
 
@@ -47,6 +50,7 @@ class XAccelRedirect:
                 )
         self._rules = RuleTable(rules)
         self._options: dict[str, str] = {}
+        self._kept = lru_cache(_KEPT)(self._headers)
         if buffering is not None:
             self._options["x-accel-buffering"] = "yes" if buffering else "no"
         if charset is not None:
@@ -67,13 +71,16 @@ class XAccelRedirect:
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
         """Return X-Accel-Redirect and the options, or None for a file that no rule covers."""
         location = file.location
-        if location is None or (found := self._rules.match(location)) is None:
+        return None if location is None else self._kept(location)
+
+    def _headers(self, location: str) -> Mapping[str, str] | None:
+        if (found := self._rules.match(location)) is None:
             return None
         target, rest = found
         path = os.fsencode(rest) if location.startswith("/") else _decoded(rest)
         if path is None:
             return None
-        return {"x-accel-redirect": target + quote(path), **self._options}
+        return MappingProxyType({"x-accel-redirect": target + quote(path), **self._options})
 
 
 class XSendfile:
@@ -100,19 +107,23 @@ class XSendfile:
             raise ConfigurationError(f"encoding is 'raw' (Apache) or 'percent' (lighttpd), not {encoding!r}")
         self._rules = RuleTable(rules)
         self._encoding = encoding
+        self._kept = lru_cache(_KEPT)(self._headers)
 
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
         """Return X-Sendfile, or None for a file that no rule covers, or that a raw value cannot name."""
         location = file.location
-        if location is None or (found := self._rules.match(location)) is None:
+        return None if location is None else self._kept(location)
+
+    def _headers(self, location: str) -> Mapping[str, str] | None:
+        if (found := self._rules.match(location)) is None:
             return None
         path = os.fsencode("".join(found))
         if self._encoding == "percent":
-            return {"x-sendfile": quote(path)}
+            return MappingProxyType({"x-sendfile": quote(path)})
         if path.endswith(b" "):
             return None  # the end of a header value is trimmed, and the proxy would send the file without the space
         # a header value is bytes, which ASGI code carries as latin-1 text
-        return {"x-sendfile": path.decode("latin-1")}
+        return MappingProxyType({"x-sendfile": path.decode("latin-1")})
 
 
 def _decoded(rest: str) -> bytes | None:

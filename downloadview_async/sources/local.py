@@ -2,61 +2,136 @@
 
 import errno
 import os
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from functools import lru_cache
+from typing import Self
+
+import anyio
+import anyio.to_thread
 
 from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata, stat_validators
-from downloadview_async.sources.workers import Workers
+from downloadview_async.http.request import DownloadRequest
+from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.workers import MID_TRANSFER, UNLIMITED, Workers
 
 CHUNK_SIZE = 256 * 1024
 """Bytes read, and sent, at a time."""
 
+_PROBE = 128 * 1024  # what a disk is usually read by
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
 
-class OpenLocalFile:
-    """An open descriptor, which whoever opened the file closes. Everything sent comes from it, the description too."""
+class _Buffers(threading.local):
+    """One buffer for a thread, so for an event loop: between reading and copying nobody else runs in it."""
 
-    def __init__(self, descriptor: int, found: os.stat_result, *, workers: Workers) -> None:
+    def __init__(self) -> None:
+        self.of_this_thread = memoryview(bytearray(CHUNK_SIZE))
+
+
+_buffers = _Buffers()
+
+
+@lru_cache(maxsize=1024)
+def _metadata(size: int, mtime_ns: int) -> FileMetadata:
+    etag, last_modified = stat_validators(size, mtime_ns)
+    return FileMetadata(size=size, etag=etag, last_modified=last_modified)
+
+
+class OpenLocalFile:
+    """An open descriptor, which whoever opened the file closes. Everything sent comes from it, the description too.
+
+    workers: for what may wait for the disk. quick: whether closing is nothing that may.
+    """
+
+    def __init__(self, descriptor: int, found: os.stat_result, quick: bool = True, *, workers: Workers) -> None:
         self.descriptor = descriptor
-        self._workers = workers
+        self._quick = quick
+        self._users = 1
+        self.workers = workers
         self._read_cached_pages = _RWF_NOWAIT is not None
-        etag, last_modified = stat_validators(found.st_size, found.st_mtime_ns)
-        self.metadata = FileMetadata(size=found.st_size, etag=etag, last_modified=last_modified)
+        self.metadata = _metadata(found.st_size, found.st_mtime_ns)
+
+    @property
+    def local(self) -> "OpenLocalFile":
+        """This: see `local_of`."""
+        return self
+
+    def shared(self) -> Self:
+        """Return the file for one more to use, and to close: the last one does. In one thread only."""
+        self._users += 1
+        return self
 
     def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self.descriptor)
+        """Close the descriptor. Where the file system wants to hear of that (FUSE, NFS), this waits for it."""
+        self._users -= 1
+        if self._users:
+            return
+        with suppress(OSError):  # it is closed in any case, and nothing was written
+            os.close(self.descriptor)
+
+    async def aclose(self) -> None:
+        """Close the descriptor, in a thread where that may wait."""
+        if self._quick:
+            self.close()
+            return
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.close, limiter=UNLIMITED)
 
     def read_cached(self, span: ByteRange) -> bytes | None:
         """Return all bytes of a short span if the page cache has them, without ever waiting for the disk; else None."""
-        chunk = self._cached(memoryview(bytearray(len(span))), span.start)
+        chunk = self._cached(len(span), span.start)
         return chunk if chunk is not None and len(chunk) == len(span) else None
+
+    def is_cached(self, offset: int, length: int) -> bool:
+        """Return whether all bytes of a span can be read without waiting for a disk, by one of every `_PROBE`."""
+        if not self._read_cached_pages:
+            return False
+        try:
+            for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
+                if self._cached(1, position) is None:
+                    return False
+        except OSError:
+            return False  # whoever reads it will hear of that
+        return True
+
+    async def read(self, span: ByteRange) -> bytes:
+        """Return the bytes of a short span in the midst of a transfer: fewer only where the file ends."""
+        chunk = self.read_cached(span)
+        if chunk is None:
+            chunk = await self.workers.run(os.pread, self.descriptor, len(span), span.start, patience=MID_TRANSFER)
+        return chunk
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span: from the page cache at once, from the disk by way of a worker."""
         assert self.metadata.size is not None
         position, stop = (span.start, span.stop) if span is not None else (0, self.metadata.size)
-        buffer = memoryview(bytearray(min(CHUNK_SIZE, stop - position)))
+        patience = None  # until the first byte has been sent, the answer can be another one
         while position < stop:
             length = min(CHUNK_SIZE, stop - position)
             try:
-                chunk = self._cached(buffer[:length], position)
+                chunk = self._cached(length, position)
                 if chunk is None:
-                    chunk = await self._workers.run_or_abandon(os.pread, self.descriptor, length, position)
+                    chunk = await self.workers.run_or_abandon(
+                        os.pread, self.descriptor, length, position, patience=patience
+                    )
             except (OSError, SourceUnavailable) as exc:
                 raise TransferAborted(f"reading failed at byte {position}: {exc}") from exc
             if not chunk:
                 return  # the file is shorter than it was; whoever counts the bytes aborts
             position += len(chunk)
+            patience = MID_TRANSFER
             yield chunk
 
-    def _cached(self, buffer: memoryview, position: int) -> bytes | None:
+    def _cached(self, length: int, position: int) -> bytes | None:
         """Return what the page cache has of it, without ever waiting for the disk; None if that is nothing."""
         if not self._read_cached_pages:
             return None
         assert _RWF_NOWAIT is not None
         try:
+            buffer = _buffers.of_this_thread[:length]
             return bytes(buffer[: os.preadv(self.descriptor, [buffer], position, _RWF_NOWAIT)])
         except BlockingIOError:
             return None
@@ -65,3 +140,17 @@ class OpenLocalFile:
                 raise
             self._read_cached_pages = False  # tmpfs, FUSE and others cannot tell: always ask a worker
             return None
+
+
+def local_of(opened: OpenFile) -> OpenLocalFile | None:
+    """Return the open local file whose very bytes `opened` has, if there is one: a server can send from that itself."""
+    return getattr(opened, "local", None)
+
+
+def open_at_once(file: AsyncFile, request: DownloadRequest) -> OpenFile | None:
+    """Open a file that is a local one, if the kernel can do that without waiting for a disk; else return None.
+
+    Who calls this closes its `local_of`. Raises what `file.open` does.
+    """
+    open_cached: Callable[[DownloadRequest], OpenFile | None] | None = getattr(file, "open_cached", None)
+    return None if open_cached is None else open_cached(request)

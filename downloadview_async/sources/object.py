@@ -14,6 +14,7 @@ from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source
+from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
 
 _CODING = re.compile("[0-9A-Za-z._-]+")
 
@@ -104,6 +105,11 @@ class ObjectFile:
         async with self._file.open(request) as opened:
             yield OpenObjectFile(opened, self._metadata(opened.metadata))
 
+    def open_cached(self, request: DownloadRequest) -> "OpenObjectFile | None":
+        """Open the file itself, if it is local and that waits for nothing: see `open_at_once`."""
+        opened = open_at_once(self._file, request)
+        return None if opened is None else OpenObjectFile(opened, self._metadata(opened.metadata))
+
     def _metadata(self, metadata: FileMetadata) -> FileMetadata:
         content_type = self._mime_type or metadata.content_type or content_type_for(self.name)
         changed = replace(metadata, content_type=with_charset(content_type, self._charset))
@@ -124,10 +130,9 @@ class OpenObjectFile:
         self._opened = opened
 
     @property
-    def descriptor(self) -> int | None:
-        """The descriptor of a local file, for servers that can send from one."""
-        descriptor: int | None = getattr(self._opened, "descriptor", None)
-        return descriptor
+    def local(self) -> OpenLocalFile | None:
+        """The open local file, if it is one: see `local_of`."""
+        return local_of(self._opened)
 
     def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the file itself."""

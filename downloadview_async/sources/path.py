@@ -11,7 +11,8 @@ from downloadview_async.http.negotiation import preferred_encodings
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.local import OpenLocalFile
 from downloadview_async.sources.names import checked_segments
-from downloadview_async.sources.root import Root, Symlinks, open_trusted
+from downloadview_async.sources.open_file_cache import OpenFileCache
+from downloadview_async.sources.root import Opened, Root, Symlinks, open_trusted
 from downloadview_async.sources.workers import Workers
 
 SUFFIXES = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}
@@ -35,49 +36,68 @@ class LocalFile:
         """Open the file, following links. Raises `FileMissing`, `AccessDenied` or `SourceUnavailable`."""
         assert self.location is not None
         opened = await _trusted_workers.run_or_abandon(open_trusted, self.location, discard=_close)
+        file = OpenLocalFile(*opened, workers=_trusted_workers)
         try:
-            yield OpenLocalFile(*opened, workers=_trusted_workers)
+            yield file
         finally:
-            _close(opened)
+            await file.aclose()
 
 
 class FileBeneath:
     """A file beneath a root, with its precompressed siblings if the source has any."""
 
-    def __init__(self, root: Root, name: str, *, workers: Workers, precompressed: Sequence[str] = ()) -> None:
-        self.location: str | None = root.locate(name)
+    def __init__(
+        self,
+        root: Root,
+        name: str,
+        *,
+        workers: Workers,
+        precompressed: tuple[str, ...] = (),
+        cache: OpenFileCache | None = None,
+    ) -> None:
         self.name = name.rpartition("/")[2]
         self._root = root
         self._path = name
         self._workers = workers
-        self._precompressed = tuple(precompressed)
+        self._precompressed = precompressed
+        self._cache = cache
 
-    def open_cached(self, request: DownloadRequest) -> OpenLocalFile | None:
-        """Open the file, which the caller then closes, if that waits for nothing; else return None.
+    @property
+    def location(self) -> str | None:
+        """The absolute path, as a proxy on the same machine would open it."""
+        return self._root.locate(self._path)
 
-        Raises what `open` does.
-        """
-        if self._precompressed and request.accept_encoding:
-            return None  # siblings may have to be looked for
-        opened = self._root.open_cached(self._path)
-        return None if opened is None else self._opened(opened, None)
+    def open_cached(self, request: DownloadRequest = GET) -> OpenLocalFile | None:
+        """Open the file, if that waits for nothing: see `open_at_once`."""
+        if not self._precompressed and self._cache is not None:
+            return self._cache.open(self._path)
+        for encoding in (*preferred_encodings(request.accept_encoding, self._precompressed), None):
+            try:
+                opened = self._root.open_cached(self._path + (SUFFIXES[encoding] if encoding else ""))
+            except (FileMissing, AccessDenied):
+                if encoding is None:
+                    raise
+            else:
+                return None if opened is None else self._opened(opened, encoding)
+        raise AssertionError("the file itself is the last that is tried")
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
         """Open the file, or the sibling that the request prefers, beneath the root."""
         encoding, opened = await self._open_best(request)
+        file = self._opened(opened, encoding)
         try:
-            yield self._opened(opened, encoding)
+            yield file
         finally:
-            _close(opened)
+            await file.aclose()
 
-    def _opened(self, opened: tuple[int, os.stat_result], encoding: str | None) -> OpenLocalFile:
+    def _opened(self, opened: Opened, encoding: str | None) -> OpenLocalFile:
         file = OpenLocalFile(*opened, workers=self._workers)
         if self._precompressed:
             _describe_encoding(file, encoding, content_type_for(self.name))
         return file
 
-    async def _open_best(self, request: DownloadRequest) -> tuple[str | None, tuple[int, os.stat_result]]:
+    async def _open_best(self, request: DownloadRequest) -> tuple[str | None, Opened]:
         for encoding in preferred_encodings(request.accept_encoding, self._precompressed):
             try:
                 return encoding, await self._open(self._path + SUFFIXES[encoding])
@@ -85,7 +105,7 @@ class FileBeneath:
                 continue
         return None, await self._open(self._path)
 
-    async def _open(self, path: str) -> tuple[int, os.stat_result]:
+    async def _open(self, path: str) -> Opened:
         if (opened := self._root.open_cached(path)) is not None:
             return opened
         return await self._workers.run_or_abandon(self._root.open, path, discard=_close)
@@ -116,11 +136,12 @@ class PathSource:
         self.root = Root(root, symlinks=symlinks)
         self._precompressed = tuple(precompressed)
         self._workers = Workers(threads)
+        self._cache = OpenFileCache(self.root, self._workers)
 
     async def resolve(self, name: str, /) -> FileBeneath:
         """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
         checked_segments(name)
-        return FileBeneath(self.root, name, workers=self._workers, precompressed=self._precompressed)
+        return FileBeneath(self.root, name, workers=self._workers, precompressed=self._precompressed, cache=self._cache)
 
 
 def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: str) -> None:
@@ -136,5 +157,5 @@ def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: 
     file.metadata = metadata
 
 
-def _close(opened: tuple[int, os.stat_result]) -> None:
-    os.close(opened[0])
+def _close(opened: Opened) -> None:
+    os.close(opened.descriptor)

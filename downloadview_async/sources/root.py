@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 import weakref
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileError, FileMissing, SourceUnavailable
 from downloadview_async.sources.names import checked_segments
@@ -27,6 +27,7 @@ _MAX_RACES = 8
 # <linux/openat2.h>; the number is the same on every architecture
 _SYS_OPENAT2 = 437
 _AT_FDCWD = -100
+_RESOLVE_NO_XDEV = 0x01
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_BENEATH = 0x08
@@ -36,6 +37,24 @@ _RESOLVE = {
     "inside": _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS,
     "follow": _RESOLVE_NO_MAGICLINKS,
 }
+
+# statfs(2): file systems that open, describe and close a file whose name is cached without asking anybody. Others
+# (FUSE, NFS, CIFS, 9p, ...) may ask for each of these, and wait for the answer.
+_QUICK_TYPES = frozenset(
+    {
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # XFS
+        0x9123683E,  # btrfs
+        0xF2F52010,  # F2FS
+        0x2FC12FC1,  # ZFS
+        0xCA451A4E,  # bcachefs
+        0x01021994,  # tmpfs
+        0x858458F6,  # ramfs
+        0x794C7630,  # overlayfs
+        0xE0F5E1E2,  # EROFS
+        0x73717368,  # SquashFS
+    }
+)
 
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EISDIR})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.EXDEV})
@@ -50,6 +69,8 @@ _HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
 
 
 def _openat2(directory: int, name: str, resolve: int) -> int:
+    if "\0" in name:  # C would read another name
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
     how = _OpenHow(flags=_FILE_FLAGS, mode=0, resolve=resolve)
     descriptor: int = _libc.syscall(
         ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(directory), os.fsencode(name), ctypes.byref(how), _HOW_SIZE
@@ -71,11 +92,19 @@ def has_openat2() -> bool:
     return True
 
 
+class Opened(NamedTuple):
+    """An open descriptor, its `fstat`, and whether its file system is quick: closing it waits for nothing."""
+
+    descriptor: int
+    found: os.stat_result
+    quick: bool
+
+
 class Root:
     """A directory, held open, and the policy for symbolic links beneath it.
 
-    `path` is absolute but not resolved, as a proxy's configuration would name it. The directory is opened once: one
-    that is renamed goes on being served.
+    `descriptor` is that of the directory. It is opened once: one that is renamed goes on being served. `path` is
+    absolute but not resolved, as a proxy's configuration would name it.
 
     Raises `ConfigurationError` where `path` is no directory that can be read.
     """
@@ -86,16 +115,18 @@ class Root:
         if symlinks not in _RESOLVE:
             raise ConfigurationError(f"symlinks must be one of {', '.join(_RESOLVE)}, not {symlinks!r}")
         self.path = os.path.abspath(path)
+        self._prefix = f"{self.path.rstrip('/')}/"
         self.symlinks: Symlinks = symlinks
         self.use_openat2 = has_openat2() if use_openat2 is None else use_openat2
         try:
-            self._descriptor = os.open(self.path, _DIRECTORY_FLAGS)
+            self.descriptor = os.open(self.path, _DIRECTORY_FLAGS)
         except OSError as exc:
             raise ConfigurationError(
                 f"the root {self.path!r} cannot be opened ({exc.strerror}): create the directory, make it readable "
                 "for this user, or correct the setting"
             ) from exc
-        self._finalizer = weakref.finalize(self, os.close, self._descriptor)
+        self._is_quick = _is_quick(self.descriptor)
+        self._finalizer = weakref.finalize(self, os.close, self.descriptor)
 
     def close(self) -> None:
         """Close the directory. Files that are open stay so."""
@@ -103,33 +134,36 @@ class Root:
 
     def locate(self, name: str) -> str:
         """Return the absolute path of `name`, as a proxy on the same machine would open it."""
-        return f"{self.path.rstrip('/')}/{name}"
+        return self._prefix + name
 
-    def open_cached(self, name: str) -> tuple[int, os.stat_result] | None:
+    def open_cached(self, name: str) -> Opened | None:
         """Open a file if the kernel can do so without waiting for a disk; else return None. Otherwise as `open`."""
         checked_segments(name)
-        if not self.use_openat2:
+        # RESOLVE_CACHED is about the walk alone: what opens, describes and closes the file is its file system.
+        if not self.use_openat2 or not self._is_quick:
             return None
+        resolve = _RESOLVE[self.symlinks] | _RESOLVE_CACHED | _RESOLVE_NO_XDEV
         try:
-            descriptor = _openat2(self._descriptor, name, _RESOLVE[self.symlinks] | _RESOLVE_CACHED)
+            descriptor = _openat2(self.descriptor, name, resolve)
         except OSError as exc:
-            if exc.errno in (errno.EAGAIN, errno.EINVAL):  # not cached; a kernel before 5.12
+            # not cached; a kernel before 5.12; another file system, or outside of the root, as `open` will tell
+            if exc.errno in (errno.EAGAIN, errno.EINVAL, errno.EXDEV):
                 return None
             raise _file_error(exc) from exc
-        return _only_regular(descriptor)
+        return _only_regular(descriptor, quick=True)
 
-    def open(self, name: str) -> tuple[int, os.stat_result]:
+    def open(self, name: str) -> Opened:
         """Open the regular file `name` beneath the root. May block on a disk.
 
-        Returns a descriptor, which the caller has to close, and its `fstat`. Raises `FileMissing`, `AccessDenied` or
-        `SourceUnavailable`.
+        Returns the descriptor, which the caller has to close, and what is known of it. Raises `FileMissing`,
+        `AccessDenied` or `SourceUnavailable`.
         """
         segments = checked_segments(name)
         try:
             if self.use_openat2:
                 descriptor = self._open_in_kernel(name)
             elif self.symlinks == "follow":
-                descriptor = os.open(name, _FILE_FLAGS, dir_fd=self._descriptor)
+                descriptor = os.open(name, _FILE_FLAGS, dir_fd=self.descriptor)
             else:
                 descriptor = self._open_by_segments(segments)
         except OSError as exc:
@@ -139,7 +173,7 @@ class Root:
     def _open_in_kernel(self, name: str) -> int:
         for _ in range(_MAX_RACES):
             try:
-                return _openat2(self._descriptor, name, _RESOLVE[self.symlinks])
+                return _openat2(self.descriptor, name, _RESOLVE[self.symlinks])
             except OSError as exc:
                 # "a [...] component [...] raced with a rename [...] the caller may retry" [openat2(2), EAGAIN]
                 if exc.errno != errno.EAGAIN:
@@ -149,7 +183,7 @@ class Root:
     def _open_by_segments(self, segments: list[str]) -> int:
         """Walk down with `openat` and O_NOFOLLOW; a link is read and walked like a name, beneath the root."""
         pending = segments[::-1]
-        trail = [os.dup(self._descriptor)]  # the directories from the root down to where the walk stands
+        trail = [os.dup(self.descriptor)]  # the directories from the root down to where the walk stands
         links = 0
         try:
             while True:
@@ -176,7 +210,7 @@ class Root:
                 os.close(descriptor)
 
 
-def open_trusted(path: str) -> tuple[int, os.stat_result]:
+def open_trusted(path: str) -> Opened:
     """Open the regular file at a path that the application itself has chosen, following links. May block on a disk.
 
     Returns and raises what `Root.open` does.
@@ -185,6 +219,8 @@ def open_trusted(path: str) -> tuple[int, os.stat_result]:
         descriptor = os.open(path, _FILE_FLAGS)
     except OSError as exc:
         raise _file_error(exc) from exc
+    except ValueError as exc:
+        raise FileMissing(f"no path of a file: {path!r}") from exc
     return _only_regular(descriptor)
 
 
@@ -197,7 +233,7 @@ def _read_link(name: str, directory: int) -> str | None:
         raise
 
 
-def _only_regular(descriptor: int) -> tuple[int, os.stat_result]:
+def _only_regular(descriptor: int, *, quick: bool | None = None) -> Opened:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
@@ -205,7 +241,17 @@ def _only_regular(descriptor: int) -> tuple[int, os.stat_result]:
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor, found
+    return Opened(descriptor, found, _is_quick(descriptor) if quick is None else quick)
+
+
+def _is_quick(descriptor: int) -> bool:
+    """Return whether a descriptor's file system is this kernel's alone. May block where it is not."""
+    if sys.platform != "linux":
+        return False
+    buffer = ctypes.create_string_buffer(512)  # struct statfs begins with its type, a long
+    if _libc.fstatfs(ctypes.c_int(descriptor), buffer):
+        return False
+    return ctypes.c_ulong.from_buffer(buffer).value in _QUICK_TYPES
 
 
 def _file_error(exc: OSError) -> FileError:

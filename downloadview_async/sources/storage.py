@@ -18,6 +18,7 @@ from downloadview_async.sources.base import OpenFile, Storage
 from downloadview_async.sources.fileobject import OpenFileObject, closing_in_thread
 from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
 from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.open_file_cache import OpenFileCache
 from downloadview_async.sources.path import FileBeneath
 from downloadview_async.sources.root import Root, Symlinks
 from downloadview_async.sources.workers import Workers
@@ -38,6 +39,11 @@ class StorageFile:
         async with self.storage.open(self.key, request) as opened:
             yield opened
 
+    def open_cached(self, request: DownloadRequest) -> OpenFile | None:
+        """Open the file, if the storage is a local directory and that waits for nothing: see `open_at_once`."""
+        # not of a class derived from it, which may open files in its own way
+        return self.storage.open_cached(self.key) if type(self.storage) is DirectoryStorage else None
+
 
 class StorageSource:
     """The files of a storage, by their names in it."""
@@ -57,12 +63,17 @@ class DirectoryStorage:
     def __init__(self, root: str | os.PathLike[str], *, symlinks: Symlinks = "inside", threads: int = 40) -> None:
         self.root = Root(root, symlinks=symlinks)
         self._workers = Workers(threads)
+        self._cache = OpenFileCache(self.root, self._workers)
 
     @asynccontextmanager
     async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
         """Open the file called `name` beneath the directory."""
         async with FileBeneath(self.root, name, workers=self._workers).open(request) as opened:
             yield opened
+
+    def open_cached(self, name: str) -> OpenLocalFile | None:
+        """Open the file called `name`, if that waits for nothing: see `open_at_once`."""
+        return self._cache.open(name)
 
     async def locate(self, name: str) -> str | None:
         """Return the absolute path of `name`."""

@@ -17,6 +17,10 @@ Ts = TypeVarTuple("Ts")
 UNLIMITED = anyio.CapacityLimiter(math.inf)  # `Workers` counts for itself; closing is never refused
 
 
+MID_TRANSFER = 60.0
+"""Seconds that a transfer which has begun waits for its next turn: slow is better than cut off."""
+
+
 class Slots:
     """At most `limit` holders at once; who waits `patience` seconds for a slot is turned away."""
 
@@ -24,13 +28,13 @@ class Slots:
         self._limiter = anyio.CapacityLimiter(limit)
         self._patience = patience
 
-    async def take(self) -> object:
+    async def take(self, *, patience: float | None = None) -> object:
         """Return a slot, to be given to `free` once. Raises `SourceUnavailable` if none is free in time."""
         slot = object()
         try:
             self._limiter.acquire_on_behalf_of_nowait(slot)
         except anyio.WouldBlock:
-            with anyio.move_on_after(self._patience) as waiting:
+            with anyio.move_on_after(self._patience if patience is None else patience) as waiting:
                 await self._limiter.acquire_on_behalf_of(slot)
             if waiting.cancelled_caught:
                 raise SourceUnavailable(f"all {self._limiter.total_tokens} slots of this source are taken") from None
@@ -50,25 +54,31 @@ class Workers:
     def __init__(self, limit: int = 40, *, patience: float = 2.0) -> None:
         self._slots = Slots(limit, patience=patience)
 
-    async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+    async def run(self, function: Callable[[*Ts], T], *args: *Ts, patience: float | None = None) -> T:
         """Return what `function(*args)` returns in a worker thread. A cancelled caller waits for the call to end.
+
+        patience: seconds to wait for a free worker, where it is not the usual one.
 
         Raises `SourceUnavailable` if no worker is free in time, and whatever the function raises.
         """
-        slot = await self._slots.take()
+        slot = await self._slots.take(patience=patience)
         try:
             return await anyio.to_thread.run_sync(function, *args, limiter=UNLIMITED)
         finally:
             self._slots.free(slot)
 
     async def run_or_abandon(
-        self, function: Callable[[*Ts], T], *args: *Ts, discard: Callable[[T], object] = lambda result: None
+        self,
+        function: Callable[[*Ts], T],
+        *args: *Ts,
+        discard: Callable[[T], object] = lambda result: None,
+        patience: float | None = None,
     ) -> T:
         """Like `run`, but a cancelled caller leaves at once.
 
         The worker stays taken until the call ends; what it returns then goes to `discard`.
         """
-        slot = await self._slots.take()
+        slot = await self._slots.take(patience=patience)
         call = _Call(function, args, discard, lambda: self._slots.free(slot))
         try:
             await anyio.to_thread.run_sync(call.work, limiter=UNLIMITED, abandon_on_cancel=True)

@@ -1,65 +1,26 @@
-"""The HTTP table, over a real socket, once for every kind of source."""
+"""The HTTP table, over a real socket, for every kind of source, once for every way of sending."""
 
 import asyncio
-import io
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from email.parser import BytesParser
 from email.policy import HTTP
 from pathlib import Path
-from typing import Any
 
 import pytest
-import pytest_asyncio
-from starlette.applications import Starlette
-from starlette.routing import Route
 
-import downloadview_async as dv
-from downloadview_async.asgi import response, transfer
-from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.sources.path import FileBeneath
-from downloadview_async.sources.root import Root
-from downloadview_async.sources.workers import Workers
-from tests.live import ask, ask_raw, live
+from tests.asgi.table_app import KINDS
+from tests.asgi.ways import WAYS
+from tests.live import ask, ask_raw
+from tests.servers import Server
 
 CONTENT = b"0123456789"
 MODIFIED = 1_700_000_000
 LAST_MODIFIED = "Tue, 14 Nov 2023 22:13:20 GMT"
 EARLIER = "Tue, 14 Nov 2023 22:13:19 GMT"
 LATER = "Tue, 14 Nov 2023 22:13:21 GMT"
-KINDS = ["path", "portable", "trusted", "directory", "memory", "sync", "object", "remote", "bytes", "fileobject"]
 DATED = [kind for kind in KINDS if kind not in ("memory", "bytes", "fileobject")]
 TAGGED = [kind for kind in KINDS if kind != "fileobject"]
-
-
-class _Blocking:
-    """What fsspec and other synchronous storages look like."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def open(self, name: str, mode: str) -> Any:
-        return (self.root / name).open(mode)
-
-    def modified(self, name: str) -> float:
-        return (self.root / name).stat().st_mtime
-
-
-class _Portable:
-    def __init__(self, root: Path) -> None:
-        self._root = Root(root, use_openat2=False)
-        self._workers = Workers()
-
-    async def resolve(self, name: str) -> dv.AsyncFile:
-        return FileBeneath(self._root, name, workers=self._workers)
-
-
-class _Trusted:
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    async def resolve(self, name: str) -> dv.AsyncFile:
-        return dv.LocalFile(self._root / name)
 
 
 @pytest.fixture(scope="module")
@@ -71,52 +32,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["httptools", "h11", "zero-copy"])
-def way(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Give the way of sending: chunks by either of uvicorn's parsers, or sendfile, here for files of any size."""
-    if request.param != "zero-copy":
-        yield request.param
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "SMALL", 0)
-        patch.setattr(response, "SMALL", 0)
-        yield DownloadProtocol
+@pytest.fixture(scope="module", params=WAYS)
+def server(request: pytest.FixtureRequest, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serve the table's files by one of the ways of sending, that of long files, for these short ones too."""
+    env = {"TABLE_ROOT": str(root), "TABLE_PORT": "{port}", "TABLE_SMALL": "0"}
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with WAYS[request.param].serving("tests.asgi.table_app:make_app", log=log, env=env) as server:
+        yield server
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def port(root: Path, way: Any) -> AsyncIterator[int]:
-    contents = {path.name: path.read_bytes() for path in root.iterdir()}
-
-    async def find(key: str) -> Any:
-        return type("Row", (), {"file": key}) if key in contents else None
-
-    async def as_bytes(name: str) -> Any:
-        return contents.get(name)
-
-    def as_file_object(name: str) -> Any:
-        return io.BytesIO(contents[name]) if name in contents else None
-
-    files = dv.PathSource(root)
-    sources: dict[str, dv.Source] = {
-        "path": files,
-        "portable": _Portable(root),
-        "trusted": _Trusted(root),
-        "directory": dv.StorageSource(dv.DirectoryStorage(root)),
-        "memory": dv.StorageSource(dv.MemoryStorage(contents)),
-        "sync": dv.StorageSource(dv.SyncStorage(_Blocking(root))),
-        "object": dv.ObjectSource(find, source=files),
-        "bytes": dv.VirtualSource(as_bytes),
-        "fileobject": dv.VirtualSource(as_file_object),
-    }
-    app = Starlette()
-    async with live(app, http=way) as port:
-        remote = dv.RemoteSource(f"http://127.0.0.1:{port}/path/", allow_hosts=["127.0.0.1"])
-        sources["remote"] = remote
-        for kind, source in sources.items():
-            app.router.routes.append(Route(f"/{kind}/{{path:path}}", dv.Download(source)))
-            app.router.routes.append(Route(f"/inline-{kind}/{{path:path}}", dv.Download(source, attachment=False)))
-        yield port
-        await remote.aclose()
+@pytest.fixture(scope="module")
+def port(server: Server) -> int:
+    assert isinstance(server.address, int)
+    return server.address
 
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module")]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from downloadview_async.http.conditional import failed_precondition, range_applies
-from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from tests.http.asking import FILE, answer
 
 
@@ -53,17 +53,19 @@ def test_two_range_fields_are_ignored() -> None:
     assert answer([("Range", "bytes=0-1"), ("Range", "bytes=0-1")]).status == 200
 
 
-def test_the_description_of_a_file_is_asked_for_without_conditions() -> None:
-    asked = DownloadRequest(
-        if_match="a",
-        if_unmodified_since="a",
-        if_none_match="a",
-        if_modified_since="a",
-        if_range="a",
-        range="a",
-        accept_encoding="a",
-    )
-    assert asked.describing() == DownloadRequest(method="HEAD")
+@pytest.mark.parametrize(
+    "name", ["if_match", "if_unmodified_since", "if_none_match", "if_modified_since", "range", "if_range"]
+)
+def test_what_makes_a_request_conditional(name: str) -> None:
+    fields = {name: ""}
+    # If-Range without Range means nothing [13.1.5]
+    assert DownloadRequest(**fields).unconditional is (name == "if_range")
+
+
+def test_an_encoding_is_no_condition() -> None:
+    assert GET.unconditional
+    assert HEAD.unconditional
+    assert DownloadRequest(accept_encoding="br").unconditional
 
 
 names = st.sampled_from(

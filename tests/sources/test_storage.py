@@ -1,7 +1,8 @@
 """One set of promises, kept by every storage."""
 
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from downloadview_async import (
     TransferAborted,
     storage_from_url,
 )
+from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.storage import OpenBytes
 from downloadview_async.testing import call
 
 pytestmark = pytest.mark.asyncio
@@ -324,3 +328,20 @@ async def test_a_storage_file_by_key() -> None:
     async with file.open() as opened:
         assert opened.metadata.size == 1
     assert (file.name, file.location) == ("one.txt", None)
+
+
+class Shouting(DirectoryStorage):
+    """A storage that gives its files away in its own way."""
+
+    @asynccontextmanager
+    async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[Any]:
+        async with super().open(name, request) as opened:
+            content = b"".join([chunk async for chunk in opened.stream(None)]).upper()
+        yield OpenBytes(content, FileMetadata(size=len(content)))
+
+
+async def test_a_storage_that_opens_in_its_own_way_is_never_bypassed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"quiet")
+    app = Download(StorageSource(Shouting(tmp_path)))
+    for _ in range(5):
+        assert (await call(app, "/a.txt")).body == b"QUIET"

@@ -1,0 +1,1 @@
+"""`make bench`: this library beside other servers, on one machine in one run."""

@@ -1,0 +1,30 @@
+"""The service with BENCH_ROUTES routes, each to a source of its own, built as its settings build it."""
+
+import os
+from pathlib import Path
+
+from downloadview_async.service.build import build
+from downloadview_async.service.settings import (
+    OffloadSettings,
+    PathSettings,
+    RouteSettings,
+    ServerSettings,
+    Settings,
+)
+
+_ROUTES = int(os.environ["BENCH_ROUTES"])
+_FILES = os.environ["BENCH_FILES"]
+# the one that is asked for comes last
+_NAMES = [*(f"tenants/{number}" for number in range(_ROUTES - 1)), "files"]
+
+app = build(
+    Settings(
+        file="the benchmark's settings",
+        directory=Path(_FILES),
+        origins={},
+        server=ServerSettings(),
+        sources={name: PathSettings(root=_FILES) for name in _NAMES},
+        routes=[RouteSettings(path=f"/{name}/{{path:path}}", source=name) for name in _NAMES],
+        offload=OffloadSettings(),
+    )
+)

@@ -1,0 +1,191 @@
+"""The clients: wrk for many small requests, our own for large ones, for slow ones and for ones that stop reading."""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import selectors
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+HOST = "127.0.0.1"
+_PATIENCE = 120.0  # seconds without a byte
+_BUFFER = 256 * 1024
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
+
+
+class LoadError(Exception):
+    """A server answered something else than it should, or not at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of an answer; `begun` is how many bytes of the body came with it."""
+
+    status: int
+    headers: dict[str, str]
+    length: int
+    begun: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wrk:
+    """What wrk found: requests per second, and percentiles of their time in seconds."""
+
+    rate: float
+    p50: float
+    p99: float
+
+
+def wrk_program() -> str | None:
+    """Return the path of wrk, or None where it is not installed."""
+    return shutil.which("wrk")
+
+
+def run_wrk(url: str, *, seconds: int, connections: int, core: int, headers: Sequence[str] = ()) -> Wrk:
+    """Request `url` over and over on connections that are kept. Raises `LoadError` if any answer was not a 2xx."""
+    program = wrk_program()
+    assert program is not None, "asked for at the start"
+    command = [program, "--threads=1", f"--connections={connections}", f"--duration={seconds}s", "--timeout=30s"]
+    with pinned(core):
+        done = subprocess.run(
+            [*command, "--latency", *(f"--header={header}" for header in headers), url],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise LoadError(f"wrk failed: {done.stderr or done.stdout}")
+    return parse_wrk(done.stdout)
+
+
+def parse_wrk(output: str) -> Wrk:
+    """Read wrk's report. Raises `LoadError` for one with failed requests, or none at all."""
+    for problem in re.findall(r"Non-2xx or 3xx responses: \d+|Socket errors: .*", output):
+        if re.search(r"[1-9]", problem.partition("responses" if problem.startswith("Non") else "errors")[2]):
+            raise LoadError(f"wrk: {problem}")
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
+    percentiles = {
+        found[1]: float(found[2]) * _UNITS[found[3]]
+        for found in re.finditer(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s|m)$", output, re.MULTILINE)
+    }
+    if rate is None or float(rate[1]) == 0 or len(percentiles) < 2:
+        raise LoadError(f"wrk says nothing that can be read: {output}")
+    return Wrk(float(rate[1]), percentiles["50"], percentiles["99"])
+
+
+@contextlib.contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Run what is inside, and the processes it starts, on one core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
+    """Open a connection; receive_buffer: how many bytes the kernel may take in for us."""
+    connection = socket.socket()
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(_PATIENCE)
+    connection.connect((HOST, port))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def ask(connection: socket.socket, path: str, *headers: str) -> Head:
+    """Send a GET and read until the head of the answer has come."""
+    connection.sendall("\r\n".join([f"GET {path} HTTP/1.1", f"Host: {HOST}", *headers, "", ""]).encode())
+    received = b""
+    while b"\r\n\r\n" not in received:
+        block = connection.recv(4096)
+        if not block:
+            raise LoadError(f"{path}: the connection was closed before the head of an answer")
+        received += block
+    first, *lines = received.partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")
+    fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if not fields.get("content-length", "").isdecimal():
+        raise LoadError(f"{path}: an answer without Content-Length: {first}")
+    begun = len(received.partition(b"\r\n\r\n")[2])
+    return Head(int(first.split()[1]), fields, int(fields["content-length"]), begun)
+
+
+def read_body(connection: socket.socket, head: Head) -> None:
+    """Read the rest of an answer as fast as it comes. Raises `LoadError` if it ends early."""
+    buffer = bytearray(_BUFFER)
+    remaining = head.length - head.begun
+    while remaining:
+        got = connection.recv_into(buffer, min(_BUFFER, remaining))
+        if not got:
+            raise LoadError(f"the connection was closed {remaining} bytes before the end")
+        remaining -= got
+
+
+def first_byte_seconds(port: int, path: str) -> float:
+    """Return how long it takes from opening a connection to the first byte of the body, and leave."""
+    start = time.perf_counter()
+    with connect(port) as connection:
+        if not ask(connection, path).begun:
+            connection.recv(1)
+        return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def stalled(port: int, path: str, clients: int) -> Iterator[None]:
+    """Have clients that ask for a large file, take its first bytes, and take no more."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(clients):
+            connection = stack.enter_context(connect(port, receive_buffer=4096))
+            if not ask(connection, path).begun:
+                connection.recv(1024)
+        yield
+
+
+@contextlib.contextmanager
+def downloading(port: int, path: str, clients: int, *, core: int) -> Iterator[None]:
+    """Have clients that download a file again and again, as fast as they can, in a process of low priority."""
+    with contextlib.ExitStack() as stack:
+        connections: dict[socket.socket, int] = {}
+        for _ in range(clients):
+            connection = stack.enter_context(connect(port))
+            head = ask(connection, path)
+            connections[connection] = head.length - head.begun
+        # Forked, for it has the connections then. What measures beside it must not wait for it.
+        process = multiprocessing.get_context("fork").Process(
+            target=_download_on, args=(connections, path, core), daemon=True
+        )
+        process.start()
+        try:
+            yield
+            if not process.is_alive():
+                raise LoadError("the downloads ended early")
+        finally:
+            process.kill()
+            process.join()
+
+
+def _download_on(connections: dict[socket.socket, int], path: str, core: int) -> None:
+    os.sched_setaffinity(0, {core})
+    os.nice(19)
+    buffer = bytearray(_BUFFER)
+    with selectors.DefaultSelector() as selector:
+        for connection in connections:
+            selector.register(connection, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                assert isinstance(key.fileobj, socket.socket)
+                connection = key.fileobj
+                if not connections[connection]:
+                    head = ask(connection, path)
+                    connections[connection] = head.length - head.begun
+                got = connection.recv_into(buffer, min(_BUFFER, connections[connection]))
+                if not got:
+                    raise LoadError("a download was cut off")
+                connections[connection] -= got

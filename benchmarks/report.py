@@ -1,0 +1,428 @@
+"""From rounds to medians, ratios, the goals, what is worse than before, and the page that shows it all."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.measures import FIGURES
+from benchmarks.servers import SERVERS
+
+Rounds = Mapping[str, Mapping[str, Sequence[float | None]]]
+"""Figure, server, and what each round found in base units; None where a round failed."""
+
+ENOUGH_ROUNDS = 3
+"""With fewer, nothing is known of the spread, and nothing is said to be worse."""
+
+_LEAST_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A figure of a server, as a multiple of another one of the same round; without `base`, in the figure's unit."""
+
+    title: str
+    value: tuple[str, str]
+    """A figure and a server."""
+    base: tuple[str, str] | None
+    more_is_better: bool
+
+    def rounds(self, found: Rounds) -> list[float]:
+        """Return the row in each round that has both numbers: neighbours in time are compared."""
+        values = found.get(self.value[0], {}).get(self.value[1], [])
+        if self.base is None:
+            unit = FIGURES[self.value[0]].unit
+            return [value / unit for value in values if value is not None]
+        bases = found.get(self.base[0], {}).get(self.base[1], [])
+        return [value / base for value, base in zip(values, bases, strict=False) if value is not None and base]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a row has to reach, and what it should."""
+
+    row: Row
+    reach: float
+    goal: float
+
+    def met(self, value: float) -> str:
+        """Return which of the two a value meets, at the two digits that are shown."""
+        value = round(value, 2)
+        if self.row.more_is_better:
+            return "goal" if value >= self.goal else "reach" if value >= self.reach else "**no**"
+        return "goal" if value <= self.goal else "reach" if value <= self.reach else "**no**"
+
+    def show(self, limit: float) -> str:
+        """Return a limit as it is shown."""
+        sign = "≥" if self.row.more_is_better else "≤"
+        return f"{sign} {limit:g}{'x' if self.row.base else ''}"
+
+
+def _at_most(title: str, value: tuple[str, str], base: tuple[str, str] | None, reach: float, goal: float) -> Goal:
+    return Goal(Row(title, value, base, more_is_better=False), reach, goal)
+
+
+def _at_least(title: str, value: tuple[str, str], base: tuple[str, str], reach: float, goal: float) -> Goal:
+    return Goal(Row(title, value, base, more_is_better=True), reach, goal)
+
+
+GOALS = [
+    _at_most(
+        "CPU per GiB, 1 GiB file, zero-copy, against nginx sendfile",
+        ("cpu_per_gib", "ours"),
+        ("cpu_per_gib", "nginx"),
+        1.25,
+        1.05,
+    ),
+    _at_least("1 MiB requests/s, against nginx", ("rps_1m", "ours"), ("rps_1m", "nginx"), 0.75, 0.95),
+    _at_least(
+        "10 KiB requests/s, against Starlette's Response from memory",
+        ("rps_10k", "ours"),
+        ("rps_10k", "memory"),
+        0.75,
+        1.1,
+    ),
+    _at_least(
+        "10 KiB requests/s, against Starlette's FileResponse on stock uvicorn",
+        ("rps_10k", "ours"),
+        ("rps_10k", "starlette"),
+        5,
+        8,
+    ),
+    _at_most(
+        "CPU per GiB on stock uvicorn, against Starlette's FileResponse",
+        ("cpu_per_gib", "ours-chunks"),
+        ("cpu_per_gib", "starlette"),
+        0.3,
+        0.2,
+    ),
+    _at_least(
+        "a Range of 1 MiB out of the large file, against a whole 1 MiB file",
+        ("range_1m", "ours"),
+        ("rps_1m", "ours"),
+        0.9,
+        1,
+    ),
+    _at_most("RSS per stalled client, KiB", ("rss_per_client", "ours"), None, 16, 12),
+    _at_most("open descriptors per stalled client", ("descriptors_per_client", "ours"), None, 3, 2),
+    _at_most(
+        "cost of an offloaded answer, against a Starlette Response with the same header",
+        ("rps_10k", "bare-header"),
+        ("rps_10k", "ours-header"),
+        1.25,
+        1.05,
+    ),
+    _at_most(
+        "cost of a request with 1,000 offload rules, against 1 rule",
+        ("rps_10k", "rules-1"),
+        ("rps_10k", "rules-1000"),
+        1.2,
+        1,
+    ),
+    _at_most("p99 of a 10 KiB request beside the downloads, against nginx", ("p99", "ours"), ("p99", "nginx"), 3, 1.5),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Worse:
+    """A row that is worse than it was, by more than the rounds of both runs explain."""
+
+    row: Row
+    before: float
+    now: float
+    tolerance: float
+
+
+def compared_rows() -> Iterator[Row]:
+    """Yield what is compared with an earlier run: the goals, and every figure of ours as a multiple of nginx's."""
+    yield from (goal.row for goal in GOALS)
+    known = {(goal.row.value, goal.row.base) for goal in GOALS}
+    for figure, about in FIGURES.items():
+        for server in SERVERS.values():
+            value, base = (figure, server.key), (figure, "nginx")
+            if server.ours and (value, base) not in known:
+                yield Row(f"{about.title}: {server.title}, against nginx", value, base, about.more_is_better)
+
+
+def spread(rounds: Sequence[float]) -> float:
+    """Return the width of the middle half of the rounds, so that one round gone wrong does not count."""
+    first, _, third = statistics.quantiles(rounds, n=4, method="inclusive")
+    return third - first
+
+
+def worse_than_before(now: Rounds, before: Rounds) -> list[Worse]:
+    """Return the rows whose median is worse by more than both spreads together, and by more than 3 %."""
+    found = []
+    for row in compared_rows():
+        then, here = row.rounds(before), row.rounds(now)
+        if min(len(then), len(here)) < ENOUGH_ROUNDS:
+            continue
+        was, is_now = statistics.median(then), statistics.median(here)
+        tolerance = max(spread(then) + spread(here), _LEAST_TOLERANCE * abs(was))
+        if (was - is_now if row.more_is_better else is_now - was) > tolerance:
+            found.append(Worse(row, was, is_now, tolerance))
+    return found
+
+
+def median(found: Rounds, figure: str, server: str) -> float | None:
+    """Return the median of the rounds, or None where nothing was measured."""
+    values = [value for value in found.get(figure, {}).get(server, []) if value is not None]
+    return statistics.median(values) if values else None
+
+
+def goals_table(found: Rounds) -> str:
+    """Return the goals as a Markdown table; beside each median, half the width of the middle half of the rounds."""
+    lines = []
+    for goal in GOALS:
+        rounds = goal.row.rounds(found)
+        shown = met = "not measured"
+        if rounds:
+            value = statistics.median(rounds)
+            shown, met = f"{value:.2f}{'x' if goal.row.base else ''}", goal.met(value)
+            if len(rounds) > 1:
+                shown += f" (± {spread(rounds) / 2:.2f})"
+        lines.append([goal.row.title, shown, goal.show(goal.reach), goal.show(goal.goal), met])
+    return _table(["measure", "this run", "reach", "goal", "met"], lines)
+
+
+def figures_table(found: Rounds, figures: Sequence[str], servers: Sequence[str]) -> str:
+    """Return medians as a Markdown table: a line for each server that has one of the figures."""
+    lines = []
+    for server in servers:
+        medians = [median(found, figure, server) for figure in figures]
+        if any(value is not None for value in medians):
+            shown = [
+                "" if value is None else FIGURES[figure].show(value)
+                for figure, value in zip(figures, medians, strict=True)
+            ]
+            lines.append([SERVERS[server].title, *shown])
+    return _table(["server", *(FIGURES[figure].title for figure in figures)], lines) if lines else ""
+
+
+def growth_table(found: Rounds) -> str:
+    """Return what a request costs with 1, 100 and 1,000 rules or routes, as multiples of the cost with one."""
+    lines = []
+    for kind, title in [
+        ("rules", "offload rules of one application"),
+        ("routes", "routes of the service, each to a source of its own"),
+        ("bare-routes", "routes of a bare Starlette application"),
+    ]:
+        cells = [
+            Row("", ("rps_10k", f"{kind}-1"), ("rps_10k", f"{kind}-{number}"), more_is_better=False).rounds(found)
+            for number in (1, 100, 1000)
+        ]
+        if any(cells):
+            lines.append([title, *(f"{statistics.median(cell):.2f}x" if cell else "" for cell in cells)])
+    return _table(["cost of a request", "1", "100", "1,000"], lines) if lines else ""
+
+
+_GIB = 1 << 30
+_HOLDING = ("nginx", "ours", "ours-chunks", "ours-nginx")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine of the model: bytes per second of its network, bytes of memory for clients, descriptors of a process.
+
+    A process serves on each core.
+    """
+
+    cores: int
+    network: float
+    memory: int
+    descriptors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What clients ask of a machine: files of `size` as fast as they come, or one large file each at a slow pace."""
+
+    title: str
+    unit: str
+    figure: str
+    size: int
+    """Bytes of a file; of a slow client, bytes per second."""
+    slow: bool = False
+
+
+EXAMPLE = Machine(cores=4, network=10e9 / 8, memory=4 * _GIB, descriptors=65_536)
+"""10 Gbit/s and 8 GiB, of which the page cache has half; as many descriptors as deploy/systemd allows."""
+
+LOADS = (
+    Load("files of 10 KiB", "requests/s", "rps_10k", 10 << 10),
+    Load("files of 1 MiB", "requests/s", "rps_1m", 1 << 20),
+    Load("large files, to clients that take 64 KiB/s each", "clients", "cpu_per_gib", 64 << 10, slow=True),
+)
+
+
+def limits(found: Rounds, server: str, load: Load, machine: Machine) -> dict[str, float]:
+    """Return how much of a load each resource of a machine allows, as far as it was measured."""
+    speed = median(found, load.figure, server)
+    if not speed:
+        return {}
+    allowed = {
+        "cores": machine.cores * (_GIB / speed / load.size if load.slow else speed),
+        "network": machine.network / load.size,
+    }
+    if load.slow:
+        memory = median(found, "rss_per_client", server) or 0.0
+        descriptors = median(found, "descriptors_per_client", server) or 0.0
+        if memory > 0:  # a short run may find less than nothing
+            allowed["memory"] = machine.memory / memory
+        if descriptors > 0:
+            allowed["descriptors"] = machine.cores * machine.descriptors / descriptors
+    return allowed
+
+
+def core_table(found: Rounds) -> str:
+    """Return what one core does, and how many clients one GiB of memory and one process hold."""
+    lines = []
+    for server in _HOLDING:
+        cpu, memory, descriptors = (
+            median(found, figure, server) or 0.0
+            for figure in ("cpu_per_gib", "rss_per_client", "descriptors_per_client")
+        )
+        cells = [
+            *((median(found, figure, server) or 0.0, 0) for figure in ("rps_10k", "rps_1m")),
+            (1 / cpu if cpu > 0 else 0.0, 2),
+            (_GIB / memory if memory > 0 else 0.0, 0),
+            (EXAMPLE.descriptors / descriptors if descriptors > 0 else 0.0, 0),
+        ]
+        if any(value for value, _ in cells):
+            lines.append([SERVERS[server].title, *(f"{value:,.{digits}f}" if value else "" for value, digits in cells)])
+    head = [
+        "server",
+        "10 KiB, requests/s per core",
+        "1 MiB, requests/s per core",
+        "GiB/s per core",
+        "stalled clients per GiB of memory",
+        f"clients per {EXAMPLE.descriptors:,} descriptors",
+    ]
+    return _table(head, lines) if lines else ""
+
+
+def example_table(found: Rounds, machine: Machine = EXAMPLE) -> str:
+    """Return how much of each load a machine holds, and what of it runs out first."""
+    resources = ("cores", "network", "memory", "descriptors")
+    lines = []
+    for load in LOADS:
+        for server in _HOLDING:
+            if allowed := limits(found, server, load, machine):
+                first = min(allowed, key=lambda resource: allowed[resource])
+                cells = [f"{allowed[resource]:,.0f}" if resource in allowed else "" for resource in resources]
+                holds = f"{allowed[first]:,.0f} {load.unit}: {first}"
+                lines.append([load.title, SERVERS[server].title, *cells, holds])
+    return _table(["load", "server", *resources, "holds, and what runs out first"], lines) if lines else ""
+
+
+def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str]) -> str:
+    """Return the page of a run in Markdown.
+
+    compared: what `comparison` says. pictures: the names of files, by the figures that they show.
+    """
+    found: Rounds = results["figures"]
+    scale = results["scale"]
+    main = [key for key in SERVERS if not key.startswith(("rules-", "routes-", "bare-routes-"))]
+    django = (
+        "Django reads the whole file into memory first, so its file is one of 64 MiB, and its CPU is scaled to a GiB."
+    )
+    sections: list[tuple[str, list[str], str]] = [
+        (
+            "Requests per second",
+            ["rps_10k", "rps_1m", "range_1m"],
+            "16 connections that are kept. The range is 1 MiB out of the middle of the large file.",
+        ),
+        (
+            "One large download",
+            ["cpu_per_gib", "peak_growth", "first_byte"],
+            f"A file of {_size(scale['large_bytes'])}. CPU is user and system time of the whole server. {django}",
+        ),
+        (
+            "Clients that stop reading",
+            ["rss_per_client", "descriptors_per_client"],
+            f"{scale['stalled_clients']} clients that take the first bytes of the large file and no more.",
+        ),
+        (
+            "A small request beside large downloads",
+            ["p50", "p99"],
+            f"10 KiB on one connection, while {scale['downloads']} clients read the large file as fast as it comes.",
+        ),
+    ]
+    failures = results["failures"]
+    parts = [
+        "# Results of a run",
+        "Written by `make bench`, and by nobody's hand. What is measured, and how: [performance](../performance.md).",
+        _machine(results),
+        f"{len(failures)} turns failed: {'; '.join(failures)}." if failures else "",
+        "## Goals",
+        goals_table(found),
+        compared,
+    ]
+    for title, figures, text in sections:
+        table = figures_table(found, figures, main)
+        if table:
+            parts += [f"## {title}", text, table]
+            parts += [f"![{FIGURES[figure].title}]({pictures[figure]})" for figure in figures if figure in pictures]
+    if growth := growth_table(found):
+        parts += [
+            "## Rules and routes",
+            "What a request for 10 KiB costs, as a multiple of what it costs with one. Starlette looks at one route "
+            "after the other, and the one that is asked for is the last.",
+            growth,
+        ]
+    if cores := core_table(found):
+        parts += [
+            "## What one machine holds",
+            "The medians above for one core, one GiB of memory and one process. GiB/s is 1 / CPU seconds per GiB.",
+            cores,
+            f"A machine with {EXAMPLE.cores} cores and a process on each, {EXAMPLE.network * 8e-9:.0f} Gbit/s, "
+            f"{EXAMPLE.memory / _GIB:.0f} GiB for clients beside the page cache, and {EXAMPLE.descriptors:,} "
+            "descriptors for each process would hold the least of what its resources allow. This is arithmetic: it "
+            "takes for granted that every core does what the measured one did, and counts bodies alone.",
+            example_table(found),
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def comparison(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+    """Return a paragraph, or a table, on what is worse than in an earlier run."""
+    if before is None:
+        return "There is no earlier run to compare with."
+    if now["scale"] != before["scale"]:
+        return "Not compared with the earlier run: it measured with other sizes or durations."
+    if min(now["rounds"], before["rounds"]) < ENOUGH_ROUNDS:
+        return f"Not compared with the earlier run: that takes {ENOUGH_ROUNDS} rounds of both."
+    date = before["machine"]["date"]
+    worse = worse_than_before(now["figures"], before["figures"])
+    if not worse:
+        return f"No row is worse than in the run of {date}, by more than what the rounds of both differ."
+    lines = [[row.row.title, f"{row.before:.2f}", f"{row.now:.2f}", f"{row.tolerance:.2f}"] for row in worse]
+    return f"Worse than in the run of {date}:\n\n" + _table(["row", "before", "now", "tolerance"], lines)
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    rounds = results["rounds"]
+    return _table(
+        ["machine", ""],
+        [
+            ["date", machine["date"]],
+            ["processor", f"{machine['cpu']}, {machine['cores']} cores: one for the server, another for the clients"],
+            ["memory", f"{machine['memory'] / (1 << 30):.0f} GiB"],
+            ["kernel", machine["kernel"]],
+            ["Python", machine["python"]],
+            ["versions", packages],
+            ["other work", f"{results['busy']:.0%} of the processors at most, before each round"],
+            ["rounds", f"{rounds}, each through all servers; medians, and ratios within a round"],
+        ],
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size >> 30} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    align = ["---", *("---:" if len(head) > 2 else "---" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, align, *lines])

@@ -1,0 +1,365 @@
+"""The benchmark: its arithmetic, its page and its pictures as tables; and one short run of it."""
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.load import LoadError, parse_wrk, wrk_program
+from benchmarks.measures import FIGURES, FULL, QUICK
+from benchmarks.pictures import Bar, bar_chart
+from benchmarks.report import (
+    EXAMPLE,
+    GOALS,
+    LOADS,
+    Goal,
+    Machine,
+    Row,
+    comparison,
+    core_table,
+    example_table,
+    figures_table,
+    goals_table,
+    growth_table,
+    limits,
+    median,
+    page,
+    spread,
+    worse_than_before,
+)
+from benchmarks.servers import EVERYTHING, SERVERS
+from tests.servers import PROJECT
+
+RATE = Row("rate", ("rps_10k", "ours"), ("rps_10k", "nginx"), more_is_better=True)
+CPU = Row("cpu", ("cpu_per_gib", "ours"), ("cpu_per_gib", "nginx"), more_is_better=False)
+MEMORY = Row("memory", ("rss_per_client", "ours"), None, more_is_better=False)
+WRK = """Running 1s test @ http://127.0.0.1:1/
+  1 threads and 16 connections
+  Thread Stats   Avg      Stdev     Max   +/- Stdev
+    Latency   260.00us  100.00us   3.00ms   90.00%
+  Latency Distribution
+     50%  250.00us
+     75%  300.00us
+     90%  350.00us
+     99%    1.50ms
+  61000 requests in 1.00s, 600.00MB read
+{}Requests/sec:  61258.92
+Transfer/sec:    600.00MB
+"""
+
+
+@pytest.mark.parametrize(
+    ("row", "figures", "expected"),
+    [
+        (RATE, {"rps_10k": {"ours": [50, 90], "nginx": [100, 100]}}, [0.5, 0.9]),
+        (RATE, {"rps_10k": {"ours": [50, None, 80], "nginx": [100, 100, 100]}}, [0.5, 0.8]),
+        (RATE, {"rps_10k": {"ours": [50, 60], "nginx": [None, 100]}}, [0.6]),
+        (RATE, {"rps_10k": {"ours": [50]}}, []),
+        (RATE, {}, []),
+        (MEMORY, {"rss_per_client": {"ours": [2048, 4096]}}, [2, 4]),
+    ],
+)
+def test_a_row_is_a_ratio_of_each_round(row: Row, figures: Any, expected: list[float]) -> None:
+    assert row.rounds(figures) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected"), [([1.0, 3.0, 2.0], 2.0), ([1.0, 2.0], 1.5), ([None, 4.0], 4.0), ([None], None)]
+)
+def test_the_median_of_what_was_measured(rounds: list[float | None], expected: float | None) -> None:
+    assert median({"p99": {"ours": rounds}}, "p99", "ours") == expected
+
+
+@pytest.mark.parametrize(("figure", "server"), [("p99", "nginx"), ("p50", "ours")])
+def test_what_was_not_measured_has_no_median(figure: str, server: str) -> None:
+    assert median({"p99": {"ours": [1.0]}}, figure, server) is None
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [([1, 1, 1], 0), ([1, 2, 3, 4, 5], 2), ([10, 10, 10, 10, 99], 0), ([1, 3], 1)],
+    ids=["alike", "even", "one gone wrong", "two"],
+)
+def test_the_spread_is_the_middle_half(rounds: list[float], expected: float) -> None:
+    assert spread(rounds) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "value", "expected"),
+    [
+        (CPU, 1.05, "goal"),
+        (CPU, 1.054, "goal"),
+        (CPU, 1.06, "reach"),
+        (CPU, 1.25, "reach"),
+        (CPU, 1.26, "**no**"),
+        (RATE, 1.25, "goal"),
+        (RATE, 1.10, "reach"),
+        (RATE, 1.04, "**no**"),
+    ],
+)
+def test_a_goal_is_met_or_not(row: Row, value: float, expected: str) -> None:
+    best, worst = (1.25, 1.05) if row.more_is_better else (1.05, 1.25)
+    assert Goal(row, worst, best).met(value) == expected
+
+
+def figures(*, ours: list[float], nginx: list[float], figure: str = "cpu_per_gib") -> Any:
+    return {figure: {"ours": ours, "nginx": nginx}}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "worse"),
+    [
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], False),
+        ([1.0, 1.0, 1.0], [1.02, 1.02, 1.02], False),
+        ([1.0, 1.0, 1.0], [1.04, 1.04, 1.04], True),
+        ([1.0, 1.0, 1.0], [0.5, 0.5, 0.5], False),
+        ([0.9, 1.0, 1.1], [1.0, 1.1, 1.2], False),
+        ([0.9, 1.0, 1.1], [1.2, 1.3, 1.4], True),
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 9.0], False),
+        ([1.0, 1.0], [9.0, 9.0], False),
+    ],
+    ids=["same", "within 3 %", "beyond", "better", "explained", "not explained", "one gone wrong", "too few rounds"],
+)
+@pytest.mark.parametrize("figure", ["cpu_per_gib", "rps_1m"])
+def test_worse_is_what_the_rounds_do_not_explain(
+    figure: str, before: list[float], now: list[float], worse: bool
+) -> None:
+    def found(ratios: list[float], speed: float) -> Any:
+        more = FIGURES[figure].more_is_better
+        # the machine's own speed is in both, and is none of the comparison's business
+        return figures(
+            figure=figure,
+            ours=[speed / ratio if more else speed * ratio for ratio in ratios],
+            nginx=[speed for _ in ratios],
+        )
+
+    rows = worse_than_before(found(now, 3.0), found(before, 1.0))
+    assert [row.row.value for row in rows] == ([(figure, "ours")] if worse else [])
+
+
+def results(found: Any, **changes: Any) -> dict[str, Any]:
+    machine = {
+        "date": "2026-01-02",
+        "cpu": "A processor",
+        "cores": 2,
+        "memory": 8 << 30,
+        "kernel": "Linux 6",
+        "python": "CPython 3",
+        "packages": {"starlette": "1.2.3"},
+    }
+    return {
+        "machine": machine,
+        "rounds": 3,
+        "scale": asdict(FULL),
+        "figures": found,
+        "failures": [],
+        "busy": 0.04,
+    } | changes
+
+
+GOOD, BAD = figures(ours=[1.0] * 3, nginx=[1.0] * 3), figures(ours=[2.0] * 3, nginx=[1.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "expected"),
+    [
+        (results(GOOD), None, "no earlier run"),
+        (results(GOOD), results(BAD, scale=asdict(QUICK)), "other sizes"),
+        (results(GOOD, rounds=1), results(BAD), "3 rounds"),
+        (results(GOOD), results(BAD), "No row is worse than in the run of 2026-01-02"),
+        (
+            results(BAD),
+            results(GOOD),
+            "| CPU per GiB, 1 GiB file, zero-copy, against nginx sendfile | 1.00 | 2.00 | 0.03 |",
+        ),
+    ],
+)
+def test_the_comparison_says_what_was_compared(now: Any, before: Any, expected: str) -> None:
+    assert expected in comparison(now, before)
+
+
+def test_every_goal_is_about_something_that_is_measured() -> None:
+    measured = {"stalled": ["rss_per_client", "descriptors_per_client"], "beside": ["p50", "p99"]}
+    measured |= {"large": ["cpu_per_gib", "peak_growth", "first_byte"]}
+    assert set(measured) <= set(EVERYTHING)
+    for goal in GOALS:
+        for figure, server in filter(None, [goal.row.value, goal.row.base]):
+            assert any(figure in measured.get(measure, [measure]) for measure in SERVERS[server].measures)
+
+
+def test_the_goals_as_a_table() -> None:
+    table = goals_table(figures(ours=[1.0, 1.1, 1.2], nginx=[1.0, 1.0, 1.0])).splitlines()
+    assert len(table) == 2 + len(GOALS)
+    assert table[2] == (
+        "| CPU per GiB, 1 GiB file, zero-copy, against nginx sendfile | 1.10x (± 0.05) | ≤ 1.25x | ≤ 1.05x | reach |"
+    )
+    assert all(line.endswith("| not measured |") for line in table[3:])
+
+
+def test_figures_are_shown_in_their_units() -> None:
+    found = {"p99": {"ours": [0.00125]}, "p50": {"ours": [0.0005], "nginx": [0.0001]}}
+    assert figures_table(found, ["p50", "p99"], ["nginx", "ours", "aiohttp"]).splitlines()[2:] == [
+        "| nginx, sendfile | 0.10 |  |",
+        "| downloadview_async, zero-copy | 0.50 | 1.25 |",
+    ]
+    assert figures_table(found, ["rps_1m"], ["nginx"]) == ""
+
+
+def test_growth_is_the_cost_of_a_request() -> None:
+    found = {"rps_10k": {"rules-1": [1000, 1000], "rules-100": [1000, 1000], "rules-1000": [500, 500]}}
+    assert growth_table(found).splitlines()[2:] == ["| offload rules of one application | 1.00x | 1.00x | 2.00x |"]
+
+
+SMALL, MIDDLE, SLOW = LOADS
+MEASURED = {
+    "rps_10k": {"ours": [5000.0, 6000.0, 9000.0]},
+    "rps_1m": {"ours": [1000.0]},
+    "cpu_per_gib": {"ours": [0.25]},
+    "rss_per_client": {"ours": [16 * 1024.0]},
+    "descriptors_per_client": {"ours": [2.0]},
+}
+TWO_CORES = Machine(cores=2, network=100 * 2**20, memory=2**30, descriptors=1000)
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        (SMALL, {"cores": 12000, "network": 10240}),
+        (MIDDLE, {"cores": 2000, "network": 100}),
+        (SLOW, {"cores": 131072, "network": 1600, "memory": 65536, "descriptors": 1000}),
+    ],
+)
+def test_what_each_resource_allows(load: Any, expected: dict[str, float]) -> None:
+    assert limits(MEASURED, "ours", load, TWO_CORES) == pytest.approx(expected)
+
+
+def test_what_was_not_measured_allows_nothing_and_limits_nothing() -> None:
+    assert limits(MEASURED, "nginx", SMALL, TWO_CORES) == {}
+    less = MEASURED | {"rss_per_client": {"ours": [-4096.0]}, "descriptors_per_client": {}}
+    assert set(limits(less, "ours", SLOW, TWO_CORES)) == {"cores", "network"}
+    assert core_table({"p99": {"ours": [1.0]}}) == example_table({}) == ""
+
+
+def test_what_one_core_and_one_gib_hold() -> None:
+    assert core_table(MEASURED).splitlines()[2:] == [
+        "| downloadview_async, zero-copy | 6,000 | 1,000 | 4.00 | 65,536 | 32,768 |"
+    ]
+
+
+def test_the_first_resource_that_runs_out() -> None:
+    lines = example_table(MEASURED, TWO_CORES).splitlines()[2:]
+    assert [line.split(" | ")[-1] for line in lines] == [
+        "10,240 requests/s: network |",
+        "100 requests/s: network |",
+        "1,000 clients: descriptors |",
+    ]
+    assert limits(MEASURED, "ours", SMALL, EXAMPLE)["cores"] == 24000
+    assert example_table(MEASURED).splitlines()[2].endswith("| 24,000 requests/s: cores |")
+
+
+def test_the_page_has_the_machine_the_pictures_and_what_failed() -> None:
+    text = page(results(GOOD, failures=["beside of nginx, round 1"]), "As before.", {"cpu_per_gib": "cpu.svg"})
+    for part in [
+        "A processor, 2 cores",
+        "8 GiB",
+        "4% of the processors",
+        "starlette 1.2.3",
+        "](cpu.svg)",
+        "beside of nginx",
+        "As before.",
+    ]:
+        assert part in text
+    assert "10 KiB on one connection" not in text  # nothing was measured of it
+
+
+def bars_of(svg: str) -> tuple[list[float], list[str]]:
+    root = ElementTree.fromstring(svg)
+    name = "{http://www.w3.org/2000/svg}"
+    widths = [float(bar.get("width", "0")) for bar in root.findall(f"{name}rect")[1:]]
+    return widths, [text.text or "" for text in root.findall(f"{name}text")]
+
+
+@pytest.mark.parametrize(
+    ("values", "relative", "cut"),
+    [
+        ([4, 2, 1], [1, 0.5, 0.25], 0),
+        ([100, 2, 1], [1, 0.8, 0.4], 1),
+        ([100, 90, 1], [1, 0.9, 0.01], 0),
+        ([3, 0], [1, 0], 0),
+        ([0], [0], 0),
+    ],
+    ids=["in proportion", "one far above is cut", "two far above are not", "nothing", "nothing at all"],
+)
+def test_bars_are_in_proportion(values: list[float], relative: list[float], cut: int) -> None:
+    svg = bar_chart("title", [Bar(f"server {value}", value, f"{value} ms") for value in values])
+    widths, texts = bars_of(svg)
+    full = max(widths) or 1
+    assert [width / full for width in widths] == pytest.approx(relative, abs=0.002)
+    assert [f"{value} ms" in texts for value in values] == [True] * len(values)
+    assert svg.count("<path") == cut
+
+
+def test_a_chart_escapes_its_texts() -> None:
+    assert bars_of(bar_chart("<&>", [Bar('<"a">', 1, "1 & 2", highlighted=True)]))[1] == ["<&>", '<"a">', "1 & 2"]
+
+
+def test_the_report_of_wrk_is_read() -> None:
+    found = parse_wrk(WRK.format("  Socket errors: connect 0, read 0, write 0, timeout 0\n"))
+    assert (found.rate, found.p50, found.p99) == pytest.approx((61258.92, 0.00025, 0.0015))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        WRK.format("  Non-2xx or 3xx responses: 17\n"),
+        WRK.format("  Socket errors: connect 0, read 3, write 0, timeout 0\n"),
+        WRK.format("").replace("61258.92", "0.00"),
+        "unable to connect",
+    ],
+)
+def test_a_load_with_failures_is_none(output: str) -> None:
+    with pytest.raises(LoadError):
+        parse_wrk(output)
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--only", "speed"], ["--servers", "nginx,apache"], ["--rounds", "0"]])
+def test_unknown_names_are_refused(arguments: list[str]) -> None:
+    refused = run(*arguments)
+    assert refused.returncode == 2
+    assert arguments[0] in refused.stderr
+
+
+def test_a_short_run(tmp_path: Path) -> None:
+    if wrk_program() is None:
+        pytest.skip("wrk is not installed; apt-get install wrk")
+    selection = ["--servers", "nginx,ours,starlette", "--only", "rps_10k,large,stalled"]
+    done = run("--quick", *selection, "--output", tmp_path, "--scratch", tmp_path, "--before", tmp_path / "none")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["failures"] == []
+    figures = written["figures"]
+    expected = {"rps_10k", "cpu_per_gib", "peak_growth", "first_byte", "rss_per_client", "descriptors_per_client"}
+    assert set(figures) == expected
+    for figure in expected:
+        assert set(figures[figure]) == {"nginx", "ours", "starlette"}
+        assert all(len(rounds) == 1 for rounds in figures[figure].values())
+    for figure in expected - {"peak_growth"}:
+        assert all(rounds[0] > 0 for rounds in figures[figure].values())
+    assert figures["descriptors_per_client"]["nginx"] == [2.0]
+    text = (tmp_path / "results.md").read_text()
+    assert text in done.stdout
+    assert "## What one machine holds" in text
+    for picture in ["rps-10k.svg", "cpu-per-gib.svg", "rss-per-client.svg"]:
+        assert picture in text
+        assert "nginx, sendfile" in bars_of((tmp_path / picture).read_text())[1]
