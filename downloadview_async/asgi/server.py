@@ -4,7 +4,7 @@
 
 It offers ASGI's path send (`http.response.pathsend`), so Starlette's FileResponse and StaticFiles become zero-copy as
 they are. To a `DownloadResponse` it says that it takes more than the specification has: an open descriptor, an offset
-and a count. TLS, and whatever else has no plain socket, is served in chunks as before.
+and a count, and heads that are prepared. TLS, and whatever else has no plain socket, is served in chunks as before.
 """
 
 import asyncio
@@ -442,7 +442,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self.transport.abort()
 
 
-# One timer for all clients of a loop that are waited for: thousands of timers weigh more than their clients do.
+# One timer for all clients of a loop that are waited for, instead of one that is made and cancelled at each wait.
 _Watched = dict[DownloadProtocol, tuple[float, int]]
 _watched: WeakKeyDictionary[asyncio.AbstractEventLoop, _Watched] = WeakKeyDictionary()
 

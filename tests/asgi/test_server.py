@@ -317,6 +317,16 @@ async def drain(client: socket.socket) -> int:
     return received
 
 
+async def sipped(client: socket.socket, size: int, pause: float) -> bytes:
+    """Read all that is sent, so many bytes at a time and with a pause after each."""
+    received = bytearray()
+    while block := await asyncio.get_running_loop().sock_recv(client, size):
+        received += block
+        await asyncio.sleep(pause)
+    client.close()
+    return bytes(received)
+
+
 @on_disk
 async def test_a_client_that_reads_slowly_but_enough_gets_everything(big: Path) -> None:
     os.truncate(big, MIB)
@@ -324,12 +334,8 @@ async def test_a_client_that_reads_slowly_but_enough_gets_everything(big: Path) 
     async with live(app_for(big.parent), http=http) as port:
         client = small_buffers(port)
         client.send(b"GET /ours/big.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        received = bytearray()
-        while block := await asyncio.get_running_loop().sock_recv(client, 1 << 14):
-            received += block
-            await asyncio.sleep(0.005)
-        client.close()
-    assert parse(bytes(received)).complete
+        received = await sipped(client, 1 << 14, 0.005)
+    assert parse(received).complete
 
 
 @pytest.mark.parametrize("asked", ["", "GET /ours/small.bin HTTP/1.1\r\nHost: x\r\n\r\n"])
@@ -367,12 +373,8 @@ async def test_an_idle_client_that_takes_its_time_gets_what_it_was_sent(tmp_path
     async with live(app_for(tmp_path), http=http, timeout_keep_alive=0.1) as port:
         client = small_buffers(port)
         client.send(b"GET /ours/small.bin HTTP/1.1\r\nHost: x\r\n\r\n")
-        received = bytearray()
-        while block := await asyncio.get_running_loop().sock_recv(client, 1 << 10):
-            received += block
-            await asyncio.sleep(0.02)
-        client.close()
-    assert parse(bytes(received)).body == bytes(SMALL)
+        received = await sipped(client, 1 << 10, 0.02)
+    assert parse(received).body == bytes(SMALL)
 
 
 Passing = Callable[[Message, Send], Awaitable[None]]
