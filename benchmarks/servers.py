@@ -199,6 +199,10 @@ def _aiohttp(port: int) -> Command:
     return Command([sys.executable, "-m", "benchmarks.apps.aiohttp_files", str(port)])
 
 
+def _floor(port: int) -> Command:
+    return Command([sys.executable, "-m", "benchmarks.apps.floor", str(port)])
+
+
 _STOCK = ("--http", "httptools")
 _ZERO_COPY = ("--http", "downloadview_async.asgi.server:DownloadProtocol")
 _UVICORN = ("uvicorn", "uvloop", "httptools", "starlette")
@@ -270,6 +274,12 @@ SERVERS = {
             needs=("aiohttp",),
         ),
         Server(
+            key="floor",
+            title="reading and sending in a bare loop, one client",
+            commands=_on_its_own(_floor),
+            measures=("large",),
+        ),
+        Server(
             key="django",
             title="Django FileResponse, uvicorn",
             commands=_on_its_own(_uvicorn("django_files:app", *_STOCK, "--lifespan", "off")),
@@ -286,23 +296,29 @@ SERVERS = {
             prefix="/downloadview/",
             large="64m.bin",
         ),
-        Server(
-            key="ours-header",
-            title="downloadview_async, the X-Accel-Redirect header alone",
-            commands=_on_its_own(_uvicorn("ours:app", *_STOCK, BENCH_RULES="1")),
-            measures=_RPS,
-            needs=_UVICORN,
-            bodies=False,
-            ours=True,
-        ),
-        Server(
-            key="bare-header",
-            title="Starlette Response with the same header",
-            commands=_on_its_own(_uvicorn("bare:offloaded", *_STOCK)),
-            measures=_RPS,
-            needs=_UVICORN,
-            bodies=False,
-        ),
+        *[
+            server
+            for suffix, where, options in (("", "", _ZERO_COPY), ("-stock", ", stock uvicorn", _STOCK))
+            for server in (
+                Server(
+                    key=f"ours-header{suffix}",
+                    title=f"downloadview_async, the X-Accel-Redirect header alone{where}",
+                    commands=_on_its_own(_uvicorn("ours:app", *options, BENCH_RULES="1")),
+                    measures=_RPS,
+                    needs=_UVICORN,
+                    bodies=False,
+                    ours=True,
+                ),
+                Server(
+                    key=f"bare-header{suffix}",
+                    title=f"Starlette Response with the same header{where}",
+                    commands=_on_its_own(_uvicorn("bare:offloaded", *options)),
+                    measures=_RPS,
+                    needs=_UVICORN,
+                    bodies=False,
+                ),
+            )
+        ],
         *[
             Server(
                 key=f"rules-{number}",

@@ -42,10 +42,10 @@ class Server:
         """What the server has written to its standard output and error so far."""
         return self.log_file.read_text(errors="replace")
 
-    def wait_for_log(self, text: str) -> None:
-        """Return when the log contains `text`."""
+    def wait_for_log(self, text: str, *, times: int = 1) -> None:
+        """Return when the log contains `text` so many times."""
         deadline = time.monotonic() + _PATIENCE
-        while text not in self.log:
+        while self.log.count(text) < times:
             assert time.monotonic() < deadline, f"{text!r} never came:\n{self.log}"
             time.sleep(0.02)
 

@@ -178,7 +178,9 @@ class DownloadResponse(Response):
         return prepare(request.method, metadata, self.presentation, own, offered)
 
     def _start(self, answer: "_Answer", scope: Scope) -> Message:
-        headers = [*answer.headers, *_raw(close_after_body(scope))]
+        headers = answer.headers.copy()  # the answer may be kept, and the message is anybody's to change
+        if close := close_after_body(scope):
+            headers += _raw(close)
         if self.raw_headers:
             headers += [header for header in self.raw_headers if header[0] == b"set-cookie"]
         return {"type": "http.response.start", "status": answer.plan.status, "headers": headers}

@@ -15,6 +15,7 @@ import re
 import socket
 import struct
 import termios
+from collections import deque
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
@@ -345,12 +346,14 @@ class DownloadProtocol(HttpToolsProtocol):
             while count and not self._lost:
                 if self.transport.get_write_buffer_size():
                     await self._flushed()
+                    await _turn(self.loop)
                     continue
                 try:
                     length = min(count, _WINDOW)
                     if file.is_cached(offset, length):
                         sent = os.sendfile(self._fileno(), file.descriptor, offset, length)
-                        await asyncio.sleep(0)
+                        if sent < count:
+                            await _turn(self.loop)
                     else:
                         sent = await self._sendfile_in_worker(file, offset, length)
                 except BlockingIOError:
@@ -440,6 +443,32 @@ class DownloadProtocol(HttpToolsProtocol):
             # A reset, not a polite close: what the kernel still holds for the client goes too.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
+
+
+_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, deque[asyncio.Future[None]]] = WeakKeyDictionary()
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
+    """Wait until it is one's turn to send a window of a file: there is one each time the loop looks at its sockets.
+
+    All downloads that can go on would else do so before it looks again, and a small request would wait for each.
+    """
+    queue = _queues.setdefault(loop, deque())
+    if not queue:
+        loop.call_soon(_give_turn, loop, queue)
+    turn = loop.create_future()
+    queue.append(turn)
+    return turn
+
+
+def _give_turn(loop: asyncio.AbstractEventLoop, queue: "deque[asyncio.Future[None]]") -> None:
+    while queue:
+        turn = queue.popleft()
+        if not turn.done():  # as it is when who waits for it has been cancelled
+            turn.set_result(None)
+            break
+    if queue:
+        loop.call_soon(_give_turn, loop, queue)
 
 
 # One timer for all clients of a loop that are waited for, instead of one that is made and cancelled at each wait.

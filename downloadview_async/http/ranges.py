@@ -70,7 +70,7 @@ def select_ranges(specs: list[RangeSpec], size: int) -> list[ByteRange] | Litera
         return "unsatisfiable"
     if len(wanted) > 2 and sum(map(len, wanted)) > size:
         return "whole"
-    return _merge(wanted)
+    return wanted if len(wanted) == 1 else _merge(wanted)
 
 
 def _merge(ranges: list[ByteRange]) -> list[ByteRange]:

@@ -34,7 +34,8 @@ class DownloadRequest:
     @classmethod
     def from_headers(cls, method: str, headers: Iterable[tuple[bytes, bytes]]) -> "DownloadRequest":
         """Read the raw headers of an ASGI scope: names in lower case, values as bytes (latin-1)."""
-        headers = list(headers)
+        if not isinstance(headers, list):
+            headers = list(headers)
         if _FIELDS.isdisjoint(dict(headers)):
             return _PLAIN.get(method) or cls(method=method)
         fields: dict[str, str] = {}

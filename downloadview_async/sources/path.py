@@ -46,6 +46,8 @@ class LocalFile:
 class FileBeneath:
     """A file beneath a root, with its precompressed siblings if the source has any."""
 
+    __slots__ = ("_cache", "_path", "_precompressed", "_root", "_workers", "name")  # one is made for each request
+
     def __init__(
         self,
         root: Root,

@@ -89,8 +89,11 @@ async def test_a_result_is_never_lost_however_cancellation_and_completion_meet()
     given: list[int] = []
     discarded: list[int] = []
 
+    has_made = threading.Event()
+
     def make(number: int) -> int:
         made.append(number)
+        has_made.set()
         return number
 
     async def one(number: int) -> None:
@@ -100,8 +103,12 @@ async def test_a_result_is_never_lost_however_cancellation_and_completion_meet()
         task = asyncio.create_task(one(turn))
         for _ in range(turn % 7):
             await asyncio.sleep(0)
-        if turn % 3:
-            threading.Event().wait(0.0002)  # let the worker finish while the loop is not looking
+        if turn % 3 == 1:
+            has_made.wait(0.0002)  # let the worker finish while the loop is not looking
+        elif turn % 3 == 2:
+            while not has_made.is_set() or (turn % 5 and not task.done()):
+                await asyncio.sleep(0)
+        has_made.clear()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     while sorted(given + discarded) != sorted(made):
