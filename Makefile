@@ -89,7 +89,7 @@ lock:  ## Pin the newest versions of all packages again (needs uv)
 	$(LOCK) --upgrade --extra server --extra sqlalchemy --output-file requirements/run.txt
 	$(LOCK) --upgrade --all-extras --group test --group lint --group docs --constraints requirements/run.txt \
 		--output-file requirements/dev.txt
-	$(LOCK) --upgrade --extra server --group bench --constraints requirements/dev.txt \
+	$(LOCK) --upgrade --extra server --extra django --group bench --constraints requirements/dev.txt \
 		--output-file requirements/bench.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
 		requirements/oldest.in --output-file requirements/oldest.txt

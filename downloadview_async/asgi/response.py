@@ -18,21 +18,21 @@ from downloadview_async.asgi.transfer import (
     MAX_UNREAD_BODY,
     PATHSEND,
     PREPARED,
-    SMALL,
     LentFile,
     PreparedHead,
+    body_at_once,
     only_span,
     send_plan,
     until_the_client_leaves,
 )
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.content_types import valid_content_type
-from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
 from downloadview_async.sources.base import AsyncFile
-from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
+from downloadview_async.sources.local import local_of, open_at_once
 
 logger = logging.getLogger("downloadview_async")
 codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
@@ -124,7 +124,7 @@ class DownloadResponse(Response):
             if offload is not None and "content-encoding" in answer.plan.headers:
                 return False
             path_send = (scope.get("extensions") or {}).get(PATHSEND) or {}
-            if (body := _body_at_once(answer.plan, local)) is not None:
+            if (body := body_at_once(answer.plan, local)) is not None:
                 start = self._start(answer, scope)
                 if answer.head is not None and PREPARED in path_send:
                     start[PREPARED] = answer.head
@@ -235,14 +235,6 @@ def _text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 def _raw(headers: Mapping[str, str]) -> RawHeaders:
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-
-
-def _body_at_once(plan: Plan, file: OpenLocalFile) -> bytes | None:
-    """Return the whole body, if it is short and can be had without waiting; else None."""
-    if not plan.body:
-        return b""
-    piece = plan.body[0] if len(plan.body) == 1 else None
-    return file.read_cached(piece) if isinstance(piece, ByteRange) and len(piece) <= SMALL else None
 
 
 def close_after_body(scope: Mapping[str, Any]) -> Headers:

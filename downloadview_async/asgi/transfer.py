@@ -178,7 +178,7 @@ async def send_plan(
                 await send({"type": PATHSEND, "path": path})
                 return
     started = False
-    async with aclosing(_body(plan, file)) as chunks:
+    async with aclosing(body_of(plan, file)) as chunks:
         try:
             async for chunk in chunks:
                 if not started:
@@ -209,7 +209,16 @@ def only_span(plan: Plan) -> ByteRange | None:
     return piece if isinstance(piece, ByteRange) and len(piece) > SMALL else None
 
 
-async def _body(plan: Plan, file: OpenFile) -> AsyncGenerator[bytes, None]:
+def body_at_once(plan: Plan, file: OpenLocalFile) -> bytes | None:
+    """Return the whole body, if it is short and can be had without waiting; else None."""
+    if not plan.body:
+        return b""
+    piece = plan.body[0] if len(plan.body) == 1 else None
+    return file.read_cached(piece) if isinstance(piece, ByteRange) and len(piece) <= SMALL else None
+
+
+async def body_of(plan: Plan, file: OpenFile) -> AsyncGenerator[bytes, None]:
+    """Yield the body of a plan: exactly what has been promised. Raises `TransferAborted` where there is less."""
     for piece in plan.body:
         if isinstance(piece, bytes):
             yield piece

@@ -10,7 +10,9 @@ _SINGLE = {
     b"if-range": "if_range",
     b"range": "range",
 }
-_FIELDS = frozenset(_LISTS) | frozenset(_SINGLE)
+FIELDS = frozenset(_LISTS) | frozenset(_SINGLE)
+"""The names of all fields that count, in lower case."""
+
 _CONTRADICTORY = ""  # what a field that may come once is worth when it comes twice: no valid value of it
 
 
@@ -36,7 +38,7 @@ class DownloadRequest:
         """Read the raw headers of an ASGI scope: names in lower case, values as bytes (latin-1)."""
         if not isinstance(headers, list):
             headers = list(headers)
-        if _FIELDS.isdisjoint(dict(headers)):
+        if FIELDS.isdisjoint(dict(headers)):
             return _PLAIN.get(method) or cls(method=method)
         fields: dict[str, str] = {}
         for name, value in headers:

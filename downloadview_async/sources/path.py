@@ -142,6 +142,10 @@ class PathSource:
 
     async def resolve(self, name: str, /) -> FileBeneath:
         """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
+        return self.file(name)
+
+    def file(self, name: str) -> FileBeneath:
+        """Do what `resolve` does, for who cannot await it."""
         checked_segments(name)
         return FileBeneath(self.root, name, workers=self._workers, precompressed=self._precompressed, cache=self._cache)
 

@@ -73,6 +73,7 @@ class Upstream:
 
     host: the host of the application's own URL. allow_hosts: further hosts, by name or literal address, that
     redirects may lead to; only a host in this list may be at an address that is not public.
+    headers: further headers of each request, such as the key of an API. Authorization stays with the first host.
     client: an `AsyncClient` of httpx2 or httpx to use in place of our own. It brings its own transport: hosts are
     still checked, the addresses they resolve to are not.
     max_connections: upstream requests at once; who waits longer than two seconds for one is turned away.
@@ -85,6 +86,7 @@ class Upstream:
         host: str,
         *,
         allow_hosts: Iterable[str] = (),
+        headers: Mapping[str, str] | None = None,
         client: Any = None,
         max_connections: int = 100,
         connect_timeout: float = 10.0,
@@ -94,6 +96,7 @@ class Upstream:
         from downloadview_async.sources.guard import AllowedHosts, guarded_client
 
         self._hosts = AllowedHosts(host, allow_hosts)
+        self._headers = dict(headers or {})
         self._owns_client = client is None
         self._client = client or guarded_client(self._hosts, connect_timeout=connect_timeout, read_timeout=read_timeout)
         self._slots = Slots(max_connections)
@@ -139,7 +142,7 @@ class Upstream:
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
         # as bytes: an entity tag may hold more than ASCII, which is all that httpx makes of text
-        raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in {**self._headers, **headers}.items()]
         request = self._client.build_request(method, url, headers=raw)
         for _ in range(MAX_REDIRECTS + 1):
             self._check(request.url, url)

@@ -1,0 +1,74 @@
+"""Django on ASGI: views, files, responses and middlewares, under the names that django-downloadview's users know.
+
+What means different things to different proxies is in `nginx`, `apache` and `lighttpd`.
+"""
+
+from downloadview_async.contrib.django import legacy as _legacy  # noqa: F401 - its import paths
+from downloadview_async.contrib.django.asgi import get_asgi_application
+from downloadview_async.contrib.django.files import (
+    BytesIteratorIO,
+    FileNotFound,
+    HTTPFile,
+    PathFile,
+    StorageFile,
+    TextIteratorIO,
+    VirtualFile,
+)
+from downloadview_async.contrib.django.middleware import (
+    BaseDownloadMiddleware,
+    DownloadDispatcherMiddleware,
+    SmartDownloadMiddleware,
+)
+from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse, content_disposition
+from downloadview_async.contrib.django.storage import (
+    SignedFileSystemStorage,
+    SignedURLMixin,
+    _signature_is_valid,
+    signature_required,
+)
+from downloadview_async.contrib.django.testing import assert_download_response, setup_view, temporary_media_root
+from downloadview_async.contrib.django.views import (
+    BaseDownloadView,
+    DownloadMixin,
+    HTTPDownloadView,
+    ObjectDownloadView,
+    PathDownloadView,
+    StorageDownloadView,
+    VirtualDownloadView,
+    sendfile,
+)
+
+StringIteratorIO = TextIteratorIO
+
+__all__ = [
+    "BaseDownloadMiddleware",
+    "BaseDownloadView",
+    "BytesIteratorIO",
+    "DownloadDispatcherMiddleware",
+    "DownloadMixin",
+    "DownloadResponse",
+    "FileNotFound",
+    "HTTPDownloadView",
+    "HTTPFile",
+    "ObjectDownloadView",
+    "PathDownloadView",
+    "PathFile",
+    "ProxiedDownloadResponse",
+    "SignedFileSystemStorage",
+    "SignedURLMixin",
+    "SmartDownloadMiddleware",
+    "StorageDownloadView",
+    "StorageFile",
+    "StringIteratorIO",
+    "TextIteratorIO",
+    "VirtualDownloadView",
+    "VirtualFile",
+    "_signature_is_valid",
+    "assert_download_response",
+    "content_disposition",
+    "get_asgi_application",
+    "sendfile",
+    "setup_view",
+    "signature_required",
+    "temporary_media_root",
+]

@@ -1,0 +1,162 @@
+"""`get_asgi_application`: Django on ASGI, which sends files by what the server has for that, and starts no threads.
+
+Django's own handler goes through a thread of the request's own twice for each request, also where all of it is
+asynchronous: for the signals at its beginning and end, whose usual receivers look after database connections of that
+thread. A thread that has not been there before has none. Here it is started only for who needs it.
+"""
+
+import asyncio
+import io
+import logging
+from contextlib import suppress
+from typing import IO, Any
+
+import django
+from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
+from django.core import signals
+from django.core.cache import caches, close_caches
+from django.core.exceptions import RequestAborted
+from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
+from django.core.handlers.base import reset_urlconf
+from django.core.handlers.exception import response_for_exception
+from django.db import close_old_connections, reset_queries
+from django.dispatch import Signal
+from django.http import Http404, HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
+from django.urls import set_script_prefix
+
+from downloadview_async.asgi.transfer import PATHSEND, body_at_once, send_plan
+from downloadview_async.contrib.django.responses import DownloadResponse
+from downloadview_async.sources.local import local_of
+
+logger = logging.getLogger("downloadview_async")
+
+_OF_A_THREAD = {close_old_connections, reset_queries}  # and its connections to databases: a new one has none
+
+
+def get_asgi_application() -> "DownloadASGIHandler":
+    """Return the project as an ASGI application, as Django's function of this name does."""
+    django.setup(set_prefix=False)
+    return DownloadASGIHandler()
+
+
+class DownloadASGIHandler(ASGIHandler):
+    """Django's own handler, but for the bytes of a `DownloadResponse`, and for threads that nobody needs."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            raise ValueError(f"Django answers HTTP, not {scope['type']}")
+        async with ThreadSensitiveContext() as context:
+            await self._handle(scope, receive, send, context)
+
+    async def _handle(self, scope: Any, receive: Any, send: Any, context: ThreadSensitiveContext) -> None:
+        try:
+            body = await self.read_body(receive)
+        except RequestAborted:
+            return
+        with body:
+            set_script_prefix(get_script_prefix(scope))
+            if _somebody_listens(signals.request_started):
+                await signals.request_started.asend(sender=type(self), scope=scope)
+            request, response = self.create_request(scope, body)
+            if request is None:
+                assert response is not None
+                await self.send_response(response, send)
+                await self._close(response, context)
+                return
+            answering = asyncio.create_task(self._answer(request, send))
+            leaving = asyncio.create_task(self.listen_for_disconnect(receive))
+            try:
+                await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (leaving, answering):
+                    if not task.done():
+                        task.cancel()
+                with suppress(RequestAborted, asyncio.CancelledError):
+                    await leaving
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([answering])
+            if answering.cancelled():  # in the view
+                await signals.request_finished.asend(sender=type(self))
+            else:
+                await self._close(answering.result(), context)
+
+    async def _answer(self, request: ASGIRequest, send: Any) -> HttpResponseBase:
+        response = await self.run_get_response(request)
+        with suppress(asyncio.CancelledError):  # the client has left
+            await self.send_response(response, send)
+        return response
+
+    async def read_body(self, receive: Any) -> IO[bytes]:
+        """Return the body of a request: an empty one without a file. Raises `RequestAborted`."""
+        first = await receive()
+        if first["type"] == "http.request" and not first.get("body") and not first.get("more_body", False):
+            return io.BytesIO()
+        pending = [first]
+
+        async def again() -> Any:
+            return pending.pop() if pending else await receive()
+
+        return await super().read_body(again)
+
+    async def run_get_response(self, request: HttpRequest) -> HttpResponseBase:
+        """Return the response to a request, finished if it is a download that nobody has finished yet."""
+        response: HttpResponseBase = await super().run_get_response(request)
+        if isinstance(response, DownloadResponse) and not response.is_finished:
+            try:
+                response = await response.afinish(request)
+            except Http404 as exc:
+                response = await sync_to_async(response_for_exception)(request, exc)
+            vars(response)["_handler_class"] = type(self)  # as Django does
+        return response
+
+    async def send_response(self, response: HttpResponseBase, send: Any) -> None:
+        """Send a response."""
+        if not isinstance(response, DownloadResponse) or response.is_replaced or response.plan is None:
+            await super().send_response(response, send)
+            return
+        headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in response.items()]
+        cookies = [cookie.output(header="") for cookie in response.cookies.values()]
+        headers += [(b"set-cookie", cookie.strip().encode("ascii")) for cookie in cookies]
+        start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
+        opened, plan = response.opened, response.plan
+        assert opened is not None
+        try:
+            local = local_of(opened)
+            if local is not None and (body := body_at_once(plan, local)) is not None:
+                await send(start)
+                await send({"type": "http.response.body", "body": body})
+                return
+            scope: dict[str, Any] = getattr(response.request, "scope", {})
+            path_send = (scope.get("extensions") or {}).get(PATHSEND)
+            await send_plan(plan, opened, start, send, path_send=path_send)
+        finally:
+            await response.release()
+
+    async def _close(self, response: HttpResponseBase, context: ThreadSensitiveContext) -> None:
+        """Close a response, and say that the request is finished: in a thread, unless nobody needs one."""
+        is_plain = type(response).close in (HttpResponse.close, DownloadResponse.close)
+        if (
+            not is_plain
+            or context in SyncToAsync.context_to_thread_executor
+            or _somebody_listens(signals.request_finished)
+        ):
+            await sync_to_async(response.close)()
+            return
+        # all that `close` and its signal would do
+        reset_urlconf(sender=type(self))
+        closers, response._resource_closers = response._resource_closers, []  # type: ignore[attr-defined]  # noqa: SLF001
+        for close in closers:
+            with suppress(Exception):
+                close()
+        response.closed = True
+
+
+def _somebody_listens(signal: Signal) -> bool:
+    """Return whether a signal has receivers that have something to do after a request without a thread of its own."""
+    synchronous, asynchronous = signal._live_receivers(DownloadASGIHandler)  # noqa: SLF001
+    idle = _OF_A_THREAD | {reset_urlconf}
+    if not caches.all(initialized_only=True):
+        idle.add(close_caches)
+    return bool(asynchronous) or not idle.issuperset(synchronous)

@@ -1,0 +1,44 @@
+"""One event loop in a thread of its own, for code that blocks: under WSGI, and in tests with Django's `Client`."""
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_lock = threading.Lock()
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a fork has the dictionary, but not the thread
+
+
+def background_loop() -> asyncio.AbstractEventLoop:
+    """Return the loop of this process. Its thread is started with the first call and ends with the process."""
+    with _lock:
+        loop = _loops.get(os.getpid())
+        if loop is None:
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="downloadview-async", daemon=True).start()
+        return loop
+
+
+def run_in_background(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Wait for a coroutine that runs in the background loop, and return what it returns. Raises what it raises."""
+    return asyncio.run_coroutine_threadsafe(coroutine, background_loop()).result()
+
+
+def iterate_in_background(chunks: AsyncIterator[bytes]) -> Iterator[bytes]:
+    """Yield what an asynchronous iterator yields, which runs in the background loop, one item at a time."""
+
+    async def following() -> bytes | None:
+        with suppress(StopAsyncIteration):
+            return await anext(chunks)
+        return None
+
+    try:
+        while (chunk := run_in_background(following())) is not None:
+            yield chunk
+    finally:
+        if (close := getattr(chunks, "aclose", None)) is not None:
+            run_in_background(close())

@@ -1,0 +1,58 @@
+"""`DualView`: one view for both kinds of callers, those with an event loop and those without."""
+
+import asyncio
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from django.db import connections
+
+
+def has_running_loop() -> bool:
+    """Return whether an event loop runs in this thread: who calls this cannot block, and can await."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _marked() -> None:
+    """Have what `markcoroutinefunction` gives a function."""
+
+
+_MARKS = dict(vars(markcoroutinefunction(_marked)))
+
+
+class DualView:
+    """A view that returns a coroutine where an event loop runs, and a response elsewhere.
+
+    It is a coroutine function exactly where it returns coroutines: Django awaits it under ASGI, and calls it under
+    WSGI, and so does a view that calls another one. With ATOMIC_REQUESTS, which Django has for blocking views alone,
+    it is none: Django then calls it in a thread.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        update_wrapper(self, function)
+        self._function = function  # after that: it may have copied another one's
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the view."""
+        return self._function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _MARKS and has_running_loop() and not _requests_are_atomic():
+            return _MARKS[name]
+        raise AttributeError(name)
+
+
+def like(view: Callable[..., Any], decorated: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `decorated` as a view of the same kind as `view`: dual, a coroutine function, or a plain one."""
+    if isinstance(view, DualView):
+        return DualView(decorated)
+    return markcoroutinefunction(decorated) if iscoroutinefunction(view) else decorated
+
+
+def _requests_are_atomic() -> bool:
+    return any(database["ATOMIC_REQUESTS"] for database in connections.settings.values())

@@ -1,0 +1,209 @@
+"""System checks: what `manage.py check` can see that would go wrong with a download."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from django.apps import AppConfig, apps
+from django.conf import settings
+from django.core.checks import CheckMessage, Error
+from django.core.checks import Warning as CheckWarning
+from django.core.exceptions import ImproperlyConfigured
+from django.core.files.storage import InvalidStorageError, storages
+from django.db.models import FileField
+from django.urls import URLPattern, URLResolver, get_resolver
+from django.utils.module_loading import import_string
+
+from downloadview_async.contrib.django.middleware import (
+    DownloadDispatcher,
+    DownloadDispatcherMiddleware,
+    ProxiedDownloadMiddleware,
+    SmartDownloadMiddleware,
+    WrongBackend,
+    backend_of,
+    configured,
+    make_middleware,
+    resolved,
+    rules_of,
+    shared_options,
+)
+from downloadview_async.contrib.django.views import PathDownloadView, StorageDownloadView
+
+_SETTINGS = ("DOWNLOADVIEW", "DOWNLOADVIEW_BACKEND", "DOWNLOADVIEW_RULES")
+_BACKEND_HINT = 'Write DOWNLOADVIEW = {"BACKEND": "nginx", "RULES": [...]}; or "apache", "lighttpd", an import string.'
+_RULES_HINT = (
+    'A rule for nginx is {"source_url": "/media/", "destination_url": "/_media/"}; for Apache and lighttpd, '
+    '{"source_dir": "/srv/media", "destination_dir": "/srv/media"}.'
+)
+
+
+def check_downloads(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """Return what is wrong with the settings and the URLconf.
+
+    E001: no such backend. E002: a rule that does not fit its backend. W003: a rule that matches no file. W004: a
+    middleware that knows nothing of ASGI. E005: a `PathDownloadView` that would give out any file of the machine.
+    """
+    classes = list(_middlewares())
+    return [*_check_rules(classes), *_check_middlewares(classes), *_check_paths()]
+
+
+def _middlewares() -> Iterator[tuple[str, Any]]:
+    for path in settings.MIDDLEWARE:
+        try:
+            yield path, import_string(path)
+        except ImportError:
+            continue  # Django itself says so
+
+
+def _uses(classes: list[tuple[str, Any]], kind: type) -> bool:
+    return any(isinstance(found, type) and issubclass(found, kind) for _, found in classes)
+
+
+def _check_rules(classes: list[tuple[str, Any]]) -> Iterator[CheckMessage]:
+    is_used = _uses(classes, SmartDownloadMiddleware)
+    if is_used or any(hasattr(settings, name) for name in _SETTINGS):
+        try:
+            backend = backend_of(*configured("BACKEND"))
+        except ImproperlyConfigured as exc:
+            yield _wrong_backend(exc)
+        else:
+            yield from _check_rules_of(backend)
+    elif _uses(classes, DownloadDispatcherMiddleware):
+        try:
+            DownloadDispatcher()
+        except WrongBackend as exc:
+            yield _wrong_backend(exc)
+        except ImproperlyConfigured as exc:
+            yield _wrong_rule(exc)
+
+
+def _check_rules_of(backend: Any) -> Iterator[CheckMessage]:
+    try:
+        rules = rules_of(*configured("RULES"))
+    except ImproperlyConfigured as exc:
+        yield _wrong_rule(exc)
+        return
+    shared = shared_options()
+    for rule, where in rules:
+        try:
+            factory, options = resolved(rule, where, backend, shared)
+            middleware = make_middleware(factory, options, where)
+        except WrongBackend as exc:
+            yield _wrong_backend(exc)
+        except ImproperlyConfigured as exc:
+            yield _wrong_rule(exc)
+        else:
+            if isinstance(middleware, ProxiedDownloadMiddleware):
+                yield from _check_sources(middleware, where)
+
+
+def _check_sources(middleware: ProxiedDownloadMiddleware, where: str) -> Iterator[CheckMessage]:
+    directory, url = middleware.source_dir, middleware.source_url
+    if not directory and not url:
+        yield CheckWarning(
+            f"{where} matches no file: it has neither source_dir nor source_url",
+            hint=_RULES_HINT,
+            id="downloadview_async.W003",
+        )
+    if directory and os.path.isabs(directory) and not os.path.isdir(directory):
+        yield CheckWarning(
+            f"{where} matches no file: there is no directory {os.fspath(directory)!r}",
+            hint="Make the directory, or write in source_dir the one that the files are in, such as MEDIA_ROOT.",
+            id="downloadview_async.W003",
+        )
+    if url and not urlsplit(url).netloc:
+        urls = sorted(set(_base_urls()))
+        if not any(_is_below(base, url) or _is_below(url, base) for base in urls):
+            yield CheckWarning(
+                f"{where} matches no file: no storage gives URLs below {url!r}",
+                hint=f"Write in source_url the base_url of a storage: {', '.join(map(repr, urls)) or 'there is none'}.",
+                id="downloadview_async.W003",
+            )
+
+
+def _is_below(url: str, base: str) -> bool:
+    return f"{url.rstrip('/')}/".startswith(f"{base.rstrip('/')}/")
+
+
+def _base_urls() -> Iterator[str]:
+    """Yield the base URLs of the storages in the settings, of the models and of the views."""
+    for storage in _storages():
+        try:
+            base = getattr(storage, "base_url", None)
+        except Exception:  # noqa: S112 - a storage of the project's, which this is no check of
+            continue
+        if base:
+            yield str(base)
+
+
+def _storages() -> Iterator[Any]:
+    for alias in settings.STORAGES:
+        try:
+            yield storages[alias]
+        except (InvalidStorageError, ImproperlyConfigured):
+            continue
+    for model in apps.get_models():
+        for field in model._meta.get_fields():  # noqa: SLF001 - Django's documented name
+            if isinstance(field, FileField):
+                yield field.storage
+    for _, view, initkwargs, _ in _views():
+        yield initkwargs.get("storage", getattr(view, "storage", None))
+
+
+def _check_middlewares(classes: list[tuple[str, Any]]) -> Iterator[CheckMessage]:
+    for path, found in classes:
+        if not getattr(found, "async_capable", False):
+            yield CheckWarning(
+                f"settings.MIDDLEWARE: {path} is for WSGI alone: under ASGI, every request waits for a thread because "
+                "of it, and asynchronous views and downloads run in that",
+                hint="Make it async-capable: django.utils.deprecation.MiddlewareMixin for a class, "
+                "django.utils.decorators.sync_and_async_middleware for a function.",
+                id="downloadview_async.W004",
+            )
+
+
+def _check_paths() -> Iterator[CheckMessage]:
+    for route, view, initkwargs, arguments in _views():
+        if not issubclass(view, PathDownloadView) or issubclass(view, StorageDownloadView):
+            continue
+        named = initkwargs.get("path_url_kwarg", view.path_url_kwarg)
+        root = initkwargs.get("root", view.root)
+        if root is None and named in arguments and view.get_path is PathDownloadView.get_path:
+            yield Error(
+                f"{view.__name__} at {route!r} takes its path from the URL and has no root: every file of this machine "
+                "could be asked for",
+                hint=f"Write {view.__name__}.as_view(root=...) with the directory that the files are in.",
+                id="downloadview_async.E005",
+            )
+
+
+def _views() -> Iterator[tuple[str, type[Any], dict[str, Any], set[str]]]:
+    """Yield the class-based views of the URLconf: the route, the class, its arguments, and those of the route."""
+    if not getattr(settings, "ROOT_URLCONF", None):
+        return
+    try:
+        patterns = get_resolver().url_patterns
+    except Exception:
+        return
+    yield from _views_of(patterns, "", set())
+
+
+def _views_of(
+    patterns: Sequence[URLPattern | URLResolver], prefix: str, outer: set[str]
+) -> Iterator[tuple[str, type[Any], dict[str, Any], set[str]]]:
+    for pattern in patterns:
+        route = f"{prefix}{pattern.pattern}"
+        arguments = outer | {*getattr(pattern.pattern, "regex").groupindex}  # noqa: B009 - the stubs do not know it
+        if isinstance(pattern, URLResolver):
+            yield from _views_of(pattern.url_patterns, route, arguments)
+        elif isinstance(view := getattr(pattern.callback, "view_class", None), type):
+            yield route, view, getattr(pattern.callback, "view_initkwargs", {}), arguments
+
+
+def _wrong_backend(exc: Exception) -> Error:
+    return Error(str(exc), hint=_BACKEND_HINT, id="downloadview_async.E001")
+
+
+def _wrong_rule(exc: Exception) -> Error:
+    return Error(str(exc), hint=_RULES_HINT, id="downloadview_async.E002")

@@ -1,0 +1,551 @@
+"""Django's files as files of this library, and the file wrappers that django-downloadview's users know."""
+
+import io
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
+from django.core.files import base
+from django.core.files.storage import FileSystemStorage
+from django.db.models.fields.files import FieldFile
+from django.utils.encoding import force_bytes, force_str
+from django.utils.functional import LazyObject
+from django.utils.timezone import is_naive, make_aware
+
+from downloadview_async.errors import ConfigurationError, FileMissing, UpstreamError
+from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.local import OpenLocalFile
+from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.path import LocalFile, PathSource
+from downloadview_async.sources.remote import RemoteFile, Upstream
+from downloadview_async.sources.root import Symlinks
+from downloadview_async.sources.storage import StorageFile as AsyncStorageFile
+from downloadview_async.sources.storage import SyncStorage
+from downloadview_async.sources.virtual import VirtualFile as AsyncVirtualFile
+from downloadview_async.sources.workers import Workers
+
+if TYPE_CHECKING:
+    File = base.File[bytes]  # only the stubs have it generic
+else:
+    File = base.File
+
+_KEPT = 64  # directories and storages
+_workers = Workers()
+
+
+class FileNotFound(OSError):
+    """There is no such file: a view whose `get_file` raises this answers 404."""
+
+
+class _IteratorIO:
+    """What `TextIteratorIO` and `BytesIteratorIO` share: reading from an iterator, no more of it than is asked for."""
+
+    _empty: Any
+    _newline: Any
+    _convert: Callable[[Any], Any]
+
+    def __init__(self, iterator: Iterable[Any]) -> None:
+        self._iterator = iter(iterator)
+        self._left = self._empty
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return False: what has been read is gone."""
+        return False
+
+    def read(self, size: int | None = None, /) -> Any:
+        """Return `size` bytes or characters, fewer only at the end; without a size, all that is left."""
+        pieces, wanted = [], -1 if size is None or size < 0 else size
+        while wanted and self._fill():
+            piece = self._left if wanted < 0 else self._left[:wanted]
+            pieces.append(piece)
+            self._left = self._left[len(piece) :]
+            wanted = wanted if wanted < 0 else wanted - len(piece)
+        return self._empty.join(pieces)
+
+    def readline(self, size: int | None = None, /) -> Any:
+        """Return the next line with its end, or what is left without one; at most `size` bytes or characters."""
+        pieces, wanted = [], -1 if size is None or size < 0 else size
+        while wanted and self._fill():
+            end = self._left.find(self._newline) + 1 or len(self._left)
+            piece = self._left[: end if wanted < 0 else min(end, wanted)]
+            pieces.append(piece)
+            self._left = self._left[len(piece) :]
+            wanted = wanted if wanted < 0 else wanted - len(piece)
+            if piece.endswith(self._newline):
+                break
+        return self._empty.join(pieces)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not (line := self.readline()):
+            raise StopIteration
+        return line
+
+    def _fill(self) -> bool:
+        while not self._left:
+            try:
+                self._left = self._convert(next(self._iterator))
+            except StopIteration:
+                return False
+        return True
+
+
+class TextIteratorIO(_IteratorIO, io.TextIOBase):
+    """A file of text over an iterator of text or bytes (UTF-8)."""
+
+    _empty, _newline, _convert = "", "\n", staticmethod(force_str)
+
+
+class BytesIteratorIO(_IteratorIO, io.RawIOBase):
+    """A file of bytes over an iterator of bytes or text (as UTF-8)."""
+
+    _empty, _newline, _convert = b"", b"\n", staticmethod(force_bytes)
+
+
+class StorageFile(File):
+    """A file in a Django storage, by its name there. Like a `FieldFile`, without a model."""
+
+    def __init__(self, storage: Any, name: str, file: Any = None) -> None:
+        self.storage = storage
+        self.name = name
+        self._file = file
+
+    @property
+    def file(self) -> Any:
+        """The open file: it is opened when it is first asked for."""
+        if self._file is None:
+            self._file = self.storage.open(self.name, "rb")
+        return self._file
+
+    @file.setter
+    def file(self, file: Any) -> None:
+        self._file = file
+
+    @file.deleter
+    def file(self) -> None:
+        self._file = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is open."""
+        return self._file is None or bool(self._file.closed)
+
+    def close(self) -> None:
+        """Close what is open."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def open(self, mode: str | None = "rb", *args: Any, **kwargs: Any) -> Any:
+        """Return `storage.open(name, mode)`: a file of its own."""
+        return self.storage.open(self.name, mode or "rb")
+
+    def save(self, content: Any) -> str:
+        """Store `content` under the name, and return the name that it got."""
+        return str(self.storage.save(self.name, content))
+
+    def delete(self) -> None:
+        """Delete what the storage has under the name."""
+        self.storage.delete(self.name)
+
+    def exists(self) -> bool:
+        """Return whether the storage has something under the name."""
+        return bool(self.storage.exists(self.name))
+
+    @property
+    def path(self) -> str:
+        """The path on a local disk. Raises `NotImplementedError` where the storage has none."""
+        return str(self.storage.path(self.name))
+
+    @property
+    def url(self) -> str:
+        """The URL that the storage gives."""
+        return str(self.storage.url(self.name))
+
+    @property
+    def size(self) -> int:
+        """The size in bytes, as the storage says."""
+        return int(self.storage.size(self.name))
+
+    @property
+    def accessed_time(self) -> datetime:
+        """When it was last read, as the storage says."""
+        return self._time("accessed_time")
+
+    @property
+    def created_time(self) -> datetime:
+        """When it was made, as the storage says."""
+        return self._time("created_time")
+
+    @property
+    def modified_time(self) -> datetime:
+        """When it was last changed, as the storage says."""
+        return self._time("modified_time")
+
+    def _time(self, which: str) -> datetime:
+        ask = getattr(self.storage, f"get_{which}", None) or getattr(self.storage, which)
+        time: datetime = ask(self.name)
+        return time
+
+
+class PathFile(File):
+    """A file on a local disk, which is opened when it is read.
+
+    path: one that the project's own code has chosen. root: with it, `path` may come from a request. It is a name
+    beneath that directory, and links lead no further. Raises `FileNotFound` for what no file may be called.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> None:
+        try:
+            self.async_file = LocalFile(path) if root is None else file_beneath(root, os.fspath(path))
+        except FileMissing as exc:
+            raise FileNotFound(str(exc)) from exc
+        assert self.async_file.location is not None
+        self.name = self.path = self.async_file.location
+        self.mode = "rb"
+        self._file: Any = None
+
+    def exists(self) -> bool:
+        """Return whether there is such a file."""
+        return os.path.isfile(self.path)
+
+    @property
+    def file(self) -> Any:  # type: ignore[override]
+        """The open file: it is opened when it is first asked for."""
+        if self._file is None:
+            self._file = open(self.path, "rb")  # noqa: SIM115 - whoever asks for it closes it
+        return self._file
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is open."""
+        return self._file is None or bool(self._file.closed)
+
+    def close(self) -> None:
+        """Close what is open."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    @property
+    def size(self) -> int:
+        """The size in bytes."""
+        return os.path.getsize(self.path)
+
+
+class VirtualFile(File):
+    """Content that is made or in memory: a file object in bytes or text, under a name of its own.
+
+    size: bytes, where it is known beforehand and cannot be asked of the file object.
+    """
+
+    def __init__(self, file: Any = None, name: str = "", url: str = "", size: int | None = None) -> None:
+        super().__init__(file, name)
+        self.url = url
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        """The size in bytes. Raises `AttributeError` where only reading all of it would tell."""
+        if self._size is None:
+            content: Any = self.file
+            size: int | None = getattr(content, "size", None)
+            self._size = len(force_bytes(content.getvalue())) if size is None else size
+        return self._size
+
+    @size.setter
+    def size(self, size: int | None) -> None:
+        self._size = size
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self.chunks():
+            yield from io.BytesIO(force_bytes(chunk))
+
+    @property
+    def async_file(self) -> AsyncFile:
+        """The file as this library opens it."""
+        content: Any = self.file
+        return AsyncVirtualFile(content, name=self.name or "", size=self._size)
+
+
+class HTTPFile(File):
+    """A file of another HTTP server, by a URL that the project's own code has chosen.
+
+    It is fetched by this library: in one request that passes ranges and conditions on, from public addresses and those
+    of `allow_hosts`, see `Upstream`. headers: further headers of the request.
+    request_factory: a function such as `requests.get` that fetches it instead, in a thread, with the URL, stream=True
+    and all other arguments. Without one, other arguments are an `ImproperlyConfigured`.
+    """
+
+    def __init__(
+        self,
+        request_factory: Callable[..., Any] | None = None,
+        url: str = "",
+        name: str | None = "",
+        *,
+        headers: Mapping[str, str] | None = None,
+        allow_hosts: Iterable[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        if kwargs and request_factory is None:
+            raise ImproperlyConfigured(
+                f"an HTTPFile takes headers and allow_hosts; for {', '.join(sorted(kwargs))}, have get_request_factory "
+                "return the function of a client that knows them, such as requests.get"
+            )
+        self.request_factory = request_factory
+        self.url = url
+        if name is None:
+            parts = urlsplit(url)
+            name = unquote(parts.path.strip("/").rpartition("/")[2]) or parts.netloc
+        self.name = name
+        self.request_kwargs = {**kwargs, "stream": True}
+        if headers is not None:
+            self.request_kwargs["headers"] = headers
+        self._headers = dict(headers or {})
+        self._allow_hosts = tuple(allow_hosts)
+        self._request: Any = None
+        self._file: Any = None
+
+    @property
+    def request(self) -> Any:
+        """What `request_factory` has returned: the response, once it has been asked for."""
+        if self.request_factory is None:
+            raise AttributeError("an HTTPFile without a request_factory is fetched when its response is sent")
+        if self._request is None:
+            self._request = self.request_factory(self.url, **self.request_kwargs)
+        return self._request
+
+    @property
+    def file(self) -> Any:  # type: ignore[override]
+        """The content, as a file object."""
+        if self._file is None:
+            self._file = BytesIteratorIO(self.request.iter_content(chunk_size=65536, decode_unicode=False))
+        return self._file
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is being fetched."""
+        return self._request is None
+
+    def close(self) -> None:
+        """Close the response of `request_factory`."""
+        request, self._request, self._file = self._request, None, None
+        if request is not None:
+            request.close()
+
+    @property
+    def size(self) -> int:
+        """The Content-Length of the response. Raises `AttributeError` where it has none."""
+        length = self.request.headers.get("Content-Length")
+        if length is None or not (length.isascii() and length.isdigit()):
+            raise AttributeError("the response has no Content-Length")
+        return int(length)
+
+    @property
+    def content_type(self) -> str:
+        """The Content-Type of the response. Raises `AttributeError` where it has none."""
+        value = self.request.headers.get("Content-Type")
+        if value is None:
+            raise AttributeError("the response has no Content-Type")
+        return str(value)
+
+    @property
+    def async_file(self) -> AsyncFile:
+        """The file as this library opens it."""
+        if self.request_factory is not None:
+            return _Fetched(self)
+        return _Remote(self.url, self.name or "", self._headers, self._allow_hosts)
+
+
+class _Remote:
+    """A remote file with a client of its own: an event loop of Django's may end with the request."""
+
+    def __init__(self, url: str, name: str, headers: dict[str, str], allow_hosts: tuple[str, ...]) -> None:
+        self.name = name or unquote(urlsplit(url).path).rpartition("/")[2]
+        self.location: str | None = url
+        self._url = url
+        self._headers = headers
+        self._allow_hosts = allow_hosts
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
+        """Fetch the file."""
+        host = urlsplit(self._url).hostname
+        if host is None:
+            raise ConfigurationError(f"{self._url!r} is not the http or https URL of a server")
+        async with (
+            Upstream(host, allow_hosts=self._allow_hosts, headers=self._headers) as upstream,
+            RemoteFile(self._url, upstream=upstream, name=self.name).open(request) as opened,
+        ):
+            yield opened
+
+
+class _Fetched:
+    """A remote file that a function of the project fetches."""
+
+    location: str | None = None
+
+    def __init__(self, file: HTTPFile) -> None:
+        self._file = file
+        self.name = file.name or ""
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
+        """Fetch the file in a worker thread."""
+        response = await _workers.run(lambda: self._file.request)
+        if (status := getattr(response, "status_code", 200)) != 200:
+            raise (FileMissing if status in (404, 410) else UpstreamError)(f"{self._file.url!r} answered {status}")
+        content = AsyncVirtualFile(
+            self._file.file,
+            name=self.name,
+            size=None if "Content-Encoding" in response.headers else getattr(self._file, "size", None),
+            content_type=valid_content_type(getattr(self._file, "content_type", None)),
+        )
+        try:
+            async with content.open(request) as opened:
+                yield opened
+        finally:
+            await _workers.run(self._file.close)
+
+
+class _OpenedElsewhere:
+    """A file that the project has opened already: sent by its own descriptor, from the first byte on."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self.name = os.path.basename(name)
+        self.location = name if os.path.isabs(name) else None
+        self._file = file
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
+        """Duplicate the descriptor: whoever has opened the file closes it."""
+        if self._file.closed:
+            raise FileMissing(f"{self.name!r} is closed")
+        descriptor = os.dup(self._file.fileno())
+        file = OpenLocalFile(descriptor, os.fstat(descriptor), False, workers=_workers)
+        try:
+            yield file
+        finally:
+            await file.aclose()
+
+
+def async_file_of(file: Any, name: str = "") -> AsyncFile:
+    """Return a Django file as this library opens it: by the same fast path as its own, where there is one.
+
+    file: a FieldFile, a StorageFile, any `File`, file object or iterable of bytes or text; or an `AsyncFile`.
+    name: what it is called where the file itself has no name.
+    """
+    if (own := getattr(file, "async_file", None)) is not None:
+        return own  # type: ignore[no-any-return]
+    if hasattr(file, "location") and hasattr(file, "open"):
+        return file  # type: ignore[no-any-return]
+    known = FieldFile if isinstance(file, FieldFile) else StorageFile if isinstance(file, StorageFile) else base.File
+    is_file = isinstance(file, base.File)
+    is_as_known = is_file and all(
+        getattr(type(file), method) is getattr(known, method) for method in ("open", "chunks", "__iter__")
+    )
+    own_name = getattr(file, "name", None)
+    own_name = own_name if isinstance(own_name, str) else ""
+    if is_as_known and known is not base.File and getattr(file, "_committed", True):
+        return _stored_file(file.storage, own_name)
+    name = own_name or name
+    if is_file and not is_as_known:
+        return AsyncVirtualFile(iter(file), name=os.path.basename(name))
+    raw: Any = file.file if is_file else file
+    if _is_on_disk(raw):
+        return _OpenedElsewhere(raw, name)
+    return AsyncVirtualFile(raw, name=os.path.basename(name))
+
+
+def _is_on_disk(file: Any) -> bool:
+    """Return whether a file object reads the very bytes of a regular file."""
+    reader = getattr(file, "file", file)  # a NamedTemporaryFile wraps what it reads by
+    return isinstance(reader, io.BufferedReader | io.BufferedRandom | io.FileIO) and reader.seekable()
+
+
+def _stored_file(storage: Any, name: str) -> AsyncFile:
+    storage = _unwrapped(storage)
+    if _is_plain_directory(storage):
+        try:
+            return file_beneath(storage.location, name, symlinks="follow")  # as Django does
+        except FileMissing:
+            pass  # what is no name for everybody may be one on this disk
+        try:
+            return LocalFile(storage.path(name))
+        except (SuspiciousOperation, ValueError) as exc:
+            raise FileMissing(str(exc)) from exc
+    return AsyncStorageFile(_sync_storage(storage), name)
+
+
+def file_beneath(root: str | os.PathLike[str], name: str, *, symlinks: Symlinks = "inside") -> AsyncFile:
+    """Return a file beneath a directory. Raises `FileMissing` without the directory, and for what no file is called.
+
+    The directory stays open for the next time, until it is deleted.
+    """
+    checked_segments(name)
+    try:
+        source = _directory(os.fspath(root), symlinks)
+        if not os.fstat(source.root.descriptor).st_nlink:
+            _directory.cache_clear()
+            source = _directory(os.fspath(root), symlinks)
+    except ConfigurationError as exc:
+        raise FileMissing(str(exc)) from exc
+    return source.file(name)
+
+
+@lru_cache(maxsize=_KEPT)
+def _directory(root: str, symlinks: Symlinks) -> PathSource:
+    return PathSource(root, symlinks=symlinks)
+
+
+@lru_cache(maxsize=_KEPT)
+def _sync_storage(storage: Any) -> SyncStorage:
+    return SyncStorage(_Storage(storage))
+
+
+def _unwrapped(storage: Any) -> Any:
+    """Return what a lazy storage, such as `default_storage`, stands for."""
+    while issubclass(type(storage), LazyObject):
+        storage.__class__  # noqa: B018 - has it look up what it stands for
+        storage = storage._wrapped  # noqa: SLF001
+    return storage
+
+
+def _is_plain_directory(storage: Any) -> bool:
+    """Return whether what a storage opens is the very file at its path."""
+    return isinstance(storage, FileSystemStorage) and all(
+        getattr(type(storage), method) is getattr(FileSystemStorage, method) for method in ("open", "_open", "path")
+    )
+
+
+class _Storage:
+    """What `SyncStorage` asks of a storage, where Django has it otherwise."""
+
+    def __init__(self, storage: Any) -> None:
+        self._storage = storage
+
+    def open(self, name: str, mode: str) -> Any:
+        try:
+            return self._storage.open(name, mode)
+        except SuspiciousOperation as exc:
+            raise FileNotFoundError(str(exc)) from exc
+
+    def size(self, name: str) -> Any:
+        return self._storage.size(name)
+
+    def get_modified_time(self, name: str) -> datetime | None:
+        time: datetime = self._storage.get_modified_time(name)
+        return make_aware(time) if is_naive(time) else time  # without USE_TZ, in the project's time zone

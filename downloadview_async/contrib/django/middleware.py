@@ -1,0 +1,444 @@
+"""The middlewares and the decorator that have a reverse proxy send the file of a response, with views of any kind."""
+
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import cached_property, wraps
+from inspect import isawaitable
+from typing import Any, ClassVar, TypeVar, cast
+
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest
+from django.utils.module_loading import import_string
+
+from downloadview_async.contrib.django import offload
+from downloadview_async.contrib.django.calling import like
+from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse, defer, undefer
+from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.offload.backends import XAccelRedirect
+from downloadview_async.offload.base import OffloadBackend
+from downloadview_async.offload.rules import Rule
+
+AUTO_CONFIGURE: Any = object()
+"""Stands for what the settings say."""
+
+BACKENDS = {
+    "nginx": "downloadview_async.contrib.django.nginx.XAccelRedirectMiddleware",
+    "apache": "downloadview_async.contrib.django.apache.XSendfileMiddleware",
+    "lighttpd": "downloadview_async.contrib.django.lighttpd.XSendfileMiddleware",
+}
+"""What the settings call the proxies, and the middlewares that this means."""
+
+_OURS = "downloadview_async."
+_THEIRS = "django_downloadview."
+View = TypeVar("View", bound=Callable[..., Any])
+
+
+def is_download_response(response: Any) -> bool:
+    """Return whether `response` is a `DownloadResponse`."""
+    return isinstance(response, DownloadResponse)
+
+
+class WrongBackend(ImproperlyConfigured):
+    """A setting names no backend."""
+
+
+class BaseDownloadMiddleware:
+    """Does something with the download responses of the views: subclasses say what in `process_download_response`.
+
+    It is a middleware for both WSGI and ASGI. The views leave their responses unfinished for it; the outermost one
+    finishes them. What a subclass overrides without `async` is called in a thread under ASGI.
+    """
+
+    sync_capable = True
+    async_capable = True
+
+    def __init__(self, get_response: Callable[[HttpRequest], Any] | None = None) -> None:
+        if get_response is not None and not callable(get_response):
+            raise ImproperlyConfigured(
+                f"the first positional argument of a middleware is get_response, not {get_response!r}: name the "
+                "options of a rule, as in {'source_url': ..., 'destination_url': ...}"
+            )
+        self.get_response = get_response
+        if iscoroutinefunction(get_response):
+            markcoroutinefunction(self)
+
+    def __call__(self, request: HttpRequest) -> Any:
+        """Answer the request; under ASGI, return a coroutine that does."""
+        assert self.get_response is not None, "a middleware without get_response answers no requests"
+        return _call(self, self.get_response, request)
+
+    def is_download_response(self, response: Any) -> bool:
+        """Return whether the response is one to process: a `DownloadResponse`."""
+        return is_download_response(response)
+
+    def process_response(self, request: HttpRequest, response: Any) -> Any:
+        """Return the response to send instead: what `process_download_response` makes of a download, else itself."""
+        return self.process_download_response(request, response) if self.is_download_response(response) else response
+
+    def process_download_response(self, request: HttpRequest, response: Any) -> Any:
+        """Return the response to send instead of a download response."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it processes a download response")
+
+    async def aprocess_response(self, request: HttpRequest, response: Any) -> Any:
+        """Do what `process_response` does, in an event loop."""
+        if not _is_ours(self, "process_response"):
+            return await _off_the_loop(self.process_response, request, response)
+        return (
+            await self.aprocess_download_response(request, response)
+            if self.is_download_response(response)
+            else response
+        )
+
+    async def aprocess_download_response(self, request: HttpRequest, response: Any) -> Any:
+        """Do what `process_download_response` does, in an event loop."""
+        return await _off_the_loop(self.process_download_response, request, response)
+
+
+class RealDownloadMiddleware(BaseDownloadMiddleware):
+    """Processes the responses whose file has a name or a URL, by which a proxy might find it."""
+
+    def is_download_response(self, response: Any) -> bool:
+        """Return whether it is a `DownloadResponse` with a file that has a name or a URL."""
+        return super().is_download_response(response) and bool(
+            getattr(response.file, "name", None) or offload.url_of(response.file)
+        )
+
+
+class DownloadDispatcher:
+    """Passes a response through middlewares: pairs of any key and a middleware, in order.
+
+    middlewares: default: those of `settings.DOWNLOADVIEW_MIDDLEWARES`, a list of (key, import string, options).
+    """
+
+    def __init__(self, middlewares: Any = AUTO_CONFIGURE) -> None:
+        self.middlewares: Any = middlewares
+        if middlewares is AUTO_CONFIGURE:
+            self.middlewares = []
+            self.auto_configure_middlewares()
+
+    def auto_configure_middlewares(self) -> None:
+        """Add the middlewares of the settings. Raises `ImproperlyConfigured`."""
+        configured = getattr(settings, "DOWNLOADVIEW_MIDDLEWARES", [])
+        for index, item in enumerate(configured):
+            where = f"settings.DOWNLOADVIEW_MIDDLEWARES[{index}]"
+            if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 3:
+                raise ImproperlyConfigured(f"{where} is a tuple of a key, an import string and options, not {item!r}")
+            key, name, options = item
+            self.middlewares.append((key, make_middleware(backend_of(name, where), options, where)))
+
+    def dispatch(self, request: HttpRequest, response: Any) -> Any:
+        """Return what the middlewares make of the response."""
+        for _, middleware in self.middlewares:
+            response = middleware.process_response(request, response)
+        return response
+
+    async def adispatch(self, request: HttpRequest, response: Any) -> Any:
+        """Do what `dispatch` does, in an event loop."""
+        if not _is_ours(self, "dispatch"):
+            return await _off_the_loop(self.dispatch, request, response)
+        for _, middleware in self.middlewares:
+            response = await _aprocess(middleware, request, response)
+        return response
+
+
+class DownloadDispatcherMiddleware(BaseDownloadMiddleware):
+    """Passes download responses through several middlewares, by default those of the settings."""
+
+    def __init__(
+        self, get_response: Callable[[HttpRequest], Any] | None = None, middlewares: Any = AUTO_CONFIGURE
+    ) -> None:
+        super().__init__(get_response)
+        self.dispatcher = DownloadDispatcher(middlewares)
+
+    def process_download_response(self, request: HttpRequest, response: Any) -> Any:
+        """Return what the middlewares make of the response."""
+        return self.dispatcher.dispatch(request, response)
+
+    async def aprocess_download_response(self, request: HttpRequest, response: Any) -> Any:
+        """Do what `process_download_response` does, in an event loop."""
+        if not _is_ours(self, "process_download_response"):
+            return await super().aprocess_download_response(request, response)
+        return await self.dispatcher.adispatch(request, response)
+
+
+class SmartDownloadMiddleware(DownloadDispatcherMiddleware):
+    """One middleware for all the rules of the settings; the first rule that matches a file wins.
+
+    The settings are `DOWNLOADVIEW = {"BACKEND": ..., "RULES": [...], ...}`, with further options of the backend for
+    all its rules, or django-downloadview's `DOWNLOADVIEW_BACKEND` and `DOWNLOADVIEW_RULES`. A backend is "nginx",
+    "apache", "lighttpd" or the import string of a middleware; a rule is a dictionary of its options, where "backend"
+    may name another one, or a list of its positional arguments.
+
+    Raises `ImproperlyConfigured`, which says what is wrong and where.
+    """
+
+    def __init__(
+        self,
+        get_response: Callable[[HttpRequest], Any] | None = None,
+        backend_factory: Any = AUTO_CONFIGURE,
+        backend_options: Any = AUTO_CONFIGURE,
+    ) -> None:
+        super().__init__(get_response, middlewares=[])
+        self.backend_factory = backend_factory
+        if backend_factory is AUTO_CONFIGURE:
+            self.auto_configure_backend_factory()
+        self.backend_options = backend_options
+        if backend_options is AUTO_CONFIGURE:
+            self.auto_configure_backend_options()
+        else:
+            self._add(backend_options, "backend_options")
+
+    def auto_configure_backend_factory(self) -> None:
+        """Set `backend_factory` by the settings."""
+        self.backend_factory = backend_of(*configured("BACKEND"))
+
+    def auto_configure_backend_options(self) -> None:
+        """Add a middleware for each rule of the settings."""
+        self._add(*configured("RULES"), shared=shared_options())
+
+    def _add(self, rules: Any, where: str, shared: Mapping[str, Any] | None = None) -> None:
+        for key, (rule, place) in enumerate(rules_of(rules, where)):
+            factory, options = resolved(rule, place, self.backend_factory, shared or {})
+            self.dispatcher.middlewares.append((key, make_middleware(factory, options, place)))
+
+
+def configured(name: str) -> tuple[Any, str]:
+    """Return a setting and what it is called: DOWNLOADVIEW[name], else DOWNLOADVIEW_name.
+
+    Raises `ImproperlyConfigured` if there is neither.
+    """
+    new = getattr(settings, "DOWNLOADVIEW", None)
+    if new is not None and not isinstance(new, Mapping):
+        raise ImproperlyConfigured(f"settings.DOWNLOADVIEW is a dictionary, not {new!r}")
+    for key in (name, name.lower()):
+        if new is not None and key in new:
+            return new[key], f"settings.DOWNLOADVIEW[{key!r}]"
+    legacy = f"DOWNLOADVIEW_{name}"
+    if hasattr(settings, legacy):
+        return getattr(settings, legacy), f"settings.{legacy}"
+    raise ImproperlyConfigured(f"SmartDownloadMiddleware needs settings.DOWNLOADVIEW[{name!r}], or settings.{legacy}")
+
+
+def shared_options() -> dict[str, Any]:
+    """Return the options in settings.DOWNLOADVIEW that every rule of its backend has."""
+    new = getattr(settings, "DOWNLOADVIEW", None) or {}
+    return {key.lower(): value for key, value in new.items() if key.lower() not in ("backend", "rules")}
+
+
+def backend_of(value: Any, where: str) -> Callable[..., Any]:
+    """Return the backend that a setting means: a name in `BACKENDS`, an import string, or a callable itself.
+
+    django-downloadview's own import strings mean ours. Raises `WrongBackend`.
+    """
+    found = value
+    if isinstance(value, str):
+        path = BACKENDS.get(value, value)
+        if path.startswith(_THEIRS):
+            # whichever module of the package it was imported from
+            package, _, name = path.removeprefix(_THEIRS).rpartition(".")
+            path = ".".join(filter(None, [f"{_OURS}contrib.django", package.partition(".")[0], name]))
+        try:
+            found = import_string(path)
+        except ImportError as exc:
+            known = ", ".join(map(repr, BACKENDS))
+            raise WrongBackend(
+                f"{where} is {known} or the import string of a middleware, not {value!r}: {exc}"
+            ) from exc
+    if not callable(found):
+        raise WrongBackend(f"{where}: {value!r} is nothing that can be called to make a middleware")
+    return cast("Callable[..., Any]", found)
+
+
+def rules_of(value: Any, where: str) -> list[tuple[Any, str]]:
+    """Return each rule of a setting with its place. Raises `ImproperlyConfigured`."""
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise ImproperlyConfigured(f"{where} is a list of rules, not {value!r}")
+    return [(rule, f"{where}[{index}]") for index, rule in enumerate(value)]
+
+
+def resolved(
+    rule: Any, where: str, backend: Callable[..., Any], shared: Mapping[str, Any]
+) -> tuple[Callable[..., Any], Any]:
+    """Return the backend and the options of a rule. Raises `ImproperlyConfigured`."""
+    if isinstance(rule, Mapping):
+        options = dict(rule)
+        own = options.pop("backend", None)
+        if own is None:
+            return backend, {**shared, **options}
+        return backend_of(own, f"{where}['backend']"), options
+    if isinstance(rule, str) or not isinstance(rule, Sequence):
+        raise ImproperlyConfigured(f"{where} is a dictionary of options, not {rule!r}")
+    return backend, list(rule)
+
+
+def make_middleware(factory: Callable[..., Any], options: Any, where: str) -> Any:
+    """Return the middleware that `factory` makes of named or positional options. Raises `ImproperlyConfigured`."""
+    try:
+        return factory(**options) if isinstance(options, Mapping) else factory(*options)
+    except ImproperlyConfigured as exc:
+        raise ImproperlyConfigured(f"{where}: {exc}") from exc
+    except TypeError as exc:
+        name = getattr(factory, "__name__", repr(factory))
+        raise ImproperlyConfigured(f"{where} does not fit {name}: {exc}") from exc
+
+
+class NoRedirectionMatch(Exception):
+    """No rule covers the file of a response: no proxy can send it."""
+
+
+class ProxiedDownloadMiddleware(RealDownloadMiddleware):
+    """Replaces the responses whose file a proxy can reach. Subclasses say by what, in `redirect`.
+
+    source_url: the files whose URL is at or below this one. source_dir: the files on a disk below this directory.
+    destination_url: where the proxy has what is below the source. All are matched by whole path segments.
+    """
+
+    destination_option: ClassVar[str] = "destination_url"
+
+    def __init__(
+        self,
+        get_response: Callable[[HttpRequest], Any] | None = None,
+        source_dir: str | os.PathLike[str] | None = None,
+        source_url: str | None = None,
+        destination_url: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(get_response)
+        self.source_dir = source_dir
+        self.source_url = source_url
+        self.destination_url = destination_url
+        if source_dir or source_url or destination_url:
+            self.rules  # noqa: B018 - mistakes are found now, not with the first download
+
+    def make_backend(self, rules: list[Rule]) -> OffloadBackend:
+        """Return what matches and encodes for the kind of proxy: here, by internal URIs, as nginx reads them."""
+        return XAccelRedirect(rules)
+
+    @cached_property
+    def rules(self) -> offload.Rules:
+        """The rules, made of the options. Raises `ImproperlyConfigured`."""
+        return offload.Rules(
+            self.make_backend,
+            source_dir=self.source_dir,
+            source_url=self.source_url,
+            destination=self.destination_url,
+            option=self.destination_option,
+        )
+
+    def find(self, response: DownloadResponse) -> str:
+        """Return the value of the header that the proxy obeys. Raises `NoRedirectionMatch`."""
+        found = self.rules.find(response.file, response.get_basename())
+        if found is None:
+            raise NoRedirectionMatch(
+                f"no rule covers the file {getattr(response.file, 'name', None)!r}: source_url is {self.source_url!r}, "
+                f"source_dir is {self.source_dir!r}"
+            )
+        return self.value_of(found)
+
+    def value_of(self, found: offload.Found) -> str:
+        """Return the value of the header for what has been found. Raises `NoRedirectionMatch`."""
+        return f"{found.value}?{found.query}" if found.query else found.value
+
+    def get_redirect_url(self, response: Any) -> str:
+        """Return where the proxy finds the file of a response, percent-encoded. Raises `NoRedirectionMatch`."""
+        return self.find(response)
+
+    def redirect(self, response: DownloadResponse, redirect_url: str) -> ProxiedDownloadResponse:
+        """Return the response that has the proxy send what it finds at `redirect_url`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it answers instead of a download response")
+
+    def process_download_response(self, request: HttpRequest, response: Any) -> Any:
+        """Return the response that has the proxy send the file, or the response itself where the proxy cannot."""
+        try:
+            if not offload.is_offloadable(response):
+                return response
+            redirect_url = self.get_redirect_url(response)
+        except NoRedirectionMatch:
+            return response
+        return self._redirected(response, redirect_url, offload.describe_now(response))
+
+    async def aprocess_download_response(self, request: HttpRequest, response: Any) -> Any:
+        """Do what `process_download_response` does, in an event loop."""
+        if not _is_ours(self, "process_download_response", "get_redirect_url"):
+            return await super().aprocess_download_response(request, response)
+        try:
+            if not offload.is_offloadable(response):
+                return response
+            if self.rules.want_urls and offload.may_block(response):
+                redirect_url = await sync_to_async(self.get_redirect_url)(response)
+            else:
+                redirect_url = self.get_redirect_url(response)
+        except NoRedirectionMatch:
+            return response
+        return self._redirected(response, redirect_url, await offload.adescribe(response))
+
+    def _redirected(self, response: DownloadResponse, redirect_url: str, metadata: FileMetadata | None) -> Any:
+        if metadata is None:
+            return response  # there is no such file: whoever finishes the response says so
+        redirected = self.redirect(response, redirect_url)
+        offload.dress(redirected, response, metadata)
+        return redirected
+
+
+class DownloadDecorator:
+    """Makes a decorator of views from a middleware: `DownloadDecorator(factory)(view, *args, **kwargs)`.
+
+    The arguments are the factory's. Views of any kind stay what they are: synchronous or asynchronous.
+    """
+
+    def __init__(self, middleware_factory: Callable[..., Any]) -> None:
+        self.middleware_factory = middleware_factory
+
+    def __call__(self, view_func: View, *middleware_args: Any, **middleware_kwargs: Any) -> View:
+        """Return `view_func` with its responses passed through the middleware."""
+        middleware = self.middleware_factory(*middleware_args, **middleware_kwargs)
+
+        @wraps(view_func)
+        def decorated(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            return _call(middleware, view_func, request, *args, **kwargs)
+
+        return cast("View", like(view_func, decorated))
+
+
+def _call(middleware: Any, inner: Callable[..., Any], request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+    """Call a view or the next middleware, and process its response: at once, or in a coroutine if it returns one."""
+    defer(request)
+    try:
+        response = inner(request, *args, **kwargs)
+    except BaseException:
+        undefer(request)
+        raise
+    if isawaitable(response):
+        return _acall(middleware, response, request)
+    try:
+        response = middleware.process_response(request, response)
+    finally:
+        last = undefer(request)
+    return response.finish(request) if last and is_download_response(response) else response
+
+
+async def _acall(middleware: Any, pending: Awaitable[Any], request: HttpRequest) -> Any:
+    try:
+        response = await _aprocess(middleware, request, await pending)
+    finally:
+        last = undefer(request)
+    return await response.afinish(request) if last and is_download_response(response) else response
+
+
+async def _aprocess(middleware: Any, request: HttpRequest, response: Any) -> Any:
+    """Have any middleware process a response: also one that knows nothing of event loops."""
+    process = getattr(middleware, "aprocess_response", None)
+    if process is None:
+        return await _off_the_loop(middleware.process_response, request, response)
+    return await process(request, response)
+
+
+async def _off_the_loop(function: Callable[..., Any], *args: Any) -> Any:
+    """Call what a project has written: in Django's thread for blocking code, unless it is a coroutine function."""
+    return await (function if iscoroutinefunction(function) else sync_to_async(function))(*args)
+
+
+def _is_ours(instance: object, *methods: str) -> bool:
+    """Return whether nobody has overridden the methods."""
+    return all(getattr(type(instance), method).__module__.startswith(_OURS) for method in methods)

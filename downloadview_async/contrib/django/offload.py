@@ -1,0 +1,206 @@
+"""Which file a reverse proxy can reach, by the settings of one middleware: matching and encoding are the core's."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
+
+from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
+from django.http.response import HttpResponseBase
+
+from downloadview_async.contrib.django.background import run_in_background
+from downloadview_async.contrib.django.files import FileNotFound, async_file_of
+from downloadview_async.contrib.django.responses import DownloadResponse
+from downloadview_async.errors import ConfigurationError, FileError
+from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.http.plan import Presentation, describe
+from downloadview_async.http.request import HEAD
+from downloadview_async.offload.base import OFFLOAD_HEADERS, OffloadBackend
+from downloadview_async.offload.rules import Rule
+from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.local import local_of, open_at_once
+
+MakeBackend = Callable[[list[Rule]], OffloadBackend]
+
+_OF_THE_FRAMING = frozenset({"accept-ranges", "connection", "content-length", "content-range", "transfer-encoding"})
+_MADE_HERE = {"etag": "ETag", "last-modified": "Last-Modified", "content-security-policy": "Content-Security-Policy"}
+_SIGNATURE = re.compile(r"(?:^|&)X-Signature=[^&]*")
+_QUERY = re.compile(r"[!$-;=?-Z_a-z~]*")  # visible ASCII that needs no escape in a URI
+_UNSAFE_IN_URLS = frozenset("%?#\\")  # a backslash becomes a slash in the URLs of Django
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where the proxy finds a file: the header's value for its path, and the query of its URL if that is needed."""
+
+    value: str
+    query: str = ""
+
+
+class Rules:
+    """The rules of one middleware: by the URL of a file if there is a `source_url`, else by its path.
+
+    Raises `ImproperlyConfigured` for what cannot be matched, or is no destination for the kind of proxy.
+    """
+
+    def __init__(
+        self,
+        make_backend: MakeBackend,
+        *,
+        source_dir: str | os.PathLike[str] | None,
+        source_url: str | None,
+        destination: str | os.PathLike[str] | None,
+        option: str,
+    ) -> None:
+        if not destination:
+            raise ImproperlyConfigured(f"a rule needs {option}: where the proxy finds what is below the source")
+        target = f"{os.fspath(destination).rstrip('/')}/"
+        self._by_url = self._by_path = None
+        self._path_is_relative = False
+        try:
+            if source_url:
+                location = _location_of(urlsplit(str(source_url)))
+                if location is None or not location.startswith("/"):
+                    raise ImproperlyConfigured(
+                        f"source_url is an absolute path or URL without a query, such as '/media/', not {source_url!r}"
+                    )
+                self._by_url = make_backend([Rule(location, target)])
+            if source_dir:
+                directory = os.fspath(source_dir)
+                self._path_is_relative = not os.path.isabs(directory)
+                self._by_path = make_backend([Rule(_rooted(directory), target)])
+        except ConfigurationError as exc:
+            raise ImproperlyConfigured(f"{option}={os.fspath(destination)!r}: {exc}") from exc
+
+    @property
+    def want_urls(self) -> bool:
+        """Whether the URL of a file is asked for."""
+        return self._by_url is not None
+
+    def find(self, file: Any, name: str) -> Found | None:
+        """Return where the proxy finds a file of Django's, or None: no rule covers it."""
+        if self._by_url is not None and (url := url_of(file)):
+            parts = urlsplit(url)
+            location = _location_of(parts)
+            if location is not None and _means(location, file):
+                query = _SIGNATURE.sub("", parts.query).strip("&") if parts.netloc else ""
+                if _QUERY.fullmatch(query) and (value := _value(self._by_url, location)) is not None:
+                    return Found(value, query)
+        if self._by_path is not None:
+            if self._path_is_relative:
+                own = getattr(file, "name", None)
+                location = _rooted(own) if isinstance(own, str) and own and not os.path.isabs(own) else None
+            else:
+                location = _path_of(file, name)
+            if location is not None and (value := _value(self._by_path, location)) is not None:
+                return Found(value)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """All that a backend asks of a file: its place."""
+
+    location: str
+
+
+def _value(backend: OffloadBackend, location: str) -> str | None:
+    headers = backend.headers_for(cast("AsyncFile", _Located(location)))
+    return None if headers is None else next(iter(headers.values()))
+
+
+def _rooted(directory: str) -> str:
+    return f"/{directory.lstrip('/')}"
+
+
+def url_of(file: Any) -> str | None:
+    """Return the URL of a file of Django's, or None: it has none."""
+    try:
+        url = file.url
+    except (AttributeError, ValueError, NotImplementedError, SuspiciousOperation):
+        return None
+    return str(url) if url else None
+
+
+def _location_of(parts: SplitResult) -> str | None:
+    """Return the path that a URL encodes, below its server's name if it has one, in the form of a local path.
+
+    None for a URL that has a fragment, encodes a slash, or does not encode text: its path is not what it says.
+    """
+    if parts.fragment or parts.path.count("/") != unquote_to_bytes(parts.path).count(b"/"):
+        return None
+    path = os.fsdecode(unquote_to_bytes(parts.path))
+    return f"/{parts.scheme}:{parts.netloc.lower()}{path}" if parts.netloc else path
+
+
+def _means(location: str, file: Any) -> bool:
+    """Return whether a decoded URL names the file: a storage of the project's may give URLs that are not encoded."""
+    name = getattr(file, "name", None)
+    if not isinstance(name, str) or not _UNSAFE_IN_URLS & {*name} or not hasattr(file, "storage"):
+        return True
+    return location.endswith(f"/{os.path.basename(name)}")
+
+
+def _path_of(file: Any, name: str) -> str | None:
+    try:
+        location = async_file_of(file, name).location
+    except (FileError, FileNotFound, SuspiciousOperation, NotImplementedError):
+        return None  # whoever opens it says why
+    return location if location is not None and location.startswith("/") else None
+
+
+def is_offloadable(response: HttpResponseBase) -> bool:
+    """Return whether a proxy may send the file of a response: one that is ours, unfinished, and a 200."""
+    return (
+        isinstance(response, DownloadResponse)
+        and response.status_code == 200
+        and not response.is_finished
+        and not response.is_replaced
+        and not response.has_header("Content-Encoding")  # Apache drops it, and what it says of the body with it
+    )
+
+
+async def adescribe(response: DownloadResponse) -> FileMetadata | None:
+    """Return what is known of the file if it is a local one, nothing of another one, and None for a missing one."""
+    try:
+        file = async_file_of(response.file, response.get_basename())
+        if file.location is None or not file.location.startswith("/"):
+            return FileMetadata()
+        if (opened := open_at_once(file, HEAD)) is not None and (local := local_of(opened)) is not None:
+            local.close()
+            return opened.metadata
+        async with file.open(HEAD) as opened:
+            return opened.metadata
+    except (FileError, FileNotFound, SuspiciousOperation):
+        return None
+
+
+def describe_now(response: DownloadResponse) -> FileMetadata | None:
+    """Do what `adescribe` does, for code that blocks."""
+    return run_in_background(adescribe(response))
+
+
+def may_block(response: DownloadResponse) -> bool:
+    """Return whether asking for the URL of the file runs code of which nothing is known."""
+    storage = getattr(response.file, "storage", None)
+    if storage is None:
+        return False
+    # __class__: of a lazy storage, that of what it stands for
+    homes = [base.__module__ for base in storage.__class__.__mro__ if "url" in vars(base)]
+    return not all(home.startswith(("django.core.files.", "downloadview_async.")) for home in homes)
+
+
+def dress(offloaded: HttpResponseBase, response: DownloadResponse, metadata: FileMetadata) -> None:
+    """Give an offloaded answer what the response has: headers, cookies, what is to be closed; and the validators."""
+    for name, value in response.items():
+        if name.lower() not in OFFLOAD_HEADERS | _OF_THE_FRAMING:
+            offloaded[name] = value
+    presentation = Presentation(filename=response.get_basename(), attachment=response.attachment)
+    described = describe(metadata, presentation, {name.lower(): value for name, value in offloaded.items()})
+    for name, spelled in _MADE_HERE.items():
+        if name in described:
+            offloaded[spelled] = described[name]
+    offloaded.cookies = response.cookies
+    offloaded._resource_closers = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001

@@ -1,0 +1,374 @@
+"""`DownloadResponse`: a file as a response of Django's, for ASGI and for WSGI."""
+
+import asyncio
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote
+
+from asgiref.sync import iscoroutinefunction, sync_to_async
+from django.conf import settings
+from django.core.handlers.asgi import ASGIRequest
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
+from django.http.response import HttpResponseBase
+
+from downloadview_async.asgi.transfer import body_of
+from downloadview_async.contrib.django.background import iterate_in_background, run_in_background
+from downloadview_async.contrib.django.calling import has_running_loop
+from downloadview_async.contrib.django.files import FileNotFound, async_file_of
+from downloadview_async.errors import FileError
+from downloadview_async.http.content_types import content_type_for, with_charset
+from downloadview_async.http.disposition import client_filename
+from downloadview_async.http.disposition import content_disposition as disposition_of
+from downloadview_async.http.metadata import ETag
+from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
+from downloadview_async.http.request import GET, HEAD, DownloadRequest
+from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
+from downloadview_async.sources.base import OpenFile
+from downloadview_async.sources.local import local_of, open_at_once
+from downloadview_async.sources.virtual import VirtualFile
+
+logger = logging.getLogger("downloadview_async")
+
+_TEXTLESS = re.compile("(?:application|audio|font|image|model|multipart|video)/", re.IGNORECASE)
+_DEFERRED = "_downloadview_deferred"  # in a request: how many further out have said `defer`
+_OF_THE_FRAMING = frozenset({"accept-ranges", "content-length", "content-range", "etag", "last-modified"})
+
+
+class ProxiedDownloadResponse(HttpResponse):
+    """An answer without a body that has a proxy send the file. The proxies' own responses derive from it."""
+
+
+class DownloadResponse(StreamingHttpResponse):
+    """A file as a response.
+
+    file_instance: a FieldFile, a StorageFile, any of Django's files, a file object, an iterable, or an `AsyncFile`.
+    attachment: to be saved (the default), or to be shown inline. basename: what the client should call it; default:
+    the file's own name. content_type: the whole Content-Type; file_mimetype: without the charset; default: what the
+    file itself says, or by its name.
+
+    The file is opened, and Range and If-* are evaluated, when the response is finished, see `finish`. The views, the
+    middlewares and the ASGI handler of this package do that. A response that nobody finishes is a 200 with the whole
+    file and without its length.
+    """
+
+    file_not_found_response: Callable[[], HttpResponseBase] | None = None
+    """What answers where the file turns out to be missing, if that is no plain 404. It may raise `Http404`."""
+
+    def __init__(
+        self,
+        file_instance: Any,
+        attachment: bool = True,
+        basename: str | None = None,
+        status: int = 200,
+        content_type: str | None = None,
+        file_mimetype: str | None = None,
+        file_encoding: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.file = file_instance
+        self.attachment = attachment
+        self.basename = basename
+        self.file_mimetype = file_mimetype
+        self.file_encoding = file_encoding
+        self.is_finished = False
+        self.is_replaced = False
+        self.request: HttpRequest | None = None
+        self.plan: Plan | None = None
+        self.opened: OpenFile | None = None
+        self._wanted = GET
+        self._resources = AsyncExitStack()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._default_headers: dict[str, str] | None = None
+        if content_type is None and "content-type" not in map(str.lower, headers or ()):
+            content_type = self.get_content_type()
+        super().__init__((), status=status, content_type=content_type, headers=headers)
+        self.is_replaced = False
+        for header, value in self.default_headers.items():
+            self.headers.setdefault(header, value)
+
+    @property
+    def default_headers(self) -> dict[str, str]:
+        """The headers that follow from the file's name, and from what the application says of it."""
+        if self._default_headers is None:
+            self._default_headers = {
+                "Content-Type": self.get_content_type(),
+                "Content-Disposition": content_disposition(self.get_basename(), self.attachment),
+                "X-Content-Type-Options": "nosniff",
+            }
+        return self._default_headers
+
+    def get_basename(self) -> str:
+        """Return what the client should call the file."""
+        return self.basename or os.path.basename(getattr(self.file, "name", None) or "")
+
+    def get_content_type(self) -> str:
+        """Return the Content-Type: what the file says of itself, else its MIME type with the charset of a text."""
+        own = getattr(self.file, "content_type", None) if self.file_mimetype is None else None
+        if isinstance(own, str) and own:
+            return own
+        mime_type = self.get_mime_type()
+        if _TEXTLESS.match(mime_type):
+            return with_charset(mime_type, getattr(self.file, "charset", None))
+        return with_charset(mime_type, self.get_charset())
+
+    def get_mime_type(self) -> str:
+        """Return the MIME type of the file: what the application says, else by its name."""
+        own = self.file_mimetype or getattr(self.file, "mime_type", None)
+        return own if isinstance(own, str) and own else content_type_for(self.get_basename()).partition(";")[0]
+
+    def get_encoding(self) -> str | None:
+        """Return the encoding that the application says the file has, else None. No header is made of it."""
+        return self.file_encoding or getattr(self.file, "encoding", None)
+
+    def get_charset(self) -> str:
+        """Return the charset of a text."""
+        own = getattr(self.file, "charset", None)
+        return own if isinstance(own, str) and own else settings.DEFAULT_CHARSET
+
+    def finish(self, request: HttpRequest) -> HttpResponseBase:
+        """Do what `afinish` does, for code that blocks."""
+        if isinstance(request, ASGIRequest):
+            from asgiref.sync import async_to_sync
+
+            return async_to_sync(self.afinish)(request)
+        return run_in_background(self.afinish(request))
+
+    async def afinish(self, request: HttpRequest) -> HttpResponseBase:
+        """Open the file, decide what of it the request gets, and return the response that says so: this, or a 304.
+
+        A missing file raises `Http404`; one that cannot be had now is a response with 502, 503 or 504.
+        """
+        if self.is_finished or self.is_replaced:
+            return self
+        self.request = request
+        try:
+            plan = await self._open_and_plan(request)
+        except (FileError, FileNotFound) as exc:
+            return await self._failed(exc, request)
+        self._take_over(plan)
+        if plan.status != 304:
+            return self
+        not_modified = HttpResponseNotModified()
+        for header, value in self.items():
+            not_modified[header] = value
+        not_modified.cookies = self.cookies
+        await self.release()
+        return not_modified
+
+    async def _open_and_plan(self, request: HttpRequest) -> Plan:
+        file = async_file_of(self.file, self.get_basename())
+        scope: Mapping[str, Any] = getattr(request, "scope", None) or {}
+        readable = request.method in ("GET", "HEAD")
+        backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
+        offload = backend.headers_for(file) if backend is not None and readable and self.status_code == 200 else None
+        self._wanted = _download_request(request, scope) if readable else GET
+        wanted = self._wanted if offload is None else HEAD
+        self._loop = asyncio.get_running_loop()
+        if (opened := open_at_once(file, wanted)) is not None and (local := local_of(opened)) is not None:
+            self._resources.callback(local.close)
+        else:
+            opened = await self._resources.enter_async_context(file.open(wanted))
+        self.opened = opened
+        metadata, own = opened.metadata, self._own_headers()
+        if (etag := ETag.parse(own.pop("etag", ""))) is not None:
+            metadata = replace(metadata, etag=etag)
+        for header in _OF_THE_FRAMING | OFFLOAD_HEADERS:
+            own.pop(header, None)
+        # What is known by the name alone gives way to what the file itself says.
+        says = None if isinstance(file, VirtualFile) or self.file_mimetype is not None else metadata.content_type
+        presentation = Presentation(
+            filename=self.get_basename() or file.name,
+            attachment=self.attachment,
+            content_type=says or self["Content-Type"],
+        )
+        own.setdefault("content-disposition", self["Content-Disposition"])
+        if offload is not None:
+            return make_offload_plan(metadata, presentation, offload, headers=own)
+        return make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=own)
+
+    def _own_headers(self) -> Headers:
+        """Return the headers that are not as they were made here: the application's own."""
+        made = self.default_headers
+        return {header.lower(): value for header, value in self.items() if made.get(header) != value}
+
+    def _take_over(self, plan: Plan) -> None:
+        for header in [header for header in self.headers if header.lower() not in plan.headers]:
+            del self[header]
+        for header, value in plan.headers.items():
+            self[_spelled(header)] = value
+        self.status_code = plan.status
+        self.plan = plan
+        self.is_finished = True
+
+    async def _failed(self, exc: Exception, request: HttpRequest) -> HttpResponseBase:
+        await self.release()
+        status = exc.status if isinstance(exc, FileError) else 404
+        reason = str(exc).encode("unicode_escape").decode()
+        logger.log(
+            logging.INFO if status < 500 else logging.WARNING,
+            "%s %a: %d, %s",
+            request.method,
+            request.path,
+            status,
+            reason,
+        )
+        if status == 404:
+            if (answer := self.file_not_found_response) is not None:
+                return await (answer if iscoroutinefunction(answer) else sync_to_async(answer))()
+            raise Http404 from None
+        response = HttpResponse(status=status, headers={"Cache-Control": "private, no-store"})
+        if status == 503:
+            response["Retry-After"] = "5"
+        return response
+
+    async def release(self) -> None:
+        """Close the file. Only in the event loop that has finished the response."""
+        await self._resources.aclose()
+        self.opened = None
+
+    def close(self) -> None:
+        """Close the file, from any thread: Django closes responses in one of its own."""
+        self._close_file()
+        super().close()
+
+    def __del__(self) -> None:
+        self._close_file()  # some middleware has put another response in the place of this one
+
+    def _close_file(self) -> None:
+        if self.opened is None:
+            return
+        loop, resources = self._loop, self._resources.pop_all()
+        self.opened = None
+        if loop is not None and loop.is_running():
+            loop.call_soon_threadsafe(lambda: loop.create_task(resources.aclose()))
+
+    # What a response streams
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the content is to be iterated asynchronously: it can be both ways, as long as it is ours."""
+        if self.is_replaced:
+            return self._replacement_is_async
+        if self.request is not None:
+            return isinstance(self.request, ASGIRequest)
+        return has_running_loop()
+
+    @is_async.setter
+    def is_async(self, value: bool) -> None:
+        self._replacement_is_async = value
+
+    @property
+    def streaming_content(self) -> Any:
+        """The content: what is left of it can be iterated once, in both ways."""
+        return super().streaming_content if self.is_replaced else _Content(self)
+
+    @streaming_content.setter
+    def streaming_content(self, value: Any) -> None:
+        self.is_replaced = True
+        self._set_streaming_content(value)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return super().__iter__() if self.is_replaced else iter(_Content(self))
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        chunks: Any = super().__aiter__() if self.is_replaced else self.chunks()
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the body in bounded chunks, exactly what has been promised. Raises `TransferAborted`."""
+        if self.plan is None or self._loop is not asyncio.get_running_loop():
+            # Not finished, or in a loop that does not run now, as in a test with AsyncClient that reads afterwards.
+            async with async_file_of(self.file, self.get_basename()).open(self._wanted) as opened:
+                plan = self.plan or make_plan(GET, opened.metadata, Presentation(filename=self.get_basename()))
+                async with aclosing(body_of(plan, opened)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            return
+        try:
+            if self.opened is not None:
+                async with aclosing(body_of(self.plan, self.opened)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+        finally:
+            await self.release()
+
+
+class _Content:
+    """The content of a response, for whoever iterates over it, in whatever way."""
+
+    def __init__(self, response: DownloadResponse) -> None:
+        self._response = response
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iterate_in_background(self._response.chunks())
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._response.chunks()
+
+
+def content_disposition(filename: str, attachment: bool = True) -> str:
+    """Return the value of Content-Disposition.
+
+    As everywhere in this library, but for the name in ASCII, for clients that know no other: that is as in
+    django-downloadview, with `_` for blanks and with quotes and backslashes escaped.
+    """
+    kind = "attachment" if attachment else "inline"
+    name = "".join(character for character in filename if unicodedata.category(character) not in ("Cc", "Cf", "Cs"))
+    fallback = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
+    fallback = re.sub(r"\s", "_", fallback).replace("/", "_").replace("\\", "\\\\").replace('"', '\\"')
+    ours = disposition_of(filename, attachment=attachment)
+    if not fallback or f'filename="{fallback}"' in ours:
+        return ours
+    exact = quote(client_filename(filename), safe="!#$&+-.^_`|~")
+    return f"{kind}; filename=\"{fallback}\"; filename*=UTF-8''{exact}"
+
+
+def defer(request: HttpRequest) -> None:
+    """Say that whoever calls this finishes the response to the request, and nobody further in."""
+    vars(request)[_DEFERRED] = getattr(request, _DEFERRED, 0) + 1
+
+
+def undefer(request: HttpRequest) -> bool:
+    """Take one `defer` back. Return whether it was the last: the response is then to be finished now."""
+    left: int = getattr(request, _DEFERRED, 0) - 1
+    vars(request)[_DEFERRED] = left
+    return left <= 0
+
+
+def is_deferred(request: HttpRequest) -> bool:
+    """Return whether somebody further out finishes the response."""
+    return bool(getattr(request, _DEFERRED, 0) > 0)
+
+
+_FIELDS = (
+    "if-match",
+    "if-none-match",
+    "if-modified-since",
+    "if-unmodified-since",
+    "if-range",
+    "range",
+    "accept-encoding",
+)
+_META = [(f"HTTP_{field.upper().replace('-', '_')}", field.encode()) for field in _FIELDS]
+
+
+def _download_request(request: HttpRequest, scope: Mapping[str, Any]) -> DownloadRequest:
+    headers = scope.get("headers")
+    if headers is None:
+        headers = [(field, str(request.META[name]).encode("latin-1")) for name, field in _META if name in request.META]
+    return DownloadRequest.from_headers(str(request.method), headers)
+
+
+@lru_cache(maxsize=256)
+def _spelled(header: str) -> str:
+    """Return the name of a header as it is usually spelled: "etag" is ETag."""
+    return "ETag" if header == "etag" else "-".join(part.capitalize() for part in header.split("-"))

@@ -1,0 +1,64 @@
+"""Signed links: storages whose URLs prove that this project gave them out, and the decorator that asks for that."""
+
+from functools import wraps
+from typing import Any, cast
+from urllib.parse import quote, unquote, urlsplit
+
+from django.conf import settings
+from django.core.exceptions import PermissionDenied
+from django.core.files.storage import FileSystemStorage
+from django.core.signing import BadSignature, SignatureExpired, TimestampSigner
+from django.http import HttpRequest
+
+from downloadview_async.contrib.django.calling import like
+from downloadview_async.contrib.django.middleware import View
+
+PARAMETER = "X-Signature"
+"""The query parameter that has the signature."""
+
+
+class SignedURLMixin:
+    """Makes the URLs of any storage signed ones, for a view with `signature_required` at the same path.
+
+    The signature is of the path of the URL and the time, by `settings.SECRET_KEY`.
+    """
+
+    def url(self, name: str | None, *args: Any, **kwargs: Any) -> str:
+        """Return the URL of the storage with a signature in its query."""
+        url = str(super().url(name, *args, **kwargs))  # type: ignore[misc]
+        signature = quote(TimestampSigner().sign(urlsplit(url).path), safe="")
+        url, hash_, fragment = url.partition("#")
+        return f"{url}{'&' if '?' in url else '?'}{PARAMETER}={signature}{hash_}{fragment}"
+
+
+class SignedFileSystemStorage(SignedURLMixin, FileSystemStorage):
+    """Files on the local disk, with signed URLs."""
+
+
+def signature_required(function: View) -> View:
+    """Return a view that answers only a URL that a signed storage has given out; to others, `PermissionDenied`.
+
+    `settings.DOWNLOADVIEW_URL_EXPIRATION`, seconds or a timedelta, is how long that is valid; default: for ever.
+    """
+
+    @wraps(function)
+    def decorated(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        _signature_is_valid(request)
+        return function(request, *args, **kwargs)
+
+    return cast("View", like(function, decorated))
+
+
+def _signature_is_valid(request: HttpRequest) -> None:
+    """Return if the query of a request has a valid signature of its path. Raises `PermissionDenied`."""
+    expiration = getattr(settings, "DOWNLOADVIEW_URL_EXPIRATION", None)
+    try:
+        signed = TimestampSigner().unsign(request.GET.get(PARAMETER) or "", max_age=expiration)
+        # what is signed is percent-encoded, as in the URL; request.path is not
+        path = unquote(signed, errors="strict")
+    except SignatureExpired as exc:
+        raise PermissionDenied("the signature has expired") from exc
+    except (BadSignature, ValueError) as exc:
+        raise PermissionDenied("there is no valid signature") from exc
+    if path != request.path:
+        raise PermissionDenied("the signature is of another path")

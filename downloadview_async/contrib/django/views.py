@@ -1,0 +1,390 @@
+"""The views: class-based ones for files of every kind, and `sendfile`.
+
+Each view is one callable for both worlds: called where an event loop runs, it returns a coroutine, elsewhere the
+response. A class that adds attributes and coroutines alone is run on the event loop; one that adds plain functions, as
+classes written for django-downloadview do, is run in a thread, all of it in one go.
+"""
+
+import calendar
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import update_wrapper
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
+from django.core.exceptions import ImproperlyConfigured
+from django.core.files.storage import default_storage
+from django.core.handlers.asgi import ASGIRequest
+from django.http import Http404, HttpRequest, HttpResponseNotModified
+from django.http.response import HttpResponseBase
+from django.utils.decorators import classonlymethod
+from django.utils.functional import classproperty
+from django.views.generic.base import View
+from django.views.generic.detail import SingleObjectMixin
+from django.views.static import was_modified_since
+
+from downloadview_async.contrib.django.calling import DualView, has_running_loop
+from downloadview_async.contrib.django.files import FileNotFound, HTTPFile, PathFile, StorageFile
+from downloadview_async.contrib.django.responses import DownloadResponse, is_deferred
+
+if TYPE_CHECKING:
+    _SingleObjectMixin = SingleObjectMixin[Any]  # only the stubs have it generic
+else:
+    _SingleObjectMixin = SingleObjectMixin
+
+_OF_DJANGO = ("django.views.generic.", "downloadview_async.contrib.django.")
+
+
+class DownloadMixin:
+    """What a view needs to answer with a file; `get_file` says which. It is no view by itself."""
+
+    request: HttpRequest
+
+    response_class: type[Any] = DownloadResponse
+    """What `download_response` makes."""
+
+    attachment = True
+    """Whether the file is to be saved, or to be shown inline."""
+
+    basename: str | None = None
+    """What the client should call the file; None: by its own name."""
+
+    mimetype: str | None = None
+    """The MIME type; None: by the name."""
+
+    encoding: str | None = None
+    """The encoding, for `DownloadResponse.get_encoding`."""
+
+    file_instance: Any = None
+
+    def get_file(self) -> Any:
+        """Return the file. Raises `FileNotFound`."""
+        if type(self).aget_file is not DownloadMixin.aget_file:
+            return async_to_sync(self.aget_file)()
+        raise NotImplementedError(f"{type(self).__name__} needs get_file(), or async def aget_file()")
+
+    async def aget_file(self) -> Any:
+        """Do what `get_file` does; override either."""
+        return self.get_file()
+
+    def get_basename(self) -> str | None:
+        """Return what the client should call the file."""
+        return self.basename
+
+    def get_mimetype(self) -> str | None:
+        """Return the MIME type."""
+        return self.mimetype
+
+    def get_encoding(self) -> str | None:
+        """Return the encoding."""
+        return self.encoding
+
+    def was_modified_since(self, file_instance: Any, since: str) -> Any:
+        """Return whether the file was modified since the value of If-Modified-Since.
+
+        The file's own method of this name says, else its `modified_time`; without both, True: it is sent.
+        """
+        try:
+            return file_instance.was_modified_since(since)
+        except (AttributeError, NotImplementedError):
+            pass
+        try:
+            modified = calendar.timegm(file_instance.modified_time.utctimetuple())
+        except (AttributeError, NotImplementedError):
+            return True
+        return was_modified_since(since, modified)
+
+    def not_modified_response(self, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        """Return a 304."""
+        return HttpResponseNotModified(*args, **kwargs)
+
+    def download_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the response with the file."""
+        defaults = {
+            "file_instance": self.file_instance,
+            "attachment": self.attachment,
+            "basename": self.get_basename(),
+            "file_mimetype": self.get_mimetype(),
+            "file_encoding": self.get_encoding(),
+        }
+        response = self.response_class(*args, **{**defaults, **kwargs})
+        if isinstance(response, DownloadResponse):
+            response.file_not_found_response = self.file_not_found_response
+        return response
+
+    def file_not_found_response(self) -> HttpResponseBase:
+        """Raise `Http404`: what answers where there is no file."""
+        raise Http404
+
+    def render_to_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the response to a GET or HEAD, by the methods above.
+
+        All conditions and ranges are evaluated when the response is finished. If-Modified-Since alone is asked of
+        `was_modified_since` too, for views that override it.
+        """
+        try:
+            self.file_instance = self.get_file()
+        except FileNotFound:
+            return self.file_not_found_response()
+        since = self.request.headers.get("if-modified-since")
+        if (
+            since is not None
+            and "if-none-match" not in self.request.headers
+            and not self.was_modified_since(self.file_instance, since)
+        ):
+            return self.not_modified_response(**kwargs)
+        return self.download_response(*args, **kwargs)
+
+    async def arender_to_response(self) -> Any:
+        """Do what `render_to_response` does, on the event loop."""
+        try:
+            self.file_instance = await self.aget_file()
+        except FileNotFound:
+            return self.file_not_found_response()
+        return self.download_response()
+
+
+class BaseDownloadView(DownloadMixin, View):
+    """A view that answers GET and HEAD with a file."""
+
+    @classproperty
+    def view_is_async(cls) -> bool:  # noqa: N805 - it is a property of the class
+        """Tell Django's `as_view` that this is none of its business: ours below knows both worlds."""
+        return False
+
+    @classonlymethod
+    def as_view(cls, **initkwargs: Any) -> Callable[..., Any]:  # noqa: N805 - as in Django
+        """Return the view, as a `DualView`."""
+        blocking_view = super().as_view(**initkwargs)
+        is_blocking = _adds_functions(cls)
+
+        def view(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            return (on_loop if has_running_loop() else in_thread)(request, *args, **kwargs)
+
+        def in_thread(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            response: Any = blocking_view(request, *args, **kwargs)
+            return response.finish(request) if _is_to_be_finished(response, request) else response
+
+        async def on_loop(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(request, ASGIRequest):
+                return await sync_to_async(in_thread)(request, *args, **kwargs)
+            response: Any
+            if is_blocking:
+                response = await sync_to_async(blocking_view)(request, *args, **kwargs)
+            else:
+                self = cls(**initkwargs)
+                self.setup(request, *args, **kwargs)
+                response = self.adispatch(request, *args, **kwargs)
+            if hasattr(response, "__await__"):
+                response = await response
+            return await response.afinish(request) if _is_to_be_finished(response, request) else response
+
+        update_wrapper(view, blocking_view)
+        return DualView(view)
+
+    def get(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        """Answer a GET or HEAD."""
+        return self.render_to_response()
+
+    async def aget(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        """Do what `get` does, on the event loop."""
+        return await self.arender_to_response()
+
+    async def adispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        """Do what `dispatch` does, on the event loop."""
+        if request.method in ("GET", "HEAD") and type(self).get in _OURS:
+            return await self.aget(request, *args, **kwargs)
+        response = self.dispatch(request, *args, **kwargs)
+        return await response if hasattr(response, "__await__") else response
+
+
+class PathDownloadView(BaseDownloadView):
+    """A file on a local disk.
+
+    root: the directory that paths from a URL are beneath; links lead no further. Without it, the path is one of the
+    project's own: `path`, or what an overridden `get_path` returns.
+    """
+
+    root: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str] | None = None
+    path_url_kwarg = "path"
+    kwargs: dict[str, Any]
+
+    def get_path(self) -> Any:
+        """Return the path: the URL's argument `path_url_kwarg`, else `path`."""
+        return self.kwargs.get(self.path_url_kwarg, self.path)
+
+    def get_file(self) -> Any:
+        """Return the file. Raises `FileNotFound` where there is none."""
+        file = self._file()
+        if not file.exists():
+            raise FileNotFound(f"no file: {file.path!r}")
+        return file
+
+    async def aget_file(self) -> Any:
+        """Return the file, which is looked for when the response is finished."""
+        return self._file()
+
+    def _file(self) -> PathFile:
+        path = self.get_path()
+        if path is None:
+            raise ImproperlyConfigured(f"{type(self).__name__} needs a path, or get_path()")
+        if (
+            self.root is None
+            and self.path_url_kwarg in self.kwargs
+            and type(self).get_path is PathDownloadView.get_path
+        ):
+            raise ImproperlyConfigured(
+                f"{type(self).__name__} takes its path from the URL and has no root: without one, every file of this "
+                "machine could be asked for. Set root to the directory that the files are in"
+            )
+        return PathFile(path, root=self.root)
+
+
+class StorageDownloadView(PathDownloadView):
+    """A file in a Django storage, by its name there."""
+
+    storage: Any = default_storage
+
+    def get_file(self) -> Any:
+        """Return the file, which is looked for when the response is finished."""
+        return StorageFile(self.storage, self.get_path())
+
+    async def aget_file(self) -> Any:
+        """Do what `get_file` does."""
+        return self.get_file()
+
+
+class HTTPDownloadView(BaseDownloadView):
+    """A file of another HTTP server, fetched by us: the client never hears of that server.
+
+    url: one of the project's own choice. allow_hosts: further hosts that redirects may lead to, and hosts that may be
+    at addresses which are not public. request_kwargs: `headers`; with `get_request_factory`, whatever that takes.
+    """
+
+    url = ""
+    allow_hosts: Iterable[str] = ()
+    request_kwargs: Mapping[str, Any] = {}
+
+    def get_request_factory(self) -> Callable[..., Any] | None:
+        """Return a function such as `requests.get` to fetch the file by, or None: this library does it."""
+        return None
+
+    def get_request_kwargs(self) -> Mapping[str, Any]:
+        """Return further arguments for `HTTPFile`."""
+        return self.request_kwargs
+
+    def get_url(self) -> str:
+        """Return the URL of the file."""
+        return self.url
+
+    def get_file(self) -> Any:
+        """Return the file, which is fetched when the response is finished."""
+        return HTTPFile(
+            request_factory=self.get_request_factory(),
+            name=self.get_basename(),
+            url=self.get_url(),
+            allow_hosts=self.allow_hosts,
+            **self.get_request_kwargs(),
+        )
+
+    async def aget_file(self) -> Any:
+        """Do what `get_file` does."""
+        return self.get_file()
+
+
+class ObjectDownloadView(_SingleObjectMixin, BaseDownloadView):
+    """The file of a model's instance, which is found as in Django's `DetailView`.
+
+    file_field: the name of the FileField. The others name fields with what is known of the file.
+    """
+
+    file_field = "file"
+    basename_field: str | None = None
+    encoding_field: str | None = None
+    mime_type_field: str | None = None
+    charset_field: str | None = None
+    modification_time_field: str | None = None
+    size_field: str | None = None
+
+    async def aget_object(self) -> Any:
+        """Do what `get_object` does; override either."""
+        return await sync_to_async(self.get_object)()
+
+    def get_file(self) -> Any:
+        """Return the object's file. Raises `FileNotFound` where the field is empty."""
+        file = getattr(self.object, self.file_field)
+        if not file:
+            raise FileNotFound(f"the field {self.file_field!r} of {self.object!r} is empty")
+        for attribute in ("encoding", "mime_type", "charset", "modification_time", "size"):
+            if (field := getattr(self, f"{attribute}_field")) is not None:
+                setattr(file, attribute, getattr(self.object, field))
+        return file
+
+    async def aget_file(self) -> Any:
+        """Do what `get_file` does."""
+        return await sync_to_async(self.get_file)()
+
+    def get_basename(self) -> str | None:
+        """Return `basename`, else what `basename_field` holds."""
+        name = super().get_basename()
+        return getattr(self.object, self.basename_field) if name is None and self.basename_field else name
+
+    def get(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        """Answer a GET or HEAD."""
+        overridden = type(self).aget_object is not ObjectDownloadView.aget_object
+        self.object = async_to_sync(self.aget_object)() if overridden else self.get_object()
+        return super().get(request, *args, **kwargs)
+
+    async def aget(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        """Do what `get` does, on the event loop."""
+        if type(self).aget_object is not ObjectDownloadView.aget_object:
+            self.object = await self.aget_object()
+            return await self.arender_to_response()
+        return await sync_to_async(self.get)(request, *args, **kwargs)  # all that may ask the database, in one go
+
+
+class VirtualDownloadView(BaseDownloadView):
+    """A file that `get_file` makes: from memory, or while it is sent."""
+
+    def was_modified_since(self, file_instance: Any, since: str) -> Any:
+        """Return what the file's own method of this name says; without one, True."""
+        try:
+            return file_instance.was_modified_since(since)
+        except (AttributeError, NotImplementedError):
+            return True
+
+
+_OURS = {BaseDownloadView.get, ObjectDownloadView.get}
+
+
+def _adds_functions(cls: type) -> bool:
+    """Return whether a class, or one it derives from, has functions that may block: any that are not known not to."""
+    return any(
+        isinstance(value, FunctionType | property | classmethod | staticmethod) and not iscoroutinefunction(value)
+        for base in cls.__mro__
+        if base is not object and not f"{base.__module__}.".startswith(_OF_DJANGO)
+        for value in vars(base).values()
+    )
+
+
+def _is_to_be_finished(response: Any, request: HttpRequest) -> bool:
+    return isinstance(response, DownloadResponse) and not response.is_finished and not is_deferred(request)
+
+
+def sendfile(
+    request: HttpRequest,
+    filename: str | os.PathLike[str],
+    attachment: bool = False,
+    attachment_filename: str | None = None,
+    mimetype: str | None = None,
+    encoding: str | None = None,
+) -> Any:
+    """Return the response with a file by its path, as django-sendfile does: `await` it where an event loop runs.
+
+    The path is one of the project's own. Raises `Http404` where there is no such file.
+    """
+    return PathDownloadView.as_view(
+        path=filename, attachment=attachment, basename=attachment_filename, mimetype=mimetype, encoding=encoding
+    )(request)

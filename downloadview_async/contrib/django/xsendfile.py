@@ -1,0 +1,101 @@
+"""X-Sendfile, as Apache and lighttpd have it in common: all but how they read a path."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+from urllib.parse import quote, unquote_to_bytes
+
+from django.http import HttpRequest
+
+from downloadview_async.contrib.django.middleware import NoRedirectionMatch, ProxiedDownloadMiddleware
+from downloadview_async.contrib.django.offload import Found
+from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse, content_disposition
+from downloadview_async.offload.backends import XSendfile
+from downloadview_async.offload.base import OffloadBackend
+from downloadview_async.offload.rules import Rule
+
+Encoding = Literal["raw", "percent"]
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class BaseXSendfileResponse(ProxiedDownloadResponse):
+    """Has a proxy send the file at `file_path`, an absolute path as the proxy sees it, as it is on the disk.
+
+    basename: what the client should call it; default: the last segment of the path. attachment: to be saved.
+    headers: further ones.
+
+    Raises `ValueError` for a path that the header cannot name: one with a control character, for Apache also one that
+    ends in a space.
+    """
+
+    encoding: ClassVar[Encoding]
+
+    def __init__(
+        self,
+        file_path: str | os.PathLike[str],
+        content_type: str,
+        basename: str | None = None,
+        attachment: bool = True,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        own = {name: value for name, value in (headers or {}).items() if name.lower() != "content-type"}
+        super().__init__(content_type=content_type, headers=own)
+        path = os.fspath(file_path)
+        if _CONTROL.search(path) or (self.encoding == "raw" and path.endswith(" ")):
+            raise ValueError(f"X-Sendfile cannot name the path {path!r}")
+        self.basename = basename or os.path.basename(path)
+        if attachment:
+            self["Content-Disposition"] = content_disposition(self.basename)
+        # a header value is bytes, which Django carries as latin-1 text
+        self["X-Sendfile"] = quote(os.fsencode(path)) if self.encoding == "percent" else _as_latin1(path)
+
+
+class BaseXSendfileMiddleware(ProxiedDownloadMiddleware):
+    """Has a proxy send the files that its rule covers.
+
+    source_dir, source_url: which files, see `ProxiedDownloadMiddleware`. destination_dir: the directory that has them,
+    as the proxy sees it.
+
+    Raises `ImproperlyConfigured`.
+    """
+
+    destination_option = "destination_dir"
+    response_class: ClassVar[type[BaseXSendfileResponse]]
+
+    def __init__(
+        self,
+        get_response: Callable[[HttpRequest], Any] | None = None,
+        source_dir: str | os.PathLike[str] | None = None,
+        source_url: str | None = None,
+        destination_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(get_response, source_dir, source_url, destination_dir)
+
+    def make_backend(self, rules: list[Rule]) -> OffloadBackend:
+        """Return what matches and encodes for the kind of proxy."""
+        return XSendfile(rules, encoding=self.response_class.encoding)
+
+    def value_of(self, found: Found) -> str:
+        """Return the path that has been found. Raises `NoRedirectionMatch` for a URL that a path alone does not say."""
+        if found.query:
+            raise NoRedirectionMatch(f"the URL of the file has a query: {found.query!r}")
+        raw = found.value.encode("latin-1") if self.response_class.encoding == "raw" else unquote_to_bytes(found.value)
+        return os.fsdecode(raw)
+
+    def get_redirect_url(self, response: Any) -> str:
+        """Return the path at which the proxy finds the file of a response. Raises `NoRedirectionMatch`."""
+        return self.find(response)
+
+    def redirect(self, response: DownloadResponse, redirect_url: str) -> BaseXSendfileResponse:
+        """Return the response that the proxy obeys."""
+        return self.response_class(
+            redirect_url,
+            response["Content-Type"],
+            basename=response.get_basename(),
+            attachment=response.attachment,
+        )
+
+
+def _as_latin1(path: str) -> str:
+    return os.fsencode(path).decode("latin-1")

@@ -1,0 +1,188 @@
+"""System checks: real faults are named with what to write instead, and a project without faults hears nothing."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.conf import settings
+from django.contrib.auth.mixins import LoginRequiredMixin
+from django.core.checks import CheckMessage, run_checks
+from django.core.files.storage import FileSystemStorage
+from django.http import HttpRequest, HttpResponse
+from django.test import override_settings
+from django.urls import include, path, re_path
+from django.utils.decorators import sync_and_async_middleware
+
+from downloadview_async.contrib.django.nginx import x_accel_redirect
+from downloadview_async.contrib.django.views import PathDownloadView, StorageDownloadView
+
+HERE = "tests.contrib.django.test_checks"
+SMART = "downloadview_async.contrib.django.middleware.SmartDownloadMiddleware"
+DISPATCHER = "downloadview_async.contrib.django.middleware.DownloadDispatcherMiddleware"
+OF_STARTPROJECT = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+NGINX = {"source_url": "/media/", "destination_url": "/_media/"}
+APACHE = {"source_url": "/media/", "destination_dir": "/srv/media/"}
+
+
+def old_middleware(get_response: Callable[[HttpRequest], HttpResponse]) -> Callable[[HttpRequest], HttpResponse]:
+    """As many projects have one."""
+    return get_response
+
+
+class OldMiddleware:
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
+        self.get_response = get_response
+
+
+@sync_and_async_middleware
+def new_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
+    return get_response
+
+
+class Urls:
+    """A URLconf of the test's own."""
+
+    def __init__(self, *patterns: Any) -> None:
+        self.urlpatterns = list(patterns)
+
+
+def faults(**changes: Any) -> list[CheckMessage]:
+    with override_settings(**changes):
+        return run_checks(tags=["downloadview"])
+
+
+def test_a_default_project_has_none() -> None:
+    assert faults(MIDDLEWARE=OF_STARTPROJECT) == []
+    assert faults() == []
+
+
+RIGHT: list[dict[str, Any]] = [
+    {"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [NGINX]}},
+    {"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "/media/private/"}]}},
+    {"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "/"}]}},
+    {"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "https://files.example.org/"}]}},
+    {"DOWNLOADVIEW": {"BACKEND": "apache", "LIMIT_RATE": 1, "RULES": [{**NGINX, "backend": "nginx"}]}},
+    {"DOWNLOADVIEW": {"BACKEND": "apache", "RULES": [{"source_dir": settings.MEDIA_ROOT, "destination_dir": "/srv"}]}},
+    {
+        "DOWNLOADVIEW_BACKEND": "django_downloadview.nginx.XAccelRedirectMiddleware",
+        "DOWNLOADVIEW_RULES": [NGINX, {**APACHE, "backend": "django_downloadview.apache.XSendfileMiddleware"}],
+    },
+    {
+        "STORAGES": {
+            "default": {
+                "BACKEND": "django.core.files.storage.FileSystemStorage",
+                "OPTIONS": {"base_url": "/elsewhere/"},
+            },
+        },
+        "DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "/elsewhere/x/"}]},
+    },
+    {
+        "ROOT_URLCONF": Urls(
+            path("a/<path:path>", StorageDownloadView.as_view(storage=FileSystemStorage(base_url="/of-a-view/")))
+        ),
+        "DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "/of-a-view/"}]},
+    },
+    {"MIDDLEWARE": [DISPATCHER]},
+    {"MIDDLEWARE": [SMART, f"{HERE}.new_middleware"], "DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": []}},
+]
+
+
+@pytest.mark.parametrize("changes", RIGHT)
+def test_what_is_right(changes: dict[str, Any]) -> None:
+    assert faults(**{"MIDDLEWARE": [*OF_STARTPROJECT, SMART], **changes}) == []
+
+
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"MIDDLEWARE": [SMART]}, "E001", r"needs settings.DOWNLOADVIEW\['BACKEND'\]"),
+    ({"DOWNLOADVIEW": {"BACKEND": "ngnix"}}, "E001", "'nginx', 'apache', 'lighttpd'.*'ngnix'"),
+    ({"DOWNLOADVIEW": {"BACKEND": "os.curdir"}}, "E001", "nothing that can be called"),
+    ({"DOWNLOADVIEW_BACKEND": "no.such.module"}, "E001", "settings.DOWNLOADVIEW_BACKEND is"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "backend": "x"}]}}, "E001", r"\[0\]\['backend'\]"),
+    ({"MIDDLEWARE": [DISPATCHER], "DOWNLOADVIEW_MIDDLEWARES": [("a", "x.y", {})]}, "E001", r"MIDDLEWARES\[0\]"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx"}}, "E002", r"needs settings.DOWNLOADVIEW\['RULES'\]"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": "/media/"}}, "E002", "list of rules"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [APACHE]}}, "E002", r"\[0\] does not fit.*destination_dir"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [NGINX, {"source_url": "/m/"}]}}, "E002", r"\[1\].*destination"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "destination_url": "/"}]}}, "E002", "internal"),
+    ({"MIDDLEWARE": [DISPATCHER], "DOWNLOADVIEW_MIDDLEWARES": ["x"]}, "E002", "is a tuple"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "/medai/"}]}}, "W003", "'/medai/'"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "/med"}]}}, "W003", "'/med'"),
+    (
+        {"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_dir": "/no/such/directory"}]}},
+        "W003",
+        "'/no/such/directory'",
+    ),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{"destination_url": "/_m/"}]}}, "W003", "neither"),
+    ({"MIDDLEWARE": [f"{HERE}.old_middleware"]}, "W004", f"{HERE}.old_middleware"),
+    ({"MIDDLEWARE": [*OF_STARTPROJECT, f"{HERE}.OldMiddleware"]}, "W004", f"{HERE}.OldMiddleware"),
+]
+
+
+@pytest.mark.parametrize("changes, number, message", WRONG)
+def test_what_is_wrong(changes: dict[str, Any], number: str, message: str) -> None:
+    (fault,) = faults(**changes)
+    assert fault.id == f"downloadview_async.{number}"
+    assert fault.is_serious() is (number.startswith("E"))
+    assert re.search(message, fault.msg)
+    assert fault.hint
+
+
+class Rooted(PathDownloadView):
+    root = "/srv"
+
+
+class Computed(PathDownloadView):
+    def get_path(self) -> str:
+        return "/srv/report.pdf"
+
+
+class Private(LoginRequiredMixin, PathDownloadView):
+    path_url_kwarg = "name"
+
+
+PATHS: list[tuple[Any, str | None]] = [
+    (path("f/<path:path>", PathDownloadView.as_view()), "PathDownloadView at 'f/<path:path>'"),
+    (path("f/<path:name>", Private.as_view()), "Private at 'f/<path:name>'"),
+    (re_path(r"^f/(?P<path>.+)$", PathDownloadView.as_view()), "PathDownloadView"),
+    (path("<path:path>/", include([path("f", PathDownloadView.as_view())])), "'<path:path>/f'"),
+    (
+        path(
+            "f/<path:path>",
+            x_accel_redirect(PathDownloadView.as_view(), source_dir="/srv", destination_url="/_srv/"),
+        ),
+        "PathDownloadView",
+    ),
+    (path("f/<path:path>", PathDownloadView.as_view(path_url_kwarg="path")), "PathDownloadView"),
+    (path("f/<path:path>", PathDownloadView.as_view(root=Path("/srv"))), None),
+    (path("f/<path:path>", PathDownloadView.as_view(path_url_kwarg="other")), None),
+    (path("f/<path:path>", Rooted.as_view()), None),
+    (path("f/<path:path>", Computed.as_view()), None),
+    (path("f/<path:path>", Private.as_view()), None),
+    (path("f/<path:path>", StorageDownloadView.as_view()), None),
+    (path("f", PathDownloadView.as_view(path="/srv/a.txt")), None),
+    (path("f", PathDownloadView.as_view(), {"path": "/srv/a.txt"}), None),
+]
+
+
+@pytest.mark.parametrize("pattern, message", PATHS)
+def test_a_path_from_the_url_needs_a_root(pattern: Any, message: str | None) -> None:
+    found = faults(ROOT_URLCONF=Urls(pattern))
+    assert [fault.id for fault in found] == ([] if message is None else ["downloadview_async.E005"])
+    if message is not None:
+        assert message in found[0].msg
+        assert "root=" in str(found[0].hint)
+
+
+def test_a_urlconf_that_cannot_be_imported_is_not_our_business() -> None:
+    assert faults(ROOT_URLCONF="no.such.module") == []
+    assert faults(MIDDLEWARE=["no.such.Middleware"]) == []
