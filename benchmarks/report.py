@@ -123,6 +123,20 @@ GOALS = [
         1,
     ),
     _at_most("p99 of a 10 KiB request beside the downloads, against nginx", ("p99", "ours"), ("p99", "nginx"), 3, 1.5),
+    _at_most(
+        "CPU per GiB in Django, zero-copy, against the same in Starlette",
+        ("cpu_per_gib", "ours-django"),
+        ("cpu_per_gib", "ours"),
+        1.1,
+        1,
+    ),
+    _at_least(
+        "10 KiB requests/s in Django, against django-downloadview on ASGI",
+        ("rps_10k", "ours-django"),
+        ("rps_10k", "django-downloadview"),
+        5,
+        8,
+    ),
 ]
 
 

@@ -280,6 +280,14 @@ SERVERS = {
             measures=("large",),
         ),
         Server(
+            key="ours-django",
+            title="downloadview_async in Django, zero-copy",
+            commands=_on_its_own(_uvicorn("ours_django:app", *_ZERO_COPY, "--lifespan", "off")),
+            measures=_DJANGO,
+            needs=(*_UVICORN, "django"),
+            ours=True,
+        ),
+        Server(
             key="django",
             title="Django FileResponse, uvicorn",
             commands=_on_its_own(_uvicorn("django_files:app", *_STOCK, "--lifespan", "off")),

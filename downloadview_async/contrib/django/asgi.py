@@ -9,6 +9,7 @@ import asyncio
 import io
 import logging
 from contextlib import suppress
+from functools import partial
 from typing import IO, Any
 
 import django
@@ -31,7 +32,10 @@ from downloadview_async.sources.local import local_of
 
 logger = logging.getLogger("downloadview_async")
 
-_OF_A_THREAD = {close_old_connections, reset_queries}  # and its connections to databases: a new one has none
+# Receivers that have nothing to do after a request without a thread of its own: a new thread has no connections to
+# databases. Caches have none either, as long as nobody has used one.
+_IDLE = {close_caches, close_old_connections, reset_queries, reset_urlconf}
+_receivers: dict[Signal, tuple[list[Any], bool]] = {}
 
 
 def get_asgi_application() -> "DownloadASGIHandler":
@@ -67,20 +71,15 @@ class DownloadASGIHandler(ASGIHandler):
                 return
             answering = asyncio.create_task(self._answer(request, send))
             leaving = asyncio.create_task(self.listen_for_disconnect(receive))
+            leaving.add_done_callback(partial(_leave, answering))
             try:
-                await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in (leaving, answering):
-                    if not task.done():
-                        task.cancel()
-                with suppress(RequestAborted, asyncio.CancelledError):
-                    await leaving
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([answering])
-            if answering.cancelled():  # in the view
+                answered = await answering
+            except asyncio.CancelledError:  # in the view
                 await signals.request_finished.asend(sender=type(self))
             else:
-                await self._close(answering.result(), context)
+                await self._close(answered, context)
+            finally:
+                leaving.cancel()
 
     async def _answer(self, request: ASGIRequest, send: Any) -> HttpResponseBase:
         response = await self.run_get_response(request)
@@ -153,10 +152,17 @@ class DownloadASGIHandler(ASGIHandler):
         response.closed = True
 
 
+def _leave(answering: "asyncio.Task[HttpResponseBase]", leaving: "asyncio.Task[None]") -> None:
+    """Stop answering a client that has left, which `leaving` says by an exception."""
+    if not leaving.cancelled() and leaving.exception() is not None:
+        answering.cancel()
+
+
 def _somebody_listens(signal: Signal) -> bool:
     """Return whether a signal has receivers that have something to do after a request without a thread of its own."""
-    synchronous, asynchronous = signal._live_receivers(DownloadASGIHandler)  # noqa: SLF001
-    idle = _OF_A_THREAD | {reset_urlconf}
-    if not caches.all(initialized_only=True):
-        idle.add(close_caches)
-    return bool(asynchronous) or not idle.issuperset(synchronous)
+    seen, idle = _receivers.get(signal, (None, True))
+    if seen != signal.receivers:
+        synchronous, asynchronous = signal._live_receivers(DownloadASGIHandler)  # noqa: SLF001
+        idle = not asynchronous and _IDLE.issuperset(synchronous)
+        _receivers[signal] = list(signal.receivers), idle
+    return not idle or (signal is signals.request_finished and bool(caches.all(initialized_only=True)))

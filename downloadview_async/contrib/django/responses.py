@@ -86,12 +86,12 @@ class DownloadResponse(StreamingHttpResponse):
         self._resources = AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._default_headers: dict[str, str] | None = None
-        if content_type is None and "content-type" not in map(str.lower, headers or ()):
-            content_type = self.get_content_type()
-        super().__init__((), status=status, content_type=content_type, headers=headers)
+        given = {header.lower() for header in headers or ()}
+        made = {header: value for header, value in self.default_headers.items() if header.lower() not in given}
+        if content_type is not None:
+            made["Content-Type"] = content_type
+        super().__init__((), status=status, headers={**made, **(headers or {})})
         self.is_replaced = False
-        for header, value in self.default_headers.items():
-            self.headers.setdefault(header, value)
 
     @property
     def default_headers(self) -> dict[str, str]:
@@ -202,7 +202,8 @@ class DownloadResponse(StreamingHttpResponse):
         for header in [header for header in self.headers if header.lower() not in plan.headers]:
             del self[header]
         for header, value in plan.headers.items():
-            self[_spelled(header)] = value
+            if self.headers.get(header) != value:
+                self.headers[_spelled(header)] = value
         self.status_code = plan.status
         self.plan = plan
         self.is_finished = True
@@ -315,6 +316,7 @@ class _Content:
         return self._response.chunks()
 
 
+@lru_cache(maxsize=1024)
 def content_disposition(filename: str, attachment: bool = True) -> str:
     """Return the value of Content-Disposition.
 
