@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
-from asgiref.sync import iscoroutinefunction, sync_to_async
+from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
@@ -28,7 +28,7 @@ from downloadview_async.http.disposition import client_filename
 from downloadview_async.http.disposition import content_disposition as disposition_of
 from downloadview_async.http.metadata import ETag
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
-from downloadview_async.http.request import GET, HEAD, DownloadRequest
+from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
 from downloadview_async.sources.base import OpenFile
 from downloadview_async.sources.local import local_of, open_at_once
@@ -135,8 +135,6 @@ class DownloadResponse(StreamingHttpResponse):
     def finish(self, request: HttpRequest) -> HttpResponseBase:
         """Do what `afinish` does, for code that blocks."""
         if isinstance(request, ASGIRequest):
-            from asgiref.sync import async_to_sync
-
             return async_to_sync(self.afinish)(request)
         return run_in_background(self.afinish(request))
 
@@ -167,7 +165,9 @@ class DownloadResponse(StreamingHttpResponse):
         scope: Mapping[str, Any] = getattr(request, "scope", None) or {}
         readable = request.method in ("GET", "HEAD")
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        offload = backend.headers_for(file) if backend is not None and readable and self.status_code == 200 else None
+        offload = None
+        if backend is not None and readable and self.status_code == 200 and not self.has_header("Content-Encoding"):
+            offload = backend.headers_for(file)
         self._wanted = _download_request(request, scope) if readable else GET
         wanted = self._wanted if offload is None else HEAD
         self._loop = asyncio.get_running_loop()
@@ -245,10 +245,12 @@ class DownloadResponse(StreamingHttpResponse):
     def _close_file(self) -> None:
         if self.opened is None:
             return
-        loop, resources = self._loop, self._resources.pop_all()
+        loop, resources, local = self._loop, self._resources.pop_all(), local_of(self.opened)
         self.opened = None
         if loop is not None and loop.is_running():
             loop.call_soon_threadsafe(lambda: loop.create_task(resources.aclose()))
+        elif local is not None:
+            local.close()
 
     # What a response streams
 
@@ -351,22 +353,17 @@ def is_deferred(request: HttpRequest) -> bool:
     return bool(getattr(request, _DEFERRED, 0) > 0)
 
 
-_FIELDS = (
-    "if-match",
-    "if-none-match",
-    "if-modified-since",
-    "if-unmodified-since",
-    "if-range",
-    "range",
-    "accept-encoding",
-)
-_META = [(f"HTTP_{field.upper().replace('-', '_')}", field.encode()) for field in _FIELDS]
+_META = [(f"HTTP_{field.decode().upper().replace('-', '_')}", field) for field in sorted(FIELDS)]
 
 
 def _download_request(request: HttpRequest, scope: Mapping[str, Any]) -> DownloadRequest:
     headers = scope.get("headers")
     if headers is None:
-        headers = [(field, str(request.META[name]).encode("latin-1")) for name, field in _META if name in request.META]
+        headers = [
+            (field, str(request.META[name]).encode("latin-1", "replace"))
+            for name, field in _META
+            if name in request.META
+        ]
     return DownloadRequest.from_headers(str(request.method), headers)
 
 

@@ -204,8 +204,8 @@ class XAccelRedirectValidator(_Validator):
         _check_header(test_case, response, "X-Accel-Expires", _or_off(value))
 
     def assert_limit_rate(self, test_case: TestCase, response: HttpResponseBase, value: int | str | None) -> None:
-        """Check X-Accel-Limit-Rate, in bytes per second; False: it is "off"; None: it is not set."""
-        _check_header(test_case, response, "X-Accel-Limit-Rate", _or_off(value))
+        """Check X-Accel-Limit-Rate, in bytes per second; False: no limit, which is 0; None: it is not set."""
+        _check_header(test_case, response, "X-Accel-Limit-Rate", None if value is None else str(value or 0))
 
 
 def assert_x_accel_redirect(test_case: TestCase, response: HttpResponseBase, **assertions: Any) -> None:

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 else:
     _SingleObjectMixin = SingleObjectMixin
 
-_OF_DJANGO = ("django.views.generic.", "downloadview_async.contrib.django.")
+_OURS = "downloadview_async.contrib.django."
+_OF_DJANGO = ("django.views.generic.", _OURS)
+_STRONGER = frozenset({"if-match", "if-none-match", "if-unmodified-since"})  # than If-Modified-Since [RFC 9110 13.2.2]
 
 
 class DownloadMixin:
@@ -91,7 +93,7 @@ class DownloadMixin:
             pass
         try:
             modified = calendar.timegm(file_instance.modified_time.utctimetuple())
-        except (AttributeError, NotImplementedError):
+        except (AttributeError, NotImplementedError, OSError):
             return True
         return was_modified_since(since, modified)
 
@@ -120,8 +122,8 @@ class DownloadMixin:
     def render_to_response(self, *args: Any, **kwargs: Any) -> Any:
         """Return the response to a GET or HEAD, by the methods above.
 
-        All conditions and ranges are evaluated when the response is finished. If-Modified-Since alone is asked of
-        `was_modified_since` too, for views that override it.
+        All conditions and ranges are evaluated when the response is finished. A view or a file that has its own
+        `was_modified_since`, and a view with its own `not_modified_response`, come first.
         """
         try:
             self.file_instance = self.get_file()
@@ -130,11 +132,19 @@ class DownloadMixin:
         since = self.request.headers.get("if-modified-since")
         if (
             since is not None
-            and "if-none-match" not in self.request.headers
+            and _STRONGER.isdisjoint(header.lower() for header in self.request.headers)
+            and self._decides_itself()
             and not self.was_modified_since(self.file_instance, since)
         ):
             return self.not_modified_response(**kwargs)
         return self.download_response(*args, **kwargs)
+
+    def _decides_itself(self) -> bool:
+        """Return whether somebody has overridden what is a 304: else, it is decided with the other conditions."""
+        hooks = (self.was_modified_since, self.not_modified_response)
+        return hasattr(self.file_instance, "was_modified_since") or any(
+            not getattr(hook, "__module__", "").startswith(_OURS) for hook in hooks
+        )
 
     async def arender_to_response(self) -> Any:
         """Do what `render_to_response` does, on the event loop."""
@@ -193,7 +203,7 @@ class BaseDownloadView(DownloadMixin, View):
 
     async def adispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
         """Do what `dispatch` does, on the event loop."""
-        if request.method in ("GET", "HEAD") and type(self).get in _OURS:
+        if request.method in ("GET", "HEAD") and type(self).get in _GETS:
             return await self.aget(request, *args, **kwargs)
         response = self.dispatch(request, *args, **kwargs)
         return await response if hasattr(response, "__await__") else response
@@ -356,7 +366,7 @@ class VirtualDownloadView(BaseDownloadView):
             return True
 
 
-_OURS = {BaseDownloadView.get, ObjectDownloadView.get}
+_GETS = {BaseDownloadView.get, ObjectDownloadView.get}
 
 
 def _adds_functions(cls: type) -> bool:

@@ -247,7 +247,7 @@ PASSING_OFFLOADS: dict[str, tuple[Callable[..., None], Any, dict[str, Any]]] = {
     ),
     "nginx, off": (
         assert_x_accel_redirect,
-        offloaded(**ACCEL, X_Accel_Buffering="no", X_Accel_Expires="off", X_Accel_Limit_Rate="off"),
+        offloaded(**ACCEL, X_Accel_Buffering="no", X_Accel_Expires="off", X_Accel_Limit_Rate="0"),
         {"with_buffering": False, "expires": False, "limit_rate": False},
     ),
     "Apache": (assert_x_sendfile, offloaded(**SENDFILE), {"file_path": "/srv/a b.txt", "basename": "hello.txt"}),
@@ -317,7 +317,7 @@ FAILING_OFFLOADS: dict[str, tuple[Callable[..., None], Any, dict[str, Any], str]
         assert_x_accel_redirect,
         offloaded(**ACCEL, X_Accel_Limit_Rate="60"),
         {"limit_rate": False},
-        "X-Accel-Limit-Rate: expected 'off', found '60'",
+        "X-Accel-Limit-Rate: expected '0', found '60'",
     ),
     "another name": (assert_x_sendfile, offloaded(**SENDFILE), {"basename": "b"}, "expected 'b', found 'hello.txt'"),
     "another path": (

@@ -41,7 +41,7 @@ class XAccelRedirectResponse(ProxiedDownloadResponse):
 
     basename: what the client should call it; default: the last segment of the URI. attachment: to be saved. expires:
     see `Expires`; a time without a zone is in the project's. with_buffering: whether nginx buffers; limit_rate: bytes
-    per second, 0 or False: "off". None leaves each of them to nginx's configuration. headers: further ones.
+    per second, 0 or False: no limit. None leaves each of them to nginx's configuration. headers: further ones.
 
     Raises `ValueError` for an option that nginx would not take.
     """
@@ -88,7 +88,7 @@ def _expires(expires: datetime | float) -> str:
 
 def _limit_rate(limit_rate: int) -> str:
     if not limit_rate:
-        return "off"
+        return "0"  # nginx does not know "off"
     if isinstance(limit_rate, bool) or not isinstance(limit_rate, int) or limit_rate < 0:
         raise ValueError(f"limit_rate is a number of bytes per second, or False, not {limit_rate!r}")
     return str(limit_rate)
