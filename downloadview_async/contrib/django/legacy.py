@@ -1,21 +1,37 @@
 """django-downloadview's own modules below this package, for projects that change the name of the package alone."""
 
 import sys
+from types import ModuleType, SimpleNamespace
 
-from downloadview_async.contrib.django import files, middleware, responses, storage, testing, views
+from downloadview_async.contrib.django import (
+    apache,
+    files,
+    lighttpd,
+    middleware,
+    nginx,
+    responses,
+    storage,
+    testing,
+    views,
+)
 
 _PACKAGE = "downloadview_async.contrib.django"
-_MODULES = {
-    "api": views,
-    "decorators": storage,
+_MODULES: dict[str, ModuleType | SimpleNamespace] = {
+    "api": sys.modules[_PACKAGE],
+    "decorators": SimpleNamespace(**vars(storage), DownloadDecorator=middleware.DownloadDecorator),
     "exceptions": files,
     "io": files,
     "middlewares": middleware,
     "response": responses,
     "shortcuts": views,
     "test": testing,
+    **{
+        f"{proxy}.{name}": module
+        for proxy, module in (("nginx", nginx), ("apache", apache), ("lighttpd", lighttpd))
+        for name in ("decorators", "middlewares", "response", "tests")
+    },
     **{f"views.{name}": views for name in ("base", "http", "object", "path", "storage", "virtual")},
 }
 
 for _name, _module in _MODULES.items():
-    sys.modules.setdefault(f"{_PACKAGE}.{_name}", _module)
+    sys.modules.setdefault(f"{_PACKAGE}.{_name}", _module)  # type: ignore[arg-type]

@@ -252,6 +252,12 @@ class DownloadResponse(StreamingHttpResponse):
         elif local is not None:
             local.close()
 
+    def has_header(self, header: str) -> bool:
+        """Return whether the response has a header. A part of a file counts as encoded: nobody may compress it."""
+        return super().has_header(header) or (self.status_code == 206 and header.lower() == "content-encoding")
+
+    __contains__ = has_header
+
     # What a response streams
 
     @property
@@ -359,11 +365,8 @@ _META = [(f"HTTP_{field.decode().upper().replace('-', '_')}", field) for field i
 def _download_request(request: HttpRequest, scope: Mapping[str, Any]) -> DownloadRequest:
     headers = scope.get("headers")
     if headers is None:
-        headers = [
-            (field, str(request.META[name]).encode("latin-1", "replace"))
-            for name, field in _META
-            if name in request.META
-        ]
+        found = ((field, request.META.get(name)) for name, field in _META)
+        headers = [(field, str(value).encode("latin-1", "replace")) for field, value in found if value is not None]
     return DownloadRequest.from_headers(str(request.method), headers)
 
 

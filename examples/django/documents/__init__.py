@@ -1,0 +1,1 @@
+"""The application: documents that belong to somebody."""

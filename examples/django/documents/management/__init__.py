@@ -1,0 +1,1 @@
+"""What `manage.py` knows because of this application."""
