@@ -330,6 +330,8 @@ class DownloadProtocol(HttpToolsProtocol):
         lent: LentFile = message["descriptor"]
         file = lent.take()
         try:
+            if cycle.disconnected:
+                return
             if not cycle.response_started:
                 raise RuntimeError("a path send before the start of its response")
             offset = message.get("offset", 0)

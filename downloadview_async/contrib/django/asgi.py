@@ -22,7 +22,7 @@ from django.core.handlers.base import reset_urlconf
 from django.core.handlers.exception import response_for_exception
 from django.db import close_old_connections, reset_queries
 from django.dispatch import Signal
-from django.http import Http404, HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
@@ -76,6 +76,8 @@ class DownloadASGIHandler(ASGIHandler):
                 answered = await answering
             except asyncio.CancelledError:  # in the view
                 await signals.request_finished.asend(sender=type(self))
+                if not leaving.done():
+                    raise  # not by the client: by who has called us
             else:
                 await self._close(answered, context)
             finally:
@@ -105,7 +107,7 @@ class DownloadASGIHandler(ASGIHandler):
         if isinstance(response, DownloadResponse) and not response.is_finished:
             try:
                 response = await response.afinish(request)
-            except Http404 as exc:
+            except Exception as exc:
                 response = await sync_to_async(response_for_exception)(request, exc)
             vars(response)["_handler_class"] = type(self)  # as Django does
         return response

@@ -2,10 +2,13 @@
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
+
+from downloadview_async.contrib.django.calling import has_running_loop
 
 T = TypeVar("T")
 
@@ -19,8 +22,15 @@ def background_loop() -> asyncio.AbstractEventLoop:
         loop = _loops.get(os.getpid())
         if loop is None:
             loop = _loops[os.getpid()] = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="downloadview-async", daemon=True).start()
+            # a task, not run_forever: anyio keeps its worker threads as long as the loop's first task runs
+            threading.Thread(
+                target=loop.run_until_complete, args=(_never_ends(),), name="downloadview-async", daemon=True
+            ).start()
         return loop
+
+
+async def _never_ends() -> None:
+    await asyncio.Event().wait()
 
 
 def run_in_background(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -40,5 +50,9 @@ def iterate_in_background(chunks: AsyncIterator[bytes]) -> Iterator[bytes]:
         while (chunk := run_in_background(following())) is not None:
             yield chunk
     finally:
-        if (close := getattr(chunks, "aclose", None)) is not None:
-            run_in_background(close())
+        # Whoever collects garbage may be the one who ends this: the loop's own thread, which must not wait for itself,
+        # or the interpreter at its end, when that thread does not run any more.
+        if (close := getattr(chunks, "aclose", None)) is not None and not sys.is_finalizing():
+            closing = asyncio.run_coroutine_threadsafe(close(), background_loop())
+            if not has_running_loop():
+                closing.result()

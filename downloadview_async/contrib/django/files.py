@@ -426,8 +426,15 @@ class _OpenedElsewhere:
 
     def __init__(self, file: Any, name: str) -> None:
         self.name = os.path.basename(name)
-        self.location = name if os.path.isabs(name) else None
         self._file = file
+        self.location = name if self._is_at(name) else None
+
+    def _is_at(self, path: str) -> bool:
+        """Return whether the very file that is open is at the path, and so what a proxy would send."""
+        try:
+            return os.path.isabs(path) and os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))
+        except (OSError, ValueError):
+            return False
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
@@ -489,21 +496,26 @@ def _stored_file(storage: Any, name: str) -> AsyncFile:
             return LocalFile(storage.path(name))
         except (SuspiciousOperation, ValueError) as exc:
             raise FileMissing(str(exc)) from exc
-    return AsyncStorageFile(_sync_storage(storage), name)
+    try:
+        kept = _sync_storage(storage)
+    except TypeError:  # it cannot be hashed
+        kept = SyncStorage(_Storage(storage))
+    return AsyncStorageFile(kept, name)
 
 
 def file_beneath(root: str | os.PathLike[str], name: str, *, symlinks: Symlinks = "inside") -> AsyncFile:
     """Return a file beneath a directory. Raises `FileMissing` without the directory, and for what no file is called.
 
-    The directory stays open for the next time, until it is deleted.
+    The directory stays open for the next time, as long as its path leads to it: a deployment may have put another one
+    there.
     """
     checked_segments(name)
     try:
         source = _directory(os.fspath(root), symlinks)
-        if not os.fstat(source.root.descriptor).st_nlink:
+        if not os.path.samestat(os.fstat(source.root.descriptor), os.stat(root)):
             _directory.cache_clear()
             source = _directory(os.fspath(root), symlinks)
-    except ConfigurationError as exc:
+    except (ConfigurationError, OSError) as exc:
         raise FileMissing(str(exc)) from exc
     return source.file(name)
 

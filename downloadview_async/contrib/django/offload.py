@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
+from django.core.files.storage import FileSystemStorage
 from django.http.response import HttpResponseBase
 
 from downloadview_async.contrib.django.background import run_in_background
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of
-from downloadview_async.contrib.django.responses import DownloadResponse
+from downloadview_async.contrib.django.responses import DownloadResponse, take_marks
 from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import Presentation, describe
@@ -91,7 +93,8 @@ class Rules:
         if self._by_path is not None:
             if self._path_is_relative:
                 own = getattr(file, "name", None)
-                location = _rooted(own) if isinstance(own, str) and own and not os.path.isabs(own) else None
+                is_stored = hasattr(file, "storage") and isinstance(own, str) and own and not os.path.isabs(own)
+                location = _rooted(str(own)) if is_stored else None
             else:
                 location = _path_of(file, name)
             if location is not None and (value := _value(self._by_path, location)) is not None:
@@ -117,11 +120,22 @@ def _rooted(directory: str) -> str:
 
 def url_of(file: Any) -> str | None:
     """Return the URL of a file of Django's, or None: it has none."""
+    if _borrows_its_url(getattr(file, "storage", None)):
+        return None
     try:
         url = file.url
     except (AttributeError, ValueError, NotImplementedError, SuspiciousOperation):
         return None
     return str(url) if url else None
+
+
+def _borrows_its_url(storage: Any) -> bool:
+    """Return whether a storage is of another directory than MEDIA_ROOT, and has its URLs from MEDIA_URL alone."""
+    return (
+        isinstance(storage, FileSystemStorage)
+        and getattr(storage, "_base_url", "") is None  # `base_url` is MEDIA_URL then
+        and storage.location != os.path.abspath(settings.MEDIA_ROOT)
+    )
 
 
 def _location_of(parts: SplitResult) -> str | None:
@@ -202,5 +216,6 @@ def dress(offloaded: HttpResponseBase, response: DownloadResponse, metadata: Fil
     for name, spelled in _MADE_HERE.items():
         if name in described:
             offloaded[spelled] = described[name]
+    take_marks(offloaded, response)
     offloaded.cookies = response.cookies
     offloaded._resource_closers = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001

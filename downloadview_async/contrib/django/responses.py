@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
-from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
+from asgiref.sync import SyncToAsync, async_to_sync, iscoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
@@ -24,7 +24,8 @@ from downloadview_async.contrib.django.calling import has_running_loop
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of
 from downloadview_async.errors import FileError
 from downloadview_async.http.content_types import content_type_for, with_charset
-from downloadview_async.http.disposition import client_filename
+from downloadview_async.http.dates import parse_http_date
+from downloadview_async.http.disposition import MAX_BYTES, client_filename, is_device_name
 from downloadview_async.http.disposition import content_disposition as disposition_of
 from downloadview_async.http.metadata import ETag
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
@@ -58,6 +59,10 @@ class DownloadResponse(StreamingHttpResponse):
     file and without its length.
     """
 
+    opened: OpenFile | None = None  # also where a constructor has raised
+    ignores_modified_since = False
+    """Whether somebody has evaluated If-Modified-Since already."""
+
     file_not_found_response: Callable[[], HttpResponseBase] | None = None
     """What answers where the file turns out to be missing, if that is no plain 404. It may raise `Http404`."""
 
@@ -72,6 +77,8 @@ class DownloadResponse(StreamingHttpResponse):
         file_encoding: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if status < 200 or status in (204, 205, 304):
+            raise ValueError(f"a response with the status {status} has no body to send a file in")
         self.file = file_instance
         self.attachment = attachment
         self.basename = basename
@@ -81,7 +88,6 @@ class DownloadResponse(StreamingHttpResponse):
         self.is_replaced = False
         self.request: HttpRequest | None = None
         self.plan: Plan | None = None
-        self.opened: OpenFile | None = None
         self._wanted = GET
         self._resources = AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -157,6 +163,7 @@ class DownloadResponse(StreamingHttpResponse):
         for header, value in self.items():
             not_modified[header] = value
         not_modified.cookies = self.cookies
+        take_marks(not_modified, self)
         await self.release()
         return not_modified
 
@@ -169,6 +176,8 @@ class DownloadResponse(StreamingHttpResponse):
         if backend is not None and readable and self.status_code == 200 and not self.has_header("Content-Encoding"):
             offload = backend.headers_for(file)
         self._wanted = _download_request(request, scope) if readable else GET
+        if self.ignores_modified_since:
+            self._wanted = replace(self._wanted, if_modified_since=None)
         wanted = self._wanted if offload is None else HEAD
         self._loop = asyncio.get_running_loop()
         if (opened := open_at_once(file, wanted)) is not None and (local := local_of(opened)) is not None:
@@ -179,6 +188,8 @@ class DownloadResponse(StreamingHttpResponse):
         metadata, own = opened.metadata, self._own_headers()
         if (etag := ETag.parse(own.pop("etag", ""))) is not None:
             metadata = replace(metadata, etag=etag)
+        if (date := parse_http_date(own.pop("last-modified", ""))) is not None:
+            metadata = replace(metadata, last_modified=date)
         for header in _OF_THE_FRAMING | OFFLOAD_HEADERS:
             own.pop(header, None)
         # What is known by the name alone gives way to what the file itself says.
@@ -234,6 +245,12 @@ class DownloadResponse(StreamingHttpResponse):
         await self._resources.aclose()
         self.opened = None
 
+    def has_header(self, header: str) -> bool:
+        """Return whether there is such a header. A part of a file counts as encoded: no middleware may encode it."""
+        return super().has_header(header) or (self.status_code == 206 and header.lower() == "content-encoding")
+
+    __contains__ = has_header
+
     def close(self) -> None:
         """Close the file, from any thread: Django closes responses in one of its own."""
         self._close_file()
@@ -252,12 +269,6 @@ class DownloadResponse(StreamingHttpResponse):
         elif local is not None:
             local.close()
 
-    def has_header(self, header: str) -> bool:
-        """Return whether the response has a header. A part of a file counts as encoded: nobody may compress it."""
-        return super().has_header(header) or (self.status_code == 206 and header.lower() == "content-encoding")
-
-    __contains__ = has_header
-
     # What a response streams
 
     @property
@@ -267,7 +278,8 @@ class DownloadResponse(StreamingHttpResponse):
             return self._replacement_is_async
         if self.request is not None:
             return isinstance(self.request, ASGIRequest)
-        return has_running_loop()
+        # asgiref says so in the threads of a request, too, in which Django runs middlewares for WSGI
+        return has_running_loop() or SyncToAsync.thread_sensitive_context.get(None) is not None
 
     @is_async.setter
     def is_async(self, value: bool) -> None:
@@ -336,10 +348,19 @@ def content_disposition(filename: str, attachment: bool = True) -> str:
     fallback = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
     fallback = re.sub(r"\s", "_", fallback).replace("/", "_").replace("\\", "\\\\").replace('"', '\\"')
     ours = disposition_of(filename, attachment=attachment)
-    if not fallback or f'filename="{fallback}"' in ours:
+    is_safe = fallback.strip(". ") and len(fallback) <= MAX_BYTES and not is_device_name(fallback)
+    if not is_safe or f'filename="{fallback}"' in ours:
         return ours
     exact = quote(client_filename(filename), safe="!#$&+-.^_`|~")
     return f"{kind}; filename=\"{fallback}\"; filename*=UTF-8''{exact}"
+
+
+def take_marks(response: HttpResponseBase, original: "DownloadResponse") -> None:
+    """Give a response what decorators have said of the one that it replaces, such as `xframe_options_exempt`."""
+    marks = {
+        name: value for name, value in vars(original).items() if name.endswith("_exempt") or name.startswith("_csp_")
+    }
+    vars(response).update(marks)
 
 
 def defer(request: HttpRequest) -> None:

@@ -9,7 +9,6 @@ import calendar
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import update_wrapper
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
@@ -82,7 +81,7 @@ class DownloadMixin:
         """Return the encoding."""
         return self.encoding
 
-    def was_modified_since(self, file_instance: Any, since: str) -> Any:
+    def was_modified_since(self, file_instance: Any, since: Any) -> Any:
         """Return whether the file was modified since the value of If-Modified-Since.
 
         The file's own method of this name says, else its `modified_time`; without both, True: it is sent.
@@ -130,14 +129,17 @@ class DownloadMixin:
         except FileNotFound:
             return self.file_not_found_response()
         since = self.request.headers.get("if-modified-since")
-        if (
+        decides = (
             since is not None
             and _STRONGER.isdisjoint(header.lower() for header in self.request.headers)
             and self._decides_itself()
-            and not self.was_modified_since(self.file_instance, since)
-        ):
+        )
+        if decides and not self.was_modified_since(self.file_instance, since):
             return self.not_modified_response(**kwargs)
-        return self.download_response(*args, **kwargs)
+        response = self.download_response(*args, **kwargs)
+        if decides and isinstance(response, DownloadResponse):
+            response.ignores_modified_since = True
+        return response
 
     def _decides_itself(self) -> bool:
         """Return whether somebody has overridden what is a 304: else, it is decided with the other conditions."""
@@ -146,7 +148,7 @@ class DownloadMixin:
             not getattr(hook, "__module__", "").startswith(_OURS) for hook in hooks
         )
 
-    async def arender_to_response(self) -> Any:
+    async def _arender_to_response(self) -> Any:
         """Do what `render_to_response` does, on the event loop."""
         try:
             self.file_instance = await self.aget_file()
@@ -174,6 +176,8 @@ class BaseDownloadView(DownloadMixin, View):
 
         def in_thread(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
             response: Any = blocking_view(request, *args, **kwargs)
+            if hasattr(response, "__await__"):  # from an `async def get`
+                response = async_to_sync(_awaited)(response)
             return response.finish(request) if _is_to_be_finished(response, request) else response
 
         async def on_loop(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +189,7 @@ class BaseDownloadView(DownloadMixin, View):
             else:
                 self = cls(**initkwargs)
                 self.setup(request, *args, **kwargs)
-                response = self.adispatch(request, *args, **kwargs)
+                response = self._adispatch(request, *args, **kwargs)
             if hasattr(response, "__await__"):
                 response = await response
             return await response.afinish(request) if _is_to_be_finished(response, request) else response
@@ -197,14 +201,17 @@ class BaseDownloadView(DownloadMixin, View):
         """Answer a GET or HEAD."""
         return self.render_to_response()
 
-    async def aget(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+    async def _aget(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
         """Do what `get` does, on the event loop."""
-        return await self.arender_to_response()
+        return await self._arender_to_response()
 
-    async def adispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-        """Do what `dispatch` does, on the event loop."""
-        if request.method in ("GET", "HEAD") and type(self).get in _GETS:
-            return await self.aget(request, *args, **kwargs)
+    async def _adispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        method = str(request.method).lower()
+        is_allowed = method in self.http_method_names
+        if is_allowed and method in ("get", "head") and type(self).get in _GETS:
+            return await self._aget(request, *args, **kwargs)
+        if is_allowed and not iscoroutinefunction(getattr(self, method, None)):
+            return await sync_to_async(self.dispatch)(request, *args, **kwargs)  # it may be one of Django's
         response = self.dispatch(request, *args, **kwargs)
         return await response if hasattr(response, "__await__") else response
 
@@ -347,23 +354,27 @@ class ObjectDownloadView(_SingleObjectMixin, BaseDownloadView):
         self.object = async_to_sync(self.aget_object)() if overridden else self.get_object()
         return super().get(request, *args, **kwargs)
 
-    async def aget(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+    async def _aget(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
         """Do what `get` does, on the event loop."""
         if type(self).aget_object is not ObjectDownloadView.aget_object:
             self.object = await self.aget_object()
-            return await self.arender_to_response()
+            return await self._arender_to_response()
         return await sync_to_async(self.get)(request, *args, **kwargs)  # all that may ask the database, in one go
 
 
 class VirtualDownloadView(BaseDownloadView):
     """A file that `get_file` makes: from memory, or while it is sent."""
 
-    def was_modified_since(self, file_instance: Any, since: str) -> Any:
+    def was_modified_since(self, file_instance: Any, since: Any) -> Any:
         """Return what the file's own method of this name says; without one, True."""
         try:
             return file_instance.was_modified_since(since)
         except (AttributeError, NotImplementedError):
             return True
+
+
+async def _awaited(response: Any) -> Any:
+    return await response
 
 
 _GETS = {BaseDownloadView.get, ObjectDownloadView.get}
@@ -372,10 +383,13 @@ _GETS = {BaseDownloadView.get, ObjectDownloadView.get}
 def _adds_functions(cls: type) -> bool:
     """Return whether a class, or one it derives from, has functions that may block: any that are not known not to."""
     return any(
-        isinstance(value, FunctionType | property | classmethod | staticmethod) and not iscoroutinefunction(value)
+        name not in ("__dict__", "__weakref__")
+        and (callable(value) or hasattr(value, "__get__"))
+        and not isinstance(value, type)
+        and not iscoroutinefunction(value)
         for base in cls.__mro__
         if base is not object and not f"{base.__module__}.".startswith(_OF_DJANGO)
-        for value in vars(base).values()
+        for name, value in vars(base).items()
     )
 
 
