@@ -20,6 +20,7 @@ INSTALLED_APPS = [
     "django.contrib.contenttypes",
     "django.contrib.auth",
     "downloadview_async.contrib.django",
+    "tests.contrib.django.documents",
 ]
 MIDDLEWARE: list[str] = []
 MEDIA_ROOT = os.path.join(BASE_DIR, "media")

@@ -1,0 +1,98 @@
+"""The project as real servers serve it: by our handler, by Django's own, and as a WSGI application.
+
+SERVED_ROOT: the directory of the files. SERVED_PORT: where this is served, for the remote kind. SERVED_DATABASE: the
+file of the database. TABLE_SMALL: how long a file is that goes in one message.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from starlette.types import ASGIApp
+
+KINDS = [
+    "path",
+    "blocking",
+    "function",
+    "blocking-function",
+    "object",
+    "async-object",
+    "storage",
+    "memory",
+    "custom",
+    "remote",
+    "fileobject",
+    "generated",
+]
+
+
+def _set_up() -> None:
+    """Set Django up for the environment, and fill the database."""
+    import django
+
+    from downloadview_async.asgi import transfer
+    from tests.contrib.django import project
+
+    if "TABLE_SMALL" in os.environ:
+        vars(transfer)["SMALL"] = int(os.environ["TABLE_SMALL"])
+    project.ROOT_URLCONF = "tests.contrib.django.documents.urls"
+    project.MEDIA_ROOT = os.environ["SERVED_ROOT"]
+    project.DATABASES["default"]["NAME"] = os.environ["SERVED_DATABASE"]
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.contrib.django.project"
+    django.setup()
+
+    with ThreadPoolExecutor() as thread:  # uvicorn calls us where its event loop runs
+        thread.submit(_fill_the_database).result()
+
+
+def _fill_the_database() -> None:
+    from django.core.management import call_command
+    from django.db import connections
+
+    from tests.contrib.django.documents.models import Document
+
+    call_command("migrate", run_syncdb=True, verbosity=0)
+    for name in os.listdir(os.environ["SERVED_ROOT"]):
+        Document.objects.get_or_create(name=name, defaults={"file": name})
+    connections.close_all()
+
+
+def ours() -> ASGIApp:
+    """Return the project as our handler serves it."""
+    _set_up()
+    from downloadview_async.contrib.django import get_asgi_application
+    from tests.asgi.table_app import Watch
+
+    return Watch(get_asgi_application())
+
+
+def offloaded() -> ASGIApp:
+    """Return the project within the middleware that has nginx send the files."""
+    import downloadview_async as dv
+
+    return dv.OffloadMiddleware(ours(), dv.XAccelRedirect([dv.Rule(os.environ["SERVED_ROOT"], "/internal/")]))
+
+
+def stock() -> ASGIApp:
+    """Return the project as Django's own handler serves it."""
+    _set_up()
+    from django.core.asgi import get_asgi_application
+
+    from tests.asgi.table_app import Watch
+
+    application: Any = get_asgi_application()
+    return Watch(application)
+
+
+def wsgi() -> Any:
+    """Return the project as Django's handler for WSGI serves it."""
+    _set_up()
+    from django.core.wsgi import get_wsgi_application
+
+    return get_wsgi_application()
+
+
+if __name__ == "__main__":
+    from wsgiref.simple_server import make_server
+
+    make_server("127.0.0.1", int(os.environ["SERVED_PORT"]), wsgi()).serve_forever()

@@ -1,0 +1,144 @@
+"""What other middlewares do to a download: one that is replaced holds nothing, one that is compressed is right."""
+
+import asyncio
+import gzip
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.asgi import get_asgi_application as get_plain_application
+from django.http import HttpRequest, HttpResponse, HttpResponseForbidden
+from django.test import override_settings
+from django.urls import path
+
+from downloadview_async.contrib.django import PathDownloadView, get_asgi_application
+from tests.live import ask, live
+
+TEXT = b"All work and no play. " * 20_000
+HANDLERS = {"ours": get_asgi_application, "stock": get_plain_application}
+each_handler = pytest.mark.parametrize("handler", HANDLERS.values(), ids=HANDLERS)
+CONDITIONAL = "django.middleware.http.ConditionalGetMiddleware"
+GZIP = "django.middleware.gzip.GZipMiddleware"
+pytestmark = pytest.mark.asyncio
+
+
+class Blocking(PathDownloadView):
+    """A view that is called in a thread."""
+
+    def get_path(self) -> Any:
+        """Return the path beneath the root."""
+        return super().get_path()
+
+
+class Urls:
+    """The files of a directory, by a view of each kind."""
+
+    def __init__(self, root: Path) -> None:
+        views = {"async": PathDownloadView, "blocking": Blocking}
+        self.urlpatterns = [path(f"{name}/<path:path>", view.as_view(root=root)) for name, view in views.items()]
+
+
+def refusing(get_response: Callable[[HttpRequest], HttpResponse]) -> Callable[[HttpRequest], HttpResponse]:
+    """Refuse after the view has answered."""
+
+    def middleware(request: HttpRequest) -> HttpResponse:
+        response = get_response(request)
+        return HttpResponseForbidden(b"no") if "refuse" in request.headers else response
+
+    return middleware
+
+
+def arefusing(get_response: Any) -> Any:
+    """Refuse after the view has answered, without a thread."""
+
+    async def middleware(request: HttpRequest) -> Any:
+        response = await get_response(request)
+        return HttpResponseForbidden(b"no") if "refuse" in request.headers else response
+
+    return middleware
+
+
+arefusing.sync_capable, arefusing.async_capable = False, True  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    os.utime(tmp_path / "a.txt", ns=(0, 1_700_000_000_500_000_005))
+    return tmp_path
+
+
+def held(root: Path) -> int:
+    targets = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            targets.append(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:
+            continue
+    return sum(target.startswith(f"{root}/") for target in targets)
+
+
+async def nothing_is_held(root: Path) -> None:
+    deadline = time.monotonic() + 20
+    while held(root):
+        assert time.monotonic() < deadline, held(root)
+        await asyncio.sleep(0.01)
+
+
+@each_handler
+@pytest.mark.parametrize("kind, middleware", [("async", "refusing"), ("blocking", "arefusing")])
+async def test_a_response_that_is_replaced_leaves_nothing_open(
+    root: Path, handler: Any, kind: str, middleware: str
+) -> None:
+    with override_settings(ROOT_URLCONF=Urls(root), MIDDLEWARE=[f"{__name__}.{middleware}"]):
+        async with live(handler()) as port:
+            for _ in range(5):
+                answer = await ask(port, f"/{kind}/a.txt", headers={"Refuse": "1"})
+                assert (answer.status, answer.body) == (403, b"no")
+                assert not {"etag", "content-disposition", "accept-ranges"} & answer.headers.keys()
+            assert (await ask(port, f"/{kind}/a.txt")).body == TEXT
+            await nothing_is_held(root)
+
+
+@each_handler
+@pytest.mark.parametrize("kind", ["async", "blocking"])
+async def test_conditional_get_middleware_around_a_download(root: Path, handler: Any, kind: str) -> None:
+    with override_settings(ROOT_URLCONF=Urls(root), MIDDLEWARE=[CONDITIONAL]):
+        async with live(handler()) as port:
+            whole = await ask(port, f"/{kind}/a.txt")
+            assert (whole.status, whole.complete, whole.body) == (200, True, TEXT)
+            for conditions in (
+                {"If-None-Match": whole.headers["etag"]},
+                {"If-Modified-Since": whole.headers["last-modified"]},
+            ):
+                answer = await ask(port, f"/{kind}/a.txt", headers=conditions)
+                assert (answer.status, answer.body, answer.headers["etag"]) == (304, b"", whole.headers["etag"])
+            part = await ask(port, f"/{kind}/a.txt", headers={"Range": "bytes=3-8"})
+            assert (part.status, part.body) == (206, TEXT[3:9])
+            await nothing_is_held(root)
+
+
+@each_handler
+@pytest.mark.parametrize("kind", ["async", "blocking"])
+async def test_gzip_middleware_around_a_download(root: Path, handler: Any, kind: str) -> None:
+    with override_settings(ROOT_URLCONF=Urls(root), MIDDLEWARE=[GZIP]):
+        async with live(handler()) as port:
+            plain = await ask(port, f"/{kind}/a.txt")
+            assert (plain.complete, plain.body) == (True, TEXT)
+            squeezed = await ask(port, f"/{kind}/a.txt", headers={"Accept-Encoding": "gzip"})
+            assert (squeezed.status, squeezed.complete) == (200, True)
+            assert squeezed.headers["content-encoding"] == "gzip"
+            assert gzip.decompress(squeezed.body) == TEXT
+            assert len(squeezed.body) < len(TEXT) // 10
+            assert "content-length" not in squeezed.headers
+            assert squeezed.headers["etag"] == f"W/{plain.headers['etag']}"
+            assert "accept-encoding" in squeezed.headers["vary"].lower()
+            head = await ask(port, f"/{kind}/a.txt", method="HEAD", headers={"Accept-Encoding": "gzip"})
+            assert (head.status, head.body) == (200, b"")
+            part = await ask(port, f"/{kind}/a.txt", headers={"Accept-Encoding": "gzip", "Range": "bytes=0-299999"})
+            assert (part.status, part.complete, part.body) == (206, True, TEXT[:300_000])
+            assert "content-encoding" not in part.headers
+            await nothing_is_held(root)
