@@ -20,7 +20,7 @@ from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
 from django.core.handlers.base import reset_urlconf
 from django.core.handlers.exception import response_for_exception
-from django.db import close_old_connections, reset_queries
+from django.db import close_old_connections, connections, reset_queries
 from django.dispatch import Signal
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
@@ -69,7 +69,7 @@ class DownloadASGIHandler(ASGIHandler):
                 await self.send_response(response, send)
                 await self._close(response, context)
                 return
-            answering = asyncio.create_task(self._answer(request, send))
+            answering = asyncio.create_task(self._answer(request, send, context))
             leaving = asyncio.create_task(self.listen_for_disconnect(receive))
             leaving.add_done_callback(partial(_leave, answering))
             try:
@@ -83,9 +83,11 @@ class DownloadASGIHandler(ASGIHandler):
             finally:
                 leaving.cancel()
 
-    async def _answer(self, request: ASGIRequest, send: Any) -> HttpResponseBase:
+    async def _answer(self, request: ASGIRequest, send: Any, context: ThreadSensitiveContext) -> HttpResponseBase:
         response = await self.run_get_response(request)
         with suppress(asyncio.CancelledError):  # the client has left
+            if isinstance(response, DownloadResponse) and response.is_long:
+                await _end_thread(context)
             await self.send_response(response, send)
         return response
 
@@ -158,6 +160,16 @@ def _leave(answering: "asyncio.Task[HttpResponseBase]", leaving: "asyncio.Task[N
     """Stop answering a client that has left, which `leaving` says by an exception."""
     if not leaving.cancelled() and leaving.exception() is not None:
         answering.cancel()
+
+
+async def _end_thread(context: ThreadSensitiveContext) -> None:
+    """End the request's thread, and its connections to databases with it: sending a file may take hours."""
+    executor = SyncToAsync.context_to_thread_executor.pop(context, None)
+    if executor is not None:
+        try:
+            await asyncio.wrap_future(executor.submit(connections.close_all))
+        finally:
+            executor.shutdown(wait=False)
 
 
 def _somebody_listens(signal: Signal) -> bool:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any
 
-from asgiref.sync import iscoroutinefunction, markcoroutinefunction
-from django.db import connections
+from asgiref.sync import SyncToAsync, iscoroutinefunction, markcoroutinefunction, sync_to_async
+from django.db import close_old_connections, connections
 
 
 def has_running_loop() -> bool:
@@ -16,6 +16,13 @@ def has_running_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+async def close_idle_connections() -> None:
+    """Close the databases' connections of the request's thread, if it has one: sending a file may take hours."""
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    if context is not None and context in SyncToAsync.context_to_thread_executor:
+        await sync_to_async(close_old_connections)()
 
 
 def _marked() -> None:

@@ -63,6 +63,12 @@ class _IteratorIO:
         """Return False: what has been read is gone."""
         return False
 
+    def close(self) -> None:
+        """Close the iterator too: a generator ends where it is."""
+        if (close := getattr(self._iterator, "close", None)) is not None:
+            close()
+        super().close()  # type: ignore[misc]
+
     def read(self, size: int | None = None, /) -> Any:
         """Return `size` bytes or characters, fewer only at the end; without a size, all that is left."""
         pieces, wanted = [], -1 if size is None or size < 0 else size

@@ -83,6 +83,8 @@ class Rules:
 
     def find(self, file: Any, name: str) -> Found | None:
         """Return where the proxy finds a file of Django's, or None: no rule covers it."""
+        if not getattr(file, "_committed", True):
+            return None  # a field's new content, which its storage does not have yet
         if self._by_url is not None and (url := url_of(file)):
             parts = urlsplit(url)
             location = _location_of(parts)

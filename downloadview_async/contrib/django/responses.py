@@ -18,9 +18,9 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 
-from downloadview_async.asgi.transfer import body_of
+from downloadview_async.asgi.transfer import SMALL, body_of
 from downloadview_async.contrib.django.background import iterate_in_background, run_in_background
-from downloadview_async.contrib.django.calling import has_running_loop
+from downloadview_async.contrib.django.calling import close_idle_connections, has_running_loop
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of
 from downloadview_async.errors import FileError
 from downloadview_async.http.content_types import content_type_for, with_charset
@@ -98,6 +98,8 @@ class DownloadResponse(StreamingHttpResponse):
             made["Content-Type"] = content_type
         super().__init__((), status=status, headers={**made, **(headers or {})})
         self.is_replaced = False
+        if callable(close := getattr(file_instance, "close", None)):
+            self._resource_closers.append(close)  # type: ignore[attr-defined]
 
     @property
     def default_headers(self) -> dict[str, str]:
@@ -163,6 +165,7 @@ class DownloadResponse(StreamingHttpResponse):
         for header, value in self.items():
             not_modified[header] = value
         not_modified.cookies = self.cookies
+        not_modified._resource_closers += self._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001
         take_marks(not_modified, self)
         await self.release()
         return not_modified
@@ -235,10 +238,18 @@ class DownloadResponse(StreamingHttpResponse):
             if (answer := self.file_not_found_response) is not None:
                 return await (answer if iscoroutinefunction(answer) else sync_to_async(answer))()
             raise Http404 from None
-        response = HttpResponse(status=status, headers={"Cache-Control": "private, no-store"})
+        response = HttpResponse(status=status, headers={"Cache-Control": "private, no-store", "Content-Length": "0"})
+        response["X-Content-Type-Options"] = "nosniff"
+        del response["Content-Type"]
         if status == 503:
             response["Retry-After"] = "5"
         return response
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the body may take long to send: all that does not go out in one message."""
+        length = None if self.plan is None else self.plan.length
+        return length is None or length > SMALL
 
     async def release(self) -> None:
         """Close the file. Only in the event loop that has finished the response."""
@@ -299,6 +310,7 @@ class DownloadResponse(StreamingHttpResponse):
         return super().__iter__() if self.is_replaced else iter(_Content(self))
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        await close_idle_connections()
         chunks: Any = super().__aiter__() if self.is_replaced else self.chunks()
         async with aclosing(chunks):
             async for chunk in chunks:

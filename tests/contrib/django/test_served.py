@@ -118,7 +118,7 @@ async def test_head_empty_files_and_two_fields(port: int, kind: str) -> None:
     await table.test_two_range_fields_are_ignored(port, kind)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TAGGED if kind != "remote"])
+@pytest.mark.parametrize("kind", TAGGED)
 async def test_conditions(port: int, kind: str) -> None:
     await table.test_entity_tag_conditions(port, kind)
     await table.test_date_conditions(port, kind)
@@ -210,7 +210,7 @@ def reading(server: Server, path: str, *, read: int = 4 * MIB) -> Iterator[socke
         yield client
 
 
-@pytest.mark.parametrize("kind", ["path", "blocking", "async-object", "custom", "remote"])
+@pytest.mark.parametrize("kind", ["path", "blocking", "async-object", "custom", "remote", "generated"])
 async def test_a_client_that_leaves_closes_the_file_at_once(large: Server, large_root: Path, kind: str) -> None:
     with reading(large, f"/{kind}/big.bin"):
         assert open_beneath(large, large_root) != []
@@ -303,9 +303,34 @@ async def test_a_refusal_closes_the_file(path_send: Server) -> None:
 
 
 async def test_five_hundred_aborts_leave_nothing_open(path_send: Server) -> None:
-    files, kinds = path_send.log_file.parent / "files", [*ON_DISK, "remote"]
+    files, kinds = path_send.log_file.parent / "files", [*ON_DISK, "remote", "generated"]
     for number in range(500):
         bounds.abort(path_send, f"/{kinds[number % len(kinds)]}/large.bin", read=(0, 1, 65536)[number % 3])
     for kind in kinds:
         assert (await ask(int(path_send.address), f"/{kind}/small.bin")).body == b"small"
     await becomes(lambda: open_beneath(path_send, files / "large.bin"), [])
+
+
+def database_of(server: Server) -> Path:
+    return server.log_file.parent / "db"
+
+
+async def threads_of_requests(server: Server) -> list[str]:
+    names: list[str] = json.loads((await ask(int(server.address), "/threads")).body)
+    return [name for name in names if name.startswith("ThreadPoolExecutor")]
+
+
+@pytest.mark.parametrize("kind", ["object", "async-object"])
+async def test_no_connection_to_a_database_is_held_while_bytes_flow(large: Server, kind: str) -> None:
+    with reading(large, f"/{kind}/big.bin"):
+        await becomes(lambda: open_beneath(large, database_of(large)), [])
+
+
+@pytest.mark.parametrize("kind", ["blocking", "object", "async-object"])
+async def test_our_handler_keeps_no_thread_while_bytes_flow(large: Server, kind: str) -> None:
+    if "stock" in " ".join(map(str, large.process.args)):  # type: ignore[arg-type]
+        pytest.skip("threads: Django's own handler keeps the request's")
+    with reading(large, f"/{kind}/big.bin"):
+        async with asyncio.timeout(20):
+            while await threads_of_requests(large):
+                await asyncio.sleep(0.01)
