@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 _lock = threading.Lock()
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a fork has the dictionary, but not the thread
+# What is iterated: garbage collection would close the generators within it one by one, and all at the same time.
+_iterated: set[AsyncIterator[bytes]] = set()
 
 
 def background_loop() -> asyncio.AbstractEventLoop:
@@ -46,13 +48,22 @@ def iterate_in_background(chunks: AsyncIterator[bytes]) -> Iterator[bytes]:
             return await anext(chunks)
         return None
 
+    _iterated.add(chunks)
     try:
         while (chunk := run_in_background(following())) is not None:
             yield chunk
     finally:
         # Whoever collects garbage may be the one who ends this: the loop's own thread, which must not wait for itself,
         # or the interpreter at its end, when that thread does not run any more.
-        if (close := getattr(chunks, "aclose", None)) is not None and not sys.is_finalizing():
-            closing = asyncio.run_coroutine_threadsafe(close(), background_loop())
+        if not sys.is_finalizing():
+            closing = asyncio.run_coroutine_threadsafe(_close(chunks), background_loop())
             if not has_running_loop():
                 closing.result()
+
+
+async def _close(chunks: AsyncIterator[bytes]) -> None:
+    try:
+        if (close := getattr(chunks, "aclose", None)) is not None:
+            await close()
+    finally:
+        _iterated.discard(chunks)
