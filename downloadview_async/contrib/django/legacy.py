@@ -1,7 +1,7 @@
 """django-downloadview's own modules below this package, for projects that change the name of the package alone."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 from downloadview_async.contrib.django import (
     apache,
@@ -16,9 +16,15 @@ from downloadview_async.contrib.django import (
 )
 
 _PACKAGE = "downloadview_async.contrib.django"
-_MODULES: dict[str, ModuleType | SimpleNamespace] = {
+_decorators = ModuleType(f"{_PACKAGE}.decorators", "Decorators of views.")
+vars(_decorators).update(
+    DownloadDecorator=middleware.DownloadDecorator,
+    signature_required=storage.signature_required,
+    _signature_is_valid=storage._signature_is_valid,  # noqa: SLF001 - which tests of projects may know
+)
+_MODULES = {
     "api": sys.modules[_PACKAGE],
-    "decorators": SimpleNamespace(**vars(storage), DownloadDecorator=middleware.DownloadDecorator),
+    "decorators": _decorators,
     "exceptions": files,
     "io": files,
     "middlewares": middleware,
@@ -34,4 +40,4 @@ _MODULES: dict[str, ModuleType | SimpleNamespace] = {
 }
 
 for _name, _module in _MODULES.items():
-    sys.modules.setdefault(f"{_PACKAGE}.{_name}", _module)  # type: ignore[arg-type]
+    sys.modules.setdefault(f"{_PACKAGE}.{_name}", _module)
