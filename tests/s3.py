@@ -1,6 +1,7 @@
 """A real S3 server (SeaweedFS), and a store that says exactly what a test tells it to."""
 
 import asyncio
+import contextlib
 import json
 import re
 import shutil
@@ -13,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import botocore.config
+import botocore.exceptions
+import botocore.session
 import obstore
 from obstore.store import S3Store
 
@@ -100,10 +104,6 @@ def s3_server(directory: Path) -> Iterator[S3]:
 
 def _has_bucket(server: S3) -> bool:
     """Make the bucket, and return whether an object can be stored in it: volumes come later than the port."""
-    import botocore.config
-    import botocore.exceptions
-    import botocore.session
-
     client = botocore.session.get_session().create_client(
         "s3",
         region_name=REGION,
@@ -113,14 +113,10 @@ def _has_bucket(server: S3) -> bool:
         config=botocore.config.Config(retries={"total_max_attempts": 1}),
     )
     try:
-        client.create_bucket(Bucket=BUCKET)
+        with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket=BUCKET)
         client.put_object(Bucket=BUCKET, Key="first", Body=b"first" * 10_000)
-    except client.exceptions.BucketAlreadyOwnedByYou:
-        return False
-    except botocore.exceptions.BotoCoreError:
-        return False
-    except botocore.exceptions.ClientError as exc:
-        assert exc.response["Error"]["Code"] in ("InternalError", "ServiceUnavailable"), exc
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
         return False
     return True
 
