@@ -85,6 +85,8 @@ _FROM_ENVIRONMENT = (
     "virtual_hosted_style_request",
 )
 
+_AFTERGLOW = 0.05  # seconds
+
 _PASSED_HEADERS = ("Content-Encoding", "Content-Language", "Cache-Control")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _UNKNOWN_TYPE = "binary/octet-stream"  # what S3 says of an object that was stored without a type
@@ -114,7 +116,9 @@ class ObjectStorage:
     not installed.
     """
 
-    def __init__(self, url: str, /, *, max_connections: int = 100, answer_timeout: float = 30.0, **options: Any) -> None:
+    def __init__(
+        self, url: str, /, *, max_connections: int = 100, answer_timeout: float = 30.0, **options: Any
+    ) -> None:
         self.url = url
         self._answer_timeout = answer_timeout
         self._slots = Slots(max_connections)
@@ -202,8 +206,12 @@ class ObjectStorage:
             self._slots.free(slot)
 
     async def aclose(self) -> None:
-        """Let the store and its connections go. Another one is made if the storage is used again."""
+        """Let the store and its connections go, before the process ends. Another one is made if it is used again."""
         self._made = None
+        # obstore's threads let go of what they hold of Python a moment after an answer; an interpreter that ends in
+        # between is aborted by them.
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(_AFTERGLOW)
 
 
 class OpenObject:
