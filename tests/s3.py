@@ -143,6 +143,7 @@ class Store:
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     sent: int = 0
     left: asyncio.Event = field(default_factory=asyncio.Event)
+    writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
     @property
     def storage(self) -> ObjectStorage:
@@ -160,12 +161,14 @@ class Store:
         return [line.split()[0] for line, _ in self.requests]
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.add(writer)
         try:
             while await self._answer(reader, writer):
                 pass
         except (asyncio.IncompleteReadError, ConnectionError):
             self.left.set()
         finally:
+            self.writers.discard(writer)
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -227,3 +230,7 @@ async def serving_store(**said: Any) -> AsyncIterator[Store]:
         yield store
     finally:
         server.close()
+        for writer in list(store.writers):
+            writer.close()
+        while store.writers:
+            await asyncio.sleep(0)

@@ -73,6 +73,7 @@ _ALIASES = {
     "endpoint_url": "endpoint",
     "bucket_name": "bucket",
 }
+_ENDPOINTS = frozenset({"endpoint", "base_url"})
 # What of S3's options obstore takes from the environment, too.
 _FROM_ENVIRONMENT = (
     "access_key_id",
@@ -336,7 +337,7 @@ def _arguments(url: str, options: dict[str, Any]) -> dict[str, Any]:
             raise ConfigurationError(f"{url!r} takes no options: remove {', '.join(sorted(options))}")
         return {}
     client = dict(_CLIENT_DEFAULTS)
-    if any(_plain_name(name) == "endpoint" and str(value).startswith("http://") for name, value in options.items()):
+    if any(_plain_name(name) in _ENDPOINTS and str(value).startswith("http://") for name, value in options.items()):
         client["allow_http"] = "true"
     client |= options.pop("client_options", None) or {}
     client |= {name: _text(options.pop(name)) for name in list(options) if name in _CLIENT_OPTIONS}

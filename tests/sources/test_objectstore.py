@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -86,6 +87,30 @@ async def test_what_a_request_costs(
             assert answer.headers["last-modified"] == "Wed, 21 Oct 2015 07:28:00 GMT"
         if status == 416:
             assert answer.headers["content-range"] == "bytes */10"
+
+
+@pytest.mark.parametrize("kind", ["gs", "az"])
+async def test_other_kinds_of_stores_are_asked_in_the_same_way(kind: str) -> None:
+    async with serving_store() as store:
+        url = f"http://127.0.0.1:{store.port}"
+        options: dict[str, Any] = {
+            "gs": {"base_url": url, "skip_signature": True},
+            "az": {"endpoint": url, "account_name": "account", "account_key": "QUJD"},
+        }[kind]
+        endpoint = Download(StorageSource(ObjectStorage(f"{kind}://box/a prefix", **options)))
+        last = ["HEAD", "GET"] if kind == "az" else ["GET"]  # Azure has no "the last bytes"
+        table: list[tuple[dict[str, str], int, bytes, list[str]]] = [
+            ({}, 200, b"0123456789", ["GET"]),
+            ({"Range": "bytes=2-4"}, 206, b"234", ["GET"]),
+            ({"Range": "bytes=-3"}, 206, b"789", last),
+            ({"Range": "bytes=10-"}, 416, b"", ["GET", "HEAD"]),
+        ]
+        for headers, status, body, upstream in table:
+            store.requests.clear()
+            answer = await call(endpoint, "/a b/π.txt", headers=headers)
+            assert (answer.status, answer.body, store.methods) == (status, body, upstream)
+            path = unquote(store.requests[0][0].split()[1])
+            assert path == "/box/a prefix/a b/π.txt"
 
 
 async def test_several_ranges_are_of_one_version() -> None:
