@@ -93,11 +93,11 @@ async def test_what_a_request_costs(
 async def test_other_kinds_of_stores_are_asked_in_the_same_way(kind: str) -> None:
     async with serving_store() as store:
         url = f"http://127.0.0.1:{store.port}"
-        options: dict[str, Any] = {
+        kinds: dict[str, dict[str, Any]] = {
             "gs": {"base_url": url, "skip_signature": True},
             "az": {"endpoint": url, "account_name": "account", "account_key": "QUJD"},
-        }[kind]
-        endpoint = Download(StorageSource(ObjectStorage(f"{kind}://box/a prefix", **options)))
+        }
+        endpoint = Download(StorageSource(ObjectStorage(f"{kind}://box/a prefix", **kinds[kind])))
         last = ["HEAD", "GET"] if kind == "az" else ["GET"]  # Azure has no "the last bytes"
         table: list[tuple[dict[str, str], int, bytes, list[str]]] = [
             ({}, 200, b"0123456789", ["GET"]),
