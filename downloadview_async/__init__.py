@@ -18,10 +18,12 @@ from downloadview_async.errors import (
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.offload.backends import XAccelRedirect, XSendfile
-from downloadview_async.offload.base import OffloadBackend
+from downloadview_async.offload.base import OffloadBackend, Redirect
+from downloadview_async.offload.presigned import PresignedRedirect
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.object import ObjectFile, ObjectSource
+from downloadview_async.sources.objectstore import ObjectStorage
 from downloadview_async.sources.path import LocalFile, PathSource
 from downloadview_async.sources.remote import RemoteFile, RemoteSource, Upstream
 from downloadview_async.sources.storage import (
@@ -54,11 +56,14 @@ __all__ = [
     "MemoryStorage",
     "ObjectFile",
     "ObjectSource",
+    "ObjectStorage",
     "OffloadBackend",
     "OffloadMiddleware",
     "OpenFile",
     "PathSource",
     "PreconditionFailed",
+    "PresignedRedirect",
+    "Redirect",
     "RemoteFile",
     "RemoteSource",
     "Rule",

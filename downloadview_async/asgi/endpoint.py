@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from downloadview_async.asgi.response import DownloadResponse, close_after_body, error_response
 from downloadview_async.errors import ConfigurationError, FileError
+from downloadview_async.offload.base import Redirect
 from downloadview_async.sources.base import Source
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
@@ -20,7 +21,7 @@ class Download:
 
     key: what of the request the source is asked for. By default the route's only path parameter, or below a `Mount`
     the rest of the path. The name of a path parameter, where a route has several; or a function from the request.
-    attachment, headers: as in `DownloadResponse`. cache_control: the Cache-Control header.
+    attachment, headers, redirect, offload: as in `DownloadResponse`. cache_control: the Cache-Control header.
     """
 
     def __init__(
@@ -31,12 +32,16 @@ class Download:
         cache_control: str | None = None,
         headers: Mapping[str, str] | None = None,
         key: str | Callable[[Request], Any] | None = None,
+        redirect: Redirect | None = None,
+        offload: bool = True,
     ) -> None:
         self.source = source
         self.attachment = attachment
         self.headers = dict(headers or {})
         if cache_control is not None:
             self.headers["Cache-Control"] = cache_control
+        self.redirect = redirect
+        self.offload = offload
         self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +58,13 @@ class Download:
             except FileError as exc:
                 response = error_response(exc, scope)
             else:
-                response = DownloadResponse(file, attachment=self.attachment, headers=self.headers)
+                response = DownloadResponse(
+                    file,
+                    attachment=self.attachment,
+                    headers=self.headers,
+                    redirect=self.redirect,
+                    offload=self.offload,
+                )
         await response(scope, receive, send)
 
     def _key_of(self, scope: Scope) -> Any:

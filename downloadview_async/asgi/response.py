@@ -28,9 +28,17 @@ from downloadview_async.asgi.transfer import (
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
+from downloadview_async.http.plan import (
+    Headers,
+    Plan,
+    Presentation,
+    describe,
+    make_offload_plan,
+    make_plan,
+    make_redirect_plan,
+)
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
+from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend, Redirect
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.local import local_of, open_at_once
 
@@ -64,6 +72,8 @@ class DownloadResponse(Response):
     headers: further headers. Those that describe the framing, validators and offloads are made here: `ValueError`.
     status_code: with anything but 200 the whole file is sent, without conditions, ranges and offload. Not one that has
     no body: `ValueError`, as for a content type that is none and a header with a control character.
+    redirect: sends a GET on to where else the file is, such as a `PresignedRedirect`; what it does not know is sent as
+    ever. HEAD is answered here. offload: whether a proxy may send the file, if one is offered.
 
     The file is opened when the response is sent, and not at all where something else answers first. One that turns
     out to be missing then is a 404, as in `error_response`.
@@ -79,6 +89,8 @@ class DownloadResponse(Response):
         headers: Mapping[str, str] | None = None,
         status_code: int = 200,
         background: BackgroundTask | None = None,
+        redirect: Redirect | None = None,
+        offload: bool = True,
     ) -> None:
         if content_type is not None and valid_content_type(content_type) is None:
             raise ValueError(f"not a content type: {content_type!r}")
@@ -88,6 +100,8 @@ class DownloadResponse(Response):
         self.presentation = _presentation(file.name if filename is None else filename, attachment, content_type)
         self.status_code = status_code
         self.background = background
+        self.redirect = redirect if status_code == 200 else None
+        self.offload = offload and status_code == 200
         self.raw_headers = list(_checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,7 +123,7 @@ class DownloadResponse(Response):
         It is offloaded, small and in the page cache, or the server's to send. Nobody has to listen for a client that
         leaves: nothing is waited for but the server, who knows.
         """
-        if scope["method"] not in ("GET", "HEAD"):
+        if scope["method"] not in ("GET", "HEAD") or self.redirect is not None:
             return False
         request = DownloadRequest.from_headers(scope["method"], scope["headers"])
         offload = self._offload(scope)
@@ -146,6 +160,11 @@ class DownloadResponse(Response):
         # An endpoint may answer a POST with a file, too; conditions and ranges are not for that.
         readable = scope["method"] in ("GET", "HEAD")
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if readable else GET
+        # A POST would be repeated there, a HEAD is not what is signed.
+        if scope["method"] == "GET" and self.redirect is not None and (plan := await self._redirection()) is not None:
+            await send(self._start(_Answer(plan, _raw(plan.headers)), scope))
+            await send({"type": "http.response.body", "body": b""})
+            return
         if readable and (offload := self._offload(scope)) is not None:
             async with self.file.open(HEAD) as opened:
                 answer = self._answer_to(HEAD, opened.metadata, offload)
@@ -159,10 +178,19 @@ class DownloadResponse(Response):
             path_send = (scope.get("extensions") or {}).get(PATHSEND)
             await send_plan(answer.plan, opened, self._start(answer, scope), send, path_send=path_send)
 
+    async def _redirection(self) -> Plan | None:
+        """Return the answer that sends the client where else the file is, or None. Raises `FileError`."""
+        assert self.redirect is not None
+        own = _text(header for header in self.raw_headers if header[0] != b"set-cookie")
+        async with self.file.open(HEAD) as opened:
+            described = describe(opened.metadata, self.presentation, own)
+        headers = await self.redirect.headers_for(self.file, described)
+        return None if headers is None else make_redirect_plan(own, headers)
+
     def _offload(self, scope: Scope) -> Mapping[str, str] | None:
         """Return the headers that have a proxy send the file, if one is offered and can."""
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        return None if backend is None or self.status_code != 200 else backend.headers_for(self.file)
+        return None if backend is None or not self.offload else backend.headers_for(self.file)
 
     def _answer_to(
         self, request: DownloadRequest, metadata: FileMetadata, offload: Mapping[str, str] | None, *, keep: bool = False

@@ -134,6 +134,16 @@ def make_offload_plan(
     return Plan(200, describe(shown, presentation, headers) | dict(offload) | {"content-length": "0"}, ())
 
 
+def make_redirect_plan(headers: Headers, redirect: Mapping[str, str]) -> Plan:
+    """Return the 307 to where the client gets the file: `headers` are the application's own, `redirect` wins.
+
+    It says nothing of the file itself; that is left to whoever sends it.
+    """
+    own = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT and name != "expires"}
+    safe = {"x-content-type-options": "nosniff", "content-length": "0"}
+    return Plan(307, own | safe | dict(redirect), ())
+
+
 def _not_from_the_future(metadata: FileMetadata, now: float) -> FileMetadata:
     # "the origin server MUST replace that value with the message origination date" [8.8.2.1]
     if metadata.last_modified is not None and metadata.last_modified > now:

@@ -25,6 +25,20 @@ OFFLOAD_HEADERS = frozenset(
 """Headers that some proxy obeys. Only a backend sets them; they are never taken from an application or an upstream."""
 
 
+class Redirect(Protocol):
+    """Knows where else a client can fetch some files."""
+
+    async def headers_for(self, file: AsyncFile, described: Mapping[str, str]) -> Mapping[str, str] | None:
+        """Return the headers of a 307, Location and Cache-Control among them, in lower case; None: send it yourself.
+
+        described: the headers that the file would have here, which it has to have there too. None as well where it
+        cannot have one of those that protect the client.
+
+        Raises `FileError`.
+        """
+        ...
+
+
 class OffloadBackend(Protocol):
     """Knows one kind of proxy, and which files that proxy can reach."""
 

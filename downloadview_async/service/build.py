@@ -21,9 +21,11 @@ from downloadview_async import (
     FileError,
     FileMissing,
     ObjectSource,
+    ObjectStorage,
     OffloadBackend,
     OffloadMiddleware,
     PathSource,
+    PresignedRedirect,
     RemoteSource,
     Rule,
     Source,
@@ -48,6 +50,8 @@ from downloadview_async.service.settings import (
     StorageSettings,
     VirtualSettings,
     directory_of,
+    seconds_of,
+    source_of_files,
 )
 
 
@@ -79,6 +83,8 @@ def build(settings: Settings) -> Starlette:
             for source in sources.values():
                 if isinstance(source, RemoteSource):
                     stack.push_async_callback(source.aclose)
+                elif isinstance(source, StorageSource) and isinstance(source.storage, ObjectStorage):
+                    stack.push_async_callback(source.storage.aclose)
             await stack.enter_async_context(_opened(settings, databases))
             yield
 
@@ -153,7 +159,8 @@ def _sources(settings: Settings, databases: Mapping[str, _Database]) -> dict[str
                     )
             case StorageSettings():
                 with settings.blaming(f"{key}.url"):
-                    sources[name] = StorageSource(storage_from_url(source.url))
+                    limit = {} if source.max_connections is None else {"max_connections": source.max_connections}
+                    sources[name] = StorageSource(storage_from_url(source.url, **limit, **source.options))
             case RemoteSettings():
                 with settings.blaming(f"{key}.url"):
                     sources[name] = RemoteSource(
@@ -212,16 +219,34 @@ def _imported(settings: Settings, key: str, factory: str) -> Callable[[str], Any
 
 
 def _routes(settings: Settings, sources: Mapping[str, Source]) -> Iterator[Route]:
+    redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
     for index, route in enumerate(settings.routes):
+        where, _ = source_of_files(route.source, settings.sources)
         endpoint = Download(
             sources[route.source],
             attachment=route.disposition == "attachment",
             cache_control=route.cache_control,
+            redirect=redirects[where] if route.send == "redirect" else None,
+            offload=route.send != "stream",
         )
         try:
             yield Route(route.path, endpoint)
         except (AssertionError, ValueError) as exc:
             raise settings.error(f"routes[{index}].path", f"{exc}: write the parameter as {{path:path}}") from exc
+
+
+def _redirect(settings: Settings, name: str, source: Source) -> PresignedRedirect | None:
+    wanted = settings.sources[name]
+    if not isinstance(wanted, StorageSettings) or wanted.presign is None:
+        return None
+    assert isinstance(source, StorageSource)
+    assert isinstance(source.storage, ObjectStorage)
+    with settings.blaming(f"sources.{name}.presign"):
+        return PresignedRedirect(
+            source.storage,
+            expires=seconds_of(wanted.presign.expires),
+            public_endpoint=wanted.presign.public_endpoint,
+        )
 
 
 def _backend(settings: Settings) -> OffloadBackend | None:

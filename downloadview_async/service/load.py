@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -22,6 +22,7 @@ from downloadview_async.service.settings import (
     ObjectSettings,
     OffloadSettings,
     PathSettings,
+    PresignSettings,
     RemoteSettings,
     RouteSettings,
     RuleSettings,
@@ -32,6 +33,7 @@ from downloadview_async.service.settings import (
     VirtualSettings,
     configuration_error,
     directory_of,
+    source_of_files,
 )
 
 PREFIX = "DOWNLOADVIEW_"
@@ -55,6 +57,7 @@ _TABLES: dict[str, Any] = {
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # as Starlette reads a route's path
 _COMMAND_LINE = "the command line"
+_OBJECT_STORE = re.compile("(?:s3|gs|az)://")
 _SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
 _NGINX_OPTIONS = ("buffering", "charset", "expires", "limit_rate")
 
@@ -168,15 +171,19 @@ class _Draft:
         offload = self._table("offload", data)
         self._each_known("offload.rules", offload.get("rules"), RuleSettings)
         self._each_known("routes", data.get("routes"), RouteSettings)
-        return Settings(
+        routes = self._routes(self._converted("routes", data.get("routes", []), list[RouteSettings]), sources)
+        settings = Settings(
             file=self.file,
             directory=self.directory,
             origins=self.origins,
             server=self._server(self._converted("server", self._table("server", data), ServerSettings)),
             sources=sources,
-            routes=self._routes(self._converted("routes", data.get("routes", []), list[RouteSettings]), sources),
+            routes=routes,
             offload=self._offload(self._converted("offload", offload, OffloadSettings), sources),
         )
+        for index, route in enumerate(routes):
+            self._check_sending(f"routes[{index}].send", route, settings)
+        return settings
 
     def _table(self, key: str, data: Mapping[str, Any]) -> dict[str, Any]:
         table = data.get(key, {})
@@ -223,12 +230,20 @@ class _Draft:
             raise self.error(
                 f"{key}.type", f"no type {table['type']!r}: {_instead_of(str(table['type']), _SOURCE_TYPES)}"
             )
+        if kind is StorageSettings:
+            self._only_known(f"{key}.presign", table.get("presign"), _fields(PresignSettings))
         source = cast("SourceSettings", self._converted(key, table, kind))
         if isinstance(source, PathSettings):
             return msgspec.structs.replace(source, root=self._absolute(source.root))
         if isinstance(source, StorageSettings) and re.match("file:[^/]", source.url):
             path = self._absolute(unquote(source.url.removeprefix("file:")))
-            return msgspec.structs.replace(source, url=f"file://{quote(path)}")
+            source = msgspec.structs.replace(source, url=f"file://{quote(path)}")
+        if isinstance(source, StorageSettings) and not _OBJECT_STORE.match(source.url):
+            for option in ("options", "presign", "max_connections"):
+                if getattr(source, option):
+                    raise self.error(f"{key}.{option}", f"only s3://, gs:// and az:// have that: remove {option}")
+        if isinstance(source, StorageSettings) and "max_connections" in source.options:
+            raise self.error(f"{key}.options.max_connections", f"not one of obstore's: write it in [{key}] itself")
         return source
 
     def _absolute(self, path: str) -> str:
@@ -269,6 +284,29 @@ class _Draft:
                 )
         return routes
 
+    def _check_sending(self, key: str, route: RouteSettings, settings: Settings) -> None:
+        """Refuse a way of sending that what the settings say of the source and of the proxy leaves impossible."""
+        name, source = source_of_files(route.source, settings.sources)
+        if route.send == "redirect" and not (isinstance(source, StorageSettings) and source.presign is not None):
+            raise self.error(
+                key,
+                f"{name!r} has no signed URLs to redirect to: add [sources.{name}.presign] to a storage on s3://, or "
+                "choose proxy or stream",
+            )
+        if route.send == "proxy":
+            if settings.offload.backend is None:
+                raise self.error(key, "there is no proxy to send: set offload.backend, or choose stream")
+            place = _place_of(source)
+            if place is None or not any(
+                _is_within(place, rule.source) or _is_within(rule.source, place) for rule in settings.offload.rules
+            ):
+                raise self.error(
+                    key,
+                    f"no rule tells the proxy where {name!r} is: add one to [[offload.rules]]"
+                    + (f" with the source {place!r}" if place else "")
+                    + ", or choose stream",
+                )
+
     def _offload(self, offload: OffloadSettings, sources: Mapping[str, SourceSettings]) -> OffloadSettings:
         rules = []
         places = [place for source in sources.values() if (place := _place_of(source)) is not None]
@@ -295,6 +333,10 @@ class _Draft:
 
 
 def _place_of(source: SourceSettings) -> str | None:
+    if isinstance(source, StorageSettings) and (endpoint := source.options.get("endpoint")):
+        parts = urlsplit(source.url)
+        if parts.scheme == "s3" and not source.options.get("virtual_hosted_style_request"):
+            return f"{str(endpoint).rstrip('/')}/{parts.netloc}{quote(unquote(parts.path))}".rstrip("/")
     return source.url.rstrip("/") if isinstance(source, RemoteSettings) else directory_of(source)
 
 

@@ -13,6 +13,7 @@ from downloadview_async import ConfigurationError
 
 _Seconds = Annotated[float, Meta(gt=0)]
 _Count = Annotated[int, Meta(ge=1)]
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class DatabaseUnavailable(ConfigurationError):
@@ -72,13 +73,42 @@ class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     ] = []
 
 
+class PresignSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[sources.NAME.presign]`: URLs by which clients fetch from an S3 store themselves."""
+
+    expires: Annotated[
+        str,
+        Meta(
+            pattern="^[1-9][0-9]{0,6}[smhd]$",
+            description="how long a URL is good for, at most 7 days, such as 30s, 10m, 1h or 7d",
+        ),
+    ] = "10m"
+    public_endpoint: (
+        Annotated[str, Meta(description="the URL of the store for clients, if it is not that of `endpoint`")] | None
+    ) = None
+
+
 class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="storage"):
     """`type = "storage"`: a storage by its URL."""
 
     url: Annotated[
         str,
-        Meta(min_length=1, description="file:///absolute/directory, file:directory beside this file, or memory://"),
+        Meta(
+            min_length=1,
+            description="file:///absolute/directory, file:directory beside this file, memory://, s3://bucket/prefix, "
+            "gs://bucket/prefix or az://container/prefix",
+        ),
     ]
+    options: Annotated[
+        dict[str, str | bool | int],
+        Meta(description="a table of options of an object store, under the names that obstore has for them"),
+    ] = {}
+    presign: (
+        Annotated[PresignSettings, Meta(description='a table, for routes with send = "redirect"; s3:// only')] | None
+    ) = None
+    max_connections: (
+        Annotated[_Count, Meta(description="requests to an object store at once, 100 without it")] | None
+    ) = None
 
 
 class ObjectSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="object"):
@@ -133,6 +163,7 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         ]
         | None
     ) = None
+    send: Annotated[Literal["redirect", "proxy", "stream"], Meta(description="redirect, proxy or stream")] | None = None
     name: Annotated[str, Meta(min_length=1, description="what the page at / calls the route")] | None = None
     example: Annotated[
         str | list[str], Meta(description="a file, or a list of files, that the page at / links to")
@@ -216,3 +247,14 @@ def directory_of(source: SourceSettings) -> str | None:
     if isinstance(source, StorageSettings) and (parts := urlsplit(source.url)).scheme == "file":
         return unquote(parts.path).rstrip("/") or "/"
     return None
+
+
+def seconds_of(duration: str) -> int:
+    """Return the seconds in a checked duration such as `10m`."""
+    return int(duration[:-1]) * _UNITS[duration[-1]]
+
+
+def source_of_files(name: str, sources: Mapping[str, SourceSettings]) -> tuple[str, SourceSettings]:
+    """Return the source where the files themselves are, with its name: that of an object source is another one."""
+    source = sources[name]
+    return (source.source, sources[source.source]) if isinstance(source, ObjectSettings) else (name, source)

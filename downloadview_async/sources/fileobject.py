@@ -26,7 +26,9 @@ class OpenFileObject:
         self._workers = workers
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span, or without one all that `read` gives, `CHUNK_SIZE` at a time."""
+        """Yield the bytes of the span, or without one all there is, `CHUNK_SIZE` at a time."""
+        if span is None and self.metadata.size is not None:
+            span = ByteRange(0, self.metadata.size)  # asking for the size has moved the position
         if span is not None and (span.start or hasattr(self._file, "seek")):
             await self._in_worker(self._file.seek, span.start)
         left = CHUNK_SIZE if span is None else len(span)

@@ -18,6 +18,7 @@ from downloadview_async.sources.base import OpenFile, Storage
 from downloadview_async.sources.fileobject import OpenFileObject, closing_in_thread
 from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
 from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.objectstore import SCHEMES, ObjectStorage
 from downloadview_async.sources.open_file_cache import OpenFileCache
 from downloadview_async.sources.path import FileBeneath
 from downloadview_async.sources.root import Root, Symlinks
@@ -214,16 +215,25 @@ def _as_file_errors(name: str) -> Iterator[None]:
         raise SourceUnavailable(f"the storage failed on {name!r}: {type(exc).__name__}: {exc}") from exc
 
 
-def storage_from_url(url: str) -> Storage:
-    """Return the storage that a URL names: `file:///srv/media` or `memory://`.
+def storage_from_url(url: str, /, **options: Any) -> Storage:
+    """Return the storage that a URL names: `file:///srv/media`, `memory://`, or an object store (see `ObjectStorage`).
+
+    options: for an object store alone, as `ObjectStorage` takes them.
 
     Raises `ConfigurationError` for any other scheme, and for a directory that cannot be opened.
     """
     parts = urlsplit(url)
+    if parts.scheme in SCHEMES:
+        return ObjectStorage(url, **options)
+    if options:
+        raise ConfigurationError(
+            f"{url!r} is no object store and takes no options: remove {', '.join(sorted(options))}"
+        )
     if parts.scheme == "memory" and not (parts.netloc or parts.path.strip("/")):
         return MemoryStorage()
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return DirectoryStorage(unquote(parts.path))
     raise ConfigurationError(
-        f"{url!r} is no storage: give file:///ABSOLUTE/DIRECTORY or memory://, or make a StorageSource of an object"
+        f"{url!r} is no storage: give file:///ABSOLUTE/DIRECTORY, memory://, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or "
+        "az://CONTAINER/PREFIX, or make a StorageSource of an object"
     )

@@ -1,10 +1,12 @@
 """The application of the HTTP table: the same few files from every kind of source. Any ASGI server may serve it.
 
-TABLE_ROOT: the directory of the files. TABLE_PORT: where this is served, for the remote source. TABLE_SMALL: how long
-a file is that goes in one message, so that short files can show what long ones do.
+TABLE_ROOT: the directory of the files. TABLE_PORT: where this is served, for the remote source. TABLE_S3: a JSON object
+with the URL of a bucket that has the files too, and the options of the store; without it, there is no such source.
+TABLE_SMALL: how long a file is that goes in one message, so that short files can show what long ones do.
 """
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from downloadview_async.sources.path import FileBeneath
 from downloadview_async.sources.root import Root
 from downloadview_async.sources.workers import Workers
 
-KINDS = ["path", "portable", "trusted", "directory", "memory", "sync", "object", "remote", "bytes", "fileobject"]
+KINDS = ["path", "portable", "trusted", "directory", "memory", "sync", "object", "remote", "bytes", "fileobject", "s3"]
 
 
 class _Blocking:
@@ -104,7 +106,10 @@ def sources(root: Path, port: int) -> dict[str, dv.Source]:
         "bytes": dv.VirtualSource(as_bytes),
         "fileobject": dv.VirtualSource(as_file_object),
     }
-    assert list(found) == KINDS
+    if "TABLE_S3" in os.environ:
+        options = json.loads(os.environ["TABLE_S3"])
+        found["s3"] = dv.StorageSource(dv.ObjectStorage(options.pop("url"), **options))
+    assert set(KINDS) - set(found) <= {"s3"}
     return found
 
 

@@ -1,6 +1,7 @@
 """The HTTP table, over a real socket, for every kind of source, once for every way of sending."""
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator
 from email.parser import BytesParser
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from downloadview_async.http.content_types import content_type_for
 from tests.asgi.table_app import KINDS
 from tests.asgi.ways import WAYS
 from tests.live import ask, ask_raw
+from tests.s3 import BUCKET, S3
 from tests.servers import Server
 
 CONTENT = b"0123456789"
@@ -19,7 +22,7 @@ MODIFIED = 1_700_000_000
 LAST_MODIFIED = "Tue, 14 Nov 2023 22:13:20 GMT"
 EARLIER = "Tue, 14 Nov 2023 22:13:19 GMT"
 LATER = "Tue, 14 Nov 2023 22:13:21 GMT"
-DATED = [kind for kind in KINDS if kind not in ("memory", "bytes", "fileobject")]
+DATED = [kind for kind in KINDS if kind not in ("memory", "bytes", "fileobject", "s3")]
 TAGGED = [kind for kind in KINDS if kind != "fileobject"]
 
 
@@ -32,10 +35,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def bucket(root: Path, s3: S3) -> str:
+    """What `TABLE_S3` is for a bucket with the files."""
+    for path in root.iterdir():
+        s3.put(f"table/{path.name}", path.read_bytes(), content_type=content_type_for(path.name))
+    return json.dumps({"url": f"s3://{BUCKET}/table", **s3.options})
+
+
 @pytest.fixture(scope="module", params=WAYS)
-def server(request: pytest.FixtureRequest, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, root: Path, bucket: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """Serve the table's files by one of the ways of sending, that of long files, for these short ones too."""
-    env = {"TABLE_ROOT": str(root), "TABLE_PORT": "{port}", "TABLE_SMALL": "0"}
+    env = {"TABLE_ROOT": str(root), "TABLE_PORT": "{port}", "TABLE_SMALL": "0", "TABLE_S3": bucket}
     log = tmp_path_factory.mktemp("log") / "server.log"
     with WAYS[request.param].serving("tests.asgi.table_app:make_app", log=log, env=env) as server:
         yield server

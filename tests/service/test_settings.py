@@ -235,7 +235,7 @@ def object_source(**changes: str) -> str:
 BUILD_REFUSED = [
     ("[sources.files]\ntype = 'path'\nroot = 'gone'", "sources.files.root", "create the directory"),
     ("[sources.m]\ntype = 'storage'\nurl = 'file:gone'", "sources.m.url", "create the directory"),
-    ("[sources.m]\ntype = 'storage'\nurl = 's3://bucket'", "sources.m.url", "memory://"),
+    ("[sources.m]\ntype = 'storage'\nurl = 'http://bucket'", "sources.m.url", "memory://"),
     ("[sources.m]\ntype = 'remote'\nurl = 'ftp://x/'", "sources.m.url", "http or https"),
     ("[sources.m]\ntype = 'remote'\nurl = 'http://u:p@x/'", "sources.m.url", "credentials belong in the headers"),
     ("[sources.v]\ntype = 'virtual'\nfactory = 'no_such_module:make'", "sources.v.factory", "give module:function"),

@@ -17,6 +17,7 @@ from downloadview_async import (
     Download,
     FileMissing,
     MemoryStorage,
+    ObjectStorage,
     SourceUnavailable,
     Storage,
     StorageFile,
@@ -309,7 +310,7 @@ async def test_memory_is_a_new_version_with_each_put() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "/srv", "file:srv", "file://host/srv", "s3://bucket", "memory://x", "file:///nothing/here"]
+    "url", ["", "/srv", "file:srv", "file://host/srv", "s3://", "memory://x", "file:///nothing/here", "ftp://x"]
 )
 async def test_a_url_that_is_no_storage_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError):
@@ -318,6 +319,9 @@ async def test_a_url_that_is_no_storage_is_refused(url: str) -> None:
 
 async def test_storages_by_url(root: Path) -> None:
     assert isinstance(storage_from_url("memory://"), MemoryStorage)
+    assert isinstance(storage_from_url("s3://bucket/prefix", region="eu-west-1"), ObjectStorage)
+    with pytest.raises(ConfigurationError, match="region"):
+        storage_from_url("memory://", region="eu-west-1")
     (root / "a b").mkdir()
     (root / "a b" / "x").write_bytes(b"x")
     assert await read(storage_from_url(f"file://{root}/a%20b"), "x") == b"x"

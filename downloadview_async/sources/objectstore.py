@@ -1,0 +1,416 @@
+"""`ObjectStorage`: the objects of S3, Google Cloud Storage or Azure as a storage, by obstore.
+
+The request that opens an object is its description too: a GET, a GET of a single range and a HEAD each cost one request
+to the store. Whatever is read by a further request has to be of the same version.
+"""
+
+import os
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import anyio
+
+from downloadview_async.errors import (
+    AccessDenied,
+    ConfigurationError,
+    FileError,
+    FileMissing,
+    SourceUnavailable,
+    TransferAborted,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.http.dates import http_seconds
+from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.ranges import RangeSpec, parse_range
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.local import CHUNK_SIZE
+from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.workers import Slots
+
+SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
+"""The schemes of stores that are somewhere else, and the extra that each needs."""
+
+# obstore's client options. They stand beside those of the store, whose names they are not.
+_CLIENT_OPTIONS = frozenset(
+    {
+        "allow_http",
+        "allow_invalid_certificates",
+        "connect_timeout",
+        "default_headers",
+        "http1_only",
+        "http2_keep_alive_interval",
+        "http2_keep_alive_timeout",
+        "http2_keep_alive_while_idle",
+        "http2_only",
+        "pool_idle_timeout",
+        "pool_max_idle_per_host",
+        "proxy_ca_certificate",
+        "proxy_excludes",
+        "proxy_url",
+        "randomize_addresses",
+        "read_timeout",
+        "root_certificate",
+        "timeout",
+        "user_agent",
+    }
+)
+# `timeout` includes the body, which a slow client takes hours to take; `read_timeout` is only for the store, and does
+# not run while nobody reads. Retries are few: the client is waiting, and is told to try again.
+_CLIENT_DEFAULTS = {"timeout": "7d", "connect_timeout": "10s", "read_timeout": "30s"}
+_RETRIES = {"max_retries": 2, "retry_timeout": timedelta(days=7)}
+
+# The names under which obstore takes the same option.
+_ALIASES = {
+    "token": "session_token",
+    "default_region": "region",
+    "endpoint_url": "endpoint",
+    "bucket_name": "bucket",
+}
+_ENDPOINTS = frozenset({"endpoint", "base_url"})
+# What of S3's options obstore takes from the environment, too.
+_FROM_ENVIRONMENT = (
+    "access_key_id",
+    "secret_access_key",
+    "session_token",
+    "default_region",
+    "region",
+    "endpoint",
+    "endpoint_url",
+    "virtual_hosted_style_request",
+)
+
+_AFTERGLOW = 0.05  # seconds
+
+_PASSED_HEADERS = ("Content-Encoding", "Content-Language", "Cache-Control")
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_UNKNOWN_TYPE = "binary/octet-stream"  # what S3 says of an object that was stored without a type
+
+_STATUS = re.compile(r"non-2xx status code: ([0-9]{3})")
+_THROTTLED = frozenset({"429", "503"})
+_ERRNO = re.compile(r"\(os error ([0-9]+)\)\Z")
+_NOT_A_FILE = frozenset({"2", "20", "21", "36", "40"})  # ENOENT, ENOTDIR, EISDIR, ENAMETOOLONG, ELOOP
+_DENIED = frozenset({"1", "13"})  # EPERM, EACCES
+
+
+class ObjectStorage:
+    """The objects below a URL: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`.
+
+    `file:///absolute/directory` and `memory:///` are those of obstore, for tests; `DirectoryStorage` is the one that
+    never leaves its directory. Names are the rest of the key, with slashes between what has to be segments.
+
+    options: obstore's own, of the store (`endpoint`, `access_key_id`, `region` ...) and of its client (`allow_http`,
+    `connect_timeout` ...), and `credential_provider` or `retry_config`. An endpoint may begin with http://.
+    max_connections: requests to the store at once; who waits longer than two seconds for one is turned away.
+    answer_timeout: seconds that the store has until the head of an answer is complete, tries and all.
+
+    Each process has a store and connections of its own. One that has asked for an object must not be forked into others
+    that ask for some: obstore's threads do not survive that.
+
+    Raises `ConfigurationError` for a URL that is none of these, for options the store does not have, and if obstore is
+    not installed.
+    """
+
+    def __init__(
+        self, url: str, /, *, max_connections: int = 100, answer_timeout: float = 30.0, **options: Any
+    ) -> None:
+        self.url = url
+        self._answer_timeout = answer_timeout
+        self._slots = Slots(max_connections)
+        self._arguments = _arguments(url, options)
+        self._made: tuple[int, Any] | None = (os.getpid(), self._make())
+
+    def _make(self) -> Any:
+        try:
+            from obstore.store import from_url
+        except ModuleNotFoundError as exc:
+            extra = SCHEMES.get(urlsplit(self.url).scheme, "s3")
+            raise ConfigurationError(
+                f"{self.url!r} needs {exc.name}: install downloadview_async with its extra `{extra}`"
+            ) from exc
+        try:
+            return from_url(self.url, **self._arguments)
+        except Exception as exc:  # of many kinds; all of them mean the URL or an option
+            raise ConfigurationError(f"{self.url!r} is no storage with these options: {_first_line(exc)}") from exc
+
+    @property
+    def store(self) -> Any:
+        """The store itself, an object of obstore: what is put into it can be downloaded here."""
+        process = os.getpid()
+        if self._made is None or self._made[0] != process:
+            self._made = (process, self._make())
+        return self._made[1]
+
+    @property
+    def config(self) -> Mapping[str, str]:
+        """The store's own options under the names that obstore's documentation has, with those of the environment.
+
+        Only for S3; others have none.
+        """
+        if urlsplit(self.url).scheme != "s3":
+            return {}
+        environment = {name: os.environ.get(f"AWS_{name.upper()}", "") for name in _FROM_ENVIRONMENT}
+        config = {_ALIASES.get(name, name): value for name, value in environment.items() if value}
+        given = {name: value for name, value in self._arguments.items() if isinstance(value, str | bool)}
+        return MappingProxyType(config | {_plain_name(name): str(value) for name, value in given.items()})
+
+    @property
+    def credential_provider(self) -> Any:
+        """The `credential_provider` among the options, or None."""
+        return self._arguments.get("credential_provider")
+
+    def url_of(self, name: str, endpoint: str | None = None) -> str | None:
+        """Return the plain URL of an object, at another endpoint than the store's own if one is given; S3 only.
+
+        With `virtual_hosted_style_request` an endpoint is that of the bucket, as it is for obstore.
+        """
+        config, parts = self.config, urlsplit(self.url)
+        if parts.scheme != "s3":
+            return None
+        virtual = config.get("virtual_hosted_style_request", "").lower() in ("true", "1", "yes", "on", "y", "t")
+        host = f"s3.{config.get('region', 'us-east-1')}.amazonaws.com"
+        endpoint = endpoint or config.get("endpoint") or f"https://{f'{parts.netloc}.' if virtual else ''}{host}"
+        path = [unquote(parts.path).strip("/"), name]
+        if not virtual:
+            path.insert(0, parts.netloc)
+        return "/".join([endpoint.rstrip("/"), *[quote(part) for part in path if part]])
+
+    async def locate(self, name: str) -> str | None:
+        """Return the plain URL of an object of S3, or the path of a file; None for others."""
+        if urlsplit(self.url).scheme == "file":
+            return f"{unquote(urlsplit(self.url).path).rstrip('/')}/{name}"
+        return self.url_of(name)
+
+    @asynccontextmanager
+    async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator["OpenObject"]:
+        """Send the one request to the store, and describe the object by what it answers.
+
+        Raises `FileMissing`, also for what no file may be called, `AccessDenied`, `SourceUnavailable` (throttled),
+        `UpstreamError`.
+        """
+        checked_segments(name)
+        slot = await self._slots.take()
+        try:
+            opened = OpenObject(self.store, name, answer_timeout=self._answer_timeout)
+            try:
+                await opened.begin(request)
+                yield opened
+            finally:
+                opened.close()
+        finally:
+            self._slots.free(slot)
+
+    async def aclose(self) -> None:
+        """Let the store and its connections go, before the process ends. Another one is made if it is used again."""
+        self._made = None
+        # obstore's threads let go of what they hold of Python a moment after an answer; an interpreter that ends in
+        # between is aborted by them.
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(_AFTERGLOW)
+
+
+class OpenObject:
+    """One version of an object: what the store has said of it, and a stream that may have begun."""
+
+    def __init__(self, store: Any, name: str, *, answer_timeout: float) -> None:
+        self.metadata = FileMetadata()
+        self._store = store
+        self._name = name
+        self._answer_timeout = answer_timeout
+        self._version: tuple[str | None, Any, int] | None = None
+        self._stream: Any = None
+        self._span = ByteRange(0, 0)  # what the stream has left
+
+    async def begin(self, request: DownloadRequest) -> None:
+        """Ask the store what the client asks us. Raises `FileError`."""
+        options = _options_for(request)
+        try:
+            found = await self._get(options)
+        except _NotAsARange:
+            options = {"head": True}
+            found = await self._get(options)
+        meta, attributes = found.meta, found.attributes
+        self._version = _version(meta)
+        tag, modified = meta["e_tag"], http_seconds(meta["last_modified"].timestamp())
+        content_type = valid_content_type(attributes.get("Content-Type"))
+        self.metadata = FileMetadata(
+            size=meta["size"],
+            etag=ETag.parse(tag or ""),
+            last_modified=modified or None,  # 1970 stands for a time that the store did not tell
+            content_type=None if content_type == _UNKNOWN_TYPE else content_type,
+            headers=tuple(
+                (name.lower(), attributes[name])
+                for name in _PASSED_HEADERS
+                if _FIELD_VALUE.fullmatch(attributes.get(name, "\0"))
+            ),
+        )
+        if "head" not in options:
+            self._take(found)
+
+    def _take(self, found: Any) -> None:
+        self._span = ByteRange(*found.range)
+        self._stream = found.stream(CHUNK_SIZE)
+
+    async def _get(self, options: Any) -> Any:
+        import obstore
+
+        try:
+            with anyio.fail_after(self._answer_timeout):
+                return await obstore.get_async(self._store, self._name, options=options)
+        except TimeoutError as exc:
+            raise UpstreamTimeout(f"{self._name!r} took the store more than {self._answer_timeout} s") from exc
+        except Exception as exc:
+            if "range" in options and _is_of_the_range(exc):
+                raise _NotAsARange from exc
+            raise _file_error(exc, self._name) from exc
+
+    async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        """Yield the bytes of the span: from the answer that is open if it goes on with them, else from a new one.
+
+        A stream that breaks is taken up again where it broke, as long as each brings something and the version is the
+        same. Raises `TransferAborted`.
+        """
+        assert self.metadata.size is not None
+        left = ByteRange(0, self.metadata.size) if span is None else span
+        reopened_for_nothing = False
+        while left.start < left.stop:
+            if self._stream is None or self._span.start != left.start or self._span.stop < left.stop:
+                await self._reopen(left)
+            try:
+                chunk = await anext(self._stream, b"")
+                if not chunk:
+                    raise UpstreamError(f"{self._name!r} ended {len(self._span)} bytes early")
+            except Exception as exc:
+                self.close()
+                if reopened_for_nothing:
+                    raise TransferAborted(f"{self._name!r} broke off at byte {left.start}: {_first_line(exc)}") from exc
+                reopened_for_nothing = True
+                continue
+            reopened_for_nothing = False
+            self._span = ByteRange(min(self._span.start + len(chunk), self._span.stop), self._span.stop)
+            chunk = chunk[: len(left)]
+            left = ByteRange(left.start + len(chunk), left.stop)
+            yield chunk
+
+    async def _reopen(self, span: ByteRange) -> None:
+        """Open a stream of just this span, of the same version of the object. Raises `TransferAborted`."""
+        self.close()
+        options: dict[str, Any] = {"range": (span.start, span.stop)}
+        if self.metadata.etag is not None and not self.metadata.etag.weak:  # "If-Match" compares strongly
+            options["if_match"] = str(self.metadata.etag)
+        try:
+            found = await self._get(options)
+        except (FileError, _NotAsARange) as exc:
+            raise TransferAborted(f"{self._name!r} cannot be read on from byte {span.start}: {exc}") from exc
+        if _version(found.meta) != self._version or tuple(found.range) != (span.start, span.stop):
+            raise TransferAborted(f"{self._name!r} changed while it was sent")
+        self._take(found)
+
+    def close(self) -> None:
+        """Let the answer that is open go, and its connection with it if there are bytes left in it."""
+        self._stream = None
+
+
+class _NotAsARange(Exception):
+    """The store cannot give the range that was asked for: it is not in the object, or of a kind it does not know."""
+
+
+def _arguments(url: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what obstore's `from_url` takes. Raises `ConfigurationError`."""
+    parts = urlsplit(url)
+    local = {
+        "file": parts.netloc == "" and parts.path.startswith("/"),
+        "memory": not parts.netloc + parts.path.strip("/"),
+    }
+    if not local.get(parts.scheme, parts.scheme in SCHEMES and parts.netloc) or parts.query or parts.fragment:
+        raise ConfigurationError(
+            f"{url!r} is no object store: give s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
+        )
+    if parts.scheme in local:
+        if options:
+            raise ConfigurationError(f"{url!r} takes no options: remove {', '.join(sorted(options))}")
+        return {}
+    client = dict(_CLIENT_DEFAULTS)
+    if any(_plain_name(name) in _ENDPOINTS and str(value).startswith("http://") for name, value in options.items()):
+        client["allow_http"] = "true"
+    client |= options.pop("client_options", None) or {}
+    client |= {name: _text(options.pop(name)) for name in list(options) if name in _CLIENT_OPTIONS}
+    options = {name: _text(value) for name, value in options.items()}
+    return {"retry_config": _RETRIES, **options, "client_options": client}
+
+
+def _text(value: Any) -> Any:
+    """Return a value as obstore takes it, which has no numbers."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _plain_name(name: str) -> str:
+    name = name.lower().removeprefix("aws_")
+    return _ALIASES.get(name, name)
+
+
+def _options_for(request: DownloadRequest) -> dict[str, Any]:
+    """Return what to ask the store for: only what a plain GET will read is read."""
+    if request.method != "GET":
+        return {"head": True}
+    if request.unconditional:
+        return {}
+    specs = parse_range(request.range) if request.range is not None else None
+    conditions = (request.if_match, request.if_unmodified_since, request.if_none_match, request.if_modified_since)
+    if any(condition is not None for condition in conditions) or (specs is not None and len(specs) > 1):
+        return {"head": True}  # which bytes, if any, follows from what it says
+    return {} if specs is None else _range_option(specs[0])
+
+
+def _range_option(spec: RangeSpec) -> dict[str, Any]:
+    first, last = spec
+    if first is None:
+        return {"range": {"suffix": last}} if last else {"head": True}
+    return {"range": {"offset": first} if last is None else (first, last + 1)}
+
+
+def _version(meta: Mapping[str, Any]) -> tuple[str | None, Any, int]:
+    return meta["e_tag"], meta["last_modified"], meta["size"]
+
+
+def _is_of_the_range(exc: Exception) -> bool:
+    """Return whether a store's error may be about the range alone: another request will tell."""
+    status = _STATUS.search(str(exc))
+    if type(exc).__name__ == "NotSupportedError":
+        return True  # Azure has no "the last bytes"
+    return (
+        type(exc).__name__ == "GenericError" and (status is None or status[1] == "416") and "range" in str(exc).lower()
+    )
+
+
+def _file_error(exc: Exception, name: str) -> FileError:
+    """Return our error for one of obstore's."""
+    reason = f"{name!r}: {_first_line(exc)}"
+    kind = type(exc).__name__
+    if isinstance(exc, FileNotFoundError) or kind == "InvalidPathError" or isinstance(exc, ValueError):
+        return FileMissing(reason)
+    if isinstance(exc, PermissionError) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
+        return AccessDenied(f"the store denies {reason}")
+    if kind == "PreconditionError":
+        return UpstreamError(f"the store has another version by now: {reason}")
+    if found := _ERRNO.search(reason):
+        if found[1] in _NOT_A_FILE:
+            return FileMissing(reason)
+        return AccessDenied(reason) if found[1] in _DENIED else SourceUnavailable(reason)
+    status = _STATUS.search(reason)
+    if status is not None and status[1] in _THROTTLED:
+        return SourceUnavailable(f"the store is throttling: {reason}")
+    if status is None and "timed out" in str(exc):
+        return UpstreamTimeout(reason)
+    return UpstreamError(reason)
+
+
+def _first_line(exc: Exception) -> str:
+    """Return what an error of obstore says before it goes into the details of its own code, of limited length."""
+    return (str(exc).partition("\n\nDebug source:")[0] or type(exc).__name__)[:500]

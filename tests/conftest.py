@@ -1,0 +1,14 @@
+"""What tests of several rooms need."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3 import S3, s3_server
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A real S3 server with an empty bucket."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -1,0 +1,180 @@
+"""Object stores in the service: settings, what is wrong with them, and downloads from a real S3 server."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx2
+import pytest
+from starlette.testclient import TestClient
+
+from downloadview_async import ConfigurationError
+from downloadview_async.service.build import build
+from downloadview_async.service.load import load_settings
+from downloadview_async.service.settings import Settings, StorageSettings
+from tests.s3 import BUCKET, KEY_ID, S3, SECRET
+
+LAKE = """
+[sources.lake]
+type = "storage"
+url = "s3://downloads/lake"
+[sources.lake.options]
+endpoint = "http://127.0.0.1:8333"
+access_key_id = "AKID"
+secret_access_key = "secret"
+"""
+PRESIGN = """
+[sources.lake.presign]
+expires = "10m"
+public_endpoint = "https://files.example.org"
+"""
+ROUTE = """
+[[routes]]
+path = "/lake/{path:path}"
+source = "lake"
+"""
+REDIRECT = f'{ROUTE}send = "redirect"\n'
+FILES = '[sources.files]\ntype = "path"\nroot = "files"\n'
+FILES_ROUTE = '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\n'
+NGINX = '[offload]\nbackend = "nginx"\n'
+FILES_RULE = '[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+LAKE_RULE = '[[offload.rules]]\nsource = "http://127.0.0.1:8333/downloads/"\ntarget = "/_lake/"\n'
+
+
+def load(directory: Path, text: str, environ: dict[str, str] | None = None) -> Settings:
+    (directory / "files").mkdir(exist_ok=True)
+    (directory / "downloadview.toml").write_text(text, encoding="utf-8")
+    return load_settings(directory / "downloadview.toml", environ=environ or {})
+
+
+def refusal(directory: Path, text: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        build(load(directory, text))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_settings_of_a_lake(tmp_path: Path) -> None:
+    settings = load(tmp_path, LAKE + PRESIGN + REDIRECT)
+    lake = settings.sources["lake"]
+    assert isinstance(lake, StorageSettings)
+    assert lake.options["endpoint"] == "http://127.0.0.1:8333"
+    assert lake.presign is not None
+    assert (lake.presign.expires, lake.presign.public_endpoint) == ("10m", "https://files.example.org")
+    assert settings.routes[0].send == "redirect"
+    build(settings)
+
+
+def test_secrets_come_from_variables(tmp_path: Path) -> None:
+    environ = {
+        "DOWNLOADVIEW_SOURCES__LAKE__OPTIONS__SECRET_ACCESS_KEY": "12345",
+        "DOWNLOADVIEW_SOURCES__LAKE__OPTIONS__VIRTUAL_HOSTED_STYLE_REQUEST": "true",
+        "DOWNLOADVIEW_SOURCES__LAKE__PRESIGN__EXPIRES": "1h",
+    }
+    lake = load(tmp_path, LAKE + ROUTE, environ).sources["lake"]
+    assert isinstance(lake, StorageSettings)
+    assert lake.options["secret_access_key"] == "12345"
+    assert lake.presign is not None
+    assert lake.presign.expires == "1h"
+    build(load(tmp_path, LAKE + ROUTE, environ))
+
+
+WRONG: list[tuple[str, str, str]] = [
+    (f"{LAKE}nonsense = 1\n{ROUTE}", "sources.lake.url", "nonsense"),
+    (f"{LAKE}max_connections = 1\n{ROUTE}", "sources.lake.options.max_connections", "[sources.lake] itself"),
+    (LAKE.replace("s3://downloads/lake", "s3://") + ROUTE, "sources.lake.url", "s3://BUCKET/PREFIX"),
+    (f"{LAKE}[sources.lake.presign]\nexpire = 1\n{ROUTE}", "sources.lake.presign.expire", "did you mean 'expires'"),
+    (f'{LAKE}[sources.lake.presign]\nexpires = "soon"\n{ROUTE}', "sources.lake.presign.expires", "such as 30s, 10m"),
+    (f'{LAKE}[sources.lake.presign]\nexpires = "8d"\n{ROUTE}', "sources.lake.presign", "7 days"),
+    (
+        f'{LAKE}[sources.lake.presign]\npublic_endpoint = "files.example.org"\n{ROUTE}',
+        "sources.lake.presign",
+        "https://files.example.org",
+    ),
+    (LAKE + REDIRECT, "routes[0].send", "add [sources.lake.presign]"),
+    (f'{FILES}{FILES_ROUTE}send = "redirect"\n', "routes[0].send", "choose proxy or stream"),
+    (f'{FILES}{FILES_ROUTE}send = "sometimes"\n', "routes[0].send", "redirect, proxy or stream"),
+    (f'{FILES}{FILES_ROUTE}send = "proxy"\n', "routes[0].send", "set offload.backend"),
+    (
+        f'{FILES}{LAKE}{ROUTE}send = "proxy"\n{NGINX}{FILES_RULE}',
+        "routes[0].send",
+        "with the source 'http://127.0.0.1:8333/downloads/lake'",
+    ),
+    (
+        '[sources.lake]\ntype = "storage"\nurl = "memory://"\n[sources.lake.options]\na = "b"\n' + ROUTE,
+        "options",
+        "only s3",
+    ),
+    (
+        '[sources.lake]\ntype = "storage"\nurl = "memory://"\nmax_connections = 1\n' + ROUTE,
+        "max_connections",
+        "only s3",
+    ),
+    ('[sources.lake]\ntype = "storage"\nurl = "file:files"\n[sources.lake.presign]\n' + ROUTE, "presign", "only s3"),
+    (
+        '[sources.lake]\ntype = "storage"\nurl = "gs://bucket"\n[sources.lake.options]\nskip_signature = true\n'
+        "[sources.lake.presign]\n" + ROUTE,
+        "sources.lake.presign",
+        "HMAC",
+    ),
+    (LAKE.replace('secret_access_key = "secret"\n', "") + PRESIGN + ROUTE, "sources.lake", "ecret"),
+]
+
+
+@pytest.mark.parametrize("text, key, said", WRONG)
+def test_what_is_wrong_is_said_at_the_start(
+    tmp_path: Path, text: str, key: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    refused = refusal(tmp_path, text)
+    assert key in refused
+    assert said in refused
+
+
+def test_secrets_are_in_no_error(tmp_path: Path) -> None:
+    for text, _, _ in WRONG:
+        assert '"secret"' not in refusal(tmp_path, text)
+
+
+def test_rules_for_a_lake_are_accepted(tmp_path: Path) -> None:
+    build(load(tmp_path, f'{LAKE}{ROUTE}send = "proxy"\n{NGINX}{LAKE_RULE}'))
+
+
+@pytest.mark.parametrize("send, offloaded", [("", True), ('send = "proxy"\n', True), ('send = "stream"\n', False)])
+def test_a_route_chooses_how_it_sends(tmp_path: Path, send: str, offloaded: bool) -> None:
+    app = build(load(tmp_path, f"{FILES}{FILES_ROUTE}{send}{NGINX}{FILES_RULE}"))
+    (tmp_path / "files" / "a.txt").write_text("here")
+    with TestClient(app) as client:
+        answer = client.get("/files/a.txt")
+    assert ("x-accel-redirect" in answer.headers) is offloaded
+    assert answer.text == ("" if offloaded else "here")
+
+
+def lake(s3: S3, directory: Path, more: str) -> Any:
+    text = LAKE.replace("http://127.0.0.1:8333", s3.url).replace("AKID", KEY_ID).replace('"secret"', f'"{SECRET}"')
+    return build(load(directory, text + more))
+
+
+def test_downloads_from_a_real_server(s3: S3, tmp_path: Path) -> None:
+    s3.put("lake/a b/π.txt", b"0123456789", content_type="text/plain")
+    with TestClient(lake(s3, tmp_path, ROUTE)) as client:
+        whole = client.get("/lake/a b/π.txt")
+        assert (whole.status_code, whole.content) == (200, b"0123456789")
+        assert client.get("/lake/a b/π.txt", headers={"Range": "bytes=-2"}).content == b"89"
+        assert client.get("/lake/none").status_code == 404
+        assert client.get("/lake/../first").status_code == 404
+
+
+def test_redirects_to_a_real_server(s3: S3, tmp_path: Path) -> None:
+    s3.put("lake/a b/π.txt", b"0123456789", content_type="text/plain")
+    app = lake(s3, tmp_path, f'[sources.lake.presign]\nexpires = "30s"\n{REDIRECT}disposition = "inline"\n')
+    with TestClient(app, follow_redirects=False) as client:
+        answer = client.get("/lake/a b/π.txt")
+        assert (answer.status_code, answer.headers["cache-control"]) == (307, "private, max-age=15")
+        url = answer.headers["location"]
+        assert parse_qs(urlsplit(url).query)["X-Amz-Expires"] == ["30"]
+        assert urlsplit(url).path.startswith(f"/{BUCKET}/lake/")
+        assert client.get("/lake/none").status_code == 404
+    fetched = httpx2.get(url)
+    assert (fetched.status_code, fetched.content) == (200, b"0123456789")
+    assert fetched.headers["content-disposition"].startswith("inline; filename=")
