@@ -424,6 +424,23 @@ async def test_a_stream_reaches_the_client_while_it_is_made(site: Site) -> None:
     assert rest.count(b"y") == 1
 
 
+async def test_what_the_service_cannot_finish_does_not_look_finished(site: Site) -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"x" * 100_000
+        raise OSError("the disk is gone")
+
+    def make(name: str) -> dv.VirtualFile:
+        return dv.VirtualFile(broken, name=name, size=200_000 if name == "sized.bin" else None)
+
+    app = Starlette(routes=[Route("/{name}", dv.Download(dv.VirtualSource(make)))])
+    async with live(app) as service:
+        with proxy(site.kind, site.checkout, service) as port:
+            sized = await ask(port, "/sized.bin")
+            unsized = await ask(port, "/unsized.bin")
+    assert not sized.complete
+    assert unsized.complete == (site.kind.name == "h2o")  # whose page warns of that
+
+
 # --- the encodings are not interchangeable
 
 
