@@ -162,20 +162,18 @@ class ForeignResponse:
 
     async def _stream(self, start: Message | None, file: _Named, send: Send) -> None:
         async with file.open() as opened:
-            size = opened.metadata.size or 0
-            length = size if start is None else _length_of(start)
+            length = opened.metadata.size or 0 if start is None else _length_of(start)
             assert length is not None
             plan = Plan(200, {}, (ByteRange(0, length),) if length else ())
-            first = {"type": ""} if start is None else start
+            if start is not None:
+                await send_plan(plan, opened, start, send)
+                return
 
-            async def send_after_start(message: Message) -> None:
-                if message is not first or start is not None:
+            async def send_the_rest(message: Message) -> None:
+                if message["type"] != "http.response.start":  # which has been sent already
                     await send(message)
 
-            if length == 0 and start is None:
-                await send({"type": "http.response.body", "body": b""})
-            else:
-                await send_plan(plan, opened, first, send_after_start)
+            await send_plan(plan, opened, {"type": "http.response.start"}, send_the_rest)
 
 
 def _length_of(start: Message) -> int | None:

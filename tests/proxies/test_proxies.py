@@ -438,7 +438,10 @@ async def test_what_the_service_cannot_finish_does_not_look_finished(site: Site)
             sized = await ask(port, "/sized.bin")
             unsized = await ask(port, "/unsized.bin")
     assert not sized.complete
-    assert unsized.complete == (site.kind.name == "h2o")  # whose page warns of that
+    if (
+        site.kind.name != "lighttpd"
+    ):  # which may end it in either way, by how the last bytes arrive; its page warns of that
+        assert unsized.complete == (site.kind.name == "h2o")  # whose page does, too
 
 
 # --- the encodings are not interchangeable
