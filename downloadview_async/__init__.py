@@ -17,7 +17,7 @@ from downloadview_async.errors import (
 )
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
-from downloadview_async.offload.backends import XAccelRedirect, XSendfile
+from downloadview_async.offload.backends import XAccelRedirect, XLiteSpeedLocation, XReproxyURL, XSendfile
 from downloadview_async.offload.base import OffloadBackend, Redirect
 from downloadview_async.offload.presigned import PresignedRedirect
 from downloadview_async.offload.rules import Rule
@@ -80,6 +80,8 @@ __all__ = [
     "VirtualFile",
     "VirtualSource",
     "XAccelRedirect",
+    "XLiteSpeedLocation",
+    "XReproxyURL",
     "XSendfile",
     "__version__",
     "download_error",

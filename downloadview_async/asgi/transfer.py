@@ -25,6 +25,12 @@ PATHSEND = "http.response.pathsend"
 PREPARED = "downloadview_async.prepared"
 """The key in the start of a response, for a server that wants it, of its `PreparedHead`. All of the body follows."""
 
+FOREIGN = "downloadview_async.foreign"
+"""The key in what is said of a path send that is not the server's, but there for responses that are not ours."""
+
+SETTLED = "downloadview_async.settled"
+"""The key in a path send of which it has been decided already that no proxy sends the file."""
+
 SMALL = 64 * 1024
 """Bytes of a file that are sent with less work in one message than by the kernel."""
 
@@ -162,7 +168,7 @@ async def send_plan(
         await send({"type": "http.response.body", "body": b""})
         return
     span, local = only_span(plan), local_of(file)
-    if path_send is None or span is None or local is None:
+    if path_send is None or FOREIGN in path_send or span is None or local is None:
         pass
     elif path_send.get("descriptor"):
         await send(start)
@@ -175,7 +181,7 @@ async def send_plan(
             if path is not None:
                 # The server counts down from Content-Length; when it opens the file, and is done, it does not say.
                 await send(start)
-                await send({"type": PATHSEND, "path": path})
+                await send({"type": PATHSEND, "path": path, SETTLED: True})
                 return
     started = False
     async with aclosing(body_of(plan, file)) as chunks:

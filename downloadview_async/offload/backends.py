@@ -1,7 +1,7 @@
 """One value for each kind of proxy: which header it obeys, and how it reads a path in it.
 
-The encodings are not interchangeable: nginx and lighttpd percent-decode the value, mod_xsendfile 0.12 does not, and
-the wrong choice makes the proxy send another file.
+The encodings are not interchangeable: nginx, Caddy, H2O and lighttpd percent-decode the value, mod_xsendfile 0.12 does
+not, and the wrong choice makes the proxy send another file.
 """
 
 import os
@@ -22,12 +22,13 @@ _CHARSET = re.compile("[A-Za-z0-9_.:-]+")
 
 
 class XAccelRedirect:
-    """nginx: X-Accel-Redirect with an internal URI, percent-encoded.
+    """nginx, and Caddy: X-Accel-Redirect with an internal URI, percent-encoded.
 
-    rules: their targets are the URIs of `internal` locations, which begin and end with a slash.
+    rules: their targets are URIs that begin and end with a slash: those of `internal` locations for nginx, those of
+    `handle_path` below `handle_response` for Caddy.
     buffering, charset, expires ("off", or a number of seconds), limit_rate (bytes per second): nginx's own handling
     of this answer, see https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_ignore_headers. None leaves it
-    to nginx's configuration.
+    to nginx's configuration. Caddy has none of them.
 
     Raises `ConfigurationError` for a target or an option that nginx would not take.
     """
@@ -41,14 +42,7 @@ class XAccelRedirect:
         expires: int | Literal["off"] | None = None,
         limit_rate: int | None = None,
     ) -> None:
-        rules = list(rules)
-        for rule in rules:
-            if not _INTERNAL_URI.fullmatch(rule.target) or rule.target == "/" or "/." in rule.target:
-                raise ConfigurationError(
-                    f"the target {rule.target!r} is no internal location for nginx: write it with a slash at both "
-                    "ends, such as /_files/, as in `location /_files/ { internal; alias /srv/files/; }`"
-                )
-        self._rules = RuleTable(rules)
+        self._rules = _internal_rules(rules)
         self._options: dict[str, str] = {}
         self._kept = lru_cache(_KEPT)(self._headers)
         if buffering is not None:
@@ -74,13 +68,56 @@ class XAccelRedirect:
         return None if location is None else self._kept(location)
 
     def _headers(self, location: str) -> Mapping[str, str] | None:
-        if (found := self._rules.match(location)) is None:
-            return None
-        target, rest = found
-        path = os.fsencode(rest) if location.startswith("/") else _decoded(rest)
-        if path is None:
-            return None
-        return MappingProxyType({"x-accel-redirect": target + quote(path), **self._options})
+        uri = _internal_uri(self._rules, location)
+        return None if uri is None else MappingProxyType({"x-accel-redirect": uri, **self._options})
+
+
+class XReproxyURL:
+    """H2O: X-Reproxy-URL with an internal URI, percent-encoded.
+
+    rules: their sources are directories, and their targets URIs that begin and end with a slash: those of paths in
+    H2O's configuration. H2O keeps none of our headers by itself: see `deploy/h2o/h2o.conf`.
+
+    Raises `ConfigurationError` for another source or target.
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._rules = _internal_rules(_local(rules, "H2O"))
+        self._kept = lru_cache(_KEPT)(self._headers)
+
+    def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
+        """Return X-Reproxy-URL, or None for a file that no rule covers."""
+        location = file.location
+        return None if location is None else self._kept(location)
+
+    def _headers(self, location: str) -> Mapping[str, str] | None:
+        uri = _internal_uri(self._rules, location)
+        return None if uri is None else MappingProxyType({"x-reproxy-url": uri})
+
+
+class XLiteSpeedLocation:
+    """LiteSpeed: X-LiteSpeed-Location with an internal URI. The header is tested, LiteSpeed itself is not.
+
+    How LiteSpeed reads a percent sign is not known here, so a name is sent by it only if that makes no difference: one
+    of ASCII letters, digits and `_.-~`. Other files are streamed.
+
+    rules: their sources are directories, and their targets URIs that begin and end with a slash.
+
+    Raises `ConfigurationError` for another source or target.
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._rules = _internal_rules(_local(rules, "LiteSpeed"))
+        self._kept = lru_cache(_KEPT)(self._headers)
+
+    def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
+        """Return X-LiteSpeed-Location, or None for a file that no rule covers, or whose name is not plain."""
+        location = file.location
+        return None if location is None else self._kept(location)
+
+    def _headers(self, location: str) -> Mapping[str, str] | None:
+        uri = _internal_uri(self._rules, location)
+        return None if uri is None or "%" in uri else MappingProxyType({"x-litespeed-location": uri})
 
 
 class XSendfile:
@@ -124,6 +161,35 @@ class XSendfile:
             return None  # the end of a header value is trimmed, and the proxy would send the file without the space
         # a header value is bytes, which ASGI code carries as latin-1 text
         return MappingProxyType({"x-sendfile": path.decode("latin-1")})
+
+
+def _internal_rules(rules: Iterable[Rule]) -> RuleTable:
+    """Return the table of rules whose targets are internal URIs. Raises `ConfigurationError` for one that is none."""
+    rules = list(rules)
+    for rule in rules:
+        if not _INTERNAL_URI.fullmatch(rule.target) or rule.target == "/" or "/." in rule.target:
+            raise ConfigurationError(
+                f"the target {rule.target!r} is no internal location: write it with a slash at both ends, such as "
+                "/_files/, as in nginx's `location /_files/ { internal; alias /srv/files/; }`"
+            )
+    return RuleTable(rules)
+
+
+def _local(rules: Iterable[Rule], proxy: str) -> list[Rule]:
+    rules = list(rules)
+    for rule in rules:
+        if not rule.source.startswith("/"):
+            raise ConfigurationError(f"{proxy} sends local files: {rule.source!r} is no absolute directory")
+    return rules
+
+
+def _internal_uri(rules: RuleTable, location: str) -> str | None:
+    """Return the percent-encoded URI of a file or URL for the proxy, or None if there is none."""
+    if (found := rules.match(location)) is None:
+        return None
+    target, rest = found
+    path = os.fsencode(rest) if location.startswith("/") else _decoded(rest)
+    return None if path is None else target + quote(path)
 
 
 def _decoded(rest: str) -> bytes | None:

@@ -32,6 +32,8 @@ from downloadview_async import (
     StorageSource,
     VirtualSource,
     XAccelRedirect,
+    XLiteSpeedLocation,
+    XReproxyURL,
     XSendfile,
     download_error,
     storage_from_url,
@@ -255,14 +257,19 @@ def _backend(settings: Settings) -> OffloadBackend | None:
         return None
     with settings.blaming("offload"):
         rules = [Rule(rule.source, rule.target or rule.source) for rule in offload.rules]
-        if offload.backend == "nginx":
-            return XAccelRedirect(
-                rules,
-                buffering=offload.buffering,
-                charset=offload.charset,
-                expires=offload.expires,
-                limit_rate=offload.limit_rate,
-            )
+        match offload.backend:
+            case "nginx" | "caddy":  # the settings let Caddy have none of nginx's options
+                return XAccelRedirect(
+                    rules,
+                    buffering=offload.buffering,
+                    charset=offload.charset,
+                    expires=offload.expires,
+                    limit_rate=offload.limit_rate,
+                )
+            case "h2o":
+                return XReproxyURL(rules)
+            case "litespeed":
+                return XLiteSpeedLocation(rules)
         return XSendfile(rules, encoding=offload.encoding or _encoding_of(offload))
 
 

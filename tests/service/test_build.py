@@ -16,6 +16,7 @@ import sqlalchemy
 from starlette.testclient import TestClient
 
 from downloadview_async import ConfigurationError, TransferAborted
+from downloadview_async.offload.base import OFFLOAD_HEADERS
 from downloadview_async.service.build import build
 from downloadview_async.service.database import key_as
 from downloadview_async.service.load import load_settings
@@ -343,6 +344,9 @@ RULE = '[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
             {"DOWNLOADVIEW_OFFLOAD": '{"backend":"lighttpd","rules":[{"source":"files","target":"/mnt/x"}]}'},
             {"x-sendfile": "/mnt/x/a%20b.txt"},
         ),
+        ({"DOWNLOADVIEW_OFFLOAD__BACKEND": "caddy"}, {"x-accel-redirect": "/_files/a%20b.txt"}),
+        ({"DOWNLOADVIEW_OFFLOAD__BACKEND": "h2o"}, {"x-reproxy-url": "/_files/a%20b.txt"}),
+        ({"DOWNLOADVIEW_OFFLOAD__BACKEND": "litespeed"}, {}),
     ],
 )
 def test_the_backend_gets_its_own_header(directory: Path, environ: dict[str, str], headers: dict[str, str]) -> None:
@@ -350,11 +354,17 @@ def test_the_backend_gets_its_own_header(directory: Path, environ: dict[str, str
     with client_of(directory, TEXT + RULE, environ) as client:
         answer = client.get("/files/a%20b.txt")
         missing = client.get("/files/missing")
-    found = {name: value for name, value in answer.headers.items() if name.startswith(("x-accel", "x-sendfile"))}
+    found = {name: value for name, value in answer.headers.items() if name in OFFLOAD_HEADERS}
     assert found == {name: value.format(directory=directory) for name, value in headers.items()}
     assert answer.content == (b"" if headers else b"ab")
     assert missing.status_code == 404
-    assert not any(name.startswith(("x-accel", "x-sendfile")) for name in missing.headers)
+    assert not OFFLOAD_HEADERS & {*missing.headers}
+
+
+def test_litespeed_gets_plain_names(directory: Path) -> None:
+    with client_of(directory, TEXT + RULE, {"DOWNLOADVIEW_OFFLOAD__BACKEND": "litespeed"}) as client:
+        answer = client.get("/files/a.txt")
+    assert (answer.headers["x-litespeed-location"], answer.content) == ("/_files/a.txt", b"")
 
 
 def test_the_directory_of_the_settings_is_on_the_import_path(directory: Path) -> None:

@@ -182,7 +182,7 @@ REFUSED = [
     (f'{FILES}{ROUTE}cache_control = "a\\r\\nb"', "routes[0].cache_control", "such as private"),
     (f'{FILES}{ROUTE}cache_control = ""', "routes[0].cache_control", "leave it out to send none"),
     (f"{FILES}{ROUTE}example = [1]", "routes[0].example[0]", "a file, or a list of files"),
-    ("[offload]\nbackend = 'caddie'", "offload.backend", "nginx, apache or lighttpd"),
+    ("[offload]\nbackend = 'caddie'", "offload.backend", "nginx, apache, lighttpd, caddy, h2o or litespeed"),
     ("[offload]\nbakend = 'nginx'", "offload.bakend", "did you mean 'backend'?"),
     ("[offload]\nbackend = 'nginx'", "offload.rules", "add one, or remove the backend"),
     (f"{FILES}[[offload.rules]]\nsource = 'else'", "offload.rules[0].source", "no source lives under"),
@@ -205,6 +205,30 @@ REFUSED = [
         "offload.encoding",
         "remove it",
     ),
+    (
+        f"{FILES}[offload]\nbackend='caddy'\nencoding='percent'\n[[offload.rules]]\nsource='files'\ntarget='/_files/'",
+        "offload.encoding",
+        "caddy has no choice of encodings: remove it",
+    ),
+    (
+        f"{FILES}[offload]\nbackend='caddy'\nbuffering=true\n[[offload.rules]]\nsource='files'\ntarget='/_files/'",
+        "offload.buffering",
+        "caddy has no such option",
+    ),
+    (
+        f"{FILES}[offload]\nbackend='caddy'\n[[offload.rules]]\nsource='files'\ntarget='/_f/'\n"
+        "[[offload.rules]]\nsource='files/x'\ntarget='/_F/'",
+        "offload.rules[1].target",
+        "'/_F/' is '/_f/' for Caddy",
+    ),
+    *[
+        (
+            f"{FILES}[offload]\nbackend = '{backend}'\n[[offload.rules]]\nsource = 'files'",
+            "offload.rules[0].target",
+            f"{backend} needs an internal location",
+        )
+        for backend in ("caddy", "h2o", "litespeed")
+    ],
 ]
 
 

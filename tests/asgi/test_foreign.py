@@ -1,0 +1,429 @@
+"""`OffloadMiddleware(pathsend=True)`: files of applications that know nothing of this library, on real servers."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from email.utils import formatdate
+from pathlib import Path
+from urllib.parse import quote, urlencode
+
+import pytest
+import pytest_asyncio
+from starlette.responses import FileResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import downloadview_async as dv
+from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.offload.base import OFFLOAD_HEADERS
+from tests.asgi.foreign_app import APPS, Spy, starlette_app
+from tests.asgi.ways import WAYS
+from tests.live import Answer, ask, live
+from tests.proxies.servers import KINDS, proxy, readable_directory
+
+pytestmark = pytest.mark.asyncio
+
+PROTOCOLS = {"stock": "h11", "httptools": "httptools", "ours": DownloadProtocol}
+CONTENT = os.urandom(300_000)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    files = tmp_path / "files"
+    (files / "sub").mkdir(parents=True)
+    for name in ("file.txt", "a b%20?.txt", "sub/file.txt"):
+        (files / name).write_bytes(CONTENT)
+    (files / "empty.txt").touch()
+    (files / "small.txt").write_bytes(b"small")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "file.txt").write_bytes(b"private")
+    (files / "link.txt").symlink_to(tmp_path / "private" / "file.txt")
+    return files
+
+
+@pytest.fixture(params=list(PROTOCOLS))
+def protocol(request: pytest.FixtureRequest) -> object:
+    return PROTOCOLS[request.param]
+
+
+def offloading(app: ASGIApp, root: Path, target: str = "/_files/") -> ASGIApp:
+    return dv.OffloadMiddleware(app, dv.XAccelRedirect([dv.Rule(str(root), target)]), pathsend=True)
+
+
+@asynccontextmanager
+async def serving(app: ASGIApp, protocol: object) -> AsyncIterator[int]:
+    async with live(app, http=protocol) as port:
+        yield port
+
+
+def assert_streamed(answer: Answer, content: bytes = CONTENT) -> None:
+    assert not OFFLOAD_HEADERS & {*answer.headers}
+    assert (answer.status, answer.complete, answer.body == content) == (200, True, True)
+
+
+# --- what is offloaded
+
+WHERE = ["file", "static", "gzip", "basehttp", "all", "nested/a/b/c"]
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("name", ["file.txt", "a b%20?.txt", "sub/file.txt", "small.txt", "empty.txt"])
+async def test_files_of_starlette_are_offloaded(root: Path, protocol: object, where: str, name: str) -> None:
+    async with serving(starlette_app(root), protocol) as port:
+        plain = await ask(port, f"/{where}/{quote(name)}")
+    async with serving(offloading(starlette_app(root), root), protocol) as port:
+        answer = await ask(port, f"/{where}/{quote(name)}", headers={"Accept-Encoding": "gzip"})
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers.pop("x-accel-redirect") == f"/_files/{quote(name)}"
+    assert answer.headers.pop("content-length") == "0"
+    assert {**answer.headers, "date": ""} == {
+        name: "" if name == "date" else value
+        for name, value in plain.headers.items()
+        if name not in ("content-length", "accept-ranges")
+        and (name, value.lower()) != ("vary", "accept-encoding")  # of Starlette's gzip, which leaves path sends alone
+    }
+
+
+@pytest.mark.parametrize(
+    "framework, path",
+    [("fastapi", "/file/file.txt"), ("fastapi", "/static/file.txt"), ("litestar", "/static/file.txt")],
+)
+async def test_files_of_frameworks_are_offloaded(root: Path, protocol: object, framework: str, path: str) -> None:
+    async with serving(offloading(APPS[framework](root), root), protocol) as port:
+        answer = await ask(port, path)
+        head = await ask(port, path, method="HEAD")
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["x-accel-redirect"] == "/_files/file.txt"
+    assert answer.headers["etag"]
+    assert "x-accel-redirect" not in head.headers  # the framework answers that without a path send
+
+
+async def test_a_file_of_litestar_itself_is_no_path_send(root: Path, protocol: object) -> None:
+    async with serving(offloading(APPS["litestar"](root), root), protocol) as port:
+        answer = await ask(port, "/own/file.txt")
+    assert_streamed(answer)
+    assert "mine.txt" in answer.headers["content-disposition"]
+
+
+# --- what is not
+
+
+@pytest.mark.parametrize("framework", ["starlette", "fastapi"])
+async def test_ranges_that_the_application_has_evaluated(root: Path, protocol: object, framework: str) -> None:
+    async with serving(offloading(APPS[framework](root), root), protocol) as port:
+        part = await ask(port, "/file/file.txt", headers={"Range": "bytes=10-99"})
+        parts = await ask(port, "/file/file.txt", headers={"Range": "bytes=0-9,20-29"})
+        beyond = await ask(port, "/file/file.txt", headers={"Range": "bytes=999999-"})
+        whole = await ask(port, "/file/file.txt", headers={"Range": "bytes=10-99", "If-Range": '"another"'})
+        head = await ask(port, "/file/file.txt", method="HEAD")
+    assert (part.status, part.body) == (206, CONTENT[10:100])
+    assert part.headers["content-range"] == f"bytes 10-99/{len(CONTENT)}"
+    assert (parts.status, parts.complete) == (206, True)
+    assert beyond.status == 416
+    assert whole.headers["x-accel-redirect"] == "/_files/file.txt"
+    assert (head.status, head.headers.get("content-length")) in ((200, str(len(CONTENT))), (405, "31"))
+    for answer in (part, parts, beyond, head):
+        assert not OFFLOAD_HEADERS & {*answer.headers}
+
+
+async def test_a_condition_that_the_application_has_evaluated(root: Path, protocol: object) -> None:
+    async with serving(offloading(starlette_app(root), root), protocol) as port:
+        etag = (await ask(port, "/static/file.txt")).headers["etag"]
+        answer = await ask(port, "/static/file.txt", headers={"If-None-Match": etag})
+        missing = await ask(port, "/static/none.txt")
+    assert (answer.status, answer.body) == (304, b"")
+    assert missing.status == 404
+    assert not OFFLOAD_HEADERS & {*answer.headers, *missing.headers}
+
+
+@pytest.mark.parametrize("where", WHERE)
+async def test_a_file_without_a_rule_is_sent_by_us_or_by_the_server(
+    root: Path, tmp_path: Path, protocol: object, where: str
+) -> None:
+    spy = Spy(offloading(starlette_app(root), tmp_path / "elsewhere"))
+    async with serving(spy, protocol) as port:
+        answer = await ask(port, f"/{where}/file.txt")
+        empty = await ask(port, f"/{where}/empty.txt")
+    assert_streamed(answer)
+    assert_streamed(empty, b"")
+    assert answer.headers["content-length"] == str(len(CONTENT))
+    assert len(spy.path_sends) == (2 if protocol is DownloadProtocol else 0)
+
+
+@pytest.mark.parametrize(
+    "path, body, status", [("/teapot/file.txt", CONTENT, 418), ("/encoded/file.txt", CONTENT, 200)]
+)
+async def test_only_a_plain_200_is_offloaded(root: Path, protocol: object, path: str, body: bytes, status: int) -> None:
+    async with serving(offloading(starlette_app(root), root), protocol) as port:
+        answer = await ask(port, path)
+    assert (answer.status, answer.body == body) == (status, True)
+    assert not OFFLOAD_HEADERS & {*answer.headers}
+
+
+LENGTH = {"content-length": str(len(CONTENT))}
+
+
+@pytest.mark.parametrize(
+    "method, said, offloaded",
+    [
+        ("GET", LENGTH, True),
+        ("HEAD", LENGTH, True),
+        ("POST", LENGTH, False),
+        ("GET", {**LENGTH, "status": "201"}, False),
+        ("GET", {**LENGTH, "status": "206", "content-range": "bytes 0-299999/300000"}, False),
+        ("GET", {**LENGTH, "content-range": "bytes 0-299999/300000"}, False),
+        ("GET", {**LENGTH, "Content-Encoding": "x-none"}, False),
+        ("GET", {**LENGTH, "path": "{root}/sub/../file.txt"}, False),
+        ("GET", {**LENGTH, "path": "{root}/sub/../sub/file.txt"}, False),
+        ("GET", {**LENGTH, "path": "{root}/./file.txt"}, False),
+        ("GET", {**LENGTH, "path": "{root}//file.txt"}, False),
+        ("GET", {**LENGTH, "path": "{relative}/file.txt"}, False),
+        ("HEAD", {**LENGTH, "path": "{relative}/file.txt"}, False),
+        ("GET", {}, False),  # without a length
+        ("HEAD", {}, False),
+    ],
+)
+async def test_what_a_path_send_has_to_be_to_be_offloaded(
+    root: Path, protocol: object, method: str, said: dict[str, str], offloaded: bool
+) -> None:
+    relative = os.path.relpath(root)
+    query = urlencode({name: value.format(root=root, relative=relative) for name, value in said.items()})
+    async with serving(offloading(starlette_app(root), root), protocol) as port:
+        answer = await ask(port, f"/raw/?{query}", method=method)
+    assert answer.status == int(said.get("status", 200))
+    assert bool(OFFLOAD_HEADERS & {*answer.headers}) == offloaded
+    assert (answer.complete, answer.body == (b"" if offloaded or method == "HEAD" else CONTENT)) == (True, True)
+
+
+async def test_a_link_is_matched_by_its_own_path(root: Path, tmp_path: Path, protocol: object) -> None:
+    async with serving(offloading(starlette_app(root), root), protocol) as port:
+        assert (await ask(port, "/file/link.txt")).headers["x-accel-redirect"] == "/_files/link.txt"
+    async with serving(offloading(starlette_app(root), tmp_path / "private"), protocol) as port:
+        assert_streamed(await ask(port, "/file/link.txt"), b"private")
+
+
+# --- exactly the promised bytes
+
+
+@pytest.mark.parametrize("where", ["file", "basehttp", "all"])
+async def test_a_file_that_changes_is_cut_or_aborted(root: Path, tmp_path: Path, protocol: object, where: str) -> None:
+    file = root / "file.txt"
+
+    class Meddling:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+            self.content = b""
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            async def meddling(message: Message) -> None:
+                if message["type"] == "http.response.pathsend":
+                    file.write_bytes(self.content)
+                await send(message)
+
+            await self.app(scope, receive, meddling)
+
+    meddling = Meddling(starlette_app(root))
+    async with serving(offloading(meddling, tmp_path / "elsewhere"), protocol) as port:
+        meddling.content = CONTENT * 2
+        grown = await ask(port, f"/{where}/file.txt")
+        file.write_bytes(CONTENT)
+        meddling.content = CONTENT[:70_000]
+        shrunk = await ask(port, f"/{where}/file.txt")
+    assert_streamed(grown)
+    assert (shrunk.status, shrunk.complete) == (200, False)
+    assert CONTENT.startswith(shrunk.body)
+
+
+async def test_a_file_that_is_gone_is_a_404_while_it_can_be(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    query = urlencode({"path": str(root / "none.txt"), **LENGTH})
+    with caplog.at_level(logging.INFO, "downloadview_async"):
+        async with serving(offloading(starlette_app(root), tmp_path / "elsewhere"), "h11") as port:
+            answer = await ask(port, f"/raw/?{query}")
+            unframed = await ask(port, f"/raw/?{urlencode({'path': str(root / 'none.txt')})}")
+    assert (answer.status, answer.body) == (404, b"Not Found")
+    assert not unframed.complete
+    assert "none.txt" in caplog.text
+
+
+async def test_a_client_who_leaves_ends_the_stream(root: Path, tmp_path: Path) -> None:
+    (root / "huge.bin").touch()
+    os.truncate(root / "huge.bin", 1 << 32)
+    ended = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await FileResponse(root / "huge.bin")(scope, receive, send)
+        finally:
+            ended.set()
+
+    async with serving(offloading(app, tmp_path / "elsewhere"), "httptools") as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        await reader.readexactly(1 << 20)
+        assert not ended.is_set()
+        writer.close()
+        await asyncio.wait_for(ended.wait(), 20)
+    held = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if _is_open(number)]
+    assert not [path for path in held if path.endswith("huge.bin")]
+
+
+def _is_open(number: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{number}")
+
+
+# --- orders
+
+
+async def test_an_order_of_the_application_is_dropped(
+    root: Path, protocol: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(offloading(starlette_app(root), root), protocol) as port:
+        answer = await ask(port, "/ordering")
+        raw = await ask(port, f"/raw/?{urlencode({**LENGTH, 'X-Sendfile': '/etc/passwd', 'path': '/dev/null'})}")
+    assert (answer.status, answer.body) == (200, b"mine")
+    assert OFFLOAD_HEADERS & {*answer.headers} == {"x-accel-buffering"}  # which names no file
+    assert not OFFLOAD_HEADERS & {*raw.headers}
+    warnings = [record.message for record in caplog.records if "is dropped" in record.message]
+    assert len(warnings) == 2
+    assert "x-accel-redirect, x-sendfile of the application is dropped" in warnings[0]
+
+
+async def test_without_path_send_no_message_is_touched(root: Path, protocol: object) -> None:
+    backend = dv.XAccelRedirect([dv.Rule(str(root), "/_files/")])
+    async with serving(dv.OffloadMiddleware(starlette_app(root), backend), protocol) as port:
+        assert (await ask(port, "/ordering")).headers["x-accel-redirect"] == "/_files/other.txt"
+        assert_streamed(await ask(port, "/file/file.txt"))
+
+
+@pytest.mark.parametrize("where", ["refused", "restated", "ours-restated"])
+async def test_a_403_that_takes_the_place_of_a_file_carries_no_order(root: Path, protocol: object, where: str) -> None:
+    async with serving(offloading(starlette_app(root), root), protocol) as port:
+        answer = await ask(port, f"/{where}/file.txt")
+    assert answer.status == 403
+    assert not OFFLOAD_HEADERS & {*answer.headers}
+
+
+async def test_a_stream_begins_at_once(root: Path) -> None:
+    go_on = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await go_on.wait()
+        await send({"type": "http.response.body", "body": b"x"})
+
+    async with serving(offloading(app, root), "h11") as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        go_on.set()
+        assert b"x" in await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 20)
+        writer.close()
+
+
+async def test_other_messages_pass(root: Path) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        if scope["path"] == "/body":
+            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+            await send({"type": "http.response.body", "body": b"b"})
+
+    async with serving(offloading(app, root), "h11") as port:
+        assert (await ask(port, "/body")).body == b"ab"
+        assert not (await ask(port, "/nothing")).complete
+
+
+# --- ours, and others further out
+
+
+@pytest.mark.parametrize("inner_takes_path_sends", [True, False])
+async def test_the_innermost_middleware_decides(root: Path, protocol: object, inner_takes_path_sends: bool) -> None:
+    sub = dv.XAccelRedirect([dv.Rule(str(root / "sub"), "/_inner/")])
+    inner = dv.OffloadMiddleware(starlette_app(root), sub, pathsend=inner_takes_path_sends)
+    async with serving(offloading(inner, root, "/_outer/"), protocol) as port:
+        ours = await ask(port, "/ours/sub/file.txt")
+        assert ours.headers["x-accel-redirect"] == "/_inner/file.txt"
+        assert_streamed(await ask(port, "/ours/file.txt"))
+        foreign = await ask(port, "/file/sub/file.txt")
+        elsewhere = await ask(port, "/file/file.txt")
+    if inner_takes_path_sends:
+        assert foreign.headers["x-accel-redirect"] == "/_inner/file.txt"
+        assert_streamed(elsewhere)
+    else:
+        assert foreign.headers["x-accel-redirect"] == "/_outer/sub/file.txt"
+        assert elsewhere.headers["x-accel-redirect"] == "/_outer/file.txt"
+
+
+@pytest.mark.parametrize("reached", [True, False])
+async def test_our_own_responses_are_as_before(root: Path, tmp_path: Path, protocol: object, reached: bool) -> None:
+    app = starlette_app(root)
+    backend = dv.XAccelRedirect([dv.Rule(str(root if reached else tmp_path / "elsewhere"), "/_files/")])
+    answers: list[list[Answer]] = []
+    for middleware in (dv.OffloadMiddleware(app, backend), dv.OffloadMiddleware(app, backend, pathsend=True)):
+        async with serving(middleware, protocol) as port:
+            answers.append(
+                [
+                    await ask(port, "/ours/file.txt"),
+                    await ask(port, "/ours/small.txt"),
+                    await ask(port, "/ours/file.txt", method="HEAD"),
+                    await ask(port, "/ours/file.txt", headers={"Range": "bytes=7-"}),
+                    await ask(port, "/ours/none.txt"),
+                ]
+            )
+    for before, after in zip(*answers, strict=True):
+        assert {**before.headers, "date": ""} == {**after.headers, "date": ""}
+        assert (before.status, before.body == after.body, after.complete) == (after.status, True, True)
+
+
+@pytest.mark.parametrize("server", ["path send, granian", "chunks, hypercorn"])
+@pytest.mark.parametrize("reached", [True, False])
+async def test_other_servers(root: Path, tmp_path: Path, server: str, reached: bool) -> None:
+    env = {"FOREIGN_ROOT": str(root), "FOREIGN_RULE": str(root if reached else tmp_path / "elsewhere")}
+    with WAYS[server].serving("tests.asgi.foreign_app:make_app", log=tmp_path / "log", env=env) as running:
+        assert isinstance(running.address, int)
+        for where in ("file", "static", "all"):
+            answer = await ask(running.address, f"/{where}/file.txt")
+            if reached:
+                assert (answer.status, answer.body) == (200, b"")
+                assert answer.headers["x-accel-redirect"] == "/_files/file.txt"
+            else:
+                assert_streamed(answer)
+        assert_streamed(await ask(running.address, "/encoded/file.txt"))
+
+
+# --- behind the real proxy
+
+
+@pytest_asyncio.fixture(params=["starlette", "fastapi", "litestar"])
+async def behind_nginx(request: pytest.FixtureRequest) -> AsyncIterator[int]:
+    with readable_directory() as checkout:
+        files = checkout / "app" / "files"
+        files.mkdir(parents=True)
+        (files / "file.txt").write_bytes(CONTENT)
+        os.utime(files / "file.txt", (1_700_000_000, 1_700_000_000))
+        async with live(offloading(APPS[request.param](files), files)) as service:
+            with proxy(KINDS["nginx"], checkout, service) as port:
+                yield port
+
+
+async def test_nginx_sends_the_files_of_an_application_that_exists(behind_nginx: int) -> None:
+    path = "/static/file.txt"
+    answer = await ask(behind_nginx, path)
+    assert_streamed(answer)
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.headers["last-modified"] == formatdate(1_700_000_000, usegmt=True)
+    etag = answer.headers["etag"]
+    part = await ask(behind_nginx, path, headers={"Range": "bytes=10-99"})
+    assert (part.status, part.body) == (206, CONTENT[10:100])
+    # nginx's own tag: the application finds that it is none of its own, sends the whole, and nginx knows it
+    resumed = await ask(behind_nginx, path, headers={"Range": "bytes=100-", "If-Range": etag})
+    assert (resumed.status, resumed.body == CONTENT[100:]) == (206, True)
+    current = await ask(behind_nginx, path, headers={"If-None-Match": etag})
+    assert (current.status, current.body) == (304, b"")
+    head = await ask(behind_nginx, path, method="HEAD")
+    assert (head.status, head.headers["content-length"]) == (200, str(len(CONTENT)))
+    for got in (answer, part, resumed, current, head):
+        assert not OFFLOAD_HEADERS & {*got.headers}
+    assert (await ask(behind_nginx, "/_files/file.txt")).status == 404
