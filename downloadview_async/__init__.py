@@ -21,6 +21,7 @@ from downloadview_async.offload.backends import XAccelRedirect, XSendfile
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
+from downloadview_async.sources.cached import Cache, CacheCounters, CachedSource
 from downloadview_async.sources.object import ObjectFile, ObjectSource
 from downloadview_async.sources.path import LocalFile, PathSource
 from downloadview_async.sources.remote import RemoteFile, RemoteSource, Upstream
@@ -40,6 +41,9 @@ __all__ = [
     "AccessDenied",
     "AsyncFile",
     "ByteRange",
+    "Cache",
+    "CacheCounters",
+    "CachedSource",
     "ConfigurationError",
     "DirectoryStorage",
     "Download",
