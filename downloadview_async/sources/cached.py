@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
 
 import anyio
@@ -127,6 +128,8 @@ class Cache:
         self._known: dict[tuple[str, str], _Known] = {}
         self._refused: dict[tuple[str, str], float] = {}
         self._fetches: dict[tuple[asyncio.AbstractEventLoop, str, str], _Fetch] = {}
+        self._running: set[_Fetch] = set()
+        """Those that have not ended, though nobody may join some of them any more."""
         self._sweeping: set[asyncio.Task[None]] = set()
         self._names: weakref.WeakValueDictionary[str, CachedSource] = weakref.WeakValueDictionary()
         self._is_offloaded = False
@@ -152,7 +155,7 @@ class Cache:
 
     async def aclose(self) -> None:
         """End what is being fetched; what has not all arrived is removed. Those who wait for it are aborted."""
-        await self._end(list(self._fetches.values()))
+        await self._end(list(self._running))
         for task in list(self._sweeping):
             await asyncio.wait([task])
 
@@ -167,7 +170,7 @@ class Cache:
 
     async def end_of(self, source: str) -> None:
         """End what is being fetched from a source."""
-        await self._end([fetch for fetch in self._fetches.values() if fetch.source == source])
+        await self._end([fetch for fetch in self._running if fetch.source == source])
 
     async def _end(self, fetches: "list[_Fetch]") -> None:
         for fetch in fetches:
@@ -289,8 +292,13 @@ class Cache:
         place = asyncio.get_running_loop(), source, key
         if (found := self._fetches.get(place)) is None and inner is not None:
             found = self._fetches[place] = _Fetch(self, source, key, inner, stale)
+            self._running.add(found)
             found.start()
+            found.task.add_done_callback(partial(self._ended, found))
         return found
+
+    def _ended(self, fetch: "_Fetch", task: asyncio.Task[None]) -> None:
+        self._running.discard(fetch)
 
     def withdraw(self, fetch: "_Fetch") -> None:
         """Let nobody else join a fetch."""
@@ -445,7 +453,7 @@ def _is_local(file: AsyncFile) -> bool:
 class CachedFile:
     """A file of a `CachedSource`. It has a location while it is known to be in the cache and current."""
 
-    __slots__ = ("_entry", "_inner", "_key", "_source", "_stale", "name")
+    __slots__ = ("_counted", "_entry", "_inner", "_key", "_source", "_stale", "name")
 
     def __init__(
         self,
@@ -461,6 +469,7 @@ class CachedFile:
         else:
             assert inner is not None
             self.name = inner.name
+        self._counted = False
         self._source = source
         self._key = key
         self._entry = entry
@@ -481,28 +490,25 @@ class CachedFile:
         cache = self._source.cache
         opened = cache.open_at_once(self._source.name, self._key, self._entry)
         if opened is not None:
-            cache.count(hit=1)
+            self._count(hit=1)
         return opened
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
         """Open the file: the complete one, the one that arrives, or the source's own."""
         cache, source, key = self._source.cache, self._source.name, self._key
-        counted = False
         for _ in range(_MAX_TRIES):
             entry = self._entry or self._completed()
             if entry is not None:
                 async with cache.open(source, key, entry) as opened:
                     if opened is not None:
                         self._entry = entry
-                        cache.count(hit=not counted)
+                        self._count(hit=1)
                         yield opened
                         return
                 self._entry = self._stale = None
                 await cache.forget(source, key)
-            if not counted:
-                counted = True
-                cache.count(miss=self._stale is None, stale=self._stale is not None)
+            self._count(miss=self._stale is None, stale=self._stale is not None)
             async with self._passed(request) as passed:
                 if passed is not None:
                     cache.count(passed=1)
@@ -521,6 +527,12 @@ class CachedFile:
             self._entry = fetch.entry
         raise SourceUnavailable(f"{self.name!r} does not stay in the cache")
 
+    def _count(self, *, hit: int = 0, miss: int = 0, stale: int = 0) -> None:
+        # one answer may take several tries, and is one
+        if not self._counted:
+            self._counted = True
+            self._source.cache.count(hit=hit, miss=miss, stale=stale)
+
     def _completed(self) -> Entry | None:
         """Return the file if somebody else has fetched it since it was looked for."""
         entry = self._source.cache.known(self._source.name, self._key)
@@ -535,20 +547,19 @@ class CachedFile:
     async def _passed(self, request: DownloadRequest) -> AsyncIterator[OpenFile | None]:
         """Open the source's own file where the cache is not to be asked, else give None.
 
-        For a HEAD; for a file that is none for the cache; and for a range that begins far behind what has arrived, if
-        the source has ranges.
+        For a HEAD of one that nobody fetches; for a file that is none for the cache; and for a range that begins far
+        behind what has arrived, if the source has ranges.
         """
         cache, source, key = self._source.cache, self._source.name, self._key
         fetch = cache.fetch(source, key, None, None)
         inner = await self._inner_file()
         is_far = not isinstance(inner, VirtualFile) and _is_far(request, fetch)
-        if not (is_far or request.method == "HEAD" or (fetch is None and cache.is_refused(source, key))):
+        if not (is_far or (fetch is None and (request.method == "HEAD" or cache.is_refused(source, key)))):
             yield None
             return
         async with inner.open(request) as opened:
             # a source that reads over what comes before a range had better be read once
-            reads_over = is_far and request.method != "HEAD" and getattr(opened, "reads_over", False)
-            if not reads_over:
+            if not (is_far and getattr(opened, "reads_over", False)):
                 yield opened
                 return
         yield None
@@ -658,6 +669,11 @@ class _Fetch:
 
     async def _fetch(self) -> None:
         request = _asking_for_news(self._stale)
+        if self._stale is not None and isinstance(self._inner, VirtualFile):
+            said = self._inner.validators
+            if failed_precondition(request, said) == 304 and _is_current(self._stale, said):
+                self.entry = await self._cache.renew(self.source, self.key, self._stale)
+                return
         try:
             async with self._inner.open(request) as opened:
                 if self._stale is None or failed_precondition(request, opened.metadata) != 304:

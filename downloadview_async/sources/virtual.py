@@ -74,6 +74,11 @@ class VirtualFile:
             or isinstance(self._content, bytes | bytearray | memoryview | str)
         )
 
+    @property
+    def validators(self) -> FileMetadata:
+        """What was said of this version when it was given, and nothing that its content would have to be made for."""
+        return FileMetadata(size=self._size, etag=self._etag, last_modified=self._last_modified)
+
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
         """Make the content, but nothing of a generator is run before it is streamed."""
