@@ -37,9 +37,6 @@ LEASE_SECONDS = 30.0
 SWEEP_SECONDS = 60.0
 """How often a directory is gone through, by whichever process uses it."""
 
-UNUSED_AGES = 10
-"""A file that has not been used for so many times its cache's `max_age` is removed."""
-
 _BLOCK = 4096  # what a file takes is rounded up to this; a K.meta is taken to be one
 _LOCK_PATIENCE = 10.0
 _VERSION = 1

@@ -50,6 +50,10 @@ MAX_AHEAD = 8 << 20
 REMEMBER_SECONDS = 60.0
 """How long a file that was found not to be one for the cache is not tried again."""
 
+UNUSED_SECONDS = 3600.0
+UNUSED_AGES = 10
+"""A file that nobody has used for so long, and for so many times `max_age`, is removed."""
+
 _CHECK_SECONDS = 5.0  # how long what was found in the directory is believed without another look
 _GROW = 8 << 20  # bytes that a file of unknown size is given at a time
 _MAX_KNOWN = 16384
@@ -89,7 +93,7 @@ class _Known:
 
 
 class Cache:
-    """Files in a directory on a local disk, for any number of `CachedSource`s and processes.
+    """Files in a directory on a local disk, for any number of sources and processes: see `CachedSource`.
 
     directory: is made if there is none, and belongs to the cache alone.
     max_bytes: what all files in it may take together, in whole blocks of the disk; those least recently used make room.
@@ -119,7 +123,7 @@ class Cache:
         self.directory = CacheDirectory(
             directory,
             max_bytes=max_bytes,
-            max_unused=max(UNUSED_SECONDS, 10 * self.max_age),
+            max_unused=max(UNUSED_SECONDS, UNUSED_AGES * self.max_age),
             used=lambda: {known.hashed: known.used for known in list(self._known.values())},
         )
         self._workers = Workers()
@@ -374,10 +378,6 @@ class Cache:
         except OSError as exc:
             self.complain(exc)
             return None
-
-
-UNUSED_SECONDS = 3600.0
-"""A file that nobody has used for so long, and for ten times `max_age`, is removed."""
 
 
 def _close(opened: Opened) -> None:

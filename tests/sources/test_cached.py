@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async import Cache, CachedSource, ConfigurationError, Download, ETag, RemoteSource, VirtualFile
-from downloadview_async.sources import cache_directory, cached
+from downloadview_async.sources import cached
 from tests.live import Answer, ask, live
 
 pytestmark = pytest.mark.asyncio
