@@ -14,8 +14,11 @@ from downloadview_async.errors import DownloadError, FileError, SourceUnavailabl
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
 
-MAX_WAITING = 1 << 20
-"""Bytes that wait to be written, and bytes in the window, at most; one chunk may exceed it."""
+MAX_WAITING = 1 << 18
+"""Bytes that wait to be written, and bytes in the window, at most; one chunk may exceed it.
+
+With blocks of 1 MiB the kernel gives the process new pages for each, which costs five times what writing them does.
+"""
 
 
 class Arriving:
@@ -152,7 +155,7 @@ class Arriving:
     async def _write_out(self) -> None:
         try:
             while self._waiting:
-                block = b"".join(self._waiting)
+                block = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
                 self._waiting.clear()
                 self._waiting_bytes = 0
                 if self.is_on_disk:

@@ -184,9 +184,7 @@ class Cache:
                 await asyncio.wait([fetch.task])
 
     async def find(self, source: str, key: str) -> Entry | None:
-        """Return what is kept of a key, fresh or not."""
-        if (entry := self.known(source, key)) is not None:
-            return entry
+        """Return what is kept of a key, fresh or not, after a look at the disk."""
         self._sweep_if_due()
         entry = await self._attempt(self._find, source, key)
         if entry is None:
@@ -270,7 +268,9 @@ class Cache:
     def _opened(self, source: str, key: str, entry: Entry, local: OpenLocalFile) -> "OpenCachedFile | None":
         if local.size != entry.metadata.size:  # somebody has changed it
             return None
-        protect(local.descriptor)
+        if not local.is_protected:  # one that is opened again and again stays open, and so protected
+            protect(local.descriptor)
+            local.is_protected = True
         if (known := self._known.get((source, key))) is not None:
             known.used = time.time()
         return OpenCachedFile(entry.metadata, local)
@@ -422,7 +422,7 @@ class CachedSource:
         """
         if not isinstance(name, str):
             return await self.source.resolve(name)
-        entry = await self.cache.find(self.name, name)
+        entry = self.cache.known(self.name, name) or await self.cache.find(self.name, name)
         if entry is not None and entry.is_fresh(self.cache.max_age):
             return CachedFile(self, name, entry=entry)
         inner = await self.source.resolve(name)
