@@ -22,6 +22,7 @@ from downloadview_async.offload.base import OffloadBackend, Redirect
 from downloadview_async.offload.presigned import PresignedRedirect
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
+from downloadview_async.sources.cached import Cache, CacheCounters, CachedSource
 from downloadview_async.sources.object import ObjectFile, ObjectSource
 from downloadview_async.sources.objectstore import ObjectStorage
 from downloadview_async.sources.path import LocalFile, PathSource
@@ -42,6 +43,9 @@ __all__ = [
     "AccessDenied",
     "AsyncFile",
     "ByteRange",
+    "Cache",
+    "CacheCounters",
+    "CachedSource",
     "ConfigurationError",
     "DirectoryStorage",
     "Download",

@@ -44,6 +44,7 @@ def make(name: str) -> dv.VirtualFile:
 
 
 files = dv.PathSource(ROOT)
+cache = dv.Cache(f"{ROOT}-cache-{PORT}")
 SOURCES: dict[str, dv.Source] = {
     "path": files,
     "storage": dv.StorageSource(dv.storage_from_url(f"file://{ROOT}")),
@@ -51,5 +52,6 @@ SOURCES: dict[str, dv.Source] = {
     "object": dv.ObjectSource(get, source=files),
     "remote": dv.RemoteSource(f"http://127.0.0.1:{PORT}/path/", allow_hosts=["127.0.0.1"]),
     "virtual": dv.VirtualSource(make),
+    "cached": dv.CachedSource(dv.RemoteSource(f"http://127.0.0.1:{PORT}/path/", allow_hosts=["127.0.0.1"]), cache),
 }
 app = Starlette(routes=[Route(f"/{kind}/{{name}}", dv.Download(source)) for kind, source in SOURCES.items()])

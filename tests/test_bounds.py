@@ -16,7 +16,7 @@ from tests.servers import Server, free_port, serving
 
 GIB = 1 << 30
 MIB = 1 << 20
-KINDS = ["path", "storage", "sync", "object", "remote", "virtual"]
+KINDS = ["path", "storage", "sync", "object", "remote", "virtual", "cached"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -39,7 +39,7 @@ from downloadview_async.http.plan import (
 )
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend, Redirect
-from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local import local_of, open_at_once
 
 logger = logging.getLogger("downloadview_async")
@@ -165,15 +165,15 @@ class DownloadResponse(Response):
             await send(self._start(_Answer(plan, _raw(plan.headers)), scope))
             await send({"type": "http.response.body", "body": b""})
             return
-        if readable and (offload := self._offload(scope)) is not None:
+        offered = self._offload(scope) is not None if readable else False
+        if offered:
             async with self.file.open(HEAD) as opened:
-                answer = self._answer_to(HEAD, opened.metadata, offload)
-            # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
-            if "content-encoding" not in answer.plan.headers:
-                await send(self._start(answer, scope))
-                await send({"type": "http.response.body", "body": b""})
-                return
+                if await self._hand_over(opened, scope, send):
+                    return
         async with self.file.open(request) as opened:
+            # One that is kept in a cache may be found to be there only when it is opened.
+            if readable and not offered and await self._hand_over(opened, scope, send):
+                return
             answer = self._answer_to(request, opened.metadata, None)
             path_send = (scope.get("extensions") or {}).get(PATHSEND)
             await send_plan(answer.plan, opened, self._start(answer, scope), send, path_send=path_send)
@@ -186,6 +186,18 @@ class DownloadResponse(Response):
             described = describe(opened.metadata, self.presentation, own)
         headers = await self.redirect.headers_for(self.file, described)
         return None if headers is None else make_redirect_plan(own, headers)
+
+    async def _hand_over(self, opened: OpenFile, scope: Scope, send: Send) -> bool:
+        """Answer with headers for a proxy, and return whether one can send the file now that it is open."""
+        if (offload := self._offload(scope)) is None:
+            return False
+        answer = self._answer_to(HEAD, opened.metadata, offload)
+        # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
+        if "content-encoding" in answer.plan.headers:
+            return False
+        await send(self._start(answer, scope))
+        await send({"type": "http.response.body", "body": b""})
+        return True
 
     def _offload(self, scope: Scope) -> Mapping[str, str] | None:
         """Return the headers that have a proxy send the file, if one is offered and can."""

@@ -17,6 +17,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from downloadview_async import (
+    Cache,
+    CachedSource,
     Download,
     FileError,
     FileMissing,
@@ -39,7 +41,7 @@ from downloadview_async import (
     storage_from_url,
 )
 from downloadview_async.service.ending import EndsInTime
-from downloadview_async.service.health import Health, check_directory
+from downloadview_async.service.health import CachePage, Health, check_directory
 from downloadview_async.service.load import CONFIG, load_settings
 from downloadview_async.service.logs import OneLineFailures, log_aborts_in_one_line
 from downloadview_async.service.pages import IndexPage
@@ -51,6 +53,8 @@ from downloadview_async.service.settings import (
     Settings,
     StorageSettings,
     VirtualSettings,
+    bytes_of,
+    cache_of,
     directory_of,
     seconds_of,
     source_of_files,
@@ -71,7 +75,8 @@ def build(settings: Settings) -> Starlette:
     Raises `ConfigurationError` for what the settings name and does not exist.
     """
     databases = _databases(settings)
-    sources = _sources(settings, databases)
+    caches = _caches(settings)
+    sources = _sources(settings, databases, caches)
     checks: dict[str, Callable[[], Awaitable[None]]] = {}
     for name, source in settings.sources.items():
         if (directory := directory_of(source)) is not None:
@@ -82,11 +87,15 @@ def build(settings: Settings) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             log_aborts_in_one_line()
+            for cache in caches.values():
+                await cache.sweep()
             for source in sources.values():
-                if isinstance(source, RemoteSource):
+                if isinstance(source, RemoteSource | CachedSource):
                     stack.push_async_callback(source.aclose)
                 elif isinstance(source, StorageSource) and isinstance(source.storage, ObjectStorage):
                     stack.push_async_callback(source.storage.aclose)
+            for cache in caches.values():
+                stack.push_async_callback(cache.aclose)
             await stack.enter_async_context(_opened(settings, databases))
             yield
 
@@ -99,6 +108,7 @@ def build(settings: Settings) -> Starlette:
             Route("/", IndexPage(settings).answer),
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
+            *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
             *_routes(settings, sources),
         ],
         middleware=middleware,
@@ -149,7 +159,24 @@ def _databases(settings: Settings) -> dict[str, _Database]:
     }
 
 
-def _sources(settings: Settings, databases: Mapping[str, _Database]) -> dict[str, Source]:
+def _caches(settings: Settings) -> dict[str, Cache]:
+    """Return the cache of each source that has one; sources with the same directory share it."""
+    caches: dict[str, Cache] = {}
+    of_path: dict[str, Cache] = {}
+    for name, source in settings.sources.items():
+        if (cache := cache_of(source)) is None:
+            continue
+        if cache.path not in of_path:
+            max_bytes, max_age = bytes_of(cache.max_bytes), seconds_of(cache.max_age)
+            assert max_bytes is not None
+            assert max_age is not None  # they were read when the settings were
+            with settings.blaming(f"sources.{name}.cache.path"):
+                of_path[cache.path] = Cache(cache.path, max_bytes=max_bytes, max_age=max_age)
+        caches[name] = of_path[cache.path]
+    return caches
+
+
+def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Mapping[str, Cache]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     for name, source in settings.sources.items():
         key = f"sources.{name}"
@@ -174,6 +201,10 @@ def _sources(settings: Settings, databases: Mapping[str, _Database]) -> dict[str
                     )
             case VirtualSettings():
                 sources[name] = VirtualSource(_imported(settings, f"{key}.factory", source.factory))
+    for name, cache in caches.items():
+        # what decides which file a name stands for is a part of the name that its copies are kept under
+        place = getattr(settings.sources[name], "url", None) or getattr(settings.sources[name], "factory", "")
+        sources[name] = CachedSource(sources[name], cache, name=f"{name} {place}")
     for name, source in settings.sources.items():
         if isinstance(source, ObjectSettings):
             sources[name] = ObjectSource(

@@ -1,12 +1,15 @@
-"""`/-/livez`: this process answers. `/-/readyz`: it can reach what it serves from."""
+"""`/-/livez`: this process answers. `/-/readyz`: it can reach what it serves from. `/-/cache`: what its caches do."""
 
+import dataclasses
 import os
 from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
 import anyio.to_thread
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from downloadview_async import Cache
 
 _PATIENCE = 2.0  # seconds that a check may take: a hung disk is one that cannot be reached
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
@@ -39,6 +42,18 @@ class Health:
         if failed:
             return PlainTextResponse("".join(f"{name}\n" for name in sorted(failed)), 503, _HEADERS)
         return PlainTextResponse("ready\n", headers=_HEADERS)
+
+
+class CachePage:
+    """Answers with the counters of each source's cache in this process, as JSON."""
+
+    def __init__(self, caches: Mapping[str, Cache]) -> None:
+        self._caches = caches
+
+    async def answer(self, request: Request) -> Response:
+        """Answer 200; sources that share a cache have the same numbers."""
+        counters = {name: dataclasses.asdict(cache.counters) for name, cache in self._caches.items()}
+        return JSONResponse(counters, headers=_HEADERS)
 
 
 def check_directory(path: str) -> Callable[[], Awaitable[None]]:

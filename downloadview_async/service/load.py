@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 
 from downloadview_async import ConfigurationError
 from downloadview_async.service.settings import (
+    CacheSettings,
     ObjectSettings,
     OffloadSettings,
     PathSettings,
@@ -31,9 +32,12 @@ from downloadview_async.service.settings import (
     SourceSettings,
     StorageSettings,
     VirtualSettings,
+    bytes_of,
+    cache_of,
     configuration_error,
     directory_of,
     source_of_files,
+    seconds_of,
 )
 
 PREFIX = "DOWNLOADVIEW_"
@@ -169,6 +173,7 @@ class _Draft:
         sources = {name: self._source(name, table) for name, table in self._table("sources", data).items()}
         for name, source in sources.items():
             self._check_reference(f"sources.{name}", source, sources)
+        self._check_caches(sources)
         offload = self._table("offload", data)
         self._each_known("offload.rules", offload.get("rules"), RuleSettings)
         self._each_known("routes", data.get("routes"), RouteSettings)
@@ -233,7 +238,11 @@ class _Draft:
             )
         if kind is StorageSettings:
             self._only_known(f"{key}.presign", table.get("presign"), _fields(PresignSettings))
+        if "cache" in _fields(kind):
+            self._only_known(f"{key}.cache", table.get("cache"), _fields(CacheSettings))
         source = cast("SourceSettings", self._converted(key, table, kind))
+        if (cache := cache_of(source)) is not None:
+            source = msgspec.structs.replace(source, cache=self._cache(f"{key}.cache", cache))
         if isinstance(source, PathSettings):
             return msgspec.structs.replace(source, root=self._absolute(source.root))
         if isinstance(source, StorageSettings) and re.match("file:[^/]", source.url):
@@ -246,6 +255,32 @@ class _Draft:
         if isinstance(source, StorageSettings) and "max_connections" in source.options:
             raise self.error(f"{key}.options.max_connections", f"not one of obstore's: write it in [{key}] itself")
         return source
+
+    def _cache(self, key: str, cache: CacheSettings) -> CacheSettings:
+        size, age = bytes_of(cache.max_bytes), seconds_of(cache.max_age)
+        if not size:
+            raise self.error(f"{key}.max_bytes", f"{cache.max_bytes!r} is no size: give a number of bytes, or 10GiB")
+        if age is None:
+            raise self.error(f"{key}.max_age", f"{cache.max_age!r} is no time: give a number of seconds, or 10m or 1d")
+        return CacheSettings(path=self._absolute(cache.path), max_bytes=size, max_age=age)
+
+    def _check_caches(self, sources: Mapping[str, SourceSettings]) -> None:
+        first: dict[str, tuple[str, CacheSettings]] = {}
+        for name, source in sources.items():
+            if (cache := cache_of(source)) is None:
+                continue
+            key = f"sources.{name}.cache"
+            for other, served in sources.items():
+                directory = directory_of(served)
+                if directory and (_is_within(cache.path, directory) or _is_within(directory, cache.path)):
+                    raise self.error(
+                        f"{key}.path", f"the source {other!r} serves {directory!r}: give a directory of its own"
+                    )
+            known, settings = first.setdefault(cache.path, (name, cache))
+            if settings != cache:
+                raise self.error(
+                    key, f"the cache {cache.path!r} of {known!r} has other limits: give both the same, or another path"
+                )
 
     def _absolute(self, path: str) -> str:
         return os.path.normpath(self.directory / path)
@@ -311,6 +346,7 @@ class _Draft:
     def _offload(self, offload: OffloadSettings, sources: Mapping[str, SourceSettings]) -> OffloadSettings:
         rules = []
         places = [place for source in sources.values() if (place := _place_of(source)) is not None]
+        places += [cache.path for source in sources.values() if (cache := cache_of(source)) is not None]
         for index, rule in enumerate(offload.rules):
             key = f"offload.rules[{index}]"
             source = rule.source if "://" in rule.source else self._absolute(rule.source)

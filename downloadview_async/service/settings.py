@@ -1,5 +1,6 @@
 """What can be set, as types. A field's description says what it takes, and is what a wrong value is answered with."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,24 @@ class PresignSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     ) = None
 
 
+class CacheSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[sources.NAME.cache]`: a directory that the files of a source are kept in."""
+
+    path: Annotated[str, Meta(min_length=1, description="a directory, absolute or relative to the settings file")]
+    max_bytes: Annotated[
+        int | str, Meta(description="what all files in it may take: a number of bytes, or such as 500MB or 10GiB")
+    ] = "10GiB"
+    max_age: Annotated[
+        float | str,
+        Meta(
+            description="how long a file is sent without asking for a newer one: seconds, or such as 90s, 10m, 2h, 1d"
+        ),
+    ] = "1d"
+
+
+_CACHE = "a [sources.NAME.cache] table"
+
+
 class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="storage"):
     """`type = "storage"`: a storage by its URL."""
 
@@ -109,6 +128,7 @@ class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     max_connections: (
         Annotated[_Count, Meta(description="requests to an object store at once, 100 without it")] | None
     ) = None
+    cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
 class ObjectSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="object"):
@@ -133,6 +153,7 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     max_connections: Annotated[_Count, Meta(description="upstream requests at once, 1 or more")] = 100
     connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 10.0
     read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 30.0
+    cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
 class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="virtual"):
@@ -145,6 +166,7 @@ class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
             description='"module:function"; the directory of the settings file is on the import path',
         ),
     ]
+    cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
 SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSettings | VirtualSettings
@@ -242,6 +264,31 @@ def configuration_error(file: str, origins: Mapping[str, str], key: str, problem
             break
         part = part[: max(part.rfind("."), part.rfind("["), 0)]
     return ConfigurationError(f"{origin}: {key}: {problem}" if key else f"{origin}: {problem}")
+
+
+_UNITS = {
+    **{unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB"))},
+    **{unit: 1024**power for power, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB"))},
+}
+_TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def bytes_of(value: int | str) -> int | None:
+    """Return a number of bytes such as 4096, "500MB" or "10GiB"; None for a text that is none."""
+    match = re.fullmatch("([0-9]{1,15})[ ]?([A-Za-z]*)", str(value))
+    return int(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else None
+
+
+def seconds_of(value: float | str) -> float | None:
+    """Return a time such as 90, "90s", "10m", "2h" or "1d" in seconds; None for a text that is none."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)[ ]?([a-z]?)", str(value))
+    return float(match[1]) * _TIMES[match[2]] if match and match[2] in _TIMES else None
+
+
+def cache_of(source: SourceSettings) -> CacheSettings | None:
+    """Return the cache of a source, or None."""
+    cache: CacheSettings | None = getattr(source, "cache", None)
+    return cache
 
 
 def directory_of(source: SourceSettings) -> str | None:

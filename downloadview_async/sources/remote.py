@@ -311,6 +311,12 @@ class OpenRemoteFile:
                 raise FileMissing(f"{self._url!r} answered {response.status_code}")
         raise UpstreamError(f"{self._url!r} answered {response.status_code}")
 
+    @property
+    def reads_over(self) -> bool:
+        """Whether a range was asked for, and the upstream sends the whole file all the same."""
+        body = self._body
+        return body is not None and body.ranged and body.position == 0 and not body.finished
+
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span, raw: from the answer that is open if they are in it, else from a new one."""
         if span is None and self.metadata.size is not None:
@@ -364,6 +370,7 @@ class _Body:
 
     def __init__(self, response: Any, *, ranged: bool) -> None:
         self.response = response
+        self.ranged = ranged
         self._max_skip = math.inf if ranged else _MAX_SKIP
         self.position = 0
         self.stop: int | None = None

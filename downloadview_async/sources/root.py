@@ -125,7 +125,7 @@ class Root:
                 f"the root {self.path!r} cannot be opened ({exc.strerror}): create the directory, make it readable "
                 "for this user, or correct the setting"
             ) from exc
-        self._is_quick = _is_quick(self.descriptor)
+        self.is_quick = _is_quick(self.descriptor)
         self._finalizer = weakref.finalize(self, os.close, self.descriptor)
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class Root:
         """Open a file if the kernel can do so without waiting for a disk; else return None. Otherwise as `open`."""
         checked_segments(name)
         # RESOLVE_CACHED is about the walk alone: what opens, describes and closes the file is its file system.
-        if not self.use_openat2 or not self._is_quick:
+        if not self.use_openat2 or not self.is_quick:
             return None
         resolve = _RESOLVE[self.symlinks] | _RESOLVE_CACHED | _RESOLVE_NO_XDEV
         try:

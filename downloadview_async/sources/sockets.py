@@ -110,6 +110,9 @@ class Connection(httpcore2.AsyncNetworkStream):
                         standard_compatible=False,
                         server_side=False,
                     )
+                # A request that was cancelled in the very moment of this ends here, where the socket is closed: in
+                # httpcore's next step its connection would stay in the pool for ever, open and of no use.
+                await checkpoint()
             except BaseException:
                 self._raw.close()
                 raise
@@ -148,6 +151,7 @@ async def connect(address: str, port: int, *, family: int, timeout: float | None
                     await anyio.wait_writable(raw)
             if code := raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(code, f"cannot connect to {address} port {port}")
+            await checkpoint()  # see `Connection.start_tls`
         except BaseException:
             raw.close()
             raise

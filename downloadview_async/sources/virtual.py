@@ -35,6 +35,8 @@ class VirtualFile:
     file object given as it is can be sent once.
     size: bytes, where it is known beforehand. Bytes, text and seekable file objects know it themselves.
     etag, last_modified (seconds since the epoch, UTC): validators. Bytes and text have a tag of their own.
+    max_age: for how many seconds a `CachedSource` may send it again without asking. By default what the cache says, for
+    a file that has a validator; one that has none is not kept.
 
     Raises `ValueError` for a content type that is none.
     """
@@ -50,15 +52,32 @@ class VirtualFile:
         size: int | None = None,
         etag: ETag | None = None,
         last_modified: int | None = None,
+        max_age: float | None = None,
     ) -> None:
         if content_type is not None and valid_content_type(content_type) is None:
             raise ValueError(f"not a content type: {content_type!r}")
         self.name = name
+        self.max_age = max_age
         self._content = content
         self._content_type = content_type
         self._size = size
         self._etag = etag
         self._last_modified = last_modified
+
+    @property
+    def is_keepable(self) -> bool:
+        """Whether it is known, before it is made, that a copy of it may be kept: see `max_age`."""
+        return (
+            self.max_age is not None
+            or self._etag is not None
+            or self._last_modified is not None
+            or isinstance(self._content, bytes | bytearray | memoryview | str)
+        )
+
+    @property
+    def validators(self) -> FileMetadata:
+        """What was said of this version when it was given, and nothing that its content would have to be made for."""
+        return FileMetadata(size=self._size, etag=self._etag, last_modified=self._last_modified)
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
@@ -162,11 +181,11 @@ class VirtualSource:
     """
 
     def __init__(self, make: Callable[[str], Any]) -> None:
-        self._make = make
+        self.make = make
 
     async def resolve(self, name: str, /) -> AsyncFile:
         """Return the file made for `name`. Raises `FileMissing`."""
-        made = await _call(self._make, name)
+        made = await _call(self.make, name)
         if made is None:
             raise FileMissing(f"nothing is made for {name!r}")
         if hasattr(made, "location"):

@@ -1,8 +1,9 @@
 """The application of the HTTP table: the same few files from every kind of source. Any ASGI server may serve it.
 
-TABLE_ROOT: the directory of the files. TABLE_PORT: where this is served, for the remote source. TABLE_S3: a JSON object
-with the URL of a bucket that has the files too, and the options of the store; without it, there is no such source.
-TABLE_SMALL: how long a file is that goes in one message, so that short files can show what long ones do.
+TABLE_ROOT: the directory of the files, beside which the cache is made. TABLE_PORT: where this is served, for the remote
+source. TABLE_S3: a JSON object with the URL of a bucket that has the files too, and the options of the store; without it,
+there is no such source. TABLE_SMALL: how long a file is that goes in one message, so that short files can show what long
+ones do.
 """
 
 import io
@@ -23,6 +24,7 @@ from downloadview_async.sources.root import Root
 from downloadview_async.sources.workers import Workers
 
 KINDS = ["path", "portable", "trusted", "directory", "memory", "sync", "object", "remote", "bytes", "fileobject", "s3"]
+KINDS += ["cached-remote", "cached-generated"]
 
 
 class _Blocking:
@@ -93,7 +95,14 @@ def sources(root: Path, port: int) -> dict[str, dv.Source]:
     def as_file_object(name: str) -> Any:
         return io.BytesIO(contents[name]) if name in contents else None
 
+    def as_generator(name: str) -> Any:
+        if name not in contents:
+            return None
+        return dv.VirtualFile(lambda: iter(contents[name].decode()), name=name, max_age=3600)
+
     files = dv.PathSource(root)
+    cache = dv.Cache(f"{root}-cache-{os.getpid()}")
+    url = f"http://127.0.0.1:{port}/path/"
     found: dict[str, dv.Source] = {
         "path": files,
         "portable": _Portable(root),
@@ -102,9 +111,11 @@ def sources(root: Path, port: int) -> dict[str, dv.Source]:
         "memory": dv.StorageSource(dv.MemoryStorage(contents)),
         "sync": dv.StorageSource(dv.SyncStorage(_Blocking(root))),
         "object": dv.ObjectSource(find, source=files),
-        "remote": dv.RemoteSource(f"http://127.0.0.1:{port}/path/", allow_hosts=["127.0.0.1"]),
+        "remote": dv.RemoteSource(url, allow_hosts=["127.0.0.1"]),
         "bytes": dv.VirtualSource(as_bytes),
         "fileobject": dv.VirtualSource(as_file_object),
+        "cached-remote": dv.CachedSource(dv.RemoteSource(url, allow_hosts=["127.0.0.1"]), cache),
+        "cached-generated": dv.CachedSource(dv.VirtualSource(as_generator), cache),
     }
     if "TABLE_S3" in os.environ:
         options = json.loads(os.environ["TABLE_S3"])

@@ -22,7 +22,7 @@ MODIFIED = 1_700_000_000
 LAST_MODIFIED = "Tue, 14 Nov 2023 22:13:20 GMT"
 EARLIER = "Tue, 14 Nov 2023 22:13:19 GMT"
 LATER = "Tue, 14 Nov 2023 22:13:21 GMT"
-DATED = [kind for kind in KINDS if kind not in ("memory", "bytes", "fileobject", "s3")]
+DATED = [kind for kind in KINDS if kind not in ("memory", "bytes", "fileobject", "s3", "cached-generated")]
 TAGGED = [kind for kind in KINDS if kind != "fileobject"]
 
 

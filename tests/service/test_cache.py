@@ -1,0 +1,163 @@
+"""The service's `[sources.NAME.cache]`: what is read, what is refused, and what is served."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from downloadview_async import ConfigurationError
+from downloadview_async.service.build import build
+from downloadview_async.service.load import load_settings
+from downloadview_async.service.settings import CacheSettings, Settings, bytes_of, cache_of, seconds_of
+
+FACTORY = """
+from downloadview_async import VirtualFile
+
+made = []
+
+def make(name):
+    def rows():
+        made.append(name)
+        yield f"{len(made)} {name}"
+    return VirtualFile(rows, name=name, max_age=60)
+"""
+TEXT = """
+[sources.reports]
+type = "virtual"
+factory = "FACTORY:make"
+[sources.reports.cache]
+path = "cache"
+[[routes]]
+path = "/reports/{path:path}"
+source = "reports"
+"""
+RULE = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "cache"\ntarget = "/_cache/"\n'
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    factory = f"factory_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{factory}.py").write_text(FACTORY)
+    return TEXT.replace("FACTORY", factory)
+
+
+def load(directory: Path, text: str, **environ: str) -> Settings:
+    file = directory / "downloadview.toml"
+    file.write_text(text)
+    return load_settings(file, environ=environ)
+
+
+@contextmanager
+def client_of(directory: Path, text: str) -> Iterator[TestClient]:
+    with TestClient(build(load(directory, text))) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        *[
+            (4096, 4096),
+            ("4096", 4096),
+            ("1KiB", 1024),
+            ("500MB", 500_000_000),
+            ("10GiB", 10 << 30),
+            ("1 TiB", 1 << 40),
+        ],
+        *[("", None), ("-1", None), ("1.5GiB", None), ("10gib", None), ("GiB", None), ("٣", None), ("1e9", None)],
+    ],
+)
+def test_sizes(value: int | str, expected: int | None) -> None:
+    assert bytes_of(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        *[(90, 90.0), (0.5, 0.5), ("90", 90.0), ("90s", 90.0), ("10m", 600.0), ("2h", 7200.0), ("1.5d", 129_600.0)],
+        *[("", None), ("-1", None), (-1, None), ("1w", None), ("d", None), ("1e3", None), ("٣", None), ("inf", None)],
+    ],
+)
+def test_times(value: float | str, expected: float | None) -> None:
+    assert seconds_of(value) == expected
+
+
+def test_the_defaults_and_relative_paths(tmp_path: Path, text: str) -> None:
+    settings = load(tmp_path, text + RULE)
+    expected = CacheSettings(path=str(tmp_path / "cache"), max_bytes=10 << 30, max_age=86_400.0)
+    assert cache_of(settings.sources["reports"]) == expected
+    assert settings.offload.rules[0].source == str(tmp_path / "cache")
+    settings = load(tmp_path, text, DOWNLOADVIEW_SOURCES__REPORTS__CACHE__MAX_BYTES="1MiB")
+    cache = cache_of(settings.sources["reports"])
+    assert cache is not None
+    assert cache.max_bytes == 1 << 20
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ('max_bytes = "much"', "sources.reports.cache.max_bytes: 'much' is no size"),
+        ("max_bytes = 0", "sources.reports.cache.max_bytes: 0 is no size"),
+        ('max_age = "soon"', "sources.reports.cache.max_age: 'soon' is no time"),
+        ("max_ages = 1", "sources.reports.cache.max_ages: unknown key: did you mean 'max_age'"),
+        ('[sources.files]\ntype = "path"\nroot = "."', "sources.reports.cache.path: the source 'files' serves"),
+        ('[sources.files]\ntype = "path"\nroot = "cache/x"', "sources.reports.cache.path: the source 'files' serves"),
+        (
+            '[sources.two]\ntype = "remote"\nurl = "https://x.example"\ncache = {path = "cache", max_bytes = 5}',
+            "sources.two.cache: the cache '.*' of 'reports' has other limits",
+        ),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, text: str, change: str, message: str) -> None:
+    text = text.replace('path = "cache"\n', f'path = "cache"\n{change}\n')
+    with pytest.raises(ConfigurationError, match=message):
+        load(tmp_path, text)
+
+
+def test_a_path_source_has_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"sources\.files\.cache: unknown key"):
+        load(tmp_path, '[sources.files]\ntype = "path"\nroot = "."\ncache = {path = "c"}')
+
+
+def test_a_directory_that_cannot_be_made_is_refused_at_the_start(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cache").write_bytes(b"a file")
+    with pytest.raises(ConfigurationError, match=r"sources\.reports\.cache\.path: .*cannot be made"):
+        build(load(tmp_path, text))
+
+
+def test_a_cached_source_is_served_and_counted(tmp_path: Path, text: str) -> None:
+    with client_of(tmp_path, text) as client:
+        assert client.get("/reports/a", headers={"Range": "bytes=0-0"}).text == "1"
+        for _ in range(3):
+            assert client.get("/reports/a").text == "1 a"
+        counters = client.get("/-/cache")
+        assert counters.headers["cache-control"] == "no-store"
+        assert counters.json() == {"reports": {"hits": 3, "misses": 1, "stale": 0, "passed": 0, "bytes": 8192}}
+    with client_of(tmp_path, text) as client:  # after a restart
+        assert client.get("/-/cache").json()["reports"]["bytes"] == 8192
+        assert client.get("/reports/a").text == "1 a"
+
+
+def test_without_a_cache_there_is_no_such_page(tmp_path: Path, text: str) -> None:
+    text = text.replace('[sources.reports.cache]\npath = "cache"\n', "")
+    with client_of(tmp_path, text) as client:
+        assert client.get("/-/cache").status_code == 404
+
+
+def test_a_rule_has_the_proxy_send_what_is_complete(tmp_path: Path, text: str) -> None:
+    with client_of(tmp_path, text + RULE) as client:
+        first = client.get("/reports/a", headers={"Range": "bytes=0-0"})
+        second = client.get("/reports/a")
+    assert "x-accel-redirect" not in first.headers or first.text == ""
+    name = second.headers["x-accel-redirect"].removeprefix("/_cache/")
+    assert (tmp_path / "cache" / name).read_bytes() == b"1 a"
+
+
+def test_sources_may_share_a_directory(tmp_path: Path, text: str) -> None:
+    more = text.replace("sources.reports", "sources.others").replace("reports", "others")
+    with client_of(tmp_path, text + more) as client:
+        assert client.get("/reports/a", headers={"Range": "bytes=0-"}).text == "1 a"
+        assert client.get("/others/a", headers={"Range": "bytes=0-"}).text == "2 a"
+        assert client.get("/reports/a").text == "1 a"
