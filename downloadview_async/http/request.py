@@ -36,8 +36,7 @@ class DownloadRequest:
     @classmethod
     def from_headers(cls, method: str, headers: Iterable[tuple[bytes, bytes]]) -> "DownloadRequest":
         """Read the raw headers of an ASGI scope: names in lower case, values as bytes (latin-1)."""
-        if not isinstance(headers, list):
-            headers = list(headers)
+        headers = list(headers)
         if FIELDS.isdisjoint(dict(headers)):
             return _PLAIN.get(method) or cls(method=method)
         fields: dict[str, str] = {}

@@ -6,7 +6,9 @@ no second lookup that an attacker's name server could answer otherwise.
 
 import ipaddress
 import socket
+import ssl
 from collections.abc import Iterable
+from functools import lru_cache
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
@@ -138,9 +140,15 @@ async def _look_up(host: str, port: int, timeout: float | None) -> list[Address]
     return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
 
 
+@lru_cache(maxsize=1)
+def _ssl_context() -> ssl.SSLContext:
+    """Return what all clients trust: reading the certificates takes as long as hundreds of requests."""
+    return httpcore2.default_ssl_context()
+
+
 def guarded_client(hosts: AllowedHosts, *, connect_timeout: float, read_timeout: float) -> httpx2.AsyncClient:
     """Return a client that connects nowhere else, follows nothing, keeps no cookies and knows no proxies."""
-    context = httpcore2.default_ssl_context()
+    context = _ssl_context()
     transport = httpx2.AsyncHTTPTransport(verify=context, trust_env=False)
     # The one way to give httpx's transport a network of our own. Nobody waits in its pool (our slots come first), so
     # a request cancelled while waiting cannot take a connection with it.

@@ -17,6 +17,7 @@ from django.utils.encoding import force_bytes, force_str
 from django.utils.functional import LazyObject
 from django.utils.timezone import is_naive, make_aware
 
+from downloadview_async.contrib.django.s3 import streamed
 from downloadview_async.errors import ConfigurationError, FileMissing, UpstreamError
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.request import GET, DownloadRequest
@@ -559,7 +560,7 @@ class _Storage:
 
     def open(self, name: str, mode: str) -> Any:
         try:
-            return self._storage.open(name, mode)
+            return streamed(self._storage.open(name, mode))
         except SuspiciousOperation as exc:
             raise FileNotFoundError(str(exc)) from exc
 
