@@ -274,10 +274,12 @@ def _redirect(settings: Settings, name: str, source: Source) -> PresignedRedirec
         return None
     assert isinstance(source, StorageSource)
     assert isinstance(source.storage, ObjectStorage)
+    expires = seconds_of(wanted.presign.expires)
+    assert expires is not None  # its pattern says so
     with settings.blaming(f"sources.{name}.presign"):
         return PresignedRedirect(
             source.storage,
-            expires=seconds_of(wanted.presign.expires),
+            expires=expires,
             public_endpoint=wanted.presign.public_endpoint,
         )
 

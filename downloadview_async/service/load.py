@@ -36,8 +36,8 @@ from downloadview_async.service.settings import (
     cache_of,
     configuration_error,
     directory_of,
-    source_of_files,
     seconds_of,
+    source_of_files,
 )
 
 PREFIX = "DOWNLOADVIEW_"

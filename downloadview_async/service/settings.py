@@ -14,7 +14,6 @@ from downloadview_async import ConfigurationError
 
 _Seconds = Annotated[float, Meta(gt=0)]
 _Count = Annotated[int, Meta(ge=1)]
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class DatabaseUnavailable(ConfigurationError):
@@ -298,11 +297,6 @@ def directory_of(source: SourceSettings) -> str | None:
     if isinstance(source, StorageSettings) and (parts := urlsplit(source.url)).scheme == "file":
         return unquote(parts.path).rstrip("/") or "/"
     return None
-
-
-def seconds_of(duration: str) -> int:
-    """Return the seconds in a checked duration such as `10m`."""
-    return int(duration[:-1]) * _UNITS[duration[-1]]
 
 
 def source_of_files(name: str, sources: Mapping[str, SourceSettings]) -> tuple[str, SourceSettings]:

@@ -1,9 +1,9 @@
 """The application of the HTTP table: the same few files from every kind of source. Any ASGI server may serve it.
 
 TABLE_ROOT: the directory of the files, beside which the cache is made. TABLE_PORT: where this is served, for the remote
-source. TABLE_S3: a JSON object with the URL of a bucket that has the files too, and the options of the store; without it,
-there is no such source. TABLE_SMALL: how long a file is that goes in one message, so that short files can show what long
-ones do.
+source. TABLE_S3: a JSON object with the URL of a bucket that has the files too, and the options of the store; without
+it, there is no such source. TABLE_SMALL: how long a file is that goes in one message, so that short files can show what
+long ones do.
 """
 
 import io

@@ -1,15 +1,18 @@
 """Remote files against an upstream that says exactly what a test tells it to, byte by byte."""
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable
 
+import anyio
 import pytest
 import pytest_asyncio
 from starlette.applications import Starlette
 from starlette.routing import Route
 
 from downloadview_async import Download, RemoteSource
+from downloadview_async.http.request import GET
 from tests.live import Answer, ask, ask_raw, live
 
 TEN = b"0123456789"
@@ -355,6 +358,28 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(upstream: Upstre
             await asyncio.wait_for(upstream.closed.wait(), 15)
             assert upstream.open == 0
     await source.aclose()
+
+
+async def test_a_request_cancelled_at_any_moment_leaves_no_connection_open(upstream: Upstream) -> None:
+    upstream.answers = [OK + b"Connection: close\r\nContent-Length: 10\r\n\r\n" + TEN]
+    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"])  # type: ignore[attr-defined]
+    async with contextlib.aclosing(source):
+
+        async def read() -> bytes:
+            file = await source.resolve("a")
+            async with file.open(GET) as opened:
+                return b"".join([chunk async for chunk in opened.stream(None)])
+
+        for steps in range(1000):
+            async with anyio.create_task_group() as reading:
+                reading.start_soon(read)
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                reading.cancel_scope.cancel()
+        assert await read() == TEN  # and by now the upstream has taken all the connections before
+        while upstream.open:
+            upstream.closed.clear()
+            await asyncio.wait_for(upstream.closed.wait(), 5)
 
 
 async def test_redirects_are_followed_within_the_allowed_hosts(upstream: Upstream, port: int) -> None:
