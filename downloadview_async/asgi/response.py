@@ -29,6 +29,7 @@ from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import (
+    FRAMING,
     Headers,
     Plan,
     Presentation,
@@ -46,15 +47,7 @@ logger = logging.getLogger("downloadview_async")
 codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
 
 # Made here from the file itself. An application that could set them could promise what is not sent.
-_RESERVED = OFFLOAD_HEADERS | {
-    "accept-ranges",
-    "connection",
-    "content-length",
-    "content-range",
-    "etag",
-    "last-modified",
-    "transfer-encoding",
-}
+_RESERVED = OFFLOAD_HEADERS | FRAMING | {"etag", "last-modified"}
 
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -287,24 +280,22 @@ def close_after_body(scope: Mapping[str, Any]) -> Headers:
     return {"connection": "close"} if endless and scope.get("http_version", "1.1").startswith("1") else {}
 
 
+def failed(exc: FileError, method: str, path: str) -> Headers:
+    """Log why a file cannot be sent, and return the headers of the answer that tells nobody."""
+    reason = str(exc).encode("unicode_escape").decode()
+    level = logging.INFO if exc.status < 500 else logging.WARNING
+    logger.log(level, "%s %a: %d, %s", method, path, exc.status, reason)
+    headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+    return {**headers, "Retry-After": "5"} if exc.status == 503 else headers
+
+
 def error_response(exc: FileError, scope: Scope) -> Response:
     """Return the answer to a request whose file cannot be sent; why it cannot is logged, and told to nobody else.
 
     What a client may not see and what does not exist are one 404, to the letter.
     """
     status = exc.status
-    reason = str(exc).encode("unicode_escape").decode()
-    logger.log(
-        logging.INFO if status < 500 else logging.WARNING,
-        "%s %a: %d, %s",
-        scope["method"],
-        scope["path"],
-        status,
-        reason,
-    )
-    headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff", **close_after_body(scope)}
-    if status == 503:
-        headers["Retry-After"] = "5"
+    headers = {**failed(exc, scope["method"], scope["path"]), **close_after_body(scope)}
     if status == 412:
         return Response(status_code=status, headers=headers)  # as when the condition fails here: no body, so no type
     return Response(status.phrase, status_code=status, headers=headers, media_type="text/plain")

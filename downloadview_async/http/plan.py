@@ -34,6 +34,10 @@ _OF_THE_CONTENT = frozenset(
 )
 
 
+FRAMING = frozenset({"accept-ranges", "connection", "content-length", "content-range", "transfer-encoding"})
+"""Headers that say how a body is sent: whoever sends it makes them, and nobody else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """An answer: its status, its headers, and the pieces of its body in order (none for HEAD, 304, 412, 416)."""

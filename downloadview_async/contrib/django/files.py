@@ -122,19 +122,19 @@ class BytesIteratorIO(_IteratorIO, io.RawIOBase):
     _empty, _newline, _convert = b"", b"\n", staticmethod(force_bytes)
 
 
-class StorageFile(File):
-    """A file in a Django storage, by its name there. Like a `FieldFile`, without a model."""
+class _OpenedLate(File):
+    """A file that is opened when it is first read."""
 
-    def __init__(self, storage: Any, name: str, file: Any = None) -> None:
-        self.storage = storage
-        self.name = name
-        self._file = file
+    _file: Any = None
+
+    def _opened(self) -> Any:
+        raise NotImplementedError
 
     @property
     def file(self) -> Any:
         """The open file: it is opened when it is first asked for."""
         if self._file is None:
-            self._file = self.storage.open(self.name, "rb")
+            self._file = self._opened()
         return self._file
 
     @file.setter
@@ -155,6 +155,18 @@ class StorageFile(File):
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+
+class StorageFile(_OpenedLate):
+    """A file in a Django storage, by its name there. Like a `FieldFile`, without a model."""
+
+    def __init__(self, storage: Any, name: str, file: Any = None) -> None:
+        self.storage = storage
+        self.name = name
+        self._file = file
+
+    def _opened(self) -> Any:
+        return self.open()
 
     def open(self, mode: str | None = "rb", *args: Any, **kwargs: Any) -> Any:
         """Return `storage.open(name, mode)`: a file of its own."""
@@ -208,7 +220,7 @@ class StorageFile(File):
         return time
 
 
-class PathFile(File):
+class PathFile(_OpenedLate):
     """A file on a local disk, which is opened when it is read.
 
     path: one that the project's own code has chosen. root: with it, `path` may come from a request. It is a name
@@ -223,29 +235,13 @@ class PathFile(File):
         assert self.async_file.location is not None
         self.name = self.path = self.async_file.location
         self.mode = "rb"
-        self._file: Any = None
 
     def exists(self) -> bool:
         """Return whether there is such a file."""
         return os.path.isfile(self.path)
 
-    @property
-    def file(self) -> Any:  # type: ignore[override]
-        """The open file: it is opened when it is first asked for."""
-        if self._file is None:
-            self._file = open(self.path, "rb")  # noqa: SIM115 - whoever asks for it closes it
-        return self._file
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing is open."""
-        return self._file is None or bool(self._file.closed)
-
-    def close(self) -> None:
-        """Close what is open."""
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
+    def _opened(self) -> Any:
+        return open(self.path, "rb")
 
     @property
     def size(self) -> int:

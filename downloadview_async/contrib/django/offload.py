@@ -17,7 +17,7 @@ from downloadview_async.contrib.django.files import FileNotFound, async_file_of
 from downloadview_async.contrib.django.responses import DownloadResponse, take_marks
 from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.plan import Presentation, describe
+from downloadview_async.http.plan import FRAMING, Presentation, describe
 from downloadview_async.http.request import HEAD
 from downloadview_async.offload.base import OFFLOAD_HEADERS, OffloadBackend
 from downloadview_async.offload.rules import Rule
@@ -26,7 +26,6 @@ from downloadview_async.sources.local import local_of, open_at_once
 
 MakeBackend = Callable[[list[Rule]], OffloadBackend]
 
-_OF_THE_FRAMING = frozenset({"accept-ranges", "connection", "content-length", "content-range", "transfer-encoding"})
 _MADE_HERE = {"etag": "ETag", "last-modified": "Last-Modified", "content-security-policy": "Content-Security-Policy"}
 _SIGNATURE = re.compile(r"(?:^|&)X-Signature=[^&]*")
 _QUERY = re.compile(r"[!$-;=?-Z_a-z~]*")  # visible ASCII that needs no escape in a URI
@@ -211,7 +210,7 @@ def may_block(response: DownloadResponse) -> bool:
 def dress(offloaded: HttpResponseBase, response: DownloadResponse, metadata: FileMetadata) -> None:
     """Give an offloaded answer what the response has: headers, cookies, what is to be closed; and the validators."""
     for name, value in response.items():
-        if name.lower() not in OFFLOAD_HEADERS | _OF_THE_FRAMING:
+        if name.lower() not in OFFLOAD_HEADERS | FRAMING:
             offloaded[name] = value
     presentation = Presentation(filename=response.get_basename(), attachment=response.attachment)
     described = describe(metadata, presentation, {name.lower(): value for name, value in offloaded.items()})

@@ -1,7 +1,6 @@
 """`DownloadResponse`: a file as a response of Django's, for ASGI and for WSGI."""
 
 import asyncio
-import logging
 import os
 import re
 import unicodedata
@@ -18,28 +17,26 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 
+from downloadview_async.asgi.response import failed
 from downloadview_async.asgi.transfer import SMALL, body_of
 from downloadview_async.contrib.django.background import iterate_in_background, run_in_background
 from downloadview_async.contrib.django.calling import close_idle_connections, has_running_loop
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of
-from downloadview_async.errors import FileError
+from downloadview_async.errors import FileError, FileMissing
 from downloadview_async.http.content_types import content_type_for, with_charset
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.disposition import MAX_BYTES, client_filename, is_device_name
 from downloadview_async.http.disposition import content_disposition as disposition_of
 from downloadview_async.http.metadata import ETag
-from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
+from downloadview_async.http.plan import FRAMING, Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
 from downloadview_async.sources.base import OpenFile
 from downloadview_async.sources.local import local_of, open_at_once
 from downloadview_async.sources.virtual import VirtualFile
 
-logger = logging.getLogger("downloadview_async")
-
 _TEXTLESS = re.compile("(?:application|audio|font|image|model|multipart|video)/", re.IGNORECASE)
 _DEFERRED = "_downloadview_deferred"  # in a request: how many further out have said `defer`
-_OF_THE_FRAMING = frozenset({"accept-ranges", "content-length", "content-range", "etag", "last-modified"})
 
 
 class ProxiedDownloadResponse(HttpResponse):
@@ -193,7 +190,7 @@ class DownloadResponse(StreamingHttpResponse):
             metadata = replace(metadata, etag=etag)
         if (date := parse_http_date(own.pop("last-modified", ""))) is not None:
             metadata = replace(metadata, last_modified=date)
-        for header in _OF_THE_FRAMING | OFFLOAD_HEADERS:
+        for header in FRAMING | OFFLOAD_HEADERS:
             own.pop(header, None)
         # What is known by the name alone gives way to what the file itself says.
         says = None if isinstance(file, VirtualFile) or self.file_mimetype is not None else metadata.content_type
@@ -224,25 +221,14 @@ class DownloadResponse(StreamingHttpResponse):
 
     async def _failed(self, exc: Exception, request: HttpRequest) -> HttpResponseBase:
         await self.release()
-        status = exc.status if isinstance(exc, FileError) else 404
-        reason = str(exc).encode("unicode_escape").decode()
-        logger.log(
-            logging.INFO if status < 500 else logging.WARNING,
-            "%s %a: %d, %s",
-            request.method,
-            request.path,
-            status,
-            reason,
-        )
-        if status == 404:
+        error = exc if isinstance(exc, FileError) else FileMissing(str(exc))
+        headers = failed(error, str(request.method), request.path)
+        if error.status == 404:
             if (answer := self.file_not_found_response) is not None:
                 return await (answer if iscoroutinefunction(answer) else sync_to_async(answer))()
             raise Http404 from None
-        response = HttpResponse(status=status, headers={"Cache-Control": "private, no-store", "Content-Length": "0"})
-        response["X-Content-Type-Options"] = "nosniff"
+        response = HttpResponse(status=error.status, headers={**headers, "Content-Length": "0"})
         del response["Content-Type"]
-        if status == 503:
-            response["Retry-After"] = "5"
         return response
 
     @property
