@@ -123,16 +123,22 @@ def readable_directory() -> Iterator[Path]:
 
 @contextmanager
 def proxy(
-    kind: Kind, checkout: Path, service: int, *, port: int | None = None, edit: Callable[[str], str] = str
+    kind: Kind,
+    checkout: Path,
+    service: int,
+    *,
+    port: int | None = None,
+    text: str | None = None,
+    edit: Callable[[str], str] = str,
 ) -> Iterator[int]:
     """Run a proxy as its notes say, in front of the port `service`, and give its own port.
 
-    checkout: the directory that the notes call the checkout's. port: the proxy's; default: a free one. edit: a further
-    change of the configuration.
+    checkout: the directory that the notes call the checkout's. port: the proxy's; default: a free one. text: another
+    configuration than the one in `deploy/`. edit: a further change of it.
     """
     with readable_directory() as run:
         port = port or free_port()
-        text = (DEPLOY / kind.config).read_text()
+        text = text or (DEPLOY / kind.config).read_text()
         for old, new in {"8000": str(service), "8080": str(port), **kind.scratch}.items():
             assert old in text, f"{kind.config} names no {old}: what is tested is not what is shipped"
             text = text.replace(old, new.format(run=run))
