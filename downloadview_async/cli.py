@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from downloadview_async import ConfigurationError, __version__
+from downloadview_async import ConfigurationError, Rule, __version__, proxy_config
+from downloadview_async.offload.config import PROXIES
 
 try:
     import click
@@ -80,6 +81,89 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
     except ConfigurationError as exc:
         click.echo(f"downloadview: {exc}", err=True)
         sys.exit(_STARTUP_FAILURE if isinstance(exc, DatabaseUnavailable) else _WRONG_SETTINGS)
+
+
+@main.command("config")
+@click.argument("proxy", type=click.Choice(PROXIES))
+@click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
+@click.option("--listen", default="127.0.0.1:8080", show_default=True, help="The address that the proxy listens on.")
+@click.option(
+    "--service",
+    help="Where the proxy finds the service: HOST:PORT, or unix:/PATH.  [default: where the settings let it listen]",
+)
+@click.option(
+    "--relative-to",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write what is below this directory as it is seen from there, for a proxy that is started in it.",
+)
+def print_config(proxy: Any, config: Path | None, listen: str, service: str | None, relative_to: Path | None) -> None:
+    """Print the configuration of a proxy that sends the files of the settings' rules: nginx, for example.
+
+    The settings are those that `serve` reads, variables included; their backend has to be this proxy. The proxy can be
+    started with it as it is. "TLS:" marks where TLS goes.
+    """
+    try:
+        _choose(None, config)
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        _check_proxy(proxy, settings)
+        text = proxy_config(
+            proxy,
+            [Rule(rule.source, rule.target or rule.source) for rule in settings.offload.rules],
+            service=service or _address(settings),
+            listen=listen,
+            prefix=settings.server.root_path,
+            relative_to=None if relative_to is None else os.path.abspath(relative_to),
+            idle_seconds=settings.server.timeout_keep_alive,
+            stall_seconds=settings.server.stall_timeout,
+        )
+    except ConfigurationError as exc:
+        click.echo(f"downloadview: {exc}", err=True)
+        sys.exit(_WRONG_SETTINGS)
+    click.echo(text.encode(), nl=False)
+
+
+def _check_proxy(proxy: str, settings: Settings) -> None:
+    """Raise `ConfigurationError` for settings with which this proxy would send nothing, or hide a route."""
+    offload = settings.offload
+    variable = "DOWNLOADVIEW_OFFLOAD__BACKEND"
+    if offload.backend is None:
+        raise settings.error(
+            "offload.backend",
+            f"without it, the service sends everything itself: set it to {proxy!r}, here or by {variable}={proxy}, for "
+            "the service too",
+        )
+    if offload.backend != proxy:
+        raise settings.error(
+            "offload.backend",
+            f"this is {offload.backend!r}, which {proxy} does not understand: set it to {proxy!r}, here or by "
+            f"{variable}={proxy}, for the service too",
+        )
+    if proxy in ("nginx", "h2o"):
+        for index, route in enumerate(settings.routes):
+            for rule in offload.rules:
+                if rule.target and f"{settings.server.root_path}{route.path}".startswith(rule.target):
+                    raise settings.error(
+                        f"routes[{index}].path",
+                        f"{route.path!r} is below {rule.target!r}, the target of a rule, where no client gets: choose "
+                        "another target, such as /_files/",
+                    )
+
+
+def _address(settings: Settings) -> str:
+    """Return where a proxy on this machine finds the service. Raises `ConfigurationError` where nobody knows."""
+    server = settings.server
+    if server.ssl_certfile:
+        raise settings.error(
+            "server.ssl_certfile", "the proxy speaks plain HTTP to the service: remove it, and give the proxy TLS"
+        )
+    if server.fd is not None:
+        raise settings.error("server.fd", "a proxy needs an address: give it with --service")
+    if server.uds is not None:
+        return f"unix:{os.path.abspath(server.uds)}"
+    if server.port == 0:
+        raise settings.error("server.port", "a proxy needs a port that stays the same: give one, or --service")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104
+    return f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
 
 
 def _choose(path: Path | None, config: Path | None) -> None:

@@ -117,7 +117,7 @@ class _Site:
         Raises `ConfigurationError` for one that cannot be written in a file of lines of text.
         """
         if any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in directory):
-            raise ConfigurationError(f"{directory!r}: no configuration can name this: use a directory of printable text")
+            raise ConfigurationError(f"{directory!r}: no configuration can name this: use printable text")
         path = f"{os.path.normpath(directory).rstrip('/')}/"
         base = None if self.relative_to is None else f"{self.relative_to.rstrip('/')}/"
         if base is None or not path.startswith(base):
@@ -168,7 +168,7 @@ def _nginx(site: _Site) -> str:
 
 def _nginx_word(text: str) -> str:
     if "$" in text:
-        raise ConfigurationError(f"{text!r}: nginx has no way to write a $ that is no variable: use another name")
+        raise ConfigurationError(f"{text!r}: nginx cannot have a $ that is no variable: use another name")
     return text if re.fullmatch("[A-Za-z0-9_./:-]+", text) else _quoted(text)
 
 
@@ -194,7 +194,7 @@ def _apache(site: _Site) -> str:
 def _apache_word(site: _Site, directory: str) -> str:
     relative, path = site.seen(directory)
     if "${" in path:
-        raise ConfigurationError(f"{path!r}: Apache has no way to write ${{ that is no variable: use another name")
+        raise ConfigurationError(f"{path!r}: Apache cannot have a ${{ that is no variable: use another name")
     return f'"${{PWD}}/{_escaped(path)}"' if relative else _quoted(path)
 
 
@@ -267,11 +267,11 @@ def _caddy_word(path: str) -> str:
     if _PLAIN.fullmatch(path):
         return path
     if "{" in path or "}" in path:
-        raise ConfigurationError(f"{path!r}: Caddy takes {{}} for placeholders: use another name")
+        raise ConfigurationError(f"{path!r}: Caddy cannot have braces that are no placeholder: use another name")
     if "`" not in path:
         return f"`{path}`"  # nothing is special in there
     if "\\" in path:
-        raise ConfigurationError(f"{path!r}: Caddy has no way to write both a backslash and a backtick: use another name")
+        raise ConfigurationError(f"{path!r}: Caddy cannot have both a backslash and a backtick: use another name")
     return _quoted(path)
 
 
@@ -340,14 +340,13 @@ def _directories(site: _Site) -> list[str]:
 
 
 def _check_targets(rules: Iterable[Rule], fold: Callable[[str], str] = str) -> None:
-    """Refuse a target in which another one lies: the proxy would look for files of one rule in the other's directory."""
+    """Refuse a target below another one: the proxy would look for files of one rule in the directory of the other."""
     targets = sorted(fold(rule.target) for rule in rules)
     for index, target in enumerate(targets):
         for other in targets[index + 1 :]:
             if other.startswith(target):
                 raise ConfigurationError(
-                    f"the targets {target!r} and {other!r} lie in one another: choose two that do not, such as /_a/ and "
-                    "/_b/"
+                    f"the target {other!r} is {target!r} or below it: choose two side by side, such as /_a/ and /_b/"
                 )
 
 
@@ -355,5 +354,5 @@ def _host_and_port(address: str, name: str) -> tuple[str, int]:
     """Return an IPv4 address, name or bracketed IPv6 address, and a port. Raises `ConfigurationError` for others."""
     match = re.fullmatch("([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\]):([0-9]{1,5})", address)
     if match is None or not 0 < int(match[2]) < 65_536:
-        raise ConfigurationError(f"{name}: {address!r} is no address: write it as 127.0.0.1:8080, host:8080 or [::1]:8080")
+        raise ConfigurationError(f"{name}: {address!r} is no address: write it as 127.0.0.1:8080 or [::1]:8080")
     return match[1], int(match[2])
