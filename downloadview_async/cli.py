@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from downloadview_async import ConfigurationError, Rule, __version__, proxy_config
-from downloadview_async.offload.config import PROXIES
 
 try:
     import click
@@ -72,7 +71,7 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
     if path is not None and config is not None:
         raise click.UsageError("PATH and --config exclude each other: PATH is for a directory without settings")
     try:
-        _choose(path, config)
+        _choose(path, config, "nothing to serve: give a directory, or ")
         given = {name: value for name, value in options.items() if value is not None}
         if given.keys() & {"host", "port"} and not given.keys() & {"uds", "fd"}:
             given |= {"uds": None, "fd": None}  # uvicorn would prefer what the file says of those
@@ -84,7 +83,7 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
 
 
 @main.command("config")
-@click.argument("proxy", type=click.Choice(PROXIES))
+@click.argument("proxy", type=click.Choice(["nginx", "apache", "lighttpd", "caddy", "h2o"]))
 @click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="The address that the proxy listens on.")
 @click.option(
@@ -103,7 +102,7 @@ def print_config(proxy: Any, config: Path | None, listen: str, service: str | No
     started with it as it is. "TLS:" marks where TLS goes.
     """
     try:
-        _choose(None, config)
+        _choose(None, config, "no proxy to configure: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         _check_proxy(proxy, settings)
         text = proxy_config(
@@ -166,8 +165,11 @@ def _address(settings: Settings) -> str:
     return f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
 
 
-def _choose(path: Path | None, config: Path | None) -> None:
-    """Put what is to be served into the environment, where worker processes find it too."""
+def _choose(path: Path | None, config: Path | None, lacking: str) -> None:
+    """Put what is to be served into the environment, where worker processes find it too.
+
+    lacking: what to say before "settings with --config" where there is nothing. Raises `ConfigurationError`.
+    """
     if path is not None:
         os.environ.pop(CONFIG, None)
         os.environ["DOWNLOADVIEW_SOURCES"] = json.dumps({"files": {"type": "path", "root": str(path.absolute())}})
@@ -177,8 +179,7 @@ def _choose(path: Path | None, config: Path | None) -> None:
     elif CONFIG not in os.environ:
         if not os.path.exists(_DEFAULT_CONFIG):
             raise ConfigurationError(
-                f"nothing to serve: give a directory, or settings with --config, {CONFIG} or a file {_DEFAULT_CONFIG} "
-                "in the current directory"
+                f"{lacking}settings with --config, {CONFIG} or a file {_DEFAULT_CONFIG} in the current directory"
             )
         os.environ[CONFIG] = _DEFAULT_CONFIG
 

@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal, get_args
+from typing import Literal
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.backends import XAccelRedirect, XReproxyURL, XSendfile
 from downloadview_async.offload.rules import Rule
 
 Proxy = Literal["nginx", "apache", "lighttpd", "caddy", "h2o"]
-PROXIES: tuple[str, ...] = get_args(Proxy)
 
 _TEMPLATES = resources.files("downloadview_async.offload") / "configs"
 _PLAIN = re.compile("[A-Za-z0-9_./-]+")
@@ -50,8 +49,8 @@ def proxy_config(
     Raises `ConfigurationError` for rules that the backend would not take, two of which one's target is the other's or
     below it, and whatever the proxy's grammar cannot express.
     """
-    if proxy not in PROXIES:
-        raise ConfigurationError(f"there is no configuration for {proxy!r}: use one of {', '.join(PROXIES)}")
+    if proxy not in _MAKERS:
+        raise ConfigurationError(f"there is no configuration for {proxy!r}: use one of {', '.join(_MAKERS)}")
     if not _PREFIX.fullmatch(prefix):
         raise ConfigurationError(f"{prefix!r} is no prefix: write it as /downloads, of letters, digits, _, ~, . and -")
     if idle_seconds < 2:
@@ -209,9 +208,10 @@ def _lighttpd(site: _Site) -> str:
     else:
         host, port = site.address
         service = f'    "host" => "{host.strip("[]")}",\n    "port" => {port},\n'
-    if site.prefix:
-        service += f'    "header" => ("map-urlpath" => ("{site.prefix}/" => "/")),\n'
-    outside = f'$HTTP["url"] !~ "^{re.escape(site.prefix)}/" {{\n    url.access-deny = ("")\n}}\n'
+    outside = (
+        f'$HTTP["url"] !~ "^{re.escape(site.prefix)}/" {{\n    url.access-deny = ("")\n}}\n'
+        f'proxy.header = ("map-urlpath" => ("{site.prefix}/" => "/"))\n'
+    )
     return _filled(
         "lighttpd.conf",
         modules='"mod_access", ' if site.prefix else "",
