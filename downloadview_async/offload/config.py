@@ -127,41 +127,40 @@ class _Site:
 # --- nginx: https://nginx.org/en/docs/http/ngx_http_core_module.html#internal
 
 
+_NGINX_MAP = """\
+    # The request target below the prefix, as the client spelled it.
+    map $request_uri $below {
+        "~^<<prefix>>(?<below_prefix>/.*)" $below_prefix;
+    }
+"""
+_NGINX_PASS = """\
+            proxy_pass http://service;  # without a path: the request target goes on as the client spelled it"""
+_NGINX_PASS_BELOW = """\
+            if ($below = "") {
+                return 404;
+            }
+            proxy_pass http://service$below;"""
+
+
 def _nginx(site: _Site) -> str:
     XAccelRedirect(site.rules)
     _check_targets(site.rules)
-    below = (
-        "    # The request target, as the client spelled it, without the prefix.\n"
-        "    map $request_uri $below {\n"
-        f'        "~^{re.escape(site.prefix)}(?<without_prefix>/.*)" $without_prefix;\n'
-        "    }\n"
-    )
-    take_off = (
-        '            if ($below = "") {\n'
-        "                return 404;\n"
-        "            }\n"
-        "            proxy_pass http://service$below;"
-    )
-    return _filled(
+    blocks = [
+        _template("nginx-files.conf", target=rule.target, directory=_nginx_word(site.seen(rule.source)[1] or "./"))
+        if rule.source.startswith("/")
+        else _template("nginx-remote.conf", target=rule.target, url=_nginx_word(f"{rule.source.rstrip('/')}/"))
+        for rule in site.rules
+    ]
+    return _template(
         "nginx.conf",
-        map=below if site.prefix else "",
+        below=_filled(_NGINX_MAP, prefix=re.escape(site.prefix)) if site.prefix else "",
         max_body=f"{site.max_body // 1024}k" if site.max_body % 1024 == 0 else str(site.max_body),
         stall=f"{site.stall}s",
         service=f"unix:{site.socket}" if site.socket else site.authority,
         idle=f"{site.idle}s",
         listen=f"{site.host}:{site.port}",
-        **{
-            "pass": take_off
-            if site.prefix
-            else "            proxy_pass http://service;  "
-            "# without a path: the request target goes on as the client spelled it"
-        },
-        rules="\n".join(
-            _filled("nginx-files.conf", target=rule.target, directory=_nginx_word(site.seen(rule.source)[1] or "./"))
-            if rule.source.startswith("/")
-            else _filled("nginx-remote.conf", target=rule.target, url=_nginx_word(f"{rule.source.rstrip('/')}/"))
-            for rule in site.rules
-        ).rstrip("\n"),
+        proxy_pass=_NGINX_PASS_BELOW if site.prefix else _NGINX_PASS,
+        rules="\n".join(blocks).rstrip("\n"),
     )
 
 
@@ -174,10 +173,15 @@ def _nginx_word(text: str) -> str:
 # --- Apache: https://tn123.org/mod_xsendfile/
 
 
+_APACHE_OUTSIDE = """
+<LocationMatch "^(?!<<prefix>>/)">
+    Require all denied
+</LocationMatch>"""
+
+
 def _apache(site: _Site) -> str:
     XSendfile(site.rules, encoding="raw")
-    outside = f'\n<LocationMatch "^(?!{re.escape(site.prefix)}/)">\n    Require all denied\n</LocationMatch>'
-    return _filled(
+    return _template(
         "httpd.conf",
         listen=f"{site.host}:{site.port}",
         stall=str(site.stall),
@@ -185,7 +189,7 @@ def _apache(site: _Site) -> str:
         prefix=site.prefix,
         service=f"unix:{site.socket}|http://localhost" if site.socket else f"http://{site.authority}",
         idle=str(site.idle),
-        outside=outside if site.prefix else "",
+        outside=_filled(_APACHE_OUTSIDE, prefix=re.escape(site.prefix)) if site.prefix else "",
         rules="\n".join(f"XSendFilePath {_apache_word(site, path)}" for path in _directories(site)),
     )
 
@@ -200,6 +204,14 @@ def _apache_word(site: _Site, directory: str) -> str:
 # --- lighttpd: https://redmine.lighttpd.net/projects/lighttpd/wiki/X-LIGHTTPD-send-file
 
 
+_LIGHTTPD_OUTSIDE = """\
+$HTTP["url"] !~ "^<<prefix_pattern>>/" {
+    url.access-deny = ("")
+}
+proxy.header = ("map-urlpath" => ("<<prefix>>/" => "/"))
+"""
+
+
 def _lighttpd(site: _Site) -> str:
     XSendfile(site.rules, encoding="percent")
     directories = [_lighttpd_word(site, path) for path in _directories(site)]
@@ -208,11 +220,8 @@ def _lighttpd(site: _Site) -> str:
     else:
         host, port = site.address
         service = f'    "host" => "{host.strip("[]")}",\n    "port" => {port},\n'
-    outside = (
-        f'$HTTP["url"] !~ "^{re.escape(site.prefix)}/" {{\n    url.access-deny = ("")\n}}\n'
-        f'proxy.header = ("map-urlpath" => ("{site.prefix}/" => "/"))\n'
-    )
-    return _filled(
+    outside = _filled(_LIGHTTPD_OUTSIDE, prefix=site.prefix, prefix_pattern=re.escape(site.prefix))
+    return _template(
         "lighttpd.conf",
         modules='"mod_access", ' if site.prefix else "",
         host=site.host,
@@ -235,14 +244,19 @@ def _lighttpd_word(site: _Site, directory: str) -> str:
 # --- Caddy: https://caddyserver.com/docs/caddyfile/directives/reverse_proxy#intercepting-responses
 
 
+_CADDY_OUTSIDE = """\
+\t@outside not path <<prefix>>/*
+\troute {
+\t\terror @outside 404
+\t\turi strip_prefix <<prefix>>
+\t}
+
+"""
+
+
 def _caddy(site: _Site) -> str:
     XAccelRedirect(site.rules)
     _check_targets(site.rules, fold=str.lower)
-    outside = (
-        f"\t@outside not path {site.prefix}/*\n"
-        "\troute {\n\t\terror @outside 404\n"
-        f"\t\turi strip_prefix {site.prefix}\n\t}}\n\n"
-    )
     blocks = []
     for rule in site.rules:
         if not rule.source.startswith("/"):
@@ -250,13 +264,13 @@ def _caddy(site: _Site) -> str:
                 f"{rule.source!r}: this configuration of Caddy sends local files: remove the rule, or use nginx"
             )
         directory = _caddy_word(site.seen(rule.source)[1] or "./")
-        blocks.append(_filled("Caddyfile-files", target=rule.target, directory=directory))
-    return _filled(
+        blocks.append(_template("Caddyfile-files", target=rule.target, directory=directory))
+    return _template(
         "Caddyfile",
         host=site.host.strip("[]"),
         port=str(site.port),
         max_body=str(site.max_body),
-        outside=outside if site.prefix else "",
+        outside=_filled(_CADDY_OUTSIDE, prefix=site.prefix) if site.prefix else "",
         service=f"unix/{site.socket}" if site.socket else site.authority,
         idle=f"{site.idle}s",
         rules="".join(blocks).rstrip("\n"),
@@ -278,21 +292,29 @@ def _caddy_word(path: str) -> str:
 # --- H2O: https://h2o.examp1e.net/configure/reproxy_directives.html
 
 
+_H2O_FURTHER_RULE = """\
+      <<target>>:
+        - mruby.handler: *file
+        - file.dir: <<directory>>
+          file.etag: OFF
+"""
+_H2O_DIRECTORY = """\
+      <<target>>:
+        file.dir: <<directory>>
+        file.etag: OFF
+"""
+
+
 def _h2o(site: _Site) -> str:
     XReproxyURL(site.rules)
     _check_targets([*site.rules, Rule("/", _WHOLE)])
-    first, *others = site.rules
     service = f"http://[unix:{site.socket}]" if site.socket else f"http://{site.authority}"
-    directories = {rule.target: _quoted(site.seen(rule.source)[1] or "./") for rule in site.rules}
-    blocks = [_filled("h2o-files.conf", target=first.target, directory=directories[first.target], service=service)]
-    blocks += [
-        f"      {rule.target}:\n"
-        "        - mruby.handler: *file\n"
-        f"        - file.dir: {directories[rule.target]}\n"
-        "          file.etag: OFF\n"
-        for rule in others
-    ]
-    return _filled(
+    directories = [(rule.target, _quoted(site.seen(rule.source)[1] or "./")) for rule in site.rules]
+    (target, directory), *further = directories
+    rules = _template("h2o-files.conf", target=target, directory=directory, service=service)
+    for target, directory in further:
+        rules += _filled(_H2O_FURTHER_RULE, target=target, directory=directory)
+    return _template(
         "h2o.conf",
         max_body=str(site.max_body),
         idle=str(1000 * site.idle),
@@ -300,11 +322,10 @@ def _h2o(site: _Site) -> str:
         port=str(site.port),
         prefix=site.prefix,
         service=service,
-        rules="".join(blocks).rstrip("\n"),
-        directories="\n".join(
-            f"      {target}:\n        file.dir: {directory}\n        file.etag: OFF"
-            for target, directory in directories.items()
-        ),
+        rules=rules.rstrip("\n"),
+        directories="".join(
+            _filled(_H2O_DIRECTORY, target=target, directory=directory) for target, directory in directories
+        ).rstrip("\n"),
     )
 
 
@@ -320,9 +341,13 @@ _MAKERS: dict[str, Callable[[_Site], str]] = {
 # --- what they have in common
 
 
-def _filled(template: str, **values: str) -> str:
-    """Return a template with each <<name>> replaced. Proxies give other meanings to `$name` and `{name}`."""
-    text = (_TEMPLATES / template).read_text(encoding="utf-8")
+def _template(name: str, **values: str) -> str:
+    """Return a file of `configs/`, filled in."""
+    return _filled((_TEMPLATES / name).read_text(encoding="utf-8"), **values)
+
+
+def _filled(text: str, **values: str) -> str:
+    """Return a text with each <<name>> replaced. Proxies give other meanings to `$name` and `{name}`."""
     return re.sub("<<([a-z_]+)>>", lambda found: values[found[1]], text)
 
 

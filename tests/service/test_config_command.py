@@ -127,13 +127,16 @@ def test_the_files_of_every_rule_are_sent_by_the_proxy(pair: Pair) -> None:
     assert answer.headers["x-content-type-options"] == "nosniff"
     part = pair.get(f"/down.loads/files/{quote('ten digits.txt')}", Range="bytes=3-5")
     assert (part.status, part.body) == (206, b"345")
-    for _ in range(2):  # the first is made, and kept
-        report = pair.get("/down.loads/reports/sales.txt")
-        assert (report.status, report.body) == (200, b"a report on sales.txt" * 100)
-    for path in (f"/files/{quote('ten digits.txt')}", "/reports/sales.txt"):
+    report = pair.get("/down.loads/reports/sales.txt")  # which is made, and kept
+    assert (report.status, report.body) == (200, b"a report on sales.txt" * 100)
+    for path in ("/files/ten%20digits.txt", "/reports/sales.txt"):
         direct = asyncio.run(ask_socket(pair.socket, path))
+        while path.startswith("/reports") and direct.body:  # it is complete a moment after it was sent
+            direct = asyncio.run(ask_socket(pair.socket, path))
         assert (direct.status, direct.body) == (200, b"")
         assert OFFLOAD_HEADERS & {*direct.headers}
+    report = pair.get("/down.loads/reports/sales.txt")
+    assert (report.status, report.body) == (200, b"a report on sales.txt" * 100)
     assert not OFFLOAD_HEADERS & {*answer.headers, *report.headers, *part.headers}
 
 
