@@ -105,16 +105,24 @@ def print_config(proxy: Any, config: Path | None, listen: str, service: str | No
         _choose(None, config, "no proxy to configure: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         _check_proxy(proxy, settings)
-        text = proxy_config(
-            proxy,
-            [Rule(rule.source, rule.target or rule.source) for rule in settings.offload.rules],
-            service=service or _address(settings),
-            listen=listen,
-            prefix=settings.server.root_path,
-            relative_to=None if relative_to is None else os.path.abspath(relative_to),
-            idle_seconds=settings.server.timeout_keep_alive,
-            stall_seconds=settings.server.stall_timeout,
-        )
+        server = settings.server
+        rules = [Rule(rule.source, rule.target or rule.source) for rule in settings.offload.rules]
+        asked: dict[str, Any] = {}
+        for key, option in (
+            ("offload.rules", {}),
+            ("server.root_path", {"prefix": server.root_path}),
+            ("server.timeout_keep_alive", {"idle_seconds": server.timeout_keep_alive}),
+            ("server.stall_timeout", {"stall_seconds": server.stall_timeout}),
+            ("server.host" if server.uds is None else "server.uds", {} if service else {"service": _address(settings)}),
+        ):
+            asked |= option
+            with settings.blaming(key):
+                proxy_config(proxy, rules, **asked)
+        if service:
+            asked["service"] = service
+        if relative_to:
+            asked["relative_to"] = os.path.abspath(relative_to)
+        text = proxy_config(proxy, rules, listen=listen, **asked)
     except ConfigurationError as exc:
         click.echo(f"downloadview: {exc}", err=True)
         sys.exit(_WRONG_SETTINGS)

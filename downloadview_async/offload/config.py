@@ -117,7 +117,7 @@ class _Site:
         """
         if any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in directory):
             raise ConfigurationError(f"{directory!r}: no configuration can name this: use printable text")
-        path = f"{os.path.normpath(directory).rstrip('/')}/"
+        path = f"/{os.path.normpath(directory).strip('/')}".rstrip("/") + "/"  # normpath keeps two slashes at the start
         base = None if self.relative_to is None else f"{self.relative_to.rstrip('/')}/"
         if base is None or not path.startswith(base):
             return False, path

@@ -220,6 +220,12 @@ def test_refusals(kind: Any, rules: list[dv.Rule], options: dict[str, Any], mess
         dv.proxy_config(kind, rules, **options)
 
 
+@pytest.mark.parametrize("source, alias", [("/", "/"), ("//srv//files//", "/srv/files/"), ("/srv/./a/../b", "/srv/b/")])
+def test_a_directory_is_written_without_its_detours(source: str, alias: str) -> None:
+    text = dv.proxy_config("nginx", [dv.Rule(source, "/_files/")])
+    assert f"            alias {alias};\n" in text
+
+
 def test_a_remote_rule_has_the_location_of_the_docs() -> None:
     """`deploy/nginx/remote.conf` shows the block for a rule by itself."""
     text = dv.proxy_config("nginx", [*FILES, dv.Rule("https://files.example.org/pub", "/_remote/")])
