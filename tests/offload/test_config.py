@@ -120,7 +120,8 @@ async def test_every_directory_is_sent_from_or_refused(kind: Proxy, relative: bo
                     dv.proxy_config(kind, rules_for(kind, [root / name]), relative_to=relative_to)
             else:
                 directories.append(root / name)
-        text = dv.proxy_config(kind, rules_for(kind, directories), relative_to=relative_to)
+        # H2O ends when the connections to itself have
+        text = dv.proxy_config(kind, rules_for(kind, directories), relative_to=relative_to, idle_seconds=2)
         assert (str(root) in text) is not relative
         async with served(kind, directories) as service:
             with proxy(KINDS[kind], root, service, text=text) as port:
