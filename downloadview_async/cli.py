@@ -108,7 +108,7 @@ def print_config(proxy: Any, config: Path | None, listen: str, service: str | No
         server = settings.server
         rules = [Rule(rule.source, rule.target or rule.source) for rule in settings.offload.rules]
         asked: dict[str, Any] = {}
-        for key, option in (
+        for key, option in (  # one more at a time, so that a mistake is blamed on its own key
             ("offload.rules", {}),
             ("server.root_path", {"prefix": server.root_path}),
             ("server.timeout_keep_alive", {"idle_seconds": server.timeout_keep_alive}),
