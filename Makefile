@@ -18,6 +18,9 @@ DJANGO_CONTENT = $(BIN)/python -m examples.django.manage migrate --verbosity 0 &
 DJANGO = $(BIN)/python -m uvicorn examples.django.project.asgi:application --port $(or $(PORT),8000) --lifespan off \
 	--no-access-log --http downloadview_async.asgi.server:DownloadProtocol
 
+DEPLOY := deploy
+CONFIG = $(BIN)/downloadview config $(1) --config app/downloadview.toml --relative-to .
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -100,6 +103,16 @@ coverage: $(VENV)/dev.done  ## Run all tests and report the lines and branches t
 .PHONY: bench
 bench: $(VENV)/bench.done  ## Compare with other servers, in 20 minutes (needs wrk); BENCH_ARGS="--quick" for a look
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+.PHONY: configs
+configs: $(VENV)/run.done  ## Write the proxies' configurations in deploy/ again, as `downloadview config` prints them
+	DOWNLOADVIEW_OFFLOAD__BACKEND=nginx $(call CONFIG,nginx) > $(DEPLOY)/nginx/nginx.conf
+	DOWNLOADVIEW_OFFLOAD__BACKEND=caddy $(call CONFIG,caddy) > $(DEPLOY)/caddy/Caddyfile
+	DOWNLOADVIEW_OFFLOAD__BACKEND=h2o $(call CONFIG,h2o) > $(DEPLOY)/h2o/h2o.conf
+	DOWNLOADVIEW_OFFLOAD='{"backend": "apache", "rules": [{"source": "files"}]}' $(call CONFIG,apache) \
+		> $(DEPLOY)/apache/httpd.conf
+	DOWNLOADVIEW_OFFLOAD='{"backend": "lighttpd", "rules": [{"source": "files"}]}' $(call CONFIG,lighttpd) \
+		> $(DEPLOY)/lighttpd/lighttpd.conf
 
 .PHONY: wheel
 wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dist

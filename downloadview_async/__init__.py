@@ -19,6 +19,7 @@ from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.offload.backends import XAccelRedirect, XLiteSpeedLocation, XReproxyURL, XSendfile
 from downloadview_async.offload.base import OffloadBackend, Redirect
+from downloadview_async.offload.config import proxy_config
 from downloadview_async.offload.presigned import PresignedRedirect
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
@@ -89,5 +90,6 @@ __all__ = [
     "XSendfile",
     "__version__",
     "download_error",
+    "proxy_config",
     "storage_from_url",
 ]

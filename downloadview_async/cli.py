@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from downloadview_async import ConfigurationError, __version__
+from downloadview_async import ConfigurationError, Rule, __version__, proxy_config
 
 try:
     import click
@@ -71,7 +71,7 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
     if path is not None and config is not None:
         raise click.UsageError("PATH and --config exclude each other: PATH is for a directory without settings")
     try:
-        _choose(path, config)
+        _choose(path, config, "nothing to serve: give a directory, or ")
         given = {name: value for name, value in options.items() if value is not None}
         if given.keys() & {"host", "port"} and not given.keys() & {"uds", "fd"}:
             given |= {"uds": None, "fd": None}  # uvicorn would prefer what the file says of those
@@ -82,8 +82,102 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
         sys.exit(_STARTUP_FAILURE if isinstance(exc, DatabaseUnavailable) else _WRONG_SETTINGS)
 
 
-def _choose(path: Path | None, config: Path | None) -> None:
-    """Put what is to be served into the environment, where worker processes find it too."""
+@main.command("config")
+@click.argument("proxy", type=click.Choice(["nginx", "apache", "lighttpd", "caddy", "h2o"]))
+@click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
+@click.option("--listen", default="127.0.0.1:8080", show_default=True, help="The address that the proxy listens on.")
+@click.option(
+    "--service",
+    help="Where the proxy finds the service: HOST:PORT, or unix:/PATH.  [default: where the settings let it listen]",
+)
+@click.option(
+    "--relative-to",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write what is below this directory as it is seen from there, for a proxy that is started in it.",
+)
+def print_config(proxy: Any, config: Path | None, listen: str, service: str | None, relative_to: Path | None) -> None:
+    """Print the configuration of a proxy that sends the files of the settings' rules: nginx, for example.
+
+    The settings are those that `serve` reads, variables included; their backend has to be this proxy. The proxy can be
+    started with it as it is. "TLS:" marks where TLS goes.
+    """
+    try:
+        _choose(None, config, "no proxy to configure: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        _check_proxy(proxy, settings)
+        server = settings.server
+        rules = [Rule(rule.source, rule.target or rule.source) for rule in settings.offload.rules]
+        asked: dict[str, Any] = {}
+        for key, option in (  # one more at a time, so that a mistake is blamed on its own key
+            ("offload.rules", {}),
+            ("server.root_path", {"prefix": server.root_path}),
+            ("server.timeout_keep_alive", {"idle_seconds": server.timeout_keep_alive}),
+            ("server.stall_timeout", {"stall_seconds": server.stall_timeout}),
+            ("server.host" if server.uds is None else "server.uds", {} if service else {"service": _address(settings)}),
+        ):
+            asked |= option
+            with settings.blaming(key):
+                proxy_config(proxy, rules, **asked)
+        if service:
+            asked["service"] = service
+        if relative_to:
+            asked["relative_to"] = os.path.abspath(relative_to)
+        text = proxy_config(proxy, rules, listen=listen, **asked)
+    except ConfigurationError as exc:
+        click.echo(f"downloadview: {exc}", err=True)
+        sys.exit(_WRONG_SETTINGS)
+    click.echo(text.encode(), nl=False)
+
+
+def _check_proxy(proxy: str, settings: Settings) -> None:
+    """Raise `ConfigurationError` for settings with which this proxy would send nothing, or hide a route."""
+    offload = settings.offload
+    variable = "DOWNLOADVIEW_OFFLOAD__BACKEND"
+    if offload.backend is None:
+        raise settings.error(
+            "offload.backend",
+            f"without it, the service sends everything itself: set it to {proxy!r}, here or by {variable}={proxy}, for "
+            "the service too",
+        )
+    if offload.backend != proxy:
+        raise settings.error(
+            "offload.backend",
+            f"this is {offload.backend!r}, which {proxy} does not understand: set it to {proxy!r}, here or by "
+            f"{variable}={proxy}, for the service too",
+        )
+    if proxy in ("nginx", "h2o"):
+        for index, route in enumerate(settings.routes):
+            for rule in offload.rules:
+                if rule.target and f"{settings.server.root_path}{route.path}".startswith(rule.target):
+                    raise settings.error(
+                        f"routes[{index}].path",
+                        f"{route.path!r} is below {rule.target!r}, the target of a rule, where no client gets: choose "
+                        "another target, such as /_files/",
+                    )
+
+
+def _address(settings: Settings) -> str:
+    """Return where a proxy on this machine finds the service. Raises `ConfigurationError` where nobody knows."""
+    server = settings.server
+    if server.ssl_certfile:
+        raise settings.error(
+            "server.ssl_certfile", "the proxy speaks plain HTTP to the service: remove it, and give the proxy TLS"
+        )
+    if server.fd is not None:
+        raise settings.error("server.fd", "a proxy needs an address: give it with --service")
+    if server.uds is not None:
+        return f"unix:{os.path.abspath(server.uds)}"
+    if server.port == 0:
+        raise settings.error("server.port", "a proxy needs a port that stays the same: give one, or --service")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104
+    return f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
+
+
+def _choose(path: Path | None, config: Path | None, lacking: str) -> None:
+    """Put what is to be served into the environment, where worker processes find it too.
+
+    lacking: what to say before "settings with --config" where there is nothing. Raises `ConfigurationError`.
+    """
     if path is not None:
         os.environ.pop(CONFIG, None)
         os.environ["DOWNLOADVIEW_SOURCES"] = json.dumps({"files": {"type": "path", "root": str(path.absolute())}})
@@ -93,8 +187,7 @@ def _choose(path: Path | None, config: Path | None) -> None:
     elif CONFIG not in os.environ:
         if not os.path.exists(_DEFAULT_CONFIG):
             raise ConfigurationError(
-                f"nothing to serve: give a directory, or settings with --config, {CONFIG} or a file {_DEFAULT_CONFIG} "
-                "in the current directory"
+                f"{lacking}settings with --config, {CONFIG} or a file {_DEFAULT_CONFIG} in the current directory"
             )
         os.environ[CONFIG] = _DEFAULT_CONFIG
 

@@ -31,8 +31,17 @@ class Kind:
     """From the checkout's directory and the configuration."""
     backend: Callable[[Path], dv.OffloadBackend]
     """From the directory with the files."""
+    check: Callable[[list[str]], list[str]]
+    """The command that looks a configuration over, from the one that starts the proxy with it."""
     scratch: Mapping[str, str] = field(default_factory=dict)
     """What of the configuration names a place in /tmp, and the name of its own that a test gives it."""
+
+    def moved(self, text: str, run: Path) -> str:
+        """Return a configuration with the directory `run` in place of /tmp."""
+        for old, new in self.scratch.items():
+            assert old in text, f"{self.config} names no {old}: what is tested is not what is shipped"
+            text = text.replace(old, new.format(run=run))
+        return text
 
 
 def _system_program(name: str, remedy: str, *modules: str) -> str:
@@ -79,6 +88,7 @@ KINDS = {
         "nginx/nginx.conf",
         _nginx,
         lambda files: dv.XAccelRedirect([dv.Rule(str(files), "/_files/")]),
+        lambda command: [*command, "-t"],
         {"/tmp/downloadview-nginx": "{run}/nginx"},
     ),
     "apache": Kind(
@@ -86,18 +96,21 @@ KINDS = {
         "apache/httpd.conf",
         _apache,
         lambda files: dv.XSendfile([dv.Rule(str(files), str(files))], encoding="raw"),
+        lambda command: [*command, "-t"],
     ),
     "lighttpd": Kind(
         "lighttpd",
         "lighttpd/lighttpd.conf",
         _lighttpd,
         lambda files: dv.XSendfile([dv.Rule(str(files), str(files))], encoding="percent"),
+        lambda command: [command[0], "-tt", *command[2:]],
     ),
     "caddy": Kind(
         "caddy",
         "caddy/Caddyfile",
         _caddy,
         lambda files: dv.XAccelRedirect([dv.Rule(str(files), "/_files/")]),
+        lambda command: [command[0], "validate", *command[2:]],
         {"/tmp/downloadview-caddy": "{run}/caddy"},
     ),
     "h2o": Kind(
@@ -105,6 +118,7 @@ KINDS = {
         "h2o/h2o.conf",
         _h2o,
         lambda files: dv.XReproxyURL([dv.Rule(str(files), "/_files/")]),
+        lambda command: [*command, "-t"],
         # as the configuration's notes have it
         {"/tmp/downloadview-h2o.sock": "{run}/h2o.sock"}
         | ({"permission: 600": "permission: 600\n      owner: nobody"} if os.geteuid() == 0 else {}),
@@ -123,19 +137,27 @@ def readable_directory() -> Iterator[Path]:
 
 @contextmanager
 def proxy(
-    kind: Kind, checkout: Path, service: int, *, port: int | None = None, edit: Callable[[str], str] = str
+    kind: Kind,
+    checkout: Path,
+    service: int,
+    *,
+    port: int | None = None,
+    text: str | None = None,
+    edit: Callable[[str], str] = str,
 ) -> Iterator[int]:
     """Run a proxy as its notes say, in front of the port `service`, and give its own port.
 
-    checkout: the directory that the notes call the checkout's. port: the proxy's; default: a free one. edit: a further
-    change of the configuration.
+    checkout: the directory that the notes call the checkout's. port: the proxy's; default: a free one. text: another
+    configuration than the one in `deploy/`. edit: a further change of it.
     """
     with readable_directory() as run:
         port = port or free_port()
-        text = (DEPLOY / kind.config).read_text()
-        for old, new in {"8000": str(service), "8080": str(port), **kind.scratch}.items():
-            assert old in text, f"{kind.config} names no {old}: what is tested is not what is shipped"
-            text = text.replace(old, new.format(run=run))
+        shipped = text is None
+        text = (DEPLOY / kind.config).read_text() if text is None else text
+        for old, new in {"8000": str(service), "8080": str(port)}.items():
+            assert old in text or not shipped, f"{kind.config} names no {old}: what is tested is not what is shipped"
+            text = text.replace(old, new)
+        text = kind.moved(text, run)
         config = run / Path(kind.config).name
         config.write_text(edit(text))
         command = kind.command(checkout, config)

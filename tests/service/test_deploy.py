@@ -175,6 +175,28 @@ def test_make_run_lets_the_mirror_ask_who_has_the_bytes(tmp_path: Path, environ:
     assert run.stdout == f"{mirror}\n"
 
 
+CONFIGS = ["nginx/nginx.conf", "apache/httpd.conf", "lighttpd/lighttpd.conf", "caddy/Caddyfile", "h2o/h2o.conf"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed: apt install make")
+def test_the_configurations_are_what_the_command_prints_for_the_demo(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "downloadview"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m downloadview_async.cli "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(program)
+    (tmp_path / "run.done").touch()  # as if everything were installed
+    for name in CONFIGS:
+        (tmp_path / name).parent.mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DOWNLOADVIEW_", "MAKE"))}
+    command = ["make", "--silent", "configs", f"VENV={tmp_path}", f"DEPLOY={tmp_path}"]
+    subprocess.run(command, cwd=PROJECT, env=kept, check=True)
+    for name in CONFIGS:
+        assert (tmp_path / name).read_text() == (DEPLOY / name).read_text(), (
+            f"deploy/{name} is not what `downloadview config` prints: run `make configs`, and look at the difference"
+        )
+
+
 def unit() -> configparser.ConfigParser:
     parser = configparser.ConfigParser(interpolation=None, strict=False, delimiters=["="])
     parser.optionxform = str  # type: ignore[assignment, method-assign]

@@ -1,0 +1,383 @@
+"""`proxy_config`: the configuration of a proxy for some rules, made from the templates in `configs/`."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.offload.backends import XAccelRedirect, XReproxyURL, XSendfile
+from downloadview_async.offload.rules import Rule
+
+Proxy = Literal["nginx", "apache", "lighttpd", "caddy", "h2o"]
+
+_TEMPLATES = resources.files("downloadview_async.offload") / "configs"
+_PLAIN = re.compile("[A-Za-z0-9_./-]+")
+_PREFIX = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)*")
+_SOCKET = re.compile("unix:(/[A-Za-z0-9_./@-]+)")
+_WHOLE = "/_whole/"  # where H2O's configuration asks itself
+
+
+def proxy_config(
+    proxy: Proxy,
+    rules: Iterable[Rule],
+    *,
+    service: str = "127.0.0.1:8000",
+    listen: str = "127.0.0.1:8080",
+    prefix: str = "",
+    relative_to: str | None = None,
+    idle_seconds: float = 5,
+    stall_seconds: float = 60,
+    max_body_bytes: int = 16_384,
+) -> str:
+    """Return a whole configuration with which a proxy sends the files of some rules, and passes the rest on.
+
+    rules: those of the backend for this proxy. Sources are absolute directories; for nginx, http and https URLs too.
+    service: where the proxy finds the application: HOST:PORT, or unix:/PATH of a socket.
+    listen: the HOST:PORT that the proxy listens on. TLS is left to the reader: "TLS:" marks the places.
+    prefix: the path that the application is served below, such as /downloads; the proxy takes it off. Anything else is
+    refused.
+    relative_to: an absolute directory. Directories below it are written as they are seen from there, and the proxy is
+    started in it. None: all are absolute.
+    idle_seconds: how long the application keeps an idle connection, at least 2; the proxy keeps it for a second less.
+    stall_seconds: a client that takes nothing for so long is dropped; Caddy and H2O cannot do that.
+    max_body_bytes: what a request's body may have.
+
+    Raises `ConfigurationError` for rules that the backend would not take, two of which one's target is the other's or
+    below it, and whatever the proxy's grammar cannot express.
+    """
+    if proxy not in _MAKERS:
+        raise ConfigurationError(f"there is no configuration for {proxy!r}: use one of {', '.join(_MAKERS)}")
+    if not _PREFIX.fullmatch(prefix):
+        raise ConfigurationError(f"{prefix!r} is no prefix: write it as /downloads, of letters, digits, _, ~, . and -")
+    if idle_seconds < 2:
+        raise ConfigurationError(
+            f"the application keeps a connection for {idle_seconds!r} seconds, too short for a proxy: give it 2 or more"
+        )
+    if stall_seconds <= 0 or max_body_bytes <= 0:
+        raise ConfigurationError("stall_seconds and max_body_bytes are more than 0")
+    host, port = _host_and_port(listen, "listen")
+    site = _Site(
+        rules=tuple(rules),
+        service=service,
+        host=host,
+        port=port,
+        prefix=prefix,
+        relative_to=None if relative_to is None else os.path.normpath(relative_to),
+        idle=math.floor(idle_seconds) - 1,
+        stall=math.ceil(stall_seconds),
+        max_body=max_body_bytes,
+    )
+    return _MAKERS[proxy](site)
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """What a configuration is for: `proxy_config`'s arguments, looked over."""
+
+    rules: Sequence[Rule]
+    service: str
+    host: str
+    port: int
+    prefix: str
+    relative_to: str | None
+    idle: int
+    stall: int
+    max_body: int
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and port of the service; raises `ConfigurationError` for anything else."""
+        return _host_and_port(self.service, "service")
+
+    @property
+    def socket(self) -> str | None:
+        """The path of the service's Unix socket, or None."""
+        match = _SOCKET.fullmatch(self.service)
+        if match is None and self.service.startswith(("unix:", "/")):
+            raise ConfigurationError(
+                f"{self.service!r}: write a Unix socket as unix:/run/downloadview.sock, of letters, digits and _.@/-"
+            )
+        return None if match is None else match[1]
+
+    @property
+    def authority(self) -> str:
+        """The service as HOST:PORT."""
+        host, port = self.address
+        return f"{host}:{port}"
+
+    def seen(self, directory: str) -> tuple[bool, str]:
+        """Return whether a directory is below `relative_to`, and its path with a slash at its end: from there, if so.
+
+        The path is empty for `relative_to` itself.
+        Raises `ConfigurationError` for one that cannot be written in a file of lines of text.
+        """
+        if any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in directory):
+            raise ConfigurationError(f"{directory!r}: no configuration can name this: use printable text")
+        path = f"/{os.path.normpath(directory).strip('/')}".rstrip("/") + "/"  # normpath keeps two slashes at the start
+        base = None if self.relative_to is None else f"{self.relative_to.rstrip('/')}/"
+        if base is None or not path.startswith(base):
+            return False, path
+        return True, path[len(base) :]
+
+
+# --- nginx: https://nginx.org/en/docs/http/ngx_http_core_module.html#internal
+
+
+_NGINX_MAP = """\
+    # The request target below the prefix, as the client spelled it.
+    map $request_uri $below {
+        "~^<<prefix>>(?<below_prefix>/.*)" $below_prefix;
+    }
+"""
+_NGINX_PASS = """\
+            proxy_pass http://service;  # without a path: the request target goes on as the client spelled it"""
+_NGINX_PASS_BELOW = """\
+            if ($below = "") {
+                return 404;
+            }
+            proxy_pass http://service$below;"""
+
+
+def _nginx(site: _Site) -> str:
+    XAccelRedirect(site.rules)
+    _check_targets(site.rules)
+    blocks = [
+        _template("nginx-files.conf", target=rule.target, directory=_nginx_word(site.seen(rule.source)[1] or "./"))
+        if rule.source.startswith("/")
+        else _template("nginx-remote.conf", target=rule.target, url=_nginx_word(f"{rule.source.rstrip('/')}/"))
+        for rule in site.rules
+    ]
+    return _template(
+        "nginx.conf",
+        below=_filled(_NGINX_MAP, prefix=re.escape(site.prefix)) if site.prefix else "",
+        max_body=f"{site.max_body // 1024}k" if site.max_body % 1024 == 0 else str(site.max_body),
+        stall=f"{site.stall}s",
+        service=f"unix:{site.socket}" if site.socket else site.authority,
+        idle=f"{site.idle}s",
+        listen=f"{site.host}:{site.port}",
+        proxy_pass=_NGINX_PASS_BELOW if site.prefix else _NGINX_PASS,
+        rules="\n".join(blocks).rstrip("\n"),
+    )
+
+
+def _nginx_word(text: str) -> str:
+    if "$" in text:
+        raise ConfigurationError(f"{text!r}: nginx cannot have a $ that is no variable: use another name")
+    return text if re.fullmatch("[A-Za-z0-9_./:-]+", text) else _quoted(text)
+
+
+# --- Apache: https://tn123.org/mod_xsendfile/
+
+
+_APACHE_OUTSIDE = """
+<LocationMatch "^(?!<<prefix>>/)">
+    Require all denied
+</LocationMatch>"""
+
+
+def _apache(site: _Site) -> str:
+    XSendfile(site.rules, encoding="raw")
+    return _template(
+        "httpd.conf",
+        listen=f"{site.host}:{site.port}",
+        stall=str(site.stall),
+        max_body=str(site.max_body),
+        prefix=site.prefix,
+        service=f"unix:{site.socket}|http://localhost" if site.socket else f"http://{site.authority}",
+        idle=str(site.idle),
+        outside=_filled(_APACHE_OUTSIDE, prefix=re.escape(site.prefix)) if site.prefix else "",
+        rules="\n".join(f"XSendFilePath {_apache_word(site, path)}" for path in _directories(site)),
+    )
+
+
+def _apache_word(site: _Site, directory: str) -> str:
+    relative, path = site.seen(directory)
+    if "${" in path:
+        raise ConfigurationError(f"{path!r}: Apache cannot have a ${{ that is no variable: use another name")
+    return f'"${{PWD}}/{_escaped(path)}"' if relative else _quoted(path)
+
+
+# --- lighttpd: https://redmine.lighttpd.net/projects/lighttpd/wiki/X-LIGHTTPD-send-file
+
+
+_LIGHTTPD_OUTSIDE = """\
+$HTTP["url"] !~ "^<<prefix_pattern>>/" {
+    url.access-deny = ("")
+}
+proxy.header = ("map-urlpath" => ("<<prefix>>/" => "/"))
+"""
+
+
+def _lighttpd(site: _Site) -> str:
+    XSendfile(site.rules, encoding="percent")
+    directories = [_lighttpd_word(site, path) for path in _directories(site)]
+    if site.socket:
+        service = f'    "host" => "{site.socket}",\n'
+    else:
+        host, port = site.address
+        service = f'    "host" => "{host.strip("[]")}",\n    "port" => {port},\n'
+    outside = _filled(_LIGHTTPD_OUTSIDE, prefix=site.prefix, prefix_pattern=re.escape(site.prefix))
+    return _template(
+        "lighttpd.conf",
+        modules='"mod_access", ' if site.prefix else "",
+        host=site.host,
+        port=str(site.port),
+        root=directories[0],
+        outside=outside if site.prefix else "",
+        max_body=str(math.ceil(site.max_body / 1024)),
+        stall=str(site.stall),
+        service=service,
+        rules=", ".join(directories),
+    )
+
+
+def _lighttpd_word(site: _Site, directory: str) -> str:
+    relative, path = site.seen(directory)
+    escaped = path.replace('"', '\\"')  # a backslash is one already
+    return f'env.PWD + "/{escaped}"' if relative else f'"{escaped}"'
+
+
+# --- Caddy: https://caddyserver.com/docs/caddyfile/directives/reverse_proxy#intercepting-responses
+
+
+_CADDY_OUTSIDE = """\
+\t@outside not path <<prefix>>/*
+\troute {
+\t\terror @outside 404
+\t\turi strip_prefix <<prefix>>
+\t}
+
+"""
+
+
+def _caddy(site: _Site) -> str:
+    XAccelRedirect(site.rules)
+    _check_targets(site.rules, fold=str.lower)
+    blocks = []
+    for rule in site.rules:
+        if not rule.source.startswith("/"):
+            raise ConfigurationError(
+                f"{rule.source!r}: this configuration of Caddy sends local files: remove the rule, or use nginx"
+            )
+        directory = _caddy_word(site.seen(rule.source)[1] or "./")
+        blocks.append(_template("Caddyfile-files", target=rule.target, directory=directory))
+    return _template(
+        "Caddyfile",
+        host=site.host.strip("[]"),
+        port=str(site.port),
+        max_body=str(site.max_body),
+        outside=_filled(_CADDY_OUTSIDE, prefix=site.prefix) if site.prefix else "",
+        service=f"unix/{site.socket}" if site.socket else site.authority,
+        idle=f"{site.idle}s",
+        rules="".join(blocks).rstrip("\n"),
+    )
+
+
+def _caddy_word(path: str) -> str:
+    if _PLAIN.fullmatch(path):
+        return path
+    if "{" in path or "}" in path:
+        raise ConfigurationError(f"{path!r}: Caddy cannot have braces that are no placeholder: use another name")
+    if "`" not in path:
+        return f"`{path}`"  # nothing is special in there
+    if "\\" in path:
+        raise ConfigurationError(f"{path!r}: Caddy cannot have both a backslash and a backtick: use another name")
+    return _quoted(path)
+
+
+# --- H2O: https://h2o.examp1e.net/configure/reproxy_directives.html
+
+
+_H2O_FURTHER_RULE = """\
+      <<target>>:
+        - mruby.handler: *file
+        - file.dir: <<directory>>
+          file.etag: OFF
+"""
+_H2O_DIRECTORY = """\
+      <<target>>:
+        file.dir: <<directory>>
+        file.etag: OFF
+"""
+
+
+def _h2o(site: _Site) -> str:
+    XReproxyURL(site.rules)
+    _check_targets([*site.rules, Rule("/", _WHOLE)])
+    service = f"http://[unix:{site.socket}]" if site.socket else f"http://{site.authority}"
+    directories = [(rule.target, _quoted(site.seen(rule.source)[1] or "./")) for rule in site.rules]
+    (target, directory), *further = directories
+    rules = _template("h2o-files.conf", target=target, directory=directory, service=service)
+    for target, directory in further:
+        rules += _filled(_H2O_FURTHER_RULE, target=target, directory=directory)
+    return _template(
+        "h2o.conf",
+        max_body=str(site.max_body),
+        idle=str(1000 * site.idle),
+        host=_quoted(site.host.strip("[]")),
+        port=str(site.port),
+        prefix=site.prefix,
+        service=service,
+        rules=rules.rstrip("\n"),
+        directories="".join(
+            _filled(_H2O_DIRECTORY, target=target, directory=directory) for target, directory in directories
+        ).rstrip("\n"),
+    )
+
+
+_MAKERS: dict[str, Callable[[_Site], str]] = {
+    "nginx": _nginx,
+    "apache": _apache,
+    "lighttpd": _lighttpd,
+    "caddy": _caddy,
+    "h2o": _h2o,
+}
+
+
+# --- what they have in common
+
+
+def _template(name: str, **values: str) -> str:
+    """Return a file of `configs/`, filled in."""
+    return _filled((_TEMPLATES / name).read_text(encoding="utf-8"), **values)
+
+
+def _filled(text: str, **values: str) -> str:
+    """Return a text with each <<name>> replaced. Proxies give other meanings to `$name` and `{name}`."""
+    return re.sub("<<([a-z_]+)>>", lambda found: values[found[1]], text)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _quoted(text: str) -> str:
+    return f'"{_escaped(text)}"'
+
+
+def _directories(site: _Site) -> list[str]:
+    """Return the directories as the proxy sees them, each once."""
+    return list(dict.fromkeys(rule.target for rule in site.rules))
+
+
+def _check_targets(rules: Iterable[Rule], fold: Callable[[str], str] = str) -> None:
+    """Refuse a target below another one: the proxy would look for files of one rule in the directory of the other."""
+    targets = sorted(fold(rule.target) for rule in rules)
+    for index, target in enumerate(targets):
+        for other in targets[index + 1 :]:
+            if other.startswith(target):
+                raise ConfigurationError(
+                    f"the target {other!r} is {target!r} or below it: choose two side by side, such as /_a/ and /_b/"
+                )
+
+
+def _host_and_port(address: str, name: str) -> tuple[str, int]:
+    """Return an IPv4 address, name or bracketed IPv6 address, and a port. Raises `ConfigurationError` for others."""
+    match = re.fullmatch("([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\]):([0-9]{1,5})", address)
+    if match is None or not 0 < int(match[2]) < 65_536:
+        raise ConfigurationError(f"{name}: {address!r} is no address: write it as 127.0.0.1:8080 or [::1]:8080")
+    return match[1], int(match[2])

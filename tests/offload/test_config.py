@@ -1,0 +1,261 @@
+"""`proxy_config` on the real proxies: what it prints is taken, and obeyed for any directory, or refused by itself."""
+
+import asyncio
+import re
+import shutil
+import ssl
+import subprocess
+import textwrap
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, get_args
+from urllib.parse import quote
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+import downloadview_async as dv
+from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.offload.config import Proxy
+from tests.live import ask, live
+from tests.proxies.servers import DEPLOY, KINDS, free_port, proxy, readable_directory
+
+PROXIES: tuple[Proxy, ...] = get_args(Proxy)
+BY_URI = ("nginx", "caddy", "h2o")
+
+ODD = [
+    "plain",
+    "a blank",
+    "a blank at the end ",
+    'a "quotation"',
+    "an apostrophe's",
+    "back`tick",
+    "back\\slash",
+    "\\n",
+    "the end\\",
+    'a backslash\\"',
+    "back`tick and back\\slash",
+    "semi;colon",
+    "#hash",
+    "50%",
+    "%{HOST}",
+    "π and é",
+    "{brace}",
+    "}{",
+    "$dollar",
+    "${PWD}",
+    "{$HOME}",
+    "<<rules>>",
+    "(a), [b] & *",
+    "~",
+    "!not",
+    "...",
+]
+REFUSED = {
+    "nginx": ["$dollar", "${PWD}", "{$HOME}"],
+    "apache": ["${PWD}"],
+    "lighttpd": [],
+    "caddy": ["%{HOST}", "{brace}", "}{", "${PWD}", "{$HOME}", "back`tick and back\\slash"],
+    "h2o": [],
+}
+"""What a proxy's grammar cannot express."""
+
+
+def rules_for(kind: Proxy, directories: list[Path]) -> list[dv.Rule]:
+    """Return a rule for each directory."""
+    return [
+        dv.Rule(str(directory), f"/_{index}/" if kind in BY_URI else str(directory))
+        for index, directory in enumerate(directories)
+    ]
+
+
+def backend_of(kind: Proxy, rules: list[dv.Rule]) -> dv.OffloadBackend:
+    match kind:
+        case "nginx" | "caddy":
+            return dv.XAccelRedirect(rules)
+        case "h2o":
+            return dv.XReproxyURL(rules)
+    return dv.XSendfile(rules, encoding="raw" if kind == "apache" else "percent")
+
+
+async def _scheme(request: Request) -> Response:
+    return PlainTextResponse(request.headers["x-forwarded-proto"])
+
+
+def _body_of(url: str, trusting: ssl.SSLContext) -> bytes:
+    with urllib.request.urlopen(url, context=trusting, timeout=10) as answer:
+        body: bytes = answer.read()
+        return body
+
+
+@asynccontextmanager
+async def served(kind: Proxy, directories: list[Path]) -> AsyncIterator[int]:
+    """Serve each directory below its number, for a proxy; give the port of the service."""
+    routes = [
+        Route(f"/{index}/{{path:path}}", dv.Download(dv.PathSource(directory), cache_control="private"))
+        for index, directory in enumerate(directories)
+    ]
+    app = Starlette(routes=[*routes, Route("/scheme", _scheme)])
+    async with live(dv.OffloadMiddleware(app, backend_of(kind, rules_for(kind, directories)))) as service:
+        yield service
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", PROXIES)
+@pytest.mark.parametrize("relative", [False, True])
+async def test_every_directory_is_sent_from_or_refused(kind: Proxy, relative: bool) -> None:
+    with readable_directory() as root:
+        directories = []
+        for name in ODD:
+            (root / name).mkdir()
+            (root / name / "50% of π.txt").write_text(f"from {name}")
+            relative_to = str(root) if relative else None
+            if name in REFUSED[kind]:
+                with pytest.raises(dv.ConfigurationError, match=" cannot have "):
+                    dv.proxy_config(kind, rules_for(kind, [root / name]), relative_to=relative_to)
+            else:
+                directories.append(root / name)
+        # H2O ends when the connections to itself have
+        text = dv.proxy_config(kind, rules_for(kind, directories), relative_to=relative_to, idle_seconds=2)
+        assert (str(root) in text) is not relative
+        async with served(kind, directories) as service:
+            with proxy(KINDS[kind], root, service, text=text) as port:
+                for index, directory in enumerate(directories):
+                    path, content = f"/{index}/{quote('50% of π.txt')}", f"from {directory.name}".encode()
+                    direct = await ask(service, path)
+                    assert OFFLOAD_HEADERS & {*direct.headers}, directory.name
+                    answer = await ask(port, path)
+                    assert (answer.status, answer.body) == (200, content), directory.name
+                    assert answer.headers["cache-control"] == "private"
+                    assert answer.headers["content-disposition"] == direct.headers["content-disposition"]
+                    assert (await ask(port, f"/_{index}/{quote('50% of π.txt')}")).status == 404
+                    if index > 1:
+                        continue  # the first rule, and what is written for each further one
+                    head = await ask(port, path, method="HEAD")
+                    assert (head.status, head.headers["content-length"]) == (200, str(len(content)))
+                    part = await ask(port, path, headers={"Range": "bytes=5-"})
+                    assert (part.status, part.body) == (206, content[5:])
+                    another = await ask(port, path, headers={"Range": "bytes=5-", "If-Range": '"another"'})
+                    assert (another.status, another.body) == (200, content)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", PROXIES)
+async def test_the_directory_itself_may_be_where_the_proxy_starts(kind: Proxy) -> None:
+    with readable_directory() as root:
+        (root / "a.txt").write_text("a")
+        text = dv.proxy_config(kind, rules_for(kind, [root]), relative_to=f"{root}/")
+        assert str(root) not in text
+        async with served(kind, [root]) as service:
+            with proxy(KINDS[kind], root, service, text=text) as port:
+                assert (await ask(port, "/0/a.txt")).body == b"a"
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"service": "unix:/run/downloadview.sock"},
+        {"service": "localhost:9000", "listen": "0.0.0.0:8443"},
+        {"service": "[::1]:9000", "listen": "[::1]:8443"},
+        {"prefix": "/a.b/~c_d"},
+        {"idle_seconds": 2, "stall_seconds": 0.5, "max_body_bytes": 1000},
+    ],
+)
+def test_the_proxy_itself_finds_nothing_wrong(kind: Proxy, options: dict[str, Any], tmp_path: Path) -> None:
+    rules = rules_for(kind, [tmp_path, tmp_path / "another one", DEPLOY])
+    if kind == "nginx":
+        rules += [dv.Rule("http://127.0.0.1:9001/pub", "/_plain/"), dv.Rule("https://127.0.0.1/a;b/", "/_secure/")]
+    config = tmp_path / Path(KINDS[kind].config).name
+    config.write_text(KINDS[kind].moved(dv.proxy_config(kind, rules, **options), tmp_path))
+    command = KINDS[kind].check(KINDS[kind].command(tmp_path, config))
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stderr
+    assert "[warn]" not in checked.stderr
+
+
+FILES = [dv.Rule("/srv/files", "/_files/")]
+
+
+@pytest.mark.parametrize(
+    "kind, rules, options, message",
+    [
+        ("iis", FILES, {}, "no configuration for 'iis': use one of nginx, apache"),
+        ("nginx", [], {}, "without a rule"),
+        ("nginx", [dv.Rule("/srv/files", "/_files")], {}, "slash at both ends"),
+        ("nginx", [dv.Rule("/srv/a\nb", "/_files/")], {}, "printable text"),
+        ("h2o", [dv.Rule("/srv/\udce9", "/_files/")], {}, "printable text"),
+        ("nginx", [*FILES, dv.Rule("/srv/more", "/_files/")], {}, "is '/_files/' or below it"),
+        ("nginx", [*FILES, dv.Rule("/srv/more", "/_files/more/")], {}, "'/_files/more/' is '/_files/' or below it"),
+        ("caddy", [*FILES, dv.Rule("/srv/more", "/_FILES/more/")], {}, "or below it"),
+        ("h2o", [dv.Rule("/srv/files", "/_whole/a/")], {}, "'/_whole/a/' is '/_whole/' or below it"),
+        ("nginx", [dv.Rule("https://files.example.org/$a/", "/_files/")], {}, "cannot have a \\$"),
+        ("caddy", [dv.Rule("https://files.example.org/", "/_files/")], {}, "sends local files"),
+        ("h2o", [dv.Rule("https://files.example.org/", "/_files/")], {}, "sends local files"),
+        ("apache", [dv.Rule("https://files.example.org/", "/srv")], {}, "sends local files"),
+        ("apache", FILES[:0], {}, "without a rule"),
+        ("nginx", FILES, {"service": "8000"}, "service: '8000' is no address"),
+        ("nginx", FILES, {"service": "127.0.0.1:0"}, "is no address"),
+        ("nginx", FILES, {"service": "http://127.0.0.1:8000"}, "is no address"),
+        ("nginx", FILES, {"service": "unix:/run/a b"}, "write a Unix socket as"),
+        ("nginx", FILES, {"service": "/run/service.sock"}, "write a Unix socket as"),
+        ("nginx", FILES, {"listen": "127.0.0.1:65536"}, "listen: '127.0.0.1:65536' is no address"),
+        ("nginx", FILES, {"listen": "127.0.0.1:80 ssl"}, "is no address"),
+        ("nginx", FILES, {"prefix": "downloads"}, "no prefix"),
+        ("nginx", FILES, {"prefix": "/downloads/"}, "no prefix"),
+        ("nginx", FILES, {"prefix": "/a;b"}, "no prefix"),
+        ("nginx", FILES, {"prefix": "/.."}, "no prefix"),
+        ("nginx", FILES, {"idle_seconds": 1}, "too short for a proxy"),
+        ("nginx", FILES, {"stall_seconds": 0}, "more than 0"),
+        ("nginx", FILES, {"max_body_bytes": 0}, "more than 0"),
+    ],
+)
+def test_refusals(kind: Any, rules: list[dv.Rule], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(dv.ConfigurationError, match=message):
+        dv.proxy_config(kind, rules, **options)
+
+
+@pytest.mark.parametrize("source, alias", [("/", "/"), ("//srv//files//", "/srv/files/"), ("/srv/./a/../b", "/srv/b/")])
+def test_a_directory_is_written_without_its_detours(source: str, alias: str) -> None:
+    text = dv.proxy_config("nginx", [dv.Rule(source, "/_files/")])
+    assert f"            alias {alias};\n" in text
+
+
+def test_a_remote_rule_has_the_location_of_the_docs() -> None:
+    """`deploy/nginx/remote.conf` shows the block for a rule by itself."""
+    text = dv.proxy_config("nginx", [*FILES, dv.Rule("https://files.example.org/pub", "/_remote/")])
+    start = text.index("        location /_remote/")
+    block = textwrap.dedent(text[start:].partition("\n\n        location @")[0])
+    shown = (DEPLOY / "nginx" / "remote.conf").read_text()
+    assert block.splitlines() == shown[shown.index("location") :].splitlines()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["nginx", "apache", "lighttpd", "h2o"])  # Caddy gets its certificate itself
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: apt install openssl")
+async def test_tls_goes_where_the_comment_says(kind: Proxy) -> None:
+    with readable_directory() as root:
+        (root / "files").mkdir()
+        (root / "files" / "a.txt").write_text("a")
+        request = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=IP:127.0.0.1"
+        files = ["-keyout", str(root / "downloads.key"), "-out", str(root / "downloads.pem")]
+        subprocess.run([*request.split(), *files], check=True, capture_output=True)
+        (root / "downloads.key").chmod(0o644)
+        port = free_port()
+        text = dv.proxy_config(kind, rules_for(kind, [root / "files"]), listen=f"127.0.0.1:{port}")
+        assert text.count("TLS: ") == 1
+        text = re.sub("#(LoadModule|SSL|RequestHeader|server.modules|ssl|  cert|  key|listen)", r"\1", text)
+        text = text.replace("/etc/ssl/certs/", f"{root}/").replace("/etc/ssl/private/", f"{root}/")
+        text = text.replace(f"listen 127.0.0.1:{port};", "").replace("listen 443 ssl", f"listen 127.0.0.1:{port} ssl")
+        trusting = ssl.create_default_context(cafile=str(root / "downloads.pem"))
+        async with served(kind, [root / "files"]) as service:
+            with proxy(KINDS[kind], root, service, port=port, text=text):
+                for path, body in (("/0/a.txt", b"a"), ("/scheme", b"https")):
+                    url = f"https://127.0.0.1:{port}{path}"
+                    assert await asyncio.to_thread(_body_of, url, trusting) == body
