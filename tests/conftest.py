@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.gcs import GCS, gcs_server
 from tests.s3 import S3, s3_server
 
 
@@ -11,4 +12,11 @@ from tests.s3 import S3, s3_server
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """A real S3 server with an empty bucket."""
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GCS]:
+    """A server of Google Cloud Storage's protocol with an empty bucket."""
+    with gcs_server(tmp_path_factory.mktemp("gcs") / "log") as server:
         yield server

@@ -26,6 +26,7 @@ from downloadview_async import (
 )
 from downloadview_async.http.ranges import parse_range, select_ranges
 from downloadview_async.testing import call
+from tests.gcs import GCS
 from tests.s3 import S3
 
 pytestmark = pytest.mark.asyncio
@@ -99,7 +100,8 @@ def _in_obstore(storage: ObjectStorage) -> Place:
     )
 
 
-KINDS = ["directory", "memory", "sync", "object store: memory", "object store: file", "object store: s3"]
+STORES = ["object store: memory", "object store: file", "object store: s3", "object store: gs"]
+KINDS = ["directory", "memory", "sync", *STORES]
 
 
 @pytest.fixture(params=KINDS)
@@ -116,6 +118,14 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
             yield _in_obstore(ObjectStorage("memory:///"))
         case "object store: file":
             yield _in_directory(tmp_path, ObjectStorage(tmp_path.as_uri()))
+        case "object store: gs":
+            gcs: GCS = request.getfixturevalue("gcs")
+            prefix = f"every storage/{tmp_path.name}"
+            yield Place(
+                gcs.storage(prefix),
+                lambda name, content: gcs.put(f"{prefix}/{name}", content),
+                lambda name: gcs.delete(f"{prefix}/{name}"),
+            )
         case _:
             s3: S3 = request.getfixturevalue("s3")
             yield _in_obstore(s3.storage(f"every storage/{tmp_path.name}"))

@@ -1,6 +1,7 @@
-"""Object stores against one that does what a test tells it to, and against a real S3 server."""
+"""Object stores against one that does what a test tells it to, a real S3 server, and one of Google's protocol."""
 
 import asyncio
+import gzip
 import hashlib
 import logging
 import os
@@ -30,6 +31,7 @@ from downloadview_async import (
     UpstreamTimeout,
 )
 from downloadview_async.testing import call
+from tests.gcs import GCS
 from tests.live import ask, live
 from tests.s3 import BUCKET, DENIED_ID, S3, Store, serving_store
 
@@ -453,3 +455,45 @@ async def test_the_real_server_over_a_real_socket(s3: S3) -> None:
         part = await ask(port, "/a.txt", headers={"Range": "bytes=-3", "If-Range": whole.headers["etag"]})
         assert (part.status, part.body, part.headers["content-range"]) == (206, b"789", "bytes 7-9/10")
         assert (await ask(port, "/none.txt")).status == 404
+
+
+# ---- a server of Google Cloud Storage's protocol
+
+
+async def test_metadata_of_google_cloud_storage(gcs: GCS) -> None:
+    said = {"contentType": "image/webp", "cacheControl": "max-age=60", "contentLanguage": "de"}
+    gcs.put("meta/a.bin", b"0123456789", **said, contentDisposition="inline")
+    endpoint = Download(StorageSource(gcs.storage("meta")))
+    head = await call(endpoint, "/a.bin", method="HEAD")
+    names = ("content-type", "cache-control", "content-language", "content-length", "etag", "last-modified")
+    described = {name: head.headers.get(name) for name in names}
+    assert list(described.values())[:5] == ["image/webp", "max-age=60", "de", "10", '"eB5eJF1ptWaXm4bijSPyxw=="']
+    assert described["last-modified"] is not None
+    assert head.headers["content-disposition"] == 'attachment; filename="a.bin"'
+    whole = await call(endpoint, "/a.bin")
+    assert {name: whole.headers.get(name) for name in names} == described
+
+
+async def test_google_unpacks_an_object_unless_it_is_asked_not_to(gcs: GCS) -> None:
+    """A range of what Google unpacks while it sends is a range of nothing: it is refused."""
+    packed = gzip.compress(b"0123456789" * 100)
+    gcs.put("packed/a.txt", packed, contentType="text/plain", contentEncoding="gzip")
+    unpacking = Download(StorageSource(gcs.storage("packed")))
+    assert (await call(unpacking, "/a.txt", headers={"Range": "bytes=10-19"})).status >= 500
+
+    as_it_is = Download(StorageSource(gcs.storage("packed", default_headers={"Accept-Encoding": "gzip"})))
+    for headers, status, body in (({}, 200, packed), ({"Range": "bytes=10-19"}, 206, packed[10:20])):
+        answer = await call(as_it_is, "/a.txt", headers=headers)
+        assert (answer.status, answer.body, answer.headers["content-encoding"]) == (status, body, "gzip")
+
+
+async def test_google_cloud_storage_over_a_real_socket(gcs: GCS) -> None:
+    gcs.put("socket/a b/π%.txt", b"0123456789", contentType="text/plain")
+    async with live(Download(StorageSource(gcs.storage("socket")))) as port:
+        whole = await ask(port, "/a%20b/%CF%80%25.txt")
+        assert (whole.status, whole.body, whole.complete) == (200, b"0123456789", True)
+        part = await ask(port, "/a%20b/%CF%80%25.txt", headers={"Range": "bytes=-3", "If-Range": whole.headers["etag"]})
+        assert (part.status, part.body, part.headers["content-range"]) == (206, b"789", "bytes 7-9/10")
+        assert (await ask(port, "/none.txt")).status == 404
+    nowhere = ObjectStorage("gs://no-bucket", **gcs.options)
+    assert (await call(Download(StorageSource(nowhere)), "/a.txt")).status == 404
