@@ -39,7 +39,7 @@ from downloadview_async.http.plan import (
     make_redirect_plan,
 )
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend, Redirect
+from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OFFLOAD_TARGET, OffloadBackend, Redirect, signed
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local import local_of, open_at_once
 
@@ -120,6 +120,8 @@ class DownloadResponse(Response):
             return False
         request = DownloadRequest.from_headers(scope["method"], scope["headers"])
         offload = self._offload(scope)
+        if offload is not None and OFFLOAD_TARGET in offload:
+            return False  # it may have to be signed, and that may take a while
         try:
             opened = open_at_once(self.file, request if offload is None else HEAD)
         except FileError:
@@ -184,6 +186,7 @@ class DownloadResponse(Response):
         """Answer with headers for a proxy, and return whether one can send the file now that it is open."""
         if (offload := self._offload(scope)) is None:
             return False
+        offload = await signed(scope["extensions"][EXTENSION], self.file, offload)
         answer = self._answer_to(HEAD, opened.metadata, offload)
         # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
         if "content-encoding" in answer.plan.headers:
@@ -195,7 +198,10 @@ class DownloadResponse(Response):
     def _offload(self, scope: Scope) -> Mapping[str, str] | None:
         """Return the headers that have a proxy send the file, if one is offered and can."""
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        return None if backend is None or not self.offload else backend.headers_for(self.file)
+        if backend is None or not self.offload or (headers := backend.headers_for(self.file)) is None:
+            return None
+        # Another server is asked by GET, which is also what is signed.
+        return None if scope["method"] == "HEAD" and OFFLOAD_TARGET in headers else headers
 
     def _answer_to(
         self, request: DownloadRequest, metadata: FileMetadata, offload: Mapping[str, str] | None, *, keep: bool = False

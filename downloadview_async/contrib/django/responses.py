@@ -30,7 +30,7 @@ from downloadview_async.http.disposition import content_disposition as dispositi
 from downloadview_async.http.metadata import ETag
 from downloadview_async.http.plan import FRAMING, Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
+from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OFFLOAD_TARGET, OffloadBackend, signed
 from downloadview_async.sources.base import OpenFile
 from downloadview_async.sources.local import local_of, open_at_once
 from downloadview_async.sources.virtual import VirtualFile
@@ -175,6 +175,8 @@ class DownloadResponse(StreamingHttpResponse):
         offload = None
         if backend is not None and readable and self.status_code == 200 and not self.has_header("Content-Encoding"):
             offload = backend.headers_for(file)
+            if offload is not None and OFFLOAD_TARGET in offload and request.method == "HEAD":
+                offload = None  # another server is asked by GET, which is also what is signed
         self._wanted = _download_request(request, scope) if readable else GET
         if self.ignores_modified_since:
             self._wanted = replace(self._wanted, if_modified_since=None)
@@ -200,7 +202,8 @@ class DownloadResponse(StreamingHttpResponse):
             content_type=says or self["Content-Type"],
         )
         own.setdefault("content-disposition", self["Content-Disposition"])
-        if offload is not None:
+        if offload is not None and backend is not None:
+            offload = await signed(backend, file, offload)
             return make_offload_plan(metadata, presentation, offload, headers=own)
         return make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=own)
 
