@@ -26,6 +26,7 @@ from downloadview_async.asgi.transfer import (
     until_the_client_leaves,
 )
 from downloadview_async.errors import DownloadError, FileError
+from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import (
@@ -163,11 +164,11 @@ class DownloadResponse(Response):
         offered = self._offload(scope) is not None if readable else False
         if offered:
             async with self.file.open(HEAD) as opened:
-                if await self._hand_over(opened, scope, send):
+                if await self._hand_over(opened, request, scope, send):
                     return
         async with self.file.open(request) as opened:
             # One that is kept in a cache may be found to be there only when it is opened.
-            if readable and not offered and await self._hand_over(opened, scope, send):
+            if readable and not offered and await self._hand_over(opened, request, scope, send):
                 return
             answer = self._answer_to(request, opened.metadata, None)
             path_send = (scope.get("extensions") or {}).get(PATHSEND)
@@ -182,9 +183,12 @@ class DownloadResponse(Response):
         headers = await self.redirect.headers_for(self.file, described)
         return None if headers is None else make_redirect_plan(own, headers)
 
-    async def _hand_over(self, opened: OpenFile, scope: Scope, send: Send) -> bool:
+    async def _hand_over(self, opened: OpenFile, request: DownloadRequest, scope: Scope, send: Send) -> bool:
         """Answer with headers for a proxy, and return whether one can send the file now that it is open."""
         if (offload := self._offload(scope)) is None:
+            return False
+        # Not every store knows If-Range, and would go on with another version.
+        if OFFLOAD_TARGET in offload and not range_applies(request, opened.metadata):
             return False
         offload = await signed(scope["extensions"][EXTENSION], self.file, offload)
         answer = self._answer_to(HEAD, opened.metadata, offload)

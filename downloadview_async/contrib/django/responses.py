@@ -23,6 +23,7 @@ from downloadview_async.contrib.django.background import iterate_in_background, 
 from downloadview_async.contrib.django.calling import close_idle_connections, has_running_loop
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of
 from downloadview_async.errors import FileError, FileMissing
+from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.content_types import content_type_for, with_charset
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.disposition import MAX_BYTES, client_filename, is_device_name
@@ -202,6 +203,8 @@ class DownloadResponse(StreamingHttpResponse):
             content_type=says or self["Content-Type"],
         )
         own.setdefault("content-disposition", self["Content-Disposition"])
+        if offload is not None and OFFLOAD_TARGET in offload and not range_applies(self._wanted, metadata):
+            offload = None  # not every store knows If-Range, and would go on with another version
         if offload is not None and backend is not None:
             offload = await signed(backend, file, offload)
             return make_offload_plan(metadata, presentation, offload, headers=own)
