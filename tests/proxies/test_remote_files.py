@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 import pytest
 import pytest_asyncio
 from starlette.applications import Starlette
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -84,6 +84,7 @@ class Origin:
         app: ASGIApp = Starlette(
             routes=[
                 Route("/pub/fails/{status:int}/{path:path}", self._failing),
+                Route("/pub/cut/{path:path}", self._cut),
                 *(
                     Route(f"{prefix}/pub/{{path:path}}", dv.Download(dv.PathSource(self.files), cache_control="public"))
                     for prefix in ("", f"/{BUCKET}")
@@ -98,6 +99,14 @@ class Origin:
             return Response(headers={"Content-Length": "7"})
         headers = {"Location": f"http://127.0.0.1:{ELSEWHERE}/x", "WWW-Authenticate": "Basic"}
         return Response("<Error>the secret</Error>", status, headers, "application/xml")
+
+    async def _cut(self, request: Any) -> Response:
+        async def half() -> AsyncIterator[bytes]:
+            if request.method == "GET":
+                yield CONTENT[: SIZE // 2]
+                raise OSError("the disk is gone")
+
+        return StreamingResponse(half(), headers={"Content-Length": str(SIZE)})
 
 
 class _Saying:
@@ -453,6 +462,11 @@ async def test_a_store_that_does_not_take_the_signature(remote: Remote) -> None:
 
 async def test_a_server_that_cannot_be_reached(remote: Remote) -> None:
     assert_clean(await ask(remote.port, f"/down/{NAME}"), 502)
+
+
+async def test_what_the_other_server_cannot_finish_does_not_look_finished(remote: Remote) -> None:
+    answer = await ask(remote.port, "/mirror/cut/a.txt")
+    assert (answer.status, answer.headers["content-length"], answer.complete) == (200, str(SIZE), False)
 
 
 @pytest.mark.parametrize("route", ROUTES)
