@@ -287,6 +287,17 @@ async def test_there_is_no_way_around_the_service(site: Site, path: str) -> None
     assert (answer.status, answer.body) == (404, b"Not Found")
 
 
+@pytest.mark.parametrize("kind", ["nginx", "caddy", "h2o"])
+async def test_a_rule_that_the_proxy_does_not_know_is_no_empty_file(kind: str) -> None:
+    with readable_directory() as directory:
+        checkout = make_checkout(directory)
+        rules = [dv.Rule(str(checkout / "app" / "files"), "/_other/")]
+        backend = dv.XReproxyURL(rules) if kind == "h2o" else dv.XAccelRedirect(rules)
+        async with serve(KINDS[kind], checkout, backend) as site:
+            answer = await ask(site.port, f"/path/{NAME}")
+    assert (answer.status, answer.body) == (404, b"Not Found")
+
+
 ORDERS = {
     "X-Sendfile-Type": "X-Accel-Redirect",
     "X-Accel-Mapping": "/=/_files/",
