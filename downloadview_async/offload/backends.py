@@ -4,6 +4,7 @@ The encodings are not interchangeable: nginx, Caddy, H2O and lighttpd percent-de
 not, and the wrong choice makes the proxy send another file.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -195,15 +196,15 @@ class _Places:
     """
 
     def __init__(self, rules: Iterable[Rule], storages: Iterable[ObjectStorage] = ()) -> None:
-        storages, found = list(storages), []
+        rules, storages = list(rules), list(storages)
         for rule in rules:
             if not _INTERNAL_URI.fullmatch(rule.target) or rule.target == "/" or "/." in rule.target:
                 raise ConfigurationError(
                     f"the target {rule.target!r} is no internal location: write it with a slash at both ends, such as "
                     "/_files/, as in nginx's `location /_files/ { internal; alias /srv/files/; }`"
                 )
-            found += _by_http(rule, storages) if urlsplit(rule.source).scheme in SCHEMES else [rule]
-        self._table = RuleTable(found)
+        _check_targets(rules)
+        self._table = RuleTable(plain for rule in rules for plain in by_http(rule, storages))
         self._signers = [
             StoreSigner(storage, expires=SIGNED_SECONDS)
             for storage in storages
@@ -233,8 +234,13 @@ class _Places:
         return headers
 
 
-def _by_http(rule: Rule, storages: list[ObjectStorage]) -> list[Rule]:
-    """Return rules for the same by the plain URLs that the store's objects have. Raises `ConfigurationError`."""
+def by_http(rule: Rule, storages: Iterable[ObjectStorage]) -> list[Rule]:
+    """Return rules for the same by the plain URLs that the store's objects have; else the rule itself.
+
+    Raises `ConfigurationError` for a store that is none of `storages`, and for one with several endpoints.
+    """
+    if urlsplit(rule.source).scheme not in SCHEMES:
+        return [rule]
     source = rule.source.rstrip("/")
     urls = []
     for storage in storages:
@@ -252,6 +258,16 @@ def _by_http(rule: Rule, storages: list[ObjectStorage]) -> list[Rule]:
             f"{rule.source!r} is at more than one endpoint: {', '.join(urls)}: write a rule for each, with its URL"
         )
     return [Rule(url, rule.target) for url in dict.fromkeys(urls)]
+
+
+def _check_targets(rules: Iterable[Rule]) -> None:
+    """Refuse a target below another one: the proxy would look for files of one rule in the directory of the other."""
+    targets = sorted(rule.target for rule in rules)
+    for target, other in itertools.pairwise(targets):
+        if other.startswith(target):
+            raise ConfigurationError(
+                f"the target {other!r} is {target!r} or below it: choose two side by side, such as /_a/ and /_b/"
+            )
 
 
 def _is_within(inner: str, outer: str) -> bool:

@@ -1,5 +1,6 @@
 """`proxy_config`: the configuration of a proxy for some rules, made from the templates in `configs/`."""
 
+import itertools
 import math
 import os
 import re
@@ -9,8 +10,9 @@ from importlib import resources
 from typing import Literal
 
 from downloadview_async.errors import ConfigurationError
-from downloadview_async.offload.backends import XAccelRedirect, XReproxyURL, XSendfile
+from downloadview_async.offload.backends import XAccelRedirect, XReproxyURL, XSendfile, by_http
 from downloadview_async.offload.rules import Rule
+from downloadview_async.sources.objectstore import ObjectStorage
 
 Proxy = Literal["nginx", "apache", "lighttpd", "caddy", "h2o"]
 
@@ -18,6 +20,7 @@ _TEMPLATES = resources.files("downloadview_async.offload") / "configs"
 _PLAIN = re.compile("[A-Za-z0-9_./-]+")
 _PREFIX = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)*")
 _SOCKET = re.compile("unix:(/[A-Za-z0-9_./@-]+)")
+_PORTS = {"http": 80, "https": 443}
 _WHOLE = "/_whole/"  # where H2O's configuration asks itself
 
 
@@ -25,6 +28,7 @@ def proxy_config(
     proxy: Proxy,
     rules: Iterable[Rule],
     *,
+    storages: Iterable[ObjectStorage] = (),
     service: str = "127.0.0.1:8000",
     listen: str = "127.0.0.1:8080",
     prefix: str = "",
@@ -35,7 +39,7 @@ def proxy_config(
 ) -> str:
     """Return a whole configuration with which a proxy sends the files of some rules, and passes the rest on.
 
-    rules: those of the backend for this proxy. Sources are absolute directories; for nginx, http and https URLs too.
+    rules, storages: those of the backend for this proxy.
     service: where the proxy finds the application: HOST:PORT, or unix:/PATH of a socket.
     listen: the HOST:PORT that the proxy listens on. TLS is left to the reader: "TLS:" marks the places.
     prefix: the path that the application is served below, such as /downloads; the proxy takes it off. Anything else is
@@ -60,8 +64,17 @@ def proxy_config(
     if stall_seconds <= 0 or max_body_bytes <= 0:
         raise ConfigurationError("stall_seconds and max_body_bytes are more than 0")
     host, port = _host_and_port(listen, "listen")
+    rules, storages = tuple(rules), tuple(storages)
+    match proxy:
+        case "nginx" | "caddy":
+            XAccelRedirect(rules, storages=storages)
+        case "h2o":
+            XReproxyURL(rules, storages=storages)
+        case _:
+            XSendfile(rules, encoding="raw" if proxy == "apache" else "percent")
     site = _Site(
-        rules=tuple(rules),
+        rules=tuple(rule for rule in rules if rule.source.startswith("/")),
+        remotes=_remotes((rule for rule in rules if not rule.source.startswith("/")), storages),
         service=service,
         host=host,
         port=port,
@@ -76,9 +89,10 @@ def proxy_config(
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """What a configuration is for: `proxy_config`'s arguments, looked over."""
+    """What a configuration is for: `proxy_config`'s arguments, looked over. `rules` are those of directories."""
 
     rules: Sequence[Rule]
+    remotes: "Sequence[_Remote]"
     service: str
     host: str
     port: int
@@ -124,6 +138,33 @@ class _Site:
         return True, path[len(base) :]
 
 
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """A rule for files of another server: `name` is what the configuration calls that."""
+
+    name: str
+    target: str
+    scheme: str
+    host: str
+    port: int
+
+    @property
+    def authority(self) -> str:
+        """The server as a URL has it, without a port that goes without saying."""
+        return self.host if self.port == _PORTS[self.scheme] else f"{self.host}:{self.port}"
+
+
+def _remotes(rules: Iterable[Rule], storages: Iterable[ObjectStorage]) -> list[_Remote]:
+    found = []
+    for number, rule in enumerate(rules):
+        scheme, rest = by_http(rule, storages)[0].source.split("://")
+        authority = rest.partition("/")[0]
+        address = authority if re.search(":[0-9]+$", authority) else f"{authority}:{_PORTS[scheme]}"
+        host, port = _host_and_port(address, f"the server of {rule.source!r}")
+        found.append(_Remote(f"remote{number + 1 if number else ''}", rule.target, scheme, host, port))
+    return found
+
+
 # --- nginx: https://nginx.org/en/docs/http/ngx_http_core_module.html#internal
 
 
@@ -142,14 +183,33 @@ _NGINX_PASS_BELOW = """\
             proxy_pass http://service$below;"""
 
 
+_NGINX_TLS = """\
+            proxy_ssl_server_name on;
+            proxy_ssl_name <<host>>;
+            proxy_ssl_verify on;
+            proxy_ssl_trusted_certificate /etc/ssl/certs/ca-certificates.crt;
+"""
+
+
 def _nginx(site: _Site) -> str:
-    XAccelRedirect(site.rules)
-    _check_targets(site.rules)
     blocks = [
         _template("nginx-files.conf", target=rule.target, directory=_nginx_word(site.seen(rule.source)[1] or "./"))
-        if rule.source.startswith("/")
-        else _template("nginx-remote.conf", target=rule.target, url=_nginx_word(f"{rule.source.rstrip('/')}/"))
         for rule in site.rules
+    ]
+    blocks += [
+        _template(
+            "nginx-remote.conf",
+            name=remote.name,
+            target=remote.target,
+            scheme=remote.scheme,
+            host=remote.authority,
+            tls=_filled(_NGINX_TLS, host=remote.host) if remote.scheme == "https" else "",
+        )
+        for remote in site.remotes
+    ]
+    upstreams = [
+        _template("nginx-remote-upstream.conf", name=remote.name, address=f"{remote.host}:{remote.port}")
+        for remote in site.remotes
     ]
     return _template(
         "nginx.conf",
@@ -160,6 +220,7 @@ def _nginx(site: _Site) -> str:
         idle=f"{site.idle}s",
         listen=f"{site.host}:{site.port}",
         proxy_pass=_NGINX_PASS_BELOW if site.prefix else _NGINX_PASS,
+        upstreams="".join(upstreams),
         rules="\n".join(blocks).rstrip("\n"),
     )
 
@@ -180,7 +241,6 @@ _APACHE_OUTSIDE = """
 
 
 def _apache(site: _Site) -> str:
-    XSendfile(site.rules, encoding="raw")
     return _template(
         "httpd.conf",
         listen=f"{site.host}:{site.port}",
@@ -213,7 +273,6 @@ proxy.header = ("map-urlpath" => ("<<prefix>>/" => "/"))
 
 
 def _lighttpd(site: _Site) -> str:
-    XSendfile(site.rules, encoding="percent")
     directories = [_lighttpd_word(site, path) for path in _directories(site)]
     if site.socket:
         service = f'    "host" => "{site.socket}",\n'
@@ -255,16 +314,26 @@ _CADDY_OUTSIDE = """\
 
 
 def _caddy(site: _Site) -> str:
-    XAccelRedirect(site.rules)
-    _check_targets(site.rules, fold=str.lower)
-    blocks = []
-    for rule in site.rules:
-        if not rule.source.startswith("/"):
+    folded = sorted(rule.target.lower() for rule in site.rules)
+    for target, other in itertools.pairwise(folded):
+        if other.startswith(target):
             raise ConfigurationError(
-                f"{rule.source!r}: this configuration of Caddy sends local files: remove the rule, or use nginx"
+                f"{other!r} is below {target!r} for Caddy, which takes a for A: choose another name"
             )
-        directory = _caddy_word(site.seen(rule.source)[1] or "./")
-        blocks.append(_template("Caddyfile-files", target=rule.target, directory=directory))
+    blocks = [
+        _template("Caddyfile-files", target=rule.target, directory=_caddy_word(site.seen(rule.source)[1] or "./"))
+        for rule in site.rules
+    ]
+    remotes = [
+        _template(
+            "Caddyfile-remote",
+            name=remote.name,
+            target=remote.target,
+            origin=f"{remote.scheme}://{remote.authority}",
+            host=remote.authority,
+        )
+        for remote in site.remotes
+    ]
     return _template(
         "Caddyfile",
         host=site.host.strip("[]"),
@@ -273,6 +342,7 @@ def _caddy(site: _Site) -> str:
         outside=_filled(_CADDY_OUTSIDE, prefix=site.prefix) if site.prefix else "",
         service=f"unix/{site.socket}" if site.socket else site.authority,
         idle=f"{site.idle}s",
+        remotes="".join(remotes),
         rules="".join(blocks).rstrip("\n"),
     )
 
@@ -306,14 +376,20 @@ _H2O_DIRECTORY = """\
 
 
 def _h2o(site: _Site) -> str:
-    XReproxyURL(site.rules)
-    _check_targets([*site.rules, Rule("/", _WHOLE)])
+    for target in [rule.target for rule in site.rules] + [remote.target for remote in site.remotes]:
+        if target.startswith(_WHOLE):
+            raise ConfigurationError(f"the target {target!r} is H2O's own here: choose another, such as /_files/")
     service = f"http://[unix:{site.socket}]" if site.socket else f"http://{site.authority}"
     directories = [(rule.target, _quoted(site.seen(rule.source)[1] or "./")) for rule in site.rules]
-    (target, directory), *further = directories
-    rules = _template("h2o-files.conf", target=target, directory=directory, service=service)
-    for target, directory in further:
-        rules += _filled(_H2O_FURTHER_RULE, target=target, directory=directory)
+    rules = ""
+    for target, directory in directories:
+        if not rules:
+            rules = _template("h2o-files.conf", target=target, directory=directory, service=service)
+        else:
+            rules += _filled(_H2O_FURTHER_RULE, target=target, directory=directory)
+    for remote in site.remotes:
+        origin = f"{remote.scheme}://{remote.authority}"
+        rules += _template("h2o-remote.conf", target=remote.target, origin=origin, service=service)
     return _template(
         "h2o.conf",
         max_body=str(site.max_body),
@@ -341,12 +417,12 @@ _MAKERS: dict[str, Callable[[_Site], str]] = {
 # --- what they have in common
 
 
-def _template(name: str, **values: str) -> str:
+def _template(file: str, /, **values: str) -> str:
     """Return a file of `configs/`, filled in."""
-    return _filled((_TEMPLATES / name).read_text(encoding="utf-8"), **values)
+    return _filled((_TEMPLATES / file).read_text(encoding="utf-8"), **values)
 
 
-def _filled(text: str, **values: str) -> str:
+def _filled(text: str, /, **values: str) -> str:
     """Return a text with each <<name>> replaced. Proxies give other meanings to `$name` and `{name}`."""
     return re.sub("<<([a-z_]+)>>", lambda found: values[found[1]], text)
 
@@ -362,17 +438,6 @@ def _quoted(text: str) -> str:
 def _directories(site: _Site) -> list[str]:
     """Return the directories as the proxy sees them, each once."""
     return list(dict.fromkeys(rule.target for rule in site.rules))
-
-
-def _check_targets(rules: Iterable[Rule], fold: Callable[[str], str] = str) -> None:
-    """Refuse a target below another one: the proxy would look for files of one rule in the directory of the other."""
-    targets = sorted(fold(rule.target) for rule in rules)
-    for index, target in enumerate(targets):
-        for other in targets[index + 1 :]:
-            if other.startswith(target):
-                raise ConfigurationError(
-                    f"the target {other!r} is {target!r} or below it: choose two side by side, such as /_a/ and /_b/"
-                )
 
 
 def _host_and_port(address: str, name: str) -> tuple[str, int]:

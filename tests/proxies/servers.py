@@ -142,27 +142,31 @@ def proxy(
     service: int,
     *,
     port: int | None = None,
-    text: str | None = None,
+    text: Callable[[str, str], str] | None = None,
     edit: Callable[[str], str] = str,
 ) -> Iterator[int]:
     """Run a proxy as its notes say, in front of the port `service`, and give its own port.
 
-    checkout: the directory that the notes call the checkout's. port: the proxy's; default: a free one. text: another
-    configuration than the one in `deploy/`. edit: a further change of it.
+    checkout: the directory that the notes call the checkout's. port: the proxy's; default: a free one. text: makes
+    another configuration than the one in `deploy/`, from the addresses of the service and of the proxy. edit: a further
+    change of it.
     """
     with readable_directory() as run:
         port = port or free_port()
-        shipped = text is None
-        text = (DEPLOY / kind.config).read_text() if text is None else text
-        for old, new in {"8000": str(service), "8080": str(port)}.items():
-            assert old in text or not shipped, f"{kind.config} names no {old}: what is tested is not what is shipped"
-            text = text.replace(old, new)
-        text = kind.moved(text, run)
+        made = _shipped(kind, service, port) if text is None else text(f"127.0.0.1:{service}", f"127.0.0.1:{port}")
         config = run / Path(kind.config).name
-        config.write_text(edit(text))
+        config.write_text(edit(kind.moved(made, run)))
         command = kind.command(checkout, config)
         with running(command, port, directory=checkout, log=run / "log"):
             yield port
+
+
+def _shipped(kind: Kind, service: int, port: int) -> str:
+    text = (DEPLOY / kind.config).read_text()
+    for old, new in {"8000": str(service), "8080": str(port)}.items():
+        assert old in text, f"{kind.config} names no {old}: what is tested is not what is shipped"
+        text = text.replace(old, new)
+    return text
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -24,7 +25,7 @@ from downloadview_async.offload.base import OFFLOAD_HEADERS, OFFLOAD_TARGET
 from downloadview_async.offload.sigv4 import Credentials, presigned_url
 from tests.live import Answer, ask, ask_raw, live
 from tests.proxies.conftest import DRESS, HOSTILE_NAMES, content_of, make_checkout
-from tests.proxies.servers import DEPLOY, KINDS, Kind, proxy, readable_directory
+from tests.proxies.servers import KINDS, Kind, proxy, readable_directory
 from tests.s3 import BUCKET, KEY_ID, REGION, S3, SECRET
 from tests.servers import free_port
 
@@ -135,36 +136,6 @@ class Remote:
     origin_port: int
 
 
-def configured(
-    kind: str, text: str, service: int, origins: Mapping[str, str], *, scheme: str = "http", name: str | None = None
-) -> str:
-    """Return the configuration of a proxy with the snippet for remote files, once for each target and origin.
-
-    name: of the origin; default: its address.
-    """
-    for target, address in origins.items():
-
-        def filled(path: str, target: str = target, address: str = address) -> str:
-            snippet = (DEPLOY / kind / path).read_text().replace("8000", str(service)).replace("remote", target)
-            snippet = snippet.replace("files.example.org:443", address)
-            snippet = snippet.replace("https://files.example.org", f"https://{address}")
-            return snippet.replace("files.example.org", name or address).replace("https://", f"{scheme}://")
-
-        match kind:
-            case "nginx":
-                place, snippet = "    server {\n", filled("remote-upstream.conf")
-                assert place in text
-                text = text.replace(place, f"{snippet}\n{place}", 1)
-                place, snippet = "        location @missing", filled("remote.conf")
-            case "caddy":
-                place, snippet = "		# The service's order, and its 200", filled("remote.Caddyfile")
-            case _:
-                place, snippet = "      # The whole file, whatever", filled("remote.conf")
-        assert place in text
-        text = text.replace(place, f"{snippet}\n{place}", 1)
-    return text
-
-
 async def _row(key: str) -> Any:
     @dataclass
     class Row:
@@ -236,15 +207,14 @@ async def remote(request: pytest.FixtureRequest, s3: S3) -> AsyncIterator[Remote
             ),
         ]
         service = await stack.enter_async_context(live(dv.OffloadMiddleware(Starlette(routes=routes), backend)))
-        origins = {
-            "lake": s3.url.removeprefix("http://"),
-            "mirror": f"127.0.0.1:{origin_port}",
-            "down": f"127.0.0.1:{down}",
-        }
-        port = stack.enter_context(
-            proxy(kind, checkout, service, edit=lambda text: configured(kind.name, text, service, origins))
-        )
+        rules.append(dv.Rule(str(checkout / "app" / "files"), "/_files/"))
+        make_text = partial(_text, kind.name, rules, [lake, other])
+        port = stack.enter_context(proxy(kind, checkout, service, text=make_text))
         yield Remote(kind, port, service, origin, origin_port)
+
+
+def _text(kind: Any, rules: list[dv.Rule], storages: list[dv.ObjectStorage], service: str, listen: str) -> str:
+    return dv.proxy_config(kind, rules, storages=storages, service=service, listen=listen)
 
 
 class _Elsewhere:
@@ -571,12 +541,12 @@ async def test_the_certificate_of_the_other_server_is_checked(kind: str, trusted
             app = Starlette(routes=[Route("/{path:path}", dv.Download(_Elsewhere(url)))])
 
             def edit(text: str) -> str:
-                address = f"127.0.0.1:{port}" if kind == "nginx" else f"localhost:{port}"
-                text = configured(kind, text, service, {"remote": address}, scheme="https", name="localhost")
                 return trusting(kind, text, readable) if trusted else text
 
-            async with live(dv.OffloadMiddleware(app, make([dv.Rule(url, "/_remote/")]))) as service:
-                with proxy(KINDS[kind], checkout, service, edit=edit) as front:
+            rules = [dv.Rule(url, "/_remote/")]
+            async with live(dv.OffloadMiddleware(app, make(rules))) as service:
+                text = partial(_text, kind, rules, [])
+                with proxy(KINDS[kind], checkout, service, text=text, edit=edit) as front:
                     answer = await ask(front, f"/{NAME}")
     assert (answer.status, answer.body) == ((200, CONTENT) if trusted else (502, b"Bad Gateway"))
     assert len(origin.requests) == trusted

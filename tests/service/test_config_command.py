@@ -115,7 +115,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         with serving([*COMMAND, "serve", "--config", str(config)], str(socket), log=directory / "log"):
             socket.chmod(0o666)
             text = printed(kind, "--config", config, "--listen", f"127.0.0.1:{port}", cwd=directory)
-            with proxy(KINDS[kind], directory, 0, port=port, text=text):
+            with proxy(KINDS[kind], directory, 0, port=port, text=lambda *_: text):
                 yield Pair(kind, port, socket)
 
 
