@@ -112,7 +112,7 @@ lock:  ## Pin the newest versions of all packages again (needs uv)
 		--output-file requirements/dev.txt
 	$(LOCK) --upgrade --extra server --extra django requirements/django.in --constraints requirements/dev.txt \
 		--output-file requirements/django.txt
-	$(LOCK) --upgrade --extra server --extra django --group bench --constraints requirements/dev.txt \
+	$(LOCK) --upgrade --extra server --extra django --extra s3 --group bench --constraints requirements/dev.txt \
 		--output-file requirements/bench.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
 		requirements/oldest.in --output-file requirements/oldest.txt

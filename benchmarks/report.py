@@ -123,6 +123,19 @@ GOALS = [
         1,
     ),
     _at_most("p99 of a 10 KiB request beside the downloads, against nginx", ("p99", "ours"), ("p99", "nginx"), 3, 1.5),
+    _at_least(
+        "10 KiB requests/s from the cache, against a local file", ("rps_10k", "cached"), ("rps_10k", "ours"), 0.95, 1
+    ),
+    _at_least(
+        "1 MiB requests/s from the cache, against a local file", ("rps_1m", "cached"), ("rps_1m", "ours"), 0.95, 1
+    ),
+    _at_most(
+        "CPU per GiB of an object that is not cached, against obstore in a bare loop",
+        ("cpu_per_gib", "store"),
+        ("cpu_per_gib", "bare-store"),
+        1.3,
+        1.1,
+    ),
     _at_most(
         "CPU per GiB in Django, zero-copy, against the same in Starlette",
         ("cpu_per_gib", "ours-django"),

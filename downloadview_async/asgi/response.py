@@ -119,12 +119,13 @@ class DownloadResponse(Response):
         """
         if scope["method"] not in ("GET", "HEAD") or self.redirect is not None:
             return False
-        request = DownloadRequest.from_headers(scope["method"], scope["headers"])
         offload = self._offload(scope)
         if offload is not None and OFFLOAD_TARGET in offload:
             return False  # it may have to be signed, and that may take a while
+        # conditions and ranges are for who sends the bytes
+        request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if offload is None else HEAD
         try:
-            opened = open_at_once(self.file, request if offload is None else HEAD)
+            opened = open_at_once(self.file, request)
         except FileError:
             return False  # found again, and answered, by who waits
         if opened is None or (local := local_of(opened)) is None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import lru_cache
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing
 from downloadview_async.http.content_types import content_type_for
@@ -18,6 +19,7 @@ from downloadview_async.sources.workers import Workers
 SUFFIXES = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}
 """Content codings, and what is appended to the name of a file for its precompressed sibling."""
 
+_KEPT = 1024  # files that were asked for last: until one is opened it is no more than its name
 _trusted_workers = Workers()
 
 
@@ -46,7 +48,7 @@ class LocalFile:
 class FileBeneath:
     """A file beneath a root, with its precompressed siblings if the source has any."""
 
-    __slots__ = ("_cache", "_path", "_precompressed", "_root", "_workers", "name")  # one is made for each request
+    __slots__ = ("_cache", "_path", "_precompressed", "_root", "_workers", "location", "name")
 
     def __init__(
         self,
@@ -58,16 +60,12 @@ class FileBeneath:
         cache: OpenFileCache | None = None,
     ) -> None:
         self.name = name.rpartition("/")[2]
+        self.location: str | None = root.locate(name)  # as a proxy on the same machine would open it
         self._root = root
         self._path = name
         self._workers = workers
         self._precompressed = precompressed
         self._cache = cache
-
-    @property
-    def location(self) -> str | None:
-        """The absolute path, as a proxy on the same machine would open it."""
-        return self._root.locate(self._path)
 
     def open_cached(self, request: DownloadRequest = GET) -> OpenLocalFile | None:
         """Open the file, if that waits for nothing: see `open_at_once`."""
@@ -135,19 +133,24 @@ class PathSource:
     ) -> None:
         if unknown := set(precompressed) - set(SUFFIXES):
             raise ConfigurationError(f"precompressed takes {', '.join(SUFFIXES)}, not {', '.join(sorted(unknown))}")
-        self.root = Root(root, symlinks=symlinks)
-        self._precompressed = tuple(precompressed)
-        self._workers = Workers(threads)
-        self._cache = OpenFileCache(self.root, self._workers)
+        self.root = beneath = Root(root, symlinks=symlinks)
+        workers, codings = Workers(threads), tuple(precompressed)
+        cache = OpenFileCache(beneath, workers)
+
+        @lru_cache(_KEPT)
+        def file(name: str) -> FileBeneath:
+            checked_segments(name)
+            return FileBeneath(beneath, name, workers=workers, precompressed=codings, cache=cache)
+
+        self._file = file
 
     async def resolve(self, name: str, /) -> FileBeneath:
         """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
-        return self.file(name)
+        return self._file(name)
 
     def file(self, name: str) -> FileBeneath:
         """Do what `resolve` does, for who cannot await it."""
-        checked_segments(name)
-        return FileBeneath(self.root, name, workers=self._workers, precompressed=self._precompressed, cache=self._cache)
+        return self._file(name)
 
 
 def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: str) -> None:

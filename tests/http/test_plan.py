@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from downloadview_async.http.dates import format_http_date, parse_http_date
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
-from downloadview_async.http.plan import Plan, Presentation, describe, make_offload_plan
+from downloadview_async.http.plan import Plan, Presentation, describe, make_offload_plan, make_redirect_plan
 from tests.http.asking import (
     BARE,
     CONTENT,
@@ -444,4 +444,17 @@ def test_an_offload_is_described_like_the_file_and_promises_nothing_of_its_own()
         "cache-control": "private",
         "x-accel-redirect": "/_files/a.html",
         "content-length": "0",
+    }
+
+
+def test_a_redirect_says_nothing_of_the_file_and_the_place_wins() -> None:
+    own = {"content-type": "text/html", "expires": "0", "vary": "Cookie", "cache-control": "public"}
+    plan = make_redirect_plan(own, {"location": "https://files.example.org/x", "cache-control": "private"})
+    assert (plan.status, plan.body) == (307, ())
+    assert plan.headers == {
+        "vary": "Cookie",
+        "x-content-type-options": "nosniff",
+        "content-length": "0",
+        "location": "https://files.example.org/x",
+        "cache-control": "private",
     }
