@@ -202,7 +202,7 @@ class _Places:
                     f"the target {rule.target!r} is no internal location: write it with a slash at both ends, such as "
                     "/_files/, as in nginx's `location /_files/ { internal; alias /srv/files/; }`"
                 )
-            found += _by_http(rule, storages) if urlsplit(rule.source).scheme in SCHEMES else [rule]
+            found += _by_http(rule, storages) if urlsplit(os.fspath(rule.source)).scheme in SCHEMES else [rule]
         self._table = RuleTable(found)
         self._signers = [
             StoreSigner(storage, expires=SIGNED_SECONDS)
