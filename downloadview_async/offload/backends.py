@@ -239,7 +239,7 @@ def by_http(rule: Rule, storages: Iterable[ObjectStorage]) -> list[Rule]:
 
     Raises `ConfigurationError` for a store that is none of `storages`, and for one with several endpoints.
     """
-    if urlsplit(rule.source).scheme not in SCHEMES:
+    if urlsplit(os.fspath(rule.source)).scheme not in SCHEMES:
         return [rule]
     source = rule.source.rstrip("/")
     urls = []

@@ -64,7 +64,7 @@ def proxy_config(
     if stall_seconds <= 0 or max_body_bytes <= 0:
         raise ConfigurationError("stall_seconds and max_body_bytes are more than 0")
     host, port = _host_and_port(listen, "listen")
-    rules, storages = tuple(rules), tuple(storages)
+    rules, storages = tuple(Rule(os.fspath(rule.source), rule.target) for rule in rules), tuple(storages)
     match proxy:
         case "nginx" | "caddy":
             XAccelRedirect(rules, storages=storages)
