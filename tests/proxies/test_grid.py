@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -285,17 +284,40 @@ SITES: dict[str, Callable[[str, S3], contextlib.AbstractAsyncContextManager[Site
 }
 
 
+class Sites:
+    """Starts the site of a cell, and keeps it running for the next cell if that has the same one."""
+
+    def __init__(self, s3: S3) -> None:
+        self._s3 = s3
+        self._stack = AsyncExitStack()
+        self._running: tuple[tuple[str, str], Site] | None = None
+
+    async def of(self, cell: grid.Cell) -> Site:
+        """Return the running site of a cell."""
+        place = _place(cell)
+        if self._running is None or self._running[0] != place:
+            await self.aclose()
+            try:
+                self._running = place, await self._stack.enter_async_context(SITES[place[1]](cell.column, self._s3))
+            except pytest.skip.Exception:
+                unavailable.add(cell.column)
+                raise
+        return self._running[1]
+
+    async def aclose(self) -> None:
+        self._running = None
+        await self._stack.aclose()
+
+
+def _place(cell: grid.Cell) -> tuple[str, str]:
+    return cell.column, grid.ZERO_COPY if cell.column == "none" else cell.way
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def site(request: pytest.FixtureRequest, s3: S3) -> AsyncIterator[Site]:
-    """The site of some cells: what is in front of it, and what that has."""
-    column, way = request.param.split()
-    async with AsyncExitStack() as stack:
-        try:
-            running = await stack.enter_async_context(SITES[way](column, s3))
-        except pytest.skip.Exception:
-            unavailable.add(column)
-            raise
-        yield running
+async def sites(s3: S3) -> AsyncIterator[Sites]:
+    sites = Sites(s3)
+    yield sites
+    await sites.aclose()
 
 
 # --- what a client gets, whoever sends it
@@ -459,16 +481,7 @@ PROOFS: dict[str, Callable[[Site, str], Awaitable[None]]] = {
 }
 
 
-def _site_of(cell: grid.Cell) -> str:
-    return sys.intern(f"{cell.column} {grid.ZERO_COPY if cell.column == 'none' else cell.way}")
-
-
-CELLS = sorted(grid.CELLS, key=_site_of)  # and the very same text, so that each site is started once
-
-
-@pytest.mark.parametrize(
-    "site, cell", [(_site_of(cell), cell) for cell in CELLS], ids=[cell.id for cell in CELLS], indirect=["site"]
-)
-async def test_a_cell(site: Site, cell: grid.Cell) -> None:
-    await PROOFS[cell.way](site, cell.row)
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.id) for cell in sorted(grid.CELLS, key=_place)])
+async def test_a_cell(sites: Sites, cell: grid.Cell) -> None:
+    await PROOFS[cell.way](await sites.of(cell), cell.row)
     proven.add(cell.id)
