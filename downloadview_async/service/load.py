@@ -252,6 +252,11 @@ class _Draft:
             for option in ("options", "presign", "max_connections"):
                 if getattr(source, option):
                     raise self.error(f"{key}.{option}", f"only s3://, gs:// and az:// have that: remove {option}")
+        if isinstance(source, StorageSettings) and source.presign is not None and source.cache is not None:
+            raise self.error(
+                f"{key}.presign",
+                "a store that clients fetch from needs no cache: remove one of the two, or write two sources",
+            )
         if isinstance(source, StorageSettings) and "max_connections" in source.options:
             raise self.error(f"{key}.options.max_connections", f"not one of obstore's: write it in [{key}] itself")
         return source
@@ -332,14 +337,17 @@ class _Draft:
         if route.send == "proxy":
             if settings.offload.backend is None:
                 raise self.error(key, "there is no proxy to send: set offload.backend, or choose stream")
-            place = _place_of(source)
-            if place is None or not any(
-                _is_within(place, rule.source) or _is_within(rule.source, place) for rule in settings.offload.rules
+            place, cache = _place_of(source), cache_of(source)
+            places = [*([place] if place else []), *([cache.path] if cache else [])]
+            if not any(
+                _is_within(place, rule.source) or _is_within(rule.source, place)
+                for place in places
+                for rule in settings.offload.rules
             ):
                 raise self.error(
                     key,
                     f"no rule tells the proxy where {name!r} is: add one to [[offload.rules]]"
-                    + (f" with the source {place!r}" if place else "")
+                    + (f" with the source {places[-1]!r}" if places else "")
                     + ", or choose stream",
                 )
 
