@@ -15,7 +15,7 @@ from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.offload.base import OFFLOAD_HEADERS, OffloadBackend
+from downloadview_async.offload.base import OFFLOAD_HEADERS, OffloadBackend, signed
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.local import OpenLocalFile
 from downloadview_async.sources.path import LocalFile
@@ -42,10 +42,17 @@ class Offer:
         """Return what the backend does."""
         headers = self._backend.headers_for(file)
         if headers is not None:
-            self.made.update(
-                (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()
-            )
+            self._remember(headers)
         return headers
+
+    async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return what the backend does."""
+        headers = await signed(self._backend, file, headers)
+        self._remember(headers)
+        return headers
+
+    def _remember(self, headers: Mapping[str, str]) -> None:
+        self.made.update((name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items())
 
 
 class _Named:

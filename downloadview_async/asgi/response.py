@@ -26,6 +26,7 @@ from downloadview_async.asgi.transfer import (
     until_the_client_leaves,
 )
 from downloadview_async.errors import DownloadError, FileError
+from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import (
@@ -39,7 +40,7 @@ from downloadview_async.http.plan import (
     make_redirect_plan,
 )
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend, Redirect
+from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OFFLOAD_TARGET, OffloadBackend, Redirect, signed
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local import local_of, open_at_once
 
@@ -120,6 +121,8 @@ class DownloadResponse(Response):
             return False
         request = DownloadRequest.from_headers(scope["method"], scope["headers"])
         offload = self._offload(scope)
+        if offload is not None and OFFLOAD_TARGET in offload:
+            return False  # it may have to be signed, and that may take a while
         try:
             opened = open_at_once(self.file, request if offload is None else HEAD)
         except FileError:
@@ -161,11 +164,11 @@ class DownloadResponse(Response):
         offered = self._offload(scope) is not None if readable else False
         if offered:
             async with self.file.open(HEAD) as opened:
-                if await self._hand_over(opened, scope, send):
+                if await self._hand_over(opened, request, scope, send):
                     return
         async with self.file.open(request) as opened:
             # One that is kept in a cache may be found to be there only when it is opened.
-            if readable and not offered and await self._hand_over(opened, scope, send):
+            if readable and not offered and await self._hand_over(opened, request, scope, send):
                 return
             answer = self._answer_to(request, opened.metadata, None)
             path_send = (scope.get("extensions") or {}).get(PATHSEND)
@@ -180,10 +183,14 @@ class DownloadResponse(Response):
         headers = await self.redirect.headers_for(self.file, described)
         return None if headers is None else make_redirect_plan(own, headers)
 
-    async def _hand_over(self, opened: OpenFile, scope: Scope, send: Send) -> bool:
+    async def _hand_over(self, opened: OpenFile, request: DownloadRequest, scope: Scope, send: Send) -> bool:
         """Answer with headers for a proxy, and return whether one can send the file now that it is open."""
         if (offload := self._offload(scope)) is None:
             return False
+        # Not every store knows If-Range, and would go on with another version.
+        if OFFLOAD_TARGET in offload and not range_applies(request, opened.metadata):
+            return False
+        offload = await signed(scope["extensions"][EXTENSION], self.file, offload)
         answer = self._answer_to(HEAD, opened.metadata, offload)
         # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
         if "content-encoding" in answer.plan.headers:
@@ -195,7 +202,10 @@ class DownloadResponse(Response):
     def _offload(self, scope: Scope) -> Mapping[str, str] | None:
         """Return the headers that have a proxy send the file, if one is offered and can."""
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        return None if backend is None or not self.offload else backend.headers_for(self.file)
+        if backend is None or not self.offload or (headers := backend.headers_for(self.file)) is None:
+            return None
+        # Another server is asked by GET, which is also what is signed.
+        return None if scope["method"] == "HEAD" and OFFLOAD_TARGET in headers else headers
 
     def _answer_to(
         self, request: DownloadRequest, metadata: FileMetadata, offload: Mapping[str, str] | None, *, keep: bool = False

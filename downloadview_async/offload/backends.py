@@ -10,13 +10,20 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from downloadview_async.errors import ConfigurationError
+from downloadview_async.offload.base import OFFLOAD_TARGET
+from downloadview_async.offload.presigned import StoreSigner
 from downloadview_async.offload.rules import Rule, RuleTable
 from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.objectstore import SCHEMES, ObjectStorage
+
+SIGNED_SECONDS = 300
+"""How long the URL that a proxy gets is good for. It is asked for at once; the rest is for clocks that differ."""
 
 _INTERNAL_URI = re.compile(r"/(?:[A-Za-z0-9_~.-]+/)*")
+_REQUEST_TARGET = re.compile(r"/[A-Za-z0-9_.~!$&'()*+,;=:@/?%-]*")  # as RFC 3986 has it: nothing is left to encode
 _KEPT = 1024  # answers to the last locations that were asked for; they follow from the rules alone
 _CHARSET = re.compile("[A-Za-z0-9_.:-]+")
 
@@ -24,25 +31,31 @@ _CHARSET = re.compile("[A-Za-z0-9_.:-]+")
 class XAccelRedirect:
     """nginx, and Caddy: X-Accel-Redirect with an internal URI, percent-encoded.
 
+    A file of another server has the URI of its rule's target alone, and X-Offload-Target with what the proxy asks that
+    server for. It is for a GET alone: HEAD is answered here.
+
     rules: their targets are URIs that begin and end with a slash: those of `internal` locations for nginx, those of
-    `handle_path` below `handle_response` for Caddy.
+    `handle_path` below `handle_response` for Caddy. A source may be an object store's: `s3://BUCKET/PREFIX`.
+    storages: the object stores that sources of rules are of; S3 alone. What the proxy asks for is signed by their keys,
+    but for one with `skip_signature`.
     buffering, charset, expires ("off", or a number of seconds), limit_rate (bytes per second): nginx's own handling
     of this answer, see https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_ignore_headers. None leaves it
     to nginx's configuration. Caddy has none of them.
 
-    Raises `ConfigurationError` for a target or an option that nginx would not take.
+    Raises `ConfigurationError` for a target or an option that nginx would not take, and for a store without a key.
     """
 
     def __init__(
         self,
         rules: Iterable[Rule],
         *,
+        storages: Iterable[ObjectStorage] = (),
         buffering: bool | None = None,
         charset: str | None = None,
         expires: int | Literal["off"] | None = None,
         limit_rate: int | None = None,
     ) -> None:
-        self._rules = _internal_rules(rules)
+        self._places = _Places(rules, storages)
         self._options: dict[str, str] = {}
         self._kept = lru_cache(_KEPT)(self._headers)
         if buffering is not None:
@@ -67,22 +80,26 @@ class XAccelRedirect:
         location = file.location
         return None if location is None else self._kept(location)
 
+    async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers with what the proxy asks a store for, signed. Raises `SourceUnavailable`."""
+        return await self._places.signed(file, headers)
+
     def _headers(self, location: str) -> Mapping[str, str] | None:
-        uri = _internal_uri(self._rules, location)
-        return None if uri is None else MappingProxyType({"x-accel-redirect": uri, **self._options})
+        order = self._places.order("x-accel-redirect", location)
+        return None if order is None else MappingProxyType(order | self._options)
 
 
 class XReproxyURL:
     """H2O: X-Reproxy-URL with an internal URI, percent-encoded.
 
-    rules: their sources are directories, and their targets URIs that begin and end with a slash: those of paths in
-    H2O's configuration. H2O keeps none of our headers by itself: see `deploy/h2o/h2o.conf`.
+    rules: their targets are URIs that begin and end with a slash: those of paths in H2O's configuration. H2O keeps none
+    of our headers by itself: see `deploy/h2o/h2o.conf`. storages, and files of other servers: as in `XAccelRedirect`.
 
-    Raises `ConfigurationError` for another source or target.
+    Raises `ConfigurationError` for a target that is none, and for a store without a key.
     """
 
-    def __init__(self, rules: Iterable[Rule]) -> None:
-        self._rules = _internal_rules(_local(rules, "H2O"))
+    def __init__(self, rules: Iterable[Rule], *, storages: Iterable[ObjectStorage] = ()) -> None:
+        self._places = _Places(rules, storages)
         self._kept = lru_cache(_KEPT)(self._headers)
 
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
@@ -90,9 +107,13 @@ class XReproxyURL:
         location = file.location
         return None if location is None else self._kept(location)
 
+    async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers with what the proxy asks a store for, signed. Raises `SourceUnavailable`."""
+        return await self._places.signed(file, headers)
+
     def _headers(self, location: str) -> Mapping[str, str] | None:
-        uri = _internal_uri(self._rules, location)
-        return None if uri is None else MappingProxyType({"x-reproxy-url": uri})
+        order = self._places.order("x-reproxy-url", location)
+        return None if order is None else MappingProxyType(order)
 
 
 class XLiteSpeedLocation:
@@ -107,7 +128,11 @@ class XLiteSpeedLocation:
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:
-        self._rules = _internal_rules(_local(rules, "LiteSpeed"))
+        rules = list(rules)
+        for rule in rules:
+            if not rule.source.startswith("/"):
+                raise ConfigurationError(f"LiteSpeed sends local files: {rule.source!r} is no absolute directory")
+        self._places = _Places(rules)
         self._kept = lru_cache(_KEPT)(self._headers)
 
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
@@ -116,8 +141,8 @@ class XLiteSpeedLocation:
         return None if location is None else self._kept(location)
 
     def _headers(self, location: str) -> Mapping[str, str] | None:
-        uri = _internal_uri(self._rules, location)
-        return None if uri is None or "%" in uri else MappingProxyType({"x-litespeed-location": uri})
+        order = self._places.order("x-litespeed-location", location)
+        return None if order is None or "%" in order["x-litespeed-location"] else MappingProxyType(order)
 
 
 class XSendfile:
@@ -163,43 +188,87 @@ class XSendfile:
         return MappingProxyType({"x-sendfile": path.decode("latin-1")})
 
 
-def _internal_rules(rules: Iterable[Rule]) -> RuleTable:
-    """Return the table of rules whose targets are internal URIs. Raises `ConfigurationError` for one that is none."""
-    rules = list(rules)
-    for rule in rules:
-        if not _INTERNAL_URI.fullmatch(rule.target) or rule.target == "/" or "/." in rule.target:
-            raise ConfigurationError(
-                f"the target {rule.target!r} is no internal location: write it with a slash at both ends, such as "
-                "/_files/, as in nginx's `location /_files/ { internal; alias /srv/files/; }`"
-            )
-    return RuleTable(rules)
+class _Places:
+    """Where a proxy finds what rules cover: local files below an internal URI, others by what it asks a server for.
+
+    Raises `ConfigurationError` for a target that is no internal URI, and for a store that is none of `storages`.
+    """
+
+    def __init__(self, rules: Iterable[Rule], storages: Iterable[ObjectStorage] = ()) -> None:
+        storages, found = list(storages), []
+        for rule in rules:
+            if not _INTERNAL_URI.fullmatch(rule.target) or rule.target == "/" or "/." in rule.target:
+                raise ConfigurationError(
+                    f"the target {rule.target!r} is no internal location: write it with a slash at both ends, such as "
+                    "/_files/, as in nginx's `location /_files/ { internal; alias /srv/files/; }`"
+                )
+            found += _by_http(rule, storages) if urlsplit(rule.source).scheme in SCHEMES else [rule]
+        self._table = RuleTable(found)
+        self._signers = [
+            StoreSigner(storage, expires=SIGNED_SECONDS)
+            for storage in storages
+            if storage.config.get("skip_signature", "").lower() != "true" and self._covers(storage)
+        ]
+
+    def _covers(self, storage: ObjectStorage) -> bool:
+        url = storage.url_of("")
+        return url is not None and any(_is_within(url, source) or _is_within(source, url) for source in self._table)
+
+    def order(self, header: str, location: str) -> dict[str, str] | None:
+        """Return the header, and what else the proxy needs to know of a file or URL; None if no rule covers it."""
+        if (found := self._table.match(location)) is None:
+            return None
+        target, rest = found
+        if location.startswith("/"):
+            return {header: target + quote(os.fsencode(rest))}
+        asked = _request_target(location)
+        return None if asked is None else {header: target, OFFLOAD_TARGET: asked}
+
+    async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
+        for signer in self._signers:
+            if (found := await signer.sign(file.location)) is not None:
+                target = _request_target(found[0])
+                assert target is not None  # for it was one without the signature
+                return {**headers, OFFLOAD_TARGET: target}
+        return headers
 
 
-def _local(rules: Iterable[Rule], proxy: str) -> list[Rule]:
-    rules = list(rules)
-    for rule in rules:
-        if not rule.source.startswith("/"):
-            raise ConfigurationError(f"{proxy} sends local files: {rule.source!r} is no absolute directory")
-    return rules
+def _by_http(rule: Rule, storages: list[ObjectStorage]) -> list[Rule]:
+    """Return rules for the same by the plain URLs that the store's objects have. Raises `ConfigurationError`."""
+    source = rule.source.rstrip("/")
+    urls = []
+    for storage in storages:
+        own = storage.url.rstrip("/")
+        rest = source[len(own) + 1 :] if _is_within(source, own) else ""
+        if (rest or _is_within(own, source)) and (url := storage.url_of(unquote(rest))) is not None:
+            urls.append(url)
+    if not urls:
+        raise ConfigurationError(
+            f"no storage is at {rule.source!r}: pass the ObjectStorage of S3 that has this URL among storages= "
+            "(Google's is one too, by its endpoint for S3)"
+        )
+    if len({urlsplit(url)[:2] for url in urls}) > 1:
+        raise ConfigurationError(
+            f"{rule.source!r} is at more than one endpoint: {', '.join(urls)}: write a rule for each, with its URL"
+        )
+    return [Rule(url, rule.target) for url in dict.fromkeys(urls)]
 
 
-def _internal_uri(rules: RuleTable, location: str) -> str | None:
-    """Return the percent-encoded URI of a file or URL for the proxy, or None if there is none."""
-    if (found := rules.match(location)) is None:
+def _is_within(inner: str, outer: str) -> bool:
+    return f"{inner}/".startswith(f"{outer}/")
+
+
+def _request_target(url: str) -> str | None:
+    """Return the path and the query of a URL, or None where a proxy might not ask for that very path."""
+    host = url.find("/") + 2
+    target = url[url.find("/", host) :]
+    if not _REQUEST_TARGET.fullmatch(target):
         return None
-    target, rest = found
-    path = os.fsencode(rest) if location.startswith("/") else _decoded(rest)
-    return None if path is None else target + quote(path)
-
-
-def _decoded(rest: str) -> bytes | None:
-    """Return the bytes that the path of a URL encodes, or None where nginx would not ask for that very path again."""
-    if "?" in rest or "#" in rest:
+    encoded = target.partition("?")[0]
+    path = unquote_to_bytes(encoded)
+    if path.count(b"/") != encoded.count("/") or {b".", b".."} & {*path.split(b"/")} or min(path) < 0x20:
         return None
-    path = unquote_to_bytes(rest)
-    if path.count(b"/") != rest.count("/") or {b".", b".."} & {*path.split(b"/")} or min(path) < 0x20:
-        return None
-    return path
+    return target
 
 
 def _is_natural(value: object) -> bool:

@@ -8,8 +8,12 @@ from downloadview_async.sources.base import AsyncFile
 EXTENSION = "downloadview_async.offload"
 """The key in `scope["extensions"]` under which `OffloadMiddleware` offers its backend to a response."""
 
+OFFLOAD_TARGET = "x-offload-target"
+"""What a proxy asks another server for: the path and query, encoded and signed. The proxy itself knows which server."""
+
 OFFLOAD_HEADERS = frozenset(
     {
+        OFFLOAD_TARGET,
         "x-accel-redirect",
         "x-accel-buffering",
         "x-accel-charset",
@@ -43,5 +47,20 @@ class OffloadBackend(Protocol):
     """Knows one kind of proxy, and which files that proxy can reach."""
 
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
-        """Return the headers that make the proxy send the file, names in lower case; None: stream it yourself."""
+        """Return the headers that make the proxy send the file, names in lower case; None: stream it yourself.
+
+        With `OFFLOAD_TARGET` among them, the proxy fetches the file from another server: that is for a GET alone, and
+        not before `signed` has seen them.
+        """
         ...
+
+
+async def signed(backend: OffloadBackend, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the headers of a backend as the proxy needs them: signed, if the backend can (`signed`) and has to.
+
+    Raises `FileError`.
+    """
+    if OFFLOAD_TARGET not in headers or (sign := getattr(backend, "signed", None)) is None:
+        return headers
+    found: Mapping[str, str] = await sign(file, headers)
+    return found

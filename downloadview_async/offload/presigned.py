@@ -1,4 +1,4 @@
-"""`PresignedRedirect`: the client fetches the file from the store itself, by a URL that the store knows to be ours."""
+"""Signed URLs of a store: `PresignedRedirect` gives them to clients, `StoreSigner` to whoever else sends the file."""
 
 import inspect
 import time
@@ -51,14 +51,8 @@ class PresignedRedirect:
             raise ConfigurationError(f"a signed URL is good for 1 to {MAX_SECONDS} seconds (7 days), not {expires!r}")
         if public_endpoint is not None:
             _check_endpoint(public_endpoint)
-        self._storage = storage
-        self._expires = int(expires)
         self._public_endpoint = public_endpoint
-        self._region = storage.config.get("region", "us-east-1")
-        self._workers = Workers(1)
-        self._current: tuple[Credentials, float] | None = None
-        if storage.credential_provider is None:
-            self._current = (_credentials(storage.config, storage.url), float("inf"))
+        self._signer = StoreSigner(storage, expires=expires)
 
     async def url_for(self, file: AsyncFile, described: Mapping[str, str]) -> tuple[str, int] | None:
         """Return the signed URL of a file and how many seconds it is good for, or None for a file that lives elsewhere.
@@ -67,20 +61,8 @@ class PresignedRedirect:
 
         Raises `SourceUnavailable` where no key can be had.
         """
-        base = self._storage.url_of("")
-        location = file.location
-        if base is None or location is None or not location.startswith(f"{base}/"):
-            return None
-        credentials, good_until = await self._sign_with()
-        now = time.time()
-        seconds = int(min(self._expires, good_until - now))
-        if seconds < 1:
-            raise SourceUnavailable("the credentials to sign with have expired")
-        url = self._storage.url_of(unquote(location[len(base) + 1 :]), self._public_endpoint)
-        assert url is not None
         parameters = {f"response-{name}": described[name] for name in _OVERRIDES if name in described}
-        signed = presigned_url(url, credentials, region=self._region, seconds=seconds, now=now, parameters=parameters)
-        return signed, seconds
+        return await self._signer.sign(file.location, endpoint=self._public_endpoint, parameters=parameters)
 
     async def headers_for(self, file: AsyncFile, described: Mapping[str, str]) -> Mapping[str, str] | None:
         """Return Location and Cache-Control of the redirect, or None for a file to be sent by ourselves."""
@@ -91,6 +73,44 @@ class PresignedRedirect:
         url, seconds = found
         kept = "no-store" if "no-store" in described.get("cache-control", "").lower() else f"max-age={seconds // 2}"
         return {"location": url, "cache-control": f"private, {kept}"}
+
+
+class StoreSigner:
+    """Signs the URLs of an S3 bucket, each for a GET and for `expires` seconds.
+
+    Raises `ConfigurationError` where there is no key to sign with.
+    """
+
+    def __init__(self, storage: ObjectStorage, *, expires: float) -> None:
+        self._storage = storage
+        self._expires = int(expires)
+        self._region = storage.config.get("region", "us-east-1")
+        self._workers = Workers(1)
+        self._current: tuple[Credentials, float] | None = None
+        if storage.credential_provider is None:
+            self._current = (_credentials(storage.config, storage.url), float("inf"))
+
+    async def sign(
+        self, location: str | None, *, endpoint: str | None = None, parameters: Mapping[str, str] | None = None
+    ) -> tuple[str, int] | None:
+        """Return the signed URL of what is at a plain one, and how many seconds it is good for; None: it is elsewhere.
+
+        endpoint: where the store is for whoever gets the URL. parameters: what else is signed.
+
+        Raises `SourceUnavailable` where no key can be had.
+        """
+        base = self._storage.url_of("")
+        if base is None or location is None or not location.startswith(f"{base}/"):
+            return None
+        credentials, good_until = await self._sign_with()
+        now = time.time()
+        seconds = int(min(self._expires, good_until - now))
+        if seconds < 1:
+            raise SourceUnavailable("the credentials to sign with have expired")
+        url = self._storage.url_of(unquote(location[len(base) + 1 :]), endpoint)
+        assert url is not None
+        signed = presigned_url(url, credentials, region=self._region, seconds=seconds, now=now, parameters=parameters)
+        return signed, seconds
 
     async def _sign_with(self) -> tuple[Credentials, float]:
         """Return the key to sign with, and the time until which it is good."""

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -17,7 +17,7 @@ class Rule:
     """Files below `source` (an absolute directory, or an http or https URL) are below `target` for the proxy.
 
     The target is what the proxy's kind wants: an internal URI that begins and ends with a slash for nginx, an
-    absolute directory for Apache and lighttpd.
+    absolute directory for Apache and lighttpd. For files below a URL it is where the proxy fetches them.
     """
 
     source: str
@@ -40,6 +40,10 @@ class RuleTable:
             self._targets[source] = rule.target
         if not self._targets:
             raise ConfigurationError("an offload backend without a rule offloads nothing: add one, or no backend")
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the sources, without their last slashes."""
+        return iter(self._targets)
 
     def match(self, location: str) -> tuple[str, str] | None:
         """Return the target of the rule for `location`, and what of it is below the source.

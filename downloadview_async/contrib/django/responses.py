@@ -23,6 +23,7 @@ from downloadview_async.contrib.django.background import iterate_in_background, 
 from downloadview_async.contrib.django.calling import close_idle_connections, has_running_loop
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of
 from downloadview_async.errors import FileError, FileMissing
+from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.content_types import content_type_for, with_charset
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.disposition import MAX_BYTES, client_filename, is_device_name
@@ -30,7 +31,7 @@ from downloadview_async.http.disposition import content_disposition as dispositi
 from downloadview_async.http.metadata import ETag
 from downloadview_async.http.plan import FRAMING, Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OffloadBackend
+from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OFFLOAD_TARGET, OffloadBackend, signed
 from downloadview_async.sources.base import OpenFile
 from downloadview_async.sources.local import local_of, open_at_once
 from downloadview_async.sources.virtual import VirtualFile
@@ -175,6 +176,8 @@ class DownloadResponse(StreamingHttpResponse):
         offload = None
         if backend is not None and readable and self.status_code == 200 and not self.has_header("Content-Encoding"):
             offload = backend.headers_for(file)
+            if offload is not None and OFFLOAD_TARGET in offload and request.method == "HEAD":
+                offload = None  # another server is asked by GET, which is also what is signed
         self._wanted = _download_request(request, scope) if readable else GET
         if self.ignores_modified_since:
             self._wanted = replace(self._wanted, if_modified_since=None)
@@ -200,7 +203,10 @@ class DownloadResponse(StreamingHttpResponse):
             content_type=says or self["Content-Type"],
         )
         own.setdefault("content-disposition", self["Content-Disposition"])
-        if offload is not None:
+        if offload is not None and OFFLOAD_TARGET in offload and not range_applies(self._wanted, metadata):
+            offload = None  # not every store knows If-Range, and would go on with another version
+        if offload is not None and backend is not None:
+            offload = await signed(backend, file, offload)
             return make_offload_plan(metadata, presentation, offload, headers=own)
         return make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=own)
 
