@@ -67,7 +67,8 @@ def _cells() -> Iterator[Cell]:
     for row in LOCAL:
         yield from (Cell(row, proxy, PROXY) for proxy in PROXIES)
         yield Cell(row, "none", ZERO_COPY)
-    yield Cell("remote", "nginx", FETCH)
+    for row in [*LAKE, "remote"]:
+        yield from (Cell(row, proxy, FETCH) for proxy in ["nginx", "caddy", "h2o"])
     for row in FAR:
         yield from (Cell(row, proxy, CACHE) for proxy in PROXIES)
     yield from (Cell(row, "redirect", REDIRECT) for row in LAKE)

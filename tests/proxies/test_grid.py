@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -18,11 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.offload.base import OFFLOAD_HEADERS, OFFLOAD_TARGET
 from tests.live import Answer, ask, live
 from tests.proxies import grid
-from tests.proxies.servers import DEPLOY, KINDS, proxy, readable_directory
-from tests.s3 import S3
+from tests.proxies.servers import KINDS, proxy, readable_directory
+from tests.proxies.test_remote_files import configured
+from tests.s3 import BUCKET, S3
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -136,8 +138,9 @@ class Far:
 
     sources: dict[str, dv.Source]
     origins: dict[str, Origin]
+    lake: dv.ObjectStorage
     url: str
-    """The other server's, for a proxy that fetches by itself."""
+    """That of the other server's files, for a proxy that fetches by itself."""
 
 
 @asynccontextmanager
@@ -175,7 +178,7 @@ async def _far(s3: S3) -> AsyncIterator[Far]:
             "virtual": dv.VirtualSource(make),
         }
         origins = {"lake": lake_origin, "lake-object": lake_origin, "remote": upstream_origin, "virtual": function}
-        yield Far(sources, origins, url)
+        yield Far(sources, origins, lake, url)
 
 
 def _watched(
@@ -240,18 +243,17 @@ async def _behind_a_proxy_that_fetches(column: str, s3: S3) -> AsyncIterator[Sit
         checkout = stack.enter_context(readable_directory())
         (checkout / "app" / "files").mkdir(parents=True)
         far = await stack.enter_async_context(_far(s3))
-        watch = _watched({"remote": far.sources["remote"]}, dv.XAccelRedirect([dv.Rule(far.url, "/_remote/")]))
+        rules = [dv.Rule(f"s3://{BUCKET}/grid", "/_lake/"), dv.Rule(far.url, "/_mirror/")]
+        make = dv.XReproxyURL if column == "h2o" else dv.XAccelRedirect
+        watch = _watched(far.sources, make(rules, storages=[far.lake]))
         service = await stack.enter_async_context(live(watch))
-        snippet = (DEPLOY / "nginx" / "remote.conf").read_text().replace("https://files.example.org/pub/", far.url)
-        port = stack.enter_context(
-            proxy(
-                KINDS[column],
-                checkout,
-                service,
-                edit=lambda text: text.replace("location @missing", f"{snippet}\nlocation @missing"),
-            )
+        lake_url = far.lake.url_of("")
+        assert lake_url is not None
+        servers = {"lake": urlsplit(lake_url).netloc, "mirror": urlsplit(far.url).netloc}
+        edited = partial(configured, column, service=service, origins=servers)
+        yield Site(
+            column, stack.enter_context(proxy(KINDS[column], checkout, service, edit=edited)), watch, far.origins
         )
-        yield Site(column, port, watch, far.origins)
 
 
 @asynccontextmanager
@@ -389,7 +391,7 @@ def _orders(answers: list[Answered]) -> list[str]:
     """Return what the application has told a proxy to send, and make sure that it has sent nothing itself."""
     assert [answered.body_bytes for answered in answers] == [0] * len(answers)
     assert {answered.status for answered in answers} == {200}
-    orders = [{*answered.headers} & OFFLOAD_HEADERS for answered in answers]
+    orders = [{*answered.headers} & OFFLOAD_HEADERS - {OFFLOAD_TARGET} for answered in answers]
     assert {len(order) for order in orders} == {1}
     return [answered.headers[name] for answered, order in zip(answers, orders, strict=True) for name in order]
 
@@ -403,7 +405,11 @@ async def _sent_by_the_proxy(site: Site, row: str) -> None:
 async def _fetched_by_the_proxy(site: Site, row: str) -> None:
     before, asked = len(site.watch.answers), site.origins[row].asked
     await _assert_right(site, row)
-    assert _orders(site.watch.answers[before:])
+    answers = site.watch.answers[before:]
+    heads = [answered for answered in answers if OFFLOAD_TARGET not in answered.headers]
+    assert [answered.body_bytes for answered in heads] == [0]  # HEAD is the application's own
+    answers.remove(heads[0])
+    assert len({*_orders(answers)}) == 1
     assert site.origins[row].asked > asked
 
 
