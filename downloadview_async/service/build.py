@@ -112,7 +112,7 @@ def build(settings: Settings) -> Starlette:
 
     health = Health(checks)
     middleware = [Middleware(OneLineFailures)]
-    if (backend := _backend(settings)) is not None:
+    if (backend := _backend(settings, sources)) is not None:
         middleware.append(Middleware(OffloadMiddleware, backend=backend))
     app = Starlette(
         routes=[
@@ -302,8 +302,13 @@ def _redirect(settings: Settings, name: str, source: Source) -> PresignedRedirec
         )
 
 
-def _backend(settings: Settings) -> OffloadBackend | None:
+def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBackend | None:
     offload = settings.offload
+    storages = [
+        source.storage
+        for source in sources.values()
+        if isinstance(source, StorageSource) and isinstance(source.storage, ObjectStorage)
+    ]
     if offload.backend is None:
         return None
     with settings.blaming("offload"):
@@ -312,13 +317,14 @@ def _backend(settings: Settings) -> OffloadBackend | None:
             case "nginx" | "caddy":  # the settings let Caddy have none of nginx's options
                 return XAccelRedirect(
                     rules,
+                    storages=storages,
                     buffering=offload.buffering,
                     charset=offload.charset,
                     expires=offload.expires,
                     limit_rate=offload.limit_rate,
                 )
             case "h2o":
-                return XReproxyURL(rules)
+                return XReproxyURL(rules, storages=storages)
             case "litespeed":
                 return XLiteSpeedLocation(rules)
         return XSendfile(rules, encoding=offload.encoding or _encoding_of(offload))

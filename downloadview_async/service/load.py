@@ -337,8 +337,7 @@ class _Draft:
         if route.send == "proxy":
             if settings.offload.backend is None:
                 raise self.error(key, "there is no proxy to send: set offload.backend, or choose stream")
-            place, cache = _place_of(source), cache_of(source)
-            places = [*([place] if place else []), *([cache.path] if cache else [])]
+            places = _places_of(source)
             if not any(
                 _is_within(place, rule.source) or _is_within(rule.source, place)
                 for place in places
@@ -347,14 +346,13 @@ class _Draft:
                 raise self.error(
                     key,
                     f"no rule tells the proxy where {name!r} is: add one to [[offload.rules]]"
-                    + (f" with the source {places[-1]!r}" if places else "")
+                    + (f" with the source {places[0]!r}" if places else "")
                     + ", or choose stream",
                 )
 
     def _offload(self, offload: OffloadSettings, sources: Mapping[str, SourceSettings]) -> OffloadSettings:
         rules = []
-        places = [place for source in sources.values() if (place := _place_of(source)) is not None]
-        places += [cache.path for source in sources.values() if (cache := cache_of(source)) is not None]
+        places = [place for source in sources.values() for place in _places_of(source)]
         for index, rule in enumerate(offload.rules):
             key = f"offload.rules[{index}]"
             source = rule.source if "://" in rule.source else self._absolute(rule.source)
@@ -392,12 +390,20 @@ class _Draft:
                 )
 
 
-def _place_of(source: SourceSettings) -> str | None:
-    if isinstance(source, StorageSettings) and (endpoint := source.options.get("endpoint")):
-        parts = urlsplit(source.url)
-        if parts.scheme == "s3" and not source.options.get("virtual_hosted_style_request"):
-            return f"{str(endpoint).rstrip('/')}/{parts.netloc}{quote(unquote(parts.path))}".rstrip("/")
-    return source.url.rstrip("/") if isinstance(source, RemoteSettings) else directory_of(source)
+def _places_of(source: SourceSettings) -> list[str]:
+    """Return the directory, or the URLs, by which a rule may name the files of a source."""
+    if (cache := cache_of(source)) is not None:
+        return [cache.path]
+    if isinstance(source, RemoteSettings):
+        return [source.url.rstrip("/")]
+    if isinstance(source, StorageSettings) and (parts := urlsplit(source.url)).scheme == "s3":
+        places = [source.url.rstrip("/")]
+        endpoint = source.options.get("endpoint")
+        if endpoint and not source.options.get("virtual_hosted_style_request"):
+            places.append(f"{str(endpoint).rstrip('/')}/{parts.netloc}{quote(unquote(parts.path))}".rstrip("/"))
+        return places
+    directory = directory_of(source)
+    return [] if directory is None else [directory]
 
 
 def _is_within(inner: str, outer: str) -> bool:

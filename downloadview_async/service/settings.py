@@ -200,7 +200,12 @@ class RuleSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     """`[[offload.rules]]`: what a proxy can reach, and where it finds it."""
 
     source: Annotated[
-        str, Meta(min_length=1, description="a directory, absolute or relative to the settings file, or a URL")
+        str,
+        Meta(
+            min_length=1,
+            description="a directory, absolute or relative to the settings file, or a URL such as https://host/path/ "
+            "or s3://bucket/prefix",
+        ),
     ]
     target: (
         Annotated[str, Meta(min_length=1, description="what the source is for the proxy, such as /_files/")] | None

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -152,10 +153,67 @@ async def test_a_redirect_wins_over_a_proxy_and_a_route_can_do_without_one() -> 
         backend = XAccelRedirect([Rule(f"http://127.0.0.1:{store.port}/{BUCKET}", "/_lake/")])
         assert (await call(OffloadMiddleware(app(store), backend), "/a.txt")).status == 307
         plain = Download(StorageSource(store.storage))
-        assert (await call(OffloadMiddleware(plain, backend), "/a.txt")).headers["x-accel-redirect"] == "/_lake/a.txt"
+        proxied = await call(OffloadMiddleware(plain, backend), "/a.txt")
+        assert proxied.headers["x-offload-target"] == f"/{BUCKET}/a.txt"
         streamed = Download(StorageSource(store.storage), offload=False)
         answer = await call(OffloadMiddleware(streamed, backend), "/a.txt")
         assert (answer.body, "x-accel-redirect" in answer.headers) == (b"0123456789", False)
+
+
+@dataclass
+class Row:
+    file: str = "a.txt"
+    title: str = "Report.pdf"
+
+
+@pytest.mark.parametrize("pathsend", [False, True])
+async def test_a_proxy_asks_the_store_by_a_signed_get(pathsend: bool) -> None:
+    async def row(key: str) -> Row:
+        return Row()
+
+    async with serving_store() as store:
+        storage = store.storage
+        backend = XAccelRedirect([Rule(f"s3://{BUCKET}", "/_lake/")], storages=[storage])
+        source = ObjectSource(row, source=StorageSource(storage), basename_field="title")
+        site = OffloadMiddleware(Download(source), backend, pathsend=pathsend)
+        answer = await call(site, "/1", headers={"Range": "bytes=0-1"})
+        assert (answer.status, answer.body, store.methods) == (200, b"", ["HEAD"])
+        assert answer.headers["x-accel-redirect"] == "/_lake/"
+        assert answer.headers["content-disposition"] == 'attachment; filename="Report.pdf"'
+        target = answer.headers["x-offload-target"]
+        assert query_of(target)["X-Amz-Expires"] == "300"
+        assert target.startswith(f"/{BUCKET}/")
+        # that is good for a GET alone, and HEAD costs the service no more than a description
+        head = await call(site, "/1", method="HEAD")
+        assert (head.status, head.headers["content-length"], store.methods) == (200, "10", ["HEAD", "HEAD"])
+        assert not {"x-accel-redirect", "x-offload-target"} & {*head.headers}
+        # not every store knows If-Range: one that is not current is answered here
+        for tag, offloaded in (('"one"', True), ('"two"', False), ('W/"one"', False)):
+            answer = await call(site, "/1", headers={"Range": "bytes=0-1", "If-Range": tag})
+            assert ("x-offload-target" in answer.headers) is offloaded
+            assert answer.body == (b"" if offloaded else b"0123456789")
+
+
+@pytest.mark.parametrize("fails, status", [(False, 200), (True, 503)])
+async def test_a_proxy_gets_the_keys_of_a_provider(fails: bool, status: int) -> None:
+    asked: list[bool] = []
+
+    async def provider() -> dict[str, Any]:
+        asked.append(True)
+        if fails and len(asked) > 1:  # the first to ask is obstore, for its own HEAD
+            raise RuntimeError("no role")
+        expires_at = datetime.now(UTC) + timedelta(hours=1)
+        return {"access_key_id": "a", "secret_access_key": "b", "token": "t", "expires_at": expires_at}
+
+    async with serving_store() as store:
+        endpoint = f"http://127.0.0.1:{store.port}"
+        storage = ObjectStorage(f"s3://{BUCKET}", endpoint=endpoint, credential_provider=provider)
+        backend = XAccelRedirect([Rule(f"{endpoint}/{BUCKET}/", "/_lake/")], storages=[storage])
+        answer = await call(OffloadMiddleware(Download(StorageSource(storage)), backend), "/a.txt")
+        assert answer.status == status
+        assert ("x-accel-redirect" in answer.headers) is not fails
+        if not fails:
+            assert query_of(answer.headers["x-offload-target"])["X-Amz-Security-Token"] == "t"
 
 
 async def test_cookies_of_the_application_are_on_the_redirect() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from downloadview_async.offload.sigv4 import Credentials, presigned_url
 from tests.live import Answer, ask, ask_raw, live
 from tests.proxies.conftest import DRESS, HOSTILE_NAMES, content_of, make_checkout
 from tests.proxies.servers import DEPLOY, KINDS, Kind, proxy, readable_directory
-from tests.s3 import BUCKET, KEY_ID, REGION, S3, SECRET, s3_server
+from tests.s3 import BUCKET, KEY_ID, REGION, S3, SECRET
 from tests.servers import free_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -147,22 +147,6 @@ def configured(kind: str, text: str, service: int, origins: Mapping[str, str]) -
     return text
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """A store with the hostile names, each with metadata of its own."""
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
-        for name in [*HOSTILE_NAMES, "page.html"]:
-            attributes = {"content_type": "text/html"} if name == "page.html" else {}
-            server.put(
-                f"files/{name}",
-                content_of(name),
-                cache_control="public, max-age=9999",
-                content_disposition="inline; filename=store.html",
-                **attributes,
-            )
-        yield server
-
-
 async def _row(key: str) -> Any:
     @dataclass
     class Row:
@@ -177,6 +161,10 @@ async def _row(key: str) -> Any:
 async def remote(request: pytest.FixtureRequest, s3: S3) -> AsyncIterator[Remote]:
     """The same behind each proxy that can fetch."""
     kind = KINDS[request.param]
+    for name in [*HOSTILE_NAMES, "page.html"]:
+        attributes = {"content_type": "text/html"} if name == "page.html" else {}
+        said = {"cache_control": "public, max-age=9999", "content_disposition": "inline; filename=store.html"}
+        s3.put(f"files/{name}", content_of(name), **said, **attributes)
     async with AsyncExitStack() as stack:
         checkout = make_checkout(stack.enter_context(readable_directory()))
         origin = Origin(checkout / "app" / "files")

@@ -1,6 +1,7 @@
 """Rules and backends as tables: which location becomes which header, and which settings are refused."""
 
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -122,25 +123,119 @@ NGINX = dv.XAccelRedirect(RULES)
         ("/srv/media/π.txt", "/_media/%CF%80.txt"),
         ("/srv/media/a\\b", "/_media/a%5Cb"),
         ("/srv/media/latin-\udce9.txt", "/_media/latin-%E9.txt"),  # bytes that are no UTF-8
-        # a URL is encoded already, and is asked for again as it is
-        ("http://files.example.org/pub/a%20b.txt", "/_remote/a%20b.txt"),
-        ("http://files.example.org/pub/50%2525.txt", "/_remote/50%2525.txt"),
-        ("http://files.example.org/pub/q%3F.txt", "/_remote/q%3F.txt"),
-        ("http://files.example.org/pub/latin-%E9.txt", "/_remote/latin-%E9.txt"),
-        ("http://files.example.org/pub/%CF%80.txt", "/_remote/%CF%80.txt"),
-        # nginx would ask for something else
-        ("http://files.example.org/pub/a.txt?version=2", None),
-        ("http://files.example.org/pub/a.txt#part", None),
-        ("http://files.example.org/pub/a%2Fb.txt", None),
-        ("http://files.example.org/pub/%2e%2e/b.txt", None),
-        ("http://files.example.org/pub/a%0D%0Ab.txt", None),
-        ("http://files.example.org/pub/a%00.txt", None),
         ("/elsewhere/a.txt", None),
         (None, None),
     ],
 )
 def test_x_accel_redirect_is_a_percent_encoded_uri(location: str | None, value: str | None) -> None:
     assert NGINX.headers_for(_At(location)) == (None if value is None else {"x-accel-redirect": value})
+
+
+@pytest.mark.parametrize(
+    "location, target, asked",
+    [
+        # a URL is encoded already, and is asked for as it is
+        ("http://files.example.org/pub/a%20b.txt", "/_remote/", "/pub/a%20b.txt"),
+        ("http://files.example.org/pub/50%2525.txt", "/_remote/", "/pub/50%2525.txt"),
+        ("http://files.example.org/pub/q%3F.txt", "/_remote/", "/pub/q%3F.txt"),
+        ("http://files.example.org/pub/%252e%252e", "/_remote/", "/pub/%252e%252e"),
+        ("http://files.example.org/pub/latin-%E9.txt", "/_remote/", "/pub/latin-%E9.txt"),
+        ("http://files.example.org/pub/a%21!.txt", "/_remote/", "/pub/a%21!.txt"),
+        ("http://files.example.org/pub/a.txt?version=2&b=%2F", "/_remote/", "/pub/a.txt?version=2&b=%2F"),
+        ("https://files.example.org/@evil.example.org/a.txt", "/_secure/", "/@evil.example.org/a.txt"),
+        # a proxy might ask for something else
+        ("http://files.example.org/pub/a.txt#part", None, None),
+        ("http://files.example.org/pub/a%2Fb.txt", None, None),
+        ("http://files.example.org/pub/%2e%2e/b.txt", None, None),
+        ("http://files.example.org/pub/.%2E/b.txt", None, None),
+        ("http://files.example.org/pub/a%0D%0Ab.txt", None, None),
+        ("http://files.example.org/pub/a%00.txt", None, None),
+        ("http://files.example.org/pub/a b.txt", None, None),
+        ("http://files.example.org/pub/{env.HOME}.txt", None, None),
+        ("http://files.example.org/pub/a.txt?{env.HOME}", None, None),
+        ("http://files.example.org/pub/π.txt", None, None),
+    ],
+)
+def test_what_is_asked_of_another_server_is_beside_a_target_that_is_constant(
+    location: str, target: str | None, asked: str | None
+) -> None:
+    for backend, header in ((NGINX, "x-accel-redirect"), (dv.XReproxyURL(RULES), "x-reproxy-url")):
+        expected = None if target is None else {header: target, "x-offload-target": asked}
+        assert backend.headers_for(_At(location)) == expected
+
+
+KEY = {"access_key_id": "a", "secret_access_key": "b", "region": "eu-west-1"}
+
+
+def _store(url: str, **options: Any) -> dv.ObjectStorage:
+    return dv.ObjectStorage(url, **(KEY | options))
+
+
+@pytest.mark.parametrize(
+    "source, storages, name, asked",
+    [
+        ("s3://box/a", [("s3://box/a", {})], "x/50%.txt", "/box/a/x/50%25.txt"),
+        ("s3://box/a/", [("s3://box/a/", {})], "x.txt", "/box/a/x.txt"),
+        ("s3://box", [("s3://box/a", {})], "x.txt", "/box/a/x.txt"),
+        ("s3://box/a/b", [("s3://box/a", {})], "b/x.txt", "/box/a/b/x.txt"),
+        ("s3://box/a/b", [("s3://box/a", {})], "bx/x.txt", None),
+        ("s3://box/a", [("s3://box/a", {"endpoint": "http://127.0.0.1:8333"})], "x.txt", "/box/a/x.txt"),
+        ("s3://box/a", [("s3://box/a", {"virtual_hosted_style_request": True})], "x.txt", "/a/x.txt"),
+        ("s3://box", [("s3://box/a", {}), ("s3://box/b", {})], "x.txt", "/box/a/x.txt"),
+        ("https://s3.eu-west-1.amazonaws.com/box/", [("s3://box/a", {})], "x.txt", "/box/a/x.txt"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_what_is_asked_of_a_store_is_signed(
+    source: str, storages: list[tuple[str, dict[str, Any]]], name: str, asked: str | None
+) -> None:
+    stores = [_store(url, **options) for url, options in storages]
+    file = await dv.StorageSource(stores[0]).resolve(name)
+    for make in (dv.XAccelRedirect, dv.XReproxyURL):
+        backend = make([dv.Rule(source, "/_lake/")], storages=stores)
+        plain = backend.headers_for(file)
+        if asked is None:
+            assert plain is None
+            continue
+        assert plain is not None
+        assert plain["x-offload-target"] == asked
+        signed = await backend.signed(file, plain)
+        path, _, query = signed["x-offload-target"].partition("?")
+        assert path == asked
+        assert {"X-Amz-Credential", "X-Amz-Signature", "X-Amz-Expires"} < parse_qs(query).keys()
+        assert {**signed, "x-offload-target": asked} == plain
+
+
+@pytest.mark.parametrize(
+    "rules, storages, message",
+    [
+        (["s3://box"], [], "no storage is at"),
+        (["s3://box"], [("s3://boxes", {})], "no storage is at"),
+        (["s3://box/a"], [("s3://box/ab", {})], "no storage is at"),
+        (["gs://box"], [("gs://box", {"skip_signature": True})], "no storage is at"),
+        (["s3://box"], [("s3://box/a", KEY), ("s3://box/b", KEY | {"endpoint": "http://h"})], "more than one endpoint"),
+        (["s3://box"], [("s3://box", {})], "no access_key_id"),
+        (["https://s3.us-east-1.amazonaws.com/box/"], [("s3://box/a", {})], "no access_key_id"),
+        (["s3://box", "https://s3.eu-west-1.amazonaws.com/box"], [("s3://box", KEY)], "two offload rules"),
+    ],
+)
+def test_stores_that_are_refused(
+    rules: list[str], storages: list[tuple[str, dict[str, Any]]], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    stores = [dv.ObjectStorage(url, **options) for url, options in storages]
+    with pytest.raises(ConfigurationError, match=message):
+        dv.XAccelRedirect([dv.Rule(source, "/_lake/") for source in rules], storages=stores)
+
+
+@pytest.mark.asyncio
+async def test_what_needs_no_signature_has_none() -> None:
+    public, private = _store("s3://box", skip_signature=True), dv.ObjectStorage("s3://elsewhere")
+    backend = dv.XAccelRedirect([dv.Rule("s3://box", "/_lake/"), dv.Rule("/srv", "/_srv/")], storages=[public, private])
+    for file in (await dv.StorageSource(public).resolve("a.txt"), _At("/srv/a")):
+        headers = backend.headers_for(file)
+        assert headers is not None
+        assert await backend.signed(file, headers) == headers
 
 
 @pytest.mark.parametrize(
@@ -245,12 +340,16 @@ def test_an_internal_uri_for_h2o_and_for_litespeed(location: str | None, value: 
     [
         (dv.Rule("/srv", "_srv/"), "slash at both ends"),
         (dv.Rule("/srv", "http://127.0.0.1/"), "slash at both ends"),
-        (dv.Rule("http://files.example.org/", "/_srv/"), "no absolute directory"),
     ],
 )
 def test_rules_that_they_do_not_take(backend: Any, rule: dv.Rule, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         backend([rule])
+
+
+def test_litespeed_sends_local_files() -> None:
+    with pytest.raises(ConfigurationError, match="no absolute directory"):
+        dv.XLiteSpeedLocation([dv.Rule("http://files.example.org/", "/_srv/")])
 
 
 # --- Apache and lighttpd

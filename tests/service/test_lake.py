@@ -41,6 +41,7 @@ FILES_ROUTE = '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\n'
 NGINX = '[offload]\nbackend = "nginx"\n'
 FILES_RULE = '[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
 LAKE_RULE = '[[offload.rules]]\nsource = "http://127.0.0.1:8333/downloads/"\ntarget = "/_lake/"\n'
+S3_RULE = '[[offload.rules]]\nsource = "s3://downloads/lake"\ntarget = "/_lake/"\n'
 
 
 def load(directory: Path, text: str, environ: dict[str, str] | None = None) -> Settings:
@@ -101,7 +102,18 @@ WRONG: list[tuple[str, str, str]] = [
     (
         f'{FILES}{LAKE}{ROUTE}send = "proxy"\n{NGINX}{FILES_RULE}',
         "routes[0].send",
-        "with the source 'http://127.0.0.1:8333/downloads/lake'",
+        "with the source 's3://downloads/lake'",
+    ),
+    (
+        f"{LAKE}{ROUTE}{NGINX}{S3_RULE.replace('downloads/lake', 'downloads/la')}",
+        "offload.rules[0].source",
+        "(s3://downloads/lake, http://127.0.0.1:8333/downloads/lake)",
+    ),
+    (f"{LAKE}{ROUTE}{NGINX.replace('nginx', 'apache')}{S3_RULE}", "offload: ", "X-Sendfile sends local files"),
+    (
+        f"{LAKE}{ROUTE}{NGINX}{S3_RULE}".replace('access_key_id = "AKID"\nsecret_access_key = "secret"\n', ""),
+        "offload: ",
+        "no access_key_id to sign URLs with",
     ),
     (
         '[sources.lake]\ntype = "storage"\nurl = "memory://"\n[sources.lake.options]\na = "b"\n' + ROUTE,
@@ -128,6 +140,7 @@ WRONG: list[tuple[str, str, str]] = [
 def test_what_is_wrong_is_said_at_the_start(
     tmp_path: Path, text: str, key: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
     refused = refusal(tmp_path, text)
     assert key in refused
@@ -139,8 +152,30 @@ def test_secrets_are_in_no_error(tmp_path: Path) -> None:
         assert '"secret"' not in refusal(tmp_path, text)
 
 
-def test_rules_for_a_lake_are_accepted(tmp_path: Path) -> None:
-    build(load(tmp_path, f'{LAKE}{ROUTE}send = "proxy"\n{NGINX}{LAKE_RULE}'))
+@pytest.mark.parametrize("url", ["s3://downloads/lake", "s3://downloads", "http://127.0.0.1:8333/downloads/"])
+def test_rules_for_a_lake_are_accepted(tmp_path: Path, url: str) -> None:
+    rule = LAKE_RULE.replace("http://127.0.0.1:8333/downloads/", url)
+    build(load(tmp_path, f'{LAKE}{ROUTE}send = "proxy"\n{NGINX}{rule}'))
+
+
+def test_a_rule_for_a_cached_lake_is_for_its_cache(tmp_path: Path) -> None:
+    cached = f'{LAKE}[sources.lake.cache]\npath = "cache"\n{ROUTE}send = "proxy"\n{NGINX}'
+    build(load(tmp_path, f'{cached}[[offload.rules]]\nsource = "cache"\ntarget = "/_cache/"\n'))
+    assert "no source lives under 's3://downloads/lake'" in refusal(tmp_path, cached + S3_RULE)
+
+
+@pytest.mark.parametrize("backend, header", [("nginx", "x-accel-redirect"), ("h2o", "x-reproxy-url")])
+def test_a_proxy_is_told_what_to_ask_a_real_server_for(s3: S3, tmp_path: Path, backend: str, header: str) -> None:
+    s3.put("lake/a b/π.txt", b"0123456789", content_type="text/plain")
+    app = lake(s3, tmp_path, f'{ROUTE}send = "proxy"\n{NGINX.replace("nginx", backend)}{S3_RULE}')
+    with TestClient(app) as client:
+        answer = client.get("/lake/a b/π.txt")
+        assert (answer.status_code, answer.content, answer.headers[header]) == (200, b"", "/_lake/")
+        assert client.head("/lake/a b/π.txt").headers["content-length"] == "10"
+        assert client.get("/lake/none").status_code == 404
+    target = answer.headers["x-offload-target"]
+    assert target.startswith(f"/{BUCKET}/lake/a%20b/%CF%80.txt?")
+    assert httpx2.get(s3.url + target).content == b"0123456789"
 
 
 @pytest.mark.parametrize("send, offloaded", [("", True), ('send = "proxy"\n', True), ('send = "stream"\n', False)])
