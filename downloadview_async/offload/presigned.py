@@ -100,8 +100,8 @@ class StoreSigner:
         Raises `SourceUnavailable` where no key can be had.
         """
         base = self._storage.url_of("")
-        if base is None or location is None or not location.startswith(f"{base}/"):
-            return None
+        if base is None or location is None or not location.startswith(f"{base}/") or "?" in location:
+            return None  # with a query it is signed already, or is about something else
         credentials, good_until = await self._sign_with()
         now = time.time()
         seconds = int(min(self._expires, good_until - now))

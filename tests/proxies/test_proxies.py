@@ -55,7 +55,8 @@ async def test_a_client_gets_the_bytes_of_the_very_file(site: Site, route: str, 
     assert answer.headers["cache-control"] == "private, max-age=60"
     assert answer.headers["content-disposition"].startswith("attachment")
     direct = await ask(site.service, path)
-    assert answer.headers["content-disposition"] == direct.headers["content-disposition"]
+    for header in ("content-disposition", "vary"):
+        assert answer.headers.get(header) == direct.headers.get(header)
     if site.kind.name == "h2o" and route in LOCAL:  # H2O goes by the name of the file on the disk
         by_name = "text/plain; charset=utf-8" if name.endswith(".txt") else "application/octet-stream"
         assert answer.headers["content-type"] == by_name
@@ -288,6 +289,17 @@ async def test_there_is_no_way_around_the_service(site: Site, path: str) -> None
     assert (answer.status, answer.body) == (404, b"Not Found")
 
 
+@pytest.mark.parametrize("kind", ["nginx", "caddy", "h2o"])
+async def test_a_rule_that_the_proxy_does_not_know_is_no_empty_file(kind: str) -> None:
+    with readable_directory() as directory:
+        checkout = make_checkout(directory)
+        rules = [dv.Rule(str(checkout / "app" / "files"), "/_other/")]
+        backend = dv.XReproxyURL(rules) if kind == "h2o" else dv.XAccelRedirect(rules)
+        async with serve(KINDS[kind], checkout, backend) as site:
+            answer = await ask(site.port, f"/path/{NAME}")
+    assert (answer.status, answer.body) == (404, b"Not Found")
+
+
 ORDERS = {
     "X-Sendfile-Type": "X-Accel-Redirect",
     "X-Accel-Mapping": "/=/_files/",
@@ -379,6 +391,7 @@ async def test_what_the_proxy_may_not_read_is_missing(site: Site) -> None:
         return
     assert answer.status == (403 if site.kind.name in ("lighttpd", "h2o") else 404)
     assert PRIVATE not in answer.body
+    assert answer.headers["content-type"].count("charset") < 2
     assert_no_order(answer)
 
 

@@ -1,6 +1,8 @@
 """Files of other servers, fetched by nginx, Caddy and H2O: of a real S3 server, and of one that keeps what it hears."""
 
 import asyncio
+import shutil
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -12,7 +14,7 @@ from urllib.parse import quote, unquote
 import pytest
 import pytest_asyncio
 from starlette.applications import Starlette
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -82,6 +84,7 @@ class Origin:
         app: ASGIApp = Starlette(
             routes=[
                 Route("/pub/fails/{status:int}/{path:path}", self._failing),
+                Route("/pub/cut/{path:path}", self._cut),
                 *(
                     Route(f"{prefix}/pub/{{path:path}}", dv.Download(dv.PathSource(self.files), cache_control="public"))
                     for prefix in ("", f"/{BUCKET}")
@@ -96,6 +99,14 @@ class Origin:
             return Response(headers={"Content-Length": "7"})
         headers = {"Location": f"http://127.0.0.1:{ELSEWHERE}/x", "WWW-Authenticate": "Basic"}
         return Response("<Error>the secret</Error>", status, headers, "application/xml")
+
+    async def _cut(self, request: Any) -> Response:
+        async def half() -> AsyncIterator[bytes]:
+            if request.method == "GET":
+                yield CONTENT[: SIZE // 2]
+                raise OSError("the disk is gone")
+
+        return StreamingResponse(half(), headers={"Content-Length": str(SIZE)})
 
 
 class _Saying:
@@ -123,14 +134,20 @@ class Remote:
     origin_port: int
 
 
-def configured(kind: str, text: str, service: int, origins: Mapping[str, str]) -> str:
-    """Return the configuration of a proxy with the snippet for remote files, once for each target and origin."""
-    for name, address in origins.items():
+def configured(
+    kind: str, text: str, service: int, origins: Mapping[str, str], *, scheme: str = "http", name: str | None = None
+) -> str:
+    """Return the configuration of a proxy with the snippet for remote files, once for each target and origin.
 
-        def filled(path: str, name: str = name, address: str = address) -> str:
-            snippet = (DEPLOY / kind / path).read_text()
-            snippet = snippet.replace("remote", name).replace("https://", "http://").replace("8000", str(service))
-            return snippet.replace("files.example.org:443", address).replace("files.example.org", address)
+    name: of the origin; default: its address.
+    """
+    for target, address in origins.items():
+
+        def filled(path: str, target: str = target, address: str = address) -> str:
+            snippet = (DEPLOY / kind / path).read_text().replace("8000", str(service)).replace("remote", target)
+            snippet = snippet.replace("files.example.org:443", address)
+            snippet = snippet.replace("https://files.example.org", f"https://{address}")
+            return snippet.replace("files.example.org", name or address).replace("https://", f"{scheme}://")
 
         match kind:
             case "nginx":
@@ -208,7 +225,7 @@ async def remote(request: pytest.FixtureRequest, s3: S3) -> AsyncIterator[Remote
             Route("/inline/mirror/{path:path}", download(mirror, attachment=False)),
             Route("/dressed/lake/{path:path}", download(store, headers=DRESS)),
             Route("/dressed/mirror/{path:path}", download(mirror, headers=DRESS)),
-            Route("/down/{path:path}", download(_Down(s3.storage("files"), f"http://127.0.0.1:{down}/"))),
+            Route("/down/{path:path}", download(_Elsewhere(f"http://127.0.0.1:{down}/"))),
             Mount("/replaced", routes=[saying(replaced, store)]),
             Mount("/expired", routes=[saying(lambda url: signed(url, 600), store)]),
             Mount("/unsigned", routes=[saying(lambda url: url[len(s3.url) :], store)]),
@@ -229,11 +246,11 @@ async def remote(request: pytest.FixtureRequest, s3: S3) -> AsyncIterator[Remote
         yield Remote(kind, port, service, origin, origin_port)
 
 
-class _Down:
-    """A source whose files the service can describe, and a proxy cannot reach."""
+class _Elsewhere:
+    """A source whose files the service can describe, and a proxy has to look for somewhere else."""
 
-    def __init__(self, storage: dv.ObjectStorage, url: str) -> None:
-        self._source = dv.StorageSource(storage)
+    def __init__(self, url: str) -> None:
+        self._source = dv.StorageSource(dv.MemoryStorage({NAME: CONTENT}))
         self._url = url
 
     async def resolve(self, name: str, /) -> dv.AsyncFile:
@@ -447,6 +464,11 @@ async def test_a_server_that_cannot_be_reached(remote: Remote) -> None:
     assert_clean(await ask(remote.port, f"/down/{NAME}"), 502)
 
 
+async def test_what_the_other_server_cannot_finish_does_not_look_finished(remote: Remote) -> None:
+    answer = await ask(remote.port, "/mirror/cut/a.txt")
+    assert (answer.status, answer.headers["content-length"], answer.complete) == (200, str(SIZE), False)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 async def test_what_is_missing_is_the_404_of_the_service(remote: Remote, route: str) -> None:
     for name in ("no-such-file.txt", "..%2Fsecret.txt", "a%3Ab"):
@@ -496,3 +518,55 @@ async def test_a_get_with_a_body_keeps_it_to_itself(remote: Remote) -> None:
     assert answer.status == (502 if remote.kind.name == "caddy" else 200)  # who has given it to the service already
     if remote.kind.name != "caddy":
         assert all("content-length" not in heard for _, heard in remote.origin.requests)
+
+
+# --- TLS, as the configurations have it
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for localhost that nobody trusts; its key is beside it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("TLS: openssl is not installed")
+    path = tmp_path_factory.mktemp("tls") / "localhost.crt"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", f"{path}.key", "-out", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+def trusting(kind: str, text: str, certificate: Path) -> str:
+    """Return a configuration that takes a certificate for one of an authority."""
+    old, new = {
+        "nginx": ("/etc/ssl/certs/ca-certificates.crt", str(certificate)),
+        "caddy": ("response_header_timeout 60s", f"response_header_timeout 60s\ntls_trust_pool file {certificate}"),
+        "h2o": ("num-threads: 1", f"num-threads: 1\nproxy.ssl.cafile: {certificate}"),
+    }[kind]
+    assert old in text
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize("kind", ["nginx", "caddy", "h2o"])
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_the_certificate_of_the_other_server_is_checked(kind: str, trusted: bool, certificate: Path) -> None:
+    with readable_directory() as directory:
+        checkout = make_checkout(directory)
+        shutil.copy(certificate, directory)
+        readable = directory / certificate.name
+        origin = Origin(checkout / "app" / "files")
+        tls = {"ssl_certfile": str(certificate), "ssl_keyfile": f"{certificate}.key"}
+        async with live(origin, **tls) as port:
+            url = f"https://localhost:{port}/pub/"
+            make = dv.XReproxyURL if kind == "h2o" else dv.XAccelRedirect
+            app = Starlette(routes=[Route("/{path:path}", dv.Download(_Elsewhere(url)))])
+
+            def edit(text: str) -> str:
+                address = f"127.0.0.1:{port}" if kind == "nginx" else f"localhost:{port}"
+                text = configured(kind, text, service, {"remote": address}, scheme="https", name="localhost")
+                return trusting(kind, text, readable) if trusted else text
+
+            async with live(dv.OffloadMiddleware(app, make([dv.Rule(url, "/_remote/")]))) as service:
+                with proxy(KINDS[kind], checkout, service, edit=edit) as front:
+                    answer = await ask(front, f"/{NAME}")
+    assert (answer.status, answer.body) == ((200, CONTENT) if trusted else (502, b"Bad Gateway"))
+    assert len(origin.requests) == trusted

@@ -206,6 +206,15 @@ async def test_what_is_asked_of_a_store_is_signed(
         assert {**signed, "x-offload-target": asked} == plain
 
 
+@pytest.mark.asyncio
+async def test_a_url_with_a_query_is_not_signed_once_more() -> None:
+    store = _store("s3://box", endpoint="http://h")
+    backend, file = dv.XAccelRedirect([dv.Rule("http://h", "/_h/")], storages=[store]), _At("http://h/box/a?X-Amz-x=y")
+    headers = backend.headers_for(file)
+    assert headers == {"x-accel-redirect": "/_h/", "x-offload-target": "/box/a?X-Amz-x=y"}
+    assert await backend.signed(file, headers) == headers
+
+
 @pytest.mark.parametrize(
     "rules, storages, message",
     [

@@ -13,8 +13,11 @@ from django.core.asgi import get_asgi_application as get_plain_application
 from django.http import HttpRequest, HttpResponse, HttpResponseForbidden
 from django.test import override_settings
 from django.urls import path
+from starlette.applications import Starlette
+from starlette.routing import Route
 
-from downloadview_async.contrib.django import PathDownloadView, get_asgi_application
+from downloadview_async import Download, ObjectStorage, OffloadMiddleware, PathSource, Rule, XAccelRedirect
+from downloadview_async.contrib.django import HTTPDownloadView, PathDownloadView, get_asgi_application
 from tests.live import ask, live
 
 TEXT = b"All work and no play. " * 20_000
@@ -142,3 +145,23 @@ async def test_gzip_middleware_around_a_download(root: Path, handler: Any, kind:
             assert (part.status, part.complete, part.body) == (206, True, TEXT[:300_000])
             assert "content-encoding" not in part.headers
             await nothing_is_held(root)
+
+
+@each_handler
+async def test_a_proxy_asks_another_server_by_a_signed_get(handler: Callable[[], Any], root: Path) -> None:
+    async with live(Starlette(routes=[Route("/box/{path:path}", Download(PathSource(root)))])) as port:
+        url = f"http://127.0.0.1:{port}"
+        storage = ObjectStorage("s3://box", endpoint=url, access_key_id="a", secret_access_key="b")
+        backend = XAccelRedirect([Rule("s3://box", "/_lake/")], storages=[storage])
+        view = HTTPDownloadView.as_view(url=f"{url}/box/a.txt", allow_hosts=["127.0.0.1"])
+        with override_settings(ROOT_URLCONF=type("Urls", (), {"urlpatterns": [path("a", view)]})):
+            async with live(OffloadMiddleware(handler(), backend)) as service:
+                get = await ask(service, "/a", headers={"Range": "bytes=0-1"})
+                assert (get.status, get.body, get.headers["x-accel-redirect"]) == (200, b"", "/_lake/")
+                assert get.headers["x-offload-target"].startswith("/box/a.txt?X-Amz-Algorithm=")
+                head = await ask(service, "/a", method="HEAD")
+                assert (head.status, head.headers["content-length"]) == (200, str(len(TEXT)))
+                for tag, offloaded in ((get.headers["etag"], True), ('"another"', False)):
+                    answer = await ask(service, "/a", headers={"Range": "bytes=0-1", "If-Range": tag})
+                    assert (answer.status, answer.body) == (200, b"" if offloaded else TEXT)
+                    assert ("x-offload-target" in answer.headers) is offloaded
