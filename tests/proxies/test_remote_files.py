@@ -1,6 +1,7 @@
 """Files of other servers, fetched by nginx, Caddy and H2O: of a real S3 server, and of one that keeps what it hears."""
 
 import asyncio
+import random
 import shutil
 import subprocess
 import time
@@ -375,6 +376,15 @@ async def test_a_part(remote: Remote, route: str, value: str, start: int, stop: 
     assert (answer.status, answer.body, answer.complete) == (206, CONTENT[start:stop], True)
     assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{SIZE}"
     assert_the_services(answer, await ask(remote.service, path))
+
+
+async def test_a_large_object(remote: Remote, s3: S3) -> None:
+    content = random.Random(1).randbytes(20_000_003)
+    s3.put("files/large.bin", content)
+    whole = await ask(remote.port, "/lake/large.bin")
+    assert (whole.status, whole.complete, whole.body == content) == (200, True, True)
+    part = await ask(remote.port, "/lake/large.bin", headers={"Range": "bytes=7000001-19000000"})
+    assert (part.status, part.complete, part.body == content[7_000_001:19_000_001]) == (206, True, True)
 
 
 @pytest.mark.parametrize("route", ROUTES)
