@@ -401,7 +401,8 @@ def _h2o(site: _Site) -> str:
         rules=rules.rstrip("\n"),
         directories="".join(
             _filled(_H2O_DIRECTORY, target=target, directory=directory) for target, directory in directories
-        ).rstrip("\n"),
+        ).rstrip("\n")
+        or "      {}",
     )
 
 

@@ -31,6 +31,7 @@ from downloadview_async import (
     RemoteSource,
     Rule,
     Source,
+    Storage,
     StorageSource,
     VirtualSource,
     XAccelRedirect,
@@ -41,7 +42,7 @@ from downloadview_async import (
     storage_from_url,
 )
 from downloadview_async.service.ending import EndsInTime
-from downloadview_async.service.health import CachePage, Health, check_directory
+from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.load import CONFIG, load_settings
 from downloadview_async.service.logs import OneLineFailures, log_aborts_in_one_line
 from downloadview_async.service.pages import IndexPage
@@ -81,6 +82,14 @@ def build(settings: Settings) -> Starlette:
     for name, source in settings.sources.items():
         if (directory := directory_of(source)) is not None:
             checks[name] = check_directory(directory)
+        if (cache := caches.get(name)) is not None:
+            checks[f"{name}.cache"] = check_directory(cache.path)
+    probes: dict[str, ObjectStorage] = {}
+    for name, source in settings.sources.items():
+        if isinstance(source, StorageSettings) and isinstance(_storage_of(sources[name]), ObjectStorage):
+            options: dict[str, Any] = {**source.options}
+            probes[name] = ObjectStorage(source.url, max_connections=1, **options)
+    checks |= {name: check_store(storage) for name, storage in probes.items()}
     checks |= {name: database.check for name, database in databases.items()}
 
     @asynccontextmanager
@@ -89,11 +98,13 @@ def build(settings: Settings) -> Starlette:
             log_aborts_in_one_line()
             for cache in caches.values():
                 await cache.sweep()
+            storages = [_storage_of(source) for source in sources.values()]
+            for storage in [*storages, *probes.values()]:
+                if isinstance(storage, ObjectStorage):
+                    stack.push_async_callback(storage.aclose)
             for source in sources.values():
                 if isinstance(source, RemoteSource | CachedSource):
                     stack.push_async_callback(source.aclose)
-                elif isinstance(source, StorageSource) and isinstance(source.storage, ObjectStorage):
-                    stack.push_async_callback(source.storage.aclose)
             for cache in caches.values():
                 stack.push_async_callback(cache.aclose)
             await stack.enter_async_context(_opened(settings, databases))
@@ -215,6 +226,13 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                 mime_type_field="content_type",
             )
     return sources
+
+
+def _storage_of(source: Source) -> Storage | None:
+    """Return the storage that a source has its files from, through a cache or not."""
+    if isinstance(source, CachedSource):
+        source = source.source
+    return source.storage if isinstance(source, StorageSource) else None
 
 
 def _database(settings: Settings, name: str, source: ObjectSettings) -> _Database:

@@ -1,5 +1,6 @@
 """`/-/livez`: this process answers. `/-/readyz`: it can reach what it serves from. `/-/cache`: what its caches do."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -9,14 +10,16 @@ import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from downloadview_async import Cache
+from downloadview_async import AccessDenied, Cache, DownloadRequest, FileMissing, ObjectStorage
 
 _PATIENCE = 2.0  # seconds that a check may take: a hung disk is one that cannot be reached
+_PROBE = "readyz"
+"""The name of an object that nobody needs to have: a store that says so is reached."""
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 class Health:
-    """Answers both, with `checks` by the names of the sources: a check that raises is a source that is not reached."""
+    """Answers both, with `checks` by what they are of: one that raises is of something that is not reached."""
 
     def __init__(self, checks: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
         self._checks = checks
@@ -26,7 +29,7 @@ class Health:
         return PlainTextResponse("alive\n", headers=_HEADERS)
 
     async def readyz(self, request: Request) -> Response:
-        """Answer 200, or 503 with the names of the sources that cannot be reached, and nothing more of them."""
+        """Answer 200, or 503 with the names of what cannot be reached, and nothing more of it."""
         failed: list[str] = []
 
         async def run(name: str, check: Callable[[], Awaitable[None]]) -> None:
@@ -67,5 +70,20 @@ def check_directory(path: str) -> Callable[[], Awaitable[None]]:
 
     async def check() -> None:
         await anyio.to_thread.run_sync(listed, limiter=limiter, abandon_on_cancel=True)
+
+    return check
+
+
+def check_store(storage: ObjectStorage) -> Callable[[], Awaitable[None]]:
+    """Return a check that an object store answers, by a HEAD of one object.
+
+    It may deny that one: who may not list a bucket is not told what is missing there. storage: one of the check's own,
+    so that downloads that take all of the other's connections do not look like a store that is gone.
+    """
+
+    async def check() -> None:
+        with contextlib.suppress(FileMissing, AccessDenied):
+            async with storage.open(_PROBE, DownloadRequest(method="HEAD")):
+                pass
 
     return check

@@ -252,6 +252,11 @@ class _Draft:
             for option in ("options", "presign", "max_connections"):
                 if getattr(source, option):
                     raise self.error(f"{key}.{option}", f"only s3://, gs:// and az:// have that: remove {option}")
+        if isinstance(source, StorageSettings) and source.presign is not None and source.cache is not None:
+            raise self.error(
+                f"{key}.presign",
+                "a store that clients fetch from needs no cache: remove one of the two, or write two sources",
+            )
         if isinstance(source, StorageSettings) and "max_connections" in source.options:
             raise self.error(f"{key}.options.max_connections", f"not one of obstore's: write it in [{key}] itself")
         return source

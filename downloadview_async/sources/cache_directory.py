@@ -240,9 +240,15 @@ class CacheDirectory:
         try:
             found = os.fstat(descriptor)
             content = os.read(descriptor, 1 << 20)
-            now = time.time()
-            with suppress(OSError):  # read only, perhaps; what is there can be sent all the same
-                os.utime(descriptor, (now if lease else found.st_atime, now))
+            try:
+                if lease:
+                    self.lease(key_hash(source, key))  # by its name: a file that was evicted meanwhile has none
+                else:
+                    os.utime(descriptor, (found.st_atime, time.time()))
+            except FileNotFoundError:
+                return None
+            except OSError:
+                pass  # read only, perhaps; what is there can be sent all the same
         finally:
             os.close(descriptor)
         entry = load_entry(content, source, key)
@@ -305,7 +311,7 @@ class CacheDirectory:
             leased = self._leased(part.key)
             replaced = self._size(entry.data)
             fcntl.flock(part.descriptor, fcntl.LOCK_SH)
-            os.rename(part.name, entry.data, src_dir_fd=self.root.descriptor, dst_dir_fd=self.root.descriptor)
+            self._rename(part.name, entry.data)
             try:
                 self._write_meta(part.key, dump_entry(source, key, entry), leased)
             except BaseException:
@@ -448,10 +454,19 @@ class CacheDirectory:
     def _evict(self, key: str, found: _Found) -> int:
         """Remove all there is of a K, unless it is in use, and return the bytes that are free then."""
         descriptors = [self._lock_unused(name) for name, _, _ in found.data]
+        meta, hidden = f"{key}.meta", f"{key}.{secrets.token_hex(8)}.part"
         try:
             if None in descriptors:
                 return 0
-            self._unlink(f"{key}.meta")
+            # Without its name nobody can lease it any more, and who has, since it was looked at, is seen now.
+            try:
+                self._rename(meta, hidden)
+            except FileNotFoundError:
+                return 0
+            if 0 <= time.time() - os.stat(hidden, dir_fd=self.root.descriptor).st_atime < LEASE_SECONDS:
+                self._rename(hidden, meta)
+                return 0
+            self._unlink(hidden)
             for name, _, _ in found.data:
                 self._unlink(name)
             return _BLOCK + sum(_cost(size) for _, size, _ in found.data)
@@ -485,7 +500,7 @@ class CacheDirectory:
         try:
             os.write(part.descriptor, content)
             os.utime(part.descriptor, (leased, time.time()))
-            os.rename(part.name, f"{key}.meta", src_dir_fd=self.root.descriptor, dst_dir_fd=self.root.descriptor)
+            self._rename(part.name, f"{key}.meta")
         except BaseException:
             self._unlink(part.name)
             raise
@@ -546,6 +561,9 @@ class CacheDirectory:
         self._unlink(name)
         os.close(descriptor)
         return True
+
+    def _rename(self, name: str, new: str) -> None:
+        os.rename(name, new, src_dir_fd=self.root.descriptor, dst_dir_fd=self.root.descriptor)
 
     def _unlink(self, name: str) -> bool:
         try:

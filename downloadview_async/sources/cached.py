@@ -742,11 +742,16 @@ class _Fetch:
             count: int = await file.write(block)
             return count
 
+        # From then on what arrives is handed on to those who are there, and who comes later would miss the beginning.
         async def reserve(size: int) -> bool:
-            return await cache.grow(part, size)
+            has_room = await cache.grow(part, size)
+            if not has_room:
+                cache.withdraw(self)
+            return has_room
 
         def complain(exc: BaseException) -> None:
             cache.complain(exc)
+            cache.withdraw(self)
 
         self.arriving.describe(metadata, file=local, write=write, reserve=reserve, complain=complain)
 

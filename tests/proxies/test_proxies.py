@@ -217,8 +217,10 @@ async def test_a_validator_that_was_given_is_current(site: Site, route: str, met
         assert (answer.status, answer.body) == (304, b""), condition
         assert answer.headers["etag"] == etag
         assert answer.headers["cache-control"] == "private, max-age=60"
-        if site.kind.name not in ("caddy", "h2o") or route not in LOCAL:  # which leave it out beside an ETag
-            assert answer.headers.get("last-modified") == first.headers.get("last-modified")
+        left_out = route in LOCAL and (
+            site.kind.name == "caddy" or (site.kind.name == "h2o" and [*condition] == ["If-Modified-Since"])
+        )
+        assert answer.headers.get("last-modified") == (None if left_out else first.headers.get("last-modified"))
         assert_no_order(answer)
 
 
@@ -387,7 +389,7 @@ async def test_what_the_proxy_may_not_read_is_missing(site: Site) -> None:
     if site.kind.name == "caddy":  # which stays who it is: root, here
         assert (answer.status, answer.body) == (200, PRIVATE)
         return
-    assert answer.status in ((403, 404) if site.kind.name in ("lighttpd", "h2o") else (404,))
+    assert answer.status == (403 if site.kind.name in ("lighttpd", "h2o") else 404)
     assert PRIVATE not in answer.body
     assert answer.headers["content-type"].count("charset") < 2
     assert_no_order(answer)

@@ -107,6 +107,14 @@ def test_rules_that_are_refused(rules: list[dv.Rule], message: str) -> None:
         RuleTable(rules)
 
 
+@pytest.mark.parametrize("make", [dv.XAccelRedirect, dv.XReproxyURL, dv.XLiteSpeedLocation])
+@pytest.mark.parametrize("target", ["/_a/", "/_a/b/"])
+def test_a_target_is_not_below_another_one(make: Any, target: str) -> None:
+    """The proxy would send the file of that name from the directory of the other rule."""
+    with pytest.raises(ConfigurationError, match=f"'{target}' is '/_a/' or below it"):
+        make([dv.Rule("/srv/b", target), dv.Rule("/srv/a", "/_a/")])
+
+
 # --- nginx
 
 NGINX = dv.XAccelRedirect(RULES)
@@ -234,7 +242,7 @@ def test_stores_that_are_refused(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     stores = [dv.ObjectStorage(url, **options) for url, options in storages]
     with pytest.raises(ConfigurationError, match=message):
-        dv.XAccelRedirect([dv.Rule(source, "/_lake/") for source in rules], storages=stores)
+        dv.XAccelRedirect([dv.Rule(source, f"/_{number}/") for number, source in enumerate(rules)], storages=stores)
 
 
 @pytest.mark.asyncio

@@ -155,6 +155,15 @@ def test_a_rule_has_the_proxy_send_what_is_complete(tmp_path: Path, text: str) -
     assert (tmp_path / "cache" / name).read_bytes() == b"1 a"
 
 
+def test_a_route_is_sent_by_a_proxy_that_has_the_cache(tmp_path: Path, text: str) -> None:
+    by_proxy = f'{text}send = "proxy"\n'
+    build(load(tmp_path, by_proxy + RULE))
+    (tmp_path / "files").mkdir()
+    other = '[sources.files]\ntype = "path"\nroot = "files"\n' + RULE.replace('"cache"', '"files"')
+    with pytest.raises(ConfigurationError, match=r"no rule tells the proxy where 'reports' is: .* source '.*/cache'"):
+        load(tmp_path, by_proxy + other)
+
+
 def test_sources_may_share_a_directory(tmp_path: Path, text: str) -> None:
     more = text.replace("sources.reports", "sources.others").replace("reports", "others")
     with client_of(tmp_path, text + more) as client:

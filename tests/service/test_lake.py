@@ -1,5 +1,6 @@
 """Object stores in the service: settings, what is wrong with them, and downloads from a real S3 server."""
 
+import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -12,7 +13,8 @@ from downloadview_async import ConfigurationError
 from downloadview_async.service.build import build
 from downloadview_async.service.load import load_settings
 from downloadview_async.service.settings import Settings, StorageSettings
-from tests.s3 import BUCKET, KEY_ID, S3, SECRET
+from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET
+from tests.servers import free_port
 
 LAKE = """
 [sources.lake]
@@ -93,6 +95,7 @@ WRONG: list[tuple[str, str, str]] = [
         "https://files.example.org",
     ),
     (LAKE + REDIRECT, "routes[0].send", "add [sources.lake.presign]"),
+    (f'{LAKE}{PRESIGN}[sources.lake.cache]\npath = "cache"\n{REDIRECT}', "sources.lake.presign", "needs no cache"),
     (f'{FILES}{FILES_ROUTE}send = "redirect"\n', "routes[0].send", "choose proxy or stream"),
     (f'{FILES}{FILES_ROUTE}send = "sometimes"\n', "routes[0].send", "redirect, proxy or stream"),
     (f'{FILES}{FILES_ROUTE}send = "proxy"\n', "routes[0].send", "set offload.backend"),
@@ -185,9 +188,9 @@ def test_a_route_chooses_how_it_sends(tmp_path: Path, send: str, offloaded: bool
     assert answer.text == ("" if offloaded else "here")
 
 
-def lake(s3: S3, directory: Path, more: str) -> Any:
+def lake(s3: S3, directory: Path, more: str, change: tuple[str, str] = ("", "")) -> Any:
     text = LAKE.replace("http://127.0.0.1:8333", s3.url).replace("AKID", KEY_ID).replace('"secret"', f'"{SECRET}"')
-    return build(load(directory, text + more))
+    return build(load(directory, text.replace(*change) + more))
 
 
 def test_downloads_from_a_real_server(s3: S3, tmp_path: Path) -> None:
@@ -213,3 +216,29 @@ def test_redirects_to_a_real_server(s3: S3, tmp_path: Path) -> None:
     fetched = httpx2.get(url)
     assert (fetched.status_code, fetched.content) == (200, b"0123456789")
     assert fetched.headers["content-disposition"].startswith("inline; filename=")
+
+
+def test_readyz_names_a_store_that_cannot_be_reached(s3: S3, tmp_path: Path) -> None:
+    with TestClient(lake(s3, tmp_path, ROUTE)) as client:
+        answer = client.get("/-/readyz")
+        assert (answer.status_code, answer.text) == (200, "ready\n")
+    for change in ((s3.url, f"http://127.0.0.1:{free_port()}"), (f'"{SECRET}"', '"another"'), (KEY_ID, DENIED_ID)):
+        app = lake(s3, tmp_path, ROUTE, change)
+        with TestClient(app) as client:
+            answer = client.get("/-/readyz")
+            reached = change[0] != s3.url  # a store that denies one object may give others
+            assert (answer.status_code, answer.text) == ((200, "ready\n") if reached else (503, "lake\n"))
+            assert client.get("/-/livez").status_code == 200
+
+
+def test_readyz_gives_up_on_a_store_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("downloadview_async.service.health._PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        text = LAKE.replace("http://127.0.0.1:8333", url)
+        with TestClient(build(load(tmp_path, f'{text}[sources.lake.cache]\npath = "cache"\n{ROUTE}'))) as client:
+            for _ in range(3):
+                assert client.get("/-/readyz").text == "lake\n"
+            (tmp_path / "cache" / "usage").unlink()
+            (tmp_path / "cache").rmdir()
+            assert client.get("/-/readyz").text == "lake\nlake.cache\n"

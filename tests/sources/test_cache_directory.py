@@ -235,6 +235,40 @@ def test_a_leased_file_is_not_evicted(make: Make, monkeypatch: pytest.MonkeyPatc
     assert put(directory, "b", bytes(16 * KIB)) is not None
 
 
+def test_a_file_that_is_leased_while_others_are_counted_is_not_evicted(make: Make) -> None:
+    """A large directory takes a while to go through, and a proxy may be told of a file of it meanwhile."""
+    told: list[str] = []
+
+    def used() -> dict[str, float]:  # is asked for when everything has been looked at
+        for key in told:
+            directory.lease(key)
+        return {}
+
+    directory = make(max_bytes=32 * KIB, used=used)
+    put(directory, "a", bytes(16 * KIB))
+    told.append(key_hash("s", "a"))
+    before = names(directory)
+    assert put(directory, "b", bytes(16 * KIB)) is None
+    assert names(directory) == before
+    assert directory.find("s", "a") is not None
+
+
+def test_what_was_evicted_meanwhile_is_not_found_for_a_proxy(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make()
+    put(directory, "a", b"a")
+    name = os.path.join(directory.root.path, f"{key_hash('s', 'a')}.meta")
+    read = os.read
+
+    def read_and_lose(descriptor: int, count: int) -> bytes:  # as when another process is quicker
+        content = read(descriptor, count)
+        os.unlink(name)
+        return content
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "read", read_and_lose)
+        assert directory.find("s", "a", lease=True) is None
+
+
 def test_what_is_unused_for_long_is_removed(make: Make) -> None:
     directory = make()
     put(directory, "a", b"a")

@@ -638,6 +638,30 @@ async def test_a_directory_that_is_gone_does_not_stop_a_download(
     assert len([record for record in caplog.records if "cannot be used" in record.message]) == 1
 
 
+async def test_who_comes_after_the_cache_took_no_more_has_a_stream_of_their_own(tmp_path: Path) -> None:
+    go_on = asyncio.Event()
+    made: list[str] = []
+
+    async def pieces() -> AsyncIterator[bytes]:
+        made.append("again")
+        yield b"a" * 1000
+        await asyncio.wait_for(go_on.wait(), 30)
+        yield b"b" * 1000
+
+    source = dv.VirtualSource(lambda name: VirtualFile(pieces, name=name, max_age=60))
+    async with serving(source, tmp_path / "cache", max_bytes=8192) as served:  # there is no room for it to grow
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(b"GET /a.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        await reader.readuntil(b"a" * 1000)
+        late = asyncio.create_task(served.get())
+        while len(made) < 2 and not late.done():
+            await asyncio.sleep(0)
+        go_on.set()
+        assert (await late).body == b"a" * 1000 + b"b" * 1000
+        assert (await reader.read()).count(b"b") == 1000
+        writer.close()
+
+
 async def test_a_failing_end_is_no_failed_download(
     origin: Origin, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
