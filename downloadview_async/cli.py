@@ -1,5 +1,7 @@
 """The command `downloadview`."""
 
+import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -80,6 +82,63 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
     except ConfigurationError as exc:
         click.echo(f"downloadview: {exc}", err=True)
         sys.exit(_STARTUP_FAILURE if isinstance(exc, DatabaseUnavailable) else _WRONG_SETTINGS)
+
+
+@main.command()
+@click.argument("url", required=False)
+@click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
+@click.option("--direct", metavar="URL", help="Where the service itself listens.  [default: as in the settings]")
+@click.option("--file", "files", multiple=True, metavar="PATH", help="The path of a URL to ask for; may be repeated.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds for each request.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(
+    url: str | None, config: Path | None, direct: str | None, files: tuple[str, ...], timeout: float, as_json: bool
+) -> None:
+    """Check a running service, and the proxy before it at URL, against the settings.
+
+    Each line is pass, FAIL or skip: what was asked, what came, and for a failure what mends it. The status is 0 if
+    nothing has failed, 1 if something has, 2 if nothing could be checked.
+
+    The settings are those of `downloadview serve`. Each route is checked by the `example`s that they give, by --file,
+    or by the first file of a local directory.
+    """
+    import anyio
+
+    from downloadview_async.service.check import Line
+    from downloadview_async.service.check import check as checks
+
+    lines: list[Line] = []
+
+    async def run_checks() -> None:
+        _choose(None, config)
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        async with contextlib.aclosing(
+            checks(settings, url=url, direct=direct, files=files, timeout=timeout)
+        ) as answers:
+            async for line in answers:
+                lines.append(line)
+                if not as_json:
+                    click.echo(f"{line.result}  {line.step}  {line.route}  {line.asked}: {line.came}")
+                    if line.remedy:
+                        click.echo(f"      {line.remedy}")
+
+    try:
+        anyio.run(run_checks)
+    except ConfigurationError as exc:
+        click.echo(f"downloadview: {exc}", err=True)
+        sys.exit(_WRONG_SETTINGS)
+    counts = {result: sum(line.result == result for line in lines) for result in ("pass", "FAIL", "skip")}
+    if as_json:
+        click.echo(json.dumps({**counts, "checks": [dataclasses.asdict(line) for line in lines]}, ensure_ascii=False))
+    else:
+        click.echo(", ".join(f"{count} {result}" for result, count in counts.items()))
+    sys.exit(1 if counts["FAIL"] else 0)
 
 
 def _choose(path: Path | None, config: Path | None) -> None:
