@@ -56,7 +56,7 @@ _PART = 1024  # bytes of a range that is asked for
 _MOST_ENTRIES = 1000  # of a directory that is searched for a file to ask for
 _ORDER = re.compile("x-(?:accel-.+|sendfile.*|lighttpd-send-file|litespeed-location|reproxy-url)")
 _PARAMETER = re.compile("{[^}]*}")
-_PLAIN = re.compile("[A-Za-z0-9_.~/-]+")
+_PLAIN = re.compile("/?[A-Za-z0-9_][A-Za-z0-9_./~-]*")
 _STALE = '"downloadview-check"'
 _KINDS = ("nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed")
 
@@ -361,6 +361,8 @@ class _Run:
     service: str
     seen: set[str] = field(default_factory=set)
     """What answers by way of the proxy have said of who sends them."""
+    obeyed: set[str] = field(default_factory=set)
+    """The sources of rules by which the proxy has sent a file."""
 
     async def lines(self, files: Sequence[str]) -> AsyncGenerator[Line, None]:
         wanted, unknown = await anyio.to_thread.run_sync(self._wanted, files)
@@ -611,7 +613,7 @@ class _Run:
             for target in self._inner_targets(rule, file):
                 answer = await self.proxy.ask(target, root=True)
                 own = await self.here.ask(target, method="HEAD")
-                if own.status == 200 and _same_path(target):
+                if own.status == 200:
                     continue  # the service's own page, whatever the proxy has there
                 came = str(answer.status)
                 where = rule.target or rule.source
@@ -709,6 +711,8 @@ class _Run:
         size = file.content.size
         if size is not None and file.metadata.size is not None and answer.get("content-length") != str(size):
             return f"{came}, Content-Length: {answer.get('content-length')} of {size}", self._lost("encoded", file)
+        if file.rule is not None:
+            self.obeyed.add(file.rule.source)
         if file.offloaded and (file.alone is None or file.alone.orders):
             # from outside it cannot be seen who sends; but the service, which has been asked, sends no byte of it
             return f"{came}, the right bytes, which the service alone does not send", ""
@@ -723,7 +727,9 @@ class _Run:
         if (found := _closed_to_others(location)) is not None:
             path, mode = found
             return advice("unreadable", None, path=path, mode=mode)
-        return self._advice("not found", file.rule)
+        obeyed = file.rule is not None and file.rule.source in self.obeyed
+        by_name = obeyed and not _PLAIN.fullmatch(location)
+        return self._advice("other bytes" if by_name else "not found", file.rule)
 
     async def _headers(self, file: _File, whole: _Answer) -> AsyncIterator[Line]:
         said = file.said if file.alone is None else file.alone
@@ -810,8 +816,7 @@ class _Run:
     async def _conditions(self, file: _File, whole: _Answer) -> AsyncIterator[Line]:
         for name, header in (("If-None-Match", "etag"), ("If-Modified-Since", "last-modified")):
             if (value := whole.get(header)) is None:
-                yield self._line("skip", "together", file, f"GET {file.target} {name}", "not checked", f"no {header}")
-                continue
+                continue  # one that is lost has been found to be
             answer = await self._ask(file, **{name: value})
             right = answer.status == 304 and not answer.body and not answer.orders
             yield self._judged(right, file, {name: value}, str(answer.status), "conditions")
@@ -903,11 +908,6 @@ class _Run:
 
 def _shown(headers: Mapping[str, str], comma: str = ",") -> str:
     return "".join(f"{comma} {name}: {value}" for name, value in headers.items())
-
-
-def _same_path(target: str) -> bool:
-    """Return whether a path is spelled so that nobody could take it for another."""
-    return "//" not in target and ".." not in target and "%" not in target
 
 
 def _names_in(directory: Path, deep: bool) -> Iterator[str]:

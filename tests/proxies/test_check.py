@@ -50,8 +50,8 @@ example = "report.txt"
 MADE = "def make(name):\n    return b'made ' * 1000 if name == 'report.txt' else None\n"
 RULES: dict[str | None, str] = {
     None: "",
-    **{kind: '[[offload.rules]]\nsource = "app/files"\n' for kind in ("apache", "lighttpd")},
-    **{kind: '[[offload.rules]]\nsource = "app/files"\ntarget = "/_files/"\n' for kind in ("nginx", "caddy", "h2o")},
+    **dict.fromkeys(("apache", "lighttpd"), '[[offload.rules]]\nsource = "app/files"\n'),
+    **dict.fromkeys(("nginx", "caddy", "h2o"), '[[offload.rules]]\nsource = "app/files"\ntarget = "/_files/"\n'),
 }
 
 
@@ -115,3 +115,360 @@ async def test_what_is_shipped_passes(each: Site) -> None:
     assert failures(lines) == []
     assert {line.step for line in lines} == {"source", "application", "proxy", "together"}
     assert [line for line in lines if line.result == "skip"] == []
+
+
+# --- what is known to go wrong: what is changed of the configuration, and what is said of it
+
+PLAIN = "/files/plain.txt"
+PAGE = "/pages/page.html"
+LARGE = "/large/large.bin"
+MADE_FILE = "/made/report.txt"
+NGINX_STREAM = 'proxy_set_header Forwarded "";'
+APACHE = "ProxyRequests Off"
+CADDY = "\trequest_body {"
+LIGHTTPD = '    "Forwarded" => "",'
+H2O_STREAM = "          proxy.header.unset: Forwarded\n"
+
+
+@dataclass(frozen=True)
+class Wrong:
+    name: str
+    kind: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    """What of the configuration is replaced by what. SERVICE stands for the service's port."""
+    advice: str
+    came: str = ""
+    """A part of the failed line, apart from its advice."""
+
+
+def wrong(name: str, kind: str, file: str, old: str, new: str, advice: str, came: str = "") -> Wrong:
+    return Wrong(name, kind, file, ((old, new),), advice, came)
+
+
+WRONG = [
+    wrong("alias without a slash", "nginx", PLAIN, "alias app/files/;", "alias app/files;", "alias {files}/;", ": 404"),
+    wrong("another alias", "nginx", PLAIN, "alias app/files/;", "alias app/other/;", "alias {files}/;", ": 404"),
+    wrong("root for alias", "nginx", PLAIN, "alias app/files/;", "root app/files/;", "alias and not root", ": 404"),
+    wrong(
+        "another location", "nginx", PLAIN, "location /_files/ {", "location /_other/ {", "location /_files/ {", "404"
+    ),
+    wrong("not internal", "nginx", PLAIN, "            internal;\n", "", "`internal;`", "GET /_files/plain.txt: 200"),
+    Wrong(
+        "neither slash nor internal",
+        "nginx",
+        PLAIN,
+        (("location /_files/ {", "location /_files {"), ("            internal;\n", "")),
+        "slash at both ends",
+        "GET /_files../files/plain.txt: 200",
+    ),
+    wrong("another service", "nginx", PLAIN, "127.0.0.1:SERVICE", "127.0.0.1:9", "proxy_pass", "502"),
+    wrong(
+        "orders are ignored",
+        "nginx",
+        PLAIN,
+        NGINX_STREAM,
+        f"{NGINX_STREAM} proxy_ignore_headers X-Accel-Redirect;",
+        "proxy_ignore_headers",
+        "200, no bytes",
+    ),
+    wrong(
+        "nosniff is lost",
+        "nginx",
+        PLAIN,
+        "            add_header X-Content-Type-Options $up",
+        "            # $up",
+        "add_header X-Content-Type-Options $upstream_http_x_content_type_options always;",
+        "X-Content-Type-Options: None",
+    ),
+    wrong(
+        "the sandbox is lost",
+        "nginx",
+        PAGE,
+        "            add_header Content-Security-Policy $up",
+        "            # $up",
+        "add_header Content-Security-Policy $upstream_http_content_security_policy always;",
+        "Content-Security-Policy: None",
+    ),
+    wrong(
+        "nosniff twice",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f"{NGINX_STREAM} add_header X-Content-Type-Options nosniff;",
+        "no add_header",
+        "nosniff, nosniff",
+    ),
+    wrong(
+        "Cache-Control is made anew",
+        "nginx",
+        PLAIN,
+        "            gzip off;",
+        "            gzip off; expires 1d;",
+        "expires",
+        "Cache-Control: ",
+    ),
+    wrong(
+        "a cookie",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f'{NGINX_STREAM} add_header Set-Cookie "seen=1";',
+        "the service sets none",
+        "Set-Cookie is new",
+    ),
+    wrong("no ranges", "nginx", PLAIN, "max_ranges 100;", "max_ranges 0;", "max_ranges", "Range: bytes=0-0: 200"),
+    wrong(
+        "no dates", "nginx", PLAIN, "if_modified_since before;", "if_modified_since off;", "if_modified_since", ": 200"
+    ),
+    wrong(
+        "no validators", "nginx", PLAIN, "gzip off;", "gzip off; etag off; add_header Last-Modified '';", "etag", "no E"
+    ),
+    wrong(
+        "no Range for the service",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f'{NGINX_STREAM} proxy_set_header Range "";',
+        "proxy_set_header Range",
+        "Range: bytes=0-0: 200",
+    ),
+    wrong(
+        "no If-Range for the service",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f'{NGINX_STREAM} proxy_set_header If-Range "";',
+        "If-Range",
+        'If-Range: "downloadview-check": 206',
+    ),
+    wrong(
+        "no If-None-Match for the service",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f'{NGINX_STREAM} proxy_set_header If-None-Match "";',
+        "proxy_set_header If-None-Match",
+        "If-None-Match: ",
+    ),
+    wrong(
+        "compressed",
+        "nginx",
+        LARGE,
+        "gzip off;",
+        "gzip on; gzip_types *; gzip_min_length 1; gzip_proxied any;",
+        "gzip off;",
+        "Content-Encoding: gzip",
+    ),
+    wrong(
+        "decoded",
+        "nginx",
+        PLAIN,
+        "proxy_pass http://service;",
+        "proxy_pass http://service/;",
+        "without a slash",
+        "x%2F",
+    ),
+    wrong(
+        "orders of clients",
+        "nginx",
+        PLAIN,
+        "        location / {",
+        "        location / { if ($http_x_accel_redirect) { rewrite ^ /nowhere break; }",
+        'proxy_set_header X-Accel-Redirect "";',
+        "another answer",
+    ),
+    wrong("not enabled", "apache", PLAIN, "XSendFile On", "XSendFile Off", "XSendFile On", "x-sendfile: "),
+    Wrong(
+        "no module",
+        "apache",
+        PLAIN,
+        (("LoadModule xsendfile_module", "#"), ("\nXSendFile On", ""), ("\nXSendFilePath", "\n#")),
+        "LoadModule xsendfile_module",
+        "x-sendfile: ",
+    ),
+    wrong(
+        "another directory", "apache", PLAIN, 'XSendFilePath "${files}"', 'XSendFilePath "/usr/share"', "XSendFilePath"
+    ),
+    wrong("no directory", "apache", PLAIN, 'XSendFilePath "${files}"', "", 'XSendFilePath "{files}"', ": 404"),
+    wrong("another service", "apache", PLAIN, "127.0.0.1:SERVICE", "127.0.0.1:9", "ProxyPass / ", ": 503"),
+    wrong(
+        "no ranges",
+        "apache",
+        PLAIN,
+        "RequestHeader unset Range \"expr=%{REQUEST_METHOD} == 'HEAD'\"",
+        "RequestHeader unset Range early",
+        "RequestHeader unset Range",
+        "Range: bytes=0-0: 200",
+    ),
+    wrong("nosniff is lost", "apache", PLAIN, APACHE, f"{APACHE}\nHeader unset X-Content-Type-Options", "Header unset"),
+    wrong(
+        "no conditions", "apache", PLAIN, APACHE, f"{APACHE}\nRequestHeader unset If-None-Match early", "If-None-Match"
+    ),
+    wrong(
+        "the files are open",
+        "apache",
+        PLAIN,
+        "ProxyPass / ",
+        'DocumentRoot "${files}"\nProxyPass /plain.txt !\nProxyPass / ',
+        "no DocumentRoot",
+        "GET /plain.txt: 200",
+    ),
+    wrong(
+        "compressed",
+        "apache",
+        PLAIN,
+        APACHE,
+        f"{APACHE}\nLoadModule filter_module ${{modules}}/mod_filter.so\n"
+        "LoadModule deflate_module ${modules}/mod_deflate.so\nSetOutputFilter DEFLATE",
+        "no-gzip",
+        "Content-Encoding: gzip",
+    ),
+    Wrong(
+        "decoded",
+        "apache",
+        PLAIN,
+        (("AllowEncodedSlashes NoDecode", "AllowEncodedSlashes On"), (" nocanon", "")),
+        "nocanon",
+        "x%2F",
+    ),
+    wrong(
+        "not enabled",
+        "lighttpd",
+        PLAIN,
+        '"x-sendfile" => "enable"',
+        '"x-sendfile" => "disable"',
+        '"x-sendfile" => "enable"',
+    ),
+    wrong(
+        "another directory",
+        "lighttpd",
+        PLAIN,
+        '(env.PWD + "/app/files/")',
+        '(env.PWD + "/app/files-private/")',
+        '"x-sendfile-docroot" => ("{files}/")',
+        ": 403",
+    ),
+    wrong(
+        "the files are open",
+        "lighttpd",
+        PLAIN,
+        'proxy.server = (""',
+        'proxy.server = ("/files/"',
+        "proxy.server",
+        ": 200",
+    ),
+    wrong(
+        "decoded",
+        "lighttpd",
+        PLAIN,
+        '("url-path-2f-decode" => "disable")',
+        '("url-path-2f-decode" => "enable")',
+        "url-path-2f-decode",
+        "x%2F",
+    ),
+    wrong(
+        "nosniff is lost",
+        "lighttpd",
+        PLAIN,
+        "setenv.set-request-header",
+        'setenv.set-response-header = ("X-Content-Type-Options" => "")\nsetenv.set-request-header',
+        "setenv.set-response-header",
+        "X-Content-Type-Options: None",
+    ),
+    wrong(
+        "no ranges", "lighttpd", PLAIN, "server.tag", 'server.range-requests = "disable"\nserver.tag', "range-requests"
+    ),
+    wrong("no conditions", "lighttpd", PLAIN, LIGHTTPD, f'{LIGHTTPD} "If-None-Match" => "",', "If-None-Match"),
+    wrong("another service", "lighttpd", PLAIN, '"port" => SERVICE', '"port" => 9', "host and port", ": 503"),
+    wrong(
+        "not enabled",
+        "caddy",
+        PLAIN,
+        "header X-Accel-Redirect *",
+        "header X-Nothing *",
+        "handle_response",
+        "x-accel-re",
+    ),
+    wrong("another directory", "caddy", PLAIN, "root app/files\n", "root app\n", "root {files} ", ": 404"),
+    wrong(
+        "the files are open",
+        "caddy",
+        PLAIN,
+        CADDY,
+        f"handle_path /_files/* {{\nroot app/files\nfile_server\n}}\n{CADDY}",
+        "handle_response @offloaded",
+        "GET /_files/plain.txt: 200",
+    ),
+    wrong(
+        "headers are lost",
+        "caddy",
+        PLAIN,
+        "exclude Connection Content-Length Date Server X-Accel-Redirect",
+        "include Content-Type",
+        "copy_response_headers",
+        "Content-Disposition: None",
+    ),
+    wrong("compressed", "caddy", PLAIN, CADDY, f"encode gzip\n{CADDY}", "no `encode`", "Content-Encoding: gzip"),
+    wrong(
+        "no ranges", "caddy", PLAIN, CADDY, f"request_header -Range\n{CADDY}", "request_header -Range", "bytes=0-0: 200"
+    ),
+    wrong("no conditions", "caddy", PLAIN, CADDY, f"request_header -If-None-Match\n{CADDY}", "request_header", ": 200"),
+    wrong("another service", "caddy", PLAIN, "127.0.0.1:SERVICE", "127.0.0.1:9", "reverse_proxy", ": 502"),
+    wrong("not enabled", "h2o", PLAIN, "reproxy: ON", "reproxy: OFF", "reproxy: ON", "x-reproxy-url: "),
+    wrong("another directory", "h2o", PLAIN, "- file.dir: app/files", "- file.dir: app", "file.dir: {files}", ": 404"),
+    wrong(
+        "the files are open",
+        "h2o",
+        PLAIN,
+        "      /_files/:\n",
+        "      /_files/:\n        - file.dir: app/files\n",
+        "DOWNLOADVIEW_TARGET",
+        "GET /_files/plain.txt: 200",
+    ),
+    wrong("compressed", "h2o", PLAIN, "reproxy: ON", "reproxy: ON\n    compress: ON", "compress: OFF", "-Encoding: "),
+    wrong(
+        "no ranges for the service",
+        "h2o",
+        MADE_FILE,
+        H2O_STREAM,
+        f"{H2O_STREAM}          proxy.header.unset: Range\n",
+        "Range",
+    ),
+    wrong(
+        "no conditions for the service",
+        "h2o",
+        MADE_FILE,
+        H2O_STREAM,
+        f"{H2O_STREAM}          proxy.header.unset: If-None-Match\n",
+        "If-None-Match",
+    ),
+    wrong(
+        "nosniff is lost",
+        "h2o",
+        PLAIN,
+        '["connection", "content-length",',
+        '["connection", "x-content-type-options", "content-length",',
+        "mruby.handler",
+        "X-Content-Type-Options: None",
+    ),
+    wrong("another service", "h2o", PLAIN, "127.0.0.1:SERVICE/\n", "127.0.0.1:9/\n", "proxy.reverse.url", ": 502"),
+]
+
+
+@pytest.mark.parametrize(
+    "each, case", [pytest.param(case.kind, case, id=f"{case.kind}: {case.name}") for case in WRONG], indirect=["each"]
+)
+async def test_what_is_wrong_is_found(each: Site, case: Wrong) -> None:
+    def edit(text: str) -> str:
+        for old, new in case.edits:
+            old = old.replace("SERVICE", str(each.service))
+            assert old in text, f"nothing to change: {old}"
+            text = text.replace(old, new)
+        return text
+
+    failed = failures(await each.check(edit, files=[case.file]))
+    advice = case.advice.replace("{files}", str(each.checkout / "app" / "files"))
+    said = [line for line in failed if advice in line.remedy and case.came in f"{line.asked}: {line.came}"]
+    assert said, failed
+    assert advice in failed[0].remedy, "what is said first is what mends it"
