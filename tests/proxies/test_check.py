@@ -1,5 +1,6 @@
 """`downloadview check`: what is shipped passes on the real proxies, and each misconfiguration is found on one."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from downloadview_async.service.load import load_settings
 from downloadview_async.service.settings import Settings
 from tests.live import live
 from tests.proxies.conftest import content_of, make_checkout
-from tests.proxies.servers import KINDS, proxy, readable_directory
+from tests.proxies.servers import KINDS, free_port, proxy, readable_directory
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -315,9 +316,9 @@ WRONG = [
         "GET /plain.txt: 200",
     ),
     wrong(
-        "compressed",
+        "compressed",  # but never what mod_xsendfile sends
         "apache",
-        PLAIN,
+        MADE_FILE,
         APACHE,
         f"{APACHE}\nLoadModule filter_module ${{modules}}/mod_filter.so\n"
         "LoadModule deflate_module ${modules}/mod_deflate.so\nSetOutputFilter DEFLATE",
@@ -472,3 +473,106 @@ async def test_what_is_wrong_is_found(each: Site, case: Wrong) -> None:
     said = [line for line in failed if advice in line.remedy and case.came in f"{line.asked}: {line.came}"]
     assert said, failed
     assert advice in failed[0].remedy, "what is said first is what mends it"
+
+
+# --- settings and proxies that do not fit
+
+
+async def test_the_service_has_no_backend() -> None:
+    async with site("nginx") as here, live(build(settings_of(here.checkout, None))) as service:
+        failed = failures(await here.check(service=service, files=[PLAIN]))
+    assert [line.step for line in failed] == ["application"]  # what comes by way of the proxy is right
+    assert "DOWNLOADVIEW_OFFLOAD__BACKEND=nginx" in failed[0].remedy
+
+
+async def test_the_service_says_more_than_these_settings() -> None:
+    async with site("nginx") as here:
+        plain = settings_of(here.checkout, None)
+        failed = failures(await here.check(settings=plain, files=[PLAIN]))
+    assert [line.step for line in failed] == ["application"]
+    assert "stream this file" in failed[0].remedy
+
+
+async def test_the_service_has_another_target() -> None:
+    async with site("nginx") as here:
+        file = here.checkout / "other.toml"
+        file.write_text((here.checkout / "nginx.toml").read_text().replace("/_files/", "/_other/"))
+        other = load_settings(file, environ={})
+        async with live(build(other)) as service:
+            failed = failures(await here.check(service=service, files=[PLAIN]))
+    assert failed[0].step == "application"
+    assert "x-accel-redirect: /_files/plain.txt" in failed[0].remedy
+    assert failed[1].step == "together"
+    assert "404" in failed[1].came
+
+
+@pytest.mark.parametrize(
+    "backend, behind",
+    [("nginx", "apache"), ("nginx", "lighttpd"), ("nginx", "h2o"), ("apache", "nginx"), ("h2o", "caddy")],
+)
+async def test_the_backend_is_that_of_another_proxy(backend: str, behind: str) -> None:
+    async with site(backend) as here:
+        failed = failures(await here.check(kind=behind, files=[PLAIN]))
+    assert [line.step for line in failed] == ["together"]
+    assert f'backend = "{behind}"' in failed[0].remedy
+    assert "0 bytes" in failed[0].came
+
+
+@pytest.mark.parametrize("kind, encoding", [("apache", "percent"), ("lighttpd", "raw")])
+async def test_the_encoding_is_that_of_another_proxy(kind: str, encoding: str) -> None:
+    async with site(kind) as here:
+        settings = settings_of(here.checkout, kind, f'encoding = "{encoding}"\n')
+        async with live(build(settings)) as service:
+            failed = failures(await here.check(service=service, settings=settings))
+    assert {(line.step, line.asked) for line in failed} >= {("together", "GET /pages/a%2520b.txt")}
+    right = "raw" if kind == "apache" else "percent"
+    assert {f'encoding = "{right}"' in line.remedy for line in failed} == {True}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the service may read what the proxy may not")
+@pytest.mark.parametrize("kind", ["nginx", "apache", "lighttpd", "h2o"])
+async def test_the_proxy_may_not_read_the_file(kind: str) -> None:
+    async with site(kind) as here:
+        files = here.checkout / "app" / "files"
+        (files / "closed").mkdir()
+        (files / "closed" / "a.txt").write_bytes(b"a")
+        (files / "closed.txt").write_bytes(b"a")
+        (files / "closed").chmod(0o700)
+        (files / "closed.txt").chmod(0o600)
+        failed = failures(await here.check(files=["/files/closed/a.txt", "/pages/closed.txt"]))
+    assert [line.remedy.split("`")[1] for line in failed] == [
+        f"chmod o+x {files}/closed",
+        f"chmod o+r {files}/closed.txt",
+    ]
+
+
+async def test_a_rule_that_leads_through_a_link() -> None:
+    async with site("nginx") as here:
+        (here.checkout / "link").symlink_to(here.checkout / "app" / "files")
+        file = here.checkout / "link.toml"
+        text = (here.checkout / "nginx.toml").read_text()
+        file.write_text(text.replace('url = "file:app/files"', 'url = "file:link"'))
+        settings = load_settings(file, environ={})
+        async with live(build(settings)) as service:
+            lines = await here.check(service=service, settings=settings, files=[PLAIN, PAGE])
+    (failed,) = failures(lines)
+    assert failed.asked == f"GET {PAGE}"
+    assert f'source = "{here.checkout}/link"' in failed.remedy
+
+
+async def test_nothing_listens() -> None:
+    async with site("nginx") as here:
+        nobody = f"http://127.0.0.1:{free_port()}"
+        lines = [line async for line in check(here.settings, url=nobody, direct=nobody, files=[PLAIN])]
+        assert [(line.step, line.result) for line in lines] == [
+            ("source", "pass"),
+            ("application", "FAIL"),
+            ("proxy", "FAIL"),
+        ]
+        assert "--direct" in lines[1].remedy
+        assert "start the proxy" in lines[2].remedy
+        # a proxy that is checked from elsewhere says what the settings promise of it, with the service out of reach
+        with proxy(KINDS["nginx"], here.checkout, here.service) as port:
+            url = f"http://127.0.0.1:{port}"
+            lines = [line async for line in check(here.settings, url=url, direct=nobody, files=[PLAIN])]
+    assert [line.step for line in failures(lines)] == ["application"]
