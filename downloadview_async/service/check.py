@@ -9,7 +9,7 @@ import re
 import secrets
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,13 +27,12 @@ from downloadview_async import (
     ByteRange,
     ConfigurationError,
     Download,
-    FileError,
     FileMetadata,
     FileMissing,
     TransferAborted,
-    __version__,
 )
 from downloadview_async.service.advice import advice
+from downloadview_async.service.asking import MOST, PIECE, Answer, NoAnswerError, Peer
 from downloadview_async.service.build import build
 from downloadview_async.service.settings import (
     DatabaseUnavailable,
@@ -48,15 +47,11 @@ from downloadview_async.service.settings import (
 Step = Literal["source", "application", "proxy", "together"]
 Result = Literal["pass", "FAIL", "skip"]
 
-_PIECE = 64 << 10  # bytes
-_MOST = 3 * _PIECE
-"""What is read of one answer, and of one source: all of a smaller file, of a larger one its begin, middle and end."""
-
 _PART = 1024  # bytes of a range that is asked for
 _MOST_ENTRIES = 1000  # of a directory that is searched for a file to ask for
-_ORDER = re.compile("x-(?:accel-.+|sendfile.*|lighttpd-send-file|litespeed-location|reproxy-url)")
 _PARAMETER = re.compile("{[^}]*}")
 _PLAIN = re.compile("/?[A-Za-z0-9_][A-Za-z0-9_./~-]*")
+_ONCE = ("accept-ranges", "content-length", "date", "etag", "last-modified", "server")
 _STALE = '"downloadview-check"'
 _KINDS = ("nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed")
 
@@ -84,7 +79,7 @@ _ORDERS_OF_A_CLIENT = {
 class Line:
     """One check. route: the path of a route, or the target of a rule. asked, came: in words.
 
-    remedy: what mends it, where it has failed; the reason, where it was skipped.
+    remedy: what mends it, where it has failed.
     """
 
     result: Result
@@ -101,14 +96,15 @@ async def check(
     url: str | None = None,
     direct: str | None = None,
     files: Sequence[str] = (),
+    only: bool = False,
     timeout: float = 10.0,
 ) -> AsyncGenerator[Line, None]:
     """Yield the checks as they are made.
 
     url: where clients reach the service, by way of the proxy; without it there is no proxy to check. direct: where the
     service itself listens; default: where the settings say so. files: paths of URLs to ask for, such as
-    /files/a%20b.txt; default: the examples of each route, and of a local directory the first files found there.
-    timeout: seconds that the source, and each request, may take.
+    /files/a%20b.txt. only: no others; else each route that has none of them is asked for its examples, or for what is
+    found in its local directory. timeout: seconds that the source, and each request, may take.
 
     Raises `ConfigurationError` for wrong settings and URLs, and where there is no file to ask for.
     """
@@ -120,138 +116,44 @@ async def check(
             remedy = "start the database, or correct its URL"
             yield Line(result="FAIL", step="source", route="", asked="the database", came=str(exc), remedy=remedy)
             return
-        here = await stack.enter_async_context(_Peer.of_app(app, timeout))
-        alone = await stack.enter_async_context(_Peer.direct(settings, direct, timeout))
-        proxy = None if url is None else await stack.enter_async_context(_Peer.at(url, timeout))
-        run = _Run(settings, app, here, alone, proxy, timeout, _service_of(settings, direct))
-        async with aclosing(run.lines(files)) as lines:
+        here = await stack.enter_async_context(Peer.here(app, timeout))
+        alone = proxy = None
+        uds = settings.server.uds if direct is None else None
+        if (service := _service_of(settings, direct)) is not None:
+            alone = await stack.enter_async_context(Peer.at(service, timeout, uds=uds))
+        if url is not None:
+            proxy = await stack.enter_async_context(Peer.at(url, timeout))
+        run = _Run(
+            settings,
+            app,
+            here,
+            alone,
+            proxy,
+            timeout,
+            f"http://unix:{uds}" if uds else _shown_url(service or "http://HOST:PORT"),
+        )
+        async with aclosing(run.lines(files, only)) as lines:
             async for line in lines:
                 yield line
 
 
-# --- what is asked, and by whom
-
-
-class _NoAnswerError(Exception):
-    """There is no answer, or no whole one."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """An answer: its headers with names in lower case, and as much of its body as was wanted."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
-
-    def get(self, name: str) -> str | None:
-        """Return a header; one that comes more than once is a list."""
-        values = [value for known, value in self.headers if known == name.lower()]
-        return ", ".join(values) if values else None
-
-    @property
-    def orders(self) -> dict[str, str]:
-        """The headers for a proxy."""
-        return {name: value for name, value in self.headers if _ORDER.fullmatch(name)}
-
-
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    """Who is asked. Paths are sent as they are spelled."""
-
-    client: httpx2.AsyncClient
-    base: str
-    prefix: str
-    timeout: float
-    spelled: bool = True
-
-    @classmethod
-    @asynccontextmanager
-    async def of_app(cls, app: Starlette, timeout: float) -> AsyncIterator["_Peer"]:
-        transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx2.AsyncClient(transport=transport, trust_env=False) as client:
-            yield cls(client, "http://localhost", "", timeout, spelled=False)
-
-    @classmethod
-    @asynccontextmanager
-    async def at(cls, url: str, timeout: float, *, uds: str | None = None) -> AsyncIterator["_Peer"]:
-        try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            good = False
-        if not good or parts.query or parts.fragment:
-            raise ConfigurationError(f"{url!r} is no URL of a server: give one such as http://127.0.0.1:8080")
-        transport = httpx2.AsyncHTTPTransport(uds=uds, trust_env=False)
-        # no environment: its proxies are not those that are checked
-        async with httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout) as client:
-            yield cls(client, f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), timeout)
-
-    @classmethod
-    @asynccontextmanager
-    async def direct(cls, settings: Settings, url: str | None, timeout: float) -> AsyncIterator["_Peer | None"]:
-        server = settings.server
-        scheme = "https" if server.ssl_certfile else "http"
-        if url is not None:
-            async with cls.at(url, timeout) as peer:
-                yield peer
-        elif server.uds is not None:
-            async with cls.at(f"{scheme}://localhost", timeout, uds=server.uds) as peer:
-                yield peer
-        elif server.fd is not None or server.port == 0:
-            yield None
-        else:
-            async with cls.at(_service_of(settings, None), timeout) as peer:
-                yield peer
-
-    async def ask(
-        self, target: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, root: bool = False
-    ) -> _Answer:
-        """Send a request and read up to `_MOST` bytes. root: the target is below the host, not below the URL's path.
-
-        Raises `_NoAnswerError`.
-        """
-        path = target if root else self.prefix + target
-        request = self.client.build_request(
-            method,
-            self.base if self.spelled else self.base + path,
-            headers={
-                "Accept-Encoding": "identity",
-                "User-Agent": f"downloadview-check/{__version__}",
-                **(headers or {}),
-            },
-            extensions={"target": path.encode("ascii")} if self.spelled else None,
-        )
-        body = bytearray()
-        try:
-            with anyio.fail_after(self.timeout):
-                response = await self.client.send(request, stream=True, follow_redirects=False)
-                try:
-                    async with aclosing(response.aiter_raw(_PIECE)) as blocks:
-                        async for block in blocks:
-                            body += block
-                            if len(body) >= _MOST:
-                                break
-                finally:
-                    await response.aclose()
-        except TimeoutError:
-            raise _NoAnswerError(f"no answer within {self.timeout:g} s") from None
-        except (httpx2.HTTPError, OSError) as exc:
-            raise _NoAnswerError(f"no answer: {type(exc).__name__}: {exc}") from exc
-        said = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)
-        return _Answer(response.status_code, said, bytes(body[:_MOST]))
-
-
-def _service_of(settings: Settings, direct: str | None) -> str:
-    """Return the URL of the service itself, for a request or for people."""
+def _service_of(settings: Settings, direct: str | None) -> str | None:
+    """Return the URL at which the service itself is asked, or None where the settings do not tell."""
     server = settings.server
     if direct is not None:
-        return direct.rstrip("/")
+        return direct
+    scheme = "https" if server.ssl_certfile else "http"
     if server.uds is not None:
-        return f"unix:{server.uds}"
+        return f"{scheme}://localhost"
+    if server.fd is not None or server.port == 0:
+        return None
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(server.host, server.host)  # noqa: S104
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if server.ssl_certfile else 'http'}://{host}:{server.port}"
+    return f"{scheme}://[{host}]:{server.port}" if ":" in host else f"{scheme}://{host}:{server.port}"
+
+
+def _shown_url(url: str) -> str:
+    """Return a URL without a password."""
+    return re.sub("//.*@", "//", url.rstrip("/"))
 
 
 # --- what a file is
@@ -275,7 +177,7 @@ class _Content:
         """Return whether an answer with the whole file may begin with these bytes, and ends where the file does."""
         known = self.pieces[0][1]
         length = min(len(known), len(body))
-        whole = self.size is None or len(body) == min(self.size, _MOST)
+        whole = self.size is None or len(body) == min(self.size, MOST)
         return whole and known[:length] == body[:length] and (self.size == 0 or length > 0)
 
 
@@ -284,11 +186,11 @@ async def _content_of(file: AsyncFile) -> tuple[FileMetadata, _Content]:
         size = opened.metadata.size
         if size is None:
             read = await _read(opened.stream(None))
-            return opened.metadata, _Content(len(read) if len(read) < _MOST else None, ((0, read[:_MOST]),))
-        if size <= _MOST:
+            return opened.metadata, _Content(len(read) if len(read) < MOST else None, ((0, read[:MOST]),))
+        if size <= MOST:
             spans = [ByteRange(0, size)]
         else:
-            spans = [ByteRange(start, start + _PIECE) for start in (0, size // 2, size - _PIECE)]
+            spans = [ByteRange(start, start + PIECE) for start in (0, size // 2, size - PIECE)]
         pieces = [(span.start, await _read(opened.stream(span)) if len(span) else b"") for span in spans]
         for span, (_, read) in zip(spans, pieces, strict=True):
             if len(read) != len(span):
@@ -301,7 +203,7 @@ async def _read(blocks: AsyncIterator[bytes]) -> bytes:
     try:
         async for block in blocks:
             read += block
-            if len(read) >= _MOST:
+            if len(read) >= MOST:
                 break
     finally:
         close = getattr(blocks, "aclose", None)
@@ -321,17 +223,24 @@ class _Wanted:
 
 @dataclass(slots=True)
 class _File:
-    """A file that the source has given, and what these settings say of it."""
+    """A file that the source has given, and what the settings say of it."""
 
-    route: RouteSettings
-    target: str
-    thorough: bool
+    wanted: _Wanted
     file: AsyncFile
     metadata: FileMetadata
     content: _Content
-    said: _Answer
-    rule: RuleSettings | None
-    alone: _Answer | None = field(default=None)
+    said: Answer
+    """The answer to HEAD of the application in this process."""
+    alone: Answer | None = None
+    """The answer of the live one, if it is a good one."""
+
+    @property
+    def route(self) -> RouteSettings:
+        return self.wanted.route
+
+    @property
+    def target(self) -> str:
+        return self.wanted.target
 
     @property
     def offloaded(self) -> bool:
@@ -354,9 +263,9 @@ class _File:
 class _Run:
     settings: Settings
     app: Starlette
-    here: _Peer
-    alone: _Peer | None
-    proxy: _Peer | None
+    here: Peer
+    alone: Peer | None
+    proxy: Peer | None
     timeout: float
     service: str
     seen: set[str] = field(default_factory=set)
@@ -364,15 +273,15 @@ class _Run:
     obeyed: set[str] = field(default_factory=set)
     """The sources of rules by which the proxy has sent a file."""
 
-    async def lines(self, files: Sequence[str]) -> AsyncGenerator[Line, None]:
-        wanted, unknown = await anyio.to_thread.run_sync(self._wanted, files)
+    async def lines(self, files: Sequence[str], only: bool) -> AsyncGenerator[Line, None]:
+        wanted, unknown = await anyio.to_thread.run_sync(self._wanted, files, only)
         if not wanted:
             raise ConfigurationError(
                 "there is no file to ask for: give each route an `example` in the settings, or a path with --file"
             )
-        found: list[_File] = []
         for line in unknown:
             yield line
+        found: list[_File] = []
         for one in wanted:
             line, file = await self._source(one)
             yield line
@@ -381,19 +290,18 @@ class _Run:
         for file in found:
             yield await self._application(file)
         if self.proxy is None:
+            came = "not checked: give the URL at which clients reach it"
+            yield Line(result="skip", step="proxy", route="", asked="the proxy", came=came)
             return
         try:
             async for line in self._proxy_alone(found):
                 yield line
-        except _NoAnswerError as exc:
-            yield Line(
-                result="FAIL",
-                step="proxy",
-                route="",
-                asked=f"GET {self.proxy.base}",
-                came=str(exc),
-                remedy="start the proxy, or give the URL at which clients reach it",
+        except NoAnswerError as exc:
+            asked, remedy = (
+                f"GET {_shown_url(self.proxy.base)}",
+                "start the proxy, or give the URL at which clients reach it",
             )
+            yield Line(result="FAIL", step="proxy", route="", asked=asked, came=str(exc), remedy=remedy)
             return
         for file in found:
             async for line in self._together(file):
@@ -401,118 +309,91 @@ class _Run:
 
     # --- which files
 
-    def _wanted(self, files: Sequence[str]) -> tuple[list[_Wanted], list[Line]]:
-        wanted: list[_Wanted] = []
-        given: dict[int, list[str]] = {}
+    def _wanted(self, files: Sequence[str], only: bool) -> tuple[list[_Wanted], list[Line]]:
+        """Return the files to ask for, and a line for each route that has none."""
+        given: dict[str, list[str]] = {}
         for path in files:
             target = quote(path, safe="/%:@!$&'()*+,;=~")
-            if not target.startswith("/") or (index := self._route_of(unquote(target))) is None:
+            endpoint, _ = self._route_of(target)
+            if endpoint is None or not isinstance(endpoint.endpoint, Download):
                 raise ConfigurationError(f"{path!r} is the path of no route: give one such as /files/a.txt")
-            given.setdefault(index, []).append(target)
+            given.setdefault(endpoint.path, []).append(target)
+        wanted: list[_Wanted] = []
         unknown: list[Line] = []
-        for index, route in enumerate(self.settings.routes):
+        for route in self.settings.routes:
             before, after = (quote(part) for part in _PARAMETER.split(route.path))
-            names = route.examples or list(self._found(route))
-            targets = given.get(index) or [before + quote(name) + after for name in names]
-            if files and index not in given:
-                continue
+            names = [] if only else route.examples or self._found(route)
+            targets = given.get(route.path) or [before + quote(name) + after for name in names]
+            wanted += [_Wanted(route, target, thorough=number == 0) for number, target in enumerate(targets)]
             if not targets:
+                came = "not checked: only the paths of --file are" if only else "not checked: no file is known"
                 remedy = "give the route an `example` in the settings, or a path with --file"
-                unknown.append(
-                    Line(
-                        result="skip",
-                        step="source",
-                        route=route.path,
-                        asked="a file",
-                        came="not checked: no file is known",
-                        remedy=remedy,
-                    )
-                )
-            for number, target in enumerate(targets):
-                wanted.append(_Wanted(route, target, thorough=number == 0))
+                line = Line(result="skip", step="source", route=route.path, asked="a file", came=came, remedy=remedy)
+                unknown.append(line)
         return wanted, unknown
 
-    def _found(self, route: RouteSettings) -> Iterator[str]:
-        """Yield the name of the first file of a local directory, and of the first whose name needs an encoding."""
+    def _found(self, route: RouteSettings) -> list[str]:
+        """Return the name of the first file of a local directory, and of one whose name needs an encoding."""
         directory = directory_of(self.settings.sources[route.source])
-        if directory is None:
-            return
-        deep = ":path}" in route.path
-        plain = hostile = None
-        for name in islice(_names_in(Path(directory), deep), _MOST_ENTRIES):
-            if _PLAIN.fullmatch(name):
-                plain = plain or name
-            elif hostile is None or ("%" in name and "%" not in hostile):
-                hostile = name
-        yield from filter(None, (plain, hostile))
+        convertor = _PARAMETER.findall(route.path)[0].strip("{}").partition(":")[2]
+        if directory is None or convertor not in ("", "str", "path"):
+            return []
+        names = list(islice(_names_in(Path(directory), convertor == "path"), _MOST_ENTRIES))
+        plain = [name for name in names if _PLAIN.fullmatch(name)]
+        # a percent sign tells encodings apart best
+        others = sorted((name for name in names if not _PLAIN.fullmatch(name)), key=lambda name: "%" not in name)
+        return [*plain[:1], *others[:1]]
 
-    def _route_of(self, path: str) -> int | None:
-        """Return which of the settings' routes answers a path."""
-        scope = {"type": "http", "method": "GET", "path": path, "root_path": "", "headers": []}
+    def _route_of(self, target: str) -> tuple[Route | None, str]:
+        """Return the route that answers a path, and the key that it asks its source for."""
+        scope = {"type": "http", "method": "GET", "path": unquote(target), "root_path": "", "headers": []}
         for route in self.app.router.routes:
-            if isinstance(route, Route) and route.matches(scope)[0] is Match.FULL:
-                paths = [known.path for known in self.settings.routes]
-                return paths.index(route.path) if route.path in paths else None
-        return None
+            if isinstance(route, Route):
+                match, found = route.matches(scope)
+                if match is Match.FULL:
+                    return route, "".join(str(value) for value in found["path_params"].values())
+        return None, ""
 
     # --- 1: the source
 
     async def _source(self, wanted: _Wanted) -> tuple[Line, _File | None]:
         asked = f"read {wanted.target}"
-        problem, remedy = "", ""
+        name, _ = source_of_files(wanted.route.source, self.settings.sources)
+        remedy = f"see that what [sources.{name}] names can be reached"
         try:
             with anyio.fail_after(self.timeout):
                 file, metadata, content = await self._read(wanted)
             said = await self.here.ask(wanted.target, method="HEAD")
             if said.status == 200:
-                size = "of unknown size" if content.size is None else f"{content.size} bytes"
-                line = self._line("pass", "source", wanted, asked, size)
-                rule = self._rule_of(file.location)
-                return line, _File(wanted.route, wanted.target, wanted.thorough, file, metadata, content, said, rule)
-            problem = f"these settings answer {said.status}"
+                came = "of unknown size" if content.size is None else f"{content.size} bytes"
+                return _passed("source", wanted, asked, came), _File(wanted, file, metadata, content, said)
+            came = f"the settings answer {said.status}"
         except FileMissing as exc:
-            problem, remedy = f"missing: {exc}", "give a file that is there: `example` of the route, or --file"
+            came, remedy = f"missing: {exc}", "give a file that is there: `example` of the route, or --file"
         except AccessDenied as exc:
-            problem, remedy = (
-                f"not allowed: {exc}",
-                "let this user read the file, or run the check as the service's user",
-            )
-        except (FileError, TransferAborted) as exc:
-            problem, remedy = f"{type(exc).__name__}: {exc}", f"see that {self._place(wanted.route)} can be reached"
-        except TimeoutError:
-            problem, remedy = (
-                f"not read within {self.timeout:g} s",
-                f"see that {self._place(wanted.route)} can be reached",
-            )
-        except _NoAnswerError as exc:
-            problem = str(exc)
-        except Exception as exc:  # what a function of the settings' own raises
-            problem, remedy = f"{type(exc).__name__}: {exc}", f"correct {self._place(wanted.route)}"
-        return self._line("FAIL", "source", wanted, asked, problem, remedy), None
+            came, remedy = f"not allowed: {exc}", "let this user read the file, or run this as the service's user"
+        except (TimeoutError, NoAnswerError):
+            came = f"not read within {self.timeout:g} s"
+        except Exception as exc:  # whatever a source raises, and a function of the user's
+            came = f"{type(exc).__name__}: {exc}"
+        return _failed("source", wanted, asked, came, remedy), None
 
     async def _read(self, wanted: _Wanted) -> tuple[AsyncFile, FileMetadata, _Content]:
-        path = unquote(wanted.target)
-        scope = {"type": "http", "method": "GET", "path": path, "root_path": "", "headers": []}
-        for route in self.app.router.routes:
-            if isinstance(route, Route):
-                match, child = route.matches(scope)
-                if match is Match.FULL:
-                    if route.path != wanted.route.path:
-                        raise FileMissing(f"the route {route.path} comes first, and answers this path")
-                    assert isinstance(route.endpoint, Download)
-                    (key,) = child["path_params"].values()
-                    file = await route.endpoint.source.resolve(str(key))
-                    return (file, *await _content_of(file))
-        raise FileMissing("no route answers this path")
+        route, key = self._route_of(wanted.target)
+        if route is None or route.path != wanted.route.path:
+            raise FileMissing(f"{'no route' if route is None else route.path} answers this path")
+        assert isinstance(route.endpoint, Download)
+        file = await route.endpoint.source.resolve(key)
+        return (file, *await _content_of(file))
 
-    def _place(self, route: RouteSettings) -> str:
-        return f"[sources.{source_of_files(route.source, self.settings.sources)[0]}]"
-
-    def _rule_of(self, location: str | None) -> RuleSettings | None:
+    def _rule_of(self, file: _File) -> RuleSettings | None:
+        """Return the rule by which a file is offloaded, or could be but for its name."""
+        places = [file.file.location or "", *map(unquote, file.said.orders.values())]
         rules = [
             rule
             for rule in self.settings.offload.rules
-            if location is not None and location.startswith(f"{rule.source.rstrip('/')}/")
+            for prefix in (rule.source, rule.target or rule.source)
+            if any(place.startswith(f"{prefix.rstrip('/')}/") for place in places)
         ]
         return max(rules, key=lambda rule: len(rule.source), default=None)
 
@@ -521,76 +402,74 @@ class _Run:
     async def _application(self, file: _File) -> Line:
         asked = f"GET {file.target}"
         if self.alone is None:
-            remedy = "give the address of the service with --direct"
-            return self._line("skip", "application", file, asked, "not checked: no address is known", remedy)
+            return _skipped("application", file.wanted, asked, "give the address of the service with --direct")
         try:
             answer = await self.alone.ask(file.target)
-        except _NoAnswerError as exc:
+        except NoAnswerError as exc:
             remedy = f"start the service at {self.service}, or give its address with --direct"
-            return self._line("FAIL", "application", file, asked, str(exc), remedy)
-        file.alone = answer
-        came = f"{answer.status}{_shown(answer.orders)}"
-        same = "start the service again, with these settings: "
-        if answer.status == 307 and file.route.send == "redirect":
-            return self._line(
-                "pass", "application", file, asked, f"307 to {urlsplit(answer.get('location') or '').netloc}"
+            return _failed("application", file.wanted, asked, str(exc), remedy)
+        came, remedy = self._misfit(file, answer)
+        if remedy:
+            return _failed(
+                "application", file.wanted, asked, came, f"start the service again with the settings: {remedy}"
             )
+        file.alone = answer
+        if answer.status == 307 or answer.orders:
+            return _passed("application", file.wanted, asked, came)
+        reason, remedy = self._why_streamed(file)
+        if remedy:
+            return _failed("application", file.wanted, asked, f"{came}{reason}", remedy)
+        return _passed("application", file.wanted, asked, f"{came}{reason}")
+
+    def _misfit(self, file: _File, answer: Answer) -> tuple[str, str]:
+        """Return what the live application answers, and what the settings have it do instead, or nothing."""
+        came = f"{answer.status}{_shown(answer.orders)}"
+        if answer.status == 307 and file.route.send == "redirect":
+            return f"307 to {urlsplit(answer.get('location') or '').netloc}", ""
         if answer.status != 200:
-            remedy = f"{same}it does not find the file, or its user may not read it"
-            return self._line("FAIL", "application", file, asked, came, remedy)
+            return came, "it does not find the file, or its user may not read it"
         for name in _SAID:
             if answer.get(name) != file.said.get(name):
-                came = f"{answer.status}, {name}: {answer.get(name)}"
-                return self._line(
-                    "FAIL", "application", file, asked, came, f"{same}they say {name}: {file.said.get(name)}"
-                )
-        if file.offloaded and answer.orders:
-            if answer.orders != file.said.orders:
-                remedy = f"{same}they say{_shown(file.said.orders, '')}"
-            elif answer.get("content-length") != "0" or answer.body:
-                came, remedy = f"{came}, and {len(answer.body)} bytes", "see what changes the answers of the service"
-            else:
-                return self._line("pass", "application", file, asked, f"{came}, and no bytes")
-            return self._line("FAIL", "application", file, asked, came, remedy)
-        if answer.orders:
-            remedy = f"{same}they have the service stream this file"
-            return self._line("FAIL", "application", file, asked, came, remedy)
-        came = f"{came}, streamed"
-        if file.offloaded and cache_of(source_of_files(file.route.source, self.settings.sources)[1]) is None:
+                return f"{came}, {name}: {answer.get(name)}", f"they say {name}: {file.said.get(name)}"
+        _, source = source_of_files(file.route.source, self.settings.sources)
+        if cache_of(source) is not None and bool(answer.orders) != file.offloaded:
+            file.said = answer  # what is in the cache is offloaded, and the rest is streamed until it is there
+        if answer.orders != file.said.orders:
             backend = self.settings.offload.backend
-            remedy = f'{same}they have [offload] backend = "{backend}" (DOWNLOADVIEW_OFFLOAD__BACKEND={backend})'
-            return self._line("FAIL", "application", file, asked, came, remedy)
+            if not answer.orders:
+                remedy = f'they have [offload] backend = "{backend}" (DOWNLOADVIEW_OFFLOAD__BACKEND={backend})'
+                return f"{came}, streamed", remedy
+            return came, f"they say{_shown(file.said.orders, '')}" if file.offloaded else "they stream this file"
+        if answer.orders:
+            alone = answer.get("content-length") == "0" and not answer.body
+            return f"{came}, and {len(answer.body)} bytes", "" if alone else "they send no bytes with it"
+        came = f"{came}, streamed"
         if not file.content.begins(answer.body):
-            if not file.repeatable:
-                return self._line("pass", "application", file, asked, f"{came}, made anew for each request")
-            return self._line("FAIL", "application", file, asked, f"{came}, other bytes", f"{same}its files differ")
-        for name in ("accept-ranges", "etag"):
-            if not file.offloaded and file.said.get(name) and not answer.get(name):
-                return self._line("FAIL", "application", file, asked, f"{came}, no {name}", f"{same}they send {name}")
-        result, reason, remedy = self._why_streamed(file)
-        return self._line(result, "application", file, asked, f"{came}{reason}", remedy)
+            return f"{came}, other bytes", "its files differ" if file.repeatable else ""
+        lost = [name for name in ("Accept-Ranges", "ETag") if file.said.get(name) and not answer.get(name)]
+        return came, f"they send {lost[0]}" if lost else ""
 
-    def _why_streamed(self, file: _File) -> tuple[Result, str, str]:
-        """Return whether a file may be streamed by the service, and why it is."""
+    def _why_streamed(self, file: _File) -> tuple[str, str]:
+        """Return why the service itself sends a file, and what mends it where that is not what is wanted."""
         location = file.file.location
-        if self.settings.offload.backend is None or file.offloaded:
-            return "pass", "", ""
+        if self.settings.offload.backend is None:
+            return "", ""
         if file.route.send == "stream":
-            return "pass", ': send = "stream"', ""
+            return ': send = "stream"', ""
         if file.said.get("content-encoding"):
-            return "pass", ": its content is encoded", ""
+            return ": its content is encoded", ""
         if location is None:
-            reason, remedy = ": it has no place that a proxy could find", "give its source a [sources.NAME.cache]"
-        elif file.rule is not None:
-            reason, remedy = f": {location!r} cannot be said in a header of this kind", "give the file another name"
+            reason, remedy = ": it is nowhere where a proxy could find it", "give its source a [sources.NAME.cache]"
+        elif self._rule_of(file) is not None:
+            reason, remedy = f": no header of this kind can name {location!r}", "give the file another name"
         else:
+            _, source = source_of_files(file.route.source, self.settings.sources)
+            reason = f": no rule covers {location}"
+            remedy = f'[[offload.rules]] source = "{directory_of(source) or os.path.dirname(location)}"'
             for rule in self.settings.offload.rules:
-                real = os.path.realpath(rule.source)
-                if rule.source.startswith("/") and os.path.realpath(location).startswith(f"{real}/"):
-                    reason = f": the rule for {rule.source} leads to it by way of a link"
-                    return "FAIL", reason, f'[[offload.rules]] source = "{os.path.dirname(location)}"'
-            reason, remedy = f": no rule covers {location}", f'[[offload.rules]] source = "{os.path.dirname(location)}"'
-        return ("FAIL", reason, remedy) if file.route.send == "proxy" else ("pass", reason, "")
+                if os.path.realpath(location).startswith(f"{os.path.realpath(rule.source)}/"):
+                    return f"{reason}: that for {rule.source} leads there by way of a link", remedy
+        return reason, remedy if file.route.send == "proxy" else ""
 
     # --- 3: the proxy alone
 
@@ -598,50 +477,48 @@ class _Run:
         assert self.proxy is not None
         # what the proxy refuses by itself tells best who it is
         for target in ("/../", "/%00"):
-            self._see(await self.proxy.ask(target, root=True))
-        if self.settings.offload.backend is None:
-            yield Line(
-                result="skip",
-                step="proxy",
-                route="",
-                asked="internal locations",
-                came="there is no offload.backend, and so nothing that only the proxy may reach",
-            )
-            return
-        for rule in self.settings.offload.rules:
-            file = next((file for file in found if file.rule is rule and file.offloaded), None)
+            try:
+                self._see(await self.proxy.ask(target, root=True))
+            except NoAnswerError as exc:
+                if isinstance(exc.__cause__, httpx2.ConnectError) or exc.__cause__ is None:
+                    raise
+        rules = self.settings.offload.rules if self.settings.offload.backend else []
+        if not rules:
+            came = "there is no offload.backend, and so nothing that only the proxy may reach"
+            yield Line(result="skip", step="proxy", route="", asked="internal locations", came=came)
+        for rule in rules:
+            file = next((file for file in found if file.offloaded and self._rule_of(file) == rule), None)
             for target in self._inner_targets(rule, file):
                 answer = await self.proxy.ask(target, root=True)
-                own = await self.here.ask(target, method="HEAD")
-                if own.status == 200:
-                    continue  # the service's own page, whatever the proxy has there
-                came = str(answer.status)
-                where = rule.target or rule.source
-                line = Line(result="pass", step="proxy", route=where, asked=f"GET {target}", came=f"{came}, refused")
+                if (await self.here.ask(target, method="HEAD")).status == 200:
+                    continue  # a page of the service itself
+                result: Result = "pass"
+                came, remedy = f"{answer.status}, refused", ""
                 if answer.status in (200, 206):
-                    yield self._failed(line, f"{came}: it is open to everybody", self._advice("open", rule))
+                    result, came = "FAIL", f"{answer.status}: it is open to everybody"
+                    remedy = self._advice("open", rule)
                 elif answer.status >= 500:
-                    yield self._failed(line, came, self._advice("unreached", rule))
-                else:
-                    yield line
+                    result, came, remedy = "FAIL", str(answer.status), self._advice("unreached", rule)
+                where = rule.target or rule.source
+                yield Line(result=result, step="proxy", route=where, asked=f"GET {target}", came=came, remedy=remedy)
 
     def _inner_targets(self, rule: RuleSettings, file: _File | None) -> list[str]:
         """Return paths by which a client could come to the files of a rule without the service."""
-        rest = "" if file is None else quote((file.file.location or "")[len(rule.source.rstrip("/")) + 1 :])
-        name = quote(rule.source.rstrip("/").rpartition("/")[2])
+        source, location = rule.source.rstrip("/"), "" if file is None else file.file.location or ""
+        rest = quote(location.removeprefix(f"{source}/")) if location.startswith(f"{source}/") else ""
+        name = quote(source.rpartition("/")[2])
         if self.settings.offload.backend in ("apache", "lighttpd"):
-            return [f"{quote(rule.source.rstrip('/'))}/{rest}", f"/{name}/{rest}", f"/{rest}"] if rest else []
+            return [f"{quote(source)}/{rest}", f"/{name}/{rest}", f"/{rest}"] if rest else []
         target = rule.target or ""
-        encoded = f"/%{ord(target[1]):02X}{target[2:]}"
         return [
             target + rest,
-            f"{encoded}{rest}",
+            f"/%{ord(target[1]):02X}{target[2:]}{rest}",
             f"/{target}{rest}",
             f"{target.upper()}{rest}",
             f"{target.rstrip('/')}../{name}/{rest}",
         ]
 
-    def _see(self, answer: _Answer) -> None:
+    def _see(self, answer: Answer) -> None:
         said = f"{answer.get('server')} {answer.get('via')}".lower()
         self.seen.update(kind for kind in _KINDS if kind in said)
 
@@ -654,115 +531,107 @@ class _Run:
             whole = await self.proxy.ask(file.target)
             came, remedy = self._whole(file, whole)
             if remedy:
-                yield self._line("FAIL", "together", file, asked, came, remedy)
-                if file.thorough:
-                    reason = "the file itself has not come"
-                    yield self._line("skip", "together", file, "ranges, conditions, names", "not checked", reason)
+                yield _failed("together", file.wanted, asked, came, remedy)
+                if file.wanted.thorough:
+                    yield _skipped(
+                        "together", file.wanted, "headers, ranges, conditions, names", "the file has not come"
+                    )
                 return
-            yield self._line("pass", "together", file, asked, came)
+            yield _passed("together", file.wanted, asked, came)
             if whole.status == 307:
                 return
-            async for line in self._headers(file, whole):
+            for line in self._headers(file, whole):
                 yield line
-            if file.thorough:
+            if file.wanted.thorough:
                 for step in (self._head, self._ranges, self._conditions, self._encodings, self._names, self._orders):
                     async for line in step(file, whole):
                         yield line
-        except _NoAnswerError as exc:
-            yield self._line("FAIL", "together", file, asked, str(exc), self._advice("unreached", file.rule))
+        except NoAnswerError as exc:
+            remedy = f"{self._advice('unreached', self._rule_of(file))}; a slow answer needs a longer --timeout"
+            yield _failed("together", file.wanted, asked, str(exc), remedy)
 
-    def _whole(self, file: _File, answer: _Answer) -> tuple[str, str]:
+    def _whole(self, file: _File, answer: Answer) -> tuple[str, str]:
         """Return what came in place of a file, and what mends it: nothing where it is the file."""
         self._see(answer)
         came = f"{answer.status}{_shown(answer.orders)}"
-        backend = self.settings.offload.backend
+        backend, rule = self.settings.offload.backend, self._rule_of(file)
         if answer.status == 307 and file.route.send == "redirect":
             place, own = answer.get("location"), None if file.alone is None else file.alone.get("location")
             if place and (own is None or urlsplit(place)[:3] == urlsplit(own)[:3]):
                 return f"307 to {urlsplit(place).netloc}", ""
-            return f"307 to {place}", self._advice("streamed header", file.rule, header="Location")
+            return f"307 to {place}", self._advice("streamed header", rule, header="Location")
         if 300 <= answer.status < 400:
             return f"{came} to {answer.get('location')}", "give the URL that it leads to"
         if answer.status in (502, 503, 504):
-            return came, self._advice("unreached", file.rule)
+            return came, self._advice("unreached", rule)
         if answer.orders:
             header = next(iter(answer.orders))
-            wrong = sorted(self.seen - {backend or ""})
-            if wrong and (backend is None or backend not in self.seen):
-                return f"{came}, {len(answer.body)} bytes", (
-                    f'this is {wrong[0]}, which does not obey that: [offload] backend = "{wrong[0]}" for the service'
-                )
-            if header not in file.said.orders and header.startswith("x-accel") is False:
-                remedy = f"start the service again with these settings: the proxy obeys{_shown(file.said.orders, '')}"
-                return f"{came}, {len(answer.body)} bytes", remedy
-            return f"{came}, {len(answer.body)} bytes", self._advice("not obeyed", file.rule)
+            came = f"{came}, {len(answer.body)} bytes"
+            if self.seen and backend not in self.seen:
+                (kind, *_) = sorted(self.seen)
+                return came, f'[offload] backend = "{kind}": this is {kind}, which does not obey {header}'
+            if header not in file.said.orders:
+                return came, f"start the service again with the settings: they say{_shown(file.said.orders, '')}"
+            return came, self._advice("not obeyed", rule)
         if answer.status in (403, 404):
             return came, self._why_not_found(file)
         if answer.status != 200:
             return came, f"see the log of the proxy: the service itself, at {self.service}, answers 200"
         if not file.content.begins(answer.body):
             if not answer.body:
-                return f"{came}, no bytes", self._advice("not obeyed", file.rule)
+                return f"{came}, no bytes", self._advice("not obeyed", rule)
             if answer.get("content-encoding") != file.said.get("content-encoding"):
-                return f"{came}, Content-Encoding: {answer.get('content-encoding')}", self._advice("encoded", file.rule)
+                return f"{came}, Content-Encoding: {answer.get('content-encoding')}", self._advice("encoded", rule)
             if file.repeatable:
-                return f"{came}, other bytes", self._advice("other bytes", file.rule)
+                return f"{came}, other bytes", self._advice("other bytes", rule)
             return f"{came}, made anew for each request", ""
         size = file.content.size
         if size is not None and file.metadata.size is not None and answer.get("content-length") != str(size):
             return f"{came}, Content-Length: {answer.get('content-length')} of {size}", self._lost("encoded", file)
-        if file.rule is not None:
-            self.obeyed.add(file.rule.source)
-        if file.offloaded and (file.alone is None or file.alone.orders):
+        if rule is not None:
+            self.obeyed.add(rule.source)
+        if file.offloaded and file.alone is not None:
             # from outside it cannot be seen who sends; but the service, which has been asked, sends no byte of it
             return f"{came}, the right bytes, which the service alone does not send", ""
         return f"{came}, the right bytes", ""
 
     def _why_not_found(self, file: _File) -> str:
         if not file.offloaded:
-            return self._advice("not passed on", file.rule)
+            return self._advice("not passed on", self._rule_of(file))
         location = file.file.location or ""
         if not location.startswith("/"):
-            return self._advice("not fetched", file.rule)
+            return self._advice("not fetched", self._rule_of(file))
         if (found := _closed_to_others(location)) is not None:
             path, mode = found
             return advice("unreadable", None, path=path, mode=mode)
-        obeyed = file.rule is not None and file.rule.source in self.obeyed
-        by_name = obeyed and not _PLAIN.fullmatch(location)
-        return self._advice("other bytes" if by_name else "not found", file.rule)
+        rule = self._rule_of(file)
+        by_name = rule is not None and rule.source in self.obeyed and not _PLAIN.fullmatch(location)
+        return self._advice("other bytes" if by_name else "not found", self._rule_of(file))
 
-    async def _headers(self, file: _File, whole: _Answer) -> AsyncIterator[Line]:
-        said = file.said if file.alone is None else file.alone
-        asked = f"GET {file.target}: headers"
-        failed = False
-        for name in _SAID:
-            if name == "Content-Type" and self.settings.offload.backend == "h2o" and file.offloaded:
-                continue  # H2O goes by the name of the file
-            wanted, came = said.get(name), whole.get(name)
-            if wanted != came:
-                failed = True
-                problem = "header" if file.offloaded else "streamed header"
-                remedy = self._advice(problem, file.rule, header=name, variable=name.lower().replace("-", "_"))
-                yield self._line("FAIL", "together", file, asked, f"{name}: {came}, for {wanted}", remedy)
+    def _headers(self, file: _File, whole: Answer) -> Iterator[Line]:
+        """Compare what the application says of the file with what the client hears."""
+        said = file.alone or file.said
+        by_name = file.offloaded and self.settings.offload.backend == "h2o"  # H2O's Content-Type
+        problems = [  # what came, which advice, and for which header
+            (f"{name}: {whole.get(name)}, for {said.get(name)}", "header", name)
+            for name in _SAID
+            if whole.get(name) != said.get(name) and not (by_name and name == "Content-Type")
+        ]
         if whole.get("set-cookie") != said.get("set-cookie"):
-            failed = True
-            yield self._line("FAIL", "together", file, asked, "Set-Cookie is new", self._advice("cookie", file.rule))
+            problems.append((f"Set-Cookie: {whole.get('set-cookie')}", "cookie", "Set-Cookie"))
         names = [name for name, _ in whole.headers]
-        for name in ("content-length", "etag", "last-modified", "accept-ranges", "date", "server"):
-            if names.count(name) > 1:
-                failed = True
-                remedy = self._advice("streamed header", file.rule, header=name)
-                yield self._line("FAIL", "together", file, asked, f"{name} comes {names.count(name)} times", remedy)
-        validators = [name for name in ("ETag", "Last-Modified") if whole.get(name)]
+        twice = [name for name in _ONCE if names.count(name) > 1]
+        problems += [(f"{name} comes {names.count(name)} times", "header", name) for name in twice]
         lost = [name for name in ("ETag", "Last-Modified") if said.get(name) and not whole.get(name)]
-        if lost and (not file.offloaded or not validators):
-            failed = True
-            remedy = self._lost("conditions", file)
-            yield self._line("FAIL", "together", file, asked, f"no {' and no '.join(lost)}", remedy)
-        if not failed:
-            yield self._line("pass", "together", file, asked, "as the service says them")
+        if lost and (not file.offloaded or len(lost) == 2):
+            problems.append((f"no {' and no '.join(lost)}", "conditions", lost[0]))
+        asked = f"GET {file.target}: headers"
+        for came, problem, name in problems:
+            yield _failed("together", file.wanted, asked, came, self._lost(problem, file, header=name))
+        if not problems:
+            yield _passed("together", file.wanted, asked, "as the service says them")
 
-    async def _head(self, file: _File, whole: _Answer) -> AsyncIterator[Line]:
+    async def _head(self, file: _File, whole: Answer) -> AsyncIterator[Line]:
         answer = await self._ask(file, method="HEAD")
         asked = f"HEAD {file.target}"
         differ = [name for name in _OF_BOTH if answer.get(name) != whole.get(name)]
@@ -770,19 +639,19 @@ class _Run:
             differ = [name for name in differ if name not in ("content-length", "accept-ranges")]
         if answer.status != 200 or answer.orders or answer.body:
             came, remedy = f"{answer.status}{_shown(answer.orders)}", self._lost("ranges", file)
-            yield self._line("FAIL", "together", file, asked, came, remedy)
+            yield _failed("together", file.wanted, asked, came, remedy)
         elif differ:
             came = f"200, {differ[0]}: {answer.get(differ[0])}, for {whole.get(differ[0])}"
-            remedy = self._lost("header", file, header=differ[0], variable=differ[0].replace("-", "_"))
-            yield self._line("FAIL", "together", file, asked, came, remedy)
+            remedy = self._lost("header", file, header=differ[0])
+            yield _failed("together", file.wanted, asked, came, remedy)
         else:
-            yield self._line("pass", "together", file, asked, "200, the headers of GET and no body")
+            yield _passed("together", file.wanted, asked, "200, the headers of GET and no body")
 
-    async def _ranges(self, file: _File, whole: _Answer) -> AsyncIterator[Line]:
+    async def _ranges(self, file: _File, whole: Answer) -> AsyncIterator[Line]:
         size = file.content.size
         if not file.ranged or not size or not file.repeatable:
             reason = "the file is empty" if size == 0 else "the file has no ranges: it is made as it is sent"
-            yield self._line("skip", "together", file, f"GET {file.target} Range", "not checked", reason)
+            yield _skipped("together", file.wanted, f"GET {file.target} Range", reason)
             return
         middle, length = size // 2, min(_PART, size - size // 2)
         tail = min(_PART, size)
@@ -803,7 +672,7 @@ class _Run:
         etag, modified = whole.get("etag"), whole.get("last-modified")
         version = modified if etag is None or etag.startswith("W/") else etag
         if version is None:
-            yield self._line("skip", "together", file, f"GET {file.target} If-Range", "not checked", "no validator")
+            yield _skipped("together", file.wanted, f"GET {file.target} If-Range", "it has no validator")
             return
         last = f"bytes={size - 1}-"
         answer = await self._ask(file, **{"Range": last, "If-Range": version})
@@ -813,7 +682,7 @@ class _Run:
         right = answer.status == 200 and file.content.begins(answer.body)
         yield self._judged(right, file, {"Range": last, "If-Range": _STALE}, str(answer.status), "ranges")
 
-    async def _conditions(self, file: _File, whole: _Answer) -> AsyncIterator[Line]:
+    async def _conditions(self, file: _File, whole: Answer) -> AsyncIterator[Line]:
         for name, header in (("If-None-Match", "etag"), ("If-Modified-Since", "last-modified")):
             if (value := whole.get(header)) is None:
                 continue  # one that is lost has been found to be
@@ -824,7 +693,7 @@ class _Run:
         right = answer.status == 200 and (file.content.begins(answer.body) or not file.repeatable)
         yield self._judged(right, file, {"If-None-Match": _STALE}, str(answer.status), "conditions")
 
-    async def _encodings(self, file: _File, whole: _Answer) -> AsyncIterator[Line]:
+    async def _encodings(self, file: _File, whole: Answer) -> AsyncIterator[Line]:
         coding = {"Accept-Encoding": "gzip, br, zstd"}
         answer = await self._ask(file, **coding)
         own = await self.here.ask(file.target, method="HEAD", headers=coding)
@@ -835,7 +704,7 @@ class _Run:
             right, came = False, f"{came}, Accept-Ranges: {answer.get('accept-ranges')}"
         yield self._judged(right, file, coding, came, "encoded")
 
-    async def _names(self, file: _File, whole: _Answer) -> AsyncIterator[Line]:
+    async def _names(self, file: _File, whole: Answer) -> AsyncIterator[Line]:
         """Ask for what is none of the source's business, in the spellings that proxies are known to undo."""
         assert self.proxy is not None
         before = quote(_PARAMETER.split(file.route.path)[0])
@@ -851,23 +720,23 @@ class _Run:
             f"{before}/{outside}",
             f"{before}x%2F..%2F{name}",
         ]
-        for target in targets:
+        for number, target in enumerate(targets):
             try:
                 answer = await self.proxy.ask(target)
-            except _NoAnswerError as exc:
-                if "RemoteProtocolError" not in str(exc):
+            except NoAnswerError as exc:
+                if not isinstance(exc.__cause__, httpx2.RemoteProtocolError):
                     raise
-                came, right = "the connection was closed", True
+                yield _passed("together", file.wanted, f"GET {target}", "refused by closing the connection")
+                continue
+            came = f"{answer.status}{_shown(answer.orders)}"
+            if 400 <= answer.status < 500 and not answer.orders:
+                yield _passed("together", file.wanted, f"GET {target}", came)
             else:
-                self._see(answer)
-                came, right = (
-                    f"{answer.status}{_shown(answer.orders)}",
-                    400 <= answer.status < 500 and not answer.orders,
-                )
-            remedy = "" if right else self._advice("decoded", file.rule)
-            yield self._line("pass" if right else "FAIL", "together", file, f"GET {target}", came, remedy)
+                problem = "unreached" if answer.status >= 500 else "decoded" if number else "not passed on"
+                remedy = self._advice(problem, self._rule_of(file))
+                yield _failed("together", file.wanted, f"GET {target}", came, remedy)
 
-    async def _orders(self, file: _File, whole: _Answer) -> AsyncIterator[Line]:
+    async def _orders(self, file: _File, whole: Answer) -> AsyncIterator[Line]:
         answer = await self._ask(file, **_ORDERS_OF_A_CLIENT)
         right = answer.status == 200 and (file.content.begins(answer.body) or not file.repeatable)
         right = right and all(answer.get(name) == whole.get(name) for name in _OF_BOTH)
@@ -876,20 +745,20 @@ class _Run:
 
     # --- how it is said
 
-    async def _ask(self, file: _File, *, method: str = "GET", **headers: str) -> _Answer:
+    async def _ask(self, file: _File, *, method: str = "GET", **headers: str) -> Answer:
         assert self.proxy is not None
         return await self.proxy.ask(file.target, method=method, headers=headers)
 
     def _judged(self, right: bool, file: _File, headers: Mapping[str, str], came: str, problem: str) -> Line:
         asked = f"GET {file.target}{_shown(headers, '')}"
         if right:
-            return self._line("pass", "together", file, asked, came)
-        return self._line("FAIL", "together", file, asked, came, self._lost(problem, file))
+            return _passed("together", file.wanted, asked, came)
+        return _failed("together", file.wanted, asked, came, self._lost(problem, file))
 
     def _lost(self, problem: str, file: _File, **facts: str) -> str:
         """Return what mends something that is another's to do for a file that is streamed."""
         streamed = not file.offloaded and problem in ("ranges", "conditions", "header")
-        return self._advice(f"streamed {problem}" if streamed else problem, file.rule, **facts)
+        return self._advice(f"streamed {problem}" if streamed else problem, self._rule_of(file), **facts)
 
     def _advice(self, problem: str, rule: RuleSettings | None, **facts: str) -> str:
         backend: str | None = self.settings.offload.backend
@@ -897,13 +766,21 @@ class _Run:
             (backend,) = self.seen
         if rule is not None:
             facts |= {"directory": rule.source.rstrip("/"), "target": rule.target or rule.source}
+        if (header := facts.get("header")) is not None:
+            facts["variable"] = header.lower().replace("-", "_")
         return advice(problem, backend, service=self.service, **facts)
 
-    def _line(self, result: Result, step: Step, of: _Wanted | _File, asked: str, came: str, remedy: str = "") -> Line:
-        return Line(result=result, step=step, route=of.route.path, asked=asked, came=came, remedy=remedy)
 
-    def _failed(self, line: Line, came: str, remedy: str) -> Line:
-        return Line(result="FAIL", step=line.step, route=line.route, asked=line.asked, came=came, remedy=remedy)
+def _passed(step: Step, wanted: _Wanted, asked: str, came: str) -> Line:
+    return Line(result="pass", step=step, route=wanted.route.path, asked=asked, came=came)
+
+
+def _failed(step: Step, wanted: _Wanted, asked: str, came: str, remedy: str) -> Line:
+    return Line(result="FAIL", step=step, route=wanted.route.path, asked=asked, came=came, remedy=remedy)
+
+
+def _skipped(step: Step, wanted: _Wanted, asked: str, reason: str) -> Line:
+    return Line(result="skip", step=step, route=wanted.route.path, asked=asked, came=f"not checked: {reason}")
 
 
 def _shown(headers: Mapping[str, str], comma: str = ",") -> str:
@@ -917,6 +794,8 @@ def _names_in(directory: Path, deep: bool) -> Iterator[str]:
             found = sorted(islice(entries, _MOST_ENTRIES), key=lambda entry: entry.name)
     except OSError:
         return
+    # what no source would be asked for, and no URL can spell
+    found = [entry for entry in found if entry.name.isprintable() and not re.search(r"^\.|[\\:]", entry.name)]
     for entry in found:
         if entry.is_file(follow_symlinks=False) and entry.stat().st_size:
             yield entry.name
