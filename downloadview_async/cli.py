@@ -87,26 +87,21 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
 @main.command()
 @click.argument("url", required=False)
 @click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
-@click.option("--direct", metavar="URL", help="Where the service itself listens.  [default: as in the settings]")
+@click.option("--direct", metavar="URL", help="Where the service itself listens.  [default: as the settings say]")
 @click.option("--file", "files", multiple=True, metavar="PATH", help="The path of a URL to ask for; may be repeated.")
+@click.option("--only", is_flag=True, help="Ask for the paths of --file alone.")
 @click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=10.0,
-    show_default=True,
-    help="Seconds for each request.",
+    "--timeout", type=click.FloatRange(0, min_open=True), default=10.0, help="Seconds for each.  [default: 10]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def check(
-    url: str | None, config: Path | None, direct: str | None, files: tuple[str, ...], timeout: float, as_json: bool
-) -> None:
-    """Check a running service, and the proxy before it at URL, against the settings.
+def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -> None:
+    """Check a running service against its settings, and with URL the proxy in front of it.
 
-    Each line is pass, FAIL or skip: what was asked, what came, and for a failure what mends it. The status is 0 if
-    nothing has failed, 1 if something has, 2 if nothing could be checked.
+    URL is where clients reach it. Each line says pass, FAIL or skip, which step, what was asked and what came, and for
+    a failure what mends it. The status is 0 if nothing fails, 1 if something does, 2 if nothing can be checked.
 
-    The settings are those of `downloadview serve`. Each route is checked by the `example`s that they give, by --file,
-    or by the first file of a local directory.
+    The settings are those of `downloadview serve`. Each route is asked for the `example`s that they give, for the paths
+    of --file, or for the first file of a local directory.
     """
     import anyio
 
@@ -118,15 +113,13 @@ def check(
     async def run_checks() -> None:
         _choose(None, config)
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        async with contextlib.aclosing(
-            checks(settings, url=url, direct=direct, files=files, timeout=timeout)
-        ) as answers:
-            async for line in answers:
+        async with contextlib.aclosing(checks(settings, url=url, **options)) as found:
+            async for line in found:
                 lines.append(line)
                 if not as_json:
-                    click.echo(f"{line.result}  {line.step}  {line.route}  {line.asked}: {line.came}")
+                    click.echo(_printable(f"{line.result}  {line.step}  {line.route}  {line.asked}: {line.came}"))
                     if line.remedy:
-                        click.echo(f"      {line.remedy}")
+                        click.echo(_printable(f"      {line.remedy}"))
 
     try:
         anyio.run(run_checks)
@@ -135,10 +128,15 @@ def check(
         sys.exit(_WRONG_SETTINGS)
     counts = {result: sum(line.result == result for line in lines) for result in ("pass", "FAIL", "skip")}
     if as_json:
-        click.echo(json.dumps({**counts, "checks": [dataclasses.asdict(line) for line in lines]}, ensure_ascii=False))
+        click.echo(json.dumps({**counts, "checks": [dataclasses.asdict(line) for line in lines]}, indent=1))
     else:
         click.echo(", ".join(f"{count} {result}" for result, count in counts.items()))
     sys.exit(1 if counts["FAIL"] else 0)
+
+
+def _printable(text: str) -> str:
+    """Return text that does nothing to a terminal, whatever a server has said."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _choose(path: Path | None, config: Path | None) -> None:

@@ -297,10 +297,8 @@ class _Run:
             async for line in self._proxy_alone(found):
                 yield line
         except NoAnswerError as exc:
-            asked, remedy = (
-                f"GET {_shown_url(self.proxy.base)}",
-                "start the proxy, or give the URL at which clients reach it",
-            )
+            asked = f"GET {_shown_url(self.proxy.base)}"
+            remedy = "start the proxy, or give the URL at which clients reach it"
             yield Line(result="FAIL", step="proxy", route="", asked=asked, came=str(exc), remedy=remedy)
             return
         for file in found:
@@ -533,9 +531,7 @@ class _Run:
             if remedy:
                 yield _failed("together", file.wanted, asked, came, remedy)
                 if file.wanted.thorough:
-                    yield _skipped(
-                        "together", file.wanted, "headers, ranges, conditions, names", "the file has not come"
-                    )
+                    yield _skipped("together", file.wanted, f"{asked}: the rest", "the file has not come")
                 return
             yield _passed("together", file.wanted, asked, came)
             if whole.status == 307:
