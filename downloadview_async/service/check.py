@@ -559,7 +559,8 @@ class _Run:
         if 300 <= answer.status < 400:
             return f"{came} to {answer.get('location')}", "give the URL that it leads to"
         if answer.status in (502, 503, 504):
-            return came, self._advice("unreached", rule)
+            elsewhere = file.offloaded and rule is not None and not rule.source.startswith("/")
+            return came, self._advice("not fetched" if elsewhere else "unreached", rule)
         if answer.orders:
             header = next(iter(answer.orders))
             came = f"{came}, {len(answer.body)} bytes"

@@ -16,7 +16,7 @@ from downloadview_async.service.load import load_settings
 from downloadview_async.service.settings import Settings
 from tests.live import live
 from tests.proxies.conftest import content_of, make_checkout
-from tests.proxies.servers import KINDS, free_port, proxy, readable_directory
+from tests.proxies.servers import DEPLOY, KINDS, free_port, proxy, readable_directory
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -577,3 +577,71 @@ async def test_nothing_listens() -> None:
             url = f"http://127.0.0.1:{port}"
             lines = [line async for line in check(here.settings, url=url, direct=nobody, files=[PLAIN], only=True)]
     assert [line.step for line in failures(lines)] == ["application"]
+
+
+# --- files that are not in a directory of the service
+
+
+FAR = """
+[sources.far]
+type = "remote"
+url = "http://127.0.0.1:UPSTREAM/pages/"
+allow_hosts = ["127.0.0.1"]
+[sources.kept]
+type = "remote"
+url = "http://127.0.0.1:UPSTREAM/pages/"
+allow_hosts = ["127.0.0.1"]
+[sources.kept.cache]
+path = "cache"
+[[routes]]
+path = "/far/{path:path}"
+source = "far"
+example = "a b.txt"
+[[routes]]
+path = "/kept/{path:path}"
+source = "kept"
+example = "a b.txt"
+[offload]
+backend = "nginx"
+[[offload.rules]]
+source = "http://127.0.0.1:UPSTREAM/pages/"
+target = "/_remote/"
+[[offload.rules]]
+source = "cache"
+target = "/_cache/"
+"""
+CACHE = """
+        location /_cache/ {
+            internal;
+            alias cache/;
+            add_header X-Content-Type-Options $upstream_http_x_content_type_options always;
+        }
+"""
+
+
+async def test_files_of_another_server_and_those_of_a_cache() -> None:
+    async with site("nginx") as here:
+        plain = settings_of(here.checkout, None)
+        async with live(build(plain)) as upstream:
+            file = here.checkout / "far.toml"
+            file.write_text(FAR.replace("UPSTREAM", str(upstream)))
+            settings = load_settings(file, environ={})
+            url = f"http://127.0.0.1:{upstream}/pages/"
+            remote = (DEPLOY / "nginx" / "remote.conf").read_text().replace("https://files.example.org/pub/", url)
+
+            def edit(text: str, remote: str = remote) -> str:
+                assert "        location @missing" in text
+                return text.replace("        location @missing", f"{CACHE}{remote}\n        location @missing")
+
+            app = build(settings)
+            async with app.router.lifespan_context(app), live(app) as service:
+                here.checkout.joinpath("cache").chmod(0o755)
+                first = await here.check(edit, service=service, settings=settings)
+                lines = await here.check(edit, service=service, settings=settings)
+                lost = remote.replace(f"proxy_pass {url}", "proxy_pass http://127.0.0.1:9/")
+                failed = failures(await here.check(lambda text: edit(text, lost), service=service, settings=settings))
+    assert failures(first) == failures(lines) == []
+    asked = [line.came for line in lines if line.step == "application"]
+    assert asked[0] == "200, x-accel-redirect: /_remote/a%20b.txt, and 0 bytes"
+    assert asked[1].startswith("200, x-accel-redirect: /_cache/")
+    assert f"location /_remote/ {{ internal; proxy_pass {url.rstrip('/')}/; }}" in failed[0].remedy

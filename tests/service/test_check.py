@@ -393,11 +393,11 @@ async def test_a_path_is_sent_as_it_is_spelled() -> None:
     async def echo(request: Request) -> Response:
         return Response(request.scope["raw_path"])
 
-    async with live(Starlette(routes=[Route("/{x:path}", echo)])) as port:
-        async with Peer.at(f"http://127.0.0.1:{port}/below", 10) as peer:
-            for target in ("/a/../b", "//a", "/%2e%2E/%00", "/a;b=c"):
-                assert (await peer.ask(target)).body == b"/below" + target.encode()
-                assert (await peer.ask(target, root=True)).body == target.encode()
+    app = Starlette(routes=[Route("/{x:path}", echo)])
+    async with live(app) as port, Peer.at(f"http://127.0.0.1:{port}/below", 10) as peer:
+        for target in ("/a/../b", "//a", "/%2e%2E/%00", "/a;b=c"):
+            assert (await peer.ask(target)).body == b"/below" + target.encode()
+            assert (await peer.ask(target, root=True)).body == target.encode()
 
 
 # --- the command
