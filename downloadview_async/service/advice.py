@@ -20,6 +20,15 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
         "h2o": "`reproxy: ON` in the host",
         "litespeed": "LiteSpeed obeys X-LiteSpeed-Location of a proxied application only if it is enabled there",
     },
+    # the file, and the order beside it
+    "leaked": {
+        "nginx": "`proxy_hide_header <header>;` in the location with `proxy_pass`",
+        "apache": "`Header unset <header>`",
+        "lighttpd": '`setenv.set-response-header = ("<header>" => "")`',
+        "caddy": "`copy_response_headers { exclude Connection Content-Length Date Server <header> }`",
+        "h2o": "`header.unset: <header>`",
+        "": "let the proxy drop <header>",
+    },
     # 403 or 404 of the proxy for a file that is there
     "not found": {
         "nginx": "`location <target> { internal; alias <directory>/; }`: alias and not root, the directory as nginx "

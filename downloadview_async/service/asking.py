@@ -24,6 +24,10 @@ class NoAnswerError(Exception):
     """There is no answer, or its body has not come whole."""
 
 
+class ClosedError(NoAnswerError):
+    """The connection was closed in place of an answer, or before the end of one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An answer: its headers with names in lower case, and as much of its body as is wanted."""
@@ -111,6 +115,8 @@ class Peer:
                     await response.aclose()
         except (TimeoutError, httpx2.TimeoutException):
             raise NoAnswerError(f"no whole answer within {self.timeout:g} s") from None
+        except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as exc:
+            raise ClosedError(f"the connection was closed: {exc}") from exc
         except (httpx2.HTTPError, OSError) as exc:
             raise NoAnswerError(f"no answer: {type(exc).__name__}: {exc}") from exc
         said = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)

@@ -280,6 +280,24 @@ WRONG = [
         'proxy_set_header X-Accel-Redirect "";',
         "another answer",
     ),
+    wrong(
+        "another entity tag",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f"{NGINX_STREAM} add_header ETag '\"x\"';",
+        "no add_header",
+        'ETag: "x", for',
+    ),
+    wrong(
+        "a password",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f"{NGINX_STREAM} auth_basic x; auth_basic_user_file /dev/null;",
+        "answers 200",
+        ": 401",
+    ),
     wrong("not enabled", "apache", PLAIN, "XSendFile On", "XSendFile Off", "XSendFile On", "x-sendfile: "),
     Wrong(
         "no module",
@@ -306,6 +324,15 @@ WRONG = [
     wrong("nosniff is lost", "apache", PLAIN, APACHE, f"{APACHE}\nHeader unset X-Content-Type-Options", "Header unset"),
     wrong(
         "no conditions", "apache", PLAIN, APACHE, f"{APACHE}\nRequestHeader unset If-None-Match early", "If-None-Match"
+    ),
+    wrong(
+        "a header twice",
+        "apache",
+        MADE_FILE,
+        APACHE,
+        f"{APACHE}\nHeader always set Accept-Ranges bytes",
+        "no `Header set`",
+        "accept-ranges comes 2 times",
     ),
     wrong(
         "the files are open",
@@ -410,6 +437,15 @@ WRONG = [
         "include Content-Type",
         "copy_response_headers",
         "Content-Disposition: None",
+    ),
+    wrong(
+        "the order is shown",
+        "caddy",
+        PLAIN,
+        "Date Server X-Accel-Redirect",
+        "Date Server",
+        "exclude Connection Content-Length Date Server x-accel-redirect",
+        "200, x-accel-redirect: /_files/plain.txt",
     ),
     wrong("compressed", "caddy", PLAIN, CADDY, f"encode gzip\n{CADDY}", "no `encode`", "Content-Encoding: gzip"),
     wrong(
