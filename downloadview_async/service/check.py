@@ -183,9 +183,11 @@ class _Content:
 async def _content_of(file: AsyncFile) -> tuple[FileMetadata, _Content]:
     async with file.open() as opened:
         size = opened.metadata.size
-        if size is None:
+        if size is None or not opened.metadata.accept_ranges:  # made from the beginning on
             read = await _read(opened.stream(None))
-            return opened.metadata, _Content(len(read) if len(read) < MOST else None, ((0, read[:MOST]),))
+            if size is None and len(read) < MOST:
+                size = len(read)
+            return opened.metadata, _Content(size, ((0, read[:MOST]),))
         if size <= MOST:
             spans = [ByteRange(0, size)]
         else:
@@ -671,10 +673,10 @@ class _Run:
             place = f"bytes {start}-{stop - 1}/{size}"
             right = answer.status == 206 and answer.get("content-range") == place and not answer.orders
             right = right and answer.body == file.content.part(start, stop)
-            came = f"{answer.status}, Content-Range: {answer.get('content-range')}, {len(answer.body)} bytes"
-            yield self._judged(right, file, {"Range": value}, came, "ranges")
+            came = f", Content-Range: {answer.get('content-range')}, {len(answer.body)} bytes"
+            yield await self._judged(right, file, {"Range": value}, answer, "ranges", came)
         answer = await self._ask(file, Range=f"bytes={size}-")
-        yield self._judged(answer.status == 416, file, {"Range": f"bytes={size}-"}, str(answer.status), "ranges")
+        yield await self._judged(answer.status == 416, file, {"Range": f"bytes={size}-"}, answer, "ranges")
         etag, modified = whole.get("etag"), whole.get("last-modified")
         version = modified if etag is None or etag.startswith("W/") else etag
         if version is None:
@@ -683,10 +685,10 @@ class _Run:
         last = f"bytes={size - 1}-"
         answer = await self._ask(file, **{"Range": last, "If-Range": version})
         right = answer.status == 206 and answer.body == file.content.part(size - 1, size)
-        yield self._judged(right, file, {"Range": last, "If-Range": version}, str(answer.status), "ranges")
+        yield await self._judged(right, file, {"Range": last, "If-Range": version}, answer, "ranges")
         answer = await self._ask(file, **{"Range": last, "If-Range": _STALE})
         right = answer.status == 200 and file.content.begins(answer.body)
-        yield self._judged(right, file, {"Range": last, "If-Range": _STALE}, str(answer.status), "ranges")
+        yield await self._judged(right, file, {"Range": last, "If-Range": _STALE}, answer, "ranges")
 
     async def _conditions(self, file: _File, whole: Answer) -> AsyncIterator[Line]:
         for name, header in (("If-None-Match", "etag"), ("If-Modified-Since", "last-modified")):
@@ -694,21 +696,21 @@ class _Run:
                 continue  # one that is lost has been found to be
             answer = await self._ask(file, **{name: value})
             right = answer.status == 304 and not answer.body and not answer.orders
-            yield self._judged(right, file, {name: value}, str(answer.status), "conditions")
+            yield await self._judged(right, file, {name: value}, answer, "conditions")
         answer = await self._ask(file, **{"If-None-Match": _STALE})
         right = answer.status == 200 and (file.content.begins(answer.body) or not file.repeatable)
-        yield self._judged(right, file, {"If-None-Match": _STALE}, str(answer.status), "conditions")
+        yield await self._judged(right, file, {"If-None-Match": _STALE}, answer, "conditions")
 
     async def _encodings(self, file: _File, whole: Answer) -> AsyncIterator[Line]:
         coding = {"Accept-Encoding": "gzip, br, zstd"}
         answer = await self._ask(file, **coding)
         own = await self.here.ask(file.target, method="HEAD", headers=coding)
         got, wanted = answer.get("content-encoding"), own.get("content-encoding")
-        came = f"{answer.status}, Content-Encoding: {got}"
+        came = f", Content-Encoding: {got}"
         right = answer.status == 200 and got == wanted
         if right and file.ranged and answer.get("accept-ranges") != whole.get("accept-ranges"):
             right, came = False, f"{came}, Accept-Ranges: {answer.get('accept-ranges')}"
-        yield self._judged(right, file, coding, came, "encoded")
+        yield await self._judged(right, file, coding, answer, "encoded", came)
 
     async def _names(self, file: _File, whole: Answer) -> AsyncIterator[Line]:
         """Ask for what is none of the source's business, in the spellings that proxies are known to undo."""
@@ -744,8 +746,8 @@ class _Run:
         answer = await self._ask(file, **_ORDERS_OF_A_CLIENT)
         right = answer.status == 200 and (file.content.begins(answer.body) or not file.repeatable)
         right = right and all(answer.get(name) == whole.get(name) for name in _OF_BOTH)
-        names = {", ".join(_ORDERS_OF_A_CLIENT): "of a client"}
-        yield self._judged(right, file, names, f"{answer.status}, {'the same' if right else 'another'} answer", "order")
+        came = ", the same answer" if right else ", another answer"
+        yield await self._judged(right, file, _ORDERS_OF_A_CLIENT, answer, "order", came)
 
     # --- how it is said
 
@@ -753,10 +755,17 @@ class _Run:
         assert self.proxy is not None
         return await self.proxy.ask(file.target, method=method, headers=headers)
 
-    def _judged(self, right: bool, file: _File, headers: Mapping[str, str], came: str, problem: str) -> Line:
-        asked = f"GET {file.target}{_shown(headers, '')}"
+    async def _judged(
+        self, right: bool, file: _File, headers: Mapping[str, str], answer: Answer, problem: str, came: str = ""
+    ) -> Line:
+        asked, came = f"GET {file.target}{_shown(headers, '')}", f"{answer.status}{came}"
         if right:
             return _passed("together", file.wanted, asked, came)
+        streamed = not file.offloaded and problem in ("ranges", "conditions")
+        if streamed and file.alone is not None and self.alone is not None:
+            alone = await self.alone.ask(file.target, headers=headers)
+            if alone.status == answer.status and alone.body == answer.body:
+                return _skipped("together", file.wanted, asked, f"the service alone answers {came}, too")
         return _failed("together", file.wanted, asked, came, self._lost(problem, file))
 
     def _lost(self, problem: str, file: _File, **facts: str) -> str:

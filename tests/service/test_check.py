@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -159,6 +160,8 @@ def make(name):
             yield bytes(50_000)
     if name == "broken":
         raise KeyError("of mine")
+    if name == "sized":
+        return VirtualFile(endless, name=name, size=10**12)
     return VirtualFile(endless, name=name) if name == "endless" else None
 """
 VIRTUAL = """
@@ -246,9 +249,10 @@ async def test_an_earlier_route_that_answers(directory: Path, nobody: str) -> No
 
 
 @pytest.mark.asyncio
-async def test_an_endless_file_is_streamed_as_far_as_it_is_read(directory: Path) -> None:
-    (directory / "made_endless.py").write_text(MADE)
-    settings = load(directory, VIRTUAL.replace("FACTORY", "made_endless") + 'example = "endless"\n')
+@pytest.mark.parametrize("name", ["endless", "sized"])
+async def test_an_endless_file_is_streamed_as_far_as_it_is_read(directory: Path, name: str) -> None:
+    (directory / f"made_{name}.py").write_text(MADE)
+    settings = load(directory, VIRTUAL.replace("FACTORY", f"made_{name}") + f'example = "{name}"\n')
     async with live(build(settings)) as port:
         url = f"http://127.0.0.1:{port}"
         lines = await checked(settings, url=url, direct=url)
@@ -469,3 +473,23 @@ def test_the_command_cannot_check(served: tuple[Path, str], arguments: list[str]
     assert ran.returncode == 2
     assert message in ran.stderr
     assert ran.stdout == ""
+
+
+@pytest.mark.asyncio
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="TLS: openssl is not installed")
+async def test_a_certificate_is_checked_against_those_of_the_system(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "certificate.pem"]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    paths = {"ssl_certfile": str(directory / "certificate.pem"), "ssl_keyfile": str(directory / "key.pem")}
+    settings = load(directory, FILES)
+    async with live(build(settings), **paths) as port:
+        url = f"https://127.0.0.1:{port}"
+        (line,) = failures(await checked(settings, direct=url))
+        assert "CERTIFICATE_VERIFY_FAILED" in line.came
+        monkeypatch.setenv("SSL_CERT_FILE", paths["ssl_certfile"])
+        assert failures(await checked(settings, url=url, direct=url)) == []
+        text = FILES + f"[server]\nport = {port}\n" + "".join(f'{name} = "{path}"\n' for name, path in paths.items())
+        assert failures(await checked(load(directory, text))) == []
