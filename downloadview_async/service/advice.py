@@ -18,6 +18,7 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
         "caddy": "in reverse_proxy, `@offloaded header X-Accel-Redirect *` and `handle_response @offloaded { rewrite * "
         "{rp.header.X-Accel-Redirect} ... handle_path <target>* { root <directory> ... file_server } }`",
         "h2o": "`reproxy: ON` in the host",
+        "": "see what takes the bytes from the answers of <service>",
         "litespeed": "LiteSpeed obeys X-LiteSpeed-Location of a proxied application only if it is enabled there",
     },
     # the file, and the order beside it
@@ -39,6 +40,7 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
         "caddy": "`handle_path <target>* { root <directory> ... file_server }` in handle_response: the directory as "
         "Caddy sees it, readable for its user",
         "h2o": "`<target>:` with `file.dir: <directory>`: the directory as H2O sees it, readable for its user",
+        "": "let the proxy find <directory>, and its user read what is in it",
         "litespeed": "a static context for the URI <target> at the location <directory>/, internal redirects only",
     },
     "not fetched": {
@@ -157,7 +159,7 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
 def advice(problem: str, backend: str | None, **facts: str) -> str:
     """Return what mends a problem behind a proxy of this kind; each `<name>` in it is what `facts` says of the name."""
     lines = _ADVICE[problem]
-    text = lines.get(backend or "") or lines.get("") or next(iter(lines.values()))
+    text = lines.get(backend or "") or lines[""]
     for name, value in facts.items():
         text = text.replace(f"<{name}>", value)
     return text

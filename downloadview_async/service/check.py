@@ -7,11 +7,9 @@ of the same settings in this very process. At most a few pieces of each file are
 import os
 import re
 import secrets
-import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote, unquote, urlsplit
@@ -23,16 +21,15 @@ from starlette.routing import Match, Route
 from downloadview_async import (
     AccessDenied,
     AsyncFile,
-    ByteRange,
     ConfigurationError,
     Download,
     FileMetadata,
     FileMissing,
-    TransferAborted,
 )
 from downloadview_async.service.advice import advice
-from downloadview_async.service.asking import MOST, PIECE, Answer, ClosedError, NoAnswerError, Peer
+from downloadview_async.service.asking import Answer, ClosedError, NoAnswerError, Peer
 from downloadview_async.service.build import build
+from downloadview_async.service.samples import Content, closed_to_others, content_of, names_in
 from downloadview_async.service.settings import (
     DatabaseUnavailable,
     RouteSettings,
@@ -47,7 +44,6 @@ Step = Literal["source", "application", "proxy", "together"]
 Result = Literal["pass", "FAIL", "skip"]
 
 _PART = 1024  # bytes of a range that is asked for
-_MOST_ENTRIES = 1000  # of a directory that is searched for a file to ask for
 _PARAMETER = re.compile("{[^}]*}")
 _PLAIN = re.compile("/?[A-Za-z0-9_][A-Za-z0-9_./~-]*")
 _ONCE = ("accept-ranges", "content-length", "date", "etag", "last-modified", "server")
@@ -155,62 +151,7 @@ def _shown_url(url: str) -> str:
     return re.sub("//.*@", "//", url.rstrip("/"))
 
 
-# --- what a file is
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """Pieces of a file, each with its offset. size: bytes, None where it is not known."""
-
-    size: int | None
-    pieces: tuple[tuple[int, bytes], ...]
-
-    def part(self, start: int, stop: int) -> bytes | None:
-        """Return the bytes from `start` up to `stop`, or None where they have not been read."""
-        for offset, piece in self.pieces:
-            if offset <= start and stop <= offset + len(piece):
-                return piece[start - offset : stop - offset]
-        return None
-
-    def begins(self, body: bytes) -> bool:
-        """Return whether an answer with the whole file may begin with these bytes, and ends where the file does."""
-        known = self.pieces[0][1]
-        length = min(len(known), len(body))
-        whole = self.size is None or len(body) == min(self.size, MOST)
-        return whole and known[:length] == body[:length] and (self.size == 0 or length > 0)
-
-
-async def _content_of(file: AsyncFile) -> tuple[FileMetadata, _Content]:
-    async with file.open() as opened:
-        size = opened.metadata.size
-        if size is None or not opened.metadata.accept_ranges:  # made from the beginning on
-            read = await _read(opened.stream(None))
-            if size is None and len(read) < MOST:
-                size = len(read)
-            return opened.metadata, _Content(size, ((0, read[:MOST]),))
-        if size <= MOST:
-            spans = [ByteRange(0, size)]
-        else:
-            spans = [ByteRange(start, start + PIECE) for start in (0, size // 2, size - PIECE)]
-        pieces = [(span.start, await _read(opened.stream(span)) if len(span) else b"") for span in spans]
-        for span, (_, read) in zip(spans, pieces, strict=True):
-            if len(read) != len(span):
-                raise TransferAborted(f"bytes {span.start} to {span.stop} cannot be read: {len(read)} came")
-        return opened.metadata, _Content(size, tuple(pieces))
-
-
-async def _read(blocks: AsyncIterator[bytes]) -> bytes:
-    read = bytearray()
-    try:
-        async for block in blocks:
-            read += block
-            if len(read) >= MOST:
-                break
-    finally:
-        close = getattr(blocks, "aclose", None)
-        if close is not None:
-            await close()
-    return bytes(read)
+# --- what is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +170,7 @@ class _File:
     wanted: _Wanted
     file: AsyncFile
     metadata: FileMetadata
-    content: _Content
+    content: Content
     said: Answer
     """The answer to HEAD of the application in this process."""
     alone: Answer | None = None
@@ -337,7 +278,7 @@ class _Run:
         convertor = _PARAMETER.findall(route.path)[0].strip("{}").partition(":")[2]
         if directory is None or convertor not in ("", "str", "path"):
             return []
-        names = _names_in(Path(directory), convertor == "path")
+        names = names_in(Path(directory), convertor == "path")
         plain = [name for name in names if _PLAIN.fullmatch(name)]
         # a percent sign tells encodings apart best
         others = sorted((name for name in names if not _PLAIN.fullmatch(name)), key=lambda name: "%" not in name)
@@ -377,13 +318,13 @@ class _Run:
             came = f"{type(exc).__name__}: {exc}"
         return _failed("source", wanted, asked, came, remedy), None
 
-    async def _read(self, wanted: _Wanted) -> tuple[AsyncFile, FileMetadata, _Content]:
+    async def _read(self, wanted: _Wanted) -> tuple[AsyncFile, FileMetadata, Content]:
         route, key = self._route_of(wanted.target)
         if route is None or route.path != wanted.route.path:
             raise FileMissing(f"{'no route' if route is None else route.path} answers this path")
         assert isinstance(route.endpoint, Download)
         file = await route.endpoint.source.resolve(key)
-        return (file, *await _content_of(file))
+        return (file, *await content_of(file))
 
     def _rule_of(self, file: _File) -> RuleSettings | None:
         """Return the rule by which a file is offloaded, or could be but for its name."""
@@ -604,7 +545,7 @@ class _Run:
         location = file.file.location or ""
         if not location.startswith("/"):
             return self._advice("not fetched", rule)
-        if (found := _closed_to_others(location)) is not None:
+        if (found := closed_to_others(location)) is not None:
             path, mode = found
             closed = self._advice("unreadable", rule, path=path, mode=mode)
             return f"{closed}; else {self._advice('not found', rule)}"
@@ -798,40 +739,3 @@ def _skipped(step: Step, wanted: _Wanted, asked: str, reason: str) -> Line:
 
 def _shown(headers: Mapping[str, str], comma: str = ",") -> str:
     return "".join(f"{comma} {name}: {value}" for name, value in headers.items())
-
-
-def _names_in(directory: Path, deep: bool) -> list[str]:
-    """Return names of regular files with something in them, and with `deep` of those below, without a long search."""
-    names: list[str] = []
-    waiting, left = [""], _MOST_ENTRIES
-    while waiting and left > 0:
-        below = waiting.pop(0)
-        try:
-            with os.scandir(directory / below) as entries:
-                found = sorted(islice(entries, left), key=lambda entry: entry.name)
-        except OSError:
-            continue
-        left -= max(len(found), 1)
-        for entry in found:
-            if not entry.name.isprintable() or entry.name.startswith(".") or {"\\", ":"} & {*entry.name}:
-                continue  # no source has it, or nobody would ask for it
-            if entry.is_file(follow_symlinks=False) and entry.stat().st_size:
-                names.append(below + entry.name)
-            elif deep and entry.is_dir(follow_symlinks=False):
-                waiting.append(f"{below}{entry.name}/")
-    return names
-
-
-def _closed_to_others(path: str) -> tuple[str, str] | None:
-    """Return the first part of a local path that not every user may pass or read, with what chmod would need to do."""
-    parts = [*reversed(Path(path).parents), Path(path)]
-    for part in parts:
-        try:
-            mode = part.stat().st_mode
-        except OSError:
-            return None
-        if stat.S_ISDIR(mode) and not mode & stat.S_IXOTH:
-            return str(part), "o+x"
-        if stat.S_ISREG(mode) and not mode & stat.S_IROTH:
-            return str(part), "o+r"
-    return None

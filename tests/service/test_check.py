@@ -1,5 +1,7 @@
 """`downloadview check` without a proxy: what is asked for, sources that fail, what is said, and how it ends."""
 
+import asyncio
+import gzip
 import json
 import os
 import re
@@ -7,7 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -16,14 +18,16 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async import ConfigurationError, MemoryStorage, StorageSource
 from downloadview_async.offload.base import OFFLOAD_HEADERS
 from downloadview_async.service.advice import _ADVICE, advice
 from downloadview_async.service.asking import MOST, PIECE, Answer, NoAnswerError, Peer
 from downloadview_async.service.build import build
-from downloadview_async.service.check import Line, _Content, _content_of, check
+from downloadview_async.service.check import Line, check
 from downloadview_async.service.load import load_settings
+from downloadview_async.service.samples import Content, content_of
 from downloadview_async.service.settings import Settings
 from tests.live import live
 from tests.s3 import BUCKET, KEY_ID, S3, SECRET
@@ -38,6 +42,8 @@ path = "/files/{path:path}"
 source = "files"
 """
 NGINX = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+Headers = dict[str, str]
+Spoil = Callable[[Scope, int, Headers, bytes], tuple[int, Headers, bytes]]
 BACKENDS = ["nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed"]
 
 
@@ -105,7 +111,7 @@ def test_an_order_is_what_no_client_should_see() -> None:
 def test_an_answer_with_the_file(
     size: int | None, pieces: list[tuple[int, bytes]], body: bytes, expected: bool
 ) -> None:
-    assert _Content(size, tuple(pieces)).begins(body) == expected
+    assert Content(size, tuple(pieces)).begins(body) == expected
 
 
 @pytest.mark.asyncio
@@ -113,7 +119,7 @@ def test_an_answer_with_the_file(
 async def test_of_a_large_file_three_pieces_are_kept(size: int) -> None:
     content = os.urandom(size)
     source = StorageSource(MemoryStorage({"x": content}))
-    _, kept = await _content_of(await source.resolve("x"))
+    _, kept = await content_of(await source.resolve("x"))
     assert kept.size == size
     assert sum(len(piece) for _, piece in kept.pieces) == min(size, MOST)
     places = {(0, min(size, 1)), (max(size - 1000, 0), size), (size // 2, min(size // 2 + 1000, size))}
@@ -493,3 +499,150 @@ async def test_a_certificate_is_checked_against_those_of_the_system(
         assert failures(await checked(settings, url=url, direct=url)) == []
         text = FILES + f"[server]\nport = {port}\n" + "".join(f'{name} = "{path}"\n' for name, path in paths.items())
         assert failures(await checked(load(directory, text))) == []
+
+
+# --- something in between that spoils the answers of the service
+
+
+def _compressing(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    body = gzip.compress(body)
+    return status, headers | {"content-encoding": "gzip", "content-length": str(len(body))}, body
+
+
+def _refusing_head(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    return (405, {}, b"") if scope["method"] == "HEAD" else (status, headers, body)
+
+
+def _forgetting_at_head(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    return status, headers | ({"etag": '"other"'} if scope["method"] == "HEAD" else {}), body
+
+
+def _knowing_nothing(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    return 404, {}, b""
+
+
+def _losing_the_length(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    return status, {name: value for name, value in headers.items() if name != "content-length"}, body
+
+
+def _sending_something_else(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    return status, headers, body.replace(b"0", b"1")
+
+
+def _sending_nothing(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    return status, headers | {"content-length": "0"}, b""
+
+
+def _hiding_ranges(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    coded = b"gzip" in dict(scope["headers"]).get(b"accept-encoding", b"")
+    return status, headers | ({"accept-ranges": "none"} if coded else {}), body
+
+
+def _answering_everything(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    return (200, {}, b"<html>") if status == 404 else (status, headers, body)
+
+
+def _failing_at_what_is_missing(scope: Scope, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]:
+    return (500, {}, b"") if status == 404 else (status, headers, body)
+
+
+class Between:
+    """Lets the application answer, and says what `spoil` makes of it."""
+
+    def __init__(self, app: ASGIApp, spoil: Spoil) -> None:
+        self._app = app
+        self._spoil = spoil
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            messages.append(message)
+
+        await self._app(scope, receive, keep)
+        start, *parts = messages
+        headers = {name.decode(): value.decode() for name, value in start["headers"]}
+        body = b"".join(part.get("body", b"") for part in parts)
+        status, headers, body = self._spoil(scope, start["status"], headers, body)
+        await Response(body, status)({**scope, "method": "GET"}, receive, _with(headers, send))
+
+
+def _with(headers: Headers, send: Send) -> Send:
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send(message)
+
+    return sent
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "spoil, asked, came, remedy",
+    [
+        (_compressing, "GET /files/a.txt", "Content-Encoding: gzip", "compress nothing"),
+        (_refusing_head, "HEAD /files/a.txt", "405", "Range"),
+        (_forgetting_at_head, "HEAD /files/a.txt", 'etag: "other"', "pass etag on"),
+        (_knowing_nothing, "GET /files/a.txt", "404", "pass all paths"),
+        (_losing_the_length, "GET /files/a.txt", "Content-Length: None of 10", "compress nothing"),
+        (_sending_something_else, "GET /files/a.txt", "other bytes", "keeps no answers"),
+        (_sending_nothing, "GET /files/a.txt", "no bytes", "takes the bytes"),
+        (_hiding_ranges, "GET /files/a.txt Accept-Encoding: ", "Accept-Ranges: none", "compress nothing"),
+        (_answering_everything, "GET /files/no-such-file", "200", "pass all paths"),
+        (_failing_at_what_is_missing, "GET /files/no-such-file", "500", "the service runs"),
+    ],
+)
+async def test_answers_that_are_spoiled_are_found(
+    directory: Path, spoil: Spoil, asked: str, came: str, remedy: str
+) -> None:
+    settings = load(directory, FILES)
+    app = build(settings)
+    async with live(app) as service, live(Between(app, spoil)) as port:
+        lines = await checked(settings, url=f"http://127.0.0.1:{port}", direct=f"http://127.0.0.1:{service}")
+    failed = failures(lines)[0]
+    assert failed.step == "together"
+    assert failed.asked.startswith(asked)
+    assert came in failed.came
+    assert remedy in failed.remedy
+
+
+@pytest.mark.asyncio
+async def test_a_proxy_that_closes_the_connection_refuses(directory: Path) -> None:
+    settings = load(directory, FILES + NGINX)
+
+    async def closing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(closing, "127.0.0.1", 0)
+    async with server, live(build(settings)) as service:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        lines = await checked(settings, url=url, direct=f"http://127.0.0.1:{service}")
+    assert {line.result for line in lines if line.step == "proxy"} == {"pass"}
+    assert [line.asked for line in failures(lines)] == ["GET /files/a.txt"]
+    assert "closed" in failures(lines)[0].came
+
+
+@pytest.mark.asyncio
+async def test_the_address_of_the_service_is_not_known(directory: Path) -> None:
+    for server in ("[server]\nport = 0\n", "[server]\nfd = 3\n"):
+        lines = await checked(load(directory, server + FILES))
+        assert [(line.step, line.result) for line in lines] == [
+            ("source", "pass"),
+            ("application", "skip"),
+            ("proxy", "skip"),
+        ]
+        assert "--direct" in lines[1].came
+
+
+@pytest.mark.asyncio
+async def test_a_name_that_no_header_can_say_is_streamed(directory: Path) -> None:
+    (directory / "files" / "a ").write_bytes(b"x")
+    rule = '[offload]\nbackend = "apache"\n[[offload.rules]]\nsource = "files"\n'
+    for send, results in (("", {"pass"}), ('send = "proxy"\n', {"pass", "FAIL"})):
+        settings = load(directory, f"{FILES}{send}{rule}")
+        async with live(build(settings)) as service:
+            lines = await checked(settings, direct=f"http://127.0.0.1:{service}")
+        named = [line for line in lines if line.asked == "GET /files/a%20"]
+        assert "no header of this kind can name" in named[0].came
+        assert {line.result for line in lines if line.step == "application"} == results
