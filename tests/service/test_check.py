@@ -607,6 +607,17 @@ async def test_answers_that_are_spoiled_are_found(
 
 
 @pytest.mark.asyncio
+async def test_headers_that_a_proxy_adds_are_its_own_business(directory: Path) -> None:
+    added = {"content-security-policy": "default-src 'self'", "strict-transport-security": "max-age=1", "via": "1.1 x"}
+    settings = load(directory, FILES)
+    app = build(settings)
+    spoil: Spoil = lambda scope, status, headers, body: (status, headers | added, body)  # noqa: E731
+    async with live(app) as service, live(Between(app, spoil)) as port:
+        lines = await checked(settings, url=f"http://127.0.0.1:{port}", direct=f"http://127.0.0.1:{service}")
+    assert failures(lines) == []
+
+
+@pytest.mark.asyncio
 async def test_a_proxy_that_closes_the_connection_refuses(directory: Path) -> None:
     settings = load(directory, FILES + NGINX)
 
