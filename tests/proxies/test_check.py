@@ -96,6 +96,8 @@ async def site(kind: str) -> AsyncIterator[Site]:
     with readable_directory() as directory:
         checkout = make_checkout(directory, "checkout")
         (checkout / "app" / "files" / "large.bin").write_bytes(content_of("large") * 500)
+        (checkout / "app" / "stale").mkdir()
+        (checkout / "app" / "stale" / "plain.txt").write_bytes(content_of("plain.txt").replace(b"0", b"1"))
         (checkout / "made_for_check.py").write_text(MADE)
         settings = settings_of(checkout, kind)
         async with live(build(settings)) as service:
@@ -151,6 +153,7 @@ def wrong(name: str, kind: str, file: str, old: str, new: str, advice: str, came
 WRONG = [
     wrong("alias without a slash", "nginx", PLAIN, "alias app/files/;", "alias app/files;", "alias {files}/;", ": 404"),
     wrong("another alias", "nginx", PLAIN, "alias app/files/;", "alias app/other/;", "alias {files}/;", ": 404"),
+    wrong("stale files", "nginx", PLAIN, "alias app/files/;", "alias app/stale/;", "alias {files}/;", "other bytes"),
     wrong("root for alias", "nginx", PLAIN, "alias app/files/;", "root app/files/;", "alias and not root", ": 404"),
     wrong(
         "another location", "nginx", PLAIN, "location /_files/ {", "location /_other/ {", "location /_files/ {", "404"
@@ -438,6 +441,7 @@ WRONG = [
         "copy_response_headers",
         "Content-Disposition: None",
     ),
+    wrong("stale files", "caddy", PLAIN, "root app/files\n", "root app/stale\n", "root {files}", "other bytes"),
     wrong(
         "the order is shown",
         "caddy",
@@ -454,6 +458,9 @@ WRONG = [
     wrong("no conditions", "caddy", PLAIN, CADDY, f"request_header -If-None-Match\n{CADDY}", "request_header", ": 200"),
     wrong("another service", "caddy", PLAIN, "127.0.0.1:SERVICE", "127.0.0.1:9", "reverse_proxy", ": 502"),
     wrong("not enabled", "h2o", PLAIN, "reproxy: ON", "reproxy: OFF", "reproxy: ON", "x-reproxy-url: "),
+    wrong(
+        "stale files", "h2o", PLAIN, "- file.dir: app/files", "- file.dir: app/stale", "file.dir: {files}", "other by"
+    ),
     wrong("another directory", "h2o", PLAIN, "- file.dir: app/files", "- file.dir: app", "file.dir: {files}", ": 404"),
     wrong(
         "the files are open",
