@@ -1,5 +1,7 @@
 """The command `downloadview`."""
 
+import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -9,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from downloadview_async import ConfigurationError, Rule, __version__, proxy_config
+from downloadview_async import ConfigurationError, __version__
 
 try:
     import click
@@ -101,76 +103,71 @@ def print_config(proxy: Any, config: Path | None, listen: str, service: str | No
     The settings are those that `serve` reads, variables included; their backend has to be this proxy. The proxy can be
     started with it as it is. "TLS:" marks where TLS goes.
     """
+    from downloadview_async.service.proxy import config_for
+
     try:
         _choose(None, config, "no proxy to configure: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        _check_proxy(proxy, settings)
-        server = settings.server
-        rules = [Rule(rule.source, rule.target or rule.source) for rule in settings.offload.rules]
-        asked: dict[str, Any] = {}
-        for key, option in (  # one more at a time, so that a mistake is blamed on its own key
-            ("offload.rules", {}),
-            ("server.root_path", {"prefix": server.root_path}),
-            ("server.timeout_keep_alive", {"idle_seconds": server.timeout_keep_alive}),
-            ("server.stall_timeout", {"stall_seconds": server.stall_timeout}),
-            ("server.host" if server.uds is None else "server.uds", {} if service else {"service": _address(settings)}),
-        ):
-            asked |= option
-            with settings.blaming(key):
-                proxy_config(proxy, rules, **asked)
-        if service:
-            asked["service"] = service
-        if relative_to:
-            asked["relative_to"] = os.path.abspath(relative_to)
-        text = proxy_config(proxy, rules, listen=listen, **asked)
+        text = config_for(settings, proxy, listen=listen, service=service, relative_to=relative_to)
     except ConfigurationError as exc:
         click.echo(f"downloadview: {exc}", err=True)
         sys.exit(_WRONG_SETTINGS)
     click.echo(text.encode(), nl=False)
 
 
-def _check_proxy(proxy: str, settings: Settings) -> None:
-    """Raise `ConfigurationError` for settings with which this proxy would send nothing, or hide a route."""
-    offload = settings.offload
-    variable = "DOWNLOADVIEW_OFFLOAD__BACKEND"
-    if offload.backend is None:
-        raise settings.error(
-            "offload.backend",
-            f"without it, the service sends everything itself: set it to {proxy!r}, here or by {variable}={proxy}, for "
-            "the service too",
-        )
-    if offload.backend != proxy:
-        raise settings.error(
-            "offload.backend",
-            f"this is {offload.backend!r}, which {proxy} does not understand: set it to {proxy!r}, here or by "
-            f"{variable}={proxy}, for the service too",
-        )
-    if proxy in ("nginx", "h2o"):
-        for index, route in enumerate(settings.routes):
-            for rule in offload.rules:
-                if rule.target and f"{settings.server.root_path}{route.path}".startswith(rule.target):
-                    raise settings.error(
-                        f"routes[{index}].path",
-                        f"{route.path!r} is below {rule.target!r}, the target of a rule, where no client gets: choose "
-                        "another target, such as /_files/",
-                    )
+@main.command()
+@click.argument("url", required=False)
+@click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
+@click.option("--direct", metavar="URL", help="Where the service itself listens.  [default: as the settings say]")
+@click.option("--file", "files", multiple=True, metavar="PATH", help="The path of a URL to ask for; may be repeated.")
+@click.option("--only", is_flag=True, help="Ask for the paths of --file alone.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=10.0, help="Seconds for each.  [default: 10]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -> None:
+    """Check a running service against its settings, and with URL the proxy in front of it.
+
+    URL is where clients reach it. Each line says pass, FAIL or skip, which step, what was asked and what came, and for
+    a failure what mends it. The status is 0 if nothing fails, 1 if something does, 2 if nothing can be checked.
+
+    The settings are those of `downloadview serve`. Each route is asked for the `example`s that they give, for the paths
+    of --file, or for the first file of a local directory.
+    """
+    import anyio
+
+    from downloadview_async.service.check import Line
+    from downloadview_async.service.check import check as checks
+
+    lines: list[Line] = []
+
+    async def run_checks() -> None:
+        _choose(None, config, "nothing to check: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        async with contextlib.aclosing(checks(settings, url=url, **options)) as found:
+            async for line in found:
+                lines.append(line)
+                if not as_json:
+                    click.echo(_printable(f"{line.result}  {line.step}  {line.route}  {line.asked}: {line.came}"))
+                    if line.remedy:
+                        click.echo(_printable(f"      {line.remedy}"))
+
+    try:
+        anyio.run(run_checks)
+    except ConfigurationError as exc:
+        click.echo(f"downloadview: {exc}", err=True)
+        sys.exit(_WRONG_SETTINGS)
+    counts = {result: sum(line.result == result for line in lines) for result in ("pass", "FAIL", "skip")}
+    if as_json:
+        click.echo(json.dumps({**counts, "checks": [dataclasses.asdict(line) for line in lines]}, indent=1))
+    else:
+        click.echo(", ".join(f"{count} {result}" for result, count in counts.items()))
+    sys.exit(1 if counts["FAIL"] else 0)
 
 
-def _address(settings: Settings) -> str:
-    """Return where a proxy on this machine finds the service. Raises `ConfigurationError` where nobody knows."""
-    server = settings.server
-    if server.ssl_certfile:
-        raise settings.error(
-            "server.ssl_certfile", "the proxy speaks plain HTTP to the service: remove it, and give the proxy TLS"
-        )
-    if server.fd is not None:
-        raise settings.error("server.fd", "a proxy needs an address: give it with --service")
-    if server.uds is not None:
-        return f"unix:{os.path.abspath(server.uds)}"
-    if server.port == 0:
-        raise settings.error("server.port", "a proxy needs a port that stays the same: give one, or --service")
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104
-    return f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
+def _printable(text: str) -> str:
+    """Return text that does nothing to a terminal, whatever a server has said."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _choose(path: Path | None, config: Path | None, lacking: str) -> None:

@@ -29,7 +29,6 @@ from downloadview_async import (
     PathSource,
     PresignedRedirect,
     RemoteSource,
-    Rule,
     Source,
     Storage,
     StorageSource,
@@ -57,6 +56,7 @@ from downloadview_async.service.settings import (
     bytes_of,
     cache_of,
     directory_of,
+    rules_of,
     seconds_of,
     source_of_files,
 )
@@ -312,7 +312,7 @@ def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBacken
     if offload.backend is None:
         return None
     with settings.blaming("offload"):
-        rules = [Rule(rule.source, rule.target or rule.source) for rule in offload.rules]
+        rules = rules_of(settings)
         match offload.backend:
             case "nginx" | "caddy":  # the settings let Caddy have none of nginx's options
                 return XAccelRedirect(

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from msgspec import Meta, Struct
 
-from downloadview_async import ConfigurationError
+from downloadview_async import ConfigurationError, Rule
 
 _Seconds = Annotated[float, Meta(gt=0)]
 _Count = Annotated[int, Meta(ge=1)]
@@ -302,6 +302,11 @@ def directory_of(source: SourceSettings) -> str | None:
     if isinstance(source, StorageSettings) and (parts := urlsplit(source.url)).scheme == "file":
         return unquote(parts.path).rstrip("/") or "/"
     return None
+
+
+def rules_of(settings: "Settings") -> list[Rule]:
+    """Return the rules for the proxy; a directory without a target is the same for both."""
+    return [Rule(rule.source, rule.target or rule.source) for rule in settings.offload.rules]
 
 
 def source_of_files(name: str, sources: Mapping[str, SourceSettings]) -> tuple[str, SourceSettings]:

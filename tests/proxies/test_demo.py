@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Demo:
     port: int
     service: int
     kind: str
+    environ: dict[str, str]
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -49,7 +51,7 @@ def demo(request: pytest.FixtureRequest) -> Iterator[Demo]:
             running(command, service, directory=directory, log=directory / "log", environ=environ),
             proxy(KINDS[kind], directory, service, port=port),
         ):
-            yield Demo(directory / "app" / "files", port, service, kind)
+            yield Demo(directory / "app" / "files", port, service, kind, environ)
 
 
 def get(port: int, path: str, **headers: str) -> Answer:
@@ -124,3 +126,26 @@ def test_the_rest_is_one_404(demo: Demo, path: str) -> None:
 def test_the_front_page_and_the_health_of_the_service(demo: Demo) -> None:
     assert b"/files/hello.txt" in get(demo.port, "/").body
     assert get(demo.port, "/-/livez").status == get(demo.port, "/-/readyz").status == 200
+
+
+def test_the_demo_passes_its_check(demo: Demo) -> None:
+    arguments = [f"http://127.0.0.1:{demo.port}", "--direct", f"http://127.0.0.1:{demo.service}", "--json"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "downloadview_async.cli", "check", "--config", "app/downloadview.toml", *arguments],
+        cwd=demo.files.parent.parent,
+        env=demo.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    said = json.loads(ran.stdout)
+    assert [line for line in said["checks"] if line["result"] == "FAIL"] == [], ran.stdout
+    assert {line["route"] for line in said["checks"] if line["step"] == "together"} == {
+        "/files/{path:path}",
+        "/media/{path:path}",
+        "/documents/{key}",
+        "/mirror/{path:path}",
+        "/reports/{name}",
+    }
+    assert ran.returncode == 0
+    assert ran.stderr == ""

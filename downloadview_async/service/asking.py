@@ -1,0 +1,123 @@
+"""Asking a server for `downloadview check`: by a path that is sent as it is spelled, and for a few bytes alone."""
+
+import re
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import anyio
+import httpx2
+from starlette.applications import Starlette
+
+from downloadview_async import ConfigurationError, __version__
+
+PIECE = 64 << 10
+MOST = 3 * PIECE
+"""Bytes that are read of one answer."""
+
+_ORDER = re.compile("x-(?:accel-.+|sendfile.*|lighttpd-send-file|litespeed-location|reproxy-url)")
+
+
+class NoAnswerError(Exception):
+    """There is no answer, or its body has not come whole."""
+
+
+class ClosedError(NoAnswerError):
+    """The connection was closed in place of an answer, or before the end of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer: its headers with names in lower case, and as much of its body as is wanted."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+    def get(self, name: str) -> str | None:
+        """Return a header; one that comes more than once is a list."""
+        values = [value for known, value in self.headers if known == name.lower()]
+        return ", ".join(values) if values else None
+
+    @property
+    def orders(self) -> dict[str, str]:
+        """The headers that only a proxy should see."""
+        return {name: value for name, value in self.headers if _ORDER.fullmatch(name)}
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server, or an application in this process, which follows no redirect and knows no proxy of the environment."""
+
+    client: httpx2.AsyncClient
+    base: str
+    path: str
+    timeout: float
+    is_here: bool = False
+
+    @classmethod
+    @asynccontextmanager
+    async def here(cls, app: Starlette, timeout: float) -> AsyncIterator["Peer"]:
+        """Give an application of this process."""
+        transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, trust_env=False) as client:
+            yield cls(client, "http://localhost", "", timeout, is_here=True)
+
+    @classmethod
+    @asynccontextmanager
+    async def at(cls, url: str, timeout: float, *, uds: str | None = None) -> AsyncIterator["Peer"]:
+        """Give the server at a URL, or behind a Unix socket. timeout: seconds that it has for an answer.
+
+        Raises `ConfigurationError` for what is no URL of a server.
+        """
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
+        except ValueError:
+            good = False
+        if not good or parts.query or parts.fragment:
+            raise ConfigurationError(f"{url!r} is no URL of a server: give one such as http://127.0.0.1:8080")
+        transport = httpx2.AsyncHTTPTransport(verify=ssl.create_default_context(), uds=uds, trust_env=False)
+        async with httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout) as client:
+            yield cls(client, f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), timeout)
+
+    async def ask(
+        self, target: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, root: bool = False
+    ) -> Answer:
+        """Send a request and return the answer, with up to `MOST` bytes of its body.
+
+        target: a path as it is to be spelled, below that of the URL, or with `root` below its host.
+
+        Raises `NoAnswerError`.
+        """
+        path = target if root else self.path + target
+        request = self.client.build_request(
+            method,
+            self.base + path if self.is_here else self.base,
+            headers={"Accept-Encoding": "identity", "User-Agent": f"downloadview-check/{__version__}"}
+            | dict(headers or {}),
+            # a URL would be put in order: /../ is gone from it before it is sent
+            extensions=None if self.is_here else {"target": path.encode("ascii")},
+        )
+        body = bytearray()
+        try:
+            with anyio.fail_after(self.timeout):
+                response = await self.client.send(request, stream=True, follow_redirects=False)
+                try:
+                    async with aclosing(response.aiter_raw(PIECE)) as blocks:
+                        async for block in blocks:
+                            body += block
+                            if len(body) >= MOST:
+                                break
+                finally:
+                    await response.aclose()
+        except (TimeoutError, httpx2.TimeoutException):
+            raise NoAnswerError(f"no whole answer within {self.timeout:g} s") from None
+        except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as exc:
+            raise ClosedError(f"the connection was closed: {exc}") from exc
+        except (httpx2.HTTPError, OSError) as exc:
+            raise NoAnswerError(f"no answer: {type(exc).__name__}: {exc}") from exc
+        said = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)
+        return Answer(response.status_code, said, bytes(body[:MOST]))

@@ -1,0 +1,690 @@
+"""`downloadview check`: what is shipped passes on the real proxies, and each misconfiguration is found on one."""
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from downloadview_async.service.build import build
+from downloadview_async.service.check import Line, check
+from downloadview_async.service.load import load_settings
+from downloadview_async.service.settings import Settings
+from tests.live import live
+from tests.proxies.conftest import content_of, make_checkout
+from tests.proxies.servers import DEPLOY, KINDS, free_port, proxy, readable_directory
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SETTINGS = """
+[sources.files]
+type = "path"
+root = "app/files"
+[sources.copies]
+type = "storage"
+url = "file:app/files"
+[sources.made]
+type = "virtual"
+factory = "made_for_check:make"
+[[routes]]
+path = "/files/{path:path}"
+source = "files"
+cache_control = "private"
+[[routes]]
+path = "/pages/{path:path}"
+source = "copies"
+disposition = "inline"
+example = ["page.html", "50%25.txt", "a%20b.txt"]
+[[routes]]
+path = "/large/{path:path}"
+source = "files"
+example = "large.bin"
+[[routes]]
+path = "/made/{name}"
+source = "made"
+example = "report.txt"
+"""
+MADE = "def make(name):\n    return b'made ' * 1000 if name == 'report.txt' else None\n"
+RULES: dict[str | None, str] = {
+    None: "",
+    **dict.fromkeys(("apache", "lighttpd"), '[[offload.rules]]\nsource = "app/files"\n'),
+    **dict.fromkeys(("nginx", "caddy", "h2o"), '[[offload.rules]]\nsource = "app/files"\ntarget = "/_files/"\n'),
+}
+
+
+def settings_of(directory: Path, backend: str | None, more: str = "") -> Settings:
+    file = directory / f"{backend}.toml"
+    line = "" if backend is None else f'[offload]\nbackend = "{backend}"\n{more}'
+    file.write_text(f"{SETTINGS}{line}{RULES[backend]}")
+    return load_settings(file, environ={})
+
+
+@dataclass(frozen=True)
+class Site:
+    checkout: Path
+    kind: str
+    settings: Settings
+    service: int
+
+    async def check(
+        self,
+        edit: Callable[[str], str] = str,
+        *,
+        kind: str | None = None,
+        service: int | None = None,
+        settings: Settings | None = None,
+        **options: Any,
+    ) -> list[Line]:
+        service = service or self.service
+        with proxy(KINDS[kind or self.kind], self.checkout, service, edit=edit) as port:
+            lines = check(
+                settings or self.settings,
+                url=f"http://127.0.0.1:{port}",
+                direct=f"http://127.0.0.1:{service}",
+                only="files" in options,
+                **options,
+            )
+            return [line async for line in lines]
+
+
+@asynccontextmanager
+async def site(kind: str) -> AsyncIterator[Site]:
+    with readable_directory() as directory:
+        checkout = make_checkout(directory, "checkout")
+        (checkout / "app" / "files" / "large.bin").write_bytes(content_of("large") * 500)
+        (checkout / "app" / "stale").mkdir()
+        (checkout / "app" / "stale" / "plain.txt").write_bytes(content_of("plain.txt").replace(b"0", b"1"))
+        (checkout / "made_for_check.py").write_text(MADE)
+        settings = settings_of(checkout, kind)
+        async with live(build(settings)) as service:
+            yield Site(checkout, kind, settings, service)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(KINDS))
+async def each(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
+    async with site(request.param) as running:
+        yield running
+
+
+def failures(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if line.result == "FAIL"]
+
+
+async def test_what_is_shipped_passes(each: Site) -> None:
+    lines = await each.check()
+    assert failures(lines) == []
+    assert {line.step for line in lines} == {"source", "application", "proxy", "together"}
+    assert [line for line in lines if line.result == "skip"] == []
+
+
+# --- what is known to go wrong: what is changed of the configuration, and what is said of it
+
+PLAIN = "/files/plain.txt"
+PAGE = "/pages/page.html"
+LARGE = "/large/large.bin"
+MADE_FILE = "/made/report.txt"
+NGINX_STREAM = 'proxy_set_header Forwarded "";'
+APACHE = "ProxyRequests Off"
+CADDY = "\trequest_body {"
+LIGHTTPD = '    "Forwarded" => "",'
+H2O_STREAM = "          proxy.header.unset: Forwarded\n"
+
+
+@dataclass(frozen=True)
+class Wrong:
+    name: str
+    kind: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    """What of the configuration is replaced by what. SERVICE stands for the service's port."""
+    advice: str
+    came: str = ""
+    """A part of the failed line, apart from its advice."""
+
+
+def wrong(name: str, kind: str, file: str, old: str, new: str, advice: str, came: str = "") -> Wrong:
+    return Wrong(name, kind, file, ((old, new),), advice, came)
+
+
+WRONG = [
+    wrong("alias without a slash", "nginx", PLAIN, "alias app/files/;", "alias app/files;", "alias {files}/;", ": 404"),
+    wrong("another alias", "nginx", PLAIN, "alias app/files/;", "alias app/other/;", "alias {files}/;", ": 404"),
+    wrong("stale files", "nginx", PLAIN, "alias app/files/;", "alias app/stale/;", "alias {files}/;", "other bytes"),
+    wrong("root for alias", "nginx", PLAIN, "alias app/files/;", "root app/files/;", "alias and not root", ": 404"),
+    wrong(
+        "another location", "nginx", PLAIN, "location /_files/ {", "location /_other/ {", "location /_files/ {", "404"
+    ),
+    wrong("not internal", "nginx", PLAIN, "            internal;\n", "", "`internal;`", "GET /_files/plain.txt: 200"),
+    Wrong(
+        "neither slash nor internal",
+        "nginx",
+        PLAIN,
+        (("location /_files/ {", "location /_files {"), ("            internal;\n", "")),
+        "slash at both ends",
+        "GET /_files../files/plain.txt: 200",
+    ),
+    wrong("another service", "nginx", PLAIN, "127.0.0.1:SERVICE", "127.0.0.1:9", "proxy_pass", "502"),
+    wrong(
+        "orders are ignored",
+        "nginx",
+        PLAIN,
+        NGINX_STREAM,
+        f"{NGINX_STREAM} proxy_ignore_headers X-Accel-Redirect;",
+        "proxy_ignore_headers",
+        "200, no bytes",
+    ),
+    wrong(
+        "nosniff is lost",
+        "nginx",
+        PLAIN,
+        "            add_header X-Content-Type-Options $up",
+        "            # $up",
+        "add_header X-Content-Type-Options $upstream_http_x_content_type_options always;",
+        "X-Content-Type-Options: None",
+    ),
+    wrong(
+        "the sandbox is lost",
+        "nginx",
+        PAGE,
+        "            add_header Content-Security-Policy $up",
+        "            # $up",
+        "add_header Content-Security-Policy $upstream_http_content_security_policy always;",
+        "Content-Security-Policy: None",
+    ),
+    wrong(
+        "nosniff twice",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f"{NGINX_STREAM} add_header X-Content-Type-Options nosniff;",
+        "no add_header",
+        "nosniff, nosniff",
+    ),
+    wrong(
+        "Cache-Control is made anew",
+        "nginx",
+        PLAIN,
+        "            gzip off;",
+        "            gzip off; expires 1d;",
+        "expires",
+        "Cache-Control: ",
+    ),
+    wrong(
+        "a cookie",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f'{NGINX_STREAM} add_header Set-Cookie "seen=1";',
+        "the service sets none",
+        "Set-Cookie: seen=1",
+    ),
+    wrong("no ranges", "nginx", PLAIN, "max_ranges 100;", "max_ranges 0;", "max_ranges", "Range: bytes=0-0: 200"),
+    wrong(
+        "no dates", "nginx", PLAIN, "if_modified_since before;", "if_modified_since off;", "if_modified_since", ": 200"
+    ),
+    wrong(
+        "no validators", "nginx", PLAIN, "gzip off;", "gzip off; etag off; add_header Last-Modified '';", "etag", "no E"
+    ),
+    wrong(
+        "no Range for the service",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f'{NGINX_STREAM} proxy_set_header Range "";',
+        "proxy_set_header Range",
+        "Range: bytes=0-0: 200",
+    ),
+    wrong(
+        "no If-Range for the service",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f'{NGINX_STREAM} proxy_set_header If-Range "";',
+        "If-Range",
+        'If-Range: "downloadview-check": 206',
+    ),
+    wrong(
+        "no If-None-Match for the service",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f'{NGINX_STREAM} proxy_set_header If-None-Match "";',
+        "proxy_set_header If-None-Match",
+        "If-None-Match: ",
+    ),
+    wrong(
+        "compressed",
+        "nginx",
+        LARGE,
+        "gzip off;",
+        "gzip on; gzip_types *; gzip_min_length 1; gzip_proxied any;",
+        "gzip off;",
+        "Content-Encoding: gzip",
+    ),
+    wrong(
+        "decoded",
+        "nginx",
+        PLAIN,
+        "proxy_pass http://service;",
+        "proxy_pass http://service/;",
+        "without a slash",
+        "x%2F",
+    ),
+    wrong(
+        "orders of clients",
+        "nginx",
+        PLAIN,
+        "        location / {",
+        "        location / { if ($http_x_accel_redirect) { rewrite ^ /nowhere break; }",
+        'proxy_set_header X-Accel-Redirect "";',
+        "another answer",
+    ),
+    wrong(
+        "another entity tag",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f"{NGINX_STREAM} add_header ETag '\"x\"';",
+        "no add_header",
+        'ETag: "x", for',
+    ),
+    wrong(
+        "a password",
+        "nginx",
+        MADE_FILE,
+        NGINX_STREAM,
+        f"{NGINX_STREAM} auth_basic x; auth_basic_user_file /dev/null;",
+        "answers 200",
+        ": 401",
+    ),
+    wrong("not enabled", "apache", PLAIN, "XSendFile On", "XSendFile Off", "XSendFile On", "x-sendfile: "),
+    Wrong(
+        "no module",
+        "apache",
+        PLAIN,
+        (("LoadModule xsendfile_module", "#"), ("\nXSendFile On", ""), ("\nXSendFilePath", "\n#")),
+        "LoadModule xsendfile_module",
+        "x-sendfile: ",
+    ),
+    wrong(
+        "another directory", "apache", PLAIN, 'XSendFilePath "${files}"', 'XSendFilePath "/usr/share"', "XSendFilePath"
+    ),
+    wrong("no directory", "apache", PLAIN, 'XSendFilePath "${files}"', "", 'XSendFilePath "{files}"', ": 404"),
+    wrong("another service", "apache", PLAIN, "127.0.0.1:SERVICE", "127.0.0.1:9", "ProxyPass / ", ": 503"),
+    wrong(
+        "no ranges",
+        "apache",
+        PLAIN,
+        "RequestHeader unset Range \"expr=%{REQUEST_METHOD} == 'HEAD'\"",
+        "RequestHeader unset Range early",
+        "RequestHeader unset Range",
+        "Range: bytes=0-0: 200",
+    ),
+    wrong("nosniff is lost", "apache", PLAIN, APACHE, f"{APACHE}\nHeader unset X-Content-Type-Options", "Header unset"),
+    wrong(
+        "no conditions", "apache", PLAIN, APACHE, f"{APACHE}\nRequestHeader unset If-None-Match early", "If-None-Match"
+    ),
+    wrong(
+        "a header twice",
+        "apache",
+        MADE_FILE,
+        APACHE,
+        f"{APACHE}\nHeader always set Accept-Ranges bytes",
+        "no `Header set`",
+        "accept-ranges comes 2 times",
+    ),
+    wrong(
+        "the files are open",
+        "apache",
+        PLAIN,
+        "ProxyPass / ",
+        'DocumentRoot "${files}"\nProxyPass /plain.txt !\nProxyPass / ',
+        "no DocumentRoot",
+        "GET /plain.txt: 200",
+    ),
+    wrong(
+        "compressed",  # but never what mod_xsendfile sends
+        "apache",
+        MADE_FILE,
+        APACHE,
+        f"{APACHE}\nLoadModule filter_module ${{modules}}/mod_filter.so\n"
+        "LoadModule deflate_module ${modules}/mod_deflate.so\nSetOutputFilter DEFLATE",
+        "no-gzip",
+        "Content-Encoding: gzip",
+    ),
+    Wrong(
+        "decoded",
+        "apache",
+        PLAIN,
+        (("AllowEncodedSlashes NoDecode", "AllowEncodedSlashes On"), (" nocanon", "")),
+        "nocanon",
+        "x%2F",
+    ),
+    wrong(
+        "not enabled",
+        "lighttpd",
+        PLAIN,
+        '"x-sendfile" => "enable"',
+        '"x-sendfile" => "disable"',
+        '"x-sendfile" => "enable"',
+    ),
+    wrong(
+        "another directory",
+        "lighttpd",
+        PLAIN,
+        '(env.PWD + "/app/files/")',
+        '(env.PWD + "/app/files-private/")',
+        '"x-sendfile-docroot" => ("{files}/")',
+        ": 403",
+    ),
+    wrong(
+        "the files are open",
+        "lighttpd",
+        PLAIN,
+        'proxy.server = (""',
+        'proxy.server = ("/files/"',
+        "proxy.server",
+        ": 200",
+    ),
+    wrong(
+        "decoded",
+        "lighttpd",
+        PLAIN,
+        '("url-path-2f-decode" => "disable")',
+        '("url-path-2f-decode" => "enable")',
+        "url-path-2f-decode",
+        "x%2F",
+    ),
+    wrong(
+        "nosniff is lost",
+        "lighttpd",
+        PLAIN,
+        "setenv.set-request-header",
+        'setenv.set-response-header = ("X-Content-Type-Options" => "")\nsetenv.set-request-header',
+        "setenv.set-response-header",
+        "X-Content-Type-Options: None",
+    ),
+    wrong(
+        "no ranges", "lighttpd", PLAIN, "server.tag", 'server.range-requests = "disable"\nserver.tag', "range-requests"
+    ),
+    wrong("no conditions", "lighttpd", PLAIN, LIGHTTPD, f'{LIGHTTPD} "If-None-Match" => "",', "If-None-Match"),
+    wrong("another service", "lighttpd", PLAIN, '"port" => SERVICE', '"port" => 9', "host and port", ": 503"),
+    wrong(
+        "not enabled",
+        "caddy",
+        PLAIN,
+        "header X-Accel-Redirect *",
+        "header X-Nothing *",
+        "handle_response",
+        "x-accel-re",
+    ),
+    wrong("another directory", "caddy", PLAIN, "root app/files\n", "root app\n", "root {files} ", ": 404"),
+    wrong(
+        "the files are open",
+        "caddy",
+        PLAIN,
+        CADDY,
+        f"handle_path /_files/* {{\nroot app/files\nfile_server\n}}\n{CADDY}",
+        "handle_response @offloaded",
+        "GET /_files/plain.txt: 200",
+    ),
+    wrong(
+        "headers are lost",
+        "caddy",
+        PLAIN,
+        "exclude Connection Content-Length Date Server X-Accel-Redirect",
+        "include Content-Type",
+        "copy_response_headers",
+        "Content-Disposition: None",
+    ),
+    wrong("stale files", "caddy", PLAIN, "root app/files\n", "root app/stale\n", "root {files}", "other bytes"),
+    wrong(
+        "the order is shown",
+        "caddy",
+        PLAIN,
+        "Date Server X-Accel-Redirect",
+        "Date Server",
+        "exclude Connection Content-Length Date Server x-accel-redirect",
+        "200, x-accel-redirect: /_files/plain.txt",
+    ),
+    wrong("compressed", "caddy", PLAIN, CADDY, f"encode gzip\n{CADDY}", "no `encode`", "Content-Encoding: gzip"),
+    wrong(
+        "no ranges", "caddy", PLAIN, CADDY, f"request_header -Range\n{CADDY}", "request_header -Range", "bytes=0-0: 200"
+    ),
+    wrong("no conditions", "caddy", PLAIN, CADDY, f"request_header -If-None-Match\n{CADDY}", "request_header", ": 200"),
+    wrong("another service", "caddy", PLAIN, "127.0.0.1:SERVICE", "127.0.0.1:9", "reverse_proxy", ": 502"),
+    wrong("not enabled", "h2o", PLAIN, "reproxy: ON", "reproxy: OFF", "reproxy: ON", "x-reproxy-url: "),
+    wrong(
+        "stale files", "h2o", PLAIN, "- file.dir: app/files", "- file.dir: app/stale", "file.dir: {files}", "other by"
+    ),
+    wrong("another directory", "h2o", PLAIN, "- file.dir: app/files", "- file.dir: app", "file.dir: {files}", ": 404"),
+    wrong(
+        "the files are open",
+        "h2o",
+        PLAIN,
+        "      /_files/:\n",
+        "      /_files/:\n        - file.dir: app/files\n",
+        "DOWNLOADVIEW_TARGET",
+        "GET /_files/plain.txt: 200",
+    ),
+    wrong("compressed", "h2o", PLAIN, "reproxy: ON", "reproxy: ON\n    compress: ON", "compress: OFF", "-Encoding: "),
+    wrong(
+        "no ranges for the service",
+        "h2o",
+        MADE_FILE,
+        H2O_STREAM,
+        f"{H2O_STREAM}          proxy.header.unset: Range\n",
+        "Range",
+    ),
+    wrong(
+        "no conditions for the service",
+        "h2o",
+        MADE_FILE,
+        H2O_STREAM,
+        f"{H2O_STREAM}          proxy.header.unset: If-None-Match\n",
+        "If-None-Match",
+    ),
+    wrong(
+        "nosniff is lost",
+        "h2o",
+        PLAIN,
+        '["connection", "content-length",',
+        '["connection", "x-content-type-options", "content-length",',
+        "mruby.handler",
+        "X-Content-Type-Options: None",
+    ),
+    wrong("another service", "h2o", PLAIN, "127.0.0.1:SERVICE/\n", "127.0.0.1:9/\n", "proxy.reverse.url", ": 502"),
+]
+
+
+@pytest.mark.parametrize(
+    "each, case", [pytest.param(case.kind, case, id=f"{case.kind}: {case.name}") for case in WRONG], indirect=["each"]
+)
+async def test_what_is_wrong_is_found(each: Site, case: Wrong) -> None:
+    def edit(text: str) -> str:
+        for old, new in case.edits:
+            old = old.replace("SERVICE", str(each.service))
+            assert old in text, f"nothing to change: {old}"
+            text = text.replace(old, new)
+        return text
+
+    failed = failures(await each.check(edit, files=[case.file]))
+    advice = case.advice.replace("{files}", str(each.checkout / "app" / "files"))
+    said = [line for line in failed if advice in line.remedy and case.came in f"{line.asked}: {line.came}"]
+    assert said, failed
+    assert advice in failed[0].remedy, "what is said first is what mends it"
+
+
+# --- settings and proxies that do not fit
+
+
+async def test_the_service_has_no_backend() -> None:
+    async with site("nginx") as here, live(build(settings_of(here.checkout, None))) as service:
+        failed = failures(await here.check(service=service, files=[PLAIN]))
+    assert [line.step for line in failed] == ["application"]  # what comes by way of the proxy is right
+    assert "DOWNLOADVIEW_OFFLOAD__BACKEND=nginx" in failed[0].remedy
+
+
+async def test_the_service_says_more_than_these_settings() -> None:
+    async with site("nginx") as here:
+        plain = settings_of(here.checkout, None)
+        failed = failures(await here.check(settings=plain, files=[PLAIN]))
+    assert [line.step for line in failed] == ["application"]
+    assert "stream this file" in failed[0].remedy
+
+
+async def test_the_service_has_another_target() -> None:
+    async with site("nginx") as here:
+        file = here.checkout / "other.toml"
+        file.write_text((here.checkout / "nginx.toml").read_text().replace("/_files/", "/_other/"))
+        other = load_settings(file, environ={})
+        async with live(build(other)) as service:
+            failed = failures(await here.check(service=service, files=[PLAIN]))
+    assert failed[0].step == "application"
+    assert "x-accel-redirect: /_files/plain.txt" in failed[0].remedy
+    assert failed[1].step == "together"
+    assert "404" in failed[1].came
+
+
+@pytest.mark.parametrize(
+    "backend, behind",
+    [("nginx", "apache"), ("nginx", "lighttpd"), ("nginx", "h2o"), ("apache", "nginx"), ("h2o", "caddy")],
+)
+async def test_the_backend_is_that_of_another_proxy(backend: str, behind: str) -> None:
+    async with site(backend) as here:
+        failed = failures(await here.check(kind=behind, files=[PLAIN]))
+    assert [line.step for line in failed] == ["together"]
+    assert f'backend = "{behind}"' in failed[0].remedy
+    assert "0 bytes" in failed[0].came
+
+
+@pytest.mark.parametrize("kind, encoding", [("apache", "percent"), ("lighttpd", "raw")])
+async def test_the_encoding_is_that_of_another_proxy(kind: str, encoding: str) -> None:
+    async with site(kind) as here:
+        settings = settings_of(here.checkout, kind, f'encoding = "{encoding}"\n')
+        async with live(build(settings)) as service:
+            failed = failures(await here.check(service=service, settings=settings))
+    assert {(line.step, line.asked) for line in failed} >= {("together", "GET /pages/a%2520b.txt")}
+    right = "raw" if kind == "apache" else "percent"
+    assert {f'encoding = "{right}"' in line.remedy for line in failed} == {True}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the service may read what the proxy may not")
+@pytest.mark.parametrize("kind", ["nginx", "apache", "lighttpd", "h2o"])
+async def test_the_proxy_may_not_read_the_file(kind: str) -> None:
+    async with site(kind) as here:
+        files = here.checkout / "app" / "files"
+        (files / "closed").mkdir()
+        (files / "closed" / "a.txt").write_bytes(b"a")
+        (files / "closed.txt").write_bytes(b"a")
+        (files / "closed").chmod(0o700)
+        (files / "closed.txt").chmod(0o600)
+        failed = failures(await here.check(files=["/files/closed/a.txt", "/pages/closed.txt"]))
+    assert [line.remedy.split("`")[1] for line in failed] == [
+        f"chmod o+x {files}/closed",
+        f"chmod o+r {files}/closed.txt",
+    ]
+
+
+async def test_a_rule_that_leads_through_a_link() -> None:
+    async with site("nginx") as here:
+        (here.checkout / "link").symlink_to(here.checkout / "app" / "files")
+        file = here.checkout / "link.toml"
+        text = (here.checkout / "nginx.toml").read_text()
+        file.write_text(text.replace('url = "file:app/files"', 'url = "file:link"'))
+        settings = load_settings(file, environ={})
+        async with live(build(settings)) as service:
+            lines = await here.check(service=service, settings=settings, files=[PLAIN, PAGE])
+    (failed,) = failures(lines)
+    assert failed.asked == f"GET {PAGE}"
+    assert f'source = "{here.checkout}/link"' in failed.remedy
+
+
+async def test_nothing_listens() -> None:
+    async with site("nginx") as here:
+        nobody = f"http://127.0.0.1:{free_port()}"
+        lines = [line async for line in check(here.settings, url=nobody, direct=nobody, files=[PLAIN], only=True)]
+        assert [(line.step, line.result) for line in lines if line.result != "skip"] == [
+            ("source", "pass"),
+            ("application", "FAIL"),
+            ("proxy", "FAIL"),
+        ]
+        assert "--direct" in lines[-2].remedy
+        assert "start the proxy" in lines[-1].remedy
+        # a proxy that is checked from elsewhere says what the settings promise of it, with the service out of reach
+        with proxy(KINDS["nginx"], here.checkout, here.service) as port:
+            url = f"http://127.0.0.1:{port}"
+            lines = [line async for line in check(here.settings, url=url, direct=nobody, files=[PLAIN], only=True)]
+    assert [line.step for line in failures(lines)] == ["application"]
+
+
+# --- files that are not in a directory of the service
+
+
+FAR = """
+[sources.far]
+type = "remote"
+url = "http://127.0.0.1:UPSTREAM/pages/"
+allow_hosts = ["127.0.0.1"]
+[sources.kept]
+type = "remote"
+url = "http://127.0.0.1:UPSTREAM/pages/"
+allow_hosts = ["127.0.0.1"]
+[sources.kept.cache]
+path = "cache"
+[[routes]]
+path = "/far/{path:path}"
+source = "far"
+example = "a b.txt"
+[[routes]]
+path = "/kept/{path:path}"
+source = "kept"
+example = "a b.txt"
+[offload]
+backend = "nginx"
+[[offload.rules]]
+source = "http://127.0.0.1:UPSTREAM/pages/"
+target = "/_remote/"
+[[offload.rules]]
+source = "cache"
+target = "/_cache/"
+"""
+CACHE = """
+        location /_cache/ {
+            internal;
+            alias cache/;
+            add_header X-Content-Type-Options $upstream_http_x_content_type_options always;
+        }
+"""
+
+
+async def test_files_of_another_server_and_those_of_a_cache() -> None:
+    async with site("nginx") as here:
+        plain = settings_of(here.checkout, None)
+        async with live(build(plain)) as upstream:
+            file = here.checkout / "far.toml"
+            file.write_text(FAR.replace("UPSTREAM", str(upstream)))
+            settings = load_settings(file, environ={})
+            url = f"http://127.0.0.1:{upstream}/pages/"
+            remote = (DEPLOY / "nginx" / "remote.conf").read_text().replace("https://files.example.org/pub/", url)
+
+            def edit(text: str, remote: str = remote) -> str:
+                assert "        location @missing" in text
+                return text.replace("        location @missing", f"{CACHE}{remote}\n        location @missing")
+
+            app = build(settings)
+            async with app.router.lifespan_context(app), live(app) as service:
+                here.checkout.joinpath("cache").chmod(0o755)
+                first = await here.check(edit, service=service, settings=settings)
+                lines = await here.check(edit, service=service, settings=settings)
+                lost = remote.replace(f"proxy_pass {url}", "proxy_pass http://127.0.0.1:9/")
+                failed = failures(await here.check(lambda text: edit(text, lost), service=service, settings=settings))
+    assert failures(first) == failures(lines) == []
+    asked = [line.came for line in lines if line.step == "application"]
+    assert asked[0] == "200, x-accel-redirect: /_remote/a%20b.txt, and 0 bytes"
+    assert asked[1].startswith("200, x-accel-redirect: /_cache/")
+    assert f"location /_remote/ {{ internal; proxy_pass {url.rstrip('/')}/; }}" in failed[0].remedy
