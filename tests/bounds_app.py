@@ -52,6 +52,8 @@ SOURCES: dict[str, dv.Source] = {
     "object": dv.ObjectSource(get, source=files),
     "remote": dv.RemoteSource(f"http://127.0.0.1:{PORT}/path/", allow_hosts=["127.0.0.1"]),
     "virtual": dv.VirtualSource(make),
+    # this application is a store, too: its bucket is called "path"
+    "store": dv.StorageSource(dv.ObjectStorage("s3://path/", endpoint=f"http://127.0.0.1:{PORT}", skip_signature=True)),
     "cached": dv.CachedSource(dv.RemoteSource(f"http://127.0.0.1:{PORT}/path/", allow_hosts=["127.0.0.1"]), cache),
 }
 app = Starlette(routes=[Route(f"/{kind}/{{name}}", dv.Download(source)) for kind, source in SOURCES.items()])
