@@ -364,6 +364,13 @@ def test_rules_that_they_do_not_take(backend: Any, rule: dv.Rule, message: str) 
         backend([rule])
 
 
+@pytest.mark.parametrize("source", ["https://files.example.org/", "s3://bucket/"])
+def test_h2o_sends_local_files(source: str) -> None:
+    """What it fetches it breaks off for slow clients: see docs/howto/h2o.md."""
+    with pytest.raises(ConfigurationError, match="slower than that server: keep those files in a cache"):
+        dv.XReproxyURL([dv.Rule("/srv", "/_srv/"), dv.Rule(source, "/_remote/")])
+
+
 def test_litespeed_sends_local_files() -> None:
     with pytest.raises(ConfigurationError, match="no absolute directory"):
         dv.XLiteSpeedLocation([dv.Rule("http://files.example.org/", "/_srv/")])
