@@ -44,8 +44,7 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
         "litespeed": "a static context for the URI <target> at the location <directory>/, internal redirects only",
     },
     "not fetched": {
-        "": "`location <target> { internal; proxy_pass <directory>/; }`: see deploy/nginx/remote.conf, and that the "
-        "proxy reaches that server",
+        "": "what is said of <target> by `downloadview config`, and that the proxy reaches the server of <directory>",
     },
     "unreadable": {"": "`chmod <mode> <path>`, or let the proxy's user read it in another way"},
     "other bytes": {

@@ -17,7 +17,7 @@ PIECE = 64 << 10
 MOST = 3 * PIECE
 """Bytes that are read of one answer."""
 
-_ORDER = re.compile("x-(?:accel-.+|sendfile.*|lighttpd-send-file|litespeed-location|reproxy-url)")
+_ORDER = re.compile("x-(?:accel-.+|sendfile.*|lighttpd-send-file|litespeed-location|reproxy-url|offload-target)")
 
 
 class NoAnswerError(Exception):

@@ -273,6 +273,10 @@ class OpenRemoteFile:
         if request.method == "HEAD" and response.status_code in (405, 501):
             await close(response)  # a server that knows no HEAD; a GET that is not read says the same
             response = await self._upstream.send("GET", self._url, headers)
+        if response.status_code == 416 and spec is not None and "content-range" not in _fields(response):
+            await close(response)  # the answer has to tell how long the file is, which this one does not
+            request, spec = replace(request, range=None, if_range=None), None
+            response = await self._upstream.send("GET", self._url, _forwarded(request, None))
         self._body = _Body(response, ranged=spec is not None)
         self.metadata = self._described(response, request, spec)
 

@@ -13,10 +13,11 @@ import pytest_asyncio
 from downloadview_async.service.build import build
 from downloadview_async.service.check import Line, check
 from downloadview_async.service.load import load_settings
+from downloadview_async.service.proxy import config_for
 from downloadview_async.service.settings import Settings
 from tests.live import live
 from tests.proxies.conftest import content_of, make_checkout
-from tests.proxies.servers import DEPLOY, KINDS, free_port, proxy, readable_directory
+from tests.proxies.servers import KINDS, free_port, proxy, readable_directory
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -77,10 +78,11 @@ class Site:
         kind: str | None = None,
         service: int | None = None,
         settings: Settings | None = None,
+        text: Callable[[str, str], str] | None = None,
         **options: Any,
     ) -> list[Line]:
         service = service or self.service
-        with proxy(KINDS[kind or self.kind], self.checkout, service, edit=edit) as port:
+        with proxy(KINDS[kind or self.kind], self.checkout, service, text=text, edit=edit) as port:
             lines = check(
                 settings or self.settings,
                 url=f"http://127.0.0.1:{port}",
@@ -129,8 +131,10 @@ LARGE = "/large/large.bin"
 MADE_FILE = "/made/report.txt"
 NGINX_STREAM = 'proxy_set_header Forwarded "";'
 APACHE = "ProxyRequests Off"
+APACHE_FILES = 'XSendFilePath "${PWD}/app/files/"'
 CADDY = "\trequest_body {"
 LIGHTTPD = '    "Forwarded" => "",'
+H2O_FILES = '- file.dir: "app/files/"'
 H2O_STREAM = "          proxy.header.unset: Forwarded\n"
 
 
@@ -311,9 +315,14 @@ WRONG = [
         "x-sendfile: ",
     ),
     wrong(
-        "another directory", "apache", PLAIN, 'XSendFilePath "${files}"', 'XSendFilePath "/usr/share"', "XSendFilePath"
+        "another directory",
+        "apache",
+        PLAIN,
+        APACHE_FILES,
+        'XSendFilePath "/usr/share"',
+        "XSendFilePath",
     ),
-    wrong("no directory", "apache", PLAIN, 'XSendFilePath "${files}"', "", 'XSendFilePath "{files}"', ": 404"),
+    wrong("no directory", "apache", PLAIN, APACHE_FILES, "", 'XSendFilePath "{files}"', ": 404"),
     wrong("another service", "apache", PLAIN, "127.0.0.1:SERVICE", "127.0.0.1:9", "ProxyPass / ", ": 503"),
     wrong(
         "no ranges",
@@ -342,7 +351,7 @@ WRONG = [
         "apache",
         PLAIN,
         "ProxyPass / ",
-        'DocumentRoot "${files}"\nProxyPass /plain.txt !\nProxyPass / ',
+        'DocumentRoot "${PWD}/app/files"\nProxyPass /plain.txt !\nProxyPass / ',
         "no DocumentRoot",
         "GET /plain.txt: 200",
     ),
@@ -422,7 +431,7 @@ WRONG = [
         "handle_response",
         "x-accel-re",
     ),
-    wrong("another directory", "caddy", PLAIN, "root app/files\n", "root app\n", "root {files} ", ": 404"),
+    wrong("another directory", "caddy", PLAIN, "root app/files/\n", "root app\n", "root {files} ", ": 404"),
     wrong(
         "the files are open",
         "caddy",
@@ -441,7 +450,7 @@ WRONG = [
         "copy_response_headers",
         "Content-Disposition: None",
     ),
-    wrong("stale files", "caddy", PLAIN, "root app/files\n", "root app/stale\n", "root {files}", "other bytes"),
+    wrong("stale files", "caddy", PLAIN, "root app/files/\n", "root app/stale\n", "root {files}", "other bytes"),
     wrong(
         "the order is shown",
         "caddy",
@@ -459,15 +468,21 @@ WRONG = [
     wrong("another service", "caddy", PLAIN, "127.0.0.1:SERVICE", "127.0.0.1:9", "reverse_proxy", ": 502"),
     wrong("not enabled", "h2o", PLAIN, "reproxy: ON", "reproxy: OFF", "reproxy: ON", "x-reproxy-url: "),
     wrong(
-        "stale files", "h2o", PLAIN, "- file.dir: app/files", "- file.dir: app/stale", "file.dir: {files}", "other by"
+        "stale files",
+        "h2o",
+        PLAIN,
+        H2O_FILES,
+        "- file.dir: app/stale",
+        "file.dir: {files}",
+        "other by",
     ),
-    wrong("another directory", "h2o", PLAIN, "- file.dir: app/files", "- file.dir: app", "file.dir: {files}", ": 404"),
+    wrong("another directory", "h2o", PLAIN, H2O_FILES, "- file.dir: app", "file.dir: {files}", ": 404"),
     wrong(
         "the files are open",
         "h2o",
         PLAIN,
-        "      /_files/:\n",
-        "      /_files/:\n        - file.dir: app/files\n",
+        "      /_files/:\n        - mruby",
+        "      /_files/:\n        - file.dir: app/files\n        - mruby",
         "DOWNLOADVIEW_TARGET",
         "GET /_files/plain.txt: 200",
     ),
@@ -497,7 +512,7 @@ WRONG = [
         "mruby.handler",
         "X-Content-Type-Options: None",
     ),
-    wrong("another service", "h2o", PLAIN, "127.0.0.1:SERVICE/\n", "127.0.0.1:9/\n", "proxy.reverse.url", ": 502"),
+    wrong("another service", "h2o", PLAIN, '127.0.0.1:SERVICE/"\n', '127.0.0.1:9/"\n', "proxy.reverse.url", ": 502"),
 ]
 
 
@@ -653,13 +668,6 @@ target = "/_remote/"
 source = "cache"
 target = "/_cache/"
 """
-CACHE = """
-        location /_cache/ {
-            internal;
-            alias cache/;
-            add_header X-Content-Type-Options $upstream_http_x_content_type_options always;
-        }
-"""
 
 
 async def test_files_of_another_server_and_those_of_a_cache() -> None:
@@ -669,22 +677,23 @@ async def test_files_of_another_server_and_those_of_a_cache() -> None:
             file = here.checkout / "far.toml"
             file.write_text(FAR.replace("UPSTREAM", str(upstream)))
             settings = load_settings(file, environ={})
-            url = f"http://127.0.0.1:{upstream}/pages/"
-            remote = (DEPLOY / "nginx" / "remote.conf").read_text().replace("https://files.example.org/pub/", url)
 
-            def edit(text: str, remote: str = remote) -> str:
-                assert "        location @missing" in text
-                return text.replace("        location @missing", f"{CACHE}{remote}\n        location @missing")
+            def text(service: str, listen: str) -> str:
+                return config_for(settings, "nginx", listen=listen, service=service, relative_to=None)
 
             app = build(settings)
             async with app.router.lifespan_context(app), live(app) as service:
                 here.checkout.joinpath("cache").chmod(0o755)
-                first = await here.check(edit, service=service, settings=settings)
-                lines = await here.check(edit, service=service, settings=settings)
-                lost = remote.replace(f"proxy_pass {url}", "proxy_pass http://127.0.0.1:9/")
-                failed = failures(await here.check(lambda text: edit(text, lost), service=service, settings=settings))
+                first = await here.check(text=text, service=service, settings=settings)
+                lines = await here.check(text=text, service=service, settings=settings)
+                lost = await here.check(
+                    lambda text: text.replace(f"server 127.0.0.1:{upstream};", "server 127.0.0.1:9;"),
+                    text=text,
+                    service=service,
+                    settings=settings,
+                )
     assert failures(first) == failures(lines) == []
     asked = [line.came for line in lines if line.step == "application"]
-    assert asked[0] == "200, x-accel-redirect: /_remote/a%20b.txt, and 0 bytes"
+    assert asked[0] == "200, x-accel-redirect: /_remote/, x-offload-target: /pages/a%20b.txt, and 0 bytes"
     assert asked[1].startswith("200, x-accel-redirect: /_cache/")
-    assert f"location /_remote/ {{ internal; proxy_pass {url.rstrip('/')}/; }}" in failed[0].remedy
+    assert "what is said of /_remote/ by `downloadview config`" in failures(lost)[0].remedy

@@ -262,6 +262,14 @@ async def test_a_416_of_the_upstream_is_ours(upstream: Upstream, port: int) -> N
     assert (answer.status, answer.headers["content-range"], answer.body) == (416, "bytes */10", b"")
 
 
+async def test_a_416_that_does_not_tell_the_size_is_ours_too(upstream: Upstream, port: int) -> None:
+    """Those of Apache and lighttpd do not, if they send by X-Sendfile."""
+    upstream.answers = [b"HTTP/1.1 416 X\r\nContent-Length: 3\r\n\r\nno!", ok()]
+    answer = await ask(port, "/a", headers={"Range": "bytes=20-"})
+    assert (answer.status, answer.headers["content-range"], answer.body) == (416, "bytes */10", b"")
+    assert [upstream.header("range", number) for number in (0, 1)] == ["bytes=20-", None]
+
+
 async def test_a_head_that_the_upstream_does_not_know_becomes_a_get(upstream: Upstream, port: int) -> None:
     upstream.answers = [b"HTTP/1.1 405 X\r\nContent-Length: 0\r\n\r\n", ok()]
     answer = await ask(port, "/a", method="HEAD")
