@@ -93,24 +93,28 @@ class XAccelRedirect:
 class XReproxyURL:
     """H2O: X-Reproxy-URL with an internal URI, percent-encoded.
 
-    rules: their targets are URIs that begin and end with a slash: those of paths in H2O's configuration. H2O keeps none
-    of our headers by itself: see `deploy/h2o/h2o.conf`. storages, and files of other servers: as in `XAccelRedirect`.
+    rules: their sources are directories, such as that of a `Cache`, and their targets URIs that begin and end with a
+    slash: those of paths in H2O's configuration. H2O keeps none of our headers by itself: see `deploy/h2o/h2o.conf`.
 
-    Raises `ConfigurationError` for a target that is none, and for a store without a key.
+    Raises `ConfigurationError` for another source or target.
     """
 
-    def __init__(self, rules: Iterable[Rule], *, storages: Iterable[ObjectStorage] = ()) -> None:
-        self._places = _Places(rules, storages)
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        rules = list(rules)
+        for rule in rules:
+            if not os.fspath(rule.source).startswith("/"):
+                raise ConfigurationError(
+                    f"H2O sends local files: {rule.source!r} is no absolute directory. What it fetches from another "
+                    "server it breaks off for a client that is slower than that server: keep those files in a cache, "
+                    "and give the rule the directory of the cache"
+                )
+        self._places = _Places(rules)
         self._kept = lru_cache(_KEPT)(self._headers)
 
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
         """Return X-Reproxy-URL, or None for a file that no rule covers."""
         location = file.location
         return None if location is None else self._kept(location)
-
-    async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the headers with what the proxy asks a store for, signed. Raises `SourceUnavailable`."""
-        return await self._places.signed(file, headers)
 
     def _headers(self, location: str) -> Mapping[str, str] | None:
         order = self._places.order("x-reproxy-url", location)

@@ -69,7 +69,7 @@ def proxy_config(
         case "nginx" | "caddy":
             XAccelRedirect(rules, storages=storages)
         case "h2o":
-            XReproxyURL(rules, storages=storages)
+            XReproxyURL(rules)
         case _:
             XSendfile(rules, encoding="raw" if proxy == "apache" else "percent")
     site = _Site(
@@ -376,9 +376,9 @@ _H2O_DIRECTORY = """\
 
 
 def _h2o(site: _Site) -> str:
-    for target in [rule.target for rule in site.rules] + [remote.target for remote in site.remotes]:
-        if target.startswith(_WHOLE):
-            raise ConfigurationError(f"the target {target!r} is H2O's own here: choose another, such as /_files/")
+    for rule in site.rules:
+        if rule.target.startswith(_WHOLE):
+            raise ConfigurationError(f"the target {rule.target!r} is H2O's own here: choose another, such as /_files/")
     service = f"http://[unix:{site.socket}]" if site.socket else f"http://{site.authority}"
     directories = [(rule.target, _quoted(site.seen(rule.source)[1] or "./")) for rule in site.rules]
     rules = ""
@@ -387,9 +387,6 @@ def _h2o(site: _Site) -> str:
             rules = _template("h2o-files.conf", target=target, directory=directory, service=service)
         else:
             rules += _filled(_H2O_FURTHER_RULE, target=target, directory=directory)
-    for remote in site.remotes:
-        origin = f"{remote.scheme}://{remote.authority}"
-        rules += _template("h2o-remote.conf", target=remote.target, origin=origin, service=service)
     return _template(
         "h2o.conf",
         max_body=str(site.max_body),
@@ -401,8 +398,7 @@ def _h2o(site: _Site) -> str:
         rules=rules.rstrip("\n"),
         directories="".join(
             _filled(_H2O_DIRECTORY, target=target, directory=directory) for target, directory in directories
-        ).rstrip("\n")
-        or "      {}",
+        ).rstrip("\n"),
     )
 
 

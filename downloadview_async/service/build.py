@@ -324,7 +324,7 @@ def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBacken
                     limit_rate=offload.limit_rate,
                 )
             case "h2o":
-                return XReproxyURL(rules, storages=storages)
+                return XReproxyURL(rules)
             case "litespeed":
                 return XLiteSpeedLocation(rules)
         return XSendfile(rules, encoding=offload.encoding or _encoding_of(offload))

@@ -64,6 +64,7 @@ _COMMAND_LINE = "the command line"
 _OBJECT_STORE = re.compile("(?:s3|gs|az)://")
 _SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
 _BY_URI = ("nginx", "caddy", "h2o", "litespeed")  # backends whose rules need a target: an internal URI
+_FETCHING = ("nginx", "caddy")  # backends that send the files of a URL, too
 _NGINX_OPTIONS = ("buffering", "charset", "expires", "limit_rate")
 
 
@@ -338,6 +339,12 @@ class _Draft:
             if settings.offload.backend is None:
                 raise self.error(key, "there is no proxy to send: set offload.backend, or choose stream")
             places = _places_of(source)
+            if settings.offload.backend not in _FETCHING and any("://" in place for place in places):
+                raise self.error(
+                    key,
+                    f"{settings.offload.backend} sends local files, and those of {name!r} are elsewhere: add "
+                    f"[sources.{name}.cache] and a rule whose source is its path, or choose stream",
+                )
             if not any(
                 _is_within(place, rule.source) or _is_within(rule.source, place)
                 for place in places

@@ -179,7 +179,7 @@ async def test_the_directory_itself_may_be_where_the_proxy_starts(kind: Proxy) -
 )
 def test_the_proxy_itself_finds_nothing_wrong(kind: Proxy, options: dict[str, Any], tmp_path: Path) -> None:
     rules = rules_for(kind, [tmp_path, tmp_path / "another one", DEPLOY])
-    if kind in ("nginx", "caddy", "h2o"):
+    if kind in ("nginx", "caddy"):
         rules += [dv.Rule("http://127.0.0.1:9001/pub", "/_plain/"), dv.Rule("https://127.0.0.1/a;b/", "/_secure/")]
     config = tmp_path / Path(KINDS[kind].config).name
     config.write_text(KINDS[kind].moved(dv.proxy_config(kind, rules, **options), tmp_path))
@@ -205,7 +205,8 @@ FILES = [dv.Rule("/srv/files", "/_files/")]
         ("caddy", [*FILES, dv.Rule("/srv/more", "/_FILES/")], {}, "takes a for A"),
         ("caddy", [*FILES, dv.Rule("/srv/more", "/_FILES/more/")], {}, "takes a for A"),
         ("h2o", [dv.Rule("/srv/files", "/_whole/a/")], {}, "'/_whole/a/' is H2O's own"),
-        ("h2o", [dv.Rule("https://files.example.org/", "/_whole/")], {}, "'/_whole/' is H2O's own"),
+        ("h2o", [*FILES, dv.Rule("https://files.example.org/", "/_a/")], {}, "keep those files in a cache"),
+        ("h2o", [dv.Rule("s3://bucket/", "/_a/")], {}, "keep those files in a cache"),
         ("nginx", [dv.Rule("https://files.example.org;/", "/_files/")], {}, "is no address"),
         ("caddy", [dv.Rule("https://me:pw@files.example.org/", "/_files/")], {}, "is no address"),
         ("nginx", [dv.Rule("s3://bucket/", "/_files/")], {}, "no storage is at 's3://bucket/'"),

@@ -68,7 +68,7 @@ def _cells() -> Iterator[Cell]:
         yield from (Cell(row, proxy, PROXY) for proxy in PROXIES)
         yield Cell(row, "none", ZERO_COPY)
     for row in [*LAKE, "remote"]:
-        # H2O fetches too, but cuts slow clients off: docs/proxies.md
+        # H2O breaks what it fetches off for slow clients: docs/howto/h2o.md
         yield from (Cell(row, proxy, FETCH) for proxy in ["nginx", "caddy"])
     for row in FAR:
         yield from (Cell(row, proxy, CACHE) for proxy in PROXIES)

@@ -244,8 +244,7 @@ async def _behind_a_proxy_that_fetches(column: str, s3: S3) -> AsyncIterator[Sit
         (checkout / "app" / "files").mkdir(parents=True)
         far = await stack.enter_async_context(_far(s3))
         rules = [dv.Rule(f"s3://{BUCKET}/grid", "/_lake/"), dv.Rule(far.url, "/_mirror/")]
-        make = dv.XReproxyURL if column == "h2o" else dv.XAccelRedirect
-        watch = _watched(far.sources, make(rules, storages=[far.lake]))
+        watch = _watched(far.sources, dv.XAccelRedirect(rules, storages=[far.lake]))
         service = await stack.enter_async_context(live(watch))
         text = partial(_text, column, rules, [far.lake])
         port = stack.enter_context(proxy(KINDS[column], checkout, service, text=text))

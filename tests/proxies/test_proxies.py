@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.offload.base import OFFLOAD_HEADERS
-from tests.live import Answer, ask, ask_raw, live
+from tests.live import Answer, ask, ask_raw, live, parse
 from tests.proxies.conftest import (
     DRESS,
     HOSTILE_NAMES,
@@ -554,6 +554,32 @@ async def test_h2o_sends_the_whole_of_another_version_with_nothing_but_what_is_s
             answer = await ask(site.port, f"/path/{NAME}", headers=old)
             assert (answer.status, answer.headers["etag"]) == (200, first.headers["etag"])
             assert (await ask(site.port, f"/_whole/{NAME}")).status == 404
+
+
+async def test_h2o_reads_a_stream_ahead_and_a_client_that_waits_gets_it_all() -> None:
+    pieces = [bytes([number]) * (1 << 20) for number in range(48)]
+    size = len(pieces) << 20
+    given = asyncio.Event()
+
+    async def stream() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            if piece is pieces[-1]:
+                given.set()
+            yield piece
+
+    source = dv.VirtualSource(lambda name: dv.VirtualFile(stream, name=name, size=size))
+    app = Starlette(routes=[Route("/virtual/{path:path}", dv.Download(source))])
+    with readable_directory() as directory:
+        checkout = make_checkout(directory)
+        async with live(app) as service:
+            with proxy(KINDS["h2o"], checkout, service) as port:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(f"GET /virtual/{NAME} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n".encode())
+                await asyncio.wait_for(given.wait(), 30)
+                answer = parse(await reader.read())
+                writer.close()
+    assert (answer.status, answer.headers["content-length"]) == (200, str(size))
+    assert answer.body == b"".join(pieces)
 
 
 # --- nginx alone

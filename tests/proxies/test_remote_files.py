@@ -1,4 +1,4 @@
-"""Files of other servers, fetched by nginx, Caddy and H2O: of a real S3 server, and of one that keeps what it hears."""
+"""Files of other servers, fetched by nginx and Caddy: of a real S3 server, and of one that keeps what it hears."""
 
 import asyncio
 import random
@@ -146,7 +146,7 @@ async def _row(key: str) -> Any:
     return Row()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["nginx", "caddy", "h2o"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["nginx", "caddy"])
 async def remote(request: pytest.FixtureRequest, s3: S3) -> AsyncIterator[Remote]:
     """The same behind each proxy that can fetch."""
     kind = KINDS[request.param]
@@ -168,8 +168,7 @@ async def remote(request: pytest.FixtureRequest, s3: S3) -> AsyncIterator[Remote
             dv.Rule(f"http://127.0.0.1:{origin_port}", "/_mirror/"),
             dv.Rule(f"http://127.0.0.1:{down}", "/_down/"),
         ]
-        make = dv.XReproxyURL if kind.name == "h2o" else dv.XAccelRedirect
-        backend = make(rules, storages=[lake, other])
+        backend = dv.XAccelRedirect(rules, storages=[lake, other])
 
         def download(source: dv.Source, **options: Any) -> dv.Download:
             return dv.Download(source, **({"cache_control": "private, max-age=60"} | options))
@@ -265,7 +264,7 @@ async def test_a_client_gets_the_bytes_of_the_very_file(remote: Remote, route: s
 
 
 async def test_the_other_server_is_asked_for_just_that_and_hears_nothing_of_the_client(remote: Remote) -> None:
-    """nginx and H2O ask for what is signed to the letter. Caddy spells some characters in another way."""
+    """nginx asks for what is signed to the letter. Caddy spells some characters in another way."""
     conditions = {"If-None-Match": '"x"', "If-Modified-Since": "Mon, 01 Jan 2001 00:00:00 GMT", "Range": "bytes=0-3"}
     for name in HOSTILE_NAMES:
         for route in ("mirror", "spied"):
@@ -520,13 +519,12 @@ def trusting(kind: str, text: str, certificate: Path) -> str:
     old, new = {
         "nginx": ("/etc/ssl/certs/ca-certificates.crt", str(certificate)),
         "caddy": ("response_header_timeout 60s", f"response_header_timeout 60s\ntls_trust_pool file {certificate}"),
-        "h2o": ("num-threads: 1", f"num-threads: 1\nproxy.ssl.cafile: {certificate}"),
     }[kind]
     assert old in text
     return text.replace(old, new)
 
 
-@pytest.mark.parametrize("kind", ["nginx", "caddy", "h2o"])
+@pytest.mark.parametrize("kind", ["nginx", "caddy"])
 @pytest.mark.parametrize("trusted", [True, False])
 async def test_the_certificate_of_the_other_server_is_checked(kind: str, trusted: bool, certificate: Path) -> None:
     with readable_directory() as directory:
@@ -537,14 +535,13 @@ async def test_the_certificate_of_the_other_server_is_checked(kind: str, trusted
         tls = {"ssl_certfile": str(certificate), "ssl_keyfile": f"{certificate}.key"}
         async with live(origin, **tls) as port:
             url = f"https://localhost:{port}/pub/"
-            make = dv.XReproxyURL if kind == "h2o" else dv.XAccelRedirect
             app = Starlette(routes=[Route("/{path:path}", dv.Download(_Elsewhere(url)))])
 
             def edit(text: str) -> str:
                 return trusting(kind, text, readable) if trusted else text
 
             rules = [dv.Rule(url, "/_remote/")]
-            async with live(dv.OffloadMiddleware(app, make(rules))) as service:
+            async with live(dv.OffloadMiddleware(app, dv.XAccelRedirect(rules))) as service:
                 text = partial(_text, kind, rules, [])
                 with proxy(KINDS[kind], checkout, service, text=text, edit=edit) as front:
                     answer = await ask(front, f"/{NAME}")
