@@ -495,9 +495,9 @@ class _Run:
             place, own = answer.get("location"), None if file.alone is None else file.alone.get("location")
             if place and (own is None or urlsplit(place)[:3] == urlsplit(own)[:3]):
                 return f"307 to {urlsplit(place).netloc}", ""
-            return f"307 to {place}", self._advice("streamed header", rule, header="Location")
+            return f"307 to {(place or '').partition('?')[0]}", self._advice("streamed header", rule, header="Location")
         if 300 <= answer.status < 400:
-            return f"{came} to {answer.get('location')}", "give the URL that it leads to"
+            return f"{came} to {(answer.get('location') or '').partition('?')[0]}", "give the URL that it leads to"
         if answer.status in (502, 503, 504):
             elsewhere = file.offloaded and rule is not None and not rule.source.startswith("/")
             return came, self._advice("not fetched" if elsewhere else "unreached", rule)
