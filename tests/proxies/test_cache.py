@@ -106,7 +106,7 @@ async def test_two_versions_are_told_apart_by_what_the_proxy_says_of_them(kind: 
         tag = dv.ETag(f"v{version}")
         return dv.VirtualFile(f"{version}23456", name=name, etag=tag, last_modified=1_700_000_000, max_age=0)
 
-    async with serving(kind, make) as (port, service, cache):
+    async with serving(kind, make) as (port, _, cache):
         validators: list[str] = []
         for version in (1, 2):
             for _ in range(2):
