@@ -48,8 +48,8 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
     },
     "unreadable": {"": "`chmod <mode> <path>`, or let the proxy's user read it in another way"},
     "unreadable in the cache": {
-        "": "`chgrp -R GROUP <directory>` for a group of the proxy's user, and `chmod 2750 <directory>`; or the umask 022 "
-        "for the service, and `chmod -R o+rX <directory>`: not every user may read <path>",
+        "": "`chgrp -R GROUP <directory>` for a group of the proxy's user, and `chmod 2750 <directory>`; or the umask "
+        "022 for the service, and `chmod -R o+rX <directory>`: not every user may read <path>",
     },
     "other bytes": {
         "nginx": "`alias <directory>/;` in location <target>, and no `rewrite` of what X-Accel-Redirect says",
@@ -150,9 +150,9 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
     "fetched conditions": {
         "nginx": "`proxy_set_header If-None-Match $http_if_none_match;` and `proxy_set_header If-Modified-Since "
         "$http_if_modified_since;` in `location = <target>`, and ETag and Last-Modified not hidden",
-        "caddy": "`header_up {if_none_match} {header.If-None-Match}` and likewise If-Modified-Since for <target>; ETag and "
-        "Last-Modified in `copy_response_headers`",
-        "": "let the proxy pass conditions on to the server of <directory>, and its ETag and Last-Modified to the client",
+        "caddy": "`header_up {if_none_match} {header.If-None-Match}` and likewise If-Modified-Since for <target>; ETag "
+        "and Last-Modified in `copy_response_headers`",
+        "": "let the proxy pass conditions on to the server of <directory>, and ETag and Last-Modified to the client",
     },
     "header of a store": {
         "nginx": "`proxy_hide_header <header>;` in `location = <target>`",
@@ -161,11 +161,11 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
     },
     # 404 of HEAD, and 502 of a resume, for a file that GET has brought
     "socket": {
-        "": "`owner: nobody` below `type: unix` of H2O's own socket, where it is started by root, and `permission: 600`",
+        "": "`owner: nobody` below `type: unix` of H2O's own socket, where root starts it, and `permission: 600`",
     },
     "redirect": {
-        "": "[sources.<name>.presign] public_endpoint: the URL of the store as clients reach it; a proxy before the store "
-        "has to pass the host, the path and the query on as they come, for they are signed",
+        "": "[sources.<name>.presign] public_endpoint: the URL of the store as clients reach it; a proxy before the "
+        "store has to pass the host, the path and the query on as they come, for they are signed",
     },
     "encoded": {
         "nginx": "`gzip off;` (and no brotli or zstd) where files are sent",

@@ -256,7 +256,9 @@ class _Run:
         if isinstance(file.file, VirtualFile) or file.said.get("content-encoding") or not seconds_of(cache.max_age):
             return None  # it is none for a cache, or for a proxy
         said = dict(file.metadata.headers)
-        if re.search("no-store|no-cache|private|max-age=0", said.get("cache-control", "")) or "*" in said.get("vary", ""):
+        if re.search("no-store|no-cache|private|max-age=0", said.get("cache-control", "")) or "*" in said.get(
+            "vary", ""
+        ):
             return None
         # of a larger one not all is asked for, and so it may take its time
         size = file.content.size

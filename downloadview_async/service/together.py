@@ -73,7 +73,7 @@ class Together:
             yield failed("together", file.wanted, asked, str(exc), remedy)
 
     async def _followed(self, file: File, url: str) -> Line:
-        """Ask the store for one byte, as a client would that is sent on to it. The URL is a secret, but for its host."""
+        """Ask the store for a byte, as a client would that is sent there. Of the URL, all but the host is a secret."""
         place = urlsplit(url).netloc
         asked = f"GET {place} Range: bytes=0-0, where {file.target} leads to"
         try:
@@ -306,6 +306,9 @@ class Together:
             if not self._is_of_files(target):  # a function may make a file of any name
                 if own.body == answer.body:
                     return passed("together", file.wanted, asked, f"{came}, as the service alone answers")
+                merged = await self._own(file, target.replace("//", "/"))  # as lighttpd has it
+                if merged is not None and (merged.status, merged.body) == (answer.status, answer.body):
+                    return passed("together", file.wanted, asked, f"{came}, as the service answers it with one slash")
                 if not own.get("etag") or own.orders:
                     reason = f"the service alone answers {own.status}, too, and other bytes"
                     return skipped("together", file.wanted, asked, reason)
@@ -321,9 +324,12 @@ class Together:
 
     def _is_of_files(self, target: str) -> bool:
         """Return whether a path is that of a source which has the files that are there, and no others."""
-        route, _ = self.site.route_of(target)
-        sources = [self.site.source_of(known)[1] for known in self.site.settings.routes if route and known.path == route.path]
-        return any(isinstance(source, PathSettings | StorageSettings) for source in sources)
+        answering, _ = self.site.route_of(target)
+        return any(
+            isinstance(self.site.source_of(route)[1], PathSettings | StorageSettings)
+            for route in self.site.settings.routes
+            if answering is not None and route.path == answering.path
+        )
 
     async def _orders(self, file: File, whole: Answer) -> AsyncIterator[Line]:
         answer = await self._ask(file, **_ORDERS_OF_A_CLIENT)

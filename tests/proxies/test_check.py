@@ -292,6 +292,15 @@ WRONG = [
         "x%2F",
     ),
     wrong(
+        "decoded for a function that makes a file of any name",
+        "nginx",
+        "/any/report.txt",
+        "proxy_pass http://service;",
+        "proxy_pass http://service/;",
+        "without a slash",
+        "x%2F",
+    ),
+    wrong(
         "orders of clients",
         "nginx",
         PLAIN,
