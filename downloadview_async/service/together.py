@@ -153,14 +153,15 @@ class Together:
         if self.site.is_fetched(file):
             return self.site.advice("not fetched", rule)
         _, source = self.site.source_of(file.route)
-        is_cached = cache_of(source) is not None
-        if is_cached:
+        cache = cache_of(source)
+        if cache is not None:
             with suppress(Exception):  # whatever a source raises
                 file.file = await self.site.resolve(file.wanted)  # it may have come into the cache since
         location = file.file.location or ""
         if (found := closed_to_others(location)) is not None:
             path, mode = found
-            problem = "unreadable in the cache" if is_cached else "unreadable"
+            is_in_cache = cache is not None and f"{path}/".startswith(f"{cache.path}/")
+            problem = "unreadable in the cache" if is_in_cache else "unreadable"
             closed = self.site.advice(problem, rule, path=path, mode=mode)
             return f"{closed}; else {self.site.advice('not found', rule)}"
         by_name = rule is not None and rule.source in self.obeyed and not PLAIN.fullmatch(location)

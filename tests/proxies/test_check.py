@@ -748,6 +748,13 @@ async def test_files_of_another_server_and_those_of_a_cache() -> None:
         lines = await here.check()
         lost = await here.check((f"server 127.0.0.1:{here.upstream};", "server 127.0.0.1:9;"))
         no_ranges = await here.check(("            proxy_set_header Range $", "            # $"), files=[FAR_FILE])
+        failing = await here.check(
+            (
+                "            # Several parts",
+                "            if ($http_range) { return 502; }\n            # Several parts",
+            ),
+            files=[FAR_FILE],
+        )
     assert failures(first) == failures(lines) == []
     asked = [line.came for line in lines if line.step == "application"]
     assert asked[0] == "200, x-accel-redirect: /_remote/, x-offload-target: /pages/a%20b.txt, and 0 bytes"
@@ -755,6 +762,8 @@ async def test_files_of_another_server_and_those_of_a_cache() -> None:
     assert "what is said of /_remote/ by `downloadview config`" in failures(lost)[0].remedy
     assert "`proxy_set_header Range ...;`" in failures(no_ranges)[0].remedy
     assert "max_ranges" not in str(no_ranges)
+    assert "502" in failures(failing)[0].came
+    assert "what is said of /_remote/ by `downloadview config`" in failures(failing)[0].remedy
 
 
 async def test_headers_of_a_store() -> None:
