@@ -99,7 +99,7 @@ class Peer:
         path = target if root else self.path + target
         request = self.client.build_request(
             method,
-            self.base + path if self.is_here else self.base,
+            self.base + path.replace("../", "%2e%2e/") if self.is_here else self.base,
             headers={"Accept-Encoding": "identity", "User-Agent": f"downloadview-check/{__version__}"}
             | dict(headers or {}),
             # a URL would be put in order: /../ is gone from it before it is sent

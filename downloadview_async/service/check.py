@@ -229,9 +229,8 @@ class _Run:
         try:
             answer = await self.site.alone.ask(file.target)
             directory = self._cache_for(file) if answer.status == 200 and not answer.orders else None
-            if directory is not None and not (answer := await self._asked_again(self.site.alone, file)).orders:
-                remedy = f"the cache keeps nothing: see the service's log, and that its user may write to {directory}"
-                return failed("application", file.wanted, asked, f"{answer.status}, streamed again", remedy)
+            if directory is not None:
+                answer = await self._asked_again(self.site.alone, file)
         except NoAnswerError as exc:
             remedy = f"start the service at {self.site.service}, or give its address with --direct"
             return failed("application", file.wanted, asked, str(exc), remedy)
@@ -240,6 +239,13 @@ class _Run:
             remedy = f"the service does not run with these settings: {remedy}"
             return failed("application", file.wanted, asked, came, remedy)
         file.alone = answer
+        if directory is not None and not answer.orders:
+            backend = self.site.settings.offload.backend
+            remedy = (
+                f"the cache keeps nothing: see the service's log, and that its user may write to {directory}; or the "
+                f'service does not run with these settings, which have [offload] backend = "{backend}"'
+            )
+            return failed("application", file.wanted, asked, f"{came} again", remedy)
         if answer.status == 307 or answer.orders:
             return passed("application", file.wanted, asked, came)
         reason, remedy = self._why_streamed(file)

@@ -299,7 +299,7 @@ class Together:
         came = f"{answer.status}{shown(answer.orders)}"
         if 400 <= answer.status < 500 and not answer.orders:
             return passed("together", file.wanted, asked, came)
-        own = await self._own(file, target)
+        own = await self._own(target)
         if own is not None and own.status == answer.status and not answer.orders:
             if own.status >= 500:
                 remedy = f"the service itself answers {own.status}: see its log"
@@ -307,7 +307,7 @@ class Together:
             if not self._is_of_files(target):  # a function may make a file of any name
                 if own.body == answer.body:
                     return passed("together", file.wanted, asked, f"{came}, as the service alone answers")
-                merged = await self._own(file, target.replace("//", "/"))  # as lighttpd has it
+                merged = await self._own(target.replace("//", "/"))  # as lighttpd has it
                 if merged is not None and (merged.status, merged.body) == (answer.status, answer.body):
                     return passed("together", file.wanted, asked, f"{came}, as the service answers it with one slash")
                 if not own.get("etag") or own.orders:
@@ -316,11 +316,12 @@ class Together:
         problem = "unreached" if answer.status >= 500 else problem
         return failed("together", file.wanted, asked, came, self.site.advice(problem, self.site.rule_of(file)))
 
-    async def _own(self, file: File, target: str) -> Answer | None:
-        """Return what the service itself answers, or None."""
-        alone = self.site.here if file.alone is None or self.site.alone is None else self.site.alone
-        with suppress(NoAnswerError):
-            return await alone.ask(target)
+    async def _own(self, target: str) -> Answer | None:
+        """Return what the service itself answers: the live one, or where there is none that in this process."""
+        for peer in (self.site.alone, self.site.here):
+            if peer is not None:
+                with suppress(NoAnswerError):
+                    return await peer.ask(target)
         return None
 
     def _is_of_files(self, target: str) -> bool:

@@ -341,7 +341,7 @@ async def test_a_cache_that_keeps_nothing(directory: Path) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_function_that_makes_a_file_of_any_name(directory: Path) -> None:
+async def test_a_function_that_makes_a_file_of_any_name(directory: Path, nobody: str) -> None:
     (directory / "made_any.py").write_text(
         "import itertools\n"
         "numbers = itertools.count()\n"
@@ -358,7 +358,10 @@ async def test_a_function_that_makes_a_file_of_any_name(directory: Path) -> None
         async with live(build(settings)) as port:
             url = f"http://127.0.0.1:{port}"
             lines = await checked(settings, url=url, direct=url)
+            apart = await checked(settings, url=url, direct=nobody)  # what is asked in this process says the same
         assert sorted({line.remedy for line in failures(lines)}) == expected
+        apart = [line for line in failures(apart) if line.step == "together"]
+        assert sorted({line.remedy for line in apart}) == expected
         named = [line for line in lines if line.asked.startswith(("GET /made/.", "GET /made/%", "GET /made//"))]
         results = {"make": {"pass"}, "anew": {"skip"}, "strict": {"FAIL"}}[function]
         assert {line.result for line in named} == results
