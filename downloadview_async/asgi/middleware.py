@@ -15,9 +15,9 @@ class OffloadMiddleware:
     pathsend: to have the proxy send the files of other responses, too. ASGI's path send is then advertised to the
     application, whatever the server has. A path send becomes the offload header if the backend has a rule for the
     path, as it is given (links are not resolved), and the response is a 200 to GET or HEAD with a Content-Length and
-    no Content-Encoding; a relative path, and one with `..` in it, is no file of any rule. All other headers stay,
-    but for those of ranges. A file that is not offloaded is sent by the server's own path send, or else by us in
-    chunks: exactly Content-Length bytes, or the connection is aborted.
+    no Content-Encoding; a relative path, and one with `..` in it, is no file of any rule. All other headers stay, but
+    for those of ranges. A file that is not offloaded is sent by the server's own path send, or else by us in chunks:
+    exactly Content-Length bytes, or the connection is aborted. For a HEAD no file is opened.
 
     And any offload header that no backend has made for this very request is dropped, with a warning in the log: with
     `pathsend` an application's own X-Accel-Redirect does nothing.

@@ -21,6 +21,7 @@ _PLAIN = re.compile("[A-Za-z0-9_./-]+")
 _PREFIX = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)*")
 _SOCKET = re.compile("unix:(/[A-Za-z0-9_./@-]+)")
 _PORTS = {"http": 80, "https": 443}
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no text, or a new line for somebody
 _WHOLE = "/_whole/"  # where H2O's configuration asks itself
 
 
@@ -129,7 +130,7 @@ class _Site:
         The path is empty for `relative_to` itself.
         Raises `ConfigurationError` for one that cannot be written in a file of lines of text.
         """
-        if any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in directory):
+        if _UNWRITABLE.search(directory):
             raise ConfigurationError(f"{directory!r}: no configuration can name this: use printable text")
         path = f"/{os.path.normpath(directory).strip('/')}".rstrip("/") + "/"  # normpath keeps two slashes at the start
         base = None if self.relative_to is None else f"{self.relative_to.rstrip('/')}/"

@@ -1,6 +1,7 @@
 """Signed URLs of a store: `PresignedRedirect` gives them to clients, `StoreSigner` to whoever else sends the file."""
 
 import inspect
+import math
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,7 +12,7 @@ from downloadview_async.errors import ConfigurationError, SourceUnavailable
 from downloadview_async.offload.sigv4 import MAX_SECONDS, Credentials, presigned_url
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.objectstore import ObjectStorage
-from downloadview_async.sources.workers import Workers
+from downloadview_async.sources.workers import Slots, Workers
 
 # What S3 sends in place of what it has stored. "response-" and the name is what is signed.
 _OVERRIDES = ("content-type", "content-disposition", "cache-control", "content-encoding", "content-language")
@@ -86,9 +87,11 @@ class StoreSigner:
         self._expires = int(expires)
         self._region = storage.config.get("region", "us-east-1")
         self._workers = Workers(1)
+        self._turn = Slots(1)
+        self._renew_at = math.inf
         self._current: tuple[Credentials, float] | None = None
         if storage.credential_provider is None:
-            self._current = (_credentials(storage.config, storage.url), float("inf"))
+            self._current = (_credentials(storage.config, storage.url), math.inf)
 
     async def sign(
         self, location: str | None, *, endpoint: str | None = None, parameters: Mapping[str, str] | None = None
@@ -114,21 +117,35 @@ class StoreSigner:
 
     async def _sign_with(self) -> tuple[Credentials, float]:
         """Return the key to sign with, and the time until which it is good."""
-        if self._current is None or self._current[1] - time.time() < self._expires:
-            provider = self._storage.credential_provider
-            if provider is not None:
-                try:
-                    found = await self._workers.run_or_abandon(provider)
-                    found = await found if inspect.isawaitable(found) else found
-                except SourceUnavailable:
-                    raise
-                except Exception as exc:  # whatever errors a provider has of its own
-                    raise SourceUnavailable(f"the credential_provider failed: {type(exc).__name__}: {exc}") from exc
-                expires_at: datetime | None = found.get("expires_at")
-                good_until = float("inf") if expires_at is None else expires_at.timestamp()
-                self._current = (_credentials(found, self._storage.url), good_until)
+        try:
+            if self._current is None or time.time() >= self._renew_at:
+                await self._renew()
+        except SourceUnavailable:
+            if self._current is None or time.time() >= self._current[1]:
+                raise
         assert self._current is not None
         return self._current
+
+    async def _renew(self) -> None:
+        """Ask for a new key, one at a time: who has waited for another to do so has it."""
+        before = self._current
+        provider = self._storage.credential_provider
+        turn = await self._turn.take()
+        try:
+            if provider is None or self._current is not before:
+                return
+            found = await self._workers.run_or_abandon(provider)
+            found = await found if inspect.isawaitable(found) else found
+            expires_at: datetime | None = found.get("expires_at")
+            good_until = math.inf if expires_at is None else expires_at.timestamp()
+            self._current = (_credentials(found, self._storage.url), good_until)
+            self._renew_at = good_until - min(self._expires, (good_until - time.time()) / 2)
+        except SourceUnavailable:
+            raise
+        except Exception as exc:  # whatever errors a provider has of its own
+            raise SourceUnavailable(f"the credential_provider failed: {type(exc).__name__}: {exc}") from exc
+        finally:
+            self._turn.free(turn)
 
 
 def _credentials(config: Mapping[str, Any], url: str) -> Credentials:

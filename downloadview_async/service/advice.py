@@ -161,7 +161,7 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
     },
     # 404 of HEAD, and 502 of a resume, for a file that GET has brought
     "socket": {
-        "": "`owner: nobody` below `type: unix` of H2O's own socket, where root starts it, and `permission: 600`",
+        "": "`owner: nobody` beside `permission: 600` of H2O's own socket, where root starts it",
     },
     "redirect": {
         "": "[sources.<name>.presign] public_endpoint: the URL of the store as clients reach it; a proxy before the "

@@ -83,7 +83,7 @@ def build(settings: Settings) -> Starlette:
         if (directory := directory_of(source)) is not None:
             checks[name] = check_directory(directory)
         if (cache := caches.get(name)) is not None:
-            checks[f"{name}.cache"] = check_directory(cache.path)
+            checks[f"{name}.cache"] = check_directory(cache.path, written=True)
     probes: dict[str, ObjectStorage] = {}
     for name, source in settings.sources.items():
         if isinstance(source, StorageSettings) and isinstance(_storage_of(sources[name]), ObjectStorage):
@@ -213,9 +213,7 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
             case VirtualSettings():
                 sources[name] = VirtualSource(_imported(settings, f"{key}.factory", source.factory))
     for name, cache in caches.items():
-        # what decides which file a name stands for is a part of the name that its copies are kept under
-        place = getattr(settings.sources[name], "url", None) or getattr(settings.sources[name], "factory", "")
-        sources[name] = CachedSource(sources[name], cache, name=f"{name} {place}")
+        sources[name] = CachedSource(sources[name], cache, name=f"{name} {_place_of(settings, name, sources[name])}")
     for name, source in settings.sources.items():
         if isinstance(source, ObjectSettings):
             sources[name] = ObjectSource(
@@ -333,6 +331,18 @@ def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBacken
 def _encoding_of(offload: OffloadSettings) -> Any:
     # Apache's mod_xsendfile before 1.0 takes the bytes as they are, lighttpd decodes them
     return "raw" if offload.backend == "apache" else "percent"
+
+
+def _place_of(settings: Settings, name: str, source: Source) -> str:
+    """Return what decides which files the names of a source stand for, so that its copies are kept by that."""
+    match settings.sources[name]:
+        case VirtualSettings(factory=factory):
+            return f"{factory} in {settings.directory}"
+        case StorageSettings(url=url):
+            return getattr(_storage_of(source), "place", None) or url
+        case RemoteSettings(url=url):
+            return url
+    raise AssertionError("nothing else has a cache")
 
 
 async def _not_found(request: Request, exc: Exception) -> Response:

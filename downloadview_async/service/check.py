@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 
 import anyio
 
-from downloadview_async import AccessDenied, ConfigurationError, Download, FileMissing, VirtualFile
+from downloadview_async import AccessDenied, ConfigurationError, Download, FileMissing, UpstreamError, VirtualFile
 from downloadview_async.service.asking import MOST, Answer, ClosedError, NoAnswerError, Peer
 from downloadview_async.service.build import build
 from downloadview_async.service.samples import content_of, names_in
@@ -24,6 +24,7 @@ from downloadview_async.service.settings import (
     Settings,
     SourceSettings,
     StorageSettings,
+    VirtualSettings,
     bytes_of,
     cache_of,
     directory_of,
@@ -214,6 +215,11 @@ class _Run:
             came, remedy = f"not allowed: {exc}", "let this user read the file, or run this as the service's user"
             if bucket:
                 remedy = f"the keys in [sources.{name}.options], and what they allow for the bucket {bucket!r}"
+        except UpstreamError as exc:
+            came = str(exc)
+            if bucket:
+                keys = f"the keys in [sources.{name}.options], and what they allow"
+                remedy = f"see that the store can be reached, that it has the bucket {bucket!r}, and {keys}"
         except (TimeoutError, NoAnswerError):
             came = f"not read within {self.site.timeout:g} s"
         except Exception as exc:  # whatever a source raises, and a function of the user's
@@ -262,10 +268,12 @@ class _Run:
         if isinstance(file.file, VirtualFile) or file.said.get("content-encoding") or not seconds_of(cache.max_age):
             return None  # it is none for a cache, or for a proxy
         said = dict(file.metadata.headers)
-        if re.search("no-store|no-cache|private|max-age=0", said.get("cache-control", "")) or "*" in said.get(
-            "vary", ""
-        ):
+        if re.search('no-store|no-cache|private|max-?age="?0', said.get("cache-control", "").lower()):
             return None
+        if "expires" in said or "*" in said.get("vary", ""):
+            return None
+        if file.metadata.size is None and not isinstance(source, VirtualSettings):
+            return None  # nobody knows whether it has come whole
         # of a larger one not all is asked for, and so it may take its time
         size = file.content.size
         if size is None or size > min(MOST, bytes_of(cache.max_bytes) or 0):

@@ -59,14 +59,16 @@ class CachePage:
         return JSONResponse(counters, headers=_HEADERS)
 
 
-def check_directory(path: str) -> Callable[[], Awaitable[None]]:
-    """Return a check that the directory can be listed."""
+def check_directory(path: str, *, written: bool = False) -> Callable[[], Awaitable[None]]:
+    """Return a check that the directory can be listed, and written to if that is what it is for."""
     # one thread for each directory: a disk that hangs keeps that one, however often it is asked
     limiter = anyio.CapacityLimiter(1)
 
     def listed() -> None:
         with os.scandir(path) as entries:
             next(entries, None)
+        if written and not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(path)
 
     async def check() -> None:
         await anyio.to_thread.run_sync(listed, limiter=limiter, abandon_on_cancel=True)
@@ -75,7 +77,7 @@ def check_directory(path: str) -> Callable[[], Awaitable[None]]:
 
 
 def check_store(storage: ObjectStorage) -> Callable[[], Awaitable[None]]:
-    """Return a check that an object store answers, by a HEAD of one object.
+    """Return a check that an object store answers, knows the bucket and takes the keys, by a GET of one object.
 
     It may deny that one: who may not list a bucket is not told what is missing there. storage: one of the check's own,
     so that downloads that take all of the other's connections do not look like a store that is gone.
@@ -83,7 +85,7 @@ def check_store(storage: ObjectStorage) -> Callable[[], Awaitable[None]]:
 
     async def check() -> None:
         with contextlib.suppress(FileMissing, AccessDenied):
-            async with storage.open(_PROBE, DownloadRequest(method="HEAD")):
+            async with storage.open(_PROBE, DownloadRequest(range="bytes=0-0")):  # a HEAD does not tell what is wrong
                 pass
 
     return check

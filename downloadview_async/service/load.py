@@ -278,7 +278,8 @@ class _Draft:
             key = f"sources.{name}.cache"
             for other, served in sources.items():
                 directory = directory_of(served)
-                if directory and (_is_within(cache.path, directory) or _is_within(directory, cache.path)):
+                paths = (os.path.realpath(cache.path), os.path.realpath(directory or ""))
+                if directory and (_is_within(*paths) or _is_within(*reversed(paths))):
                     raise self.error(
                         f"{key}.path", f"the source {other!r} serves {directory!r}: give a directory of its own"
                     )

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -78,6 +79,11 @@ def key_hash(source: str, key: str) -> str:
 def data_name(key: str, metadata: FileMetadata) -> str:
     """Return K-V for the K and the description of a complete file."""
     return f"{key}-{_hash(str(metadata.etag), str(metadata.last_modified), str(metadata.size))}"
+
+
+def is_describable(source: str, key: str, entry: Entry) -> bool:
+    """Return whether what is known of a file fits into the one block that a K.meta is counted as."""
+    return len(dump_entry(source, key, entry)) <= _BLOCK
 
 
 def _hash(*parts: str) -> str:
@@ -151,12 +157,13 @@ def _is_sound(entry: Entry, key: str) -> bool:
 
 @dataclass(slots=True)
 class Part:
-    """A file that arrives: its name, an open descriptor that holds its lock, and what it may grow to."""
+    """A file that arrives: an open descriptor holds its lock. size: None where it is not known. reserved: its room."""
 
     key: str
     name: str
     descriptor: int
-    reserved: int
+    size: int | None = None
+    reserved: int = 0
 
 
 @dataclass(slots=True)
@@ -217,6 +224,12 @@ class CacheDirectory:
                 "may write to"
             ) from exc
         self.root = Root(path, symlinks="deny")
+        found = os.fstat(self.root.descriptor)
+        if found.st_uid not in (os.geteuid(), 0) or found.st_mode & stat.S_IWOTH:
+            raise ConfigurationError(
+                f"others may put files into the cache directory {os.fspath(path)!r}, which are sent then: give one "
+                "that belongs to this user, and that not everybody may write to"
+            )
         self.max_bytes = max_bytes
         self.bytes = 0
         """Bytes in use, as of this process's last look at them."""
@@ -263,24 +276,18 @@ class CacheDirectory:
         os.utime(f"{key}.meta", (now, now), dir_fd=self.root.descriptor, follow_symlinks=False)
 
     def begin(self, key: str, size: int | None) -> Part | None:
-        """Make a file for K to arrive in, of a size or one that will grow; None where there is no room for it.
+        """Make a file for K to arrive in, which will `grow`; None where there is no room for it.
 
         Others are evicted for it: the least recently used, but none that is in use.
         """
         if size is not None and _cost(size) + _BLOCK > self.max_bytes:
             return None
         with self._locked() as usage:
-            if not self._has_room(usage, _cost(size or 0) + _BLOCK):
+            if not self._has_room(usage, _BLOCK):
                 return None
-            part = self._new_part(key)
-            try:
-                os.ftruncate(part.descriptor, size or 0)
-            except BaseException:
-                self._unlink(part.name)
-                os.close(part.descriptor)
-                raise
-            part.reserved = size or 0
-            self._add(usage, _cost(part.reserved) + _BLOCK)
+            part = self._new_part(key, 0o644)
+            part.size = size
+            self._add(usage, _BLOCK)
         return part
 
     def grow(self, part: Part, size: int) -> bool:
@@ -300,15 +307,14 @@ class CacheDirectory:
         What it has is on the disk before it has the name (`fdatasync`), so that no crash leaves a damaged file there.
         The descriptor stays open, and goes on protecting the file while it is.
         """
-        size, modified = entry.metadata.size, entry.metadata.last_modified
+        size = entry.metadata.size
         assert size is not None
         os.ftruncate(part.descriptor, size)
-        if modified is not None:  # for proxies, which make validators of their own of it
-            os.utime(part.descriptor, (time.time(), modified))
         os.fdatasync(part.descriptor)
         with self._locked() as usage:
             before = self._current(part.key)
             leased = self._leased(part.key)
+            os.utime(part.descriptor, (time.time(), self._modified(entry.metadata, before)))
             replaced = self._size(entry.data)
             fcntl.flock(part.descriptor, fcntl.LOCK_SH)
             self._rename(part.name, entry.data)
@@ -365,9 +371,11 @@ class CacheDirectory:
         if not self._turn.acquire(timeout=_LOCK_PATIENCE):
             raise OSError(errno.EBUSY, "the cache is busy", self.root.path)
         try:
-            descriptor = os.open(
-                "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666, dir_fd=self.root.descriptor
-            )
+            try:
+                descriptor = self._open_usage()
+            except PermissionError:  # of another user, who once looked after it: it is a count, and made anew
+                self._unlink("usage")
+                descriptor = self._open_usage()
             try:
                 while True:
                     try:
@@ -385,6 +393,11 @@ class CacheDirectory:
                 os.close(descriptor)
         finally:
             self._turn.release()
+
+    def _open_usage(self) -> int:
+        # whoever may open it may lock it, and so stop the cache
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open("usage", flags, 0o600, dir_fd=self.root.descriptor)
 
     def _add(self, usage: _Usage, count: int) -> None:
         if usage.used is not None and count:
@@ -488,15 +501,29 @@ class CacheDirectory:
             os.utime(name, ns=times, dir_fd=self.root.descriptor, follow_symlinks=False)
         return 0
 
-    def _new_part(self, key: str) -> Part:
+    def _modified(self, metadata: FileMetadata, before: str | None) -> float:
+        """Return the time for the file of a new version, of which proxies make validators, with seconds and the size.
+
+        It is Last-Modified only where that is all that tells versions apart. Where a tag does, two of them may have it
+        in common: then it is the time now, or a second after that of the version before.
+        """
+        if metadata.etag is None and metadata.last_modified is not None:
+            return metadata.last_modified
+        with suppress(OSError):
+            if before is not None:
+                found = os.stat(before, dir_fd=self.root.descriptor, follow_symlinks=False)
+                return max(time.time(), found.st_mtime + 1)
+        return time.time()
+
+    def _new_part(self, key: str, mode: int) -> Part:
         name = f"{key}.{secrets.token_hex(8)}.part"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(name, flags, 0o644, dir_fd=self.root.descriptor)
+        descriptor = os.open(name, flags, mode, dir_fd=self.root.descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Part(key, name, descriptor, 0)
+        return Part(key, name, descriptor)
 
     def _write_meta(self, key: str, content: bytes, leased: float) -> None:
-        part = self._new_part(key)
+        part = self._new_part(key, 0o600)
         try:
             os.write(part.descriptor, content)
             os.utime(part.descriptor, (leased, time.time()))

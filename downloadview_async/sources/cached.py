@@ -10,12 +10,12 @@ import os
 import re
 import secrets
 import time
-import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import isfunction
 from typing import Any, TypeVar, TypeVarTuple
 
 import anyio
@@ -29,13 +29,21 @@ from downloadview_async.errors import (
     TransferAborted,
 )
 from downloadview_async.http.conditional import failed_precondition
-from downloadview_async.http.dates import format_http_date
+from downloadview_async.http.dates import format_http_date, parse_http_date
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.arriving import Arriving, ArrivingFile
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source
-from downloadview_async.sources.cache_directory import CacheDirectory, Entry, Part, data_name, key_hash, protect
+from downloadview_async.sources.cache_directory import (
+    CacheDirectory,
+    Entry,
+    Part,
+    data_name,
+    is_describable,
+    key_hash,
+    protect,
+)
 from downloadview_async.sources.local import OpenLocalFile
 from downloadview_async.sources.open_file_cache import OpenFileCache
 from downloadview_async.sources.root import Opened
@@ -55,8 +63,9 @@ UNUSED_AGES = 10
 """A file that nobody has used for so long, and for so many times `max_age`, is removed."""
 
 _CHECK_SECONDS = 5.0  # how long what was found in the directory is believed without another look
-_GROW = 8 << 20  # bytes that a file of unknown size is given at a time
+_GROW = 8 << 20  # bytes of room that a file which arrives is given at a time
 _MAX_KNOWN = 16384
+_MAX_UNATTENDED = 4
 _MAX_TRIES = 3
 _THREADS = 4
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9a-z-]+)(?:=("[^"]*"|[^",\s]*))?')
@@ -135,7 +144,7 @@ class Cache:
         self._running: set[_Fetch] = set()
         """Those that have not ended, though nobody may join some of them any more."""
         self._sweeping: set[asyncio.Task[None]] = set()
-        self._names: weakref.WeakValueDictionary[str, CachedSource] = weakref.WeakValueDictionary()
+        self._names: dict[str, CachedSource] = {}
         self._is_offloaded = False
         self._complained = -60.0
         self._hits = self._misses = self._stale = self._passed = 0
@@ -173,8 +182,9 @@ class Cache:
             )
 
     async def end_of(self, source: str) -> None:
-        """End what is being fetched from a source."""
+        """End what is being fetched from a source, and let go of its name."""
         await self._end([fetch for fetch in self._running if fetch.source == source])
+        self._names.pop(source, None)
 
     async def _end(self, fetches: "list[_Fetch]") -> None:
         for fetch in fetches:
@@ -291,6 +301,10 @@ class Cache:
             del self._refused[next(iter(self._refused))]
         self._refused[source, key] = time.monotonic() + REMEMBER_SECONDS
 
+    def may_go_on(self, fetch: "_Fetch") -> bool:
+        """Return whether a fetch may go on though nobody waits for it: a few may."""
+        return sum(other.is_unattended for other in self._running if other is not fetch) < _MAX_UNATTENDED
+
     def fetch(self, source: str, key: str, inner: AsyncFile | None, stale: Entry | None) -> "_Fetch | None":
         """Return the fetch of a file, which may have begun long ago; without `inner`, only one that has."""
         place = asyncio.get_running_loop(), source, key
@@ -325,7 +339,8 @@ class Cache:
         """Return whether a part may get so long."""
         if size <= part.reserved:
             return True
-        return bool(await self._attempt(self.directory.grow, part, size + _GROW))
+        room = size + _GROW if part.size is None else min(size + _GROW, part.size)
+        return bool(await self._attempt(self.directory.grow, part, room))
 
     async def commit(self, part: Part, source: str, key: str, entry: Entry) -> bool:
         """Keep a part that is complete, and return whether that went well."""
@@ -403,10 +418,11 @@ class CachedSource:
 
     source: a `RemoteSource`, a `StorageSource`, a `VirtualSource`, or any other whose names are texts and stand for the
     same file whoever asks.
-    name: what the source is called in the cache, in every process and after every restart. By default the URL of a
-    `RemoteSource`, the name of a `VirtualSource`'s function, or the kind of source.
+    name: what the source is called in the cache, in every process and after every restart: whoever has the same name in
+    the same directory gets the same files. By default the URL of a `RemoteSource`, that of an `ObjectStorage`, with its
+    endpoint, or the file and name of a `VirtualSource`'s function. Others need one.
 
-    Raises `ConfigurationError` if another source in the cache has that name.
+    Raises `ConfigurationError` if another source in the cache has that name, and where one is needed.
     """
 
     def __init__(self, source: Source, cache: Cache, *, name: str | None = None) -> None:
@@ -439,11 +455,21 @@ class CachedSource:
 
 
 def _name_of(source: Source) -> str:
+    """Return what tells a source from all others, here and in any other process that has the same directory.
+
+    Raises `ConfigurationError` where that is not known.
+    """
     kind = type(source).__qualname__
     if isinstance(url := getattr(source, "url", None), str):
         return f"{kind} {url}"
+    if isinstance(place := getattr(getattr(source, "storage", None), "place", None), str):
+        return f"{kind} {place}"
     make = getattr(source, "make", None)
-    return f"{kind} {getattr(make, '__module__', '')}.{getattr(make, '__qualname__', '')}" if make else kind
+    if isfunction(make) and make.__closure__ is None and "<" not in make.__qualname__:
+        return f"{kind} {make.__code__.co_filename} {make.__module__}.{make.__qualname__}"
+    raise ConfigurationError(
+        f"what tells this {kind} from another one in the same directory is not known: give CachedSource a name= for it"
+    )
 
 
 def _is_local(file: AsyncFile) -> bool:
@@ -520,6 +546,8 @@ class CachedFile:
                 if arriving is not None and not (request.range and arriving.metadata.size is None and fetch.is_kept):
                     yield arriving
                     return
+                if arriving is None and fetch.is_for_one:
+                    continue
                 # it is current, or has no size yet, without which there are no ranges
                 if arriving is not None:
                     arriving.position = None
@@ -585,7 +613,7 @@ class _Fetch:
     """One file on its way into the cache, by a task of its own.
 
     It ends when the last client breaks off; but once a client has been given all that it asked for, the file is
-    fetched to its end.
+    fetched to its end, unless too many others are.
     """
 
     def __init__(self, cache: Cache, source: str, key: str, inner: AsyncFile, stale: Entry | None) -> None:
@@ -600,7 +628,10 @@ class _Fetch:
         self._cache = cache
         self._inner = inner
         self._stale = stale
+        self.is_for_one = False
+        """Whether the answer is for the first who asked alone: it is not for a cache, so not for others either."""
         self._clients = 0
+        self._is_given = False
         self._is_wanted = False
         self._scope = anyio.CancelScope()
         self._settled = anyio.Event()
@@ -615,12 +646,19 @@ class _Fetch:
         self.arriving.fail(SourceUnavailable("the fetch was ended"))
         self._scope.cancel()
 
+    @property
+    def is_unattended(self) -> bool:
+        """Whether it goes on though nobody waits for it."""
+        return not self._clients and not self._settled.is_set()
+
     async def settled(self) -> None:
-        """Wait until it has ended. Raises what it failed of."""
-        await self._settled.wait()
+        """Wait until it has ended, or turns out not to be kept. Raises what it failed of."""
+        while not self._settled.is_set() and self.arriving.is_on_disk:
+            await self.arriving.wait()
         if self.arriving.failure is not None:
             raise self.arriving.failure_again()
         if self.entry is None:
+            self._cache.withdraw(self)
             self._cache.refuse(self.source, self.key)
 
     @asynccontextmanager
@@ -629,27 +667,24 @@ class _Fetch:
         arriving = self.arriving
         file: ArrivingFile | None = None
         self._clients += 1
-        broke_off = True
         try:
             while arriving.metadata is None and arriving.failure is None and not self._settled.is_set():
                 await arriving.wait()
             if arriving.failure is not None:
                 raise arriving.failure_again()
-            if arriving.metadata is not None:
+            if arriving.metadata is not None and not (self.is_for_one and self._is_given):
+                self._is_given = True
                 file = arriving.open()
             yield file
-            broke_off = file is not None and not file.is_satisfied
         finally:
             self._clients -= 1
             if file is not None:
                 self._is_wanted = self._is_wanted or file.is_satisfied
                 with anyio.CancelScope(shield=True):
                     await file.aclose()
-            if broke_off and not self._clients and not self._settled.is_set() and not arriving.is_complete:
-                if not self._is_wanted or not arriving.is_on_disk:
-                    self.stop()
-            elif not self._clients and not arriving.is_on_disk and not arriving.is_complete:
-                self.stop()  # nobody is left to whom to hand on what comes
+            goes_on = self._is_wanted and arriving.is_on_disk and self._cache.may_go_on(self)
+            if self.is_unattended and not arriving.is_complete and not goes_on:
+                self.stop()
 
     async def _run(self) -> None:
         try:
@@ -692,8 +727,12 @@ class _Fetch:
     async def _receive(self, opened: OpenFile) -> None:
         metadata, max_age = opened.metadata, _max_age_of(self._inner, opened.metadata, self._cache.max_age)
         size = metadata.size
+        # where the connection's end is all that ends a file, nobody knows whether it is whole
+        if getattr(opened, "ends_with_connection", False) or not self._is_describable(metadata):
+            max_age = None
         part = None if max_age is None else await self._cache.begin(self.source, self.key, size)
         if part is None:
+            self.is_for_one = True
             self._cache.withdraw(self)
             self._cache.refuse(self.source, self.key)
             self.arriving.describe(metadata)
@@ -728,6 +767,10 @@ class _Fetch:
                 self.is_kept = False
                 with anyio.CancelScope(shield=True):
                     await self._cache.discard(part)
+
+    def _is_describable(self, metadata: FileMetadata) -> bool:
+        entry = Entry(data=data_name("", metadata), name=self._inner.name, metadata=metadata, validated=0.0)
+        return is_describable(self.source, self.key, entry)
 
     async def _describe(self, part: Part, metadata: FileMetadata) -> None:
         cache = self._cache
@@ -809,15 +852,17 @@ def _max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float) -> floa
     headers: Mapping[str, str] = dict(metadata.headers)
     if "*" in headers.get("vary", ""):
         return None
-    directives = {
-        name: value.strip('"') for name, value in _DIRECTIVE.findall(headers.get("cache-control", "").lower())
-    }
-    if not directives.keys().isdisjoint({"no-store", "private"}):
+    found = _DIRECTIVE.findall(headers.get("cache-control", "").lower())
+    directives = {name for name, _ in found}
+    if not directives.isdisjoint({"no-store", "private"}):
         return None
     if "no-cache" in directives:
         return 0.0
-    for name in ("s-maxage", "max-age"):
-        with suppress(ValueError):
-            if re.fullmatch("[0-9]{1,10}", directives.get(name, "")):
-                return min(max_age, float(directives[name]))
+    said = [value.strip('"') for name, value in found if name in ("s-maxage", "max-age")]
+    if said:
+        # "If there is [...] an invalid value, the response is stale" and so it is asked for again [RFC 9111 4.2.1]
+        return min(float(value) if re.fullmatch("[0-9]{1,10}", value) else 0.0 for value in (*said, str(int(max_age))))
+    if "expires" in headers:
+        expires = parse_http_date(headers["expires"])
+        return 0.0 if expires is None else min(max_age, max(0.0, expires - time.time()))
     return max_age

@@ -93,6 +93,11 @@ _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _UNKNOWN_TYPE = "binary/octet-stream"  # what S3 says of an object that was stored without a type
 
 _STATUS = re.compile(r"non-2xx status code: ([0-9]{3})")
+# What S3 says of all objects, and not of one. Only in the body, which a HEAD has none of.
+_MISCONFIGURED = re.compile(
+    "<Code>(AuthorizationHeaderMalformed|ExpiredToken|InvalidAccessKeyId|InvalidToken|NoSuchBucket|RequestTimeTooSkewed"
+    "|SignatureDoesNotMatch)</Code>"
+)
 _THROTTLED = frozenset({"429", "503"})
 _ERRNO = re.compile(r"\(os error ([0-9]+)\)\Z")
 _NOT_A_FILE = frozenset({"2", "20", "21", "36", "40"})  # ENOENT, ENOTDIR, EISDIR, ENAMETOOLONG, ELOOP
@@ -164,6 +169,15 @@ class ObjectStorage:
     def credential_provider(self) -> Any:
         """The `credential_provider` among the options, or None."""
         return self._arguments.get("credential_provider")
+
+    @property
+    def place(self) -> str | None:
+        """What tells this from all other places: the URL, and where the store is. None for one in memory."""
+        if urlsplit(self.url).scheme == "memory":
+            return None
+        known = getattr(self.store, "config", {})
+        where = [f"{name}={known[name]}" for name in ("account_name", "endpoint", "base_url") if name in known]
+        return self.url_of("") or " ".join([self.url, *where])
 
     def url_of(self, name: str, endpoint: str | None = None) -> str | None:
         """Return the plain URL of an object, at another endpoint than the store's own if one is given; S3 only.
@@ -393,6 +407,8 @@ def _file_error(exc: Exception, name: str) -> FileError:
     """Return our error for one of obstore's."""
     reason = f"{name!r}: {_first_line(exc)}"
     kind = type(exc).__name__
+    if found := _MISCONFIGURED.search(str(exc)):
+        return UpstreamError(f"the store takes neither the bucket nor the keys of these options ({found[1]}): {reason}")
     if isinstance(exc, FileNotFoundError) or kind == "InvalidPathError" or isinstance(exc, ValueError):
         return FileMissing(reason)
     if isinstance(exc, PermissionError) or kind in ("PermissionDeniedError", "UnauthenticatedError"):

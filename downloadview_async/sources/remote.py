@@ -316,6 +316,11 @@ class OpenRemoteFile:
         raise UpstreamError(f"{self._url!r} answered {response.status_code}")
 
     @property
+    def ends_with_connection(self) -> bool:
+        """Whether nothing but the end of the connection tells where the file ends: it may have been cut off there."""
+        return self._body is not None and self._body.ends_with_connection
+
+    @property
     def reads_over(self) -> bool:
         """Whether a range was asked for, and the upstream sends the whole file all the same."""
         body = self._body
@@ -379,6 +384,8 @@ class _Body:
         self.position = 0
         self.stop: int | None = None
         self.finished = response.request.method == "HEAD"
+        framed = {"content-length", "transfer-encoding"}.intersection(_fields(response))
+        self.ends_with_connection = not framed and response.http_version.startswith("HTTP/1")
         self._chunks = response.aiter_raw()
         self._rest = b""
 

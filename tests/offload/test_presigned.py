@@ -1,6 +1,8 @@
 """Redirects to signed URLs: what they carry, what they are not used for, and that a real S3 server takes them."""
 
+import asyncio
 import re
+import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -280,6 +282,48 @@ async def test_keys_of_a_provider_are_kept_until_they_expire_and_urls_do_not_out
     life = timedelta(seconds=-1)
     with pytest.raises(SourceUnavailable):
         await PresignedRedirect(storage).url_for(file, {})
+
+
+async def test_a_provider_is_asked_once_by_all_who_wait() -> None:
+    calls = 0
+    let_go = threading.Event()
+
+    def provider() -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        let_go.wait(10)
+        return {"access_key_id": "a", "secret_access_key": "b", "expires_at": datetime.now(UTC) + timedelta(seconds=60)}
+
+    storage = ObjectStorage("s3://bucket", credential_provider=provider)
+    redirect = PresignedRedirect(storage, expires=3600)
+    file = await StorageSource(storage).resolve("a.txt")
+    waiting = [asyncio.create_task(redirect.url_for(file, {})) for _ in range(30)]
+    while not calls:
+        await asyncio.sleep(0)
+    let_go.set()
+    assert None not in await asyncio.gather(*waiting)
+    assert await redirect.url_for(file, {}) is not None  # half of its life is still to come
+    assert calls == 1
+
+
+async def test_a_key_that_is_still_good_outlives_its_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [{"access_key_id": "a", "secret_access_key": "b"}]
+
+    def provider() -> Any:
+        return answers.pop() | {"expires_at": datetime.now(UTC) + timedelta(seconds=100)}
+
+    storage = ObjectStorage("s3://bucket", credential_provider=provider)
+    redirect = PresignedRedirect(storage, expires=60)
+    file = await StorageSource(storage).resolve("a.txt")
+    now = time.time()
+    assert await redirect.url_for(file, {}) is not None
+    monkeypatch.setattr(time, "time", lambda: now + 70)
+    found = await redirect.url_for(file, {})
+    assert found is not None
+    assert 28 <= found[1] <= 30
+    monkeypatch.setattr(time, "time", lambda: now + 101)
+    with pytest.raises(SourceUnavailable, match="provider failed"):
+        await redirect.url_for(file, {})
 
 
 async def test_a_provider_that_fails_is_a_503() -> None:

@@ -26,7 +26,7 @@ async def serving(
     async with AsyncExitStack() as stack:
         checkout = stack.enter_context(readable_directory())
         cache = dv.Cache(checkout / "app" / "files", **limits)
-        source = dv.CachedSource(dv.VirtualSource(make), cache)
+        source = dv.CachedSource(dv.VirtualSource(make), cache, name="made here")
         stack.push_async_callback(source.aclose)
         app = Starlette(routes=[Route("/{path:path}", dv.Download(source))])
         backend = KINDS[kind].backend(Path(cache.path))
@@ -95,3 +95,28 @@ async def test_a_cache_that_is_too_small_makes_no_file_a_missing_one(kind: str) 
         assert sum(await asyncio.gather(*[client(number) for number in range(6)])) > 0
         assert cache.counters.misses > 9  # there was no room for all
         assert cache.counters.bytes <= 600_000
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+async def test_two_versions_are_told_apart_by_what_the_proxy_says_of_them(kind: str) -> None:
+    """They have a size and a Last-Modified in common, as those of reproducible builds have."""
+    version = 1
+
+    def make(name: str) -> dv.VirtualFile:
+        tag = dv.ETag(f"v{version}")
+        return dv.VirtualFile(f"{version}23456", name=name, etag=tag, last_modified=1_700_000_000, max_age=0)
+
+    async with serving(kind, make) as (port, service, cache):
+        validators: list[str] = []
+        for version in (1, 2):
+            for _ in range(2):
+                answer = await ask(port, "/a.txt", headers={"Range": "bytes=0-"})
+                for fetch in list(cache._running):
+                    await asyncio.wait([fetch.task])
+            answer = await ask(port, "/a.txt")
+            assert answer.body == f"{version}23456".encode()
+            validators.append(answer.headers["etag"])
+        assert len(set(validators)) == 2
+        resumed = await ask(port, "/a.txt", headers={"Range": "bytes=1-", "If-Range": validators[0]})
+        assert (resumed.status, resumed.body) == (200, b"223456")
+        assert (await ask(port, "/a.txt", headers={"If-None-Match": validators[0]})).status == 200

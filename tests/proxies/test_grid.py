@@ -276,7 +276,7 @@ async def _alone(column: str, s3: S3) -> AsyncIterator[Site]:
         cache = dv.Cache(directory / "cache")
         stack.push_async_callback(cache.aclose)
         far = await stack.enter_async_context(_far(s3))
-        cached: dict[str, dv.Source] = {"cached": dv.CachedSource(far.sources["virtual"], cache)}
+        cached: dict[str, dv.Source] = {"cached": dv.CachedSource(far.sources["virtual"], cache, name="virtual")}
         watch = _watched(_local_sources(files) | far.sources | cached)
         port = await stack.enter_async_context(live(watch, http=DownloadProtocol))
         yield Site(column, port, watch, far.origins, cache)
@@ -371,8 +371,10 @@ async def _assert_right(site: Site, row: str, *, by_name: bool = False) -> None:
 
     conditions = {"If-None-Match": _header(whole, "etag")}
     if row in OLD:
-        conditions["If-Modified-Since"] = "Tue, 14 Nov 2023 22:13:20 GMT"
-        assert _header(whole, "last-modified") == conditions["If-Modified-Since"]
+        conditions["If-Modified-Since"] = _header(whole, "last-modified")
+        # nginx, Caddy and H2O say when a file has come into a cache: by that they tell versions apart
+        if site.cache is None:
+            assert conditions["If-Modified-Since"] == "Tue, 14 Nov 2023 22:13:20 GMT"
     for name, value in conditions.items():
         current = await ask(site.port, path, headers={name: value})
         assert (current.status, current.body) == (304, b""), name

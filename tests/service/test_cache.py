@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from downloadview_async import ConfigurationError
+from downloadview_async import CachedSource, ConfigurationError, Download
 from downloadview_async.service.build import build
 from downloadview_async.service.load import load_settings
 from downloadview_async.service.settings import CacheSettings, Settings, bytes_of, cache_of, seconds_of
@@ -162,6 +163,53 @@ def test_a_route_is_sent_by_a_proxy_that_has_the_cache(tmp_path: Path, text: str
     other = '[sources.files]\ntype = "path"\nroot = "files"\n' + RULE.replace('"cache"', '"files"')
     with pytest.raises(ConfigurationError, match=r"no rule tells the proxy where 'reports' is: .* source '.*/cache'"):
         load(tmp_path, by_proxy + other)
+
+
+def test_settings_that_share_a_directory_share_no_files(tmp_path: Path, text: str) -> None:
+    """Their functions have one name, and are not the same."""
+    factory = text.partition('factory = "')[2].partition(":")[0]
+    for tenant in ("one", "two"):
+        (tmp_path / tenant).mkdir()
+        (tmp_path / tenant / f"{factory}_{tenant}.py").write_text(FACTORY.replace("{name}", f"{tenant}'s {{name}}"))
+        shared = text.replace(factory, f"{factory}_{tenant}").replace('path = "cache"', 'path = "../cache"')
+        with client_of(tmp_path / tenant, shared) as client:
+            assert client.get("/reports/a", headers={"Range": "bytes=0-"}).text == f"1 {tenant}'s a"
+            (name,) = [source.name for source in sources_of(client) if isinstance(source, CachedSource)]
+            assert name.endswith(f" in {tmp_path / tenant}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('endpoint = "http://127.0.0.1:9"', 'endpoint = "http://127.0.0.1:8"'),
+        ('region = "a"', 'region = "b"\nvirtual_hosted_style_request = true'),
+        ("s3://bucket", "s3://bucket/prefix"),
+    ],
+)
+def test_another_store_is_another_source(tmp_path: Path, change: tuple[str, str]) -> None:
+    lake = (
+        '[sources.lake]\ntype = "storage"\nurl = "s3://bucket"\n[sources.lake.options]\nskip_signature = true\n'
+        'endpoint = "http://127.0.0.1:9"\nregion = "a"\n[sources.lake.cache]\npath = "cache"\n'
+        '[[routes]]\npath = "/{path:path}"\nsource = "lake"\n'
+    )
+    names = set()
+    for text in (lake, lake.replace(*change)):
+        with client_of(tmp_path, text) as client:
+            names |= {source.name for source in sources_of(client) if isinstance(source, CachedSource)}
+    assert len(names) == 2
+
+
+def sources_of(client: TestClient) -> list[Any]:
+    endpoints = [getattr(route, "endpoint", None) for route in client.app.routes]  # type: ignore[attr-defined]
+    return [endpoint.source for endpoint in endpoints if isinstance(endpoint, Download)]
+
+
+def test_a_link_to_the_cache_is_no_directory_to_serve(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "link").symlink_to("cache")
+    served = '[sources.files]\ntype = "path"\nroot = "link"\n'
+    with pytest.raises(ConfigurationError, match=r"sources\.reports\.cache\.path: the source 'files' serves"):
+        load(tmp_path, text + served)
 
 
 def test_sources_may_share_a_directory(tmp_path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,13 +133,18 @@ def make(tmp_path: Path) -> Make:
 
 
 def put(
-    directory: CacheDirectory, key: str, content: bytes, *, etag: str = "v1", keep_open: bool = False
+    directory: CacheDirectory, key: str, content: bytes, *, etag: str | None = "v1", keep_open: bool = False
 ) -> Entry | None:
     part = directory.begin(key_hash("s", key), len(content))
     if part is None:
         return None
+    if not directory.grow(part, len(content)):
+        directory.discard(part)
+        os.close(part.descriptor)
+        return None
     os.write(part.descriptor, content)
-    metadata = FileMetadata(size=len(content), etag=ETag(etag), last_modified=1_700_000_000)
+    tag = None if etag is None else ETag(etag)
+    metadata = FileMetadata(size=len(content), etag=tag, last_modified=1_700_000_000)
     entry = replace(entry_of("s", key, metadata), validated=time.time())
     directory.commit(part, "s", key, entry)
     if not keep_open:
@@ -165,7 +171,7 @@ def test_what_was_put_is_found_and_counted(make: Make) -> None:
     assert directory.bytes == on_disk(directory) == 8192 + 4096
     descriptor, found, _ = directory.root.open(entry.data)
     os.close(descriptor)
-    assert (found.st_size, found.st_mtime) == (5000, 1_700_000_000)
+    assert found.st_size == 5000
     again = make()  # as after a restart
     again.sweep()
     assert again.bytes == on_disk(again)
@@ -180,6 +186,62 @@ def test_a_new_version_takes_the_place_of_the_old_one(make: Make) -> None:
     assert directory.find("s", "k") == new
     assert names(directory) == sorted([new.data, f"{key_hash('s', 'k')}.meta"])
     assert directory.bytes == on_disk(directory)
+
+
+def test_the_times_of_two_versions_differ_by_a_second_at_least(make: Make) -> None:
+    """Proxies make validators of the second and the size, which an origin may have in common for two versions."""
+    directory = make()
+    times = []
+    for etag in ("v1", "v2", "v3"):
+        entry = put(directory, "k", b"12345", etag=etag)
+        assert entry is not None
+        times.append(int(os.stat(os.path.join(directory.root.path, entry.data)).st_mtime))
+    assert len(set(times)) == 3
+    entry = put(directory, "other", b"12345", etag=None)
+    assert entry is not None
+    assert os.stat(os.path.join(directory.root.path, entry.data)).st_mtime == 1_700_000_000
+
+
+def test_nobody_else_may_hold_its_locks(make: Make) -> None:
+    """Whoever may open a file may lock it. What a proxy has to read is the exception."""
+    directory = make()
+    entry = put(directory, "k", b"x")
+    assert entry is not None
+    paths = {name: Path(directory.root.path, name) for name in ("usage", *names(directory))}
+    modes = {name: path.stat().st_mode & 0o777 for name, path in paths.items()}
+    assert modes.pop(entry.data) == 0o644 & ~umask()
+    assert set(modes.values()) == {0o600}
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="being another user needs root")
+def test_a_count_that_another_user_has_left_is_made_anew() -> None:
+    """Such as root, by looking after the cache of the service's user."""
+    code = """
+import os, sys
+from tests.sources.test_cache_directory import CacheDirectory, put
+os.seteuid(65534)
+assert put(CacheDirectory(sys.argv[1], max_bytes=100 * 1024, max_unused=3600.0), "other", b"y") is not None
+"""
+    with tempfile.TemporaryDirectory() as path:
+        put(CacheDirectory(path, max_bytes=100 * KIB, max_unused=3600.0), "k", b"x")
+        os.chown(path, 65534, 65534)
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving files to another user needs root")
+@pytest.mark.parametrize("mode, owner", [(0o777, 0), (0o1777, 0), (0o755, 65534)])
+def test_a_directory_that_others_may_fill_is_refused(tmp_path: Path, mode: int, owner: int) -> None:
+    tmp_path.chmod(mode)
+    os.chown(tmp_path, owner, owner)
+    with pytest.raises(ConfigurationError, match="others may put files into"):
+        CacheDirectory(tmp_path, max_bytes=1, max_unused=1)
 
 
 def test_a_version_that_a_proxy_may_be_opening_is_kept_for_a_while(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,9 +348,12 @@ def test_what_is_unused_for_long_is_removed(make: Make) -> None:
 
 def test_parts_reserve_their_room_and_grow(make: Make) -> None:
     directory = make(max_bytes=64 * KIB)
-    first = directory.begin(key_hash("s", "a"), 40 * KIB)
+    put(directory, "kept", bytes(10 * KIB))
+    first = directory.begin(key_hash("s", "a"), 52 * KIB)
     assert isinstance(first, Part)
-    assert directory.begin(key_hash("s", "b"), 40 * KIB) is None
+    assert directory.find("s", "kept") is not None  # nothing goes for what may never come
+    assert directory.grow(first, 52 * KIB)
+    assert directory.find("s", "kept") is None
     assert directory.bytes == on_disk(directory) + 4096
     second = directory.begin(key_hash("s", "b"), None)
     assert isinstance(second, Part)
@@ -321,7 +386,7 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(make:
     directory.sweep()
     # a proxy may have been told of the orphan
     assert set(names(directory)) == {alive.name, orphan.name, "mine.txt"}
-    assert directory.bytes == 4096 + 4096 + 4096
+    assert directory.bytes == 4096 + 4096
     os.close(alive.descriptor)
 
 

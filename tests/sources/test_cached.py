@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Origin:
         self.held_from: int | None = None
         self.cut_at: int | None = None
         self.has_length = True
+        self.is_chunked = False
         self.gate = asyncio.Event()
         self.open = 0
         self.changed = asyncio.Condition()
@@ -89,6 +91,9 @@ class Origin:
             more.append(f"Content-Range: bytes {offset}-{stop - 1}/{len(content)}")
             content = content[offset:stop]
         more.append(f"Content-Length: {len(content)}" if self.has_length else "Connection: close")
+        if self.is_chunked:
+            more[-1] = "Transfer-Encoding: chunked"
+            content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
         writer.write("\r\n".join([f"HTTP/1.1 {status}", *more, "\r\n"]).encode())
         if head.startswith("HEAD"):
             return True
@@ -150,7 +155,7 @@ class Served:
 
 @asynccontextmanager
 async def serving(source: dv.Source, directory: Path, **options: Any) -> AsyncIterator[Served]:
-    cached_source = CachedSource(source, Cache(directory, **options))
+    cached_source = CachedSource(source, Cache(directory, **options), name="the source")
     app = Starlette(routes=[Route("/{path:path}", Download(cached_source))])
     async with live(app) as port:
         yield Served(cached_source, port)
@@ -266,6 +271,17 @@ async def test_it_goes_on_after_one_who_got_what_it_asked_for(origin: Origin, se
     await served.settled()
     assert (await served.get()).body == BIG
     assert len(origin.requests) == 1
+
+
+async def test_few_go_on_without_anybody_who_waits(origin: Origin, served: Served) -> None:
+    """A byte of each of many files would hold all connections to the upstream, for nobody."""
+    origin.held_from = 1_000_000
+    for number in range(10):
+        assert (await served.get(f"/{number}", Range="bytes=0-0")).body == BIG[:1]
+    await origin.has_open(cached._MAX_UNATTENDED)
+    origin.gate.set()
+    await served.settled()
+    assert len(served.data()) == cached._MAX_UNATTENDED
 
 
 async def test_closing_ends_what_is_fetched(origin: Origin, tmp_path: Path) -> None:
@@ -390,9 +406,33 @@ async def test_what_must_not_be_kept_is_not(origin: Origin, served: Served, head
     assert served.files() == []
 
 
-@pytest.mark.parametrize("header, asked", [("no-cache", 2), ("max-age=0", 2), ("max-age=60", 1), ("s-maxage=0", 2)])
+async def test_what_is_not_kept_is_for_one_alone(origin: Origin, served: Served) -> None:
+    origin.headers.append("Cache-Control: private, no-store")
+    origin.held_from = 0
+    clients = [asyncio.create_task(served.get()) for _ in range(4)]
+    await origin.has_open(4)
+    origin.gate.set()
+    assert all(answer.body == BIG for answer in await asyncio.gather(*clients))
+    assert len(origin.requests) == 4
+
+
+@pytest.mark.parametrize(
+    "header, asked",
+    [
+        ("Cache-Control: no-cache", 2),
+        ("Cache-Control: max-age=0", 2),
+        ("Cache-Control: max-age=60", 1),
+        ("Cache-Control: s-maxage=0", 2),
+        ("Cache-Control: max-age=100, max-age=0", 2),
+        ("Cache-Control: max-age=-1", 2),
+        ("Cache-Control: max-age=soon", 2),
+        ("Expires: 0", 2),
+        ("Expires: Thu, 01 Jan 2015 00:00:00 GMT", 2),
+        ("Expires: Thu, 01 Jan 2099 00:00:00 GMT", 1),
+    ],
+)
 async def test_an_upstream_may_shorten_the_time(origin: Origin, served: Served, header: str, asked: int) -> None:
-    origin.headers.append(f"Cache-Control: {header}")
+    origin.headers.append(header)
     await served.get()
     await served.settled()
     assert (await served.get()).body == BIG
@@ -421,11 +461,22 @@ async def test_the_headers_that_describe_a_file_are_kept_with_it(origin: Origin,
 
 
 async def test_an_upstream_without_a_length_gets_one(origin: Origin, served: Served) -> None:
-    origin.has_length = False
+    origin.is_chunked = True
     assert (await served.get()).body == BIG
     await served.settled()
+    assert len(served.data()) == 1
     part = await served.get(Range="bytes=-5")
     assert (part.status, part.headers["content-range"]) == (206, f"bytes {len(BIG) - 5}-{len(BIG) - 1}/{len(BIG)}")
+
+
+async def test_what_ends_where_the_connection_does_is_not_kept(origin: Origin, served: Served) -> None:
+    """Nobody can tell the end of the file from that of a connection that was cut."""
+    origin.has_length = False
+    origin.held_from, origin.cut_at = 1_000_000, 1_500_000
+    origin.gate.set()
+    assert (await served.get()).body == BIG[:1_500_000]
+    await served.settled()
+    assert served.files() == []
 
 
 async def test_an_empty_file(origin: Origin, served: Served) -> None:
@@ -583,6 +634,29 @@ async def test_a_generated_file_that_outgrows_the_cache_is_streamed_to_its_end(t
         assert served.cache.counters.bytes == 0
 
 
+async def test_a_range_of_what_outgrows_the_cache_is_answered(tmp_path: Path) -> None:
+    """By a stream of its own, from when that is known: the content has no end."""
+    closed = asyncio.Event()
+
+    async def content() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield bytes(65536)
+        finally:
+            closed.set()
+
+    source = dv.VirtualSource(lambda name: VirtualFile(content, name=name, max_age=DAY))
+    async with serving(source, tmp_path, max_bytes=20_000_000) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(b"GET /x HTTP/1.1\r\nHost: x\r\nRange: bytes=5-9\r\n\r\n")
+        assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)).startswith(b"HTTP/1.1 200 ")
+        await served.settled()
+        assert served.files() == []
+        closed.clear()
+        writer.transport.abort()
+        await asyncio.wait_for(closed.wait(), 30)
+
+
 @pytest.fixture
 def file_size_limit() -> Iterator[int]:
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -605,11 +679,11 @@ async def test_a_disk_that_takes_no_more_does_not_stop_a_download(
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root")
-@pytest.mark.parametrize("clients, has_length", [(1, True), (5, True), (5, False)])
+@pytest.mark.parametrize("clients, is_chunked", [(1, False), (5, False), (5, True)])
 async def test_a_full_disk_does_not_stop_a_download(
-    origin: Origin, tmp_path: Path, clients: int, has_length: bool
+    origin: Origin, tmp_path: Path, clients: int, is_chunked: bool
 ) -> None:
-    origin.has_length = has_length
+    origin.is_chunked = is_chunked
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
@@ -766,6 +840,37 @@ async def test_sources_of_one_cache_need_names_of_their_own(origin: Origin, tmp_
     second = CachedSource(remote(origin), cache, name="second")
     assert first.name != second.name
     assert first.name == f"RemoteSource http://127.0.0.1:{origin.port}/pub/"
+
+
+def made_here(name: str) -> VirtualFile:
+    return VirtualFile("here", name=name)
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        (dv.StorageSource(dv.MemoryStorage()), None),
+        (dv.VirtualSource(lambda name: made_here(name)), None),
+        (dv.VirtualSource(partial(made_here)), None),
+        (dv.VirtualSource(made_here), f"VirtualSource {__file__} {__name__}.made_here"),
+        (
+            dv.StorageSource(dv.ObjectStorage("s3://box/a", endpoint="http://one.example", skip_signature=True)),
+            "StorageSource http://one.example/box/a",
+        ),
+        (
+            dv.StorageSource(dv.ObjectStorage("az://box/a", account_name="me", account_key="QUJD")),
+            "StorageSource az://box/a account_name=me",
+        ),
+        (dv.StorageSource(dv.ObjectStorage("memory:///")), None),
+    ],
+)
+async def test_the_name_tells_a_source_from_all_others(source: Any, name: str | None, tmp_path: Path) -> None:
+    """Or else who comes later, or from another process, would get the files of another source."""
+    if name is None:
+        with pytest.raises(ConfigurationError, match="give CachedSource a name="):
+            CachedSource(source, Cache(tmp_path))
+    else:
+        assert CachedSource(source, Cache(tmp_path)).name == name
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,24 @@ async def test_metadata_of_the_real_server(s3: S3) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "bucket, options, code",
+    [
+        (BUCKET, {"secret_access_key": "another"}, "SignatureDoesNotMatch"),
+        (BUCKET, {"access_key_id": "AKIDNOBODY"}, "InvalidAccessKeyId"),
+        ("no-such-bucket", {}, "NoSuchBucket"),
+    ],
+)
+async def test_what_is_wrong_with_all_objects_is_not_a_missing_one(
+    s3: S3, bucket: str, options: dict[str, str], code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = ObjectStorage(f"s3://{bucket}", **(s3.options | options))
+    answer = await call(Download(StorageSource(storage)), "/a.txt")
+    assert (answer.status, answer.body) == (502, b"Bad Gateway")
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert code in record.getMessage()
+
+
 async def test_a_large_object_takes_little_memory(s3: S3, tmp_path: Path) -> None:
     """256 MiB from the real server, by a process that streams nothing else: it peaks far below the object's size."""
     piece = os.urandom(MIB)
