@@ -47,6 +47,10 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
         "": "what is said of <target> by `downloadview config`, and that the proxy reaches the server of <directory>",
     },
     "unreadable": {"": "`chmod <mode> <path>`, or let the proxy's user read it in another way"},
+    "unreadable in the cache": {
+        "": "`chgrp -R GROUP <directory>` for a group of the proxy's user, and `chmod 2750 <directory>`; or the umask "
+        "022 for the service, and `chmod -R o+rX <directory>`: not every user may read <path>",
+    },
     "other bytes": {
         "nginx": "`alias <directory>/;` in location <target>, and no `rewrite` of what X-Accel-Redirect says",
         "apache": '`encoding = "raw"` in [offload] for mod_xsendfile 0.12, `encoding = "percent"` for 1.0',
@@ -134,6 +138,34 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
     "streamed conditions": {
         "nginx": "no `proxy_set_header If-None-Match` or `proxy_set_header If-Modified-Since`, and no proxy_cache",
         "": "let the proxy pass If-None-Match, If-Modified-Since, ETag and Last-Modified on",
+    },
+    # likewise of what the proxy fetches by a URL
+    "fetched ranges": {
+        "nginx": "`proxy_set_header Range ...;`, and If-Match and If-Unmodified-Since for If-Range, in `location = "
+        "<target>` as `downloadview config nginx` prints them",
+        "caddy": "`header_up {range} {header.Range}` and `header_up {if_range} {header.If-Range}` for <target>, as "
+        "`downloadview config caddy` prints them",
+        "": "let the proxy pass Range and If-Range on to the server of <directory>",
+    },
+    "fetched conditions": {
+        "nginx": "`proxy_set_header If-None-Match $http_if_none_match;` and `proxy_set_header If-Modified-Since "
+        "$http_if_modified_since;` in `location = <target>`, and ETag and Last-Modified not hidden",
+        "caddy": "`header_up {if_none_match} {header.If-None-Match}` and likewise If-Modified-Since for <target>; ETag "
+        "and Last-Modified in `copy_response_headers`",
+        "": "let the proxy pass conditions on to the server of <directory>, and ETag and Last-Modified to the client",
+    },
+    "header of a store": {
+        "nginx": "`proxy_hide_header <header>;` in `location = <target>`",
+        "caddy": "`header_down -<header>` in the reverse_proxy of <target>",
+        "": "let the proxy drop <header>",
+    },
+    # 404 of HEAD, and 502 of a resume, for a file that GET has brought
+    "socket": {
+        "": "`owner: nobody` beside `permission: 600` of H2O's own socket, where root starts it",
+    },
+    "redirect": {
+        "": "[sources.<name>.presign] public_endpoint: the URL of the store as clients reach it; a proxy before the "
+        "store has to pass the host, the path and the query on as they come, for they are signed",
     },
     "encoded": {
         "nginx": "`gzip off;` (and no brotli or zstd) where files are sent",

@@ -1,6 +1,7 @@
 """Asking a server for `downloadview check`: by a path that is sent as it is spelled, and for a few bytes alone."""
 
 import re
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -26,6 +27,10 @@ class NoAnswerError(Exception):
 
 class ClosedError(NoAnswerError):
     """The connection was closed in place of an answer, or before the end of one."""
+
+
+class UnknownHostError(NoAnswerError):
+    """Nobody here knows the address of the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +84,7 @@ class Peer:
             good = False
         if not good or parts.query or parts.fragment:
             raise ConfigurationError(f"{url!r} is no URL of a server: give one such as http://127.0.0.1:8080")
-        transport = httpx2.AsyncHTTPTransport(verify=ssl.create_default_context(), uds=uds, trust_env=False)
-        async with httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout) as client:
+        async with _client(timeout, uds) as client:
             yield cls(client, f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), timeout)
 
     async def ask(
@@ -95,29 +99,56 @@ class Peer:
         path = target if root else self.path + target
         request = self.client.build_request(
             method,
-            self.base + path if self.is_here else self.base,
+            self.base + path.replace("../", "%2e%2e/") if self.is_here else self.base,
             headers={"Accept-Encoding": "identity", "User-Agent": f"downloadview-check/{__version__}"}
             | dict(headers or {}),
             # a URL would be put in order: /../ is gone from it before it is sent
             extensions=None if self.is_here else {"target": path.encode("ascii")},
         )
-        body = bytearray()
-        try:
-            with anyio.fail_after(self.timeout):
-                response = await self.client.send(request, stream=True, follow_redirects=False)
-                try:
-                    async with aclosing(response.aiter_raw(PIECE)) as blocks:
-                        async for block in blocks:
-                            body += block
-                            if len(body) >= MOST:
-                                break
-                finally:
-                    await response.aclose()
-        except (TimeoutError, httpx2.TimeoutException):
-            raise NoAnswerError(f"no whole answer within {self.timeout:g} s") from None
-        except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as exc:
-            raise ClosedError(f"the connection was closed: {exc}") from exc
-        except (httpx2.HTTPError, OSError) as exc:
-            raise NoAnswerError(f"no answer: {type(exc).__name__}: {exc}") from exc
-        said = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)
-        return Answer(response.status_code, said, bytes(body[:MOST]))
+        return await _answer_to(request, self.client, self.timeout)
+
+
+async def follow(url: str, timeout: float, headers: Mapping[str, str]) -> Answer:
+    """Ask for what a URL of another server leads to, with these headers and Host alone, by a connection of its own.
+
+    Raises `NoAnswerError`, and `UnknownHostError` where the host has no address here.
+    """
+    parts = urlsplit(url)
+    try:
+        with anyio.fail_after(timeout):
+            await anyio.getaddrinfo(parts.hostname or "", parts.port, type=socket.SOCK_STREAM)
+    except (OSError, TimeoutError, ValueError) as exc:
+        raise UnknownHostError(f"{parts.hostname} has no address here: {exc}") from exc
+    base = f"{parts.scheme}://{parts.netloc}"
+    target = url.removeprefix(base).partition("#")[0].encode("ascii", "replace")  # as it is signed
+    request = httpx2.Request("GET", base, headers=dict(headers), extensions={"target": target})
+    async with _client(timeout) as client:
+        return await _answer_to(request, client, timeout)
+
+
+def _client(timeout: float, uds: str | None = None) -> httpx2.AsyncClient:
+    transport = httpx2.AsyncHTTPTransport(verify=ssl.create_default_context(), uds=uds, trust_env=False)
+    return httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout)
+
+
+async def _answer_to(request: httpx2.Request, client: httpx2.AsyncClient, timeout: float) -> Answer:
+    body = bytearray()
+    try:
+        with anyio.fail_after(timeout):
+            response = await client.send(request, stream=True, follow_redirects=False)
+            try:
+                async with aclosing(response.aiter_raw(PIECE)) as blocks:
+                    async for block in blocks:
+                        body += block
+                        if len(body) >= MOST:
+                            break
+            finally:
+                await response.aclose()
+    except (TimeoutError, httpx2.TimeoutException):
+        raise NoAnswerError(f"no whole answer within {timeout:g} s") from None
+    except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as exc:
+        raise ClosedError(f"the connection was closed: {exc}") from exc
+    except (httpx2.HTTPError, OSError) as exc:
+        raise NoAnswerError(f"no answer: {type(exc).__name__}: {exc}") from exc
+    said = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)
+    return Answer(response.status_code, said, bytes(body[:MOST]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async.service.build import build
 from downloadview_async.service.check import Line, check
@@ -31,6 +32,9 @@ url = "file:app/files"
 [sources.made]
 type = "virtual"
 factory = "made_for_check:make"
+[sources.any]
+type = "virtual"
+factory = "made_for_check:make_any"
 [[routes]]
 path = "/files/{path:path}"
 source = "files"
@@ -48,8 +52,17 @@ example = "large.bin"
 path = "/made/{name}"
 source = "made"
 example = "report.txt"
+[[routes]]
+path = "/any/{path:path}"
+source = "any"
+example = "report.txt"
 """
-MADE = "def make(name):\n    return b'made ' * 1000 if name == 'report.txt' else None\n"
+MADE = """
+def make(name):
+    return b'made ' * 1000 if name == 'report.txt' else None
+def make_any(name):
+    return f'hello {name}'
+"""
 RULES: dict[str | None, str] = {
     None: "",
     **dict.fromkeys(("apache", "lighttpd"), '[[offload.rules]]\nsource = "app/files"\n'),
@@ -273,6 +286,15 @@ WRONG = [
         "decoded",
         "nginx",
         PLAIN,
+        "proxy_pass http://service;",
+        "proxy_pass http://service/;",
+        "without a slash",
+        "x%2F",
+    ),
+    wrong(
+        "decoded for a function that makes a file of any name",
+        "nginx",
+        "/any/report.txt",
         "proxy_pass http://service;",
         "proxy_pass http://service/;",
         "without a slash",
@@ -640,6 +662,7 @@ async def test_nothing_listens() -> None:
 # --- files that are not in a directory of the service
 
 
+FAR_FILE = "/far/a b.txt"
 FAR = """
 [sources.far]
 type = "remote"
@@ -670,30 +693,107 @@ target = "/_cache/"
 """
 
 
+@dataclass(frozen=True)
+class Far:
+    """A site behind nginx with the files of another server, and a cache of them."""
+
+    site: Site
+    settings: Settings
+    service: int
+    upstream: int
+
+    async def check(self, *edits: tuple[str, str], **options: Any) -> list[Line]:
+        def edit(text: str) -> str:
+            for old, new in edits:
+                assert old in text, f"nothing to change: {old}"
+                text = text.replace(old, new)
+            return text
+
+        def text(service: str, listen: str) -> str:
+            return config_for(self.settings, "nginx", listen=listen, service=service, relative_to=None)
+
+        return await self.site.check(edit, text=text, service=self.service, settings=self.settings, **options)
+
+
+def _as_a_store(app: ASGIApp) -> ASGIApp:
+    """Return the application with headers of stores in its answers."""
+
+    async def storing(scope: Scope, receive: Receive, send: Send) -> None:
+        async def said(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                names = (b"x-amz-meta-owner", b"x-goog-hash", b"x-ms-version", b"seaweed-x", b"x-amz-request-id")
+                message["headers"] = [*message["headers"], *((name, b"ada") for name in names)]
+            await send(message)
+
+        await app(scope, receive, said)
+
+    return storing
+
+
+@asynccontextmanager
+async def far(dressed: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> AsyncIterator[Far]:
+    async with site("nginx") as here, live(dressed(build(settings_of(here.checkout, None)))) as upstream:
+        file = here.checkout / "far.toml"
+        file.write_text(FAR.replace("UPSTREAM", str(upstream)))
+        settings = load_settings(file, environ={})
+        app = build(settings)
+        async with app.router.lifespan_context(app), live(app) as service:
+            yield Far(here, settings, service, upstream)
+
+
 async def test_files_of_another_server_and_those_of_a_cache() -> None:
-    async with site("nginx") as here:
-        plain = settings_of(here.checkout, None)
-        async with live(build(plain)) as upstream:
-            file = here.checkout / "far.toml"
-            file.write_text(FAR.replace("UPSTREAM", str(upstream)))
-            settings = load_settings(file, environ={})
-
-            def text(service: str, listen: str) -> str:
-                return config_for(settings, "nginx", listen=listen, service=service, relative_to=None)
-
-            app = build(settings)
-            async with app.router.lifespan_context(app), live(app) as service:
-                here.checkout.joinpath("cache").chmod(0o755)
-                first = await here.check(text=text, service=service, settings=settings)
-                lines = await here.check(text=text, service=service, settings=settings)
-                lost = await here.check(
-                    lambda text: text.replace(f"server 127.0.0.1:{upstream};", "server 127.0.0.1:9;"),
-                    text=text,
-                    service=service,
-                    settings=settings,
-                )
+    async with far() as here:
+        here.site.checkout.joinpath("cache").chmod(0o755)
+        first = await here.check()
+        lines = await here.check()
+        lost = await here.check((f"server 127.0.0.1:{here.upstream};", "server 127.0.0.1:9;"))
+        no_ranges = await here.check(("            proxy_set_header Range $", "            # $"), files=[FAR_FILE])
+        failing = await here.check(
+            (
+                "            # Several parts",
+                "            if ($http_range) { return 502; }\n            # Several parts",
+            ),
+            files=[FAR_FILE],
+        )
     assert failures(first) == failures(lines) == []
     asked = [line.came for line in lines if line.step == "application"]
     assert asked[0] == "200, x-accel-redirect: /_remote/, x-offload-target: /pages/a%20b.txt, and 0 bytes"
     assert asked[1].startswith("200, x-accel-redirect: /_cache/")
     assert "what is said of /_remote/ by `downloadview config`" in failures(lost)[0].remedy
+    assert "`proxy_set_header Range ...;`" in failures(no_ranges)[0].remedy
+    assert "max_ranges" not in str(no_ranges)
+    assert "502" in failures(failing)[0].came
+    assert "what is said of /_remote/ by `downloadview config`" in failures(failing)[0].remedy
+
+
+async def test_headers_of_a_store() -> None:
+    async with far(_as_a_store) as here:
+        failed = failures(await here.check(files=[FAR_FILE]))
+    assert [line.remedy for line in failed] == [
+        f"`proxy_hide_header {name};` in `location = /_remote/`"
+        for name in ("x-amz-meta-owner", "x-goog-hash", "x-ms-version", "seaweed-x")
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the service may read what the proxy may not")
+async def test_the_proxy_may_not_read_what_is_in_the_cache() -> None:
+    before = os.umask(0o027)
+    try:
+        async with far() as here:
+            for path in (here.site.checkout, here.site.checkout / "cache"):
+                path.chmod(0o755)
+            (failed,) = failures(await here.check(files=["/kept/a b.txt"]))
+    finally:
+        os.umask(before)
+    assert failed.came == "404"
+    cache = here.site.checkout / "cache"
+    assert f"`chgrp -R GROUP {cache}`" in failed.remedy
+    assert f"not every user may read {cache}/" in failed.remedy
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: H2O gives up its rights to nobody")
+async def test_the_socket_of_h2o_is_not_for_its_user() -> None:
+    async with site("h2o") as here:
+        failed = failures(await here.check(lambda text: text.replace("\n      owner: nobody", ""), files=[PLAIN]))
+    assert {line.asked.split()[0] for line in failed} == {"HEAD", "GET"}
+    assert {"`owner: nobody`" in line.remedy for line in failed} == {True}

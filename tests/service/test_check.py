@@ -30,7 +30,7 @@ from downloadview_async.service.load import load_settings
 from downloadview_async.service.samples import Content, content_of
 from downloadview_async.service.settings import Settings
 from tests.live import live
-from tests.s3 import BUCKET, KEY_ID, S3, SECRET
+from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET
 from tests.servers import PROJECT, free_port, serving
 
 FILES = """
@@ -79,7 +79,7 @@ def failures(lines: list[Line]) -> list[Line]:
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("problem", _ADVICE)
 def test_there_is_advice_for_every_proxy_and_nothing_left_open_in_it(problem: str, backend: str | None) -> None:
-    facts = ("directory", "target", "service", "header", "variable", "path", "mode")
+    facts = ("directory", "target", "service", "header", "variable", "path", "mode", "name")
     said = advice(problem, backend, **{name: name.upper() for name in facts})
     assert said
     assert not re.search("<[a-z]+>", said)
@@ -153,8 +153,7 @@ async def test_paths_that_are_given_come_in_place_of_those_of_the_settings(direc
         lines = await checked(settings, direct=nobody, files=["/files/b c.txt", "/files/b%20c.txt"], only=only)
         asked = [line.asked for line in lines if line.step == "source" and line.result == "pass"]
         assert asked == ["read /files/b%20c.txt", "read /files/b%20c.txt", *([] if only else ["read /again/a.txt"])]
-        skipped = [line.route for line in lines if line.step == "source" and line.result == "skip"]
-        assert skipped == (["/again/{path:path}"] if only else [])
+        assert [line for line in lines if line.step == "source" and line.result == "skip"] == []
 
 
 MADE = """
@@ -322,37 +321,146 @@ async def test_what_a_cache_holds_is_offloaded_when_it_is_there(directory: Path)
 
 
 @pytest.mark.asyncio
-async def test_redirects_of_the_service_and_of_the_proxy(s3: S3, directory: Path) -> None:
-    s3.put("check/a.txt", b"0123456789", content_type="text/plain")
-    lake = f"""
+async def test_a_cache_that_keeps_nothing(directory: Path) -> None:
+    """What is not one for a cache is no failure, nor what takes its time."""
+    (directory / "made_kept.py").write_text(
+        "def make(name):\n    return b'made' if name == 'a.txt' else iter([b'made'])\n"
+    )
+    cache = '[sources.made.cache]\npath = "cache"\n[[routes]]'
+    text = VIRTUAL.replace("FACTORY", "made_kept").replace("[[routes]]", cache) + 'example = ["a.txt", "b.txt"]\n'
+    text += '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "cache"\ntarget = "/_cache/"\n'
+    settings = load(directory, text)
+    app = build(settings)
+    shutil.rmtree(directory / "cache")  # the service cannot write to it any more
+    async with app.router.lifespan_context(app), live(app) as port:
+        lines = await checked(settings, direct=f"http://127.0.0.1:{port}")
+    (line,) = failures(lines)
+    assert (line.step, line.asked, line.came) == ("application", "GET /made/a.txt", "200, streamed again")
+    assert line.remedy.startswith("the cache keeps nothing: see the service's log")
+    assert str(directory / "cache") in line.remedy
+
+
+@pytest.mark.asyncio
+async def test_a_function_that_makes_a_file_of_any_name(directory: Path, nobody: str) -> None:
+    (directory / "made_any.py").write_text(
+        "import itertools\n"
+        "numbers = itertools.count()\n"
+        "def make(name):\n"
+        "    return f'hello {name}'\n"
+        "def anew(name):\n"
+        "    return iter([f'{next(numbers)} {name}'])\n"
+        "def strict(name):\n"
+        "    return {'a.txt': b'made'}[name]\n"
+    )
+    for function, expected in (("make", []), ("anew", []), ("strict", ["the service itself answers 500: see its log"])):
+        text = VIRTUAL.replace("FACTORY:make", f"made_any:{function}").replace("{name}", "{name:path}")
+        settings = load(directory, text + 'example = "a.txt"\n')
+        async with live(build(settings)) as port:
+            url = f"http://127.0.0.1:{port}"
+            lines = await checked(settings, url=url, direct=url)
+            apart = await checked(settings, url=url, direct=nobody)  # what is asked in this process says the same
+        assert sorted({line.remedy for line in failures(lines)}) == expected
+        apart = [line for line in failures(apart) if line.step == "together"]
+        assert sorted({line.remedy for line in apart}) == expected
+        named = [line for line in lines if line.asked.startswith(("GET /made/.", "GET /made/%", "GET /made//"))]
+        results = {"make": {"pass"}, "anew": {"skip"}, "strict": {"FAIL"}}[function]
+        assert {line.result for line in named} == results
+
+
+LAKE = """
 [sources.lake]
 type = "storage"
-url = "s3://{BUCKET}/check"
+url = "s3://{bucket}/check"
 [sources.lake.options]
-endpoint = "{s3.url}"
-access_key_id = "{KEY_ID}"
-secret_access_key = "{SECRET}"
-[sources.lake.presign]
+endpoint = "{url}"
+access_key_id = "{key}"
+secret_access_key = "{secret}"
+{more}
 [[routes]]
 path = "/lake/{{path:path}}"
 source = "lake"
 example = "a.txt"
-send = "redirect"
 """
-    settings = load(directory, lake)
+
+
+def lake(s3: S3, more: str = "", *, bucket: str = BUCKET, key: str = KEY_ID, secret: str = SECRET) -> str:
+    return LAKE.format(bucket=bucket, url=s3.url, key=key, secret=secret, more=more)
+
+
+@pytest.mark.asyncio
+async def test_redirects_of_the_service_and_of_the_proxy(s3: S3, directory: Path) -> None:
+    s3.put("check/a.txt", b"0123456789", content_type="text/plain")
+    settings = load(directory, lake(s3, "[sources.lake.presign]") + 'send = "redirect"\n')
     host = s3.url.removeprefix("http://")
 
     async def elsewhere(request: Request) -> Response:
-        return RedirectResponse(f"https://files.example.org{request.url.path}", 301)
+        return RedirectResponse(f"https://files.example.org{request.url.path}?token=secret", 301)
 
     async with live(build(settings)) as port, live(Starlette(routes=[Route("/{x:path}", elsewhere)])) as other:
         direct = f"http://127.0.0.1:{port}"
         lines = await checked(settings, url=direct, direct=direct)
-        assert [(line.result, line.came) for line in lines if line.step == "together"] == [("pass", f"307 to {host}")]
+        assert [(line.result, line.came) for line in lines if line.step == "together"] == [
+            ("pass", f"307 to {host}"),
+            ("pass", '206, 1 bytes, Content-Disposition: attachment; filename="a.txt"'),
+        ]
         assert failures(lines) == []
         (line,) = failures(await checked(settings, url=f"http://127.0.0.1:{other}", direct=direct))
     assert line.came == "301 to https://files.example.org/lake/a.txt"
     assert line.remedy == "give the URL that it leads to"
+
+
+@pytest.mark.asyncio
+async def test_where_a_signed_url_leads_to(s3: S3, directory: Path, nobody: str) -> None:
+    s3.put("check/a.txt", b"0123456789", content_type="text/plain")
+    heard: list[Headers] = []
+    said: list[Response] = []
+
+    async def store(request: Request) -> Response:
+        heard.append(dict(request.headers))
+        return said[0]
+
+    part = {"Content-Range": "bytes 0-0/10"}
+    attachment = part | {"Content-Disposition": 'attachment; filename="a.txt"'}
+    async with live(Starlette(routes=[Route("/{x:path}", store)])) as before:
+        here = f"http://127.0.0.1:{before}"
+        for endpoint, answer, result, came in (
+            (here, Response(b"0", 206, attachment), "pass", "206"),
+            (here, Response(b"0", 206, part), "FAIL", "Content-Disposition: None"),
+            (here, Response(b"1", 206, attachment), "FAIL", "206"),
+            (here, Response(b"<Error/>", 403), "FAIL", "403"),
+            (here, Response(status_code=307, headers={"Location": nobody}), "FAIL", "307"),
+            (nobody, Response(), "FAIL", "no answer"),
+            ("http://no-such-host.invalid", Response(), "skip", "no-such-host.invalid has no address here"),
+        ):
+            said[:] = [answer]
+            presign = f'[sources.lake.presign]\npublic_endpoint = "{endpoint}"'
+            settings = load(directory, lake(s3, presign) + 'send = "redirect"\n')
+            async with live(build(settings)) as port:
+                lines = await checked(settings, url=f"http://127.0.0.1:{port}", direct=f"http://127.0.0.1:{port}")
+            followed = lines[-1]
+            assert (followed.result, followed.step) == (result, "together")
+            assert came in followed.came
+            assert ("[sources.lake.presign] public_endpoint" in followed.remedy) == (result == "FAIL")
+            assert not any("x-amz" in str(line).lower() for line in lines)
+    assert [set(headers) for headers in heard] == [{"host", "range"}] * 5
+
+
+@pytest.mark.asyncio
+async def test_a_store_that_denies_and_one_without_the_object(s3: S3, directory: Path, nobody: str) -> None:
+    s3.put("check/a.txt", b"0123456789")
+    for text, remedy in (
+        (
+            lake(s3, secret="another"),
+            "the keys in [sources.lake.options], and what they allow",
+        ),
+        (lake(s3, key=DENIED_ID), "the keys in [sources.lake.options]"),
+        (lake(s3, bucket="no-such-bucket"), "'no-such-bucket'"),
+        (lake(s3).replace("a.txt", "none.txt"), f"or correct the bucket '{BUCKET}' in the url of [sources.lake]"),
+    ):
+        (line,) = failures(await checked(load(directory, text), direct=nobody))
+        assert line.step == "source"
+        assert remedy in line.remedy
+        assert SECRET not in str(line)
 
 
 @pytest.mark.asyncio
