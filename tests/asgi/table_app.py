@@ -115,7 +115,7 @@ def sources(root: Path, port: int) -> dict[str, dv.Source]:
         "bytes": dv.VirtualSource(as_bytes),
         "fileobject": dv.VirtualSource(as_file_object),
         "cached-remote": dv.CachedSource(dv.RemoteSource(url, allow_hosts=["127.0.0.1"]), cache),
-        "cached-generated": dv.CachedSource(dv.VirtualSource(as_generator), cache),
+        "cached-generated": dv.CachedSource(dv.VirtualSource(as_generator), cache, name="generated"),
     }
     if "TABLE_S3" in os.environ:
         options = json.loads(os.environ["TABLE_S3"])
