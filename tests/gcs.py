@@ -74,7 +74,8 @@ def gcs_server(log: Path) -> Iterator[GCS]:
     port = free_port()
     command = [program, "-backend=memory", "-scheme=http", "-host=127.0.0.1", f"-port={port}", "-log-level=warn"]
     command += [f"-public-host=127.0.0.1:{port}", f"-external-url=http://127.0.0.1:{port}"]
-    with serving(command, port, log=log):
+    # it says the time of its zone and calls it GMT, and Django's settings set one for whoever is started after them
+    with serving(command, port, log=log, env={"TZ": "UTC"}):
         server = GCS(port)
         server.make_bucket()
         yield server
