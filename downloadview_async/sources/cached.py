@@ -861,7 +861,7 @@ def _max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float) -> floa
     said = [value.strip('"') for name, value in found if name in ("s-maxage", "max-age")]
     if said:
         # "If there is [...] an invalid value, the response is stale" and so it is asked for again [RFC 9111 4.2.1]
-        return min(float(value) if re.fullmatch("[0-9]{1,10}", value) else 0.0 for value in (*said, str(int(max_age))))
+        return min(max_age, *(float(value) if re.fullmatch("[0-9]{1,10}", value) else 0.0 for value in said))
     if "expires" in headers:
         expires = parse_http_date(headers["expires"])
         return 0.0 if expires is None else min(max_age, max(0.0, expires - time.time()))
