@@ -64,11 +64,12 @@ class Entry:
     validated: float
     max_age: float | None = None
 
-    def is_fresh(self, max_age: float) -> bool:
-        """Return whether it may be sent without asking; `max_age` where the file has none of its own."""
+    def fresh_for(self, max_age: float) -> float:
+        """Return for how many seconds it may be sent without asking; `max_age` where the file has none of its own."""
         age = time.time() - self.validated
-        # one from the future was validated by another clock: who knows when
-        return 0 <= age < (max_age if self.max_age is None else self.max_age)
+        if age < 0:  # it was validated by another clock: who knows when
+            return 0.0
+        return max(0.0, (max_age if self.max_age is None else self.max_age) - age)
 
 
 def key_hash(source: str, key: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from inspect import isfunction
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -90,15 +90,25 @@ class CacheCounters:
     bytes: int
 
 
-@dataclass(slots=True)
-class _Known:
-    """What was found in the directory, or put there; when, by the monotonic clock; and when it was last used."""
+@dataclass(slots=True, eq=False)
+class Kept:
+    """A complete file that this process knows of. All times are by the monotonic clock.
 
+    checked: when it was found in the directory, or put there. current: until when it is sent without another look at
+    anything. leased: when a proxy was last told of it. is_gone: whether somebody has removed it. file: what is given to
+    those who ask for it, once somebody has.
+    """
+
+    source: str
+    key: str
     hashed: str
     entry: Entry
     checked: float
+    current: float
+    leased: float
     used: float
-    leased: float = 0.0
+    is_gone: bool = False
+    file: "KeptFile | None" = None
 
 
 class Cache:
@@ -133,12 +143,12 @@ class Cache:
             directory,
             max_bytes=max_bytes,
             max_unused=max(UNUSED_SECONDS, UNUSED_AGES * self.max_age),
-            used=lambda: {known.hashed: known.used for known in list(self._known.values())},
+            used=self._used,
         )
         self._workers = Workers()
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="downloadview-cache")
         self._open_files = OpenFileCache(self.directory.root, self._workers)
-        self._known: dict[tuple[str, str], _Known] = {}
+        self.kept: dict[tuple[str, str], Kept] = {}
         self._refused: dict[tuple[str, str], float] = {}
         self._fetches: dict[tuple[asyncio.AbstractEventLoop, str, str], _Fetch] = {}
         self._running: set[_Fetch] = set()
@@ -147,7 +157,7 @@ class Cache:
         self._names: dict[str, CachedSource] = {}
         self._is_offloaded = False
         self._complained = -60.0
-        self._hits = self._misses = self._stale = self._passed = 0
+        self.counts = {"hits": 0, "misses": 0, "stale": 0, "passed": 0}
 
     @property
     def path(self) -> str:
@@ -157,7 +167,7 @@ class Cache:
     @property
     def counters(self) -> CacheCounters:
         """The counters as they are now."""
-        return CacheCounters(self._hits, self._misses, self._stale, self._passed, self.directory.bytes)
+        return CacheCounters(**self.counts, bytes=self.directory.bytes)
 
     async def sweep(self) -> None:
         """Count what is there, and remove what killed processes and disuse have left.
@@ -193,97 +203,96 @@ class Cache:
             if fetch.loop is asyncio.get_running_loop():
                 await asyncio.wait([fetch.task])
 
-    async def find(self, source: str, key: str) -> Entry | None:
-        """Return what is kept of a key, fresh or not, after a look at the disk."""
+    async def find(self, source: str, key: str) -> Kept | None:
+        """Return what is kept of a key, fresh or not, after a look at the disk if the last one was too long ago."""
+        kept = self.kept.get((source, key))
+        if kept is not None and time.monotonic() - kept.checked < _CHECK_SECONDS:
+            return kept
         self._sweep_if_due()
         entry = await self._attempt(self._find, source, key)
-        if entry is None:
-            self._known.pop((source, key), None)
-        else:
-            self.remember(source, key, entry)
-        return entry
+        if entry is not None:
+            return self.remember(source, key, entry)
+        self.kept.pop((source, key), None)
+        return None
 
-    def known(self, source: str, key: str) -> Entry | None:
-        """Return what this process knows to be kept of a key, without a look at the disk."""
-        known = self._known.get((source, key))
-        return None if known is None or time.monotonic() - known.checked >= _CHECK_SECONDS else known.entry
-
-    def remember(self, source: str, key: str, entry: Entry) -> None:
+    def remember(self, source: str, key: str, entry: Entry) -> Kept:
         """Note what is kept of a key."""
-        before = self._known.pop((source, key), None)
-        known = _Known(key_hash(source, key), entry, time.monotonic(), time.time())
-        if self._is_offloaded:
-            known.leased = known.checked
+        before = self.kept.pop((source, key), None)
+        now = time.monotonic()
+        leased = now if self._is_offloaded else 0.0
         if before is not None and before.entry.data == entry.data:
-            known.leased = max(known.leased, before.leased)
-        while len(self._known) >= _MAX_KNOWN:
-            del self._known[next(iter(self._known))]
-        self._known[source, key] = known
+            leased = max(leased, before.leased)
+        while len(self.kept) >= _MAX_KNOWN:
+            del self.kept[next(iter(self.kept))]
+        kept = self.kept[source, key] = Kept(
+            source=source,
+            key=key,
+            hashed=key_hash(source, key),
+            entry=replace(entry, metadata=_first_equal(entry.metadata)),
+            checked=now,
+            current=now + min(_CHECK_SECONDS, entry.fresh_for(self.max_age)),
+            leased=leased,
+            used=now,
+        )
+        return kept
+
+    def _used(self) -> dict[str, float]:
+        """Return when files were last used, by their K, in seconds since the epoch."""
+        began = time.time() - time.monotonic()
+        return {kept.hashed: began + kept.used for kept in list(self.kept.values())}
 
     def _find(self, source: str, key: str) -> Entry | None:
         return self.directory.find(source, key, lease=self._is_offloaded)
 
     async def forget(self, source: str, key: str) -> None:
         """Drop what is kept of a key."""
-        self._known.pop((source, key), None)
+        self.kept.pop((source, key), None)
         await self._attempt(self.directory.forget, source, key)
 
-    def location(self, source: str, key: str, entry: Entry) -> str | None:
+    def location(self, kept: Kept) -> str | None:
         """Return the path of a complete file, which is kept long enough for a proxy to open it, or None."""
-        known = self._known.get((source, key))
+        if kept.is_gone:
+            return None
         now = time.monotonic()
-        if known is None or now - known.leased >= _CHECK_SECONDS:
+        if now - kept.leased >= _CHECK_SECONDS:
             # Once per file and process: from the first one on, each look into the directory is a lease.
             self._is_offloaded = True
             try:
-                self.directory.lease(key_hash(source, key))
+                self.directory.lease(kept.hashed)
             except OSError:
                 return None
-            if known is not None:
-                known.leased = now
-        return self.directory.root.locate(entry.data)
+            kept.leased = now
+        return self.directory.root.locate(kept.entry.data)
 
-    def open_at_once(self, source: str, key: str, entry: Entry) -> "OpenCachedFile | None":
-        """Open a complete file, if that waits for nothing."""
+    def open_at_once(self, kept: Kept) -> OpenLocalFile | None:
+        """Open a complete file, which the caller then closes, if that waits for nothing."""
         try:
-            local = self._open_files.open(entry.data)
+            local = self._open_files.open(kept.entry.data)
         except FileError:
             return None
-        opened = None if local is None else self._opened(source, key, entry, local)
-        if local is not None and opened is None:
+        if local is None:
+            return None
+        # one that is opened again and again stays open, and is what it was
+        if local.metadata is not kept.entry.metadata and not _is_accepted(local, kept):
             local.close()
-        return opened
+            return None
+        return local
 
     @asynccontextmanager
-    async def open(self, source: str, key: str, entry: Entry) -> AsyncIterator["OpenCachedFile | None"]:
+    async def open(self, kept: Kept) -> AsyncIterator[OpenLocalFile | None]:
         """Open a complete file; None if it is not there any more."""
-        opened = self.open_at_once(source, key, entry)
-        if opened is not None:
+        local = self.open_at_once(kept)
+        if local is None:
             try:
-                yield opened
-            finally:
-                await opened.local.aclose()
-            return
+                found = await self._workers.run_or_abandon(self.directory.root.open, kept.entry.data, discard=_close)
+            except FileMissing:
+                yield None
+                return
+            local = OpenLocalFile(*found, workers=self._workers)
         try:
-            found = await self._workers.run_or_abandon(self.directory.root.open, entry.data, discard=_close)
-        except FileMissing:
-            yield None
-            return
-        local = OpenLocalFile(*found, workers=self._workers)
-        try:
-            yield self._opened(source, key, entry, local)
+            yield local if local.metadata is kept.entry.metadata or _is_accepted(local, kept) else None
         finally:
             await local.aclose()
-
-    def _opened(self, source: str, key: str, entry: Entry, local: OpenLocalFile) -> "OpenCachedFile | None":
-        if local.size != entry.metadata.size:  # somebody has changed it
-            return None
-        if not local.is_protected:  # one that is opened again and again stays open, and so protected
-            protect(local.descriptor)
-            local.is_protected = True
-        if (known := self._known.get((source, key))) is not None:
-            known.used = time.time()
-        return OpenCachedFile(entry.metadata, local)
 
     def is_refused(self, source: str, key: str) -> bool:
         """Return whether a file has been found not to be one for the cache, not long ago."""
@@ -324,13 +333,6 @@ class Cache:
         if self._fetches.get(place) is fetch:
             del self._fetches[place]
 
-    def count(self, *, hit: int = 0, miss: int = 0, stale: int = 0, passed: int = 0) -> None:
-        """Count an answer."""
-        self._hits += hit
-        self._misses += miss
-        self._stale += stale
-        self._passed += passed
-
     async def begin(self, source: str, key: str, size: int | None) -> Part | None:
         """Return a file to fetch into, or None."""
         return await self._attempt(self.directory.begin, key_hash(source, key), size)
@@ -342,28 +344,23 @@ class Cache:
         room = size + _GROW if part.size is None else min(size + _GROW, part.size)
         return bool(await self._attempt(self.directory.grow, part, room))
 
-    async def commit(self, part: Part, source: str, key: str, entry: Entry) -> bool:
-        """Keep a part that is complete, and return whether that went well."""
+    async def commit(self, part: Part, source: str, key: str, entry: Entry) -> Kept | None:
+        """Keep a part that is complete; None if that went wrong."""
 
         def commit() -> bool:
             self.directory.commit(part, source, key, entry)
             return True
 
-        if not await self._attempt(commit):
-            return False
-        self.remember(source, key, entry)
-        return True
+        return self.remember(source, key, entry) if await self._attempt(commit) else None
 
     async def discard(self, part: Part) -> None:
         """Remove a part."""
         await self._attempt(self.directory.discard, part)
 
-    async def renew(self, source: str, key: str, entry: Entry) -> Entry:
+    async def renew(self, source: str, key: str, entry: Entry) -> Kept:
         """Note that a file is still current."""
         renewed = await self._attempt(self.directory.renew, source, key, entry)
-        renewed = renewed or replace(entry, validated=time.time())
-        self.remember(source, key, renewed)
-        return renewed
+        return self.remember(source, key, renewed or replace(entry, validated=time.time()))
 
     async def open_to_write(self, part: Part) -> Any:
         """Return a part as a file of aiofiles."""
@@ -395,22 +392,24 @@ class Cache:
             return None
 
 
+@lru_cache(maxsize=1024)
+def _first_equal(metadata: FileMetadata) -> FileMetadata:
+    # What was read again and says the same is the same object: answers are kept by it, and to compare it takes longer
+    # than all else about a file that is kept.
+    return metadata
+
+
 def _close(opened: Opened) -> None:
     os.close(opened.descriptor)
 
 
-class OpenCachedFile:
-    """A complete file of a cache, open: a local one, with the description that came with it."""
-
-    __slots__ = ("local", "metadata")
-
-    def __init__(self, metadata: FileMetadata, local: OpenLocalFile) -> None:
-        self.metadata = metadata
-        self.local = local
-
-    def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span."""
-        return self.local.stream(span)
+def _is_accepted(local: OpenLocalFile, kept: Kept) -> bool:
+    """Describe an open file as the one that is kept, and protect it, unless somebody has changed it."""
+    if local.size != kept.entry.metadata.size:
+        return False
+    protect(local.descriptor)
+    local.metadata = kept.entry.metadata
+    return True
 
 
 class CachedSource:
@@ -438,13 +437,19 @@ class CachedSource:
         """
         if not isinstance(name, str):
             return await self.source.resolve(name)
-        entry = self.cache.known(self.name, name) or await self.cache.find(self.name, name)
-        if entry is not None and entry.is_fresh(self.cache.max_age):
-            return CachedFile(self, name, entry=entry)
-        inner = await self.source.resolve(name)
-        if _is_local(inner) or (isinstance(inner, VirtualFile) and not inner.is_keepable):
-            return inner
-        return CachedFile(self, name, inner=inner, stale=entry)
+        now = time.monotonic()
+        if (kept := self.cache.kept.get((self.name, name))) is None or now >= kept.current:
+            kept = await self.cache.find(self.name, name)
+            if kept is None or not kept.entry.fresh_for(self.cache.max_age):
+                inner = await self.source.resolve(name)
+                if _is_local(inner) or (isinstance(inner, VirtualFile) and not inner.is_keepable):
+                    return inner
+                return CachedFile(self.cache, self.name, name, inner, stale=None if kept is None else kept.entry)
+        self.cache.counts["hits"] += 1
+        kept.used = now
+        if kept.file is None:
+            kept.file = KeptFile(self, kept)
+        return kept.file
 
     async def aclose(self) -> None:
         """End what is being fetched, and close the source if it has to be."""
@@ -476,71 +481,83 @@ def _is_local(file: AsyncFile) -> bool:
     return file.location is not None and os.path.isabs(file.location)
 
 
+class KeptFile:
+    """A file of a `CachedSource` that was in the cache, and current, when it was asked for."""
+
+    __slots__ = ("_kept", "_source", "name")
+
+    def __init__(self, source: CachedSource, kept: Kept) -> None:
+        self.name = kept.entry.name
+        self._source = source
+        self._kept = kept
+
+    @property
+    def location(self) -> str | None:
+        """The path of the complete file, or None where no proxy can be told of it."""
+        return self._source.cache.location(self._kept)
+
+    def open_cached(self, request: DownloadRequest) -> OpenLocalFile | None:
+        """Open the file, if that waits for nothing: see `open_at_once`."""
+        return self._source.cache.open_at_once(self._kept)
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
+        """Open the file, or have it fetched again if it has been removed."""
+        source, kept = self._source, self._kept
+        async with source.cache.open(kept) as opened:
+            if opened is not None:
+                yield opened
+                return
+        kept.is_gone = True
+        source.cache.counts["hits"] -= 1
+        await source.cache.forget(kept.source, kept.key)
+        again = CachedFile(source.cache, kept.source, kept.key, await source.source.resolve(kept.key))
+        async with again.open(request) as fetched:
+            yield fetched
+
+
 class CachedFile:
-    """A file of a `CachedSource`. It has a location while it is known to be in the cache and current."""
+    """A file of a `CachedSource` that is not in the cache, or not known to be current. It has a location once it is."""
 
-    __slots__ = ("_counted", "_entry", "_inner", "_key", "_source", "_stale", "name")
+    __slots__ = ("_cache", "_inner", "_is_counted", "_kept", "_key", "_source", "_stale", "name")
 
-    def __init__(
-        self,
-        source: CachedSource,
-        key: str,
-        *,
-        entry: Entry | None = None,
-        inner: AsyncFile | None = None,
-        stale: Entry | None = None,
-    ) -> None:
-        if entry is not None:
-            self.name = entry.name
-        else:
-            assert inner is not None
-            self.name = inner.name
-        self._counted = False
+    def __init__(self, cache: Cache, source: str, key: str, inner: AsyncFile, *, stale: Entry | None = None) -> None:
+        self.name = inner.name
+        self._cache = cache
         self._source = source
         self._key = key
-        self._entry = entry
         self._inner = inner
         self._stale = stale
+        self._kept: Kept | None = None
+        self._is_counted = False
 
     @property
     def location(self) -> str | None:
         """The path of the complete file, or None while there is none."""
-        if self._entry is None:
-            return None
-        return self._source.cache.location(self._source.name, self._key, self._entry)
-
-    def open_cached(self, request: DownloadRequest) -> OpenCachedFile | None:
-        """Open the file if it is complete, fresh, and that waits for nothing: see `open_at_once`."""
-        if self._entry is None:
-            return None
-        cache = self._source.cache
-        opened = cache.open_at_once(self._source.name, self._key, self._entry)
-        if opened is not None:
-            self._count(hit=1)
-        return opened
+        return None if self._kept is None else self._cache.location(self._kept)
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
         """Open the file: the complete one, the one that arrives, or the source's own."""
-        cache, source, key = self._source.cache, self._source.name, self._key
+        cache, source, key = self._cache, self._source, self._key
         for _ in range(_MAX_TRIES):
-            entry = self._entry or self._completed()
-            if entry is not None:
-                async with cache.open(source, key, entry) as opened:
+            kept = self._kept or self._fetched_meanwhile()
+            if kept is not None:
+                async with cache.open(kept) as opened:
                     if opened is not None:
-                        self._entry = entry
-                        self._count(hit=1)
+                        self._kept = kept
+                        self._count("hits")
                         yield opened
                         return
-                self._entry = self._stale = None
+                self._kept = self._stale = None
                 await cache.forget(source, key)
-            self._count(miss=self._stale is None, stale=self._stale is not None)
+            self._count("misses" if self._stale is None else "stale")
             async with self._passed(request) as passed:
                 if passed is not None:
-                    cache.count(passed=1)
+                    cache.counts["passed"] += 1
                     yield passed
                     return
-            fetch = cache.fetch(source, key, await self._inner_file(), self._stale)
+            fetch = cache.fetch(source, key, self._inner, self._stale)
             assert fetch is not None
             async with fetch.joined() as arriving:
                 if arriving is not None and not (request.range and arriving.metadata.size is None and fetch.is_kept):
@@ -552,24 +569,18 @@ class CachedFile:
                 if arriving is not None:
                     arriving.position = None
                 await fetch.settled()
-            self._entry = fetch.entry
+            self._kept = fetch.result
         raise SourceUnavailable(f"{self.name!r} does not stay in the cache")
 
-    def _count(self, *, hit: int = 0, miss: int = 0, stale: int = 0) -> None:
+    def _count(self, what: str) -> None:
         # one answer may take several tries, and is one
-        if not self._counted:
-            self._counted = True
-            self._source.cache.count(hit=hit, miss=miss, stale=stale)
+        if not self._is_counted:
+            self._is_counted = True
+            self._cache.counts[what] += 1
 
-    def _completed(self) -> Entry | None:
-        """Return the file if somebody else has fetched it since it was looked for."""
-        entry = self._source.cache.known(self._source.name, self._key)
-        return entry if entry is not None and entry.is_fresh(self._source.cache.max_age) else None
-
-    async def _inner_file(self) -> AsyncFile:
-        if self._inner is None:
-            self._inner = await self._source.source.resolve(self._key)
-        return self._inner
+    def _fetched_meanwhile(self) -> Kept | None:
+        kept = self._cache.kept.get((self._source, self._key))
+        return kept if kept is not None and time.monotonic() < kept.current else None
 
     @asynccontextmanager
     async def _passed(self, request: DownloadRequest) -> AsyncIterator[OpenFile | None]:
@@ -578,9 +589,8 @@ class CachedFile:
         For a HEAD of one that nobody fetches; for a file that is none for the cache; and for a range that begins far
         behind what has arrived, if the source has ranges.
         """
-        cache, source, key = self._source.cache, self._source.name, self._key
+        cache, source, key, inner = self._cache, self._source, self._key, self._inner
         fetch = cache.fetch(source, key, None, None)
-        inner = await self._inner_file()
         is_far = not isinstance(inner, VirtualFile) and _is_far(request, fetch)
         if not (is_far or (fetch is None and (request.method == "HEAD" or cache.is_refused(source, key)))):
             yield None
@@ -621,7 +631,7 @@ class _Fetch:
         self.key = key
         self.loop = asyncio.get_running_loop()
         self.arriving = Arriving()
-        self.entry: Entry | None = None
+        self.result: Kept | None = None
         self.is_kept = False
         """Whether it will be in the cache, as far as is known."""
         self.task: asyncio.Task[None]
@@ -657,7 +667,7 @@ class _Fetch:
             await self.arriving.wait()
         if self.arriving.failure is not None:
             raise self.arriving.failure_again()
-        if self.entry is None:
+        if self.result is None:
             self._cache.withdraw(self)
             self._cache.refuse(self.source, self.key)
 
@@ -707,7 +717,7 @@ class _Fetch:
         if self._stale is not None and isinstance(self._inner, VirtualFile):
             said = self._inner.validators
             if failed_precondition(request, said) == 304 and _is_current(self._stale, said):
-                self.entry = await self._cache.renew(self.source, self.key, self._stale)
+                self.result = await self._cache.renew(self.source, self.key, self._stale)
                 return
         try:
             async with self._inner.open(request) as opened:
@@ -715,7 +725,7 @@ class _Fetch:
                     await self._receive(opened)
                     return
                 if _is_current(self._stale, opened.metadata):
-                    self.entry = await self._cache.renew(self.source, self.key, self._stale)
+                    self.result = await self._cache.renew(self.source, self.key, self._stale)
                     return
         except FileMissing:
             if self._stale is not None:
@@ -739,7 +749,6 @@ class _Fetch:
             await self._take_all(opened, size)
             return
         self.is_kept = True
-        is_committed = False
         try:
             if metadata.etag is None and metadata.last_modified is None:
                 # so that whoever resumes gets the rest of this very copy
@@ -759,11 +768,9 @@ class _Fetch:
                 max_age=None if max_age == self._cache.max_age else max_age,
             )
             with anyio.CancelScope(shield=True):
-                is_committed = await self._cache.commit(part, self.source, self.key, entry)
-            if is_committed:
-                self.entry = entry
+                self.result = await self._cache.commit(part, self.source, self.key, entry)
         finally:
-            if not is_committed:
+            if self.result is None:
                 self.is_kept = False
                 with anyio.CancelScope(shield=True):
                     await self._cache.discard(part)

@@ -53,8 +53,6 @@ class OpenLocalFile:
         self.workers = workers
         self._read_cached_pages = _RWF_NOWAIT is not None
         self.size = found.st_size
-        self.is_protected = False
-        """Whether a cache has been told that it is in use."""
         self.metadata = _metadata(found.st_size, found.st_mtime_ns)
 
     @property

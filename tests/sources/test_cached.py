@@ -371,9 +371,9 @@ async def test_within_max_age_nothing_is_asked(origin: Origin, tmp_path: Path) -
         await served.settled()
         origin.content, origin.headers = b"other", ['ETag: "v2"']
         assert (await served.get()).body == BIG
-        entry = await served.cache.find(served.source.name, "a.bin")
-        assert entry is not None
-        old = replace(entry, validated=entry.validated - 2 * DAY)
+        kept = await served.cache.find(served.source.name, "a.bin")
+        assert kept is not None
+        old = replace(kept.entry, validated=kept.entry.validated - 2 * DAY)
         served.cache.remember(served.source.name, "a.bin", old)
         assert (await served.get()).body == b"other"
         assert len(origin.requests) == 2
