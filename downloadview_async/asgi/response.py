@@ -38,6 +38,7 @@ from downloadview_async.http.plan import (
     make_offload_plan,
     make_plan,
     make_redirect_plan,
+    narrowed,
 )
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OFFLOAD_TARGET, OffloadBackend, Redirect, signed
@@ -213,13 +214,18 @@ class DownloadResponse(Response):
     ) -> "_Answer":
         """Return the answer to a request; keep it for the next time where that is allowed."""
         own = tuple(header for header in self.raw_headers if header[0] != b"set-cookie") if self.raw_headers else ()
-        if offload is None and not (request.unconditional and self.status_code == 200):
-            plan = make_plan(request, metadata, self.presentation, status=self.status_code, headers=_text(own))
-            return _Answer(plan, _raw(plan.headers))
-        # A Last-Modified in the future is told as the time it is now.
-        prepare = _kept_answer if keep and (metadata.last_modified or 0) <= time.time() else _plain_answer
         offered = None if offload is None else tuple(offload.items())
-        return prepare(request.method, metadata, self.presentation, own, offered)
+        # A Last-Modified in the future is told as the time it is now.
+        if not keep or self.status_code != 200 or (metadata.last_modified or 0) > time.time():
+            plan = _plan(request, metadata, self.presentation, own, offered, status=self.status_code)
+        else:
+            answer = _kept_answer(request.method, metadata, self.presentation, own, offered)
+            if offered is not None or request.unconditional:
+                return answer
+            plan = narrowed(answer.plan, request, metadata)
+            if plan is answer.plan:
+                return answer
+        return _Answer(plan, _raw(plan.headers))
 
     def _start(self, answer: "_Answer", scope: Scope) -> Message:
         headers = answer.headers.copy()  # the answer may be kept, and the message is anybody's to change
@@ -253,7 +259,22 @@ def _checked_headers(headers: tuple[tuple[str, str], ...]) -> RawHeaders:
     return _raw({name.lower(): value for name, value in headers})
 
 
-def _plain_answer(
+def _plan(
+    request: DownloadRequest,
+    metadata: FileMetadata,
+    presentation: Presentation,
+    own: tuple[tuple[bytes, bytes], ...],
+    offload: tuple[tuple[str, str], ...] | None,
+    *,
+    status: int = 200,
+) -> Plan:
+    if offload is None:
+        return make_plan(request, metadata, presentation, status=status, headers=_text(own))
+    return make_offload_plan(metadata, presentation, dict(offload), headers=_text(own))
+
+
+@lru_cache(maxsize=1024)  # nothing of it changes until the file does
+def _kept_answer(
     method: str,
     metadata: FileMetadata,
     presentation: Presentation,
@@ -261,15 +282,9 @@ def _plain_answer(
     offload: tuple[tuple[str, str], ...] | None,
 ) -> _Answer:
     """Return the answer to a request that asks for nothing special."""
-    if offload is None:
-        plan = make_plan(DownloadRequest(method=method), metadata, presentation, headers=_text(own))
-    else:
-        plan = make_offload_plan(metadata, presentation, dict(offload), headers=_text(own))
+    plan = _plan(DownloadRequest(method=method), metadata, presentation, own, offload)
     headers = _raw(plan.headers)
     return _Answer(plan, headers, PreparedHead.of(headers))
-
-
-_kept_answer = lru_cache(maxsize=1024)(_plain_answer)  # nothing of it changes until the file does
 
 
 def _text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:

@@ -101,24 +101,31 @@ def make_plan(
     `headers` are the application's own and win over those that describe the file. A `status` other than 200 is sent
     with the whole file: preconditions and ranges are only for a 200 [13.2.1, 14.2]. `now` is in seconds, UTC.
     """
-    shown = _not_from_the_future(metadata, time.time() if now is None else now)
-    described = describe(shown, presentation, headers)
-    if status != 200:
-        return _whole(request, metadata, described, status)
-    if failed := failed_precondition(request, shown):
-        return _without_file(failed, described)
+    now = time.time() if now is None else now
+    whole = _whole(request, metadata, describe(_not_from_the_future(metadata, now), presentation, headers), status)
+    return whole if status != 200 else narrowed(whole, request, metadata, now=now)
+
+
+def narrowed(whole: Plan, request: DownloadRequest, metadata: FileMetadata, *, now: float | None = None) -> Plan:
+    """Return what preconditions and Range make of the answer that the request would have without them [13.2.1].
+
+    That answer, `whole`, is a 200, and stays as it is.
+    """
+    if failed := failed_precondition(request, _not_from_the_future(metadata, time.time() if now is None else now)):
+        return _without_file(failed, whole.headers)
     if request.method != "GET" or request.range is None or metadata.size is None or not metadata.accept_ranges:
-        return _whole(request, metadata, described, status)  # "Range [is] defined for [...] GET" alone [14.2]
+        return whole  # "Range [is] defined for [...] GET" alone [14.2]
     specs = parse_range(request.range)
     # The file's true time, not the one shown: a date that moves with the clock is no validator to resume by.
     if specs is None or not range_applies(request, metadata):
-        return _whole(request, metadata, described, status)
+        return whole
     parts = select_ranges(specs, metadata.size)
     if parts == "whole":
-        return _whole(request, metadata, described, status)
+        return whole
     if parts == "unsatisfiable":
-        return _without_file(416, described, {"content-range": f"bytes */{metadata.size}", "accept-ranges": "bytes"})
-    return _partial(parts, metadata.size, described)
+        extra = {"content-range": f"bytes */{metadata.size}", "accept-ranges": "bytes"}
+        return _without_file(416, whole.headers, extra)
+    return _partial(parts, metadata.size, whole.headers)
 
 
 def make_offload_plan(
@@ -165,18 +172,16 @@ def _whole(request: DownloadRequest, metadata: FileMetadata, headers: Headers, s
     return Plan(status, headers, () if request.method == "HEAD" else body)
 
 
-def _partial(parts: list[ByteRange], size: int, headers: Headers) -> Plan:
-    headers["accept-ranges"] = "bytes"
+def _partial(parts: list[ByteRange], size: int, whole: Headers) -> Plan:
     if len(parts) == 1:
-        headers["content-range"] = parts[0].content_range(size)
-        headers["content-length"] = str(len(parts[0]))
-        return Plan(206, headers, (parts[0],))
+        part = parts[0]
+        framing = {"content-range": part.content_range(size), "content-length": str(part.stop - part.start)}
+        return Plan(206, whole | framing, (part,))
     # "a server MUST NOT generate a Content-Range header field in the [...] header section" of a multipart [15.3.7.2]
     boundary = new_boundary()
-    body, length = multipart_body(parts, size=size, content_type=headers.get("content-type"), boundary=boundary)
-    headers["content-type"] = f"multipart/byteranges; boundary={boundary}"
-    headers["content-length"] = str(length)
-    return Plan(206, headers, body)
+    body, length = multipart_body(parts, size=size, content_type=whole.get("content-type"), boundary=boundary)
+    framing = {"content-type": f"multipart/byteranges; boundary={boundary}", "content-length": str(length)}
+    return Plan(206, whole | framing, body)
 
 
 def _without_file(status: int, headers: Headers, extra: Headers | None = None) -> Plan:
