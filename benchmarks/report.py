@@ -99,7 +99,7 @@ GOALS = [
     _at_least(
         "a Range of 1 MiB out of the large file, against a whole 1 MiB file",
         ("range_1m", "ours"),
-        ("rps_1m", "ours"),
+        ("whole_1m", "ours"),
         0.9,
         1,
     ),
@@ -359,8 +359,9 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
     sections: list[tuple[str, list[str], str]] = [
         (
             "Requests per second",
-            ["rps_10k", "rps_1m", "range_1m"],
-            "16 connections that are kept. The range is 1 MiB out of the middle of the large file.",
+            ["rps_10k", "rps_1m", "range_1m", "whole_1m"],
+            "16 connections that are kept. The range is 1 MiB out of the middle of the large file; it is asked for in "
+            "turns with the whole 1 MiB, second by second.",
         ),
         (
             "One large download",

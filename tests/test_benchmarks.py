@@ -186,6 +186,7 @@ def test_the_comparison_says_what_was_compared(now: Any, before: Any, expected: 
 def test_every_goal_is_about_something_that_is_measured() -> None:
     measured = {"stalled": ["rss_per_client", "descriptors_per_client"], "beside": ["p50", "p99"]}
     measured |= {"large": ["cpu_per_gib", "peak_growth", "first_byte"]}
+    measured |= {"range_1m": ["range_1m", "whole_1m"]}
     assert set(measured) <= set(EVERYTHING)
     for goal in GOALS:
         for figure, server in filter(None, [goal.row.value, goal.row.base]):
