@@ -48,6 +48,16 @@ async def ask(port: int, path: str, *, method: str = "GET", headers: dict[str, s
     return await ask_raw(port, ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape"), method=method)
 
 
+async def resumes_only_what_was_begun(port: int, path: str, content: bytes) -> None:
+    """Ask for the rest of a file, of which `content` is all, by its own validator and by those of other versions."""
+    etag = (await ask(port, path)).headers["etag"]
+    part = await ask(port, path, headers={"Range": "bytes=4-", "If-Range": etag})
+    assert (part.status, part.body, part.headers["etag"]) == (206, content[4:], etag)
+    for other in ('"another"', f"W/{etag}", "Mon, 01 Jan 2001 00:00:00 GMT"):
+        whole = await ask(port, path, headers={"Range": "bytes=4-", "If-Range": other})
+        assert (whole.status, whole.body) == (200, content), other
+
+
 async def ask_raw(port: int, request: bytes, *, method: str = "GET") -> Answer:
     """Send bytes, and read until the server closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)

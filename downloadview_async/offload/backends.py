@@ -102,7 +102,7 @@ class XReproxyURL:
     def __init__(self, rules: Iterable[Rule]) -> None:
         rules = list(rules)
         for rule in rules:
-            if not os.fspath(rule.source).startswith("/"):
+            if not rule.source.startswith("/"):
                 raise ConfigurationError(
                     f"H2O sends local files: {rule.source!r} is no absolute directory. What it fetches from another "
                     "server it breaks off for a client that is slower than that server: keep those files in a cache, "
@@ -243,7 +243,7 @@ def by_http(rule: Rule, storages: Iterable[ObjectStorage]) -> list[Rule]:
 
     Raises `ConfigurationError` for a store that is none of `storages`, and for one with several endpoints.
     """
-    if urlsplit(os.fspath(rule.source)).scheme not in SCHEMES:
+    if urlsplit(rule.source).scheme not in SCHEMES:
         return [rule]
     source = rule.source.rstrip("/")
     urls = []

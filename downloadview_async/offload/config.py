@@ -65,7 +65,7 @@ def proxy_config(
     if stall_seconds <= 0 or max_body_bytes <= 0:
         raise ConfigurationError("stall_seconds and max_body_bytes are more than 0")
     host, port = _host_and_port(listen, "listen")
-    rules, storages = tuple(Rule(os.fspath(rule.source), rule.target) for rule in rules), tuple(storages)
+    rules, storages = tuple(rules), tuple(storages)
     match proxy:
         case "nginx" | "caddy":
             XAccelRedirect(rules, storages=storages)
@@ -314,6 +314,15 @@ _CADDY_OUTSIDE = """\
 """
 
 
+_CADDY_LOG = """\
+\tlog {
+\t\tformat filter {
+\t\t\trequest>uri regexp [?].* ?...  # what it asks an object store for is signed
+\t\t}
+\t}
+"""
+
+
 def _caddy(site: _Site) -> str:
     folded = sorted(rule.target.lower() for rule in site.rules)
     for target, other in itertools.pairwise(folded):
@@ -340,6 +349,7 @@ def _caddy(site: _Site) -> str:
         host=site.host.strip("[]"),
         port=str(site.port),
         max_body=str(site.max_body),
+        log=_CADDY_LOG if site.remotes else "",
         outside=_filled(_CADDY_OUTSIDE, prefix=site.prefix) if site.prefix else "",
         service=f"unix/{site.socket}" if site.socket else site.authority,
         idle=f"{site.idle}s",

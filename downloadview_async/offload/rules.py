@@ -23,6 +23,10 @@ class Rule:
     source: str
     target: str
 
+    def __post_init__(self) -> None:
+        for name in ("source", "target"):  # a Path is what many have at hand
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
+
 
 class RuleTable:
     """Rules, looked up by whole path segments; the longest source wins, whatever the number of rules.

@@ -104,8 +104,7 @@ def _service_of(settings: Settings, direct: str | None) -> str | None:
         return f"{scheme}://localhost"
     if server.fd is not None or server.port == 0:
         return None
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(server.host, server.host)  # noqa: S104
-    return f"{scheme}://[{host}]:{server.port}" if ":" in host else f"{scheme}://{host}:{server.port}"
+    return f"{scheme}://{server.address}"
 
 
 # --- the four steps

@@ -86,5 +86,4 @@ def _address(settings: Settings) -> str:
         return f"unix:{os.path.abspath(server.uds)}"
     if server.port == 0:
         raise settings.error("server.port", "a proxy needs a port that stays the same: give one, or --service")
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104
-    return f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
+    return server.address

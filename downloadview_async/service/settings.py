@@ -62,6 +62,12 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     ssl_certfile: Annotated[str, Meta(description="the path of a certificate")] | None = None
     ssl_keyfile_password: Annotated[str, Meta(description="the password of the private key")] | None = None
 
+    @property
+    def address(self) -> str:
+        """HOST:PORT by which a process on this machine reaches the service, if it listens on TCP."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)  # noqa: S104
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
 
 class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="path"):
     """`type = "path"`: a directory."""

@@ -144,12 +144,13 @@ def proxy(
     port: int | None = None,
     text: Callable[[str, str], str] | None = None,
     edit: Callable[[str], str] = str,
+    log: Path | None = None,
 ) -> Iterator[int]:
     """Run a proxy as its notes say, in front of the port `service`, and give its own port.
 
     checkout: the directory that the notes call the checkout's. port: the proxy's; default: a free one. text: makes
     another configuration than the one in `deploy/`, from the addresses of the service and of the proxy. edit: a further
-    change of it.
+    change of it. log: where it says what it has to say.
     """
     with readable_directory() as run:
         port = port or free_port()
@@ -157,7 +158,7 @@ def proxy(
         config = run / Path(kind.config).name
         config.write_text(edit(kind.moved(made, run)))
         command = kind.command(checkout, config)
-        with running(command, port, directory=checkout, log=run / "log"):
+        with running(command, port, directory=checkout, log=log or run / "log"):
             yield port
 
 

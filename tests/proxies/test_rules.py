@@ -1,5 +1,6 @@
 """Rules and backends as tables: which location becomes which header, and which settings are refused."""
 
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -393,6 +394,26 @@ def test_x_sendfile_is_the_path_as_the_proxy_reads_it(name: str) -> None:
     assert value.startswith("/mnt/files%20of%20mine/")
     assert value.isascii()
     assert not {" ", "?", "#", '"'} & {*value}
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        lambda rules: dv.XAccelRedirect(rules),
+        lambda rules: dv.XReproxyURL(rules),
+        lambda rules: dv.XLiteSpeedLocation(rules),
+        lambda rules: dv.XSendfile(rules, encoding="raw"),
+    ],
+    ids=["nginx", "h2o", "litespeed", "apache"],
+)
+def test_the_sides_of_a_rule_may_be_paths(backend: Any) -> None:
+    source: Any = Path("/srv/media")
+    (value,) = backend([dv.Rule(source, "/_media/")]).headers_for(_At("/srv/media/a.txt")).values()
+    assert value == "/_media/a.txt"
+    target: Any = Path("/mnt")
+    assert dv.XSendfile([dv.Rule(source, target)], encoding="raw").headers_for(_At("/srv/media/a.txt")) == {
+        "x-sendfile": "/mnt/a.txt"
+    }
 
 
 @pytest.mark.parametrize("target", ["/mnt", "/mnt/"])

@@ -467,10 +467,15 @@ asyncio.run(main())
 
 async def test_the_real_server_over_a_real_socket(s3: S3) -> None:
     s3.put("socket/a.txt", b"0123456789", content_type="text/plain")
-    async with live(Download(StorageSource(s3.storage("socket")))) as port:
-        whole = await ask(port, "/a.txt")
+    await sends_digits(s3.storage("socket"), "/a.txt")
+
+
+async def sends_digits(storage: ObjectStorage, path: str) -> None:
+    """Ask for the whole object, for its end and for one that is missing."""
+    async with live(Download(StorageSource(storage))) as port:
+        whole = await ask(port, path)
         assert (whole.status, whole.body, whole.complete) == (200, b"0123456789", True)
-        part = await ask(port, "/a.txt", headers={"Range": "bytes=-3", "If-Range": whole.headers["etag"]})
+        part = await ask(port, path, headers={"Range": "bytes=-3", "If-Range": whole.headers["etag"]})
         assert (part.status, part.body, part.headers["content-range"]) == (206, b"789", "bytes 7-9/10")
         assert (await ask(port, "/none.txt")).status == 404
 
@@ -507,11 +512,6 @@ async def test_google_unpacks_an_object_unless_it_is_asked_not_to(gcs: GCS) -> N
 
 async def test_google_cloud_storage_over_a_real_socket(gcs: GCS) -> None:
     gcs.put("socket/a b/π%.txt", b"0123456789", contentType="text/plain")
-    async with live(Download(StorageSource(gcs.storage("socket")))) as port:
-        whole = await ask(port, "/a%20b/%CF%80%25.txt")
-        assert (whole.status, whole.body, whole.complete) == (200, b"0123456789", True)
-        part = await ask(port, "/a%20b/%CF%80%25.txt", headers={"Range": "bytes=-3", "If-Range": whole.headers["etag"]})
-        assert (part.status, part.body, part.headers["content-range"]) == (206, b"789", "bytes 7-9/10")
-        assert (await ask(port, "/none.txt")).status == 404
+    await sends_digits(gcs.storage("socket"), "/a%20b/%CF%80%25.txt")
     nowhere = ObjectStorage("gs://no-bucket", **gcs.options)
     assert (await call(Download(StorageSource(nowhere)), "/a.txt")).status == 404
