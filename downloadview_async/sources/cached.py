@@ -7,10 +7,9 @@ that is not there yet is fetched once, by a task of its own, and everybody who w
 import asyncio
 import logging
 import os
-import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +28,6 @@ from downloadview_async.errors import (
     TransferAborted,
 )
 from downloadview_async.http.conditional import failed_precondition
-from downloadview_async.http.dates import format_http_date, parse_http_date
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
@@ -44,6 +42,7 @@ from downloadview_async.sources.cache_directory import (
     key_hash,
     protect,
 )
+from downloadview_async.sources.freshness import asking_for_news, is_current, max_age_of
 from downloadview_async.sources.local import OpenLocalFile
 from downloadview_async.sources.open_file_cache import OpenFileCache
 from downloadview_async.sources.root import Opened
@@ -68,7 +67,6 @@ _MAX_KNOWN = 16384
 _MAX_UNATTENDED = 4
 _MAX_TRIES = 3
 _THREADS = 4
-_DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9a-z-]+)(?:=("[^"]*"|[^",\s]*))?')
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -713,10 +711,10 @@ class _Fetch:
             await self.arriving.aclose()
 
     async def _fetch(self) -> None:
-        request = _asking_for_news(self._stale)
+        request = asking_for_news(self._stale)
         if self._stale is not None and isinstance(self._inner, VirtualFile):
             said = self._inner.validators
-            if failed_precondition(request, said) == 304 and _is_current(self._stale, said):
+            if failed_precondition(request, said) == 304 and is_current(self._stale, said):
                 self.result = await self._cache.renew(self.source, self.key, self._stale)
                 return
         try:
@@ -724,7 +722,7 @@ class _Fetch:
                 if self._stale is None or failed_precondition(request, opened.metadata) != 304:
                     await self._receive(opened)
                     return
-                if _is_current(self._stale, opened.metadata):
+                if is_current(self._stale, opened.metadata):
                     self.result = await self._cache.renew(self.source, self.key, self._stale)
                     return
         except FileMissing:
@@ -735,7 +733,7 @@ class _Fetch:
             await self._receive(opened)
 
     async def _receive(self, opened: OpenFile) -> None:
-        metadata, max_age = opened.metadata, _max_age_of(self._inner, opened.metadata, self._cache.max_age)
+        metadata, max_age = opened.metadata, max_age_of(self._inner, opened.metadata, self._cache.max_age)
         size = metadata.size
         # where the connection's end is all that ends a file, nobody knows whether it is whole
         if getattr(opened, "ends_with_connection", False) or not self._is_describable(metadata):
@@ -831,45 +829,3 @@ async def _closing(chunks: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[
             yield chunks
     else:
         yield chunks
-
-
-def _asking_for_news(stale: Entry | None) -> DownloadRequest:
-    """Return the request for a file, or for one that is not the one we have."""
-    if stale is None:
-        return GET
-    if stale.metadata.etag is not None:
-        return DownloadRequest(if_none_match=str(stale.metadata.etag))
-    assert stale.metadata.last_modified is not None
-    return DownloadRequest(if_modified_since=format_http_date(stale.metadata.last_modified))
-
-
-def _is_current(stale: Entry, metadata: FileMetadata) -> bool:
-    """Return whether what was answered, with "not modified", is said of the very version we have."""
-    if metadata.size not in (None, stale.metadata.size):
-        return False
-    return stale.metadata.etag is not None or metadata.last_modified == stale.metadata.last_modified
-
-
-def _max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float) -> float | None:
-    """Return for how many seconds a file is fresh; None for one that is not to be kept."""
-    if isinstance(file, VirtualFile):
-        if file.max_age is not None:
-            return file.max_age
-        return max_age if metadata.etag is not None or metadata.last_modified is not None else None
-    headers: Mapping[str, str] = dict(metadata.headers)
-    if "*" in headers.get("vary", ""):
-        return None
-    found = _DIRECTIVE.findall(headers.get("cache-control", "").lower())
-    directives = {name for name, _ in found}
-    if not directives.isdisjoint({"no-store", "private"}):
-        return None
-    if "no-cache" in directives:
-        return 0.0
-    said = [value.strip('"') for name, value in found if name in ("s-maxage", "max-age")]
-    if said:
-        # "If there is [...] an invalid value, the response is stale" and so it is asked for again [RFC 9111 4.2.1]
-        return min(max_age, *(float(value) if re.fullmatch("[0-9]{1,10}", value) else 0.0 for value in said))
-    if "expires" in headers:
-        expires = parse_http_date(headers["expires"])
-        return 0.0 if expires is None else min(max_age, max(0.0, expires - time.time()))
-    return max_age

@@ -954,10 +954,13 @@ async def run_kills(directory: Path, times: int) -> None:
         assert hits > 0
 
 
+KILLS = int(os.environ.get("CACHE_KILLS", "50"))
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(60 + 5 * KILLS)
 async def test_kill_at_any_moment(tmp_path: Path) -> None:
-    await run_kills(tmp_path, int(os.environ.get("CACHE_KILLS", "50")))
+    await run_kills(tmp_path, KILLS)
 
 
 @pytest.mark.slow
