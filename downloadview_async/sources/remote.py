@@ -273,21 +273,20 @@ class OpenRemoteFile:
         if request.method == "HEAD" and response.status_code in (405, 501):
             await close(response)  # a server that knows no HEAD; a GET that is not read says the same
             response = await self._upstream.send("GET", self._url, headers)
-        if response.status_code == 416 and spec is not None and "content-range" not in _fields(response):
+        if response.status_code == 416 and spec is not None and "content-range" not in response.headers:
             await close(response)  # the answer has to tell how long the file is, which this one does not
             request, spec = replace(request, range=None, if_range=None), None
             response = await self._upstream.send("GET", self._url, _forwarded(request, None))
         self._body = _Body(response, ranged=spec is not None)
-        self.metadata = self._described(response, request, spec)
+        self.metadata = self._described(self._body, request, spec)
 
-    def _described(self, response: Any, request: DownloadRequest, spec: RangeSpec | None) -> FileMetadata:
+    def _described(self, body: "_Body", request: DownloadRequest, spec: RangeSpec | None) -> FileMetadata:
         """Return what the answer says of the file. Raises `FileError` for one that is a failure or makes no sense."""
-        assert self._body is not None
-        fields = _fields(response)
+        status, fields = body.response.status_code, body.fields
         metadata = _validators(fields)
-        match response.status_code:
+        match status:
             case 200:
-                self._body.stop = size = _size(fields)
+                body.stop = size = _size(fields)
                 if size == 0 and (order := _OFFLOADS.intersection(fields)):
                     raise UpstreamError(
                         f"{self._url!r} sent {', '.join(order)} and no bytes: it is behind a proxy of its own, whose "
@@ -300,20 +299,20 @@ class OpenRemoteFile:
                     raise UpstreamError(
                         f"{self._url!r} sent {fields.get('content-range')!r}, which is not what was asked"
                     )
-                self._body.position, self._body.stop = part.start, part.stop
+                body.position, body.stop = part.start, part.stop
                 return replace(_entity(metadata, fields), size=size)
             case 304 if request.if_none_match is not None or request.if_modified_since is not None:
-                self._body.finished = True
+                body.finished = True
                 return _not_modified(metadata, request)
             case 412 if request.if_match is not None or request.if_unmodified_since is not None:
                 raise PreconditionFailed(f"{self._url!r} answered 412")
             case 416 if spec is not None:
-                self._body.finished = True
+                body.finished = True
                 if match := _UNSATISFIED_RANGE.fullmatch(fields.get("content-range", "")):
                     return replace(metadata, size=int(match[1]))
             case 404 | 410:
-                raise FileMissing(f"{self._url!r} answered {response.status_code}")
-        raise UpstreamError(f"{self._url!r} answered {response.status_code}")
+                raise FileMissing(f"{self._url!r} answered {status}")
+        raise UpstreamError(f"{self._url!r} answered {status}")
 
     @property
     def ends_with_connection(self) -> bool:
@@ -349,7 +348,7 @@ class OpenRemoteFile:
             headers["range"] = f"bytes={span.start}-{span.stop - 1}"
         response = await self._upstream.send("GET", self._url, headers)
         self._body = body = _Body(response, ranged=True)  # closed with us from here on
-        fields = _fields(response)
+        fields = body.fields
         now = _validators(fields)
         if (now.etag, now.last_modified) != (self.metadata.etag, self.metadata.last_modified):
             raise UpstreamError(f"{self._url!r} changed while it was sent")
@@ -379,12 +378,13 @@ class _Body:
 
     def __init__(self, response: Any, *, ranged: bool) -> None:
         self.response = response
+        self.fields = _fields(response)
         self.ranged = ranged
         self._max_skip = math.inf if ranged else _MAX_SKIP
         self.position = 0
         self.stop: int | None = None
         self.finished = response.request.method == "HEAD"
-        framed = {"content-length", "transfer-encoding"}.intersection(_fields(response))
+        framed = {"content-length", "transfer-encoding"}.intersection(self.fields)
         self.ends_with_connection = not framed and response.http_version.startswith("HTTP/1")
         self._chunks = response.aiter_raw()
         self._rest = b""
