@@ -278,6 +278,7 @@ def configuration_error(file: str, origins: Mapping[str, str], key: str, problem
 
 _UNITS = {
     **{unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB"))},
+    "KB": 1000,
     **{unit: 1024**power for power, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB"))},
 }
 _TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}

@@ -64,6 +64,7 @@ def client_of(directory: Path, text: str) -> Iterator[TestClient]:
             ("4096", 4096),
             ("1KiB", 1024),
             ("500MB", 500_000_000),
+            *[("100kB", 100_000), ("100KB", 100_000)],
             ("10GiB", 10 << 30),
             ("1 TiB", 1 << 40),
         ],
