@@ -314,15 +314,6 @@ _CADDY_OUTSIDE = """\
 """
 
 
-_CADDY_LOG = """\
-\tlog {
-\t\tformat filter {
-\t\t\trequest>uri regexp [?].* ?...  # what it asks an object store for is signed
-\t\t}
-\t}
-"""
-
-
 def _caddy(site: _Site) -> str:
     folded = sorted(rule.target.lower() for rule in site.rules)
     for target, other in itertools.pairwise(folded):
@@ -349,7 +340,6 @@ def _caddy(site: _Site) -> str:
         host=site.host.strip("[]"),
         port=str(site.port),
         max_body=str(site.max_body),
-        log=_CADDY_LOG if site.remotes else "",
         outside=_filled(_CADDY_OUTSIDE, prefix=site.prefix) if site.prefix else "",
         service=f"unix/{site.socket}" if site.socket else site.authority,
         idle=f"{site.idle}s",

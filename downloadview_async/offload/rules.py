@@ -25,7 +25,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         for name in ("source", "target"):  # a Path is what many have at hand
-            object.__setattr__(self, name, os.fspath(getattr(self, name)))
+            object.__setattr__(self, name, os.fsdecode(getattr(self, name)))
 
 
 class RuleTable:

@@ -348,11 +348,13 @@ class CacheDirectory:
                 self._write_meta(hashed, dump_entry(source, key, renewed), self._leased(hashed))
         return renewed
 
-    def forget(self, source: str, key: str) -> None:
-        """Remove what is kept of a key; those who read it go on."""
+    def forget(self, source: str, key: str, data: str | None = None) -> None:
+        """Remove what is kept of a key, unless that is another version than `data`; those who read it go on."""
         hashed = key_hash(source, key)
         with self._locked() as usage:
             current, leased = self._current(hashed), self._leased(hashed)
+            if data is not None and current not in (None, data):
+                return
             if self._unlink(f"{hashed}.meta"):
                 self._add(usage, -_BLOCK)
             if current is not None:

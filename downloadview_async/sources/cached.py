@@ -6,6 +6,7 @@ that is not there yet is fetched once, by a task of its own, and everybody who w
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import time
@@ -61,6 +62,7 @@ UNUSED_SECONDS = 3600.0
 UNUSED_AGES = 10
 """A file that nobody has used for so long, and for so many times `max_age`, is removed."""
 
+_NEVER = -math.inf
 _CHECK_SECONDS = 5.0  # how long what was found in the directory is believed without another look
 _GROW = 8 << 20  # bytes of room that a file which arrives is given at a time
 _MAX_KNOWN = 16384
@@ -76,9 +78,10 @@ Ts = TypeVarTuple("Ts")
 class CacheCounters:
     """What a cache has done in this process, and how full it is.
 
-    hits: answered by a complete file, without a question. stale: the source was asked whether a file is still current.
-    misses: it was not there. passed: of all, those that were answered by the source itself. bytes: on the disk, by all
-    processes together, when they were last looked at.
+    hits: found complete and current, without a question. stale: the source was asked whether a file is still current.
+    misses: it was not there; one that somebody has removed, which is found too late, is both. passed: of all, those
+    that were answered by the source itself. bytes: on the disk, by all processes together, when they were last looked
+    at.
     """
 
     hits: int
@@ -193,6 +196,9 @@ class Cache:
         """End what is being fetched from a source, and let go of its name."""
         await self._end([fetch for fetch in self._running if fetch.source == source])
         self._names.pop(source, None)
+        for kept in list(self.kept.values()):
+            if kept.source == source:
+                kept.file = None  # which would be fetched again from there
 
     async def _end(self, fetches: "list[_Fetch]") -> None:
         for fetch in fetches:
@@ -207,17 +213,17 @@ class Cache:
         if kept is not None and time.monotonic() - kept.checked < _CHECK_SECONDS:
             return kept
         self._sweep_if_due()
-        entry = await self._attempt(self._find, source, key)
+        is_leased, now = self._is_offloaded, time.monotonic()
+        entry = await self._attempt(partial(self.directory.find, source, key, lease=is_leased))
         if entry is not None:
-            return self.remember(source, key, entry)
+            return self.remember(source, key, entry, leased=now if is_leased else _NEVER)
         self.kept.pop((source, key), None)
         return None
 
-    def remember(self, source: str, key: str, entry: Entry) -> Kept:
+    def remember(self, source: str, key: str, entry: Entry, *, leased: float = _NEVER) -> Kept:
         """Note what is kept of a key."""
         before = self.kept.pop((source, key), None)
         now = time.monotonic()
-        leased = now if self._is_offloaded else 0.0
         if before is not None and before.entry.data == entry.data:
             leased = max(leased, before.leased)
         while len(self.kept) >= _MAX_KNOWN:
@@ -239,13 +245,11 @@ class Cache:
         began = time.time() - time.monotonic()
         return {kept.hashed: began + kept.used for kept in list(self.kept.values())}
 
-    def _find(self, source: str, key: str) -> Entry | None:
-        return self.directory.find(source, key, lease=self._is_offloaded)
-
-    async def forget(self, source: str, key: str) -> None:
-        """Drop what is kept of a key."""
-        self.kept.pop((source, key), None)
-        await self._attempt(self.directory.forget, source, key)
+    async def forget(self, source: str, key: str, data: str) -> None:
+        """Drop a version of a key, unless another one is kept by now."""
+        if (kept := self.kept.get((source, key))) is not None and kept.entry.data == data:
+            del self.kept[source, key]
+        await self._attempt(self.directory.forget, source, key, data)
 
     def location(self, kept: Kept) -> str | None:
         """Return the path of a complete file, which is kept long enough for a proxy to open it, or None."""
@@ -270,8 +274,8 @@ class Cache:
             return None
         if local is None:
             return None
-        # one that is opened again and again stays open, and is what it was
-        if local.metadata is not kept.entry.metadata and not _is_accepted(local, kept):
+        # One that is opened again and again stays open, and is what it was: whoever is described so has been accepted.
+        if local.metadata is not kept.entry.metadata and not _accept(local, kept):
             local.close()
             return None
         return local
@@ -288,7 +292,7 @@ class Cache:
                 return
             local = OpenLocalFile(*found, workers=self._workers)
         try:
-            yield local if local.metadata is kept.entry.metadata or _is_accepted(local, kept) else None
+            yield local if local.metadata is kept.entry.metadata or _accept(local, kept) else None
         finally:
             await local.aclose()
 
@@ -401,8 +405,8 @@ def _close(opened: Opened) -> None:
     os.close(opened.descriptor)
 
 
-def _is_accepted(local: OpenLocalFile, kept: Kept) -> bool:
-    """Describe an open file as the one that is kept, and protect it, unless somebody has changed it."""
+def _accept(local: OpenLocalFile, kept: Kept) -> bool:
+    """Describe an open file as the one that is kept, and protect it; False if somebody has changed it."""
     if local.size != kept.entry.metadata.size:
         return False
     protect(local.descriptor)
@@ -506,10 +510,10 @@ class KeptFile:
             if opened is not None:
                 yield opened
                 return
-        kept.is_gone = True
-        source.cache.counts["hits"] -= 1
-        await source.cache.forget(kept.source, kept.key)
-        again = CachedFile(source.cache, kept.source, kept.key, await source.source.resolve(kept.key))
+        is_counted, kept.is_gone = kept.is_gone, True
+        await source.cache.forget(kept.source, kept.key, kept.entry.data)
+        inner = await source.source.resolve(kept.key)
+        again = CachedFile(source.cache, kept.source, kept.key, inner, is_counted=is_counted)
         async with again.open(request) as fetched:
             yield fetched
 
@@ -519,7 +523,16 @@ class CachedFile:
 
     __slots__ = ("_cache", "_inner", "_is_counted", "_kept", "_key", "_source", "_stale", "name")
 
-    def __init__(self, cache: Cache, source: str, key: str, inner: AsyncFile, *, stale: Entry | None = None) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        source: str,
+        key: str,
+        inner: AsyncFile,
+        *,
+        stale: Entry | None = None,
+        is_counted: bool = False,
+    ) -> None:
         self.name = inner.name
         self._cache = cache
         self._source = source
@@ -527,7 +540,7 @@ class CachedFile:
         self._inner = inner
         self._stale = stale
         self._kept: Kept | None = None
-        self._is_counted = False
+        self._is_counted = is_counted
 
     @property
     def location(self) -> str | None:
@@ -548,7 +561,7 @@ class CachedFile:
                         yield opened
                         return
                 self._kept = self._stale = None
-                await cache.forget(source, key)
+                await cache.forget(source, key, kept.entry.data)
             self._count("misses" if self._stale is None else "stale")
             async with self._passed(request) as passed:
                 if passed is not None:
@@ -558,11 +571,11 @@ class CachedFile:
             fetch = cache.fetch(source, key, self._inner, self._stale)
             assert fetch is not None
             async with fetch.joined() as arriving:
+                if fetch.is_for_one and (arriving is None or _are_parts(request, arriving.metadata)):
+                    continue  # it passes by once, and each part begins where it likes
                 if arriving is not None and not (request.range and arriving.metadata.size is None and fetch.is_kept):
                     yield arriving
                     return
-                if arriving is None and fetch.is_for_one:
-                    continue
                 # it is current, or has no size yet, without which there are no ranges
                 if arriving is not None:
                     arriving.position = None
@@ -599,6 +612,10 @@ class CachedFile:
                 yield opened
                 return
         yield None
+
+
+def _are_parts(request: DownloadRequest, metadata: FileMetadata) -> bool:
+    return "," in (request.range or "") and metadata.accept_ranges and metadata.size is not None
 
 
 def _is_far(request: DownloadRequest, fetch: "_Fetch | None") -> bool:
@@ -727,7 +744,7 @@ class _Fetch:
                     return
         except FileMissing:
             if self._stale is not None:
-                await self._cache.forget(self.source, self.key)
+                await self._cache.forget(self.source, self.key, self._stale.data)
             raise
         async with self._inner.open(GET) as opened:  # it says "not modified" of another version
             await self._receive(opened)

@@ -24,6 +24,7 @@ from starlette.routing import Route
 import downloadview_async as dv
 from downloadview_async import Cache, CachedSource, ConfigurationError, Download, ETag, RemoteSource, VirtualFile
 from downloadview_async.sources import cached
+from downloadview_async.sources.cache_directory import CacheDirectory, key_hash
 from tests.live import Answer, ask, live
 
 pytestmark = pytest.mark.asyncio
@@ -826,7 +827,65 @@ async def test_no_offload_to_a_file_that_has_vanished(origin: Origin, tmp_path: 
         answer = await ask(port, "/a.bin")
         assert answer.body == BIG
         assert "x-sendfile" not in answer.headers
+        counters = cached_source.cache.counters
+        assert (counters.hits, counters.misses) == (2, 2)  # the last answer is one of both
     await cached_source.aclose()
+
+
+async def read_all(file: dv.AsyncFile) -> bytes:
+    async with file.open() as opened:
+        assert opened.metadata.size is not None
+        return b"".join([chunk async for chunk in opened.stream(dv.ByteRange(0, opened.metadata.size))])
+
+
+async def test_a_source_that_is_closed_is_not_asked_by_the_next_one_of_its_name(origin: Origin, served: Served) -> None:
+    cache = served.cache
+    first = CachedSource(remote(origin), cache, name="again")
+    await read_all(await first.resolve("a.bin"))
+    await served.settled()
+    await first.resolve("a.bin")
+    await first.aclose()
+    second = CachedSource(remote(origin), cache, name="again")
+    file = await second.resolve("a.bin")
+    for path in served.data():
+        path.unlink()
+    assert await read_all(file) == BIG
+    await second.aclose()
+
+
+async def test_who_holds_a_version_that_is_gone_leaves_the_next_one_alone(origin: Origin, served: Served) -> None:
+    await served.get()
+    await served.settled()
+    held = [await served.source.resolve("a.bin") for _ in range(3)]
+    for path in served.data():
+        path.unlink()
+    origin.content, origin.headers = b"the next", ['ETag: "v2"']
+    assert await read_all(await served.source.resolve("a.bin")) == b"the next"
+    await served.settled()
+    asked = len(origin.requests)
+    for file in held:
+        assert await read_all(file) == b"the next"
+    assert len(origin.requests) == asked
+    assert len(served.data()) == 1
+
+
+async def test_a_file_that_has_just_come_is_leased_before_a_proxy_is_told(origin: Origin, served: Served) -> None:
+    for name in ("a.bin", "b.bin"):
+        await read_all(await served.source.resolve(name))
+        await served.settled()
+        location = (await served.source.resolve(name)).location
+    assert location is not None
+    directory = CacheDirectory(served.cache.path, max_bytes=1, max_unused=3600.0)
+    assert directory.begin(key_hash("s", "k"), None) is None  # though there is no room but that of others
+    assert os.path.exists(location)
+
+
+async def test_several_parts_of_a_file_that_is_not_kept(origin: Origin, tmp_path: Path) -> None:
+    async with serving(remote(origin), tmp_path, max_bytes=8192) as served:
+        answer = await served.get(Range="bytes=2000000-2000001,5-9")
+        assert (answer.status, answer.complete) == (206, True)
+        assert BIG[5:10] in answer.body
+        assert BIG[2_000_000:2_000_002] in answer.body
 
 
 # Names and settings
