@@ -256,10 +256,11 @@ def _imported(settings: Settings, key: str, factory: str) -> Callable[[str], Any
         for attribute in path.split("."):
             found = getattr(found, attribute)
     except Exception as exc:  # whatever the module does when it is imported
+        reason = " ".join(f"{type(exc).__name__}: {exc}".split())
         raise settings.error(
             key,
-            f"{factory!r} cannot be imported ({type(exc).__name__}: {exc}): give module:function, of a module in "
-            f"{directory} or one that is installed",
+            f"{factory!r} cannot be imported ({reason}): give module:function, of a module in {directory} or one that "
+            "is installed",
         ) from exc
     if not callable(found):
         raise settings.error(key, f"{factory!r} is no function: give module:function")

@@ -92,6 +92,17 @@ def test_serve_finds_its_settings(directory: Path, arguments: list[str], env: di
         assert get(f"{server.url}/f/a.txt") == b"0123456789"
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_access_log_has_no_queries(directory: Path, workers: str) -> None:
+    """There may be the token of a signed link in one."""
+    port = free_port()
+    command = [*COMMAND, ".", "--port", str(port), "--workers", workers]
+    with serving(command, port, log=directory / "log", cwd=directory / "files") as server:
+        assert get(f"{server.url}/files/a.txt?token=secret") == b"0123456789"
+        server.wait_for_log('"GET /files/a.txt HTTP/1.1" 200')
+        assert "secret" not in server.log
+
+
 def test_options_win_over_variables_and_those_over_the_file(directory: Path) -> None:
     first, second = free_port(), free_port()
     env = {"DOWNLOADVIEW_SERVER__PORT": str(first), "DOWNLOADVIEW_SERVER__ACCESS_LOG": "false"}

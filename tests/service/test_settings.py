@@ -288,7 +288,7 @@ BUILD_REFUSED = [
 def test_what_is_missing_is_refused_when_the_service_is_built(
     directory: Path, text: str, key: str, remedy: str
 ) -> None:
-    (directory / "broken_reports.py").write_text("1 / 0")
+    (directory / "broken_reports.py").write_text('raise ZeroDivisionError("two\\nlines")')
     (directory / "demo.db").touch()
     settings = load(directory, text)
     with pytest.raises(ConfigurationError) as refused:
@@ -296,6 +296,7 @@ def test_what_is_missing_is_refused_when_the_service_is_built(
     message = str(refused.value)
     assert message.startswith(f"{directory / 'downloadview.toml'}: {key}: ")
     assert remedy in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
