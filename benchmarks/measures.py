@@ -13,7 +13,7 @@ _GIB = 1 << 30
 _MIB = 1 << 20
 _CONNECTIONS = 16
 _WARM_REQUESTS = 200
-_TURNS = 5
+_TURNS = 5  # of a second each, the shortest that wrk knows
 _QUIET = 0.25  # seconds in which a server that has no more to do uses no processor
 
 

@@ -44,10 +44,7 @@ class Server:
 
     def wait_for_log(self, text: str, *, times: int = 1) -> None:
         """Return when the log contains `text` so many times."""
-        deadline = time.monotonic() + _PATIENCE
-        while self.log.count(text) < times:
-            assert time.monotonic() < deadline, f"{text!r} never came:\n{self.log}"
-            time.sleep(0.02)
+        wait_for_text(self.log_file, text, times=times)
 
     def wait_until_it_answers(self) -> None:
         """Return when the address takes connections. Fails with the log if the process ends first."""
@@ -67,6 +64,14 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             raise AssertionError(f"it does not stop:\n{self.log}") from None
+
+
+def wait_for_text(log: Path, text: str, *, times: int = 1) -> None:
+    """Return when a log contains `text` so many times."""
+    deadline = time.monotonic() + _PATIENCE
+    while (found := log.read_text(errors="replace")).count(text) < times:
+        assert time.monotonic() < deadline, f"{text!r} never came:\n{found}"
+        time.sleep(0.02)
 
 
 def _answers(address: int | str) -> bool:

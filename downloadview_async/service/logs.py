@@ -4,7 +4,7 @@ import asyncio
 import codecs
 import copy
 import logging
-from typing import Any, cast
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -66,8 +66,9 @@ class PathAlone(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record, and let it pass."""
-        client, method, target, *rest = cast("tuple[Any, ...]", record.args)
-        record.args = (client, method, target.partition("?")[0], *rest)
+        match record.args:
+            case (client, method, str(target), *rest):
+                record.args = (client, method, target.partition("?")[0], *rest)
         return True
 
 

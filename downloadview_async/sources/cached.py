@@ -96,8 +96,8 @@ class Kept:
     """A complete file that this process knows of. All times are by the monotonic clock.
 
     checked: when it was found in the directory, or put there. current: until when it is sent without another look at
-    anything. leased: when a proxy was last told of it. is_gone: whether somebody has removed it. file: what is given to
-    those who ask for it, once somebody has.
+    anything. leased: when a proxy was last told of it. used: when it was last asked for. is_gone: whether somebody has
+    removed it. file: what is given to those who ask for it, once somebody has.
     """
 
     source: str
@@ -283,7 +283,7 @@ class Cache:
     @asynccontextmanager
     async def open(self, kept: Kept) -> AsyncIterator[OpenLocalFile | None]:
         """Open a complete file; None if it is not there any more."""
-        local = self.open_at_once(kept)
+        local, is_accepted = self.open_at_once(kept), True
         if local is None:
             try:
                 found = await self._workers.run_or_abandon(self.directory.root.open, kept.entry.data, discard=_close)
@@ -291,8 +291,9 @@ class Cache:
                 yield None
                 return
             local = OpenLocalFile(*found, workers=self._workers)
+            is_accepted = _accept(local, kept)
         try:
-            yield local if local.metadata is kept.entry.metadata or _accept(local, kept) else None
+            yield local if is_accepted else None
         finally:
             await local.aclose()
 

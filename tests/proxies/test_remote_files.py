@@ -27,7 +27,7 @@ from tests.live import Answer, ask, ask_raw, live, resumes_only_what_was_begun
 from tests.proxies.conftest import DRESS, HOSTILE_NAMES, content_of, make_checkout
 from tests.proxies.servers import KINDS, Kind, proxy, readable_directory
 from tests.s3 import BUCKET, KEY_ID, REGION, S3, SECRET
-from tests.servers import free_port
+from tests.servers import free_port, wait_for_text
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -447,14 +447,8 @@ async def test_the_log_has_no_signature(remote: Remote) -> None:
     assert_clean(await ask(remote.port, f"/lost/{NAME}"), 502)
     assert not (await ask(remote.port, f"/broken/{NAME}")).complete
     if remote.kind.name == "caddy":  # nginx says nothing of it
-        await _until(lambda: "aborting with incomplete response" in remote.log.read_text())
+        wait_for_text(remote.log, "aborting with incomplete response")
     assert "5ec4e7" not in remote.log.read_text()
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_what_the_other_server_cannot_finish_does_not_look_finished(remote: Remote) -> None:

@@ -1001,12 +1001,7 @@ async def run_kills(directory: Path, times: int) -> None:
         )
         hits = 0
         for number in range(40):
-            file = await source.resolve(f"{number}")
-            async with file.open() as opened:
-                size = opened.metadata.size
-                assert size is not None
-                body = b"".join([chunk async for chunk in opened.stream(dv.ByteRange(0, size))])
-            assert body == content_of(f"{number}"), number
+            assert await read_all(await source.resolve(f"{number}")) == content_of(f"{number}"), number
             hits = cache.counters.hits
         await source.aclose()
         await cache.aclose()
