@@ -176,8 +176,9 @@ def _make_files(scratch: Path, scale: Scale) -> Path:
     files = scratch / "files"
     files.mkdir()
     block = os.urandom(10 << 10)
-    for name, size in {**FILE_SIZES, "large.bin": scale.large_bytes}.items():
-        _say(f"making {name} of {size:,} bytes")
+    sizes = {**FILE_SIZES, "large.bin": scale.large_bytes}
+    _say(f"making {len(sizes)} files of {sum(sizes.values()):,} bytes")
+    for name, size in sizes.items():
         with (files / name).open("wb") as file:
             for _ in range(size // len(block)):
                 file.write(block)

@@ -360,8 +360,8 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
         (
             "Requests per second",
             ["rps_10k", "rps_1m", "range_1m", "whole_1m"],
-            "16 connections that are kept. The range is 1 MiB out of the middle of the large file; it is asked for in "
-            "turns with the whole 1 MiB, second by second.",
+            "16 connections that are kept. The range is 1 MiB of the large file, in each turn another one; "
+            "it takes turns with a whole file of 1 MiB, of 32 such files.",
         ),
         (
             "One large download",

@@ -20,7 +20,10 @@ _PROJECT = Path(__file__).parent.parent
 EVERYTHING = ("stalled", "large", "beside", "rps_10k", "rps_1m", "range_1m")
 """What can be measured; the names that `--only` takes."""
 
-FILE_SIZES = {"10k.bin": 10 << 10, "1m.bin": 1 << 20, "64m.bin": 64 << 20}
+MEGABYTES = tuple(f"1m-{number}.bin" for number in range(32))
+"""Files of 1 MiB, each in other pages of the page cache."""
+
+FILE_SIZES = {"10k.bin": 10 << 10, "1m.bin": 1 << 20, "64m.bin": 64 << 20} | dict.fromkeys(MEGABYTES, 1 << 20)
 
 
 @dataclass(frozen=True, slots=True)

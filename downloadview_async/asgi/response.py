@@ -218,14 +218,13 @@ class DownloadResponse(Response):
         # A Last-Modified in the future is told as the time it is now.
         if not keep or self.status_code != 200 or (metadata.last_modified or 0) > time.time():
             plan = _plan(request, metadata, self.presentation, own, offered, status=self.status_code)
-        else:
-            answer = _kept_answer(request.method, metadata, self.presentation, own, offered)
-            if offered is not None or request.unconditional:
-                return answer
-            plan = narrowed(answer.plan, request, metadata)
-            if plan is answer.plan:
-                return answer
-        return _Answer(plan, _raw(plan.headers))
+            return _Answer(plan, _raw(plan.headers))
+        if offered is None and (part := request.lone_part) is not None:
+            return _kept_part(part, metadata, self.presentation, own)
+        answer = _kept_answer(request.method, metadata, self.presentation, own, offered)
+        if offered is not None or request.unconditional:
+            return answer
+        return _narrowed(answer, request, metadata)
 
     def _start(self, answer: "_Answer", scope: Scope) -> Message:
         headers = answer.headers.copy()  # the answer may be kept, and the message is anybody's to change
@@ -285,6 +284,20 @@ def _kept_answer(
     plan = _plan(DownloadRequest(method=method), metadata, presentation, own, offload)
     headers = _raw(plan.headers)
     return _Answer(plan, headers, PreparedHead.of(headers))
+
+
+@lru_cache(maxsize=256)  # not among the others: there are many more ranges than files
+def _kept_part(
+    part: str, metadata: FileMetadata, presentation: Presentation, own: tuple[tuple[bytes, bytes], ...]
+) -> _Answer:
+    """Return the answer to a GET of one part: players and viewers ask for the same ones again and again."""
+    whole = _kept_answer("GET", metadata, presentation, own, None)
+    return _narrowed(whole, DownloadRequest(range=part), metadata)
+
+
+def _narrowed(whole: _Answer, request: DownloadRequest, metadata: FileMetadata) -> _Answer:
+    plan = narrowed(whole.plan, request, metadata)
+    return whole if plan is whole.plan else _Answer(plan, _raw(plan.headers))
 
 
 def _text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:

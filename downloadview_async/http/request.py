@@ -13,6 +13,8 @@ _SINGLE = {
 FIELDS = frozenset(_LISTS) | frozenset(_SINGLE)
 """The names of all fields that count, in lower case."""
 
+_LONGEST_PART = len("bytes=-") + 2 * 19  # no file has a position of more digits
+
 _CONTRADICTORY = ""  # what a field that may come once is worth when it comes twice: no valid value of it
 
 
@@ -49,15 +51,27 @@ class DownloadRequest:
         return cls(method=method, **fields)
 
     @property
+    def has_precondition(self) -> bool:
+        """Whether one of the preconditions is there. If-Range is none of them: it is about the Range alone."""
+        return (
+            self.if_none_match is not None
+            or self.if_modified_since is not None
+            or self.if_match is not None
+            or self.if_unmodified_since is not None
+        )
+
+    @property
     def unconditional(self) -> bool:
         """Whether the answer follows from the file alone: no precondition, and no range."""
-        return (
-            self.range is None
-            and self.if_none_match is None
-            and self.if_modified_since is None
-            and self.if_match is None
-            and self.if_unmodified_since is None
-        )
+        return self.range is None and not self.has_precondition
+
+    @property
+    def lone_part(self) -> str | None:
+        """The Range of a GET that asks for one part and for nothing else; else None. One part takes few characters."""
+        text = self.range
+        if text is None or self.if_range is not None or self.method != "GET" or self.has_precondition:
+            return None
+        return None if "," in text or len(text) > _LONGEST_PART else text
 
 
 GET = DownloadRequest()

@@ -1,5 +1,6 @@
 """`DownloadResponse` and `OffloadMiddleware` in real applications: what an offload goes on, and what it never does."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,22 @@ async def test_another_status_is_sent_whole_by_us(root: Path, source: dv.PathSou
     answer = await call(dv.OffloadMiddleware(response, nginx(root)), "/", headers={"Range": "bytes=0-1"})
     assert (answer.status, answer.body) == (404, CONTENT)
     assert not OFFLOAD_HEADERS & set(answer.headers)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_range_that_is_asked_for_again_is_answered_as_it_would_be_anew(
+    root: Path, source: dv.PathSource, method: str
+) -> None:
+    """With a precondition that holds, which changes nothing of the answer, everything is planned anew."""
+    texts = ["bytes=0-1", "bytes=-3", "bytes=7-", "bytes=0-", "bytes=99999-", "bytes=1-0", "x"]
+    options: list[dict[str, Any]] = [{}, {"filename": "other"}, {"attachment": False}, {"headers": {"X-Own": "1"}}]
+    for content in (CONTENT, b"changed", b""):
+        (root / "page.html").write_bytes(content)
+        for shown, text in itertools.product(options * 2, texts):
+            app = dv.DownloadResponse(await source.resolve("page.html"), **shown)
+            again = await call(app, "/page.html", method=method, headers={"Range": text})
+            anew = await call(app, "/page.html", method=method, headers={"Range": text, "If-Match": "*"})
+            assert (again.status, again.headers, again.body) == (anew.status, anew.headers, anew.body)
 
 
 async def test_a_post_may_be_answered_with_a_file(root: Path, source: dv.PathSource) -> None:
