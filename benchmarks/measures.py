@@ -94,8 +94,8 @@ def range_1m(server: Running, scale: Scale, core: int) -> dict[str, float]:
     """Count requests per second for a Range of 1 MiB of a large file, and in turns with it for a file of 1 MiB.
 
     From one turn to the next, both vary by more than what they differ by. So they do with the pages of the page cache
-    that a megabyte is in: each turn takes others. It is no shorter than other loads, since the first half second of
-    one is slower.
+    that a megabyte is in: each turn takes others. A turn is as long as other loads, since the first half second of
+    a load is slower.
     """
     rates: dict[str, list[float]] = {"range_1m": [], "whole_1m": []}
     for _ in range(_TURNS):

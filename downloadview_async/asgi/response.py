@@ -219,12 +219,11 @@ class DownloadResponse(Response):
         if not keep or self.status_code != 200 or (metadata.last_modified or 0) > time.time():
             plan = _plan(request, metadata, self.presentation, own, offered, status=self.status_code)
             return _Answer(plan, _raw(plan.headers))
-        if offered is None and (part := request.lone_part) is not None:
-            return _kept_part(part, metadata, self.presentation, own)
-        answer = _kept_answer(request.method, metadata, self.presentation, own, offered)
         if offered is not None or request.unconditional:
-            return answer
-        return _narrowed(answer, request, metadata)
+            return _kept_answer(request.method, metadata, self.presentation, own, offered)
+        if (part := request.lone_part) is not None:
+            return _kept_part(part, metadata, self.presentation, own)
+        return _narrowed(_kept_answer(request.method, metadata, self.presentation, own, None), request, metadata)
 
     def _start(self, answer: "_Answer", scope: Scope) -> Message:
         headers = answer.headers.copy()  # the answer may be kept, and the message is anybody's to change
