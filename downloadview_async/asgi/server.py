@@ -8,26 +8,33 @@ and a count, and heads that are prepared. TLS, and whatever else has no plain so
 """
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
 import re
+import select
 import socket
 import struct
 import termios
 from collections import deque
 from contextlib import suppress
+from enum import Enum
+from functools import lru_cache
+from ipaddress import IPv6Address
 from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import uvicorn
 from starlette.types import Message
 from uvicorn.protocols.http import httptools_impl
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from downloadview_async.asgi.response import close_after_body
-from downloadview_async.asgi.transfer import PATHSEND, PREPARED, LentFile, PreparedHead, is_ordinary
+from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, PREPARED, LentFile, PreparedHead, is_ordinary
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.sources.local import OpenLocalFile
@@ -47,10 +54,24 @@ What it takes is what its kernel says it has: some do so in steps, so a client n
 """
 
 MAX_HEAD_BYTES = 64 * 1024
-"""The longest head of a request: its first line and its header fields."""
+"""The longest head of a request: its first line and its header fields.
+
+Chunk extensions, trailers and whatever else surrounds a chunked body may be as long.
+"""
+
+MAX_WAITING_BYTES = 16 * 1024
+"""Bytes of pipelined requests after which no more is read until the answer before them is complete."""
+
+LINGER_SECONDS = 5.0
+"""How long a client may go on sending, or reading, after the last byte of its connection was sent."""
+
+GRACE_SECONDS = 0.5
+"""How long a connection may take to begin its first request when the server shuts down; also `LINGER_SECONDS` then."""
 
 _WINDOW = 256 << 10  # bytes that are looked for in the page cache, and sent, at a time: others wait so long
 _FEW = 128
+
+_END_OF_HEAD = b"\r\n\r\n"
 
 _OFFER: dict[object, object] = {"descriptor": True, PREPARED: True}
 _CLOSE = (b"connection", b"close")
@@ -77,6 +98,8 @@ class DownloadCycle(RequestResponseCycle):
     """uvicorn's own request and response, which can send files too, and a head that was prepared for it."""
 
     _held: bytes | None = None  # a head that goes out in one piece with its body
+    closes = False  # whether the connection ends with this answer, which is then the protocol's to do
+    is_unframed = False  # whether the end of the connection is the end of the body: HTTP/1.0, and no length
 
     def send(self, message: Any) -> Any:  # not `async`: another coroutine around uvicorn's own would cost every message
         """Send what the application says, as uvicorn does where it is nothing of ours."""
@@ -88,10 +111,38 @@ class DownloadCycle(RequestResponseCycle):
                 return _done()
             if not self.disconnected:
                 self.transport.write(held)
+        if not self.keep_alive or self.closes:
+            message = self._at_the_end(message)
         if message["type"] == PATHSEND:
             protocol: DownloadProtocol = self.on_response.__self__  # type: ignore[attr-defined]
             return (protocol.send_file if "descriptor" in message else protocol.send_path)(self, message)
         return super().send(message)
+
+    def _at_the_end(self, message: Message) -> Message:
+        """Prepare a message of the last answer of a connection, and return it.
+
+        uvicorn would close the transport with the last message. A client that is still sending would lose the end of
+        the answer to a reset, so the protocol closes instead, in `on_response_complete`.
+        """
+        if not self.response_started:
+            return self._without_chunks(message) if self.scope["http_version"] == "1.0" else message
+        self.closes = self.keep_alive = True
+        if self.is_unframed and message["type"] == "http.response.body":
+            self.expected_content_length = len(message.get("body", b""))  # which uvicorn would compare with this
+        return message
+
+    def _without_chunks(self, start: Message) -> Message:
+        """Return the start of an answer to HTTP/1.0, which knows no transfer coding [RFC 9112 6.1]."""
+        if start["type"] != "http.response.start":
+            return start
+        headers = [header for header in start.get("headers", ()) if header[0].lower() != b"transfer-encoding"]
+        has_length = any(name.lower() == b"content-length" for name, _ in headers)
+        if not (has_length or self.scope["method"] == "HEAD" or start["status"] in (204, 304)):
+            self.is_unframed = True
+            self.chunked_encoding = False
+            protocol: DownloadProtocol = self.on_response.__self__  # type: ignore[attr-defined]
+            self.transport: Any = _Unframed(protocol)
+        return {**start, "headers": headers}
 
     def _takes_head(self, message: Message) -> bool:
         """Return whether the head of a response is one that was prepared, and is now held until its body comes."""
@@ -130,10 +181,23 @@ class DownloadCycle(RequestResponseCycle):
         self.expected_content_length = 0
         self.response_complete = True
         self.message_event.set()
-        if not self.keep_alive:
-            self.transport.close()
         self.on_response()
         return True
+
+
+class _Unframed:
+    """The transport of an answer that ends with its connection: to close it before the end would fake that end."""
+
+    __slots__ = ("_protocol", "is_closing", "write")
+
+    def __init__(self, protocol: "DownloadProtocol") -> None:
+        self._protocol = protocol
+        self.is_closing = protocol.transport.is_closing
+        self.write = protocol.transport.write
+
+    def close(self) -> None:
+        """Reset the connection: this is called for answers that fail."""
+        self._protocol.reset()
 
 
 async def _done() -> None:
@@ -147,11 +211,39 @@ _on_headers_complete = FunctionType(
 )
 
 
-class _Pipeline(list[Any]):
-    """The requests that wait, which uvicorn has in a deque: an empty one weighs 760 bytes, with each connection."""
+class _Phase(Enum):
+    """Which part of the connection's input is being read."""
 
-    def appendleft(self, item: Any) -> None:
-        self.insert(0, item)
+    BETWEEN = 0
+    HEAD = 1
+    BODY = 2
+    CLOSING = 3
+
+
+_BETWEEN, _HEAD, _BODY, _CLOSING = _Phase  # looking a member up in its class takes longer
+
+_ending: WeakSet[ServerState] = WeakSet()
+"""The servers that are shutting down."""
+
+
+class _Flow(FlowControl):
+    """uvicorn's flow control, but an application that waits for messages does not resume reading while it is full."""
+
+    is_full = False
+
+    def resume_reading(self) -> None:
+        if not self.is_full:
+            super().resume_reading()
+
+
+class _Trailers:
+    """Takes the place of the list of headers while a body is read: trailers are none of them [RFC 9110 6.5.1]."""
+
+    def append(self, field: tuple[bytes, bytes]) -> None:
+        """Drop a field."""
+
+
+_TRAILERS: Any = _Trailers()
 
 
 class DownloadProtocol(HttpToolsProtocol):
@@ -164,14 +256,21 @@ class DownloadProtocol(HttpToolsProtocol):
 
     # Not in the instance's dictionary: it would no longer share its keys with the others', and weigh twice as much.
     __slots__ = (
+        "_body_left",
         "_drained",
+        "_dropped",
+        "_ends",
         "_head_bytes",
         "_head_deadline",
         "_idle_since",
         "_idle_with",
+        "_is_half_closed",
         "_is_plain",
         "_lost",
-        "_read",
+        "_parsed",
+        "_phase",
+        "_tail",
+        "_unparsed",
         "minimum_rate",
         "stall_seconds",
     )
@@ -180,70 +279,327 @@ class DownloadProtocol(HttpToolsProtocol):
         self, *args: Any, stall_seconds: float = STALL_SECONDS, minimum_rate: int = MINIMUM_RATE, **options: Any
     ) -> None:
         super().__init__(*args, **options)
-        self.pipeline: Any = _Pipeline()
+        self.pipeline: Any = ()  # requests wait as bytes; a deque weighs 760 bytes, with each connection
+        self.parser.set_dangerous_leniencies(lenient_version=True)  # versions are looked at in `_refusal`
         self.stall_seconds = stall_seconds
         self.minimum_rate = minimum_rate
         self._lost = False
         self._is_plain = False
         self._drained: asyncio.Future[None] | None = None  # what waits until the transport has sent all, or is lost
-        self._read: Any = None  # the scope of the request whose head was read last
+        self._phase = _BETWEEN
+        self._unparsed = b""  # bytes that wait until the answer before them is complete, from `_parsed` on
+        self._parsed = 0
+        self._tail = b""  # the last three bytes of a head, or of a chunked body, that is not complete
         self._head_bytes = 0
+        self._body_left: int | None = 0  # bytes of a body that are still to come, None if it is chunked
         self._head_deadline: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
         self._idle_with: tuple[float, int] | None = None  # when, and what the client had not taken yet then
+        self._ends = False
+        self._is_half_closed = False
+        self._dropped = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         super().connection_made(transport)
-        self._is_plain = (
-            transport.get_extra_info("socket") is not None and transport.get_extra_info("sslcontext") is None
-        )
+        self.flow: _Flow = _Flow(transport)
+        self._is_plain = transport.get_extra_info("socket") is not None and not transport.get_extra_info("sslcontext")
+        self._ends = self.server_state in _ending
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        """Read on, but not a request head without end: httptools itself has no limit."""
-        idle_since, self._idle_since = self._idle_since, None
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self.scope is self._read:  # no further head has begun
-            if self.cycle is not None and self.cycle.response_complete:
-                self._idle_since = idle_since  # empty lines are no request
-            return
-        self._await_head()
-        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.logger.warning("A request head of more than %d bytes was refused", MAX_HEAD_BYTES)
-            self.send_400_response("Request header fields too large.")
+        """Read on, unless an answer has to be completed before the next request is looked at."""
+        if self._phase is _CLOSING:
+            self._drop(data)
+        elif self._unparsed:
+            self._keep(self._unparsed[self._parsed :] + data, 0)
+        else:
+            idle_since, self._idle_since = self._idle_since, None
+            self._parse(data, 0)
+            if self._phase in (_BETWEEN, _BODY) and not self._is_answering():
+                self._idle_since = idle_since  # neither empty lines nor the rest of a body are a request
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _parse(self, data: bytes, start: int) -> None:
+        """Feed bytes to the parser, message by message: it cannot stop by itself at the end of one."""
+        size = len(data)
+        while start < size:
+            if self._phase is _CLOSING:
+                return
+            if self._phase is _BETWEEN and self._is_answering():
+                self._keep(data, start)
+                return
+            end = self._end_of_piece(data, start)
+            piece = data if end - start == size else data[start:end]
+            start = end
+            self._head_bytes += len(piece)
+            super().data_received(piece)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse_excess()
+        if self._phase is _HEAD:
+            self._await_head()
+            if self._is_http_09(data):
+                self._refuse(505, "HTTP Version Not Supported")
+
+    def _end_of_piece(self, data: bytes, start: int) -> int:
+        """Return where a message may end, or the end of the data."""
+        if self._phase is _BODY and self._body_left is not None:
+            end = min(start + self._body_left, len(data))
+            self._body_left -= end - start
+            return end
+        most = start + max(1, MAX_HEAD_BYTES + 1 - self._head_bytes)
+        if self._tail:  # an end that is in two pieces
+            across = (self._tail + data[start : start + 3]).find(_END_OF_HEAD)
+            end = start + across + len(_END_OF_HEAD) - len(self._tail)
+            self._tail = b""
+            if across >= 0:
+                return end
+        end = data.find(_END_OF_HEAD, start, most)
+        if end >= 0:
+            return end + len(_END_OF_HEAD)
+        end = min(most, len(data))
+        self._tail = data[max(start, end - 3) : end]
+        return end
+
+    def _keep(self, data: bytes, parsed: int) -> None:
+        """Let bytes wait until the answer before them is complete, and read no more if they are many."""
+        self._unparsed, self._parsed = data, parsed
+        if len(data) - parsed > MAX_WAITING_BYTES:
+            self.flow.pause_reading()
+            self.flow.is_full = True
+
+    def _is_http_09(self, data: bytes) -> bool:
+        """Return whether a line without a version has come, after which no head will."""
+        return bool(self.url) and data.endswith(b"\n") and self.parser.get_http_version() == "0.0"
 
     def on_message_begin(self) -> None:
-        """Begin to count the bytes of a request head: those of the next packet on."""
+        """Begin to count the bytes of a request head."""
         super().on_message_begin()
-        self._head_bytes = 0
+        self._phase = _HEAD
 
     def on_headers_complete(self) -> None:
-        """Offer path send to the application where the connection has a plain socket."""
+        """Begin to answer, unless the head is not one to answer.
+
+        Path send is offered to the application where the connection has a plain socket.
+        """
         if self._head_deadline is not None:
             self._head_deadline.cancel()
             self._head_deadline = None
-        self._read = scope = self.scope
+        if (refusal := self._refusal()) is not None:
+            self._refuse(*refusal)
+            return
+        self._phase = _BODY
+        self._head_bytes = 0
+        scope = self.scope
         if self._is_plain:
             scope["extensions"] = {PATHSEND: _OFFER}
         _on_headers_complete(self)
+        if scope.get("http_version") not in ("1.0", "1.1"):  # a minor version that is to come [RFC 9110 2.5]
+            scope["http_version"] = "1.1"
+        if self.parser.should_upgrade():
+            return  # whose headers are looked at again
+        self.headers = _TRAILERS
+        if self._ends:
+            self.cycle.keep_alive = False
+
+    def _refusal(self) -> tuple[int, str] | None:
+        """Return the status and the text of the answer to a head that is refused, or None."""
+        version = self.parser.get_http_version()
+        if version[0] != "1":
+            return 505, "HTTP Version Not Supported"
+        names = [name for name, _ in self.headers]
+        # "any HTTP/1.1 request message that lacks a Host header field and [...] any request message that contains more
+        # than one Host header field line or a Host header field with an invalid field value" [RFC 9112 3.2]
+        hosts = names.count(b"host")
+        if (hosts != 1 and (hosts or version != "1.0")) or (
+            hosts and not _is_host(self.headers[names.index(b"host")][1])
+        ):
+            return 400, "Invalid Host header field."
+        if b"://" in self.url and not self._takes_authority():
+            return 400, "Invalid request target."
+        self._body_left = 0
+        if b"transfer-encoding" in names:
+            self._body_left = None
+            codings = b",".join([value for name, value in self.headers if name == b"transfer-encoding"]).lower()
+            *others, last = [coding.strip() for coding in codings.split(b",")]
+            if version == "1.0" or last != b"chunked" or b"content-length" in names:
+                return 400, "Invalid Transfer-Encoding header field."
+            if others:
+                return 501, "Transfer coding not implemented."
+        elif b"content-length" in names:  # the parser has seen to it that it is one number
+            self._body_left = int(self.headers[names.index(b"content-length")][1])
+        # The parser takes what follows such a head for no body of it, but for a request.
+        if self._body_left != 0 and b"upgrade" in names and self.parser.should_upgrade():
+            return 400, "An upgrade of a request with a body is not supported."
+        return None
+
+    def _takes_authority(self) -> bool:
+        """Return whether a target is in origin-form now, its authority in place of Host [RFC 9112 3.2.2]."""
+        match = _ABSOLUTE.fullmatch(self.url)
+        if match is None:
+            return self.url.startswith(b"/")
+        if not _is_host(match["authority"]):
+            return False
+        # The list is the scope's, too.
+        self.headers[:] = [field for field in self.headers if field[0] != b"host"]
+        self.headers.append((b"host", match["authority"]))
+        target = match["target"]
+        self.url = target if target.startswith(b"/") else b"/" + target
+        return True
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body, which makes up for what surrounds it: even a chunk of one byte needs six."""
+        self._head_bytes = max(0, self._head_bytes - 16 - 2 * len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Look at the next request when this one is answered."""
+        if self._phase is _BODY:
+            self._phase = _BETWEEN
+            self._head_bytes = 0
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request, in uvicorn's words."""
+        is_of_another = self._phase is _HEAD and self.parser.get_http_version()[0] not in "01"
+        self._refuse(505 if is_of_another else 400, msg)
+
+    def _refuse_excess(self) -> None:
+        if self._phase is _BODY:
+            self.logger.warning("A request with more than %d bytes around its body was refused", MAX_HEAD_BYTES)
+            self._refuse(400, "Chunk extensions or trailers too large.")
+        elif self._phase is not _CLOSING:
+            self.logger.warning("A request head of more than %d bytes was refused", MAX_HEAD_BYTES)
+            self._refuse(400, "Request header fields too large.")
+
+    def _refuse(self, status: int, text: str) -> None:
+        """Answer what cannot be read, and close the connection. Not into another answer: reset it then."""
+        if self._phase is _CLOSING or self.transport.is_closing():
+            return
+        if self._is_answering():
+            self._phase = _CLOSING
+            self.reset()
+            return
+        if self._phase is not _BODY:  # else the request has been answered already
+            lines = [b"%s: %s\r\n" % header for header in self.server_state.default_headers]
+            body = text.encode("ascii")
+            lines.append(b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n" % len(body))
+            self.transport.write(b"".join((STATUS_LINE[status], *lines, b"connection: close\r\n\r\n", body)))
+        self._close(is_expecting=True)
 
     def on_response_complete(self) -> None:
-        """Go on to the next request, unless a body that nobody has asked for is still coming."""
-        if self.cycle.response_complete and self.cycle.more_body and close_after_body(self.cycle.scope):
-            self.transport.close()
-        if self.pipeline or self.transport.is_closing():
-            super().on_response_complete()
-            if self.transport.get_write_buffer_size():  # it closes when the client has taken that
+        """Go on to the next request, unless the connection ends, or a body that nobody has asked for is coming."""
+        self.server_state.total_requests += 1
+        cycle: Any = self.cycle
+        if self.transport.is_closing():
+            if self._waiting():  # it closes when the client has taken that
                 self._start_watching()
             return
-        self.server_state.total_requests += 1
+        if cycle.closes or not cycle.keep_alive:
+            asked = cycle.scope["http_version"] == "1.0" or _CLOSE in cycle.scope["headers"]
+            self._close(is_expecting=not asked)
+            return
+        if cycle.more_body and close_after_body(cycle.scope):
+            self._close(is_expecting=True)
+            return
+        if self._unparsed:
+            data, self._unparsed = self._unparsed, b""
+            self._parse(data, self._parsed)
+        if self._phase is _CLOSING:
+            return
+        if not self._unparsed:
+            self.flow.is_full = False
+            self.flow.resume_reading()
+        if self._is_answering():
+            return
+        if self._is_half_closed:
+            self._close(is_expecting=False)
+        elif self._phase is not _HEAD:
+            # One timer for many requests: it looks at how long the connection has been idle when it rings.
+            self._idle_since, self._idle_with = self.loop.time(), None
+            if self.timeout_keep_alive_task is None:
+                self._ring_after(self.timeout_keep_alive)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Return whether there is still something to answer: a client that has only finished sending waits for that."""
+        if self._is_plain and self._phase is _BETWEEN and self._is_answering():
+            if not self._is_half_closed:
+                self._is_half_closed = True
+                self._look_for_client()
+            return True
+        if self._waiting():  # the transport closes when the client has taken that
+            self._start_watching()
+        return False
+
+    def _look_for_client(self) -> None:
+        """Notice a reset by a client that has half-closed: nothing is read any more, which would show it."""
+        if self._lost or self.transport.is_closing():
+            return
+        poll = select.poll()
+        poll.register(self._fileno(), 0)
+        if poll.poll(0):  # an error, or closed in both directions
+            self.transport.abort()
+        else:
+            self.loop.call_later(1, self._look_for_client)
+
+    def _close(self, *, is_expecting: bool) -> None:
+        """Close the connection when all is sent, and the client has had the time to take it.
+
+        is_expecting: whether the client may still be sending. To close a socket to which bytes come resets it, and the
+        client loses what it has not read yet [RFC 9112 9.6]. So this side is closed first, and what comes is dropped.
+        """
+        was_whole = self._phase is _BETWEEN and not self._unparsed
+        self._phase = _CLOSING
+        self._unparsed = b""
+        if not self._is_plain or self._is_half_closed or (was_whole and not is_expecting and not self._unread()):
+            self.transport.close()
+            if self._waiting():
+                self._start_watching()
+            return
+        self.transport.write_eof()
+        self.flow.is_full = False
         self.flow.resume_reading()
-        # One timer for many requests: it looks at how long the connection has been idle when it rings.
         self._idle_since, self._idle_with = self.loop.time(), None
-        if self.timeout_keep_alive_task is None:
-            self._ring_after(self.timeout_keep_alive)
+        self._ring_after(self._patience())
+
+    def _drop(self, data: bytes) -> None:
+        """Drop what a client sends after its last answer; beyond some amount, let its own buffer fill up."""
+        self._dropped += len(data)
+        if self._dropped > MAX_UNREAD_BODY:
+            self.flow.pause_reading()
+
+    def _unread(self) -> bool:
+        """Return whether the kernel has bytes from the client."""
+        try:
+            return any(fcntl.ioctl(self._fileno(), termios.FIONREAD, b"\0" * 4))
+        except OSError:
+            return False
+
+    def _patience(self) -> float:
+        """Return for how many seconds the connection may be idle."""
+        if self._phase is not _CLOSING:
+            return self.timeout_keep_alive
+        return GRACE_SECONDS if self._ends else LINGER_SECONDS
+
+    def shutdown(self) -> None:
+        """End the connection with the answer that is under way, or that a first request is still to get."""
+        _ending.add(self.server_state)
+        self._ends = True
+        if self._phase is _CLOSING:
+            if self._idle_since is not None:
+                self._ring_after(0)
+        elif self._phase is _BETWEEN and self.cycle is not None and not self._is_answering() and not self._unread():
+            self.transport.close()
+        elif self._is_answering():
+            self.cycle.keep_alive = False
+        else:  # a request is on its way, or may be
+            self.loop.call_later(GRACE_SECONDS, self._end_of_grace)
+
+    def _end_of_grace(self) -> None:
+        if self._phase is not _CLOSING and not self._is_answering() and not self.transport.is_closing():
+            self._close(is_expecting=self._phase is _BODY)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give back what the connection holds."""
@@ -255,6 +611,7 @@ class DownloadProtocol(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         """Leave the connection to another protocol, without timers of ours."""
         self._stop_timers()
+        self._phase = _CLOSING
         super().handle_websocket_upgrade()
 
     def pause_writing(self) -> None:
@@ -273,18 +630,18 @@ class DownloadProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = None
         if self._idle_since is None:
             return
-        now, left = self.loop.time(), self._waiting()
+        now, left, patience = self.loop.time(), self._waiting(), self._patience()
         idle = now - self._idle_since
-        if idle < self.timeout_keep_alive:
-            self._ring_after(self.timeout_keep_alive - idle)
+        if idle < patience:
+            self._ring_after(patience - idle)
         elif left == 0 or self.transport.is_closing():
             super().timeout_keep_alive_handler()
         else:
             since, before = self._idle_with = self._idle_with or (now, left)
             if now - since < self.stall_seconds:
-                self._ring_after(min(self.timeout_keep_alive, self.stall_seconds))
+                self._ring_after(min(patience, self.stall_seconds))
             elif before - left < self.minimum_rate * self.stall_seconds:
-                self._reset()
+                self._drop_client()
             else:
                 self._idle_with = None
                 self._ring_after(0)
@@ -296,6 +653,8 @@ class DownloadProtocol(HttpToolsProtocol):
                 timer.cancel()
 
     def _ring_after(self, seconds: float) -> None:
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def _unset_keepalive_if_required(self) -> None:
@@ -308,10 +667,7 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def _head_is_late(self) -> None:
         self._head_deadline = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
-        else:  # it is pipelined: while it waits behind another answer, it may not even be read
-            self._await_head()
+        self.transport.close()
 
     async def send_path(self, cycle: DownloadCycle, message: Message) -> None:
         """Send the file that the message names by its path."""
@@ -338,7 +694,7 @@ class DownloadProtocol(HttpToolsProtocol):
             count = 0
             if cycle.scope["method"] == "HEAD":
                 pass
-            elif cycle.chunked_encoding:
+            elif cycle.chunked_encoding or cycle.is_unframed:
                 await _send_in_chunks(file, offset, message.get("count"), cycle)
             else:
                 count = message.get("count", cycle.expected_content_length)
@@ -394,9 +750,13 @@ class DownloadProtocol(HttpToolsProtocol):
             os.close(connection)
 
     def _fileno(self) -> int:
+        """Return the number of the socket. Raises `OSError` if there is none, or none any more."""
         if self._lost:
             raise ConnectionResetError
-        number: int = self.transport.get_extra_info("socket").fileno()
+        connection = self.transport.get_extra_info("socket")
+        if connection is None or connection.fileno() < 0:
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+        number: int = connection.fileno()
         return number
 
     def _flushed(self) -> "asyncio.Future[None]":
@@ -424,23 +784,31 @@ class DownloadProtocol(HttpToolsProtocol):
         _watched.get(self.loop, {}).pop(self, None)
 
     def _waiting(self) -> int:
-        """Return the bytes that the client has not taken yet: the transport's, and the kernel's."""
-        queued = self.transport.get_write_buffer_size()
-        with suppress(OSError):  # no plain socket
-            queued += struct.unpack("i", fcntl.ioctl(self._fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]
-        return queued
+        """Return the bytes that the client has not taken yet: the transport's, and the kernel's.
+
+        0 where there is no socket: what such a transport holds is not known.
+        """
+        try:
+            in_kernel: int = struct.unpack("i", fcntl.ioctl(self._fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]
+        except OSError:
+            return 0
+        return in_kernel + self.transport.get_write_buffer_size()
 
     def check(self, since: float, before: int) -> None:
         """Reset the connection of a client that has taken too little of what waited for it."""
         if self.loop.time() - since < self.stall_seconds:
             return
         if before - self._waiting() < self.minimum_rate * self.stall_seconds:
-            self._reset()
+            self._drop_client()
         else:
             self._start_watching()
 
-    def _reset(self) -> None:
+    def _drop_client(self) -> None:
         self.logger.warning("Transfer aborted: the client took less than %d bytes a second", self.minimum_rate)
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset the connection."""
         with suppress(OSError), socket.socket(fileno=os.dup(self._fileno())) as connection:
             # A reset, not a polite close: what the kernel still holds for the client goes too.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -485,6 +853,28 @@ def _look_at(watched: _Watched, loop: asyncio.AbstractEventLoop, every: float) -
         del _watched[loop]  # which says that no timer runs
     else:
         loop.call_later(every, _look_at, watched, loop, every)
+
+
+@lru_cache(maxsize=256)  # a server has few names
+def _is_host(value: bytes) -> bool:
+    """Return whether a value is a valid one of Host: a host, which may be empty, and a port [RFC 9110 7.2]."""
+    match = _HOST.fullmatch(value)
+    if match is None or match["v6"] is None:
+        return match is not None
+    try:
+        IPv6Address(match["v6"].decode())
+    except ValueError:
+        return False
+    return True
+
+
+_ABSOLUTE = re.compile(rb"(?i:https?)://(?P<authority>[^/?#:][^/?#]*)(?P<target>.*)", re.DOTALL)
+
+# reg-name or IPv4address, IPvFuture, IPv6address [RFC 3986 3.2.2]
+_HOST = re.compile(
+    rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[v[0-9A-Fa-f]+\.[A-Za-z0-9._~!$&'()*+,;=:-]+\]|"
+    rb"\[(?P<v6>[0-9A-Fa-f:.]+)\])(?::[0-9]*)?"
+)
 
 
 def _lines_of_server(headers: list[tuple[bytes, bytes]]) -> bytes | None:
