@@ -22,6 +22,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import lru_cache
 from ipaddress import IPv6Address
+from time import monotonic
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -53,8 +54,8 @@ MINIMUM_RATE = 64
 What it takes is what its kernel says it has: some do so in steps, so a client needs several times this rate to be safe.
 """
 
-MAX_HEAD_BYTES = 64 * 1024
-"""The longest head of a request: its first line and its header fields.
+MAX_HEAD_BYTES = 80 * 1024
+"""The longest head of a request: its first line and its header fields, one of which may have 64 KiB.
 
 Chunk extensions, trailers and whatever else surrounds a chunked body may be as long.
 """
@@ -303,7 +304,7 @@ class DownloadProtocol(HttpToolsProtocol):
         """Begin to wait for the first request."""
         super().connection_made(transport)
         self.flow: _Flow = _Flow(transport)
-        self._is_plain = transport.get_extra_info("socket") is not None and not transport.get_extra_info("sslcontext")
+        self._is_plain = self._has_socket() and not transport.get_extra_info("sslcontext")
         self._ends = self.server_state in _ending
         self._await_head()
 
@@ -318,6 +319,9 @@ class DownloadProtocol(HttpToolsProtocol):
             self._parse(data, 0)
             if self._phase in (_BETWEEN, _BODY) and not self._is_answering():
                 self._idle_since = idle_since  # neither empty lines nor the rest of a body are a request
+
+    def _has_socket(self) -> bool:
+        return self.transport.get_extra_info("socket") is not None
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -371,8 +375,8 @@ class DownloadProtocol(HttpToolsProtocol):
             self.flow.is_full = True
 
     def _is_http_09(self, data: bytes) -> bool:
-        """Return whether a line without a version has come, after which no head will."""
-        return bool(self.url) and data.endswith(b"\n") and self.parser.get_http_version() == "0.0"
+        """Return whether all that has come is a line without a version: no more of a head will follow."""
+        return data.endswith(b"\r\n") and self._head_bytes == len(self.parser.get_method()) + len(self.url) + 3
 
     def on_message_begin(self) -> None:
         """Begin to count the bytes of a request head."""
@@ -390,12 +394,12 @@ class DownloadProtocol(HttpToolsProtocol):
         if (refusal := self._refusal()) is not None:
             self._refuse(*refusal)
             return
-        self._phase = _BODY
-        self._head_bytes = 0
         scope = self.scope
         if self._is_plain:
             scope["extensions"] = {PATHSEND: _OFFER}
-        _on_headers_complete(self)
+        _on_headers_complete(self)  # which may refuse the target
+        self._phase = _BODY
+        self._head_bytes = 0
         if scope.get("http_version") not in ("1.0", "1.1"):  # a minor version that is to come [RFC 9110 2.5]
             scope["http_version"] = "1.1"
         if self.parser.should_upgrade():
@@ -518,7 +522,7 @@ class DownloadProtocol(HttpToolsProtocol):
             self._close(is_expecting=False)
         elif self._phase is not _HEAD:
             # One timer for many requests: it looks at how long the connection has been idle when it rings.
-            self._idle_since, self._idle_with = self.loop.time(), None
+            self._idle_since, self._idle_with = monotonic(), None
             if self.timeout_keep_alive_task is None:
                 self._ring_after(self.timeout_keep_alive)
 
@@ -561,7 +565,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self.transport.write_eof()
         self.flow.is_full = False
         self.flow.resume_reading()
-        self._idle_since, self._idle_with = self.loop.time(), None
+        self._idle_since, self._idle_with = monotonic(), None
         self._ring_after(self._patience())
 
     def _drop(self, data: bytes) -> None:
@@ -590,10 +594,10 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._phase is _CLOSING:
             if self._idle_since is not None:
                 self._ring_after(0)
-        elif self._phase is _BETWEEN and self.cycle is not None and not self._is_answering() and not self._unread():
-            self.transport.close()
         elif self._is_answering():
             self.cycle.keep_alive = False
+        elif self._phase is _BETWEEN and (not self._has_socket() or self.cycle is not None) and not self._unread():
+            self.transport.close()
         else:  # a request is on its way, or may be
             self.loop.call_later(GRACE_SECONDS, self._end_of_grace)
 
@@ -630,7 +634,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = None
         if self._idle_since is None:
             return
-        now, left, patience = self.loop.time(), self._waiting(), self._patience()
+        now, left, patience = monotonic(), self._waiting(), self._patience()
         idle = now - self._idle_since
         if idle < patience:
             self._ring_after(patience - idle)
@@ -778,7 +782,7 @@ class DownloadProtocol(HttpToolsProtocol):
         if watched is None:
             watched = _watched[self.loop] = {}
             self.loop.call_later(self.stall_seconds / 4, _look_at, watched, self.loop, self.stall_seconds / 4)
-        watched[self] = self.loop.time(), self._waiting()
+        watched[self] = monotonic(), self._waiting()
 
     def _stop_watching(self) -> None:
         _watched.get(self.loop, {}).pop(self, None)
@@ -796,7 +800,7 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def check(self, since: float, before: int) -> None:
         """Reset the connection of a client that has taken too little of what waited for it."""
-        if self.loop.time() - since < self.stall_seconds:
+        if monotonic() - since < self.stall_seconds:
             return
         if before - self._waiting() < self.minimum_rate * self.stall_seconds:
             self._drop_client()
