@@ -11,7 +11,7 @@ import anyio.to_thread
 from downloadview_async.errors import TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.sources.local import CHUNK_SIZE
-from downloadview_async.sources.workers import UNLIMITED, Workers
+from downloadview_async.sources.workers import Workers, unlimited
 
 _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
 _DONE = object()
@@ -103,4 +103,4 @@ async def closing_in_thread(resource: Any) -> AsyncIterator[None]:
     finally:
         if (close := getattr(resource, "close", None)) is not None:
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(close, limiter=UNLIMITED)
+                await anyio.to_thread.run_sync(close, limiter=unlimited())

@@ -15,7 +15,7 @@ from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata, stat_validators
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.workers import MID_TRANSFER, UNLIMITED, Workers
+from downloadview_async.sources.workers import MID_TRANSFER, Workers, unlimited
 
 CHUNK_SIZE = 256 * 1024
 """Bytes read, and sent, at a time."""
@@ -79,7 +79,7 @@ class OpenLocalFile:
             self.close()
             return
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self.close, limiter=UNLIMITED)
+            await anyio.to_thread.run_sync(self.close, limiter=unlimited())
 
     def read_cached(self, span: ByteRange) -> bytes | None:
         """Return all bytes of a short span if the page cache has them, without ever waiting for the disk; else None."""

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar, TypeVarTuple
 
@@ -14,7 +15,13 @@ from downloadview_async.errors import SourceUnavailable
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-UNLIMITED = anyio.CapacityLimiter(math.inf)  # `Workers` counts for itself; closing is never refused
+
+def unlimited() -> anyio.CapacityLimiter:
+    """Return a limiter that limits nothing, for this call: `Workers` counts for itself, and closing is never refused.
+
+    A limiter that outlives an event loop belongs to the first one's library, asyncio or trio, and fails in the other.
+    """
+    return anyio.CapacityLimiter(math.inf)
 
 
 MID_TRANSFER = 60.0
@@ -22,27 +29,46 @@ MID_TRANSFER = 60.0
 
 
 class Slots:
-    """At most `limit` holders at once; who waits `patience` seconds for a slot is turned away."""
+    """At most `limit` holders at once; who waits `patience` seconds for a slot is turned away.
+
+    They may be used in one event loop after another, of asyncio and of trio.
+    """
 
     def __init__(self, limit: int, *, patience: float = 2.0) -> None:
-        self._limiter = anyio.CapacityLimiter(limit)
+        self._limit = limit
         self._patience = patience
+        self._holders: set[object] = set()
+        self._waiting: deque[tuple[object, anyio.Event]] = deque()
 
     async def take(self, *, patience: float | None = None) -> object:
         """Return a slot, to be given to `free` once. Raises `SourceUnavailable` if none is free in time."""
         slot = object()
+        if len(self._holders) < self._limit and not self._waiting:
+            self._holders.add(slot)
+            return slot
+        place = slot, anyio.Event()
+        self._waiting.append(place)
         try:
-            self._limiter.acquire_on_behalf_of_nowait(slot)
-        except anyio.WouldBlock:
-            with anyio.move_on_after(self._patience if patience is None else patience) as waiting:
-                await self._limiter.acquire_on_behalf_of(slot)
-            if waiting.cancelled_caught:
-                raise SourceUnavailable(f"all {self._limiter.total_tokens} slots of this source are taken") from None
+            with anyio.move_on_after(self._patience if patience is None else patience):
+                await place[1].wait()
+        except BaseException:
+            if slot in self._holders:  # given to a caller that is cancelled
+                self.free(slot)
+            raise
+        finally:
+            if place in self._waiting:
+                self._waiting.remove(place)
+        if slot not in self._holders:
+            raise SourceUnavailable(f"all {self._limit} slots of this source are taken")
         return slot
 
     def free(self, slot: object) -> None:
         """Give a slot back. Only in the event loop's thread."""
-        self._limiter.release_on_behalf_of(slot)
+        self._holders.remove(slot)
+        if self._waiting:
+            following, given = self._waiting.popleft()
+            self._holders.add(following)
+            given.set()
 
 
 class Workers:
@@ -63,7 +89,7 @@ class Workers:
         """
         slot = await self._slots.take(patience=patience)
         try:
-            return await anyio.to_thread.run_sync(function, *args, limiter=UNLIMITED)
+            return await anyio.to_thread.run_sync(function, *args, limiter=unlimited())
         finally:
             self._slots.free(slot)
 
@@ -81,7 +107,7 @@ class Workers:
         slot = await self._slots.take(patience=patience)
         call = _Call(function, args, discard, lambda: self._slots.free(slot))
         try:
-            await anyio.to_thread.run_sync(call.work, limiter=UNLIMITED, abandon_on_cancel=True)
+            await anyio.to_thread.run_sync(call.work, limiter=unlimited(), abandon_on_cancel=True)
         except anyio.get_cancelled_exc_class():
             call.abandon()
             raise

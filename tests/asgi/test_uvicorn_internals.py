@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import re
+import weakref
 from collections.abc import Awaitable, Callable
 from types import FunctionType
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http import httptools_impl
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from downloadview_async.asgi import server
@@ -629,7 +631,9 @@ async def test_the_end_of_a_response_starts_the_next_request() -> None:
     assert received.count(b"HTTP/1.1 204") == 3
 
 
-@relies_on("timeout_keep_alive", "timeout_keep_alive_handler", "timeout_keep_alive_task")
+@relies_on(
+    "timeout_keep_alive", "timeout_keep_alive_handler", "timeout_keep_alive_task", "timeout_keep_alive_task.cancel"
+)
 @pytest.mark.asyncio
 async def test_an_idle_connection_is_asked_after_and_a_request_ends_that() -> None:
     asked_after = asyncio.Event()
@@ -789,3 +793,114 @@ async def test_a_cycle_that_does_not_wait_to_continue_does_not_say_so() -> None:
     received = await asked(talk, request)
     assert b" 100 " not in received
     assert b" 204 " in received
+
+
+@relies_on("FlowControl", "flow", "flow.pause_reading", "flow.resume_reading", "flow.is_full")
+@pytest.mark.asyncio
+async def test_another_flow_control_can_take_the_place_of_the_first() -> None:
+    calls: list[str] = []
+
+    class Full(FlowControl):
+        is_full = True  # which is a name of ours
+
+        def resume_reading(self) -> None:
+            calls.append("resume")
+            if not self.is_full:
+                super().resume_reading()
+
+    class Flowing(Probe):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            assert not hasattr(self.flow, "is_full")
+            self.flow = Full(transport)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        probe = scope["probe"]
+        assert probe.cycle.flow is probe.flow
+        probe.flow.pause_reading()
+        await receive()
+        assert calls == ["resume"]
+        assert not probe.transport.is_reading()
+        probe.flow.is_full = False
+        probe.flow.resume_reading()
+        assert probe.transport.is_reading()
+        await send({"type": "http.response.start", "status": 204})
+        await send(END)
+
+    async with live(app, http=Flowing) as port:
+        assert (await ask(port, "/")).status == 204
+
+
+@relies_on(
+    "headers",
+    "headers.append",
+    "on_body",
+    "on_message_complete",
+    "parser",
+    "parser.get_http_version",
+    "parser.get_method",
+    "parser.set_dangerous_leniencies",
+    "parser.should_upgrade",
+)
+@pytest.mark.asyncio
+async def test_the_parser_tells_what_it_has_read_and_fields_are_appended_to_a_list() -> None:
+    read: list[Any] = []
+
+    class Reading(Probe):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.parser.set_dangerous_leniencies(lenient_version=True)
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            assert self.scope["headers"] is self.headers
+            read.append((self.parser.get_method(), self.parser.get_http_version(), self.parser.should_upgrade()))
+            self.headers = []  # what comes now is appended to this one
+
+        def on_body(self, body: bytes) -> None:
+            read.append(body)
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            read.append(self.headers)
+            assert self.cycle.more_body
+            super().on_message_complete()
+            assert not self.cycle.more_body
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["headers"] == [(b"host", b"x"), (b"transfer-encoding", b"chunked")]
+        assert (await receive())["body"] == b"abcd"
+        await send({"type": "http.response.start", "status": 204, "headers": [(b"connection", b"close")]})
+        await send(END)
+
+    request = b"POST / HTTP/1.3\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with live(app, http=Reading) as port:
+        answer = await ask_raw(port, request + b"2\r\nab\r\n2\r\ncd\r\n0\r\nX-Trailer: 1\r\n\r\n", method="HEAD")
+    assert answer.status == 204
+    assert read == [(b"POST", "1.3", False), b"ab", b"cd", [(b"x-trailer", b"1")]]
+
+
+@relies_on("ServerState", "server_state.default_headers", "shutdown")
+@pytest.mark.asyncio
+async def test_each_connection_is_told_of_the_end() -> None:
+    told: list[Any] = []
+
+    class Ending(Probe):
+        def shutdown(self) -> None:
+            assert isinstance(self.server_state, uvicorn.server.ServerState)
+            assert self.server_state.default_headers is self.cycle.default_headers
+            weakref.ref(self.server_state)
+            told.append(self.cycle.response_complete)
+            super().shutdown()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 204})
+        await send(END)
+
+    async with live(app, http=Ending) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(REQUEST.replace(b"close", b"keep-alive"))
+        assert b" 204 " in await reader.readuntil(b"\r\n\r\n")
+    assert await reader.read() == b""
+    writer.close()
+    assert told == [True]

@@ -27,7 +27,7 @@ def run(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
 def test_the_protocol_passes_its_own_tests_on_the_oldest_uvicorn() -> None:
     needs_the_oldest_uvicorn()
     # Which file system the files are on is nothing to uvicorn; what it makes of bad headers is its own.
-    tests = ["tests/asgi/test_server.py", "tests/asgi/test_uvicorn_internals.py"]
+    tests = ["tests/asgi/test_server.py", "tests/asgi/test_wire.py", "tests/asgi/test_uvicorn_internals.py"]
     tests += ["-k", "not tmpfs and not breaks and not never_arrives"]
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, PYTHONPATH=str(OLDEST))
     assert done.returncode == 0, done.stdout + done.stderr
