@@ -126,7 +126,7 @@ class DownloadCycle(RequestResponseCycle):
         the answer to a reset, so the protocol closes instead, in `on_response_complete`.
         """
         if not self.response_started:
-            return self._without_chunks(message) if self.scope["http_version"] == "1.0" else message
+            return (self._without_chunks if self.scope["http_version"] == "1.0" else _with_close)(message)
         self.closes = self.keep_alive = True
         if self.is_unframed and message["type"] == "http.response.body":
             self.expected_content_length = len(message.get("body", b""))  # which uvicorn would compare with this
@@ -184,6 +184,14 @@ class DownloadCycle(RequestResponseCycle):
         self.message_event.set()
         self.on_response()
         return True
+
+
+def _with_close(start: Message) -> Message:
+    """Return the start of the last answer of a connection; before 0.53, uvicorn does not say that it is the last."""
+    headers = list(start.get("headers", ()))
+    return (
+        start if any(name.lower() == b"connection" for name, _ in headers) else {**start, "headers": [*headers, _CLOSE]}
+    )
 
 
 class _Unframed:
@@ -317,7 +325,7 @@ class DownloadProtocol(HttpToolsProtocol):
         else:
             idle_since, self._idle_since = self._idle_since, None
             self._parse(data, 0)
-            if self._phase in (_BETWEEN, _BODY) and not self._is_answering():
+            if (self.cycle is None or self.cycle.response_complete) and self._phase in (_BETWEEN, _BODY):
                 self._idle_since = idle_since  # neither empty lines nor the rest of a body are a request
 
     def _has_socket(self) -> bool:
@@ -330,9 +338,10 @@ class DownloadProtocol(HttpToolsProtocol):
         """Feed bytes to the parser, message by message: it cannot stop by itself at the end of one."""
         size = len(data)
         while start < size:
-            if self._phase is _CLOSING:
+            phase = self._phase
+            if phase is _CLOSING:
                 return
-            if self._phase is _BETWEEN and self._is_answering():
+            if phase is _BETWEEN and self.cycle is not None and not self.cycle.response_complete:
                 self._keep(data, start)
                 return
             end = self._end_of_piece(data, start)
@@ -391,7 +400,8 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._head_deadline is not None:
             self._head_deadline.cancel()
             self._head_deadline = None
-        if (refusal := self._refusal()) is not None:
+        version = self.parser.get_http_version()
+        if (refusal := self._refusal(version)) is not None:
             self._refuse(*refusal)
             return
         scope = self.scope
@@ -400,7 +410,7 @@ class DownloadProtocol(HttpToolsProtocol):
         _on_headers_complete(self)  # which may refuse the target
         self._phase = _BODY
         self._head_bytes = 0
-        if scope.get("http_version") not in ("1.0", "1.1"):  # a minor version that is to come [RFC 9110 2.5]
+        if version != "1.1" and version != "1.0":  # a minor version that is to come [RFC 9110 2.5]
             scope["http_version"] = "1.1"
         if self.parser.should_upgrade():
             return  # whose headers are looked at again
@@ -408,9 +418,8 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._ends:
             self.cycle.keep_alive = False
 
-    def _refusal(self) -> tuple[int, str] | None:
+    def _refusal(self, version: str) -> tuple[int, str] | None:
         """Return the status and the text of the answer to a head that is refused, or None."""
-        version = self.parser.get_http_version()
         if version[0] != "1":
             return 505, "HTTP Version Not Supported"
         names = [name for name, _ in self.headers]

@@ -522,7 +522,7 @@ async def test_another_protocol_behind_an_answer_begins_after_it(root: Path, pat
 def body_of(received: bytes) -> bytes:
     head, _, body = received.partition(b"\r\n\r\n")
     assert b"transfer-encoding" not in head.lower()
-    assert b"connection: close" in head.lower()
+    assert b"connection: keep-alive" not in head.lower()
     return body
 
 
