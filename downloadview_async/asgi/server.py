@@ -5,6 +5,26 @@
 It offers ASGI's path send (`http.response.pathsend`), so Starlette's FileResponse and StaticFiles become zero-copy as
 they are. To a `DownloadResponse` it says that it takes more than the specification has: an open descriptor, an offset
 and a count, and heads that are prepared. TLS, and whatever else has no plain socket, is served in chunks as before.
+
+Theory of operation. The parser reads all that it is given, so the protocol gives it one message at a time: the input is
+in one of four phases, and an answer is under way or not.
+
+    phase    | what comes is                    | no answer under way          | an answer under way
+    ---------+----------------------------------+------------------------------+-------------------------------------
+    BETWEEN  | the next head, or empty lines    | parsed; the keep-alive timer | kept as bytes; beyond some, no more
+             |                                  | runs                         | is read
+    HEAD     | the rest of a head               | parsed; the timer of the     | does not occur
+             |                                  | head runs                    |
+    BODY     | a body, and its trailers         | parsed and dropped           | parsed; trailers are dropped
+    CLOSING  | what the client still sends      | dropped; beyond some, not    | does not occur: the connection is
+             |                                  | read; the timer runs         | reset
+
+    BETWEEN -> HEAD (a first byte) -> BODY (a head that is not refused) -> BETWEEN (the end of the body)
+    any -> CLOSING (the last answer is complete, a refusal, another protocol takes over) -> the socket is closed
+
+What cannot be read is answered by 400, 501 or 505 where no answer is under way. Otherwise the connection is reset:
+nothing is ever written into another answer. A head is refused here for its version, its Host and its transfer coding;
+the parser refuses the rest, and the tests say what that is. A client that has half-closed is answered to the end.
 """
 
 import asyncio
@@ -189,9 +209,9 @@ class DownloadCycle(RequestResponseCycle):
 def _with_close(start: Message) -> Message:
     """Return the start of the last answer of a connection; before 0.53, uvicorn does not say that it is the last."""
     headers = list(start.get("headers", ()))
-    return (
-        start if any(name.lower() == b"connection" for name, _ in headers) else {**start, "headers": [*headers, _CLOSE]}
-    )
+    if not any(name.lower() == b"connection" for name, _ in headers):
+        headers.append(_CLOSE)
+    return {**start, "headers": headers}
 
 
 class _Unframed:
