@@ -667,6 +667,8 @@ class DownloadProtocol(HttpToolsProtocol):
         idle = now - self._idle_since
         if idle < patience:
             self._ring_after(patience - idle)
+        elif self._phase is _BETWEEN and self._unread():
+            self._ring_after(patience)  # the next request has come
         elif left == 0 or self.transport.is_closing():
             super().timeout_keep_alive_handler()
         else:
@@ -783,13 +785,13 @@ class DownloadProtocol(HttpToolsProtocol):
             os.close(connection)
 
     def _fileno(self) -> int:
-        """Return the number of the socket. Raises `OSError` if there is none, or none any more."""
-        if self._lost:
-            raise ConnectionResetError
+        """Return the number of the socket. Raises `OSError`: `ConnectionResetError` if it is closed."""
         connection = self.transport.get_extra_info("socket")
-        if connection is None or connection.fileno() < 0:
+        if connection is None:
             raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
         number: int = connection.fileno()
+        if self._lost or number < 0:
+            raise ConnectionResetError
         return number
 
     def _flushed(self) -> "asyncio.Future[None]":

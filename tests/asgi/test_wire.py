@@ -756,6 +756,21 @@ async def test_a_request_at_the_moment_of_the_end_is_answered(root: Path, begun:
     assert answer.body == CONTENT
 
 
+async def test_a_request_at_the_moment_of_the_keep_alive_timeout_is_answered(root: Path) -> None:
+    loop = asyncio.get_running_loop()
+    async with running(Wire(root).app) as (server, port):
+        client = await connected(server, port)
+        protocol: Any
+        (protocol,) = server.server_state.connections
+        client.send(get())
+        while not (await loop.sock_recv(client, 4096)).endswith(b"the content"):
+            pass
+        protocol._idle_since -= 2 * protocol.timeout_keep_alive
+        client.send(get("/ours/big.bin", CLOSE))
+        protocol.timeout_keep_alive_handler()
+        assert parse(await all_of(client)).body == CONTENT
+
+
 async def test_a_fresh_connection_that_asks_for_nothing_does_not_hold_up_the_end(root: Path) -> None:
     async with running(Wire(root).app) as (server, port):
         client = await connected(server, port)
