@@ -591,7 +591,11 @@ class DownloadProtocol(HttpToolsProtocol):
             if self._waiting():
                 self._start_watching()
             return
-        self.transport.write_eof()
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has reset the connection
+            self.transport.abort()
+            return
         self.flow.is_full = False
         self.flow.resume_reading()
         self._idle_since, self._idle_with = monotonic(), None

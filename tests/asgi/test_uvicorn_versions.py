@@ -23,7 +23,7 @@ def run(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_protocol_passes_its_own_tests_on_the_oldest_uvicorn() -> None:
     needs_the_oldest_uvicorn()
     # Which file system the files are on is nothing to uvicorn; what it makes of bad headers is its own.

@@ -700,6 +700,22 @@ async def test_a_client_that_closes_after_its_last_answer_is_closed_at_once(root
                 await asyncio.sleep(0.01)
 
 
+async def test_a_client_that_resets_in_place_of_a_body_is_no_error(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    async with live(Wire(root).app, http=DownloadProtocol) as port:
+        for number in range(200):
+            client = socket.create_connection(("127.0.0.1", port))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.send(get("/ours/small.bin", "Content-Length: 9999999"))
+            for _ in range(number % 20):
+                await asyncio.sleep(0)
+            client.close()
+        assert statuses(await talk(port, get("/fields", CLOSE))) == [200]
+    assert [record.message for record in caplog.records] == []
+
+
 @contextlib.asynccontextmanager
 async def running(app: Any, **options: Any) -> AsyncIterator[tuple[uvicorn.Server, int]]:
     listener = socket.create_server(("127.0.0.1", 0))
