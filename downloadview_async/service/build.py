@@ -37,6 +37,7 @@ from downloadview_async import (
     XLiteSpeedLocation,
     XReproxyURL,
     XSendfile,
+    add_content_types,
     download_error,
     storage_from_url,
 )
@@ -75,6 +76,11 @@ def build(settings: Settings) -> Starlette:
 
     Raises `ConfigurationError` for what the settings name and does not exist.
     """
+    for suffix, content_type in settings.content_types.items():
+        try:
+            add_content_types({suffix: content_type})
+        except ValueError as exc:
+            raise settings.error(f'content_types."{suffix}"', str(exc)) from exc
     databases = _databases(settings)
     caches = _caches(settings)
     sources = _sources(settings, databases, caches)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
@@ -236,12 +236,17 @@ class OffloadSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     encoding: Annotated[Literal["raw", "percent"], Meta(description="raw or percent")] | None = None
 
 
+ContentTypes = Annotated[
+    dict[str, str], Meta(description='a table of suffixes and media types, such as ".gcode" = "text/x-gcode"')
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All settings, checked as far as they can be without opening anything; directories are absolute.
 
     directory: where relative paths begin, and modules are imported from. origins: where a key was written, for
-    messages; what is not in there comes from `file`.
+    messages; what is not in there comes from `file`. content_types: by suffix, over the library's own table.
     """
 
     file: str
@@ -251,6 +256,7 @@ class Settings:
     sources: Mapping[str, SourceSettings]
     routes: Sequence[RouteSettings]
     offload: OffloadSettings
+    content_types: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, problem: str) -> ConfigurationError:
         """Return the error for a key such as `sources.files.root`."""
