@@ -201,12 +201,16 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
             case PathSettings():
                 with settings.blaming(f"{key}.root"):
                     sources[name] = PathSource(
-                        source.root, symlinks=source.symlinks, precompressed=source.precompressed
+                        source.root,
+                        symlinks=source.symlinks,
+                        precompressed=source.precompressed,
+                        names=source.names,
                     )
             case StorageSettings():
                 with settings.blaming(f"{key}.url"):
                     limit = {} if source.max_connections is None else {"max_connections": source.max_connections}
-                    sources[name] = StorageSource(storage_from_url(source.url, **limit, **source.options))
+                    storage = storage_from_url(source.url, names=source.names or "portable", **limit, **source.options)
+                    sources[name] = StorageSource(storage, names=source.names)
             case RemoteSettings():
                 with settings.blaming(f"{key}.url"):
                     sources[name] = RemoteSource(
@@ -215,6 +219,7 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                         max_connections=source.max_connections,
                         connect_timeout=source.connect_timeout,
                         read_timeout=source.read_timeout,
+                        names=source.names,
                     )
             case VirtualSettings():
                 sources[name] = VirtualSource(_imported(settings, f"{key}.factory", source.factory))

@@ -74,6 +74,7 @@ class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 
     root: Annotated[str, Meta(min_length=1, description="a directory, absolute or relative to the settings file")]
     symlinks: Annotated[Literal["deny", "inside", "follow"], Meta(description="deny, inside or follow")] = "inside"
+    names: Annotated[Literal["portable", "any"], Meta(description="portable or any")] = "portable"
     precompressed: Annotated[
         list[Literal["br", "zstd", "gzip"]], Meta(description='a list of "br", "zstd" and "gzip"')
     ] = []
@@ -133,6 +134,7 @@ class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     max_connections: (
         Annotated[_Count, Meta(description="requests to an object store at once, 100 without it")] | None
     ) = None
+    names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] | None = None
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
@@ -158,6 +160,7 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     max_connections: Annotated[_Count, Meta(description="upstream requests at once, 1 or more")] = 100
     connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 10.0
     read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 30.0
+    names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] = "portable"
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 

@@ -11,7 +11,7 @@ from downloadview_async.http.content_types import content_type_for
 from downloadview_async.http.negotiation import preferred_encodings
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.local import OpenLocalFile
-from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.names import Names, canonical_name
 from downloadview_async.sources.open_file_cache import OpenFileCache
 from downloadview_async.sources.root import Opened, Root, Symlinks, open_trusted
 from downloadview_async.sources.workers import Workers
@@ -119,6 +119,8 @@ class PathSource:
     precompressed: content codings ("br", "zstd", "gzip") of which `NAME.br`, `NAME.zst`, `NAME.gz` may be sent in
     place of NAME to clients that accept them.
     threads: how many blocking calls to this directory may run at once.
+    names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
+    takes them.
 
     Raises `ConfigurationError` where root is no readable directory or an option has no such value.
     """
@@ -130,19 +132,23 @@ class PathSource:
         symlinks: Symlinks = "inside",
         precompressed: Sequence[str] = (),
         threads: int = 40,
+        names: Names = "portable",
     ) -> None:
         if unknown := set(precompressed) - set(SUFFIXES):
             raise ConfigurationError(f"precompressed takes {', '.join(SUFFIXES)}, not {', '.join(sorted(unknown))}")
-        self.root = beneath = Root(root, symlinks=symlinks)
+        self.root = beneath = Root(root, symlinks=symlinks, names=names)
         workers, codings = Workers(threads), tuple(precompressed)
         cache = OpenFileCache(beneath, workers)
 
         @lru_cache(_KEPT)
         def file(name: str) -> FileBeneath:
-            checked_segments(name)
-            return FileBeneath(beneath, name, workers=workers, precompressed=codings, cache=cache)
+            return FileBeneath(beneath, self.canonical(name), workers=workers, precompressed=codings, cache=cache)
 
         self._file = file
+
+    def canonical(self, name: str) -> str:
+        """Return the name beneath the root that a name from a request stands for: see `HasCanonicalNames`."""
+        return canonical_name(name, self.root.names)
 
     async def resolve(self, name: str, /) -> FileBeneath:
         """Return the file called `name`. Raises `FileMissing` for what no file may be called."""

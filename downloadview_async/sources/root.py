@@ -13,7 +13,7 @@ import weakref
 from typing import Literal, NamedTuple
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileError, FileMissing, SourceUnavailable
-from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.names import Names, check_names_option, checked_segments
 
 Symlinks = Literal["deny", "inside", "follow"]
 """deny: no link at all. inside: links that stay beneath the root. follow: any link, wherever it leads."""
@@ -101,7 +101,7 @@ class Opened(NamedTuple):
 
 
 class Root:
-    """A directory, held open, and the policy for symbolic links beneath it.
+    """A directory, held open, and the policies for symbolic links and for names beneath it.
 
     `descriptor` is that of the directory. It is opened once: one that is renamed goes on being served. `path` is
     absolute but not resolved, as a proxy's configuration would name it.
@@ -110,13 +110,20 @@ class Root:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, symlinks: Symlinks = "inside", use_openat2: bool | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        symlinks: Symlinks = "inside",
+        names: Names = "portable",
+        use_openat2: bool | None = None,
     ) -> None:
+        check_names_option(names)
         if symlinks not in _RESOLVE:
             raise ConfigurationError(f"symlinks must be one of {', '.join(_RESOLVE)}, not {symlinks!r}")
         self.path = os.path.abspath(path)
         self._prefix = f"{self.path.rstrip('/')}/"
         self.symlinks: Symlinks = symlinks
+        self.names: Names = "any" if names == "exact" else names  # the kernel drops empty segments
         self.use_openat2 = has_openat2() if use_openat2 is None else use_openat2
         try:
             self.descriptor = os.open(self.path, _DIRECTORY_FLAGS)
@@ -138,7 +145,7 @@ class Root:
 
     def open_cached(self, name: str) -> Opened | None:
         """Open a file if the kernel can do so without waiting for a disk; else return None. Otherwise as `open`."""
-        checked_segments(name)
+        checked_segments(name, self.names)
         # RESOLVE_CACHED is about the walk alone: what opens, describes and closes the file is its file system.
         if not self.use_openat2 or not self.is_quick:
             return None
@@ -158,7 +165,7 @@ class Root:
         Returns the descriptor, which the caller has to close, and what is known of it. Raises `FileMissing`,
         `AccessDenied` or `SourceUnavailable`.
         """
-        segments = checked_segments(name)
+        segments = checked_segments(name, self.names)
         try:
             if self.use_openat2:
                 descriptor = self._open_in_kernel(name)

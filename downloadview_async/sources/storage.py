@@ -17,7 +17,7 @@ from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import OpenFile, Storage
 from downloadview_async.sources.fileobject import OpenFileObject, closing_in_thread
 from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
-from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.names import Names, canonical_name, check_names_option
 from downloadview_async.sources.objectstore import SCHEMES, ObjectStorage
 from downloadview_async.sources.open_file_cache import OpenFileCache
 from downloadview_async.sources.path import FileBeneath
@@ -47,22 +47,47 @@ class StorageFile:
 
 
 class StorageSource:
-    """The files of a storage, by their names in it."""
+    """The files of a storage, by their names in it.
 
-    def __init__(self, storage: Storage) -> None:
+    names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
+    takes them; with "exact" a name is the storage's key to the letter, with any slash at its beginning.
+    By default an `ObjectStorage` and a `MemoryStorage` take any name, a `DirectoryStorage` what it was made for, and
+    others portable ones.
+    """
+
+    def __init__(self, storage: Storage, *, names: Names | None = None) -> None:
         self.storage = storage
+        self.names: Names = _names_of(storage) if names is None else names
+        check_names_option(self.names)
+
+    def canonical(self, name: str) -> str:
+        """Return the key in the storage that a name from a request stands for: see `HasCanonicalNames`."""
+        return canonical_name(name, self.names)
 
     async def resolve(self, name: str, /) -> StorageFile:
         """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
-        checked_segments(name)
+        name = self.canonical(name)
         return StorageFile(self.storage, name, location=await self.storage.locate(name))
+
+
+def _names_of(storage: Storage) -> Names:
+    if isinstance(storage, DirectoryStorage):
+        return storage.root.names
+    return "any" if isinstance(storage, ObjectStorage | MemoryStorage) else "portable"
 
 
 class DirectoryStorage:
     """A local directory as a storage: names are opened beneath it exactly as `PathSource` does."""
 
-    def __init__(self, root: str | os.PathLike[str], *, symlinks: Symlinks = "inside", threads: int = 40) -> None:
-        self.root = Root(root, symlinks=symlinks)
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        symlinks: Symlinks = "inside",
+        threads: int = 40,
+        names: Names = "portable",
+    ) -> None:
+        self.root = Root(root, symlinks=symlinks, names=names)
         self._workers = Workers(threads)
         self._cache = OpenFileCache(self.root, self._workers)
 
@@ -215,10 +240,11 @@ def _as_file_errors(name: str) -> Iterator[None]:
         raise SourceUnavailable(f"the storage failed on {name!r}: {type(exc).__name__}: {exc}") from exc
 
 
-def storage_from_url(url: str, /, **options: Any) -> Storage:
+def storage_from_url(url: str, /, *, names: Names = "portable", **options: Any) -> Storage:
     """Return the storage that a URL names: `file:///srv/media`, `memory://`, or an object store (see `ObjectStorage`).
 
-    options: for an object store alone, as `ObjectStorage` takes them.
+    names: which names a directory takes, as in `DirectoryStorage`. options: for an object store alone, as
+    `ObjectStorage` takes them.
 
     Raises `ConfigurationError` for any other scheme, and for a directory that cannot be opened.
     """
@@ -232,7 +258,7 @@ def storage_from_url(url: str, /, **options: Any) -> Storage:
     if parts.scheme == "memory" and not (parts.netloc or parts.path.strip("/")):
         return MemoryStorage()
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
-        return DirectoryStorage(unquote(parts.path))
+        return DirectoryStorage(unquote(parts.path), names=names)
     raise ConfigurationError(
         f"{url!r} is no storage: give file:///ABSOLUTE/DIRECTORY, memory://, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or "
         "az://CONTAINER/PREFIX, or make a StorageSource of an object"

@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from downloadview_async import (
     ByteRange,
     ConfigurationError,
+    DirectoryStorage,
     Download,
     LocalFile,
     OffloadMiddleware,
@@ -165,3 +167,27 @@ async def test_names_and_locations(root: Path) -> None:
     assert LocalFile(root / "style.css", name="x").name == "x"
     found = await PathSource(root).resolve("style.css")
     assert (found.name, found.location) == ("style.css", str(root / "style.css"))
+
+
+@pytest.mark.parametrize("name", ["sub/b.txt", "./sub/b.txt", "//sub/b.txt", "sub/././b.txt", "sub//b.txt"])
+async def test_single_dots_and_empty_segments_are_dropped(root: Path, name: str) -> None:
+    (root / "sub").mkdir(exist_ok=True)
+    (root / "sub" / "b.txt").write_text("b")
+    file = await PathSource(root).resolve(name)
+    assert (file.location, file.name) == (str(root / "sub" / "b.txt"), "b.txt")
+    async with file.open() as opened:
+        assert [chunk async for chunk in opened.stream(None)] == [b"b"]
+
+
+@pytest.mark.parametrize("name", ["a:b.txt", "a\\b.txt", "aux.notes", "NUL"])
+async def test_any_name_of_this_system_can_be_sent_where_that_is_wanted(root: Path, name: str) -> None:
+    (root / name).write_text("x")
+    assert (await call(Download(PathSource(root)), f"/{name}")).status == 404
+    assert (await call(Download(PathSource(root, names="any")), f"/{name}")).body == b"x"
+
+
+def test_names_that_are_no_choice_are_refused(root: Path) -> None:
+    wrong: Any = "all"
+    for make in (PathSource, DirectoryStorage):
+        with pytest.raises(ConfigurationError, match="names must be one of portable, any, exact, not 'all'"):
+            make(root, names=wrong)
