@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -12,7 +13,7 @@ import anyio
 import anyio.to_thread
 
 from downloadview_async.errors import SourceUnavailable, TransferAborted
-from downloadview_async.http.metadata import ByteRange, FileMetadata, stat_validators
+from downloadview_async.http.metadata import ByteRange, FileMetadata, is_telling, stat_validators
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.workers import MID_TRANSFER, UNLIMITED, Workers
@@ -20,6 +21,7 @@ from downloadview_async.sources.workers import MID_TRANSFER, UNLIMITED, Workers
 CHUNK_SIZE = 256 * 1024
 """Bytes read, and sent, at a time."""
 
+_SECOND = 1_000_000_000
 _PROBE = 128 * 1024  # what a disk is usually read by
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
@@ -35,9 +37,17 @@ _buffers = _Buffers()
 
 
 @lru_cache(maxsize=1024)
-def _metadata(size: int, mtime_ns: int) -> FileMetadata:
+def _metadata(size: int, mtime_ns: int, is_telling: bool) -> FileMetadata:
+    if not is_telling:
+        return FileMetadata(size=size)
     etag, last_modified = stat_validators(size, mtime_ns)
     return FileMetadata(size=size, etag=etag, last_modified=last_modified)
+
+
+def _is_telling(found: os.stat_result) -> bool:
+    # A file system that keeps fractions of a second has one in the time of the last change of the inode.
+    is_coarse = not found.st_mtime_ns % _SECOND and not found.st_ctime_ns % _SECOND
+    return is_telling(found.st_mtime_ns, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
 
 
 class OpenLocalFile:
@@ -53,7 +63,7 @@ class OpenLocalFile:
         self.workers = workers
         self._read_cached_pages = _RWF_NOWAIT is not None
         self.size = found.st_size
-        self.metadata = _metadata(found.st_size, found.st_mtime_ns)
+        self.metadata = _metadata(found.st_size, found.st_mtime_ns, _is_telling(found))
 
     @property
     def local(self) -> "OpenLocalFile":

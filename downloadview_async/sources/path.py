@@ -162,10 +162,10 @@ class PathSource:
 def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: str) -> None:
     metadata = replace(file.metadata, headers=(("vary", "Accept-Encoding"),))
     if encoding is not None:
-        assert metadata.etag is not None
+        tag = metadata.etag
         metadata = replace(
             metadata,
-            etag=replace(metadata.etag, value=f"{metadata.etag.value}-{encoding}"),
+            etag=None if tag is None else replace(tag, value=f"{tag.value}-{encoding}"),
             content_type=content_type,
             headers=(("content-encoding", encoding), *metadata.headers),
         )

@@ -9,10 +9,12 @@ import errno
 import os
 import stat
 import sys
+import time
 import weakref
 from typing import Literal, NamedTuple
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileError, FileMissing, SourceUnavailable
+from downloadview_async.http.metadata import unsettled_seconds
 from downloadview_async.sources.names import Names, check_names_option, checked_segments
 
 Symlinks = Literal["deny", "inside", "follow"]
@@ -104,7 +106,8 @@ class Root:
     """A directory, held open, and the policies for symbolic links and for names beneath it.
 
     `descriptor` is that of the directory. It is opened once: one that is renamed goes on being served. `path` is
-    absolute but not resolved, as a proxy's configuration would name it.
+    absolute but not resolved, as a proxy's configuration would name it. settles: whether a file that has changed just
+    now is described only when a further change would show in its times.
 
     Raises `ConfigurationError` where `path` is no directory that can be read.
     """
@@ -115,6 +118,7 @@ class Root:
         *,
         symlinks: Symlinks = "inside",
         names: Names = "portable",
+        settles: bool = True,
         use_openat2: bool | None = None,
     ) -> None:
         check_names_option(names)
@@ -124,6 +128,7 @@ class Root:
         self._prefix = f"{self.path.rstrip('/')}/"
         self.symlinks: Symlinks = symlinks
         self.names: Names = "any" if names == "exact" else names  # the kernel drops empty segments
+        self.settles = settles
         self.use_openat2 = has_openat2() if use_openat2 is None else use_openat2
         try:
             self.descriptor = os.open(self.path, _DIRECTORY_FLAGS)
@@ -157,7 +162,11 @@ class Root:
             if exc.errno in (errno.EAGAIN, errno.EINVAL, errno.EXDEV):
                 return None
             raise _file_error(exc) from exc
-        return _only_regular(descriptor, quick=True)
+        opened = _only_regular(descriptor, quick=True, settled=False)
+        if self.settles and unsettled_seconds(opened.found.st_mtime_ns, time.time_ns()):
+            os.close(descriptor)
+            return None
+        return opened
 
     def open(self, name: str) -> Opened:
         """Open the regular file `name` beneath the root. May block on a disk.
@@ -175,7 +184,7 @@ class Root:
                 descriptor = self._open_by_segments(segments)
         except OSError as exc:
             raise _file_error(exc) from exc
-        return _only_regular(descriptor)
+        return _only_regular(descriptor, settled=self.settles)
 
     def _open_in_kernel(self, name: str) -> int:
         for _ in range(_MAX_RACES):
@@ -240,9 +249,21 @@ def _read_link(name: str, directory: int) -> str | None:
         raise
 
 
-def _only_regular(descriptor: int, *, quick: bool | None = None) -> Opened:
-    try:
+def settled_stat(descriptor: int) -> os.stat_result:
+    """Return what is known of an open file, from a moment on at which a change would show in its times.
+
+    For a file that has changed in the last 20 ms, this waits for the rest of them.
+    """
+    found = os.fstat(descriptor)
+    if seconds := unsettled_seconds(found.st_mtime_ns, time.time_ns()):
+        time.sleep(seconds)
         found = os.fstat(descriptor)
+    return found
+
+
+def _only_regular(descriptor: int, *, quick: bool | None = None, settled: bool = True) -> Opened:
+    try:
+        found = settled_stat(descriptor) if settled else os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise FileMissing("not a regular file")
     except BaseException:

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, DownloadError, FileMissing, SourceUnavailable
 from downloadview_async.http.dates import http_seconds
-from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata, is_telling, unsettled_seconds
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import OpenFile, Storage
 from downloadview_async.sources.fileobject import OpenFileObject, closing_in_thread
@@ -184,12 +184,13 @@ class SyncStorage:
 
     def _open(self, name: str) -> tuple[Any, FileMetadata]:
         with _as_file_errors(name):
+            if seconds := _unsettled(self._modified(name)):
+                time.sleep(seconds)  # then a further change shows in the time
             file = self._storage.open(name, "rb")
             try:
                 seekable = hasattr(file, "seek")
                 size = file.seek(0, os.SEEK_END) if seekable else self._ask("size", name)
-                modified = self._ask("modified", name) or self._ask("get_modified_time", name)
-                metadata = _dated_metadata(None if size is None else int(size), modified)
+                metadata = _dated_metadata(None if size is None else int(size), self._modified(name))
             except BaseException:
                 file.close()
                 raise
@@ -206,6 +207,13 @@ class SyncStorage:
             url = self._ask("url", name)
         return url if isinstance(url, str) and "://" in url else None
 
+    def _modified(self, name: str) -> float | None:
+        """Return the time of the last change in seconds since the epoch, or None where it is not known."""
+        modified = self._ask("modified", name) or self._ask("get_modified_time", name)
+        if isinstance(modified, datetime):
+            return (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
+        return None if modified is None else float(modified)
+
     def _ask(self, method: str, name: str) -> Any:
         """Return what the object's method says of `name`, or None where it has no such method or it is not for it."""
         function = getattr(self._storage, method, None)
@@ -217,12 +225,17 @@ class SyncStorage:
             return None
 
 
-def _dated_metadata(size: int | None, modified: datetime | float | None) -> FileMetadata:
-    if modified is None or size is None:
+def _unsettled(modified: float | None) -> float:
+    return 0.0 if modified is None else unsettled_seconds(int(modified * 1_000_000) * 1000, time.time_ns())
+
+
+def _dated_metadata(size: int | None, modified: float | None) -> FileMetadata:
+    if modified is None or size is None or _unsettled(modified):
         return FileMetadata(size=size)
-    if isinstance(modified, datetime):
-        modified = (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
-    etag = ETag(f"{int(modified * 1_000_000):x}-{size:x}", weak=float(modified).is_integer())
+    is_coarse = modified.is_integer()
+    if not is_telling(int(modified * 1_000_000) * 1000, time.time_ns(), is_coarse=is_coarse):
+        return FileMetadata(size=size)
+    etag = ETag(f"{int(modified * 1_000_000):x}-{size:x}", weak=is_coarse)
     return FileMetadata(size=size, etag=etag, last_modified=http_seconds(modified))
 
 

@@ -186,7 +186,7 @@ async def test_any_name_of_this_system_can_be_sent_where_that_is_wanted(root: Pa
     assert (await call(Download(PathSource(root, names="any")), f"/{name}")).body == b"x"
 
 
-def test_names_that_are_no_choice_are_refused(root: Path) -> None:
+async def test_names_that_are_no_choice_are_refused(root: Path) -> None:
     wrong: Any = "all"
     for make in (PathSource, DirectoryStorage):
         with pytest.raises(ConfigurationError, match="names must be one of portable, any, exact, not 'all'"):
