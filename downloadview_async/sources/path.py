@@ -71,21 +71,28 @@ class FileBeneath:
         """Open the file, if that waits for nothing: see `open_at_once`."""
         if not self._precompressed and self._cache is not None:
             return self._cache.open(self._path)
-        for encoding in (*preferred_encodings(request.accept_encoding, self._precompressed), None):
+        for encoding in preferred_encodings(request.accept_encoding, self._precompressed):
             try:
-                opened = self._root.open_cached(self._path + (SUFFIXES[encoding] if encoding else ""))
+                sibling = self._root.open_cached(self._path + SUFFIXES[encoding])
             except (FileMissing, AccessDenied):
-                if encoding is None:
-                    raise
-            else:
-                return None if opened is None else self._opened(opened, encoding)
-        raise AssertionError("the file itself is the last that is tried")
+                continue
+            if sibling is None:
+                return None
+            try:
+                itself = self._root.open_cached(self._path)
+            except (FileMissing, AccessDenied):
+                return self._opened(sibling, encoding)
+            if itself is None:
+                _close(sibling)
+                return None
+            return self._opened(*_newer(sibling, encoding, itself))
+        opened = self._root.open_cached(self._path)
+        return None if opened is None else self._opened(opened, None)
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
         """Open the file, or the sibling that the request prefers, beneath the root."""
-        encoding, opened = await self._open_best(request)
-        file = self._opened(opened, encoding)
+        file = self._opened(*await self._open_best(request))
         try:
             yield file
         finally:
@@ -97,13 +104,21 @@ class FileBeneath:
             _describe_encoding(file, encoding, content_type_for(self.name))
         return file
 
-    async def _open_best(self, request: DownloadRequest) -> tuple[str | None, Opened]:
+    async def _open_best(self, request: DownloadRequest) -> tuple[Opened, str | None]:
         for encoding in preferred_encodings(request.accept_encoding, self._precompressed):
             try:
-                return encoding, await self._open(self._path + SUFFIXES[encoding])
+                sibling = await self._open(self._path + SUFFIXES[encoding])
             except (FileMissing, AccessDenied):
                 continue
-        return None, await self._open(self._path)
+            try:
+                itself = await self._open(self._path)
+            except (FileMissing, AccessDenied):
+                return sibling, encoding
+            except BaseException:
+                _close(sibling)
+                raise
+            return _newer(sibling, encoding, itself)
+        return await self._open(self._path), None
 
     async def _open(self, path: str) -> Opened:
         if (opened := self._root.open_cached(path)) is not None:
@@ -170,6 +185,17 @@ def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: 
             headers=(("content-encoding", encoding), *metadata.headers),
         )
     file.metadata = metadata
+
+
+def _newer(sibling: Opened, encoding: str, itself: Opened) -> tuple[Opened, str | None]:
+    """Return the precompressed file with its coding, or the file itself if that has changed since; close the other."""
+    made, changed = sibling.found.st_mtime_ns, itself.found.st_mtime_ns
+    # some tools give what they compress the time of the file in whole seconds
+    if made < changed and made != changed // 1_000_000_000 * 1_000_000_000:
+        _close(sibling)
+        return itself, None
+    _close(itself)
+    return sibling, encoding
 
 
 def _close(opened: Opened) -> None:
