@@ -15,6 +15,7 @@ from downloadview_async.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from downloadview_async.http.content_types import add_content_types
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.offload.backends import XAccelRedirect, XLiteSpeedLocation, XReproxyURL, XSendfile
@@ -89,6 +90,7 @@ __all__ = [
     "XReproxyURL",
     "XSendfile",
     "__version__",
+    "add_content_types",
     "download_error",
     "proxy_config",
     "storage_from_url",

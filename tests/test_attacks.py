@@ -217,7 +217,13 @@ def eventually(condition: Callable[[], bool], message: Callable[[], str]) -> Non
 
 OUTSIDE = [
     *["/../x", "/%2e%2e/x", "/..%2fsecret.txt", "/%252e%252e/x", "//etc/passwd", "/%2fetc/passwd", "/../../secret.txt"],
-    *["/../files-private/secret.txt", "/..%2ffiles-private%2fsecret.txt", "/sub/../ten.txt", "/./ten.txt", "//ten.txt"],
+    *[
+        "/../files-private/secret.txt",
+        "/..%2ffiles-private%2fsecret.txt",
+        "/sub/../ten.txt",
+        "/ten.txt/.",
+        "/./../ten.txt",
+    ],
     *[
         "/ten.txt/",
         "/ten.txt/x",
@@ -243,6 +249,12 @@ OUTSIDE = [
     ],
     *["/loop", "/up/secret.txt", "/up/files/ten.txt", "/back", "/zero", "/%", "/%zz", "/.", "/.."],
 ]
+
+
+@pytest.mark.parametrize("route", ["path", "storage", "remote"])
+@pytest.mark.parametrize("target", ["/./ten.txt", "//ten.txt", "/.//./ten.txt", "/%2e/ten.txt", "/%2ften.txt"])
+def test_single_dots_and_empty_segments_name_the_same_file(server: Server, route: str, target: str) -> None:
+    assert ask(server, f"/{route}{target}").body == ask(server, f"/{route}/ten.txt").body == b"0123456789"
 
 
 @pytest.mark.parametrize("route", ["path", "storage", "remote"])

@@ -58,7 +58,7 @@ from downloadview_async.asgi.response import close_after_body
 from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, PREPARED, LentFile, PreparedHead, is_ordinary
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.sources.local import OpenLocalFile
+from downloadview_async.sources.local import REWRITTEN, OpenLocalFile
 from downloadview_async.sources.path import LocalFile
 from downloadview_async.sources.workers import MID_TRANSFER
 
@@ -747,6 +747,8 @@ class DownloadProtocol(HttpToolsProtocol):
                     continue
                 try:
                     length = min(count, _WINDOW)
+                    if file.is_rewritten():
+                        raise TransferAborted(REWRITTEN)
                     if file.is_cached(offset, length):
                         sent = os.sendfile(self._fileno(), file.descriptor, offset, length)
                         if sent < count:

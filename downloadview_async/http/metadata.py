@@ -70,10 +70,34 @@ class FileMetadata:
     headers: tuple[tuple[str, str], ...] = ()
 
 
+_SECOND = 1_000_000_000
+_GRAIN = 20_000_000  # ns: kernels advance the clock of their files every 1 to 10 ms
+_COARSE_GRAIN = 2 * _SECOND  # of file systems that keep whole seconds: FAT counts in twos
+_NORMALISED = 315_532_800 * _SECOND  # 1980-01-01, where the times of ZIP begin
+
+
+def is_telling(mtime_ns: int, now_ns: int, *, is_coarse: bool) -> bool:
+    """Return whether a modification time would be another one if the bytes were [RFC 9110 8.8.1].
+
+    Archives that are built to be the same each time set it to 0, to 1 s or to the beginning of 1980: Nix, OCI layers,
+    OSTree, Bazel. And a time in whole seconds, from a file system or a storage that has no others (`is_coarse`), says
+    nothing of a change within these seconds of `now_ns`, when it was read.
+    """
+    if mtime_ns <= _SECOND or mtime_ns == _NORMALISED:
+        return False
+    return not is_coarse or abs(now_ns - mtime_ns) >= _COARSE_GRAIN
+
+
+def unsettled_seconds(mtime_ns: int, now_ns: int) -> float:
+    """Return for how many seconds a file may still change without another modification time: 0, or less than 0.05."""
+    age = now_ns - mtime_ns
+    return (_GRAIN - age) / _SECOND if -_GRAIN < age < _GRAIN else 0.0
+
+
 def stat_validators(size: int, mtime_ns: int) -> tuple[ETag, int | None]:
     """Return the strong entity tag and the Last-Modified time of a stored file, from its size and its mtime.
 
     The tag is equal on every replica that keeps mtimes (it never has the inode in it), and changes with the
-    nanosecond: a file replaced within one second gets another.
+    nanosecond: a file replaced within one second gets another. They are for a time that `is_telling` alone.
     """
-    return ETag(f"{mtime_ns:x}-{size:x}"), http_seconds(mtime_ns // 1_000_000_000)
+    return ETag(f"{mtime_ns:x}-{size:x}"), http_seconds(mtime_ns // _SECOND)

@@ -14,13 +14,17 @@ def new_boundary() -> str:
 def multipart_body(
     parts: Sequence[ByteRange], *, size: int, content_type: str | None, boundary: str
 ) -> tuple[tuple[bytes | ByteRange, ...], int]:
-    """Return the pieces of the body in order, framing and file parts, and its exact length in bytes."""
+    """Return the pieces of the body in order, framing and file parts, and its exact length in bytes.
+
+    A line end comes before the first boundary, too: it is an empty preamble, which "MAY" be there [14.6], nginx and
+    Apache send it, and zsync drops everything up to the first line end.
+    """
     type_line = f"Content-Type: {content_type}\r\n" if content_type else ""
     pieces: list[bytes | ByteRange] = []
-    before = f"--{boundary}\r\n"
     for part in parts:
-        pieces.append(f"{before}{type_line}Content-Range: {part.content_range(size)}\r\n\r\n".encode("latin-1"))
+        pieces.append(
+            f"\r\n--{boundary}\r\n{type_line}Content-Range: {part.content_range(size)}\r\n\r\n".encode("latin-1")
+        )
         pieces.append(part)
-        before = f"\r\n--{boundary}\r\n"
     pieces.append(f"\r\n--{boundary}--\r\n".encode("latin-1"))
     return tuple(pieces), sum(map(len, pieces))

@@ -34,6 +34,12 @@ _OF_THE_CONTENT = frozenset(
 )
 
 
+ACTIVE_POLICY = "sandbox; default-src 'none'"
+"""The Content-Security-Policy of a file that a browser shows inline and that could run: nothing in it does."""
+
+SVG_POLICY = f"{ACTIVE_POLICY}; style-src 'unsafe-inline'; img-src data:; font-src data:"
+"""The same for an SVG image, whose own styles, images and fonts a browser may use: without them it is black."""
+
 FRAMING = frozenset({"accept-ranges", "connection", "content-length", "content-range", "transfer-encoding"})
 """Headers that say how a body is sent: whoever sends it makes them, and nobody else."""
 
@@ -83,8 +89,14 @@ def describe(metadata: FileMetadata, presentation: Presentation, headers: Header
     # By what is sent in the end: the application's own headers may have changed both.
     inline = not described["content-disposition"].lower().startswith("attachment")
     if inline and is_active(described["content-type"]):
-        described.setdefault("content-security-policy", "sandbox; default-src 'none'")
+        described.setdefault("content-security-policy", _policy_for(described["content-type"]))
     return described
+
+
+def _policy_for(content_type: str) -> str:
+    """Return the Content-Security-Policy under which nothing in a file runs, and an SVG image has its colours."""
+    essence = content_type.partition(";")[0].strip().lower()
+    return SVG_POLICY if essence == "image/svg+xml" else ACTIVE_POLICY
 
 
 def make_plan(

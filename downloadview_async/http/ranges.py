@@ -9,7 +9,7 @@ MAX_PARTS = 100
 """A Range of more parts than this is ignored: "a server [...] MAY ignore [...] many small ranges" [14.2]."""
 
 _SPEC = re.compile("([0-9]*)-([0-9]*)")
-_HUGE = 1 << 63  # no file reaches it; numbers with more digits mean the same
+_HUGE = 1 << 63  # no file reaches it; larger numbers mean the same once first and last have been compared
 
 RangeSpec = tuple[int | None, int | None]
 """(first, last), (first, None) for "from first on", or (None, length) for "the last length bytes"."""
@@ -39,10 +39,12 @@ def parse_range(value: str) -> list[RangeSpec] | None:
         match = _SPEC.fullmatch(element)
         if match is None:
             return None
+        digits = match[1].lstrip("0"), match[2].lstrip("0")
         first, last = _number(match[1]), _number(match[2])
         if first is None and last is None:
             return None
-        if first is not None and last is not None and last < first:
+        # by the digits, since all huge numbers are one
+        if first is not None and last is not None and (len(digits[1]), digits[1]) < (len(digits[0]), digits[0]):
             return None
         specs.append((first, last))
     return specs or None

@@ -37,6 +37,7 @@ from downloadview_async import (
     XLiteSpeedLocation,
     XReproxyURL,
     XSendfile,
+    add_content_types,
     download_error,
     storage_from_url,
 )
@@ -75,6 +76,11 @@ def build(settings: Settings) -> Starlette:
 
     Raises `ConfigurationError` for what the settings name and does not exist.
     """
+    for suffix, content_type in settings.content_types.items():
+        try:
+            add_content_types({suffix: content_type})
+        except ValueError as exc:
+            raise settings.error(f'content_types."{suffix}"', str(exc)) from exc
     databases = _databases(settings)
     caches = _caches(settings)
     sources = _sources(settings, databases, caches)
@@ -195,12 +201,16 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
             case PathSettings():
                 with settings.blaming(f"{key}.root"):
                     sources[name] = PathSource(
-                        source.root, symlinks=source.symlinks, precompressed=source.precompressed
+                        source.root,
+                        symlinks=source.symlinks,
+                        precompressed=source.precompressed,
+                        names=source.names,
                     )
             case StorageSettings():
                 with settings.blaming(f"{key}.url"):
                     limit = {} if source.max_connections is None else {"max_connections": source.max_connections}
-                    sources[name] = StorageSource(storage_from_url(source.url, **limit, **source.options))
+                    storage = storage_from_url(source.url, names=source.names or "portable", **limit, **source.options)
+                    sources[name] = StorageSource(storage, names=source.names)
             case RemoteSettings():
                 with settings.blaming(f"{key}.url"):
                     sources[name] = RemoteSource(
@@ -209,6 +219,7 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                         max_connections=source.max_connections,
                         connect_timeout=source.connect_timeout,
                         read_timeout=source.read_timeout,
+                        names=source.names,
                     )
             case VirtualSettings():
                 sources[name] = VirtualSource(_imported(settings, f"{key}.factory", source.factory))

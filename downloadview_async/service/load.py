@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, cast, get_args
 from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 from downloadview_async import ConfigurationError
 from downloadview_async.service.settings import (
     CacheSettings,
+    ContentTypes,
     ObjectSettings,
     OffloadSettings,
     PathSettings,
@@ -44,8 +45,6 @@ PREFIX = "DOWNLOADVIEW_"
 CONFIG = "DOWNLOADVIEW_CONFIG"
 """The variable that names the settings file. It is not a setting itself."""
 
-_T = TypeVar("_T")
-
 _SOURCE_TYPES: dict[str, type[Struct]] = {
     "path": PathSettings,
     "storage": StorageSettings,
@@ -58,6 +57,7 @@ _TABLES: dict[str, Any] = {
     "sources": dict[str, Any],
     "routes": list[RouteSettings],
     "offload": OffloadSettings,
+    "content_types": ContentTypes,
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # as Starlette reads a route's path
 _COMMAND_LINE = "the command line"
@@ -187,6 +187,7 @@ class _Draft:
             sources=sources,
             routes=routes,
             offload=self._offload(self._converted("offload", offload, OffloadSettings), sources),
+            content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
         )
         for index, route in enumerate(routes):
             self._check_sending(f"routes[{index}].send", route, settings)
@@ -198,7 +199,7 @@ class _Draft:
             raise self.error(key, f"this is a table: write it as [{key}] in TOML, or as a JSON object in a variable")
         return table
 
-    def _converted(self, key: str, value: Any, kind: type[_T]) -> _T:
+    def _converted(self, key: str, value: Any, kind: Any) -> Any:
         if isinstance(kind, type) and issubclass(kind, Struct):
             self._only_known(key, value, [*_fields(kind), *filter(None, [kind.__struct_config__.tag_field])])
         try:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
@@ -74,6 +74,7 @@ class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 
     root: Annotated[str, Meta(min_length=1, description="a directory, absolute or relative to the settings file")]
     symlinks: Annotated[Literal["deny", "inside", "follow"], Meta(description="deny, inside or follow")] = "inside"
+    names: Annotated[Literal["portable", "any"], Meta(description="portable or any")] = "portable"
     precompressed: Annotated[
         list[Literal["br", "zstd", "gzip"]], Meta(description='a list of "br", "zstd" and "gzip"')
     ] = []
@@ -133,6 +134,7 @@ class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     max_connections: (
         Annotated[_Count, Meta(description="requests to an object store at once, 100 without it")] | None
     ) = None
+    names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] | None = None
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
@@ -158,6 +160,7 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     max_connections: Annotated[_Count, Meta(description="upstream requests at once, 1 or more")] = 100
     connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 10.0
     read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 30.0
+    names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] = "portable"
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
@@ -236,12 +239,17 @@ class OffloadSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     encoding: Annotated[Literal["raw", "percent"], Meta(description="raw or percent")] | None = None
 
 
+ContentTypes = Annotated[
+    dict[str, str], Meta(description='a table of suffixes and media types, such as ".gcode" = "text/x-gcode"')
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All settings, checked as far as they can be without opening anything; directories are absolute.
 
     directory: where relative paths begin, and modules are imported from. origins: where a key was written, for
-    messages; what is not in there comes from `file`.
+    messages; what is not in there comes from `file`. content_types: by suffix, over the library's own table.
     """
 
     file: str
@@ -251,6 +259,7 @@ class Settings:
     sources: Mapping[str, SourceSettings]
     routes: Sequence[RouteSettings]
     offload: OffloadSettings
+    content_types: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, problem: str) -> ConfigurationError:
         """Return the error for a key such as `sources.files.root`."""

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
@@ -58,6 +58,15 @@ class Source(Protocol):
 
     async def resolve(self, name: Any, /) -> AsyncFile:
         """Return the file. Whether it exists may be found out only when it is opened."""
+        ...
+
+
+@runtime_checkable
+class HasCanonicalNames(Protocol):
+    """What a source may also be: one that knows which of its names stand for the same file."""
+
+    def canonical(self, name: str) -> str:
+        """Return the one name for `./a//b`, `/a/b` and `a/b`. Raises `FileMissing` where none is."""
         ...
 
 

@@ -224,7 +224,7 @@ class CacheDirectory:
                 f"the cache directory {os.fspath(path)!r} cannot be made ({exc.strerror}): give one that this user "
                 "may write to"
             ) from exc
-        self.root = Root(path, symlinks="deny")
+        self.root = Root(path, symlinks="deny", settles=False)  # what is kept has validators of its own
         found = os.fstat(self.root.descriptor)
         if found.st_uid not in (os.geteuid(), 0) or found.st_mode & stat.S_IWOTH:
             raise ConfigurationError(

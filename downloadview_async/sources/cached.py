@@ -33,7 +33,7 @@ from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.arriving import Arriving, ArrivingFile
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source
+from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source
 from downloadview_async.sources.cache_directory import (
     CacheDirectory,
     Entry,
@@ -431,6 +431,7 @@ class CachedSource:
         self.source = source
         self.cache = cache
         self.name = _name_of(source) if name is None else name
+        self._canonical = source.canonical if isinstance(source, HasCanonicalNames) else None
         cache.enlist(self)
 
     async def resolve(self, name: Any, /) -> AsyncFile:
@@ -440,6 +441,8 @@ class CachedSource:
         """
         if not isinstance(name, str):
             return await self.source.resolve(name)
+        if self._canonical is not None:
+            name = self._canonical(name)  # each spelling would be fetched, and kept, again
         now = time.monotonic()
         if (kept := self.cache.kept.get((self.name, name))) is None or now >= kept.current:
             kept = await self.cache.find(self.name, name)

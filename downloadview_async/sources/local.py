@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -12,13 +13,17 @@ import anyio
 import anyio.to_thread
 
 from downloadview_async.errors import SourceUnavailable, TransferAborted
-from downloadview_async.http.metadata import ByteRange, FileMetadata, stat_validators
+from downloadview_async.http.metadata import ByteRange, FileMetadata, is_telling, stat_validators
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.workers import MID_TRANSFER, Workers, unlimited
 
 CHUNK_SIZE = 256 * 1024
 """Bytes read, and sent, at a time."""
+
+_SECOND = 1_000_000_000
+REWRITTEN = "the file was written to while it was sent"
+"""Why a transfer is aborted whose bytes may be of two versions of a file."""
 
 _PROBE = 128 * 1024  # what a disk is usually read by
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
@@ -35,9 +40,17 @@ _buffers = _Buffers()
 
 
 @lru_cache(maxsize=1024)
-def _metadata(size: int, mtime_ns: int) -> FileMetadata:
+def _metadata(size: int, mtime_ns: int, is_telling: bool) -> FileMetadata:
+    if not is_telling:
+        return FileMetadata(size=size)
     etag, last_modified = stat_validators(size, mtime_ns)
     return FileMetadata(size=size, etag=etag, last_modified=last_modified)
+
+
+def _is_telling(found: os.stat_result) -> bool:
+    # A file system that keeps fractions of a second has one in the time of the last change of the inode.
+    is_coarse = not found.st_mtime_ns % _SECOND and not found.st_ctime_ns % _SECOND
+    return is_telling(found.st_mtime_ns, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
 
 
 class OpenLocalFile:
@@ -53,7 +66,8 @@ class OpenLocalFile:
         self.workers = workers
         self._read_cached_pages = _RWF_NOWAIT is not None
         self.size = found.st_size
-        self.metadata = _metadata(found.st_size, found.st_mtime_ns)
+        self._mtime_ns = found.st_mtime_ns
+        self.metadata = _metadata(found.st_size, found.st_mtime_ns, _is_telling(found))
 
     @property
     def local(self) -> "OpenLocalFile":
@@ -86,6 +100,18 @@ class OpenLocalFile:
         chunk = self._cached(len(span), span.start)
         return chunk if chunk is not None and len(chunk) == len(span) else None
 
+    def is_rewritten(self) -> bool:
+        """Return whether the file is known to have been written to in place since it was opened.
+
+        Its bytes may then be of two versions. One that has grown may have been appended to, like a log: what was
+        promised of it is still there. Where the file system is not this kernel's alone, nobody asks.
+        """
+        return self._quick and self._has_other_times()
+
+    def _has_other_times(self) -> bool:
+        now = os.fstat(self.descriptor)
+        return now.st_mtime_ns != self._mtime_ns and now.st_size == self.size
+
     def is_cached(self, offset: int, length: int) -> bool:
         """Return whether all bytes of a span can be read without waiting for a disk, by one of every `_PROBE`."""
         if not self._read_cached_pages:
@@ -115,9 +141,9 @@ class OpenLocalFile:
             try:
                 chunk = self._cached(length, position)
                 if chunk is None:
-                    chunk = await self.workers.run_or_abandon(
-                        os.pread, self.descriptor, length, position, patience=patience
-                    )
+                    chunk = await self.workers.run_or_abandon(self._pread, length, position, patience=patience)
+                elif self.is_rewritten():
+                    raise OSError(errno.ESTALE, REWRITTEN)
             except (OSError, SourceUnavailable) as exc:
                 raise TransferAborted(f"reading failed at byte {position}: {exc}") from exc
             if not chunk:
@@ -125,6 +151,12 @@ class OpenLocalFile:
             position += len(chunk)
             patience = MID_TRANSFER
             yield chunk
+
+    def _pread(self, length: int, position: int) -> bytes:
+        chunk = os.pread(self.descriptor, length, position)
+        if self._has_other_times():
+            raise OSError(errno.ESTALE, REWRITTEN)
+        return chunk
 
     def _cached(self, length: int, position: int) -> bytes | None:
         """Return what the page cache has of it, without ever waiting for the disk; None if that is nothing."""

@@ -1,22 +1,44 @@
 """Which names may be looked up at all: relative, in validated segments, the same on every operating system."""
 
 import re
+from typing import Literal
 
-from downloadview_async.errors import FileMissing
+from downloadview_async.errors import ConfigurationError, FileMissing
 from downloadview_async.http.disposition import DEVICE_NAME
 
 MAX_LENGTH = 4095
 """Bytes of UTF-8: Linux's PATH_MAX without the final NUL."""
 
+Names = Literal["portable", "any", "exact"]
+"""Which names a source takes.
+
+"portable": those that every operating system takes, so no backslash, no colon and no Windows device such as `aux.txt`.
+"any": these, too. "exact": these, too, and the name is the key of a store to the letter, with its empty segments.
+"""
+
+_CONTROL = r"[\x00-\x1f\x7f]"
 # One search for all of it: this runs for every request, more than once.
-_FORBIDDEN = re.compile(rf"[\x00-\x1f\x7f\\:]|(?:^|/)(?:\.{{0,2}}|{DEVICE_NAME})(?:/|\Z)", re.IGNORECASE)
+_FORBIDDEN = {
+    "portable": re.compile(rf"{_CONTROL}|[\\:]|(?:^|/)(?:\.{{0,2}}|{DEVICE_NAME})(?:/|\Z)", re.IGNORECASE),
+    "any": re.compile(rf"{_CONTROL}|(?:^|/)\.{{0,2}}(?:/|\Z)"),
+    "exact": re.compile(rf"{_CONTROL}|(?:^|/)\.\.(?:/|\Z)|^\Z"),
+}
 
 
-def checked_segments(name: str) -> list[str]:
-    """Return the segments of a relative name such as `a/b.txt`.
+def check_names_option(names: str) -> None:
+    """Raise `ConfigurationError` for a value that the option `names` does not have."""
+    if names not in _FORBIDDEN:
+        raise ConfigurationError(f"names must be one of {', '.join(_FORBIDDEN)}, not {names!r}")
 
-    Raises `FileMissing` for what no file is called: an absolute or an empty name, an empty segment, `.`, `..`, a
-    backslash, a colon, a control character, a lone surrogate, a Windows device, or more than `MAX_LENGTH` bytes.
+
+def canonical_name(name: str, names: Names = "portable") -> str:
+    """Return the relative name, such as `a/b.txt`, that a name from a request stands for.
+
+    `.` and empty segments are dropped, except at the end, where they would make a file of a directory's name: `/a//b`,
+    `./a/b` and `a/./b` are all `a/b`, as for nginx, Apache and Caddy [RFC 3986 5.2.4]. With "exact" nothing is.
+
+    Raises `FileMissing` for a name that no file has: an empty one, one with `..`, a control character, a lone
+    surrogate, or more than `MAX_LENGTH` bytes, and for what "portable" refuses.
     """
     try:
         length = len(name.encode())
@@ -24,6 +46,17 @@ def checked_segments(name: str) -> list[str]:
         raise FileMissing(f"not valid Unicode: {name!r}") from None
     if length > MAX_LENGTH:
         raise FileMissing(f"a name of {length} bytes")
-    if _FORBIDDEN.search(name):
+    forbidden = _FORBIDDEN[names]
+    if forbidden.search(name):
+        *segments, last = name.split("/")
+        name = "/".join([*(segment for segment in segments if segment not in ("", ".")), last])
+        if forbidden.search(name):
+            raise FileMissing(f"not a name of a file: {name!r}")
+    return name
+
+
+def checked_segments(name: str, names: Names = "portable") -> list[str]:
+    """Return the segments of a name that `canonical_name` has returned. Raises `FileMissing` for any other."""
+    if canonical_name(name, names) != name:
         raise FileMissing(f"not a name of a file: {name!r}")
     return name.split("/")

@@ -11,7 +11,7 @@ from downloadview_async.http.content_types import content_type_for
 from downloadview_async.http.negotiation import preferred_encodings
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.local import OpenLocalFile
-from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.names import Names, canonical_name
 from downloadview_async.sources.open_file_cache import OpenFileCache
 from downloadview_async.sources.root import Opened, Root, Symlinks, open_trusted
 from downloadview_async.sources.workers import Workers
@@ -71,21 +71,28 @@ class FileBeneath:
         """Open the file, if that waits for nothing: see `open_at_once`."""
         if not self._precompressed and self._cache is not None:
             return self._cache.open(self._path)
-        for encoding in (*preferred_encodings(request.accept_encoding, self._precompressed), None):
+        for encoding in preferred_encodings(request.accept_encoding, self._precompressed):
             try:
-                opened = self._root.open_cached(self._path + (SUFFIXES[encoding] if encoding else ""))
+                sibling = self._root.open_cached(self._path + SUFFIXES[encoding])
             except (FileMissing, AccessDenied):
-                if encoding is None:
-                    raise
-            else:
-                return None if opened is None else self._opened(opened, encoding)
-        raise AssertionError("the file itself is the last that is tried")
+                continue
+            if sibling is None:
+                return None
+            try:
+                itself = self._root.open_cached(self._path)
+            except (FileMissing, AccessDenied):
+                return self._opened(sibling, encoding)
+            if itself is None:
+                _close(sibling)
+                return None
+            return self._opened(*_newer(sibling, encoding, itself))
+        opened = self._root.open_cached(self._path)
+        return None if opened is None else self._opened(opened, None)
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
         """Open the file, or the sibling that the request prefers, beneath the root."""
-        encoding, opened = await self._open_best(request)
-        file = self._opened(opened, encoding)
+        file = self._opened(*await self._open_best(request))
         try:
             yield file
         finally:
@@ -97,13 +104,21 @@ class FileBeneath:
             _describe_encoding(file, encoding, content_type_for(self.name))
         return file
 
-    async def _open_best(self, request: DownloadRequest) -> tuple[str | None, Opened]:
+    async def _open_best(self, request: DownloadRequest) -> tuple[Opened, str | None]:
         for encoding in preferred_encodings(request.accept_encoding, self._precompressed):
             try:
-                return encoding, await self._open(self._path + SUFFIXES[encoding])
+                sibling = await self._open(self._path + SUFFIXES[encoding])
             except (FileMissing, AccessDenied):
                 continue
-        return None, await self._open(self._path)
+            try:
+                itself = await self._open(self._path)
+            except (FileMissing, AccessDenied):
+                return sibling, encoding
+            except BaseException:
+                _close(sibling)
+                raise
+            return _newer(sibling, encoding, itself)
+        return await self._open(self._path), None
 
     async def _open(self, path: str) -> Opened:
         if (opened := self._root.open_cached(path)) is not None:
@@ -119,6 +134,8 @@ class PathSource:
     precompressed: content codings ("br", "zstd", "gzip") of which `NAME.br`, `NAME.zst`, `NAME.gz` may be sent in
     place of NAME to clients that accept them.
     threads: how many blocking calls to this directory may run at once.
+    names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
+    takes them.
 
     Raises `ConfigurationError` where root is no readable directory or an option has no such value.
     """
@@ -130,19 +147,23 @@ class PathSource:
         symlinks: Symlinks = "inside",
         precompressed: Sequence[str] = (),
         threads: int = 40,
+        names: Names = "portable",
     ) -> None:
         if unknown := set(precompressed) - set(SUFFIXES):
             raise ConfigurationError(f"precompressed takes {', '.join(SUFFIXES)}, not {', '.join(sorted(unknown))}")
-        self.root = beneath = Root(root, symlinks=symlinks)
+        self.root = beneath = Root(root, symlinks=symlinks, names=names)
         workers, codings = Workers(threads), tuple(precompressed)
         cache = OpenFileCache(beneath, workers)
 
         @lru_cache(_KEPT)
         def file(name: str) -> FileBeneath:
-            checked_segments(name)
-            return FileBeneath(beneath, name, workers=workers, precompressed=codings, cache=cache)
+            return FileBeneath(beneath, self.canonical(name), workers=workers, precompressed=codings, cache=cache)
 
         self._file = file
+
+    def canonical(self, name: str) -> str:
+        """Return the name beneath the root that a name from a request stands for: see `HasCanonicalNames`."""
+        return canonical_name(name, self.root.names)
 
     async def resolve(self, name: str, /) -> FileBeneath:
         """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
@@ -156,14 +177,25 @@ class PathSource:
 def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: str) -> None:
     metadata = replace(file.metadata, headers=(("vary", "Accept-Encoding"),))
     if encoding is not None:
-        assert metadata.etag is not None
+        tag = metadata.etag
         metadata = replace(
             metadata,
-            etag=replace(metadata.etag, value=f"{metadata.etag.value}-{encoding}"),
+            etag=None if tag is None else replace(tag, value=f"{tag.value}-{encoding}"),
             content_type=content_type,
             headers=(("content-encoding", encoding), *metadata.headers),
         )
     file.metadata = metadata
+
+
+def _newer(sibling: Opened, encoding: str, itself: Opened) -> tuple[Opened, str | None]:
+    """Return the precompressed file with its coding, or the file itself if that has changed since; close the other."""
+    made, changed = sibling.found.st_mtime_ns, itself.found.st_mtime_ns
+    # some tools give what they compress the time of the file in whole seconds
+    if made < changed and made != changed // 1_000_000_000 * 1_000_000_000:
+        _close(sibling)
+        return itself, None
+    _close(itself)
+    return sibling, encoding
 
 
 def _close(opened: Opened) -> None:

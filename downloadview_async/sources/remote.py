@@ -30,7 +30,7 @@ from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import RangeSpec, parse_range, select_ranges
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.names import Names, canonical_name, check_names_option
 from downloadview_async.sources.workers import Slots
 
 MAX_REDIRECTS = 5
@@ -175,6 +175,8 @@ class RemoteSource:
 
     url: http or https, with the path that names are appended to, such as `https://files.example.org/pub/`. Its host
     must have public addresses only, unless `allow_hosts` lists it. The other options are those of `Upstream`.
+    names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
+    takes them; with "exact" a name is appended to the letter, with a slash at its beginning and empty segments.
 
     Raises `ConfigurationError` for a URL that is none, or that carries a password or a query.
     """
@@ -188,7 +190,10 @@ class RemoteSource:
         max_connections: int = 100,
         connect_timeout: float = 10.0,
         read_timeout: float = 30.0,
+        names: Names = "portable",
     ) -> None:
+        check_names_option(names)
+        self.names: Names = names
         self.url = f"{url.rstrip('/')}/"
         self._upstream = Upstream(
             _host_of(url),
@@ -199,10 +204,13 @@ class RemoteSource:
             read_timeout=read_timeout,
         )
 
+    def canonical(self, name: str) -> str:
+        """Return the name below the URL that a name from a request stands for: see `HasCanonicalNames`."""
+        return canonical_name(name, self.names)
+
     async def resolve(self, name: str, /) -> "RemoteFile":
         """Return the file called `name` below the URL. Raises `FileMissing` for what no file may be called."""
-        checked_segments(name)
-        return RemoteFile(self.url + quote(name), upstream=self._upstream)
+        return RemoteFile(self.url + quote(self.canonical(name)), upstream=self._upstream)
 
     async def aclose(self) -> None:
         """Close the connections."""

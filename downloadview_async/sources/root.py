@@ -9,11 +9,13 @@ import errno
 import os
 import stat
 import sys
+import time
 import weakref
 from typing import Literal, NamedTuple
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileError, FileMissing, SourceUnavailable
-from downloadview_async.sources.names import checked_segments
+from downloadview_async.http.metadata import unsettled_seconds
+from downloadview_async.sources.names import Names, check_names_option, checked_segments
 
 Symlinks = Literal["deny", "inside", "follow"]
 """deny: no link at all. inside: links that stay beneath the root. follow: any link, wherever it leads."""
@@ -101,22 +103,32 @@ class Opened(NamedTuple):
 
 
 class Root:
-    """A directory, held open, and the policy for symbolic links beneath it.
+    """A directory, held open, and the policies for symbolic links and for names beneath it.
 
     `descriptor` is that of the directory. It is opened once: one that is renamed goes on being served. `path` is
-    absolute but not resolved, as a proxy's configuration would name it.
+    absolute but not resolved, as a proxy's configuration would name it. settles: whether a file that has changed just
+    now is described only when a further change would show in its times.
 
     Raises `ConfigurationError` where `path` is no directory that can be read.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, symlinks: Symlinks = "inside", use_openat2: bool | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        symlinks: Symlinks = "inside",
+        names: Names = "portable",
+        settles: bool = True,
+        use_openat2: bool | None = None,
     ) -> None:
+        check_names_option(names)
         if symlinks not in _RESOLVE:
             raise ConfigurationError(f"symlinks must be one of {', '.join(_RESOLVE)}, not {symlinks!r}")
         self.path = os.path.abspath(path)
         self._prefix = f"{self.path.rstrip('/')}/"
         self.symlinks: Symlinks = symlinks
+        self.names: Names = "any" if names == "exact" else names  # the kernel drops empty segments
+        self.settles = settles
         self.use_openat2 = has_openat2() if use_openat2 is None else use_openat2
         try:
             self.descriptor = os.open(self.path, _DIRECTORY_FLAGS)
@@ -138,7 +150,7 @@ class Root:
 
     def open_cached(self, name: str) -> Opened | None:
         """Open a file if the kernel can do so without waiting for a disk; else return None. Otherwise as `open`."""
-        checked_segments(name)
+        checked_segments(name, self.names)
         # RESOLVE_CACHED is about the walk alone: what opens, describes and closes the file is its file system.
         if not self.use_openat2 or not self.is_quick:
             return None
@@ -150,7 +162,11 @@ class Root:
             if exc.errno in (errno.EAGAIN, errno.EINVAL, errno.EXDEV):
                 return None
             raise _file_error(exc) from exc
-        return _only_regular(descriptor, quick=True)
+        opened = _only_regular(descriptor, quick=True, settled=False)
+        if self.settles and unsettled_seconds(opened.found.st_mtime_ns, time.time_ns()):
+            os.close(descriptor)
+            return None
+        return opened
 
     def open(self, name: str) -> Opened:
         """Open the regular file `name` beneath the root. May block on a disk.
@@ -158,7 +174,7 @@ class Root:
         Returns the descriptor, which the caller has to close, and what is known of it. Raises `FileMissing`,
         `AccessDenied` or `SourceUnavailable`.
         """
-        segments = checked_segments(name)
+        segments = checked_segments(name, self.names)
         try:
             if self.use_openat2:
                 descriptor = self._open_in_kernel(name)
@@ -168,7 +184,7 @@ class Root:
                 descriptor = self._open_by_segments(segments)
         except OSError as exc:
             raise _file_error(exc) from exc
-        return _only_regular(descriptor)
+        return _only_regular(descriptor, settled=self.settles)
 
     def _open_in_kernel(self, name: str) -> int:
         for _ in range(_MAX_RACES):
@@ -233,9 +249,21 @@ def _read_link(name: str, directory: int) -> str | None:
         raise
 
 
-def _only_regular(descriptor: int, *, quick: bool | None = None) -> Opened:
-    try:
+def settled_stat(descriptor: int) -> os.stat_result:
+    """Return what is known of an open file, from a moment on at which a change would show in its times.
+
+    For a file that has changed in the last 20 ms, this waits for the rest of them.
+    """
+    found = os.fstat(descriptor)
+    if seconds := unsettled_seconds(found.st_mtime_ns, time.time_ns()):
+        time.sleep(seconds)
         found = os.fstat(descriptor)
+    return found
+
+
+def _only_regular(descriptor: int, *, quick: bool | None = None, settled: bool = True) -> Opened:
+    try:
+        found = settled_stat(descriptor) if settled else os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise FileMissing("not a regular file")
     except BaseException:

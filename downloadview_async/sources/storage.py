@@ -12,12 +12,12 @@ from urllib.parse import unquote, urlsplit
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, DownloadError, FileMissing, SourceUnavailable
 from downloadview_async.http.dates import http_seconds
-from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata, is_telling, unsettled_seconds
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import OpenFile, Storage
 from downloadview_async.sources.fileobject import OpenFileObject, closing_in_thread
 from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
-from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.names import Names, canonical_name, check_names_option
 from downloadview_async.sources.objectstore import SCHEMES, ObjectStorage
 from downloadview_async.sources.open_file_cache import OpenFileCache
 from downloadview_async.sources.path import FileBeneath
@@ -47,22 +47,47 @@ class StorageFile:
 
 
 class StorageSource:
-    """The files of a storage, by their names in it."""
+    """The files of a storage, by their names in it.
 
-    def __init__(self, storage: Storage) -> None:
+    names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
+    takes them; with "exact" a name is the storage's key to the letter, with any slash at its beginning.
+    By default an `ObjectStorage` and a `MemoryStorage` take any name, a `DirectoryStorage` what it was made for, and
+    others portable ones.
+    """
+
+    def __init__(self, storage: Storage, *, names: Names | None = None) -> None:
         self.storage = storage
+        self.names: Names = _names_of(storage) if names is None else names
+        check_names_option(self.names)
+
+    def canonical(self, name: str) -> str:
+        """Return the key in the storage that a name from a request stands for: see `HasCanonicalNames`."""
+        return canonical_name(name, self.names)
 
     async def resolve(self, name: str, /) -> StorageFile:
         """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
-        checked_segments(name)
+        name = self.canonical(name)
         return StorageFile(self.storage, name, location=await self.storage.locate(name))
+
+
+def _names_of(storage: Storage) -> Names:
+    if isinstance(storage, DirectoryStorage):
+        return storage.root.names
+    return "any" if isinstance(storage, ObjectStorage | MemoryStorage) else "portable"
 
 
 class DirectoryStorage:
     """A local directory as a storage: names are opened beneath it exactly as `PathSource` does."""
 
-    def __init__(self, root: str | os.PathLike[str], *, symlinks: Symlinks = "inside", threads: int = 40) -> None:
-        self.root = Root(root, symlinks=symlinks)
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        symlinks: Symlinks = "inside",
+        threads: int = 40,
+        names: Names = "portable",
+    ) -> None:
+        self.root = Root(root, symlinks=symlinks, names=names)
         self._workers = Workers(threads)
         self._cache = OpenFileCache(self.root, self._workers)
 
@@ -159,12 +184,13 @@ class SyncStorage:
 
     def _open(self, name: str) -> tuple[Any, FileMetadata]:
         with _as_file_errors(name):
+            if seconds := _unsettled(self._modified(name)):
+                time.sleep(seconds)  # then a further change shows in the time
             file = self._storage.open(name, "rb")
             try:
                 seekable = hasattr(file, "seek")
                 size = file.seek(0, os.SEEK_END) if seekable else self._ask("size", name)
-                modified = self._ask("modified", name) or self._ask("get_modified_time", name)
-                metadata = _dated_metadata(None if size is None else int(size), modified)
+                metadata = _dated_metadata(None if size is None else int(size), self._modified(name))
             except BaseException:
                 file.close()
                 raise
@@ -181,6 +207,13 @@ class SyncStorage:
             url = self._ask("url", name)
         return url if isinstance(url, str) and "://" in url else None
 
+    def _modified(self, name: str) -> float | None:
+        """Return the time of the last change in seconds since the epoch, or None where it is not known."""
+        modified = self._ask("modified", name) or self._ask("get_modified_time", name)
+        if isinstance(modified, datetime):
+            return (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
+        return None if modified is None else float(modified)
+
     def _ask(self, method: str, name: str) -> Any:
         """Return what the object's method says of `name`, or None where it has no such method or it is not for it."""
         function = getattr(self._storage, method, None)
@@ -192,12 +225,17 @@ class SyncStorage:
             return None
 
 
-def _dated_metadata(size: int | None, modified: datetime | float | None) -> FileMetadata:
-    if modified is None or size is None:
+def _unsettled(modified: float | None) -> float:
+    return 0.0 if modified is None else unsettled_seconds(int(modified * 1_000_000) * 1000, time.time_ns())
+
+
+def _dated_metadata(size: int | None, modified: float | None) -> FileMetadata:
+    if modified is None or size is None or _unsettled(modified):
         return FileMetadata(size=size)
-    if isinstance(modified, datetime):
-        modified = (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
-    etag = ETag(f"{int(modified * 1_000_000):x}-{size:x}", weak=float(modified).is_integer())
+    is_coarse = modified.is_integer()
+    if not is_telling(int(modified * 1_000_000) * 1000, time.time_ns(), is_coarse=is_coarse):
+        return FileMetadata(size=size)
+    etag = ETag(f"{int(modified * 1_000_000):x}-{size:x}", weak=is_coarse)
     return FileMetadata(size=size, etag=etag, last_modified=http_seconds(modified))
 
 
@@ -215,10 +253,11 @@ def _as_file_errors(name: str) -> Iterator[None]:
         raise SourceUnavailable(f"the storage failed on {name!r}: {type(exc).__name__}: {exc}") from exc
 
 
-def storage_from_url(url: str, /, **options: Any) -> Storage:
+def storage_from_url(url: str, /, *, names: Names = "portable", **options: Any) -> Storage:
     """Return the storage that a URL names: `file:///srv/media`, `memory://`, or an object store (see `ObjectStorage`).
 
-    options: for an object store alone, as `ObjectStorage` takes them.
+    names: which names a directory takes, as in `DirectoryStorage`. options: for an object store alone, as
+    `ObjectStorage` takes them.
 
     Raises `ConfigurationError` for any other scheme, and for a directory that cannot be opened.
     """
@@ -232,7 +271,7 @@ def storage_from_url(url: str, /, **options: Any) -> Storage:
     if parts.scheme == "memory" and not (parts.netloc or parts.path.strip("/")):
         return MemoryStorage()
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
-        return DirectoryStorage(unquote(parts.path))
+        return DirectoryStorage(unquote(parts.path), names=names)
     raise ConfigurationError(
         f"{url!r} is no storage: give file:///ABSOLUTE/DIRECTORY, memory://, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or "
         "az://CONTAINER/PREFIX, or make a StorageSource of an object"

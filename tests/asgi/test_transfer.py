@@ -109,6 +109,20 @@ async def test_a_file_that_shrinks_aborts_after_an_exact_prefix(
     assert "before what was promised" in caplog.text
 
 
+async def test_a_file_that_is_rewritten_in_place_aborts(big: Path, caplog: pytest.LogCaptureFixture, http: Any) -> None:
+    content = big.read_bytes()
+    async with live(serving(big.parent), http=http) as port:
+        reader, writer, first = await begun(port, "/big.bin")
+        with big.open("r+b") as file:
+            file.seek(BIG - 1)
+            file.write(b"!")
+        answer = parse(first + await rest(reader))
+        writer.close()
+    assert not answer.complete
+    assert content.startswith(answer.body)
+    assert "written to while it was sent" in caplog.text
+
+
 @pytest.mark.parametrize("how", ["renamed over", "unlinked"])
 async def test_a_file_that_is_replaced_is_sent_to_its_old_end(big: Path, how: str, http: Any) -> None:
     content = big.read_bytes()

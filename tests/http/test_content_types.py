@@ -2,13 +2,21 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downloadview_async.http.content_types import content_type_for, is_active, valid_content_type, with_charset
+from downloadview_async.http import content_types
+from downloadview_async.http.content_types import (
+    add_content_types,
+    content_type_for,
+    is_active,
+    valid_content_type,
+    with_charset,
+)
 from tests.http.asking import LARGE
 
 OCTETS = "application/octet-stream"
@@ -52,6 +60,34 @@ OCTETS = "application/octet-stream"
         ("a.woff2", "font/woff2"),
         ("a.zip", "application/zip"),
         ("a.tar", "application/x-tar"),
+        # what nginx knows
+        ("a.ts", "video/mp2t"),
+        ("a.rpm", "application/x-redhat-package-manager"),
+        ("a.rss", "application/rss+xml"),
+        ("a.mid", "audio/midi"),
+        ("a.exe", "application/vnd.microsoft.portable-executable"),
+        ("a.atom", "application/atom+xml"),
+        ("a.kmz", "application/vnd.google-earth.kmz"),
+        ("a.crt", "application/x-x509-ca-cert"),
+        ("a.flv", "video/x-flv"),
+        ("a.wmv", "video/x-ms-wmv"),
+        # what players and phones need
+        ("a.m4b", "audio/mp4"),
+        ("a.mpd", "application/dash+xml"),
+        ("a.m3u8", "application/vnd.apple.mpegurl"),
+        ("a.m4s", "video/iso.segment"),
+        ("a.mka", "audio/matroska"),
+        ("a.3gp", "video/3gpp"),
+        ("a.usdz", "model/vnd.usdz+zip"),
+        ("a.glb", "model/gltf-binary"),
+        ("a.gltf", "model/gltf+json"),
+        ("a.pkpass", "application/vnd.apple.pkpass"),
+        ("a.mobileconfig", "application/x-apple-aspen-config"),
+        ("a.geojson", "application/geo+json"),
+        ("a.ass", "text/x-ssa; charset=utf-8"),
+        ("a.srt", "application/x-subrip"),
+        ("a.vtt", "text/vtt; charset=utf-8"),
+        ("a.vcf", "text/vcard; charset=utf-8"),
         # a compressed file is what it is compressed with
         ("a.tgz", "application/gzip"),
         ("a.svgz", "application/gzip"),
@@ -190,3 +226,43 @@ def test_a_huge_text_is_decided(begin: str, text: str) -> None:
     assert valid_content_type(huge[:254] + "\n") is None
     assert content_type_for(huge)
     is_active(f"image/{huge}")
+
+
+@pytest.fixture
+def unchanged_types() -> Iterator[None]:
+    before = dict(content_types._added)
+    yield
+    content_types._added.clear()
+    add_content_types(before)
+
+
+@pytest.mark.usefixtures("unchanged_types")
+def test_an_application_adds_types_which_win_over_the_table() -> None:
+    assert (content_type_for("a.gcode"), content_type_for("a.ts")) == (OCTETS, "video/mp2t")
+    add_content_types({".gcode": "text/x-gcode", ".TS": "text/plain", ".7z": "application/x-own; level=9"})
+    assert content_type_for("b/A.GCODE") == "text/x-gcode; charset=utf-8"
+    assert content_type_for("a.ts") == "text/plain; charset=utf-8"
+    assert content_type_for("a.7z") == "application/x-own; level=9"
+    assert content_type_for("a.mp4") == "video/mp4"
+
+
+@pytest.mark.usefixtures("unchanged_types")
+@pytest.mark.parametrize(
+    "suffix, content_type, problem",
+    [
+        ("gcode", "text/x-gcode", "write one dot first"),
+        (".", "text/x-gcode", "write one dot first"),
+        (".tar.gz", "application/gzip", "write one dot first"),
+        (".a/b", "text/plain", "write one dot first"),
+        (".a\n", "text/plain", "write one dot first"),
+        (".gcode", "gcode", "not a media type"),
+        (".gcode", "text/plain\r\nX-Own: 1", "not a media type"),
+        (".gcode", "", "not a media type"),
+    ],
+)
+def test_a_type_that_cannot_be_added_is_refused_with_what_to_write(
+    suffix: str, content_type: str, problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        add_content_types({".fine": "text/plain", suffix: content_type})
+    assert content_type_for("a.fine") == OCTETS, "nothing of a table with a mistake is taken"

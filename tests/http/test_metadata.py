@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downloadview_async.http.metadata import ByteRange, ETag, stat_validators
+from downloadview_async.http.metadata import ByteRange, ETag, is_telling, stat_validators, unsettled_seconds
 from tests.http.asking import LARGE
 
 
@@ -93,3 +93,36 @@ def test_any_stat_gives_validators(size: int, mtime_ns: int) -> None:
     etag, modified = stat_validators(size, mtime_ns)
     assert ETag.parse(str(etag)) == etag
     assert (modified is None) == (mtime_ns < 0)
+
+
+NOW = 1_700_000_000 * 10**9
+
+
+@pytest.mark.parametrize(
+    "mtime_ns, coarse, telling",
+    [
+        (0, False, False),  # OSTree, OCI layers
+        (10**9, False, False),  # Nix
+        (1, False, False),
+        (-(10**9), False, False),
+        (315_532_800 * 10**9, False, False),  # what is unpacked from a ZIP with the time of SOURCE_DATE_EPOCH
+        (315_532_801 * 10**9, False, True),
+        (2 * 10**9, False, True),
+        (NOW - 365 * 86_400 * 10**9, True, True),
+        (NOW - 10**9, False, True),
+        (NOW - 10**9, True, False),  # FAT counts in twos
+        (NOW - 2 * 10**9, True, True),
+        (NOW + 10**9, True, False),  # the clocks of file servers are not quite ours
+        (NOW + 365 * 86_400 * 10**9, True, True),
+    ],
+)
+def test_a_time_is_telling_if_other_bytes_would_have_another_one(mtime_ns: int, coarse: bool, telling: bool) -> None:
+    assert is_telling(mtime_ns, NOW, is_coarse=coarse) is telling
+
+
+@pytest.mark.parametrize(
+    "age_ns, seconds",
+    [(0, 0.02), (5_000_000, 0.015), (20_000_000, 0.0), (10**12, 0.0), (-5_000_000, 0.025), (-(10**9), 0.0)],
+)
+def test_how_long_a_file_may_change_without_another_time(age_ns: int, seconds: float) -> None:
+    assert unsettled_seconds(NOW - age_ns, NOW) == pytest.approx(seconds)

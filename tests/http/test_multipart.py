@@ -18,7 +18,7 @@ def test_the_framing_is_that_of_the_rfc() -> None:
     pieces, length = multipart_body(PARTS, size=10, content_type="text/plain", boundary="B")
     assert length == sum(map(len, pieces))
     assert pieces == (
-        b"--B\r\nContent-Type: text/plain\r\nContent-Range: bytes 0-1/10\r\n\r\n",
+        b"\r\n--B\r\nContent-Type: text/plain\r\nContent-Range: bytes 0-1/10\r\n\r\n",
         ByteRange(0, 2),
         b"\r\n--B\r\nContent-Type: text/plain\r\nContent-Range: bytes 3-4/10\r\n\r\n",
         ByteRange(3, 5),
@@ -26,9 +26,16 @@ def test_the_framing_is_that_of_the_rfc() -> None:
     )
 
 
+def test_a_line_end_comes_before_the_first_boundary_as_from_nginx_and_apache() -> None:
+    # zsync drops everything up to the first line end, and asks again for ever if that is the boundary
+    pieces, _ = multipart_body(PARTS, size=10, content_type=None, boundary="B")
+    assert isinstance(pieces[0], bytes)
+    assert pieces[0].startswith(b"\r\n--B\r\n")
+
+
 def test_parts_of_a_file_without_a_type_have_none() -> None:
     pieces, _ = multipart_body(PARTS, size=10, content_type=None, boundary="B")
-    assert pieces[0] == b"--B\r\nContent-Range: bytes 0-1/10\r\n\r\n"
+    assert pieces[0] == b"\r\n--B\r\nContent-Range: bytes 0-1/10\r\n\r\n"
 
 
 def test_boundaries_are_valid_unguessable_and_new_each_time() -> None:

@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from downloadview_async import (
     ByteRange,
     ConfigurationError,
+    DirectoryStorage,
     Download,
     LocalFile,
     OffloadMiddleware,
@@ -19,6 +22,7 @@ from downloadview_async import (
 )
 from downloadview_async.sources import local
 from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
+from downloadview_async.sources.root import Root
 from downloadview_async.sources.workers import Workers
 from downloadview_async.testing import assert_x_accel_redirect, call
 
@@ -165,3 +169,88 @@ async def test_names_and_locations(root: Path) -> None:
     assert LocalFile(root / "style.css", name="x").name == "x"
     found = await PathSource(root).resolve("style.css")
     assert (found.name, found.location) == ("style.css", str(root / "style.css"))
+
+
+@pytest.mark.parametrize("name", ["sub/b.txt", "./sub/b.txt", "//sub/b.txt", "sub/././b.txt", "sub//b.txt"])
+async def test_single_dots_and_empty_segments_are_dropped(root: Path, name: str) -> None:
+    (root / "sub").mkdir(exist_ok=True)
+    (root / "sub" / "b.txt").write_text("b")
+    file = await PathSource(root).resolve(name)
+    assert (file.location, file.name) == (str(root / "sub" / "b.txt"), "b.txt")
+    async with file.open() as opened:
+        assert [chunk async for chunk in opened.stream(None)] == [b"b"]
+
+
+@pytest.mark.parametrize("name", ["a:b.txt", "a\\b.txt", "aux.notes", "NUL"])
+async def test_any_name_of_this_system_can_be_sent_where_that_is_wanted(root: Path, name: str) -> None:
+    (root / name).write_text("x")
+    assert (await call(Download(PathSource(root)), f"/{name}")).status == 404
+    assert (await call(Download(PathSource(root, names="any")), f"/{name}")).body == b"x"
+
+
+async def test_names_that_are_no_choice_are_refused(root: Path) -> None:
+    wrong: Any = "all"
+    for make in (PathSource, DirectoryStorage):
+        with pytest.raises(ConfigurationError, match="names must be one of portable, any, exact, not 'all'"):
+            make(root, names=wrong)
+
+
+@pytest.mark.parametrize(
+    "sibling_ns, sent",
+    [
+        (2_000_000_500, "gzip"),
+        (2_000_000_501, "gzip"),
+        (2_000_000_499, None),
+        (1_000_000_500, None),
+        (2_000_000_000, "gzip"),
+    ],
+)
+@pytest.mark.parametrize("cached", [True, False])
+async def test_a_precompressed_sibling_older_than_its_file_is_not_sent(
+    root: Path, sibling_ns: int, sent: str | None, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "page.html").write_text("new")
+    (root / "page.html.gz").write_bytes(b"old")
+    second = 1_700_000_000 * 10**9
+    os.utime(root / "page.html", ns=(0, second + 2_000_000_500))
+    os.utime(root / "page.html.gz", ns=(0, second + sibling_ns))
+    source = PathSource(root, precompressed=["gzip"])
+    if not cached:
+        monkeypatch.setattr(Root, "open_cached", lambda self, name: None)
+    answer = await call(Download(source), "/page.html", headers={"Accept-Encoding": "gzip"})
+    assert (answer.headers.get("content-encoding"), answer.body) == (sent, b"old" if sent else b"new")
+    assert answer.headers["vary"] == "Accept-Encoding"
+
+
+@pytest.mark.parametrize("mtime", [0, 1, 315_532_800])
+async def test_a_normalised_time_makes_no_validator(root: Path, mtime: int) -> None:
+    path = root / "layer.bin"
+    path.write_bytes(b"0123456789")
+    os.utime(path, (mtime, mtime))
+    app = Download(PathSource(root))
+    first = await call(app, "/layer.bin")
+    assert {"etag", "last-modified"}.isdisjoint(first.headers)
+    assert first.headers["accept-ranges"] == "bytes"
+    path.write_bytes(b"9876543210")
+    os.utime(path, (mtime, mtime))
+    tag = f'"{mtime * 10**9:x}-a"'  # what 0.1 made of it
+    date = formatdate(mtime, usegmt=True)
+    assert (await call(app, "/layer.bin", headers={"If-None-Match": tag})).status == 200
+    assert (await call(app, "/layer.bin", headers={"If-Modified-Since": date})).status == 200
+    for validator in (tag, date):
+        resumed = await call(app, "/layer.bin", headers={"Range": "bytes=5-", "If-Range": validator})
+        assert (resumed.status, resumed.body) == (200, b"9876543210")
+    part = await call(app, "/layer.bin", headers={"Range": "bytes=5-"})
+    assert (part.status, part.body) == (206, b"43210")
+
+
+async def test_a_file_that_changes_again_at_once_has_another_tag(root: Path) -> None:
+    app = Download(PathSource(root))
+    tags: list[str] = []
+    for number in range(50):
+        content = b"%010d" % number
+        (root / "quick.bin").write_bytes(content)  # in place: the same inode, the same size, at times the same time
+        answer = await call(app, "/quick.bin", headers={"If-None-Match": ", ".join(tags[-1:])} if tags else {})
+        assert (answer.status, answer.body) == (200, content)
+        tags.append(answer.headers["etag"])
+    assert len(set(tags)) == 50

@@ -23,7 +23,7 @@ from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local import OpenLocalFile
-from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.names import canonical_name
 from downloadview_async.sources.path import LocalFile, PathSource
 from downloadview_async.sources.remote import RemoteFile, Upstream
 from downloadview_async.sources.root import Symlinks
@@ -512,7 +512,7 @@ def file_beneath(root: str | os.PathLike[str], name: str, *, symlinks: Symlinks 
     The directory stays open for the next time, as long as its path leads to it: a deployment may have put another one
     there.
     """
-    checked_segments(name)
+    name = canonical_name(name)
     try:
         source = _directory(os.fspath(root), symlinks)
         if not os.path.samestat(os.fstat(source.root.descriptor), os.stat(root)):
