@@ -12,6 +12,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from downloadview_async import AccessDenied, Cache, DownloadRequest, FileMissing, ObjectStorage
 
+PRIVATE = "/-/"
+"""Where the service has its own pages, which the printed configurations of proxies refuse."""
+
+PUBLIC = ("livez",)
+"""The pages of it that clients may ask for: they tell nothing and cost nothing."""
+
 _PATIENCE = 2.0  # seconds that a check may take: a hung disk is one that cannot be reached
 _PROBE = "readyz"
 """The name of an object that nobody needs to have: a store that says so is reached."""
