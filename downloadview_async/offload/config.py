@@ -296,9 +296,15 @@ def _apache(site: _Site) -> str:
         idle=str(site.idle),
         outside=_filled(_APACHE_OUTSIDE, prefix=re.escape(site.prefix)) if site.prefix else "",
         modules=_APACHE_ALIAS if site.private else "",
-        private=_filled(_APACHE_PRIVATE, refused=site.refused) if site.private else "",
+        private=_filled(_APACHE_PRIVATE, refused=_with_encoded_slashes(site)) if site.private else "",
         rules="\n".join(f"XSendFilePath {_apache_word(site, path)}" for path in _directories(site)),
     )
+
+
+def _with_encoded_slashes(site: _Site) -> str:
+    """Return `refused` for Apache, which leaves a %2F in the path where the application reads a slash."""
+    before, after = f"^{_literal(site.prefix)}/", site.refused.partition(_literal(site.private))[2]
+    return before + _literal(site.private[1:]).replace("/", "(?:/|%2[Ff])") + after
 
 
 def _apache_word(site: _Site, directory: str) -> str:
