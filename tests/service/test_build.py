@@ -287,7 +287,10 @@ def test_a_failed_start_reports_one_line(directory: Path) -> None:
     assert "Traceback" not in message["message"]
 
 
-def test_readyz_names_the_sources_that_fail_and_says_nothing_else(directory: Path) -> None:
+def test_readyz_names_the_sources_that_fail_and_says_nothing_else(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("downloadview_async.service.health._KEPT", 0.0)
     database = make_database(directory)
     text = f'{TEXT}{DOCUMENTS}[sources.media]\ntype = "storage"\nurl = "file:media"\n'
     (directory / "media").mkdir()
@@ -310,6 +313,7 @@ def test_readyz_gives_up_on_a_disk_that_hangs(directory: Path, monkeypatch: pyte
     fifo = directory / "hung"
     os.mkfifo(fifo)
     monkeypatch.setattr("downloadview_async.service.health._PATIENCE", 0.2)
+    monkeypatch.setattr("downloadview_async.service.health._KEPT", 0.0)
     monkeypatch.setattr(os, "scandir", lambda path: fifo.open("rb"))
     with client_of(directory, TEXT) as client:
         try:
