@@ -200,11 +200,13 @@ def run(settings: Settings) -> None:
 
     from downloadview_async.asgi.server import DownloadProtocol
     from downloadview_async.service.build import build, check_databases, worker_app
-    from downloadview_async.service.ending import EndsInTime
+    from downloadview_async.service.ending import EndsInTime, ignore_hangup
     from downloadview_async.service.logs import log_config
+    from downloadview_async.service.workers import Workers
 
     # uvicorn passes the signal on when all has ended: that is a success, not a death by signal
     signal.signal(signal.SIGTERM, _end)
+    ignore_hangup()
     # also with several workers: what is wrong is said once, before any of them starts
     _check_server(settings)
     app = build(settings)
@@ -214,6 +216,7 @@ def run(settings: Settings) -> None:
     watch = {"stall_seconds": options.pop("stall_timeout"), "minimum_rate": options.pop("minimum_rate")}
     if server.http == "auto":
         options["http"] = functools.partial(DownloadProtocol, **watch)
+    vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run finds its class by this name
     uvicorn.run(
         EndsInTime(app) if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
         factory=server.workers > 1,

@@ -40,7 +40,7 @@ from downloadview_async import (
     download_error,
     storage_from_url,
 )
-from downloadview_async.service.ending import EndsInTime
+from downloadview_async.service.ending import EndsInTime, ignore_hangup
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.load import CONFIG, load_settings
 from downloadview_async.service.logs import OneLineFailures, log_aborts_in_one_line
@@ -141,6 +141,7 @@ def app_from_environment(default: Path | None = None) -> Starlette:
 
 def worker_app() -> EndsInTime:
     """Return the service for one of several worker processes, which ends in time with it."""
+    ignore_hangup()
     return EndsInTime(app_from_environment())
 
 

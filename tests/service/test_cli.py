@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import signal
@@ -192,6 +193,58 @@ def test_a_download_that_ends_in_time_is_not_cut(tmp_path: Path) -> None:
             server.wait_for_log("Waiting for connections to close")
             assert len(answer.read()) == 100_000_000 - 1
         assert server.process.wait(30) == 0  # by the one signal: a second could meet an interpreter without handlers
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_hangup_cuts_no_download_and_ends_nothing(tmp_path: Path, workers: str) -> None:
+    with demo(tmp_path / "log", arguments=["--workers", workers, "--timeout-graceful-shutdown", "1"]) as server:
+        server.wait_for_log("Application startup complete", times=int(workers))
+        with urllib.request.urlopen(f"{server.url}/reports/large.txt") as answer:
+            answer.read(1)
+            os.killpg(server.process.pid, signal.SIGHUP)  # as a terminal does
+            server.wait_for_log("SIGHUP is ignored, and no download is cut", times=1 if workers == "1" else 3)
+            assert get(f"{server.url}/-/livez") == b"alive\n"
+            assert len(answer.read()) == 100_000_000 - 1
+        assert server.log.count("Started server process") == int(workers)
+        assert server.stop() == 0
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("by", ["port", "uds"])
+def test_a_connection_that_no_worker_would_answer_is_refused(tmp_path: Path, workers: str, by: str) -> None:
+    """While the last downloads are sent, after the signal to end."""
+    address = str(tmp_path / "socket") if by == "uds" else free_port()
+    arguments = ["--uds", str(address)] if by == "uds" else ["--port", str(address)]
+    subprocess.run([sys.executable, "-m", "app.demo"], cwd=PROJECT, check=True)
+    command = [*COMMAND, "--config", "app/downloadview.toml", "--workers", workers, *arguments]
+
+    def connect(client: socket.socket) -> socket.socket:
+        client.settimeout(30)
+        client.connect(address if by == "uds" else ("127.0.0.1", address))
+        return client
+
+    family = socket.AF_UNIX if by == "uds" else socket.AF_INET
+
+    with serving(command, address, log=tmp_path / "log") as server:
+        server.wait_for_log("Application startup complete", times=int(workers))
+        with connect(socket.socket(family)) as client:
+            client.sendall(b"GET /reports/large.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = len(client.recv(1024))
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_log("Waiting for connections to close")
+            server.wait_for_log("Shutting down", times=int(workers))
+            while True:  # until the last of them has closed its socket, a request may still be answered
+                with socket.socket(family) as another, contextlib.suppress(ConnectionError, FileNotFoundError):
+                    connect(another)
+                    assert server.process.poll() is None
+                    continue
+                break
+            assert server.process.poll() is None
+            while chunk := client.recv(1 << 20):
+                received += len(chunk)
+        assert received > 100_000_000
+        assert server.process.wait(30) == 0
 
 
 def test_a_transfer_that_fails_in_the_middle_is_one_log_line(directory: Path) -> None:
