@@ -459,7 +459,8 @@ _H2O_PRIVATE = """\
         - mruby.handler: |
             Proc.new do |env|
               public = [<<public>>].include?(env["SCRIPT_NAME"] + env["PATH_INFO"])
-              public ? [399, {}, []] : [404, {"content-type" => "text/plain; charset=utf-8", "x-content-type-options" => "nosniff"}, ["Not Found"]]
+              said = {"content-type" => "text/plain; charset=utf-8", "x-content-type-options" => "nosniff"}
+              public ? [399, {}, []] : [404, said, ["Not Found"]]
             end
         - proxy.reverse.url: "<<service>><<private>>"
           proxy.preserve-host: ON

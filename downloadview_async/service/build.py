@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -61,6 +62,8 @@ from downloadview_async.service.settings import (
     source_of_files,
 )
 
+_logger = logging.getLogger("downloadview_async")
+
 
 class _Database(Protocol):
     """What `service.database.Documents` does. It is imported only where there is one: SQLAlchemy is optional."""
@@ -96,6 +99,8 @@ def build(settings: Settings) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             log_aborts_in_one_line()
+            if not settings.routes:
+                _logger.warning("No route is configured, so every download is answered by 404: add [[routes]] tables")
             for cache in caches.values():
                 await cache.sweep()
             storages = [_storage_of(source) for source in sources.values()]
