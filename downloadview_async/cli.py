@@ -280,9 +280,7 @@ def _try_to_bind(settings: Settings, path: str) -> None:
             probe.bind(path)
         os.unlink(path)
     except OSError as exc:
-        problem = (
-            f"{path!r} cannot be made a socket ({exc.strerror}): give a path in a directory that this user may write"
-        )
+        problem = f"{path!r} cannot be made a socket ({exc.strerror}): give a path where this user may make files"
         raise settings.error("server.uds", problem) from exc
 
 

@@ -21,7 +21,7 @@ _SERVER_LOGGER = "uvicorn.error"
 _ACCESS_LOGGER = "uvicorn.access"
 codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
 
-LONGEST = 1_000
+LONGEST = 2_500
 """Characters of a message, of a value in the access log, and of a line of a traceback."""
 
 _END = 300
@@ -85,8 +85,10 @@ def _lines_of(last: TracebackException) -> Iterator[str]:
         yield "Traceback (most recent call last):"
         for frame in exc.stack.format():
             yield from re.split("\r?\n", frame.rstrip("\n"))
+        notes, exc.__notes__ = exc.__notes__, None  # which would be printed on as many lines as they have
         for text in exc.format_exception_only():
             yield text.rstrip("\n")
+        yield from map(str, notes if isinstance(notes, list) else ())
         for number, inner in enumerate((exc.exceptions or ())[:_MOST_CAUSES], 1):
             yield f"  | exception {number} of the group:"
             for line in _lines_of(inner):
