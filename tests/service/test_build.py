@@ -365,6 +365,32 @@ def test_the_backend_gets_its_own_header(directory: Path, environ: dict[str, str
     assert not OFFLOAD_HEADERS & {*missing.headers}
 
 
+@pytest.mark.parametrize("backend", ["nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Range": "bytes=0-0"},
+        {"Range": "bytes=99-"},
+        {"If-None-Match": "*"},
+        {"If-Match": '"another"'},
+        {"If-Modified-Since": "Thu, 01 Jan 2099 00:00:00 GMT"},
+        {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:10 GMT"},
+    ],
+)
+def test_an_order_is_in_an_answer_200_alone_and_there_whatever_is_asked(
+    directory: Path, backend: str, method: str, headers: dict[str, str]
+) -> None:
+    with client_of(directory, TEXT + RULE, {"DOWNLOADVIEW_OFFLOAD__BACKEND": backend}) as client:
+        for path in ("/files/a.txt", "/files/missing", "/-/livez", "/", "/nothing"):
+            answer = client.request(method, path, headers=headers)
+            offloaded = path == "/files/a.txt" and method in ("GET", "HEAD")
+            assert bool(OFFLOAD_HEADERS & {*answer.headers}) is offloaded
+            if offloaded:
+                assert (answer.status_code, answer.content, answer.headers["content-length"]) == (200, b"", "0")
+
+
 def test_litespeed_gets_plain_names(directory: Path) -> None:
     with client_of(directory, TEXT + RULE, {"DOWNLOADVIEW_OFFLOAD__BACKEND": "litespeed"}) as client:
         answer = client.get("/files/a.txt")
