@@ -44,7 +44,7 @@ from downloadview_async import (
 from downloadview_async.service.ending import EndsInTime, ignore_hangup
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.load import CONFIG, load_settings
-from downloadview_async.service.logs import OneLineFailures, log_aborts_in_one_line
+from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
 from downloadview_async.service.pages import IndexPage
 from downloadview_async.service.settings import (
     ObjectSettings,
@@ -98,7 +98,7 @@ def build(settings: Settings) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            log_aborts_in_one_line()
+            log_in_single_lines()
             if not settings.routes:
                 _logger.warning("No route is configured, so every download is answered by 404: add [[routes]] tables")
             for cache in caches.values():

@@ -25,6 +25,7 @@ LONGEST = 2_500
 """Characters of a message, of a value in the access log, and of a line of a traceback."""
 
 _END = 300
+_MARK = 50  # what says how much is left out: the result is never cut a second time
 _MOST_CAUSES = 20  # exceptions of one traceback
 _MOST_LINES = 400  # of one traceback
 
@@ -35,7 +36,8 @@ def one_line(text: str) -> str:
         text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     if len(text) <= LONGEST:
         return text
-    return f"{text[: LONGEST - _END]}[... {len(text) - LONGEST} characters ...]{text[-_END:]}"
+    left_out = len(text) - (LONGEST - _MARK)
+    return f"{text[: LONGEST - _MARK - _END]}[... {left_out} characters ...]{text[-_END:]}"
 
 
 class OneLine(logging.Filter):
@@ -53,6 +55,9 @@ class OneLine(logging.Filter):
             except Exception as failure:  # a filter that raises would end the request
                 record.exc_text = f"{type(exc).__name__}, whose traceback cannot be shown: {type(failure).__name__}"
         return True
+
+
+_one_line = OneLine()
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -106,6 +111,17 @@ def _without_traceback(record: logging.LogRecord) -> bool:
         record.msg, record.args = "Transfer aborted: %s", (one_line(reason.encode("unicode_escape").decode()),)
         record.exc_info = record.exc_text = None
     return True
+
+
+def log_in_single_lines() -> None:
+    """Have uvicorn and the library log in single lines, and an aborted transfer without a traceback.
+
+    To the end of the process: the last transfers end after the application. `log_config` does the same for what else is
+    logged; this is for uvicorn without it.
+    """
+    logging.getLogger(_SERVER_LOGGER).addFilter(_without_traceback)
+    for name in (_SERVER_LOGGER, _ACCESS_LOGGER, "downloadview_async"):
+        logging.getLogger(name).addFilter(_one_line)
 
 
 def log_aborts_in_one_line() -> None:

@@ -119,6 +119,18 @@ def test_a_name_on_stock_protocols_is_cut_too(tmp_path: Path) -> None:
             assert len(said) < 6_000
 
 
+def test_so_it_is_for_uvicorn_itself(tmp_path: Path) -> None:
+    (tmp_path / "downloadview.toml").write_text(SETTINGS.replace("made:make", "os.path:basename"))
+    (tmp_path / "files").mkdir()
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port), "--http", "h11"]
+    env = {"DOWNLOADVIEW_CONFIG": str(tmp_path / "downloadview.toml")}
+    with serving(command, port, log=tmp_path / "log", env=env) as running:
+        said = logged(running, b"/files/" + b"%C3%A9" * 6_000, b"X-Forwarded-For: a\x9bb", until=r'HTTP/1\.1" 404')
+        assert len(said) < 6_000
+        assert r"a\x9bb" in said
+
+
 def test_what_a_trusted_proxy_says_of_the_client_is_escaped(server: Server) -> None:
     value = b"1.2.3.4\xc2\x9b31m\x9b\xe2\x80\xae"
     said = logged(server, b"/-/livez", b"X-Forwarded-For: " + value, until=r'HTTP/1\.1" 200')
@@ -168,15 +180,16 @@ def test_other_loggers_are_escaped_too(server: Server) -> None:
         ("\ud800\udce9", r"\ud800\udce9"),
         ("\U000e0041", r"\U000e0041"),
         ("a" * LONGEST, "a" * LONGEST),
-        ("a" * (LONGEST + 1), f"{'a' * (LONGEST - 300)}[... 1 characters ...]{'a' * 300}"),
+        ("a" * (LONGEST + 1), f"{'a' * (LONGEST - 350)}[... 51 characters ...]{'a' * 300}"),
         (
             "\n" * LONGEST,
-            f"{chr(92)}n" * (LONGEST // 2 - 150) + f"[... {LONGEST} characters ...]" + f"{chr(92)}n" * 150,
+            f"{chr(92)}n" * (LONGEST // 2 - 175) + f"[... {LONGEST + 50} characters ...]" + f"{chr(92)}n" * 150,
         ),
     ],
 )
 def test_one_line(text: str, line: str) -> None:
-    assert one_line(text) == line
+    assert one_line(text) == one_line(one_line(text)) == line
+    assert len(one_line(text)) <= LONGEST
 
 
 def test_what_the_library_shows_of_a_name() -> None:
