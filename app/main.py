@@ -10,6 +10,7 @@ from app import demo
 from downloadview_async import ConfigurationError
 from downloadview_async.service.build import app_from_environment
 from downloadview_async.service.load import CONFIG
+from downloadview_async.service.logs import one_line
 
 _STARTUP_FAILURE = 3  # uvicorn's own status: it does not start a worker again that ended with this
 
@@ -20,7 +21,7 @@ def _application() -> Starlette:
             demo.make()
         return app_from_environment(Path(__file__).with_name("downloadview.toml"))
     except ConfigurationError as exc:
-        print(f"downloadview: {exc}", file=sys.stderr)
+        print(f"downloadview: {one_line(str(exc))}", file=sys.stderr)
         sys.exit(_STARTUP_FAILURE)
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
 import signal
+import socket
 import stat
 import sys
 from pathlib import Path
@@ -20,11 +22,14 @@ except ModuleNotFoundError as exc:
     sys.exit(f"downloadview: the service needs {exc.name}: install downloadview_async with its extra `server`")
 
 from downloadview_async.service.load import CONFIG, load_settings
-from downloadview_async.service.settings import DatabaseUnavailable, Settings
+from downloadview_async.service.logs import one_line
+from downloadview_async.service.settings import Settings, Unavailable
 
 _DEFAULT_CONFIG = "downloadview.toml"
 _WRONG_SETTINGS = 2  # a supervisor need not try again
 _STARTUP_FAILURE = 3  # as uvicorn: another try may go better
+_LONGEST_SOCKET_PATH = 107  # bytes; Linux has room for 108, with a NUL
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,8 +85,8 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=given)
         run(settings)
     except ConfigurationError as exc:
-        click.echo(f"downloadview: {exc}", err=True)
-        sys.exit(_STARTUP_FAILURE if isinstance(exc, DatabaseUnavailable) else _WRONG_SETTINGS)
+        _say(exc)
+        sys.exit(_STARTUP_FAILURE if isinstance(exc, Unavailable) else _WRONG_SETTINGS)
 
 
 @main.command("config")
@@ -110,7 +115,7 @@ def print_config(proxy: Any, config: Path | None, listen: str, service: str | No
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         text = config_for(settings, proxy, listen=listen, service=service, relative_to=relative_to)
     except ConfigurationError as exc:
-        click.echo(f"downloadview: {exc}", err=True)
+        _say(exc)
         sys.exit(_WRONG_SETTINGS)
     click.echo(text.encode(), nl=False)
 
@@ -148,14 +153,14 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
             async for line in found:
                 lines.append(line)
                 if not as_json:
-                    click.echo(_printable(f"{line.result}  {line.step}  {line.route}  {line.asked}: {line.came}"))
+                    click.echo(one_line(f"{line.result}  {line.step}  {line.route}  {line.asked}: {line.came}"))
                     if line.remedy:
-                        click.echo(_printable(f"      {line.remedy}"))
+                        click.echo(one_line(f"      {line.remedy}"))
 
     try:
         anyio.run(run_checks)
     except ConfigurationError as exc:
-        click.echo(f"downloadview: {exc}", err=True)
+        _say(exc)
         sys.exit(_WRONG_SETTINGS)
     counts = {result: sum(line.result == result for line in lines) for result in ("pass", "FAIL", "skip")}
     if as_json:
@@ -165,9 +170,9 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
     sys.exit(1 if counts["FAIL"] else 0)
 
 
-def _printable(text: str) -> str:
-    """Return text that does nothing to a terminal, whatever a server has said."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def _say(exc: ConfigurationError) -> None:
+    """Say on one line what is wrong, whatever the settings have in their texts."""
+    click.echo(f"downloadview: {one_line(str(exc))}", err=True)
 
 
 def _choose(path: Path | None, config: Path | None, lacking: str) -> None:
@@ -200,11 +205,13 @@ def run(settings: Settings) -> None:
 
     from downloadview_async.asgi.server import DownloadProtocol
     from downloadview_async.service.build import build, check_databases, worker_app
-    from downloadview_async.service.ending import EndsInTime
+    from downloadview_async.service.ending import EndsInTime, ignore_hangup
     from downloadview_async.service.logs import log_config
+    from downloadview_async.service.workers import Workers
 
     # uvicorn passes the signal on when all has ended: that is a success, not a death by signal
     signal.signal(signal.SIGTERM, _end)
+    ignore_hangup()
     # also with several workers: what is wrong is said once, before any of them starts
     _check_server(settings)
     app = build(settings)
@@ -214,6 +221,7 @@ def run(settings: Settings) -> None:
     watch = {"stall_seconds": options.pop("stall_timeout"), "minimum_rate": options.pop("minimum_rate")}
     if server.http == "auto":
         options["http"] = functools.partial(DownloadProtocol, **watch)
+    vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run finds its class by this name
     uvicorn.run(
         EndsInTime(app) if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
         factory=server.workers > 1,
@@ -227,8 +235,10 @@ def run(settings: Settings) -> None:
 def _check_server(settings: Settings) -> None:
     """Raise `ConfigurationError` for what uvicorn would say with a traceback."""
     server = settings.server
-    if server.uds is not None and not os.path.isdir(os.path.dirname(os.path.abspath(server.uds))):
-        raise settings.error("server.uds", f"the directory of {server.uds!r} is missing: create it")
+    if server.uds is not None:
+        _check_unix_socket(settings, server.uds)
+    elif server.fd is None:
+        _check_address(settings)
     if server.fd is not None:
         try:
             problem = None if stat.S_ISSOCK(os.fstat(server.fd).st_mode) else "it is something else"
@@ -241,6 +251,71 @@ def _check_server(settings: Settings) -> None:
             )
     if server.ssl_certfile or server.ssl_keyfile:
         _check_certificate(settings)
+
+
+def _check_unix_socket(settings: Settings, path: str) -> None:
+    """Raise `ConfigurationError` where a Unix socket cannot be made, and remove one that nobody listens on."""
+    directory = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(directory):
+        raise settings.error("server.uds", f"the directory of {path!r} is missing: create it")
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise settings.error("server.uds", f"{path!r} is longer than {_LONGEST_SOCKET_PATH} bytes: give a shorter path")
+    if not os.path.lexists(path):
+        _try_to_bind(settings, path)
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise settings.error("server.uds", f"{path!r} exists and is not a socket: give another path")
+    if settings.server.workers == 1:
+        return  # a single process takes the place of the one before
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
+            problem = f"another process listens on {path!r}: stop it, or give another path"
+            raise Unavailable(str(settings.error("server.uds", problem)))
+    os.unlink(path)
+
+
+def _try_to_bind(settings: Settings, path: str) -> None:
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(path)
+        os.unlink(path)
+    except OSError as exc:
+        problem = f"{path!r} cannot be made a socket ({exc.strerror}): give a path where this user may make files"
+        raise settings.error("server.uds", problem) from exc
+
+
+def _check_address(settings: Settings) -> None:
+    """Raise `ConfigurationError` for an address that cannot be listened on; `Unavailable` where it may be later."""
+    server = settings.server
+    try:
+        found = socket.getaddrinfo(server.host or None, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, ValueError) as exc:  # ValueError: what cannot be a name, such as one of 300 characters
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        problem = f"{server.host!r} has no address ({reason}): give one of this machine, such as 127.0.0.1"
+        error = settings.error("server.host", problem)
+        raise (Unavailable(str(error)) if isinstance(exc, OSError) else error) from exc
+    problems: list[OSError] = []
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+        except OSError as exc:
+            problems.append(exc)
+    # a name may have an address of a family that this machine does not have
+    failed = [exc for exc in problems if exc.errno not in _NO_SUCH_ADDRESS] or problems[len(found) - 1 :]
+    if not failed:
+        return
+    reason = os.strerror(failed[0].errno or 0).lower()
+    key = "server.host" if failed[0].errno in _NO_SUCH_ADDRESS else "server.port"
+    error = settings.error(
+        key, f"{server.host}:{server.port} cannot be listened on ({reason}): give another, or stop what listens there"
+    )
+    if failed[0].errno in (errno.EADDRINUSE, *_NO_SUCH_ADDRESS):
+        raise Unavailable(str(error)) from failed[0]
+    raise error from failed[0]
 
 
 def _check_certificate(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from downloadview_async.asgi.response import RawHeaders, error_response
 from downloadview_async.asgi.transfer import PATHSEND, SETTLED, send_plan, until_the_client_leaves
 from downloadview_async.errors import FileError, TransferAborted
+from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.request import GET, DownloadRequest
@@ -114,10 +115,10 @@ class ForeignResponse:
             return start
         dropped = sorted({name.decode("latin-1") for name, _ in headers} - {name.decode("latin-1") for name, _ in kept})
         logger.warning(
-            "%s %a: %s of the application is dropped: only a backend may set it, and on a 200 alone",
-            self._scope["method"],
-            self._scope["path"],
-            ", ".join(dropped),
+            "%s %s: %s of the application is dropped: only a backend may set it, and on a 200 alone",
+            escaped(self._scope["method"]),
+            shown(self._scope["path"]),
+            escaped(", ".join(dropped)),
         )
         return {**start, "headers": kept}
 

@@ -28,6 +28,7 @@ from downloadview_async.asgi.transfer import (
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import (
     FRAMING,
@@ -320,9 +321,9 @@ def close_after_body(scope: Mapping[str, Any]) -> Headers:
 
 def failed(exc: FileError, method: str, path: str) -> Headers:
     """Log why a file cannot be sent, and return the headers of the answer that tells nobody."""
-    reason = str(exc).encode("unicode_escape").decode()
     level = logging.INFO if exc.status < 500 else logging.WARNING
-    logger.log(level, "%s %a: %d, %s", method, path, exc.status, reason)
+    if logger.isEnabledFor(level):
+        logger.log(level, "%s %s: %d, %s", escaped(method), shown(path), exc.status, escaped(str(exc)))
     headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
     return {**headers, "Retry-After": "5"} if exc.status == 503 else headers
 

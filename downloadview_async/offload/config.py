@@ -23,6 +23,8 @@ _SOCKET = re.compile("unix:(/[A-Za-z0-9_./@-]+)")
 _PORTS = {"http": 80, "https": 443}
 _UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no text, or a new line for somebody
 _WHOLE = "/_whole/"  # where H2O's configuration asks itself
+_PRIVATE = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)+/")
+_PUBLIC = re.compile("[A-Za-z0-9_.~-]+")
 
 
 def proxy_config(
@@ -37,6 +39,8 @@ def proxy_config(
     idle_seconds: float = 5,
     stall_seconds: float = 60,
     max_body_bytes: int = 16_384,
+    private: str = "",
+    public: Iterable[str] = (),
 ) -> str:
     """Return a whole configuration with which a proxy sends the files of some rules, and passes the rest on.
 
@@ -50,6 +54,8 @@ def proxy_config(
     idle_seconds: how long the application keeps an idle connection, at least 2; the proxy keeps it for a second less.
     stall_seconds: a client that takes nothing for so long is dropped; Caddy and H2O cannot do that.
     max_body_bytes: what a request's body may have.
+    private: a path such as /-/, below which the application has pages that are not for clients: the proxy refuses them.
+    public: the names below it that the proxy passes on all the same, such as livez.
 
     Raises `ConfigurationError` for rules that the backend would not take, two of which one's target is the other's or
     below it, and whatever the proxy's grammar cannot express.
@@ -65,6 +71,9 @@ def proxy_config(
     if stall_seconds <= 0 or max_body_bytes <= 0:
         raise ConfigurationError("stall_seconds and max_body_bytes are more than 0")
     host, port = _host_and_port(listen, "listen")
+    public = tuple(public)
+    if private and not (_PRIVATE.fullmatch(private) and all(map(_PUBLIC.fullmatch, public))):
+        raise ConfigurationError(f"{private!r} with {public!r}: write a private path as /-/, and public ones as livez")
     rules, storages = tuple(rules), tuple(storages)
     match proxy:
         case "nginx" | "caddy":
@@ -84,7 +93,15 @@ def proxy_config(
         idle=math.floor(idle_seconds) - 1,
         stall=math.ceil(stall_seconds),
         max_body=max_body_bytes,
+        private=private,
+        public=public,
     )
+    for rule in rules:
+        if private and rule.target.startswith(f"{prefix}{private}") and proxy in ("nginx", "h2o"):
+            raise ConfigurationError(
+                f"the target {rule.target!r} is below {prefix}{private}, which the proxy refuses: choose another, such "
+                "as /_files/"
+            )
     return _MAKERS[proxy](site)
 
 
@@ -102,6 +119,16 @@ class _Site:
     idle: int
     stall: int
     max_body: int
+    private: str
+    public: Sequence[str]
+
+    @property
+    def refused(self) -> str:
+        """A regular expression of the paths that are not for clients; empty where there are none."""
+        if not self.private:
+            return ""
+        names = "|".join(map(_literal, self.public))
+        return f"^{_literal(self.prefix + self.private)}" + (f"(?!(?:{names})$)" if names else "")
 
     @property
     def address(self) -> tuple[str, int]:
@@ -184,6 +211,15 @@ _NGINX_PASS_BELOW = """\
             proxy_pass http://service$below;"""
 
 
+_NGINX_PRIVATE = """\
+        # Pages of the application that are not for clients.
+        location ~ "<<refused>>" {
+            default_type text/plain;
+            add_header X-Content-Type-Options nosniff always;
+            return 404 "Not Found";
+        }
+
+"""
 _NGINX_TLS = """\
             proxy_ssl_server_name on;
             proxy_ssl_name <<host>>;
@@ -221,6 +257,7 @@ def _nginx(site: _Site) -> str:
         idle=f"{site.idle}s",
         listen=f"{site.host}:{site.port}",
         proxy_pass=_NGINX_PASS_BELOW if site.prefix else _NGINX_PASS,
+        private=_filled(_NGINX_PRIVATE, refused=site.refused) if site.private else "",
         upstreams="".join(upstreams),
         rules="\n".join(blocks).rstrip("\n"),
     )
@@ -240,6 +277,13 @@ _APACHE_OUTSIDE = """
     Require all denied
 </LocationMatch>"""
 
+_APACHE_PRIVATE = """
+# Pages of the application that are not for clients.
+<LocationMatch "<<refused>>">
+    RedirectMatch 404 ".*"
+</LocationMatch>"""
+_APACHE_ALIAS = "LoadModule alias_module ${modules}/mod_alias.so\n"
+
 
 def _apache(site: _Site) -> str:
     return _template(
@@ -251,8 +295,16 @@ def _apache(site: _Site) -> str:
         service=f"unix:{site.socket}|http://localhost" if site.socket else f"http://{site.authority}",
         idle=str(site.idle),
         outside=_filled(_APACHE_OUTSIDE, prefix=re.escape(site.prefix)) if site.prefix else "",
+        modules=_APACHE_ALIAS if site.private else "",
+        private=_filled(_APACHE_PRIVATE, refused=_with_encoded_slashes(site)) if site.private else "",
         rules="\n".join(f"XSendFilePath {_apache_word(site, path)}" for path in _directories(site)),
     )
+
+
+def _with_encoded_slashes(site: _Site) -> str:
+    """Return `refused` for Apache, which leaves a %2F in the path where the application reads a slash."""
+    before, after = f"^{_literal(site.prefix)}/", site.refused.partition(_literal(site.private))[2]
+    return before + _literal(site.private[1:]).replace("/", "(?:/|%2[Ff])") + after
 
 
 def _apache_word(site: _Site, directory: str) -> str:
@@ -271,6 +323,12 @@ $HTTP["url"] !~ "^<<prefix_pattern>>/" {
 }
 proxy.header = ("map-urlpath" => ("<<prefix>>/" => "/"))
 """
+_LIGHTTPD_PRIVATE = """\
+# Pages of the application that are not for clients.
+$HTTP["url"] =~ "<<refused>>" {
+    url.access-deny = ("")
+}
+"""
 
 
 def _lighttpd(site: _Site) -> str:
@@ -283,7 +341,8 @@ def _lighttpd(site: _Site) -> str:
     outside = _filled(_LIGHTTPD_OUTSIDE, prefix=site.prefix, prefix_pattern=re.escape(site.prefix))
     return _template(
         "lighttpd.conf",
-        modules='"mod_access", ' if site.prefix else "",
+        modules='"mod_access", ' if site.prefix or site.private else "",
+        private=_filled(_LIGHTTPD_PRIVATE, refused=site.refused) if site.private else "",
         host=site.host,
         port=str(site.port),
         root=directories[0],
@@ -312,6 +371,17 @@ _CADDY_OUTSIDE = """\
 \t}
 
 """
+_CADDY_PRIVATE = """\
+\t# Pages of the application that are not for clients.
+\t@private {
+\t\tpath <<prefix>><<private>>*
+<<public>>\t}
+\troute {
+\t\terror @private 404
+\t}
+
+"""
+_CADDY_PUBLIC = "\t\tnot path <<paths>>\n"
 
 
 def _caddy(site: _Site) -> str:
@@ -335,11 +405,20 @@ def _caddy(site: _Site) -> str:
         )
         for remote in site.remotes
     ]
+    public = " ".join(f"{site.prefix}{site.private}{name}" for name in site.public)
     return _template(
         "Caddyfile",
         host=site.host.strip("[]"),
         port=str(site.port),
         max_body=str(site.max_body),
+        private=_filled(
+            _CADDY_PRIVATE,
+            prefix=site.prefix,
+            private=site.private,
+            public=_filled(_CADDY_PUBLIC, paths=public) if public else "",
+        )
+        if site.private
+        else "",
         outside=_filled(_CADDY_OUTSIDE, prefix=site.prefix) if site.prefix else "",
         service=f"unix/{site.socket}" if site.socket else site.authority,
         idle=f"{site.idle}s",
@@ -374,6 +453,19 @@ _H2O_DIRECTORY = """\
         file.dir: <<directory>>
         file.etag: OFF
 """
+_H2O_PRIVATE = """\
+      # Pages of the application that are not for clients.
+      <<prefix>><<private>>:
+        - mruby.handler: |
+            Proc.new do |env|
+              public = [<<public>>].include?(env["SCRIPT_NAME"] + env["PATH_INFO"])
+              said = {"content-type" => "text/plain; charset=utf-8", "x-content-type-options" => "nosniff"}
+              public ? [399, {}, []] : [404, said, ["Not Found"]]
+            end
+        - proxy.reverse.url: "<<service>><<private>>"
+          proxy.preserve-host: ON
+
+"""
 
 
 def _h2o(site: _Site) -> str:
@@ -396,6 +488,15 @@ def _h2o(site: _Site) -> str:
         port=str(site.port),
         prefix=site.prefix,
         service=service,
+        private=_filled(
+            _H2O_PRIVATE,
+            prefix=site.prefix,
+            private=site.private,
+            public=", ".join(f'"{site.prefix}{site.private}{name}"' for name in site.public),
+            service=service,
+        )
+        if site.private
+        else "",
         rules=rules.rstrip("\n"),
         directories="".join(
             _filled(_H2O_DIRECTORY, target=target, directory=directory) for target, directory in directories
@@ -423,6 +524,11 @@ def _template(file: str, /, **values: str) -> str:
 def _filled(text: str, /, **values: str) -> str:
     """Return a text with each <<name>> replaced. Proxies give other meanings to `$name` and `{name}`."""
     return re.sub("<<([a-z_]+)>>", lambda found: values[found[1]], text)
+
+
+def _literal(text: str) -> str:
+    """Return a path of plain characters as a regular expression."""
+    return text.replace(".", "\\.")
 
 
 def _escaped(text: str) -> str:

@@ -11,6 +11,13 @@ from downloadview_async.errors import ConfigurationError
 # What a proxy would resolve to another file, trim, or refuse: a control character, an empty segment or one of dots.
 _AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f]|(?:^|/)\.{0,2}(?:/|$)")
 
+LONGEST = 3_900
+"""Bytes of a local path, with its directory counted twice, that a proxy is asked to send.
+
+PATH_MAX is 4,096. Apache adds the directory to the path before it compares, and a proxy may know the directory by a
+longer name than we do. The application itself opens paths relative to the root, and sends what is longer.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -53,15 +60,21 @@ class RuleTable:
         """Return the target of the rule for `location`, and what of it is below the source.
 
         None without a rule, and for a location that is below its source by spelling alone: one with a segment that is
-        empty, `.` or `..`, or with a control character.
+        empty, `.` or `..`, or with a control character. None as well for a local path that a proxy may find too long
+        to open: see `LONGEST`.
         """
         prefix = location
         while slash := prefix.rfind("/") + 1:
             prefix = prefix[: slash - 1]
             if (target := self._targets.get(prefix)) is not None:
                 rest = location[slash:]
-                return None if _AMBIGUOUS.search(rest) else (target, rest)
+                too_long = location.startswith("/") and _bytes_with(prefix, target, rest) > LONGEST
+                return None if too_long or _AMBIGUOUS.search(rest) else (target, rest)
         return None
+
+
+def _bytes_with(source: str, target: str, rest: str) -> int:
+    return 2 * max(len(os.fsencode(source)), len(os.fsencode(target))) + len(os.fsencode(rest))
 
 
 def _normalized(source: str) -> str:

@@ -76,6 +76,19 @@ _ADVICE: Mapping[str, Mapping[str, str]] = {
         "h2o": "`proxy.reverse.url: <service>/`",
         "": "see that the service runs, and that the proxy asks it at <service>",
     },
+    # a long name, percent-encoded, in a request
+    "request line": {
+        "nginx": "`large_client_header_buffers 4 16k;` in the server",
+        "apache": "`LimitRequestLine 16384` in the server, before any <VirtualHost>",
+        "lighttpd": "`server.max-request-field-size = 32768`",
+        "": "let the proxy take a request line of 16 KiB",
+    },
+    # and in the header that tells the proxy where the file is
+    "fields": {
+        "nginx": "`proxy_buffer_size 32k;` and `proxy_buffers 8 32k;` in the location with `proxy_pass`",
+        "apache": "`responsefieldsize=16384` in ProxyPass",
+        "": "let the proxy take header fields of 16 KiB from the service",
+    },
     "not passed on": {
         "nginx": "`proxy_pass <service>;` in `location /`, for all paths of the service",
         "apache": "`ProxyPass / <service>/ nocanon`, for all paths of the service",

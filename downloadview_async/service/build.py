@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -41,10 +42,10 @@ from downloadview_async import (
     download_error,
     storage_from_url,
 )
-from downloadview_async.service.ending import EndsInTime
+from downloadview_async.service.ending import EndsInTime, ignore_hangup
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.load import CONFIG, load_settings
-from downloadview_async.service.logs import OneLineFailures, log_aborts_in_one_line
+from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
 from downloadview_async.service.pages import IndexPage
 from downloadview_async.service.settings import (
     ObjectSettings,
@@ -61,6 +62,8 @@ from downloadview_async.service.settings import (
     seconds_of,
     source_of_files,
 )
+
+_logger = logging.getLogger("downloadview_async")
 
 
 class _Database(Protocol):
@@ -101,7 +104,9 @@ def build(settings: Settings) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            log_aborts_in_one_line()
+            log_in_single_lines()
+            if not settings.routes:
+                _logger.warning("No route is configured, so every download is answered by 404: add [[routes]] tables")
             for cache in caches.values():
                 await cache.sweep()
             storages = [_storage_of(source) for source in sources.values()]
@@ -147,6 +152,7 @@ def app_from_environment(default: Path | None = None) -> Starlette:
 
 def worker_app() -> EndsInTime:
     """Return the service for one of several worker processes, which ends in time with it."""
+    ignore_hangup()
     return EndsInTime(app_from_environment())
 
 

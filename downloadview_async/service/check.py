@@ -16,6 +16,7 @@ import anyio
 from downloadview_async import AccessDenied, ConfigurationError, Download, FileMissing, UpstreamError, VirtualFile
 from downloadview_async.service.asking import MOST, Answer, ClosedError, NoAnswerError, Peer
 from downloadview_async.service.build import build
+from downloadview_async.service.health import LIVEZ, PADDING
 from downloadview_async.service.samples import content_of, names_in
 from downloadview_async.service.settings import (
     DatabaseUnavailable,
@@ -38,6 +39,7 @@ from downloadview_async.service.site import (
     Line,
     Result,
     Site,
+    Step,
     Wanted,
     failed,
     passed,
@@ -49,6 +51,15 @@ from downloadview_async.service.site import (
 from downloadview_async.service.together import Together
 
 __all__ = ["Line", "check"]
+
+_LONGEST_NAME = 4_095
+"""Bytes of the longest name that a source takes."""
+
+_LONGEST_TARGET = 3 * _LONGEST_NAME + 256
+"""Bytes of the longest name, each percent-encoded, with room for the path of its route."""
+
+_OTHER_FIELDS = 2_048
+"""Bytes that an answer has room for besides what tells the proxy where the file is."""
 
 _TRIES, _PAUSE = 10, 0.1
 """How often, and after how many seconds, the service is asked again for a file that is to be in its cache."""
@@ -346,6 +357,8 @@ class _Run:
         for target in ("/../", "/%00"):
             with suppress(ClosedError):
                 self.site.see(await proxy.ask(target, root=True))
+        async for line in self._lengths(proxy):
+            yield line
         rules = self.site.settings.offload.rules if self.site.settings.offload.backend else []
         if not rules:
             came = "there is no offload.backend, and so nothing that only the proxy may reach"
@@ -370,6 +383,37 @@ class _Run:
                         result, came, remedy = "FAIL", str(answer.status), self.site.advice("unreached", rule)
                 where = rule.target or rule.source
                 yield Line(result=result, step="proxy", route=where, asked=f"GET {target}", came=came, remedy=remedy)
+
+    async def _lengths(self, proxy: Peer) -> AsyncIterator[Line]:
+        """Find out whether the proxy passes on the longest request line, and the longest header of an answer."""
+        step: Step = "proxy"
+        try:
+            is_passed_on = (await proxy.ask(LIVEZ)).status == 200
+        except ClosedError:
+            is_passed_on = False
+        if not is_passed_on:
+            came = f"not checked: the proxy does not pass {LIVEZ} on"
+            yield Line(result="skip", step=step, route="", asked="the longest names", came=came)
+            return
+        size = _LONGEST_NAME if self.site.settings.offload.backend == "apache" else 3 * _LONGEST_NAME
+        target = f"{LIVEZ}?{'a' * (_LONGEST_TARGET - len(LIVEZ) - 1)}"
+        probes = [(target, f"a request target of {_LONGEST_TARGET} bytes", "request line")]
+        if self.site.settings.offload.backend is not None:
+            size += _OTHER_FIELDS
+            probes.append((f"{LIVEZ}?header={size}", f"an answer with header fields of {size} bytes", "fields"))
+        for target, asked, problem in probes:
+            result: Result = "pass"
+            came = remedy = ""
+            try:
+                answer = await proxy.ask(target)
+                came = str(answer.status)
+                right = answer.status == 200 and (problem != "fields" or len(answer.get(PADDING) or "") == size)
+            except NoAnswerError as exc:
+                came, right = str(exc), False
+            if not right:
+                result, remedy = "FAIL", self.site.advice(problem, None)
+                self.site.narrow.add(problem)
+            yield Line(result=result, step=step, route="", asked=asked, came=came, remedy=remedy)
 
     def _inner_targets(self, rule: RuleSettings, file: File | None) -> list[str]:
         """Return paths by which a client could come to the files of a rule without the service."""

@@ -41,7 +41,9 @@ class Documents:
             self._engine: AsyncEngine = create_async_engine(_located(make_url(settings.database), directory))
         except ModuleNotFoundError as exc:
             raise ConfigurationError(f"the database needs {exc.name}: install it") from exc
-        except SQLAlchemyError as exc:
+        except (SQLAlchemyError, ValueError) as exc:  # ValueError: a port, or an option of the driver
+            if isinstance(exc, ConfigurationError):
+                raise
             raise ConfigurationError(
                 f"the database URL is of no use ({str(exc).partition('(Background')[0].strip()}): give one with an "
                 "asynchronous driver, such as sqlite+aiosqlite:///demo.db or postgresql+asyncpg://host/name"

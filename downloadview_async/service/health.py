@@ -1,8 +1,10 @@
 """`/-/livez`: this process answers. `/-/readyz`: it can reach what it serves from. `/-/cache`: what its caches do."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
@@ -12,6 +14,20 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from downloadview_async import AccessDenied, Cache, DownloadRequest, FileMissing, ObjectStorage
 
+PRIVATE = "/-/"
+"""The path below which the service has its own pages. The printed configurations of proxies refuse them."""
+
+PUBLIC = ("livez",)
+"""The pages below it that clients may ask for: they tell nothing and cost nothing."""
+
+LIVEZ = f"{PRIVATE}livez"
+PADDING = "X-Padding"
+"""A header of any length up to `MAX_PADDING`, for `downloadview check`: `/-/livez?header=LENGTH`."""
+
+MAX_PADDING = 16_384
+"""Bytes."""
+
+_KEPT = 1.0  # seconds that a result counts: whoever asks meanwhile gets it, and starts nothing
 _PATIENCE = 2.0  # seconds that a check may take: a hung disk is one that cannot be reached
 _PROBE = "readyz"
 """The name of an object that nobody needs to have: a store that says so is reached."""
@@ -23,28 +39,54 @@ class Health:
 
     def __init__(self, checks: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
         self._checks = checks
+        self._running: dict[str, asyncio.Task[bool]] = {}
+        self._round: asyncio.Task[list[str]] | None = None
+        self._good_until = 0.0
 
     async def livez(self, request: Request) -> Response:
-        """Answer 200: the event loop runs."""
-        return PlainTextResponse("alive\n", headers=_HEADERS)
+        """Answer 200: the event loop runs. `?header=LENGTH` adds a header of that length, at most `MAX_PADDING`."""
+        length = request.query_params.get("header", "")
+        if not re.fullmatch("[0-9]{1,5}", length, re.ASCII):
+            return PlainTextResponse("alive\n", headers=_HEADERS)
+        return PlainTextResponse("alive\n", headers=_HEADERS | {PADDING: "a" * min(int(length), MAX_PADDING)})
 
     async def readyz(self, request: Request) -> Response:
-        """Answer 200, or 503 with the names of what cannot be reached, and nothing more of it."""
-        failed: list[str] = []
+        """Answer 200, or 503 with the names of what cannot be reached, and nothing more of it.
 
-        async def run(name: str, check: Callable[[], Awaitable[None]]) -> None:
-            try:
-                with anyio.fail_after(_PATIENCE):
-                    await check()
-            except Exception:  # whatever it is: the answer is the same
-                failed.append(name)
-
-        async with anyio.create_task_group() as tasks:
-            for name, check in self._checks.items():
-                tasks.start_soon(run, name, check)
-        if failed:
-            return PlainTextResponse("".join(f"{name}\n" for name in sorted(failed)), 503, _HEADERS)
+        One round of checks runs at a time, whatever the number of requests. All of them share its result, and so do
+        those of the following second.
+        """
+        loop = asyncio.get_running_loop()
+        if self._round is None or (self._round.done() and (self._round.cancelled() or loop.time() >= self._good_until)):
+            self._round = loop.create_task(self._failing())
+        failing = await asyncio.shield(self._round)  # a client that leaves ends the round for nobody
+        if failing:
+            return PlainTextResponse("".join(f"{name}\n" for name in sorted(failing)), 503, _HEADERS)
         return PlainTextResponse("ready\n", headers=_HEADERS)
+
+    async def _failing(self) -> list[str]:
+        """Return the names of the checks that fail, or take more than `_PATIENCE` seconds.
+
+        A check that does not even end when it is cancelled fails until it has ended; it is not started again before.
+        """
+        loop = asyncio.get_running_loop()
+        self._running = {name: task for name, task in self._running.items() if not task.done()}
+        for name, check in self._checks.items():
+            if name not in self._running:
+                self._running[name] = loop.create_task(_passes(check))
+        late = (await asyncio.wait(self._running.values(), timeout=_PATIENCE))[1] if self._running else set()
+        for task in late:
+            task.cancel()
+        self._good_until = loop.time() + _KEPT
+        return [name for name, task in self._running.items() if task in late or task.cancelled() or not task.result()]
+
+
+async def _passes(check: Callable[[], Awaitable[None]]) -> bool:
+    try:
+        await check()
+    except Exception:  # whatever it is: the answer is the same
+        return False
+    return True
 
 
 class CachePage:

@@ -60,6 +60,8 @@ _TABLES: dict[str, Any] = {
     "content_types": ContentTypes,
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # as Starlette reads a route's path
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_password")
 _COMMAND_LINE = "the command line"
 _OBJECT_STORE = re.compile("(?:s3|gs|az)://")
 _SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
@@ -87,9 +89,9 @@ def load_settings(
     directory = Path.cwd() if file is None else Path(file).absolute().parent
     data = {} if file is None else _read(label)
     origins = _apply_variables(data, environ)
-    for name, value in (options or {}).items():
-        data.setdefault("server", {})[name] = value
-        origins[f"server.{name}"] = _COMMAND_LINE
+    if options and isinstance(server := data.setdefault("server", {}), dict):  # anything else is refused below
+        server |= options
+        origins |= dict.fromkeys((f"server.{name}" for name in options), _COMMAND_LINE)
     return _Draft(label, directory, origins).settings(data)
 
 
@@ -102,7 +104,9 @@ def _read(file: str) -> dict[str, Any]:
             f"{file}: the settings file cannot be read ({exc.strerror}): give the path of a readable TOML file with "
             f"--config or {CONFIG}"
         ) from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except RecursionError as exc:
+        raise ConfigurationError(f"{file}: tables or lists are nested too deeply: write them flat") from exc
+    except ValueError as exc:  # TOML, UTF-8, and integers of thousands of digits
         raise ConfigurationError(f"{file}: not valid TOML: {exc}: correct what is there") from exc
 
 
@@ -138,6 +142,8 @@ def _value(name: str, text: str, kind: Any) -> Any:
     if text.lstrip().startswith(("{", "[")):
         try:
             return json.loads(text)
+        except RecursionError as exc:
+            raise ConfigurationError(f"{name}: objects or lists are nested too deeply: write them flat") from exc
         except ValueError as exc:
             raise ConfigurationError(f"{name}: not valid JSON: {exc}: correct it") from exc
     try:
@@ -170,6 +176,7 @@ class _Draft:
         return configuration_error(self.file, self.origins, key, problem)
 
     def settings(self, data: Mapping[str, Any]) -> Settings:
+        self._check_texts(data)
         self._only_known("", data, _TABLES)
         sources = {name: self._source(name, table) for name, table in self._table("sources", data).items()}
         for name, source in sources.items():
@@ -193,6 +200,23 @@ class _Draft:
             self._check_sending(f"routes[{index}].send", route, settings)
         return settings
 
+    def _check_texts(self, data: Mapping[str, Any]) -> None:
+        """Refuse control characters: no path, URL, header or name has one. A key of a store may have several lines."""
+        left: list[tuple[str, Any]] = [("", data)]
+        while left:
+            key, value = left.pop()
+            if isinstance(value, dict):
+                for name, inner in value.items():
+                    if _CONTROL.search(name):
+                        raise self.error(key, f"a control character in the key {name!r}: remove it")
+                    left.append((f"{key}.{name}".lstrip("."), inner))
+            elif isinstance(value, list):
+                left += [(f"{key}[{index}]", inner) for index, inner in enumerate(value)]
+            elif isinstance(value, str):
+                forbidden = "\0" if _MAY_HAVE_LINES.fullmatch(key) else _CONTROL
+                if (found := re.search(forbidden, value)) is not None:
+                    raise self.error(key, f"a control character ({found[0]!r}): remove it")
+
     def _table(self, key: str, data: Mapping[str, Any]) -> dict[str, Any]:
         table = data.get(key, {})
         if not isinstance(table, dict):
@@ -206,6 +230,8 @@ class _Draft:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as exc:
             raise self.error(*_explained(key, str(exc), kind)) from None
+        except RecursionError:
+            raise self.error(key, "tables or lists are nested too deeply: write them flat") from None
 
     def _each_known(self, key: str, tables: Any, kind: type[Struct]) -> None:
         for index, table in enumerate(tables if isinstance(tables, list) else ()):
@@ -243,6 +269,8 @@ class _Draft:
         if "cache" in _fields(kind):
             self._only_known(f"{key}.cache", table.get("cache"), _fields(CacheSettings))
         source = cast("SourceSettings", self._converted(key, table, kind))
+        if isinstance(source, StorageSettings | RemoteSettings):
+            self._check_url(f"{key}.url", source.url)
         if (cache := cache_of(source)) is not None:
             source = msgspec.structs.replace(source, cache=self._cache(f"{key}.cache", cache))
         if isinstance(source, PathSettings):
@@ -254,6 +282,9 @@ class _Draft:
             for option in ("options", "presign", "max_connections"):
                 if getattr(source, option):
                     raise self.error(f"{key}.{option}", f"only s3://, gs:// and az:// have that: remove {option}")
+        presign = source.presign if isinstance(source, StorageSettings) else None
+        if presign is not None and seconds_of(presign.expires) is None:
+            raise self.error(f"{key}.presign.expires", f"{presign.expires!r} is too long: give at most 7d")
         if isinstance(source, StorageSettings) and source.presign is not None and source.cache is not None:
             raise self.error(
                 f"{key}.presign",
@@ -262,6 +293,16 @@ class _Draft:
         if isinstance(source, StorageSettings) and "max_connections" in source.options:
             raise self.error(f"{key}.options.max_connections", f"not one of obstore's: write it in [{key}] itself")
         return source
+
+    def _check_url(self, key: str, url: str) -> None:
+        try:
+            port = urlsplit(url).port
+        except ValueError as exc:
+            raise self.error(key, f"{url!r} is not a URL ({exc}): correct it") from exc
+        if port == 0:
+            raise self.error(key, f"{url!r} has the port 0: give the port that the server listens on")
+        if _CONTROL.search(unquote(url)):
+            raise self.error(key, f"a control character in {url!r}: remove it")
 
     def _cache(self, key: str, cache: CacheSettings) -> CacheSettings:
         size, age = bytes_of(cache.max_bytes), seconds_of(cache.max_age)

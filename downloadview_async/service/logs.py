@@ -1,9 +1,16 @@
-"""What the service says in the log: one line where a server would print a traceback that tells an operator nothing."""
+"""What the service says in the log: one line where a server would print a traceback that tells an operator nothing.
+
+And no line of the log is another's: whatever a client, an upstream or a function's exception has in a text, it neither
+begins a new line nor moves the cursor of a terminal, and it is cut where it is too long.
+"""
 
 import asyncio
 import codecs
 import copy
 import logging
+import re
+from collections.abc import Iterator
+from traceback import TracebackException
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,7 +18,88 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from downloadview_async import ConfigurationError, TransferAborted
 
 _SERVER_LOGGER = "uvicorn.error"
+_ACCESS_LOGGER = "uvicorn.access"
 codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
+
+LONGEST = 2_500
+"""Characters of a message, of a value in the access log, and of a line of a traceback."""
+
+_END = 300
+_MARK = 50  # what says how much is left out: the result is never cut a second time
+_MOST_CAUSES = 20  # exceptions of one traceback
+_MOST_LINES = 400  # of one traceback
+
+
+def one_line(text: str) -> str:
+    """Return a text with nothing in it that ends a line or is not to be seen, without the middle of a long one."""
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    if len(text) <= LONGEST:
+        return text
+    left_out = len(text) - (LONGEST - _MARK)
+    return f"{text[: LONGEST - _MARK - _END]}[... {left_out} characters ...]{text[-_END:]}"
+
+
+class OneLine(logging.Filter):
+    """Makes one line of each message, and of each line of a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record, and let it pass."""
+        if isinstance(record.args, tuple) and record.name == _ACCESS_LOGGER:  # its formatter has use for each
+            record.args = tuple(one_line(value) if isinstance(value, str) else value for value in record.args)
+        elif "color_message" not in record.__dict__:  # uvicorn's own, of which the formatter makes another message
+            record.msg, record.args = one_line(_message(record)), None
+        if record.exc_info and not record.exc_text and (exc := record.exc_info[1]) is not None:
+            try:
+                record.exc_text = "\n".join(_traceback(exc))
+            except Exception as failure:  # a filter that raises would end the request
+                record.exc_text = f"{type(exc).__name__}, whose traceback cannot be shown: {type(failure).__name__}"
+        return True
+
+
+_one_line = OneLine()
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage().rstrip("\n")
+    except Exception as exc:  # whatever the text of an argument does: a line is lost, not the request
+        return f"{record.msg!r} cannot be filled in: {type(exc).__name__}"
+
+
+def _traceback(exc: BaseException) -> list[str]:
+    """Return the lines of a traceback, as Python prints it, but each exception's message as one line."""
+    lines = [one_line(line) for line in _lines_of(TracebackException.from_exception(exc))]
+    if len(lines) > _MOST_LINES:
+        half = _MOST_LINES // 2
+        lines = [*lines[:half], f"[... {len(lines) - _MOST_LINES} lines ...]", *lines[-half:]]
+    return lines
+
+
+def _lines_of(last: TracebackException) -> Iterator[str]:
+    chain = [(last, "")]
+    while len(chain) < _MOST_CAUSES:
+        exc, _ = chain[-1]
+        if exc.__cause__ is not None:
+            chain.append((exc.__cause__, "The above exception was the direct cause of the following exception:"))
+        elif exc.__context__ is not None and not exc.__suppress_context__:
+            chain.append((exc.__context__, "During handling of the above exception, another exception occurred:"))
+        else:
+            break
+    for exc, then in reversed(chain):
+        yield "Traceback (most recent call last):"
+        for frame in exc.stack.format():
+            yield from re.split("\r?\n", frame.rstrip("\n"))
+        notes, exc.__notes__ = exc.__notes__, None  # which would be printed on as many lines as they have
+        for text in exc.format_exception_only():
+            yield text.rstrip("\n")
+        yield from map(str, notes if isinstance(notes, list) else ())
+        for number, inner in enumerate((exc.exceptions or ())[:_MOST_CAUSES], 1):
+            yield f"  | exception {number} of the group:"
+            for line in _lines_of(inner):
+                yield f"  | {line}"
+        if then:
+            yield from ("", then, "")
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -20,9 +108,20 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     if isinstance(exc, TransferAborted | asyncio.CancelledError):
         reason = str(exc) if isinstance(exc, TransferAborted) else "the server stops"
         record.levelno, record.levelname = logging.WARNING, "WARNING"
-        record.msg, record.args = "Transfer aborted: %s", (reason.encode("unicode_escape").decode(),)
+        record.msg, record.args = "Transfer aborted: %s", (one_line(reason.encode("unicode_escape").decode()),)
         record.exc_info = record.exc_text = None
     return True
+
+
+def log_in_single_lines() -> None:
+    """Have uvicorn and the library log in single lines, and an aborted transfer without a traceback.
+
+    To the end of the process: the last transfers end after the application. `log_config` does the same for what else is
+    logged; this is for uvicorn without it.
+    """
+    logging.getLogger(_SERVER_LOGGER).addFilter(_without_traceback)
+    for name in (_SERVER_LOGGER, _ACCESS_LOGGER, "downloadview_async"):
+        logging.getLogger(name).addFilter(_one_line)
 
 
 def log_aborts_in_one_line() -> None:
@@ -54,7 +153,7 @@ class OneLineFailures:
         except BaseException as exc:
             for message in failed:
                 if isinstance(exc, ConfigurationError):
-                    message["message"] = str(exc)
+                    message["message"] = one_line(str(exc))
                 elif isinstance(exc, asyncio.CancelledError):
                     message["message"] = "The server ends at once, as it was told to twice"
                 await send(message)  # anything else is a bug, and told in full
@@ -73,15 +172,17 @@ class PathAlone(logging.Filter):
 
 
 def log_config(level: str) -> dict[str, Any]:
-    """Return uvicorn's own logging configuration, with the library's log in it, and without queries."""
+    """Return uvicorn's own logging configuration, with the library's log in it, each line one line, without queries."""
     from uvicorn.config import LOGGING_CONFIG
 
     config: dict[str, Any] = copy.deepcopy(LOGGING_CONFIG)
-    config["filters"] = {"path_alone": {"()": PathAlone}}
-    config["handlers"]["access"]["filters"] = ["path_alone"]
+    config["filters"] = {"path_alone": {"()": PathAlone}, "one_line": {"()": OneLine}}
+    config["handlers"]["access"]["filters"] = ["path_alone", "one_line"]
+    config["handlers"]["default"]["filters"] = ["one_line"]
     config["loggers"]["downloadview_async"] = {
         "handlers": ["default"],
         "level": "DEBUG" if level == "trace" else level.upper(),
         "propagate": False,
     }
+    config["root"] = {"handlers": ["default"], "level": "WARNING"}  # asyncio's, and those of functions of the settings
     return config

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from downloadview_async import ObjectStorage, proxy_config
+from downloadview_async.service.health import PRIVATE, PUBLIC
 from downloadview_async.service.settings import Settings, StorageSettings, rules_of
 
 
@@ -18,7 +19,7 @@ def config_for(
     """
     _check_proxy(proxy, settings)
     server, rules = settings.server, rules_of(settings)
-    options: dict[str, Any] = {"storages": _storages(settings)}
+    options: dict[str, Any] = {"storages": _storages(settings), "private": PRIVATE, "public": PUBLIC}
     for key, option in (  # one more at a time, so that a mistake is blamed on its own key
         ("offload.rules", {}),
         ("server.root_path", {"prefix": server.root_path}),

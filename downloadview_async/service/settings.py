@@ -12,12 +12,20 @@ from msgspec import Meta, Struct
 
 from downloadview_async import ConfigurationError, Rule
 
-_Seconds = Annotated[float, Meta(gt=0)]
+_YEAR = 365 * 86_400
+_LONGEST_AGE = 100 * _YEAR
+_MOST_BYTES = 2**63 - 1
+
+_Seconds = Annotated[float, Meta(gt=0, le=_YEAR)]
 _Count = Annotated[int, Meta(ge=1)]
 
 
-class DatabaseUnavailable(ConfigurationError):
-    """A database does not answer now, but may do so later: unlike other errors, it is worth starting again for."""
+class Unavailable(ConfigurationError):
+    """Something is not there now, but may be later: unlike other errors, it is worth starting again for."""
+
+
+class DatabaseUnavailable(Unavailable):
+    """A database does not answer."""
 
 
 class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -25,12 +33,16 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
     host: Annotated[str, Meta(description="the address to listen on, such as 127.0.0.1 or 0.0.0.0")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="a TCP port, 0 to 65535")] = 8000
-    uds: Annotated[str, Meta(description="the path of a Unix socket to listen on")] | None = None
-    fd: Annotated[int, Meta(ge=0, description="the number of an open socket to listen on")] | None = None
-    workers: Annotated[int, Meta(ge=1, description="how many processes serve, 1 or more")] = 1
+    uds: Annotated[str, Meta(min_length=1, description="the path of a Unix socket to listen on")] | None = None
+    fd: Annotated[int, Meta(ge=0, le=2**31 - 1, description="the number of an open socket to listen on")] | None = None
+    workers: Annotated[int, Meta(ge=1, le=1024, description="how many processes serve, 1 or more, at most 1024")] = 1
     root_path: Annotated[
         str,
-        Meta(pattern=r"^(/[^/\s]+)*$", description="the path a proxy serves this below, such as /downloads, or empty"),
+        Meta(
+            pattern=r"^(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]+)*\Z",
+            description="the path a proxy serves this below, such as /downloads, of ASCII characters that a URL need "
+            "not encode, or empty",
+        ),
     ] = ""
     proxy_headers: Annotated[bool, Meta(description="true to believe X-Forwarded-* of forwarded_allow_ips")] = True
     forwarded_allow_ips: (
@@ -48,14 +60,19 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         Meta(description="auto (sendfile, and stalled clients are dropped), or uvicorn's own h11 or httptools"),
     ] = "auto"
     stall_timeout: Annotated[
-        _Seconds, Meta(description="seconds a client may take less than minimum_rate; needs http = auto")
+        _Seconds,
+        Meta(description="seconds a client may take less than minimum_rate, at most a year; needs http = auto"),
     ] = 60.0
     minimum_rate: Annotated[int, Meta(ge=1, description="bytes per second that a client has to take")] = 64
-    backlog: Annotated[int, Meta(ge=1, description="connections that wait to be taken")] = 2048
+    backlog: Annotated[int, Meta(ge=1, le=2**31 - 1, description="connections that wait to be taken, 1 or more")] = 2048
     limit_concurrency: Annotated[_Count, Meta(description="requests at once before 503 is answered")] | None = None
     limit_max_requests: Annotated[_Count, Meta(description="requests after which a worker is replaced")] | None = None
-    timeout_keep_alive: Annotated[int, Meta(ge=0, description="seconds an idle connection is kept")] = 5
-    timeout_graceful_shutdown: Annotated[int, Meta(ge=0, description="seconds that downloads have to end")] = 30
+    timeout_keep_alive: Annotated[
+        int, Meta(ge=0, le=_YEAR, description="seconds an idle connection is kept, at most a year")
+    ] = 5
+    timeout_graceful_shutdown: Annotated[
+        int, Meta(ge=0, le=_YEAR, description="seconds that downloads have to end, at most a year")
+    ] = 30
     server_header: Annotated[bool, Meta(description="true to send a Server header")] = True
     date_header: Annotated[bool, Meta(description="true to send a Date header")] = True
     ssl_keyfile: Annotated[str, Meta(description="the path of a private key")] | None = None
@@ -86,7 +103,7 @@ class PresignSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     expires: Annotated[
         str,
         Meta(
-            pattern="^[1-9][0-9]{0,6}[smhd]$",
+            pattern=r"^[1-9][0-9]{0,6}[smhd]\Z",
             description="how long a URL is good for, at most 7 days, such as 30s, 10m, 1h or 7d",
         ),
     ] = "10m"
@@ -158,8 +175,8 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         list[str], Meta(description="a list of hosts that may be reached at private addresses or by a redirect")
     ] = []
     max_connections: Annotated[_Count, Meta(description="upstream requests at once, 1 or more")] = 100
-    connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 10.0
-    read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0")] = 30.0
+    connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 10.0
+    read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 30.0
     names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] = "portable"
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
@@ -170,7 +187,7 @@ class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     factory: Annotated[
         str,
         Meta(
-            pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$",
+            pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*\Z",
             description='"module:function"; the directory of the settings file is on the import path',
         ),
     ]
@@ -189,7 +206,11 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     cache_control: (
         Annotated[
             str,
-            Meta(pattern=r"^[ -~]+$", description="a Cache-Control header, such as private; leave it out to send none"),
+            Meta(
+                pattern=r"^[ -~]+\Z",
+                max_length=1024,
+                description="a Cache-Control header, such as private; leave it out to send none",
+            ),
         ]
         | None
     ) = None
@@ -267,11 +288,13 @@ class Settings:
 
     @contextmanager
     def blaming(self, key: str) -> Iterator[None]:
-        """Say of a `ConfigurationError` raised inside which key it comes from."""
+        """Say which key a `ConfigurationError` raised inside is of, or a value that another library refuses."""
         try:
             yield
         except ConfigurationError as exc:
             raise type(exc)(str(self.error(key, str(exc)))) from exc
+        except (OSError, OverflowError, TypeError, ValueError) as exc:
+            raise self.error(key, f"{type(exc).__name__}: {exc}: correct it") from exc
 
 
 def configuration_error(file: str, origins: Mapping[str, str], key: str, problem: str) -> ConfigurationError:
@@ -294,15 +317,27 @@ _TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def bytes_of(value: int | str) -> int | None:
-    """Return a number of bytes such as 4096, "500MB" or "10GiB"; None for a text that is none."""
-    match = re.fullmatch("([0-9]{1,15})[ ]?([A-Za-z]*)", str(value))
-    return int(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else None
+    """Return a number of bytes such as 4096, "500MB" or "10GiB"; None for any other text, and from 2^63 on."""
+    if isinstance(value, str):
+        match = re.fullmatch("([0-9]{1,19})[ ]?([A-Za-z]*)", value)
+        if match is None or match[2] not in _UNITS:
+            return None
+        number = int(match[1]) * _UNITS[match[2]]
+    else:
+        number = value
+    return number if 0 <= number <= _MOST_BYTES else None
 
 
 def seconds_of(value: float | str) -> float | None:
-    """Return a time such as 90, "90s", "10m", "2h" or "1d" in seconds; None for a text that is none."""
-    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)[ ]?([a-z]?)", str(value))
-    return float(match[1]) * _TIMES[match[2]] if match and match[2] in _TIMES else None
+    """Return a time such as 90, "90s", "10m", "2h" or "1d" in seconds; None for any other text, and above a century."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)[ ]?([a-z]?)", value)
+        if match is None or match[2] not in _TIMES:
+            return None
+        number = float(match[1]) * _TIMES[match[2]]
+    else:
+        number = float(value)
+    return number if 0 <= number <= _LONGEST_AGE else None
 
 
 def cache_of(source: SourceSettings) -> CacheSettings | None:

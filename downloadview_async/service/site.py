@@ -118,6 +118,8 @@ class Site:
     service: str
     seen: set[str] = field(default_factory=set)
     """What answers by way of the proxy have said of who sends them."""
+    narrow: set[str] = field(default_factory=set)
+    """What the proxy has too little room for: "request line", "fields"."""
 
     def see(self, answer: Answer) -> None:
         """Note who says to have sent an answer."""

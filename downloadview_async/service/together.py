@@ -109,6 +109,10 @@ class Together:
             return f"307 to {shown_url(place or '')}", self.site.advice("streamed header", rule, header="Location")
         if 300 <= answer.status < 400:
             return f"{came} to {shown_url(answer.get('location') or '')}", "give the URL that it leads to"
+        if answer.status in (414, 431):
+            return came, self.site.advice("request line", rule)
+        if answer.status == 502 and "fields" in self.site.narrow:
+            return came, self.site.advice("fields", rule)
         if answer.status in _UNREACHED:
             return came, self.site.advice("not fetched" if self.site.is_fetched(file) else "unreached", rule)
         if answer.orders:

@@ -29,6 +29,7 @@ from downloadview_async.errors import (
     TransferAborted,
 )
 from downloadview_async.http.conditional import failed_precondition
+from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
@@ -378,7 +379,8 @@ class Cache:
         """Log that the disk failed, once a minute."""
         if time.monotonic() - self._complained >= 60.0:
             self._complained = time.monotonic()
-            logger.warning("the cache %a cannot be used, files are sent without being kept: %s", self.path, exc)
+            problem = escaped(str(exc))
+            logger.warning("the cache %a cannot be used, files are sent without being kept: %s", self.path, problem)
 
     def _sweep_if_due(self) -> None:
         if self.directory.is_sweep_due and not self._sweeping:
@@ -724,7 +726,8 @@ class _Fetch:
             if not isinstance(exc, Exception):
                 raise
             if not isinstance(exc, DownloadError) and not self._clients:
-                logger.warning("fetching %a for the cache failed: %r", self._inner.name, exc)
+                problem = escaped(f"{type(exc).__name__}: {exc}")
+                logger.warning("fetching %s for the cache failed: %s", shown(self._inner.name), problem)
         finally:
             self._cache.withdraw(self)
             self._settled.set()

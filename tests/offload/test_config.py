@@ -174,6 +174,8 @@ async def test_the_directory_itself_may_be_where_the_proxy_starts(kind: Proxy) -
         {"service": "localhost:9000", "listen": "0.0.0.0:8443"},
         {"service": "[::1]:9000", "listen": "[::1]:8443"},
         {"prefix": "/a.b/~c_d"},
+        {"private": "/-/", "public": ["livez", "health.txt"]},
+        {"private": "/a.b/c/", "prefix": "/a.b/~c_d"},
         {"idle_seconds": 2, "stall_seconds": 0.5, "max_body_bytes": 1000},
     ],
 )
@@ -227,6 +229,11 @@ FILES = [dv.Rule("/srv/files", "/_files/")]
         ("nginx", FILES, {"idle_seconds": 1}, "too short for a proxy"),
         ("nginx", FILES, {"stall_seconds": 0}, "more than 0"),
         ("nginx", FILES, {"max_body_bytes": 0}, "more than 0"),
+        ("nginx", FILES, {"private": "/-"}, "write a private path as /-/"),
+        ("nginx", FILES, {"private": "/a;/"}, "write a private path as /-/"),
+        ("nginx", FILES, {"private": "/-/", "public": ["a/b"]}, "public ones as livez"),
+        ("nginx", [dv.Rule("/srv/files", "/-/files/")], {"private": "/-/"}, "below /-/, which the proxy refuses"),
+        ("h2o", [dv.Rule("/srv/files", "/a/-/b/")], {"private": "/-/", "prefix": "/a"}, "below /a/-/, which"),
     ],
 )
 def test_refusals(kind: Any, rules: list[dv.Rule], options: dict[str, Any], message: str) -> None:

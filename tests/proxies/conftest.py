@@ -42,6 +42,29 @@ HOSTILE_NAMES = [
     "...",
 ]
 NAMES = [*HOSTILE_NAMES, "page.html"]
+PRIVATE_PAGES = [
+    "/-/readyz",
+    "/-/readyz?a=1",
+    "/-/readyz/",
+    "/-/readyz#",
+    "/-/cache",
+    "/-/",
+    "/-//readyz",
+    "/-/./readyz",
+    "/-/livez/../readyz",
+    "/-/livez%2f..%2freadyz",
+    "/-/livez/",
+    "/-/livezz",
+    "/-/%72eadyz",
+    "/%2d/readyz",
+    "/%2D%2Freadyz",
+    "/-%2freadyz",
+    "/-%2F%2Freadyz",
+    "//-/readyz",
+    "/./-/readyz",
+    "/a/../-/readyz",
+]
+"""Spellings of the service's own pages, which no client gets by way of a proxy."""
 DRESS = {
     "Access-Control-Allow-Credentials": "true",
     "Access-Control-Allow-Origin": "https://app.example.org",

@@ -15,7 +15,7 @@ import pytest
 
 from downloadview_async.offload.base import OFFLOAD_HEADERS
 from tests.live import Answer, ask
-from tests.proxies.conftest import HOSTILE_NAMES, content_of
+from tests.proxies.conftest import HOSTILE_NAMES, PRIVATE_PAGES, content_of
 from tests.proxies.servers import KINDS, free_port, proxy, readable_directory, running
 
 APP = Path(__file__).resolve().parents[2] / "app"
@@ -125,7 +125,15 @@ def test_the_rest_is_one_404(demo: Demo, path: str) -> None:
 
 def test_the_front_page_and_the_health_of_the_service(demo: Demo) -> None:
     assert b"/files/hello.txt" in get(demo.port, "/").body
-    assert get(demo.port, "/-/livez").status == get(demo.port, "/-/readyz").status == 200
+    assert get(demo.port, "/-/livez").body == get(demo.port, "/-/livez?a=1").body == b"alive\n"
+    assert get(demo.service, "/-/readyz").body == b"ready\n"
+
+
+@pytest.mark.parametrize("path", PRIVATE_PAGES)
+def test_the_service_own_pages_are_closed(demo: Demo, path: str) -> None:
+    answer = get(demo.port, path)
+    assert answer.status in (400, 403 if demo.kind == "lighttpd" else 404)
+    assert b"ready" not in answer.body
 
 
 def test_the_demo_passes_its_check(demo: Demo) -> None:

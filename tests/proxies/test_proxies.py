@@ -71,6 +71,29 @@ async def test_a_client_gets_the_bytes_of_the_very_file(site: Site, route: str, 
     assert_no_order(head)
 
 
+SPELLED = {
+    "/./plain.txt": NAME,
+    "/.//plain.txt": NAME,
+    "//plain.txt": NAME,
+    "/%2E/plain.txt": NAME,
+    "/a%20directory//50%2525%20of%20it/%C3%A9%3F.txt": "a directory/50%25 of it/é?.txt",
+    "/a%20directory/./50%2525%20of%20it/.//%C3%A9%3F.txt": "a directory/50%25 of it/é?.txt",
+}
+
+
+@pytest.mark.parametrize("route", EVERY)
+@pytest.mark.parametrize("path", SPELLED)
+async def test_a_path_with_dots_and_empty_segments_is_that_of_the_same_file(site: Site, route: str, path: str) -> None:
+    """apt asks for /./Packages, and others put a slash too many between a directory and a name."""
+    direct = await ask(site.service, f"/{route}{path}")
+    assert direct.status == 200
+    answer = await ask(site.port, f"/{route}{path}")
+    assert (answer.status, answer.body) == (200, content_of(SPELLED[path]))
+    assert answer.headers["content-disposition"] == direct.headers["content-disposition"]
+    part = await ask(site.port, f"/{route}{path}", headers={"Range": "bytes=2-5"})
+    assert (part.status, part.body) == (206, content_of(SPELLED[path])[2:6])
+
+
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 @pytest.mark.parametrize("route", EVERY)
 async def test_the_service_sends_no_byte_of_what_the_proxy_sends(site: Site, route: str, name: str) -> None:

@@ -23,9 +23,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import downloadview_async as dv
 from downloadview_async.offload.base import OFFLOAD_HEADERS, OFFLOAD_TARGET
 from downloadview_async.offload.sigv4 import Credentials, presigned_url
+from downloadview_async.sources.names import MAX_LENGTH
 from tests.live import Answer, ask, ask_raw, live, resumes_only_what_was_begun
 from tests.proxies.conftest import DRESS, HOSTILE_NAMES, content_of, make_checkout
 from tests.proxies.servers import KINDS, Kind, proxy, readable_directory
+from tests.proxies.test_long_names import long_name, write
 from tests.s3 import BUCKET, KEY_ID, REGION, S3, SECRET
 from tests.servers import free_port, wait_for_text
 
@@ -253,6 +255,27 @@ def assert_the_services(answer: Answer, direct: Answer) -> None:
 
 
 # --- whole files
+
+
+@pytest.mark.parametrize("character", ["a", "é"])
+@pytest.mark.parametrize("length", [1424, 1425, 2730, 4000, MAX_LENGTH])
+async def test_a_long_name_is_fetched_too(remote: Remote, length: int, character: str) -> None:
+    name = long_name(length, character)
+    write(remote.origin.files, name)
+    for path in (f"/mirror/{quote(name)}", f"/inline/mirror/{quote(name)}"):
+        assert OFFLOAD_TARGET in (await ask(remote.service, path)).headers
+        answer = await ask(remote.port, path)
+        assert (answer.status, answer.body) == (200, b"0123456789")
+        part = await ask(remote.port, path, headers={"Range": "bytes=4-6"})
+        assert (part.status, part.body) == (206, b"456")
+
+
+@pytest.mark.parametrize("character", ["a", "é"])
+async def test_the_longest_key_of_a_store_is_fetched_too(remote: Remote, s3: S3, character: str) -> None:
+    name = long_name(1000, character)  # and the directory: S3 has 1,024 bytes for both
+    s3.put(f"files/{name}", b"0123456789")
+    answer = await ask(remote.port, f"/lake/{quote(name)}")
+    assert (answer.status, answer.body) == (200, b"0123456789")
 
 
 @pytest.mark.parametrize("route", ROUTES)

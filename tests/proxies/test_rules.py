@@ -50,6 +50,11 @@ RULES = [
         ("/srv/slashes/a.txt", ("/_slashes/", "a.txt")),
         ("http://files.example.org/pub/a.txt", ("/_remote/", "a.txt")),
         ("https://files.example.org/a.txt", ("/_secure/", "a.txt")),
+        # what a proxy can open, with room for another directory
+        ("/srv/media/" + "a/" * 1939 + "aa", ("/_media/", "a/" * 1939 + "aa")),
+        ("/srv/media/" + "a/" * 1939 + "aaa", None),
+        ("/srv/media/" + "é" * 2000, None),
+        ("http://files.example.org/pub/" + "a" * 4095, ("/_remote/", "a" * 4095)),
         # whole segments
         ("/srv/media-private/a.txt", None),
         ("/srv/medi", None),

@@ -287,7 +287,10 @@ def test_a_failed_start_reports_one_line(directory: Path) -> None:
     assert "Traceback" not in message["message"]
 
 
-def test_readyz_names_the_sources_that_fail_and_says_nothing_else(directory: Path) -> None:
+def test_readyz_names_the_sources_that_fail_and_says_nothing_else(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("downloadview_async.service.health._KEPT", 0.0)
     database = make_database(directory)
     text = f'{TEXT}{DOCUMENTS}[sources.media]\ntype = "storage"\nurl = "file:media"\n'
     (directory / "media").mkdir()
@@ -310,6 +313,7 @@ def test_readyz_gives_up_on_a_disk_that_hangs(directory: Path, monkeypatch: pyte
     fifo = directory / "hung"
     os.mkfifo(fifo)
     monkeypatch.setattr("downloadview_async.service.health._PATIENCE", 0.2)
+    monkeypatch.setattr("downloadview_async.service.health._KEPT", 0.0)
     monkeypatch.setattr(os, "scandir", lambda path: fifo.open("rb"))
     with client_of(directory, TEXT) as client:
         try:
@@ -359,6 +363,32 @@ def test_the_backend_gets_its_own_header(directory: Path, environ: dict[str, str
     assert answer.content == (b"" if headers else b"ab")
     assert missing.status_code == 404
     assert not OFFLOAD_HEADERS & {*missing.headers}
+
+
+@pytest.mark.parametrize("backend", ["nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Range": "bytes=0-0"},
+        {"Range": "bytes=99-"},
+        {"If-None-Match": "*"},
+        {"If-Match": '"another"'},
+        {"If-Modified-Since": "Thu, 01 Jan 2099 00:00:00 GMT"},
+        {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:10 GMT"},
+    ],
+)
+def test_an_order_is_in_an_answer_200_alone_and_there_whatever_is_asked(
+    directory: Path, backend: str, method: str, headers: dict[str, str]
+) -> None:
+    with client_of(directory, TEXT + RULE, {"DOWNLOADVIEW_OFFLOAD__BACKEND": backend}) as client:
+        for path in ("/files/a.txt", "/files/missing", "/-/livez", "/", "/nothing"):
+            answer = client.request(method, path, headers=headers)
+            offloaded = path == "/files/a.txt" and method in ("GET", "HEAD")
+            assert bool(OFFLOAD_HEADERS & {*answer.headers}) is offloaded
+            if offloaded:
+                assert (answer.status_code, answer.content, answer.headers["content-length"]) == (200, b"", "0")
 
 
 def test_litespeed_gets_plain_names(directory: Path) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -194,6 +196,58 @@ def test_a_download_that_ends_in_time_is_not_cut(tmp_path: Path) -> None:
         assert server.process.wait(30) == 0  # by the one signal: a second could meet an interpreter without handlers
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_hangup_cuts_no_download_and_ends_nothing(tmp_path: Path, workers: str) -> None:
+    with demo(tmp_path / "log", arguments=["--workers", workers, "--timeout-graceful-shutdown", "1"]) as server:
+        server.wait_for_log("Application startup complete", times=int(workers))
+        with urllib.request.urlopen(f"{server.url}/reports/large.txt") as answer:
+            answer.read(1)
+            os.killpg(server.process.pid, signal.SIGHUP)  # as a terminal does
+            server.wait_for_log("SIGHUP is ignored, and no download is cut", times=1 if workers == "1" else 3)
+            assert get(f"{server.url}/-/livez") == b"alive\n"
+            assert len(answer.read()) == 100_000_000 - 1
+        assert server.log.count("Started server process") == int(workers)
+        assert server.stop() == 0
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("by", ["port", "uds"])
+def test_a_connection_that_no_worker_would_answer_is_refused(tmp_path: Path, workers: str, by: str) -> None:
+    """While the last downloads are sent, after the signal to end."""
+    address: Any = str(tmp_path / "socket") if by == "uds" else free_port()
+    arguments = ["--uds", str(address)] if by == "uds" else ["--port", str(address)]
+    subprocess.run([sys.executable, "-m", "app.demo"], cwd=PROJECT, check=True)
+    command = [*COMMAND, "--config", "app/downloadview.toml", "--workers", workers, *arguments]
+
+    def connect(client: socket.socket) -> socket.socket:
+        client.settimeout(30)
+        client.connect(address if by == "uds" else ("127.0.0.1", address))
+        return client
+
+    family = socket.AF_UNIX if by == "uds" else socket.AF_INET
+
+    with serving(command, address, log=tmp_path / "log") as server:
+        server.wait_for_log("Application startup complete", times=int(workers))
+        with connect(socket.socket(family)) as client:
+            client.sendall(b"GET /reports/large.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = len(client.recv(1024))
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_log("Waiting for connections to close")
+            server.wait_for_log("Shutting down", times=int(workers))
+            while True:  # until the last of them has closed its socket, a request may still be answered
+                with socket.socket(family) as another, contextlib.suppress(ConnectionError, FileNotFoundError):
+                    connect(another)
+                    assert server.process.poll() is None
+                    continue
+                break
+            assert server.process.poll() is None
+            while chunk := client.recv(1 << 20):
+                received += len(chunk)
+        assert received > 100_000_000
+        assert server.process.wait(30) == 0
+
+
 def test_a_transfer_that_fails_in_the_middle_is_one_log_line(directory: Path) -> None:
     large = directory / "files" / "large.bin"
     large.write_bytes(bytes(64 * 1024 * 1024))
@@ -315,13 +369,71 @@ def test_a_descriptor_that_is_no_socket_is_refused(directory: Path, workers: str
     assert "server.fd: 0 is no open socket" in refused("--fd", "0", "--workers", workers, cwd=directory)
 
 
-def test_a_port_that_is_taken_is_one_line(directory: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_port_that_is_taken_is_one_line_and_worth_another_try(directory: Path, workers: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [*COMMAND, "files", "--port", str(taken.getsockname()[1])]
+        port = taken.getsockname()[1]
+        command = [*COMMAND, "files", "--port", str(port), "--workers", workers]
         run = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=30)
-    assert run.returncode != 0
-    assert "address already in use" in run.stderr
-    assert "Traceback" not in run.stderr
+    assert (run.returncode, run.stdout) == (3, "")
+    assert run.stderr == (
+        f"downloadview: the command line: server.port: 127.0.0.1:{port} cannot be listened on (address already in "
+        "use): give another, or stop what listens there\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "host, status, message",
+    [
+        ("192.0.2.1", 3, "server.host: 192.0.2.1:0 cannot be listened on (cannot assign requested address)"),
+        ("nothing.invalid", 3, "server.host: 'nothing.invalid' has no address"),
+        ("a" * 300, 2, "has no address (encoding with 'idna' codec failed"),
+        ("a..b", 2, "server.host: 'a..b' has no address"),
+    ],
+)
+def test_an_address_that_is_not_of_this_machine_is_one_line(
+    directory: Path, host: str, status: int, message: str
+) -> None:
+    command = [*COMMAND, "files", "--host", host, "--port", "0"]
+    run = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (status, "", 1), run.stderr
+    assert message in run.stderr
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("gone/socket", "the directory of 'gone/socket' is missing"),
+        ("files", "'files' exists and is not a socket"),
+        ("a" * 200, "is longer than 107 bytes"),
+        ("/proc/socket", "'/proc/socket' cannot be made a socket ("),
+    ],
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_unix_socket_that_cannot_be_made_is_one_line(directory: Path, path: str, message: str, workers: str) -> None:
+    said = refused("--uds", path, "--workers", workers, cwd=directory)
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_unix_socket_that_was_left_behind_is_replaced(directory: Path, workers: str) -> None:
+    path = str(directory / "socket")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(path)
+    command = [*COMMAND, str(directory / "files"), "--uds", path, "--workers", workers]
+    with serving(command, path, log=directory / "log"):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(path)
+        assert get_over(connection, "/files/a.txt").endswith(b"\r\n\r\n0123456789")
+
+
+def test_a_service_without_routes_says_so(directory: Path) -> None:
+    (directory / "downloadview.toml").write_text("")
+    port = free_port()
+    with serving([*COMMAND, "--port", str(port)], port, log=directory / "log", cwd=directory) as server:
+        server.wait_for_log("No route is configured, so every download is answered by 404: add [[routes]] tables")
+        assert get(f"{server.url}/-/livez") == b"alive\n"
 
 
 def test_uvicorn_app_main_refuses_in_one_line(directory: Path) -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from downloadview_async.cli import main
 from downloadview_async.offload.base import OFFLOAD_HEADERS
 from tests.live import Answer, ask, parse
-from tests.proxies.conftest import HOSTILE_NAMES, content_of
+from tests.proxies.conftest import HOSTILE_NAMES, PRIVATE_PAGES, content_of
 from tests.proxies.servers import KINDS, proxy, readable_directory
 from tests.servers import free_port, serving
 
@@ -170,6 +170,18 @@ def test_nothing_else_is_there(pair: Pair, path: str) -> None:
     else:
         assert answer.status in (400, 403, 404)
         assert b"0123456789" not in answer.body
+
+
+@pytest.mark.parametrize("path", PRIVATE_PAGES)
+def test_the_service_own_pages_are_closed_below_the_prefix(pair: Pair, path: str) -> None:
+    answer = pair.get(f"/down.loads{path}")
+    assert answer.status in (400, 403 if pair.kind == "lighttpd" else 404)
+    assert b"ready" not in answer.body
+    assert pair.get(path).status in (400, 403, 404)
+
+
+def test_whether_the_service_lives_is_no_secret(pair: Pair) -> None:
+    assert (pair.get("/down.loads/-/livez").status, pair.get("/down.loads/-/livez?a").body) == (200, b"alive\n")
 
 
 def run(directory: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:

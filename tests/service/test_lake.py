@@ -1,6 +1,7 @@
 """Object stores in the service: settings, what is wrong with them, and downloads from a real S3 server."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -242,8 +243,15 @@ def test_readyz_names_a_store_that_cannot_be_reached(s3: S3, tmp_path: Path) -> 
             assert client.get("/-/livez").status_code == 200
 
 
+def test_readyz_of_a_store_is_no_matter_of_how_many_ask(s3: S3, tmp_path: Path) -> None:
+    with TestClient(lake(s3, tmp_path, ROUTE)) as client, ThreadPoolExecutor(60) as askers:
+        answers = list(askers.map(lambda _: client.get("/-/readyz").status_code, range(300)))
+    assert answers == [200] * 300
+
+
 def test_readyz_gives_up_on_a_store_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("downloadview_async.service.health._PATIENCE", 0.2)
+    monkeypatch.setattr("downloadview_async.service.health._KEPT", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         text = LAKE.replace("http://127.0.0.1:8333", url)

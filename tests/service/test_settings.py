@@ -179,7 +179,7 @@ REFUSED = [
     (f"{FILES}{ROUTE}{ROUTE}", "routes[1].path", "the path of routes[0] too"),
     (f"{FILES}{ROUTE}{ROUTE.replace('path:', 'name:')}", "routes[1].path", "remove one or change it"),
     (f"{FILES}{ROUTE}disposition = 'show'", "routes[0].disposition", "attachment or inline"),
-    (f'{FILES}{ROUTE}cache_control = "a\\r\\nb"', "routes[0].cache_control", "such as private"),
+    (f'{FILES}{ROUTE}cache_control = "a\\r\\nb"', "routes[0].cache_control", "remove it"),
     (f'{FILES}{ROUTE}cache_control = ""', "routes[0].cache_control", "leave it out to send none"),
     (f"{FILES}{ROUTE}example = [1]", "routes[0].example[0]", "a file, or a list of files"),
     ("[offload]\nbackend = 'caddie'", "offload.backend", "nginx, apache, lighttpd, caddy, h2o or litespeed"),
