@@ -15,7 +15,22 @@ import pytest
 TRANSPORTS = ["direct", "remote", "cached", "TLS", "nginx"]
 PLAIN = ["direct", "remote", "cached", "nginx"]
 """Those without TLS."""
-_PATIENCE = 30.0  # seconds; only a client that hangs takes as long
+PACKAGES = {
+    "apt-get": "apt",
+    "aria2c": "aria2",
+    "dpkg-deb": "dpkg",
+    "ffprobe": "ffmpeg",
+    "gdal_translate": "gdal-bin",
+    "gdalinfo": "gdal-bin",
+    "qemu-img": "qemu-utils",
+    "sha256sum": "coreutils",
+    "unzck": "zchunk",
+    "zck": "zchunk",
+    "zckdl": "zchunk",
+    "zsyncmake": "zsync",
+}
+"""Debian's packages of programs that have other names."""
+_PATIENCE = 60.0  # seconds; only a client that hangs takes as long
 _LOGGED = 10.0  # seconds; nginx writes its line when an answer has ended
 
 
@@ -71,7 +86,6 @@ def run(
     command: Sequence[str | Path],
     directory: Path,
     *,
-    package: str | None = None,
     env: Mapping[str, str] | None = None,
     tries: int = 1,
     until: Callable[[], bool] = lambda: True,
@@ -81,11 +95,11 @@ def run(
     It has succeeded if it ends with 0 and `until` is true. Of this process's variables it has PATH alone: others may
     name proxies and authorities.
 
-    The test is skipped where the client is not installed. package: what has it in Debian; default: one of its name.
+    The test is skipped where the client is not installed.
     """
     program = str(command[0])
     if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed: apt-get install {package or program}")
+        pytest.skip(f"{program} is not installed: apt-get install {PACKAGES.get(program, program)}")
     output = ""
     for _ in range(tries):
         done = subprocess.run(

@@ -38,9 +38,9 @@ def test_zchunk(transport: Transport, tmp_path: Path) -> None:
     older, newer = _versions()
     for name, content in (("older", older), ("newer", newer)):
         (tmp_path / name).write_bytes(content)
-        run(["zck", "-o", f"{name}.zck", name], tmp_path, package="zchunk")
+        run(["zck", "-o", f"{name}.zck", name], tmp_path)
     url = transport.put("file.zck", (tmp_path / "newer.zck").read_bytes())
-    run(["zckdl", "--fail-no-ranges", "-s", "older.zck", url], tmp_path, package="zchunk")
+    run(["zckdl", "--fail-no-ranges", "-s", "older.zck", url], tmp_path)
     assert digest(tmp_path / "file.zck") == digest(tmp_path / "newer.zck")
-    run(["unzck", "-c", "file.zck"], tmp_path, package="zchunk")
+    run(["unzck", "-c", "file.zck"], tmp_path)
     transport.wait_for_answers("file.zck", 206, 2)

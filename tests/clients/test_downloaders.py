@@ -25,7 +25,6 @@ def content() -> bytes:
 class Client:
     """How a client is called: for a whole file, for the rest of one, and for one in several segments at once."""
 
-    package: str
     whole: Callable[[Transport, str], list[str]]
     """From the transport and the URL, the command that writes the file `file`."""
     resumed: Callable[[Transport, str], list[str]]
@@ -74,41 +73,37 @@ def _rclone(transport: Transport, url: str, *options: str) -> list[str]:
 
 CLIENTS = {
     "curl": Client(
-        "curl",
         lambda transport, url: [*_curl(transport, "-o", "file"), url],
         lambda transport, url: [*_curl(transport, "-C", "-", "-o", "file"), url],
     ),
     "wget": Client(
-        "wget",
         lambda transport, url: [*_wget(transport), url],
         lambda transport, url: [*_wget(transport, "-c", "-t", "20", "--waitretry=0"), url],
     ),
     "wget2": Client(
-        "wget2",
         lambda transport, url: [*_wget2(transport), url],
         lambda transport, url: [*_wget2(transport, "-c", "-t", "20", "--waitretry=0"), url],
         lambda transport, url: [*_wget2(transport, "--chunk-size=1M", "--max-threads=4"), url],
     ),
     "aria2": Client(
-        "aria2",
         lambda transport, url: [*_aria2(transport), url],
         lambda transport, url: [*_aria2(transport, "-c"), url],
         lambda transport, url: [*_aria2(transport, "-x4", "-s4", "-k1M"), url],
     ),
     "axel": Client(
-        "axel",
         lambda transport, url: _axel(transport, "-n", "1", url),
         lambda transport, url: _axel(transport, "-n", "2", url),
         lambda transport, url: _axel(transport, "-n", "4", url),
     ),
     "lftp": Client(
-        "lftp",
         lambda transport, url: _lftp(transport, f"get1 {url} -o file"),
         lambda transport, url: _lftp(transport, f"get1 -c {url} -o file"),
-        lambda transport, url: _lftp(transport, f"pget -n 4 {url} -o file"),
+        # unlimited, its first connection may have the whole file before the others have begun
+        lambda transport, url: _lftp(
+            transport, f"set net:limit-rate 2000000; set net:limit-max 100000; pget -n 4 {url} -o file"
+        ),
     ),
     "rclone": Client(
-        "rclone",
         lambda transport, url: _rclone(transport, url),
         lambda transport, url: _rclone(transport, url),
         lambda transport, url: _rclone(transport, url, "--multi-thread-cutoff", "1M", "--multi-thread-streams", "4"),
@@ -122,7 +117,7 @@ def test_a_whole_file_twice(name: str, transport: Transport, content: bytes, tmp
     """The second time, a cache has it."""
     client, url = CLIENTS[name], transport.put("file", content)
     for _ in range(2):
-        run(client.whole(transport, url), tmp_path, package=client.package)
+        run(client.whole(transport, url), tmp_path)
         assert digest(tmp_path / "file") == digest(content)
         (tmp_path / "file").unlink()
 
@@ -136,7 +131,6 @@ def test_over_connections_that_are_cut(name: str, transport: Transport, content:
         run(
             client.resumed(through, url.replace(transport.url, through.url)),
             tmp_path,
-            package=client.package,
             tries=20,
             until=lambda: (tmp_path / "file").stat().st_size == len(content),  # wget2 ends a part of a file with 0
         )
@@ -150,7 +144,7 @@ def test_in_segments(name: str, transport: Transport, content: bytes, tmp_path: 
     client, url = CLIENTS[name], transport.put("file", content)
     assert client.segmented is not None
     command = client.segmented(transport, url)
-    run(command, tmp_path, package=client.package)
+    run(command, tmp_path)
     assert digest(tmp_path / "file") == digest(content)
     transport.wait_for_answers("file", 206, 2)
 
@@ -191,9 +185,9 @@ def test_a_file_that_is_there_is_not_fetched_again(
     name: str, transport: Transport, content: bytes, tmp_path: Path
 ) -> None:
     """wget asks for what comes after the end, and is told that there is nothing; aria2 asks by the date."""
-    client, url = CLIENTS[name], transport.put("file", content)
+    url = transport.put("file", content)
     (tmp_path / "file").write_bytes(content)
     options = {"wget": _wget(transport, "-c"), "aria2": _aria2(transport, "--conditional-get", "--allow-overwrite")}
-    run([*options[name], url], tmp_path, package=client.package)
+    run([*options[name], url], tmp_path)
     transport.wait_for_answers("file", {"wget": 416, "aria2": 304}[name])
     assert digest(tmp_path / "file") == digest(content)

@@ -32,7 +32,7 @@ def raster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiled GeoTIFF of 4 MiB."""
     directory = tmp_path_factory.mktemp("raster")
     (directory / "raster.ppm").write_bytes(b"P6\n1200 1200\n255\n" + random.Random(1).randbytes(1200 * 1200 * 3))
-    run(["gdal_translate", "-q", "-co", "TILED=YES", "raster.ppm", "raster.tif"], directory, package="gdal-bin")
+    run(["gdal_translate", "-q", "-co", "TILED=YES", "raster.ppm", "raster.tif"], directory)
     return directory / "raster.tif"
 
 
@@ -42,23 +42,25 @@ def test_gdal_reads_a_window_of_a_raster(transport: Transport, raster: Path, tmp
     for name, source in (("remote", f"/vsicurl/{url}"), ("local", str(raster))):
         window = ["-srcwin", "1000", "900", "150", "150"]
         command = ["gdal_translate", "-q", "-of", "PNM", *window, source, f"{name}.ppm"]
-        run(command, tmp_path, package="gdal-bin", env=env)
+        run(command, tmp_path, env=env)
     assert digest(tmp_path / "remote.ppm") == digest(tmp_path / "local.ppm")
     transport.wait_for_answers("raster.tif", 206, 2)
-    assert "Size is 1200, 1200" in run(["gdalinfo", f"/vsicurl/{url}"], tmp_path, package="gdal-bin", env=env)
+    assert "Size is 1200, 1200" in run(["gdalinfo", f"/vsicurl/{url}"], tmp_path, env=env)
 
 
 def test_qemu_img_converts_a_disk(transport: Transport, tmp_path: Path) -> None:
+    if not list(Path("/usr/lib").glob("*/qemu/block-curl.so")):
+        pytest.skip("qemu-img cannot fetch: apt-get install qemu-utils qemu-block-extra")
     disk = tmp_path / "disk.raw"
     disk.write_bytes(os.urandom(2 << 20) + bytes(1 << 20) + os.urandom(1 << 20))
-    run(["qemu-img", "convert", "-O", "qcow2", "disk.raw", "disk.qcow2"], tmp_path, package="qemu-utils")
+    run(["qemu-img", "convert", "-O", "qcow2", "disk.raw", "disk.qcow2"], tmp_path)
     url = transport.put("disk.qcow2", (tmp_path / "disk.qcow2").read_bytes())
     # it has no option for an authority
     options = "".join([f'"driver": "{transport.scheme}"', *transport.trusting(', "sslverify": false')])
     source = f'json:{{"driver": "qcow2", "file": {{{options}, "url": "{url}"}}}}'
-    assert "virtual size: 4 MiB" in run(["qemu-img", "info", source], tmp_path, package="qemu-block-extra")
+    assert "virtual size: 4 MiB" in run(["qemu-img", "info", source], tmp_path)
     # -m 1: with several requests at once it hangs now and then, on files that nginx serves by itself as well
-    run(["qemu-img", "convert", "-m", "1", "-O", "raw", source, "copy.raw"], tmp_path, package="qemu-block-extra")
+    run(["qemu-img", "convert", "-m", "1", "-O", "raw", source, "copy.raw"], tmp_path)
     assert digest(tmp_path / "copy.raw") == digest(disk)
     transport.wait_for_answers("disk.qcow2", 206, 2)
 
