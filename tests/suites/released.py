@@ -92,7 +92,7 @@ def run_suite(
     run = subprocess.run(
         command,
         cwd=root / beneath,
-        env={**environment, "PYTHONPATH": os.pathsep.join([str(PLUGINS), str(root / beneath)])},
+        env={**environment, "PYTHONPATH": os.pathsep.join(map(str, (PLUGINS, root / beneath, PROJECT)))},
         capture_output=True,
         encoding="utf-8",
         timeout=200,

@@ -1,6 +1,5 @@
 """Has uvicorn's own tests of its httptools protocol test ours."""
 
-import socket
 from types import ModuleType
 from typing import Any
 
@@ -56,14 +55,7 @@ def _complete(module: ModuleType) -> None:
             super().run_later(with_delay)
 
     class Transport(transport):  # type: ignore[misc]
-        """A transport of a socket, which has always sent what it was given."""
-
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            self._sockets = socket.socketpair()
-
-        def get_extra_info(self, key: Any) -> Any:
-            return self._sockets[0] if key == "socket" else super().get_extra_info(key)
+        """A transport without a socket, which has always sent what it was given."""
 
         def get_write_buffer_size(self) -> int:
             return 0
