@@ -42,6 +42,11 @@ $(VENV)/dev.done: requirements/dev.txt requirements/oldest.txt pyproject.toml | 
 	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/oldest --requirement requirements/oldest.txt
 	@touch $@ $(VENV)/run.done
 
+$(VENV)/clients.done: requirements/clients.txt | $(BIN)/python
+	@# where only the tests look for it
+	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/clients --requirement requirements/clients.txt
+	@touch $@
+
 $(VENV)/bench.done: requirements/bench.txt pyproject.toml | $(BIN)/python
 	$(call INSTALL,requirements/bench.txt)
 	@touch $@
@@ -77,6 +82,9 @@ django-nginx: $(VENV)/django.done  ## Serve it behind nginx, which sends the fil
 .PHONY: test
 test: $(VENV)/dev.done  ## Run all tests; PYTEST_ARGS="-k range -x" for some
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: clients
+clients: $(VENV)/clients.done  ## Install the clients for tests/clients that are Python packages (170 MB); Debian has the others
 
 .PHONY: lint
 lint: $(VENV)/dev.done  ## Check style and types
@@ -127,6 +135,9 @@ lock:  ## Pin the newest versions of all packages again (needs uv)
 		--output-file requirements/django.txt
 	$(LOCK) --upgrade --extra server --extra django --extra s3 --group bench --constraints requirements/dev.txt \
 		--output-file requirements/bench.txt
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--custom-compile-command "make lock" requirements/clients.in --constraints requirements/dev.txt \
+		--output-file requirements/clients.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
 		requirements/oldest.in --output-file requirements/oldest.txt
 
