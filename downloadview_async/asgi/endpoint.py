@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Host, Mount, Route
 from starlette.types import Receive, Scope, Send
 
 from downloadview_async.asgi.response import DownloadResponse, close_after_body, error_response
@@ -21,6 +22,7 @@ class Download:
 
     key: what of the request the source is asked for. By default the route's only path parameter, or below a `Mount`
     the rest of the path. The name of a path parameter, where a route has several; or a function from the request.
+    Where it is not given, and cannot be told from the request, the request fails with `ConfigurationError`.
     attachment, headers, redirect, offload: as in `DownloadResponse`. cache_control: the Cache-Control header.
     """
 
@@ -71,13 +73,65 @@ class Download:
         if callable(self._key):
             return self._key(Request(scope))
         parameters = scope.get("path_params") or {}
-        key = self._key
-        if key is None:
-            route = scope.get("route")
-            own = list(route.param_convertors) if isinstance(route, Route) else []
-            if not own:  # below a Mount, whose own parameters are none of a file's name
-                return str(scope["path"]).removeprefix(scope.get("root_path", "")).removeprefix("/")
-            key = own[0] if len(own) == 1 else ""
-        if key not in parameters:
-            raise ConfigurationError(f"Download needs key=, one of the route's parameters: {', '.join(parameters)}")
-        return str(parameters[key])
+        if self._key is not None:
+            if self._key not in parameters:
+                names = ", ".join(parameters) or "there is none"
+                raise ConfigurationError(f"Download has key={self._key!r}, which is not a path parameter here: {names}")
+            return str(parameters[self._key])
+        if not parameters:
+            return path_below(scope).removeprefix("/")
+        own = _parameters_of_route(scope, parameters)
+        if len(own) > 1:
+            raise ConfigurationError(f"Download needs key=, one of the route's parameters: {', '.join(own)}")
+        return str(parameters[own[0]]) if own else path_below(scope).removeprefix("/")
+
+
+def path_below(scope: Mapping[str, Any]) -> str:
+    """Return the path of a request below the application's `root_path`: empty, or beginning with a slash.
+
+    `root_path` is taken off by whole segments. ASGI has it in front of `path`; where a server or a framework has taken
+    it off already, as `raw_path` tells, nothing more is. Hypercorn and granian never put theirs there: below a mount of
+    Starlette's, the path has the rest of `root_path` alone.
+    """
+    path: str = scope["path"]
+    root: str = (scope.get("root_path") or "").rstrip("/")
+    if not root and not path.endswith("/"):
+        return path
+    raw = scope.get("raw_path")
+    sent = None if raw is None else unquote(raw.partition(b"?")[0].decode("latin-1"))
+    if sent is not None and path.endswith("/") and not sent.endswith("/"):
+        path = path[:-1]  # Litestar adds a slash below a mount
+    if root and not f"{path}/".startswith(f"{root}/"):
+        root = root.removeprefix((scope.get("app_root_path") or "").rstrip("/"))
+    if not root or not f"{path}/".startswith(f"{root}/"):
+        return path
+    if sent is not None and sent != path and sent.endswith(path):
+        return path
+    return path[len(root) :]
+
+
+def _parameters_of_route(scope: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
+    """Return the parameters that the route itself has, without those of the mounts around it.
+
+    Raises `ConfigurationError` where that cannot be told from the request.
+    """
+    route, endpoint = scope.get("route"), scope.get("endpoint")
+    # One that is not what has called us is that of an application around us, which the inner one left there.
+    if isinstance(route, Route) and route.endpoint is endpoint:
+        return list(route.param_convertors)
+    if isinstance(route, Mount | Host) and route.app is endpoint:
+        return []
+    # FastAPI does not say which route it is. What a mount has matched is in `root_path`.
+    mounted = f"{scope.get('root_path') or ''}/"
+    below = f"{path_below(scope)}/"
+    own = []
+    for name, value in parameters.items():
+        segments = f"/{str(value).strip('/')}/"
+        if (segments in mounted) == (segments in below):
+            raise ConfigurationError(
+                f"Download cannot tell whether {name!r} is a parameter of its route or of a mount around it: give it "
+                "key=, the name of the parameter, or a function from the request"
+            )
+        if segments in below:
+            own.append(name)
+    return own

@@ -1,9 +1,10 @@
 """Path sends of responses that are not ours: offloaded, or sent by who can."""
 
+import asyncio
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 
 import anyio.to_thread
@@ -30,6 +31,10 @@ _ORDERS = frozenset(
 _OF_THE_FRAMING = frozenset({b"accept-ranges", b"content-length", b"content-range", b"transfer-encoding"})
 
 
+PATIENCE = 0.1
+"""Seconds that an offloaded answer waits for the application to return, and for its background task, so, to end."""
+
+
 class Offer:
     """A backend, as it is offered for one request, that remembers which headers it has made for that."""
 
@@ -51,6 +56,13 @@ class Offer:
         headers = await signed(self._backend, file, headers)
         self._remember(headers)
         return headers
+
+    def withdrawn_from(self, start: Message) -> Message:
+        """Return the start of a response without the headers that were made for another status than it has now."""
+        headers = [
+            (name, value) for name, value in start.get("headers", ()) if (bytes(name).lower(), value) not in self.made
+        ]
+        return {**start, "headers": headers}
 
     def _remember(self, headers: Mapping[str, str]) -> None:
         self.made.update((name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items())
@@ -81,6 +93,10 @@ class ForeignResponse:
         self._offer = offer
         self._path_send = path_send
         self._held: Message | None = None
+        self._waiting: tuple[Message, Message, str, AsyncExitStack] | None = None
+        self._offloaded_file: OpenLocalFile | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._settling: asyncio.Future[None] | None = None
 
     async def send(self, message: Message) -> None:
         """Send what the application says, and a path send in the way that is best."""
@@ -102,6 +118,60 @@ class ForeignResponse:
         if self._held is not None:
             held, self._held = self._held, None
             await self._send(held)
+
+    @asynccontextmanager
+    async def settled(self) -> AsyncIterator[None]:
+        """Send what waits for the application to return when it has, also where its background task fails."""
+        try:
+            yield
+        except Exception:
+            await self._end_of_waiting()
+            raise
+        except BaseException:  # cancelled
+            if self._waiting is not None:
+                with anyio.CancelScope(shield=True):
+                    await self._waiting[3].aclose()
+            raise
+        await self._end_of_waiting()
+
+    async def _end_of_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._settling is not None:
+            await self._settling
+        await self._settle()
+
+    async def _offer_and_hold(self, offloaded: Message, start: Message, path: str) -> None:
+        """Have a proxy send a file as soon as it is known that the application does not delete it first."""
+        stack = AsyncExitStack()
+        if self._scope["method"] == "GET":
+            try:
+                opened = await stack.enter_async_context(_Named(path).open())
+            except FileError as exc:  # the proxy would find no file either
+                await error_response(exc, self._scope)(self._scope, self._receive, self._send)
+                return
+            self._offloaded_file = opened
+        self._waiting = offloaded, start, path, stack
+        with suppress(RuntimeError):  # not asyncio: then it leaves when the application has returned
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(PATIENCE, self._begin_to_settle)
+
+    def _begin_to_settle(self) -> None:
+        self._settling = asyncio.ensure_future(self._settle())
+
+    async def _settle(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        offloaded, start, path, stack = waiting
+        async with stack:
+            opened = self._offloaded_file
+            if opened is None or await anyio.to_thread.run_sync(_is_at, path, opened.descriptor):
+                await self._send(offloaded)
+                await self._send({"type": "http.response.body", "body": b""})
+                return
+            stream = partial(self._stream_opened, start, opened)
+            await until_the_client_leaves(stream, self._receive, self._send)
 
     def _without_orders(self, start: Message) -> Message:
         """Return the start of a response with no offload header but one that a backend has made, and that on a 200."""
@@ -125,8 +195,7 @@ class ForeignResponse:
     async def _send_file(self, start: Message | None, path: str, message: Message) -> None:
         # A middleware further in, or a response of ours, may have decided that no proxy sends this one.
         if SETTLED not in message and start is not None and (offloaded := self._offloaded(start, path)) is not None:
-            await self._send(offloaded)
-            await self._send({"type": "http.response.body", "body": b""})
+            await self._offer_and_hold(offloaded, start, path)
             return
         if self._scope["method"] == "HEAD":
             if start is not None:
@@ -170,18 +239,29 @@ class ForeignResponse:
 
     async def _stream(self, start: Message | None, file: _Named, send: Send) -> None:
         async with file.open() as opened:
-            length = opened.metadata.size or 0 if start is None else _length_of(start)
-            assert length is not None
-            plan = Plan(200, {}, (ByteRange(0, length),) if length else ())
-            if start is not None:
-                await send_plan(plan, opened, start, send)
-                return
+            await self._stream_opened(start, opened, send)
 
-            async def send_the_rest(message: Message) -> None:
-                if message["type"] != "http.response.start":  # which has been sent already
-                    await send(message)
+    async def _stream_opened(self, start: Message | None, opened: OpenLocalFile, send: Send) -> None:
+        length = opened.metadata.size or 0 if start is None else _length_of(start)
+        assert length is not None
+        plan = Plan(200, {}, (ByteRange(0, length),) if length else ())
+        if start is not None:
+            await send_plan(plan, opened, start, send)
+            return
 
-            await send_plan(plan, opened, {"type": "http.response.start"}, send_the_rest)
+        async def send_the_rest(message: Message) -> None:
+            if message["type"] != "http.response.start":  # which has been sent already
+                await send(message)
+
+        await send_plan(plan, opened, {"type": "http.response.start"}, send_the_rest)
+
+
+def _is_at(path: str, descriptor: int) -> bool:
+    """Return whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def _length_of(start: Message) -> int | None:

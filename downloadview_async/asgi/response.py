@@ -69,7 +69,8 @@ class DownloadResponse(Response):
     status_code: with anything but 200 the whole file is sent, without conditions, ranges and offload. Not one that has
     no body: `ValueError`, as for a content type that is none and a header with a control character.
     redirect: sends a GET on to where else the file is, such as a `PresignedRedirect`; what it does not know is sent as
-    ever. HEAD is answered here. offload: whether a proxy may send the file, if one is offered.
+    ever. HEAD is answered here. offload: whether a proxy may send the file, if one is offered. By default it may, but
+    not where there is a `background` task, which may delete the file before a proxy has opened it.
 
     The file is opened when the response is sent, and not at all where something else answers first. One that turns
     out to be missing then is a 404, as in `error_response`.
@@ -86,7 +87,7 @@ class DownloadResponse(Response):
         status_code: int = 200,
         background: BackgroundTask | None = None,
         redirect: Redirect | None = None,
-        offload: bool = True,
+        offload: bool | None = None,
     ) -> None:
         if content_type is not None and valid_content_type(content_type) is None:
             raise ValueError(f"not a content type: {content_type!r}")
@@ -97,7 +98,7 @@ class DownloadResponse(Response):
         self.status_code = status_code
         self.background = background
         self.redirect = redirect if status_code == 200 else None
-        self.offload = offload and status_code == 200
+        self.offload = (background is None if offload is None else offload) and status_code == 200
         self.raw_headers = list(_checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from email.utils import formatdate
 from pathlib import Path
@@ -11,12 +11,18 @@ from urllib.parse import quote, urlencode
 
 import pytest
 import pytest_asyncio
-from starlette.responses import FileResponse
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
+from downloadview_async.asgi.foreign import PATIENCE
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.testing import call
 from tests.asgi.foreign_app import APPS, Spy, starlette_app
 from tests.asgi.ways import WAYS
 from tests.live import Answer, ask, live
@@ -427,3 +433,101 @@ async def test_nginx_sends_the_files_of_an_application_that_exists(behind_nginx:
     for got in (answer, part, resumed, current, head):
         assert not OFFLOAD_HEADERS & {*got.headers}
     assert (await ask(behind_nginx, "/_files/file.txt")).status == 404
+
+
+# --- files that go away after the answer
+
+
+def deleting(files: Path, kind: str) -> ASGIApp:
+    """An application whose answers delete their files: by a background task, at once or after a while."""
+
+    async def endpoint(request: Request) -> Response:
+        path = files / request.path_params["name"]
+        path.write_bytes(CONTENT)
+        event = asyncio.Event()
+
+        async def delete() -> None:
+            path.unlink()
+
+        async def delete_later() -> None:
+            asyncio.get_running_loop().call_later(2 * PATIENCE, event.set)
+            await event.wait()
+            path.unlink(missing_ok=True)
+
+        if kind == "ours":
+            return dv.DownloadResponse(dv.LocalFile(path), background=BackgroundTask(delete))
+        return FileResponse(path, background=BackgroundTask(delete_later if kind == "slow" else delete))
+
+    return Starlette(routes=[Route("/{name}", endpoint)])
+
+
+@pytest.mark.parametrize("kind", ["ours", "foreign", "slow"])
+async def test_a_file_that_is_deleted_after_its_answer_arrives(kind: str) -> None:
+    with readable_directory() as checkout:
+        files = checkout / "app" / "files"
+        files.mkdir(parents=True)
+        app = deleting(files, kind)
+        async with live(offloading(app, files)) as service:
+            with proxy(KINDS["nginx"], checkout, service) as port:
+                for number in range(40 if kind != "slow" else 5):
+                    assert_streamed(await ask(port, f"/{number}.bin"))
+
+
+async def test_a_background_task_keeps_a_proxy_out_unless_the_application_knows_better(root: Path) -> None:
+    async def nothing() -> None: ...
+
+    for offload, offloaded in ((None, False), (True, True), (False, False)):
+        file = dv.LocalFile(root / "file.txt")
+        app = offloading(dv.DownloadResponse(file, background=BackgroundTask(nothing), offload=offload), root)
+        async with live(app) as port:
+            answer = await ask(port, "/")
+        assert ("x-accel-redirect" in answer.headers) is offloaded
+
+
+async def test_an_offloaded_answer_leaves_though_the_background_task_fails(root: Path) -> None:
+    async def fails() -> None:
+        raise RuntimeError("after the answer")
+
+    async def endpoint(request: Request) -> Response:
+        return FileResponse(root / "file.txt", background=BackgroundTask(fails))
+
+    async with live(offloading(Starlette(routes=[Route("/", endpoint)]), root)) as port:
+        answer = await ask(port, "/")
+    assert (answer.status, answer.headers["x-accel-redirect"]) == (200, "/_files/file.txt")
+
+
+class Restating:
+    """A middleware that changes the status of every answer, and leaves its headers as they are."""
+
+    def __init__(self, app: ASGIApp, status: int) -> None:
+        self.app = app
+        self.status = status
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def restated(message: Message) -> None:
+            await send({**message, "status": self.status} if "status" in message else message)
+
+        await self.app(scope, receive, restated)
+
+
+BACKENDS: dict[str, Callable[[Path], dv.OffloadBackend]] = {
+    "nginx": lambda root: dv.XAccelRedirect([dv.Rule(str(root), "/_files/")]),
+    "apache": lambda root: dv.XSendfile([dv.Rule(str(root), str(root))], encoding="raw"),
+    "h2o": lambda root: dv.XReproxyURL([dv.Rule(str(root), "/_files/")]),
+}
+
+
+@pytest.mark.parametrize("pathsend", [True, False])
+@pytest.mark.parametrize("status", [200, 206, 304, 401, 403, 404, 500])
+@pytest.mark.parametrize("kind", BACKENDS)
+async def test_an_order_goes_with_any_status_but_the_one_it_was_made_for(
+    root: Path, kind: str, status: int, pathsend: bool
+) -> None:
+    response = dv.Download(dv.PathSource(root))
+    app = dv.OffloadMiddleware(Restating(response, status), BACKENDS[kind](root), pathsend=pathsend)
+    for method in ("GET", "HEAD"):
+        answer = await call(app, "/file.txt", method=method)
+        assert bool(OFFLOAD_HEADERS & {*answer.headers}) is (status == 200)
+        assert answer.status == status
+    nested = dv.OffloadMiddleware(app, BACKENDS[kind](Path("/elsewhere")), pathsend=pathsend)
+    assert bool(OFFLOAD_HEADERS & {*(await call(nested, "/file.txt")).headers}) is (status == 200)

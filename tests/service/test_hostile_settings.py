@@ -94,7 +94,10 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
     "an escape in a key": ('"a\\u001b[31m\\nb" = 1\n', "a control character in the key 'a\\x1b[31m\\nb'"),
     "an escape in the name of a source": ('[sources."a\\n\\u001b"]\ntype = "path"\n', "a control character in the key"),
     "a direction mark in a value": ('[sources.a]\ntype = "\\u202e"\n', "no type '\\u202e'"),
-    "an endless key": (b"a" * 100_000 + b" = 1\n", "unknown key: use one of content_types, offload, routes, server, sources"),
+    "an endless key": (
+        b"a" * 100_000 + b" = 1\n",
+        "unknown key: use one of content_types, offload, routes, server, sources",
+    ),
     "an endless value": (b'[sources.a]\ntype = "' + b"x" * 100_000 + b'"\n', "characters ...]"),
     "an endless root": (f'[sources.a]\ntype = "path"\nroot = "{"a" * 5000}"\n', "sources.a.root"),
     "a NUL in a root": ('[sources.a]\ntype = "path"\nroot = "a\\u0000b"\n', "sources.a.root: a control character"),

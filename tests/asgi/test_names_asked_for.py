@@ -1,0 +1,157 @@
+"""Which name was asked for: every framework's way to a `Download`, below every prefix, gives that file or an error."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from downloadview_async import ConfigurationError, Download
+from downloadview_async.asgi.endpoint import path_below
+from tests.asgi.named_app import APPS, make
+from tests.servers import Server, free_port, serving
+
+FILES = [
+    "bc.txt",
+    "abc.txt",
+    "a/bc.txt",
+    "files/abc.txt",
+    "files/files/abc.txt",
+    "a/files/abc.txt",
+    "sub dir/é.txt",
+    "100%25.txt",
+    "nested.txt/nested.txt",
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root: Path = tmp_path_factory.mktemp("named")
+    for name in FILES:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return root
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("prefix", ["", "/a", "/files", "/a/files"])
+@pytest.mark.parametrize("app_name", APPS)
+async def test_the_file_or_an_error_but_never_another_file(app_name: str, prefix: str, root: Path) -> None:
+    app = make(app_name, root)
+    found = []
+
+    async def below_the_prefix(scope: Any, receive: Any, send: Any) -> None:
+        # as uvicorn and granian have it: in front of the path
+        raw = prefix.encode() + scope["raw_path"]
+        await app({**scope, "root_path": prefix, "path": prefix + scope["path"], "raw_path": raw}, receive, send)
+
+    transport = httpx.ASGITransport(app=below_the_prefix, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for name in FILES:
+            answer = await client.get("/files/" + name.replace("%", "%25"))
+            assert answer.status_code in (200, 404, 500), name
+            if answer.status_code == 200:
+                assert answer.text == name
+                found.append(name)
+    if app_name == "litestar: route":
+        assert not found, "Litestar answers 500 by itself: its ASGI handlers take no parameters"
+    elif app_name == "fastapi: mount with a parameter":
+        # FastAPI does not say what a parameter belongs to: it is an error where a directory is called as the tenant is
+        assert found == [name for name in FILES if "/files/" not in f"/{name}/"]
+    elif prefix == "" or app_name.startswith(("starlette", "fastapi")):  # others may not know the prefix
+        assert found == FILES
+
+
+@pytest.mark.parametrize(
+    "scope, below",
+    [
+        ({"path": "/abc.txt", "root_path": "/a"}, "/abc.txt"),
+        ({"path": "/a/bc.txt", "root_path": "/a"}, "/bc.txt"),
+        ({"path": "/a/bc.txt", "root_path": "/a/"}, "/bc.txt"),
+        ({"path": "/a", "root_path": "/a"}, ""),
+        ({"path": "/ab", "root_path": "/a"}, "/ab"),
+        ({"path": "/a/bc.txt"}, "/a/bc.txt"),
+        ({"path": "/a/bc.txt", "root_path": None}, "/a/bc.txt"),
+        ({"path": "/a/bc.txt", "root_path": "/a", "raw_path": None}, "/bc.txt"),
+        ({"path": "/a/bc.txt", "root_path": "/a", "raw_path": b"/a/bc.txt"}, "/bc.txt"),
+        # a server that does not put its prefix in front of the path, below a mount of Starlette's
+        ({"path": "/files/bc.txt", "root_path": "/a/files", "app_root_path": "/a"}, "/bc.txt"),
+        ({"path": "/a/files/bc.txt", "root_path": "/a/files", "app_root_path": "/a"}, "/bc.txt"),
+        # a framework has taken the prefix off the path, below which there is a directory of the same name
+        ({"path": "/a/bc.txt", "root_path": "/a", "raw_path": b"/a/a/bc.txt"}, "/a/bc.txt"),
+        ({"path": "/a/b c.txt", "root_path": "/a", "raw_path": b"/a/a/b%20c.txt"}, "/a/b c.txt"),
+        ({"path": "/a/é.txt", "root_path": "/a", "raw_path": b"/a/%C3%A9.txt"}, "/é.txt"),
+    ],
+)
+def test_the_path_below_a_prefix(scope: Mapping[str, Any], below: str) -> None:
+    assert path_below(scope) == below
+
+
+@pytest.mark.asyncio
+async def test_a_parameter_that_may_be_a_mounts_is_an_error() -> None:
+    scope = {"type": "http", "method": "GET", "path": "/x/dir/x", "root_path": "/x", "headers": []}
+    download = Download(Nothing())
+    for parameters in ({"tenant": "x"}, {"tenant": 7}):
+        with pytest.raises(ConfigurationError, match="give it key="):
+            await download({**scope, "path_params": parameters}, _nothing, _nothing)
+    with pytest.raises(ConfigurationError, match="needs key=, one of the route's parameters: one, two"):
+        await download({**scope, "path": "/x/a/b", "path_params": {"one": "a", "two": "b"}}, _nothing, _nothing)
+    with pytest.raises(ConfigurationError, match="key='other', which is not a path parameter here: one"):
+        await Download(Nothing(), key="other")({**scope, "path_params": {"one": "a"}}, _nothing, _nothing)
+
+
+class Nothing:
+    """A source that must not be asked."""
+
+    async def resolve(self, name: Any, /) -> Any:
+        raise AssertionError(f"asked for {name!r}")
+
+
+async def _nothing(*args: Any) -> Any:
+    raise AssertionError("nothing is received, and nothing is sent")
+
+
+SERVERS = {
+    "uvicorn": ["-m", "uvicorn", "--factory", "--no-access-log", "--root-path", "/a", "--port"],
+    "uvicorn, our protocol": [
+        "-m", "uvicorn", "--factory", "--no-access-log", "--root-path", "/a",
+        "--http", "downloadview_async.asgi.server:DownloadProtocol", "--port",
+    ],
+    "granian": ["-m", "granian", "--interface", "asgi", "--factory", "--url-path-prefix", "/a", "--port"],
+    "hypercorn": ["-m", "hypercorn", "--root-path", "/a", "--bind"],
+}  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (server, app)
+        for server in SERVERS
+        for app in ("starlette: route", "starlette: mount", "fastapi: add_route", "fastapi: mount")
+    ],
+    ids=lambda param: " ".join(param),
+)
+def server(request: pytest.FixtureRequest, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    kind, app = request.param
+    port = free_port()
+    path = "tests.asgi.named_app:make_from_environment"
+    arguments = [f"127.0.0.1:{port}", f"{path}()"] if kind == "hypercorn" else [str(port), path]
+    command = [sys.executable, *SERVERS[kind], *arguments]
+    log = tmp_path_factory.mktemp("log") / "log"
+    with serving(command, port, log=log, env={"NAMED_APP": app, "NAMED_ROOT": str(root)}) as started:
+        yield started
+
+
+def test_a_prefix_of_a_real_server(server: Server) -> None:
+    answers = []
+    with httpx.Client(base_url=server.url, trust_env=False) as client:
+        for name in FILES:
+            for prefix in ("", "/a"):
+                answer = client.get(f"{prefix}/files/{name.replace('%', '%25')}")
+                if answer.status_code == 200:
+                    assert answer.text == name
+                    answers.append(name)
+    assert answers, "one of the two is how this server is asked"
