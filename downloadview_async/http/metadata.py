@@ -73,19 +73,30 @@ class FileMetadata:
 _SECOND = 1_000_000_000
 _GRAIN = 20_000_000  # ns: kernels advance the clock of their files every 1 to 10 ms
 _COARSE_GRAIN = 2 * _SECOND  # of file systems that keep whole seconds: FAT counts in twos
-_NORMALISED = 315_532_800 * _SECOND  # 1980-01-01, where the times of ZIP begin
+# Times that archivers write in place of the true one, so that the same content gives the same archive.
+_ZIP_EPOCH = range(
+    315_532_800 - 14 * 3600, 315_532_800 + 12 * 3600 + 1
+)  # 1980-01-01 in any time zone: ZIP has local time
+_NPM_EPOCH = 499_162_500  # 1985-10-26 08:15 UTC: every file of every npm package
+
+
+def is_meaningful(seconds: int) -> bool:
+    """Return whether a time in seconds since the epoch, UTC, can be that of a change.
+
+    0 and 1 cannot, nor can what lies before them: Nix, OSTree, OCI layers, Bazel and reproducible builds set the time
+    of every file to such a constant. Nor can 1980-01-01, the first day that a ZIP archive can name, and the constant of
+    npm's packages.
+    """
+    return seconds > 1 and seconds not in _ZIP_EPOCH and seconds != _NPM_EPOCH
 
 
 def is_telling(mtime_ns: int, now_ns: int, *, is_coarse: bool) -> bool:
     """Return whether a modification time would be another one if the bytes were [RFC 9110 8.8.1].
 
-    Archives that are built to be the same each time set it to 0, to 1 s or to the beginning of 1980: Nix, OCI layers,
-    OSTree, Bazel. And a time in whole seconds, from a file system or a storage that has no others (`is_coarse`), says
-    nothing of a change within these seconds of `now_ns`, when it was read.
+    One that is not meaningful would not. And a time in whole seconds, from a file system or a storage that has no
+    others (`is_coarse`), says nothing of a change within these seconds of `now_ns`, when it was read.
     """
-    if mtime_ns <= _SECOND or mtime_ns == _NORMALISED:
-        return False
-    return not is_coarse or abs(now_ns - mtime_ns) >= _COARSE_GRAIN
+    return is_meaningful(mtime_ns // _SECOND) and (not is_coarse or abs(now_ns - mtime_ns) >= _COARSE_GRAIN)
 
 
 def unsettled_seconds(mtime_ns: int, now_ns: int) -> float:

@@ -8,7 +8,7 @@ from downloadview_async.http.conditional import failed_precondition, range_appli
 from downloadview_async.http.content_types import content_type_for, is_active
 from downloadview_async.http.dates import format_http_date
 from downloadview_async.http.disposition import content_disposition
-from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.metadata import ByteRange, FileMetadata, is_meaningful
 from downloadview_async.http.multipart import multipart_body, new_boundary
 from downloadview_async.http.ranges import parse_range, select_ranges
 from downloadview_async.http.request import DownloadRequest
@@ -129,7 +129,7 @@ def narrowed(whole: Plan, request: DownloadRequest, metadata: FileMetadata, *, n
         return whole  # "Range [is] defined for [...] GET" alone [14.2]
     specs = parse_range(request.range)
     # The file's true time, not the one shown: a date that moves with the clock is no validator to resume by.
-    if specs is None or not range_applies(request, metadata):
+    if specs is None or not range_applies(request, _without_constants(metadata)):
         return whole
     parts = select_ranges(specs, metadata.size)
     if parts == "whole":
@@ -169,9 +169,17 @@ def make_redirect_plan(headers: Headers, redirect: Mapping[str, str]) -> Plan:
 
 def _not_from_the_future(metadata: FileMetadata, now: float) -> FileMetadata:
     # "the origin server MUST replace that value with the message origination date" [8.8.2.1]
+    metadata = _without_constants(metadata)
     if metadata.last_modified is not None and metadata.last_modified > now:
         return replace(metadata, last_modified=int(now))
     return metadata
+
+
+def _without_constants(metadata: FileMetadata) -> FileMetadata:
+    """Return metadata without a time that cannot be that of a change: an upstream or a database row may have one."""
+    if metadata.last_modified is None or is_meaningful(metadata.last_modified):
+        return metadata
+    return replace(metadata, last_modified=None)
 
 
 def _whole(request: DownloadRequest, metadata: FileMetadata, headers: Headers, status: int) -> Plan:

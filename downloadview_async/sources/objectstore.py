@@ -6,9 +6,10 @@ to the store. Whatever is read by a further request has to be of the same versio
 
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -27,7 +28,14 @@ from downloadview_async.errors import (
 )
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import http_seconds
-from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.metadata import (
+    ByteRange,
+    ETag,
+    FileMetadata,
+    is_telling,
+    stat_validators,
+    unsettled_seconds,
+)
 from downloadview_async.http.ranges import RangeSpec, parse_range
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.local import CHUNK_SIZE
@@ -87,6 +95,7 @@ _FROM_ENVIRONMENT = (
 )
 
 _AFTERGLOW = 0.05  # seconds
+_EPOCH = datetime.fromtimestamp(0, UTC)
 
 _PASSED_HEADERS = ("Content-Encoding", "Content-Language", "Cache-Control")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -212,7 +221,8 @@ class ObjectStorage:
         checked_segments(name, "any")
         slot = await self._slots.take()
         try:
-            opened = OpenObject(self.store, name, answer_timeout=self._answer_timeout)
+            of_disk = urlsplit(self.url).scheme == "file"
+            opened = OpenObject(self.store, name, answer_timeout=self._answer_timeout, of_disk=of_disk)
             try:
                 await opened.begin(request)
                 yield opened
@@ -233,8 +243,9 @@ class ObjectStorage:
 class OpenObject:
     """One version of an object: what the store has said of it, and a stream that may have begun."""
 
-    def __init__(self, store: Any, name: str, *, answer_timeout: float) -> None:
+    def __init__(self, store: Any, name: str, *, answer_timeout: float, of_disk: bool = False) -> None:
         self.metadata = FileMetadata()
+        self._of_disk = of_disk
         self._store = store
         self._name = name
         self._answer_timeout = answer_timeout
@@ -250,13 +261,16 @@ class OpenObject:
         except _NotAsARange:
             options = {"head": True}
             found = await self._get(options)
+        if self._of_disk and (seconds := unsettled_seconds(_nanoseconds(found.meta), time.time_ns())):
+            await anyio.sleep(seconds)  # then a further change shows in the time
+            found = await self._get(options)
         meta, attributes = found.meta, found.attributes
         self._version = _version(meta)
-        tag, modified = meta["e_tag"], http_seconds(meta["last_modified"].timestamp())
+        etag, modified = self._validators(meta)
         content_type = valid_content_type(attributes.get("Content-Type"))
         self.metadata = FileMetadata(
             size=meta["size"],
-            etag=ETag.parse(tag or ""),
+            etag=etag,
             last_modified=modified or None,  # 1970 stands for a time that the store did not tell
             content_type=None if content_type == _UNKNOWN_TYPE else content_type,
             headers=tuple(
@@ -267,6 +281,14 @@ class OpenObject:
         )
         if "head" not in options:
             self._take(found)
+
+    def _validators(self, meta: Mapping[str, Any]) -> tuple[ETag | None, int | None]:
+        if self._of_disk:  # obstore's own tag has the inode in it, and says something of every time
+            changed = _nanoseconds(meta)
+            if not is_telling(changed, time.time_ns(), is_coarse=not changed % 1_000_000_000):
+                return None, None
+            return stat_validators(meta["size"], changed)
+        return ETag.parse(meta["e_tag"] or ""), http_seconds(meta["last_modified"].timestamp())
 
     def _take(self, found: Any) -> None:
         self._span = ByteRange(*found.range)
@@ -317,8 +339,10 @@ class OpenObject:
         """Open a stream of just this span, of the same version of the object. Raises `TransferAborted`."""
         self.close()
         options: dict[str, Any] = {"range": (span.start, span.stop)}
-        if self.metadata.etag is not None and not self.metadata.etag.weak:  # "If-Match" compares strongly
-            options["if_match"] = str(self.metadata.etag)
+        assert self._version is not None
+        tag = ETag.parse(self._version[0] or "")
+        if tag is not None and not tag.weak:  # "If-Match" compares strongly
+            options["if_match"] = str(tag)
         try:
             found = await self._get(options)
         except (FileError, _NotAsARange) as exc:
@@ -388,6 +412,11 @@ def _range_option(spec: RangeSpec) -> dict[str, Any]:
     if first is None:
         return {"range": {"suffix": last}} if last else {"head": True}
     return {"range": {"offset": first} if last is None else (first, last + 1)}
+
+
+def _nanoseconds(meta: Mapping[str, Any]) -> int:
+    """Return when an object was changed, in nanoseconds since the epoch; obstore has microseconds."""
+    return int((meta["last_modified"] - _EPOCH) // timedelta(microseconds=1)) * 1000
 
 
 def _version(meta: Mapping[str, Any]) -> tuple[str | None, Any, int]:

@@ -106,7 +106,9 @@ NOW = 1_700_000_000 * 10**9
         (1, False, False),
         (-(10**9), False, False),
         (315_532_800 * 10**9, False, False),  # what is unpacked from a ZIP with the time of SOURCE_DATE_EPOCH
-        (315_532_801 * 10**9, False, True),
+        (499_162_500 * 10**9, False, False),  # npm
+        (315_532_801 * 10**9, False, False),  # ZIP has local time
+        (315_532_800 * 10**9 + 86_400 * 10**9, False, True),
         (2 * 10**9, False, True),
         (NOW - 365 * 86_400 * 10**9, True, True),
         (NOW - 10**9, False, True),
