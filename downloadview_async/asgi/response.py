@@ -36,6 +36,7 @@ from downloadview_async.http.plan import (
     Plan,
     Presentation,
     describe,
+    is_shown_for_good,
     make_offload_plan,
     make_plan,
     make_redirect_plan,
@@ -217,8 +218,7 @@ class DownloadResponse(Response):
         """Return the answer to a request; keep it for the next time where that is allowed."""
         own = tuple(header for header in self.raw_headers if header[0] != b"set-cookie") if self.raw_headers else ()
         offered = None if offload is None else tuple(offload.items())
-        # A Last-Modified in the future is told as the time it is now.
-        if not keep or self.status_code != 200 or (metadata.last_modified or 0) > time.time():
+        if not keep or self.status_code != 200 or not is_shown_for_good(metadata.last_modified, time.time()):
             plan = _plan(request, metadata, self.presentation, own, offered, status=self.status_code)
             return _Answer(plan, _raw(plan.headers))
         if offered is not None or request.unconditional:

@@ -67,11 +67,14 @@ class Presentation:
     content_type: str | None = None
 
 
-def describe(metadata: FileMetadata, presentation: Presentation, headers: Headers | None = None) -> Headers:
+def describe(
+    metadata: FileMetadata, presentation: Presentation, headers: Headers | None = None, *, now: float | None = None
+) -> Headers:
     """Return the headers that a 200 with this file has, however its bytes are sent: all but those of the framing.
 
-    `headers` are the application's own and win over those that describe the file.
+    `headers` are the application's own and win over those that describe the file. `now` is in seconds, UTC.
     """
+    shown = _last_modified_shown(metadata.last_modified, time.time() if now is None else now)
     described = {
         "content-type": presentation.content_type or metadata.content_type or content_type_for(presentation.filename),
         "content-disposition": content_disposition(presentation.filename, attachment=presentation.attachment),
@@ -79,8 +82,8 @@ def describe(metadata: FileMetadata, presentation: Presentation, headers: Header
     }
     if metadata.etag is not None:
         described["etag"] = str(metadata.etag)
-    if metadata.last_modified is not None:
-        described["last-modified"] = format_http_date(metadata.last_modified)
+    if shown is not None:
+        described["last-modified"] = format_http_date(shown)
     described |= metadata.headers
     described |= headers or {}
     # What the application says of its own choice takes nothing from ours: a cache has to go by both [12.5.5].
@@ -114,7 +117,7 @@ def make_plan(
     with the whole file: preconditions and ranges are only for a 200 [13.2.1, 14.2]. `now` is in seconds, UTC.
     """
     now = time.time() if now is None else now
-    whole = _whole(request, metadata, describe(_not_from_the_future(metadata, now), presentation, headers), status)
+    whole = _whole(request, metadata, describe(metadata, presentation, headers, now=now), status)
     return whole if status != 200 else narrowed(whole, request, metadata, now=now)
 
 
@@ -123,13 +126,16 @@ def narrowed(whole: Plan, request: DownloadRequest, metadata: FileMetadata, *, n
 
     That answer, `whole`, is a 200, and stays as it is.
     """
-    if failed := failed_precondition(request, _not_from_the_future(metadata, time.time() if now is None else now)):
+    now = time.time() if now is None else now
+    modified = _last_modified_shown(metadata.last_modified, now)
+    shown = metadata if modified == metadata.last_modified else replace(metadata, last_modified=modified)
+    if failed := failed_precondition(request, shown):
         return _without_file(failed, whole.headers)
     if request.method != "GET" or request.range is None or metadata.size is None or not metadata.accept_ranges:
         return whole  # "Range [is] defined for [...] GET" alone [14.2]
     specs = parse_range(request.range)
-    # The file's true time, not the one shown: a date that moves with the clock is no validator to resume by.
-    if specs is None or not range_applies(request, _without_constants(metadata)):
+    # A date that moves with the clock does not tell versions apart, so no client may resume by it.
+    if specs is None or not range_applies(request, shown if modified is None else metadata):
         return whole
     parts = select_ranges(specs, metadata.size)
     if parts == "whole":
@@ -153,8 +159,7 @@ def make_offload_plan(
     It is a 200 without a body whatever the client asked: who sends the bytes evaluates Range and If-*, so the proxy
     makes it a 206, a 304 or a 416.
     """
-    shown = _not_from_the_future(metadata, time.time() if now is None else now)
-    return Plan(200, describe(shown, presentation, headers) | dict(offload) | {"content-length": "0"}, ())
+    return Plan(200, describe(metadata, presentation, headers, now=now) | dict(offload) | {"content-length": "0"}, ())
 
 
 def make_redirect_plan(headers: Headers, redirect: Mapping[str, str]) -> Plan:
@@ -167,19 +172,21 @@ def make_redirect_plan(headers: Headers, redirect: Mapping[str, str]) -> Plan:
     return Plan(307, own | safe | dict(redirect), ())
 
 
-def _not_from_the_future(metadata: FileMetadata, now: float) -> FileMetadata:
-    # "the origin server MUST replace that value with the message origination date" [8.8.2.1]
-    metadata = _without_constants(metadata)
-    if metadata.last_modified is not None and metadata.last_modified > now:
-        return replace(metadata, last_modified=int(now))
-    return metadata
+def is_shown_for_good(last_modified: int | None, now: float) -> bool:
+    """Return whether the Last-Modified of an answer stays the same however long the answer is kept."""
+    return last_modified is None or last_modified + 1 <= now
 
 
-def _without_constants(metadata: FileMetadata) -> FileMetadata:
-    """Return metadata without a time that cannot be that of a change: an upstream or a database row may have one."""
-    if metadata.last_modified is None or is_meaningful(metadata.last_modified):
-        return metadata
-    return replace(metadata, last_modified=None)
+def _last_modified_shown(last_modified: int | None, now: float) -> int | None:
+    """Return the Last-Modified to send, or None where another version of the file could have the same.
+
+    That is a time which cannot be that of a change, and the second that is not over yet: the next change may be in it.
+    """
+    if last_modified is None or not is_meaningful(last_modified):
+        return None
+    if last_modified >= now:
+        return int(now)  # "the origin server MUST replace that value with the message origination date" [8.8.2.1]
+    return last_modified if is_shown_for_good(last_modified, now) else None
 
 
 def _whole(request: DownloadRequest, metadata: FileMetadata, headers: Headers, status: int) -> Plan:

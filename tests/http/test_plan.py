@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from downloadview_async.http.dates import format_http_date, parse_http_date
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
-from downloadview_async.http.plan import Plan, Presentation, describe, make_offload_plan, make_redirect_plan
+from downloadview_async.http.plan import (
+    Plan,
+    Presentation,
+    describe,
+    make_offload_plan,
+    make_plan,
+    make_redirect_plan,
+)
+from downloadview_async.http.request import DownloadRequest
 from tests.http.asking import (
     BARE,
     CONTENT,
@@ -405,6 +413,37 @@ assert MODIFIED_AT is not None
 )
 def test_a_file_from_the_future_is_dated_now(now: float, shown: str) -> None:
     assert answer(now=now).headers["last-modified"] == shown
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    "modified, now, is_told",
+    [
+        (0, 1_700_000_000.0, False),
+        (1, 1_700_000_000.0, False),
+        (2, 1_700_000_000.0, True),
+        (315532800, 1_700_000_000.0, False),
+        # the next change may be within the same second
+        (1_700_000_000, 1_700_000_000.25, False),
+        (1_700_000_000, 1_700_000_000.99, False),
+        (1_700_000_000, 1_700_000_001.0, True),
+    ],
+)
+def test_a_time_that_another_version_may_have_is_neither_told_nor_compared(
+    modified: int, now: float, is_told: bool, method: str
+) -> None:
+    dated = replace(FILE, last_modified=modified)
+    date = format_http_date(modified)
+
+    def asked(**fields: str) -> Plan:
+        return make_plan(DownloadRequest(method=method, **fields), dated, Presentation(filename="a.bin"), now=now)
+
+    assert asked().headers.get("last-modified") == (date if is_told else None)
+    assert asked(if_modified_since=date).status == (304 if is_told else 200)
+    assert asked(if_unmodified_since=format_http_date(max(modified - 1, 0))).status == (412 if is_told else 200)
+    resumed = asked(range="bytes=2-", if_range=date)
+    assert resumed.status == (206 if is_told and method == "GET" else 200)
+    assert asked(range="bytes=2-").status == (206 if method == "GET" else 200)
 
 
 def test_the_clock_is_asked_where_no_time_is_given() -> None:
