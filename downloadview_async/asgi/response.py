@@ -324,7 +324,7 @@ def failed(exc: FileError, method: str, path: str) -> Headers:
     level = logging.INFO if exc.status < 500 else logging.WARNING
     logger.log(level, "%s %a: %d, %s", method, path, exc.status, reason)
     headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
-    return {**headers, "Retry-After": "5"} if exc.status == 503 else headers
+    return headers if exc.retry_after is None else {**headers, "Retry-After": exc.retry_after}
 
 
 def error_response(exc: FileError, scope: Scope) -> Response:
