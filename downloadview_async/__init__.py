@@ -12,6 +12,7 @@ from downloadview_async.errors import (
     PreconditionFailed,
     SourceUnavailable,
     TransferAborted,
+    UpstreamBusy,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "SyncStorage",
     "TransferAborted",
     "Upstream",
+    "UpstreamBusy",
     "UpstreamError",
     "UpstreamTimeout",
     "VirtualFile",

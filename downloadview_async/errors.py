@@ -7,6 +7,7 @@
     │   ├── AccessDenied           404  there is one, but not for this client (never told apart from missing)
     │   ├── PreconditionFailed     412  the origin of a remote file refused If-Match or If-Unmodified-Since
     │   ├── SourceUnavailable      503  the disk, the storage or this process is overloaded; try again
+    │   │   └── UpstreamBusy       503  or 429: a remote server said so; its Retry-After is passed on
     │   └── UpstreamError          502  a remote server failed or broke the protocol
     │       └── UpstreamTimeout    504  a remote server did not answer in time
     └── TransferAborted            bytes have left already: the connection is aborted, never ended cleanly
@@ -29,6 +30,8 @@ class FileError(DownloadError):
     """A file cannot be sent, and nothing of it has been: the client gets `status`."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
+    retry_after: str | None = None
+    """The value of Retry-After that the client gets: seconds, or an HTTP date."""
 
 
 class FileMissing(FileError):
@@ -53,6 +56,18 @@ class SourceUnavailable(FileError):
     """The file may exist, but cannot be opened now: no worker, no descriptor, no connection free."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
+    retry_after = "5"
+
+
+class UpstreamBusy(SourceUnavailable):
+    """A remote server answered 429 or 503. The client gets the same status, and the Retry-After if one was sent."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    def __init__(self, reason: str, *, status: int = 503, retry_after: str | None = None) -> None:
+        super().__init__(reason)
+        self.status = HTTPStatus(status)
+        self.retry_after = retry_after or self.retry_after
 
 
 class UpstreamError(FileError):

@@ -326,7 +326,7 @@ def failed(exc: FileError, method: str, path: str) -> Headers:
     if logger.isEnabledFor(level):
         logger.log(level, "%s %s: %d, %s", escaped(method), shown(path), exc.status, escaped(str(exc)))
     headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
-    return {**headers, "Retry-After": "5"} if exc.status == 503 else headers
+    return headers if exc.retry_after is None else {**headers, "Retry-After": exc.retry_after}
 
 
 def error_response(exc: FileError, scope: Scope) -> Response:

@@ -53,12 +53,17 @@ class ByteRange:
         return f"bytes {self.start}-{self.stop - 1}/{size}"
 
 
+MAX_READS = 4
+"""The usual `max_reads` of a file that is far away, or whose seeks may read all that comes before."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileMetadata:
     """What is known of one version of a file. What is not known is None.
 
     size: bytes. last_modified: seconds since the epoch, UTC. content_type: the whole value of Content-Type.
     accept_ranges: whether a part of it can be sent; only a file of known size has parts.
+    max_reads: how many separate reads one answer may cost, where each is a request or a long seek; None: any number.
     headers: further headers that describe this version, such as Content-Encoding or Vary, names in lower case.
     """
 
@@ -67,6 +72,7 @@ class FileMetadata:
     last_modified: int | None = None
     content_type: str | None = None
     accept_ranges: bool = True
+    max_reads: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
 
 

@@ -25,3 +25,17 @@ def preferred_encodings(accept_encoding: str | None, available: tuple[str, ...])
     accepted = [(weights.get(name, others), name) for name in available]
     accepted = [item for item in accepted if item[0] > 0 and item[0] >= identity]
     return [name for _, name in sorted(accepted, key=lambda item: -item[0])]
+
+
+# What stands in Content-Encoding and is no coding that a client could decode: how a body was sent to its store
+# (aws-chunked), that there is none, a Content-Transfer-Encoding of mail, or a charset.
+_NO_CODINGS = frozenset(
+    {"", "aws-chunked", "identity", "none", "null", "raw", "plain", "text", "binary", "7bit", "8bit"}
+    | {"utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin-1", "latin1", "windows-1252"}
+)
+
+
+def content_coding(value: str) -> str | None:
+    """Return a Content-Encoding as a client can use it, in lower case, or None where nothing is left of it."""
+    tokens = [token.strip(" \t").lower() for token in value.split(",")]
+    return ", ".join(token for token in tokens if token not in _NO_CODINGS) or None

@@ -8,6 +8,9 @@ from downloadview_async.http.metadata import ByteRange
 MAX_PARTS = 100
 """A Range of more parts than this is ignored: "a server [...] MAY ignore [...] many small ranges" [14.2]."""
 
+NEAR = 256 * 1024
+"""Bytes: to read over a gap this small costs less than another read of a file that is far away."""
+
 _SPEC = re.compile("([0-9]*)-([0-9]*)")
 _HUGE = 1 << 63  # no file reaches it; larger numbers mean the same once first and last have been compared
 
@@ -85,3 +88,13 @@ def _merge(ranges: list[ByteRange]) -> list[ByteRange]:
         else:
             merged.append((index, part))
     return [part for _, part in sorted(merged, key=lambda item: item[0])]
+
+
+def reads_of(parts: list[ByteRange]) -> list[ByteRange]:
+    """Return the spans to read for some parts, in the order of the file: parts that are `NEAR` each other are one."""
+    reads: list[ByteRange] = []
+    for part in sorted(parts, key=lambda part: part.start):
+        if reads and part.start - reads[-1].stop <= NEAR:
+            part = ByteRange(reads[-1].start, max(reads.pop().stop, part.stop))
+        reads.append(part)
+    return reads

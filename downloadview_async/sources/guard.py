@@ -17,7 +17,7 @@ import httpcore2
 import httpx2
 
 from downloadview_async.errors import UpstreamError
-from downloadview_async.sources.sockets import connect
+from downloadview_async.sources.sockets import Connection, connect
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -140,6 +140,77 @@ async def _look_up(host: str, port: int, timeout: float | None) -> list[Address]
     return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
 
 
+class _Pool(httpcore2.AsyncConnectionPool):
+    """Connections that are kept, and one retry of a request where a kept connection turned out to be closed."""
+
+    newest = 0
+    """The number of the connection made last."""
+
+    def __init__(self, *, ssl_context: ssl.SSLContext, keepalive_expiry: float, backend: GuardedBackend) -> None:
+        super().__init__(
+            ssl_context=ssl_context,
+            max_connections=None,
+            max_keepalive_connections=20,
+            keepalive_expiry=keepalive_expiry,
+            network_backend=backend,
+        )
+        self._options = {
+            "ssl_context": ssl_context,
+            "keepalive_expiry": keepalive_expiry,
+            "network_backend": backend,
+        }
+        self.distrusted = 0
+        """Connections up to this number take no further request."""
+
+    def create_connection(self, origin: httpcore2.Origin) -> httpcore2.AsyncConnectionInterface:
+        """Return a connection that is made when the first request is sent by it."""
+        self.newest += 1
+        return _PooledConnection(self, self.newest, origin=origin, **self._options)
+
+
+class _PooledConnection(httpcore2.AsyncHTTPConnection):
+    """One connection of the pool. A request by a kept one that ends before the answer has begun is sent once more.
+
+    "A client [...] MAY automatically retry [an idempotent] request" that failed for that reason [RFC 9110 9.2.2], and
+    all of ours are GET or HEAD. The other connections that are idle by then are as old, and are not tried.
+    """
+
+    def __init__(self, pool: _Pool, number: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._pool = pool
+        self._number = number
+
+    async def handle_async_request(self, request: httpcore2.Request) -> httpcore2.Response:
+        """Send a request. Raises `ConnectionNotAvailable` for the pool to send it by a new connection."""
+        is_kept = self._connection is not None
+        try:
+            return await super().handle_async_request(request)
+        except (httpcore2.ReadError, httpcore2.WriteError, httpcore2.RemoteProtocolError):
+            if not is_kept or self._stream.has_answered:
+                raise
+            self._pool.distrusted = self._pool.newest
+            raise httpcore2.ConnectionNotAvailable from None
+
+    def has_expired(self) -> bool:
+        """Return whether no further request may be sent by it.
+
+        An upstream that has sent more than the answer which it announced must not have that taken for the next answer.
+        """
+        if super().has_expired():
+            return True
+        return self.is_idle() and (self._number <= self._pool.distrusted or self._has_leftovers)
+
+    @property
+    def _stream(self) -> Connection:
+        stream: Connection = self._connection._network_stream  # type: ignore[union-attr]  # noqa: SLF001
+        return stream
+
+    @property
+    def _has_leftovers(self) -> bool:
+        leftovers: bytes = self._connection._h11_state.trailing_data[0]  # type: ignore[union-attr]  # noqa: SLF001
+        return leftovers != b""
+
+
 @lru_cache(maxsize=1)
 def _ssl_context() -> ssl.SSLContext:
     """Return what all clients trust: reading the certificates takes as long as hundreds of requests."""
@@ -152,13 +223,7 @@ def guarded_client(hosts: AllowedHosts, *, connect_timeout: float, read_timeout:
     transport = httpx2.AsyncHTTPTransport(verify=context, trust_env=False)
     # The one way to give httpx's transport a network of our own. Nobody waits in its pool (our slots come first), so
     # a request cancelled while waiting cannot take a connection with it.
-    transport._pool = httpcore2.AsyncConnectionPool(  # noqa: SLF001
-        ssl_context=context,
-        max_connections=None,
-        max_keepalive_connections=20,
-        keepalive_expiry=5.0,
-        network_backend=GuardedBackend(hosts),
-    )
+    transport._pool = _Pool(ssl_context=context, keepalive_expiry=5.0, backend=GuardedBackend(hosts))  # noqa: SLF001
     client = httpx2.AsyncClient(
         transport=transport,
         trust_env=False,

@@ -6,9 +6,10 @@ upstream request. Conditions and the range go upstream, an allow-list of headers
 
 import math
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
@@ -21,24 +22,37 @@ from downloadview_async.errors import (
     FileMissing,
     PreconditionFailed,
     SourceUnavailable,
+    UpstreamBusy,
     UpstreamError,
     UpstreamTimeout,
 )
 from downloadview_async.http.conditional import failed_precondition, parse_etag_list
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import parse_http_date
-from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
-from downloadview_async.http.ranges import RangeSpec, parse_range, select_ranges
+from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
+from downloadview_async.http.negotiation import content_coding
+from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, reads_of, select_ranges
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.names import Names, canonical_name, check_names_option
 from downloadview_async.sources.workers import Slots
 
 MAX_REDIRECTS = 5
-_MAX_SKIP = 256 * 1024  # bytes: reading over a gap this small is cheaper than another request
+
+# What is left of an answer is read so that its connection can be used again, if it is this little and comes this soon.
+_MAX_REST = 64 * 1024  # bytes
+_REST_SECONDS = 0.5
+
+# Statuses of an upstream that may refuse what it could have ignored: a HEAD, a Range, a precondition. 404, 410 and 429
+# are about the file or the client, and so are all that a gateway answers (502 to 504).
+_REFUSALS = frozenset({*range(400, 500), 500, 501, 505}) - {404, 406, 410, 412, 416, 429}
+
+_MAX_ONCE = 8 << 20  # bytes of a file without a strong validator that are read for a few parts of it
+
+_CLOCKS = 60  # seconds that the clock of an upstream which tells no Date may differ from ours
 
 # Whatever else an upstream says stays with us: X-Accel-*, X-Sendfile*, X-Reproxy-* and Set-Cookie are orders to our
 # proxy or to our client. Content-Length, -Type, -Range, ETag and Last-Modified are read, checked and made anew.
-_PASSED_HEADERS = ("content-encoding", "content-language", "cache-control", "expires", "vary")
+_PASSED_HEADERS = ("content-encoding", "content-language", "cache-control", "expires", "vary", "age")
 
 # What an upstream says to its own proxy in place of the bytes.
 _OFFLOADS = frozenset({"x-accel-redirect", "x-sendfile", "x-reproxy-url", "x-litespeed-location"})
@@ -46,6 +60,8 @@ _OFFLOADS = frozenset({"x-accel-redirect", "x-sendfile", "x-reproxy-url", "x-lit
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,18})", re.IGNORECASE)
 _LENGTH = re.compile("[0-9]{1,18}")
+_AGE = re.compile("([0-9]{1,10})(?: *,|$)")  # of several the first one [RFC 9111 5.1]
+_RETRY_AFTER = re.compile("[0-9]{1,9}")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 # The errors of httpx and httpx2, by name because either may be in use; the first that fits counts.
@@ -144,13 +160,15 @@ class Upstream:
         # as bytes: an entity tag may hold more than ASCII, which is all that httpx makes of text
         raw = [(name.encode(), value.encode("latin-1")) for name, value in {**self._headers, **headers}.items()]
         request = self._client.build_request(method, url, headers=raw)
+        if "accept-encoding" not in headers:
+            request.headers.pop("accept-encoding", None)  # what the client would decode, if it were asked to
         for _ in range(MAX_REDIRECTS + 1):
             self._check(request.url, url)
             response = await self._client.send(request, stream=True, follow_redirects=False)
             if response.next_request is None:
                 return response
             request = response.next_request
-            await close(response)
+            await settle(response)
         raise UpstreamError(f"{url!r} redirects more than {MAX_REDIRECTS} times")
 
     def _check(self, url: Any, origin: str) -> None:
@@ -162,6 +180,28 @@ class Upstream:
         # A host is allowed for its files, not for whatever else listens there.
         if url.port is not None and url.port not in (urlsplit(origin).port, 80, 443):
             raise UpstreamError(f"{origin!r} leads to port {url.port} of {url.host!r}")
+
+
+async def settle(response: Any, chunks: AsyncIterator[bytes] | None = None) -> None:
+    """Read the little that may be left of a response, so that its connection can be used again, and close it.
+
+    chunks: what of the body has not been read yet, where somebody has begun to read it.
+    """
+    try:
+        length = response.headers.get("content-length", "")
+        left = int(length) - response.num_bytes_downloaded if _LENGTH.fullmatch(length) else 0
+        if left <= _MAX_REST or response.request.method == "HEAD" or response.status_code in (204, 304):
+            read = 0
+            with anyio.move_on_after(_REST_SECONDS):
+                async for chunk in response.aiter_raw() if chunks is None else chunks:
+                    read += len(chunk)
+                    if read > _MAX_REST:
+                        break
+    except Exception as exc:
+        if _file_error(exc) is None:
+            raise
+    finally:
+        await close(response)
 
 
 async def close(response: Any) -> None:
@@ -272,26 +312,38 @@ class OpenRemoteFile:
         self._upstream = upstream
         self._url = url
         self._body: _Body | None = None
+        self._wanted: list[RangeSpec] | None = None
+        self._version: tuple[str | None, str | None] = None, None
 
     async def begin(self, request: DownloadRequest) -> None:
         """Ask the upstream what the client asks us. Raises `FileError`."""
         spec = _single_range(request)
-        headers = _forwarded(request, spec)
-        response = await self._upstream.send(request.method, self._url, headers)
-        if request.method == "HEAD" and response.status_code in (405, 501):
-            await close(response)  # a server that knows no HEAD; a GET that is not read says the same
-            response = await self._upstream.send("GET", self._url, headers)
-        if response.status_code == 416 and spec is not None and "content-range" not in response.headers:
-            await close(response)  # the answer has to tell how long the file is, which this one does not
-            request, spec = replace(request, range=None, if_range=None), None
-            response = await self._upstream.send("GET", self._url, _forwarded(request, None))
+        self._wanted = parse_range(request.range) if request.range is not None else None
+        response, sent = await self._ask(request.method, _forwarded(request, spec))
         self._body = _Body(response, ranged=spec is not None)
-        self.metadata = self._described(self._body, request, spec)
+        self._version = _version(self._body.fields)
+        self.metadata = _readable(self._described(self._body, request, spec, sent))
+        if not _has_strong_validator(self.metadata):
+            self._body.max_skip = math.inf  # all parts are of the one version that is open
 
-    def _described(self, body: "_Body", request: DownloadRequest, spec: RangeSpec | None) -> FileMetadata:
+    async def _ask(self, method: str, headers: Mapping[str, str]) -> tuple[Any, Mapping[str, str]]:
+        """Return the answer of the upstream, and the headers that it answers.
+
+        An upstream that refuses what it could have ignored is asked once more, by a GET and nothing else: conditions
+        are evaluated and ranges are cut by us, and the body of an answer to a HEAD is not read.
+        """
+        response = await self._upstream.send(method, self._url, headers)
+        if not _is_refusal(response, method, headers):
+            return response, headers
+        await settle(response)
+        return await self._upstream.send("GET", self._url, {}), {}
+
+    def _described(
+        self, body: "_Body", request: DownloadRequest, spec: RangeSpec | None, sent: Mapping[str, str]
+    ) -> FileMetadata:
         """Return what the answer says of the file. Raises `FileError` for one that is a failure or makes no sense."""
         status, fields = body.response.status_code, body.fields
-        metadata = _validators(fields)
+        metadata = _entity(_validators(fields, body.received), fields)
         match status:
             case 200:
                 body.stop = size = _size(fields)
@@ -300,26 +352,32 @@ class OpenRemoteFile:
                         f"{self._url!r} sent {', '.join(order)} and no bytes: it is behind a proxy of its own, whose "
                         "URL this source needs"
                     )
-                return replace(_entity(metadata, fields), size=size)
-            case 206 if spec is not None:
+                return replace(metadata, size=size)
+            case 206 if spec is not None and "range" in sent:
                 part, size = _content_range(fields)
                 if size is not None and select_ranges([spec], size) != [part]:
                     raise UpstreamError(
                         f"{self._url!r} sent {fields.get('content-range')!r}, which is not what was asked"
                     )
                 body.position, body.stop = part.start, part.stop
-                return replace(_entity(metadata, fields), size=size)
-            case 304 if request.if_none_match is not None or request.if_modified_since is not None:
-                body.finished = True
+                return replace(metadata, size=size)
+            case 206 if "content-range" in fields:  # of all there is, though nobody has asked for a part
+                part, size = _content_range(fields)
+                if size is not None and part == ByteRange(0, size):
+                    body.stop = size
+                    return replace(metadata, size=size)
+            case 304 if not {"if-none-match", "if-modified-since"}.isdisjoint(sent):
+                body.has_content = False
                 return _not_modified(metadata, request)
-            case 412 if request.if_match is not None or request.if_unmodified_since is not None:
+            case 412 if not {"if-match", "if-unmodified-since"}.isdisjoint(sent):
                 raise PreconditionFailed(f"{self._url!r} answered 412")
-            case 416 if spec is not None:
-                body.finished = True
-                if match := _UNSATISFIED_RANGE.fullmatch(fields.get("content-range", "")):
-                    return replace(metadata, size=int(match[1]))
+            case 416 if (match := _UNSATISFIED_RANGE.fullmatch(fields.get("content-range", ""))) and "range" in sent:
+                body.has_content = False
+                return replace(metadata, size=int(match[1]))
             case 404 | 410:
                 raise FileMissing(f"{self._url!r} answered {status}")
+            case 429 | 503:
+                raise UpstreamBusy(f"{self._url!r} answered {status}", status=status, retry_after=_retry_after(fields))
         raise UpstreamError(f"{self._url!r} answered {status}")
 
     @property
@@ -331,7 +389,13 @@ class OpenRemoteFile:
     def reads_over(self) -> bool:
         """Whether a range was asked for, and the upstream sends the whole file all the same."""
         body = self._body
-        return body is not None and body.ranged and body.position == 0 and not body.finished
+        return body is not None and body.ranged and body.position == 0 and body.has_content
+
+    @property
+    def received(self) -> "Received":
+        """When the file was described, by whom."""
+        assert self._body is not None
+        return self._body.received
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span, raw: from the answer that is open if they are in it, else from a new one."""
@@ -353,13 +417,11 @@ class OpenRemoteFile:
         await self.aclose()
         headers = {"accept-encoding": "identity"}
         if span is not None:
+            span = self._read_with(span)
             headers["range"] = f"bytes={span.start}-{span.stop - 1}"
-        response = await self._upstream.send("GET", self._url, headers)
+        response, _ = await self._ask("GET", headers)
         self._body = body = _Body(response, ranged=True)  # closed with us from here on
         fields = body.fields
-        now = _validators(fields)
-        if (now.etag, now.last_modified) != (self.metadata.etag, self.metadata.last_modified):
-            raise UpstreamError(f"{self._url!r} changed while it was sent")
         if response.status_code == 206 and span is not None:
             part, size = _content_range(fields)
             if part != span or size not in (None, self.metadata.size):
@@ -369,13 +431,37 @@ class OpenRemoteFile:
             body.stop = _size(fields)
         else:
             raise UpstreamError(f"{self._url!r} answered {response.status_code} when asked for the next part")
+        if _version(fields) != self._version:
+            raise UpstreamError(f"{self._url!r} changed while it was sent")
         return body
+
+    def _read_with(self, span: ByteRange) -> ByteRange:
+        """Return the span with the parts near it that the client wants too, so that they are one request."""
+        size = self.metadata.size
+        parts = select_ranges(self._wanted, size) if self._wanted is not None and size is not None else "whole"
+        if isinstance(parts, str):
+            return span
+        whole = next((read for read in reads_of(parts) if read.start <= span.start and span.stop <= read.stop), span)
+        return ByteRange(span.start, whole.stop)
 
     async def aclose(self) -> None:
         """Close the answer that is open."""
         body, self._body = self._body, None
         if body is not None:
-            await close(body.response)
+            await body.aclose()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """When an answer was made and received, in seconds since the epoch, UTC.
+
+    date: the origin's Date, or where it tells none, our clock. at: our clock. age: seconds since the origin made it, as
+    far as the upstream tells: "corrected_initial_age" [RFC 9111 4.2.3].
+    """
+
+    date: float
+    at: float
+    age: float
 
 
 class _Body:
@@ -387,11 +473,12 @@ class _Body:
     def __init__(self, response: Any, *, ranged: bool) -> None:
         self.response = response
         self.fields = _fields(response)
+        self.received = _received(self.fields)
         self.ranged = ranged
-        self._max_skip = math.inf if ranged else _MAX_SKIP
+        self.max_skip = math.inf if ranged else NEAR
         self.position = 0
         self.stop: int | None = None
-        self.finished = response.request.method == "HEAD"
+        self.has_content = response.request.method != "HEAD"
         framed = {"content-length", "transfer-encoding"}.intersection(self.fields)
         self.ends_with_connection = not framed and response.http_version.startswith("HTTP/1")
         self._chunks = response.aiter_raw()
@@ -399,12 +486,12 @@ class _Body:
 
     def has(self, span: ByteRange | None) -> bool:
         """Return whether the span can be read from here without reading over much else."""
-        if self.finished:
+        if not self.has_content:
             return False
         if span is None:
             return self.position == 0 and self.stop is None
         gap = span.start - self.position
-        return 0 <= gap <= self._max_skip and (self.stop is None or span.stop <= self.stop)
+        return 0 <= gap <= self.max_skip and (self.stop is None or span.stop <= self.stop)
 
     async def read(self, span: ByteRange | None) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of the span, reading over what comes before it."""
@@ -412,7 +499,7 @@ class _Body:
             chunk = self._rest or await anext(self._chunks, b"")
             self._rest = b""
             if not chunk:
-                self.finished = True
+                self.has_content = False
                 return
             if span is not None:
                 skip = max(span.start - self.position, 0)
@@ -422,6 +509,27 @@ class _Body:
                 chunk = chunk[skip:]
             if chunk:
                 yield chunk
+
+    async def aclose(self) -> None:
+        """Close the response. Its connection can be used again if little or nothing is left of it."""
+        await settle(self.response, self._chunks)
+
+
+def _is_refusal(response: Any, method: str, headers: Mapping[str, str]) -> bool:
+    """Return whether an answer refuses something that a GET alone would not ask for."""
+    status, is_optional = response.status_code, method == "HEAD" or len(headers) > 1
+    match status:
+        case 200 if method == "HEAD":
+            # Many frameworks count the bytes that they do not send. Few files are empty.
+            return bool(response.headers.get("content-length") == "0" and _OFFLOADS.isdisjoint(response.headers))
+        case 406:
+            return "accept-encoding" in headers
+        case 412:
+            return is_optional and {"if-match", "if-unmodified-since"}.isdisjoint(headers)
+        case 416:
+            tells = _UNSATISFIED_RANGE.fullmatch(response.headers.get("content-range", "")) and "range" in headers
+            return is_optional and not tells
+    return status in _REFUSALS and is_optional
 
 
 def _single_range(request: DownloadRequest) -> RangeSpec | None:
@@ -457,20 +565,59 @@ def _fields(response: Any) -> dict[str, str]:
     return fields
 
 
-def _validators(fields: dict[str, str]) -> FileMetadata:
-    return FileMetadata(
-        etag=ETag.parse(fields.get("etag", "")), last_modified=parse_http_date(fields.get("last-modified", ""))
-    )
+def _version(fields: dict[str, str]) -> tuple[str | None, str | None]:
+    return fields.get("etag"), fields.get("last-modified")
+
+
+def _validators(fields: dict[str, str], received: Received) -> FileMetadata:
+    """Return the validators that an answer has.
+
+    A Last-Modified that is not at least a second before Date may be shared by the next version, as may one of 1970,
+    which stands for a time that is not known: neither is one [RFC 9110 8.8.2.2].
+    """
+    etag = ETag.parse(fields.get("etag", ""))
+    modified = parse_http_date(fields.get("last-modified", ""))
+    margin = 1 if "date" in fields or etag is not None else _CLOCKS
+    if modified is not None and not 1 < modified <= received.date - margin:
+        modified = None
+    return FileMetadata(etag=etag, last_modified=modified)
+
+
+def _has_strong_validator(metadata: FileMetadata) -> bool:
+    return (metadata.etag is not None and not metadata.etag.weak) or metadata.last_modified is not None
+
+
+def _readable(metadata: FileMetadata) -> FileMetadata:
+    """Return metadata that tells how many reads an answer may cost.
+
+    Several requests have to be of one version, which only a strong validator tells. Without one, all parts are read
+    from one answer, if the file is small enough to read over what is between them.
+    """
+    is_cheap = _has_strong_validator(metadata) or (metadata.size or 0) <= _MAX_ONCE
+    return replace(metadata, max_reads=MAX_READS if is_cheap else 1)
+
+
+def _received(fields: dict[str, str]) -> Received:
+    now = time.time()
+    date = parse_http_date(fields.get("date", ""))
+    told = _AGE.match(fields.get("age", ""))
+    age = max(0.0 if date is None else now - date, float(told[1]) if told else 0.0, 0.0)
+    return Received(date=now if date is None else date, at=now, age=age)
+
+
+def _retry_after(fields: dict[str, str]) -> str | None:
+    value = fields.get("retry-after", "")
+    return value if _RETRY_AFTER.fullmatch(value) or parse_http_date(value) is not None else None
 
 
 def _entity(metadata: FileMetadata, fields: dict[str, str]) -> FileMetadata:
-    return replace(
-        metadata,
-        content_type=valid_content_type(fields.get("content-type")),
-        headers=tuple(
-            (name, fields[name]) for name in _PASSED_HEADERS if _FIELD_VALUE.fullmatch(fields.get(name, "\0"))
-        ),
-    )
+    passed = {name: fields[name] for name in _PASSED_HEADERS if _FIELD_VALUE.fullmatch(fields.get(name, "\0"))}
+    coding, told = content_coding(passed.pop("content-encoding", "")), _AGE.match(passed.pop("age", ""))
+    if coding is not None:
+        passed["content-encoding"] = coding
+    if told is not None:
+        passed["age"] = told[1]
+    return replace(metadata, content_type=valid_content_type(fields.get("content-type")), headers=tuple(passed.items()))
 
 
 def _size(fields: dict[str, str]) -> int | None:

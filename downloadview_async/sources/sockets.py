@@ -78,17 +78,22 @@ class Connection(httpcore2.AsyncNetworkStream):
     def __init__(self, stream: anyio.abc.ByteStream, raw: socket.socket) -> None:
         self._stream = stream
         self._raw = raw
+        self.has_answered = False
+        """Whether a byte has come since the last was sent."""
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return the next bytes, or none at the end."""
         with _as_httpcore_errors(httpcore2.ReadTimeout, httpcore2.ReadError), anyio.fail_after(timeout):
             try:
-                return await self._stream.receive(max_bytes)
+                received = await self._stream.receive(max_bytes)
             except anyio.EndOfStream:
                 return b""
+        self.has_answered = True
+        return received
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Send all the bytes."""
+        self.has_answered = False
         with _as_httpcore_errors(httpcore2.WriteTimeout, httpcore2.WriteError), anyio.fail_after(timeout):
             await self._stream.send(buffer)
 

@@ -26,11 +26,13 @@ class Upstream:
         self.answers: list[bytes | Callable[[bytes], bytes]] = []
         self.requests: list[bytes] = []
         self.open = 0
+        self.connections = 0
         self.closed = asyncio.Event()
         self.hold_after: asyncio.Event | None = None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1
+        self.connections += 1
         self.closed.clear()
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
@@ -47,6 +49,8 @@ class Upstream:
                     holding.cancel()
                     return
                 if b"content-length" not in body.lower() and b"chunked" not in body.lower():
+                    return
+                if b"connection: close" in body.lower():
                     return
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
@@ -185,7 +189,18 @@ async def test_only_listed_headers_come_back(upstream: Upstream, port: int) -> N
 
 
 STATUSES = [
-    *[(404, 404), (410, 404), (400, 502), (401, 502), (403, 502), (500, 502), (503, 502), (204, 502), (206, 502)],
+    *[
+        (404, 404),
+        (410, 404),
+        (400, 502),
+        (401, 502),
+        (403, 502),
+        (500, 502),
+        (503, 503),
+        (429, 429),
+        (204, 502),
+        (206, 502),
+    ],
     *[(304, 502), (412, 502), (416, 502), (301, 502)],
 ]
 
@@ -195,7 +210,7 @@ async def test_statuses_of_an_upstream(upstream: Upstream, port: int, status: in
     upstream.answers = [b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status]
     answer = await ask(port, "/a")
     assert answer.status == expected
-    assert answer.body in (b"Not Found", b"Bad Gateway")
+    assert answer.body in (b"Not Found", b"Bad Gateway", b"Service Unavailable", b"Too Many Requests")
 
 
 @pytest.mark.parametrize(

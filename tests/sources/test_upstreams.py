@@ -1,0 +1,477 @@
+"""Upstreams as they are: kept connections, refusals of what could have been ignored, load that is passed on."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import pytest_asyncio
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from downloadview_async import Download, OffloadMiddleware, RemoteSource, Rule, XAccelRedirect
+from tests.live import ask, live
+from tests.sources.test_remote import OK, TEN, Upstream, ok, partial, port, upstream
+
+__all__ = ["port", "upstream"]  # fixtures
+pytestmark = pytest.mark.asyncio
+
+WHOLE = bytes(range(256)) * 4096
+TAG = 'ETag: "x"'
+REFUSALS = [400, 401, 403, 405, 406, 412, 415, 416, 417, 500, 501]
+
+
+def status(code: int, *headers: str, body: bytes = b"no") -> bytes:
+    lines = "".join(f"{line}\r\n" for line in headers)
+    return f"HTTP/1.1 {code} X\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def is_head(request: bytes) -> bool:
+    return request.startswith(b"HEAD ")
+
+
+def answering(answer: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    """Leave the body of an answer to a HEAD out."""
+
+    def answered(request: bytes) -> bytes:
+        said = answer(request)
+        return said.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if is_head(request) else said
+
+    return answered
+
+
+# Connections
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ok(TEN, TAG),
+        ok(WHOLE, TAG),
+        ok(b""),
+        OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\n01234\r\n0\r\n\r\n",
+        status(404, body=b"x" * 5000),
+        status(500),
+    ],
+    ids=["short", "long", "empty", "chunked", "missing", "failing"],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_connection_is_used_again(upstream: Upstream, port: int, answer: bytes, method: str) -> None:
+    upstream.answers = [answering(lambda _: answer)]
+    for _ in range(15):
+        await ask(port, "/a", method=method)
+    assert upstream.connections == 1
+
+
+async def test_a_connection_is_used_again_after_parts_conditions_and_redirects(upstream: Upstream, port: int) -> None:
+    upstream.answers = [partial("bytes 2-4/10", b"234", TAG)]
+    assert (await ask(port, "/a", headers={"Range": "bytes=2-4"})).body == b"234"
+    upstream.answers = [b'HTTP/1.1 304 X\r\nETag: "x"\r\nContent-Length: 1000000\r\n\r\n']
+    assert (await ask(port, "/a", headers={"If-None-Match": '"x"'})).status == 304
+    upstream.answers = [status(302, "Location: /b", body=b"there"), ok()]
+    assert (await ask(port, "/a")).body == TEN
+    upstream.answers = [status(416, "Content-Range: bytes */10")]
+    assert (await ask(port, "/a", headers={"Range": "bytes=20-"})).status == 416
+    assert (len(upstream.requests), upstream.connections) == (5, 1)
+
+
+async def test_a_client_that_leaves_costs_the_connection(upstream: Upstream, port: int) -> None:
+    upstream.answers = [OK + b"Content-Length: 100000000\r\n\r\n" + b"x" * 100_000]
+    upstream.hold_after = asyncio.Event()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readexactly(1000)
+    writer.close()
+    await asyncio.wait_for(upstream.closed.wait(), 15)
+    upstream.hold_after = None
+    upstream.answers = [ok()]
+    assert (await ask(port, "/a")).body == TEN
+    assert upstream.connections == 2
+
+
+@pytest.mark.parametrize("extra", [b"EXTRA", ok(b"forged")], ids=["bytes", "an-answer"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_more_than_an_answer_is_never_the_next_one(
+    upstream: Upstream, port: int, extra: bytes, method: str
+) -> None:
+    """A HEAD that is answered with a body is the same."""
+    upstream.answers = [OK + b"Content-Length: 10\r\n\r\n" + TEN + extra, ok(b"true")]
+    await ask(port, "/a", method=method)
+    assert (await ask(port, "/b")).body == b"true"
+    assert upstream.connections == 2
+
+
+class Closing:
+    """An upstream that closes a kept connection when a further request has come, having sent `sends` of an answer."""
+
+    def __init__(self) -> None:
+        self.sends = b""
+        self.requests = 0
+        self.connections = 0
+        self.always = False
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        is_first = True
+        try:
+            while request := await reader.readuntil(b"\r\n\r\n"):
+                self.requests += 1
+                if self.always or not is_first:
+                    writer.write(self.sends)
+                    return
+                is_first = False
+                writer.write(answering(lambda _: ok(TEN, TAG))(request))
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+
+@pytest_asyncio.fixture
+async def closing() -> AsyncIterator[tuple[Closing, int]]:
+    upstream = Closing()
+    async with await asyncio.start_server(upstream.serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        source = RemoteSource(url, allow_hosts=["127.0.0.1"], read_timeout=5)
+        async with live(Starlette(routes=[Route("/{path:path}", Download(source))])) as port:
+            yield upstream, port
+        await source.aclose()
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_request_on_a_kept_connection_that_was_closed_is_sent_once_more(
+    closing: tuple[Closing, int], method: str
+) -> None:
+    upstream, port = closing
+    for _ in range(3):
+        assert (await ask(port, "/a", method=method)).status == 200
+    assert (upstream.requests, upstream.connections) == (5, 3)
+
+
+async def test_the_retry_is_by_a_new_connection_and_the_only_one(closing: tuple[Closing, int]) -> None:
+    upstream, port = closing
+    await asyncio.gather(*[ask(port, "/a") for _ in range(5)])
+    upstream.requests, upstream.connections, upstream.always = 0, 0, True
+    assert (await ask(port, "/a")).status == 502
+    assert (upstream.requests, upstream.connections) == (2, 1)
+
+
+@pytest.mark.parametrize("sends", [b"H", b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 100 Continue\r\n\r\n"])
+async def test_nothing_is_sent_again_once_the_answer_has_begun(closing: tuple[Closing, int], sends: bytes) -> None:
+    upstream, port = closing
+    upstream.sends = sends
+    assert (await ask(port, "/a")).status == 200
+    assert (await ask(port, "/a")).status == 502
+    assert upstream.requests == 2
+
+
+async def test_a_new_connection_that_is_closed_is_not_tried_again(closing: tuple[Closing, int]) -> None:
+    upstream, port = closing
+    upstream.always = True
+    assert (await ask(port, "/a")).status == 502
+    assert upstream.requests == 1
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+async def test_a_head_that_is_refused_is_answered(upstream: Upstream, port: int, code: int) -> None:
+    upstream.answers = [answering(lambda request: status(code) if is_head(request) else ok(TEN, TAG))]
+    answer = await ask(port, "/a", method="HEAD")
+    assert (answer.status, answer.headers["content-length"], answer.headers["etag"]) == (200, "10", '"x"')
+    assert len(upstream.requests) == 2
+
+
+@pytest.mark.parametrize("code, expected", [(404, 404), (410, 404), (429, 429), (502, 502), (503, 503)])
+async def test_an_answer_about_the_file_or_the_load_is_not_a_refusal(
+    upstream: Upstream, port: int, code: int, expected: int
+) -> None:
+    upstream.answers = [answering(lambda _: status(code))]
+    assert (await ask(port, "/a", method="HEAD")).status == expected
+    assert (await ask(port, "/a", headers={"Range": "bytes=0-1"})).status == expected
+    assert len(upstream.requests) == 2
+
+
+async def test_what_is_refused_in_any_form_stays_refused(upstream: Upstream, port: int) -> None:
+    upstream.answers = [answering(lambda _: status(403))]
+    for method, fields, requests in (("HEAD", {}, 2), ("GET", {"Range": "bytes=0-1"}, 2), ("GET", {}, 1)):
+        upstream.requests.clear()
+        assert (await ask(port, "/a", method=method, headers=fields)).status == 502
+        assert len(upstream.requests) == requests
+
+
+async def test_a_head_that_counts_no_bytes_is_not_believed(upstream: Upstream, port: int) -> None:
+    """Many frameworks say so of every HEAD."""
+    upstream.answers = [answering(lambda request: ok(b"" if is_head(request) else TEN))]
+    assert (await ask(port, "/a", method="HEAD")).headers["content-length"] == "10"
+    upstream.answers = [answering(lambda request: ok(b""))]
+    assert (await ask(port, "/a", method="HEAD")).headers["content-length"] == "0"
+
+
+async def test_a_head_without_a_length(upstream: Upstream, port: int) -> None:
+    upstream.answers = [answering(lambda _: OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")]
+    answer = await ask(port, "/a", method="HEAD")
+    assert (answer.status, "content-length" in answer.headers, len(upstream.requests)) == (200, False, 1)
+
+
+FIELDS: list[tuple[dict[str, str], tuple[int, bytes]]] = [
+    ({"Range": "bytes=2-4"}, (206, b"234")),
+    ({"Range": "bytes=-3"}, (206, b"789")),
+    ({"Range": "bytes=8-"}, (206, b"89")),
+    ({"Range": "bytes=20-"}, (416, b"")),
+    ({"Range": "bytes=2-4", "If-Range": '"x"'}, (206, b"234")),
+    ({"Range": "bytes=2-4", "If-Range": '"y"'}, (200, TEN)),
+    ({"If-None-Match": '"x"'}, (304, b"")),
+    ({"If-None-Match": '"y"'}, (200, TEN)),
+    ({"If-Modified-Since": "Tue, 14 Nov 2023 22:13:20 GMT"}, (304, b"")),
+    ({"If-Match": '"x"'}, (200, TEN)),
+    ({"If-Match": '"y"'}, (412, b"")),
+]
+
+
+@pytest.mark.parametrize(
+    "code, fields, expected",
+    # 412 is an answer to If-Match
+    [(code, *case) for code in REFUSALS for case in FIELDS if not (code == 412 and "If-Match" in case[0])],
+)
+async def test_fields_that_are_refused_are_heeded_here(
+    upstream: Upstream, port: int, code: int, fields: dict[str, str], expected: tuple[int, bytes]
+) -> None:
+    def answer(request: bytes) -> bytes:
+        optional = [name for name in (b"range:", b"if-", b"accept-encoding:") if name in request.lower()]
+        is_refused = (optional == [b"accept-encoding:"] and code == 406) or len(optional) > 1
+        return status(code) if is_refused else ok(TEN, TAG, "Last-Modified: Tue, 14 Nov 2023 22:13:20 GMT")
+
+    upstream.answers = [answer]
+    said = await ask(port, "/a", headers=fields)
+    assert (said.status, said.body) == expected
+    assert len(upstream.requests) == 2
+
+
+async def test_an_upstream_that_takes_no_accept_encoding(upstream: Upstream, port: int) -> None:
+    upstream.answers = [lambda request: status(406) if b"accept-encoding" in request.lower() else ok()]
+    assert (await ask(port, "/a")).body == TEN
+    assert len(upstream.requests) == 2
+
+
+@pytest.mark.parametrize("told", ["", "Content-Range: bytes */*", "Content-Range: nonsense"])
+async def test_a_416_that_does_not_tell_the_size_is_asked_again(upstream: Upstream, port: int, told: str) -> None:
+    upstream.answers = [lambda request: status(416, told or "X: y") if b"range:" in request.lower() else ok()]
+    answer = await ask(port, "/a", headers={"Range": "bytes=2-4"})
+    assert (answer.status, answer.body) == (206, b"234")
+
+
+async def test_a_part_that_is_redirected(upstream: Upstream, port: int) -> None:
+    upstream.answers = [
+        lambda request: (
+            status(302, "Location: /there")
+            if b"/pub/a " in request
+            else (status(400) if b"range:" in request.lower() else ok())
+        )
+    ]
+    answer = await ask(port, "/a", headers={"Range": "bytes=2-4"})
+    assert (answer.status, answer.body) == (206, b"234")
+
+
+async def test_a_206_that_nobody_has_asked_for(upstream: Upstream, port: int) -> None:
+    upstream.answers = [partial("bytes 0-9/10", TEN)]
+    answer = await ask(port, "/a")
+    assert (answer.status, answer.body) == (200, TEN)
+    upstream.answers = [partial("bytes 0-4/10", TEN[:5])]
+    assert (await ask(port, "/a")).status == 502
+
+
+async def test_a_part_is_cut_out_of_a_large_file_whose_upstream_refuses_ranges(upstream: Upstream, port: int) -> None:
+    upstream.answers = [lambda request: status(501) if b"range:" in request.lower() else ok(WHOLE, TAG)]
+    answer = await ask(port, "/a", headers={"Range": "bytes=1000000-1000009"})
+    assert (answer.status, answer.body) == (206, WHOLE[1_000_000:1_000_010])
+    assert len(upstream.requests) == 2
+
+
+async def test_a_proxy_is_told_of_a_file_whose_head_is_refused(upstream: Upstream) -> None:
+    """A URL that is signed for GET."""
+    upstream.answers = [answering(lambda request: status(403) if is_head(request) else ok(TEN, TAG))]
+    url = f"http://127.0.0.1:{upstream.port}/"  # type: ignore[attr-defined]
+    source = RemoteSource(url, allow_hosts=["127.0.0.1"])
+    app = OffloadMiddleware(
+        Starlette(routes=[Route("/{path:path}", Download(source))]),
+        backend=XAccelRedirect([Rule(url, "/_up/")]),
+    )
+    async with live(app) as port:
+        answer = await ask(port, "/a")
+        assert (answer.status, answer.headers["x-accel-redirect"][:5], answer.headers["etag"]) == (200, "/_up/", '"x"')
+    await source.aclose()
+
+
+# Load
+
+
+@pytest.mark.parametrize("code", [429, 503])
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        ("7", "7"),
+        ("Tue, 14 Nov 2023 22:13:20 GMT", "Tue, 14 Nov 2023 22:13:20 GMT"),
+        (None, "5"),
+        ("soon", "5"),
+        ("-1", "5"),
+        ("7\r\nRetry-After: 8", "5"),
+        ("9" * 40, "5"),
+    ],
+)
+async def test_an_upstream_that_is_busy_is_passed_on(
+    upstream: Upstream, port: int, code: int, told: str | None, expected: str
+) -> None:
+    upstream.answers = [status(code, *([] if told is None else [f"Retry-After: {told}"]))]
+    answer = await ask(port, "/a")
+    assert (answer.status, answer.headers["retry-after"]) == (code, expected)
+    assert answer.headers["cache-control"] == "private, no-store"
+
+
+# Content-Encoding
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        ("aws-chunked", None),
+        ("AWS-Chunked", None),
+        ("aws-chunked,gzip", "gzip"),
+        ("GZIP, aws-chunked", "gzip"),
+        ("gzip\r\nContent-Encoding: aws-chunked", "gzip"),
+        ("identity", None),
+        ("", None),
+        (",", None),
+        ("utf-8", None),
+        ("none", None),
+        ("gzip", "gzip"),
+        ("br, gzip", "br, gzip"),
+        ("x-own", "x-own"),
+    ],
+)
+async def test_only_codings_that_a_client_can_decode_are_passed_on(
+    upstream: Upstream, port: int, told: str, expected: str | None
+) -> None:
+    upstream.answers = [answering(lambda _: ok(TEN, f"Content-Encoding: {told}"))]
+    for method in ("GET", "HEAD"):
+        assert (await ask(port, "/a", method=method)).headers.get("content-encoding") == expected
+
+
+# Validators
+
+
+@pytest.mark.parametrize(
+    "modified, date, is_told",
+    [
+        ("Tue, 14 Nov 2023 22:13:20 GMT", "Tue, 14 Nov 2023 22:13:20 GMT", False),
+        ("Tue, 14 Nov 2023 22:13:20 GMT", "Tue, 14 Nov 2023 22:13:21 GMT", True),
+        ("Tue, 14 Nov 2023 22:13:22 GMT", "Tue, 14 Nov 2023 22:13:21 GMT", False),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", "Tue, 14 Nov 2023 22:13:21 GMT", False),
+        ("Thu, 01 Jan 1970 00:00:01 GMT", "Tue, 14 Nov 2023 22:13:21 GMT", False),
+        ("Tue, 14 Nov 2023 22:13:20 GMT", None, True),
+    ],
+)
+async def test_a_time_that_two_versions_may_share_is_not_a_validator(
+    upstream: Upstream, port: int, modified: str, date: str | None, is_told: bool
+) -> None:
+    fields = [f"Last-Modified: {modified}", *([] if date is None else [f"Date: {date}"])]
+    upstream.answers = [ok(TEN, *fields)]
+    assert ("last-modified" in (await ask(port, "/a")).headers) == is_told
+    answer = await ask(port, "/a", headers={"Range": "bytes=2-4", "If-Range": modified})
+    assert answer.status == (206 if is_told else 200)
+
+
+async def test_a_304_keeps_what_it_says_about_caching(upstream: Upstream, port: int) -> None:
+    said = ["Cache-Control: max-age=5", "Vary: Accept", 'ETag: "x"', "Age: 3"]
+    upstream.answers = [("HTTP/1.1 304 X\r\n" + "".join(f"{line}\r\n" for line in said) + "\r\n").encode()]
+    answer = await ask(port, "/a", headers={"If-None-Match": '"x"'})
+    names = ("cache-control", "vary", "etag", "age")
+    assert [answer.headers.get(name) for name in names] == [line.partition(": ")[2] for line in said]
+
+
+@pytest.mark.parametrize("told, expected", [("7", "7"), ("7, 9", "7"), ("-1", None), ("soon", None), ("1.5", None)])
+async def test_the_age_of_an_answer_is_passed_on(
+    upstream: Upstream, port: int, told: str, expected: str | None
+) -> None:
+    upstream.answers = [answering(lambda _: ok(TEN, f"Age: {told}"))]
+    for method in ("GET", "HEAD"):
+        assert (await ask(port, "/a", method=method)).headers.get("age") == expected
+
+
+# Many parts
+
+
+def ranges(count: int, step: int) -> str:
+    return "bytes=" + ",".join(f"{n * step}-{n * step}" for n in range(count))
+
+
+class Counting:
+    """An upstream of one large file that counts requests, and the bytes that were taken of it."""
+
+    def __init__(self, size: int, *, has_ranges: bool, headers: list[str]) -> None:
+        self.content = bytes(n % 251 for n in range(251)) * (size // 251)
+        self.has_ranges = has_ranges
+        self.headers = headers
+        self.requests = 0
+        self.sent = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := (await reader.readuntil(b"\r\n\r\n")).decode().lower():
+                self.requests += 1
+                lines = dict(line.split(": ", 1) for line in head.split("\r\n")[1:-2])
+                body, code, more = self.content, "200 OK", list(self.headers)
+                if self.has_ranges and "range" in lines:
+                    first, last = (int(n) for n in lines["range"].removeprefix("bytes=").split("-"))
+                    code, body = "206 Partial Content", body[first : last + 1]
+                    more.append(f"Content-Range: bytes {first}-{last}/{len(self.content)}")
+                more.append(f"Content-Length: {len(body)}")
+                writer.write("\r\n".join([f"HTTP/1.1 {code}", *more, "", ""]).encode())
+                for position in range(0, len(body), 65536):
+                    writer.write(body[position : position + 65536])
+                    await writer.drain()
+                    self.sent += min(65536, len(body) - position)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+@pytest.mark.parametrize("headers", [[TAG], []], ids=["tag", "no-validator"])
+@pytest.mark.parametrize(
+    "value, status_code, requests",
+    [
+        (ranges(60, 600_000), 200, 1),
+        ("bytes=" + ",".join(f"{n * 600_000}-{n * 600_000}" for n in reversed(range(60))), 200, 1),
+        (ranges(100, 1000), 206, 1),
+        ("bytes=30000000-30000001,5-6,20000000-20000001,10000000-10000001", 206, 4),
+        ("bytes=30000000-30000001,5-6", 206, 2),
+    ],
+    ids=["far", "backwards", "near", "four", "two"],
+)
+async def test_many_parts_cost_few_requests(
+    has_ranges: bool, headers: list[str], value: str, status_code: int, requests: int
+) -> None:
+    upstream = Counting(40_000_000, has_ranges=has_ranges, headers=headers)
+    async with await asyncio.start_server(upstream.serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        source = RemoteSource(url, allow_hosts=["127.0.0.1"])
+        async with live(Starlette(routes=[Route("/{path:path}", Download(source))])) as port:
+            answer = await ask(port, "/a", headers={"Range": value})
+        await source.aclose()
+    if not headers and requests > 1:
+        status_code, requests = 200, 1
+    assert (answer.status, answer.complete) == (status_code, True)
+    assert upstream.requests <= requests
+    assert upstream.sent <= 2 * len(upstream.content)
+    if status_code == 200:
+        assert answer.body == upstream.content
+        return
+    specs = value.removeprefix("bytes=").split(",")
+    for spec in specs:
+        first, last = (int(n) for n in spec.split("-"))
+        head = f"Content-Range: bytes {first}-{last}/{len(upstream.content)}\r\n\r\n".encode()
+        assert head.lower() + upstream.content[first : last + 1] + b"\r\n--" in answer.body.replace(
+            b"Content-Range", b"content-range"
+        )
