@@ -144,13 +144,11 @@ class ForeignResponse:
     async def _offer_and_hold(self, offloaded: Message, start: Message, path: str) -> None:
         """Have a proxy send a file as soon as it is known that the application does not delete it first."""
         stack = AsyncExitStack()
-        if self._scope["method"] == "GET":
-            try:
-                opened = await stack.enter_async_context(_Named(path).open())
-            except FileError as exc:  # the proxy would find no file either
-                await error_response(exc, self._scope)(self._scope, self._receive, self._send)
-                return
-            self._offloaded_file = opened
+        try:
+            self._offloaded_file = await stack.enter_async_context(_Named(path).open())
+        except FileError as exc:  # the proxy would find no file either
+            await error_response(exc, self._scope)(self._scope, self._receive, self._send)
+            return
         self._waiting = offloaded, start, path, stack
         with suppress(RuntimeError):  # not asyncio: then it leaves when the application has returned
             loop = asyncio.get_running_loop()
@@ -166,8 +164,14 @@ class ForeignResponse:
         offloaded, start, path, stack = waiting
         async with stack:
             opened = self._offloaded_file
-            if opened is None or await anyio.to_thread.run_sync(_is_at, path, opened.descriptor):
+            assert opened is not None
+            # a proxy makes a strong validator of any time, also of one that says nothing
+            if opened.is_telling and await anyio.to_thread.run_sync(_is_at, path, opened.descriptor):
                 await self._send(offloaded)
+                await self._send({"type": "http.response.body", "body": b""})
+                return
+            if self._scope["method"] == "HEAD":
+                await self._send(start)
                 await self._send({"type": "http.response.body", "body": b""})
                 return
             stream = partial(self._stream_opened, start, opened)

@@ -19,7 +19,7 @@ class OffloadMiddleware:
     path, as it is given (links are not resolved), and the response is a 200 to GET or HEAD with a Content-Length and
     no Content-Encoding; a relative path, and one with `..` in it, is no file of any rule. All other headers stay, but
     for those of ranges. A file that is not offloaded is sent by the server's own path send, or else by us in chunks:
-    exactly Content-Length bytes, or the connection is aborted. For a HEAD no file is opened. An offloaded answer leaves
+    exactly Content-Length bytes, or the connection is aborted. For a HEAD no byte is read. An offloaded answer leaves
     when the application has returned, or after `foreign.PATIENCE`: a background task may have deleted the file by then,
     and then we send it, which has been open from the path send on.
 

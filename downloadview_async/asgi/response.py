@@ -136,7 +136,7 @@ class DownloadResponse(Response):
             return False
         try:
             answer = self._answer_to(request, opened.metadata, offload, keep=True)
-            if offload is not None and "content-encoding" in answer.plan.headers:
+            if offload is not None and ("content-encoding" in answer.plan.headers or not local.is_telling):
                 return False
             path_send = (scope.get("extensions") or {}).get(PATHSEND) or {}
             if (body := body_at_once(answer.plan, local)) is not None:
@@ -199,6 +199,10 @@ class DownloadResponse(Response):
         answer = self._answer_to(HEAD, opened.metadata, offload)
         # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
         if "content-encoding" in answer.plan.headers:
+            return False
+        # A proxy makes a strong validator of any time, also of one that says nothing.
+        local = local_of(opened)
+        if local is not None and not local.is_telling:
             return False
         await send(self._start(answer, scope))
         await send({"type": "http.response.body", "body": b""})

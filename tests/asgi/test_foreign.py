@@ -45,6 +45,8 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "file.txt").write_bytes(b"private")
     (files / "link.txt").symlink_to(tmp_path / "private" / "file.txt")
+    for name in ("file.txt", "a b%20?.txt", "sub/file.txt", "empty.txt", "small.txt"):
+        os.utime(files / name, (1_700_000_000, 1_700_000_000))  # a second that is over: it has a Last-Modified
     return files
 
 
@@ -531,3 +533,14 @@ async def test_an_order_goes_with_any_status_but_the_one_it_was_made_for(
         assert answer.status == status
     nested = dv.OffloadMiddleware(app, BACKENDS[kind](Path("/elsewhere")), pathsend=pathsend)
     assert bool(OFFLOAD_HEADERS & {*(await call(nested, "/file.txt")).headers}) is (status == 200)
+
+
+@pytest.mark.parametrize("mtime", [0, 1, 315_532_800])
+async def test_no_proxy_makes_a_validator_of_a_time_that_says_nothing(root: Path, mtime: int) -> None:
+    os.utime(root / "file.txt", (mtime, mtime))
+    for app in (dv.Download(dv.PathSource(root)), FileResponse(root / "file.txt")):
+        for method in ("GET", "HEAD"):
+            for _ in range(2):
+                answer = await call(offloading(app, root), "/file.txt", method=method)
+                assert not OFFLOAD_HEADERS & {*answer.headers}
+                assert (answer.status, answer.body) == (200, CONTENT if method == "GET" else b"")
