@@ -53,6 +53,8 @@ class OpenLocalFile:
         self.workers = workers
         self._read_cached_pages = _RWF_NOWAIT is not None
         self.size = found.st_size
+        self.made_at: float | None = None
+        """For one that a cache has kept: see `Aged`."""
         self.metadata = _metadata(found.st_size, found.st_mtime_ns)
 
     @property
