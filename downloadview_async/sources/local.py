@@ -67,6 +67,8 @@ class OpenLocalFile:
         self._read_cached_pages = _RWF_NOWAIT is not None
         self.size = found.st_size
         self._mtime_ns = found.st_mtime_ns
+        self.made_at: float | None = None
+        """For one that a cache has kept: see `Aged`."""
         self.metadata = _metadata(found.st_size, found.st_mtime_ns, _is_telling(found))
 
     @property
