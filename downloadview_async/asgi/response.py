@@ -135,7 +135,7 @@ class DownloadResponse(Response):
         if opened is None or (local := local_of(opened)) is None:
             return False
         try:
-            answer = self._answer_to(request, opened.metadata, offload, keep=True)
+            answer = self._answer_to(request, opened.metadata, offload, keep=True).aged(age_of(opened))
             if offload is not None and ("content-encoding" in answer.plan.headers or not local.is_telling):
                 return False
             path_send = (scope.get("extensions") or {}).get(PATHSEND) or {}
@@ -175,7 +175,7 @@ class DownloadResponse(Response):
             # One that is kept in a cache may be found to be there only when it is opened.
             if readable and not offered and await self._hand_over(opened, request, scope, send):
                 return
-            answer = self._answer_to(request, opened.metadata, None)
+            answer = self._answer_to(request, opened.metadata, None).aged(age_of(opened))
             path_send = (scope.get("extensions") or {}).get(PATHSEND)
             await send_plan(answer.plan, opened, self._start(answer, scope), send, path_send=path_send)
 
@@ -196,7 +196,7 @@ class DownloadResponse(Response):
         if OFFLOAD_TARGET in offload and not range_applies(request, opened.metadata):
             return False
         offload = await signed(scope["extensions"][EXTENSION], self.file, offload)
-        answer = self._answer_to(HEAD, opened.metadata, offload)
+        answer = self._answer_to(HEAD, opened.metadata, offload).aged(age_of(opened))
         # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
         if "content-encoding" in answer.plan.headers:
             return False
@@ -247,6 +247,14 @@ class _Answer:
     plan: Plan
     headers: RawHeaders
     head: PreparedHead | None = None
+
+    def aged(self, age: str | None) -> "_Answer":
+        """Return the answer with an Age, if there is one: every second another, so never a part of what is kept."""
+        if age is None or self.plan.status not in (200, 206, 304) or "age" in self.plan.headers:
+            return self
+        field = (b"age", age.encode())
+        head = None if self.head is None else self.head.with_field(field)
+        return _Answer(self.plan, [*self.headers, field], head)
 
 
 @lru_cache(maxsize=1024)
@@ -312,6 +320,12 @@ def _text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 def _raw(headers: Mapping[str, str]) -> RawHeaders:
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+def age_of(opened: OpenFile) -> str | None:
+    """Return the Age of an answer with this file, or None where the origin was asked for this request."""
+    made_at: float | None = getattr(opened, "made_at", None)
+    return None if made_at is None else str(max(0, int(time.time() - made_at)))
 
 
 def close_after_body(scope: Mapping[str, Any]) -> Headers:

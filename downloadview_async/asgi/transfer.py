@@ -78,6 +78,10 @@ class PreparedHead:
             return None
         return cls(headers, lines, lengths[0])
 
+    def with_field(self, field: tuple[bytes, bytes]) -> "PreparedHead":
+        """Return the head with one more field, which is an ordinary one."""
+        return PreparedHead((*self.headers, field), self.lines + b"%s: %s\r\n" % field, self.length)
+
 
 class LentFile:
     """An open file, lent to the server for a path send: a context, which ends when the server has given it back.

@@ -172,7 +172,7 @@ def make_redirect_plan(headers: Headers, redirect: Mapping[str, str]) -> Plan:
 
     It says nothing of the file itself; that is left to whoever sends it.
     """
-    own = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT and name != "expires"}
+    own = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT | {"age", "expires"}}
     safe = {"x-content-type-options": "nosniff", "content-length": "0"}
     return Plan(307, own | safe | dict(redirect), ())
 
@@ -220,6 +220,7 @@ def _without_file(status: int, headers: Headers, extra: Headers | None = None) -
     kept = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT} | (extra or {})
     if status != 304:
         # How long the file may be cached says nothing of an error, which is for this request alone.
-        kept.pop("expires", None)
+        for name in ("age", "expires"):
+            kept.pop(name, None)
         kept |= {"cache-control": "private, no-store", "content-length": "0"}
     return Plan(status, kept, ())

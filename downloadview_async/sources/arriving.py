@@ -6,6 +6,7 @@ When the disk takes no more, what comes is handed on through a window in memory,
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from copy import copy
 from dataclasses import replace
 
 import anyio
@@ -125,7 +126,7 @@ class Arriving:
         """Return the failure for one more to raise."""
         exc = self.failure
         if isinstance(exc, DownloadError):
-            again = type(exc)(str(exc))
+            again = copy(exc)
             again.__cause__ = exc
             return again
         return exc or SourceUnavailable("the file is not being fetched any more")
@@ -200,6 +201,8 @@ class ArrivingFile:
 
     def __init__(self, arriving: Arriving, metadata: FileMetadata, file: OpenLocalFile | None) -> None:
         self.metadata = metadata
+        self.made_at: float | None = None
+        """See `Aged`."""
         self.position: int | None = 0
         """From where on this reader needs bytes, as far as is known."""
         self.is_satisfied = False

@@ -1,7 +1,8 @@
-"""The seams between the rooms: `Source`, `AsyncFile`, `OpenFile` and `Storage`. Protocols only."""
+"""The seams between the rooms: `Source`, `AsyncFile`, `OpenFile`, `Storage`, and what files may offer as well."""
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from downloadview_async.http.metadata import ByteRange, FileMetadata
@@ -24,6 +25,41 @@ class OpenFile(Protocol):
 
         Raises `TransferAborted` where the rest cannot be read; a `FileError` counts as that once bytes have been sent.
         """
+        ...
+
+
+class Aged(Protocol):
+    """What an open file may offer as well: one that was kept, and not asked for by this request."""
+
+    @property
+    def made_at(self) -> float | None:
+        """When the origin made or confirmed this version, in seconds since the epoch; None: for this very request.
+
+        The answer says by Age how long ago that was [RFC 9111 5.1].
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """When the answer of another server was made, in seconds.
+
+    date: its Date, or where it tells none, when it was received, since the epoch. at: when it was received, since the
+    epoch by our clock. age: how old it was then, as far as that can be told: the "corrected_initial_age"
+    [RFC 9111 4.2.3].
+    """
+
+    date: float
+    at: float
+    age: float = 0.0
+
+
+class Dated(Protocol):
+    """What an open file may offer as well: one that another server has described, perhaps some time ago."""
+
+    @property
+    def received(self) -> Received:
+        """When the description was made."""
         ...
 
 

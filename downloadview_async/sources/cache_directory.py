@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -56,6 +56,7 @@ class Entry:
 
     data: its name in the directory. name: what the client should call it. validated: when it was last known to be
     current, in seconds since the epoch. max_age: for how many seconds from then, where that is not the cache's to say.
+    age: how many seconds old it was then, as the origin's answer had come through other caches.
     """
 
     data: str
@@ -63,6 +64,12 @@ class Entry:
     metadata: FileMetadata
     validated: float
     max_age: float | None = None
+    age: float = 0.0
+
+    @property
+    def made_at(self) -> float:
+        """When the origin made or confirmed it, in seconds since the epoch."""
+        return self.validated - self.age
 
     def fresh_for(self, max_age: float) -> float:
         """Return for how many seconds it may be sent without asking; `max_age` where the file has none of its own."""
@@ -105,6 +112,7 @@ def dump_entry(source: str, key: str, entry: Entry) -> bytes:
             "name": entry.name,
             "validated": entry.validated,
             "max_age": entry.max_age,
+            "age": entry.age,
             "size": metadata.size,
             "etag": None if metadata.etag is None else str(metadata.etag),
             "last_modified": metadata.last_modified,
@@ -129,6 +137,7 @@ def load_entry(content: bytes, source: str, key: str) -> Entry | None:
             name=said["name"],
             validated=float(said["validated"]),
             max_age=None if said["max_age"] is None else float(said["max_age"]),
+            age=float(said.get("age", 0.0)),
             metadata=FileMetadata(
                 size=said["size"],
                 etag=None if said["etag"] is None else ETag.parse(said["etag"]),
@@ -339,14 +348,12 @@ class CacheDirectory:
         with self._locked() as usage:
             self._add(usage, -_cost(part.reserved) - _BLOCK)
 
-    def renew(self, source: str, key: str, entry: Entry) -> Entry:
-        """Note that an entry is current now, and return it so."""
-        renewed = replace(entry, validated=time.time())
+    def renew(self, source: str, key: str, entry: Entry) -> None:
+        """Keep what is known now of the current version of a key: that it is current, and what was said of it."""
         hashed = key_hash(source, key)
         with self._locked():
             if self._current(hashed) == entry.data:
-                self._write_meta(hashed, dump_entry(source, key, renewed), self._leased(hashed))
-        return renewed
+                self._write_meta(hashed, dump_entry(source, key, entry), self._leased(hashed))
 
     def forget(self, source: str, key: str, data: str | None = None) -> None:
         """Remove what is kept of a key, unless that is another version than `data`; those who read it go on."""

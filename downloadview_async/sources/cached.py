@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from inspect import isfunction
@@ -21,6 +21,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import anyio
 
 from downloadview_async.errors import (
+    AccessDenied,
     ConfigurationError,
     DownloadError,
     FileError,
@@ -34,7 +35,7 @@ from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.arriving import Arriving, ArrivingFile
-from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source
+from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Received, Source
 from downloadview_async.sources.cache_directory import (
     CacheDirectory,
     Entry,
@@ -44,7 +45,7 @@ from downloadview_async.sources.cache_directory import (
     key_hash,
     protect,
 )
-from downloadview_async.sources.freshness import asking_for_news, is_current, max_age_of
+from downloadview_async.sources.freshness import asking_for_news, is_current, max_age_of, updated
 from downloadview_async.sources.local import OpenLocalFile
 from downloadview_async.sources.open_file_cache import OpenFileCache
 from downloadview_async.sources.root import Opened
@@ -279,6 +280,7 @@ class Cache:
         if local.metadata is not kept.entry.metadata and not _accept(local, kept):
             local.close()
             return None
+        local.made_at = kept.entry.made_at
         return local
 
     @asynccontextmanager
@@ -288,7 +290,7 @@ class Cache:
         if local is None:
             try:
                 found = await self._workers.run_or_abandon(self.directory.root.open, kept.entry.data, discard=_close)
-            except FileMissing:
+            except (FileMissing, AccessDenied):  # a link, or of another user by now: as good as gone
                 yield None
                 return
             local = OpenLocalFile(*found, workers=self._workers)
@@ -319,10 +321,17 @@ class Cache:
         return sum(other.is_unattended for other in self._running if other is not fetch) < _MAX_UNATTENDED
 
     def fetch(self, source: str, key: str, inner: AsyncFile | None, stale: Entry | None) -> "_Fetch | None":
-        """Return the fetch of a file, which may have begun long ago; without `inner`, only one that has."""
+        """Return the fetch of a file, which may have begun long ago; without `inner`, only one that has.
+
+        One whose answer is not fresh any more is not joined without asking whether it is current.
+        """
         place = asyncio.get_running_loop(), source, key
-        if (found := self._fetches.get(place)) is None and inner is not None:
-            found = self._fetches[place] = _Fetch(self, source, key, inner, stale)
+        found, before = self._fetches.get(place), None
+        if found is not None and not found.is_fresh:
+            before = found.arrives
+            found = None
+        if found is None and inner is not None:
+            found = self._fetches[place] = _Fetch(self, source, key, inner, stale, before)
             self._running.add(found)
             found.start()
             found.task.add_done_callback(partial(self._ended, found))
@@ -349,7 +358,11 @@ class Cache:
         return bool(await self._attempt(self.directory.grow, part, room))
 
     async def commit(self, part: Part, source: str, key: str, entry: Entry) -> Kept | None:
-        """Keep a part that is complete; None if that went wrong."""
+        """Keep a part that is complete, or give what the source has said since; None if that went wrong."""
+        newer = self.kept.get((source, key))
+        if newer is not None and newer.entry.validated > entry.validated:
+            await self.discard(part)
+            return newer
 
         def commit() -> bool:
             self.directory.commit(part, source, key, entry)
@@ -362,9 +375,9 @@ class Cache:
         await self._attempt(self.directory.discard, part)
 
     async def renew(self, source: str, key: str, entry: Entry) -> Kept:
-        """Note that a file is still current."""
-        renewed = await self._attempt(self.directory.renew, source, key, entry)
-        return self.remember(source, key, renewed or replace(entry, validated=time.time()))
+        """Note that a file is still current, and what has been said of it."""
+        await self._attempt(self.directory.renew, source, key, entry)
+        return self.remember(source, key, entry)
 
     async def open_to_write(self, part: Part) -> Any:
         """Return a part as a file of aiofiles."""
@@ -413,7 +426,7 @@ def _accept(local: OpenLocalFile, kept: Kept) -> bool:
     if local.size != kept.entry.metadata.size:
         return False
     protect(local.descriptor)
-    local.metadata = kept.entry.metadata
+    local.metadata, local.made_at = kept.entry.metadata, kept.entry.made_at
     return True
 
 
@@ -576,7 +589,7 @@ class CachedFile:
                     return
             fetch = cache.fetch(source, key, self._inner, self._stale)
             assert fetch is not None
-            async with fetch.joined() as arriving:
+            async with fetch.joined() as (fetch, arriving):
                 if fetch.is_for_one and (arriving is None or _are_parts(request, arriving.metadata)):
                     continue  # it passes by once, and each part begins where it likes
                 if arriving is not None and not (request.range and arriving.metadata.size is None and fetch.is_kept):
@@ -647,7 +660,15 @@ class _Fetch:
     fetched to its end, unless too many others are.
     """
 
-    def __init__(self, cache: Cache, source: str, key: str, inner: AsyncFile, stale: Entry | None) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        source: str,
+        key: str,
+        inner: AsyncFile,
+        stale: Entry | None,
+        before: "_Fetch | None" = None,
+    ) -> None:
         self.source = source
         self.key = key
         self.loop = asyncio.get_running_loop()
@@ -661,6 +682,13 @@ class _Fetch:
         self._stale = stale
         self.is_for_one = False
         """Whether the answer is for the first who asked alone: it is not for a cache, so not for others either."""
+        self._before = before
+        """Another one of the same file that arrives, of which the source is asked whether it is current."""
+        self._same: _Fetch | None = None
+        """That one, once the source has said so."""
+        self._entry: Entry | None = None
+        """What is known of the file that arrives, from when the source has described it."""
+        self._fresh_until = math.inf
         self._clients = 0
         self._is_given = False
         self._is_wanted = False
@@ -678,6 +706,22 @@ class _Fetch:
         self._scope.cancel()
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether a client that asks now may have what the source has answered, or will answer.
+
+        What is made here is being made: it is not old before it is complete.
+        """
+        return time.monotonic() < self._fresh_until
+
+    @property
+    def arrives(self) -> "_Fetch | None":
+        """The one whose version arrives, for others to join: this, or the one that the source has confirmed."""
+        if self._same is not None:
+            return self._same
+        is_joinable = self.is_kept and self._entry is not None and self.arriving.failure is None
+        return self if is_joinable and not self._settled.is_set() else None
+
+    @property
     def is_unattended(self) -> bool:
         """Whether it goes on though nobody waits for it."""
         return not self._clients and not self._settled.is_set()
@@ -693,28 +737,52 @@ class _Fetch:
             self._cache.refuse(self.source, self.key)
 
     @asynccontextmanager
-    async def joined(self) -> AsyncIterator[ArrivingFile | None]:
-        """Give the file as it arrives, or None if the one that is kept has been found to be current."""
-        arriving = self.arriving
-        file: ArrivingFile | None = None
-        self._clients += 1
-        try:
+    async def joined(self) -> AsyncIterator[tuple["_Fetch", ArrivingFile | None]]:
+        """Give the fetch that has the file, and the file as it arrives; or None if the one that is kept is current."""
+        arriving, joined_at = self.arriving, time.time()
+        async with self._attended() as attendance:
+            if self._before is not None:
+                await attendance.enter_async_context(self._before._attended())  # noqa: SLF001
             while arriving.metadata is None and arriving.failure is None and not self._settled.is_set():
                 await arriving.wait()
             if arriving.failure is not None:
                 raise arriving.failure_again()
-            if arriving.metadata is not None and not (self.is_for_one and self._is_given):
-                self._is_given = True
-                file = arriving.open()
+            if self._same is not None:
+                yield await attendance.enter_async_context(self._same.joined())
+                return
+            if arriving.metadata is None or (self._settled.is_set() and self.is_kept):
+                yield self, None
+                return
+            if self.is_for_one and self._is_given:
+                yield self, None
+                return
+            self._is_given = True
+            file = await attendance.enter_async_context(self._reading())
+            if self._entry is not None and (self._entry.validated < joined_at or self._entry.age >= 1):
+                file.made_at = self._entry.made_at
+            yield self, file
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[ArrivingFile]:
+        file = self.arriving.open()
+        try:
             yield file
         finally:
+            self._is_wanted = self._is_wanted or file.is_satisfied
+            with anyio.CancelScope(shield=True):
+                await file.aclose()
+
+    @asynccontextmanager
+    async def _attended(self) -> AsyncIterator[AsyncExitStack]:
+        """Have one more client, and end the fetch after the last one where it is not to go on for others."""
+        self._clients += 1
+        try:
+            async with AsyncExitStack() as attendance:
+                yield attendance
+        finally:
             self._clients -= 1
-            if file is not None:
-                self._is_wanted = self._is_wanted or file.is_satisfied
-                with anyio.CancelScope(shield=True):
-                    await file.aclose()
-            goes_on = self._is_wanted and arriving.is_on_disk and self._cache.may_go_on(self)
-            if self.is_unattended and not arriving.is_complete and not goes_on:
+            goes_on = self._is_wanted and self.arriving.is_on_disk and self._cache.may_go_on(self)
+            if self.is_unattended and not self.arriving.is_complete and not goes_on:
                 self.stop()
 
     async def _run(self) -> None:
@@ -735,32 +803,70 @@ class _Fetch:
             await self.arriving.aclose()
 
     async def _fetch(self) -> None:
-        request = asking_for_news(self._stale)
-        if self._stale is not None and isinstance(self._inner, VirtualFile):
-            said = self._inner.validators
-            if failed_precondition(request, said) == 304 and is_current(self._stale, said):
-                self.result = await self._cache.renew(self.source, self.key, self._stale)
+        before = self._before
+        known = self._stale if before is None or before._entry is None else before._entry  # noqa: SLF001
+        request = asking_for_news(known)
+        if known is not None and isinstance(self._inner, VirtualFile):
+            said, now = self._inner.validators, time.time()
+            is_same = failed_precondition(request, said) == 304 and is_current(known, said)
+            if is_same and await self._confirmed(known, said, Received(date=now, at=now)):
                 return
         try:
             async with self._inner.open(request) as opened:
-                if self._stale is None or failed_precondition(request, opened.metadata) != 304:
+                if known is None or failed_precondition(request, opened.metadata) != 304:
                     await self._receive(opened)
                     return
-                if is_current(self._stale, opened.metadata):
-                    self.result = await self._cache.renew(self.source, self.key, self._stale)
+                is_same = is_current(known, opened.metadata)
+                if is_same and await self._confirmed(known, opened.metadata, _received(opened)):
                     return
         except FileMissing:
             if self._stale is not None:
                 await self._cache.forget(self.source, self.key, self._stale.data)
             raise
-        async with self._inner.open(GET) as opened:  # it says "not modified" of another version
+        async with self._inner.open(GET) as opened:  # it says "not modified" of another version, or not to keep it
             await self._receive(opened)
 
+    async def _confirmed(self, known: Entry, metadata: FileMetadata, received: Received) -> bool:
+        """Take what is known for current, as the source has just said, and return whether it may still be kept."""
+        described = updated(known.metadata, metadata)
+        max_age = max_age_of(self._inner, described, self._cache.max_age, received)
+        entry = self._described(described, received, max_age, data=known.data)
+        if self._before is not None:
+            self._same = None if max_age is None else self._before.arrives
+            return self._same is not None
+        if max_age is None or not is_describable(self.source, self.key, entry):
+            await self._cache.forget(self.source, self.key, known.data)
+            return False
+        self.result = await self._cache.renew(self.source, self.key, entry)
+        return True
+
+    def _described(self, metadata: FileMetadata, received: Received, max_age: float | None, *, data: str = "") -> Entry:
+        """Return what is known of a file from what the source has just answered, and until when others may have it."""
+        if not isinstance(self._inner, VirtualFile) or not max_age:
+            self._fresh_until = time.monotonic() + (max_age or 0.0)
+        return Entry(
+            data=data,
+            name=self._inner.name,
+            metadata=metadata,
+            validated=received.at,
+            max_age=None if max_age == self._cache.max_age else max_age,
+            age=received.age,
+        )
+
     async def _receive(self, opened: OpenFile) -> None:
-        metadata, max_age = opened.metadata, max_age_of(self._inner, opened.metadata, self._cache.max_age)
+        received = _received(opened)
+        metadata = opened.metadata
+        max_age = max_age_of(self._inner, metadata, self._cache.max_age, received)
         size = metadata.size
+        kept = replace(
+            metadata,
+            accept_ranges=True,
+            max_reads=None,
+            headers=tuple((name, value) for name, value in metadata.headers if name != "age"),
+        )
+        self._entry = self._described(kept, received, max_age)
         # where the connection's end is all that ends a file, nobody knows whether it is whole
-        if getattr(opened, "ends_with_connection", False) or not self._is_describable(metadata):
+        if getattr(opened, "ends_with_connection", False) or not self._is_describable(kept):
             max_age = None
         part = None if max_age is None else await self._cache.begin(self.source, self.key, size)
         if part is None:
@@ -772,23 +878,19 @@ class _Fetch:
             return
         self.is_kept = True
         try:
-            if metadata.etag is None and metadata.last_modified is None:
+            if kept.etag is None and kept.last_modified is None:
                 # so that whoever resumes gets the rest of this very copy
-                metadata = replace(metadata, etag=ETag(secrets.token_hex(16)))
-            metadata = replace(metadata, accept_ranges=True)
-            await self._describe(part, metadata)
+                kept = replace(kept, etag=ETag(secrets.token_hex(16)))
+            self._entry = replace(self._entry, metadata=kept)
+            await self._describe(part, kept)
             await self._take_all(opened, size)
             if not self.arriving.is_on_disk:
                 return
             assert self.arriving.metadata is not None
             complete = self.arriving.metadata
-            entry = Entry(
-                data=data_name(part.key, complete),
-                name=self._inner.name,
-                metadata=complete,
-                validated=time.time(),
-                max_age=None if max_age == self._cache.max_age else max_age,
-            )
+            entry = replace(self._entry, data=data_name(part.key, complete), metadata=complete)
+            if isinstance(self._inner, VirtualFile):
+                entry = replace(entry, validated=time.time())  # its `max_age` counts from when it has been made
             with anyio.CancelScope(shield=True):
                 self.result = await self._cache.commit(part, self.source, self.key, entry)
         finally:
@@ -844,6 +946,11 @@ class _Fetch:
             raise TransferAborted(f"the file ended {left} bytes before what was promised of it")
         await arriving.flush()
         arriving.finish()
+
+
+def _received(opened: OpenFile) -> Received:
+    now = time.time()
+    return getattr(opened, "received", None) or Received(date=now, at=now)
 
 
 @asynccontextmanager

@@ -1,21 +1,28 @@
 """For how long a copy of a file may be sent without asking, and how to ask whether it is current (RFC 9111)."""
 
 import re
-import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from downloadview_async.http.dates import format_http_date, parse_http_date
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.base import AsyncFile, Received
 from downloadview_async.sources.cache_directory import Entry
 from downloadview_async.sources.virtual import VirtualFile
+
+_OF_A_304 = ("cache-control", "expires", "vary")
+_LONGEST = 1 << 31  # seconds that stand for any number of more [RFC 9111 1.2.2]
 
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9a-z-]+)(?:=("[^"]*"|[^",\s]*))?')
 
 
-def max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float) -> float | None:
-    """Return for how many seconds a file is fresh; None for one that is not to be kept."""
+def max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float, received: Received) -> float | None:
+    """Return for how many seconds from when it was received a file is fresh; None for one that is not to be kept.
+
+    max_age: seconds, at most, and where the file says nothing. It counts from when we asked; what the file says counts
+    from when the origin answered [RFC 9111 4.2.3].
+    """
     if isinstance(file, VirtualFile):
         if file.max_age is not None:
             return file.max_age
@@ -29,14 +36,35 @@ def max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float) -> float
         return None
     if "no-cache" in directives:
         return 0.0
-    said = [value.strip('"') for name, value in found if name in ("s-maxage", "max-age")]
-    if said:
-        # "If there is [...] an invalid value, the response is stale" and so it is asked for again [RFC 9111 4.2.1]
-        return min(max_age, *(float(value) if re.fullmatch("[0-9]{1,10}", value) else 0.0 for value in said))
-    if "expires" in headers:
+    lifetime = _delta(found, "s-maxage")  # "overrides [...] the max-age directive" for a cache of many [5.2.2.10]
+    if lifetime is None:
+        lifetime = _delta(found, "max-age")
+    if lifetime is None and "expires" in headers:
         expires = parse_http_date(headers["expires"])
-        return 0.0 if expires is None else min(max_age, max(0.0, expires - time.time()))
-    return max_age
+        # by the clock of the origin: "expires_value - date_value" [4.2.1]
+        lifetime = 0.0 if expires is None else expires - received.date
+    return max_age if lifetime is None else max(0.0, min(max_age, lifetime - received.age))
+
+
+def _delta(directives: list[tuple[str, str]], name: str) -> float | None:
+    """Return the seconds of a directive, or None where it is not there.
+
+    "If there is [...] an invalid value", or more than one, "the response is [...] stale" [4.2.1].
+    """
+    values = {value.strip('"') for directive, value in directives if directive == name}
+    if not values:
+        return None
+    value = values.pop()
+    if values or not value.isascii() or not value.isdigit():
+        return 0.0
+    return float(_LONGEST if len(value) > 10 else min(int(value), _LONGEST))
+
+
+def updated(kept: FileMetadata, metadata: FileMetadata) -> FileMetadata:
+    """Return the metadata of a kept file as a 304 changes it: by what that says about caching [RFC 9111 3.2]."""
+    news = {name: value for name, value in metadata.headers if name in _OF_A_304}
+    headers = dict(kept.headers) | news
+    return kept if headers == dict(kept.headers) else replace(kept, headers=tuple(headers.items()))
 
 
 def asking_for_news(stale: Entry | None) -> DownloadRequest:

@@ -67,6 +67,8 @@ class OpenLocalFile:
         self._read_cached_pages = _RWF_NOWAIT is not None
         self.size = found.st_size
         self._mtime_ns = found.st_mtime_ns
+        self.made_at: float | None = None
+        """For one that a cache has kept: see `Aged`."""
         self.is_telling = _is_telling(found)
         """Whether the time of the file would be another one if its bytes were: a proxy makes validators of it."""
         self.metadata = _metadata(found.st_size, found.st_mtime_ns, self.is_telling)

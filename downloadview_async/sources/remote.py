@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
@@ -33,6 +33,7 @@ from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMet
 from downloadview_async.http.negotiation import content_coding
 from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, reads_of, select_ranges
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.base import Received
 from downloadview_async.sources.names import Names, canonical_name, check_names_option
 from downloadview_async.sources.workers import Slots
 
@@ -392,8 +393,8 @@ class OpenRemoteFile:
         return body is not None and body.ranged and body.position == 0 and body.has_content
 
     @property
-    def received(self) -> "Received":
-        """When the file was described, by whom."""
+    def received(self) -> Received:
+        """When the file was described."""
         assert self._body is not None
         return self._body.received
 
@@ -449,19 +450,6 @@ class OpenRemoteFile:
         body, self._body = self._body, None
         if body is not None:
             await body.aclose()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
-    """When an answer was made and received, in seconds since the epoch, UTC.
-
-    date: the origin's Date, or where it tells none, our clock. at: our clock. age: seconds since the origin made it, as
-    far as the upstream tells: "corrected_initial_age" [RFC 9111 4.2.3].
-    """
-
-    date: float
-    at: float
-    age: float
 
 
 class _Body:

@@ -17,7 +17,7 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 
-from downloadview_async.asgi.response import failed
+from downloadview_async.asgi.response import age_of, failed
 from downloadview_async.asgi.transfer import SMALL, body_of
 from downloadview_async.contrib.django.background import iterate_in_background, run_in_background
 from downloadview_async.contrib.django.calling import close_idle_connections, has_running_loop
@@ -203,6 +203,8 @@ class DownloadResponse(StreamingHttpResponse):
             content_type=says or self["Content-Type"],
         )
         own.setdefault("content-disposition", self["Content-Disposition"])
+        if (age := age_of(opened)) is not None:
+            own.setdefault("age", age)
         if offload is not None and OFFLOAD_TARGET in offload and not range_applies(self._wanted, metadata):
             offload = None  # not every store knows If-Range, and would go on with another version
         if offload is not None and backend is not None:
