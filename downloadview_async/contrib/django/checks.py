@@ -1,5 +1,6 @@
 """System checks: what `manage.py check` can see that would go wrong with a download."""
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -42,7 +43,8 @@ def check_downloads(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> l
     """Return what is wrong with the settings and the URLconf.
 
     E001: no such backend. E002: a rule that does not fit its backend. W003: a rule that matches no file. W004: a
-    middleware that knows nothing of ASGI. E005: a `PathDownloadView` that would give out any file of the machine.
+    middleware that knows nothing of ASGI. E005: a `PathDownloadView` that would give out any file of the machine. W006:
+    one that makes a path of what the URL says by itself. W007: a storage whose files no rule offloads.
     """
     classes = list(_middlewares())
     return [*_check_rules(classes), *_check_middlewares(classes), *_check_paths()]
@@ -176,6 +178,19 @@ def _check_paths() -> Iterator[CheckMessage]:
                 hint=f"Write {view.__name__}.as_view(root=...) with the directory that the files are in.",
                 id="downloadview_async.E005",
             )
+        elif root is None and named in arguments and _reads_the_url(view.get_path):
+            yield CheckWarning(
+                f"{view.__name__} at {route!r} makes a path from the URL in get_path, and has no root: nothing but that "
+                "method keeps it in its directory",
+                hint=f"In {view.__name__}, write root = ... with the directory, and remove get_path.",
+                id="downloadview_async.W006",
+            )
+
+
+def _reads_the_url(get_path: Any) -> bool:
+    """Return whether a `get_path` uses the arguments of the URL, itself or by what it overrides; True if unknown."""
+    code = getattr(inspect.unwrap(get_path), "__code__", None)
+    return code is None or not {"kwargs", "args", "get_path", "request", "path_url_kwarg"}.isdisjoint(code.co_names)
 
 
 def _views() -> Iterator[tuple[str, type[Any], dict[str, Any], set[str]]]:

@@ -375,7 +375,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
 
     def _redirected(self, response: DownloadResponse, redirect_url: str, metadata: FileMetadata | None) -> Any:
         if metadata is None:
-            return response  # there is no such file: whoever finishes the response says so
+            return response  # it is missing, or encoded: whoever finishes the response sends it, or says so
         redirected = self.redirect(response, redirect_url)
         offload.dress(redirected, response, metadata)
         return redirected
