@@ -91,7 +91,7 @@ class VirtualFile:
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
         """Make the content, but nothing of a generator is run before it is streamed."""
         content = self._content
-        if callable(content) and not hasattr(content, "read"):
+        if callable(content) and (isinstance(content, type) or not hasattr(content, "read")):
             content = await _call(content)
         if content is None:
             raise FileMissing(f"nothing was made for {self.name!r}")

@@ -28,7 +28,7 @@ from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from downloadview_async.asgi.transfer import PATHSEND, body_at_once, send_plan
-from downloadview_async.contrib.django.responses import DownloadResponse
+from downloadview_async.contrib.django.responses import DownloadResponse, note_receivers
 from downloadview_async.sources.local import local_of
 
 logger = logging.getLogger("downloadview_async")
@@ -73,6 +73,7 @@ class DownloadASGIHandler(ASGIHandler):
                 await self.send_response(response, send)
                 await self._close(response, context)
                 return
+            note_receivers(request)
             answering = asyncio.create_task(self._answer(request, send, context))
             leaving = asyncio.create_task(self.listen_for_disconnect(receive))
             leaving.add_done_callback(partial(_leave, answering))
@@ -90,9 +91,9 @@ class DownloadASGIHandler(ASGIHandler):
     async def _answer(self, request: ASGIRequest, send: Any, context: ThreadSensitiveContext) -> HttpResponseBase:
         response = await self.run_get_response(request)
         with suppress(asyncio.CancelledError):  # the client has left
-            if isinstance(response, DownloadResponse) and response.is_long:
-                if (ending := _end_thread(context)) is not None:
-                    await asyncio.shield(asyncio.wrap_future(ending))
+            is_long = isinstance(response, DownloadResponse) and response.is_long
+            if is_long and (ending := _end_thread(context)) is not None:
+                await asyncio.shield(asyncio.wrap_future(ending))
             await self.send_response(response, send)
         return response
 

@@ -511,9 +511,19 @@ def is_sent_as_stored(file: Any) -> bool:
         return True
     if isinstance(file, FieldFile | StorageFile) and not is_stored(file):
         return False
-    storage = _unwrapped(file.storage)
-    if isinstance(told := getattr(storage, "is_sent_as_stored", None), bool):
-        return told
+    told = told_of(file.storage)
+    return opens_as_stored(file.storage) if told is None else told
+
+
+def told_of(storage: Any) -> bool | None:
+    """Return what a storage says of itself by its attribute `is_sent_as_stored`; None if it does not."""
+    told = getattr(unwrapped(storage), "is_sent_as_stored", None)
+    return told if isinstance(told, bool) else None
+
+
+def opens_as_stored(storage: Any) -> bool:
+    """Return whether a storage is known to open files as they are stored."""
+    storage = unwrapped(storage)
     # with `gzip`, django-storages decompresses objects
     return not getattr(storage, "gzip", False) and all(
         _home_of(type(storage), method).startswith(_KNOWN_STORAGES) for method in ("open", "_open")
@@ -542,7 +552,7 @@ def _is_on_disk(file: Any) -> bool:
 
 
 def _stored_file(storage: Any, name: str) -> AsyncFile:
-    storage = _unwrapped(storage)
+    storage = unwrapped(storage)
     if _is_plain_directory(storage):
         try:
             return file_beneath(storage.location, name, symlinks="follow")  # as Django does
@@ -561,7 +571,7 @@ def _stored_file(storage: Any, name: str) -> AsyncFile:
 
 def _vouched_path(storage: Any, name: str) -> str | None:
     """Return the path of a file in a storage that opens files in its own way, where it says that this is the file."""
-    if getattr(storage, "is_sent_as_stored", None) is not True:
+    if not told_of(storage):
         return None
     try:
         return os.path.abspath(str(storage.path(name)))
@@ -596,7 +606,7 @@ def _sync_storage(storage: Any) -> SyncStorage:
     return SyncStorage(_Storage(storage))
 
 
-def _unwrapped(storage: Any) -> Any:
+def unwrapped(storage: Any) -> Any:
     """Return what a lazy storage, such as `default_storage`, stands for."""
     while issubclass(type(storage), LazyObject):
         storage.__class__  # noqa: B018 - has it look up what it stands for

@@ -10,6 +10,7 @@ from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
 from django.core.files.storage import FileSystemStorage
+from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
 from downloadview_async.contrib.django.background import run_in_background
@@ -168,13 +169,13 @@ def _path_of(file: Any, name: str) -> str | None:
     return location if location is not None and location.startswith("/") else None
 
 
-def is_offloadable(response: HttpResponseBase) -> bool:
+def is_offloadable(request: HttpRequest, response: HttpResponseBase) -> bool:
     """Return whether a proxy may send the file of a response: one that is ours, and unfinished."""
     return (
         isinstance(response, DownloadResponse)
         and not response.is_finished
         and not response.is_replaced
-        and response.may_be_offloaded
+        and response.may_be_offloaded(request)
     )
 
 

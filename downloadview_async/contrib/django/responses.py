@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from asgiref.sync import SyncToAsync, async_to_sync, iscoroutinefunction, sync_to_async
 from django.conf import settings
+from django.core import signals
 from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
 from django.http.response import HttpResponseBase
@@ -43,6 +44,7 @@ from downloadview_async.sources.local import local_of, open_at_once
 from downloadview_async.sources.virtual import VirtualFile
 
 _TEXTLESS = re.compile("(?:application|audio|font|image|model|multipart|video)/", re.IGNORECASE)
+_RECEIVERS = "_downloadview_receivers"  # in a request: those of request_finished before the view was called
 _DEFERRED = "_downloadview_deferred"  # in a request: how many further out have said `defer`
 
 
@@ -166,9 +168,8 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         """Return what the client should call the file."""
         return self.basename or os.path.basename(name_of(self.file))
 
-    @property
-    def may_be_offloaded(self) -> bool:
-        """Whether a proxy may send the file: all of it, as it is stored, and as long as the proxy takes."""
+    def may_be_offloaded(self, request: HttpRequest) -> bool:
+        """Return whether a proxy may send the file: all of it, as it is stored, and later than the request ends."""
         own = (close_own_connections, getattr(self.file, "close", None))
         closers: list[Any] = self._resource_closers  # type: ignore[attr-defined]
         return (
@@ -179,6 +180,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
             and is_left_by_closing(self.file)
             and is_left_by_closing(self)
             and all(closer in own or isinstance(getattr(closer, "__self__", None), HttpRequest) for closer in closers)
+            and not has_new_receivers(request)
         )
 
     def get_content_type(self) -> str:
@@ -244,7 +246,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
             self._wanted = replace(self._wanted, if_modified_since=None)
         self._loop = asyncio.get_running_loop()
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        if backend is not None and readable and self.may_be_offloaded:
+        if backend is not None and readable and self.may_be_offloaded(request):
             offload = backend.headers_for(file)
             # another server is asked by GET, which is also what is signed
             if offload is not None and not (OFFLOAD_TARGET in offload and request.method == "HEAD"):
@@ -452,8 +454,20 @@ def take_marks(response: HttpResponseBase, original: "DownloadResponse") -> None
     vars(response).update(marks)
 
 
+def note_receivers(request: HttpRequest) -> None:
+    """Remember which receivers `request_finished` has before the view is called."""
+    vars(request).setdefault(_RECEIVERS, signals.request_finished.receivers[:])
+
+
+def has_new_receivers(request: HttpRequest) -> bool:
+    """Return whether somebody has connected to `request_finished` during the request: perhaps to delete its file."""
+    before = getattr(request, _RECEIVERS, None)
+    return before is not None and any(receiver not in before for receiver in signals.request_finished.receivers)
+
+
 def defer(request: HttpRequest) -> None:
     """Say that whoever calls this finishes the response to the request, and nobody further in."""
+    note_receivers(request)
     vars(request)[_DEFERRED] = getattr(request, _DEFERRED, 0) + 1
 
 

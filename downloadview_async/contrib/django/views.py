@@ -25,7 +25,7 @@ from django.views.static import was_modified_since
 
 from downloadview_async.contrib.django.calling import DualView, has_running_loop
 from downloadview_async.contrib.django.files import FileNotFound, HTTPFile, PathFile, StorageFile
-from downloadview_async.contrib.django.responses import DownloadResponse, is_deferred
+from downloadview_async.contrib.django.responses import DownloadResponse, is_deferred, note_receivers
 
 if TYPE_CHECKING:
     _SingleObjectMixin = SingleObjectMixin[Any]  # only the stubs have it generic
@@ -172,6 +172,7 @@ class BaseDownloadView(DownloadMixin, View):
         is_blocking = _adds_functions(cls)
 
         def view(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            note_receivers(request)
             return (on_loop if has_running_loop() else in_thread)(request, *args, **kwargs)
 
         def in_thread(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
