@@ -1,14 +1,20 @@
-"""Blocking file objects and iterators as open files: every call to them is made in a worker thread."""
+"""Blocking file objects and iterators as open files: every call to them is made in a worker thread.
 
+A file object that can seek is sent whole, from its beginning, wherever it was: that is where ranges count from. One
+that cannot is sent from where it is, without ranges.
+"""
+
+import os
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from downloadview_async.errors import TransferAborted
+from downloadview_async.errors import FileMissing, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.sources.workers import Workers, unlimited
@@ -16,31 +22,134 @@ from downloadview_async.sources.workers import Workers, unlimited
 _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
 _DONE = object()
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What an object with `read` says of its content.
+
+    size: bytes, or None where only reading tells. can_seek: whether every part of it can be read, in any order.
+    head: what had to be read to find that out, and has to be sent first. is_text: whether it is sent as UTF-8, so that
+    it has another number of bytes than of characters, and than where it is stored.
+    """
+
+    size: int | None = None
+    can_seek: bool = False
+    head: bytes = b""
+    is_text: bool = False
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether ranges of it can be sent."""
+        return self.can_seek and self.size is not None
+
+
+def extent_of(file: Any, known: int | None = None) -> Extent:
+    """Return the extent of a file object, which is then at its beginning if it can seek, else where it was. It blocks.
+
+    known: bytes, as they are known otherwise. The end of the file object itself counts for more, but not for text.
+
+    Raises `FileMissing` for a closed object, and `SourceUnavailable` for one that went to its end and does not go back.
+    """
+    try:
+        if (extent := _seekable_extent(file, known)) is not None:
+            return extent
+    except Exception as exc:
+        raise SourceUnavailable(f"a file object does not seek as it should: {type(exc).__name__}: {exc}") from exc
+    try:
+        head = file.read(0)  # says whether it is text; of an object that ignores the size, it is the first block
+    except Exception as exc:
+        if getattr(file, "closed", False) is True:
+            raise FileMissing(f"the file object is closed: {file!r}") from exc
+        return Extent(known)  # reading more of it says why
+    return Extent(known, head=as_bytes(head or b""), is_text=isinstance(head, str))
+
+
+def _seekable_extent(file: Any, known: int | None) -> Extent | None:
+    """Return the extent of a file object that seeks; None for one that does not, and then is where it was."""
+    if not _goes(file, 0):
+        return None
+    try:
+        end = _seek(file, 0, os.SEEK_END)
+    except Exception:  # not from the end, or not at all: some streams allow going to where they are
+        if known is None or not _goes(file, known):
+            return None
+        end = known
+    # Trust the position no further than what is read there.
+    beyond: Any = b""
+    with suppress(Exception):  # a store may refuse to read beyond the end
+        beyond = file.read(1)
+    if beyond and not end:
+        # It has not moved: nothing is known of how it would go back, and what it has read is its first byte.
+        return Extent(known, head=as_bytes(beyond), is_text=isinstance(beyond, str))
+    _seek(file, 0)
+    if isinstance(beyond, str):
+        return Extent(known, is_text=True)  # its positions do not count bytes
+    if end == 0 and file.read(1):
+        beyond = True  # it says 0 wherever it is
+        _seek(file, 0)
+    if beyond:
+        return Extent(can_seek=True)
+    return Extent(known if end is None else end, can_seek=True)
+
+
+def _goes(file: Any, position: int) -> bool:
+    """Return whether a file object says that it can seek, and goes to a position."""
+    try:
+        if not hasattr(file, "seek") or (hasattr(file, "seekable") and not file.seekable()):
+            return False
+        return _seek(file, position) in (position, None)
+    except Exception:  # a stream of HTTP, a pipe, a closed file
+        return False
+
+
+def _seek(file: Any, offset: int, whence: int = os.SEEK_SET) -> int | None:
+    """Go to a position and return it; None where the object does not tell. Some have `tell` for that alone."""
+    position = file.seek(offset, whence) if whence else file.seek(offset)
+    if position is None and callable(tell := getattr(file, "tell", None)):
+        position = tell()
+    return position if isinstance(position, int) and position >= 0 else None
+
 
 class OpenFileObject:
-    """An object with `read`, and `seek` if parts of it are to be sent. Whoever opened it closes it."""
+    """An object with `read`, and its extent. Whoever opened it closes it."""
 
-    def __init__(self, file: Any, metadata: FileMetadata, *, workers: Workers) -> None:
+    def __init__(self, file: Any, metadata: FileMetadata, extent: Extent, *, workers: Workers) -> None:
         self.metadata = metadata
         self._file = file
         self._workers = workers
+        self._can_seek = extent.can_seek
+        self._head = extent.head
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span, or without one all there is, `CHUNK_SIZE` at a time."""
+        """Yield the bytes of the span, or without one all there is, at most `CHUNK_SIZE` at a time."""
         if span is None and self.metadata.size is not None:
-            span = ByteRange(0, self.metadata.size)  # asking for the size has moved the position
-        if span is not None and (span.start or hasattr(self._file, "seek")):
-            await self._in_worker(self._file.seek, span.start)
-        left = CHUNK_SIZE if span is None else len(span)
-        while left:
-            chunk = as_bytes(await self._in_worker(self._file.read, min(CHUNK_SIZE, left)))
-            if not chunk:
+            span = ByteRange(0, self.metadata.size)
+        left = None if span is None else len(span)
+        if span is not None and span.start and not self._can_seek:
+            raise TransferAborted("a part of a file object that cannot seek")
+        if self._can_seek:
+            await self._in_worker(self._go_to, 0 if span is None else span.start)
+        chunk, self._head = self._head, b""
+        while left is None or left > 0:
+            if not chunk and not (chunk := await self._in_worker(self._read, min(CHUNK_SIZE, left or CHUNK_SIZE))):
                 return
-            yield chunk
-            if span is not None:
-                left -= len(chunk)
+            for piece in pieces(chunk if left is None else chunk[:left]):  # it may be more than has been asked for
+                yield piece
+            left = None if left is None else left - len(chunk)
+            chunk = b""
 
-    async def _in_worker(self, method: Any, argument: int) -> Any:
+    def _go_to(self, start: int) -> None:
+        if _seek(self._file, start) not in (start, None):
+            raise OSError(f"it does not go to byte {start}")
+
+    def _read(self, size: int) -> bytes:
+        if (chunk := self._file.read(size)) is None:
+            raise OSError("it does not wait for data: it is in non-blocking mode")
+        return as_bytes(chunk)
+
+    async def _in_worker(self, method: Callable[[int], T], argument: int) -> T:
         try:
             return await self._workers.run(method, argument)
         except Exception as exc:
@@ -101,6 +210,12 @@ async def closing_in_thread(resource: Any) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        if (close := getattr(resource, "close", None)) is not None:
+        if hasattr(resource, "close"):
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(close, limiter=unlimited())
+                await anyio.to_thread.run_sync(close, resource, limiter=unlimited())
+
+
+def close(resource: Any) -> None:
+    """Call `resource.close()`, if it has one."""
+    if (method := getattr(resource, "close", None)) is not None:
+        method()

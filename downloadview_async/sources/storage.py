@@ -15,7 +15,7 @@ from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata, is_telling, unsettled_seconds
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import OpenFile, Storage
-from downloadview_async.sources.fileobject import OpenFileObject, closing_in_thread
+from downloadview_async.sources.fileobject import Extent, OpenFileObject, close, closing_in_thread, extent_of
 from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
 from downloadview_async.sources.names import Names, canonical_name, check_names_option
 from downloadview_async.sources.objectstore import SCHEMES, ObjectStorage
@@ -163,10 +163,14 @@ class SyncStorage:
     """Makes a storage out of any object with a blocking `open(name, "rb")`: fsspec file systems, Django's storages.
 
     What `open` returns is read by `seek` and `read` in a worker thread, `CHUNK_SIZE` bytes at a time, never whole.
-    The size comes from seeking to the end of the open file, else from `size(name)`; without `seek` there are no ranges.
+    The size comes from seeking to the end of the open file, else from `size(name)`. A file that cannot seek has no
+    ranges, and text has no size: `size(name)` does not count the bytes that are sent of it.
     The time of the last change comes from `modified(name)` or `get_modified_time(name)`; a file with neither has no
     validators. One in whole seconds makes a weak tag: two versions may share a second.
-    The location comes from `path(name)`, else from `url(name)` if that is an absolute URL.
+    The location comes from `path(name)`, else from `url(name)` if that is an absolute URL. What is there has to be what
+    `open` gives, byte for byte, so neither is asked where the class that says how to open has only inherited it: a
+    storage that decrypts, derived from one that does not, would have the stored bytes sent. `is_sent_as_stored = True`
+    in such a storage says that they are the same, and False that they are not.
     """
 
     def __init__(self, storage: Any, *, threads: int = 40) -> None:
@@ -178,23 +182,28 @@ class SyncStorage:
     @asynccontextmanager
     async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[OpenFileObject]:
         """Open the file in a worker thread and ask for its size and age."""
-        file, metadata = await self._workers.run_or_abandon(self._open, name, discard=lambda opened: opened[0].close())
+        file, metadata, extent = await self._workers.run_or_abandon(
+            self._open, name, discard=lambda opened: close(opened[0])
+        )
         async with closing_in_thread(file):
-            yield OpenFileObject(file, metadata, workers=self._workers)
+            yield OpenFileObject(file, metadata, extent, workers=self._workers)
 
-    def _open(self, name: str) -> tuple[Any, FileMetadata]:
+    def _open(self, name: str) -> tuple[Any, FileMetadata, Extent]:
         with _as_file_errors(name):
             if seconds := _unsettled(self._modified(name)):
                 time.sleep(seconds)  # then a further change shows in the time
             file = self._storage.open(name, "rb")
             try:
-                seekable = hasattr(file, "seek")
-                size = file.seek(0, os.SEEK_END) if seekable else self._ask("size", name)
-                metadata = _dated_metadata(None if size is None else int(size), self._modified(name))
+                extent = extent_of(file)
+                size = extent.size
+                if size is None and not extent.is_text:
+                    size = self._ask("size", name)
+                    size = None if size is None or int(size) < 0 else int(size)
+                metadata = _dated_metadata(size, self._modified(name))
             except BaseException:
-                file.close()
+                close(file)
                 raise
-        return file, metadata if seekable else replace(metadata, accept_ranges=False)
+        return file, replace(metadata, accept_ranges=extent.has_parts), extent
 
     async def locate(self, name: str) -> str | None:
         """Return the path or the absolute URL that the storage gives for `name`, or None."""
@@ -202,9 +211,9 @@ class SyncStorage:
 
     def _locate(self, name: str) -> str | None:
         with _as_file_errors(name):
-            if path := self._ask("path", name):
+            if tells_of_what_it_opens(self._storage, "path") and (path := self._ask("path", name)):
                 return str(os.path.abspath(path))
-            url = self._ask("url", name)
+            url = self._ask("url", name) if tells_of_what_it_opens(self._storage, "url") else None
         return url if isinstance(url, str) and "://" in url else None
 
     def _modified(self, name: str) -> float | None:
@@ -223,6 +232,20 @@ class SyncStorage:
             return function(name)
         except NotImplementedError:
             return None
+
+
+def tells_of_what_it_opens(storage: Any, method: str) -> bool:
+    """Return whether a method of a storage is about the bytes that its `open` gives.
+
+    It is not where a class that changes how files are opened has inherited it from one that opened them otherwise.
+    """
+    if isinstance(told := getattr(storage, "is_sent_as_stored", None), bool):
+        return told
+    # __class__: of a lazy storage of Django's, that of what it stands for
+    defined = [getattr(storage, "__dict__", {}), *(vars(base) for base in storage.__class__.__mro__)]
+    opening = next((index for index, names in enumerate(defined) if "open" in names or "_open" in names), None)
+    defining = [index for index, names in enumerate(defined) if method in names]
+    return opening in defining or (opening is not None and bool(defining) and max(defining) < opening)
 
 
 def _unsettled(modified: float | None) -> float:

@@ -14,7 +14,14 @@ from downloadview_async.http.content_types import content_type_for, valid_conten
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.fileobject import OpenFileObject, OpenIterator, as_bytes, closing_in_thread, pieces
+from downloadview_async.sources.fileobject import (
+    OpenFileObject,
+    OpenIterator,
+    as_bytes,
+    closing_in_thread,
+    extent_of,
+    pieces,
+)
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.sources.storage import OpenBytes, content_etag
 from downloadview_async.sources.workers import Workers
@@ -32,8 +39,9 @@ class VirtualFile:
     content: bytes or text; a file object with a blocking or an asynchronous `read`; an iterable or asynchronous
     iterable of bytes or text; or a function without arguments, plain or asynchronous, that returns one of them. What
     blocks runs in a worker thread, generators too. A function makes new content for every download; an iterator or a
-    file object given as it is can be sent once.
-    size: bytes, where it is known beforehand. Bytes, text and seekable file objects know it themselves.
+    file object given as it is can be sent once. A file object that can seek is sent from its beginning, wherever it
+    was; one that cannot, from where it is.
+    size: bytes, where it is known beforehand. Bytes, text and seekable file objects in bytes know it themselves.
     etag, last_modified (seconds since the epoch, UTC): validators. Bytes and text have a tag of their own.
     max_age: for how many seconds a `CachedSource` may send it again without asking. By default what the cache says, for
     a file that has a validator; one that has none is not kept.
@@ -83,7 +91,7 @@ class VirtualFile:
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
         """Make the content, but nothing of a generator is run before it is streamed."""
         content = self._content
-        if callable(content) and not hasattr(content, "read"):
+        if callable(content) and (isinstance(content, type) or not hasattr(content, "read")):
             content = await _call(content)
         if content is None:
             raise FileMissing(f"nothing was made for {self.name!r}")
@@ -118,21 +126,15 @@ async def _opened(content: Any, metadata: FileMetadata) -> AsyncIterator[OpenFil
             yield OpenAsyncIterable(content, metadata)
     elif hasattr(content, "read"):
         async with closing_in_thread(content):
-            yield OpenFileObject(content, await _workers.run(_measured, content, metadata), workers=_workers)
+            extent = await _workers.run(extent_of, content, metadata.size)
+            described = replace(metadata, size=extent.size, accept_ranges=extent.has_parts)
+            yield OpenFileObject(content, described, extent, workers=_workers)
     elif hasattr(content, "__iter__"):
         iterator = iter(content)
         async with closing_in_thread(iterator):
             yield OpenIterator(iterator, metadata, workers=_workers)
     else:
         raise TypeError(f"a virtual file is made of bytes, text, a file object or an iterable, not {content!r}")
-
-
-def _measured(file: Any, metadata: FileMetadata) -> FileMetadata:
-    if isinstance(file, io.TextIOBase) or not (hasattr(file, "seekable") and file.seekable()):
-        return metadata  # of text, the size counts characters
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    return replace(metadata, size=size, accept_ranges=True)
 
 
 class OpenAsyncIterable:

@@ -8,6 +8,7 @@ thread. A thread that has not been there before has none. Here it is started onl
 import asyncio
 import io
 import logging
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import IO, Any
@@ -27,7 +28,7 @@ from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from downloadview_async.asgi.transfer import PATHSEND, body_at_once, send_plan
-from downloadview_async.contrib.django.responses import DownloadResponse
+from downloadview_async.contrib.django.responses import DownloadResponse, note_receivers
 from downloadview_async.sources.local import local_of
 
 logger = logging.getLogger("downloadview_async")
@@ -52,7 +53,10 @@ class DownloadASGIHandler(ASGIHandler):
         if scope["type"] != "http":
             raise ValueError(f"Django answers HTTP, not {scope['type']}")
         async with ThreadSensitiveContext() as context:
-            await self._handle(scope, receive, send, context)
+            try:
+                await self._handle(scope, receive, send, context)
+            finally:
+                _end_thread(context)
 
     async def _handle(self, scope: Any, receive: Any, send: Any, context: ThreadSensitiveContext) -> None:
         try:
@@ -69,6 +73,7 @@ class DownloadASGIHandler(ASGIHandler):
                 await self.send_response(response, send)
                 await self._close(response, context)
                 return
+            note_receivers(request)
             answering = asyncio.create_task(self._answer(request, send, context))
             leaving = asyncio.create_task(self.listen_for_disconnect(receive))
             leaving.add_done_callback(partial(_leave, answering))
@@ -86,8 +91,9 @@ class DownloadASGIHandler(ASGIHandler):
     async def _answer(self, request: ASGIRequest, send: Any, context: ThreadSensitiveContext) -> HttpResponseBase:
         response = await self.run_get_response(request)
         with suppress(asyncio.CancelledError):  # the client has left
-            if isinstance(response, DownloadResponse) and response.is_long:
-                await _end_thread(context)
+            is_long = isinstance(response, DownloadResponse) and response.is_long
+            if is_long and (ending := _end_thread(context)) is not None:
+                await asyncio.shield(asyncio.wrap_future(ending))
             await self.send_response(response, send)
         return response
 
@@ -162,14 +168,17 @@ def _leave(answering: "asyncio.Task[HttpResponseBase]", leaving: "asyncio.Task[N
         answering.cancel()
 
 
-async def _end_thread(context: ThreadSensitiveContext) -> None:
-    """End the request's thread, and its connections to databases with it: sending a file may take hours."""
+def _end_thread(context: ThreadSensitiveContext) -> "Future[None] | None":
+    """Have the request's thread, if it has one, close its connections to databases and end. Return when it has.
+
+    CONN_MAX_AGE would keep them for a next request, which has a thread of its own.
+    """
     executor = SyncToAsync.context_to_thread_executor.pop(context, None)
-    if executor is not None:
-        try:
-            await asyncio.wrap_future(executor.submit(connections.close_all))
-        finally:
-            executor.shutdown(wait=False)
+    if executor is None:
+        return None
+    ending = executor.submit(connections.close_all)
+    executor.shutdown(wait=False)
+    return ending
 
 
 def _somebody_listens(signal: Signal) -> bool:

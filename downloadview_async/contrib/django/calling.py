@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Executor
 from functools import update_wrapper
 from typing import Any
 
 from asgiref.sync import SyncToAsync, iscoroutinefunction, markcoroutinefunction, sync_to_async
-from django.db import close_old_connections, connections
+from django.db import connections
 
 
 def has_running_loop() -> bool:
@@ -20,9 +21,26 @@ def has_running_loop() -> bool:
 
 async def close_idle_connections() -> None:
     """Close the databases' connections of the request's thread, if it has one: sending a file may take hours."""
+    if _thread_of_request() is not None:
+        await sync_to_async(close_own_connections)()
+
+
+def close_own_connections() -> None:
+    """Close the databases' connections of the request's thread, if this is one.
+
+    Under ASGI, such a thread ends with its request. CONN_MAX_AGE keeps its connections for another one, and nobody can
+    use them any more.
+    """
+    if _thread_of_request() is not None:
+        for connection in connections.all(initialized_only=True):
+            if not connection.in_atomic_block:
+                connection.close()
+
+
+def _thread_of_request() -> Executor | None:
+    """Return what runs the thread that a request under ASGI has to itself; None if it has needed none."""
     context = SyncToAsync.thread_sensitive_context.get(None)
-    if context is not None and context in SyncToAsync.context_to_thread_executor:
-        await sync_to_async(close_old_connections)()
+    return None if context is None else SyncToAsync.context_to_thread_executor.get(context)
 
 
 def _marked() -> None:

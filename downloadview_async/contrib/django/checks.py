@@ -1,5 +1,6 @@
 """System checks: what `manage.py check` can see that would go wrong with a download."""
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from django.db.models import FileField
 from django.urls import URLPattern, URLResolver, get_resolver
 from django.utils.module_loading import import_string
 
+from downloadview_async.contrib.django.files import opens_as_stored, told_of
 from downloadview_async.contrib.django.middleware import (
     DownloadDispatcher,
     DownloadDispatcherMiddleware,
@@ -42,7 +44,8 @@ def check_downloads(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> l
     """Return what is wrong with the settings and the URLconf.
 
     E001: no such backend. E002: a rule that does not fit its backend. W003: a rule that matches no file. W004: a
-    middleware that knows nothing of ASGI. E005: a `PathDownloadView` that would give out any file of the machine.
+    middleware that knows nothing of ASGI. E005: a `PathDownloadView` that would give out any file of the machine. W006:
+    one that makes a path of what the URL says by itself. W007: a storage whose files no rule offloads.
     """
     classes = list(_middlewares())
     return [*_check_rules(classes), *_check_middlewares(classes), *_check_paths()]
@@ -96,6 +99,7 @@ def _check_rules_of(backend: Any) -> Iterator[CheckMessage]:
         else:
             if isinstance(middleware, ProxiedDownloadMiddleware):
                 yield from _check_sources(middleware, where)
+                yield from _check_storages(middleware, where)
 
 
 def _check_sources(middleware: ProxiedDownloadMiddleware, where: str) -> Iterator[CheckMessage]:
@@ -122,6 +126,33 @@ def _check_sources(middleware: ProxiedDownloadMiddleware, where: str) -> Iterato
             )
 
 
+def _check_storages(middleware: ProxiedDownloadMiddleware, where: str) -> Iterator[CheckMessage]:
+    for storage in _storages():
+        is_covered = _covers(middleware.source_url, _told(storage, "base_url")) or _covers(
+            middleware.source_dir, _told(storage, "location")
+        )
+        if is_covered and told_of(storage) is None and not opens_as_stored(storage):
+            name = storage.__class__.__name__
+            yield CheckWarning(
+                f"{where} offloads no file of a {name}: it opens files in a way of its own, so what it stores may not "
+                "be what it sends",
+                hint=f"Write is_sent_as_stored = True in {name} if every file is sent byte for byte as it is stored, "
+                "and False if it is not, since it is encrypted or compressed.",
+                id="downloadview_async.W007",
+            )
+
+
+def _covers(source: Any, place: Any) -> bool:
+    return bool(source and place) and _is_below(str(place), os.fspath(source))
+
+
+def _told(storage: Any, attribute: str) -> Any:
+    try:
+        return getattr(storage, attribute, None)
+    except Exception:
+        return None  # a broken storage is not this check's concern
+
+
 def _is_below(url: str, base: str) -> bool:
     return f"{url.rstrip('/')}/".startswith(f"{base.rstrip('/')}/")
 
@@ -129,11 +160,7 @@ def _is_below(url: str, base: str) -> bool:
 def _base_urls() -> Iterator[str]:
     """Yield the base URLs of the storages in the settings, of the models and of the views."""
     for storage in _storages():
-        try:
-            base = getattr(storage, "base_url", None)
-        except Exception:  # noqa: S112 - a storage of the project's, which this is no check of
-            continue
-        if base:
+        if base := _told(storage, "base_url"):
             yield str(base)
 
 
@@ -176,6 +203,19 @@ def _check_paths() -> Iterator[CheckMessage]:
                 hint=f"Write {view.__name__}.as_view(root=...) with the directory that the files are in.",
                 id="downloadview_async.E005",
             )
+        elif root is None and named in arguments and _reads_the_url(view.get_path):
+            yield CheckWarning(
+                f"{view.__name__} at {route!r} makes a path from the URL in get_path, and has no root: that method "
+                "alone keeps it in its directory",
+                hint=f"In {view.__name__}, write root = ... with the directory, and remove get_path.",
+                id="downloadview_async.W006",
+            )
+
+
+def _reads_the_url(get_path: Any) -> bool:
+    """Return whether a `get_path` uses the arguments of the URL, itself or by what it overrides; True if unknown."""
+    code = getattr(inspect.unwrap(get_path), "__code__", None)
+    return code is None or not {"kwargs", "args", "get_path", "request", "path_url_kwarg"}.isdisjoint(code.co_names)
 
 
 def _views() -> Iterator[tuple[str, type[Any], dict[str, Any], set[str]]]:

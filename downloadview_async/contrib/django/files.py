@@ -26,9 +26,9 @@ from downloadview_async.sources.local import OpenLocalFile
 from downloadview_async.sources.names import canonical_name
 from downloadview_async.sources.path import LocalFile, PathSource
 from downloadview_async.sources.remote import RemoteFile, Upstream
-from downloadview_async.sources.root import Symlinks
+from downloadview_async.sources.root import Symlinks, settled_stat
 from downloadview_async.sources.storage import StorageFile as AsyncStorageFile
-from downloadview_async.sources.storage import SyncStorage
+from downloadview_async.sources.storage import SyncStorage, tells_of_what_it_opens
 from downloadview_async.sources.virtual import VirtualFile as AsyncVirtualFile
 from downloadview_async.sources.workers import Workers
 
@@ -38,6 +38,7 @@ else:
     File = base.File
 
 _KEPT = 64  # directories and storages
+_KNOWN_STORAGES = ("django.core.files.storage.", "django.contrib.staticfiles.storage.", "storages.backends.")
 _workers = Workers()
 
 
@@ -425,12 +426,15 @@ class _Fetched:
 
 
 class _OpenedElsewhere:
-    """A file that the project has opened already: sent by its own descriptor, from the first byte on."""
+    """A file that the project has opened already: sent by its own descriptor, from the first byte on.
 
-    def __init__(self, file: Any, name: str) -> None:
+    is_lasting: whether closing the file leaves it where it is.
+    """
+
+    def __init__(self, file: Any, name: str, *, is_lasting: bool) -> None:
         self.name = os.path.basename(name)
         self._file = file
-        self.location = name if self._is_at(name) else None
+        self.location = name if is_lasting and self._is_at(name) else None
 
     def _is_at(self, path: str) -> bool:
         """Return whether the very file that is open is at the path, and so what a proxy would send."""
@@ -445,7 +449,12 @@ class _OpenedElsewhere:
         if self._file.closed:
             raise FileMissing(f"{self.name!r} is closed")
         descriptor = os.dup(self._file.fileno())
-        file = OpenLocalFile(descriptor, os.fstat(descriptor), False, workers=_workers)
+        try:
+            found = await _workers.run(settled_stat, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        file = OpenLocalFile(descriptor, found, False, workers=_workers)
         try:
             yield file
         finally:
@@ -462,24 +471,83 @@ def async_file_of(file: Any, name: str = "") -> AsyncFile:
         return own  # type: ignore[no-any-return]
     if hasattr(file, "location") and hasattr(file, "open"):
         return file  # type: ignore[no-any-return]
-    known = FieldFile if isinstance(file, FieldFile) else StorageFile if isinstance(file, StorageFile) else base.File
     is_file = isinstance(file, base.File)
-    is_as_known = is_file and all(
-        getattr(type(file), method) is getattr(known, method)
-        or (known is base.File and getattr(type(file), method).__module__.startswith("django.core.files."))
-        for method in ("open", "chunks", "__iter__")
-    )
-    own_name = getattr(file, "name", None)
-    own_name = own_name if isinstance(own_name, str) else ""
-    if is_as_known and known is not base.File and getattr(file, "_committed", True):
+    if isinstance(file, FieldFile | StorageFile):
+        is_as_known = is_stored(file)
+    else:
+        is_as_known = is_file and all(
+            _home_of(type(file), method).startswith("django.core.files.") for method in ("open", "chunks", "__iter__")
+        )
+    own_name = name_of(file)
+    if is_as_known and hasattr(file, "storage") and getattr(file, "_committed", True):
         return _stored_file(file.storage, own_name)
     name = own_name or name
     if is_file and not is_as_known:
         return AsyncVirtualFile(iter(file), name=os.path.basename(name))
-    raw: Any = file.file if is_file else file
+    # a class of the project's may read otherwise than by the file that it has
+    raw: Any = file.file if is_file and _is_of_django(type(file), "read") else file
     if _is_on_disk(raw):
-        return _OpenedElsewhere(raw, name)
+        return _OpenedElsewhere(raw, name, is_lasting=is_left_by_closing(raw))
     return AsyncVirtualFile(raw, name=os.path.basename(name))
+
+
+def name_of(file: Any) -> str:
+    """Return the name of a file, or nothing where it has none: of one without a path, it is a descriptor's number."""
+    name = getattr(file, "name", None)
+    return os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else ""
+
+
+def is_stored(file: Any) -> bool:
+    """Return whether it is a `FieldFile` or a `StorageFile` that is read as its storage opens it."""
+    known = FieldFile if isinstance(file, FieldFile) else StorageFile
+    return isinstance(file, known) and all(
+        getattr(type(file), method) is getattr(known, method)
+        for method in ("open", "chunks", "__iter__", "read", "file")
+    )
+
+
+def is_sent_as_stored(file: Any) -> bool:
+    """Return whether a file of a storage is, byte for byte, what is at its path and its URL; True for other files.
+
+    That is known of the storages of Django and of django-storages, where nobody has overridden how they open a file. Of
+    any other storage its attribute `is_sent_as_stored` says so: one that decrypts or decompresses gives other bytes.
+    """
+    if not hasattr(file, "storage"):
+        return True
+    if isinstance(file, FieldFile | StorageFile) and not is_stored(file):
+        return False
+    told = told_of(file.storage)
+    return opens_as_stored(file.storage) if told is None else told
+
+
+def told_of(storage: Any) -> bool | None:
+    """Return what a storage says of itself by its attribute `is_sent_as_stored`; None if it does not."""
+    told = getattr(unwrapped(storage), "is_sent_as_stored", None)
+    return told if isinstance(told, bool) else None
+
+
+def opens_as_stored(storage: Any) -> bool:
+    """Return whether a storage is known to open files as they are stored."""
+    storage = unwrapped(storage)
+    # with `gzip`, django-storages decompresses objects
+    return not getattr(storage, "gzip", False) and all(
+        _home_of(type(storage), method).startswith(_KNOWN_STORAGES) for method in ("open", "_open")
+    )
+
+
+def _home_of(cls: type, method: str) -> str:
+    """Return the module of the class that a method is of, with a dot at its end."""
+    return next((f"{base.__module__}." for base in cls.__mro__ if method in vars(base)), "")
+
+
+def _is_of_django(cls: type, method: str) -> bool:
+    return _home_of(cls, method).startswith(("django.", "downloadview_async."))
+
+
+def is_left_by_closing(closed: Any) -> bool:
+    """Return whether closing a file, or a response, does no more than that, so that a proxy still finds the file."""
+    home = "" if "close" in getattr(closed, "__dict__", {}) else _home_of(type(closed), "close")
+    return home.startswith(("_io.", "io.", "django.", "downloadview_async.")) or not hasattr(closed, "close")
 
 
 def _is_on_disk(file: Any) -> bool:
@@ -489,7 +557,7 @@ def _is_on_disk(file: Any) -> bool:
 
 
 def _stored_file(storage: Any, name: str) -> AsyncFile:
-    storage = _unwrapped(storage)
+    storage = unwrapped(storage)
     if _is_plain_directory(storage):
         try:
             return file_beneath(storage.location, name, symlinks="follow")  # as Django does
@@ -503,7 +571,17 @@ def _stored_file(storage: Any, name: str) -> AsyncFile:
         kept = _sync_storage(storage)
     except TypeError:  # it cannot be hashed
         kept = SyncStorage(_Storage(storage))
-    return AsyncStorageFile(kept, name)
+    return AsyncStorageFile(kept, name, location=_vouched_path(storage, name))
+
+
+def _vouched_path(storage: Any, name: str) -> str | None:
+    """Return the path of a file in a storage that opens files in its own way, where it says that this is the file."""
+    if not told_of(storage):
+        return None
+    try:
+        return os.path.abspath(str(storage.path(name)))
+    except (NotImplementedError, SuspiciousOperation, ValueError):
+        return None
 
 
 def file_beneath(root: str | os.PathLike[str], name: str, *, symlinks: Symlinks = "inside") -> AsyncFile:
@@ -533,7 +611,7 @@ def _sync_storage(storage: Any) -> SyncStorage:
     return SyncStorage(_Storage(storage))
 
 
-def _unwrapped(storage: Any) -> Any:
+def unwrapped(storage: Any) -> Any:
     """Return what a lazy storage, such as `default_storage`, stands for."""
     while issubclass(type(storage), LazyObject):
         storage.__class__  # noqa: B018 - has it look up what it stands for
@@ -561,6 +639,8 @@ class _Storage:
             raise FileNotFoundError(str(exc)) from exc
 
     def size(self, name: str) -> Any:
+        if not tells_of_what_it_opens(self._storage, "size"):
+            raise NotImplementedError
         return self._storage.size(name)
 
     def get_modified_time(self, name: str) -> datetime | None:

@@ -351,7 +351,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
     def process_download_response(self, request: HttpRequest, response: Any) -> Any:
         """Return the response that has the proxy send the file, or the response itself where the proxy cannot."""
         try:
-            if not offload.is_offloadable(response):
+            if not offload.is_offloadable(request, response):
                 return response
             redirect_url = self.get_redirect_url(response)
         except NoRedirectionMatch:
@@ -363,7 +363,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
         if not _is_ours(self, "process_download_response", "get_redirect_url"):
             return await super().aprocess_download_response(request, response)
         try:
-            if not offload.is_offloadable(response):
+            if not offload.is_offloadable(request, response):
                 return response
             if self.rules.want_urls and offload.may_block(response):
                 redirect_url = await sync_to_async(self.get_redirect_url)(response)
@@ -375,7 +375,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
 
     def _redirected(self, response: DownloadResponse, redirect_url: str, metadata: FileMetadata | None) -> Any:
         if metadata is None:
-            return response  # there is no such file: whoever finishes the response says so
+            return response  # it is missing, or encoded: whoever finishes the response sends it, or says so
         redirected = self.redirect(response, redirect_url)
         offload.dress(redirected, response, metadata)
         return redirected

@@ -10,11 +10,12 @@ from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
 from django.core.files.storage import FileSystemStorage
+from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
 from downloadview_async.contrib.django.background import run_in_background
-from downloadview_async.contrib.django.files import FileNotFound, async_file_of
-from downloadview_async.contrib.django.responses import DownloadResponse, take_marks
+from downloadview_async.contrib.django.files import FileNotFound, async_file_of, is_sent_as_stored
+from downloadview_async.contrib.django.responses import DownloadResponse, spelled, take_marks
 from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import FRAMING, Presentation, describe
@@ -26,7 +27,7 @@ from downloadview_async.sources.local import local_of, open_at_once
 
 MakeBackend = Callable[[list[Rule]], OffloadBackend]
 
-_MADE_HERE = {"etag": "ETag", "last-modified": "Last-Modified", "content-security-policy": "Content-Security-Policy"}
+_MADE_HERE = ("etag", "last-modified", "content-security-policy")
 _SIGNATURE = re.compile(r"(?:^|&)X-Signature=[^&]*")
 _QUERY = re.compile(r"[!$-;=?-Z_a-z~]*")  # visible ASCII that needs no escape in a URI
 _UNSAFE_IN_URLS = frozenset("%?#\\")  # a backslash becomes a slash in the URLs of Django
@@ -84,6 +85,8 @@ class Rules:
         """Return where the proxy finds a file of Django's, or None: no rule covers it."""
         if not getattr(file, "_committed", True):
             return None  # a field's new content, which its storage does not have yet
+        if not is_sent_as_stored(file):
+            return None
         if self._by_url is not None and (url := url_of(file)):
             parts = urlsplit(url)
             location = _location_of(parts)
@@ -166,19 +169,27 @@ def _path_of(file: Any, name: str) -> str | None:
     return location if location is not None and location.startswith("/") else None
 
 
-def is_offloadable(response: HttpResponseBase) -> bool:
-    """Return whether a proxy may send the file of a response: one that is ours, unfinished, and a 200."""
+def is_offloadable(request: HttpRequest, response: HttpResponseBase) -> bool:
+    """Return whether a proxy may send the file of a response: one that is ours, and unfinished."""
     return (
         isinstance(response, DownloadResponse)
-        and response.status_code == 200
         and not response.is_finished
         and not response.is_replaced
-        and not response.has_header("Content-Encoding")  # Apache drops it, and what it says of the body with it
+        and response.may_be_offloaded(request)
     )
 
 
 async def adescribe(response: DownloadResponse) -> FileMetadata | None:
-    """Return what is known of the file if it is a local one, nothing of another one, and None for a missing one."""
+    """Return what is known of the file if it is a local one, and nothing of another one.
+
+    None for one that no proxy sends: a missing file, and one that is stored encoded, since Apache drops
+    Content-Encoding.
+    """
+    metadata = await _metadata_of(response)
+    return None if metadata is not None and "content-encoding" in dict(metadata.headers) else metadata
+
+
+async def _metadata_of(response: DownloadResponse) -> FileMetadata | None:
     try:
         file = async_file_of(response.file, response.get_basename())
         if file.location is None or not file.location.startswith("/"):
@@ -208,15 +219,15 @@ def may_block(response: DownloadResponse) -> bool:
 
 
 def dress(offloaded: HttpResponseBase, response: DownloadResponse, metadata: FileMetadata) -> None:
-    """Give an offloaded answer what the response has: headers, cookies, what is to be closed; and the validators."""
+    """Give an offloaded answer what the response has, headers, cookies, what is to be closed, and what the file has."""
     for name, value in response.items():
         if name.lower() not in OFFLOAD_HEADERS | FRAMING:
             offloaded[name] = value
     presentation = Presentation(filename=response.get_basename(), attachment=response.attachment)
     described = describe(metadata, presentation, {name.lower(): value for name, value in offloaded.items()})
-    for name, spelled in _MADE_HERE.items():
+    for name in (*_MADE_HERE, *(name for name, _ in metadata.headers)):
         if name in described:
-            offloaded[spelled] = described[name]
+            offloaded[spelled(name)] = described[name]
     take_marks(offloaded, response)
     offloaded.cookies = response.cookies
     offloaded._resource_closers = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001

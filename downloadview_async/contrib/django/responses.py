@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from asgiref.sync import SyncToAsync, async_to_sync, iscoroutinefunction, sync_to_async
 from django.conf import settings
+from django.core import signals
 from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
 from django.http.response import HttpResponseBase
@@ -20,37 +21,87 @@ from django.http.response import HttpResponseBase
 from downloadview_async.asgi.response import age_of, failed
 from downloadview_async.asgi.transfer import SMALL, body_of
 from downloadview_async.contrib.django.background import iterate_in_background, run_in_background
-from downloadview_async.contrib.django.calling import close_idle_connections, has_running_loop
-from downloadview_async.contrib.django.files import FileNotFound, async_file_of
+from downloadview_async.contrib.django.calling import close_idle_connections, close_own_connections, has_running_loop
+from downloadview_async.contrib.django.files import (
+    FileNotFound,
+    async_file_of,
+    is_left_by_closing,
+    is_sent_as_stored,
+    name_of,
+)
 from downloadview_async.errors import FileError, FileMissing
 from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.content_types import content_type_for, with_charset
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.disposition import MAX_BYTES, client_filename, is_device_name
 from downloadview_async.http.disposition import content_disposition as disposition_of
-from downloadview_async.http.metadata import ETag
+from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.plan import FRAMING, Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OFFLOAD_TARGET, OffloadBackend, signed
-from downloadview_async.sources.base import OpenFile
+from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local import local_of, open_at_once
 from downloadview_async.sources.virtual import VirtualFile
 
 _TEXTLESS = re.compile("(?:application|audio|font|image|model|multipart|video)/", re.IGNORECASE)
+_RECEIVERS = "_downloadview_receivers"  # in a request: those of request_finished before the view was called
 _DEFERRED = "_downloadview_deferred"  # in a request: how many further out have said `defer`
 
 
-class ProxiedDownloadResponse(HttpResponse):
-    """An answer without a body that has a proxy send the file. The proxies' own responses derive from it."""
+class _OrderedWith200:
+    """A response that has its offload headers with the status 200 alone.
+
+    A middleware further out may change the status of a response that is finished already, and a proxy obeys these
+    headers whatever the status.
+    """
+
+    headers: Any
+    _status_code = 200
+    _withheld: Mapping[str, str] = {}
+
+    @property
+    def status_code(self) -> int:
+        """The status."""
+        return self._status_code
+
+    @status_code.setter
+    def status_code(self, status: int) -> None:
+        self._status_code = status
+        orders = dict(self._withheld)
+        orders |= {header: value for header, value in self.headers.items() if header.lower() in OFFLOAD_HEADERS}
+        self._withheld = {} if status == 200 else orders
+        for header, value in orders.items():
+            if status == 200:
+                self.headers[header] = value
+            else:
+                self.headers.pop(header, None)
+
+    def __setitem__(self, header: str, value: Any) -> None:
+        self.headers[header] = value
+        if header.lower() in OFFLOAD_HEADERS:
+            self.status_code = self._status_code
 
 
-class DownloadResponse(StreamingHttpResponse):
+class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
+    """An answer without a body that has a proxy send the file. The proxies' own responses derive from it.
+
+    Its offload headers are there as long as its status is 200.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resource_closers.append(close_own_connections)  # type: ignore[attr-defined]
+
+
+class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
     """A file as a response.
 
     file_instance: a FieldFile, a StorageFile, any of Django's files, a file object, an iterable, or an `AsyncFile`.
     attachment: to be saved (the default), or to be shown inline. basename: what the client should call it; default:
     the file's own name. content_type: the whole Content-Type; file_mimetype: without the charset; default: what the
-    file itself says, or by its name.
+    file itself says, or by its name. offload: whether a proxy may send the file, if one is offered. One that is deleted
+    when the response is closed is not left to a proxy, which opens it later; nor is one whose storage changes the bytes
+    on the way, see `is_sent_as_stored`.
 
     The file is opened, and Range and If-* are evaluated, when the response is finished, see `finish`. The views, the
     middlewares and the ASGI handler of this package do that. A response that nobody finishes is a 200 with the whole
@@ -74,6 +125,7 @@ class DownloadResponse(StreamingHttpResponse):
         file_mimetype: str | None = None,
         file_encoding: str | None = None,
         headers: Mapping[str, str] | None = None,
+        offload: bool = True,
     ) -> None:
         if status < 200 or status in (204, 205, 304):
             raise ValueError(f"a response with the status {status} has no body to send a file in")
@@ -82,6 +134,7 @@ class DownloadResponse(StreamingHttpResponse):
         self.basename = basename
         self.file_mimetype = file_mimetype
         self.file_encoding = file_encoding
+        self.offload = offload
         self.is_finished = False
         self.is_replaced = False
         self.request: HttpRequest | None = None
@@ -96,6 +149,7 @@ class DownloadResponse(StreamingHttpResponse):
             made["Content-Type"] = content_type
         super().__init__((), status=status, headers={**made, **(headers or {})})
         self.is_replaced = False
+        self._resource_closers.append(close_own_connections)  # type: ignore[attr-defined]
         if callable(close := getattr(file_instance, "close", None)):
             self._resource_closers.append(close)  # type: ignore[attr-defined]
 
@@ -112,7 +166,22 @@ class DownloadResponse(StreamingHttpResponse):
 
     def get_basename(self) -> str:
         """Return what the client should call the file."""
-        return self.basename or os.path.basename(getattr(self.file, "name", None) or "")
+        return self.basename or os.path.basename(name_of(self.file))
+
+    def may_be_offloaded(self, request: HttpRequest) -> bool:
+        """Return whether a proxy may send the file: all of it, as it is stored, and later than the request ends."""
+        own = (close_own_connections, getattr(self.file, "close", None))
+        closers: list[Any] = self._resource_closers  # type: ignore[attr-defined]
+        return (
+            self.offload
+            and self.status_code == 200
+            and not self.has_header("Content-Encoding")  # Apache drops it, and what it says of the body with it
+            and is_sent_as_stored(self.file)
+            and is_left_by_closing(self.file)
+            and is_left_by_closing(self)
+            and all(closer in own or isinstance(getattr(closer, "__self__", None), HttpRequest) for closer in closers)
+            and not has_new_receivers(request)
+        )
 
     def get_content_type(self) -> str:
         """Return the Content-Type: what the file says of itself, else its MIME type with the charset of a text."""
@@ -172,22 +241,45 @@ class DownloadResponse(StreamingHttpResponse):
         file = async_file_of(self.file, self.get_basename())
         scope: Mapping[str, Any] = getattr(request, "scope", None) or {}
         readable = request.method in ("GET", "HEAD")
-        backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        offload = None
-        if backend is not None and readable and self.status_code == 200 and not self.has_header("Content-Encoding"):
-            offload = backend.headers_for(file)
-            if offload is not None and OFFLOAD_TARGET in offload and request.method == "HEAD":
-                offload = None  # another server is asked by GET, which is also what is signed
         self._wanted = _download_request(request, scope) if readable else GET
         if self.ignores_modified_since:
             self._wanted = replace(self._wanted, if_modified_since=None)
-        wanted = self._wanted if offload is None else HEAD
         self._loop = asyncio.get_running_loop()
+        backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
+        if backend is not None and readable and self.may_be_offloaded(request):
+            offload = backend.headers_for(file)
+            # another server is asked by GET, which is also what is signed
+            if offload is not None and not (OFFLOAD_TARGET in offload and request.method == "HEAD"):
+                if (plan := await self._offload_plan(file, backend, offload)) is not None:
+                    return plan
+                await self.release()
+        metadata, presentation, own = self._described(file, await self._open(file, self._wanted))
+        return make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=own)
+
+    async def _offload_plan(self, file: AsyncFile, backend: OffloadBackend, offload: Mapping[str, str]) -> Plan | None:
+        """Return the answer that has a proxy send the file; None if it turns out that the proxy cannot."""
+        opened = await self._open(file, HEAD)
+        # a proxy makes a strong validator of any time, also of one that says nothing
+        if (local := local_of(opened)) is not None and not local.is_telling:
+            return None
+        metadata, presentation, own = self._described(file, opened)
+        if OFFLOAD_TARGET in offload and not range_applies(self._wanted, metadata):
+            return None  # not every store knows If-Range, and would go on with another version
+        plan = make_offload_plan(metadata, presentation, await signed(backend, file, offload), headers=own)
+        # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
+        return None if "content-encoding" in plan.headers else plan
+
+    async def _open(self, file: AsyncFile, wanted: DownloadRequest) -> OpenFile:
+        """Open the file until `release`."""
         if (opened := open_at_once(file, wanted)) is not None and (local := local_of(opened)) is not None:
             self._resources.callback(local.close)
         else:
             opened = await self._resources.enter_async_context(file.open(wanted))
         self.opened = opened
+        return opened
+
+    def _described(self, file: AsyncFile, opened: OpenFile) -> tuple[FileMetadata, Presentation, Headers]:
+        """Return what is known of an open file, how it is shown, and the application's own headers."""
         metadata, own = opened.metadata, self._own_headers()
         if (etag := ETag.parse(own.pop("etag", ""))) is not None:
             metadata = replace(metadata, etag=etag)
@@ -205,12 +297,7 @@ class DownloadResponse(StreamingHttpResponse):
         own.setdefault("content-disposition", self["Content-Disposition"])
         if (age := age_of(opened)) is not None:
             own.setdefault("age", age)
-        if offload is not None and OFFLOAD_TARGET in offload and not range_applies(self._wanted, metadata):
-            offload = None  # not every store knows If-Range, and would go on with another version
-        if offload is not None and backend is not None:
-            offload = await signed(backend, file, offload)
-            return make_offload_plan(metadata, presentation, offload, headers=own)
-        return make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=own)
+        return metadata, presentation, own
 
     def _own_headers(self) -> Headers:
         """Return the headers that are not as they were made here: the application's own."""
@@ -222,7 +309,7 @@ class DownloadResponse(StreamingHttpResponse):
             del self[header]
         for header, value in plan.headers.items():
             if self.headers.get(header) != value:
-                self.headers[_spelled(header)] = value
+                self.headers[spelled(header)] = value
         self.status_code = plan.status
         self.plan = plan
         self.is_finished = True
@@ -349,16 +436,20 @@ def content_disposition(filename: str, attachment: bool = True) -> str:
     As everywhere in this library, but for the name in ASCII, for clients that know no other: that is as in
     django-downloadview, with `_` for blanks and with quotes and backslashes escaped.
     """
-    kind = "attachment" if attachment else "inline"
-    name = "".join(character for character in filename if unicodedata.category(character) not in ("Cc", "Cf", "Cs"))
-    fallback = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
-    fallback = re.sub(r"\s", "_", fallback).replace("/", "_").replace("\\", "\\\\").replace('"', '\\"')
     ours = disposition_of(filename, attachment=attachment)
-    is_safe = fallback.strip(". ") and len(fallback) <= MAX_BYTES and not is_device_name(fallback)
+    name = shown = client_filename(filename)
+    if '"' in filename:  # there, a backslash in such a name is a part of it
+        shown = filename.rstrip("/").rpartition("/")[2]
+        shown = "".join(character for character in shown if unicodedata.category(character) not in ("Cc", "Cf", "Cs"))
+    ascii_name = unicodedata.normalize("NFKD", shown).encode("ascii", "ignore").decode("ascii").strip()
+    fallback = re.sub(r"\s", "_", ascii_name).replace("/", "_").replace("\\", "\\\\").replace('"', '\\"')
+    stem = ascii_name.rpartition(".")[0] or ascii_name
+    is_whole = name.isascii() or (re.search("[0-9A-Za-z]", stem) and not ascii_name.startswith("."))
+    is_safe = is_whole and fallback.strip(". ") and len(fallback) <= MAX_BYTES and not is_device_name(fallback)
     if not is_safe or f'filename="{fallback}"' in ours:
         return ours
-    exact = quote(client_filename(filename), safe="!#$&+-.^_`|~")
-    return f"{kind}; filename=\"{fallback}\"; filename*=UTF-8''{exact}"
+    exact = quote(name, safe="!#$&+-.^_`|~")
+    return f"{'attachment' if attachment else 'inline'}; filename=\"{fallback}\"; filename*=UTF-8''{exact}"
 
 
 def take_marks(response: HttpResponseBase, original: "DownloadResponse") -> None:
@@ -369,8 +460,20 @@ def take_marks(response: HttpResponseBase, original: "DownloadResponse") -> None
     vars(response).update(marks)
 
 
+def note_receivers(request: HttpRequest) -> None:
+    """Remember which receivers `request_finished` has before the view is called."""
+    vars(request).setdefault(_RECEIVERS, signals.request_finished.receivers[:])
+
+
+def has_new_receivers(request: HttpRequest) -> bool:
+    """Return whether somebody has connected to `request_finished` during the request: perhaps to delete its file."""
+    before = getattr(request, _RECEIVERS, None)
+    return before is not None and any(receiver not in before for receiver in signals.request_finished.receivers)
+
+
 def defer(request: HttpRequest) -> None:
     """Say that whoever calls this finishes the response to the request, and nobody further in."""
+    note_receivers(request)
     vars(request)[_DEFERRED] = getattr(request, _DEFERRED, 0) + 1
 
 
@@ -398,6 +501,6 @@ def _download_request(request: HttpRequest, scope: Mapping[str, Any]) -> Downloa
 
 
 @lru_cache(maxsize=256)
-def _spelled(header: str) -> str:
+def spelled(header: str) -> str:
     """Return the name of a header as it is usually spelled: "etag" is ETag."""
     return "ETag" if header == "etag" else "-".join(part.capitalize() for part in header.split("-"))

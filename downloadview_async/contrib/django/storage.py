@@ -16,17 +16,20 @@ from downloadview_async.contrib.django.middleware import View
 PARAMETER = "X-Signature"
 """The query parameter that has the signature."""
 
+SALT = "downloadview_async.contrib.django.links"
+"""Keeps links apart from all else that the project signs by the same key: no other token is a link."""
+
 
 class SignedURLMixin:
     """Makes the URLs of any storage signed ones, for a view with `signature_required` at the same path.
 
-    The signature is of the path of the URL and the time, by `settings.SECRET_KEY`.
+    The signature is of the path of the URL and the time, by `settings.SECRET_KEY` and a salt for links alone.
     """
 
     def url(self, name: str | None, *args: Any, **kwargs: Any) -> str:
         """Return the URL of the storage with a signature in its query."""
         url = str(super().url(name, *args, **kwargs))  # type: ignore[misc]
-        signature = quote(TimestampSigner().sign(urlsplit(url).path), safe="")
+        signature = quote(TimestampSigner(salt=SALT).sign(urlsplit(url).path), safe="")
         url, hash_, fragment = url.partition("#")
         return f"{url}{'&' if '?' in url else '?'}{PARAMETER}={signature}{hash_}{fragment}"
 
@@ -39,6 +42,8 @@ def signature_required(function: View) -> View:
     """Return a view that answers only a URL that a signed storage has given out; to others, `PermissionDenied`.
 
     `settings.DOWNLOADVIEW_URL_EXPIRATION`, seconds or a timedelta, is how long that is valid; default: for ever.
+    With `settings.DOWNLOADVIEW_UNSALTED_LINKS = True`, links that django-downloadview has given out are valid too. They
+    are signed without a salt for links: so is any other value that the project signs by a plain `TimestampSigner`.
     """
 
     @wraps(function)
@@ -51,14 +56,24 @@ def signature_required(function: View) -> View:
 
 def _signature_is_valid(request: HttpRequest) -> None:
     """Return if the query of a request has a valid signature of its path. Raises `PermissionDenied`."""
-    expiration = getattr(settings, "DOWNLOADVIEW_URL_EXPIRATION", None)
     try:
-        signed = TimestampSigner().unsign(request.GET.get(PARAMETER) or "", max_age=expiration)
         # what is signed is percent-encoded, as in the URL; request.path is not
-        path = unquote(signed, errors="strict")
+        path = unquote(_unsigned(request.GET.get(PARAMETER) or ""), errors="strict")
     except SignatureExpired as exc:
         raise PermissionDenied("the signature has expired") from exc
     except (BadSignature, ValueError) as exc:
         raise PermissionDenied("there is no valid signature") from exc
     if path != request.path:
         raise PermissionDenied("the signature is of another path")
+
+
+def _unsigned(signed: str) -> str:
+    expiration = getattr(settings, "DOWNLOADVIEW_URL_EXPIRATION", None)
+    try:
+        return TimestampSigner(salt=SALT).unsign(signed, max_age=expiration)
+    except SignatureExpired:
+        raise
+    except BadSignature:
+        if getattr(settings, "DOWNLOADVIEW_UNSALTED_LINKS", False) is not True:
+            raise
+    return TimestampSigner().unsign(signed, max_age=expiration)

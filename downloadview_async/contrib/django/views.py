@@ -25,7 +25,7 @@ from django.views.static import was_modified_since
 
 from downloadview_async.contrib.django.calling import DualView, has_running_loop
 from downloadview_async.contrib.django.files import FileNotFound, HTTPFile, PathFile, StorageFile
-from downloadview_async.contrib.django.responses import DownloadResponse, is_deferred
+from downloadview_async.contrib.django.responses import DownloadResponse, is_deferred, note_receivers
 
 if TYPE_CHECKING:
     _SingleObjectMixin = SingleObjectMixin[Any]  # only the stubs have it generic
@@ -172,6 +172,7 @@ class BaseDownloadView(DownloadMixin, View):
         is_blocking = _adds_functions(cls)
 
         def view(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            note_receivers(request)
             return (on_loop if has_running_loop() else in_thread)(request, *args, **kwargs)
 
         def in_thread(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
@@ -220,7 +221,8 @@ class PathDownloadView(BaseDownloadView):
     """A file on a local disk.
 
     root: the directory that paths from a URL are beneath; links lead no further. Without it, the path is one of the
-    project's own: `path`, or what an overridden `get_path` returns.
+    project's own: `path`, or what an overridden `get_path` returns. In that, too, a path from the URL may only lead
+    down: an absolute one, and one with `..`, is a missing file.
     """
 
     root: str | os.PathLike[str] | None = None
@@ -229,8 +231,21 @@ class PathDownloadView(BaseDownloadView):
     kwargs: dict[str, Any]
 
     def get_path(self) -> Any:
-        """Return the path: the URL's argument `path_url_kwarg`, else `path`."""
+        """Return the path: the URL's argument `path_url_kwarg`, else `path`.
+
+        Raises `FileNotFound` for an argument that is absolute or has `..` in it, unless there is a root to keep it in.
+        """
+        self._check_argument()
         return self.kwargs.get(self.path_url_kwarg, self.path)
+
+    def _check_argument(self) -> None:
+        """Raise `FileNotFound` for an argument that would lead out of a directory that somebody joins it to."""
+        path = str(self.kwargs.get(self.path_url_kwarg, ""))
+        match = getattr(self.request, "resolver_match", None)
+        if match is not None and self.path_url_kwarg in match.extra_kwargs:
+            return  # the URLconf's own
+        if self.root is None and (path.startswith("/") or ".." in path.replace("\\", "/").split("/")):
+            raise FileNotFound(f"a path from the URL leads out of its directory: {path!r}")
 
     def get_file(self) -> Any:
         """Return the file. Raises `FileNotFound` where there is none."""
@@ -244,9 +259,6 @@ class PathDownloadView(BaseDownloadView):
         return self._file()
 
     def _file(self) -> PathFile:
-        path = self.get_path()
-        if path is None:
-            raise ImproperlyConfigured(f"{type(self).__name__} needs a path, or get_path()")
         if (
             self.root is None
             and self.path_url_kwarg in self.kwargs
@@ -256,6 +268,10 @@ class PathDownloadView(BaseDownloadView):
                 f"{type(self).__name__} takes its path from the URL and has no root: without one, every file of this "
                 "machine could be asked for. Set root to the directory that the files are in"
             )
+        self._check_argument()  # here, too: a get_path may take the argument without asking ours
+        path = self.get_path()
+        if path is None:
+            raise ImproperlyConfigured(f"{type(self).__name__} needs a path, or get_path()")
         return PathFile(path, root=self.root)
 
 
@@ -263,6 +279,10 @@ class StorageDownloadView(PathDownloadView):
     """A file in a Django storage, by its name there."""
 
     storage: Any = default_storage
+
+    def get_path(self) -> Any:
+        """Return the name: the URL's argument `path_url_kwarg`, else `path`. The storage says whether it is one."""
+        return self.kwargs.get(self.path_url_kwarg, self.path)
 
     def get_file(self) -> Any:
         """Return the file, which is looked for when the response is finished."""

@@ -1,5 +1,6 @@
 """System checks: real faults are named with what to write instead, and a project without faults hears nothing."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from django.conf import settings
 from django.contrib.auth.mixins import LoginRequiredMixin
 from django.core.checks import CheckMessage, run_checks
+from django.core.files.base import ContentFile
 from django.core.files.storage import FileSystemStorage
 from django.http import HttpRequest, HttpResponse
 from django.test import override_settings
@@ -148,6 +150,68 @@ class Computed(PathDownloadView):
 
 class Private(LoginRequiredMixin, PathDownloadView):
     path_url_kwarg = "name"
+
+
+class Joined(PathDownloadView):
+    """The pattern of django-downloadview's demo."""
+
+    def get_path(self) -> str:
+        return os.path.join("/srv", super().get_path())
+
+
+class JoinedByItself(PathDownloadView):
+    async def aget_object(self) -> None: ...
+
+    def get_path(self) -> str:
+        return os.path.join("/srv", self.kwargs["path"])
+
+
+class JoinedBeneath(Joined):
+    root = "/srv"
+
+
+class Encrypted(FileSystemStorage):
+    def _open(self, name: str, mode: str = "rb") -> Any:
+        return ContentFile(b"plain text")
+
+
+class Told(Encrypted):
+    is_sent_as_stored = False
+
+
+JOINED: list[tuple[Any, bool]] = [
+    (path("f/<path:path>", Joined.as_view()), True),
+    (path("f/<str:path>", JoinedByItself.as_view()), True),
+    (path("f/<path:name>", Joined.as_view(path_url_kwarg="name")), True),
+    (path("f/<path:path>", x_accel_redirect(Joined.as_view(), source_dir="/srv", destination_url="/_srv/")), True),
+    (path("f/<path:path>", Joined.as_view(root="/srv")), False),
+    (path("f/<path:path>", JoinedBeneath.as_view()), False),
+    (path("f/<int:pk>", Joined.as_view()), False),
+    (path("f/<path:path>", Computed.as_view()), False),
+]
+
+
+@pytest.mark.parametrize("pattern, found", JOINED)
+def test_a_path_that_is_joined_to_a_directory_is_found(pattern: Any, found: bool) -> None:
+    warnings = faults(ROOT_URLCONF=Urls(pattern))
+    assert [warning.id for warning in warnings] == (["downloadview_async.W006"] if found else [])
+    for warning in warnings:
+        assert "get_path" in warning.msg
+        assert "root = " in str(warning.hint)
+
+
+@pytest.mark.parametrize("source", ["source_url", "source_dir"])
+@pytest.mark.parametrize("storage, found", [(Encrypted, True), (Told, False), (FileSystemStorage, False)])
+def test_a_storage_whose_files_no_rule_offloads_is_found(
+    tmp_path: Path, storage: type[FileSystemStorage], source: str, found: bool
+) -> None:
+    view = StorageDownloadView.as_view(storage=storage(tmp_path / "x", base_url="/own/x/"))
+    rule = {source: "/own/" if source == "source_url" else str(tmp_path), "destination_url": "/_own/"}
+    warnings = faults(ROOT_URLCONF=Urls(path("f", view)), DOWNLOADVIEW={"BACKEND": "nginx", "RULES": [rule]})
+    assert [warning.id for warning in warnings] == (["downloadview_async.W007"] if found else [])
+    for warning in warnings:
+        assert "Encrypted" in warning.msg
+        assert "is_sent_as_stored" in str(warning.hint)
 
 
 PATHS: list[tuple[Any, str | None]] = [

@@ -24,7 +24,7 @@ from django.urls import path
 from downloadview_async.contrib.django import get_asgi_application
 from downloadview_async.contrib.django.asgi import DownloadASGIHandler
 from downloadview_async.contrib.django.calling import DualView
-from downloadview_async.contrib.django.files import _unwrapped
+from downloadview_async.contrib.django.files import unwrapped
 from downloadview_async.contrib.django.responses import DownloadResponse
 from tests.live import ask, live
 
@@ -131,7 +131,7 @@ def test_a_streaming_response_takes_its_content_by_one_method() -> None:
 
 
 def test_a_lazy_storage_has_what_it_stands_for() -> None:
-    found = _unwrapped(default_storage)
+    found = unwrapped(default_storage)
     assert type(found) is FileSystemStorage
     assert vars(default_storage)["_wrapped"] is found
 

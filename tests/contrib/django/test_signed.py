@@ -10,12 +10,13 @@ import pytest
 from asgiref.sync import async_to_sync, iscoroutinefunction
 from django.core.exceptions import PermissionDenied
 from django.core.files.storage import FileSystemStorage, InMemoryStorage
-from django.core.signing import Signer, TimestampSigner
+from django.core.signing import BadSignature, Signer, TimestampSigner, dumps
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, Client, RequestFactory, override_settings
 from django.urls import path
 
 from downloadview_async.contrib.django.storage import (
+    SALT,
     SignedFileSystemStorage,
     SignedURLMixin,
     _signature_is_valid,
@@ -113,9 +114,45 @@ def test_the_storage_gets_its_own_arguments() -> None:
 
 
 @pytest.mark.parametrize("signed_path", ["/media/a.txt", "/media/x/y-1_2.txt"])
-def test_links_of_django_downloadview_are_valid(signed_path: str) -> None:
+def test_links_of_django_downloadview_are_valid_while_a_setting_says_so(signed_path: str) -> None:
     # the signature of the path as it stands in the URL, not encoded once more
-    assert is_valid(f"{signed_path}?X-Signature={TimestampSigner().sign(signed_path)}")
+    link = f"{signed_path}?X-Signature={TimestampSigner().sign(signed_path)}"
+    assert not is_valid(link)
+    for value, valid in ((True, True), (False, False), (None, False), ("no", False)):
+        with override_settings(DOWNLOADVIEW_UNSALTED_LINKS=value):
+            assert is_valid(link) is valid
+            assert is_valid(SignedFileSystemStorage(base_url="/media/").url("a.txt"))
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_another_token_of_the_project_is_no_link(value: bool) -> None:
+    tokens = [
+        TimestampSigner(salt="another").sign("/media/a.txt"),
+        Signer(salt=SALT).sign("/media/a.txt"),
+        dumps("/media/a.txt", salt=SALT),
+        *([] if value else [TimestampSigner().sign("/media/a.txt"), TimestampSigner(salt="").sign("/media/a.txt")]),
+    ]
+    with override_settings(DOWNLOADVIEW_UNSALTED_LINKS=value):
+        for token in tokens:
+            assert not is_valid(f"/media/a.txt?X-Signature={quote(token)}")
+
+
+def test_a_link_is_no_other_token_of_the_project() -> None:
+    token = parse_qs(urlsplit(SignedFileSystemStorage(base_url="/media/").url("a.txt")).query)["X-Signature"][0]
+    assert TimestampSigner(salt=SALT).unsign(token) == "/media/a.txt"
+    with pytest.raises(BadSignature):
+        TimestampSigner().unsign(token)
+
+
+@pytest.mark.parametrize("age, valid", [(59, True), (61, False)])
+def test_old_links_expire_as_well(age: int, valid: bool) -> None:
+    with mock.patch("django.core.signing.time.time", return_value=1_700_000_000):
+        link = f"/media/a.txt?X-Signature={TimestampSigner().sign('/media/a.txt')}"
+    with (
+        mock.patch("django.core.signing.time.time", return_value=1_700_000_000 + age),
+        override_settings(DOWNLOADVIEW_URL_EXPIRATION=60, DOWNLOADVIEW_UNSALTED_LINKS=True),
+    ):
+        assert is_valid(link) is valid
 
 
 @pytest.mark.parametrize(
@@ -126,7 +163,7 @@ def test_links_of_django_downloadview_are_valid(signed_path: str) -> None:
         "X-Signature=no",
         "X-Signature=/media/a.txt",
         "X-Signature=/media/a.txt:1:2",
-        f"X-Signature={quote(Signer().sign('/media/a.txt'))}",
+        f"X-Signature={quote(Signer(salt=SALT).sign('/media/a.txt'))}",
         "x-signature={right}",
         "X-Signature={right}x",
         "X-Signature={other}",
@@ -135,7 +172,7 @@ def test_links_of_django_downloadview_are_valid(signed_path: str) -> None:
     ],
 )
 def test_everything_else_is_denied(query: str) -> None:
-    signer = TimestampSigner()
+    signer = TimestampSigner(salt=SALT)
     query = query.format(
         right=quote(signer.sign("/media/a.txt")),
         other=quote(signer.sign("/media/b.txt")),
@@ -146,7 +183,7 @@ def test_everything_else_is_denied(query: str) -> None:
 
 
 def test_bytes_that_are_no_text_are_nobodys_name() -> None:
-    assert not is_valid(f"/media/%EF%BF%BD?X-Signature={quote(TimestampSigner().sign('/media/%FF'))}")
+    assert not is_valid(f"/media/%EF%BF%BD?X-Signature={quote(TimestampSigner(salt=SALT).sign('/media/%FF'))}")
 
 
 def test_another_key_is_denied_until_it_is_a_fallback() -> None:
