@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeVar
 
 import anyio
@@ -211,8 +212,19 @@ async def closing_in_thread(resource: Any) -> AsyncIterator[None]:
         yield
     finally:
         if hasattr(resource, "close"):
+            begun = Lock()
+
+            def close_once() -> None:
+                if begun.acquire(blocking=False):
+                    close(resource)
+
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(close, resource, limiter=UNLIMITED)
+                try:
+                    await anyio.to_thread.run_sync(close_once, limiter=UNLIMITED)
+                except anyio.get_cancelled_exc_class():
+                    # By asyncio, which knows no shield: the thread may not have come to it, and then never does.
+                    close_once()
+                    raise
 
 
 def close(resource: Any) -> None:

@@ -196,14 +196,14 @@ def unbuffered_pipe() -> Any:
 
 
 def on_disk(write: Callable[[Any], Any]) -> Any:
-    file = tempfile.TemporaryFile()
+    file = tempfile.TemporaryFile()  # noqa: SIM115
     write(file)
     file.seek(0)
     return file
 
 
 def spooled(max_size: int) -> Any:
-    file = tempfile.SpooledTemporaryFile(max_size)
+    file = tempfile.SpooledTemporaryFile(max_size)  # noqa: SIM115
     file.write(CONTENT)  # and its position is the end
     return file
 
@@ -222,7 +222,7 @@ def tarred(mode: Any) -> Any:
         member.size = len(CONTENT)
         output.addfile(member, io.BytesIO(CONTENT))
     archive.seek(0)
-    opened = tarfile.open(fileobj=archive, mode=mode)
+    opened = tarfile.open(fileobj=archive, mode=mode)  # noqa: SIM115
     return opened.extractfile(opened.next() or "")
 
 
@@ -231,7 +231,7 @@ def gzipped() -> Any:
 
 
 def text_file() -> Any:
-    file = tempfile.TemporaryFile("w+", encoding="utf-16")
+    file = tempfile.TemporaryFile("w+", encoding="utf-16")  # noqa: SIM115
     file.write(TEXT)
     return file
 
@@ -384,7 +384,7 @@ async def test_a_known_size_is_the_length_of_what_cannot_seek(kind: str) -> None
         lambda: io.StringIO(""),
         lambda: on_disk(lambda file: None),
         lambda: Wrapped(b""),
-        lambda: open(os.devnull, "rb"),
+        lambda: open(os.devnull, "rb"),  # noqa: SIM115
     ],
 )
 @each_source
@@ -511,7 +511,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         pass
 
 

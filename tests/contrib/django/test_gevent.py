@@ -1,0 +1,60 @@
+"""Django under WSGI on gevent's greenlets: downloads leave nothing behind that other requests would see."""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from tests.servers import Server, free_port, serving
+
+CONTENT = os.urandom(1 << 20)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root, directory = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("server")
+    (root / "a.bin").write_bytes(CONTENT)
+    port = free_port()
+    app = "tests.contrib.django.served_app:wsgi()"
+    options = ["--no-control-socket"] if "--no-control-socket" in _options() else []
+    command = [sys.executable, "-m", "gunicorn", "-k", "gevent", "-w", "1", "-b", f"127.0.0.1:{port}", *options, app]
+    env = {"SERVED_ROOT": str(root), "SERVED_PORT": str(port), "SERVED_DATABASE": str(directory / "db")}
+    with serving(command, port, log=directory / "log", env=env) as server:
+        yield server
+
+
+def _options() -> str:
+    from gunicorn.config import Config
+
+    return Config().parser().format_help()  # type: ignore[no-any-return]
+
+
+def _ask(server: Server, kind: str) -> tuple[int, bool]:
+    with urlopen(f"{server.url}/{kind}/a.bin", timeout=60) as response:
+        return response.status, response.read() == CONTENT
+
+
+KINDS = ["path", "object", "storage", "memory", "custom", "fileobject", "generated", "object"]
+
+
+def test_every_request_after_a_download_is_answered(server: Server) -> None:
+    for _ in range(2):
+        assert [(kind, *_ask(server, kind)) for kind in KINDS] == [(kind, 200, True) for kind in KINDS]
+    assert "SynchronousOnlyOperation" not in server.log
+    assert "Traceback" not in server.log
+
+
+def test_requests_at_once_are_answered(server: Server) -> None:
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda kind: _ask(server, kind), KINDS * 6))
+    assert answers == [(200, True)] * len(answers)
+    assert "Traceback" not in server.log
+
+
+def test_the_log_is_of_this_server(server: Server) -> None:
+    assert Path(server.log_file).exists()
+    assert "gevent" in server.log
