@@ -512,7 +512,7 @@ async def test_a_request_leaves_no_connection_to_a_database(root: Path, handler:
     class Asks(PathDownloadView):
         def get_path(self) -> Path:
             ContentType.objects.count()
-            return root / self.kwargs["path"]
+            return root / str(self.kwargs["path"])
 
     def failing(request: HttpRequest, path: str = "") -> Any:
         ContentType.objects.count()
