@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import anyio
@@ -113,9 +114,10 @@ def _seek(file: Any, offset: int, whence: int = os.SEEK_SET) -> int | None:
 
 
 class OpenFileObject:
-    """An object with `read`, and its extent. Whoever opened it closes it."""
+    """An object with `read`, and its extent. Whoever opened it closes it. in_use: see `closing_in_thread`."""
 
-    def __init__(self, file: Any, metadata: FileMetadata, extent: Extent, *, workers: Workers) -> None:
+    def __init__(self, file: Any, metadata: FileMetadata, extent: Extent, *, workers: Workers, in_use: Lock) -> None:
+        self._in_use = in_use
         self.metadata = metadata
         self._file = file
         self._workers = workers
@@ -141,11 +143,15 @@ class OpenFileObject:
             chunk = b""
 
     def _go_to(self, start: int) -> None:
-        if _seek(self._file, start) not in (start, None):
+        with self._in_use:
+            position = _seek(self._file, start)
+        if position not in (start, None):
             raise OSError(f"it does not go to byte {start}")
 
     def _read(self, size: int) -> bytes:
-        if (chunk := self._file.read(size)) is None:
+        with self._in_use:
+            chunk = self._file.read(size)
+        if chunk is None:
             raise OSError("it does not wait for data: it is in non-blocking mode")
         return as_bytes(chunk)
 
@@ -157,9 +163,13 @@ class OpenFileObject:
 
 
 class OpenIterator:
-    """A blocking iterator of bytes or text. Items are gathered, so that small ones do not cost a thread hop each."""
+    """A blocking iterator of bytes or text. Items are gathered, so that small ones do not cost a thread hop each.
 
-    def __init__(self, items: Iterator[Any], metadata: FileMetadata, *, workers: Workers) -> None:
+    in_use: see `closing_in_thread`.
+    """
+
+    def __init__(self, items: Iterator[Any], metadata: FileMetadata, *, workers: Workers, in_use: Lock) -> None:
+        self._in_use = in_use
         self.metadata = metadata
         self._items = items
         self._workers = workers
@@ -174,6 +184,10 @@ class OpenIterator:
                 yield piece
 
     def _gather(self) -> tuple[bytes, bool]:
+        with self._in_use:
+            return self._gathered()
+
+    def _gathered(self) -> tuple[bytes, bool]:
         gathered: list[bytes] = []
         size = 0
         if self._first:  # goes out at once, and says that there is an answer
@@ -205,14 +219,30 @@ def pieces(chunk: bytes) -> Iterator[bytes]:
 
 
 @asynccontextmanager
-async def closing_in_thread(resource: Any) -> AsyncIterator[None]:
-    """Call `resource.close()`, if it has one, in a thread when the context ends: always, and to its end."""
+async def closing_in_thread(resource: Any) -> AsyncIterator[Lock]:
+    """Call `resource.close()`, if it has one, in a thread when the context ends: always, and to its end.
+
+    The context gives a lock, for each call to the resource to hold. A task that asyncio cancels does not wait for a
+    call that it has begun, so closing does.
+    """
+    in_use, begun = Lock(), Lock()
+
+    def close_once() -> None:
+        if begun.acquire(blocking=False):
+            with in_use:
+                close(resource)
+
     try:
-        yield
+        yield in_use
     finally:
         if hasattr(resource, "close"):
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(close, resource, limiter=unlimited())
+                try:
+                    await anyio.to_thread.run_sync(close_once, limiter=unlimited())
+                except anyio.get_cancelled_exc_class():
+                    # By asyncio, which knows no shield: the worker may not have come to it, and then never does.
+                    Thread(target=close_once).start()
+                    raise
 
 
 def close(resource: Any) -> None:

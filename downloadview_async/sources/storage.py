@@ -185,8 +185,8 @@ class SyncStorage:
         file, metadata, extent = await self._workers.run_or_abandon(
             self._open, name, discard=lambda opened: close(opened[0])
         )
-        async with closing_in_thread(file):
-            yield OpenFileObject(file, metadata, extent, workers=self._workers)
+        async with closing_in_thread(file) as in_use:
+            yield OpenFileObject(file, metadata, extent, workers=self._workers, in_use=in_use)
 
     def _open(self, name: str) -> tuple[Any, FileMetadata, Extent]:
         with _as_file_errors(name):

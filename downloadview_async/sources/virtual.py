@@ -125,14 +125,14 @@ async def _opened(content: Any, metadata: FileMetadata) -> AsyncIterator[OpenFil
         async with _closing_async(content):
             yield OpenAsyncIterable(content, metadata)
     elif hasattr(content, "read"):
-        async with closing_in_thread(content):
+        async with closing_in_thread(content) as in_use:
             extent = await _workers.run(extent_of, content, metadata.size)
             described = replace(metadata, size=extent.size, accept_ranges=extent.has_parts)
-            yield OpenFileObject(content, described, extent, workers=_workers)
+            yield OpenFileObject(content, described, extent, workers=_workers, in_use=in_use)
     elif hasattr(content, "__iter__"):
         iterator = iter(content)
-        async with closing_in_thread(iterator):
-            yield OpenIterator(iterator, metadata, workers=_workers)
+        async with closing_in_thread(iterator) as in_use:
+            yield OpenIterator(iterator, metadata, workers=_workers, in_use=in_use)
     else:
         raise TypeError(f"a virtual file is made of bytes, text, a file object or an iterable, not {content!r}")
 

@@ -1,5 +1,6 @@
 """Blocking file objects of every kind: what is sent of them, with which length, and whether in parts."""
 
+import asyncio
 import codecs
 import contextlib
 import gzip
@@ -196,14 +197,14 @@ def unbuffered_pipe() -> Any:
 
 
 def on_disk(write: Callable[[Any], Any]) -> Any:
-    file = tempfile.TemporaryFile()
+    file = tempfile.TemporaryFile()  # noqa: SIM115
     write(file)
     file.seek(0)
     return file
 
 
 def spooled(max_size: int) -> Any:
-    file = tempfile.SpooledTemporaryFile(max_size)
+    file = tempfile.SpooledTemporaryFile(max_size)  # noqa: SIM115
     file.write(CONTENT)  # and its position is the end
     return file
 
@@ -222,7 +223,7 @@ def tarred(mode: Any) -> Any:
         member.size = len(CONTENT)
         output.addfile(member, io.BytesIO(CONTENT))
     archive.seek(0)
-    opened = tarfile.open(fileobj=archive, mode=mode)
+    opened = tarfile.open(fileobj=archive, mode=mode)  # noqa: SIM115
     return opened.extractfile(opened.next() or "")
 
 
@@ -231,7 +232,7 @@ def gzipped() -> Any:
 
 
 def text_file() -> Any:
-    file = tempfile.TemporaryFile("w+", encoding="utf-16")
+    file = tempfile.TemporaryFile("w+", encoding="utf-16")  # noqa: SIM115
     file.write(TEXT)
     return file
 
@@ -384,7 +385,7 @@ async def test_a_known_size_is_the_length_of_what_cannot_seek(kind: str) -> None
         lambda: io.StringIO(""),
         lambda: on_disk(lambda file: None),
         lambda: Wrapped(b""),
-        lambda: open(os.devnull, "rb"),
+        lambda: open(os.devnull, "rb"),  # noqa: SIM115
     ],
 )
 @each_source
@@ -482,7 +483,7 @@ async def test_a_closed_one_is_missing() -> None:
 async def test_a_part_of_what_cannot_seek_is_refused() -> None:
     file = Wrapped()
     extent = Extent(len(CONTENT))
-    opened = OpenFileObject(file, await _metadata(extent), extent, workers=Workers())
+    opened = OpenFileObject(file, await _metadata(extent), extent, workers=Workers(), in_use=threading.Lock())
     with pytest.raises(TransferAborted):
         [chunk async for chunk in opened.stream(ByteRange(5, 10))]
 
@@ -495,6 +496,58 @@ async def _metadata(extent: Extent) -> Any:
 async def test_what_cannot_go_back_says_so() -> None:
     with pytest.raises(SourceUnavailable, match="rewind failed"):
         extent_of(DoesNotGoBack())
+
+
+# --- asyncio's own cancellation, which waits for nothing
+
+
+@pytest.mark.parametrize("is_generator", [True, False])
+async def test_a_cancelled_task_closes_what_a_thread_still_reads(is_generator: bool) -> None:
+    reading, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    faults: list[BaseException] = []
+
+    def generate() -> Iterator[bytes]:
+        try:
+            reading.set()
+            go_on.wait(30)
+            yield b"x"
+        finally:
+            closed.set()
+
+    class Slow:
+        is_read = False
+
+        def read(self, size: int) -> bytes:
+            if size == 0:
+                return b""
+            self.is_read = True
+            reading.set()
+            go_on.wait(30)
+            self.is_read = False
+            return b"x"
+
+        def close(self) -> None:
+            if self.is_read:
+                faults.append(ValueError("closed while it was read"))
+            closed.set()
+
+    content: Any = generate if is_generator else Slow
+
+    async def send() -> None:
+        async with VirtualFile(content, name="x").open() as opened:
+            async for _ in opened.stream(None):
+                pass
+
+    task = asyncio.create_task(send())
+    await asyncio.to_thread(reading.wait, 30)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(closed.wait, 30)
+    assert faults == []
 
 
 # --- responses of real HTTP clients
@@ -511,7 +564,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         pass
 
 

@@ -171,7 +171,7 @@ def _leave(answering: "asyncio.Task[HttpResponseBase]", leaving: "asyncio.Task[N
 def _end_thread(context: ThreadSensitiveContext) -> "Future[None] | None":
     """Have the request's thread, if it has one, close its connections to databases and end. Return when it has.
 
-    CONN_MAX_AGE would keep them for a next request, which has a thread of its own.
+    CONN_MAX_AGE would keep them for the next request, which has another thread.
     """
     executor = SyncToAsync.context_to_thread_executor.pop(context, None)
     if executor is None:

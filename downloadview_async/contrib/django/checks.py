@@ -134,7 +134,7 @@ def _check_storages(middleware: ProxiedDownloadMiddleware, where: str) -> Iterat
         if is_covered and told_of(storage) is None and not opens_as_stored(storage):
             name = storage.__class__.__name__
             yield CheckWarning(
-                f"{where} offloads no file of a {name}: it opens files in a way of its own, so what it stores may not "
+                f"{where} offloads no file of a {name}: it overrides how files are opened, so what it stores may not "
                 "be what it sends",
                 hint=f"Write is_sent_as_stored = True in {name} if every file is sent byte for byte as it is stored, "
                 "and False if it is not, since it is encrypted or compressed.",

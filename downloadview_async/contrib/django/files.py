@@ -553,7 +553,10 @@ def is_left_by_closing(closed: Any) -> bool:
 def _is_on_disk(file: Any) -> bool:
     """Return whether a file object reads the very bytes of a regular file."""
     reader = getattr(file, "file", file)  # a NamedTemporaryFile wraps what it reads by
-    return isinstance(reader, io.BufferedReader | io.BufferedRandom | io.FileIO) and reader.seekable()
+    raw = getattr(reader, "raw", reader)  # of a BufferedReader over something else, such as a member of an archive
+    if not isinstance(reader, io.BufferedReader | io.BufferedRandom | io.FileIO) or not isinstance(raw, io.FileIO):
+        return False
+    return reader.seekable()
 
 
 def _stored_file(storage: Any, name: str) -> AsyncFile:

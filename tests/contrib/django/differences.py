@@ -35,6 +35,7 @@ def main() -> dict[str, Any]:
         MEDIA_ROOT=str(MEDIA),
         USE_TZ=True,
         LOGGING_CONFIG=None,
+        DOWNLOADVIEW_UNSALTED_LINKS="UNSALTED_LINKS" in os.environ,
     )
     django.setup()
     package = importlib.import_module(PACKAGE)

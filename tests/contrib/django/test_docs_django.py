@@ -225,12 +225,18 @@ def test_options_of_nginx_that_did_not_work_do(ours: dict[str, Any], request: py
     assert (theirs["expires time"], theirs["expires seconds"], theirs["charset"]) == ("TypeError", "TypeError", "None")
 
 
-def test_links_verify_in_the_other_package(
-    ours: dict[str, Any], theirs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+def test_links_of_the_other_package_verify_while_a_setting_says_so(
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     there = answers_of("django_downloadview", tmp_path_factory.mktemp("theirs"), ours["plain link"])
     here = answers_of(package.__name__, tmp_path_factory.mktemp("ours"), theirs["plain link"])
-    assert (there["link 0"]["status"], here["link 0"]["status"]) == (200, 200)
+    assert (there["link 0"]["status"], here["link 0"]["status"]) == (403, 403)
+    monkeypatch.setenv("UNSALTED_LINKS", "1")
+    here = answers_of(package.__name__, tmp_path_factory.mktemp("ours"), theirs["plain link"])
+    assert here["link 0"]["status"] == 200
 
 
 OLD = """

@@ -1,6 +1,7 @@
 """What begins and ends with a download: threads, loops, the interpreter, directories, clients; nothing outlives it."""
 
 import asyncio
+import gc
 import gzip
 import io
 import logging
@@ -11,16 +12,20 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asgiref.sync import async_to_sync
+from asgiref.sync import async_to_sync, sync_to_async
+from django.contrib.contenttypes.models import ContentType
 from django.core import signals
+from django.core.asgi import get_asgi_application as get_plain_application
 from django.core.exceptions import PermissionDenied
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, InMemoryStorage
+from django.core.management import call_command
+from django.db import connections
 from django.http import Http404, HttpRequest
 from django.test import AsyncClient, Client, override_settings
 from django.urls import path
@@ -493,3 +498,51 @@ def test_a_response_that_was_never_made_says_so_once(
         make()
     del caught
     assert unraisable == []
+
+
+# --- connections to databases
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("handler", [get_asgi_application, get_plain_application], ids=["ours", "Django's own"])
+@pytest.mark.parametrize("offloaded", [True, False])
+async def test_a_request_leaves_no_connection_to_a_database(root: Path, handler: Any, offloaded: bool) -> None:
+    """With CONN_MAX_AGE, that is for the next request of a thread: under ASGI, there is none."""
+
+    class Asks(PathDownloadView):
+        def get_path(self) -> Path:
+            ContentType.objects.count()
+            return root / str(self.kwargs["path"])
+
+    def failing(request: HttpRequest, path: str = "") -> Any:
+        ContentType.objects.count()
+        return Asks.as_view()(request, path="missing")
+
+    await sync_to_async(call_command)("migrate", verbosity=0)
+    rules = {"BACKEND": "nginx", "RULES": [{"source_dir": str(root), "destination_url": "/_files/"}]}
+    middleware = ["downloadview_async.contrib.django.SmartDownloadMiddleware"] if offloaded else []
+    database = connections.settings["default"]
+    gc.disable()  # which would close what has been left
+    try:
+        connections.settings["default"] = {**database, "CONN_MAX_AGE": 600}
+        urls = Urls(asks=Asks.as_view(), failing=failing)
+        with override_settings(ROOT_URLCONF=urls, MIDDLEWARE=middleware, DOWNLOADVIEW=rules):
+            async with live(handler()) as port:
+                before = _connections(str(database["NAME"]))
+                for name in ("text.txt", "large.bin") * 3:
+                    answer = await ask(port, f"/asks/{name}")
+                    assert (answer.status, "x-accel-redirect" in answer.headers) == (200, offloaded)
+                if handler is get_asgi_application:  # Django's own leaves them where a response is not ours
+                    assert (await ask(port, "/failing/x")).status == 404
+        assert _connections(str(database["NAME"])) == before
+    finally:
+        connections.settings["default"] = database
+        gc.enable()
+
+
+def _connections(database: str) -> int:
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/self/fd/{name}") == database
+    return found

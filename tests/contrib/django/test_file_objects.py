@@ -1,0 +1,176 @@
+"""File objects of every kind in a `DownloadResponse`, and the names that clients are told."""
+
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.core.files.base import File
+from django.core.files.storage import Storage
+from django.http import HttpRequest
+from django.test import AsyncClient, Client, override_settings
+from django.urls import path
+
+from downloadview_async.contrib.django import (
+    DownloadResponse,
+    PathDownloadView,
+    StorageFile,
+    VirtualDownloadView,
+    VirtualFile,
+    content_disposition,
+)
+from tests.sources.test_fileobject import CONTENT, KINDS, TEXT, TEXTS
+
+both = pytest.mark.parametrize("mode", ["sync", "async"])
+
+
+class Urls:
+    """A URLconf with one view."""
+
+    def __init__(self, view: Any) -> None:
+        self.urlpatterns = [path("f/<path:path>", view), path("f", view)]
+
+
+async def _fetch(url: str) -> tuple[Any, bytes]:
+    response: Any = await AsyncClient().get(url)
+    return response, b"".join([chunk async for chunk in response]) if response.streaming else response.content
+
+
+def fetch(view: Any, mode: str, url: str = "/f") -> tuple[Any, bytes]:
+    with override_settings(ROOT_URLCONF=Urls(view)):
+        if mode == "async":
+            return async_to_sync(_fetch)(url)
+        response: Any = Client().get(url)
+        return response, b"".join(response) if response.streaming else response.content
+
+
+class Opens(Storage):
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+
+    def _open(self, name: str, mode: str = "rb") -> Any:
+        return self.make()
+
+
+def view_of(make: Callable[[], Any], entry: str) -> Any:
+    class Made(VirtualDownloadView):
+        basename = "x.bin"
+
+        def get_file(self) -> Any:
+            return VirtualFile(make())
+
+    ways: dict[str, Callable[[HttpRequest], Any]] = {
+        "as it is": lambda request: DownloadResponse(make(), basename="x.bin").finish(request),
+        "File": lambda request: DownloadResponse(File(make(), name="x.bin")).finish(request),
+        "storage": lambda request: DownloadResponse(StorageFile(Opens(make), "x.bin")).finish(request),
+    }
+    return ways.get(entry) or Made.as_view()
+
+
+@pytest.mark.parametrize("entry", ["as it is", "File", "storage", "VirtualFile"])
+@pytest.mark.parametrize("kind", [*KINDS, *TEXTS])
+def test_all_of_a_file_object_is_sent(kind: str, entry: str) -> None:
+    make, expected = (TEXTS[kind], TEXT.encode()) if kind in TEXTS else (KINDS[kind][0], CONTENT)
+    response, body = fetch(view_of(make, entry), "sync")
+    assert (response.status_code, body == expected) == (200, True)
+    assert response.get("Content-Length") in (None, str(len(expected)))
+
+
+def unnamed(make: Callable[[], Any]) -> Any:
+    file = make()
+    file.write(b"0123456789")
+    file.flush()
+    return file
+
+
+UNNAMED: dict[str, Callable[[], Any]] = {
+    "TemporaryFile": lambda: unnamed(tempfile.TemporaryFile),
+    "SpooledTemporaryFile": lambda: unnamed(tempfile.SpooledTemporaryFile),
+    "fdopen": lambda: unnamed(lambda: os.fdopen(os.memfd_create("x"), "w+b")),
+    "File": lambda: File(unnamed(tempfile.TemporaryFile)),
+    "BytesIO": lambda: io.BytesIO(b"0123456789"),
+}
+
+
+@both
+@pytest.mark.parametrize("basename", [None, "a.bin"])
+@pytest.mark.parametrize("kind", UNNAMED)
+def test_a_file_object_needs_no_name(kind: str, basename: str | None, mode: str) -> None:
+    async def view(request: HttpRequest) -> Any:
+        return await DownloadResponse(UNNAMED[kind](), basename=basename).afinish(request)
+
+    def blocking(request: HttpRequest) -> Any:
+        return DownloadResponse(UNNAMED[kind](), basename=basename).finish(request)
+
+    response, body = fetch(view if mode == "async" else blocking, mode)
+    assert (response.status_code, body) == (200, b"0123456789")
+    assert response["Content-Disposition"] == f'attachment; filename="{basename or "download"}"'
+
+
+def test_a_name_of_bytes_is_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"0123456789")
+    response = DownloadResponse(open(os.fsencode(file), "rb"))  # noqa: SIM115
+    assert response.get_basename() == "a.txt"
+    response.close()
+
+
+DISPOSITIONS = [
+    ("/srv/secret/ada/report.pdf", 'attachment; filename="report.pdf"'),
+    ("C:\\srv\\ada\\report.pdf", 'attachment; filename="report.pdf"'),
+    ("a/b c.txt", "attachment; filename=\"b_c.txt\"; filename*=UTF-8''b%20c.txt"),
+    (
+        "祝您平安.odt",
+        "attachment; filename=\"download.odt\"; filename*=UTF-8''%E7%A5%9D%E6%82%A8%E5%B9%B3%E5%AE%89.odt",
+    ),
+    ("祝您.tar.gz", "attachment; filename=\"download.tar.gz\"; filename*=UTF-8''%E7%A5%9D%E6%82%A8.tar.gz"),
+    ("祝 2.odt", "attachment; filename=\"2.odt\"; filename*=UTF-8''%E7%A5%9D%202.odt"),
+    ("espacé .txt", "attachment; filename=\"espace_.txt\"; filename*=UTF-8''espac%C3%A9%20.txt"),
+    (".htaccess", 'attachment; filename=".htaccess"'),
+    ("", 'attachment; filename="download"'),
+]
+
+
+@pytest.mark.parametrize("name, expected", DISPOSITIONS)
+def test_a_client_is_told_a_name_and_no_path(name: str, expected: str) -> None:
+    assert content_disposition(name) == expected
+    assert DownloadResponse(io.BytesIO(), basename=name or None)["Content-Disposition"] == expected
+
+
+# --- a path from the URL that a get_path joins to a directory
+
+
+def joined(directory: Path, *, by_itself: bool) -> Any:
+    class Joined(PathDownloadView):
+        def get_path(self) -> str:
+            return os.path.join(directory, self.kwargs["path"] if by_itself else super().get_path())
+
+    return Joined.as_view()
+
+
+@both
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_a_path_that_is_joined_to_a_directory_stays_in_it(tmp_path: Path, by_itself: bool, mode: str) -> None:
+    (tmp_path / "files" / "x").mkdir(parents=True)
+    (tmp_path / "files" / "x" / "a.txt").write_bytes(b"0123456789")
+    (tmp_path / "files" / "a..b").write_bytes(b"0123456789")
+    (tmp_path / "secret.txt").write_bytes(b"secret")
+    view = joined(tmp_path / "files", by_itself=by_itself)
+    for name in ("x/a.txt", "a..b"):
+        assert fetch(view, mode, f"/f/{name}")[1] == b"0123456789"
+    for name in (
+        "..%2fsecret.txt",
+        "%2e%2e/secret.txt",
+        "x/..%2f..%2fsecret.txt",
+        f"%2f{tmp_path}/secret.txt".replace("%2f/", "%2f"),
+        f"/{tmp_path}/secret.txt",
+        "..%5csecret.txt",
+        "x%2f..",
+        "..%2f..%2f..%2f..%2f..%2fetc%2fpasswd",
+    ):
+        response, body = fetch(view, mode, f"/f/{name}")
+        assert (response.status_code, b"secret" in body) == (404, False), name
