@@ -75,6 +75,11 @@ class FileMetadata:
     max_reads: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a strong validator tells this version from all others, so that it can be read by several requests."""
+        return (self.etag is not None and not self.etag.weak) or self.last_modified is not None
+
 
 def stat_validators(size: int, mtime_ns: int) -> tuple[ETag, int | None]:
     """Return the strong entity tag and the Last-Modified time of a stored file, from its size and its mtime.

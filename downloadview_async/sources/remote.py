@@ -31,7 +31,7 @@ from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.negotiation import content_coding
-from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, reads_of, select_ranges
+from downloadview_async.http.ranges import NEAR, RangeSpec, in_order_of_the_file, parse_range, reads_of, select_ranges
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import Received
 from downloadview_async.sources.names import checked_segments
@@ -316,7 +316,7 @@ class OpenRemoteFile:
         self._body = _Body(response, ranged=spec is not None)
         self._version = _version(self._body.fields)
         self.metadata = _readable(self._described(self._body, request, spec, sent))
-        if not _has_strong_validator(self.metadata):
+        if not self.metadata.is_pinned:
             self._body.max_skip = math.inf  # all parts are of the one version that is open
 
     async def _ask(self, method: str, headers: Mapping[str, str]) -> tuple[Any, Mapping[str, str]]:
@@ -434,7 +434,8 @@ class OpenRemoteFile:
         parts = select_ranges(self._wanted, size) if self._wanted is not None and size is not None else "whole"
         if isinstance(parts, str):
             return span
-        whole = next((read for read in reads_of(parts) if read.start <= span.start and span.stop <= read.stop), span)
+        reads = reads_of(in_order_of_the_file(parts))
+        whole = next((read for read in reads if read.start <= span.start and span.stop <= read.stop), span)
         return ByteRange(span.start, whole.stop)
 
     async def aclose(self) -> None:
@@ -563,17 +564,13 @@ def _validators(fields: dict[str, str], received: Received) -> FileMetadata:
     return FileMetadata(etag=etag, last_modified=modified)
 
 
-def _has_strong_validator(metadata: FileMetadata) -> bool:
-    return (metadata.etag is not None and not metadata.etag.weak) or metadata.last_modified is not None
-
-
 def _readable(metadata: FileMetadata) -> FileMetadata:
     """Return metadata that tells how many reads an answer may cost.
 
     Several requests have to be of one version, which only a strong validator tells. Without one, all parts are read
     from one answer, if the file is small enough to read over what is between them.
     """
-    is_cheap = _has_strong_validator(metadata) or (metadata.size or 0) <= _MAX_ONCE
+    is_cheap = metadata.is_pinned or (metadata.size or 0) <= _MAX_ONCE
     return replace(metadata, max_reads=MAX_READS if is_cheap else 1)
 
 
