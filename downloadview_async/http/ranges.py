@@ -101,6 +101,18 @@ def reads_of(parts: list[ByteRange]) -> list[ByteRange]:
     return reads
 
 
+def read_from(span: ByteRange, specs: list[RangeSpec] | None, size: int | None) -> ByteRange:
+    """Return the span with those parts of a file of `size` bytes that are wanted as well and soon follow it.
+
+    Whoever reads all of that at once has them too. specs: what is wanted, or None: nothing else.
+    """
+    parts = select_ranges(specs, size) if specs is not None and size is not None else "whole"
+    if isinstance(parts, str):
+        return span
+    following = [part for part in in_order_of_the_file(parts) if part.start >= span.stop]
+    return reads_of([span, *following])[0]
+
+
 def in_order_of_the_file(parts: list[ByteRange]) -> list[ByteRange]:
     """Return the parts sorted by where they begin."""
     return sorted(parts, key=lambda part: part.start)

@@ -207,6 +207,8 @@ class DownloadResponse(StreamingHttpResponse):
             own.setdefault("age", age)
         if offload is not None and OFFLOAD_TARGET in offload and not range_applies(self._wanted, metadata):
             offload = None  # not every store knows If-Range, and would go on with another version
+        if getattr(opened, "hides_coding", False):
+            offload = None  # whoever fetches it would pass on a coding that no client can use
         if offload is not None and backend is not None:
             offload = await signed(backend, file, offload)
             return make_offload_plan(metadata, presentation, offload, headers=own)
