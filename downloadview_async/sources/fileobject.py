@@ -1,27 +1,31 @@
 """Blocking file objects and iterators as open files: every call to them is made in a worker thread."""
 
+import io
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import anyio
 import anyio.to_thread
 
 from downloadview_async.errors import TransferAborted
-from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.sources.workers import UNLIMITED, Workers
 
 _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
 _DONE = object()
+_WRAPPERS = ("tempfile", "django.")
+_MAX_WRAPPERS = 4
 
 
 class OpenFileObject:
     """An object with `read`, and `seek` if parts of it are to be sent. Whoever opened it closes it."""
 
     def __init__(self, file: Any, metadata: FileMetadata, *, workers: Workers) -> None:
-        self.metadata = metadata
+        self.metadata = metadata if seeks_cheaply(file) else replace(metadata, max_reads=MAX_READS)
         self._file = file
         self._workers = workers
 
@@ -79,6 +83,22 @@ class OpenIterator:
             gathered.append(as_bytes(item))
             size += len(gathered[-1])
         return b"".join(gathered), True
+
+
+def seeks_cheaply(file: Any) -> bool:
+    """Return whether a file object is known to be local or in memory, as it is or in wrappers such as Django's.
+
+    Others may read all that comes before a position to get there (gzip), or ask another server for what follows it.
+    """
+    for _ in range(_MAX_WRAPPERS):
+        if isinstance(file, io.BufferedReader | io.BufferedRandom):
+            return isinstance(file.raw, io.FileIO)
+        if isinstance(file, io.BytesIO | io.FileIO):
+            return True
+        if not type(file).__module__.startswith(_WRAPPERS):
+            return False  # whatever it wraps, it may do more than that
+        file = getattr(file, "file", None)
+    return False
 
 
 def as_bytes(item: Any) -> bytes:

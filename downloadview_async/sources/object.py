@@ -134,6 +134,16 @@ class OpenObjectFile:
         """The open local file, if it is one: see `local_of`."""
         return local_of(self._opened)
 
+    @property
+    def made_at(self) -> float | None:
+        """That of the file itself: see `Aged`."""
+        return getattr(self._opened, "made_at", None)
+
+    @property
+    def hides_coding(self) -> bool:
+        """That of the file itself: see `Recoded`."""
+        return getattr(self._opened, "hides_coding", False)
+
     def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the file itself."""
         return self._opened.stream(span)
