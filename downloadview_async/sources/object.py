@@ -13,7 +13,7 @@ from downloadview_async.http.content_types import content_type_for, valid_conten
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source
+from downloadview_async.sources.base import AsyncFile, OpenFile, Received, Source
 from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
 
 _CODING = re.compile("[0-9A-Za-z._-]+")
@@ -138,6 +138,16 @@ class OpenObjectFile:
     def made_at(self) -> float | None:
         """That of the file itself: see `Aged`."""
         return getattr(self._opened, "made_at", None)
+
+    @property
+    def received(self) -> Received | None:
+        """That of the file itself, if another server has described it: see `Dated`."""
+        return getattr(self._opened, "received", None)
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether nothing but the end of a connection tells where the file ends."""
+        return getattr(self._opened, "ends_with_connection", False)
 
     @property
     def hides_coding(self) -> bool:
