@@ -185,6 +185,8 @@ class DownloadResponse(Response):
         own = _text(header for header in self.raw_headers if header[0] != b"set-cookie")
         async with self.file.open(HEAD) as opened:
             described = describe(opened.metadata, self.presentation, own)
+            if getattr(opened, "hides_coding", False):
+                described.setdefault("content-encoding", "identity")  # else the store says what no client can use
         headers = await self.redirect.headers_for(self.file, described)
         return None if headers is None else make_redirect_plan(own, headers)
 
@@ -194,6 +196,9 @@ class DownloadResponse(Response):
             return False
         # Not every store knows If-Range, and would go on with another version.
         if OFFLOAD_TARGET in offload and not range_applies(request, opened.metadata):
+            return False
+        # Whoever fetches the file by itself passes on what the other server says of its coding.
+        if getattr(opened, "hides_coding", False):
             return False
         offload = await signed(scope["extensions"][EXTENSION], self.file, offload)
         answer = self._answer_to(HEAD, opened.metadata, offload).aged(age_of(opened))

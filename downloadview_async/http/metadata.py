@@ -75,6 +75,11 @@ class FileMetadata:
     max_reads: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a strong validator tells this version from all others, so that it can be read by several requests."""
+        return (self.etag is not None and not self.etag.weak) or self.last_modified is not None
+
 
 _SECOND = 1_000_000_000
 _GRAIN = 20_000_000  # ns: kernels advance the clock of their files every 1 to 10 ms

@@ -35,6 +35,13 @@ _NO_CODINGS = frozenset(
 )
 
 
+def hides_coding(value: str | None) -> bool:
+    """Return whether a Content-Encoding is not the one that `content_coding` makes of it."""
+    return value is not None and [token.strip(" \t").lower() for token in value.split(",")] != (
+        content_coding(value) or ""
+    ).split(", ")
+
+
 def content_coding(value: str) -> str | None:
     """Return a Content-Encoding as a client can use it, in lower case, or None where nothing is left of it."""
     tokens = [token.strip(" \t").lower() for token in value.split(",")]

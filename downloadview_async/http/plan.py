@@ -10,7 +10,7 @@ from downloadview_async.http.dates import format_http_date
 from downloadview_async.http.disposition import content_disposition
 from downloadview_async.http.metadata import ByteRange, FileMetadata, is_meaningful
 from downloadview_async.http.multipart import multipart_body, new_boundary
-from downloadview_async.http.ranges import parse_range, reads_of, select_ranges
+from downloadview_async.http.ranges import in_order_of_the_file, parse_range, reads_of, select_ranges
 from downloadview_async.http.request import DownloadRequest
 
 Headers = dict[str, str]
@@ -144,8 +144,9 @@ def narrowed(whole: Plan, request: DownloadRequest, metadata: FileMetadata, *, n
         extra = {"content-range": f"bytes */{metadata.size}", "accept-ranges": "bytes"}
         return _without_file(416, whole.headers, extra)
     if len(parts) > 1 and metadata.max_reads is not None:
-        # The order of the parts is ours to choose [15.3.7.2]: in that of the file, no read has to go back.
-        parts.sort(key=lambda part: part.start)
+        if not metadata.is_pinned or len(reads_of(parts)) > metadata.max_reads:
+            # The order of the parts is ours to choose [15.3.7.2]: in that of the file, no read has to go back.
+            parts = in_order_of_the_file(parts)
         if len(reads_of(parts)) > metadata.max_reads:
             return whole
     return _partial(parts, metadata.size, whole.headers)

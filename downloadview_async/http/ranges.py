@@ -91,10 +91,30 @@ def _merge(ranges: list[ByteRange]) -> list[ByteRange]:
 
 
 def reads_of(parts: list[ByteRange]) -> list[ByteRange]:
-    """Return the spans to read for some parts, in the order of the file: parts that are `NEAR` each other are one."""
+    """Return the spans to read for some parts, in their order: a part that soon follows the one before is read with it.
+
+    The parts do not overlap.
+    """
     reads: list[ByteRange] = []
-    for part in sorted(parts, key=lambda part: part.start):
-        if reads and part.start - reads[-1].stop <= NEAR:
-            part = ByteRange(reads[-1].start, max(reads.pop().stop, part.stop))
+    for part in parts:
+        if reads and 0 <= part.start - reads[-1].stop <= NEAR:
+            part = ByteRange(reads.pop().start, part.stop)
         reads.append(part)
     return reads
+
+
+def read_from(span: ByteRange, specs: list[RangeSpec] | None, size: int | None) -> ByteRange:
+    """Return the span with those parts of a file of `size` bytes that are wanted as well and soon follow it.
+
+    Whoever reads all of that at once has them too. specs: what is wanted, or None: nothing else.
+    """
+    parts = select_ranges(specs, size) if specs is not None and size is not None else "whole"
+    if isinstance(parts, str):
+        return span
+    following = [part for part in in_order_of_the_file(parts) if part.start >= span.stop]
+    return reads_of([span, *following])[0]
+
+
+def in_order_of_the_file(parts: list[ByteRange]) -> list[ByteRange]:
+    """Return the parts sorted by where they begin."""
+    return sorted(parts, key=lambda part: part.start)

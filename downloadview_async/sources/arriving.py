@@ -1,11 +1,14 @@
 """`Arriving`: bytes that are written to disk as they come, and that any number of readers are fed while they do.
 
-When the disk takes no more, what comes is handed on through a window in memory, at the pace of the slowest reader.
+When the disk takes no more, what comes is handed on through a window in memory. A reader that holds up others there
+is detached, and gets the rest by a read of the source that is for it alone.
 """
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from copy import copy
 from dataclasses import replace
 
@@ -20,6 +23,12 @@ MAX_WAITING = 1 << 18
 
 With blocks of 1 MiB the kernel gives the process new pages for each, which costs five times what writing them does.
 """
+
+LAGGARD_SECONDS = 1.0
+"""For how long, all in all, a reader may hold up others before it is detached."""
+
+Again = Callable[[ByteRange], AsyncGenerator[bytes, None]]
+"""Reads a span of the same version from the source itself. Raises `TransferAborted` where that cannot be done."""
 
 
 class Arriving:
@@ -108,10 +117,18 @@ class Arriving:
             if file is not None:
                 await file.aclose()
 
-    def open(self) -> "ArrivingFile":
-        """Return the file for one more reader, who closes it. After `describe` only."""
+    def open(self, *, again: Again | None = None) -> "ArrivingFile":
+        """Return the file for one more reader, which closes it. After `describe` only.
+
+        again: reads what the reader needs and is not here any more.
+        """
         assert self.metadata is not None
-        return ArrivingFile(self, self.metadata, None if self._file is None else self._file.shared())
+        return ArrivingFile(self, self.metadata, None if self._file is None else self._file.shared(), again)
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether there are readers, and all of them are detached."""
+        return bool(self.readers) and all(reader.is_detached for reader in self.readers)
 
     async def wait(self) -> None:
         """Wait until something is different."""
@@ -145,13 +162,18 @@ class Arriving:
 
     def trim(self) -> None:
         """Drop from the window what every reader has had."""
-        needed = min((reader.position for reader in self.readers if reader.position is not None), default=self.arrived)
+        needed = min((position for _, position in self._positions()), default=self.arrived)
         dropped = False
         while self._window and self._window[0][0] + len(self._window[0][1]) <= needed:
             self._window.popleft()
             dropped = True
         if dropped:
             self.notify()
+
+    def _positions(self) -> list[tuple["ArrivingFile", int]]:
+        """Return the readers that what is in the window is kept for, and from where on they need it."""
+        readers = [reader for reader in self.readers if not reader.is_detached]
+        return [(reader, reader.position) for reader in readers if reader.position is not None]
 
     async def _write_out(self) -> None:
         try:
@@ -193,13 +215,30 @@ class Arriving:
         self.notify()
         self.trim()
         while sum(len(block) for _, block in self._window) >= MAX_WAITING:
+            await self._wait_for_the_slowest()
+
+    async def _wait_for_the_slowest(self) -> None:
+        """Wait until something is different, and detach the readers that have held up others for too long."""
+        start, oldest = self._window[0]
+        slowest = [reader for reader, position in self._positions() if position < start + len(oldest)]
+        if not any(reader.is_waiting for reader in self.readers):
             await self.wait()
+            return
+        began = time.monotonic()
+        with anyio.move_on_after(min(reader.patience for reader in slowest)):
+            await self.wait()
+        for reader in slowest:
+            reader.patience -= time.monotonic() - began
+            reader.is_detached = reader.is_detached or reader.patience <= 0
+        self.trim()
 
 
 class ArrivingFile:
     """A file that arrives, as one of its readers has it open. A span is sent as soon as its bytes are there."""
 
-    def __init__(self, arriving: Arriving, metadata: FileMetadata, file: OpenLocalFile | None) -> None:
+    def __init__(
+        self, arriving: Arriving, metadata: FileMetadata, file: OpenLocalFile | None, again: Again | None = None
+    ) -> None:
         self.metadata = metadata
         self.made_at: float | None = None
         """See `Aged`."""
@@ -207,8 +246,15 @@ class ArrivingFile:
         """From where on this reader needs bytes, as far as is known."""
         self.is_satisfied = False
         """Whether a reader has been given all of a span that was asked for."""
+        self.is_waiting = False
+        """Whether this reader has had all that has arrived, and wants more."""
+        self.patience = LAGGARD_SECONDS
+        """For how many seconds it may still hold up others."""
+        self.is_detached = False
+        """Whether nothing is kept for it any more that is not on the disk."""
         self._arriving = arriving
         self._file = file
+        self._again = again
         arriving.readers.add(self)
 
     async def aclose(self) -> None:
@@ -231,24 +277,47 @@ class ArrivingFile:
                 elif position < arriving.arrived:
                     found = arriving.chunk_at(position)
                     if found is None:
-                        raise TransferAborted(f"byte {position} is not kept, as the cache takes no more")
+                        break
                     chunk = found if stop is None else found[: stop - position]
                 elif arriving.is_complete:
                     self.is_satisfied = True
                     return
+                elif self.is_detached:
+                    break
                 elif arriving.failure is not None:
                     raise arriving.failure_again()
                 else:
+                    if not self.is_waiting:
+                        self.is_waiting = True
+                        if not arriving.is_on_disk:
+                            arriving.notify()  # others may hold this one up
                     await arriving.wait()
                     continue
+                self.is_waiting = False
                 position += len(chunk)
                 self.position = position
                 arriving.trim()
                 self.is_satisfied = self.is_satisfied or position == stop
                 yield chunk
+            if stop is None or position < stop:
+                async with aclosing(self._rest(position, stop)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
         finally:
-            self.position = None
+            self.position, self.is_waiting = None, False
             arriving.trim()
+
+    async def _rest(self, position: int, stop: int | None) -> AsyncGenerator[bytes, None]:
+        """Yield what is not here any more, up to `stop` or the end, from the source itself."""
+        stop = self.metadata.size if stop is None else stop
+        if self._again is None or stop is None:
+            raise TransferAborted(f"byte {position} is not kept, as the cache takes no more")
+        self.position, self.is_detached = None, True
+        self._arriving.trim()
+        async with aclosing(self._again(ByteRange(position, stop))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        self.is_satisfied = True
 
     async def _read(self, start: int, stop: int) -> bytes:
         assert self._file is not None

@@ -63,6 +63,15 @@ class Dated(Protocol):
         ...
 
 
+class Recoded(Protocol):
+    """What an open file may offer as well: one of another server that says too much of its coding."""
+
+    @property
+    def hides_coding(self) -> bool:
+        """Whether that server would send a Content-Encoding that no client can use, and the description has not."""
+        ...
+
+
 class AsyncFile(Protocol):
     """A file that someone may send. It holds nothing until it is opened, so one that is never sent leaks nothing."""
 

@@ -47,6 +47,7 @@ _META = re.compile(rf"({_HASH})\.meta")
 _PART = re.compile(rf"{_HASH}\.[0-9a-f]{{16}}\.part")
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]")
+_MAKE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -240,6 +241,7 @@ class CacheDirectory:
                 f"others may put files into the cache directory {os.fspath(path)!r}, which are sent then: give one "
                 "that belongs to this user, and that not everybody may write to"
             )
+        self._check_locks()
         self.max_bytes = max_bytes
         self.bytes = 0
         """Bytes in use, as of this process's last look at them."""
@@ -252,6 +254,24 @@ class CacheDirectory:
     def is_sweep_due(self) -> bool:
         """Whether this process has not looked after the directory for a while."""
         return time.monotonic() - self._swept >= SWEEP_SECONDS
+
+    def _check_locks(self) -> None:
+        """Raise `ConfigurationError` where the file system, or what confines this process, refuses locks."""
+        name = f"{'0' * 40}.{secrets.token_hex(8)}.part"
+        try:
+            descriptor = os.open(name, _MAKE, 0o600, dir_fd=self.root.descriptor)
+        except OSError:
+            return  # nothing can be written, so nothing needs a lock: files are sent without being kept
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise ConfigurationError(
+                f"the cache directory {self.root.path!r} is on a file system that refuses locks (flock: "
+                f"{exc.strerror}): give one on a local disk"
+            ) from exc
+        finally:
+            self._unlink(name)
+            os.close(descriptor)
 
     def find(self, source: str, key: str, *, lease: bool = False) -> Entry | None:
         """Return the complete file of a key, which counts as a use of it; with `lease`, a proxy is about to open it."""
@@ -527,8 +547,7 @@ class CacheDirectory:
 
     def _new_part(self, key: str, mode: int) -> Part:
         name = f"{key}.{secrets.token_hex(8)}.part"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(name, flags, mode, dir_fd=self.root.descriptor)
+        descriptor = os.open(name, _MAKE, mode, dir_fd=self.root.descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return Part(key, name, descriptor)
 

@@ -686,6 +686,8 @@ class _Fetch:
         """Another one of the same file that arrives, of which the source is asked whether it is current."""
         self._same: _Fetch | None = None
         """That one, once the source has said so."""
+        self._described_as: FileMetadata | None = None
+        """What the source has answered."""
         self._entry: Entry | None = None
         """What is known of the file that arrives, from when the source has described it."""
         self._fresh_until = math.inf
@@ -764,13 +766,22 @@ class _Fetch:
 
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[ArrivingFile]:
-        file = self.arriving.open()
+        file = self.arriving.open(again=None if isinstance(self._inner, VirtualFile) else self._again)
         try:
             yield file
         finally:
             self._is_wanted = self._is_wanted or file.is_satisfied
             with anyio.CancelScope(shield=True):
                 await file.aclose()
+
+    async def _again(self, span: ByteRange) -> AsyncGenerator[bytes, None]:
+        """Yield a span of the version that arrives, by another read of the source."""
+        async with self._inner.open(DownloadRequest(range=f"bytes={span.start}-{span.stop - 1}")) as opened:
+            if self._described_as is None or not _is_same_version(opened.metadata, self._described_as):
+                raise TransferAborted(f"{self._inner.name!r} is not known to be the same version by now")
+            async with _closing(opened.stream(span)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     @asynccontextmanager
     async def _attended(self) -> AsyncIterator[AsyncExitStack]:
@@ -855,7 +866,7 @@ class _Fetch:
 
     async def _receive(self, opened: OpenFile) -> None:
         received = _received(opened)
-        metadata = opened.metadata
+        metadata = self._described_as = opened.metadata
         max_age = max_age_of(self._inner, metadata, self._cache.max_age, received)
         size = metadata.size
         kept = replace(
@@ -938,7 +949,7 @@ class _Fetch:
                     await arriving.take(chunk if left is None else chunk[:left])
                     if not arriving.is_on_disk:
                         self._cache.withdraw(self)
-                        if not self._clients:
+                        if not self._clients or arriving.is_given_up:
                             self.stop()
                     if left is not None and (left := left - len(chunk)) <= 0:
                         break
@@ -951,6 +962,15 @@ class _Fetch:
 def _received(opened: OpenFile) -> Received:
     now = time.time()
     return getattr(opened, "received", None) or Received(date=now, at=now)
+
+
+def _is_same_version(metadata: FileMetadata, other: FileMetadata) -> bool:
+    """Return whether two descriptions are known to be of the same bytes: only a strong validator tells."""
+    if metadata.size != other.size or metadata.etag != other.etag:
+        return False
+    if metadata.etag is not None and not metadata.etag.weak:
+        return True
+    return metadata.last_modified is not None and metadata.last_modified == other.last_modified
 
 
 @asynccontextmanager

@@ -4,11 +4,12 @@ A file object that can seek is sent whole, from its beginning, wherever it was: 
 that cannot is sent from where it is, without ranges.
 """
 
+import io
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock, Thread
 from typing import Any, TypeVar
 
@@ -16,12 +17,14 @@ import anyio
 import anyio.to_thread
 
 from downloadview_async.errors import FileMissing, SourceUnavailable, TransferAborted
-from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.sources.workers import Workers, unlimited
 
 _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
 _DONE = object()
+_WRAPPERS = ("tempfile", "django.")
+_MAX_WRAPPERS = 4
 
 T = TypeVar("T")
 
@@ -118,7 +121,7 @@ class OpenFileObject:
 
     def __init__(self, file: Any, metadata: FileMetadata, extent: Extent, *, workers: Workers, in_use: Lock) -> None:
         self._in_use = in_use
-        self.metadata = metadata
+        self.metadata = metadata if seeks_cheaply(file) else replace(metadata, max_reads=MAX_READS)
         self._file = file
         self._workers = workers
         self._can_seek = extent.can_seek
@@ -202,6 +205,22 @@ class OpenIterator:
             gathered.append(as_bytes(item))
             size += len(gathered[-1])
         return b"".join(gathered), True
+
+
+def seeks_cheaply(file: Any) -> bool:
+    """Return whether a file object is known to be local or in memory, as it is or in wrappers such as Django's.
+
+    Others may read all that comes before a position to get there (gzip), or ask another server for what follows it.
+    """
+    for _ in range(_MAX_WRAPPERS):
+        if isinstance(file, io.BufferedReader | io.BufferedRandom):
+            return isinstance(file.raw, io.FileIO)
+        if isinstance(file, io.BytesIO | io.FileIO):
+            return True
+        if not type(file).__module__.startswith(_WRAPPERS):
+            return False  # whatever it wraps, it may do more than that
+        file = getattr(file, "file", None)
+    return False
 
 
 def as_bytes(item: Any) -> bytes:

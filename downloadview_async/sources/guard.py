@@ -140,6 +140,9 @@ async def _look_up(host: str, port: int, timeout: float | None) -> list[Address]
     return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
 
 
+_RETRIED = "downloadview_async.retried"
+
+
 class _Pool(httpcore2.AsyncConnectionPool):
     """Connections that are kept, and one retry of a request where a kept connection turned out to be closed."""
 
@@ -186,8 +189,9 @@ class _PooledConnection(httpcore2.AsyncHTTPConnection):
         try:
             return await super().handle_async_request(request)
         except (httpcore2.ReadError, httpcore2.WriteError, httpcore2.RemoteProtocolError):
-            if not is_kept or self._stream.has_answered:
+            if not is_kept or self._stream.has_answered or _RETRIED in request.extensions:
                 raise
+            request.extensions[_RETRIED] = True
             self._pool.distrusted = self._pool.newest
             raise httpcore2.ConnectionNotAvailable from None
 

@@ -13,7 +13,7 @@ from downloadview_async.http.content_types import content_type_for, valid_conten
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source
+from downloadview_async.sources.base import AsyncFile, OpenFile, Received, Source
 from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
 
 _CODING = re.compile("[0-9A-Za-z._-]+")
@@ -133,6 +133,26 @@ class OpenObjectFile:
     def local(self) -> OpenLocalFile | None:
         """The open local file, if it is one: see `local_of`."""
         return local_of(self._opened)
+
+    @property
+    def made_at(self) -> float | None:
+        """That of the file itself: see `Aged`."""
+        return getattr(self._opened, "made_at", None)
+
+    @property
+    def received(self) -> Received | None:
+        """That of the file itself, if another server has described it: see `Dated`."""
+        return getattr(self._opened, "received", None)
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether nothing but the end of a connection tells where the file ends."""
+        return getattr(self._opened, "ends_with_connection", False)
+
+    @property
+    def hides_coding(self) -> bool:
+        """That of the file itself: see `Recoded`."""
+        return getattr(self._opened, "hides_coding", False)
 
     def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the file itself."""

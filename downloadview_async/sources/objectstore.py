@@ -4,11 +4,13 @@ The request that opens an object is its description too: a GET, a GET of a singl
 to the store. Whatever is read by a further request has to be of the same version.
 """
 
+import math
 import os
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any
@@ -23,12 +25,14 @@ from downloadview_async.errors import (
     FileMissing,
     SourceUnavailable,
     TransferAborted,
+    UpstreamBusy,
     UpstreamError,
     UpstreamTimeout,
 )
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import (
+    MAX_READS,
     ByteRange,
     ETag,
     FileMetadata,
@@ -36,10 +40,12 @@ from downloadview_async.http.metadata import (
     stat_validators,
     unsettled_seconds,
 )
-from downloadview_async.http.ranges import RangeSpec, parse_range
+from downloadview_async.http.negotiation import content_coding, hides_coding
+from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, read_from
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.remote import REFUSALS
 from downloadview_async.sources.workers import Slots
 
 SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
@@ -101,6 +107,8 @@ _PASSED_HEADERS = ("Content-Encoding", "Content-Language", "Cache-Control")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _UNKNOWN_TYPE = "binary/octet-stream"  # what S3 says of an object that was stored without a type
 
+_CLOCKS = 60  # seconds that the clock of a store may differ from ours, which do not hear what it says
+
 _STATUS = re.compile(r"non-2xx status code: ([0-9]{3})")
 # What S3 says of all objects, and not of one. Only in the body, which a HEAD has none of.
 _MISCONFIGURED = re.compile(
@@ -108,6 +116,7 @@ _MISCONFIGURED = re.compile(
     "|SignatureDoesNotMatch)</Code>"
 )
 _THROTTLED = frozenset({"429", "503"})
+_NON_PARTIAL = "non-partial response"  # what obstore says of a 200 where it has asked for a range
 _ERRNO = re.compile(r"\(os error ([0-9]+)\)\Z")
 _NOT_A_FILE = frozenset({"2", "20", "21", "36", "40"})  # ENOENT, ENOTDIR, EISDIR, ENAMETOOLONG, ELOOP
 _DENIED = frozenset({"1", "13"})  # EPERM, EACCES
@@ -249,36 +258,43 @@ class OpenObject:
         self._store = store
         self._name = name
         self._answer_timeout = answer_timeout
+        self.hides_coding = False
+        """See `Recoded`."""
         self._version: tuple[str | None, Any, int] | None = None
+        self._wanted: list[RangeSpec] | None = None
+        self._has_ranges = True
         self._stream: Any = None
-        self._span = ByteRange(0, 0)  # what the stream has left
+        self._span = ByteRange(0, 0)  # what the stream has left, beginning with `_rest`
+        self._rest = b""
 
     async def begin(self, request: DownloadRequest) -> None:
         """Ask the store what the client asks us. Raises `FileError`."""
-        options = _options_for(request)
-        try:
-            found = await self._get(options)
-        except _NotAsARange:
-            options = {"head": True}
-            found = await self._get(options)
+        self._wanted = parse_range(request.range) if request.range is not None else None
+        options, found = await self._ask(_options_for(request))
         if self._of_disk and (seconds := unsettled_seconds(_nanoseconds(found.meta), time.time_ns())):
             await anyio.sleep(seconds)  # then a further change shows in the time
-            found = await self._get(options)
+            options, found = await self._ask(options)
         meta, attributes = found.meta, found.attributes
         self._version = _version(meta)
         etag, modified = self._validators(meta)
+        # 1970 stands for a time that the store did not tell. Without a tag, another version may share the second.
+        latest = math.inf if etag is not None and not etag.weak else time.time() - _CLOCKS
+        if modified is not None and not 1 < modified <= latest:
+            modified = None
+        coding = attributes.get("Content-Encoding")
+        self.hides_coding = hides_coding(coding)
+        passed = {name.lower(): attributes.get(name, "\0") for name in _PASSED_HEADERS}
+        passed["content-encoding"] = content_coding(coding or "") or "\0"
         content_type = valid_content_type(attributes.get("Content-Type"))
         self.metadata = FileMetadata(
             size=meta["size"],
             etag=etag,
-            last_modified=modified or None,  # 1970 stands for a time that the store did not tell
+            last_modified=modified,
             content_type=None if content_type == _UNKNOWN_TYPE else content_type,
-            headers=tuple(
-                (name.lower(), attributes[name])
-                for name in _PASSED_HEADERS
-                if _FIELD_VALUE.fullmatch(attributes.get(name, "\0"))
-            ),
+            headers=tuple((name, value) for name, value in passed.items() if _FIELD_VALUE.fullmatch(value)),
         )
+        # Without a strong validator, nothing tells that two reads are of one version.
+        self.metadata = replace(self.metadata, max_reads=MAX_READS if self.metadata.is_pinned else 1)
         if "head" not in options:
             self._take(found)
 
@@ -294,6 +310,16 @@ class OpenObject:
         self._span = ByteRange(*found.range)
         self._stream = found.stream(CHUNK_SIZE)
 
+    async def _ask(self, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Return what the store says, and the options that it says so to: fewer where it refuses some of them."""
+        while True:
+            try:
+                return options, await self._get(options)
+            except _Refused as exc:
+                self._has_ranges = self._has_ranges and not ("range" in options and "head" not in exc.instead)
+                kept = {name: value for name, value in options.items() if name == "if_match"}
+                options = kept | exc.instead
+
     async def _get(self, options: Any) -> Any:
         import obstore
 
@@ -303,8 +329,8 @@ class OpenObject:
         except TimeoutError as exc:
             raise UpstreamTimeout(f"{self._name!r} took the store more than {self._answer_timeout} s") from exc
         except Exception as exc:
-            if "range" in options and _is_of_the_range(exc):
-                raise _NotAsARange from exc
+            if (instead := _instead_of(options, exc)) is not None:
+                raise _Refused(instead) from exc
             raise _file_error(exc, self._name) from exc
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
@@ -317,10 +343,10 @@ class OpenObject:
         left = ByteRange(0, self.metadata.size) if span is None else span
         reopened_for_nothing = False
         while left.start < left.stop:
-            if self._stream is None or self._span.start != left.start or self._span.stop < left.stop:
+            if not self._leads_to(left):
                 await self._reopen(left)
             try:
-                chunk = await anext(self._stream, b"")
+                chunk = self._rest or await anext(self._stream, b"")
                 if not chunk:
                     raise UpstreamError(f"{self._name!r} ended {len(self._span)} bytes early")
             except Exception as exc:
@@ -329,35 +355,51 @@ class OpenObject:
                     raise TransferAborted(f"{self._name!r} broke off at byte {left.start}: {_first_line(exc)}") from exc
                 reopened_for_nothing = True
                 continue
-            reopened_for_nothing = False
-            self._span = ByteRange(min(self._span.start + len(chunk), self._span.stop), self._span.stop)
-            chunk = chunk[: len(left)]
-            left = ByteRange(left.start + len(chunk), left.stop)
-            yield chunk
+            before, wanted = self._span.start, chunk[max(left.start - self._span.start, 0) :]
+            wanted, self._rest = wanted[: len(left)], wanted[len(left) :]
+            after = min(before + len(chunk) - len(self._rest), self._span.stop)
+            self._span = ByteRange(after, self._span.stop)
+            if wanted:
+                reopened_for_nothing = False
+                left = ByteRange(left.start + len(wanted), left.stop)
+                yield wanted
+
+    def _leads_to(self, span: ByteRange) -> bool:
+        """Return whether the stream that is open comes to the span without much in between."""
+        gap = span.start - self._span.start
+        max_gap = NEAR if self._has_ranges else math.inf
+        return self._stream is not None and 0 <= gap <= max_gap and span.stop <= self._span.stop
 
     async def _reopen(self, span: ByteRange) -> None:
-        """Open a stream of just this span, of the same version of the object. Raises `TransferAborted`."""
+        """Open a stream that has this span, of the same version of the object. Raises `TransferAborted`."""
         self.close()
-        options: dict[str, Any] = {"range": (span.start, span.stop)}
+        span = read_from(span, self._wanted, self.metadata.size)
+        options: dict[str, Any] = {"range": (span.start, span.stop)} if self._has_ranges else {}
         assert self._version is not None
         tag = ETag.parse(self._version[0] or "")
         if tag is not None and not tag.weak:  # "If-Match" compares strongly
             options["if_match"] = str(tag)
         try:
-            found = await self._get(options)
-        except (FileError, _NotAsARange) as exc:
+            options, found = await self._ask(options)
+        except FileError as exc:
             raise TransferAborted(f"{self._name!r} cannot be read on from byte {span.start}: {exc}") from exc
-        if _version(found.meta) != self._version or tuple(found.range) != (span.start, span.stop):
+        is_whole = "range" not in options and "head" not in options
+        expected = (0, self.metadata.size) if is_whole else (span.start, span.stop)
+        if _version(found.meta) != self._version or tuple(found.range) != expected or "head" in options:
             raise TransferAborted(f"{self._name!r} changed while it was sent")
         self._take(found)
 
     def close(self) -> None:
         """Let the answer that is open go, and its connection with it if there are bytes left in it."""
-        self._stream = None
+        self._stream, self._rest = None, b""
 
 
-class _NotAsARange(Exception):
-    """The store cannot give the range that was asked for: it is not in the object, or of a kind it does not know."""
+class _Refused(Exception):
+    """The store refuses a HEAD or a range, which it could have ignored. instead: the options to ask it with."""
+
+    def __init__(self, instead: dict[str, Any]) -> None:
+        super().__init__(instead)
+        self.instead = instead
 
 
 def _arguments(url: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -423,14 +465,20 @@ def _version(meta: Mapping[str, Any]) -> tuple[str | None, Any, int]:
     return meta["e_tag"], meta["last_modified"], meta["size"]
 
 
-def _is_of_the_range(exc: Exception) -> bool:
-    """Return whether a store's error may be about the range alone: another request will tell."""
+def _instead_of(options: Mapping[str, Any], exc: Exception) -> dict[str, Any] | None:
+    """Return what to ask the store for where it refuses a HEAD or a range, else None: the error is its answer."""
     status = _STATUS.search(str(exc))
-    if type(exc).__name__ == "NotSupportedError":
-        return True  # Azure has no "the last bytes"
-    return (
-        type(exc).__name__ == "GenericError" and (status is None or status[1] == "416") and "range" in str(exc).lower()
-    )
+    if "range" in options:
+        if _NON_PARTIAL in str(exc):
+            return {}
+        if type(exc).__name__ == "NotSupportedError":
+            return {"head": True}  # Azure has no "the last bytes"
+        if type(exc).__name__ == "GenericError" and (status is None or status[1] == "416"):
+            return {"head": True} if "range" in str(exc).lower() else None
+    elif "head" not in options:
+        return None
+    refusals = REFUSALS | {406} | (set() if "if_match" in options else {412})
+    return {} if status is not None and int(status[1]) in refusals else None
 
 
 def _file_error(exc: Exception, name: str) -> FileError:
@@ -451,7 +499,7 @@ def _file_error(exc: Exception, name: str) -> FileError:
         return AccessDenied(reason) if found[1] in _DENIED else SourceUnavailable(reason)
     status = _STATUS.search(reason)
     if status is not None and status[1] in _THROTTLED:
-        return SourceUnavailable(f"the store is throttling: {reason}")
+        return UpstreamBusy(f"the store is throttling: {reason}", status=int(status[1]))
     if status is None and "timed out" in str(exc):
         return UpstreamTimeout(reason)
     return UpstreamError(reason)

@@ -30,8 +30,8 @@ from downloadview_async.http.conditional import failed_precondition, parse_etag_
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
-from downloadview_async.http.negotiation import content_coding
-from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, reads_of, select_ranges
+from downloadview_async.http.negotiation import content_coding, hides_coding
+from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, read_from, select_ranges
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import Received
 from downloadview_async.sources.names import Names, canonical_name, check_names_option
@@ -45,7 +45,7 @@ _REST_SECONDS = 0.5
 
 # Statuses of an upstream that may refuse what it could have ignored: a HEAD, a Range, a precondition. 404, 410 and 429
 # are about the file or the client, and so are all that a gateway answers (502 to 504).
-_REFUSALS = frozenset({*range(400, 500), 500, 501, 505}) - {404, 406, 410, 412, 416, 429}
+REFUSALS = frozenset({*range(400, 500), 500, 501, 505}) - {404, 406, 410, 412, 416, 429}
 
 _MAX_ONCE = 8 << 20  # bytes of a file without a strong validator that are read for a few parts of it
 
@@ -315,6 +315,7 @@ class OpenRemoteFile:
         self._body: _Body | None = None
         self._wanted: list[RangeSpec] | None = None
         self._version: tuple[str | None, str | None] = None, None
+        self._hides_coding = False
 
     async def begin(self, request: DownloadRequest) -> None:
         """Ask the upstream what the client asks us. Raises `FileError`."""
@@ -323,8 +324,9 @@ class OpenRemoteFile:
         response, sent = await self._ask(request.method, _forwarded(request, spec))
         self._body = _Body(response, ranged=spec is not None)
         self._version = _version(self._body.fields)
+        self._hides_coding = hides_coding(self._body.fields.get("content-encoding"))
         self.metadata = _readable(self._described(self._body, request, spec, sent))
-        if not _has_strong_validator(self.metadata):
+        if not self.metadata.is_pinned:
             self._body.max_skip = math.inf  # all parts are of the one version that is open
 
     async def _ask(self, method: str, headers: Mapping[str, str]) -> tuple[Any, Mapping[str, str]]:
@@ -393,6 +395,11 @@ class OpenRemoteFile:
         return body is not None and body.ranged and body.position == 0 and body.has_content
 
     @property
+    def hides_coding(self) -> bool:
+        """See `Recoded`."""
+        return self._hides_coding
+
+    @property
     def received(self) -> Received:
         """When the file was described."""
         assert self._body is not None
@@ -418,7 +425,7 @@ class OpenRemoteFile:
         await self.aclose()
         headers = {"accept-encoding": "identity"}
         if span is not None:
-            span = self._read_with(span)
+            span = read_from(span, self._wanted, self.metadata.size)
             headers["range"] = f"bytes={span.start}-{span.stop - 1}"
         response, _ = await self._ask("GET", headers)
         self._body = body = _Body(response, ranged=True)  # closed with us from here on
@@ -435,15 +442,6 @@ class OpenRemoteFile:
         if _version(fields) != self._version:
             raise UpstreamError(f"{self._url!r} changed while it was sent")
         return body
-
-    def _read_with(self, span: ByteRange) -> ByteRange:
-        """Return the span with the parts near it that the client wants too, so that they are one request."""
-        size = self.metadata.size
-        parts = select_ranges(self._wanted, size) if self._wanted is not None and size is not None else "whole"
-        if isinstance(parts, str):
-            return span
-        whole = next((read for read in reads_of(parts) if read.start <= span.start and span.stop <= read.stop), span)
-        return ByteRange(span.start, whole.stop)
 
     async def aclose(self) -> None:
         """Close the answer that is open."""
@@ -517,7 +515,7 @@ def _is_refusal(response: Any, method: str, headers: Mapping[str, str]) -> bool:
         case 416:
             tells = _UNSATISFIED_RANGE.fullmatch(response.headers.get("content-range", "")) and "range" in headers
             return is_optional and not tells
-    return status in _REFUSALS and is_optional
+    return status in REFUSALS and is_optional
 
 
 def _single_range(request: DownloadRequest) -> RangeSpec | None:
@@ -571,17 +569,13 @@ def _validators(fields: dict[str, str], received: Received) -> FileMetadata:
     return FileMetadata(etag=etag, last_modified=modified)
 
 
-def _has_strong_validator(metadata: FileMetadata) -> bool:
-    return (metadata.etag is not None and not metadata.etag.weak) or metadata.last_modified is not None
-
-
 def _readable(metadata: FileMetadata) -> FileMetadata:
     """Return metadata that tells how many reads an answer may cost.
 
     Several requests have to be of one version, which only a strong validator tells. Without one, all parts are read
     from one answer, if the file is small enough to read over what is between them.
     """
-    is_cheap = _has_strong_validator(metadata) or (metadata.size or 0) <= _MAX_ONCE
+    is_cheap = metadata.is_pinned or (metadata.size or 0) <= _MAX_ONCE
     return replace(metadata, max_reads=MAX_READS if is_cheap else 1)
 
 

@@ -70,6 +70,7 @@ async def test_who_comes_while_a_file_arrives_is_fed_by_us_and_who_comes_later_b
         assert OFFLOAD_HEADERS & {*direct.headers}
         answer = await ask(port, "/slow.bin", headers={"Range": f"bytes={BLOCK - 1}-{BLOCK}"})
         assert (answer.status, answer.body) == (206, b"xy")
+        assert answer.headers["age"].isdigit()
         assert made == ["once"]
 
 

@@ -4,17 +4,21 @@ import asyncio
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async import ETag, VirtualFile
+from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.dates import format_http_date
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.sources.base import Received
 from downloadview_async.sources.freshness import max_age_of
-from tests.live import Answer
+from tests.live import Answer, ask, live
 from tests.sources.test_cached import BIG, DAY, Origin, Served, origin, remote, served, serving
 
 __all__ = ["origin", "served"]  # fixtures
@@ -107,12 +111,6 @@ async def test_a_kept_answer_carries_its_age_and_the_first_one_does_not(origin: 
 @pytest.mark.asyncio
 async def test_the_age_of_an_answer_that_is_prepared_goes_on(origin: Origin, tmp_path: Path) -> None:
     """Small files are sent by our protocol with a head that is kept."""
-    from starlette.applications import Starlette
-    from starlette.routing import Route
-
-    from downloadview_async.asgi.server import DownloadProtocol
-    from tests.live import live
-
     origin.content = b"small"
     async with serving(remote(origin), tmp_path) as served:
         app = Starlette(routes=[Route("/{path:path}", dv.Download(served.source))])
@@ -126,6 +124,20 @@ async def test_the_age_of_an_answer_that_is_prepared_goes_on(origin: Origin, tmp
                 served.cache.remember(served.source.name, "a.bin", past_entry)
                 answer = await served.get()
                 assert (answer.body, answer.headers["age"]) in [(b"small", str(past + late)) for late in range(5)]
+
+
+@pytest.mark.asyncio
+async def test_an_object_whose_file_is_kept_has_the_age_of_the_file(origin: Origin, served: Served) -> None:
+    async def get(key: str) -> Any:
+        return SimpleNamespace(file="a.bin")
+
+    endpoint = dv.Download(dv.ObjectSource(get, source=served.source), key="path")
+    app = Starlette(routes=[Route("/{path}", endpoint)])
+    async with live(app) as port:
+        assert "age" not in (await ask(port, "/k")).headers
+        await served.settled()
+        assert (await ask(port, "/k")).headers["age"].isdigit()
+    assert len(origin.requests) == 1
 
 
 @pytest.mark.asyncio
@@ -189,6 +201,15 @@ async def test_a_304_that_forbids_to_keep_the_file(origin: Origin, served: Serve
     assert (await served.get()).body == BIG
     await served.settled()
     assert served.data() == []
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.asyncio
+async def test_a_busy_upstream_is_passed_on_to_all_who_wait(origin: Origin, served: Served, status: int) -> None:
+    origin.status = f"{status} Busy"
+    origin.headers = ["Retry-After: 17"]
+    answers = await asyncio.gather(*[served.get() for _ in range(3)])
+    assert [(answer.status, answer.headers["retry-after"]) for answer in answers] == [(status, "17")] * 3
 
 
 # Who joins what arrives

@@ -120,8 +120,8 @@ async def test_several_ranges_are_of_one_version() -> None:
         answer = await call(app(store), "/a.txt", headers={"Range": "bytes=0-1,8-9"})
         assert answer.status == 206
         assert re.findall(rb"\r\n\r\n(\d\d)\r\n", answer.body) == [b"01", b"89"]
-        assert store.methods == ["HEAD", "GET", "GET"]
-        assert [asked.get("if-match") for _, asked in store.requests] == [None, '"one"', '"one"']
+        assert store.methods == ["HEAD", "GET"]  # one read, as the parts are near each other
+        assert [asked.get("if-match") for _, asked in store.requests] == [None, '"one"']
 
 
 async def test_an_empty_object_has_no_ranges() -> None:
@@ -161,7 +161,7 @@ ERRORS: list[tuple[int, type[FileError], int]] = [
     (404, FileMissing, 404),
     (401, AccessDenied, 404),
     (403, AccessDenied, 404),
-    (429, SourceUnavailable, 503),
+    (429, SourceUnavailable, 429),
     (503, SourceUnavailable, 503),
     (500, UpstreamError, 502),
     (400, UpstreamError, 502),
@@ -179,7 +179,7 @@ async def test_errors_of_a_store(
         with caplog.at_level(logging.INFO, "downloadview_async"):
             answer = await call(app(store), "/a.txt")
         assert answer.status == ours
-        assert answer.headers.get("retry-after") == ("5" if ours == 503 else None)
+        assert answer.headers.get("retry-after") == ("5" if ours in (429, 503) else None)
         assert str(status) in caplog.text  # why it is what it is
         assert b"127.0.0.1" not in answer.body
 
@@ -498,11 +498,14 @@ async def test_metadata_of_google_cloud_storage(gcs: GCS) -> None:
 
 
 async def test_google_unpacks_an_object_unless_it_is_asked_not_to(gcs: GCS) -> None:
-    """A range of what Google unpacks while it sends is a range of nothing: it is refused."""
-    packed = gzip.compress(b"0123456789" * 100)
+    """What Google unpacks while it sends is never asked for by a range: a part of it is cut out here."""
+    content = b"0123456789ab" * 100
+    packed = gzip.compress(content)
     gcs.put("packed/a.txt", packed, contentType="text/plain", contentEncoding="gzip")
     unpacking = Download(StorageSource(gcs.storage("packed")))
-    assert (await call(unpacking, "/a.txt", headers={"Range": "bytes=10-19"})).status >= 500
+    for headers, status, body in (({}, 200, content), ({"Range": "bytes=10-19"}, 206, content[10:20])):
+        answer = await call(unpacking, "/a.txt", headers=headers)
+        assert (answer.status, answer.body, answer.headers.get("content-encoding")) == (status, body, None)
 
     as_it_is = Download(StorageSource(gcs.storage("packed", default_headers={"Accept-Encoding": "gzip"})))
     for headers, status, body in (({}, 200, packed), ({"Range": "bytes=10-19"}, 206, packed[10:20])):

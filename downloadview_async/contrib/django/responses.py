@@ -262,6 +262,8 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         # a proxy makes a strong validator of any time, also of one that says nothing
         if (local := local_of(opened)) is not None and not local.is_telling:
             return None
+        if getattr(opened, "hides_coding", False):
+            return None  # whoever fetches it would pass on a coding that no client can use
         metadata, presentation, own = self._described(file, opened)
         if OFFLOAD_TARGET in offload and not range_applies(self._wanted, metadata):
             return None  # not every store knows If-Range, and would go on with another version
