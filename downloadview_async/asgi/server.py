@@ -60,6 +60,7 @@ from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.sources.local import REWRITTEN, OpenLocalFile
 from downloadview_async.sources.path import LocalFile
+from downloadview_async.sources.refusals import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
 KNOWN_UVICORN = ("0.38.0", "0.54.0")
@@ -96,6 +97,7 @@ _END_OF_HEAD = b"\r\n\r\n"
 
 _OFFER: dict[object, object] = {"descriptor": True, PREPARED: True}
 _CLOSE = (b"connection", b"close")
+_sendfile = Refusals("sendfile")
 _server_lines: tuple[list[tuple[bytes, bytes]], bytes | None] = [], b""
 
 
@@ -745,29 +747,38 @@ class DownloadProtocol(HttpToolsProtocol):
                     await self._flushed()
                     await _turn(self.loop)
                     continue
-                try:
-                    length = min(count, _WINDOW)
-                    if file.is_rewritten():
-                        raise TransferAborted(REWRITTEN)
-                    if file.is_cached(offset, length):
-                        sent = os.sendfile(self._fileno(), file.descriptor, offset, length)
-                        if sent < count:
-                            await _turn(self.loop)
-                    else:
-                        sent = await self._sendfile_in_worker(file, offset, length)
-                except BlockingIOError:
-                    # Only the transport may wait for its socket. It does so for a few bytes.
-                    few = await file.read(ByteRange(offset, offset + min(count, _FEW)))
+                if file.is_rewritten():
+                    raise TransferAborted(REWRITTEN)
+                length, written = min(count, _WINDOW), 0  # bytes that the transport sends
+                if file.device in _sendfile.devices:
+                    written = length
+                else:
+                    try:
+                        if file.is_cached(offset, length):
+                            sent = os.sendfile(self._fileno(), file.descriptor, offset, length)
+                            if sent < count:
+                                await _turn(self.loop)
+                        else:
+                            sent = await self._sendfile_in_worker(file, offset, length)
+                    except BlockingIOError:
+                        written = min(count, _FEW)  # only the transport may wait for its socket
+                    except ConnectionError:
+                        if not self._lost:  # a worker may hear of it after uvicorn has
+                            self._drained = self.loop.create_future()
+                            self.transport.abort()
+                            await self._drained  # until uvicorn knows, and does not take the answer for a broken one
+                        break
+                    except OSError as exc:
+                        _sendfile.note(file.device, exc)
+                        written = length
+                if written:
+                    chunk = await file.read(ByteRange(offset, offset + written))
                     if self.transport.is_closing():
                         break
-                    self.transport.write(few)
-                    sent = len(few)
-                except ConnectionError:
-                    if not self._lost:  # a worker may hear of it after uvicorn has
-                        self._drained = self.loop.create_future()
-                        self.transport.abort()
-                        await self._drained  # until uvicorn knows, and does not take the answer for a broken one
-                    break
+                    self.transport.write(chunk)
+                    sent = len(chunk)
+                    if sent > _FEW:
+                        await _turn(self.loop)
                 if sent == 0:
                     raise TransferAborted(f"the file ended {count} bytes before what was promised of it")
                 offset += sent

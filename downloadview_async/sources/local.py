@@ -16,6 +16,7 @@ from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata, is_telling, stat_validators
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.refusals import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER, Workers, unlimited
 
 CHUNK_SIZE = 256 * 1024
@@ -27,6 +28,7 @@ REWRITTEN = "the file was written to while it was sent"
 
 _PROBE = 128 * 1024  # what a disk is usually read by
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
+_reads_of_cached_pages = Refusals("preadv2 with RWF_NOWAIT")
 
 
 class _Buffers(threading.local):
@@ -64,7 +66,8 @@ class OpenLocalFile:
         self._quick = quick
         self._users = 1
         self.workers = workers
-        self._read_cached_pages = _RWF_NOWAIT is not None
+        self.device = found.st_dev
+        self._read_cached_pages = _RWF_NOWAIT is not None and self.device not in _reads_of_cached_pages.devices
         self.size = found.st_size
         self._mtime_ns = found.st_mtime_ns
         self.made_at: float | None = None
@@ -120,12 +123,9 @@ class OpenLocalFile:
         """Return whether all bytes of a span can be read without waiting for a disk, by one of every `_PROBE`."""
         if not self._read_cached_pages:
             return False
-        try:
-            for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
-                if self._cached(1, position) is None:
-                    return False
-        except OSError:
-            return False  # whoever reads it will hear of that
+        for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
+            if self._cached(1, position) is None:
+                return False
         return True
 
     async def read(self, span: ByteRange) -> bytes:
@@ -173,9 +173,10 @@ class OpenLocalFile:
         except BlockingIOError:
             return None
         except OSError as exc:
-            if exc.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                raise
-            self._read_cached_pages = False  # tmpfs, FUSE and others cannot tell: always ask a worker
+            # tmpfs, FUSE and others cannot tell, or the call is not allowed here: always ask a worker. One that fails
+            # to read for another reason gets the same error, where an error can be answered.
+            self._read_cached_pages = False
+            _reads_of_cached_pages.note(self.device, exc)
             return None
 
 

@@ -59,6 +59,8 @@ _QUICK_TYPES = frozenset(
 )
 
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EISDIR})
+# What openat2 says of a name or of this moment. With any other error, such as EPERM, the call itself may be refused.
+_ANSWERS = _MISSING | {errno.ELOOP, errno.EXDEV, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.EXDEV})
 
 
@@ -158,8 +160,8 @@ class Root:
         try:
             descriptor = _openat2(self.descriptor, name, resolve)
         except OSError as exc:
-            # not cached; a kernel before 5.12; another file system, or outside of the root, as `open` will tell
-            if exc.errno in (errno.EAGAIN, errno.EINVAL, errno.EXDEV):
+            # not cached; another file system, or outside of the root; a call that is refused: `open` will tell
+            if exc.errno in (errno.EAGAIN, errno.EXDEV) or exc.errno not in _ANSWERS:
                 return None
             raise _file_error(exc) from exc
         opened = _only_regular(descriptor, quick=True, settled=False)
@@ -176,25 +178,31 @@ class Root:
         """
         segments = checked_segments(name, self.names)
         try:
-            if self.use_openat2:
-                descriptor = self._open_in_kernel(name)
-            elif self.symlinks == "follow":
-                descriptor = os.open(name, _FILE_FLAGS, dir_fd=self.descriptor)
-            else:
-                descriptor = self._open_by_segments(segments)
+            descriptor = self._open_in_kernel(name) if self.use_openat2 else None
+            if descriptor is None:
+                descriptor = self._open_portably(name, segments)
         except OSError as exc:
             raise _file_error(exc) from exc
         return _only_regular(descriptor, settled=self.settles)
 
-    def _open_in_kernel(self, name: str) -> int:
+    def _open_in_kernel(self, name: str) -> int | None:
+        """Return a descriptor, or None where the kernel does not answer the call, so that others have to be made."""
         for _ in range(_MAX_RACES):
             try:
                 return _openat2(self.descriptor, name, _RESOLVE[self.symlinks])
             except OSError as exc:
+                if exc.errno not in _ANSWERS:
+                    self.use_openat2 = has_openat2()
+                    return None
                 # "a [...] component [...] raced with a rename [...] the caller may retry" [openat2(2), EAGAIN]
                 if exc.errno != errno.EAGAIN:
                     raise
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), name)
+
+    def _open_portably(self, name: str, segments: list[str]) -> int:
+        if self.symlinks == "follow":
+            return os.open(name, _FILE_FLAGS, dir_fd=self.descriptor)
+        return self._open_by_segments(segments)
 
     def _open_by_segments(self, segments: list[str]) -> int:
         """Walk down with `openat` and O_NOFOLLOW; a link is read and walked like a name, beneath the root."""
