@@ -30,7 +30,7 @@ def make_app() -> ASGIApp:
     if os.environ["REFUSING_WHEN"] == "first":
         _refuse()
     root = os.environ["REFUSING_ROOT"]
-    kinds = {
+    kinds: dict[str, dv.Source] = {
         "path": dv.PathSource(root),
         "deny": dv.PathSource(root, symlinks="deny"),
         "follow": dv.PathSource(root, symlinks="follow"),
