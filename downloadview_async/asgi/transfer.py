@@ -271,16 +271,23 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
     async with anyio.create_task_group() as tasks:
 
         async def listen() -> None:
+            nonlocal failure
             # Servers say "http.disconnect" after the end of a response, too. All that is left then is closing the
             # file, which is not to be cancelled.
-            if await _client_leaves(receive) and not _ends_the_response(last):
+            try:
+                has_left = await _client_leaves(receive)
+            except Exception as exc:  # a middleware's, such as one that limits the body, and answers this itself
+                has_left = True
+                if not _ends_the_response(last):
+                    failure = failure or exc
+            if has_left and not _ends_the_response(last):
                 tasks.cancel_scope.cancel()
 
         tasks.start_soon(listen)
         try:
             await work(send_watched)
         except Exception as exc:
-            failure = exc  # raised below, not as a part of an ExceptionGroup
+            failure = failure or exc  # raised below, not as a part of an ExceptionGroup
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure

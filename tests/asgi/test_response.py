@@ -1,6 +1,7 @@
 """`DownloadResponse` and `OffloadMiddleware` in real applications: what an offload goes on, and what it never does."""
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp
 import downloadview_async as dv
 from downloadview_async.offload.base import OFFLOAD_HEADERS
 from downloadview_async.testing import assert_download_response, assert_x_accel_redirect, assert_x_sendfile, call
+from tests.live import ask_raw, live
 
 pytestmark = pytest.mark.asyncio
 CONTENT = b"<p>" * 1000
@@ -357,3 +359,24 @@ async def test_other_scopes_pass_the_middleware_untouched() -> None:
     await dv.OffloadMiddleware(app, nginx(Path("/x")))(scope, None, None)  # type: ignore[arg-type]
     assert seen == [scope]
     assert seen[0] is scope
+
+
+async def test_what_a_middleware_raises_out_of_receive_comes_out_as_it_is(root: Path) -> None:
+    """Starlette's limit of a body raises out of `receive`, and answers that itself."""
+    download = dv.Download(dv.StorageSource(dv.SyncStorage(Slow(root))))
+    app = Starlette(routes=[Route("/{name}", download, max_body_size=10)])
+    async with live(app) as port:
+        request = b"GET /page.html HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        answer = await ask_raw(port, request + b"14\r\n" + b"x" * 20 + b"\r\n0\r\n\r\n")
+    assert answer.status == 413
+
+
+class Slow:
+    """A blocking storage that is asked in a worker thread, while the body of the request arrives."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, name: str, mode: str) -> Any:
+        time.sleep(0.2)
+        return (self.root / name).open(mode)
