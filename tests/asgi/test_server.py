@@ -687,6 +687,8 @@ def mixed(size: int) -> bytes:
 async def test_small_and_large_answers_come_in_order(tmp_path: Path, pieces: int) -> None:
     (tmp_path / "small.bin").write_bytes(b"the content")
     (tmp_path / "big.bin").write_bytes(os.urandom(4 * MIB) + b"the end")
+    for name in ("small.bin", "big.bin"):
+        os.utime(tmp_path / name, (1_700_000_000, 1_700_000_000))  # a second that is over: both have a Last-Modified
     requests = mixed(4 * MIB + 7)
     app = app_for(tmp_path)
     async with live(app, http="httptools") as port:

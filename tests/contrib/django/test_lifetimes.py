@@ -7,6 +7,8 @@ import io
 import logging
 import os
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -404,6 +406,9 @@ async def _ask_and_leave(port: int, url: str, begun: asyncio.Event) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"GET {url} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
     await begun.wait()
+    # without this, a client that closes looks like one that has only finished sending, until something is sent to it
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
 
 
