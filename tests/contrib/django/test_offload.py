@@ -61,8 +61,8 @@ def root(tmp_path: Path) -> Path:
         (tmp_path / directory / "a.txt").write_bytes(CONTENT)
     (tmp_path / "media" / "x").mkdir()
     (tmp_path / "media" / "x" / "é b%20c.txt").write_bytes(CONTENT)
-    for path in tmp_path.rglob("*.txt"):
-        os.utime(path, (1_700_000_000, 1_700_000_000))  # a second that is over: there is a Last-Modified
+    for file in tmp_path.rglob("*.txt"):
+        os.utime(file, (1_700_000_000, 1_700_000_000))  # a second that is over: there is a Last-Modified
     return tmp_path
 
 
