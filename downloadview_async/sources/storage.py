@@ -190,10 +190,12 @@ class SyncStorage:
 
     def _open(self, name: str) -> tuple[Any, FileMetadata, Extent]:
         with _as_file_errors(name):
-            if seconds := _unsettled(self._modified(name)):
-                time.sleep(seconds)  # then a further change shows in the time
-            file = self._storage.open(name, "rb")
+            file = self._storage.open(name, "rb")  # first: it says best that there is none
             try:
+                if seconds := _unsettled(self._modified(name)):
+                    time.sleep(seconds)  # then a further change shows in the time
+                    close(file)
+                    file = self._storage.open(name, "rb")
                 extent = extent_of(file)
                 size = extent.size
                 if size is None and not extent.is_text:
