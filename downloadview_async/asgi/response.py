@@ -18,10 +18,11 @@ from downloadview_async.asgi.transfer import (
     MAX_UNREAD_BODY,
     PATHSEND,
     PREPARED,
-    LentFile,
+    Loan,
     PreparedHead,
     body_at_once,
     only_span,
+    send_in_chunks,
     send_plan,
     until_the_client_leaves,
 )
@@ -150,9 +151,11 @@ class DownloadResponse(Response):
             if span is None or "descriptor" not in path_send:
                 return False
             await send(self._start(answer, scope))
-            async with LentFile(local) as lent:
-                await send(lent.message(span))
-                await lent.returned(receive, send)
+            async with Loan(local) as loan:
+                await send(loan.message(span))
+                if await loan.returned(receive, send):
+                    return True
+            await until_the_client_leaves(partial(send_in_chunks, answer.plan, local), receive, send)
             return True
         finally:
             local.close()

@@ -84,19 +84,47 @@ class PreparedHead:
 
 
 class LentFile:
-    """An open file, lent to the server for a path send: a context, which ends when the server has given it back.
+    """An open file in a path send, which the server takes, and gives back when it has sent it.
 
-    It cannot be taken once the context is ending.
+    Nothing but the message refers to it. So it also ends with that, where a middleware drops the message.
     """
 
-    __slots__ = ("_ended", "_file", "_taken", "_waited_for", "is_returned")
+    __slots__ = ("_file", "loan")
+
+    def __init__(self, file: OpenLocalFile, loan: "Loan | None" = None) -> None:
+        self._file = file
+        self.loan = Loan(file) if loan is None else loan
+
+    def take(self) -> OpenLocalFile:
+        """Return the file, to be given back. Raises `TransferAborted` where the response has ended already."""
+        if self.loan.is_over:
+            raise TransferAborted("the response ended before its file was sent")
+        self.loan.is_taken = True
+        return self._file
+
+    def give_back(self) -> None:
+        """Let the file be closed."""
+        self.loan.settle()
+
+    def __del__(self) -> None:
+        self.loan.settle()
+
+
+class Loan:
+    """Lends an open file to the server for a path send: a context, which ends when the server has given it back.
+
+    is_taken: whether the server has taken the file. is_settled: whether it has given it back, or never will take it.
+    is_over: whether the context has ended, so that the file cannot be taken any more.
+    """
+
+    __slots__ = ("_file", "_settled", "is_over", "is_settled", "is_taken")
 
     def __init__(self, file: OpenLocalFile) -> None:
         self._file = file
-        self._taken = False
-        self._ended = False
-        self._waited_for: anyio.Event | None = None
-        self.is_returned = False
+        self._settled: anyio.Event | None = None
+        self.is_over = False
+        self.is_settled = False
+        self.is_taken = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -104,47 +132,41 @@ class LentFile:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended = True
-        if self._taken and not self.is_returned:
+        self.is_over = True
+        if self.is_taken and not self.is_settled:
             with anyio.CancelScope(shield=True):
                 await self._wait()
 
-    def take(self) -> OpenLocalFile:
-        """Return the file, to be given back. Raises `TransferAborted` where the response has ended already."""
-        if self._ended:
-            raise TransferAborted("the response ended before its file was sent")
-        self._taken = True
-        return self._file
+    def settle(self) -> None:
+        """End the wait for the server."""
+        self.is_settled = True
+        if self._settled is not None:
+            self._settled.set()
 
-    def give_back(self) -> None:
-        """Let the file be closed."""
-        self.is_returned = True
-        if self._waited_for is not None:
-            self._waited_for.set()
-
-    async def returned(self, receive: Receive | None = None, send: Send | None = None) -> None:
+    async def returned(self, receive: Receive | None = None, send: Send | None = None) -> bool:
         """Wait until the server has had the file: some middleware takes a message from us long before the server does.
 
-        With `receive` and `send`, until the client leaves: where nobody else listens for that.
+        With `receive` and `send`, until the client leaves: where nobody else listens for that. Return False where a
+        middleware has dropped the message, as one does that knows no path sends: the body has yet to be sent.
         """
-        if self.is_returned:
-            return
-        if receive is None or send is None:
-            await self._wait()
-        else:
-            await until_the_client_leaves(lambda _: self._wait(), receive, send)
+        if not self.is_settled:
+            if receive is None or send is None:
+                await self._wait()
+            else:
+                await until_the_client_leaves(lambda _: self._wait(), receive, send)
+        return self.is_taken or not self.is_settled
 
     async def _wait(self) -> None:
-        if not self.is_returned:
-            self._waited_for = self._waited_for or anyio.Event()
-            await self._waited_for.wait()
+        if not self.is_settled:
+            self._settled = self._settled or anyio.Event()
+            await self._settled.wait()
 
     def message(self, span: ByteRange) -> Message:
-        """Return the path send of a span of the file."""
+        """Return the path send of a span of the file. It can be made once."""
         return {
             "type": PATHSEND,
             "path": f"/dev/fd/{self._file.descriptor}",
-            "descriptor": self,
+            "descriptor": LentFile(self._file, self),
             "offset": span.start,
             "count": len(span),
         }
@@ -166,8 +188,7 @@ async def send_plan(
     Raises `SourceUnavailable` if the file cannot be read and nothing has been sent yet, so that another status still
     can be; else `TransferAborted`, and the server has to abort the connection.
     """
-    left = plan.length
-    if left == 0:
+    if plan.length == 0:
         await send(start)
         await send({"type": "http.response.body", "body": b""})
         return
@@ -176,9 +197,11 @@ async def send_plan(
         pass
     elif path_send.get("descriptor"):
         await send(start)
-        async with LentFile(local) as lent:
-            await send(lent.message(span))
-            await lent.returned()
+        async with Loan(local) as loan:
+            await send(loan.message(span))
+            if await loan.returned():
+                return
+        await send_in_chunks(plan, file, send)
         return
     elif len(span) == file.metadata.size:
         with _of_thread.lasting_paths.path_of(local.descriptor) as path:
@@ -187,11 +210,16 @@ async def send_plan(
                 await send(start)
                 await send({"type": PATHSEND, "path": path, SETTLED: True})
                 return
-    started = False
+    await send_in_chunks(plan, file, send, start)
+
+
+async def send_in_chunks(plan: Plan, file: OpenFile, send: Send, start: Message | None = None) -> None:
+    """Send the body of a plan, after its start where that has not been sent yet. Raises what `send_plan` does."""
+    left, started = plan.length, start is None
     async with aclosing(body_of(plan, file)) as chunks:
         try:
             async for chunk in chunks:
-                if not started:
+                if not started and start is not None:
                     started = True
                     await send(start)
                 if left is not None:
@@ -208,7 +236,7 @@ async def send_plan(
             if isinstance(exc, FileError):
                 raise
             raise SourceUnavailable(str(exc)) from exc
-    if not started:
+    if not started and start is not None:
         await send(start)
     await send({"type": "http.response.body", "body": b""})
 
@@ -261,12 +289,15 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
     listen would read its file to the end for nobody.
     """
     failure: Exception | None = None
-    last: Message = {"type": ""}
+    end: bool | Loan = False  # not the message: see `LentFile`
 
     async def send_watched(message: Message) -> None:
-        nonlocal last
-        last = message
+        nonlocal end
+        end = _end_of_response(message)
         await send(message)
+
+    def has_ended() -> bool:
+        return end if isinstance(end, bool) else end.is_settled and end.is_taken
 
     async with anyio.create_task_group() as tasks:
 
@@ -275,13 +306,15 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
             # Servers say "http.disconnect" after the end of a response, too. All that is left then is closing the
             # file, which is not to be cancelled.
             try:
-                has_left = await _client_leaves(receive)
+                if not await _client_leaves(receive) or has_ended():
+                    return
             except Exception as exc:  # a middleware's, such as one that limits the body, and answers this itself
-                has_left = True
-                if not _ends_the_response(last):
-                    failure = failure or exc
-            if has_left and not _ends_the_response(last):
-                tasks.cancel_scope.cancel()
+                if has_ended():
+                    return
+                while isinstance(exc, ExceptionGroup) and len(exc.exceptions) == 1:  # as BaseHTTPMiddleware wraps it
+                    exc = exc.exceptions[0]
+                failure = failure or exc
+            tasks.cancel_scope.cancel()
 
         tasks.start_soon(listen)
         try:
@@ -293,10 +326,11 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
         raise failure
 
 
-def _ends_the_response(message: Message) -> bool:
+def _end_of_response(message: Message) -> "bool | Loan":
+    """Return whether a message ends its response, or the loan with which that ends."""
     if message["type"] == PATHSEND:
         lent: LentFile | None = message.get("descriptor")
-        return lent is None or lent.is_returned
+        return True if lent is None else lent.loan
     return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 

@@ -1,0 +1,261 @@
+"""Middleware of others between a download and its server: one that drops messages, and one that raises."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import brotli
+import pytest
+from brotli_asgi import BrotliMiddleware
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import downloadview_async as dv
+from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.testing import call
+from tests.live import Answer, ask, ask_raw, live
+
+LOOPS = ["asyncio", "uvloop"]
+CONTENT = os.urandom(1 << 20) + b"the end"
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "big.bin").write_bytes(CONTENT)
+    (tmp_path / "small.bin").write_bytes(CONTENT[:1000])
+    return tmp_path
+
+
+class Dropping:
+    """Passes on what it knows."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def known(message: Message) -> None:
+            if message["type"] in ("http.response.start", "http.response.body"):
+                await send(message)
+
+        await self.app(scope, receive, known)
+
+
+class Delaying:
+    """Passes on a path send when the application has long gone on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
+
+        async def pass_on() -> None:
+            while (message := await messages.get()) is not None:
+                await asyncio.sleep(0.05)  # what is waited for between two messages is its own business
+                await send(message)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(pass_on())
+            await self.app(scope, receive, messages.put)
+            await messages.put(None)
+
+
+async def _passed_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    return await call_next(request)
+
+
+async def _refused(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    await call_next(request)
+    return Response("Forbidden", 403)
+
+
+def application(root: Path, *stack: Any, source: dv.Source | None = None) -> ASGIApp:
+    """Return a download inside these middlewares; the first one is the outermost."""
+    download = dv.Download(source or dv.PathSource(root))
+    return Starlette(routes=[Route("/{path:path}", download)], middleware=list(stack))
+
+
+BASE = Middleware(BaseHTTPMiddleware, dispatch=_passed_on)
+STACKS: dict[str, list[Any]] = {
+    "dropping": [Middleware(Dropping)],
+    "brotli": [Middleware(BrotliMiddleware, minimum_size=400)],
+    "brotli in gzip": [Middleware(GZipMiddleware), Middleware(BrotliMiddleware)],
+    "gzip in brotli": [Middleware(BrotliMiddleware), Middleware(GZipMiddleware)],
+    "dropping in base": [BASE, BASE, Middleware(Dropping)],
+    "brotli in base": [BASE, Middleware(BrotliMiddleware)],
+    "delaying": [Middleware(Delaying)],
+    "base": [BASE, BASE, BASE],
+}
+
+
+def decoded(answer: Answer) -> bytes:
+    assert answer.complete
+    return brotli.decompress(answer.body) if answer.headers.get("content-encoding") == "br" else answer.body
+
+
+@pytest.mark.parametrize("kind", ["path", "trusted"])
+@pytest.mark.parametrize("name", list(STACKS))
+async def test_a_path_send_that_is_dropped_is_sent_in_chunks(root: Path, name: str, kind: str) -> None:
+    app = application(root, *STACKS[name], source=_Trusted(root) if kind == "trusted" else None)
+    headers = {"Accept-Encoding": "br"}
+    async with live(app, http=DownloadProtocol) as port:
+        async with asyncio.timeout(60):
+            whole = await ask(port, "/big.bin", headers=headers)
+            assert (whole.status, decoded(whole) == CONTENT) == (200, True)
+            part = await ask(port, "/big.bin", headers={**headers, "Range": "bytes=7-900000"})
+            assert (part.status, decoded(part) == CONTENT[7:900_001]) == (206, True)
+            head = await ask(port, "/big.bin", headers=headers, method="HEAD")
+            assert (head.status, head.body) == (200, b"")
+            small = await ask(port, "/small.bin", headers=headers)
+            assert decoded(small) == CONTENT[:1000]
+    held = {os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if _is_open(number)}
+    assert not [path for path in held if path == str(root / "big.bin")] or kind == "path"  # which keeps it for a second
+
+
+class _Trusted:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    async def resolve(self, name: str) -> dv.AsyncFile:
+        return dv.LocalFile(self.root / name)
+
+
+def _is_open(number: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{number}")
+
+
+async def test_a_response_that_is_replaced_after_its_path_send(root: Path) -> None:
+    app = application(root, Middleware(BaseHTTPMiddleware, dispatch=_refused))
+    async with live(app, http=DownloadProtocol) as port:
+        answer = await asyncio.wait_for(ask(port, "/big.bin"), 60)
+    assert (answer.status, answer.body) == (403, b"Forbidden")
+
+
+async def test_a_client_that_leaves_while_a_dropped_file_is_sent(root: Path) -> None:
+    ended = asyncio.Event()
+    (root / "huge.bin").touch()
+    os.truncate(root / "huge.bin", 1 << 32)
+    app = application(root, Middleware(Dropping))
+
+    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        finally:
+            ended.set()
+
+    async with live(watched, http=DownloadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /huge.bin HTTP/1.1\r\nHost: test\r\n\r\n")
+        await reader.readexactly(1 << 20)
+        assert not ended.is_set()
+        writer.close()
+        await asyncio.wait_for(ended.wait(), 20)
+
+
+# --- exceptions of middleware
+
+
+class TooLarge(Exception):
+    pass
+
+
+class Limiting:
+    """Limits the body of a request, and answers for it: what Starlette's RequestBodyLimitMiddleware does."""
+
+    def __init__(self, app: ASGIApp, status: int | None = 413) -> None:
+        self.app = app
+        self.status = status
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def limited() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and len(message.get("body", b"")) > 3:
+                raise TooLarge
+            return message
+
+        try:
+            await self.app(scope, limited, send)
+        except TooLarge:
+            if self.status is None:
+                raise
+            await Response("Content Too Large", self.status)(scope, receive, send)
+
+
+async def _slow(name: str) -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()  # for ever: what ends it is the body that is too large
+    yield b""
+
+
+REQUEST = b"GET /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 5\r\n\r\nabcde"
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools", DownloadProtocol], ids=["h11", "httptools", "ours"])
+@pytest.mark.parametrize("inside", [[], [BASE], [Middleware(GZipMiddleware)]], ids=["", "base", "gzip"])
+async def test_what_a_middleware_raises_out_of_receive_reaches_it(root: Path, http: Any, inside: list[Any]) -> None:
+    stack = [Middleware(Limiting), *inside]
+    async with live(application(root, *stack, source=dv.VirtualSource(_slow)), http=http) as port:
+        answer = await asyncio.wait_for(ask_raw(port, REQUEST), 60)
+    assert (answer.status, answer.body) == (413, b"Content Too Large")
+
+
+async def test_starlettes_own_limit_of_a_body(root: Path) -> None:
+    middleware = pytest.importorskip("starlette.middleware.body_limit", reason="this Starlette has no limit")
+    app = Starlette(
+        routes=[Route("/{path:path}", dv.Download(dv.VirtualSource(_slow)))],
+        middleware=[Middleware(middleware.RequestBodyLimitMiddleware, max_body_size=3)],
+    )
+    async with live(app) as port:
+        answer = await asyncio.wait_for(ask_raw(port, REQUEST), 60)
+    assert answer.status == 413
+
+
+async def test_an_exception_handler_gets_it(root: Path) -> None:
+    app = FastAPI(middleware=[])
+
+    @app.exception_handler(TooLarge)
+    async def too_large(request: Request, exc: TooLarge) -> JSONResponse:
+        return JSONResponse({"what": "too large"}, 413)
+
+    app.mount("/", Limiting(dv.Download(dv.VirtualSource(_slow)), status=None))
+    async with live(app) as port:
+        answer = await asyncio.wait_for(ask_raw(port, REQUEST), 60)
+    assert (answer.status, answer.body) == (413, b'{"what":"too large"}')
+
+
+@pytest.mark.parametrize("at", ["http.response.start", "http.response.body", "http.response.pathsend"])
+@pytest.mark.parametrize("name", ["big.bin", "small.bin", "made"])
+async def test_what_a_middleware_raises_out_of_send_reaches_it(root: Path, at: str, name: str) -> None:
+    source = dv.VirtualSource(lambda name: CONTENT) if name == "made" else dv.PathSource(root)
+    caught: list[BaseException] = []
+
+    async def raising(scope: Scope, receive: Receive, send: Send) -> None:
+        async def refusing(message: Message) -> None:
+            if message["type"] == at:
+                raise TooLarge
+            await send(message)
+
+        try:
+            await dv.Download(source)(scope, receive, refusing)
+        except Exception as exc:
+            caught.append(exc)
+            raise
+
+    for extensions in ({}, {"http.response.pathsend": {"descriptor": True}}):
+        caught.clear()
+        answer = await call(raising, f"/{name}", extensions=extensions, raise_errors=False)
+        assert [type(exc) for exc in caught] == ([TooLarge] if at in _types(answer, at, name, extensions) else [])
+
+
+def _types(answer: Any, at: str, name: str, extensions: dict[str, Any]) -> set[str]:
+    by_path = name == "big.bin" and bool(extensions)
+    return {"http.response.start", "http.response.pathsend" if by_path else "http.response.body"}
