@@ -88,6 +88,8 @@ _ALIASES = {
     "bucket_name": "bucket",
 }
 _ENDPOINTS = frozenset({"endpoint", "base_url"})
+_PLACING = _ENDPOINTS | {"virtual_hosted_style_request"}
+_MAX_BELOW = 64  # stores, each with connections of its own
 # What of S3's options obstore takes from the environment, too.
 _FROM_ENVIRONMENT = (
     "access_key_id",
@@ -147,9 +149,10 @@ class ObjectStorage:
         self._answer_timeout = answer_timeout
         self._slots = Slots(max_connections)
         self._arguments = _arguments(url, options)
-        self._made: tuple[int, Any] | None = (os.getpid(), self._make())
+        self._made: tuple[int, Any] | None = (os.getpid(), self._make(url, self._arguments))
+        self._below: dict[str, Any] = {}
 
-    def _make(self) -> Any:
+    def _make(self, url: str, arguments: dict[str, Any]) -> Any:
         try:
             from obstore.store import from_url
         except ModuleNotFoundError as exc:
@@ -158,7 +161,7 @@ class ObjectStorage:
                 f"{self.url!r} needs {exc.name}: install downloadview_async with its extra `{extra}`"
             ) from exc
         try:
-            return from_url(self.url, **self._arguments)
+            return from_url(url, **arguments)
         except Exception as exc:  # of many kinds; all of them mean the URL or an option
             raise ConfigurationError(f"{self.url!r} is no storage with these options: {_first_line(exc)}") from exc
 
@@ -167,8 +170,32 @@ class ObjectStorage:
         """The store itself, an object of obstore: what is put into it can be downloaded here."""
         process = os.getpid()
         if self._made is None or self._made[0] != process:
-            self._made = (process, self._make())
+            self._made = (process, self._make(self.url, self._arguments))
+            self._below = {}
         return self._made[1]
+
+    def _place_of(self, name: str) -> tuple[Any, str]:
+        """Return the store and the name in it by which obstore finds a key. Raises `FileMissing`."""
+        segments = name.split("/")
+        if "." in segments or not segments[-1]:
+            raise FileMissing(f"obstore cannot name this key: {name!r}")
+        store = self.store
+        if "" not in segments:
+            return store, name
+        # obstore has no empty segments: it takes "/a" for "a". What comes before the last one becomes a part of the URL
+        # of a store below this one.
+        base = self.url_of("")
+        if base is None:
+            raise FileMissing(f"only S3 has keys with empty segments: {name!r}")
+        end = name.rfind("//") + 1
+        endpoint = f"{base}/{quote(name[:end])}"
+        if endpoint not in self._below:
+            if len(self._below) >= _MAX_BELOW:
+                self._below.clear()
+            own = {key: value for key, value in self._arguments.items() if _plain_name(key) not in _PLACING}
+            placed: dict[str, Any] = {**own, "endpoint": endpoint, "virtual_hosted_style_request": True}
+            self._below[endpoint] = self._make(f"s3://{urlsplit(self.url).netloc}", placed)
+        return self._below[endpoint], name[end + 1 :]
 
     @property
     def config(self) -> Mapping[str, str]:
@@ -226,12 +253,12 @@ class ObjectStorage:
         Raises `FileMissing`, also for what no file may be called, `AccessDenied`, `SourceUnavailable` (throttled),
         `UpstreamError`.
         """
-        # obstore has no keys with empty segments: it would take "/a" for "a"
-        checked_segments(name, "any")
+        checked_segments(name, "exact")
+        store, key = self._place_of(name)
         slot = await self._slots.take()
         try:
             of_disk = urlsplit(self.url).scheme == "file"
-            opened = OpenObject(self.store, name, answer_timeout=self._answer_timeout, of_disk=of_disk)
+            opened = OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)
             try:
                 await opened.begin(request)
                 yield opened
@@ -243,6 +270,7 @@ class ObjectStorage:
     async def aclose(self) -> None:
         """Let the store and its connections go, before the process ends. Another one is made if it is used again."""
         self._made = None
+        self._below = {}
         # obstore's threads let go of what they hold of Python a moment after an answer; an interpreter that ends in
         # between is aborted by them.
         with anyio.CancelScope(shield=True):

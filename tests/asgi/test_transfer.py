@@ -353,6 +353,8 @@ async def test_a_small_cached_file_is_answered_without_listening_or_a_worker(tmp
         pytest.skip("openat2: this kernel or sandbox has none")
     (tmp_path / "ten.txt").write_bytes(b"0123456789")
     (tmp_path / "empty.txt").write_bytes(b"")
+    for name in ("ten.txt", "empty.txt"):
+        os.utime(tmp_path / name, (1_700_000_000, 1_700_000_000))  # not just now: that is waited for
 
     async def nobody_listens() -> Any:
         raise AssertionError("receive was called")

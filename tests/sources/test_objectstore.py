@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import obstore
 import pytest
 
 from downloadview_async import (
@@ -519,3 +520,35 @@ async def test_google_cloud_storage_over_a_real_socket(gcs: GCS) -> None:
     await sends_digits(gcs.storage("socket"), "/a%20b/%CF%80%25.txt")
     nowhere = ObjectStorage("gs://no-bucket", **gcs.options)
     assert (await call(Download(StorageSource(nowhere)), "/a.txt")).status == 404
+
+
+KEYS = ["a//b", "/a", "//a", "a///b", "x:y//aux.notes", "/50% //é", "a:b", "aux.notes", "a\\b", "x//y//z"]
+
+
+@pytest.mark.parametrize("prefix", ["", "pre:fix/"])
+async def test_any_key_of_s3_is_asked_for_as_it_is(prefix: str) -> None:
+    async with serving_store() as store:
+        endpoint = f"http://127.0.0.1:{store.port}"
+        options: dict[str, Any] = {"access_key_id": "a", "secret_access_key": "b", "region": "us-east-1"}
+        storage = ObjectStorage(f"s3://bucket/{prefix}", endpoint=endpoint, **options)
+        source = StorageSource(storage, names="exact")
+        for key in KEYS:
+            download = Download(source, key=lambda request, key=key: key)  # type: ignore[misc]
+            for headers, status in (({}, 200), ({"Range": "bytes=2-4"}, 206)):
+                assert (await call(download, "/", headers=headers)).status == status, key
+                assert unquote(store.requests[-1][0].split(" ")[1]) == f"/bucket/{prefix}{key}"
+        before = len(store.requests)
+        for key in ("a/", "a//", "/", "../a", "a/../b", "a/./b", "a\nb", "a/."):
+            assert (await call(Download(source, key=lambda request, key=key: key), "/")).status == 404, key  # type: ignore[misc]
+        assert len(store.requests) == before
+        await storage.aclose()
+
+
+async def test_only_s3_has_keys_with_empty_segments() -> None:
+    storage = ObjectStorage("memory:///")
+    obstore.put(storage.store, "a/b", b"x")
+    source = StorageSource(storage, names="exact")
+    for key in ("/a/b", "a//b"):  # obstore itself would take the first for "a/b"
+        with pytest.raises(FileMissing):
+            async with (await source.resolve(key)).open():
+                pass
