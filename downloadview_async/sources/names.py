@@ -55,6 +55,18 @@ def canonical_name(name: str, names: Names = "portable") -> str:
     return name
 
 
+def without_empty_segments(name: str) -> str:
+    """Return any text without the segments that `canonical_name` drops, for a source whose names need not be files'.
+
+    A slash at its beginning or its end stays. A name with a segment `..` is returned as it is: nothing resolves it.
+    """
+    *parents, last = name.split("/")
+    if not {"", ".", ".."}.intersection((*parents, last)) or ".." in (*parents, last):
+        return name
+    kept = [segment for segment in parents if segment not in ("", ".")]
+    return "/" * name.startswith("/") + "/".join([*kept, "" if last == "." else last])
+
+
 def checked_segments(name: str, names: Names = "portable") -> list[str]:
     """Return the segments of a name that `canonical_name` has returned. Raises `FileMissing` for any other."""
     if canonical_name(name, names) != name:

@@ -15,6 +15,7 @@ from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile, Received, Source
 from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
+from downloadview_async.sources.names import without_empty_segments
 
 _CODING = re.compile("[0-9A-Za-z._-]+")
 
@@ -60,6 +61,10 @@ class ObjectSource:
     async def resolve(self, key: Any, /) -> AsyncFile:
         """Return the file of the object that `get` finds. Raises `FileMissing` where there is no object or file."""
         found = await self._get(key)
+        if found is None and isinstance(key, str):
+            plain = without_empty_segments(key).removeprefix("/")
+            if plain != key:  # a key may have empty segments, a path has none
+                found = await self._get(plain)
         if found is None:
             raise FileMissing(f"there is no object {key!r}")
         file = getattr(found, self._file_field)

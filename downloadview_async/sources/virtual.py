@@ -23,6 +23,7 @@ from downloadview_async.sources.fileobject import (
     pieces,
 )
 from downloadview_async.sources.local import CHUNK_SIZE
+from downloadview_async.sources.names import without_empty_segments
 from downloadview_async.sources.storage import OpenBytes, content_etag
 from downloadview_async.sources.workers import Workers
 
@@ -179,15 +180,24 @@ class VirtualSource:
     """Files that a function makes from their names.
 
     make: a plain or asynchronous function from a name to an `AsyncFile`, to anything that a `VirtualFile` can be made
-    of, or to None: there is no such file. It may raise `FileMissing` too.
+    of, or to None: there is no such file. It may raise `FileMissing` too. Names come without `.` and empty segments,
+    except where `..` is one, which is for the function to refuse. One that begins with a slash is asked for without it
+    where nothing is made with it.
     """
 
     def __init__(self, make: Callable[[str], Any]) -> None:
         self.make = make
 
+    def canonical(self, name: str) -> str:
+        """Return the name that a name from a request stands for: see `HasCanonicalNames`."""
+        return without_empty_segments(name) if isinstance(name, str) else name
+
     async def resolve(self, name: str, /) -> AsyncFile:
         """Return the file made for `name`. Raises `FileMissing`."""
+        name = self.canonical(name)
         made = await _call(self.make, name)
+        if made is None and isinstance(name, str) and name.startswith("/"):
+            made = await _call(self.make, name.removeprefix("/"))
         if made is None:
             raise FileMissing(f"nothing is made for {name!r}")
         if hasattr(made, "location"):
