@@ -497,7 +497,7 @@ class DownloadProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no request, in uvicorn's words."""
+        """Refuse bytes that are not a request, in uvicorn's words."""
         is_of_another = self._phase is _HEAD and self.parser.get_http_version()[0] not in "01"
         self._refuse(505 if is_of_another else 400, msg)
 
@@ -838,12 +838,16 @@ class DownloadProtocol(HttpToolsProtocol):
     def _waiting(self) -> int:
         """Return the bytes that the client has not taken yet: the transport's, and the kernel's.
 
-        0 where there is no socket: what such a transport holds is not known.
+        0 where there is no socket: what such a transport holds is not known. A kernel that refuses to tell counts as one
+        that holds nothing.
         """
         try:
-            in_kernel: int = struct.unpack("i", fcntl.ioctl(self._fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]
+            connection = self._fileno()
         except OSError:
             return 0
+        in_kernel = 0
+        with suppress(OSError):
+            in_kernel = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0" * 4))[0]
         return in_kernel + self.transport.get_write_buffer_size()
 
     def check(self, since: float, before: int) -> None:

@@ -27,7 +27,7 @@ def preferred_encodings(accept_encoding: str | None, available: tuple[str, ...])
     return [name for _, name in sorted(accepted, key=lambda item: -item[0])]
 
 
-# What stands in Content-Encoding and is no coding that a client could decode: how a body was sent to its store
+# Values of Content-Encoding that no client can decode: how a body was sent to its store
 # (aws-chunked), that there is none, a Content-Transfer-Encoding of mail, or a charset.
 _NO_CODINGS = frozenset(
     {"", "aws-chunked", "identity", "none", "null", "raw", "plain", "text", "binary", "7bit", "8bit"}
