@@ -838,8 +838,8 @@ class DownloadProtocol(HttpToolsProtocol):
     def _waiting(self) -> int:
         """Return the bytes that the client has not taken yet: the transport's, and the kernel's.
 
-        0 where there is no socket: what such a transport holds is not known. A kernel that refuses to tell counts as one
-        that holds nothing.
+        0 where there is no socket: what such a transport holds is not known. A kernel that refuses to tell counts as
+        one that holds nothing.
         """
         try:
             connection = self._fileno()

@@ -70,6 +70,10 @@ async def passed_on(request: Any, call_next: Any) -> Any:
 
 
 def app_for(root: Path, *middleware: Middleware) -> Starlette:
+    for file in root.rglob("*"):  # a file changed just now has no Last-Modified yet: answers to it differ
+        if file.is_file():
+            os.utime(file, (1_700_000_000,) * 2)
+
     async def response(request: Any) -> FileResponse:
         return FileResponse(root / request.path_params["name"])
 

@@ -1,6 +1,7 @@
 """Real reverse proxies, started from the very files in `deploy/`: only their ports and scratch directory differ."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -67,7 +68,12 @@ def _apache(checkout: Path, config: Path) -> list[str]:
 _LIGHTTPD_REMEDY = "lighttpd: lighttpd is not installed; apt-get install lighttpd"
 
 
+_LIGHTTPD_TLS_REMEDY = "lighttpd: its mod_openssl is not installed; apt-get install lighttpd-mod-openssl"
+
+
 def _lighttpd(checkout: Path, config: Path) -> list[str]:
+    if re.search(r"^server\.modules .*mod_openssl", config.read_text(), re.MULTILINE):
+        _system_program("lighttpd", _LIGHTTPD_TLS_REMEDY, "/usr/lib/lighttpd/mod_openssl.so")
     return [_system_program("lighttpd", _LIGHTTPD_REMEDY), "-D", "-f", str(config)]
 
 
