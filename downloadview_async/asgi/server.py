@@ -448,10 +448,14 @@ class DownloadProtocol(HttpToolsProtocol):
         # "any HTTP/1.1 request message that lacks a Host header field and [...] any request message that contains more
         # than one Host header field line or a Host header field with an invalid field value" [RFC 9112 3.2]
         hosts = names.count(b"host")
-        if (hosts != 1 and (hosts or version != "1.0")) or (
-            hosts and not _is_host(self.headers[names.index(b"host")][1])
-        ):
+        if hosts > 1 or (not hosts and version != "1.0"):
             return 400, "Invalid Host header field."
+        if hosts:
+            field = names.index(b"host")
+            if self.client is None and _SOCKET_PATH.fullmatch(self.headers[field][1]):
+                self.headers[field] = b"host", b""  # as for any URL without an authority [RFC 9110 7.2]
+            elif not _is_host(self.headers[field][1]):
+                return 400, "Invalid Host header field."
         if b"://" in self.url and not self._takes_authority():
             return 400, "Invalid request target."
         self._body_left = 0
@@ -925,6 +929,9 @@ def _is_host(value: bytes) -> bool:
 
 
 _ABSOLUTE = re.compile(rb"(?i:https?)://(?P<authority>[^/?#:][^/?#]*)(?P<target>.*)", re.DOTALL)
+
+# What a client of a Unix socket, H2O or an older Go, writes for the host that such a URL does not have.
+_SOCKET_PATH = re.compile(rb"\[unix:[!-~]+\]|/[!-~]*")
 
 # reg-name or IPv4address, IPvFuture, IPv6address [RFC 3986 3.2.2]
 _HOST = re.compile(

@@ -122,6 +122,8 @@ HEADS = {
     b"GET /fields HTTP/1.1\r\nHost: x y\r\n\r\n": 400,
     b"GET /fields HTTP/1.1\r\nHost: u@x\r\n\r\n": 400,
     b"GET /fields HTTP/1.1\r\nHost: x/y\r\n\r\n": 400,
+    b"GET /fields HTTP/1.1\r\nHost: [unix:/run/a]\r\n\r\n": 400,  # not over TCP
+    b"GET /fields HTTP/1.1\r\nHost: /run/a\r\n\r\n": 400,
     b"GET /fields HTTP/1.1\r\nHost: \xc3\xa9\r\n\r\n": 400,
     b"GET /fields HTTP/1.0\r\n\r\n": 200,
     b"GET /fields HTTP/1.0\r\nHost: x\r\n\r\n": 200,
@@ -213,6 +215,38 @@ async def test_heads(root: Path) -> None:
                     assert answer.headers["connection"] == "close", head
                     assert answer.complete, head
                 writer.close()
+
+
+@pytest.mark.parametrize(
+    "host, netloc",
+    [
+        ("[unix:/run/service.sock]", ""),  # H2O's, and
+        ("/run/service.sock", ""),  # that of Go before 1.20.6
+        ("x", "x"),
+        ("", ""),
+        ("[unix:]", None),
+        ("[unix:/run/a b]", None),
+        ("a/b", None),
+    ],
+)
+async def test_a_unix_socket_has_no_host(root: Path, tmp_path: Path, host: str, netloc: str | None) -> None:
+    wire, path = Wire(root), str(tmp_path / "socket")
+    config = uvicorn.Config(wire.app, uds=path, http=DownloadProtocol, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.001)
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(f"GET /fields HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    answer = parse(await reader.read())
+    writer.close()
+    server.should_exit = True
+    await task
+    if netloc is None:
+        assert answer.status == 400
+    else:
+        assert answer.status == 200
+        assert dict(wire.headers[0])[b"host"].decode() == netloc
 
 
 @pytest.mark.parametrize(
