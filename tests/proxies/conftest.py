@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 import downloadview_async as dv
-from tests.live import live
+from tests.live import live, make_old
 from tests.proxies.servers import KINDS, Kind, proxy, readable_directory
 
 HOSTILE_NAMES = [
@@ -136,6 +136,7 @@ def make_checkout(directory: Path, name: str = "the check-out") -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content_of(name))
     (outside / "secret.txt").write_bytes(PRIVATE)
+    make_old(directory)
     return directory
 
 

@@ -16,7 +16,7 @@ from downloadview_async.service.check import Line, check
 from downloadview_async.service.load import load_settings
 from downloadview_async.service.proxy import config_for
 from downloadview_async.service.settings import Settings
-from tests.live import live
+from tests.live import live, make_old
 from tests.proxies.conftest import content_of, make_checkout
 from tests.proxies.servers import KINDS, free_port, proxy, readable_directory
 
@@ -114,6 +114,7 @@ async def site(kind: str) -> AsyncIterator[Site]:
         (checkout / "app" / "stale").mkdir()
         (checkout / "app" / "stale" / "plain.txt").write_bytes(content_of("plain.txt").replace(b"0", b"1"))
         (checkout / "made_for_check.py").write_text(MADE)
+        make_old(checkout)
         settings = settings_of(checkout, kind)
         async with live(build(settings)) as service:
             yield Site(checkout, kind, settings, service)

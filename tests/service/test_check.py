@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -51,6 +52,7 @@ BACKENDS = ["nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed"]
 def directory(tmp_path: Path) -> Path:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.txt").write_bytes(b"0123456789")
+    os.utime(tmp_path / "files" / "a.txt", (1_700_000_000,) * 2)
     return tmp_path
 
 
@@ -482,6 +484,15 @@ async def test_nothing_of_the_environment_is_in_the_way(
         monkeypatch.setenv(name, nobody)
     settings = load(directory, FILES)
     async with live(build(settings)) as port:
+        lines = await checked(settings, url=f"http://127.0.0.1:{port}", direct=f"http://127.0.0.1:{port}")
+    assert failures(lines) == []
+
+
+@pytest.mark.asyncio
+async def test_a_file_of_this_very_second(directory: Path) -> None:
+    settings = load(directory, FILES)
+    async with live(build(settings)) as port:
+        os.utime(directory / "files" / "a.txt", (time.time() + 0.2,) * 2)
         lines = await checked(settings, url=f"http://127.0.0.1:{port}", direct=f"http://127.0.0.1:{port}")
     assert failures(lines) == []
 

@@ -198,7 +198,7 @@ async def test_a_store_that_does_not_answer_and_one_that_is_not_there() -> None:
             pass
 
 
-@pytest.mark.parametrize("name", ["", "../x", "/a", "a//b", "a/../b", "a/./b", "a\0b", "a\nb", "x" * 5000, "\ud800"])
+@pytest.mark.parametrize("name", ["", "../x", "a/../b", "a/./b", "a\0b", "a\nb", "x" * 5000, "\ud800"])
 async def test_what_no_key_may_be_is_never_asked_for(name: str) -> None:
     async with serving_store() as store:
         with pytest.raises(FileMissing):

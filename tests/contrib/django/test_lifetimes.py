@@ -167,7 +167,7 @@ def test_a_download_under_wsgi_does_not_start_a_thread_for_each_chunk() -> None:
     with override_settings(ROOT_URLCONF=Urls(storage=StorageDownloadView.as_view(storage=storage))):
         response: Any = Client().get("/storage/large.bin")
         assert b"".join(response) == content
-    (opened,) = storage.opened
+    opened = storage.opened[-1]  # one that was saved this very moment is opened once more, a moment later
     assert len(opened.threads) >= 64
     assert len(set(opened.threads)) <= 8
 
