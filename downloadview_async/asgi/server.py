@@ -452,7 +452,7 @@ class DownloadProtocol(HttpToolsProtocol):
             return 400, "Invalid Host header field."
         if hosts:
             field = names.index(b"host")
-            if self.client is None and _SOCKET_PATH.fullmatch(self.headers[field][1]):
+            if _SOCKET_PATH.fullmatch(self.headers[field][1]) and self._is_on_unix_socket():
                 self.headers[field] = b"host", b""  # as for any URL without an authority [RFC 9110 7.2]
             elif not _is_host(self.headers[field][1]):
                 return 400, "Invalid Host header field."
@@ -473,6 +473,9 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._body_left != 0 and b"upgrade" in names and self.parser.should_upgrade():
             return 400, "An upgrade of a request with a body is not supported."
         return None
+
+    def _is_on_unix_socket(self) -> bool:
+        return isinstance(self.transport.get_extra_info("sockname"), str | bytes)  # of others it is a tuple
 
     def _takes_authority(self) -> bool:
         """Return whether a target is in origin-form now, its authority in place of Host [RFC 9112 3.2.2]."""

@@ -501,3 +501,14 @@ PROOFS: dict[str, Callable[[Site, str], Awaitable[None]]] = {
 async def test_a_cell(sites: Sites, cell: grid.Cell) -> None:
     await PROOFS[cell.way](await sites.of(cell), cell.row)
     proven.add(cell.id)
+
+
+async def test_every_claim_was_proven_in_this_run(request: pytest.FixtureRequest) -> None:
+    config = request.config
+    is_part = any("::" in argument or argument.endswith(".py") for argument in config.args)
+    if is_part or config.option.keyword or config.getoption("lf", False):
+        return  # a part of the tests was asked for
+    collected = [item.name for item in request.session.items if item.path.name == "test_grid.py"]
+    claimed = {cell.id for cell in grid.CELLS if cell.column not in unavailable}
+    assert {f"test_a_cell[{cell.id}]" for cell in grid.CELLS} <= {*collected}
+    assert claimed - proven == set()

@@ -28,6 +28,7 @@ def main() -> dict[str, Any]:
     for name in ("media/a b%.txt", "media/é.png", "media/p.html", "media/t.tar.gz", "media-private/s.txt"):
         (DIRECTORY / name).parent.mkdir(exist_ok=True)
         (DIRECTORY / name).write_bytes(b"0123456789")
+        os.utime(DIRECTORY / name, (1_700_000_000,) * 2)  # while its second is not over, it has no Last-Modified
     settings.configure(
         SECRET_KEY="k",
         ALLOWED_HOSTS=["*"],
