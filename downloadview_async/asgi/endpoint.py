@@ -1,6 +1,6 @@
 """`Download`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -121,8 +121,14 @@ def _parameters_of_route(scope: Mapping[str, Any], parameters: Mapping[str, Any]
         return list(route.param_convertors)
     if isinstance(route, Mount | Host) and route.app is endpoint:
         return []
-    # FastAPI does not say which route it is. What a mount has matched is in `root_path`.
-    mounted = f"{scope.get('root_path') or ''}/"
+    # FastAPI does not say which route it is.
+    found = list(_routes_to(endpoint, getattr(scope.get("router"), "routes", None) or ()))
+    if len({tuple(names) for names in found}) == 1:
+        return found[0]
+    if "app_root_path" not in scope:
+        return list(parameters)  # there is no mount
+    # What a mount has matched is in `root_path`, after what the server has put there.
+    mounted = f"{(scope.get('root_path') or '').removeprefix(scope['app_root_path'] or '')}/"
     below = f"{path_below(scope)}/"
     own = []
     for name, value in parameters.items():
@@ -135,3 +141,14 @@ def _parameters_of_route(scope: Mapping[str, Any], parameters: Mapping[str, Any]
         if segments in below:
             own.append(name)
     return own
+
+
+def _routes_to(endpoint: Any, routes: Iterable[Any]) -> Iterator[list[str]]:
+    """Yield the parameters of each route that leads to an endpoint."""
+    for route in routes:
+        if isinstance(route, Route) and route.endpoint is endpoint:
+            yield list(route.param_convertors)
+        elif isinstance(route, Mount | Host) and route.app is endpoint:
+            yield []
+        else:
+            yield from _routes_to(endpoint, getattr(route, "routes", None) or ())

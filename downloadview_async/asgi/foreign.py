@@ -1,24 +1,22 @@
 """Path sends of responses that are not ours: offloaded, or sent by who can."""
 
-import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 
 import anyio.to_thread
 from starlette.types import Message, Receive, Scope, Send
 
+from downloadview_async.asgi.offer import Holding, Offer
 from downloadview_async.asgi.response import RawHeaders, error_response
 from downloadview_async.asgi.transfer import PATHSEND, SETTLED, send_plan, until_the_client_leaves
-from downloadview_async.errors import FileError, TransferAborted
+from downloadview_async.errors import FileError, FileMissing, TransferAborted
 from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.offload.base import OFFLOAD_HEADERS, OffloadBackend, signed
-from downloadview_async.sources.base import AsyncFile
+from downloadview_async.offload.base import OFFLOAD_HEADERS
 from downloadview_async.sources.local import OpenLocalFile
 from downloadview_async.sources.path import LocalFile
 
@@ -29,43 +27,6 @@ _ORDERS = frozenset(
     name.encode() for name in OFFLOAD_HEADERS if name == "x-accel-redirect" or not name.startswith("x-accel-")
 )
 _OF_THE_FRAMING = frozenset({b"accept-ranges", b"content-length", b"content-range", b"transfer-encoding"})
-
-
-PATIENCE = 0.1
-"""Seconds that an offloaded answer waits for the application to return, and for its background task, so, to end."""
-
-
-class Offer:
-    """A backend, as it is offered for one request, that remembers which headers it has made for that."""
-
-    __slots__ = ("_backend", "made")
-
-    def __init__(self, backend: OffloadBackend, made: set[tuple[bytes, bytes]]) -> None:
-        self._backend = backend
-        self.made = made
-
-    def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
-        """Return what the backend does."""
-        headers = self._backend.headers_for(file)
-        if headers is not None:
-            self._remember(headers)
-        return headers
-
-    async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
-        """Return what the backend does."""
-        headers = await signed(self._backend, file, headers)
-        self._remember(headers)
-        return headers
-
-    def withdrawn_from(self, start: Message) -> Message:
-        """Return the start of a response without the headers that were made for another status than it has now."""
-        headers = [
-            (name, value) for name, value in start.get("headers", ()) if (bytes(name).lower(), value) not in self.made
-        ]
-        return {**start, "headers": headers}
-
-    def _remember(self, headers: Mapping[str, str]) -> None:
-        self.made.update((name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items())
 
 
 class _Named:
@@ -86,17 +47,16 @@ class ForeignResponse:
     path_send: whether whoever gets its messages takes a path send.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, offer: Offer, *, path_send: bool) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, offer: Offer, holding: Holding, *, path_send: bool
+    ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._offer = offer
+        self.holding = holding
         self._path_send = path_send
         self._held: Message | None = None
-        self._waiting: tuple[Message, Message, str, AsyncExitStack] | None = None
-        self._offloaded_file: OpenLocalFile | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._settling: asyncio.Future[None] | None = None
 
     async def send(self, message: Message) -> None:
         """Send what the application says, and a path send in the way that is best."""
@@ -119,63 +79,35 @@ class ForeignResponse:
             held, self._held = self._held, None
             await self._send(held)
 
-    @asynccontextmanager
-    async def settled(self) -> AsyncIterator[None]:
-        """Send what waits for the application to return when it has, also where its background task fails."""
-        try:
-            yield
-        except Exception:
-            await self._end_of_waiting()
-            raise
-        except BaseException:  # cancelled
-            if self._waiting is not None:
-                with anyio.CancelScope(shield=True):
-                    await self._waiting[3].aclose()
-            raise
-        await self._end_of_waiting()
-
-    async def _end_of_waiting(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._settling is not None:
-            await self._settling
-        await self._settle()
-
     async def _offer_and_hold(self, offloaded: Message, start: Message, path: str) -> None:
         """Have a proxy send a file as soon as it is known that the application does not delete it first."""
-        stack = AsyncExitStack()
+        context = _Named(path).open()
         try:
-            self._offloaded_file = await stack.enter_async_context(_Named(path).open())
-        except FileError as exc:  # the proxy would find no file either
+            opened = await context.__aenter__()
+        except FileMissing as exc:  # the proxy would find no file either
             await error_response(exc, self._scope)(self._scope, self._receive, self._send)
             return
-        self._waiting = offloaded, start, path, stack
-        with suppress(RuntimeError):  # not asyncio: then it leaves when the application has returned
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(PATIENCE, self._begin_to_settle)
-
-    def _begin_to_settle(self) -> None:
-        self._settling = asyncio.ensure_future(self._settle())
-
-    async def _settle(self) -> None:
-        waiting, self._waiting = self._waiting, None
-        if waiting is None:
+        except FileError:  # the proxy may be allowed what we are not
+            self.holding.hold(None, lambda _: self._send_head(offloaded))
             return
-        offloaded, start, path, stack = waiting
-        async with stack:
-            opened = self._offloaded_file
-            assert opened is not None
-            # a proxy makes a strong validator of any time, also of one that says nothing
-            if opened.is_telling and await anyio.to_thread.run_sync(_is_at, path, opened.descriptor):
-                await self._send(offloaded)
-                await self._send({"type": "http.response.body", "body": b""})
-                return
-            if self._scope["method"] == "HEAD":
-                await self._send(start)
-                await self._send({"type": "http.response.body", "body": b""})
-                return
-            stream = partial(self._stream_opened, start, opened)
-            await until_the_client_leaves(stream, self._receive, self._send)
+        file = opened.shared()
+        await context.__aexit__(None, None, None)
+        self.holding.hold(file, partial(self._decide, offloaded, start, path, file))
+
+    async def _decide(
+        self, offloaded: Message, start: Message, path: str, file: OpenLocalFile, has_returned: bool
+    ) -> None:
+        # a proxy makes a strong validator of any time, also of one that says nothing
+        if has_returned and file.is_telling and await anyio.to_thread.run_sync(_is_at, path, file.descriptor):
+            await self._send_head(offloaded)
+        elif self._scope["method"] == "HEAD":
+            await self._send_head(start)
+        else:
+            await until_the_client_leaves(partial(self._stream_opened, start, file), self._receive, self._send)
+
+    async def _send_head(self, start: Message) -> None:
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": b""})
 
     def _without_orders(self, start: Message) -> Message:
         """Return the start of a response with no offload header but one that a backend has made, and that on a 200."""

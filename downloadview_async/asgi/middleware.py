@@ -1,8 +1,11 @@
 """`OffloadMiddleware`: offers a reverse proxy to every download response inside it."""
 
+from functools import partial
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from downloadview_async.asgi.foreign import ForeignResponse, Offer
+from downloadview_async.asgi.foreign import ForeignResponse
+from downloadview_async.asgi.offer import Holding, Lent, Offer, is_deleted
 from downloadview_async.asgi.transfer import FOREIGN, PATHSEND
 from downloadview_async.offload.base import EXTENSION, OffloadBackend
 
@@ -19,9 +22,11 @@ class OffloadMiddleware:
     path, as it is given (links are not resolved), and the response is a 200 to GET or HEAD with a Content-Length and
     no Content-Encoding; a relative path, and one with `..` in it, is no file of any rule. All other headers stay, but
     for those of ranges. A file that is not offloaded is sent by the server's own path send, or else by us in chunks:
-    exactly Content-Length bytes, or the connection is aborted. For a HEAD no byte is read. An offloaded answer leaves
-    when the application has returned, or after `foreign.PATIENCE`: a background task may have deleted the file by then,
-    and then we send it, which has been open from the path send on.
+    exactly Content-Length bytes, or the connection is aborted. For a HEAD no byte is read.
+
+    An offloaded answer leaves when the application has returned. A background task, or what follows the `yield` of a
+    dependency, may have deleted the file by then: it has been held open, and is sent by us. So is one whose application
+    takes longer than `offer.PATIENCE`, for it may still delete it.
 
     And any offload header that no backend has made for this very request is dropped, with a warning in the log: with
     `pathsend` an application's own X-Accel-Redirect does nothing.
@@ -39,24 +44,70 @@ class OffloadMiddleware:
             return
         extensions = dict(scope.get("extensions") or {})
         outer = extensions.get(EXTENSION)
-        if not self.pathsend:
-            # A middleware further out that drops what no backend has made has to know what ours makes.
-            offer = Offer(self.backend, outer.made if isinstance(outer, Offer) else set())
-            extensions[EXTENSION] = offer
-
-            async def send_checked(message: Message) -> None:
-                if message["type"] == "http.response.start" and message["status"] != 200 and offer.made:
-                    message = offer.withdrawn_from(message)
-                await send(message)
-
-            await self.app({**scope, "extensions": extensions}, receive, send_checked)
-            return
+        # A middleware further out that drops what no backend has made has to know what ours makes.
         offer = Offer(self.backend, outer.made if isinstance(outer, Offer) else set())
-        server_can = PATHSEND in extensions and FOREIGN not in (extensions[PATHSEND] or {})
-        response = ForeignResponse(scope, receive, send, offer, path_send=PATHSEND in extensions)
         extensions[EXTENSION] = offer
-        if not server_can:
-            extensions[PATHSEND] = {FOREIGN: True}
-        async with response.settled():
-            await self.app({**scope, "extensions": extensions}, receive, response.send)
-        await response.end()
+        holding = Holding()
+        foreign = None
+        if self.pathsend:
+            server_can = PATHSEND in extensions and FOREIGN not in (extensions[PATHSEND] or {})
+            foreign = ForeignResponse(scope, receive, send, offer, holding, path_send=PATHSEND in extensions)
+            if not server_can:
+                extensions[PATHSEND] = {FOREIGN: True}
+        sender = _Sender(offer, holding, send if foreign is None else foreign.send)
+        try:
+            await self.app({**scope, "extensions": extensions}, receive, sender.send)
+        except Exception:
+            await holding.end()
+            raise
+        except BaseException:  # cancelled
+            await holding.cancel()
+            raise
+        finally:
+            sender.drop()
+        await holding.end()
+        if foreign is not None:
+            await foreign.end()
+
+
+class _Sender:
+    """Sends the answer to one request on: one that a proxy is to send the file for waits for the application."""
+
+    __slots__ = ("_held", "_holding", "_lent", "_offer", "_send")
+
+    def __init__(self, offer: Offer, holding: Holding, send: Send) -> None:
+        self._offer = offer
+        self._holding = holding
+        self._send = send
+        self._lent: Lent | None = None
+        self._held: list[Message] = []
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if message["status"] != 200 and self._offer.made:
+                message = self._offer.withdrawn_from(message)
+            if self._offer.lent is not None and (lent := self._offer.take_lent(message)) is not None:
+                self._lent = lent
+                self._held.append(message)
+                return
+        elif self._held:
+            self._held.append(message)
+            if self._lent is not None:
+                lent, self._lent = self._lent, None
+                self._holding.hold(lent.file, partial(self._decide, lent))
+            return
+        await self._send(message)
+
+    async def _decide(self, lent: Lent, has_returned: bool) -> None:
+        if has_returned and not is_deleted(lent.file):
+            for message in self._held:
+                await self._send(message)
+        else:
+            await lent.stream_with_what_was_added(self._held[0], self._send)
+
+    def drop(self) -> None:
+        """Close what is lent for an answer of which no more comes."""
+        for lent in (self._lent, self._offer.lent):
+            if lent is not None:
+                lent.file.close()
+        self._lent = self._offer.lent = None

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.transfer import (
     MAX_UNREAD_BODY,
     PATHSEND,
@@ -46,7 +47,7 @@ from downloadview_async.http.plan import (
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OFFLOAD_TARGET, OffloadBackend, Redirect, signed
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.local import local_of, open_at_once
+from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
 
 logger = logging.getLogger("downloadview_async")
 codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
@@ -100,7 +101,7 @@ class DownloadResponse(Response):
         self.status_code = status_code
         self.background = background
         self.redirect = redirect if status_code == 200 else None
-        self.offload = (background is None if offload is None else offload) and status_code == 200
+        self.offload = offload
         self.raw_headers = list(_checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,7 +113,7 @@ class DownloadResponse(Response):
 
     async def _answer_or_error(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._answer(scope, send)
+            await self._answer(scope, receive, send)
         except FileError as exc:
             await error_response(exc, scope)(scope, receive, send)
 
@@ -144,6 +145,8 @@ class DownloadResponse(Response):
                 start = self._start(answer, scope)
                 if answer.head is not None and PREPARED in path_send:
                     start[PREPARED] = answer.head
+                if offload is not None:
+                    self._lend(local, local, start, scope, receive)
                 await send(start)
                 await send({"type": "http.response.body", "body": body})
                 return True
@@ -160,7 +163,7 @@ class DownloadResponse(Response):
         finally:
             local.close()
 
-    async def _answer(self, scope: Scope, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         # An endpoint may answer a POST with a file, too; conditions and ranges are not for that.
         readable = scope["method"] in ("GET", "HEAD")
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if readable else GET
@@ -172,11 +175,11 @@ class DownloadResponse(Response):
         offered = self._offload(scope) is not None if readable else False
         if offered:
             async with self.file.open(HEAD) as opened:
-                if await self._hand_over(opened, request, scope, send):
+                if await self._hand_over(opened, request, scope, receive, send):
                     return
         async with self.file.open(request) as opened:
             # One that is kept in a cache may be found to be there only when it is opened.
-            if readable and not offered and await self._hand_over(opened, request, scope, send):
+            if readable and not offered and await self._hand_over(opened, request, scope, receive, send):
                 return
             answer = self._answer_to(request, opened.metadata, None).aged(age_of(opened))
             path_send = (scope.get("extensions") or {}).get(PATHSEND)
@@ -193,7 +196,9 @@ class DownloadResponse(Response):
         headers = await self.redirect.headers_for(self.file, described)
         return None if headers is None else make_redirect_plan(own, headers)
 
-    async def _hand_over(self, opened: OpenFile, request: DownloadRequest, scope: Scope, send: Send) -> bool:
+    async def _hand_over(
+        self, opened: OpenFile, request: DownloadRequest, scope: Scope, receive: Receive, send: Send
+    ) -> bool:
         """Answer with headers for a proxy, and return whether one can send the file now that it is open."""
         if (offload := self._offload(scope)) is None:
             return False
@@ -212,14 +217,34 @@ class DownloadResponse(Response):
         local = local_of(opened)
         if local is not None and not local.is_telling:
             return False
-        await send(self._start(answer, scope))
+        start = self._start(answer, scope)
+        if local is not None:
+            self._lend(opened, local, start, scope, receive)
+        await send(start)
         await send({"type": "http.response.body", "body": b""})
         return True
+
+    def _lend(self, opened: OpenFile, local: OpenLocalFile, start: Message, scope: Scope, receive: Receive) -> None:
+        """Keep the file open for as long as the answer waits for the application, which may delete it."""
+        offer = scope["extensions"][EXTENSION]
+        if not isinstance(offer, Offer) or (self.offload and self.background is not None):
+            return  # the application says that the file stays
+
+        async def stream(send: Send) -> None:
+            request = DownloadRequest.from_headers(scope["method"], scope["headers"])
+            answer = self._answer_to(request, local.metadata, None).aged(age_of(opened))
+            work = partial(send_plan, answer.plan, local, self._start(answer, scope))
+            await until_the_client_leaves(work, receive, send)
+
+        offer.lent = Lent(local.shared(), start, stream)
 
     def _offload(self, scope: Scope) -> Mapping[str, str] | None:
         """Return the headers that have a proxy send the file, if one is offered and can."""
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        if backend is None or not self.offload or (headers := backend.headers_for(self.file)) is None:
+        may_be = self.background is None if self.offload is None else self.offload
+        if backend is None or not may_be or self.status_code != 200:
+            return None
+        if (headers := backend.headers_for(self.file)) is None:
             return None
         # Another server is asked by GET, which is also what is signed.
         return None if scope["method"] == "HEAD" and OFFLOAD_TARGET in headers else headers

@@ -385,17 +385,17 @@ class DownloadProtocol(HttpToolsProtocol):
             self._body_left -= end - start
             return end
         most = start + max(1, MAX_HEAD_BYTES + 1 - self._head_bytes)
-        if self._tail:  # an end that is in two pieces
-            across = (self._tail + data[start : start + 3]).find(_END_OF_HEAD)
-            end = start + across + len(_END_OF_HEAD) - len(self._tail)
-            self._tail = b""
+        tail, self._tail = self._tail, b""
+        if tail:  # an end that is in two pieces, or more
+            across = (tail + data[start : start + 3]).find(_END_OF_HEAD)
+            end = start + across + len(_END_OF_HEAD) - len(tail)
             if across >= 0:
                 return end
         end = data.find(_END_OF_HEAD, start, most)
         if end >= 0:
             return end + len(_END_OF_HEAD)
         end = min(most, len(data))
-        self._tail = data[max(start, end - 3) : end]
+        self._tail = (tail + data[max(start, end - 3) : end])[-3:]
         return end
 
     def _keep(self, data: bytes, parsed: int) -> None:
@@ -452,9 +452,11 @@ class DownloadProtocol(HttpToolsProtocol):
             return 400, "Invalid Host header field."
         if hosts:
             field = names.index(b"host")
-            if _SOCKET_PATH.fullmatch(self.headers[field][1]) and self._is_on_unix_socket():
-                self.headers[field] = b"host", b""  # as for any URL without an authority [RFC 9110 7.2]
-            elif not _is_host(self.headers[field][1]):
+            host = self.headers[field][1].strip(b" \t")  # "excluding any leading or trailing whitespace" [9110 5.5]
+            if _SOCKET_PATH.fullmatch(host) and self._is_on_unix_socket():
+                host = b""  # as for any URL without an authority [9110 7.2]
+            self.headers[field] = b"host", host
+            if not _is_host(host):
                 return 400, "Invalid Host header field."
         if b"://" in self.url and not self._takes_authority():
             return 400, "Invalid request target."

@@ -1,16 +1,21 @@
 """`OffloadMiddleware(pathsend=True)`: files of applications that know nothing of this library, on real servers."""
 
 import asyncio
+import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from email.utils import formatdate
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import quote, urlencode
 
 import pytest
 import pytest_asyncio
+from fastapi import BackgroundTasks, Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -19,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
-from downloadview_async.asgi.foreign import PATIENCE
+from downloadview_async.asgi.offer import PATIENCE
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.offload.base import OFFLOAD_HEADERS
 from downloadview_async.testing import call
@@ -278,6 +283,11 @@ async def test_a_client_who_leaves_ends_the_stream(root: Path, tmp_path: Path) -
     assert not [path for path in held if path.endswith("huge.bin")]
 
 
+def descriptors(root: Path) -> list[str]:
+    opened = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if _is_open(number)]
+    return [path for path in opened if path == str(root / "file.txt")]
+
+
 def _is_open(number: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{number}")
 
@@ -461,6 +471,128 @@ def deleting(files: Path, kind: str) -> ASGIApp:
         return FileResponse(path, background=BackgroundTask(delete_later if kind == "slow" else delete))
 
     return Starlette(routes=[Route("/{name}", endpoint)])
+
+
+def with_a_dependency(files: Path, kind: str) -> ASGIApp:
+    """An application of FastAPI's whose dependency, or background task, deletes the file."""
+    app = FastAPI()
+
+    def temporary() -> Iterator[Path]:
+        directory = Path(tempfile.mkdtemp(dir=files))
+        directory.chmod(0o755)
+        (directory / "a.bin").write_bytes(CONTENT)
+        yield directory / "a.bin"
+        shutil.rmtree(directory, ignore_errors=True)
+
+    @app.api_route("/{name}", methods=["GET", "HEAD"])
+    def endpoint(name: str, background_tasks: BackgroundTasks, path: Annotated[Path, Depends(temporary)]) -> Response:
+        if kind.startswith("task"):
+            background_tasks.add_task(path.unlink)
+        if kind.endswith("foreign"):
+            return FileResponse(path)
+        return dv.DownloadResponse(dv.LocalFile(path))
+
+    return app
+
+
+@pytest.mark.parametrize("pathsend", [True, False])
+@pytest.mark.parametrize("kind", ["yield ours", "yield foreign", "task ours", "task foreign"])
+async def test_a_file_that_fastapi_deletes_after_its_answer_arrives(kind: str, pathsend: bool, tmp_path: Path) -> None:
+    app = with_a_dependency(tmp_path, kind)
+    backend = dv.XAccelRedirect([dv.Rule(str(tmp_path), "/_files/")])
+    async with live(dv.OffloadMiddleware(Adding(app), backend, pathsend=pathsend)) as port:
+        answer = await ask(port, "/a", headers={"Range": "bytes=10-99"} if "ours" in kind else {})
+        assert answer.headers["x-added"] == "yes"
+        if "ours" in kind:
+            assert (answer.status, answer.body) == (206, CONTENT[10:100])
+        else:
+            assert_streamed(answer)
+        head = await ask(port, "/a", method="HEAD")
+        assert (head.status, head.headers["content-length"], head.body) == (200, str(len(CONTENT)), b"")
+        assert not OFFLOAD_HEADERS & {*head.headers, *answer.headers}
+
+
+class Adding:
+    """A middleware that adds a header field, and sends each body in two messages, as Starlette's BaseHTTPMiddleware."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def adding(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-added", b"yes")]}
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self.app(scope, receive, adding)
+
+
+async def test_what_is_lent_is_closed(root: Path) -> None:
+    """However an application ends, and whatever becomes of its answer."""
+    ours = ours_of(root)
+
+    async def raises_after(scope: Scope, receive: Receive, send: Send) -> None:
+        await ours(scope, receive, send)
+        raise RuntimeError("after the answer")
+
+    async def raises_between(scope: Scope, receive: Receive, send: Send) -> None:
+        async def only_start(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                raise RuntimeError("in the midst of the answer")
+            await send(message)
+
+        await ours(scope, receive, only_start)
+
+    for app in (ours, raises_after, raises_between, hanging(root), Restating(ours, 403), Adding(ours)):
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            await asyncio.wait_for(call(dv.OffloadMiddleware(app, BACKENDS["nginx"](root)), "/file.txt"), 0.05)
+        assert descriptors(root) == []
+
+
+def ours_of(root: Path) -> ASGIApp:
+    async def response(scope: Scope, receive: Receive, send: Send) -> None:
+        await dv.DownloadResponse(dv.LocalFile(root / "file.txt"))(scope, receive, send)
+
+    return response
+
+
+def hanging(root: Path) -> ASGIApp:
+    async def hangs(scope: Scope, receive: Receive, send: Send) -> None:
+        await ours_of(root)(scope, receive, send)
+        await asyncio.Event().wait()
+
+    return hangs
+
+
+async def test_a_cancelled_application_sends_nothing_later(root: Path) -> None:
+    """Not from a descriptor that is another file's by then."""
+    sent: list[Message] = []
+
+    async def slow() -> None:
+        await asyncio.sleep(10)
+
+    for response in (FileResponse(root / "file.txt", background=BackgroundTask(slow)), hanging(root)):
+        app = dv.OffloadMiddleware(response, BACKENDS["nginx"](root), pathsend=True)
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        async def receive() -> Message:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        scope = {"type": "http", "method": "GET", "path": "/file.txt", "headers": [], "query_string": b""}
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(app(scope, receive, send), PATIENCE / 2)
+        assert descriptors(root) == []
+        loop = asyncio.get_running_loop()
+        later = loop.create_future()
+        loop.call_later(2 * PATIENCE, later.set_result, None)
+        await later
+        assert sent == []
 
 
 @pytest.mark.parametrize("kind", ["ours", "foreign", "slow"])

@@ -7,8 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import APIRouter, FastAPI
+from starlette.routing import Route
 
-from downloadview_async import ConfigurationError, Download
+from downloadview_async import ConfigurationError, Download, PathSource
 from downloadview_async.asgi.endpoint import path_below
 from tests.asgi.named_app import APPS, make
 from tests.servers import Server, free_port, serving
@@ -58,9 +60,6 @@ async def test_the_file_or_an_error_but_never_another_file(app_name: str, prefix
                 found.append(name)
     if app_name == "litestar: route":
         assert not found, "Litestar answers 500 by itself: its ASGI handlers take no parameters"
-    elif app_name == "fastapi: mount with a parameter":
-        # FastAPI does not say what a parameter belongs to: it is an error where a directory is called as the tenant is
-        assert found == [name for name in FILES if "/files/" not in f"/{name}/"]
     elif prefix == "" or app_name.startswith(("starlette", "fastapi")):  # others may not know the prefix
         assert found == FILES
 
@@ -93,6 +92,7 @@ def test_the_path_below_a_prefix(scope: Mapping[str, Any], below: str) -> None:
 @pytest.mark.asyncio
 async def test_a_parameter_that_may_be_a_mounts_is_an_error() -> None:
     scope = {"type": "http", "method": "GET", "path": "/x/dir/x", "root_path": "/x", "headers": []}
+    scope["app_root_path"] = ""
     download = Download(Nothing())
     for parameters in ({"tenant": "x"}, {"tenant": 7}):
         with pytest.raises(ConfigurationError, match="give it key="):
@@ -101,6 +101,36 @@ async def test_a_parameter_that_may_be_a_mounts_is_an_error() -> None:
         await download({**scope, "path": "/x/a/b", "path_params": {"one": "a", "two": "b"}}, _nothing, _nothing)
     with pytest.raises(ConfigurationError, match="key='other', which is not a path parameter here: one"):
         await Download(Nothing(), key="other")({**scope, "path_params": {"one": "a"}}, _nothing, _nothing)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("root_path", ["", "/srv"])
+async def test_a_name_like_a_prefix_or_of_another_spelling_is_found(root_path: str, tmp_path: Path) -> None:
+    for name in ("srv", "7", "f/srv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source = PathSource(tmp_path)
+    inner, app = FastAPI(), FastAPI()
+    for one in (inner, app):
+        one.router.routes.append(Route("/files/{path:path}", Download(source)))
+        one.router.routes.append(Route("/number/{number:int}", Download(source)))
+    router = APIRouter()
+    router.routes.append(Route("/routed/{path:path}", Download(source)))
+    app.include_router(router)
+    app.mount("/srv", inner)
+    transport = httpx.ASGITransport(app=app, root_path=root_path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for path, name in {
+            "/files/srv": "srv",
+            "/files/f/srv": "f/srv",
+            "/number/007": "7",
+            "/routed/srv": "srv",
+            "/srv/files/srv": "srv",
+            "/srv/files/f/srv": "f/srv",
+            "/srv/number/007": "7",
+        }.items():
+            answer = await client.get(root_path + path)
+            assert (answer.status_code, answer.text) == (200, name), root_path + path
 
 
 class Nothing:

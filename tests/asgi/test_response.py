@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 import downloadview_async as dv
 from downloadview_async.offload.base import OFFLOAD_HEADERS
 from downloadview_async.testing import assert_download_response, assert_x_accel_redirect, assert_x_sendfile, call
-from tests.live import ask_raw, live
+from tests.live import ask_raw, live, make_old
 
 pytestmark = pytest.mark.asyncio
 CONTENT = b"<p>" * 1000
@@ -33,6 +33,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "sub").mkdir()
     (tmp_path / "page.html").write_bytes(CONTENT)
     (tmp_path / "sub" / "a b%.txt").write_bytes(b"text")
+    make_old(tmp_path)
     return tmp_path
 
 

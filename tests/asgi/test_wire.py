@@ -114,6 +114,7 @@ HEADS = {
     b"GET /fields HTTP/1.1\r\nhOsT: x\r\n\r\n": 200,
     b"GET /fields HTTP/1.1\r\nHost:\r\n\r\n": 200,
     b"GET /fields HTTP/1.1\r\nHost: x:80\r\n\r\n": 200,
+    b"GET /fields HTTP/1.1\r\nHost: x \t\r\n\r\n": 200,
     b"GET /fields HTTP/1.1\r\nHost: x:\r\n\r\n": 200,
     b"GET /fields HTTP/1.1\r\nHost: [::1]:80\r\n\r\n": 200,
     b"GET /fields HTTP/1.1\r\n\r\n": 400,
@@ -215,6 +216,42 @@ async def test_heads(root: Path) -> None:
                     assert answer.headers["connection"] == "close", head
                     assert answer.complete, head
                 writer.close()
+
+
+async def test_pipelined_requests_in_pieces_of_any_size(root: Path) -> None:
+    """An end of a head, or of a body in chunks, may come in four pieces."""
+    wire = Wire(root)
+    chunked = b"POST /body HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    requests = get() + chunked + get("/ours/small.txt")
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(wire.app, http=DownloadProtocol, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.001)
+    cuts = [(place, place + length) for place in range(1, len(requests)) for length in (1, 2)]
+    expected: list[int] | None = None
+    for first, second in [(len(requests), len(requests)), *cuts]:
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        while not server.server_state.connections:
+            await asyncio.sleep(0)
+        (protocol,) = server.server_state.connections
+        for piece in (requests[:first], requests[first:second], requests[second:]):
+            if piece:
+                protocol.data_received(piece)
+        received = b""
+        while len(statuses(received)) < 3:
+            block = await asyncio.wait_for(reader.read(1 << 16), 30)
+            assert block, (first, second, received)
+            received += block
+        if expected is None:
+            expected = statuses(received)
+        assert statuses(received) == expected, (first, second)
+        writer.close()
+        while server.server_state.connections:
+            await asyncio.sleep(0.0001)
+    server.should_exit = True
+    await task
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,15 @@ class _OrderedWith200:
         if header.lower() in OFFLOAD_HEADERS:
             self.status_code = self._status_code
 
+    def __delitem__(self, header: str) -> None:
+        self._withheld = {name: value for name, value in self._withheld.items() if name.lower() != header.lower()}
+        self.headers.pop(header, None)
+
+    def setdefault(self, header: str, value: Any) -> None:
+        """Set a header unless it is there already, or waits for the status 200."""
+        if header.lower() not in {name.lower() for name in (*self.headers, *self._withheld)}:
+            self[header] = value
+
 
 class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
     """An answer without a body that has a proxy send the file. The proxies' own responses derive from it.

@@ -573,6 +573,19 @@ def test_a_response_has_its_orders_as_long_as_its_status_is_200(make: Callable[.
     }
 
 
+def test_what_is_deleted_does_not_come_back_and_a_default_waits_like_any_order() -> None:
+    response = RESPONSES[1]()
+    response.status_code = 403
+    response.setdefault("X-Accel-Redirect", "/other")
+    assert "X-Accel-Redirect" not in response
+    del response["X-Sendfile"]
+    response.status_code = 200
+    assert "X-Sendfile" not in response
+    assert response["X-Accel-Redirect"] == "/other"
+    response.setdefault("X-Accel-Redirect", "/further")
+    assert response["X-Accel-Redirect"] == "/other"
+
+
 def test_a_response_that_is_made_with_another_status_has_none() -> None:
     response = ProxiedDownloadResponse(status=403, headers={"X-Accel-Redirect": "/_files/a.txt"})
     assert (response.status_code, "X-Accel-Redirect" in response) == (403, False)
