@@ -12,20 +12,18 @@ from downloadview_async.asgi.offer import Holding, Offer
 from downloadview_async.asgi.response import RawHeaders, error_response
 from downloadview_async.asgi.transfer import PATHSEND, SETTLED, send_plan, until_the_client_leaves
 from downloadview_async.errors import FileError, FileMissing, TransferAborted
+from downloadview_async.http.fields import OFFLOAD_ORDERS, OFFLOAD_TARGET
 from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.offload.base import OFFLOAD_HEADERS
 from downloadview_async.sources.local import OpenLocalFile
 from downloadview_async.sources.path import LocalFile
 
 logger = logging.getLogger("downloadview_async")
 
-# Those that name a file. What else nginx does with an answer, such as X-Accel-Buffering, any application may say.
-_ORDERS = frozenset(
-    name.encode() for name in OFFLOAD_HEADERS if name == "x-accel-redirect" or not name.startswith("x-accel-")
-)
+# What else nginx does with an answer, such as X-Accel-Buffering, any application may say.
+_ORDERS = frozenset(name.encode() for name in OFFLOAD_ORDERS | {OFFLOAD_TARGET})
 _OF_THE_FRAMING = frozenset({b"accept-ranges", b"content-length", b"content-range", b"transfer-encoding"})
 
 

@@ -30,6 +30,7 @@ from downloadview_async.asgi.transfer import (
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.http.fields import OFFLOAD_HEADERS, OFFLOAD_TARGET
 from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import (
@@ -45,7 +46,7 @@ from downloadview_async.http.plan import (
     narrowed,
 )
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OFFLOAD_TARGET, OffloadBackend, Redirect, signed
+from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
 

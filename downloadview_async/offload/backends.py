@@ -14,7 +14,7 @@ from typing import Literal
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from downloadview_async.errors import ConfigurationError
-from downloadview_async.offload.base import OFFLOAD_TARGET
+from downloadview_async.http.fields import OFFLOAD_TARGET
 from downloadview_async.offload.presigned import StoreSigner
 from downloadview_async.offload.rules import Rule, RuleTable
 from downloadview_async.sources.base import AsyncFile

@@ -3,30 +3,11 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+from downloadview_async.http.fields import OFFLOAD_TARGET
 from downloadview_async.sources.base import AsyncFile
 
 EXTENSION = "downloadview_async.offload"
 """The key in `scope["extensions"]` under which `OffloadMiddleware` offers its backend to a response."""
-
-OFFLOAD_TARGET = "x-offload-target"
-"""What a proxy asks another server for: the path and query, encoded and signed. The proxy itself knows which server."""
-
-OFFLOAD_HEADERS = frozenset(
-    {
-        OFFLOAD_TARGET,
-        "x-accel-redirect",
-        "x-accel-buffering",
-        "x-accel-charset",
-        "x-accel-expires",
-        "x-accel-limit-rate",
-        "x-sendfile",
-        "x-sendfile2",
-        "x-lighttpd-send-file",
-        "x-litespeed-location",
-        "x-reproxy-url",
-    }
-)
-"""Headers that some proxy obeys. Only a backend sets them; they are never taken from an application or an upstream."""
 
 
 class Redirect(Protocol):

@@ -29,6 +29,7 @@ from downloadview_async.errors import (
 from downloadview_async.http.conditional import failed_precondition, parse_etag_list
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import parse_http_date
+from downloadview_async.http.fields import OFFLOAD_ORDERS
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.negotiation import content_coding, hides_coding
 from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, read_from, select_ranges
@@ -54,9 +55,6 @@ _CLOCKS = 60  # seconds that the clock of an upstream which tells no Date may di
 # Whatever else an upstream says stays with us: X-Accel-*, X-Sendfile*, X-Reproxy-* and Set-Cookie are orders to our
 # proxy or to our client. Content-Length, -Type, -Range, ETag and Last-Modified are read, checked and made anew.
 _PASSED_HEADERS = ("content-encoding", "content-language", "cache-control", "expires", "vary", "age")
-
-# What an upstream says to its own proxy in place of the bytes.
-_OFFLOADS = frozenset({"x-accel-redirect", "x-sendfile", "x-reproxy-url", "x-litespeed-location"})
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,18})", re.IGNORECASE)
@@ -350,7 +348,7 @@ class OpenRemoteFile:
         match status:
             case 200:
                 body.stop = size = _size(fields)
-                if size == 0 and (order := _OFFLOADS.intersection(fields)):
+                if size == 0 and (order := OFFLOAD_ORDERS.intersection(fields)):
                     raise UpstreamError(
                         f"{self._url!r} sent {', '.join(order)} and no bytes: it is behind a proxy of its own, whose "
                         "URL this source needs"
@@ -507,7 +505,7 @@ def _is_refusal(response: Any, method: str, headers: Mapping[str, str]) -> bool:
     match status:
         case 200 if method == "HEAD":
             # Many frameworks count the bytes that they do not send. Few files are empty.
-            return bool(response.headers.get("content-length") == "0" and _OFFLOADS.isdisjoint(response.headers))
+            return bool(response.headers.get("content-length") == "0" and OFFLOAD_ORDERS.isdisjoint(response.headers))
         case 406:
             return "accept-encoding" in headers
         case 412:

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import downloadview_async as dv
 from downloadview_async.asgi.offer import PATIENCE
 from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.testing import call
 from tests.asgi.foreign_app import APPS, Spy, starlette_app
 from tests.asgi.ways import WAYS

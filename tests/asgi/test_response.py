@@ -20,7 +20,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 import downloadview_async as dv
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.testing import assert_download_response, assert_x_accel_redirect, assert_x_sendfile, call
 from tests.live import ask_raw, live, make_old
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downloadview_async.http.negotiation import preferred_encodings
+from downloadview_async.http.negotiation import content_coding, hides_coding, preferred_encodings
 from tests.http.asking import LARGE
 
 ALL = ("br", "zstd", "gzip")
@@ -109,3 +109,23 @@ def test_the_order_is_that_of_the_weights(weights: dict[str, int]) -> None:
 )
 def test_a_huge_value_is_decided(text: str) -> None:
     assert set(preferred_encodings(text * (LARGE // len(text)), ALL)) <= set(ALL)
+
+
+@pytest.mark.parametrize(
+    "value, coding, hides",
+    [
+        ("gzip", "gzip", False),
+        ("GZIP , br", "gzip, br", False),
+        ("aws-chunked", None, True),
+        ("aws-chunked,gzip", "gzip", True),
+        ("gzip, identity", "gzip", True),
+        ("UTF-8", None, True),
+        ("", None, False),
+    ],
+)
+def test_codings_that_no_client_can_decode(value: str, coding: str | None, hides: bool) -> None:
+    assert (content_coding(value), hides_coding(value)) == (coding, hides)
+
+
+def test_no_content_encoding_hides_nothing() -> None:
+    assert not hides_coding(None)

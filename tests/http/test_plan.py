@@ -1,6 +1,7 @@
 """`make_plan`: the rows of the table of what every download answers, on a file of ten bytes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -501,3 +502,31 @@ def test_a_redirect_says_nothing_of_the_file_and_the_place_wins() -> None:
         "location": "https://files.example.org/x",
         "cache-control": "private",
     }
+
+
+FAR = 1_000_000
+
+
+@pytest.mark.parametrize(
+    "metadata, value, starts",
+    [
+        # of a version that can be told, the parts are read as they are asked for, as long as that is few reads
+        ({"etag": ETag("a")}, f"bytes={2 * FAR}-{2 * FAR},0-0", [2 * FAR, 0]),
+        ({"last_modified": 1_700_000_000}, f"bytes={2 * FAR}-{2 * FAR},0-0", [2 * FAR, 0]),
+        # of any other in one go
+        ({}, f"bytes={2 * FAR}-{2 * FAR},0-0", [0, 2 * FAR]),
+        ({"etag": ETag("a", weak=True)}, f"bytes={2 * FAR}-{2 * FAR},0-0", [0, 2 * FAR]),
+        # more reads than are allowed: the order of the file may have fewer, else the whole
+        ({"etag": ETag("a")}, "bytes=8-8,6-6,4-4,2-2,0-0", [0, 2, 4, 6, 8]),
+        ({"etag": ETag("a")}, ",".join([f"bytes=0-0,{FAR}-{FAR}", f"{2 * FAR}-{2 * FAR}"]), None),
+    ],
+)
+def test_many_parts_of_a_file_that_is_far_away(metadata: dict[str, Any], value: str, starts: list[int] | None) -> None:
+    described = FileMetadata(size=10 * FAR, max_reads=2, **metadata)
+    request = DownloadRequest(method="GET", range=value)
+    plan = make_plan(request, described, Presentation(filename="a.bin"))
+    if starts is None:
+        assert (plan.status, plan.body) == (200, (ByteRange(0, 10 * FAR),))
+    else:
+        assert plan.status == 206
+        assert [piece.start for piece in plan.body if isinstance(piece, ByteRange)] == starts

@@ -7,7 +7,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.http.ranges import MAX_PARTS, RangeSpec, parse_range, select_ranges
+from downloadview_async.http.ranges import (
+    MAX_PARTS,
+    NEAR,
+    RangeSpec,
+    in_order_of_the_file,
+    parse_range,
+    read_from,
+    reads_of,
+    select_ranges,
+)
 from tests.http.asking import LARGE
 
 # What may stand after "bytes=" and is no list of ranges.
@@ -263,3 +272,41 @@ def test_numbers_of_any_size_keep_to_the_file(size: int, first: int, count: int)
     assert specs is not None
     expected = [ByteRange(first, min(first + count + 1, size))] if first < size else "unsatisfiable"
     assert select_ranges(specs, size) == expected
+
+
+@pytest.mark.parametrize(
+    "parts, reads",
+    [
+        ([], []),
+        ([(0, 1)], [(0, 1)]),
+        ([(0, 1), (1, 2)], [(0, 2)]),
+        ([(0, 1), (1 + NEAR, 2 + NEAR)], [(0, 2 + NEAR)]),
+        ([(0, 1), (2 + NEAR, 3 + NEAR)], [(0, 1), (2 + NEAR, 3 + NEAR)]),
+        ([(5, 6), (0, 1)], [(5, 6), (0, 1)]),  # it would have to go back
+        ([(0, 1), (2, 3), (4, 5)], [(0, 5)]),
+    ],
+)
+def test_parts_that_follow_each_other_are_one_read(parts: list[tuple[int, int]], reads: list[tuple[int, int]]) -> None:
+    assert reads_of([ByteRange(*part) for part in parts]) == [ByteRange(*read) for read in reads]
+
+
+@pytest.mark.parametrize(
+    "wanted, size, read",
+    [
+        (None, 10 * NEAR, (2, 3)),  # nothing else
+        ("bytes=2-2,4-5", None, (2, 3)),  # nobody knows where that is
+        ("bytes=2-2,4-5", 10 * NEAR, (2, 6)),
+        ("bytes=4-5,2-2", 10 * NEAR, (2, 6)),
+        ("bytes=0-0,2-2", 10 * NEAR, (2, 3)),
+        (f"bytes=2-2,{5 * NEAR}-", 10 * NEAR, (2, 3)),
+        ("bytes=2-2,4-", 3, (2, 3)),
+    ],
+)
+def test_what_is_read_with_a_part(wanted: str | None, size: int | None, read: tuple[int, int]) -> None:
+    specs = None if wanted is None else parse_range(wanted)
+    assert read_from(ByteRange(2, 3), specs, size) == ByteRange(*read)
+
+
+def test_the_order_of_the_file() -> None:
+    parts = [ByteRange(4, 6), ByteRange(0, 1), ByteRange(2, 3)]
+    assert in_order_of_the_file(parts) == [ByteRange(0, 1), ByteRange(2, 3), ByteRange(4, 6)]

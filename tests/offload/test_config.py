@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 import downloadview_async as dv
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.offload.config import Proxy
 from tests.live import ask, live
 from tests.proxies.servers import DEPLOY, KINDS, proxy, readable_directory

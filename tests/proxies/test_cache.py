@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 import downloadview_async as dv
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from tests.live import ask, live
 from tests.proxies.servers import KINDS, proxy, readable_directory
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from tests.live import Answer, ask
 from tests.proxies.servers import KINDS, free_port, proxy, readable_directory, running
 from tests.s3 import KEY_ID, S3, SECRET

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from tests.live import Answer, ask
 from tests.proxies.conftest import HOSTILE_NAMES, PRIVATE_PAGES, content_of
 from tests.proxies.servers import KINDS, free_port, proxy, readable_directory, running

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.offload.base import OFFLOAD_HEADERS, OFFLOAD_TARGET
+from downloadview_async.http.fields import OFFLOAD_HEADERS, OFFLOAD_TARGET
 from tests.live import Answer, ask, live
 from tests.proxies import grid
 from tests.proxies.servers import KINDS, proxy, readable_directory

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.sources.names import MAX_LENGTH
 from tests.live import ask
 from tests.proxies.conftest import Site

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from tests.live import Answer, ask, ask_raw, live, parse, resumes_only_what_was_begun
 from tests.proxies.conftest import (
     DRESS,

@@ -21,7 +21,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
-from downloadview_async.offload.base import OFFLOAD_HEADERS, OFFLOAD_TARGET
+from downloadview_async.http.fields import OFFLOAD_HEADERS, OFFLOAD_TARGET
 from downloadview_async.offload.sigv4 import Credentials, presigned_url
 from downloadview_async.sources.names import MAX_LENGTH
 from tests.live import Answer, ask, ask_raw, live, resumes_only_what_was_begun

@@ -16,7 +16,7 @@ import sqlalchemy
 from starlette.testclient import TestClient
 
 from downloadview_async import ConfigurationError, TransferAborted
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.service.build import build
 from downloadview_async.service.database import key_as
 from downloadview_async.service.load import load_settings

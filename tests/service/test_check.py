@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async import ConfigurationError, MemoryStorage, StorageSource
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.service.advice import _ADVICE, advice
 from downloadview_async.service.asking import MOST, PIECE, Answer, NoAnswerError, Peer
 from downloadview_async.service.build import build

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from downloadview_async.cli import main
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from tests.live import Answer, ask, parse
 from tests.proxies.conftest import HOSTILE_NAMES, PRIVATE_PAGES, content_of
 from tests.proxies.servers import KINDS, proxy, readable_directory

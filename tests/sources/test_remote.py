@@ -116,7 +116,9 @@ async def test_one_client_request_is_one_upstream_request(upstream: Upstream, po
     assert [request.split(b" ")[0] for request in upstream.requests] == [b"GET", b"HEAD", b"GET"]
 
 
-@pytest.mark.parametrize("header", ["X-Accel-Redirect", "X-Sendfile"])
+@pytest.mark.parametrize(
+    "header", ["X-Accel-Redirect", "X-Sendfile", "x-sendfile2", "X-LIGHTTPD-send-file", "X-Reproxy-URL"]
+)
 async def test_an_upstream_reached_without_its_proxy_is_a_502_and_not_an_empty_file(
     upstream: Upstream, port: int, header: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,10 +17,11 @@ from downloadview_async.contrib.django.background import run_in_background
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of, is_sent_as_stored
 from downloadview_async.contrib.django.responses import DownloadResponse, spelled, take_marks
 from downloadview_async.errors import ConfigurationError, FileError
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import FRAMING, Presentation, describe
 from downloadview_async.http.request import HEAD
-from downloadview_async.offload.base import OFFLOAD_HEADERS, OffloadBackend
+from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.local import local_of, open_at_once

@@ -35,10 +35,11 @@ from downloadview_async.http.content_types import content_type_for, with_charset
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.disposition import MAX_BYTES, client_filename, is_device_name
 from downloadview_async.http.disposition import content_disposition as disposition_of
+from downloadview_async.http.fields import OFFLOAD_HEADERS, OFFLOAD_TARGET
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.plan import FRAMING, Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OFFLOAD_HEADERS, OFFLOAD_TARGET, OffloadBackend, signed
+from downloadview_async.offload.base import EXTENSION, OffloadBackend, signed
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local import local_of, open_at_once
 from downloadview_async.sources.virtual import VirtualFile

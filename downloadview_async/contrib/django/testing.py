@@ -25,7 +25,7 @@ from django.test.utils import TestContextDecorator, override_settings
 from django.utils.encoding import force_bytes, force_str
 
 from downloadview_async.contrib.django.responses import DownloadResponse
-from downloadview_async.offload.base import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 
 _View = TypeVar("_View")
 
