@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -356,11 +357,13 @@ async def test_a_small_cached_file_is_answered_without_listening_or_a_worker(tmp
     for name in ("ten.txt", "empty.txt"):
         os.utime(tmp_path / name, (1_700_000_000, 1_700_000_000))  # not just now: that is waited for
 
-    async def nobody_listens() -> Any:
-        raise AssertionError("receive was called")
+    listened = []
+
+    async def client_stays() -> Any:
+        listened.append(True)
+        await anyio.sleep_forever()
 
     source = dv.PathSource(tmp_path)
-    threads = threading.active_count()
     before = descriptors()
     for name, headers, status, body in (
         ("ten.txt", [], 200, b"0123456789"),
@@ -369,16 +372,22 @@ async def test_a_small_cached_file_is_answered_without_listening_or_a_worker(tmp
         ("ten.txt", [(b"range", b"bytes=10-")], 416, b""),
         ("empty.txt", [], 200, b""),
     ):
-        messages: list[Any] = []
-
-        async def send(message: Any, messages: list[Any] = messages) -> None:
-            messages.append(message)
-
         scope = {"type": "http", "method": "GET", "path": f"/{name}", "headers": headers}
-        await dv.Download(source)(scope, nobody_listens, send)
-        assert [message["type"] for message in messages] == ["http.response.start", "http.response.body"]
-        assert (messages[0]["status"], messages[1]["body"]) == (status, body)
-    assert threading.active_count() == threads
+        for _ in range(100):  # a rename anywhere on the machine makes the kernel refuse now and then
+            listened.clear()
+            threads = threading.active_count()
+            messages: list[Any] = []
+
+            async def send(message: Any, messages: list[Any] = messages) -> None:
+                messages.append(message)
+
+            await dv.Download(source)(scope, client_stays, send)
+            assert [message["type"] for message in messages] == ["http.response.start", "http.response.body"]
+            assert (messages[0]["status"], messages[1]["body"]) == (status, body)
+            if not listened:
+                break
+        assert not listened
+        assert threading.active_count() == threads
     await back_to(before)
 
 
