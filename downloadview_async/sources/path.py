@@ -82,6 +82,9 @@ class FileBeneath:
                 itself = self._root.open_cached(self._path)
             except (FileMissing, AccessDenied):
                 return self._opened(sibling, encoding)
+            except BaseException:
+                _close(sibling)
+                raise
             if itself is None:
                 _close(sibling)
                 return None

@@ -1,6 +1,8 @@
 """Local files: precompressed siblings, every way of reading, and what is refused when a source is made."""
 
+import gc
 import os
+import resource
 from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
@@ -220,6 +222,28 @@ async def test_a_precompressed_sibling_older_than_its_file_is_not_sent(
     answer = await call(Download(source), "/page.html", headers={"Accept-Encoding": "gzip"})
     assert (answer.headers.get("content-encoding"), answer.body) == (sent, b"old" if sent else b"new")
     assert answer.headers["vary"] == "Accept-Encoding"
+
+
+async def test_a_precompressed_sibling_is_closed_where_no_descriptor_is_left_for_its_file(root: Path) -> None:
+    (root / "page.html").write_text("page")
+    (root / "page.html.gz").write_bytes(b"packed")
+    for name in ("page.html", "page.html.gz"):
+        os.utime(root / name, (1_700_000_000, 1_700_000_000))
+    app = Download(PathSource(root, precompressed=["gzip"]))
+    headers = {"Accept-Encoding": "gzip"}
+    assert (await call(app, "/page.html", headers=headers)).body == b"packed"
+    gc.collect()  # files of other tests must not be closed meanwhile
+    before = os.listdir("/proc/self/fd")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, hard))
+    try:
+        refused = await call(app, "/page.html", headers=headers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert refused.status == 503
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("mtime", [0, 1, 315_532_800])
