@@ -84,21 +84,33 @@ class FileMetadata:
 _SECOND = 1_000_000_000
 _GRAIN = 20_000_000  # ns: kernels advance the clock of their files every 1 to 10 ms
 _COARSE_GRAIN = 2 * _SECOND  # of file systems that keep whole seconds: FAT counts in twos
-# Times that archivers write in place of the true one, so that the same content gives the same archive.
-_ZIP_EPOCH = range(
-    315_532_800 - 14 * 3600, 315_532_800 + 12 * 3600 + 1
-)  # 1980-01-01 in any time zone: ZIP has local time
-_NPM_EPOCH = 499_162_500  # 1985-10-26 08:15 UTC: every file of every npm package
+# Times that tools write in place of the true one, so that the same content gives the same archive. What comes before
+# 1981-01-03 is one of these: 0 and 1 (Nix, OSTree, OCI layers, Bazel), the first days that a ZIP archive can name, in any
+# time zone (1979-11-30, 1980-01-01, RubyGems' 1980-01-02, Gradle's 1980-02-01), and Android's 1981-01-01.
+_FIRST_TRUE_TIME = 347_328_000
+_CONSTANT_TIMES = frozenset(
+    {
+        456_789_000,  # Yarn
+        499_162_500,  # npm: 1985-10-26 08:15
+        1_153_704_088,  # Cargo, maturin: 2006-07-24
+        # A ZIP archive has local time, and zones differ by quarters of an hour. Bazel's jars have 2010-01-01, the wheels of
+        # Flit and Poetry 2016-01-01, and those of Hatch 2020-02-02.
+        *(
+            midnight + quarter * 900
+            for midnight in (1_262_304_000, 1_451_606_400, 1_580_601_600)
+            for quarter in range(-14 * 4, 12 * 4 + 1)
+        ),
+    }
+)
 
 
 def is_meaningful(seconds: int) -> bool:
     """Return whether a time in seconds since the epoch, UTC, can be that of a change.
 
-    0 and 1 cannot, nor can what lies before them: Nix, OSTree, OCI layers, Bazel and reproducible builds set the time
-    of every file to such a constant. Nor can 1980-01-01, the first day that a ZIP archive can name, and the constant of
-    npm's packages.
+    The constants cannot that tools of reproducible builds give to every file: times before 1981-01-03, and those of npm,
+    Yarn, Cargo, Bazel, Flit, Poetry and Hatch.
     """
-    return seconds > 1 and seconds not in _ZIP_EPOCH and seconds != _NPM_EPOCH
+    return seconds >= _FIRST_TRUE_TIME and seconds not in _CONSTANT_TIMES
 
 
 def is_telling(mtime_ns: int, now_ns: int, *, is_coarse: bool) -> bool:
