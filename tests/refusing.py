@@ -7,11 +7,12 @@ import struct
 import termios
 
 _NUMBERS = {
-    "x86_64": {"sendfile": 40, "preadv2": 327, "openat2": 437, "fstatfs": 138, "outq": 16},
-    "aarch64": {"sendfile": 71, "preadv2": 286, "openat2": 437, "fstatfs": 44, "outq": 29},
+    "x86_64": {"sendfile": 40, "preadv2": 327, "openat2": 437, "fstatfs": 138, "outq": 16, "flock": 73},
+    "aarch64": {"sendfile": 71, "preadv2": 286, "openat2": 437, "fstatfs": 44, "outq": 29, "flock": 32},
 }
 _ARGUMENTS = {"outq": termios.TIOCOUTQ}  # of ioctl: one request alone
-CALLS = sorted(_NUMBERS["x86_64"])
+CALLS = sorted(_NUMBERS["x86_64"].keys() - {"flock"})
+"""Those by which files are opened and sent."""
 IS_POSSIBLE = platform.system() == "Linux" and platform.machine() in _NUMBERS
 
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _MODE_FILTER = 22, 38, 2

@@ -264,6 +264,8 @@ class CacheDirectory:
             return  # nothing can be written, so nothing needs a lock: files are sent without being kept
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # another process, such as a backup, has locked it: locks work
         except OSError as exc:
             raise ConfigurationError(
                 f"the cache directory {self.root.path!r} is on a file system that refuses locks (flock: "

@@ -46,7 +46,7 @@ from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.local import CHUNK_SIZE
 from downloadview_async.sources.names import checked_segments
 from downloadview_async.sources.remote import REFUSALS
-from downloadview_async.sources.workers import Slots
+from downloadview_async.sources.workers import Slots, Workers
 
 SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
 """The schemes of stores that are somewhere else, and the extra that each needs."""
@@ -89,7 +89,8 @@ _ALIASES = {
 }
 _ENDPOINTS = frozenset({"endpoint", "base_url"})
 _PLACING = _ENDPOINTS | {"virtual_hosted_style_request"}
-_MAX_BELOW = 64  # stores, each with connections of its own
+_MAX_BELOW = 64  # stores, each with its own connections
+_MAKERS = 4  # threads that make such stores
 # What of S3's options obstore takes from the environment, too.
 _FROM_ENVIRONMENT = (
     "access_key_id",
@@ -151,6 +152,8 @@ class ObjectStorage:
         self._arguments = _arguments(url, options)
         self._made: tuple[int, Any] | None = (os.getpid(), self._make(url, self._arguments))
         self._below: dict[str, Any] = {}
+        """Stores for keys with empty segments, by their endpoints: the one that was used last is the last."""
+        self._makers = Workers(_MAKERS)
 
     def _make(self, url: str, arguments: dict[str, Any]) -> Any:
         try:
@@ -174,7 +177,7 @@ class ObjectStorage:
             self._below = {}
         return self._made[1]
 
-    def _place_of(self, name: str) -> tuple[Any, str]:
+    async def _place_of(self, name: str) -> tuple[Any, str]:
         """Return the store and the name in it by which obstore finds a key. Raises `FileMissing`."""
         segments = name.split("/")
         if "." in segments or not segments[-1]:
@@ -189,13 +192,15 @@ class ObjectStorage:
             raise FileMissing(f"only S3 has keys with empty segments: {name!r}")
         end = name.rfind("//") + 1
         endpoint = f"{base}/{quote(name[:end])}"
-        if endpoint not in self._below:
-            if len(self._below) >= _MAX_BELOW:
-                self._below.clear()
+        if (below := self._below.pop(endpoint, None)) is None:
             own = {key: value for key, value in self._arguments.items() if _plain_name(key) not in _PLACING}
             placed: dict[str, Any] = {**own, "endpoint": endpoint, "virtual_hosted_style_request": True}
-            self._below[endpoint] = self._make(f"s3://{urlsplit(self.url).netloc}", placed)
-        return self._below[endpoint], name[end + 1 :]
+            # its HTTP client takes some 10 ms to make
+            below = await self._makers.run(self._make, f"s3://{urlsplit(self.url).netloc}", placed)
+        self._below[endpoint] = below
+        while len(self._below) > _MAX_BELOW:
+            del self._below[next(iter(self._below))]  # the one that was used longest ago
+        return below, name[end + 1 :]
 
     @property
     def config(self) -> Mapping[str, str]:
@@ -254,9 +259,9 @@ class ObjectStorage:
         `UpstreamError`.
         """
         checked_segments(name, "exact")
-        store, key = self._place_of(name)
         slot = await self._slots.take()
         try:
+            store, key = await self._place_of(name)
             of_disk = urlsplit(self.url).scheme == "file"
             opened = OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)
             try:

@@ -17,6 +17,7 @@ from starlette.routing import Route
 import downloadview_async as dv
 from downloadview_async import Cache, CachedSource, ConfigurationError, Download
 from tests.live import ask, live
+from tests.refusing import IS_POSSIBLE
 from tests.sources.test_cached import BIG, Origin, Served, file_size_limit, origin, remote, served, serving
 
 __all__ = ["file_size_limit", "origin", "served"]  # fixtures
@@ -196,57 +197,45 @@ def test_a_cache_file_that_this_user_may_not_open_is_fetched_again() -> None:
 
 
 REFUSING = """
-import asyncio, ctypes, errno, struct, sys
-number, refused, directory = (int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
-
-
-class Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
-
-
-def refuse(number, error):
-    code = b"".join(
-        struct.pack("HBBI", *instruction)
-        for instruction in (
-            (0x20, 0, 0, 0),  # the number of the system call
-            (0x15, 0, 1, number),
-            (0x06, 0, 0, 0x00050000 | error),
-            (0x06, 0, 0, 0x7FFF0000),
-        )
-    )
-    buffer = ctypes.create_string_buffer(code, len(code))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(38, 1, 0, 0, 0) == 0
-    program = Program(4, ctypes.addressof(buffer))
-    if libc.prctl(22, 2, ctypes.byref(program), 0, 0) != 0:
-        print("no seccomp")
-        sys.exit(0)
-
-
+import sys
 from downloadview_async import Cache, ConfigurationError
+from tests.refusing import refuse
 
-refuse(number, refused)
 try:
-    Cache(directory)
+    refuse("flock", int(sys.argv[1]))
+except OSError:
+    print("no seccomp")
+    sys.exit(0)
+try:
+    Cache(sys.argv[2])
 except ConfigurationError as exc:
     print(exc)
 else:
     print("no error")
 """
-FLOCK = {"x86_64": 73, "aarch64": 32}
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine not in FLOCK, reason="seccomp is Linux's")
-@pytest.mark.parametrize("refused", [errno.ENOLCK, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks_is_told_at_the_start(tmp_path: Path, refused: int) -> None:
-    number = FLOCK[os.uname().machine]
-    command = [sys.executable, "-c", REFUSING, str(number), str(refused), str(tmp_path / "cache")]
+def says_at_the_start(refused: int, directory: Path) -> str:
+    """Return what a process prints that makes a cache where `flock` fails with an error number."""
+    command = [sys.executable, "-c", REFUSING, str(refused), str(directory)]
     output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     if "no seccomp" in output:
         pytest.skip("seccomp is not allowed here")
+    return output
+
+
+@pytest.mark.skipif(not IS_POSSIBLE, reason="seccomp is Linux's")
+@pytest.mark.parametrize("refused", [errno.ENOLCK, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_is_told_at_the_start(tmp_path: Path, refused: int) -> None:
+    output = says_at_the_start(refused, tmp_path / "cache")
     assert "locks" in output
     assert os.strerror(refused) in output
     assert str(tmp_path / "cache") in output
+
+
+@pytest.mark.skipif(not IS_POSSIBLE, reason="seccomp is Linux's")
+def test_a_file_that_another_process_has_locked_shows_that_there_are_locks(tmp_path: Path) -> None:
+    assert says_at_the_start(errno.EAGAIN, tmp_path / "cache") == "no error\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a directory that it may not write to")

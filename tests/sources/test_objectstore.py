@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from downloadview_async import (
     UpstreamError,
     UpstreamTimeout,
 )
+from downloadview_async.sources import objectstore
 from downloadview_async.testing import call
 from tests.gcs import GCS
 from tests.live import ask, live
@@ -542,6 +544,30 @@ async def test_any_key_of_s3_is_asked_for_as_it_is(prefix: str) -> None:
             assert (await call(Download(source, key=lambda request, key=key: key), "/")).status == 404, key  # type: ignore[misc]
         assert len(store.requests) == before
         await storage.aclose()
+
+
+async def test_stores_for_keys_with_empty_segments_are_made_in_threads_and_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(objectstore, "_MAX_BELOW", 2)
+    made: list[tuple[str, bool]] = []
+    make = ObjectStorage._make
+
+    def recorded(self: ObjectStorage, url: str, arguments: dict[str, Any]) -> Any:
+        made.append((str(arguments.get("endpoint", "")), threading.current_thread() is threading.main_thread()))
+        return make(self, url, arguments)
+
+    monkeypatch.setattr(ObjectStorage, "_make", recorded)
+    async with serving_store() as store:
+        options: dict[str, Any] = {"access_key_id": "a", "secret_access_key": "b", "region": "us-east-1"}
+        storage = ObjectStorage("s3://bucket", endpoint=f"http://127.0.0.1:{store.port}", **options)
+        made.clear()
+        for key in ("a//1", "b//1", "a//2", "c//1", "a//3", "b//2"):
+            async with storage.open(key):
+                pass
+        await storage.aclose()
+    assert [endpoint.rpartition("/bucket/")[2] for endpoint, _ in made] == ["a/", "b/", "c/", "b/"]
+    assert not any(on_loop for _, on_loop in made)
 
 
 async def test_only_s3_has_keys_with_empty_segments() -> None:
