@@ -35,7 +35,7 @@ class Download:
         headers: Mapping[str, str] | None = None,
         key: str | Callable[[Request], Any] | None = None,
         redirect: Redirect | None = None,
-        offload: bool = True,
+        offload: bool | None = None,
     ) -> None:
         self.source = source
         self.attachment = attachment

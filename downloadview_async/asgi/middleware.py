@@ -24,9 +24,9 @@ class OffloadMiddleware:
     for those of ranges. A file that is not offloaded is sent by the server's own path send, or else by us in chunks:
     exactly Content-Length bytes, or the connection is aborted. For a HEAD no byte is read.
 
-    An offloaded answer leaves when the application has returned. A background task, or what follows the `yield` of a
-    dependency, may have deleted the file by then: it has been held open, and is sent by us. So is one whose application
-    takes longer than `offer.PATIENCE`, for it may still delete it.
+    An offloaded answer leaves when the application has returned, unless it says `offload=True`. A background task, or
+    what follows the `yield` of a dependency, may have deleted the file by then: it has been held open, and is sent by
+    us. So is one whose application takes longer than `offer.PATIENCE`, for it may still delete it.
 
     And any offload header that no backend has made for this very request is dropped, with a warning in the log: with
     `pathsend` an application's own X-Accel-Redirect does nothing.
@@ -107,7 +107,8 @@ class _Sender:
 
     def drop(self) -> None:
         """Close what is lent for an answer of which no more comes."""
-        for lent in (self._lent, self._offer.lent):
-            if lent is not None:
-                lent.file.close()
+        if self._lent is not None:
+            self._lent.file.close()
+        if self._offer.lent is not None:
+            self._offer.lent.file.close()
         self._lent = self._offer.lent = None

@@ -10,6 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import anyio
 from starlette.types import Message, Send
@@ -79,16 +80,17 @@ class Offer:
     def take_lent(self, start: Message) -> Lent | None:
         """Return what is lent for the answer that begins so; close what is lent for one that has been replaced."""
         lent, self.lent = self.lent, None
-        if lent is not None and (start["status"] != 200 or not self._is_made_for(start)):
-            lent.file.close()
-            return None
-        return lent
+        if lent is None or start is lent.start or (start["status"] == 200 and self._is_made_for(start)):
+            return lent
+        lent.file.close()
+        return None
 
     def _is_made_for(self, start: Message) -> bool:
         return any((bytes(name).lower(), value) in self.made for name, value in start.get("headers", ()))
 
     def _remember(self, headers: Mapping[str, str]) -> None:
-        self.made.update((name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items())
+        for name, value in headers.items():
+            self.made.add((name.lower().encode("latin-1"), value.encode("latin-1")))
 
 
 Decide = Callable[[bool], Awaitable[None]]
@@ -98,35 +100,37 @@ Decide = Callable[[bool], Awaitable[None]]
 class Holding:
     """Holds one answer back until the application has returned, or for `PATIENCE`, and owns its file meanwhile."""
 
-    __slots__ = ("_deciding", "_held", "_timer")
+    __slots__ = ("_deadlines", "_deciding", "_held")
 
     def __init__(self) -> None:
         self._held: tuple[OpenLocalFile | None, Decide] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadlines: _Deadlines | None = None
         self._deciding: asyncio.Future[None] | None = None
 
     def hold(self, file: OpenLocalFile | None, decide: Decide) -> None:
         """Hold an answer. `file` is closed when it has been sent."""
         self._held = file, decide
         with suppress(RuntimeError):  # not asyncio: then it leaves when the application has returned
-            self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._lose_patience)
+            self._deadlines = _deadlines_of(asyncio.get_running_loop())
+            self._deadlines.set(self)
 
-    def _lose_patience(self) -> None:
+    def lose_patience(self) -> None:
+        """Decide now: the application has not returned in time."""
         self._deciding = asyncio.ensure_future(self._decide(False))
 
     async def end(self) -> None:
         """Send what is held: the application has returned, or raised. Raises what sending raises."""
-        if self._timer is not None:
-            self._timer.cancel()
         if self._deciding is not None:
             await self._deciding
         elif self._held is not None:
+            if self._deadlines is not None:
+                self._deadlines.drop(self)
             await self._decide(True)
 
     async def cancel(self) -> None:
         """Send nothing more: the application has been cancelled."""
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._deadlines is not None:
+            self._deadlines.drop(self)
         with anyio.CancelScope(shield=True):
             if self._deciding is not None:
                 self._deciding.cancel()
@@ -146,6 +150,52 @@ class Holding:
         file, self._held = self._held[0], None
         if file is not None:
             await file.aclose()
+
+
+class _Deadlines:
+    """When each answer that an event loop holds has to leave, the first one first. One timer is for all of them.
+
+    Most leave within microseconds, and a timer for each would cost more than all else that is done for them here.
+    """
+
+    __slots__ = ("_has_timer", "_times")
+
+    def __init__(self) -> None:
+        self._times: dict[Holding, float] = {}
+        self._has_timer = False
+
+    def set(self, holding: Holding) -> None:
+        """Have an answer decided in `PATIENCE` from now."""
+        loop = asyncio.get_running_loop()
+        self._times[holding] = loop.time() + PATIENCE
+        if not self._has_timer:
+            self._has_timer = True
+            loop.call_later(PATIENCE, self._look, loop)
+
+    def drop(self, holding: Holding) -> None:
+        """Forget an answer."""
+        self._times.pop(holding, None)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._has_timer = False
+        while self._times:
+            holding, deadline = next(iter(self._times.items()))
+            if deadline > (now := loop.time()):
+                self._has_timer = True
+                loop.call_later(deadline - now, self._look, loop)
+                return
+            del self._times[holding]
+            holding.lose_patience()
+
+
+_deadlines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = WeakKeyDictionary()
+
+
+def _deadlines_of(loop: asyncio.AbstractEventLoop) -> _Deadlines:
+    found = _deadlines.get(loop)
+    if found is None:
+        found = _deadlines[loop] = _Deadlines()
+    return found
 
 
 def is_deleted(file: OpenLocalFile) -> bool:

@@ -73,8 +73,10 @@ class DownloadResponse(Response):
     status_code: with anything but 200 the whole file is sent, without conditions, ranges and offload. Not one that has
     no body: `ValueError`, as for a content type that is none and a header with a control character.
     redirect: sends a GET on to where else the file is, such as a `PresignedRedirect`; what it does not know is sent as
-    ever. HEAD is answered here. offload: whether a proxy may send the file, if one is offered. By default it may, but
-    not where there is a `background` task, which may delete the file before a proxy has opened it.
+    ever. HEAD is answered here.
+    offload: whether a proxy may send the file, if one is offered. By default it may, but not where there is a
+    `background` task, and only after the application has returned: both may delete the file before a proxy has opened
+    it. True says that the file stays where it is, so that the answer waits for nothing.
 
     The file is opened when the response is sent, and not at all where something else answers first. One that turns
     out to be missing then is a 404, as in `error_response`.
@@ -228,7 +230,7 @@ class DownloadResponse(Response):
     def _lend(self, opened: OpenFile, local: OpenLocalFile, start: Message, scope: Scope, receive: Receive) -> None:
         """Keep the file open for as long as the answer waits for the application, which may delete it."""
         offer = scope["extensions"][EXTENSION]
-        if not isinstance(offer, Offer) or (self.offload and self.background is not None):
+        if self.offload or not isinstance(offer, Offer):
             return  # the application says that the file stays
 
         async def stream(send: Send) -> None:

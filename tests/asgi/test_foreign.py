@@ -595,6 +595,61 @@ async def test_a_cancelled_application_sends_nothing_later(root: Path) -> None:
         assert sent == []
 
 
+async def test_an_answer_whose_file_stays_waits_for_nothing(root: Path) -> None:
+    sent: list[Message] = []
+    answered = asyncio.Event()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if message["type"] == "http.response.body":
+            answered.set()
+
+    async def never() -> Message:
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    async def hangs(scope: Scope, receive: Receive, send: Send) -> None:
+        await dv.Download(dv.PathSource(root), offload=True)(scope, receive, send)
+        await never()
+
+    scope = {"type": "http", "method": "GET", "path": "/file.txt", "headers": [], "query_string": b""}
+    serving = asyncio.create_task(dv.OffloadMiddleware(hangs, BACKENDS["nginx"](root))(scope, never, send))
+    await answered.wait()
+    assert b"x-accel-redirect" in dict(sent[0]["headers"])
+    serving.cancel()
+    await asyncio.wait([serving])
+
+
+async def test_answers_that_wait_side_by_side_are_each_sent_in_time(root: Path) -> None:
+    """One timer is for all of them: it has to be set again for those that came later."""
+    loop = asyncio.get_running_loop()
+    for _ in range(2):  # again, when nothing has waited for a while
+        answered = asyncio.Event()
+
+        async def slow(scope: Scope, receive: Receive, send: Send, answered: asyncio.Event = answered) -> None:
+            await ours_of(root)(scope, receive, send)
+            await answered.wait()
+
+        async with live(offloading(slow, root)) as port:
+
+            async def one(delay: float, port: int = port) -> tuple[float, bytes]:
+                later = loop.create_future()
+                loop.call_later(delay, later.set_result, None)
+                await later
+                began = loop.time()
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET /file.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+                head = await reader.readuntil(b"\r\n\r\n")
+                body = await reader.readexactly(len(CONTENT))
+                writer.close()
+                assert b"x-accel-redirect" not in head.lower()
+                return loop.time() - began, body
+
+            answers = await asyncio.gather(*(one(PATIENCE * number / 2) for number in range(5)))
+            answered.set()
+        assert all(body == CONTENT for _, body in answers)
+        assert all(seconds >= PATIENCE for seconds, _ in answers)
+
+
 @pytest.mark.parametrize("kind", ["ours", "foreign", "slow"])
 async def test_a_file_that_is_deleted_after_its_answer_arrives(kind: str) -> None:
     with readable_directory() as checkout:
