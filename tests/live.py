@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 def make_old(directory: Path) -> None:
@@ -85,6 +85,29 @@ async def ask(port: int, path: str, *, method: str = "GET", headers: dict[str, s
     lines = [f"{method} {path} HTTP/1.1", "Host: test", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     return await ask_raw(port, ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape"), method=method)
+
+
+class Watched:
+    """An application whose answer to one client is seen to end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._ended = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._ended.set()
+
+    async def ends_when_the_client_leaves(self, port: int, path: str) -> None:
+        """Begin a download that is larger than all buffers, leave, and wait for the application to end."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        await reader.readexactly(1 << 20)
+        assert not self._ended.is_set()
+        writer.close()
+        await asyncio.wait_for(self._ended.wait(), 20)
 
 
 async def resumes_only_what_was_begun(port: int, path: str, content: bytes) -> None:

@@ -30,7 +30,7 @@ from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.testing import call
 from tests.asgi.foreign_app import APPS, Spy, starlette_app
 from tests.asgi.ways import WAYS
-from tests.live import Answer, ask, live
+from tests.live import Answer, Watched, ask, live
 from tests.proxies.servers import KINDS, proxy, readable_directory
 
 pytestmark = pytest.mark.asyncio
@@ -264,21 +264,9 @@ async def test_a_file_that_is_gone_is_a_404_while_it_can_be(
 async def test_a_client_who_leaves_ends_the_stream(root: Path, tmp_path: Path) -> None:
     (root / "huge.bin").touch()
     os.truncate(root / "huge.bin", 1 << 32)
-    ended = asyncio.Event()
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await FileResponse(root / "huge.bin")(scope, receive, send)
-        finally:
-            ended.set()
-
-    async with serving(offloading(app, tmp_path / "elsewhere"), "httptools") as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
-        await reader.readexactly(1 << 20)
-        assert not ended.is_set()
-        writer.close()
-        await asyncio.wait_for(ended.wait(), 20)
+    watched = Watched(offloading(FileResponse(root / "huge.bin"), tmp_path / "elsewhere"))
+    async with serving(watched, "httptools") as port:
+        await watched.ends_when_the_client_leaves(port, "/")
     held = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if _is_open(number)]
     assert not [path for path in held if path.endswith("huge.bin")]
 

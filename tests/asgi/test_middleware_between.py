@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.testing import call
-from tests.live import Answer, ask, ask_raw, live
+from tests.live import Answer, Watched, ask, ask_raw, live
 
 LOOPS = ["asyncio", "uvloop"]
 CONTENT = os.urandom(1 << 20) + b"the end"
@@ -142,24 +142,11 @@ async def test_a_response_that_is_replaced_after_its_path_send(root: Path) -> No
 
 
 async def test_a_client_that_leaves_while_a_dropped_file_is_sent(root: Path) -> None:
-    ended = asyncio.Event()
     (root / "huge.bin").touch()
     os.truncate(root / "huge.bin", 1 << 32)
-    app = application(root, Middleware(Dropping))
-
-    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await app(scope, receive, send)
-        finally:
-            ended.set()
-
+    watched = Watched(application(root, Middleware(Dropping)))
     async with live(watched, http=DownloadProtocol) as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /huge.bin HTTP/1.1\r\nHost: test\r\n\r\n")
-        await reader.readexactly(1 << 20)
-        assert not ended.is_set()
-        writer.close()
-        await asyncio.wait_for(ended.wait(), 20)
+        await watched.ends_when_the_client_leaves(port, "/huge.bin")
 
 
 # --- exceptions of middleware
