@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -163,14 +163,16 @@ class SyncStorage:
     """Makes a storage out of any object with a blocking `open(name, "rb")`: fsspec file systems, Django's storages.
 
     What `open` returns is read by `seek` and `read` in a worker thread, `CHUNK_SIZE` bytes at a time, never whole.
-    The size comes from seeking to the end of the open file, else from `size(name)`. A file that cannot seek has no
-    ranges, and text has no size: `size(name)` does not count the bytes that are sent of it.
+    The size comes from seeking to the end of the open file, else from `size(name)`, in fsspec's file systems from the
+    "size" of `info(name)`. A file that cannot seek has no ranges, and text has no size: `size(name)` does not count the
+    bytes that are sent of it.
     The time of the last change comes from `modified(name)` or `get_modified_time(name)`; a file with neither has no
     validators. One in whole seconds makes a weak tag: two versions may share a second.
     The location comes from `path(name)`, else from `url(name)` if that is an absolute URL. What is there has to be what
     `open` gives, byte for byte, so neither is asked where the class that says how to open has only inherited it: a
-    storage that decrypts, derived from one that does not, would have the stored bytes sent. `is_sent_as_stored = True`
-    in such a storage says that they are the same, and False that they are not.
+    storage that decrypts, derived from one that does not, would have the stored bytes sent. `size` and `info` are not
+    asked there either: they count the stored bytes. `is_sent_as_stored = True` in such a storage says that they are the
+    same, and False that they are not.
     """
 
     def __init__(self, storage: Any, *, threads: int = 40) -> None:
@@ -199,8 +201,7 @@ class SyncStorage:
                 extent = extent_of(file)
                 size = extent.size
                 if size is None and not extent.is_text:
-                    size = self._ask("size", name)
-                    size = None if size is None or int(size) < 0 else int(size)
+                    size = self._size(name)
                 metadata = _dated_metadata(size, self._modified(name))
             except BaseException:
                 close(file)
@@ -217,6 +218,17 @@ class SyncStorage:
                 return str(os.path.abspath(path))
             url = self._ask("url", name) if tells_of_what_it_opens(self._storage, "url") else None
         return url if isinstance(url, str) and "://" in url else None
+
+    def _size(self, name: str) -> int | None:
+        """Return the number of bytes that `open` gives, as the storage says, or None where it does not say that."""
+        if tells_of_what_it_opens(self._storage, "size"):
+            size = self._ask("size", name)
+        elif any(tells_of_what_it_opens(self._storage, method) for method in ("info", "_info")):
+            info = self._ask("info", name)  # fsspec defines size() once for all file systems: it calls their info()
+            size = info.get("size") if isinstance(info, Mapping) else None
+        else:
+            size = None
+        return None if size is None or int(size) < 0 else int(size)
 
     def _modified(self, name: str) -> float | None:
         """Return the time of the last change in seconds since the epoch, or None where it is not known."""
@@ -236,18 +248,19 @@ class SyncStorage:
             return None
 
 
-def tells_of_what_it_opens(storage: Any, method: str) -> bool:
+def tells_of_what_it_opens(storage: Any, method: str, *, opening: tuple[str, ...] = ("open", "_open")) -> bool:
     """Return whether a method of a storage is about the bytes that its `open` gives.
 
     It is not where a class that changes how files are opened has inherited it from one that opened them otherwise.
+    opening: the names of the methods or properties that open a file.
     """
     if isinstance(told := getattr(storage, "is_sent_as_stored", None), bool):
         return told
     # __class__: of a lazy storage of Django's, that of what it stands for
     defined = [getattr(storage, "__dict__", {}), *(vars(base) for base in storage.__class__.__mro__)]
-    opening = next((index for index, names in enumerate(defined) if "open" in names or "_open" in names), None)
+    opens = next((index for index, names in enumerate(defined) if any(name in names for name in opening)), None)
     defining = [index for index, names in enumerate(defined) if method in names]
-    return opening in defining or (opening is not None and bool(defining) and max(defining) < opening)
+    return opens in defining or (opens is not None and bool(defining) and max(defining) < opens)
 
 
 def _unsettled(modified: float | None) -> float:

@@ -1,6 +1,9 @@
 """One set of promises, kept by every storage."""
 
+import asyncio
+import io
 import os
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -269,6 +272,141 @@ async def test_a_stream_that_cannot_seek_is_sent_whole(root: Path) -> None:
     answer = await call(Download(StorageSource(SyncStorage(Streams()))), "/x", headers={"Range": "bytes=2-3"})
     assert (answer.status, answer.body, answer.headers["content-length"]) == (200, b"0123456789", "10")
     assert "accept-ranges" not in answer.headers
+
+
+class Stored:
+    """A storage of deflated files: `open` gives the stored bytes, and `size` counts them."""
+
+    stored = zlib.compress(CONTENT)
+
+    def open(self, name: str, mode: str = "rb") -> Any:
+        return Unseekable(self.stored)
+
+    def size(self, name: str) -> int:
+        return len(self.stored)
+
+
+class Inflating(Stored):
+    def open(self, name: str, mode: str = "rb") -> Any:
+        return Unseekable(zlib.decompress(self.stored))
+
+
+class Counting(Stored):
+    def open(self, name: str, mode: str = "rb") -> Any:
+        return Unseekable(zlib.decompress(self.stored))
+
+    def size(self, name: str) -> int:
+        return len(CONTENT)
+
+
+class Unseekable(io.BytesIO):
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *args: Any) -> int:
+        raise io.UnsupportedOperation("seek")
+
+
+class AbstractFiles:
+    """What fsspec's base class looks like: `open` calls `_open`, and `size` calls `info`."""
+
+    def open(self, path: str, mode: str = "rb") -> Any:
+        return self._open(path, mode)
+
+    def _open(self, path: str, mode: str) -> Any:
+        raise NotImplementedError
+
+    def info(self, path: str) -> Any:
+        raise NotImplementedError
+
+    def size(self, path: str) -> Any:
+        return self.info(path).get("size")
+
+
+class HTTPFiles(AbstractFiles):
+    """What a file system of fsspec looks like."""
+
+    stored = zlib.compress(CONTENT)
+
+    def _open(self, path: str, mode: str) -> Any:
+        return Unseekable(self.stored)
+
+    def info(self, path: str) -> Any:
+        return {"name": path, "size": len(self.stored)}
+
+
+class AsyncFiles(AbstractFiles):
+    """What fsspec's asynchronous file systems look like: `info` and `size` of an instance run its `_info`."""
+
+    stored = zlib.compress(CONTENT)
+
+    def __init__(self) -> None:
+        vars(self).update(info=self._info_now, size=lambda path: self._info_now(path)["size"])
+
+    def _open(self, path: str, mode: str) -> Any:
+        return Unseekable(self.stored)
+
+    async def _info(self, path: str) -> Any:
+        return {"name": path, "size": len(self.stored)}
+
+    def _info_now(self, path: str) -> Any:
+        return asyncio.run(self._info(path))
+
+
+class Streaming(HTTPFiles):
+    """A server that does not tell the size."""
+
+    def info(self, path: str) -> Any:
+        return {"name": path, "size": None}
+
+    def _open(self, path: str, mode: str) -> Any:
+        return Unseekable(self.stored)
+
+
+class InflatingHTTPFiles(HTTPFiles):
+    def _open(self, path: str, mode: str) -> Any:
+        return Unseekable(zlib.decompress(self.stored))
+
+
+class InflatingAsyncFiles(AsyncFiles):
+    def _open(self, path: str, mode: str) -> Any:
+        return Unseekable(zlib.decompress(self.stored))
+
+
+SIZES = [
+    (Stored, Stored.stored, True),
+    (Inflating, CONTENT, False),
+    (Counting, CONTENT, True),
+    (HTTPFiles, Stored.stored, True),
+    (AsyncFiles, Stored.stored, True),
+    (Streaming, Stored.stored, False),
+    (InflatingHTTPFiles, CONTENT, False),
+    (InflatingAsyncFiles, CONTENT, False),
+]
+
+
+@pytest.mark.parametrize("kind, content, is_known", SIZES)
+async def test_a_size_is_told_only_where_it_counts_the_bytes_that_open_gives(
+    kind: Callable[[], Any], content: bytes, is_known: bool
+) -> None:
+    answer = await call(Download(StorageSource(SyncStorage(kind()))), "/x", headers={"Range": "bytes=2-3"})
+    assert (answer.status, answer.body == content) == (200, True)
+    assert answer.headers.get("content-length") == (str(len(content)) if is_known else None)
+    assert "accept-ranges" not in answer.headers
+
+
+@pytest.mark.parametrize("is_same, size", [(None, None), (True, len(Stored.stored)), (False, None)])
+async def test_a_storage_says_itself_whether_its_size_counts_what_it_opens(
+    is_same: bool | None, size: int | None
+) -> None:
+    class Logging(Stored):
+        is_sent_as_stored = is_same
+
+        def open(self, name: str, mode: str = "rb") -> Any:
+            return super().open(name, mode)
+
+    async with SyncStorage(Logging()).open("x") as opened:
+        assert opened.metadata.size == size
 
 
 @pytest.mark.parametrize(
