@@ -264,11 +264,12 @@ class VirtualFile(File):
     @property
     def size(self) -> int:
         """The size in bytes. Raises `AttributeError` where only reading all of it would tell."""
-        if self._size is None:
-            content: Any = self.file
-            size: int | None = getattr(content, "size", None)
-            self._size = len(force_bytes(content.getvalue())) if size is None else size
-        return self._size
+        if self._size is not None:
+            return self._size
+        # Not kept: `async_file` promises only a given size, and that of a file object may not count what it reads.
+        content: Any = self.file
+        size: int | None = getattr(content, "size", None)
+        return len(force_bytes(content.getvalue())) if size is None else size
 
     @size.setter
     def size(self, size: int | None) -> None:
@@ -412,10 +413,14 @@ class _Fetched:
         response = await _workers.run(lambda: self._file.request)
         if (status := getattr(response, "status_code", 200)) != 200:
             raise (FileMissing if status in (404, 410) else UpstreamError)(f"{self._file.url!r} answered {status}")
+        # a class that gives other content and inherits `size` does not know the size of it
+        is_size_known = "Content-Encoding" not in response.headers and tells_of_what_it_opens(
+            self._file, "size", opening=("file",)
+        )
         content = AsyncVirtualFile(
             self._file.file,
             name=self.name,
-            size=None if "Content-Encoding" in response.headers else getattr(self._file, "size", None),
+            size=getattr(self._file, "size", None) if is_size_known else None,
             content_type=valid_content_type(getattr(self._file, "content_type", None)),
         )
         try:

@@ -3,20 +3,23 @@
 import io
 import os
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.core.files.base import File
-from django.core.files.storage import Storage
+from django.core.files.base import ContentFile, File
+from django.core.files.storage import InMemoryStorage, Storage
 from django.http import HttpRequest
 from django.test import AsyncClient, Client, override_settings
 from django.urls import path
 
 from downloadview_async.contrib.django import (
+    BytesIteratorIO,
     DownloadResponse,
+    HTTPFile,
     PathDownloadView,
     StorageFile,
     VirtualDownloadView,
@@ -174,3 +177,102 @@ def test_a_path_that_is_joined_to_a_directory_stays_in_it(tmp_path: Path, by_its
     ):
         response, body = fetch(view, mode, f"/f/{name}")
         assert (response.status_code, b"secret" in body) == (404, False), name
+
+
+PLAIN = b"0123456789" * 100
+
+
+class Inflated(File):  # type: ignore[type-arg]
+    """A file wrapper of a project that inflates what it reads; it inherits `size`, which counts the stored bytes."""
+
+    def __init__(self, stored: bytes) -> None:
+        super().__init__(io.BytesIO(stored), "x.bin")
+        self.left = zlib.decompress(stored)
+
+    def seekable(self) -> bool:
+        return False
+
+    def read(self, size: int = -1) -> bytes:
+        end = len(self.left) if size < 0 else size
+        block, self.left = self.left[:end], self.left[end:]
+        return block
+
+
+class Fetched:
+    """What `requests.get` returns."""
+
+    def __init__(self, url: str, **kwargs: Any) -> None:
+        self.stored = zlib.compress(PLAIN)
+        self.status_code, self.headers = 200, {"Content-Length": str(len(self.stored)), "Content-Type": "text/plain"}
+
+    def iter_content(self, **kwargs: Any) -> Iterator[bytes]:
+        yield self.stored
+
+    def close(self) -> None:
+        pass
+
+
+class InflatedHTTPFile(HTTPFile):
+    @property
+    def file(self) -> Any:  # type: ignore[override]
+        return BytesIteratorIO(iter([zlib.decompress(b"".join(self.request.iter_content()))]))
+
+
+class MeasuredHTTPFile(InflatedHTTPFile):
+    @property
+    def file(self) -> Any:  # type: ignore[override]
+        return super().file
+
+    @property
+    def size(self) -> int:
+        return len(PLAIN)
+
+
+@both
+@pytest.mark.parametrize(
+    "kind, content, length",
+    [
+        (HTTPFile, zlib.compress(PLAIN), len(zlib.compress(PLAIN))),
+        (InflatedHTTPFile, PLAIN, None),
+        (MeasuredHTTPFile, PLAIN, len(PLAIN)),
+    ],
+)
+def test_a_content_length_counts_the_bytes_that_a_fetched_file_gives(
+    kind: type[HTTPFile], content: bytes, length: int | None, mode: str
+) -> None:
+    def view(request: HttpRequest) -> Any:
+        return DownloadResponse(kind(Fetched, "https://files.example.org/x", name="x.txt")).finish(request)
+
+    response, body = fetch(view, mode)
+    assert (response.status_code, body == content) == (200, True)
+    assert response.get("Content-Length") == (None if length is None else str(length))
+
+
+@both
+@pytest.mark.parametrize("size, length", [(None, None), (len(PLAIN), str(len(PLAIN)))])
+def test_a_size_that_a_view_has_looked_at_is_not_promised(size: int | None, length: str | None, mode: str) -> None:
+    def view(request: HttpRequest) -> Any:
+        file = VirtualFile(Inflated(zlib.compress(PLAIN)), name="x.bin", size=size)
+        assert file.size  # a view may log it
+        return DownloadResponse(file).finish(request)
+
+    response, body = fetch(view, mode)
+    assert (response.status_code, body == PLAIN, response.get("Content-Length")) == (200, True, length)
+
+
+@both
+@pytest.mark.parametrize("entry", ["as it is", "storage"])
+def test_a_wrapper_that_inflates_is_sent_whole(entry: str, mode: str) -> None:
+    class Deflated(InMemoryStorage):
+        def _open(self, name: str, mode: str = "rb") -> Any:
+            return Inflated(super()._open(name, mode).read())  # type: ignore[misc]
+
+    storage = Deflated()
+    storage.save("x.bin", ContentFile(zlib.compress(PLAIN)))
+
+    def view(request: HttpRequest) -> Any:
+        file = StorageFile(storage, "x.bin") if entry == "storage" else Inflated(zlib.compress(PLAIN))
+        return DownloadResponse(file).finish(request)
+
+    response, body = fetch(view, mode)
+    assert (response.status_code, body == PLAIN, response.get("Content-Length")) == (200, True, None)
