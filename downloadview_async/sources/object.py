@@ -24,7 +24,8 @@ class ObjectSource:
     """Finds an object, and in it a file.
 
     get: an asynchronous function from the key (or whatever the endpoint gives: a request, say) to an object, or None.
-    It should have closed its database session when it returns: the bytes flow long after.
+    It may raise `FileMissing` instead. It should have closed its database session when it returns: the bytes flow long
+    after.
     source: where the names live that `file_field` holds: a `PathSource`, a `StorageSource` ... Not needed where the
     attribute holds an `AsyncFile`.
     file_field: the attribute with the file: its name, or an `AsyncFile`. Empty or None: the file is missing.
@@ -60,11 +61,16 @@ class ObjectSource:
 
     async def resolve(self, key: Any, /) -> AsyncFile:
         """Return the file of the object that `get` finds. Raises `FileMissing` where there is no object or file."""
-        found = await self._get(key)
-        if found is None and isinstance(key, str):
-            plain = without_empty_segments(key).removeprefix("/")
-            if plain != key:  # a key may have empty segments, a path has none
-                found = await self._get(plain)
+        plain = without_empty_segments(key).removeprefix("/") if isinstance(key, str) else None
+        has_other = plain is not None and plain != key  # a key may have empty segments, a path has none
+        try:
+            found = await self._get(key)
+        except FileMissing:
+            if not has_other:
+                raise
+            found = None
+        if found is None and has_other:
+            found = await self._get(plain)
         if found is None:
             raise FileMissing(f"there is no object {key!r}")
         file = getattr(found, self._file_field)

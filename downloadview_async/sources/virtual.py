@@ -195,8 +195,14 @@ class VirtualSource:
     async def resolve(self, name: str, /) -> AsyncFile:
         """Return the file made for `name`. Raises `FileMissing`."""
         name = self.canonical(name)
-        made = await _call(self.make, name)
-        if made is None and isinstance(name, str) and name.startswith("/"):
+        is_rooted = isinstance(name, str) and name.startswith("/")
+        try:
+            made = await _call(self.make, name)
+        except FileMissing:
+            if not is_rooted:
+                raise
+            made = None
+        if made is None and is_rooted:
             made = await _call(self.make, name.removeprefix("/"))
         if made is None:
             raise FileMissing(f"nothing is made for {name!r}")

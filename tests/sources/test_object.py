@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from downloadview_async import (
+    AccessDenied,
     ConfigurationError,
     Download,
     FileMissing,
@@ -158,3 +159,36 @@ async def test_missing_is_raised_for_ones_own_endpoint() -> None:
 
     with pytest.raises(FileMissing):
         await ObjectSource(get).resolve("k")
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_key_with_empty_segments_is_tried_without_them_where_there_is_no_object(raises: bool) -> None:
+    asked = []
+
+    async def get(key: str) -> Document | None:
+        asked.append(key)
+        if key in ("a/b", "/c"):
+            return Document(file=VirtualFile(key.encode(), name="x"))
+        if raises:
+            raise FileMissing(f"no {key}")
+        return None
+
+    source = ObjectSource(get)
+    for key in ("/a/b", "a//b", "a/b", "/c"):
+        assert (await source.resolve(key)).name == "x"
+    assert asked == ["/a/b", "a/b", "a//b", "a/b", "a/b", "/c"]
+    for key in ("/d", "d"):
+        with pytest.raises(FileMissing, match="no d" if raises else f"no object '{key}'"):
+            await source.resolve(key)
+
+
+async def test_what_else_get_raises_is_not_tried_again() -> None:
+    asked = []
+
+    async def get(key: str) -> Document:
+        asked.append(key)
+        raise AccessDenied("not for you")
+
+    with pytest.raises(AccessDenied):
+        await ObjectSource(get).resolve("/a")
+    assert asked == ["/a"]

@@ -10,7 +10,16 @@ from typing import Any
 import aiofiles
 import pytest
 
-from downloadview_async import ByteRange, Download, ETag, FileMissing, LocalFile, VirtualFile, VirtualSource
+from downloadview_async import (
+    AccessDenied,
+    ByteRange,
+    Download,
+    ETag,
+    FileMissing,
+    LocalFile,
+    VirtualFile,
+    VirtualSource,
+)
 from downloadview_async.testing import call
 
 pytestmark = pytest.mark.asyncio
@@ -195,6 +204,41 @@ async def test_what_make_may_return() -> None:
     with pytest.raises(FileMissing):
         async with VirtualFile(lambda: None, name="x").open():
             pass
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_name_with_a_leading_slash_is_tried_without_it_where_nothing_is_made(raises: bool) -> None:
+    asked = []
+
+    def make(name: str) -> bytes | None:
+        asked.append(name)
+        if name == "a":
+            return b"a"
+        if raises:
+            raise FileMissing(f"no {name}")
+        return None
+
+    source = VirtualSource(make)
+    assert (await call(Download(source), "/a")).body == b"a"
+    asked.clear()
+    assert (await source.resolve("/a")).name == "a"
+    with pytest.raises(FileMissing, match="no b" if raises else "nothing is made"):
+        await source.resolve("/b")
+    with pytest.raises(FileMissing, match="no c" if raises else "nothing is made"):
+        await source.resolve("c")
+    assert asked == ["/a", "a", "/b", "b", "c"]
+
+
+async def test_what_else_make_raises_is_not_tried_again() -> None:
+    asked = []
+
+    async def make(name: str) -> bytes:
+        asked.append(name)
+        raise AccessDenied("not for you")
+
+    with pytest.raises(AccessDenied):
+        await VirtualSource(make).resolve("/a")
+    assert asked == ["/a"]
 
 
 async def test_validators_of_generated_content() -> None:
