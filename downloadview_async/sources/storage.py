@@ -167,7 +167,8 @@ class SyncStorage:
     "size" of `info(name)`. A file that cannot seek has no ranges, and text has no size: `size(name)` does not count the
     bytes that are sent of it.
     The time of the last change comes from `modified(name)` or `get_modified_time(name)`; a file with neither has no
-    validators. One in whole seconds makes a weak tag: two versions may share a second.
+    validators. One in whole seconds makes a weak tag: two versions may share a second. The time is asked for before and
+    after `open`: if it differs, the file is opened once more, and if it differs again, there are no validators.
     The location comes from `path(name)`, else from `url(name)` if that is an absolute URL. What is there has to be what
     `open` gives, byte for byte, so neither is asked where the class that says how to open has only inherited it: a
     storage that decrypts, derived from one that does not, would have the stored bytes sent. `size` and `info` are not
@@ -192,20 +193,36 @@ class SyncStorage:
 
     def _open(self, name: str) -> tuple[Any, FileMetadata, Extent]:
         with _as_file_errors(name):
-            file = self._storage.open(name, "rb")  # first: it says best that there is none
             try:
-                if seconds := _unsettled(self._modified(name)):
-                    time.sleep(seconds)  # then a further change shows in the time
-                    close(file)
-                    file = self._storage.open(name, "rb")
-                extent = extent_of(file)
-                size = extent.size
-                if size is None and not extent.is_text:
-                    size = self._size(name)
-                metadata = _dated_metadata(size, self._modified(name))
-            except BaseException:
-                close(file)
-                raise
+                modified = self._modified(name)
+            except Exception:  # `open` says best that there is none, and then the time is asked for again
+                modified = None
+            return self._open_version(name, modified)
+
+    def _open_version(
+        self, name: str, modified: float | None, *, is_last: bool = False
+    ) -> tuple[Any, FileMetadata, Extent]:
+        """Open a file whose time was `modified` just before, and open it once more if the time has changed meanwhile.
+
+        If the time changes again, the metadata has no validators, and only a size that the open file itself tells: the
+        storage may have told those of another version.
+        """
+        if seconds := _unsettled(modified):
+            time.sleep(seconds)  # then a further change shows in the time
+        opened_ns = time.time_ns()
+        file = self._storage.open(name, "rb")
+        try:
+            extent = extent_of(file)
+            size = self._size(name) if extent.size is None and not extent.is_text else extent.size
+            now_modified = self._modified(name)
+            is_same = now_modified == modified
+            metadata = _dated_metadata(size, modified, opened_ns) if is_same else FileMetadata(size=extent.size)
+        except BaseException:
+            close(file)
+            raise
+        if not is_same and not is_last:
+            close(file)
+            return self._open_version(name, now_modified, is_last=True)
         return file, replace(metadata, accept_ranges=extent.has_parts), extent
 
     async def locate(self, name: str) -> str | None:
@@ -267,11 +284,12 @@ def _unsettled(modified: float | None) -> float:
     return 0.0 if modified is None else unsettled_seconds(int(modified * 1_000_000) * 1000, time.time_ns())
 
 
-def _dated_metadata(size: int | None, modified: float | None) -> FileMetadata:
+def _dated_metadata(size: int | None, modified: float | None, opened_ns: int) -> FileMetadata:
     if modified is None or size is None or _unsettled(modified):
         return FileMetadata(size=size)
     is_coarse = modified.is_integer()
-    if not is_telling(int(modified * 1_000_000) * 1000, time.time_ns(), is_coarse=is_coarse):
+    # a change after the opening has to show in the time, even if much time has passed since
+    if not is_telling(int(modified * 1_000_000) * 1000, opened_ns, is_coarse=is_coarse):
         return FileMetadata(size=size)
     etag = ETag(f"{int(modified * 1_000_000):x}-{size:x}", weak=is_coarse)
     return FileMetadata(size=size, etag=etag, last_modified=http_seconds(modified))

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -424,6 +425,117 @@ async def test_a_time_in_whole_seconds_makes_a_weak_tag(root: Path, modified: An
     answer = await call(Download(StorageSource(SyncStorage(files))), "/empty")
     assert answer.headers["etag"] == tag
     assert answer.headers["last-modified"] == "Tue, 14 Nov 2023 22:13:20 GMT"
+
+
+class Versions:
+    """A storage whose file is replaced by a longer one, right before or right after the first times it is opened."""
+
+    def __init__(self, *, replacements: int, when: str = "after", can_seek: bool = True, step: float = 60.0) -> None:
+        self.version = 0
+        self.replacements = replacements
+        self.when = when
+        self.can_seek = can_seek
+        self.step = step
+        self.opened: list[io.BytesIO] = []
+
+    def content(self) -> bytes:
+        return b"%d" % self.version * (10 + self.version)
+
+    def open(self, name: str, mode: str) -> io.BytesIO:
+        if self.when == "before":
+            self.replace()
+        self.opened.append((io.BytesIO if self.can_seek else Unseekable)(self.content()))
+        if self.when == "after":
+            self.replace()
+        return self.opened[-1]
+
+    def size(self, name: str) -> int:
+        return len(self.content())
+
+    def modified(self, name: str) -> float:
+        return 1_700_000_000.25 + self.step * self.version
+
+    def replace(self) -> None:
+        if self.replacements:
+            self.replacements -= 1
+            self.version += 1
+
+
+@pytest.mark.parametrize("can_seek", [True, False])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("replacements", [0, 1])
+async def test_validators_are_those_of_the_version_that_is_sent(replacements: int, when: str, can_seek: bool) -> None:
+    files = Versions(replacements=replacements, when=when, can_seek=can_seek)
+    app = Download(StorageSource(SyncStorage(files)))
+    first = await call(app, "/x")
+    settled = await call(app, "/x")
+    assert (first.status, first.body, first.headers["content-length"]) == (200, files.content(), str(len(first.body)))
+    assert first.headers["etag"] == settled.headers["etag"]
+    assert first.headers["last-modified"] == settled.headers["last-modified"]
+    assert len(files.opened) == 2 + replacements
+    assert all(file.closed for file in files.opened)
+
+
+@pytest.mark.parametrize("can_seek", [True, False])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", [60.0, -60.0])
+async def test_a_file_that_is_replaced_whenever_it_is_opened_has_no_validators(
+    when: str, can_seek: bool, step: float
+) -> None:
+    files = Versions(replacements=9, when=when, can_seek=can_seek, step=step)
+    answer = await call(Download(StorageSource(SyncStorage(files))), "/x")
+    version = 2 if when == "before" else 1
+    assert (answer.status, answer.body) == (200, b"%d" % version * (10 + version))
+    assert not {"etag", "last-modified"} & set(answer.headers)
+    assert answer.headers.get("content-length") == (str(10 + version) if can_seek else None)
+    assert len(files.opened) == 2
+    assert all(file.closed for file in files.opened)
+
+
+async def test_a_time_in_whole_seconds_has_to_be_over_before_the_file_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock moves while the file is opened: a change in the same second would not have shown."""
+    now = 1_700_000_000.5
+    monkeypatch.setattr(time, "time_ns", lambda: int(now * 10**9))
+
+    class Slow:
+        def open(self, name: str, mode: str) -> Any:
+            nonlocal now
+            now += 60
+            return io.BytesIO(CONTENT)
+
+        def modified(self, name: str) -> int:
+            return 1_700_000_000
+
+    async with SyncStorage(Slow()).open("x") as opened:
+        assert (opened.metadata.etag, opened.metadata.last_modified) == (None, None)
+    async with SyncStorage(Slow()).open("x") as opened:
+        assert opened.metadata.last_modified == 1_700_000_000
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "x"), KeyError("x")])
+async def test_a_missing_file_is_missing_whatever_its_time_says(error: Exception) -> None:
+    class Empty:
+        def open(self, name: str, mode: str) -> Any:
+            raise FileNotFoundError(2, "told by open")
+
+        def modified(self, name: str) -> float:
+            raise error
+
+    with pytest.raises(FileMissing, match="told by open"):
+        await read(SyncStorage(Empty()), "x")
+
+
+async def test_a_time_that_is_told_only_once_a_file_was_opened_is_told() -> None:
+    class Lazy(Versions):
+        def modified(self, name: str) -> float:
+            if not self.opened:
+                raise OSError(5, "not loaded")
+            return super().modified(name)
+
+    answer = await call(Download(StorageSource(SyncStorage(Lazy(replacements=0)))), "/x")
+    assert (answer.body, answer.headers["last-modified"]) == (b"0" * 10, "Tue, 14 Nov 2023 22:13:20 GMT")
 
 
 async def test_errors_that_a_storage_has_of_its_own_are_a_503(root: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,30 @@ def test_a_wrapper_that_inflates_is_sent_whole(entry: str, mode: str) -> None:
 
     response, body = fetch(view, mode)
     assert (response.status_code, body == PLAIN, response.get("Content-Length")) == (200, True, None)
+
+
+@both
+@pytest.mark.parametrize("replacements, has_validators", [(1, True), (2, False)])
+def test_validators_are_those_of_the_version_that_a_storage_has_opened(
+    replacements: int, has_validators: bool, mode: str
+) -> None:
+    class Replaced(Opens):
+        version = 0
+
+        def _open(self, name: str, mode: str = "rb") -> Any:
+            content = b"version %d" % self.version
+            self.version = min(self.version + 1, replacements)
+            return ContentFile(content)
+
+        def get_modified_time(self, name: str) -> datetime:
+            return datetime(2023, 11, 14, 22, self.version, 20, 5, tzinfo=UTC)
+
+    storage = Replaced(lambda: None)
+
+    def view(request: HttpRequest) -> Any:
+        return DownloadResponse(StorageFile(storage, "x.bin")).finish(request)
+
+    response, body = fetch(view, mode)
+    assert (response.status_code, body) == (200, b"version 1")
+    expected = "Tue, 14 Nov 2023 22:01:20 GMT" if has_validators else None
+    assert (response.get("Last-Modified"), response.has_header("ETag")) == (expected, has_validators)
