@@ -25,11 +25,11 @@ from downloadview_async.offload.config import proxy_config
 from downloadview_async.offload.presigned import PresignedRedirect
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
-from downloadview_async.sources.cached import Cache, CacheCounters, CachedSource
+from downloadview_async.sources.cache.source import Cache, CacheCounters, CachedSource
+from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.object import ObjectFile, ObjectSource
-from downloadview_async.sources.objectstore import ObjectStorage
-from downloadview_async.sources.path import LocalFile, PathSource
-from downloadview_async.sources.remote import RemoteFile, RemoteSource, Upstream
+from downloadview_async.sources.object_store import ObjectStorage
+from downloadview_async.sources.remote.source import RemoteFile, RemoteSource, Upstream
 from downloadview_async.sources.storage import (
     DirectoryStorage,
     MemoryStorage,

@@ -23,10 +23,10 @@ import downloadview_async
 from benchmarks import report
 from benchmarks.measures import FIGURES, MEASURES
 from benchmarks.servers import SERVERS
-from downloadview_async.asgi import lasting, server, transfer
+from downloadview_async.asgi import descriptor_paths, server, transfer
 from downloadview_async.service import settings as service_settings
 from downloadview_async.service.load import load_settings
-from downloadview_async.sources import local, open_file_cache
+from downloadview_async.sources.local import open_file, open_file_cache
 from downloadview_async.testing import assert_x_accel_redirect
 from tests.servers import PROJECT
 
@@ -281,11 +281,11 @@ def test_links_between_pages_and_files_lead_somewhere() -> None:
         f"Up to {transfer.SMALL >> 10} KiB, in the page cache",
         f"up to {open_file_cache.MAX_FILES} files of a directory",
         f"at most {server._WINDOW >> 10} KiB at a time",
-        f"chunks of at most {local.CHUNK_SIZE >> 10} KiB",
-        f"one byte of every {local._PROBE >> 10} KiB",
+        f"chunks of at most {open_file.CHUNK_SIZE >> 10} KiB",
+        f"one byte of every {open_file._PROBE >> 10} KiB",
         f"less than {server.MINIMUM_RATE} bytes a second on the average of {server.STALL_SECONDS:.0f} seconds",
         f"A request head has {server.STALL_SECONDS:.0f} seconds to arrive, and {server.MAX_HEAD_BYTES >> 10} KiB",
-        f"Up to {lasting.MAX_KEPT} files have one",
+        f"Up to {descriptor_paths.MAX_KEPT} files have one",
     ],
 )
 def test_the_page_on_performance_names_the_sizes_of_the_code(said: str) -> None:

@@ -7,7 +7,7 @@ import httpx2
 import pytest
 
 from downloadview_async import errors
-from downloadview_async.sources.remote import ERRORS, _file_error
+from downloadview_async.sources.remote.source import ERRORS, _file_error
 
 CLASSES = {
     name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, BaseException)

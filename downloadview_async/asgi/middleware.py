@@ -4,8 +4,8 @@ from functools import partial
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from downloadview_async.asgi.foreign import ForeignResponse
 from downloadview_async.asgi.offer import Holding, Lent, Offer, is_deleted
+from downloadview_async.asgi.pathsend import ForeignResponse
 from downloadview_async.asgi.transfer import FOREIGN, PATHSEND
 from downloadview_async.offload.base import EXTENSION, OffloadBackend
 

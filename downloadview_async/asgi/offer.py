@@ -17,7 +17,7 @@ from starlette.types import Message, Send
 
 from downloadview_async.offload.base import OffloadBackend, signed
 from downloadview_async.sources.base import AsyncFile
-from downloadview_async.sources.local import OpenLocalFile
+from downloadview_async.sources.local.open_file import OpenLocalFile
 
 PATIENCE = 0.1
 """Seconds that an offloaded answer waits for the application to return. Then the file is sent without a proxy."""

@@ -48,7 +48,7 @@ from downloadview_async.http.plan import (
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_at_once
 
 logger = logging.getLogger("downloadview_async")
 codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by

@@ -58,9 +58,9 @@ from downloadview_async.asgi.response import close_after_body
 from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, PREPARED, LentFile, PreparedHead, is_ordinary
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.sources.local import REWRITTEN, OpenLocalFile
-from downloadview_async.sources.path import LocalFile
-from downloadview_async.sources.refusals import Refusals
+from downloadview_async.sources.local.open_file import REWRITTEN, OpenLocalFile
+from downloadview_async.sources.local.path import LocalFile
+from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
 KNOWN_UVICORN = ("0.38.0", "0.54.0")

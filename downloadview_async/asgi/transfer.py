@@ -12,12 +12,12 @@ import anyio
 from anyio.lowlevel import checkpoint
 from starlette.types import Message, Receive, Send
 
-from downloadview_async.asgi.lasting import LastingPaths
+from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.errors import FileError, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.sources.base import OpenFile
-from downloadview_async.sources.local import OpenLocalFile, local_of
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of
 
 PATHSEND = "http.response.pathsend"
 """The ASGI extension by which a server sends a file itself."""

@@ -18,7 +18,7 @@ from downloadview_async.http.fields import OFFLOAD_TARGET
 from downloadview_async.offload.presigned import StoreSigner
 from downloadview_async.offload.rules import Rule, RuleTable
 from downloadview_async.sources.base import AsyncFile
-from downloadview_async.sources.objectstore import SCHEMES, ObjectStorage
+from downloadview_async.sources.object_store import SCHEMES, ObjectStorage
 
 SIGNED_SECONDS = 300
 """How long the URL that a proxy gets is good for. It is asked for at once; the rest is for clocks that differ."""

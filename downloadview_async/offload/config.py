@@ -12,7 +12,7 @@ from typing import Literal
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.backends import XAccelRedirect, XReproxyURL, XSendfile, by_http
 from downloadview_async.offload.rules import Rule
-from downloadview_async.sources.objectstore import ObjectStorage
+from downloadview_async.sources.object_store import ObjectStorage
 
 Proxy = Literal["nginx", "apache", "lighttpd", "caddy", "h2o"]
 

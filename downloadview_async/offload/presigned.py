@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from downloadview_async.errors import ConfigurationError, SourceUnavailable
 from downloadview_async.offload.sigv4 import MAX_SECONDS, Credentials, presigned_url
 from downloadview_async.sources.base import AsyncFile
-from downloadview_async.sources.objectstore import ObjectStorage
+from downloadview_async.sources.object_store import ObjectStorage
 from downloadview_async.sources.workers import Slots, Workers
 
 # What S3 sends in place of what it has stored. "response-" and the name is what is signed.

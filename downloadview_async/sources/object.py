@@ -14,7 +14,7 @@ from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile, Received, Source
-from downloadview_async.sources.local import OpenLocalFile, local_of, open_at_once
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_at_once
 from downloadview_async.sources.names import without_empty_segments
 
 _CODING = re.compile("[0-9A-Za-z._-]+")

@@ -15,13 +15,13 @@ from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata, is_telling, unsettled_seconds
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import OpenFile, Storage
-from downloadview_async.sources.fileobject import Extent, OpenFileObject, close, closing_in_thread, extent_of
-from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
+from downloadview_async.sources.file_objects import Extent, OpenFileObject, close, closing_in_thread, extent_of
+from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile
+from downloadview_async.sources.local.open_file_cache import OpenFileCache
+from downloadview_async.sources.local.path import FileBeneath
+from downloadview_async.sources.local.root import Root, Symlinks
 from downloadview_async.sources.names import Names, canonical_name, check_names_option
-from downloadview_async.sources.objectstore import SCHEMES, ObjectStorage
-from downloadview_async.sources.open_file_cache import OpenFileCache
-from downloadview_async.sources.path import FileBeneath
-from downloadview_async.sources.root import Root, Symlinks
+from downloadview_async.sources.object_store import SCHEMES, ObjectStorage
 from downloadview_async.sources.workers import Workers
 
 

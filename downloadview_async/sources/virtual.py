@@ -14,7 +14,7 @@ from downloadview_async.http.content_types import content_type_for, valid_conten
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.fileobject import (
+from downloadview_async.sources.file_objects import (
     OpenFileObject,
     OpenIterator,
     as_bytes,
@@ -22,7 +22,7 @@ from downloadview_async.sources.fileobject import (
     extent_of,
     pieces,
 )
-from downloadview_async.sources.local import CHUNK_SIZE
+from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.names import without_empty_segments
 from downloadview_async.sources.storage import OpenBytes, content_etag
 from downloadview_async.sources.workers import Workers

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.asgi import transfer
-from downloadview_async.asgi.lasting import LastingPaths
+from downloadview_async.asgi.descriptor_paths import LastingPaths
 
 SIZE = (8 << 20) + 7
 

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.asgi import response, transfer
-from downloadview_async.sources.path import FileBeneath
-from downloadview_async.sources.root import Root
+from downloadview_async.sources.local.path import FileBeneath
+from downloadview_async.sources.local.root import Root
 from downloadview_async.sources.workers import Workers
 
 KINDS = ["path", "portable", "trusted", "directory", "memory", "sync", "object", "remote", "bytes", "fileobject", "s3"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from downloadview_async.asgi.lasting import LastingPaths
+from downloadview_async.asgi.descriptor_paths import LastingPaths
 from tests.asgi.path_send_app import SIZE
 from tests.asgi.ways import WAYS
 from tests.live import ask

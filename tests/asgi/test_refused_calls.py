@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from downloadview_async.sources.refusals import Refusals
+from downloadview_async.sources.local.refused_calls import Refusals
 from tests.asgi.ways import WAYS
 from tests.live import ask
 from tests.refusing import CALLS, IS_POSSIBLE

@@ -19,8 +19,8 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.sources.local import CHUNK_SIZE
-from downloadview_async.sources.root import has_openat2
+from downloadview_async.sources.local.open_file import CHUNK_SIZE
+from downloadview_async.sources.local.root import has_openat2
 from downloadview_async.testing import call
 from tests.live import ask, live, parse
 

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from downloadview_async import ConfigurationError, ETag, FileMetadata
-from downloadview_async.sources import cache_directory
-from downloadview_async.sources.cache_directory import (
+from downloadview_async.sources.cache import directory as cache_directory
+from downloadview_async.sources.cache.directory import (
     CacheDirectory,
     Entry,
     Part,

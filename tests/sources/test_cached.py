@@ -23,8 +23,8 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async import Cache, CachedSource, ConfigurationError, Download, ETag, RemoteSource, VirtualFile
-from downloadview_async.sources import cached
-from downloadview_async.sources.cache_directory import CacheDirectory, key_hash
+from downloadview_async.sources.cache import source as cached
+from downloadview_async.sources.cache.directory import CacheDirectory, key_hash
 from tests.live import Answer, ask, live
 
 pytestmark = pytest.mark.asyncio

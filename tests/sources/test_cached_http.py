@@ -17,7 +17,7 @@ from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.dates import format_http_date
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.sources.base import Received
-from downloadview_async.sources.freshness import max_age_of
+from downloadview_async.sources.cache.freshness import max_age_of
 from tests.live import Answer, ask, live
 from tests.sources.test_cached import BIG, DAY, Origin, Served, origin, remote, served, serving
 

@@ -23,7 +23,7 @@ import urllib3
 from downloadview_async import Download, StorageSource, SyncStorage, VirtualFile, VirtualSource
 from downloadview_async.errors import FileMissing, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.sources.fileobject import Extent, OpenFileObject, extent_of
+from downloadview_async.sources.file_objects import Extent, OpenFileObject, extent_of
 from downloadview_async.sources.workers import Workers
 from downloadview_async.testing import call
 

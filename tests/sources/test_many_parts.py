@@ -10,7 +10,7 @@ import pytest
 
 from downloadview_async import Download, StorageSource, SyncStorage, VirtualFile, VirtualSource
 from downloadview_async.http.ranges import NEAR
-from downloadview_async.sources.fileobject import seeks_cheaply
+from downloadview_async.sources.file_objects import seeks_cheaply
 from downloadview_async.testing import call
 
 CONTENT = bytes(n % 251 for n in range(251)) * 80_000  # 20 MB

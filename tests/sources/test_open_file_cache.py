@@ -11,9 +11,9 @@ import pytest
 import downloadview_async as dv
 from downloadview_async.errors import FileError
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.sources.local import OpenLocalFile
-from downloadview_async.sources.open_file_cache import MAX_FILES, OpenFileCache
-from downloadview_async.sources.root import Root, Symlinks, has_openat2
+from downloadview_async.sources.local.open_file import OpenLocalFile
+from downloadview_async.sources.local.open_file_cache import MAX_FILES, OpenFileCache
+from downloadview_async.sources.local.root import Root, Symlinks, has_openat2
 from downloadview_async.sources.workers import Workers
 
 pytestmark = pytest.mark.skipif(not has_openat2(), reason="openat2: this kernel or sandbox has none: nothing is kept")

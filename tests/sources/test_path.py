@@ -22,9 +22,9 @@ from downloadview_async import (
     TransferAborted,
     XAccelRedirect,
 )
-from downloadview_async.sources import local
-from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
-from downloadview_async.sources.root import Root
+from downloadview_async.sources.local import open_file
+from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile
+from downloadview_async.sources.local.root import Root
 from downloadview_async.sources.workers import Workers
 from downloadview_async.testing import assert_x_accel_redirect, call
 
@@ -124,7 +124,7 @@ def big(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
             pytest.skip("tmpfs: there is no /dev/shm")
         directory = Path("/dev/shm")
     if request.param == "never asked":
-        monkeypatch.setattr(local, "_RWF_NOWAIT", None)
+        monkeypatch.setattr(open_file, "_RWF_NOWAIT", None)
     path = directory / f"downloadview-{os.getpid()}.bin"
     path.write_bytes(os.urandom(3 * CHUNK_SIZE + 7))
     yield path

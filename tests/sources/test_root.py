@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from downloadview_async import AccessDenied, ConfigurationError, FileError, FileMissing, SourceUnavailable
+from downloadview_async.sources.local.root import Root, Symlinks, has_openat2, open_trusted
 from downloadview_async.sources.names import checked_segments
-from downloadview_async.sources.root import Root, Symlinks, has_openat2, open_trusted
 
 OUTSIDE = b"outside"
 INSIDE = b"inside"

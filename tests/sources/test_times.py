@@ -14,8 +14,8 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async import Download
-from downloadview_async.sources.path import FileBeneath
-from downloadview_async.sources.root import Root
+from downloadview_async.sources.local.path import FileBeneath
+from downloadview_async.sources.local.root import Root
 from downloadview_async.sources.workers import Workers
 from tests.live import ask, live
 

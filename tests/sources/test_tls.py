@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from downloadview_async import RemoteSource, UpstreamError
-from downloadview_async.sources import guard
+from downloadview_async.sources.remote import ssrf
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -65,7 +65,7 @@ async def test_a_trusted_certificate_of_the_right_name(
     port: int, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trusting = ssl.create_default_context(cafile=f"{certificate}.crt")
-    monkeypatch.setattr(guard, "_ssl_context", lambda: trusting)
+    monkeypatch.setattr(ssrf, "_ssl_context", lambda: trusting)
     assert await fetch(f"https://localhost:{port}/", times=3) == [BODY] * 3
     with pytest.raises(UpstreamError, match="certificate"):
         await fetch(f"https://127.0.0.1:{port}/")
@@ -88,6 +88,6 @@ async def test_a_plain_server_where_tls_was_expected() -> None:
 
 async def test_the_certificates_of_the_machine_are_read_once() -> None:
     clients: list[Any] = [
-        guard.guarded_client(guard.AllowedHosts("x", ()), connect_timeout=1, read_timeout=1) for _ in range(2)
+        ssrf.guarded_client(ssrf.AllowedHosts("x", ()), connect_timeout=1, read_timeout=1) for _ in range(2)
     ]
     assert clients[0]._transport._pool._ssl_context is clients[1]._transport._pool._ssl_context

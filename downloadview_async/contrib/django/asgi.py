@@ -29,7 +29,7 @@ from django.urls import set_script_prefix
 
 from downloadview_async.asgi.transfer import PATHSEND, body_at_once, send_plan
 from downloadview_async.contrib.django.responses import DownloadResponse, note_receivers
-from downloadview_async.sources.local import local_of
+from downloadview_async.sources.local.open_file import local_of
 
 logger = logging.getLogger("downloadview_async")
 

@@ -22,11 +22,11 @@ from downloadview_async.errors import ConfigurationError, FileMissing, UpstreamE
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.local import OpenLocalFile
+from downloadview_async.sources.local.open_file import OpenLocalFile
+from downloadview_async.sources.local.path import LocalFile, PathSource
+from downloadview_async.sources.local.root import Symlinks, settled_stat
 from downloadview_async.sources.names import canonical_name
-from downloadview_async.sources.path import LocalFile, PathSource
-from downloadview_async.sources.remote import RemoteFile, Upstream
-from downloadview_async.sources.root import Symlinks, settled_stat
+from downloadview_async.sources.remote.source import RemoteFile, Upstream
 from downloadview_async.sources.storage import StorageFile as AsyncStorageFile
 from downloadview_async.sources.storage import SyncStorage, tells_of_what_it_opens
 from downloadview_async.sources.virtual import VirtualFile as AsyncVirtualFile

@@ -24,7 +24,7 @@ from downloadview_async.http.request import HEAD
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile
-from downloadview_async.sources.local import local_of, open_at_once
+from downloadview_async.sources.local.open_file import local_of, open_at_once
 
 MakeBackend = Callable[[list[Rule]], OffloadBackend]
 

@@ -41,7 +41,7 @@ from downloadview_async.http.plan import FRAMING, Headers, Plan, Presentation, m
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, signed
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.local import local_of, open_at_once
+from downloadview_async.sources.local.open_file import local_of, open_at_once
 from downloadview_async.sources.virtual import VirtualFile
 
 _TEXTLESS = re.compile("(?:application|audio|font|image|model|multipart|video)/", re.IGNORECASE)

@@ -108,7 +108,7 @@ class Upstream:
         read_timeout: float = 30.0,
     ) -> None:
         # httpx is only needed, and only imported, by who has remote files
-        from downloadview_async.sources.guard import AllowedHosts, guarded_client
+        from downloadview_async.sources.remote.ssrf import AllowedHosts, guarded_client
 
         self._hosts = AllowedHosts(host, allow_hosts)
         self._headers = dict(headers or {})

@@ -34,9 +34,8 @@ from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.arriving import Arriving, ArrivingFile
 from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Received, Source
-from downloadview_async.sources.cache_directory import (
+from downloadview_async.sources.cache.directory import (
     CacheDirectory,
     Entry,
     Part,
@@ -45,10 +44,11 @@ from downloadview_async.sources.cache_directory import (
     key_hash,
     protect,
 )
-from downloadview_async.sources.freshness import asking_for_news, is_current, max_age_of, updated
-from downloadview_async.sources.local import OpenLocalFile
-from downloadview_async.sources.open_file_cache import OpenFileCache
-from downloadview_async.sources.root import Opened
+from downloadview_async.sources.cache.freshness import asking_for_news, is_current, max_age_of, updated
+from downloadview_async.sources.cache.spool import Arriving, ArrivingFile
+from downloadview_async.sources.local.open_file import OpenLocalFile
+from downloadview_async.sources.local.open_file_cache import OpenFileCache
+from downloadview_async.sources.local.root import Opened
 from downloadview_async.sources.virtual import VirtualFile
 from downloadview_async.sources.workers import Workers
 

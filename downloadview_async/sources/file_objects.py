@@ -18,7 +18,7 @@ import anyio.to_thread
 
 from downloadview_async.errors import FileMissing, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
-from downloadview_async.sources.local import CHUNK_SIZE
+from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.workers import Workers, unlimited
 
 _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on

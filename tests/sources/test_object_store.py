@@ -32,7 +32,7 @@ from downloadview_async import (
     UpstreamError,
     UpstreamTimeout,
 )
-from downloadview_async.sources import objectstore
+from downloadview_async.sources import object_store
 from downloadview_async.testing import call
 from tests.gcs import GCS
 from tests.live import ask, live
@@ -549,7 +549,7 @@ async def test_any_key_of_s3_is_asked_for_as_it_is(prefix: str) -> None:
 async def test_stores_for_keys_with_empty_segments_are_made_in_threads_and_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(objectstore, "_MAX_BELOW", 2)
+    monkeypatch.setattr(object_store, "_MAX_BELOW", 2)
     made: list[tuple[str, bool]] = []
     make = ObjectStorage._make
 

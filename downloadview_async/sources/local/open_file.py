@@ -16,7 +16,7 @@ from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata, is_telling, stat_validators
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.refusals import Refusals
+from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER, Workers, unlimited
 
 CHUNK_SIZE = 256 * 1024

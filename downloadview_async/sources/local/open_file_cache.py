@@ -4,8 +4,8 @@ import asyncio
 import os
 import threading
 
-from downloadview_async.sources.local import OpenLocalFile
-from downloadview_async.sources.root import Root
+from downloadview_async.sources.local.open_file import OpenLocalFile
+from downloadview_async.sources.local.root import Root
 from downloadview_async.sources.workers import Workers
 
 KEEP_SECONDS = 1.0

@@ -30,7 +30,7 @@ from typing import Any
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import ETag, FileMetadata
-from downloadview_async.sources.root import Root
+from downloadview_async.sources.local.root import Root
 
 LEASE_SECONDS = 30.0
 """How long a proxy that has been told to send a file has to open it."""

@@ -10,10 +10,10 @@ from downloadview_async.errors import AccessDenied, ConfigurationError, FileMiss
 from downloadview_async.http.content_types import content_type_for
 from downloadview_async.http.negotiation import preferred_encodings
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.local import OpenLocalFile
+from downloadview_async.sources.local.open_file import OpenLocalFile
+from downloadview_async.sources.local.open_file_cache import OpenFileCache
+from downloadview_async.sources.local.root import Opened, Root, Symlinks, open_trusted
 from downloadview_async.sources.names import Names, canonical_name
-from downloadview_async.sources.open_file_cache import OpenFileCache
-from downloadview_async.sources.root import Opened, Root, Symlinks, open_trusted
 from downloadview_async.sources.workers import Workers
 
 SUFFIXES = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}

@@ -17,8 +17,8 @@ from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.local import OpenLocalFile
-from downloadview_async.sources.path import LocalFile
+from downloadview_async.sources.local.open_file import OpenLocalFile
+from downloadview_async.sources.local.path import LocalFile
 
 logger = logging.getLogger("downloadview_async")
 

@@ -16,7 +16,7 @@ import anyio
 
 from downloadview_async.errors import DownloadError, FileError, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata
-from downloadview_async.sources.local import CHUNK_SIZE, OpenLocalFile
+from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile
 
 MAX_WAITING = 1 << 18
 """Bytes that wait to be written, and bytes in the window, at most; one chunk may exceed it.

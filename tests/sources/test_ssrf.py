@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from downloadview_async import ConfigurationError, RemoteFile, RemoteSource, UpstreamError
-from downloadview_async.sources.guard import AllowedHosts, is_private, is_public
+from downloadview_async.sources.remote.ssrf import AllowedHosts, is_private, is_public
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8", "2002:808:808::"]
 LOCAL = ["127.0.0.1", "127.255.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "::1", "fd00::1", "::ffff:7f00:1"]
@@ -164,7 +164,7 @@ async def test_a_name_that_changes_its_address_is_looked_up_once_and_connected_t
         raise OSError("nothing leaves this machine")
 
     monkeypatch.setattr("anyio.getaddrinfo", getaddrinfo)
-    monkeypatch.setattr("downloadview_async.sources.guard.connect", connect)
+    monkeypatch.setattr("downloadview_async.sources.remote.ssrf.connect", connect)
     with pytest.raises((UpstreamError, OSError)):
         await fetch(RemoteSource(f"http://rebind.test:{listener.port}/"))
     assert lookups == ["rebind.test"]

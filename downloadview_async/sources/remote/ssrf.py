@@ -17,7 +17,7 @@ import httpcore2
 import httpx2
 
 from downloadview_async.errors import UpstreamError
-from downloadview_async.sources.sockets import Connection, connect
+from downloadview_async.sources.remote.network import Connection, connect
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
