@@ -20,16 +20,8 @@ from hypothesis import strategies as st
 
 from downloadview_async import ConfigurationError, ETag, FileMetadata
 from downloadview_async.sources.cache import directory as cache_directory
-from downloadview_async.sources.cache.directory import (
-    CacheDirectory,
-    Entry,
-    Part,
-    data_name,
-    dump_entry,
-    key_hash,
-    load_entry,
-    protect,
-)
+from downloadview_async.sources.cache.directory import CacheDirectory, Part, protect
+from downloadview_async.sources.cache.entry import Entry, data_name, dump_entry, key_hash, load_entry
 
 KIB = 1024
 any_text = st.text(st.characters(exclude_categories=()))  # lone surrogates and controls, too

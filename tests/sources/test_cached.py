@@ -24,7 +24,8 @@ from starlette.routing import Route
 import downloadview_async as dv
 from downloadview_async import Cache, CachedSource, ConfigurationError, Download, ETag, RemoteSource, VirtualFile
 from downloadview_async.sources.cache import source as cached
-from downloadview_async.sources.cache.directory import CacheDirectory, key_hash
+from downloadview_async.sources.cache.directory import CacheDirectory
+from downloadview_async.sources.cache.entry import key_hash
 from tests.live import Answer, ask, live
 
 pytestmark = pytest.mark.asyncio

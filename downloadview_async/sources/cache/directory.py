@@ -24,12 +24,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 from downloadview_async.errors import ConfigurationError
-from downloadview_async.http.content_types import valid_content_type
-from downloadview_async.http.metadata import ETag, FileMetadata
+from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.sources.cache.entry import BLOCK, Entry, dump_entry, key_hash, load_entry
 from downloadview_async.sources.local.root import Root
 
 LEASE_SECONDS = 30.0
@@ -38,132 +37,13 @@ LEASE_SECONDS = 30.0
 SWEEP_SECONDS = 60.0
 """How often a directory is gone through, by whichever process uses it."""
 
-_BLOCK = 4096  # what a file takes is rounded up to this; a K.meta is taken to be one
 _LOCK_PATIENCE = 10.0
-_VERSION = 1
 _HASH = "[0-9a-f]{40}"
 _DATA = re.compile(f"({_HASH})-{_HASH}")
 _META = re.compile(rf"({_HASH})\.meta")
 _PART = re.compile(rf"{_HASH}\.[0-9a-f]{{16}}\.part")
-_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+\Z")
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]")
 _MAKE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One complete file of a cache. `metadata` has its size.
-
-    data: its name in the directory. name: what the client should call it. validated: when it was last known to be
-    current, in seconds since the epoch. max_age: for how many seconds from then, where that is not the cache's to say.
-    age: how many seconds old it was then, as the origin's answer had come through other caches.
-    """
-
-    data: str
-    name: str
-    metadata: FileMetadata
-    validated: float
-    max_age: float | None = None
-    age: float = 0.0
-
-    @property
-    def made_at(self) -> float:
-        """When the origin made or confirmed it, in seconds since the epoch."""
-        return self.validated - self.age
-
-    def fresh_for(self, max_age: float) -> float:
-        """Return for how many seconds it may be sent without asking; `max_age` where the file has none of its own."""
-        age = time.time() - self.validated
-        if age < 0:  # it was validated by another clock: who knows when
-            return 0.0
-        return max(0.0, (max_age if self.max_age is None else self.max_age) - age)
-
-
-def key_hash(source: str, key: str) -> str:
-    """Return the K of a source's name and a key, 40 hexadecimal digits: different for any two different pairs."""
-    return _hash(source, key)
-
-
-def data_name(key: str, metadata: FileMetadata) -> str:
-    """Return K-V for the K and the description of a complete file."""
-    return f"{key}-{_hash(str(metadata.etag), str(metadata.last_modified), str(metadata.size))}"
-
-
-def is_describable(source: str, key: str, entry: Entry) -> bool:
-    """Return whether what is known of a file fits into the one block that a K.meta is counted as."""
-    return len(dump_entry(source, key, entry)) <= _BLOCK
-
-
-def _hash(*parts: str) -> str:
-    encoded = [part.encode("utf-8", "surrogatepass") for part in parts]
-    # with their lengths: "a" and "bc" are not "ab" and "c"
-    return blake2b(b"".join(b"%d:%b" % (len(part), part) for part in encoded), digest_size=20).hexdigest()
-
-
-def dump_entry(source: str, key: str, entry: Entry) -> bytes:
-    """Return the content of a K.meta: a checksum, and what is known of the file as JSON."""
-    metadata = entry.metadata
-    body = json.dumps(
-        {
-            "version": _VERSION,
-            "source": source,
-            "key": key,
-            "data": entry.data,
-            "name": entry.name,
-            "validated": entry.validated,
-            "max_age": entry.max_age,
-            "age": entry.age,
-            "size": metadata.size,
-            "etag": None if metadata.etag is None else str(metadata.etag),
-            "last_modified": metadata.last_modified,
-            "content_type": metadata.content_type,
-            "headers": metadata.headers,
-        }
-    ).encode()
-    return blake2b(body, digest_size=20).hexdigest().encode() + b"\n" + body
-
-
-def load_entry(content: bytes, source: str, key: str) -> Entry | None:
-    """Return what a K.meta says, or None for one that is damaged, of another version, or of another file."""
-    checksum, _, body = content.partition(b"\n")
-    if checksum != blake2b(body, digest_size=20).hexdigest().encode():
-        return None
-    try:
-        said = json.loads(body)
-        if (said["version"], said["source"], said["key"]) != (_VERSION, source, key):
-            return None
-        entry = Entry(
-            data=said["data"],
-            name=said["name"],
-            validated=float(said["validated"]),
-            max_age=None if said["max_age"] is None else float(said["max_age"]),
-            age=float(said.get("age", 0.0)),
-            metadata=FileMetadata(
-                size=said["size"],
-                etag=None if said["etag"] is None else ETag.parse(said["etag"]),
-                last_modified=said["last_modified"],
-                content_type=said["content_type"],
-                headers=tuple((name, value) for name, value in said["headers"]),
-            ),
-        )
-        return entry if _is_sound(entry, key_hash(source, key)) else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _is_sound(entry: Entry, key: str) -> bool:
-    """Return whether an entry's values are such as this module writes: what it names is never more than a K-V."""
-    metadata = entry.metadata
-    return (
-        isinstance(entry.name, str)
-        and isinstance(metadata.size, int)
-        and metadata.size >= 0
-        and isinstance(metadata.last_modified, int | None)
-        and (metadata.content_type is None or valid_content_type(metadata.content_type) is not None)
-        and all(_HEADER.match(name) and not _CONTROL.search(value) for name, value in metadata.headers)
-        and entry.data == data_name(key, metadata)
-    )
 
 
 @dataclass(slots=True)
@@ -312,14 +192,14 @@ class CacheDirectory:
 
         Others are evicted for it: the least recently used, but none that is in use.
         """
-        if size is not None and _cost(size) + _BLOCK > self.max_bytes:
+        if size is not None and _cost(size) + BLOCK > self.max_bytes:
             return None
         with self._locked() as usage:
-            if not self._has_room(usage, _BLOCK):
+            if not self._has_room(usage, BLOCK):
                 return None
             part = self._new_part(key, 0o644)
             part.size = size
-            self._add(usage, _BLOCK)
+            self._add(usage, BLOCK)
         return part
 
     def grow(self, part: Part, size: int) -> bool:
@@ -359,7 +239,7 @@ class CacheDirectory:
             if replaced is not None:
                 self._add(usage, -_cost(replaced))
             if before is not None:
-                self._add(usage, -_BLOCK)
+                self._add(usage, -BLOCK)
                 if before != entry.data:
                     self._add(usage, -self._retire(before, leased))
             part.name, part.reserved = entry.data, size
@@ -368,7 +248,7 @@ class CacheDirectory:
         """Remove a part. Its descriptor stays open."""
         self._unlink(part.name)
         with self._locked() as usage:
-            self._add(usage, -_cost(part.reserved) - _BLOCK)
+            self._add(usage, -_cost(part.reserved) - BLOCK)
 
     def renew(self, source: str, key: str, entry: Entry) -> None:
         """Keep what is known now of the current version of a key: that it is current, and what was said of it."""
@@ -385,7 +265,7 @@ class CacheDirectory:
             if data is not None and current not in (None, data):
                 return
             if self._unlink(f"{hashed}.meta"):
-                self._add(usage, -_BLOCK)
+                self._add(usage, -BLOCK)
             if current is not None:
                 self._add(usage, -self._retire(current, leased))
 
@@ -471,12 +351,12 @@ class CacheDirectory:
             for item in entries:
                 if _PART.fullmatch(item.name):
                     if not self._remove_unused(item.name):
-                        total += _cost(item.stat(follow_symlinks=False).st_size) + _BLOCK
+                        total += _cost(item.stat(follow_symlinks=False).st_size) + BLOCK
                 elif match := _META.fullmatch(item.name):
                     said = item.stat(follow_symlinks=False)
                     found = keys.setdefault(match[1], _Found())
                     found.has_meta, found.used, found.leased = True, said.st_mtime, said.st_atime
-                    total += _BLOCK
+                    total += BLOCK
                 elif match := _DATA.fullmatch(item.name):
                     said = item.stat(follow_symlinks=False)
                     keys.setdefault(match[1], _Found()).data.append((item.name, said.st_size, said.st_ctime))
@@ -491,7 +371,7 @@ class CacheDirectory:
                     total -= _cost(size)
             if found.has_meta and not found.data:
                 self._unlink(f"{key}.meta")
-                total -= _BLOCK
+                total -= BLOCK
             if not found.has_meta or not found.data:
                 del keys[key]
         return total, keys
@@ -514,7 +394,7 @@ class CacheDirectory:
             self._unlink(hidden)
             for name, _, _ in found.data:
                 self._unlink(name)
-            return _BLOCK + sum(_cost(size) for _, size, _ in found.data)
+            return BLOCK + sum(_cost(size) for _, size, _ in found.data)
         finally:
             for descriptor in descriptors:
                 if descriptor is not None:
@@ -655,4 +535,4 @@ def protect(descriptor: int) -> None:
 
 
 def _cost(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
+    return -(-size // BLOCK) * BLOCK

@@ -8,7 +8,7 @@ from downloadview_async.http.dates import format_http_date, parse_http_date
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, Received
-from downloadview_async.sources.cache.directory import Entry
+from downloadview_async.sources.cache.entry import Entry
 from downloadview_async.sources.virtual import VirtualFile
 
 _OF_A_304 = ("cache-control", "expires", "vary")

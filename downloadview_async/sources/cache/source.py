@@ -35,15 +35,8 @@ from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Received, Source
-from downloadview_async.sources.cache.directory import (
-    CacheDirectory,
-    Entry,
-    Part,
-    data_name,
-    is_describable,
-    key_hash,
-    protect,
-)
+from downloadview_async.sources.cache.directory import CacheDirectory, Part, protect
+from downloadview_async.sources.cache.entry import Entry, data_name, is_describable, key_hash
 from downloadview_async.sources.cache.freshness import asking_for_news, is_current, max_age_of, updated
 from downloadview_async.sources.cache.spool import Arriving, ArrivingFile
 from downloadview_async.sources.local.open_file import OpenLocalFile
