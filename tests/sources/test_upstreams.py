@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -10,7 +11,8 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from downloadview_async import Download, OffloadMiddleware, RemoteSource, Rule, XAccelRedirect
-from downloadview_async.http.request import GET
+from downloadview_async.http.metadata import ETag, FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
 from tests.live import ask, live
 from tests.sources.test_remote import OK, TEN, Upstream, ok, partial, port, upstream
 
@@ -283,6 +285,62 @@ async def test_a_416_that_does_not_tell_the_size_is_asked_again(upstream: Upstre
     upstream.answers = [lambda request: status(416, told or "X: y") if b"range:" in request.lower() else ok()]
     answer = await ask(port, "/a", headers={"Range": "bytes=2-4"})
     assert (answer.status, answer.body) == (206, b"234")
+
+
+ERROR_PAGE = [
+    "Content-Type: text/html",
+    "Cache-Control: public, max-age=900",
+    "Content-Encoding: gzip",
+    "Content-Language: de",
+    "Expires: Tue, 14 Nov 2033 22:13:20 GMT",
+    "Vary: Accept-Language",
+]
+
+
+async def test_the_error_page_of_a_416_does_not_describe_the_file(upstream: Upstream, port: int) -> None:
+    upstream.answers = [status(416, *ERROR_PAGE, "Content-Range: bytes */10", TAG)]
+    answer = await ask(port, "/a.txt", headers={"Range": "bytes=20-"})
+    assert (answer.status, answer.headers["content-range"], answer.headers["etag"]) == (416, "bytes */10", '"x"')
+    assert answer.headers["cache-control"] == "private, no-store"
+    assert {"content-type", "content-encoding", "content-language", "expires", "vary"}.isdisjoint(answer.headers)
+    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"])  # type: ignore[attr-defined]
+    async with (await source.resolve("a.txt")).open(DownloadRequest(range="bytes=20-")) as opened:
+        assert replace(opened.metadata, max_reads=None) == FileMetadata(size=10, etag=ETag("x"))
+        assert not opened.hides_coding
+    await source.aclose()
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_the_error_page_of_a_412_does_not_describe_the_file(upstream: Upstream, port: int, method: str) -> None:
+    upstream.answers = [answering(lambda _: status(412, *ERROR_PAGE))]
+    answer = await ask(port, "/a.txt", method=method, headers={"If-Match": '"y"'})
+    assert (answer.status, answer.headers["cache-control"]) == (412, "private, no-store")
+    assert {"content-encoding", "content-language", "expires", "vary"}.isdisjoint(answer.headers)
+
+
+@pytest.mark.parametrize(
+    "size, fields, expected",
+    [
+        (10, {"Range": "bytes=2-4"}, (206, b"234")),
+        (0, {"Range": "bytes=0-"}, (200, b"")),
+        (10, {"Range": "bytes=20-", "If-Range": '"x"'}, (416, b"")),
+        (10, {"Range": "bytes=20-", "If-Range": '"y"'}, (200, TEN)),
+    ],
+    ids=["satisfiable", "empty", "same", "other"],
+)
+async def test_a_416_that_is_not_ours_is_asked_again(
+    upstream: Upstream, port: int, size: int, fields: dict[str, str], expected: tuple[int, bytes]
+) -> None:
+    def answer(request: bytes) -> bytes:
+        if b"range:" in request.lower():
+            return status(416, *ERROR_PAGE, f"Content-Range: bytes */{size}")
+        return ok(TEN[:size], TAG, "Content-Type: image/png")
+
+    upstream.answers = [answer]
+    said = await ask(port, "/a.txt", headers=fields)
+    assert (said.status, said.body) == expected
+    assert said.headers.get("content-type") == (None if said.status == 416 else "image/png")
+    assert len(upstream.requests) == 2
 
 
 async def test_a_part_that_is_redirected(upstream: Upstream, port: int) -> None:

@@ -26,7 +26,7 @@ from downloadview_async.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from downloadview_async.http.conditional import failed_precondition, parse_etag_list
+from downloadview_async.http.conditional import failed_precondition, parse_etag_list, range_applies
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.fields import OFFLOAD_ORDERS
@@ -322,7 +322,8 @@ class OpenRemoteFile:
         response, sent = await self._ask(request.method, _forwarded(request, spec))
         self._body = _Body(response, ranged=spec is not None)
         self._version = _version(self._body.fields)
-        self._hides_coding = hides_coding(self._body.fields.get("content-encoding"))
+        if response.status_code != 416:  # whose content is an error page
+            self._hides_coding = hides_coding(self._body.fields.get("content-encoding"))
         self.metadata = _readable(self._described(self._body, request, spec, sent))
         if not self.metadata.is_pinned:
             self._body.max_skip = math.inf  # all parts are of the one version that is open
@@ -344,7 +345,8 @@ class OpenRemoteFile:
     ) -> FileMetadata:
         """Return what the answer says of the file. Raises `FileError` for one that is a failure or makes no sense."""
         status, fields = body.response.status_code, body.fields
-        metadata = _entity(_validators(fields, body.received), fields)
+        validators = _validators(fields, body.received)
+        metadata = _entity(validators, fields)
         match status:
             case 200:
                 body.stop = size = _size(fields)
@@ -374,7 +376,7 @@ class OpenRemoteFile:
                 raise PreconditionFailed(f"{self._url!r} answered 412")
             case 416 if (match := _UNSATISFIED_RANGE.fullmatch(fields.get("content-range", ""))) and "range" in sent:
                 body.has_content = False
-                return replace(metadata, size=int(match[1]))
+                return replace(validators, size=int(match[1]))  # the rest describes an error page
             case 404 | 410:
                 raise FileMissing(f"{self._url!r} answered {status}")
             case 429 | 503:
@@ -511,9 +513,18 @@ def _is_refusal(response: Any, method: str, headers: Mapping[str, str]) -> bool:
         case 412:
             return is_optional and {"if-match", "if-unmodified-since"}.isdisjoint(headers)
         case 416:
-            tells = _UNSATISFIED_RANGE.fullmatch(response.headers.get("content-range", "")) and "range" in headers
-            return is_optional and not tells
+            return is_optional and not _is_unsatisfied(_fields(response), headers)
     return status in REFUSALS and is_optional
+
+
+def _is_unsatisfied(fields: dict[str, str], headers: Mapping[str, str]) -> bool:
+    """Return whether a 416 tells the size of a file that does not have what was asked of it [RFC 9110 15.5.17]."""
+    match = _UNSATISFIED_RANGE.fullmatch(fields.get("content-range", ""))
+    specs = parse_range(headers.get("range", ""))
+    if match is None or specs is None or select_ranges(specs, int(match[1])) != "unsatisfiable":
+        return False
+    condition = DownloadRequest(if_range=headers.get("if-range"))
+    return range_applies(condition, _validators(fields, _received(fields)))
 
 
 def _single_range(request: DownloadRequest) -> RangeSpec | None:
