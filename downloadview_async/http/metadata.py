@@ -78,7 +78,12 @@ class FileMetadata:
     @property
     def is_pinned(self) -> bool:
         """Whether a strong validator tells this version from all others, so that it can be read by several requests."""
-        return (self.etag is not None and not self.etag.weak) or self.last_modified is not None
+        return (self.etag is not None and not self.etag.weak) or self.changed_at is not None
+
+    @property
+    def changed_at(self) -> int | None:
+        """`last_modified` where it can be the time of a change, else None: see `is_meaningful`."""
+        return self.last_modified if self.last_modified is not None and is_meaningful(self.last_modified) else None
 
 
 _SECOND = 1_000_000_000

@@ -36,6 +36,7 @@ from downloadview_async.http.metadata import (
     ByteRange,
     ETag,
     FileMetadata,
+    is_meaningful,
     is_telling,
     stat_validators,
     unsettled_seconds,
@@ -310,9 +311,9 @@ class OpenObject:
         meta, attributes = found.meta, found.attributes
         self._version = _version(meta)
         etag, modified = self._validators(meta)
-        # 1970 stands for a time that the store did not tell. Without a tag, another version may share the second.
+        # Without a tag, another version may share the second.
         latest = math.inf if etag is not None and not etag.weak else time.time() - _CLOCKS
-        if modified is not None and not 1 < modified <= latest:
+        if modified is not None and not (is_meaningful(modified) and modified <= latest):
             modified = None
         coding = attributes.get("Content-Encoding")
         self.hides_coding = hides_coding(coding)

@@ -45,7 +45,8 @@ class VirtualFile:
     size: bytes, where it is known beforehand. Bytes, text and seekable file objects in bytes know it themselves.
     etag, last_modified (seconds since the epoch, UTC): validators. Bytes and text have a tag of their own.
     max_age: for how many seconds a `CachedSource` may send it again without asking. By default what the cache says, for
-    a file that has a validator; one that has none is not kept.
+    a file that has a validator; one that has none is not kept. Nor is one whose only validator is a time that cannot
+    be that of a change, such as 0 or the first day of 1980.
 
     Raises `ValueError` for a content type that is none.
     """
@@ -79,7 +80,7 @@ class VirtualFile:
         return (
             self.max_age is not None
             or self._etag is not None
-            or self._last_modified is not None
+            or self.validators.changed_at is not None
             or isinstance(self._content, bytes | bytearray | memoryview | str)
         )
 

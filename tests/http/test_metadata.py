@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downloadview_async.http.metadata import ByteRange, ETag, is_telling, stat_validators, unsettled_seconds
+from downloadview_async.http.metadata import (
+    ByteRange,
+    ETag,
+    FileMetadata,
+    is_telling,
+    stat_validators,
+    unsettled_seconds,
+)
 from tests.http.asking import LARGE
 
 
@@ -141,3 +148,24 @@ def test_a_time_is_telling_if_other_bytes_would_have_another_one(mtime_ns: int, 
 )
 def test_how_long_a_file_may_change_without_another_time(age_ns: int, seconds: float) -> None:
     assert unsettled_seconds(NOW - age_ns, NOW) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "etag, modified, is_pinned",
+    [
+        (None, None, False),
+        (ETag("x"), None, True),
+        (ETag("x", weak=True), None, False),
+        (None, 1_700_000_000, True),
+        (None, 0, False),
+        (None, 1, False),
+        (None, 315_532_800, False),
+        (None, 499_162_500, False),
+        (ETag("x"), 0, True),
+        (ETag("x", weak=True), 0, False),
+    ],
+)
+def test_only_a_strong_validator_pins_a_version(etag: ETag | None, modified: int | None, is_pinned: bool) -> None:
+    metadata = FileMetadata(etag=etag, last_modified=modified)
+    assert metadata.is_pinned == is_pinned
+    assert metadata.changed_at == (modified if modified == 1_700_000_000 else None)

@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +18,12 @@ from downloadview_async import ETag, VirtualFile
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.dates import format_http_date
 from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import Received
 from downloadview_async.sources.cache.freshness import max_age_of
+from downloadview_async.sources.storage import OpenBytes
 from tests.live import Answer, ask, live
-from tests.sources.test_cached import BIG, DAY, Origin, Served, origin, remote, served, serving
+from tests.sources.test_cached import BIG, DAY, Origin, Served, counted, origin, remote, served, serving
 
 __all__ = ["origin", "served"]  # fixtures
 
@@ -363,10 +367,12 @@ async def test_a_late_asker_of_a_generated_file_with_a_tag_joins_it(tmp_path: Pa
         [],
         [f"Last-Modified: {date(0)}"],
         [f"Last-Modified: {date(1)}"],
+        [f"Last-Modified: {date(315_532_800)}"],
+        [f"Last-Modified: {date(499_162_500)}"],
         [f"Last-Modified: {date(NOW)}", f"Date: {date(NOW)}"],
         [f"Last-Modified: {date(NOW + 5)}", f"Date: {date(NOW)}"],
     ],
-    ids=["none", "0", "1", "now", "future"],
+    ids=["none", "0", "1", "1980", "npm", "now", "future"],
 )
 @pytest.mark.asyncio
 async def test_a_copy_of_a_version_without_a_strong_validator_is_never_taken_for_another(
@@ -384,3 +390,55 @@ async def test_a_copy_of_a_version_without_a_strong_validator_is_never_taken_for
         resumed = await served.get(Range="bytes=5-", If_Range=first.headers["etag"])
         assert (resumed.status, resumed.body) == (200, BIG)
         assert "last-modified" not in resumed.headers
+        assert not any("if-modified-since" in request.lower() for request in origin.requests)
+
+
+class Constant:
+    """A source of one version after another, all of which have the same Last-Modified."""
+
+    def __init__(self, modified: int) -> None:
+        self.content = b"one"
+        self.modified = modified
+        self.asked: list[DownloadRequest] = []
+        self.name = "a.bin"
+        self.location = None
+
+    async def resolve(self, name: str) -> "Constant":
+        return self
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenBytes]:
+        self.asked.append(request)
+        yield OpenBytes(self.content, FileMetadata(size=len(self.content), last_modified=self.modified))
+
+
+@pytest.mark.parametrize("modified, is_kept", [(0, False), (1, False), (315_532_800, False), (NOW, True)])
+@pytest.mark.asyncio
+async def test_a_cache_believes_no_time_that_says_nothing_whoever_says_it(
+    tmp_path: Path, modified: int, is_kept: bool
+) -> None:
+    source = Constant(modified)
+    async with serving(source, tmp_path, max_age=0) as served:
+        first = await served.get()
+        await served.settled()
+        source.content = b"two"
+        again = await served.get(If_None_Match=first.headers.get("etag", '"x"'))
+        assert (again.status, again.body) == (200, b"one" if is_kept else b"two")
+        assert [request.if_modified_since for request in source.asked[1:]] == [date(NOW) if is_kept else None]
+
+
+@pytest.mark.parametrize("modified, times", [(0, 3), (315_532_800, 3), (NOW, 1)])
+@pytest.mark.asyncio
+async def test_a_generated_file_of_a_time_that_says_nothing_is_not_kept(
+    tmp_path: Path, modified: int, times: int
+) -> None:
+    made: list[str] = []
+    async with serving(dv.VirtualSource(counted(made, last_modified=modified)), tmp_path) as served:
+        for _ in range(3):
+            assert (await served.get("/x")).complete
+            await served.settled()
+    assert len(made) == times
+    found = max_age_of(
+        VirtualFile(b"", name="a"), FileMetadata(last_modified=modified), DAY, Received(date=NOW, at=NOW)
+    )
+    assert found == (DAY if times == 1 else None)

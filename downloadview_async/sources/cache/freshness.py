@@ -26,7 +26,7 @@ def max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float, received
     if isinstance(file, VirtualFile):
         if file.max_age is not None:
             return file.max_age
-        return max_age if metadata.etag is not None or metadata.last_modified is not None else None
+        return max_age if metadata.etag is not None or metadata.changed_at is not None else None
     headers: Mapping[str, str] = dict(metadata.headers)
     if "*" in headers.get("vary", ""):
         return None
@@ -73,8 +73,9 @@ def asking_for_news(stale: Entry | None) -> DownloadRequest:
         return GET
     if stale.metadata.etag is not None:
         return DownloadRequest(if_none_match=str(stale.metadata.etag))
-    assert stale.metadata.last_modified is not None
-    return DownloadRequest(if_modified_since=format_http_date(stale.metadata.last_modified))
+    if stale.metadata.changed_at is None:
+        return GET
+    return DownloadRequest(if_modified_since=format_http_date(stale.metadata.changed_at))
 
 
 def is_current(stale: Entry, metadata: FileMetadata) -> bool:

@@ -882,7 +882,7 @@ class _Fetch:
             return
         self.is_kept = True
         try:
-            if kept.etag is None and kept.last_modified is None:
+            if kept.etag is None and kept.changed_at is None:
                 # so that whoever resumes gets the rest of this very copy
                 kept = replace(kept, etag=ETag(secrets.token_hex(16)))
             self._entry = replace(self._entry, metadata=kept)
@@ -963,7 +963,7 @@ def _is_same_version(metadata: FileMetadata, other: FileMetadata) -> bool:
         return False
     if metadata.etag is not None and not metadata.etag.weak:
         return True
-    return metadata.last_modified is not None and metadata.last_modified == other.last_modified
+    return metadata.changed_at is not None and metadata.changed_at == other.changed_at
 
 
 @asynccontextmanager

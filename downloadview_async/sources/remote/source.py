@@ -30,7 +30,7 @@ from downloadview_async.http.conditional import failed_precondition, parse_etag_
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.fields import OFFLOAD_ORDERS
-from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
+from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata, is_meaningful
 from downloadview_async.http.negotiation import content_coding, hides_coding
 from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, read_from, select_ranges
 from downloadview_async.http.request import GET, DownloadRequest
@@ -508,6 +508,9 @@ def _is_refusal(response: Any, method: str, headers: Mapping[str, str]) -> bool:
         case 200 if method == "HEAD":
             # Many frameworks count the bytes that they do not send. Few files are empty.
             return bool(response.headers.get("content-length") == "0" and OFFLOAD_ORDERS.isdisjoint(response.headers))
+        case 304 if "if-modified-since" in headers and "if-none-match" not in headers:
+            modified = parse_http_date(response.headers.get("last-modified", ""))
+            return modified is not None and not is_meaningful(modified)
         case 406:
             return "accept-encoding" in headers
         case 412:
@@ -542,6 +545,9 @@ def _forwarded(request: DownloadRequest, spec: RangeSpec | None) -> dict[str, st
         "if-modified-since": request.if_modified_since,
     }
     headers = {name: value for name, value in conditions.items() if value}
+    since = parse_http_date(request.if_modified_since or "")
+    if since is None or not is_meaningful(since):
+        headers.pop("if-modified-since", None)  # all versions may have this time, so a 304 would prove nothing
     headers["accept-encoding"] = "identity"
     if spec is not None:
         first, last = ("" if number is None else number for number in spec)
@@ -567,13 +573,13 @@ def _version(fields: dict[str, str]) -> tuple[str | None, str | None]:
 def _validators(fields: dict[str, str], received: Received) -> FileMetadata:
     """Return the validators that an answer has.
 
-    A Last-Modified that is not at least a second before Date may be shared by the next version, as may one of 1970,
-    which stands for a time that is not known: neither is one [RFC 9110 8.8.2.2].
+    A Last-Modified that is not at least a second before Date may be shared by the next version, as may one that is not
+    meaningful: neither is one [RFC 9110 8.8.2.2].
     """
     etag = ETag.parse(fields.get("etag", ""))
     modified = parse_http_date(fields.get("last-modified", ""))
     margin = 1 if "date" in fields or etag is not None else _CLOCKS
-    if modified is not None and not 1 < modified <= received.date - margin:
+    if modified is not None and not (is_meaningful(modified) and modified <= received.date - margin):
         modified = None
     return FileMetadata(etag=etag, last_modified=modified)
 
