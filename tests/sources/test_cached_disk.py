@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 import downloadview_async as dv
-from downloadview_async import Cache, CachedSource, ConfigurationError, Download
+from downloadview_async import Cache, CachedSource, ConfigurationError, Download, ETag
+from downloadview_async.http.metadata import MAX_READS, FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.storage import OpenBytes
 from tests.live import ask, live
 from tests.refusing import IS_POSSIBLE
 from tests.sources.test_cached import BIG, Origin, Served, file_size_limit, origin, remote, served, serving
@@ -87,6 +91,51 @@ async def test_a_slow_reader_never_gets_the_rest_of_another_version(
     assert len(received) < len(LARGE)
     assert received == LARGE[: len(received)]
     writer.close()
+
+
+def backwards(count: int) -> list[tuple[int, int]]:
+    """Return parts of `BIG` that the disk has not taken, the last one first: all but this one have passed by."""
+    return [(start, start + 9) for start in range(2_990_000, 2_990_000 - count * 30_000, -30_000)]
+
+
+@pytest.mark.asyncio
+@pytest.mark.usefixtures("file_size_limit")
+@pytest.mark.parametrize("count, is_complete", [(2, True), (1 + MAX_READS, True), (2 + MAX_READS, False), (60, False)])
+async def test_parts_that_have_passed_by_cost_few_requests_when_the_cache_is_full(
+    origin: Origin, served: Served, count: int, is_complete: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = backwards(count)
+    answer = await served.get(Range="bytes=" + ",".join(f"{first}-{last}" for first, last in parts))
+    assert (answer.status, answer.complete) == (206, is_complete)
+    for number, (first, last) in enumerate(parts):
+        assert (BIG[first : last + 1] + b"\r\n--" in answer.body) == (number <= MAX_READS)
+    assert len(origin.requests) == 1 + min(count - 1, MAX_READS)
+    assert ("the cache takes no more" in caplog.text) == (not is_complete)
+
+
+@pytest.mark.asyncio
+@pytest.mark.usefixtures("file_size_limit")
+@pytest.mark.parametrize("max_reads", [1, 2, None])
+async def test_a_source_says_how_many_parts_it_is_asked_for_when_the_cache_is_full(
+    tmp_path: Path, max_reads: int | None
+) -> None:
+    opened: list[DownloadRequest] = []
+
+    class Far:
+        name, location = "a.bin", None
+
+        async def resolve(self, name: str) -> "Far":
+            return self
+
+        @contextlib.asynccontextmanager
+        async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenBytes]:
+            opened.append(request)
+            yield OpenBytes(BIG, FileMetadata(size=len(BIG), etag=ETag("x"), max_reads=max_reads))
+
+    async with serving(Far(), tmp_path) as served:
+        answer = await served.get(Range="bytes=" + ",".join(f"{first}-{last}" for first, last in backwards(60)))
+    assert (answer.status, answer.complete) == (206, False)
+    assert len(opened) == 1 + (max_reads or MAX_READS)
 
 
 # Files that cannot be opened

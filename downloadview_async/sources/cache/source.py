@@ -31,7 +31,7 @@ from downloadview_async.errors import (
 )
 from downloadview_async.http.conditional import failed_precondition
 from downloadview_async.http.log_text import escaped, shown
-from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Received, Source
@@ -759,7 +759,9 @@ class _Fetch:
 
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[ArrivingFile]:
-        file = self.arriving.open(again=None if isinstance(self._inner, VirtualFile) else self._again)
+        again = None if isinstance(self._inner, VirtualFile) else self._again
+        described = self._described_as
+        file = self.arriving.open(again=again, max_reads=_max_reads(described) if described is not None else MAX_READS)
         try:
             yield file
         finally:
@@ -950,6 +952,13 @@ class _Fetch:
             raise TransferAborted(f"the file ended {left} bytes before what was promised of it")
         await arriving.flush()
         arriving.finish()
+
+
+def _max_reads(metadata: FileMetadata) -> int:
+    """Return how often one reader may have spans read from the source, each of which may be a request."""
+    if not metadata.accept_ranges:
+        return 1  # each read is one of the whole file
+    return MAX_READS if metadata.max_reads is None else metadata.max_reads
 
 
 def _received(opened: OpenFile) -> Received:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import anyio
 
 from downloadview_async.errors import DownloadError, FileError, SourceUnavailable, TransferAborted
-from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
 from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile
 
 MAX_WAITING = 1 << 18
@@ -117,13 +117,14 @@ class Arriving:
             if file is not None:
                 await file.aclose()
 
-    def open(self, *, again: Again | None = None) -> "ArrivingFile":
+    def open(self, *, again: Again | None = None, max_reads: int = MAX_READS) -> "ArrivingFile":
         """Return the file for one more reader, which closes it. After `describe` only.
 
-        again: reads what the reader needs and is not here any more.
+        again: reads what the reader needs and is not here any more. max_reads: how often it may be called, at most.
         """
         assert self.metadata is not None
-        return ArrivingFile(self, self.metadata, None if self._file is None else self._file.shared(), again)
+        file = None if self._file is None else self._file.shared()
+        return ArrivingFile(self, self.metadata, file, again, max_reads)
 
     @property
     def is_given_up(self) -> bool:
@@ -237,7 +238,12 @@ class ArrivingFile:
     """A file that arrives, as one of its readers has it open. A span is sent as soon as its bytes are there."""
 
     def __init__(
-        self, arriving: Arriving, metadata: FileMetadata, file: OpenLocalFile | None, again: Again | None = None
+        self,
+        arriving: Arriving,
+        metadata: FileMetadata,
+        file: OpenLocalFile | None,
+        again: Again | None = None,
+        max_reads: int = MAX_READS,
     ) -> None:
         self.metadata = metadata
         self.made_at: float | None = None
@@ -255,6 +261,7 @@ class ArrivingFile:
         self._arriving = arriving
         self._file = file
         self._again = again
+        self._reads_left = max_reads
         arriving.readers.add(self)
 
     async def aclose(self) -> None:
@@ -312,6 +319,12 @@ class ArrivingFile:
         stop = self.metadata.size if stop is None else stop
         if self._again is None or stop is None:
             raise TransferAborted(f"byte {position} is not kept, as the cache takes no more")
+        if not self._reads_left:
+            raise TransferAborted(
+                f"byte {position} is not kept, as the cache takes no more, and the parts are too many to read each of "
+                "them from the source"
+            )
+        self._reads_left -= 1
         self.position, self.is_detached = None, True
         self._arriving.trim()
         async with aclosing(self._again(ByteRange(position, stop))) as chunks:
