@@ -200,7 +200,7 @@ async def test_a_new_connection_that_is_closed_is_not_tried_again(closing: tuple
 # Refusals
 
 
-@pytest.mark.parametrize("code", REFUSALS)
+@pytest.mark.parametrize("code", [*REFUSALS, 204, 404, 502, 503])
 async def test_a_head_that_is_refused_is_answered(upstream: Upstream, port: int, code: int) -> None:
     upstream.answers = [answering(lambda request: status(code) if is_head(request) else ok(TEN, TAG))]
     answer = await ask(port, "/a", method="HEAD")
@@ -208,14 +208,26 @@ async def test_a_head_that_is_refused_is_answered(upstream: Upstream, port: int,
     assert len(upstream.requests) == 2
 
 
-@pytest.mark.parametrize("code, expected", [(404, 404), (410, 404), (429, 429), (502, 502), (503, 503)])
+@pytest.mark.parametrize(
+    "code, expected, heads", [(404, 404, 2), (410, 404, 1), (429, 429, 1), (502, 502, 2), (503, 503, 2), (504, 502, 1)]
+)
 async def test_an_answer_about_the_file_or_the_load_is_not_a_refusal(
-    upstream: Upstream, port: int, code: int, expected: int
+    upstream: Upstream, port: int, code: int, expected: int, heads: int
 ) -> None:
-    upstream.answers = [answering(lambda _: status(code))]
-    assert (await ask(port, "/a", method="HEAD")).status == expected
-    assert (await ask(port, "/a", headers={"Range": "bytes=0-1"})).status == expected
-    assert len(upstream.requests) == 2
+    """Some servers answer every HEAD so: what they say to a GET counts, and only what they say to a HEAD is doubted."""
+    upstream.answers = [answering(lambda _: status(code, "Retry-After: 17"))]
+    for method, fields, requests in (("HEAD", {}, heads), ("GET", {"Range": "bytes=0-1"}, 1), ("GET", {}, 1)):
+        upstream.requests.clear()
+        answer = await ask(port, "/a", method=method, headers=fields)
+        assert (answer.status, len(upstream.requests)) == (expected, requests)
+        assert answer.headers.get("retry-after") == ("17" if code in (429, 503) else None)
+
+
+async def test_a_get_that_is_answered_with_nothing_is_a_502(upstream: Upstream, port: int) -> None:
+    upstream.answers = [b"HTTP/1.1 204 X\r\nContent-Length: 0\r\n\r\n"]
+    for method in ("HEAD", "GET"):
+        assert (await ask(port, "/a", method=method)).status == 502
+    assert [request.split(b" ")[0] for request in upstream.requests] == [b"HEAD", b"GET", b"GET"]
 
 
 async def test_what_is_refused_in_any_form_stays_refused(upstream: Upstream, port: int) -> None:
@@ -361,6 +373,92 @@ async def test_a_206_that_nobody_has_asked_for(upstream: Upstream, port: int) ->
     assert (answer.status, answer.body) == (200, TEN)
     upstream.answers = [partial("bytes 0-4/10", TEN[:5])]
     assert (await ask(port, "/a")).status == 502
+
+
+MULTIPART = (
+    b"--xyz\r\nContent-Type: image/png\r\nContent-Range: bytes 2-4/10\r\n\r\n234\r\n--xyz--\r\n",
+    "Content-Type: multipart/byteranges; boundary=xyz",
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        status(206, body=b"234"),
+        status(206, MULTIPART[1], body=MULTIPART[0]),
+        status(206, MULTIPART[1].upper(), "Content-Range: bytes 2-4/10", body=MULTIPART[0]),
+        partial("bytes 2-3/10", b"23"),
+        partial("bytes 2-2/10", b"2", 'ETag: W/"x"'),
+    ],
+    ids=["no-range", "multipart", "multipart-with-range", "shorter", "shorter-weak"],
+)
+async def test_a_206_that_cannot_be_used_is_asked_again(upstream: Upstream, port: int, answer: bytes) -> None:
+    upstream.answers = [lambda request: answer if b"range:" in request.lower() else ok()]
+    said = await ask(port, "/a", headers={"Range": "bytes=2-4"})
+    assert (said.status, said.body, said.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
+    assert [upstream.header("range", number) for number in range(len(upstream.requests))] == ["bytes=2-4", None]
+
+
+class Sparing:
+    """An upstream that sends less than what is asked, at most `length` bytes in an answer."""
+
+    def __init__(self, content: bytes, length: int, *fields: str) -> None:
+        self.content = content
+        self.length = length
+        self.fields = fields
+
+    def __call__(self, request: bytes) -> bytes:
+        lines = dict(line.split(": ", 1) for line in request.decode().lower().split("\r\n")[1:-2])
+        if "range" not in lines:
+            return ok(self.content, *self.fields)
+        first, last = lines["range"].removeprefix("bytes=").split("-")
+        size = len(self.content)
+        start = int(first) if first else size - int(last)
+        stop = min(int(last) + 1 if first and last else size, start + self.length)
+        return partial(f"bytes {start}-{stop - 1}/{size}", self.content[start:stop], *self.fields)
+
+
+@pytest.mark.parametrize(
+    "value, start, stop", [("bytes=1000-9999", 1000, 10_000), ("bytes=-9000", -9000, None), ("bytes=0-8999", 0, 9000)]
+)
+@pytest.mark.parametrize("length, requests", [(9000, 1), (8999, 2), (4500, 2), (3000, 3), (1, 6)])
+async def test_a_206_with_less_than_asked_is_continued(
+    upstream: Upstream, port: int, value: str, start: int, stop: int | None, length: int, requests: int
+) -> None:
+    """ "A server might want to send only a subset of the data requested" [RFC 9110 15.3.7]."""
+    upstream.answers = [Sparing(WHOLE, length, TAG)]
+    answer = await ask(port, "/a", headers={"Range": value})
+    assert (answer.status, answer.body, answer.complete) == (206, WHOLE[start:stop], True)
+    assert len(upstream.requests) == requests
+
+
+async def test_a_206_with_less_than_asked_is_not_continued_by_another_version(upstream: Upstream, port: int) -> None:
+    upstream.answers = [Sparing(WHOLE, 2000, TAG), Sparing(WHOLE[::-1], 2000, 'ETag: "y"')]
+    answer = await ask(port, "/a", headers={"Range": "bytes=1000-9999"})
+    assert (answer.body, answer.complete) == (WHOLE[1000:3000], False)
+
+
+async def test_what_is_asked_plainly_in_the_end_has_the_same_size(upstream: Upstream, port: int) -> None:
+    sparing = Sparing(WHOLE, 1, TAG)
+    upstream.answers = [lambda request: sparing(request) if b"range:" in request.lower() else ok(WHOLE + b"x", TAG)]
+    answer = await ask(port, "/a", headers={"Range": "bytes=1000-9999"})
+    assert (answer.body, answer.complete) == (WHOLE[1000:1005], False)
+
+
+async def test_several_parts_with_less_than_asked_are_continued(upstream: Upstream, port: int) -> None:
+    upstream.answers = [Sparing(WHOLE, 700, TAG)]
+    answer = await ask(port, "/a", headers={"Range": "bytes=500000-500999,1000-1999"})
+    assert (answer.status, answer.complete) == (206, True)
+    for part in (WHOLE[500_000:501_000], WHOLE[1000:2000]):
+        assert b"\r\n\r\n" + part + b"\r\n--" in answer.body
+
+
+async def test_a_next_part_that_breaks_off_is_not_continued(upstream: Upstream, port: int) -> None:
+    cut = partial("bytes 3000-9999/10000", b"x" * 7000, TAG, "Connection: close")[:-10]
+    upstream.answers = [Sparing(WHOLE[:10_000], 2000, TAG), cut]
+    answer = await ask(port, "/a", headers={"Range": "bytes=1000-9999"})
+    assert not answer.complete
+    assert len(upstream.requests) == 2
 
 
 async def test_a_part_is_cut_out_of_a_large_file_whose_upstream_refuses_ranges(upstream: Upstream, port: int) -> None:

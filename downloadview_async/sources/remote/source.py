@@ -48,6 +48,10 @@ _REST_SECONDS = 0.5
 # are about the file or the client, and so are all that a gateway answers (502 to 504).
 REFUSALS = frozenset({*range(400, 500), 500, 501, 505}) - {404, 406, 410, 412, 416, 429}
 
+# Further ones that say nothing of a GET: URLs signed for GET and frameworks without routes for HEAD answer 404, servers
+# of applications 204, and gateways 502 or 503 where an application sends a body all the same.
+_REFUSALS_OF_HEAD = REFUSALS | {204, 404, 502, 503}
+
 _MAX_ONCE = 8 << 20  # bytes of a file without a strong validator that are read for a few parts of it
 
 _CLOCKS = 60  # seconds that the clock of an upstream which tells no Date may differ from ours
@@ -314,6 +318,7 @@ class OpenRemoteFile:
         self._wanted: list[RangeSpec] | None = None
         self._version: tuple[str | None, str | None] = None, None
         self._hides_coding = False
+        self._short_answers = 0
 
     async def begin(self, request: DownloadRequest) -> None:
         """Ask the upstream what the client asks us. Raises `FileError`."""
@@ -359,9 +364,11 @@ class OpenRemoteFile:
             case 206 if spec is not None and "range" in sent:
                 part, size = _content_range(fields)
                 if size is not None and select_ranges([spec], size) != [part]:
-                    raise UpstreamError(
-                        f"{self._url!r} sent {fields.get('content-range')!r}, which is not what was asked"
-                    )
+                    if not _is_short(fields, sent):
+                        raise UpstreamError(
+                            f"{self._url!r} sent {fields.get('content-range')!r}, which is not what was asked"
+                        )
+                    self._short_answers += 1
                 body.position, body.stop = part.start, part.stop
                 return replace(metadata, size=size)
             case 206 if "content-range" in fields:  # of all there is, though nobody has asked for a part
@@ -406,36 +413,51 @@ class OpenRemoteFile:
         return self._body.received
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span, raw: from the answer that is open if they are in it, else from a new one."""
+        """Yield the bytes of the span, raw: from the answer that is open if they are in it, else from a new one.
+
+        "A server might want to send only a subset of the data requested" [RFC 9110 15.3.7]: where a strong validator
+        tells that it is the same version, what an answer does not have is read from the next one.
+        """
         if span is None and self.metadata.size is not None:
             span = ByteRange(0, self.metadata.size)
         try:
-            if self._body is None or not self._body.has(span):
-                self._body = await self._reopened(span)
-            async with aclosing(self._body.read(span)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            while True:
+                if self._body is None or not self._body.has(span, partly=self.metadata.is_pinned):
+                    self._body = await self._reopened(span)
+                body, piece = self._body, span
+                if span is not None and body.stop is not None and body.stop < span.stop:
+                    piece = ByteRange(span.start, body.stop)
+                async with aclosing(body.read(piece)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                if span is None or piece is None or piece.stop == span.stop or body.position < piece.stop:
+                    return
+                span = ByteRange(piece.stop, span.stop)
         except Exception as exc:
             if error := _file_error(exc):
                 raise error from exc
             raise
 
     async def _reopened(self, span: ByteRange | None) -> "_Body":
-        """Return a body that the span is in, of the same version of the file. Raises `UpstreamError`."""
+        """Return a body that the span is in, or begins in, of the same version of the file. Raises `UpstreamError`."""
         await self.aclose()
         headers = {"accept-encoding": "identity"}
+        if self._short_answers > MAX_READS:
+            span = None  # the rest could cost any number of requests
         if span is not None:
             span = read_from(span, self._wanted, self.metadata.size)
             headers["range"] = f"bytes={span.start}-{span.stop - 1}"
         response, _ = await self._ask("GET", headers)
         self._body = body = _Body(response, ranged=True)  # closed with us from here on
-        fields = body.fields
+        fields, expected = body.fields, self.metadata.size
         if response.status_code == 206 and span is not None:
             part, size = _content_range(fields)
-            if part != span or size not in (None, self.metadata.size):
+            is_short = self.metadata.is_pinned and part.start == span.start and part.stop < span.stop
+            if (part != span and not is_short) or size not in (None, expected):
                 raise UpstreamError(f"{self._url!r} sent {part} of {size} where {span} was asked")
+            self._short_answers += is_short
             body.position, body.stop = part.start, part.stop
-        elif response.status_code == 200 and (span is None or _size(fields) in (None, self.metadata.size)):
+        elif response.status_code == 200 and (expected is None or _size(fields) in (None, expected)):
             body.stop = _size(fields)
         else:
             raise UpstreamError(f"{self._url!r} answered {response.status_code} when asked for the next part")
@@ -470,14 +492,15 @@ class _Body:
         self._chunks = response.aiter_raw()
         self._rest = b""
 
-    def has(self, span: ByteRange | None) -> bool:
-        """Return whether the span can be read from here without reading over much else."""
+    def has(self, span: ByteRange | None, *, partly: bool = False) -> bool:
+        """Return whether the span, or the beginning of it, can be read from here without reading over much else."""
         if not self.has_content:
             return False
         if span is None:
             return self.position == 0 and self.stop is None
         gap = span.start - self.position
-        return 0 <= gap <= self.max_skip and (self.stop is None or span.stop <= self.stop)
+        stop = min(span.start + 1, span.stop) if partly else span.stop
+        return 0 <= gap <= self.max_skip and (self.stop is None or stop <= self.stop)
 
     async def read(self, span: ByteRange | None) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of the span, reading over what comes before it."""
@@ -508,6 +531,8 @@ def _is_refusal(response: Any, method: str, headers: Mapping[str, str]) -> bool:
         case 200 if method == "HEAD":
             # Many frameworks count the bytes that they do not send. Few files are empty.
             return bool(response.headers.get("content-length") == "0" and OFFLOAD_ORDERS.isdisjoint(response.headers))
+        case 206 if "range" in headers:
+            return _is_unusable_part(_fields(response), headers)
         case 304 if "if-modified-since" in headers and "if-none-match" not in headers:
             modified = parse_http_date(response.headers.get("last-modified", ""))
             return modified is not None and not is_meaningful(modified)
@@ -517,7 +542,26 @@ def _is_refusal(response: Any, method: str, headers: Mapping[str, str]) -> bool:
             return is_optional and {"if-match", "if-unmodified-since"}.isdisjoint(headers)
         case 416:
             return is_optional and not _is_unsatisfied(_fields(response), headers)
-    return status in REFUSALS and is_optional
+    return status in (_REFUSALS_OF_HEAD if method == "HEAD" else REFUSALS) and is_optional
+
+
+def _is_unusable_part(fields: dict[str, str], headers: Mapping[str, str]) -> bool:
+    """Return whether a 206 does not tell which part it is, or is a short one that nothing tells how to continue."""
+    is_multipart = fields.get("content-type", "").lower().startswith("multipart/byteranges")
+    if is_multipart or "content-range" not in fields:
+        return True
+    return _is_short(fields, headers) and not _validators(fields, _received(fields)).is_pinned
+
+
+def _is_short(fields: dict[str, str], headers: Mapping[str, str]) -> bool:
+    """Return whether a 206 has the beginning of the range that was asked, and not all of it [RFC 9110 15.3.7]."""
+    try:
+        part, size = _content_range(fields)
+    except UpstreamError:
+        return False
+    specs = parse_range(headers["range"])
+    parts = None if specs is None or size is None else select_ranges(specs, size)
+    return isinstance(parts, list) and part.start == parts[0].start and part.stop < parts[0].stop
 
 
 def _is_unsatisfied(fields: dict[str, str], headers: Mapping[str, str]) -> bool:
