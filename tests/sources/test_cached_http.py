@@ -246,6 +246,55 @@ async def test_one_who_joins_late_asks_whether_the_file_is_current(origin: Origi
     assert 'if-none-match: "v1"' in origin.requests[1].lower()
 
 
+async def asked_before_it_is_complete(origin: Origin, served: Served, then: list[str] | None = None) -> Answer:
+    """Ask for a file that arrives, and have the upstream answer when all of it has: with other headers, if `then`."""
+    first = await arriving(origin, served)
+    held = asyncio.Event()
+    answer = origin._answer
+
+    async def later(head: str, *arguments: Any) -> bool:
+        if "if-none-match" in head.lower():
+            await held.wait()
+        return await answer(head, *arguments)
+
+    origin._answer = later  # type: ignore[method-assign, assignment]
+    fetching = [fetch.task for fetch in served.cache._running]
+    late = asyncio.create_task(served.get())
+    await origin.has_open(2)
+    origin.gate.set()
+    assert (await first).body == BIG
+    await asyncio.wait(fetching)
+    origin.headers, origin.held_from = then or origin.headers, None
+    held.set()
+    return await late
+
+
+@pytest.mark.parametrize("has_length", [True, False], ids=["length", "chunked"])
+@pytest.mark.asyncio
+async def test_what_is_complete_by_the_time_it_is_confirmed_is_not_fetched_again(
+    origin: Origin, served: Served, has_length: bool
+) -> None:
+    origin.is_chunked = not has_length
+    origin.headers.append("Cache-Control: no-cache")
+    renewed = ['ETag: "v1"', "Cache-Control: max-age=60"]
+    late = await asked_before_it_is_complete(origin, served, renewed)
+    assert (late.status, late.body, late.headers["cache-control"]) == (200, BIG, "max-age=60")
+    assert (await served.get()).body == BIG  # it is fresh from then on
+    assert len(origin.requests) == 2
+
+
+@pytest.mark.parametrize("news", [['ETag: "v1"', "Cache-Control: no-store"], ['ETag: "v2"', "Cache-Control: no-cache"]])
+@pytest.mark.asyncio
+async def test_what_is_complete_and_not_confirmed_is_fetched_again(
+    origin: Origin, served: Served, news: list[str]
+) -> None:
+    origin.headers.append("Cache-Control: no-cache")
+    late = await asked_before_it_is_complete(origin, served, news)
+    assert (late.status, late.body, late.headers["etag"]) == (200, BIG, news[0].partition(" ")[2])
+    await served.settled()
+    assert len(served.data()) == (0 if "no-store" in news[1] else 1)
+
+
 @pytest.mark.parametrize("has_tag", [True, False])
 @pytest.mark.asyncio
 async def test_one_who_joins_late_gets_the_new_version(origin: Origin, served: Served, has_tag: bool) -> None:

@@ -834,6 +834,8 @@ class _Fetch:
 
     async def _confirmed(self, known: Entry, metadata: FileMetadata, received: Received) -> bool:
         """Take what is known for current, as the source has just said, and return whether it may still be kept."""
+        if (complete := self._completed_meanwhile(known)) is not None:
+            known, self._before = complete, None
         described = updated(known.metadata, metadata)
         max_age = max_age_of(self._inner, described, self._cache.max_age, received)
         entry = self._described(described, received, max_age, data=known.data)
@@ -845,6 +847,13 @@ class _Fetch:
             return False
         self.result = await self._cache.renew(self.source, self.key, entry)
         return True
+
+    def _completed_meanwhile(self, known: Entry) -> Entry | None:
+        """Return the version that has arrived while the source was asked whether it is current, if it is kept."""
+        kept = None if self._before is None or self._before.arrives is not None else self._before.result
+        if kept is None or kept.entry.metadata.etag != known.metadata.etag:
+            return None
+        return kept.entry if kept.entry.metadata.last_modified == known.metadata.last_modified else None
 
     def _described(self, metadata: FileMetadata, received: Received, max_age: float | None, *, data: str = "") -> Entry:
         """Return what is known of a file from what the source has just answered, and until when others may have it."""
