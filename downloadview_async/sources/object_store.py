@@ -371,11 +371,11 @@ class OpenObject:
         """Yield the bytes of the span: from the answer that is open if it goes on with them, else from a new one.
 
         A stream that breaks is taken up again where it broke, as long as each brings something and the version is the
-        same. Raises `TransferAborted`.
+        same, which has to be told by a strong validator. Raises `TransferAborted`.
         """
         assert self.metadata.size is not None
         left = ByteRange(0, self.metadata.size) if span is None else span
-        reopened_for_nothing = False
+        reopened_for_nothing = has_begun = False
         while left.start < left.stop:
             if not self._leads_to(left):
                 await self._reopen(left)
@@ -385,7 +385,7 @@ class OpenObject:
                     raise UpstreamError(f"{self._name!r} ended {len(self._span)} bytes early")
             except Exception as exc:
                 self.close()
-                if reopened_for_nothing:
+                if reopened_for_nothing or (has_begun and not self.metadata.is_pinned):
                     raise TransferAborted(f"{self._name!r} broke off at byte {left.start}: {_first_line(exc)}") from exc
                 reopened_for_nothing = True
                 continue
@@ -394,7 +394,7 @@ class OpenObject:
             after = min(before + len(chunk) - len(self._rest), self._span.stop)
             self._span = ByteRange(after, self._span.stop)
             if wanted:
-                reopened_for_nothing = False
+                reopened_for_nothing, has_begun = False, True
                 left = ByteRange(left.start + len(wanted), left.stop)
                 yield wanted
 

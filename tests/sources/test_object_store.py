@@ -250,6 +250,17 @@ async def test_a_replaced_object_is_never_mixed_with_the_old_one(honours: bool, 
         assert LARGE.startswith(received)
 
 
+async def test_a_stream_that_breaks_is_not_taken_up_where_nothing_tells_versions_apart() -> None:
+    always = {"Last-Modified": "Tue, 01 Jan 1980 00:00:00 GMT"}
+    async with serving_store(content=LARGE, etag=None, headers=always, cut_after=MIB) as store:
+        async with store.storage.open("a.bin") as opened:
+            chunks = opened.stream(None)
+            received = await anext(chunks)
+            store.content = LARGE[::-1]
+            received += await until_it_aborts(chunks)
+        assert LARGE.startswith(received)
+
+
 async def test_an_object_that_is_replaced_between_two_spans_aborts() -> None:
     head = DownloadRequest(method="HEAD")
     async with serving_store(content=LARGE) as store, store.storage.open("a.bin", head) as opened:
