@@ -89,20 +89,20 @@ class FileMetadata:
 _SECOND = 1_000_000_000
 _GRAIN = 20_000_000  # ns: kernels advance the clock of their files every 1 to 10 ms
 _COARSE_GRAIN = 2 * _SECOND  # of file systems that keep whole seconds: FAT counts in twos
-# Times that tools write in place of the true one, so that the same content gives the same archive. All that come before
-# 1981-01-03 are taken for such: 0 and 1 (Nix, OSTree, OCI layers, Bazel), the first days that a ZIP archive can name,
-# in any time zone (1979-11-30, 1980-01-01, RubyGems' 1980-01-02, Gradle's 1980-02-01), and Android's 1981-01-01.
-_FIRST_TRUE_TIME = 347_328_000
+# Times that tools write in place of the true one, so that the same content gives the same archive. 0 and 1 are those of
+# Nix, OSTree, OCI layers and Bazel. The first days that a ZIP archive can name, in any time zone, are those of its
+# empty date (1979-11-30), of most tools (1980-01-01), of RubyGems (1980-01-02) and of Gradle (1980-02-01).
+_FIRST_DAYS_OF_ZIP = range(312_768_000 - 14 * 3600, 318_211_200 + 12 * 3600 + 1)
 _CONSTANT_TIMES = frozenset(
     {
         456_789_000,  # Yarn
         499_162_500,  # npm: 1985-10-26 08:15
         1_153_704_088,  # Cargo, maturin: 2006-07-24
-        # A ZIP archive has local time, and zones differ by quarters of an hour. Bazel's jars have 2010-01-01, wheels
-        # of Flit and Poetry 2016-01-01, and those of Hatch 2020-02-02.
+        # A ZIP archive has local time, and zones differ by quarters of an hour. Android's packages have 1981-01-01
+        # 01:01:02, Bazel's jars 2010-01-01, wheels of Flit and Poetry 2016-01-01, and those of Hatch 2020-02-02.
         *(
-            midnight + quarter * 900
-            for midnight in (1_262_304_000, 1_451_606_400, 1_580_601_600)
+            time + quarter * 900
+            for time in (347_158_862, 1_262_304_000, 1_451_606_400, 1_580_601_600)
             for quarter in range(-14 * 4, 12 * 4 + 1)
         ),
     }
@@ -112,10 +112,10 @@ _CONSTANT_TIMES = frozenset(
 def is_meaningful(seconds: int) -> bool:
     """Return whether a time in seconds since the epoch, UTC, can be that of a change.
 
-    A constant that tools of reproducible builds give to every file cannot: a time before 1981-01-03, and those of npm,
-    Yarn, Cargo, Bazel, Flit, Poetry and Hatch.
+    A constant that tools of reproducible builds give to every file cannot: 0 and 1, the first days that a ZIP archive
+    can name, and those of npm, Yarn, Cargo, Android, Bazel, Flit, Poetry and Hatch. Nor can a time before 0.
     """
-    return seconds >= _FIRST_TRUE_TIME and seconds not in _CONSTANT_TIMES
+    return seconds > 1 and seconds not in _FIRST_DAYS_OF_ZIP and seconds not in _CONSTANT_TIMES
 
 
 def is_telling(mtime_ns: int, now_ns: int, *, is_coarse: bool) -> bool:

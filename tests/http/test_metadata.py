@@ -120,7 +120,7 @@ NOW = 1_700_000_000 * 10**9
         (318_211_200 * 10**9 - 14 * 3600 * 10**9, False, False),  # Gradle, in the first time zone
         (318_211_200 * 10**9 + 12 * 3600 * 10**9, False, False),  # and in the last
         (347_158_862 * 10**9, False, False),  # Android
-        (2 * 10**9, False, False),
+        (2 * 10**9, False, True),
         (456_789_000 * 10**9, False, False),  # Yarn
         (456_789_001 * 10**9, False, True),
         (1_153_704_088 * 10**9, False, False),  # Cargo
@@ -129,7 +129,8 @@ NOW = 1_700_000_000 * 10**9
         (1_451_606_400 * 10**9 + (5 * 60 + 45) * 60 * 10**9, False, False),  # a wheel of Flit, unpacked in Nepal
         (1_580_601_600 * 10**9 - 14 * 3600 * 10**9, False, False),  # a wheel of Hatch, in the first time zone
         (1_580_601_600 * 10**9 - 13 * 3600 * 10**9 - 10**9, False, True),
-        (347_328_000 * 10**9, False, True),
+        (318_211_200 * 10**9 + 13 * 3600 * 10**9, False, True),
+        (347_158_863 * 10**9, False, True),
         (NOW - 365 * 86_400 * 10**9, True, True),
         (NOW - 10**9, False, True),
         (NOW - 10**9, True, False),  # FAT counts in twos
