@@ -231,6 +231,6 @@ async def serving_store(**said: Any) -> AsyncIterator[Store]:
     finally:
         server.close()
         for writer in list(store.writers):
-            writer.close()
+            writer.transport.abort()
         while store.writers:
             await asyncio.sleep(0)

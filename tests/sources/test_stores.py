@@ -63,7 +63,7 @@ class Refusing:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
-            writer.close()
+            writer.transport.abort()  # the client may have left in the midst of a body
 
     def storage(self, **options: Any) -> ObjectStorage:
         keys: dict[str, Any] = {"access_key_id": "a", "secret_access_key": "b", "retry_config": {"max_retries": 0}}
