@@ -29,7 +29,8 @@ from downloadview_async.sources.cache.source import Cache, CacheCounters, Cached
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.object import ObjectFile, ObjectSource
 from downloadview_async.sources.object_store import ObjectStorage
-from downloadview_async.sources.remote.source import RemoteFile, RemoteSource, Upstream
+from downloadview_async.sources.remote.client import Upstream
+from downloadview_async.sources.remote.source import RemoteFile, RemoteSource
 from downloadview_async.sources.storage import (
     DirectoryStorage,
     MemoryStorage,

@@ -7,7 +7,7 @@ import httpx2
 import pytest
 
 from downloadview_async import errors
-from downloadview_async.sources.remote.source import ERRORS, _file_error
+from downloadview_async.sources.remote.client import ERRORS, client_error
 
 CLASSES = {
     name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, BaseException)
@@ -67,7 +67,7 @@ def raised(cls: type[Exception]) -> Exception:
 
 @pytest.mark.parametrize("cls", CLIENT_ERRORS, ids=lambda cls: cls.__name__)
 def test_every_error_of_the_http_client_is_one_of_ours(cls: type[Exception]) -> None:
-    error = _file_error(raised(cls))
+    error = client_error(raised(cls))
     assert isinstance(error, errors.FileError)
     if issubclass(cls, httpx2.PoolTimeout):
         expected: type[errors.FileError] = errors.SourceUnavailable
@@ -86,8 +86,8 @@ def test_the_client_has_errors_of_every_kind_in_the_table() -> None:
 
 @pytest.mark.parametrize("exc", [ValueError("x"), OSError("x"), KeyError("x"), TimeoutError("x")])
 def test_an_error_of_no_client_is_not_the_upstreams_fault(exc: Exception) -> None:
-    assert _file_error(exc) is None
+    assert client_error(exc) is None
 
 
 def test_a_class_of_another_library_is_not_taken_for_the_clients_by_its_name() -> None:
-    assert _file_error(type("HTTPError", (Exception,), {"__module__": "elsewhere"})("x")) is None
+    assert client_error(type("HTTPError", (Exception,), {"__module__": "elsewhere"})("x")) is None

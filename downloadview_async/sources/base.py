@@ -2,11 +2,11 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.http.upstream import Received
 
 
 class OpenFile(Protocol):
@@ -38,20 +38,6 @@ class Aged(Protocol):
         The answer says by Age how long ago that was [RFC 9111 5.1].
         """
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
-    """When the answer of another server was made, in seconds.
-
-    date: its Date, or where it tells none, when it was received, since the epoch. at: when it was received, since the
-    epoch by our clock. age: how old it was then, as far as that can be told: the "corrected_initial_age"
-    [RFC 9111 4.2.3].
-    """
-
-    date: float
-    at: float
-    age: float = 0.0
 
 
 class Dated(Protocol):

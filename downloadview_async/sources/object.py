@@ -13,7 +13,8 @@ from downloadview_async.http.content_types import content_type_for, valid_conten
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, OpenFile, Received, Source
+from downloadview_async.http.upstream import Received
+from downloadview_async.sources.base import AsyncFile, OpenFile, Source
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_at_once
 from downloadview_async.sources.names import without_empty_segments
 

@@ -44,9 +44,9 @@ from downloadview_async.http.metadata import (
 from downloadview_async.http.negotiation import content_coding, hides_coding
 from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, read_from
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.http.upstream import REFUSALS
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.names import checked_segments
-from downloadview_async.sources.remote.source import REFUSALS
 from downloadview_async.sources.workers import Slots, Workers
 
 SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}

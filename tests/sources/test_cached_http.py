@@ -19,7 +19,7 @@ from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.dates import format_http_date
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import Received
+from downloadview_async.http.upstream import Received
 from downloadview_async.sources.cache.freshness import max_age_of
 from downloadview_async.sources.storage import OpenBytes
 from tests.live import Answer, ask, live

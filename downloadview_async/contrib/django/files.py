@@ -26,7 +26,8 @@ from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.local.root import Symlinks, settled_stat
 from downloadview_async.sources.names import canonical_name
-from downloadview_async.sources.remote.source import RemoteFile, Upstream
+from downloadview_async.sources.remote.client import Upstream
+from downloadview_async.sources.remote.source import RemoteFile
 from downloadview_async.sources.storage import StorageFile as AsyncStorageFile
 from downloadview_async.sources.storage import SyncStorage, tells_of_what_it_opens
 from downloadview_async.sources.virtual import VirtualFile as AsyncVirtualFile

@@ -7,7 +7,8 @@ from dataclasses import replace
 from downloadview_async.http.dates import format_http_date, parse_http_date
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, Received
+from downloadview_async.http.upstream import Received
+from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.cache.entry import Entry
 from downloadview_async.sources.virtual import VirtualFile
 

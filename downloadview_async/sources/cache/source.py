@@ -34,7 +34,8 @@ from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Received, Source
+from downloadview_async.http.upstream import Received
+from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source
 from downloadview_async.sources.cache.directory import CacheDirectory, Part, protect
 from downloadview_async.sources.cache.entry import Entry, data_name, is_describable, key_hash
 from downloadview_async.sources.cache.freshness import asking_for_news, is_current, max_age_of, updated

@@ -1,0 +1,166 @@
+"""The HTTP client of remote files: `Upstream`, with its slots, its redirects and the hosts it may connect to."""
+
+import re
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import anyio
+
+from downloadview_async.errors import FileError, SourceUnavailable, UpstreamError, UpstreamTimeout
+from downloadview_async.sources.workers import Slots
+
+MAX_REDIRECTS = 5
+
+# What is left of an answer is read so that its connection can be used again, if it is this little and comes this soon.
+_MAX_REST = 64 * 1024  # bytes
+_REST_SECONDS = 0.5
+
+_LENGTH = re.compile("[0-9]{1,18}")
+
+# The errors of httpx and httpx2, by name because either may be in use; the first that fits counts.
+ERRORS: Mapping[str, type[FileError]] = {
+    "PoolTimeout": SourceUnavailable,
+    "TimeoutException": UpstreamTimeout,
+    "HTTPError": UpstreamError,
+    "InvalidURL": UpstreamError,
+    "StreamError": UpstreamError,
+    "CookieConflict": UpstreamError,
+}
+
+
+def client_error(exc: Exception) -> FileError | None:
+    """Return our error for one of the client's, or None for one that is not the upstream's fault."""
+    names = {cls.__name__ for cls in type(exc).__mro__ if cls.__module__.partition(".")[0] in ("httpx", "httpx2")}
+    for name, error in ERRORS.items():
+        if name in names:
+            return error(f"{type(exc).__name__}: {exc}")
+    return None
+
+
+class Upstream:
+    """A client and the hosts it may be used for.
+
+    host: the host of the application's own URL. allow_hosts: further hosts, by name or literal address, that
+    redirects may lead to; only a host in this list may be at an address that is not public.
+    headers: further headers of each request, such as the key of an API. Authorization stays with the first host.
+    client: an `AsyncClient` of httpx2 or httpx to use in place of our own. It brings its own transport: hosts are
+    still checked, the addresses they resolve to are not.
+    max_connections: upstream requests at once; who waits longer than two seconds for one is turned away.
+    connect_timeout, read_timeout: seconds to connect, and to wait for the next bytes. Both together are what an
+    upstream has until its answer's head is complete, however slowly it drips.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        allow_hosts: Iterable[str] = (),
+        headers: Mapping[str, str] | None = None,
+        client: Any = None,
+        max_connections: int = 100,
+        connect_timeout: float = 10.0,
+        read_timeout: float = 30.0,
+    ) -> None:
+        # httpx is only needed, and only imported, by who has remote files
+        from downloadview_async.sources.remote.ssrf import AllowedHosts, guarded_client
+
+        self._hosts = AllowedHosts(host, allow_hosts)
+        self._headers = dict(headers or {})
+        self._owns_client = client is None
+        self._client = client or guarded_client(self._hosts, connect_timeout=connect_timeout, read_timeout=read_timeout)
+        self._slots = Slots(max_connections)
+        self._head_timeout = connect_timeout + read_timeout
+
+    async def aclose(self) -> None:
+        """Close our own client and its connections; one that was passed in is its owner's to close."""
+        if self._owns_client:
+            await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.aclose()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Hold one of the connections. Raises `SourceUnavailable`."""
+        slot = await self._slots.take()
+        try:
+            yield
+        finally:
+            self._slots.free(slot)
+
+    async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
+        """Return the response, its body unread, after at most `MAX_REDIRECTS` redirects.
+
+        Raises `UpstreamError`, `UpstreamTimeout` or `SourceUnavailable`.
+        """
+        try:
+            with anyio.fail_after(self._head_timeout):
+                return await self._send(method, url, headers)
+        except TimeoutError as exc:
+            raise UpstreamTimeout(f"{url!r} took more than {self._head_timeout} s to answer") from exc
+        except Exception as exc:
+            if error := client_error(exc):
+                raise error from exc
+            raise
+
+    async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
+        # as bytes: an entity tag may hold more than ASCII, which is all that httpx makes of text
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in {**self._headers, **headers}.items()]
+        request = self._client.build_request(method, url, headers=raw)
+        if "accept-encoding" not in headers:
+            request.headers.pop("accept-encoding", None)  # what the client would decode, if it were asked to
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check(request.url, url)
+            response = await self._client.send(request, stream=True, follow_redirects=False)
+            if response.next_request is None:
+                return response
+            request = response.next_request
+            await settle(response)
+        raise UpstreamError(f"{url!r} redirects more than {MAX_REDIRECTS} times")
+
+    def _check(self, url: Any, origin: str) -> None:
+        secure = urlsplit(origin).scheme == "https"
+        if url.scheme != "https" and (secure or url.scheme != "http"):
+            raise UpstreamError(f"not a scheme to fetch {origin!r} by: {url.scheme!r}")
+        if url.userinfo or not self._hosts.permits(url.host):
+            raise UpstreamError(f"{origin!r} leads to {url.host!r}, which is not in allow_hosts")
+        # A host is allowed for its files, not for whatever else listens there.
+        if url.port is not None and url.port not in (urlsplit(origin).port, 80, 443):
+            raise UpstreamError(f"{origin!r} leads to port {url.port} of {url.host!r}")
+
+
+async def settle(response: Any, chunks: AsyncIterator[bytes] | None = None) -> None:
+    """Read the little that may be left of a response, so that its connection can be used again, and close it.
+
+    chunks: what of the body has not been read yet, where somebody has begun to read it.
+    """
+    try:
+        length = response.headers.get("content-length", "")
+        left = int(length) - response.num_bytes_downloaded if _LENGTH.fullmatch(length) else 0
+        if left <= _MAX_REST or response.request.method == "HEAD" or response.status_code in (204, 304):
+            read = 0
+            with anyio.move_on_after(_REST_SECONDS):
+                async for chunk in response.aiter_raw() if chunks is None else chunks:
+                    read += len(chunk)
+                    if read > _MAX_REST:
+                        break
+    except Exception as exc:
+        if client_error(exc) is None:
+            raise
+    finally:
+        await close(response)
+
+
+async def close(response: Any) -> None:
+    """Close a response, and its connection if bytes are left in it, even when cancelled."""
+    with anyio.CancelScope(shield=True):
+        await response.aclose()
