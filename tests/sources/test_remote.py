@@ -124,7 +124,7 @@ async def test_an_upstream_reached_without_its_proxy_is_a_502_and_not_an_empty_f
 ) -> None:
     upstream.answers = [ok(b"", f"{header}: /_files/a")]
     assert (await ask(port, "/a")).status == 502
-    assert "proxy of its own" in caplog.text
+    assert "behind its own proxy" in caplog.text
     upstream.answers = [ok(b"")]
     assert (await ask(port, "/a")).status == 200
 
