@@ -43,13 +43,11 @@ from enum import Enum
 from functools import lru_cache
 from ipaddress import IPv6Address
 from time import monotonic
-from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import uvicorn
 from starlette.types import Message
-from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -235,13 +233,6 @@ async def _done() -> None:
     """Return at once."""
 
 
-# What uvicorn does when a head has been read, but with a cycle of ours: it makes one in the midst of it, by this name.
-_on_headers_complete = FunctionType(
-    HttpToolsProtocol.on_headers_complete.__code__,
-    {**vars(httptools_impl), "RequestResponseCycle": DownloadCycle},
-)
-
-
 class _Phase(Enum):
     """Which part of the connection's input is being read."""
 
@@ -288,6 +279,7 @@ class DownloadProtocol(HttpToolsProtocol):
     # Not in the instance's dictionary: it would no longer share its keys with the others', and weigh twice as much.
     __slots__ = (
         "_body_left",
+        "_cycle",
         "_drained",
         "_dropped",
         "_ends",
@@ -329,6 +321,18 @@ class DownloadProtocol(HttpToolsProtocol):
         self._ends = False
         self._is_half_closed = False
         self._dropped = 0
+
+    @property
+    def cycle(self) -> Any:
+        """The request that is being answered, or the last one that was."""
+        return self._cycle
+
+    @cycle.setter
+    def cycle(self, cycle: RequestResponseCycle | None) -> None:
+        """Make a cycle ours as soon as uvicorn assigns it: an eager task runs the application before it returns."""
+        if cycle is not None:
+            cycle.__class__ = DownloadCycle
+        self._cycle: Any = cycle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
@@ -429,7 +433,7 @@ class DownloadProtocol(HttpToolsProtocol):
         scope = self.scope
         if self._is_plain:
             scope["extensions"] = {PATHSEND: _OFFER}
-        _on_headers_complete(self)  # which may refuse the target
+        super().on_headers_complete()  # which may refuse the target
         self._phase = _BODY
         self._head_bytes = 0
         if version != "1.1" and version != "1.0":  # a minor version that is to come [RFC 9110 2.5]
