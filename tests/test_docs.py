@@ -24,6 +24,7 @@ from benchmarks import report
 from benchmarks.measures import FIGURES, MEASURES
 from benchmarks.servers import SERVERS
 from downloadview_async.asgi import descriptor_paths, server, transfer
+from downloadview_async.asgi.uvicorn import sendfile
 from downloadview_async.service import settings as service_settings
 from downloadview_async.service.load import load_settings
 from downloadview_async.sources.local import open_file, open_file_cache
@@ -280,7 +281,7 @@ def test_links_between_pages_and_files_lead_somewhere() -> None:
     [
         f"Up to {transfer.SMALL >> 10} KiB, in the page cache",
         f"up to {open_file_cache.MAX_FILES} files of a directory",
-        f"at most {server._WINDOW >> 10} KiB at a time",
+        f"at most {sendfile._WINDOW >> 10} KiB at a time",
         f"chunks of at most {open_file.CHUNK_SIZE >> 10} KiB",
         f"one byte of every {open_file._PROBE >> 10} KiB",
         f"less than {server.MINIMUM_RATE} bytes a second on the average of {server.STALL_SECONDS:.0f} seconds",

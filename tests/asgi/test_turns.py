@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
-from downloadview_async.asgi.server import _turn
+from downloadview_async.asgi.uvicorn.turns import turn
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
@@ -22,7 +22,7 @@ def test_sockets_are_looked_at_between_two_turns(new_loop: Callable[[], asyncio.
 
     async def download(name: str, windows: int) -> None:
         for _ in range(windows):
-            await _turn(asyncio.get_running_loop())
+            await turn(asyncio.get_running_loop())
             happened.append(name)
 
     async def main() -> None:
@@ -43,9 +43,9 @@ def test_sockets_are_looked_at_between_two_turns(new_loop: Callable[[], asyncio.
 @pytest.mark.asyncio
 async def test_who_is_cancelled_takes_no_turn_from_the_others() -> None:
     loop = asyncio.get_running_loop()
-    turns = [_turn(loop) for _ in range(4)]
+    turns = [turn(loop) for _ in range(4)]
     turns[0].cancel()
     turns[2].cancel()
     async with asyncio.timeout(10):
         await asyncio.gather(turns[1], turns[3])
-        await _turn(loop)  # and the queue is not stuck
+        await turn(loop)  # and the queue is not stuck

@@ -1,6 +1,7 @@
 """What the zero-copy protocol knows of uvicorn beyond its documentation: each name, and what it relies on it to mean.
 
-A uvicorn that changes one of them fails here by its name. A new one in `asgi/server.py` needs a test here, too.
+A uvicorn that changes one of them fails here by its name. A new one in `asgi/uvicorn/` needs a test here, too, and a
+line in `asgi/uvicorn/internals.py`.
 """
 
 import ast
@@ -11,6 +12,7 @@ import logging
 import re
 import weakref
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -19,11 +21,13 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from downloadview_async.asgi import server
-from downloadview_async.asgi.server import DownloadCycle, DownloadProtocol
+from downloadview_async.asgi.uvicorn import internals
+from downloadview_async.asgi.uvicorn.cycle import DownloadCycle
+from downloadview_async.asgi.uvicorn.protocol import DownloadProtocol
 from tests.live import ask, ask_raw, live, parse
 
 LOOPS = ["asyncio", "uvloop"]
+MODULES = sorted(Path(internals.__file__).parent.glob("*.py"))
 TESTED: set[str] = set()
 T = TypeVar("T")
 
@@ -40,7 +44,9 @@ def base() -> HttpToolsProtocol:
     """Return a protocol of uvicorn's as it is before it has a connection."""
     config = uvicorn.Config(lambda: None, log_config=None)
     with asyncio.Runner() as runner:
-        return HttpToolsProtocol(config, uvicorn.server.ServerState(), {}, runner.get_loop())
+        protocol = HttpToolsProtocol(config, uvicorn.server.ServerState(), {}, runner.get_loop())
+    protocol.on_message_begin()  # it makes some of the names
+    return protocol
 
 
 class Probe(HttpToolsProtocol):
@@ -94,7 +100,7 @@ def is_super(node: ast.expr) -> bool:
 def names_in(source: str) -> set[str]:
     """Return the inner parts of uvicorn that a module uses, as `cycle.scope`, `flow.drain`, `on_message_begin`.
 
-    In the class DownloadCycle, `self` is a cycle; everywhere, what is called `cycle` is one.
+    In the class DownloadCycle, `self` is a cycle. Everywhere, `cycle` is a cycle, and `connection` is a protocol.
     """
     protocol, cycle = base(), base_cycle()
     found = set()
@@ -109,7 +115,7 @@ def names_in(source: str) -> set[str]:
                 parts = [*own, node.name]
             elif isinstance(node, ast.Attribute):
                 owner, names = chain_of(node)
-                if is_super(owner) or (isinstance(owner, ast.Name) and owner.id in ("self", "HttpToolsProtocol")):
+                if is_super(owner) or (isinstance(owner, ast.Name) and owner.id in ("self", "connection")):
                     parts = [*own, *names]
                 elif isinstance(owner, ast.Name) and owner.id in ("cycle", "flow"):
                     parts = [owner.id, *names]
@@ -122,8 +128,35 @@ def names_in(source: str) -> set[str]:
     return {name for name in found - of_asyncio if name not in dir(asyncio.Protocol) and name not in dir(object)}
 
 
+def used() -> set[str]:
+    return set[str]().union(*(names_in(path.read_text(encoding="utf-8")) for path in MODULES))
+
+
 def test_every_inner_part_that_is_used_has_a_test() -> None:
-    assert names_in(inspect.getsource(server)) - TESTED == set()
+    assert used() - TESTED == set()
+
+
+def test_every_inner_part_that_is_used_is_listed_in_one_module() -> None:
+    assert internals.__doc__ is not None
+    rows = [line.split(" | ") for line in internals.__doc__.splitlines() if " | " in line]
+    assert {name for names, meaning in rows if meaning != "meaning" for name in names.split()} == used()
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in MODULES])
+def test_one_module_imports_from_uvicorn(path: Path) -> None:
+    modules = [
+        module
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for module in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        if module.partition(".")[0] == "uvicorn"
+    ]
+    assert bool(modules) == (path.stem == "internals")
 
 
 def test_the_names_of_a_module_are_found() -> None:
@@ -136,7 +169,7 @@ class DownloadCycle:
         self.response_started = self._held and self.flow.write_paused and self.transport.write(b"")
 class DownloadProtocol:
     async def shutdown(self):
-        super().on_url() or self._lost or self.server_state.tasks or self.pipeline or HttpToolsProtocol.on_body
+        super().on_url() or self._lost or self.server_state.tasks or self.pipeline or f(connection.root_path)
 """
     assert names_in(source) == {
         "STATUS_LINE",
@@ -147,9 +180,9 @@ class DownloadProtocol:
         "cycle.transport",
         "flow.drain",
         "flow.write_paused",
-        "on_body",
         "on_url",
         "pipeline",
+        "root_path",
         "server_state",
         "server_state.tasks",
         "shutdown",
@@ -854,6 +887,7 @@ async def test_another_flow_control_can_take_the_place_of_the_first() -> None:
     "parser.get_method",
     "parser.set_dangerous_leniencies",
     "parser.should_upgrade",
+    "url",
 )
 @pytest.mark.asyncio
 async def test_the_parser_tells_what_it_has_read_and_fields_are_appended_to_a_list() -> None:
@@ -865,7 +899,10 @@ async def test_the_parser_tells_what_it_has_read_and_fields_are_appended_to_a_li
             self.parser.set_dangerous_leniencies(lenient_version=True)
 
         def on_headers_complete(self) -> None:
+            assert self.url == b"/"
+            self.url = b"/elsewhere"
             super().on_headers_complete()
+            assert self.scope["path"] == "/elsewhere"
             assert self.scope["headers"] is self.headers
             read.append((self.parser.get_method(), self.parser.get_http_version(), self.parser.should_upgrade()))
             self.headers = []  # what comes now is appended to this one

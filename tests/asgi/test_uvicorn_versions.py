@@ -10,7 +10,7 @@ import tomllib
 import pytest
 import uvicorn
 
-from downloadview_async.asgi.server import KNOWN_UVICORN, uvicorn_warning
+from downloadview_async.asgi.uvicorn.internals import KNOWN_UVICORN, uvicorn_warning
 from tests.asgi.ways import OLDEST, needs_the_oldest_uvicorn
 from tests.servers import PROJECT
 

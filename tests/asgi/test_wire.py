@@ -24,8 +24,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from downloadview_async.asgi import server as module
-from downloadview_async.asgi.server import MAX_HEAD_BYTES, DownloadProtocol, _is_host
+from downloadview_async.asgi.uvicorn import protocol as module
+from downloadview_async.asgi.uvicorn.heads import is_host
+from downloadview_async.asgi.uvicorn.protocol import MAX_HEAD_BYTES, DownloadProtocol
+from downloadview_async.asgi.uvicorn.watchdog import check
 from tests.asgi.test_server import CLOSE, MIB, app_for, dateless, get, served, small_buffers, talk
 from tests.live import live, parse
 from tests.servers import PROJECT, Server, free_port, serving
@@ -326,7 +328,7 @@ async def test_a_unix_socket_has_no_host(root: Path, tmp_path: Path, host: str, 
     ],
 )
 async def test_which_hosts_are_valid(value: str, valid: bool) -> None:
-    assert _is_host(value.encode()) is valid
+    assert is_host(value.encode()) is valid
 
 
 async def test_an_absolute_target_names_the_host(root: Path) -> None:
@@ -831,7 +833,7 @@ async def test_a_request_at_the_moment_of_the_end_is_answered(root: Path, begun:
             while begun and protocol._phase is not module._HEAD:
                 await asyncio.sleep(0)
             server.should_exit = True
-            while server.server_state not in module._ending:
+            while server.server_state not in module._shutting_down:
                 await asyncio.sleep(0.001)
             if used and not begun:
                 assert await all_of(client) == b""  # idle: closed at once
@@ -981,7 +983,7 @@ async def test_a_transport_without_a_socket(root: Path) -> None:
         pipe = Pipe()
         protocol.connection_made(pipe)
         protocol.pause_writing()
-        protocol.check(0, 0)
+        check(protocol, 0, 0)
         protocol.resume_writing()
         pipe.closed.clear()
         protocol.data_received(request)

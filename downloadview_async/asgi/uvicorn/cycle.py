@@ -1,0 +1,151 @@
+"""`DownloadCycle`: one request and its answer, which may be a prepared head with its body, or a file."""
+
+from typing import Any
+
+from starlette.types import Message
+
+from downloadview_async.asgi.transfer import PATHSEND, PREPARED, PreparedHead, is_ordinary
+from downloadview_async.asgi.uvicorn.internals import STATUS_LINE, RequestResponseCycle, protocol_of
+from downloadview_async.asgi.uvicorn.sendfile import send_file, send_path
+from downloadview_async.asgi.uvicorn.sockets import Connection, reset
+
+CONNECTION_CLOSE = (b"connection", b"close")
+
+_default_lines: tuple[list[tuple[bytes, bytes]], bytes | None] = [], b""
+
+
+class DownloadCycle(RequestResponseCycle):
+    """uvicorn's request and response, with path sends and with heads that were prepared.
+
+    closes: whether the connection ends with this answer, and the protocol closes it. is_unframed: whether the end of
+    the connection is the end of the body, as for HTTP/1.0 without a length.
+
+    uvicorn makes its own class. The protocol then changes the class of the object, so there is no constructor here.
+    """
+
+    closes = False
+    is_unframed = False
+    _held_head: bytes | None = None  # a prepared head that waits for its body: one write sends both
+
+    def send(self, message: Any) -> Any:  # not `async`: another coroutine around uvicorn's would cost every message
+        """Send a message of the application. What is not a path send or a prepared head, uvicorn sends."""
+        if PREPARED in message and self._hold_prepared_head(message):
+            return _done()
+        if self._held_head is not None:
+            head, self._held_head = self._held_head, None
+            if self._send_whole_body(head, message):
+                return _done()
+            if not self.disconnected:
+                self.transport.write(head)
+        if not self.keep_alive or self.closes:
+            message = self._prepare_last_answer(message)
+        if message["type"] == PATHSEND:
+            return (send_file if "descriptor" in message else send_path)(protocol_of(self), self, message)
+        return super().send(message)
+
+    def _prepare_last_answer(self, message: Message) -> Message:
+        """Prepare a message of the last answer of a connection, and return it.
+
+        uvicorn would close the transport with the last message. A client that is still sending would lose the end of
+        the answer to a reset, so the protocol closes it, in `on_response_complete`.
+        """
+        if not self.response_started:
+            return (self._without_chunks if self.scope["http_version"] == "1.0" else _with_close)(message)
+        self.closes = self.keep_alive = True
+        if self.is_unframed and message["type"] == "http.response.body":
+            self.expected_content_length = len(message.get("body", b""))  # uvicorn compares the two
+        return message
+
+    def _without_chunks(self, start: Message) -> Message:
+        """Return the start of an answer to HTTP/1.0, which knows no transfer coding [RFC 9112 6.1]."""
+        if start["type"] != "http.response.start":
+            return start
+        headers = [header for header in start.get("headers", ()) if header[0].lower() != b"transfer-encoding"]
+        has_length = any(name.lower() == b"content-length" for name, _ in headers)
+        if not (has_length or self.scope["method"] == "HEAD" or start["status"] in (204, 304)):
+            self.is_unframed = True
+            self.chunked_encoding = False
+            self.transport: Any = _UnframedTransport(protocol_of(self))
+        return {**start, "headers": headers}
+
+    def _hold_prepared_head(self, message: Message) -> bool:
+        """Hold the head of a response until its body comes, and return True, if it is the one that was prepared."""
+        prepared: PreparedHead = message[PREPARED]
+        if (
+            self.response_started
+            or self.disconnected
+            or self.access_log
+            or self.flow.write_paused
+            or not self.keep_alive
+            or self.scope["method"] == "HEAD"
+            or CONNECTION_CLOSE in self.scope["headers"]
+            or not isinstance(headers := message.get("headers"), list)
+            or tuple(headers) != prepared.headers
+            or (lines := _lines_of(self.default_headers)) is None
+        ):
+            return False
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        self.chunked_encoding = False
+        self.expected_content_length = prepared.length
+        self._held_head = b"".join((STATUS_LINE[message["status"]], lines, prepared.lines, b"\r\n"))
+        return True
+
+    def _send_whole_body(self, head: bytes, message: Message) -> bool:
+        """Send a head together with its body, and return True, if the message has the whole body."""
+        body = message.get("body", b"")
+        if (
+            message["type"] != "http.response.body"
+            or message.get("more_body", False)
+            or len(body) != self.expected_content_length
+            or self.disconnected
+        ):
+            return False
+        self.transport.write(head + body)
+        self.expected_content_length = 0
+        self.response_complete = True
+        self.message_event.set()
+        self.on_response()
+        return True
+
+
+class _UnframedTransport:
+    """The transport of an answer that ends with its connection: an early close would look like that end."""
+
+    __slots__ = ("_connection", "is_closing", "write")
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.is_closing = connection.transport.is_closing
+        self.write = connection.transport.write
+
+    def close(self) -> None:
+        """Reset the connection: uvicorn calls this for answers that fail."""
+        reset(self._connection)
+
+
+async def _done() -> None:
+    """Return at once."""
+
+
+def _with_close(start: Message) -> Message:
+    """Return the start of the last answer of a connection, which says so: before 0.53, uvicorn does not add that."""
+    headers = list(start.get("headers", ()))
+    if not any(name.lower() == b"connection" for name, _ in headers):
+        headers.append(CONNECTION_CLOSE)
+    return {**start, "headers": headers}
+
+
+def _lines_of(default_headers: list[tuple[bytes, bytes]]) -> bytes | None:
+    """Return the lines that begin the head of every response, or None if uvicorn has to look at them.
+
+    uvicorn makes a new list each second, so the lines are kept until the next one.
+    """
+    global _default_lines
+    made_of, lines = _default_lines
+    if made_of is not default_headers:
+        lines = None
+        if all(name != b"content-length" and is_ordinary(name, value) for name, value in default_headers):
+            lines = b"".join([b"%s: %s\r\n" % header for header in default_headers])
+        _default_lines = default_headers, lines
+    return lines

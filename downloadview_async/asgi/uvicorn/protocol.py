@@ -1,0 +1,584 @@
+"""`DownloadProtocol`: uvicorn's protocol for one connection, with bounds on the input, path sends and an orderly close.
+
+    uvicorn app:app --http downloadview_async.asgi.server:DownloadProtocol
+
+Theory of operation
+===================
+
+Input. httptools cannot stop between two requests: it reads all bytes that it is given. So `_parse` gives it pieces that
+end where a request may end, and stops after each request until its answer is complete. What the client sends by then
+waits as unparsed bytes: one request at a time is parsed, and one application runs. Beyond `MAX_WAITING_BYTES` the
+transport reads no more. `MAX_HEAD_BYTES` bounds a head, and what surrounds the data of a chunked body. While too much
+of a body waits for the application, uvicorn reads no more. `heads` refuses heads that httptools lets pass. Trailers are
+dropped.
+
+Output. The application sends messages to its `DownloadCycle`. A prepared head waits for its body, and one write sends
+both. A path send makes the kernel copy a file to the socket (`sendfile`); it first waits until the transport has sent
+all that it holds. The scope offers these two where the socket is plain: to Starlette path sends, to `DownloadResponse`
+also a descriptor with an offset and a count, and prepared heads. Everything else is sent by uvicorn: by Content-Length,
+in chunks, or, to HTTP/1.0 without a length, until the connection ends.
+
+The end. The protocol closes the connection, not uvicorn's cycle: after a refusal, and after the last answer. An answer
+is the last one if the client or the application says so, if the request is HTTP/1.0, if the server shuts down, if the
+client has half-closed and no further request waits, or if the application has not read a body that is long or chunked.
+To close a socket while bytes come from the client resets the connection, and the client may lose the answer [RFC 9112
+9.6]. So `_close` closes this side alone and drops what comes, until the client closes or `LINGER_SECONDS` are over. It
+closes the socket at once where the client has nothing more to send, and where the socket is not plain. A client that
+has half-closed after a whole request gets its answer. Nothing is ever written into another answer: the connection is
+reset instead.
+
+Timers.
+
+- The head timer, `stall_seconds`: from the connection to the end of its first head, and from the first byte of a later
+  head to its end. Then the connection is closed.
+- The idle timer, uvicorn's `timeout_keep_alive`: from the end of an answer to the first byte of the next request. While
+  closing it has `LINGER_SECONDS`, or `GRACE_SECONDS` when the server shuts down. It is not set anew for each request:
+  when it rings, it looks at `_idle_since`. The connection stays open while the client still takes bytes that were sent,
+  at `minimum_rate` or faster.
+- The grace timer, `GRACE_SECONDS`: from the shutdown of the server to the end of a head that may be on its way.
+- The hang-up timer, every second: after a half-close nothing is read, so a reset by the client would go unnoticed.
+- The timer of the watchdog, one for all connections of a loop: it runs while a transport waits for its client.
+
+States
+======
+
+A state is the phase of the input, and whether an answer is under way. Each request passes through HEAD and BODY, also
+one without a body.
+
+    state    | phase   | answer    | bytes                          | unreadable bytes        | end of the input
+    ---------+---------+-----------+--------------------------------+-------------------------+------------------
+    NEW      | BETWEEN | none      | parsed: HEAD                   | refused: CLOSING        | closed
+    IDLE     | BETWEEN | complete  | parsed: HEAD                   | refused: CLOSING        | closed
+    HEAD     | HEAD    | none yet  | parsed: BODY, after its end    | refused: CLOSING        | closed
+    BODY     | BODY    | under way | for the application: ANSWER,   | reset                   | closed
+             |         |           | after the end of the body      |                         |
+    ANSWER   | BETWEEN | under way | wait                           | wait                    | half-closed
+    REST     | BODY    | complete  | dropped: IDLE, after the end   | CLOSING                 | closed
+             |         |           | of the body                    |                         |
+    CLOSING  | CLOSING | complete  | dropped                        | dropped                 | closed
+             |         | or none   |                                |                         |
+
+    state    | the answer is complete   | head timer | idle timer | the server shuts down
+    ---------+--------------------------+------------+------------+-----------------------------------------------
+    NEW      |                          | closed     |            | CLOSING after the grace, unless a head comes
+    IDLE     |                          |            | closed     | closed; as NEW if the kernel has unread bytes
+    HEAD     |                          | closed     |            | CLOSING after the grace, unless its end comes
+    BODY     | REST or CLOSING          |            |            | this answer becomes the last one
+    ANSWER   | IDLE or CLOSING, or what |            |            | this answer becomes the last one
+             | the waiting bytes begin  |            |            |
+    REST     |                          |            | closed     | CLOSING after the grace, unless a head comes
+    CLOSING  |                          |            | closed     | closed after the grace
+
+- "refused": answered by 400, 501 or 505. A head that is complete may be refused, too.
+- "closed": by the transport, when it has sent what it holds. Where a client does not take that, it is watched.
+- "dropped": beyond `MAX_UNREAD_BODY`, CLOSING pauses reading.
+- "half-closed": remains in ANSWER where the socket is plain; else closed.
+
+Empty lines before a head leave NEW and IDLE as they are. An upgrade leaves the transport to another protocol, and the
+phase is CLOSING, in which nothing more is done here. In any state, the loss of the connection ends all timers and a
+path send, and the application gets `http.disconnect`.
+"""
+
+import asyncio
+from enum import Enum
+from time import monotonic
+from typing import Any
+from weakref import WeakSet
+
+from downloadview_async.asgi.response import close_after_body
+from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, PREPARED
+from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
+from downloadview_async.asgi.uvicorn.heads import Refused, read_head
+from downloadview_async.asgi.uvicorn.internals import (
+    STATUS_LINE,
+    FlowControl,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+    ServerState,
+)
+from downloadview_async.asgi.uvicorn.sendfile import end_flush
+from downloadview_async.asgi.uvicorn.sockets import (
+    has_hung_up,
+    has_socket,
+    has_unread_bytes,
+    is_on_unix_socket,
+    reset,
+    untaken_bytes,
+)
+from downloadview_async.asgi.uvicorn.watchdog import (
+    MINIMUM_RATE,
+    STALL_SECONDS,
+    drop_client,
+    has_stalled,
+    start_watching,
+    stop_watching,
+)
+
+MAX_HEAD_BYTES = 80 * 1024
+"""The longest head of a request: its first line and its header fields, one of which may have 64 KiB.
+
+Chunk extensions, trailers and whatever else surrounds a chunked body may be as long.
+"""
+
+MAX_WAITING_BYTES = 16 * 1024
+"""Bytes of pipelined requests after which no more is read until the answer before them is complete."""
+
+LINGER_SECONDS = 5.0
+"""How long a client may go on sending, or reading, after the last byte of its connection was sent."""
+
+GRACE_SECONDS = 0.5
+"""How long a connection may take to begin its first request when the server shuts down; also `LINGER_SECONDS` then."""
+
+_END_OF_HEAD = b"\r\n\r\n"
+
+_PATH_SEND: dict[object, object] = {"descriptor": True, PREPARED: True}  # what this server's path send takes
+
+
+class _Phase(Enum):
+    """Which part of the connection's input is being read."""
+
+    BETWEEN = 0
+    HEAD = 1
+    BODY = 2
+    CLOSING = 3
+
+
+_BETWEEN, _HEAD, _BODY, _CLOSING = _Phase  # a global name is faster than an attribute of the class
+
+# The servers that are shutting down: connections that they still accept end after one request.
+_shutting_down: WeakSet[ServerState] = WeakSet()
+
+
+class _Flow(FlowControl):
+    """uvicorn's flow control, but reading does not resume while too many bytes wait.
+
+    uvicorn resumes it whenever an application waits for a message.
+    """
+
+    is_full = False
+
+    def resume_reading(self) -> None:
+        if not self.is_full:
+            super().resume_reading()
+
+
+class _Trailers:
+    """Replaces the list of headers while a body is read: trailers are not headers [RFC 9110 6.5.1]."""
+
+    def append(self, field: tuple[bytes, bytes]) -> None:
+        """Drop a field."""
+
+
+_TRAILERS: Any = _Trailers()
+
+
+class DownloadProtocol(HttpToolsProtocol):
+    """uvicorn's protocol on httptools, with path sends and a watch over clients that do not read.
+
+    stall_seconds, minimum_rate (bytes per second): a client that takes less on the average of so many seconds is
+    dropped, and so is one that has not sent the whole head of a request in that time. To set other values, give uvicorn
+    `functools.partial(DownloadProtocol, stall_seconds=...)` as `http`.
+    """
+
+    # Not in the dictionary of the instance: with more keys it would weigh twice as much.
+    __slots__ = (
+        "_body_left",
+        "_cycle",
+        "_dropped_bytes",
+        "_framing_bytes",
+        "_has_plain_socket",
+        "_head_timer",
+        "_idle_since",
+        "_is_half_closed",
+        "_is_on_unix_socket",
+        "_is_shutting_down",
+        "_phase",
+        "_tail",
+        "_unparsed",
+        "_unparsed_from",
+        "_untaken_since",
+        "flushed",
+        "is_lost",
+        "minimum_rate",
+        "stall_seconds",
+    )
+
+    def __init__(
+        self, *args: Any, stall_seconds: float = STALL_SECONDS, minimum_rate: int = MINIMUM_RATE, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self.pipeline: Any = ()  # stays empty: requests wait as bytes. uvicorn's deque weighs 760 bytes
+        self.parser.set_dangerous_leniencies(lenient_version=True)  # `read_head` checks the version
+        self.stall_seconds = stall_seconds
+        self.minimum_rate = minimum_rate
+        self.is_lost = False
+        self.flushed: asyncio.Future[None] | None = None
+        self._has_plain_socket = False
+        self._is_on_unix_socket = False
+        self._phase = _BETWEEN
+        self._unparsed = b""  # from `_unparsed_from` on, bytes that wait until the answer before them is complete
+        self._unparsed_from = 0
+        self._tail = b""  # the last three bytes of a head, or of a chunked body, that is not complete
+        self._framing_bytes = 0  # bytes of a head, or of what surrounds the data of a body
+        self._body_left: int | None = 0  # bytes of a body that are still to come, None if it is chunked
+        self._dropped_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._idle_since: float | None = None
+        self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
+        self._is_half_closed = False
+        self._is_shutting_down = False
+
+    @property
+    def cycle(self) -> Any:
+        """The request that is being answered, or the last one: a `DownloadCycle`, or None before the first."""
+        return self._cycle
+
+    @cycle.setter
+    def cycle(self, cycle: RequestResponseCycle | None) -> None:
+        """Give uvicorn's cycle our class, as soon as uvicorn assigns it.
+
+        Later would be too late for eager tasks: `super().on_headers_complete()` begins to run the application.
+        """
+        if cycle is not None:
+            cycle.__class__ = DownloadCycle
+        self._cycle: Any = cycle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self.flow: _Flow = _Flow(transport)
+        self._has_plain_socket = has_socket(self) and not transport.get_extra_info("sslcontext")
+        self._is_on_unix_socket = is_on_unix_socket(self)
+        self._is_shutting_down = self.server_state in _shutting_down
+        self._start_head_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what the client sends, keep it until an answer is complete, or drop it while closing."""
+        if self._phase is _CLOSING:
+            self._drop_input(data)
+        elif self._unparsed:
+            self._let_wait(self._unparsed[self._unparsed_from :] + data, 0)
+        else:
+            idle_since, self._idle_since = self._idle_since, None
+            self._parse(data, 0)
+            if (self.cycle is None or self.cycle.response_complete) and self._phase in (_BETWEEN, _BODY):
+                self._idle_since = idle_since  # empty lines and the rest of a body do not begin a request
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _parse(self, data: bytes, start: int) -> None:
+        """Give the parser the bytes from `start` on, piece by piece, until an answer has to be completed."""
+        size = len(data)
+        while start < size:
+            phase = self._phase
+            if phase is _CLOSING:
+                return
+            if phase is _BETWEEN and self._is_answering():
+                self._let_wait(data, start)
+                return
+            end = self._end_of_piece(data, start)
+            piece = data if end - start == size else data[start:end]
+            start = end
+            self._framing_bytes += len(piece)
+            super().data_received(piece)
+            if self._framing_bytes > MAX_HEAD_BYTES:
+                self._refuse_excess()
+        if self._phase is _HEAD:
+            self._start_head_timer()
+            if self._is_http_09(data):
+                self._refuse(505, "HTTP Version Not Supported")
+
+    def _end_of_piece(self, data: bytes, start: int) -> int:
+        """Return where a message may end, or the end of the data."""
+        if self._phase is _BODY and self._body_left is not None:
+            end = min(start + self._body_left, len(data))
+            self._body_left -= end - start
+            return end
+        most = start + max(1, MAX_HEAD_BYTES + 1 - self._framing_bytes)
+        tail, self._tail = self._tail, b""
+        if tail:  # the end of the head may be split over two pieces or more
+            across = (tail + data[start : start + 3]).find(_END_OF_HEAD)
+            end = start + across + len(_END_OF_HEAD) - len(tail)
+            if across >= 0:
+                return end
+        end = data.find(_END_OF_HEAD, start, most)
+        if end >= 0:
+            return end + len(_END_OF_HEAD)
+        end = min(most, len(data))
+        self._tail = (tail + data[max(start, end - 3) : end])[-3:]
+        return end
+
+    def _let_wait(self, data: bytes, start: int) -> None:
+        """Keep the bytes from `start` on until the answer before them is complete. Pause reading if they are many."""
+        self._unparsed, self._unparsed_from = data, start
+        if len(data) - start > MAX_WAITING_BYTES:
+            self.flow.pause_reading()
+            self.flow.is_full = True
+
+    def _is_http_09(self, data: bytes) -> bool:
+        """Return whether the client has sent one line without a version: in HTTP/0.9 nothing follows it."""
+        return data.endswith(b"\r\n") and self._framing_bytes == len(self.parser.get_method()) + len(self.url) + 3
+
+    def on_message_begin(self) -> None:
+        """Begin to count the bytes of a request head."""
+        super().on_message_begin()
+        self._phase = _HEAD
+
+    def on_headers_complete(self) -> None:
+        """Refuse the head, or let uvicorn start the application."""
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        version = self.parser.get_http_version()
+        try:
+            self.url, self._body_left = read_head(
+                self.headers,
+                self.url,
+                version,
+                is_on_unix_socket=self._is_on_unix_socket,
+                is_upgrade=self.parser.should_upgrade(),
+            )
+        except Refused as refused:
+            self._refuse(refused.status, refused.text)
+            return
+        scope = self.scope
+        if self._has_plain_socket:
+            scope["extensions"] = {PATHSEND: _PATH_SEND}
+        super().on_headers_complete()  # an invalid target raises an error here, while the phase is still HEAD
+        self._phase = _BODY
+        self._framing_bytes = 0
+        if version != "1.1" and version != "1.0":  # a later minor version [RFC 9110 2.5]
+            scope["http_version"] = "1.1"
+        if self.parser.should_upgrade():
+            return  # uvicorn looks at these headers again
+        self.headers = _TRAILERS
+        if self._is_shutting_down:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body, which allows for what surrounds it: even a chunk of one byte needs six more."""
+        self._framing_bytes = max(0, self._framing_bytes - 16 - 2 * len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Go on to the next request when this one is answered."""
+        if self._phase is _BODY:
+            self._phase = _BETWEEN
+            self._framing_bytes = 0
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse bytes that are not a request, in uvicorn's words."""
+        is_other_version = self._phase is _HEAD and self.parser.get_http_version()[0] not in "01"
+        self._refuse(505 if is_other_version else 400, msg)
+
+    def _refuse_excess(self) -> None:
+        """Refuse a head that is too long, or a body with too much around its data."""
+        if self._phase is _BODY:
+            self.logger.warning("A request with more than %d bytes around its body was refused", MAX_HEAD_BYTES)
+            self._refuse(400, "Chunk extensions or trailers too large.")
+        elif self._phase is not _CLOSING:
+            self.logger.warning("A request head of more than %d bytes was refused", MAX_HEAD_BYTES)
+            self._refuse(400, "Request header fields too large.")
+
+    def _refuse(self, status: int, text: str) -> None:
+        """Answer a request that cannot be read, and close the connection. Reset it if an answer is under way."""
+        if self._phase is _CLOSING or self.transport.is_closing():
+            return
+        if self._is_answering():
+            self._phase = _CLOSING
+            reset(self)
+            return
+        if self._phase is not _BODY:  # a request whose body cannot be read has been answered already
+            lines = [b"%s: %s\r\n" % header for header in self.server_state.default_headers]
+            body = text.encode("ascii")
+            lines.append(b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n" % len(body))
+            self.transport.write(b"".join((STATUS_LINE[status], *lines, b"connection: close\r\n\r\n", body)))
+        self._close(is_expecting=True)
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request, unless this answer is the last one."""
+        self.server_state.total_requests += 1
+        cycle: Any = self.cycle
+        if self.transport.is_closing():
+            self._watch_untaken_bytes()
+            return
+        if cycle.closes or not cycle.keep_alive:
+            is_last_request = cycle.scope["http_version"] == "1.0" or CONNECTION_CLOSE in cycle.scope["headers"]
+            self._close(is_expecting=not is_last_request)
+            return
+        if cycle.more_body and close_after_body(cycle.scope):
+            self._close(is_expecting=True)
+            return
+        if self._unparsed:
+            data, self._unparsed = self._unparsed, b""
+            self._parse(data, self._unparsed_from)
+        if self._phase is _CLOSING:
+            return
+        if not self._unparsed:
+            self.flow.is_full = False
+            self.flow.resume_reading()
+        if self._is_answering():
+            return
+        if self._is_half_closed:
+            self._close(is_expecting=False)
+        elif self._phase is not _HEAD:
+            # One timer for many requests: when it rings, it looks at how long the connection has been idle.
+            self._idle_since, self._untaken_since = monotonic(), None
+            if self.timeout_keep_alive_task is None:
+                self._set_idle_timer(self.timeout_keep_alive)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Return True to keep the connection open: a client that has half-closed waits for its answer."""
+        if self._has_plain_socket and self._phase is _BETWEEN and self._is_answering():
+            if not self._is_half_closed:
+                self._is_half_closed = True
+                self._look_for_hangup()
+            return True
+        self._watch_untaken_bytes()
+        return False
+
+    def _watch_untaken_bytes(self) -> None:
+        """Watch the client of a transport that closes when the client has taken all bytes."""
+        if untaken_bytes(self):
+            start_watching(self)
+
+    def _look_for_hangup(self) -> None:
+        """Abort the transport if a client that has half-closed has left: no read is under way that would show it."""
+        if self.is_lost or self.transport.is_closing():
+            return
+        if has_hung_up(self):
+            self.transport.abort()
+        else:
+            self.loop.call_later(1, self._look_for_hangup)
+
+    def _close(self, *, is_expecting: bool) -> None:
+        """Close the connection when all is sent, and the client has had the time to take it.
+
+        is_expecting: whether the client may still be sending. Then only this side is closed, since a socket that is
+        closed while bytes come is reset, and the client loses what it has not read yet [RFC 9112 9.6].
+        """
+        is_between = self._phase is _BETWEEN and not self._unparsed
+        self._phase = _CLOSING
+        self._unparsed = b""
+        has_finished = is_between and not is_expecting and not has_unread_bytes(self)
+        if not self._has_plain_socket or self._is_half_closed or has_finished:
+            self.transport.close()
+            self._watch_untaken_bytes()
+            return
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has reset the connection
+            self.transport.abort()
+            return
+        self.flow.is_full = False
+        self.flow.resume_reading()
+        self._idle_since, self._untaken_since = monotonic(), None
+        self._set_idle_timer(self._idle_limit())
+
+    def _drop_input(self, data: bytes) -> None:
+        """Drop what a client sends while closing. Beyond `MAX_UNREAD_BODY`, pause reading, so that it has to wait."""
+        self._dropped_bytes += len(data)
+        if self._dropped_bytes > MAX_UNREAD_BODY:
+            self.flow.pause_reading()
+
+    def _idle_limit(self) -> float:
+        """Return for how many seconds the connection may be idle."""
+        if self._phase is not _CLOSING:
+            return self.timeout_keep_alive
+        return GRACE_SECONDS if self._is_shutting_down else LINGER_SECONDS
+
+    def shutdown(self) -> None:
+        """End the connection after the answer that is under way, or after one request that is about to come."""
+        _shutting_down.add(self.server_state)
+        self._is_shutting_down = True
+        if self._phase is _CLOSING:
+            if self._idle_since is not None:
+                self._set_idle_timer(0)
+        elif self._is_answering():
+            self.cycle.keep_alive = False
+        elif (
+            self._phase is _BETWEEN and (not has_socket(self) or self.cycle is not None) and not has_unread_bytes(self)
+        ):
+            self.transport.close()
+        else:  # a request may be on its way
+            self.loop.call_later(GRACE_SECONDS, self._grace_is_over)
+
+    def _is_idle(self) -> bool:
+        """Return whether no request is on its way: a client connects to send one, so a new connection is not idle."""
+        return (not has_socket(self) or self.cycle is not None) and not has_unread_bytes(self)
+
+    def _grace_is_over(self) -> None:
+        if self._phase is not _CLOSING and not self._is_answering() and not self.transport.is_closing():
+            self._close(is_expecting=self._phase is _BODY)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the timers and the path send of the connection."""
+        self._stop_timers()
+        self.is_lost = True
+        end_flush(self)
+        super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self) -> None:
+        """Leave the connection to another protocol, and end the timers."""
+        self._stop_timers()
+        self._phase = _CLOSING
+        super().handle_websocket_upgrade()
+
+    def pause_writing(self) -> None:
+        """Watch the client while the transport waits for it."""
+        super().pause_writing()
+        start_watching(self)
+
+    def resume_writing(self) -> None:
+        """Stop watching: the client has taken what the transport held."""
+        super().resume_writing()
+        stop_watching(self)
+        end_flush(self)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, but not while the client still takes what the kernel holds for it."""
+        self.timeout_keep_alive_task = None
+        if self._idle_since is None:
+            return
+        now, untaken, limit = monotonic(), untaken_bytes(self), self._idle_limit()
+        idle = now - self._idle_since
+        if idle < limit:
+            self._set_idle_timer(limit - idle)
+        elif self._phase is _BETWEEN and has_unread_bytes(self):
+            self._set_idle_timer(limit)  # the transport is about to read the next request
+        elif untaken == 0 or self.transport.is_closing():
+            super().timeout_keep_alive_handler()
+        else:
+            since, untaken_then = self._untaken_since = self._untaken_since or (now, untaken)
+            if now - since < self.stall_seconds:
+                self._set_idle_timer(min(limit, self.stall_seconds))
+            elif has_stalled(self, untaken_then):
+                drop_client(self)
+            else:
+                self._untaken_since = None
+                self._set_idle_timer(0)
+
+    def _stop_timers(self) -> None:
+        stop_watching(self)
+        for timer in (self._head_timer, self.timeout_keep_alive_task):
+            if timer is not None:
+                timer.cancel()
+
+    def _set_idle_timer(self, seconds: float) -> None:
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Let the idle timer ring: it looks at `_idle_since`."""
+
+    def _start_head_timer(self) -> None:
+        """Close the connection if the client does not complete the head of a request in time."""
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.stall_seconds, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        self.transport.close()

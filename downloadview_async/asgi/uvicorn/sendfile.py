@@ -1,0 +1,173 @@
+"""Path sends: the kernel copies an open file to the socket of the client, one window after the other."""
+
+import asyncio
+import os
+from typing import Any, Protocol
+
+from starlette.types import Message
+
+from downloadview_async.asgi.transfer import LentFile
+from downloadview_async.asgi.uvicorn.sockets import Connection, socket_number
+from downloadview_async.asgi.uvicorn.turns import turn
+from downloadview_async.errors import FileError, TransferAborted
+from downloadview_async.http.metadata import ByteRange
+from downloadview_async.sources.local.open_file import REWRITTEN, OpenLocalFile
+from downloadview_async.sources.local.path import LocalFile
+from downloadview_async.sources.local.refused_calls import Refusals
+from downloadview_async.sources.workers import MID_TRANSFER
+
+_WINDOW = 256 << 10  # bytes that are looked for in the page cache, and sent, in one turn: other clients wait so long
+_FEW = 128  # bytes that the transport gets when the socket takes no more, so that it waits for the client
+
+_refusals = Refusals("sendfile")
+
+
+class Sending(Connection, Protocol):
+    """A connection over which a file can be sent.
+
+    flushed: a future that is done when the transport has sent all that it holds, or the connection is lost. None
+    unless something waits for that.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    flushed: "asyncio.Future[None] | None"
+
+
+class Answer(Protocol):
+    """uvicorn's request and response, as far as a path send uses it.
+
+    is_unframed: whether the end of the connection is the end of the body.
+    """
+
+    scope: Any
+    disconnected: bool
+    response_started: bool
+    chunked_encoding: bool | None
+    expected_content_length: int
+    is_unframed: bool
+
+    def send(self, message: Any) -> Any:
+        """Send a message of ASGI."""
+
+
+async def send_path(connection: Sending, cycle: Answer, message: Message) -> None:
+    """Send the file that the message names by its path. Raises `TransferAborted`, also if it cannot be opened."""
+    try:
+        async with LocalFile(message["path"]).open() as file:
+            await send_file(connection, cycle, {**message, "descriptor": LentFile(file)})
+    except FileError as exc:
+        raise TransferAborted(f"opening a file failed: {exc}") from exc
+
+
+async def send_file(connection: Sending, cycle: Answer, message: Message) -> None:
+    """Send the span of an open file that is lent by the message.
+
+    It is one coroutine, since each of thousands of waiting clients has one. Raises `TransferAborted` if the file has
+    less than was promised of it, or cannot be read.
+    """
+    loop, transport = connection.loop, connection.transport
+    lent: LentFile = message["descriptor"]
+    file = lent.take()
+    try:
+        if cycle.disconnected:
+            return
+        if not cycle.response_started:
+            raise RuntimeError("a path send before the start of its response")
+        offset = message.get("offset", 0)
+        count = 0
+        if cycle.scope["method"] == "HEAD":
+            pass
+        elif cycle.chunked_encoding or cycle.is_unframed:
+            await _send_in_chunks(file, offset, message.get("count"), cycle)
+        else:
+            count = message.get("count", cycle.expected_content_length)
+            if count > cycle.expected_content_length:
+                raise RuntimeError("a path send of more than Content-Length has promised")
+            cycle.expected_content_length -= count  # uvicorn counts down only what it sends itself
+        while count and not connection.is_lost:
+            if transport.get_write_buffer_size():
+                await _flush(connection)
+                await turn(loop)
+                continue
+            if file.is_rewritten():
+                raise TransferAborted(REWRITTEN)
+            length, by_transport = min(count, _WINDOW), 0
+            if file.device in _refusals.devices:
+                by_transport = length
+            else:
+                try:
+                    if file.is_cached(offset, length):
+                        sent = os.sendfile(socket_number(connection), file.descriptor, offset, length)
+                        if sent < count:
+                            await turn(loop)
+                    else:
+                        sent = await _sendfile_in_worker(connection, file, offset, length)
+                except BlockingIOError:
+                    by_transport = min(count, _FEW)  # only the transport may wait for its socket
+                except ConnectionError:
+                    if not connection.is_lost:  # a worker may learn this before uvicorn does
+                        connection.flushed = loop.create_future()
+                        transport.abort()
+                        # Until uvicorn knows that the client has left, it would log the answer as a broken one.
+                        await connection.flushed
+                    break
+                except OSError as exc:
+                    _refusals.note(file.device, exc)
+                    by_transport = length
+            if by_transport:
+                chunk = await file.read(ByteRange(offset, offset + by_transport))
+                if transport.is_closing():
+                    break
+                transport.write(chunk)
+                sent = len(chunk)
+                if sent > _FEW:
+                    await turn(loop)
+            if sent == 0:
+                raise TransferAborted(f"the file ended {count} bytes before what was promised of it")
+            offset += sent
+            count -= sent
+        if connection.is_lost:
+            cycle.disconnected = True  # uvicorn sets this only for the cycle that it has read last
+            return
+        await cycle.send({"type": "http.response.body", "body": b""})
+    except (OSError, FileError) as exc:
+        raise TransferAborted(f"sending a file failed: {exc}") from exc
+    finally:
+        lent.give_back()
+
+
+async def _send_in_chunks(file: OpenLocalFile, offset: int, count: int | None, cycle: Answer) -> None:
+    """Send a file without a Content-Length: uvicorn frames its chunks."""
+    size = file.metadata.size or 0
+    async for chunk in file.stream(ByteRange(min(offset, size), size if count is None else offset + count)):
+        await cycle.send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+
+async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: int, length: int) -> int:
+    """Send a window that is not in the page cache by a thread, which may wait for the disk. Return the bytes sent."""
+    number = os.dup(socket_number(connection))  # the number itself may become another connection's meanwhile
+    try:
+        return await file.workers.run(os.sendfile, number, file.descriptor, offset, length, patience=MID_TRANSFER)
+    finally:
+        os.close(number)
+
+
+def _flush(connection: Sending) -> "asyncio.Future[None]":
+    """Return a future that is done when the transport has sent all that it holds.
+
+    What the kernel sends from the file has to follow that.
+    """
+    connection.flushed = connection.loop.create_future()
+    # The transport calls `pause_writing` now, and `resume_writing` when it holds nothing any more.
+    connection.transport.set_write_buffer_limits(high=0)
+    return connection.flushed
+
+
+def end_flush(connection: Sending) -> None:
+    """Let a path send go on that waits for the transport: it has sent all, or the connection is lost."""
+    flushed, connection.flushed = connection.flushed, None
+    if flushed is not None:
+        if not connection.is_lost:
+            connection.transport.set_write_buffer_limits()
+        if not flushed.done():
+            flushed.set_result(None)

@@ -1,0 +1,85 @@
+"""What the kernel knows about the socket of a connection: its number, the bytes in its queues, a hang-up, a reset."""
+
+import asyncio
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+import termios
+from contextlib import suppress
+from typing import Protocol
+
+
+class Connection(Protocol):
+    """A connection, as the functions of this module need it.
+
+    is_lost: whether the connection has ended. The number of its socket may then belong to another connection: uvloop
+    returns it even after it has closed the socket.
+    """
+
+    transport: asyncio.Transport
+    is_lost: bool
+
+
+def has_socket(connection: Connection) -> bool:
+    """Return whether the transport is one over a socket."""
+    return connection.transport.get_extra_info("socket") is not None
+
+
+def is_on_unix_socket(connection: Connection) -> bool:
+    """Return whether the connection came over a Unix socket."""
+    return isinstance(connection.transport.get_extra_info("sockname"), str | bytes)  # TCP has a tuple here
+
+
+def socket_number(connection: Connection) -> int:
+    """Return the file descriptor of the socket.
+
+    Raises `OSError` if the transport has no socket, and `ConnectionResetError` if the socket is closed.
+    """
+    sock = connection.transport.get_extra_info("socket")
+    if sock is None:
+        raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+    number: int = sock.fileno()
+    if connection.is_lost or number < 0:
+        raise ConnectionResetError
+    return number
+
+
+def untaken_bytes(connection: Connection) -> int:
+    """Return how many bytes the client has not taken yet: those in the transport, and those in the kernel.
+
+    0 if the transport has no socket, since such a transport does not tell what it holds. A kernel that refuses to tell
+    counts as one that holds nothing.
+    """
+    try:
+        number = socket_number(connection)
+    except OSError:
+        return 0
+    in_kernel = 0
+    with suppress(OSError):
+        in_kernel = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0]
+    return in_kernel + connection.transport.get_write_buffer_size()
+
+
+def has_unread_bytes(connection: Connection) -> bool:
+    """Return whether the kernel has bytes from the client that the transport has not read yet."""
+    try:
+        return any(fcntl.ioctl(socket_number(connection), termios.FIONREAD, b"\0" * 4))
+    except OSError:
+        return False
+
+
+def has_hung_up(connection: Connection) -> bool:
+    """Return whether the client has reset the connection, or both sides have closed it. Raises `OSError`."""
+    poll = select.poll()
+    poll.register(socket_number(connection), 0)  # a hang-up and an error are reported without being asked for
+    return bool(poll.poll(0))
+
+
+def reset(connection: Connection) -> None:
+    """Reset the connection: the client learns that the answer is broken, and the kernel drops what it still holds."""
+    with suppress(OSError), socket.socket(fileno=os.dup(socket_number(connection))) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.transport.abort()

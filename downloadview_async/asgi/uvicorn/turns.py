@@ -1,0 +1,33 @@
+"""Turns: one download sends a window of its file each time the event loop has looked at its sockets."""
+
+import asyncio
+from collections import deque
+from weakref import WeakKeyDictionary
+
+_Queue = deque[asyncio.Future[None]]
+
+_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _Queue] = WeakKeyDictionary()
+
+
+def turn(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
+    """Return a future that is done when the caller may send its next window.
+
+    Without turns, every download that can go on would send a window before the loop looks at its sockets again, and a
+    small request would wait for all of them.
+    """
+    queue = _queues.setdefault(loop, deque())
+    if not queue:
+        loop.call_soon(_give_turn, loop, queue)
+    future = loop.create_future()
+    queue.append(future)
+    return future
+
+
+def _give_turn(loop: asyncio.AbstractEventLoop, queue: _Queue) -> None:
+    while queue:
+        future = queue.popleft()
+        if not future.done():  # it is done if the task that waits for it was cancelled
+            future.set_result(None)
+            break
+    if queue:
+        loop.call_soon(_give_turn, loop, queue)

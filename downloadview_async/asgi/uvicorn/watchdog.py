@@ -1,0 +1,90 @@
+"""The watchdog: it resets the connections of clients that have stopped reading."""
+
+import asyncio
+import logging
+from time import monotonic
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+from downloadview_async.asgi.uvicorn.sockets import Connection, reset, untaken_bytes
+
+STALL_SECONDS = 60.0
+"""How long a client may take less than `MINIMUM_RATE` before its connection is reset."""
+
+MINIMUM_RATE = 64
+"""Bytes per second that a client has to take, on the average of `STALL_SECONDS`.
+
+What it takes is what its kernel acknowledges. Some kernels do so in steps, so a client needs several times this rate to
+be safe.
+"""
+
+
+class Watched(Connection, Protocol):
+    """A connection that can be watched.
+
+    stall_seconds, minimum_rate (bytes per second): the connection is reset if the client takes less than this rate on
+    the average of so many seconds.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    logger: logging.Logger
+    stall_seconds: float
+    minimum_rate: int
+
+
+# When the watch over a connection began (seconds of the monotonic clock), and its untaken bytes at that moment.
+_Watches = dict[Watched, tuple[float, int]]
+
+# One timer for all connections of a loop, instead of one that each pause of a client makes and cancels.
+_watched: WeakKeyDictionary[asyncio.AbstractEventLoop, _Watches] = WeakKeyDictionary()
+
+
+def start_watching(connection: Watched) -> None:
+    """Watch a client that something waits for. If it is watched already, begin again."""
+    watches = _watched.get(connection.loop)
+    if watches is None:
+        watches = _watched[connection.loop] = {}
+        interval = connection.stall_seconds / 4
+        connection.loop.call_later(interval, _look_at, watches, connection.loop, interval)
+    watches[connection] = monotonic(), untaken_bytes(connection)
+
+
+def stop_watching(connection: Watched) -> None:
+    """End the watch over a client, if there is one."""
+    _watched.get(connection.loop, {}).pop(connection, None)
+
+
+def _look_at(watches: _Watches, loop: asyncio.AbstractEventLoop, interval: float) -> None:
+    for connection, (since, untaken_then) in list(watches.items()):
+        check(connection, since, untaken_then)
+    if not watches:
+        del _watched[loop]  # no timer runs without an entry here, and none with one starts another
+    else:
+        loop.call_later(interval, _look_at, watches, loop, interval)
+
+
+def check(connection: Watched, since: float, untaken_then: int) -> None:
+    """Reset the connection of a client that has stalled, or begin a new watch. Before `stall_seconds`, do nothing.
+
+    since: when the watch began. untaken_then: the bytes that the client had not taken yet then.
+    """
+    if monotonic() - since < connection.stall_seconds:
+        return
+    if has_stalled(connection, untaken_then):
+        drop_client(connection)
+    else:
+        start_watching(connection)
+
+
+def has_stalled(connection: Watched, untaken_then: int) -> bool:
+    """Return whether the client has taken too little in the last `stall_seconds`.
+
+    untaken_then: the bytes that it had not taken yet when these began.
+    """
+    return untaken_then - untaken_bytes(connection) < connection.minimum_rate * connection.stall_seconds
+
+
+def drop_client(connection: Watched) -> None:
+    """Reset the connection of a client that takes too little, and log that."""
+    connection.logger.warning("Transfer aborted: the client took less than %d bytes a second", connection.minimum_rate)
+    reset(connection)
