@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,23 @@ def test_the_package_holds_the_public_names_and_nothing_else() -> None:
     }
     assert imported | {"__version__"} == set(downloadview_async.__all__)
     assert len(set(downloadview_async.__all__)) == len(downloadview_async.__all__)
+
+
+def test_the_import_path_of_the_protocol_holds_its_public_names_and_nothing_else() -> None:
+    tree = ast.parse((PACKAGE / "asgi" / "server.py").read_text(encoding="utf-8"))
+    assert all(isinstance(node, ast.ImportFrom | ast.Assign | ast.Expr) for node in tree.body)
+    (names,) = (node.value for node in tree.body if isinstance(node, ast.Assign))
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(ast.literal_eval(names)) == imported
+    assert not [name for name in imported if name.startswith("_")]
+
+
+def test_the_modules_of_the_uvicorn_protocol_import_each_other_in_one_direction() -> None:
+    imports = {
+        module_name(path): {module for module, _ in imports_of(path) if module.startswith(f"{NAME}.asgi.uvicorn.")}
+        for path in (PACKAGE / "asgi" / "uvicorn").glob("*.py")
+    }
+    assert tuple(TopologicalSorter(imports).static_order())  # raises CycleError
 
 
 @pytest.mark.parametrize("name", [name for name in downloadview_async.__all__ if name != "__version__"])

@@ -340,6 +340,14 @@ async def test_an_absolute_target_names_the_host(root: Path) -> None:
     assert sorted(wire.headers[0]) == [(b"host", b"y:80"), (b"x-a", b"1")]
 
 
+@pytest.mark.parametrize("host", ["x", "80"])
+async def test_the_body_after_an_absolute_target_ends_where_its_length_says(root: Path, host: str) -> None:
+    request = b"POST http://y/body HTTP/1.1\r\nHost: %b\r\nContent-Length: 2\r\n\r\nab" % host.encode()
+    async with live(Wire(root).app, http=DownloadProtocol) as port:
+        received = await talk(port, request + get("/fields", CLOSE))
+    assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", received)] == [200, 200]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64])
 async def test_requests_in_pieces_of_any_size(root: Path, size: int) -> None:
     requests = [
