@@ -498,9 +498,7 @@ class DownloadProtocol(HttpToolsProtocol):
                 self._set_idle_timer(0)
         elif self._is_answering():
             self.cycle.keep_alive = False
-        elif (
-            self._phase is _BETWEEN and (not has_socket(self) or self.cycle is not None) and not has_unread_bytes(self)
-        ):
+        elif self._phase is _BETWEEN and self._is_idle():
             self.transport.close()
         else:  # a request may be on its way
             self.loop.call_later(GRACE_SECONDS, self._grace_is_over)
