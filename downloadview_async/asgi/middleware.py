@@ -8,6 +8,7 @@ from downloadview_async.asgi.offer import Holding, Lent, Offer, is_deleted
 from downloadview_async.asgi.pathsend import ForeignResponse
 from downloadview_async.asgi.transfer import FOREIGN, PATHSEND
 from downloadview_async.offload.base import EXTENSION, OffloadBackend
+from downloadview_async.offload.decision import refusal
 
 
 class OffloadMiddleware:
@@ -99,7 +100,7 @@ class _Sender:
         await self._send(message)
 
     async def _decide(self, lent: Lent, has_returned: bool) -> None:
-        if has_returned and not is_deleted(lent.file):
+        if refusal(has_returned=has_returned, is_there=not is_deleted(lent.file)) is None:
             for message in self._held:
                 await self._send(message)
         else:

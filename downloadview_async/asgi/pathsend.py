@@ -9,7 +9,7 @@ import anyio.to_thread
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.asgi.offer import Holding, Offer
-from downloadview_async.asgi.response import RawHeaders, error_response
+from downloadview_async.asgi.response import RawHeaders, error_response, note_refusal
 from downloadview_async.asgi.transfer import PATHSEND, SETTLED, send_plan, until_the_client_leaves
 from downloadview_async.errors import FileError, FileMissing, TransferAborted
 from downloadview_async.http.fields import OFFLOAD_ORDERS, OFFLOAD_TARGET
@@ -17,6 +17,7 @@ from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.offload.decision import Refusal, is_plain, refusal
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile
 
@@ -95,10 +96,14 @@ class ForeignResponse:
     async def _decide(
         self, offloaded: Message, start: Message, path: str, file: OpenLocalFile, has_returned: bool
     ) -> None:
-        # a proxy makes a strong validator of any time, also of one that says nothing
-        if has_returned and file.is_telling and await anyio.to_thread.run_sync(_is_at, path, file.descriptor):
+        refused = refusal(is_telling=file.is_telling, has_returned=has_returned)
+        if refused is None:
+            refused = refusal(is_there=await anyio.to_thread.run_sync(_is_at, path, file.descriptor))
+        if refused is None:
             await self._send_head(offloaded)
-        elif self._scope["method"] == "HEAD":
+            return
+        note_refusal(refused, self._scope["method"], self._scope["path"])
+        if self._scope["method"] == "HEAD":
             await self._send_head(start)
         else:
             await until_the_client_leaves(partial(self._stream_opened, start, file), self._receive, self._send)
@@ -138,7 +143,7 @@ class ForeignResponse:
             return
         if not os.path.isabs(path):
             path = os.path.join(os.getcwd(), path)
-        if ".." in path.split("/"):
+        if not is_plain(path):
             path = await anyio.to_thread.run_sync(os.path.realpath, path)  # as the kernel has it: not by spelling
         if self._path_send:
             if start is not None:
@@ -156,15 +161,17 @@ class ForeignResponse:
         """Return the start that has a proxy send the file, or None if none can."""
         headers: RawHeaders = list(start["headers"])
         names = {name.lower() for name, _ in headers}
-        if (
-            start["status"] != 200
-            or self._scope["method"] not in ("GET", "HEAD")
-            or names & {b"content-encoding", b"content-range"}
-            or names & _ORDERS
-            or not os.path.isabs(path)
-            or ".." in path.split("/")
-            or (order := self._offer.headers_for(_Named(path))) is None
-        ):
+        refused = refusal(
+            status=start["status"],
+            method=self._scope["method"],
+            is_part=b"content-range" in names,
+            is_ordered=not names.isdisjoint(_ORDERS),
+            has_rule=is_plain(path),
+            is_coded=b"content-encoding" in names,
+        )
+        order = self._offer.headers_for(_Named(path)) if refused is None else None
+        if order is None:
+            note_refusal(refused or Refusal.RULE, self._scope["method"], self._scope["path"])
             return None
         made = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in order.items()]
         replaced = _OF_THE_FRAMING.union(name for name, _ in made)

@@ -28,9 +28,8 @@ from downloadview_async.asgi.transfer import (
     until_the_client_leaves,
 )
 from downloadview_async.errors import DownloadError, FileError
-from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.content_types import valid_content_type
-from downloadview_async.http.fields import OFFLOAD_HEADERS, OFFLOAD_TARGET
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import (
@@ -47,6 +46,7 @@ from downloadview_async.http.plan import (
 )
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
+from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_at_once
 
@@ -128,8 +128,9 @@ class DownloadResponse(Response):
         """
         if scope["method"] not in ("GET", "HEAD") or self.redirect is not None:
             return False
-        offload = self._offload(scope)
-        if offload is not None and OFFLOAD_TARGET in offload:
+        order = self._order(scope)
+        offload = None if isinstance(order, Refusal) else order
+        if is_remote_order(offload):
             return False  # it may have to be signed, and that may take a while
         # conditions and ranges are for who sends the bytes
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if offload is None else HEAD
@@ -140,9 +141,11 @@ class DownloadResponse(Response):
         if opened is None or (local := local_of(opened)) is None:
             return False
         try:
-            answer = self._answer_to(request, opened.metadata, offload, keep=True).aged(age_of(opened))
-            if offload is not None and ("content-encoding" in answer.plan.headers or not local.is_telling):
+            if offload is not None and self._refusal(opened, request, offload, scope) is not None:
                 return False
+            if isinstance(order, Refusal):
+                note_refusal(order, scope["method"], scope["path"])
+            answer = self._answer_to(request, opened.metadata, offload, keep=True).aged(age_of(opened))
             path_send = (scope.get("extensions") or {}).get(PATHSEND) or {}
             if (body := body_at_once(answer.plan, local)) is not None:
                 start = self._start(answer, scope)
@@ -175,15 +178,24 @@ class DownloadResponse(Response):
             await send(self._start(_Answer(plan, _raw(plan.headers)), scope))
             await send({"type": "http.response.body", "body": b""})
             return
-        offered = self._offload(scope) is not None if readable else False
-        if offered:
+        order = self._order(scope)
+        refused = order if isinstance(order, Refusal) else None
+        is_offered = False
+        if order is not None and not isinstance(order, Refusal):
+            refused = refusal(method=scope["method"], is_remote=is_remote_order(order))
+            is_offered = refused is None
+        if is_offered:
             async with self.file.open(HEAD) as opened:
-                if await self._hand_over(opened, request, scope, receive, send):
+                if (refused := await self._hand_over(opened, request, scope, receive, send)) is None:
                     return
         async with self.file.open(request) as opened:
-            # One that is kept in a cache may be found to be there only when it is opened.
-            if readable and not offered and await self._hand_over(opened, request, scope, receive, send):
-                return
+            # One that is kept in a cache may be known to be there only when it is open.
+            if refused is not None and not is_offered:
+                refused = await self._hand_over(opened, request, scope, receive, send)
+                if refused is None:
+                    return
+            if refused is not None:
+                note_refusal(refused, scope["method"], scope["path"])
             answer = self._answer_to(request, opened.metadata, None).aged(age_of(opened))
             path_send = (scope.get("extensions") or {}).get(PATHSEND)
             await send_plan(answer.plan, opened, self._start(answer, scope), send, path_send=path_send)
@@ -201,31 +213,22 @@ class DownloadResponse(Response):
 
     async def _hand_over(
         self, opened: OpenFile, request: DownloadRequest, scope: Scope, receive: Receive, send: Send
-    ) -> bool:
-        """Answer with headers for a proxy, and return whether one can send the file now that it is open."""
-        if (offload := self._offload(scope)) is None:
-            return False
-        # Not every store knows If-Range, and would go on with another version.
-        if OFFLOAD_TARGET in offload and not range_applies(request, opened.metadata):
-            return False
-        # Whoever fetches the file by itself passes on what the other server says of its coding.
-        if getattr(opened, "hides_coding", False):
-            return False
-        offload = await signed(scope["extensions"][EXTENSION], self.file, offload)
+    ) -> Refusal | None:
+        """Answer with headers for a proxy, or return why none may send the file now that it is open."""
+        order = self._order(scope)
+        assert order is not None
+        if isinstance(order, Refusal):
+            return order
+        if (refused := self._refusal(opened, request, order, scope)) is not None:
+            return refused
+        offload = await signed(scope["extensions"][EXTENSION], self.file, order)
         answer = self._answer_to(HEAD, opened.metadata, offload).aged(age_of(opened))
-        # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
-        if "content-encoding" in answer.plan.headers:
-            return False
-        # A proxy makes a strong validator of any time, also of one that says nothing.
-        local = local_of(opened)
-        if local is not None and not local.is_telling:
-            return False
         start = self._start(answer, scope)
-        if local is not None:
+        if (local := local_of(opened)) is not None:
             self._lend(opened, local, start, scope, receive)
         await send(start)
         await send({"type": "http.response.body", "body": b""})
-        return True
+        return None
 
     def _lend(self, opened: OpenFile, local: OpenLocalFile, start: Message, scope: Scope, receive: Receive) -> None:
         """Keep the file open for as long as the answer waits for the application, which may delete it."""
@@ -241,16 +244,28 @@ class DownloadResponse(Response):
 
         offer.lent = Lent(local.shared(), start, stream)
 
-    def _offload(self, scope: Scope) -> Mapping[str, str] | None:
-        """Return the headers that have a proxy send the file, if one is offered and can."""
+    def _order(self, scope: Scope) -> Mapping[str, str] | Refusal | None:
+        """Return the headers that have a proxy send the file, or why none may; None where none is offered."""
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        may_be = self.background is None if self.offload is None else self.offload
-        if backend is None or not may_be or self.status_code != 200:
+        if backend is None:
             return None
-        if (headers := backend.headers_for(self.file)) is None:
-            return None
-        # Another server is asked by GET, which is also what is signed.
-        return None if scope["method"] == "HEAD" and OFFLOAD_TARGET in headers else headers
+        is_permitted = self.background is None if self.offload is None else self.offload
+        refused = refusal(status=self.status_code, method=scope["method"], is_permitted=is_permitted)
+        return refused or backend.headers_for(self.file) or Refusal.RULE
+
+    def _refusal(
+        self, opened: OpenFile, request: DownloadRequest, order: Mapping[str, str], scope: Scope
+    ) -> Refusal | None:
+        """Return why the proxy that obeys `order` may not send the open file, or None: it may."""
+        is_coded = bool(self.raw_headers) and any(name == b"content-encoding" for name, _ in self.raw_headers)
+        return refusal_once_open(
+            opened,
+            opened.metadata,
+            request,
+            method=scope["method"],
+            is_remote=is_remote_order(order),
+            is_coded=is_coded,
+        )
 
     def _answer_to(
         self, request: DownloadRequest, metadata: FileMetadata, offload: Mapping[str, str] | None, *, keep: bool = False
@@ -372,6 +387,12 @@ def close_after_body(scope: Mapping[str, Any]) -> Headers:
     length = fields.get(b"content-length", b"0")
     endless = b"transfer-encoding" in fields or not length.isdigit() or len(length) > 9 or int(length) > MAX_UNREAD_BODY
     return {"connection": "close"} if endless and scope.get("http_version", "1.1").startswith("1") else {}
+
+
+def note_refusal(refused: Refusal, method: str, path: str) -> None:
+    """Log why no proxy sends a file, for an application that has offered one."""
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s %s: sent without the proxy, %s", escaped(method), shown(path), refused.value)
 
 
 def failed(exc: FileError, method: str, path: str) -> Headers:

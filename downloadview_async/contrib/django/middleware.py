@@ -296,6 +296,8 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
     """
 
     destination_option: ClassVar[str] = "destination_url"
+    fetches_urls: ClassVar[bool] = True
+    """Whether this kind of proxy may fetch a file from another server: else its destination is a directory."""
 
     def __init__(
         self,
@@ -356,7 +358,8 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
             redirect_url = self.get_redirect_url(response)
         except NoRedirectionMatch:
             return response
-        return self._redirected(response, redirect_url, offload.describe_now(response))
+        metadata = offload.describe_now(request, response, is_remote=self._is_remote)
+        return self._redirected(response, redirect_url, metadata)
 
     async def aprocess_download_response(self, request: HttpRequest, response: Any) -> Any:
         """Do what `process_download_response` does, in an event loop."""
@@ -371,11 +374,17 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
                 redirect_url = self.get_redirect_url(response)
         except NoRedirectionMatch:
             return response
-        return self._redirected(response, redirect_url, await offload.adescribe(response))
+        metadata = await offload.adescribe(request, response, is_remote=self._is_remote)
+        return self._redirected(response, redirect_url, metadata)
+
+    @property
+    def _is_remote(self) -> bool:
+        """Whether the proxy fetches the files of the rule from another server, unless they are local ones."""
+        return self.fetches_urls and self.rules.is_of_server
 
     def _redirected(self, response: DownloadResponse, redirect_url: str, metadata: FileMetadata | None) -> Any:
         if metadata is None:
-            return response  # it is missing, or encoded: whoever finishes the response sends it, or says so
+            return response
         redirected = self.redirect(response, redirect_url)
         offload.dress(redirected, response, metadata)
         return redirected

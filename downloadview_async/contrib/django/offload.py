@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
@@ -13,17 +13,19 @@ from django.core.files.storage import FileSystemStorage
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
+from downloadview_async.asgi.response import age_of, note_refusal
 from downloadview_async.contrib.django.background import run_in_background
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of, is_sent_as_stored
 from downloadview_async.contrib.django.responses import DownloadResponse, spelled, take_marks
-from downloadview_async.errors import ConfigurationError, FileError
+from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import FRAMING, Presentation, describe
 from downloadview_async.http.request import HEAD
 from downloadview_async.offload.base import OffloadBackend
+from downloadview_async.offload.decision import Refusal, refusal
 from downloadview_async.offload.rules import Rule
-from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local.open_file import local_of, open_at_once
 
 MakeBackend = Callable[[list[Rule]], OffloadBackend]
@@ -61,6 +63,8 @@ class Rules:
             raise ImproperlyConfigured(f"a rule needs {option}: where the proxy finds what is below the source")
         target = f"{os.fspath(destination).rstrip('/')}/"
         self._by_url = self._by_path = None
+        self.is_of_server = False
+        """Whether the source is the URL of another server."""
         self._path_is_relative = False
         try:
             if source_url:
@@ -70,6 +74,7 @@ class Rules:
                         f"source_url is an absolute path or URL without a query, such as '/media/', not {source_url!r}"
                     )
                 self._by_url = make_backend([Rule(location, target)])
+                self.is_of_server = bool(urlsplit(str(source_url)).netloc)
             if source_dir:
                 directory = os.fspath(source_dir)
                 self._path_is_relative = not os.path.isabs(directory)
@@ -164,10 +169,10 @@ def _means(location: str, file: Any) -> bool:
 
 def _path_of(file: Any, name: str) -> str | None:
     try:
-        location = async_file_of(file, name).location
+        found = async_file_of(file, name)
     except (FileError, FileNotFound, SuspiciousOperation, NotImplementedError):
         return None  # whoever opens it says why
-    return location if location is not None and location.startswith("/") else None
+    return found.location if is_local(found) else None
 
 
 def is_offloadable(request: HttpRequest, response: HttpResponseBase) -> bool:
@@ -180,33 +185,61 @@ def is_offloadable(request: HttpRequest, response: HttpResponseBase) -> bool:
     )
 
 
-async def adescribe(response: DownloadResponse) -> FileMetadata | None:
-    """Return what is known of the file if it is a local one, and nothing of another one.
+async def adescribe(request: HttpRequest, response: DownloadResponse, *, is_remote: bool) -> FileMetadata | None:
+    """Return what is known of the file that a proxy is to send; None if it may not: whoever finishes the response does.
 
-    None for one that no proxy sends: a missing file, and one that is stored encoded, since Apache drops
-    Content-Encoding.
+    is_remote: whether the rule has the proxy fetch files from another server.
+    A local file and one of another server are opened for that, as `OffloadMiddleware` does. Of other files, such as
+    those of a storage without paths, no more is known than that a rule covers them.
     """
-    metadata = await _metadata_of(response)
-    return None if metadata is not None and "content-encoding" in dict(metadata.headers) else metadata
-
-
-async def _metadata_of(response: DownloadResponse) -> FileMetadata | None:
     try:
         file = async_file_of(response.file, response.get_basename())
-        if file.location is None or not file.location.startswith("/"):
-            return FileMetadata()
-        if (opened := open_at_once(file, HEAD)) is not None and (local := local_of(opened)) is not None:
-            local.close()
-            return opened.metadata
-        async with file.open(HEAD) as opened:
-            return opened.metadata
+        is_remote = is_remote and not is_local(file)
+        refused = refusal(method=str(request.method), is_remote=is_remote)
+        metadata = FileMetadata()
+        if refused is None and file.location is not None:
+            refused, metadata = await _opened_for_proxy(file, request, response, is_remote)
     except (FileError, FileNotFound, SuspiciousOperation):
-        return None
+        return None  # whoever finishes the response says so
+    if refused is None:
+        return metadata
+    note_refusal(refused, str(request.method), request.path)
+    return None
 
 
-def describe_now(response: DownloadResponse) -> FileMetadata | None:
+async def _opened_for_proxy(
+    file: AsyncFile, request: HttpRequest, response: DownloadResponse, is_remote: bool
+) -> tuple[Refusal | None, FileMetadata]:
+    """Open a file, and return why no proxy may send it (None: one may), and what is known of it."""
+
+    def asked(opened: OpenFile) -> tuple[Refusal | None, FileMetadata]:
+        metadata = opened.metadata
+        if (age := age_of(opened)) is not None:
+            metadata = replace(metadata, headers=(*metadata.headers, ("age", age)))
+        return response.refusal_once_open(request, file, opened, is_remote=is_remote), metadata
+
+    if (opened := open_at_once(file, HEAD)) is not None and (local := local_of(opened)) is not None:
+        try:
+            return asked(opened)
+        finally:
+            local.close()
+    try:
+        async with file.open(HEAD) as opened:
+            return asked(opened)
+    except FileError as exc:
+        if isinstance(exc, FileMissing) or is_local(file):
+            raise
+        return None, FileMetadata()  # the proxy may reach what we cannot
+
+
+def is_local(file: AsyncFile) -> bool:
+    """Return whether a file is at a path."""
+    return file.location is not None and file.location.startswith("/")
+
+
+def describe_now(request: HttpRequest, response: DownloadResponse, *, is_remote: bool) -> FileMetadata | None:
     """Do what `adescribe` does, for code that blocks."""
-    return run_in_background(adescribe(response))
+    return run_in_background(adescribe(request, response, is_remote=is_remote))
 
 
 def may_block(response: DownloadResponse) -> bool:

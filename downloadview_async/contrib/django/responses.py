@@ -18,7 +18,7 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 
-from downloadview_async.asgi.response import age_of, failed
+from downloadview_async.asgi.response import age_of, failed, note_refusal
 from downloadview_async.asgi.transfer import SMALL, body_of
 from downloadview_async.contrib.django.background import iterate_in_background, run_in_background
 from downloadview_async.contrib.django.calling import close_idle_connections, close_own_connections, has_running_loop
@@ -30,16 +30,16 @@ from downloadview_async.contrib.django.files import (
     name_of,
 )
 from downloadview_async.errors import FileError, FileMissing
-from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.content_types import content_type_for, with_charset
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.disposition import MAX_BYTES, client_filename, is_device_name
 from downloadview_async.http.disposition import content_disposition as disposition_of
-from downloadview_async.http.fields import OFFLOAD_HEADERS, OFFLOAD_TARGET
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.plan import FRAMING, Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, signed
+from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local.open_file import local_of, open_at_once
 from downloadview_async.sources.virtual import VirtualFile
@@ -179,13 +179,45 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         return self.basename or os.path.basename(name_of(self.file))
 
     def may_be_offloaded(self, request: HttpRequest) -> bool:
-        """Return whether a proxy may send the file: all of it, as it is stored, and later than the request ends."""
+        """Return whether a proxy may send the file, as far as that is known before the file is open."""
+        return self.refusal_before_open(request) is None
+
+    def refusal_before_open(self, request: HttpRequest) -> Refusal | None:
+        """Return why no proxy may send the file, or None: one may, as far as that is known before the file is open."""
+        return refusal(
+            status=self.status_code,
+            method=str(request.method),
+            is_permitted=self._is_left_as_stored(request),
+            is_coded=self._is_coded,
+        )
+
+    def refusal_once_open(
+        self, request: HttpRequest, file: AsyncFile, opened: OpenFile, *, is_remote: bool
+    ) -> Refusal | None:
+        """Return why no proxy may send the file that is open, or None: one may.
+
+        is_remote: whether the proxy fetches the file from another server.
+        """
+        metadata, _, _ = self._described(file, opened)
+        wanted = self._wanted_by(request)
+        return self._refusal_once_open(opened, metadata, wanted, str(request.method), is_remote=is_remote)
+
+    def _refusal_once_open(
+        self, opened: OpenFile, metadata: FileMetadata, wanted: DownloadRequest, method: str, *, is_remote: bool
+    ) -> Refusal | None:
+        return refusal_once_open(opened, metadata, wanted, method=method, is_remote=is_remote, is_coded=self._is_coded)
+
+    @property
+    def _is_coded(self) -> bool:
+        """Whether the application has set a Content-Encoding."""
+        return super().has_header("Content-Encoding")
+
+    def _is_left_as_stored(self, request: HttpRequest) -> bool:
+        """Return whether the file is sent as it is stored, and is still there when the request has ended."""
         own = (close_own_connections, getattr(self.file, "close", None))
         closers: list[Any] = self._resource_closers  # type: ignore[attr-defined]
         return (
             self.offload
-            and self.status_code == 200
-            and not self.has_header("Content-Encoding")  # Apache drops it, and what it says of the body with it
             and is_sent_as_stored(self.file)
             and is_left_by_closing(self.file)
             and is_left_by_closing(self)
@@ -250,36 +282,64 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
     async def _open_and_plan(self, request: HttpRequest) -> Plan:
         file = async_file_of(self.file, self.get_basename())
         scope: Mapping[str, Any] = getattr(request, "scope", None) or {}
-        readable = request.method in ("GET", "HEAD")
-        self._wanted = _download_request(request, scope) if readable else GET
-        if self.ignores_modified_since:
-            self._wanted = replace(self._wanted, if_modified_since=None)
+        self._wanted = self._wanted_by(request)
         self._loop = asyncio.get_running_loop()
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
-        if backend is not None and readable and self.may_be_offloaded(request):
-            offload = backend.headers_for(file)
-            # another server is asked by GET, which is also what is signed
-            if offload is not None and not (OFFLOAD_TARGET in offload and request.method == "HEAD"):
-                if (plan := await self._offload_plan(file, backend, offload)) is not None:
-                    return plan
-                await self.release()
-        metadata, presentation, own = self._described(file, await self._open(file, self._wanted))
+        if backend is None:
+            opened = await self._open(file, self._wanted)
+        else:
+            opened, plan = await self._open_for_proxy(file, backend, request)
+            if plan is not None:
+                return plan
+        metadata, presentation, own = self._described(file, opened)
         return make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=own)
 
-    async def _offload_plan(self, file: AsyncFile, backend: OffloadBackend, offload: Mapping[str, str]) -> Plan | None:
-        """Return the answer that has a proxy send the file; None if it turns out that the proxy cannot."""
-        opened = await self._open(file, HEAD)
-        # a proxy makes a strong validator of any time, also of one that says nothing
-        if (local := local_of(opened)) is not None and not local.is_telling:
-            return None
-        if getattr(opened, "hides_coding", False):
-            return None  # whoever fetches it would pass on a coding that no client can use
+    def _wanted_by(self, request: HttpRequest) -> DownloadRequest:
+        """Return what a request asks for. Conditions and ranges apply to GET and HEAD alone."""
+        if request.method not in ("GET", "HEAD"):
+            return GET
+        wanted = _download_request(request, getattr(request, "scope", None) or {})
+        return replace(wanted, if_modified_since=None) if self.ignores_modified_since else wanted
+
+    async def _open_for_proxy(
+        self, file: AsyncFile, backend: OffloadBackend, request: HttpRequest
+    ) -> tuple[OpenFile, Plan | None]:
+        """Open the file, and return it with the answer that has the proxy send it, or with None: none may."""
+        method = str(request.method)
+        may_be = refused = self.refusal_before_open(request)
+        if may_be is None:
+            order = backend.headers_for(file)
+            refused = refusal(method=method, has_rule=bool(order), is_remote=is_remote_order(order))
+        if refused is None:
+            opened = await self._open(file, HEAD)
+            refused, plan = await self._offload_plan(file, backend, opened, method)
+            if plan is not None:
+                return opened, plan
+            await self.release()
+            opened = await self._open(file, self._wanted)
+        else:
+            opened = await self._open(file, self._wanted)
+            # one that is kept in a cache may be known to be there only when it is open
+            if may_be is None:
+                refused, plan = await self._offload_plan(file, backend, opened, method)
+                if plan is not None:
+                    return opened, plan
+        if refused is not None:
+            note_refusal(refused, method, request.path)
+        return opened, None
+
+    async def _offload_plan(
+        self, file: AsyncFile, backend: OffloadBackend, opened: OpenFile, method: str
+    ) -> tuple[Refusal | None, Plan | None]:
+        """Return the answer that has the proxy send an open file, or why the proxy may not."""
+        if not (order := backend.headers_for(file)):
+            return Refusal.RULE, None
         metadata, presentation, own = self._described(file, opened)
-        if OFFLOAD_TARGET in offload and not range_applies(self._wanted, metadata):
-            return None  # not every store knows If-Range, and would go on with another version
-        plan = make_offload_plan(metadata, presentation, await signed(backend, file, offload), headers=own)
-        # Apache drops Content-Encoding: an encoded file would arrive as if it were none.
-        return None if "content-encoding" in plan.headers else plan
+        refused = self._refusal_once_open(opened, metadata, self._wanted, method, is_remote=is_remote_order(order))
+        if refused is not None:
+            return refused, None
+        order = await signed(backend, file, order)
+        return None, make_offload_plan(metadata, presentation, order, headers=own)
 
     async def _open(self, file: AsyncFile, wanted: DownloadRequest) -> OpenFile:
         """Open the file until `release`."""

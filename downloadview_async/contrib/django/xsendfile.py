@@ -61,6 +61,7 @@ class BaseXSendfileMiddleware(ProxiedDownloadMiddleware):
     """
 
     destination_option = "destination_dir"
+    fetches_urls = False
     response_class: ClassVar[type[BaseXSendfileResponse]]
 
     def __init__(

@@ -1,0 +1,151 @@
+"""`refusal`: may a proxy send this file? The one rule, for Starlette's responses, foreign ones and Django's alike.
+
+A proxy may send a file unless one of these conditions refuses it. They are asked in this order:
+
+==================== ============================================================ ==================================
+Refusal              It applies to                                                Why the proxy does not send it
+==================== ============================================================ ==================================
+STATUS               an answer with a status other than 200                       The proxy makes a 200, 206 or 304.
+METHOD               a request that is neither GET nor HEAD                       Range and If-* do not apply to it.
+APPLICATION          `offload=False`, a background task without `offload=True`,   The application deletes the file, or
+                     a file that is deleted when it is closed, a storage that     changes its bytes on the way.
+                     decrypts
+PART                 a foreign answer with Content-Range                          The proxy would send the whole file.
+ORDERED              a foreign answer that carries an offload header already      A backend further in has decided.
+RULE                 a path or URL that no rule covers                            The proxy cannot reach it.
+                     (`RuleTable` refuses `..` below a rule; see `is_plain`)
+HEAD                 HEAD, of a file that the proxy fetches from another server   The URL is signed for GET.
+CODED                an answer with Content-Encoding                              Apache drops that field, and the
+                                                                                  client could not decode the body.
+CODING_HIDDEN        a file whose server sends a coding that no client can use    The proxy would pass that coding on.
+IF_RANGE             If-Range with another version, of a file that the proxy      Some stores ignore If-Range and send
+                     fetches from another server                                  a part of the wrong version.
+TIME                 a local file whose time says nothing of its bytes            A proxy makes strong validators of
+                                                                                  any time.
+UNFINISHED           an application that has not returned in time                 It may still delete the file.
+GONE                 a file that has left its path                                The proxy would answer 404.
+==================== ============================================================ ==================================
+
+The first seven follow from the request, the response and the place of the file, the next four from the open file: it
+may turn out to be encoded, and its place may be known only then, where a cache has it. So the rule is asked before the
+file is opened, in order to open it for its description alone, and again while it is open. Only that answer counts. The
+last two are asked when the answer leaves.
+"""
+
+import os
+from collections.abc import Mapping
+from enum import Enum
+
+from downloadview_async.http.conditional import range_applies
+from downloadview_async.http.fields import OFFLOAD_TARGET
+from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.http.request import DownloadRequest
+from downloadview_async.sources.base import OpenFile
+from downloadview_async.sources.local.open_file import local_of
+
+
+class Refusal(Enum):
+    """Why no proxy sends a file. The value is the reason, for logs."""
+
+    STATUS = "the status is not 200"
+    METHOD = "the method is neither GET nor HEAD"
+    APPLICATION = "the application does not allow it, or may delete or change the file"
+    PART = "the answer is a part of the file"
+    ORDERED = "the answer has an offload header already"
+    RULE = "no rule covers the file"
+    HEAD = "another server has the file, and the proxy would ask it by GET"
+    CODED = "the answer has a Content-Encoding"
+    CODING_HIDDEN = "the server that has the file would send a coding that no client can use"
+    IF_RANGE = "another server has the file, and If-Range does not name this version"
+    TIME = "the modification time of the file does not tell its versions apart"
+    UNFINISHED = "the application has not returned, and may still delete the file"
+    GONE = "the file is not at its path any more"
+
+
+def refusal(
+    *,
+    status: int = 200,
+    method: str = "GET",
+    is_permitted: bool = True,
+    is_part: bool = False,
+    is_ordered: bool = False,
+    has_rule: bool = True,
+    is_remote: bool = False,
+    is_coded: bool = False,
+    hides_coding: bool = False,
+    matches_if_range: bool = True,
+    is_telling: bool = True,
+    has_returned: bool = True,
+    is_there: bool = True,
+) -> Refusal | None:
+    """Return why no proxy may send a file, or None: one may. What is not known yet has its default.
+
+    is_permitted: whether the application allows it. is_remote: whether the proxy fetches the file from another
+    server. is_telling: whether the time of a local file would be another one if its bytes were.
+    The table of the module says what refuses, and why.
+    """
+    if status != 200:
+        return Refusal.STATUS
+    if method not in ("GET", "HEAD"):
+        return Refusal.METHOD
+    if not is_permitted:
+        return Refusal.APPLICATION
+    if is_part:
+        return Refusal.PART
+    if is_ordered:
+        return Refusal.ORDERED
+    if not has_rule:
+        return Refusal.RULE
+    if is_remote and method == "HEAD":
+        return Refusal.HEAD
+    if is_coded:
+        return Refusal.CODED
+    if hides_coding:
+        return Refusal.CODING_HIDDEN
+    if is_remote and not matches_if_range:
+        return Refusal.IF_RANGE
+    if not is_telling:
+        return Refusal.TIME
+    if not has_returned:
+        return Refusal.UNFINISHED
+    return None if is_there else Refusal.GONE
+
+
+def refusal_once_open(
+    opened: OpenFile,
+    metadata: FileMetadata,
+    request: DownloadRequest,
+    *,
+    method: str,
+    is_remote: bool = False,
+    is_coded: bool = False,
+) -> Refusal | None:
+    """Return the `refusal` of a file that is open, or None: a proxy may send it. The file alone can refuse by now.
+
+    metadata: what the answer says of the file. request: what the client asks for. is_coded: whether the application
+    itself has set a Content-Encoding.
+    """
+    local = local_of(opened)
+    return refusal(
+        method=method,
+        is_remote=is_remote,
+        is_coded=is_coded or has_coding(metadata),
+        hides_coding=getattr(opened, "hides_coding", False),
+        matches_if_range=not is_remote or range_applies(request, metadata),
+        is_telling=local is None or local.is_telling,
+    )
+
+
+def is_remote_order(order: Mapping[str, str] | None) -> bool:
+    """Return whether the headers of a backend have the proxy fetch the file from another server."""
+    return order is not None and OFFLOAD_TARGET in order
+
+
+def has_coding(metadata: FileMetadata) -> bool:
+    """Return whether a file is stored with a Content-Encoding."""
+    return bool(metadata.headers) and "content-encoding" in dict(metadata.headers)
+
+
+def is_plain(path: str) -> bool:
+    """Return whether a path is absolute and has no `..`: only then does its spelling tell which rule covers it."""
+    return os.path.isabs(path) and ".." not in path.split("/")
