@@ -20,9 +20,11 @@ from downloadview_async.http.content_types import add_content_types
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.offload.backends import XAccelRedirect, XLiteSpeedLocation, XReproxyURL, XSendfile
-from downloadview_async.offload.base import OffloadBackend, Redirect
+from downloadview_async.offload.base import OffloadBackend, ProxyKind, ProxyOption, Redirect
 from downloadview_async.offload.config import proxy_config
 from downloadview_async.offload.presigned import PresignedRedirect
+from downloadview_async.offload.proxies import proxy_kinds
+from downloadview_async.offload.render import ProxySite
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.source import Cache, CacheCounters, CachedSource
@@ -71,6 +73,9 @@ __all__ = [
     "PathSource",
     "PreconditionFailed",
     "PresignedRedirect",
+    "ProxyKind",
+    "ProxyOption",
+    "ProxySite",
     "Redirect",
     "RemoteFile",
     "RemoteSource",
@@ -96,5 +101,6 @@ __all__ = [
     "add_content_types",
     "download_error",
     "proxy_config",
+    "proxy_kinds",
     "storage_from_url",
 ]

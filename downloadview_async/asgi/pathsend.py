@@ -23,9 +23,13 @@ from downloadview_async.sources.local.path import LocalFile
 
 logger = logging.getLogger("downloadview_async")
 
-# What else nginx does with an answer, such as X-Accel-Buffering, any application may say.
-_ORDERS = frozenset(name.encode() for name in OFFLOAD_ORDERS | {OFFLOAD_TARGET})
 _OF_THE_FRAMING = frozenset({b"accept-ranges", b"content-length", b"content-range", b"transfer-encoding"})
+
+
+def _is_order(name: bytes) -> bool:
+    """Return whether a header is for backends alone. X-Accel-Buffering and its like may come from any application."""
+    text = name.lower().decode("latin-1")
+    return text in OFFLOAD_ORDERS or text == OFFLOAD_TARGET
 
 
 class _Named:
@@ -118,7 +122,7 @@ class ForeignResponse:
         kept = [
             (name, value)
             for name, value in headers
-            if name.lower() not in _ORDERS or (start["status"] == 200 and (name.lower(), value) in self._offer.made)
+            if not _is_order(name) or (start["status"] == 200 and (name.lower(), value) in self._offer.made)
         ]
         if len(kept) == len(headers):
             return start
@@ -165,7 +169,7 @@ class ForeignResponse:
             status=start["status"],
             method=self._scope["method"],
             is_part=b"content-range" in names,
-            is_ordered=not names.isdisjoint(_ORDERS),
+            is_ordered=any(map(_is_order, names)),
             has_rule=is_plain(path),
             is_coded=b"content-encoding" in names,
         )

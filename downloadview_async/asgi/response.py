@@ -54,7 +54,7 @@ logger = logging.getLogger("downloadview_async")
 codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
 
 # Made here from the file itself. An application that could set them could promise what is not sent.
-_RESERVED = OFFLOAD_HEADERS | FRAMING | {"etag", "last-modified"}
+_MADE_HERE = FRAMING | {"etag", "last-modified"}
 
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -313,9 +313,13 @@ def _presentation(filename: str, attachment: bool, content_type: str | None) -> 
     return Presentation(filename=filename, attachment=attachment, content_type=content_type)
 
 
+def _is_reserved(name: str) -> bool:
+    return name in _MADE_HERE or name in OFFLOAD_HEADERS
+
+
 @lru_cache(maxsize=256)
 def _checked_headers(headers: tuple[tuple[str, str], ...]) -> RawHeaders:
-    if reserved := _RESERVED.intersection(name.lower() for name, _ in headers):
+    if reserved := {name.lower() for name, _ in headers if _is_reserved(name.lower())}:
         raise ValueError(f"a DownloadResponse makes these headers itself: {', '.join(sorted(reserved))}")
     if bad := [name for name, value in headers if _CONTROL.search(name + value)]:
         raise ValueError(f"a control character in a header: {bad!r}")
@@ -366,7 +370,7 @@ def _narrowed(whole: _Answer, request: DownloadRequest, metadata: FileMetadata) 
 
 def _text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     text = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
-    return {name: value for name, value in text.items() if name not in _RESERVED}
+    return {name: value for name, value in text.items() if not _is_reserved(name)}
 
 
 def _raw(headers: Mapping[str, str]) -> RawHeaders:

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -20,12 +20,10 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async.http.fields import OFFLOAD_HEADERS
-from downloadview_async.offload.config import Proxy
 from tests.live import ask, live
 from tests.proxies.servers import DEPLOY, KINDS, proxy, readable_directory
 
-PROXIES: tuple[Proxy, ...] = get_args(Proxy)
-BY_URI = ("nginx", "caddy", "h2o")
+PROXIES = [name for name, kind in dv.proxy_kinds().items() if kind.configuration is not None]
 
 ODD = [
     "plain",
@@ -65,21 +63,12 @@ REFUSED = {
 """What a proxy's grammar cannot express."""
 
 
-def rules_for(kind: Proxy, directories: list[Path]) -> list[dv.Rule]:
+def rules_for(kind: str, directories: list[Path]) -> list[dv.Rule]:
     """Return a rule for each directory."""
     return [
-        dv.Rule(str(directory), f"/_{index}/" if kind in BY_URI else str(directory))
+        dv.Rule(str(directory), f"/_{index}/" if dv.proxy_kinds()[kind].targets == "uri" else str(directory))
         for index, directory in enumerate(directories)
     ]
-
-
-def backend_of(kind: Proxy, rules: list[dv.Rule]) -> dv.OffloadBackend:
-    match kind:
-        case "nginx" | "caddy":
-            return dv.XAccelRedirect(rules)
-        case "h2o":
-            return dv.XReproxyURL(rules)
-    return dv.XSendfile(rules, encoding="raw" if kind == "apache" else "percent")
 
 
 async def _scheme(request: Request) -> Response:
@@ -93,21 +82,23 @@ def _body_of(url: str, trusting: ssl.SSLContext) -> bytes:
 
 
 @asynccontextmanager
-async def served(kind: Proxy, directories: list[Path]) -> AsyncIterator[int]:
+async def served(kind: str, directories: list[Path]) -> AsyncIterator[int]:
     """Serve each directory below its number, for a proxy; give the port of the service."""
     routes = [
         Route(f"/{index}/{{path:path}}", dv.Download(dv.PathSource(directory), cache_control="private"))
         for index, directory in enumerate(directories)
     ]
     app = Starlette(routes=[*routes, Route("/scheme", _scheme)])
-    async with live(dv.OffloadMiddleware(app, backend_of(kind, rules_for(kind, directories)))) as service:
+    async with live(
+        dv.OffloadMiddleware(app, dv.proxy_kinds()[kind].make_backend(rules_for(kind, directories)))
+    ) as service:
         yield service
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", PROXIES)
 @pytest.mark.parametrize("relative", [False, True])
-async def test_every_directory_is_sent_from_or_refused(kind: Proxy, relative: bool) -> None:
+async def test_every_directory_is_sent_from_or_refused(kind: str, relative: bool) -> None:
     with readable_directory() as root:
         directories = []
         for name in ODD:
@@ -150,7 +141,7 @@ async def test_every_directory_is_sent_from_or_refused(kind: Proxy, relative: bo
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", PROXIES)
-async def test_the_directory_itself_may_be_where_the_proxy_starts(kind: Proxy) -> None:
+async def test_the_directory_itself_may_be_where_the_proxy_starts(kind: str) -> None:
     with readable_directory() as root:
         (root / "a.txt").write_text("a")
 
@@ -179,7 +170,7 @@ async def test_the_directory_itself_may_be_where_the_proxy_starts(kind: Proxy) -
         {"idle_seconds": 2, "stall_seconds": 0.5, "max_body_bytes": 1000},
     ],
 )
-def test_the_proxy_itself_finds_nothing_wrong(kind: Proxy, options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_proxy_itself_finds_nothing_wrong(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     rules = rules_for(kind, [tmp_path, tmp_path / "another one", DEPLOY])
     if kind in ("nginx", "caddy"):
         rules += [dv.Rule("http://127.0.0.1:9001/pub", "/_plain/"), dv.Rule("https://127.0.0.1/a;b/", "/_secure/")]
@@ -250,7 +241,7 @@ def test_a_directory_is_written_without_its_detours(source: str, alias: str) -> 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", ["nginx", "apache", "lighttpd", "h2o"])  # Caddy gets its certificate itself
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: apt install openssl")
-async def test_tls_goes_where_the_comment_says(kind: Proxy) -> None:
+async def test_tls_goes_where_the_comment_says(kind: str) -> None:
     with readable_directory() as root:
         (root / "files").mkdir()
         (root / "files" / "a.txt").write_text("a")

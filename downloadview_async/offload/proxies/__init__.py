@@ -1,0 +1,51 @@
+"""Which kinds of proxies there are: a value for each in this package, and those that installed packages add."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from types import MappingProxyType
+
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.offload.base import ProxyKind
+from downloadview_async.offload.proxies.apache import APACHE
+from downloadview_async.offload.proxies.caddy import CADDY
+from downloadview_async.offload.proxies.h2o import H2O
+from downloadview_async.offload.proxies.lighttpd import LIGHTTPD
+from downloadview_async.offload.proxies.litespeed import LITESPEED
+from downloadview_async.offload.proxies.nginx import NGINX
+
+GROUP = "downloadview_async.proxies"
+"""The entry points by which a package adds a `ProxyKind`: the service, its commands and its workers all see it."""
+
+_OURS = (NGINX, APACHE, LIGHTTPD, CADDY, H2O, LITESPEED)
+
+
+@cache
+def proxy_kinds() -> Mapping[str, ProxyKind]:
+    """Return the kinds of proxies by their names: those of this package, then those of installed ones.
+
+    A package adds one by an entry point of the group `downloadview_async.proxies`, which names a `ProxyKind`.
+
+    Raises `ConfigurationError` for an entry point that cannot be loaded or names something else, and for two kinds with
+    one name, or with different options of one name.
+    """
+    from importlib.metadata import entry_points  # here: it takes time, and an application asks for no kinds
+
+    kinds = {kind.name: kind for kind in _OURS}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        origin = f"the entry point {point.name} = {point.value} of {GROUP}"
+        try:
+            kind = point.load()
+        except Exception as exc:  # whatever the module does when it is imported
+            raise ConfigurationError(f"{origin} cannot be loaded ({type(exc).__name__}: {exc}): correct it") from exc
+        if not isinstance(kind, ProxyKind):
+            raise ConfigurationError(f"{origin} is not a ProxyKind: name one")
+        if kinds.setdefault(kind.name, kind) is not kind:
+            raise ConfigurationError(f"{origin} is a second proxy with the name {kind.name!r}: rename it")
+        for name, option in kind.options.items():
+            for other in kinds.values():
+                if name in other.options and replace(other.options[name], default=option.default) != option:
+                    raise ConfigurationError(
+                        f"{origin} and {other.title} have different options with the name {name!r}: rename one"
+                    )
+    return MappingProxyType(kinds)

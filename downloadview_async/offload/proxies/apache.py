@@ -1,0 +1,112 @@
+"""Apache with mod_xsendfile: X-Sendfile, an absolute path. See https://tn123.org/mod_xsendfile/."""
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.offload.base import ProxyKind, ProxyOption
+from downloadview_async.offload.places import LocalFiles, percent_encoded, raw
+from downloadview_async.offload.render import ProxySite, directories, escaped, filled, literal, quoted, template
+from downloadview_async.offload.rules import Rule
+
+ENCODING = ProxyOption(
+    Literal["raw", "percent"], takes="raw or percent", default="raw", lacking="no choice of encodings"
+)
+"""How mod_xsendfile before 1.0 reads X-Sendfile is raw; mod_xsendfile 1.0 and lighttpd percent-decode it."""
+
+
+class XSendfile(LocalFiles):
+    """Apache with mod_xsendfile, and lighttpd: X-Sendfile with an absolute path.
+
+    rules: their targets are directories as the proxy sees them.
+    encoding: "raw" for Apache's mod_xsendfile before 1.0, which takes the bytes of the path as they are; "percent"
+    for lighttpd and for mod_xsendfile 1.0, which decode them.
+
+    Raises `ConfigurationError` for a target that is no absolute directory, and for an unknown encoding.
+    """
+
+    def __init__(self, rules: Iterable[Rule], *, encoding: Literal["raw", "percent"]) -> None:
+        if encoding not in ("raw", "percent"):
+            raise ConfigurationError(f"encoding is 'raw' (Apache) or 'percent' (lighttpd), not {encoding!r}")
+        super().__init__(
+            rules,
+            title="X-Sendfile",
+            header="x-sendfile",
+            targets="directory",
+            encode=raw if encoding == "raw" else percent_encoded,
+        )
+
+
+_OUTSIDE = """
+<LocationMatch "^(?!<<prefix>>/)">
+    Require all denied
+</LocationMatch>"""
+
+_PRIVATE = """
+# Pages of the application that are not for clients.
+<LocationMatch "<<refused>>">
+    RedirectMatch 404 ".*"
+</LocationMatch>"""
+_ALIAS = "LoadModule alias_module ${modules}/mod_alias.so\n"
+
+
+def _configuration(site: ProxySite) -> str:
+    return template(
+        "httpd.conf",
+        listen=f"{site.host}:{site.port}",
+        stall=str(site.stall),
+        max_body=str(site.max_body),
+        prefix=site.prefix,
+        service=f"unix:{site.socket}|http://localhost" if site.socket else f"http://{site.authority}",
+        idle=str(site.idle),
+        outside=filled(_OUTSIDE, prefix=re.escape(site.prefix)) if site.prefix else "",
+        modules=_ALIAS if site.private else "",
+        private=filled(_PRIVATE, refused=_with_encoded_slashes(site)) if site.private else "",
+        rules="\n".join(f"XSendFilePath {_word(site, path)}" for path in directories(site)),
+    )
+
+
+def _with_encoded_slashes(site: ProxySite) -> str:
+    """Return `refused` for Apache, which leaves a %2F in the path where the application reads a slash."""
+    before, after = f"^{literal(site.prefix)}/", site.refused.partition(literal(site.private))[2]
+    return before + literal(site.private[1:]).replace("/", "(?:/|%2[Ff])") + after
+
+
+def _word(site: ProxySite, directory: str) -> str:
+    relative, path = site.seen(directory)
+    if "${" in path:
+        raise ConfigurationError(f"{path!r}: Apache cannot have a ${{ that is no variable: use another name")
+    return f'"${{PWD}}/{escaped(path)}"' if relative else quoted(path)
+
+
+APACHE = ProxyKind(
+    name="apache",
+    title="Apache",
+    header="X-Sendfile",
+    targets="directory",
+    encode=raw,
+    backend=XSendfile,
+    options={"encoding": ENCODING},
+    configuration=_configuration,
+    remedies={
+        "not obeyed": "`LoadModule xsendfile_module modules/mod_xsendfile.so`, `XSendFile On` and `XSendFilePath "
+        '"<directory>"`',
+        "leaked": "`Header unset <header>`",
+        "not found": '`XSendFilePath "<directory>"`: the directory as Apache sees it, readable for its user',
+        "other bytes": '`encoding = "raw"` in [offload] for mod_xsendfile 0.12, `encoding = "percent"` for 1.0',
+        "open": "no DocumentRoot, Alias or ProxyPass exception that leads to <directory>",
+        "unreached": "`ProxyPass / <service>/ nocanon`",
+        "request line": "`LimitRequestLine 16384` in the server, before any <VirtualHost>",
+        "fields": "`responsefieldsize=16384` in ProxyPass",
+        "not passed on": "`ProxyPass / <service>/ nocanon`, for all paths of the service",
+        "decoded": "`AllowEncodedSlashes NoDecode` and `ProxyPass / <service>/ nocanon`",
+        "header": "no `Header set`, `Header unset` or ExpiresActive for <header>",
+        "streamed header": "no `Header set`, `Header unset` or ExpiresActive for <header>",
+        "ranges": "no `RequestHeader unset Range` but for HEAD, and no `MaxRanges none`",
+        "streamed ranges": "no `RequestHeader unset` of Range or If-Range",
+        "conditions": "no `RequestHeader unset If-None-Match`, `Header unset ETag` or `FileETag None`",
+        "encoded": "`SetEnv no-gzip 1`, and no DEFLATE or BROTLI filter for files",
+        "order": "`RequestHeader unset X-Sendfile early`, likewise X-Accel-Redirect, X-Accel-Mapping, X-Sendfile-Type",
+    },
+)

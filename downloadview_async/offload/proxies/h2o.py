@@ -1,0 +1,124 @@
+"""H2O: X-Reproxy-URL, an internal URI. See https://h2o.examp1e.net/configure/reproxy_directives.html."""
+
+from collections.abc import Iterable
+
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.offload.base import ProxyKind
+from downloadview_async.offload.places import LocalFiles, percent_encoded
+from downloadview_async.offload.render import ProxySite, filled, quoted, template
+from downloadview_async.offload.rules import Rule
+
+_WHOLE = "/_whole/"  # where the configuration has H2O ask itself
+
+
+class XReproxyURL(LocalFiles):
+    """H2O: X-Reproxy-URL with an internal URI, percent-encoded.
+
+    rules: their sources are directories, such as that of a `Cache`, and their targets URIs that begin and end with a
+    slash: those of paths in H2O's configuration. H2O keeps none of our headers by itself: see `deploy/h2o/h2o.conf`.
+
+    Raises `ConfigurationError` for another source or target.
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        super().__init__(
+            rules,
+            title="H2O",
+            header="x-reproxy-url",
+            targets="uri",
+            encode=percent_encoded,
+            hint="What it fetches from another server it breaks off for a client that is slower than that server: keep "
+            "those files in a cache, and give the rule the directory of the cache",
+        )
+
+
+_FURTHER_RULE = """\
+      <<target>>:
+        - mruby.handler: *file
+        - file.dir: <<directory>>
+          file.etag: OFF
+"""
+_DIRECTORY = """\
+      <<target>>:
+        file.dir: <<directory>>
+        file.etag: OFF
+"""
+_PRIVATE = """\
+      # Pages of the application that are not for clients.
+      <<prefix>><<private>>:
+        - mruby.handler: |
+            Proc.new do |env|
+              public = [<<public>>].include?(env["SCRIPT_NAME"] + env["PATH_INFO"])
+              said = {"content-type" => "text/plain; charset=utf-8", "x-content-type-options" => "nosniff"}
+              public ? [399, {}, []] : [404, said, ["Not Found"]]
+            end
+        - proxy.reverse.url: "<<service>><<private>>"
+          proxy.preserve-host: ON
+
+"""
+
+
+def _configuration(site: ProxySite) -> str:
+    for rule in site.rules:
+        if rule.target.startswith(_WHOLE):
+            raise ConfigurationError(f"the target {rule.target!r} is H2O's own here: choose another, such as /_files/")
+    service = f"http://[unix:{site.socket}]" if site.socket else f"http://{site.authority}"
+    directories = [(rule.target, quoted(site.seen(rule.source)[1] or "./")) for rule in site.rules]
+    rules = ""
+    for target, directory in directories:
+        if not rules:
+            rules = template("h2o-files.conf", target=target, directory=directory, service=service)
+        else:
+            rules += filled(_FURTHER_RULE, target=target, directory=directory)
+    return template(
+        "h2o.conf",
+        max_body=str(site.max_body),
+        idle=str(1000 * site.idle),
+        host=quoted(site.host.strip("[]")),
+        port=str(site.port),
+        prefix=site.prefix,
+        service=service,
+        private=filled(
+            _PRIVATE,
+            prefix=site.prefix,
+            private=site.private,
+            public=", ".join(f'"{site.prefix}{site.private}{name}"' for name in site.public),
+            service=service,
+        )
+        if site.private
+        else "",
+        rules=rules.rstrip("\n"),
+        directories="".join(
+            filled(_DIRECTORY, target=target, directory=directory) for target, directory in directories
+        ).rstrip("\n"),
+    )
+
+
+H2O = ProxyKind(
+    name="h2o",
+    title="H2O",
+    header="X-Reproxy-URL",
+    targets="uri",
+    encode=percent_encoded,
+    backend=XReproxyURL,
+    hides_targets=True,
+    replaced_headers=("Content-Type",),
+    configuration=_configuration,
+    remedies={
+        "not obeyed": "`reproxy: ON` in the host",
+        "leaked": "`header.unset: <header>`",
+        "not found": "`<target>:` with `file.dir: <directory>`: the directory as H2O sees it, readable for its user",
+        "other bytes": "`file.dir: <directory>` below `<target>:`",
+        "open": 'in `<target>:`, begin with a mruby.handler that answers 404 unless env["DOWNLOADVIEW_TARGET"] is set',
+        "unreached": "`proxy.reverse.url: <service>/`",
+        "not passed on": "`proxy.reverse.url: <service>/` below `/:`",
+        "header": "keep <header> among what the mruby.handler of `<target>:` passes on, and no header.set for it",
+        "streamed header": "no header.set or header.unset for <header>",
+        "ranges": "no proxy.header.unset of Range, and no `compress: ON`",
+        "streamed ranges": "no proxy.header.unset of Range or If-Range, and `compress: OFF`",
+        "conditions": "`file.etag: OFF`, and the mruby.handler of `<target>:` as in deploy/h2o/h2o.conf",
+        "encoded": "`compress: OFF`",
+        "order": "`proxy.header.unset: X-Sendfile`, likewise X-Accel-Redirect, X-Accel-Mapping and X-Sendfile-Type",
+        "socket": "`owner: nobody` beside `permission: 600` of H2O's own socket, where root starts it",
+    },
+)

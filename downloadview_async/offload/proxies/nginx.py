@@ -1,0 +1,207 @@
+"""nginx: X-Accel-Redirect, an internal URI. See https://nginx.org/en/docs/http/ngx_http_core_module.html#internal."""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Literal
+
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.offload.base import ProxyKind, ProxyOption
+from downloadview_async.offload.places import KEPT, Places, percent_encoded
+from downloadview_async.offload.render import ProxySite, filled, quoted, template
+from downloadview_async.offload.rules import Rule
+from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.object_store import ObjectStorage
+
+_CHARSET = re.compile("[A-Za-z0-9_.:-]+")
+
+
+class XAccelRedirect:
+    """nginx, and Caddy: X-Accel-Redirect with an internal URI, percent-encoded.
+
+    A file of another server has the URI of its rule's target alone, and X-Offload-Target with what the proxy asks that
+    server for. It is for a GET alone: HEAD is answered here.
+
+    rules: their targets are URIs that begin and end with a slash: those of `internal` locations for nginx, those of
+    `handle_path` below `handle_response` for Caddy. A source may be an object store's: `s3://BUCKET/PREFIX`.
+    storages: the object stores that sources of rules are of; S3 alone. What the proxy asks for is signed by their keys,
+    but for one with `skip_signature`.
+    buffering, charset, expires ("off", or a number of seconds), limit_rate (bytes per second): nginx's own handling
+    of this answer, see https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_ignore_headers. None leaves it
+    to nginx's configuration. Caddy has none of them.
+
+    Raises `ConfigurationError` for a target or an option that nginx would not take, and for a store without a key.
+    """
+
+    def __init__(
+        self,
+        rules: Iterable[Rule],
+        *,
+        storages: Iterable[ObjectStorage] = (),
+        buffering: bool | None = None,
+        charset: str | None = None,
+        expires: int | Literal["off"] | None = None,
+        limit_rate: int | None = None,
+    ) -> None:
+        self._places = Places(rules, storages)
+        self._options: dict[str, str] = {}
+        self._kept = lru_cache(KEPT)(self._headers)
+        if buffering is not None:
+            self._options["x-accel-buffering"] = "yes" if buffering else "no"
+        if charset is not None:
+            if not _CHARSET.fullmatch(charset):
+                raise ConfigurationError(f"no charset: {charset!r}")
+            self._options["x-accel-charset"] = charset
+        if expires is not None:
+            if expires != "off" and not _is_natural(expires):
+                raise ConfigurationError(f"expires is a number of seconds or 'off', not {expires!r}")
+            self._options["x-accel-expires"] = str(expires)
+        if limit_rate is not None:
+            if not _is_natural(limit_rate):
+                raise ConfigurationError(
+                    f"limit_rate is a number of bytes per second, 0 for no limit, not {limit_rate!r}"
+                )
+            self._options["x-accel-limit-rate"] = str(limit_rate)
+
+    def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
+        """Return X-Accel-Redirect and the options, or None for a file that no rule covers."""
+        location = file.location
+        return None if location is None else self._kept(location)
+
+    async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers with what the proxy asks a store for, signed. Raises `SourceUnavailable`."""
+        return await self._places.signed(file, headers)
+
+    def _headers(self, location: str) -> Mapping[str, str] | None:
+        order = self._places.order("x-accel-redirect", location)
+        return None if order is None else MappingProxyType(order | self._options)
+
+
+def _is_natural(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_MAP = """\
+    # The request target below the prefix, as the client spelled it.
+    map $request_uri $below {
+        "~^<<prefix>>(?<below_prefix>/.*)" $below_prefix;
+    }
+"""
+_PASS = """\
+            proxy_pass http://service;  # without a path: the request target goes on as the client spelled it"""
+_PASS_BELOW = """\
+            if ($below = "") {
+                return 404;
+            }
+            proxy_pass http://service$below;"""
+
+
+_PRIVATE = """\
+        # Pages of the application that are not for clients.
+        location ~ "<<refused>>" {
+            default_type text/plain;
+            add_header X-Content-Type-Options nosniff always;
+            return 404 "Not Found";
+        }
+
+"""
+_TLS = """\
+            proxy_ssl_server_name on;
+            proxy_ssl_name <<host>>;
+            proxy_ssl_verify on;
+            proxy_ssl_trusted_certificate /etc/ssl/certs/ca-certificates.crt;
+"""
+
+
+def _configuration(site: ProxySite) -> str:
+    blocks = [
+        template("nginx-files.conf", target=rule.target, directory=_word(site.seen(rule.source)[1] or "./"))
+        for rule in site.rules
+    ]
+    blocks += [
+        template(
+            "nginx-remote.conf",
+            name=remote.name,
+            target=remote.target,
+            scheme=remote.scheme,
+            host=remote.authority,
+            tls=filled(_TLS, host=remote.host) if remote.scheme == "https" else "",
+        )
+        for remote in site.remotes
+    ]
+    upstreams = [
+        template("nginx-remote-upstream.conf", name=remote.name, address=f"{remote.host}:{remote.port}")
+        for remote in site.remotes
+    ]
+    return template(
+        "nginx.conf",
+        below=filled(_MAP, prefix=re.escape(site.prefix)) if site.prefix else "",
+        max_body=f"{site.max_body // 1024}k" if site.max_body % 1024 == 0 else str(site.max_body),
+        stall=f"{site.stall}s",
+        service=f"unix:{site.socket}" if site.socket else site.authority,
+        idle=f"{site.idle}s",
+        listen=f"{site.host}:{site.port}",
+        proxy_pass=_PASS_BELOW if site.prefix else _PASS,
+        private=filled(_PRIVATE, refused=site.refused) if site.private else "",
+        upstreams="".join(upstreams),
+        rules="\n".join(blocks).rstrip("\n"),
+    )
+
+
+def _word(text: str) -> str:
+    if "$" in text:
+        raise ConfigurationError(f"{text!r}: nginx cannot have a $ that is no variable: use another name")
+    return text if re.fullmatch("[A-Za-z0-9_./:-]+", text) else quoted(text)
+
+
+NGINX = ProxyKind(
+    name="nginx",
+    title="nginx",
+    header="X-Accel-Redirect",
+    controls=("x-accel-buffering", "x-accel-charset", "x-accel-expires", "x-accel-limit-rate"),
+    targets="uri",
+    encode=percent_encoded,
+    backend=XAccelRedirect,
+    options={
+        "buffering": ProxyOption(bool, takes="true or false"),
+        "charset": ProxyOption(str, takes="a charset, such as utf-8"),
+        "expires": ProxyOption(int | Literal["off"], takes='a number of seconds, or "off"'),
+        "limit_rate": ProxyOption(int, takes="bytes per second, 0 for no limit", at_least=0),
+    },
+    fetches_urls=True,
+    hides_targets=True,
+    configuration=_configuration,
+    remedies={
+        "not obeyed": "remove `proxy_ignore_headers X-Accel-Redirect;` and `proxy_pass_header X-Accel-Redirect;` from "
+        "the location with `proxy_pass`",
+        "leaked": "`proxy_hide_header <header>;` in the location with `proxy_pass`",
+        "not found": "`location <target> { internal; alias <directory>/; }`: alias and not root, the directory as "
+        "nginx sees it, both slashes, and readable for its user",
+        "other bytes": "`alias <directory>/;` in location <target>, and no `rewrite` of what X-Accel-Redirect says",
+        "open": "`internal;` in `location <target>`, with a slash at both ends of it and at the end of alias",
+        "unreached": "`proxy_pass <service>;`",
+        "request line": "`large_client_header_buffers 4 16k;` in the server",
+        "fields": "`proxy_buffer_size 32k;` and `proxy_buffers 8 32k;` in the location with `proxy_pass`",
+        "not passed on": "`proxy_pass <service>;` in `location /`, for all paths of the service",
+        "decoded": "`proxy_pass <service>;` without a slash or path after the port, and no `rewrite`: the path goes "
+        "on as the client spelled it",
+        "header": "`add_header <header> $upstream_http_<variable> always;` in location <target>, and no other "
+        "add_header, expires or proxy_hide_header for it",
+        "streamed header": "no add_header, expires or proxy_hide_header for <header> in the location with proxy_pass",
+        "ranges": "no `max_ranges 0;` in location <target>; `gzip off;` there",
+        "streamed ranges": "no `proxy_set_header Range` or `proxy_set_header If-Range`, no proxy_cache, and `gzip "
+        "off;`",
+        "conditions": "`if_modified_since before;`, no `etag off;` and no `add_header` of ETag or Last-Modified in "
+        "location <target>",
+        "streamed conditions": "no `proxy_set_header If-None-Match` or `proxy_set_header If-Modified-Since`, and no "
+        "proxy_cache",
+        "fetched ranges": "`proxy_set_header Range ...;`, and If-Match and If-Unmodified-Since for If-Range, in "
+        "`location = <target>` as `downloadview config nginx` prints them",
+        "fetched conditions": "`proxy_set_header If-None-Match $http_if_none_match;` and `proxy_set_header "
+        "If-Modified-Since $http_if_modified_since;` in `location = <target>`, and ETag and Last-Modified not hidden",
+        "header of a store": "`proxy_hide_header <header>;` in `location = <target>`",
+        "encoded": "`gzip off;` (and no brotli or zstd) where files are sent",
+        "order": '`proxy_set_header X-Accel-Redirect "";`, likewise X-Accel-Mapping, X-Sendfile and X-Sendfile-Type',
+    },
+)
