@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from downloadview_async import ConfigurationError, __version__
+from downloadview_async import ConfigurationError, __version__, proxy_kinds
 
 try:
     import click
@@ -21,12 +21,19 @@ try:
 except ModuleNotFoundError as exc:
     sys.exit(f"downloadview: the service needs {exc.name}: install downloadview_async with its extra `server`")
 
-from downloadview_async.service.load import CONFIG, load_settings
 from downloadview_async.service.logs import one_line
-from downloadview_async.service.settings import Settings, Unavailable
 
-_DEFAULT_CONFIG = "downloadview.toml"
 _WRONG_SETTINGS = 2  # a supervisor need not try again
+
+try:
+    from downloadview_async.service.load import CONFIG, load_settings
+    from downloadview_async.service.settings import Settings, Unavailable
+except ConfigurationError as exc:  # of a proxy that an installed package adds
+    click.echo(f"downloadview: {one_line(str(exc))}", err=True)
+    sys.exit(_WRONG_SETTINGS)
+
+_CONFIGURED = [name for name, kind in proxy_kinds().items() if kind.configuration is not None]
+_DEFAULT_CONFIG = "downloadview.toml"
 _STARTUP_FAILURE = 3  # as uvicorn: another try may go better
 _LONGEST_SOCKET_PATH = 107  # bytes; Linux has room for 108, with a NUL
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -90,7 +97,7 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
 
 
 @main.command("config")
-@click.argument("proxy", type=click.Choice(["nginx", "apache", "lighttpd", "caddy", "h2o"]))
+@click.argument("proxy", type=click.Choice(_CONFIGURED))
 @click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="The address that the proxy listens on.")
 @click.option(

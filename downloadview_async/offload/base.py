@@ -61,11 +61,13 @@ async def signed(backend: OffloadBackend, file: AsyncFile, headers: Mapping[str,
 
 @dataclass(frozen=True, slots=True)
 class ProxyOption:
-    """An option of a proxy's backend, which is a key of `[offload]` in the service's settings, too.
+    """An option of a proxy's backend. In the service's settings it is a key of `[offload]`.
 
-    type: `bool`, `int`, `str`, a `Literal` of texts, or a union of them. takes: what it takes, in words.
-    default: what the backend is given where the option is not set; None, what the backend has by itself.
-    at_least: the least number that is taken. lacking: what a proxy without this option has, for messages.
+    type: `bool`, `int`, `str`, a `Literal` of strings, or a union of them.
+    takes: the values it takes, in words.
+    default: the value for the backend if the option is not set; None leaves the value to the backend.
+    at_least: the least number it takes.
+    lacking: ends the message "apache has ..." about a proxy without this option.
     """
 
     type: Any
@@ -77,29 +79,30 @@ class ProxyOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyKind:
-    """All that is known of one kind of proxy; the settings, the commands and the documentation ask for nothing else.
+    """One kind of proxy: the settings, the commands, the checks and the documentation read everything from it.
 
-    name: what the settings and commands call it: lower-case letters, digits and `_`.
+    name: its name in settings and commands: lower-case letters, digits and `_`.
     title: its name in texts.
-    header: the response header that it obeys, as it is usually spelled.
-    further_orders, controls: other headers that it obeys; orders name a file, controls say how it is sent. As soon as
-    the value is made, backends alone may set an order, and no `DownloadResponse` takes any of these headers.
-    targets: what a rule's target is: "uri", an internal URI that begins and ends with a slash; or "directory", where a
-    rule without a target has the same directory for both.
-    encode: writes a path into the header, or returns None for a path that the proxy would read as another one. The
-    header has a URI with `target` before what `encode` returns, or an absolute path.
-    backend: makes the `OffloadBackend`, from the rules, with each of `options` by its name, and with `storages` if the
-    kind fetches URLs. None: one that sends local files by `header`.
-    options: what else the backend takes.
-    fetches_urls: whether a rule's source may be a URL, whose files the proxy fetches: see `OFFLOAD_TARGET`.
-    folds_case: whether two targets that differ in case alone are one for the proxy.
-    hides_targets: whether the proxy itself answers what clients ask for below a target, so that no route may be there.
-    replaced_headers: what the service says of a file and the proxy replaces.
-    configuration: returns a whole configuration for a site, see `proxy_config`. None: there is none.
-    remedies: what mends a problem that `downloadview check` finds, by the names in `service/advice.py`. `<directory>`,
-    `<target>`, `<service>`, `<header>` and other words in angle brackets are replaced.
+    header: the response header it obeys, in its usual spelling.
+    further_orders, controls: other headers it obeys. Orders name a file, controls say how to send it. As soon as the
+    value exists, only backends may set an order, and no `DownloadResponse` accepts any of these headers.
+    targets: the kind of a rule's target: "uri", an internal URI that begins and ends with a slash, or "directory", a
+    directory as the proxy sees it, by default the source itself.
+    encode: writes a path into the header, or returns None for a path that the proxy would read as another one: that
+    file is streamed. For "uri" it gets the path below the source, and the target stands before its result; for
+    "directory" it gets an absolute path.
+    backend: makes the `OffloadBackend` from the rules, from `options` by name, and from `storages` if the proxy fetches
+    URLs. None makes one that sends local files by `header`.
+    options: the options of the backend.
+    fetches_urls: the proxy can fetch files from other servers, so the source of a rule may be a URL.
+    folds_case: the proxy takes two targets that differ only in case for the same one.
+    hides_targets: the proxy itself answers requests below a target, so no route may be there.
+    replaced_headers: headers of the service that the proxy replaces when it sends a file.
+    configuration: returns a whole configuration for a site, see `proxy_config`. None: there is no template.
+    remedies: the advice of `downloadview check` by problem, under the names in `service/advice.py`. Words in angle
+    brackets, such as `<directory>`, `<target>`, `<service>` and `<header>`, are replaced.
 
-    Raises `ConfigurationError` for a name, a header or an option that the settings could not have.
+    Raises `ConfigurationError` for a name, an option or a header that the settings or a response could not have.
     """
 
     name: str
@@ -138,7 +141,7 @@ class ProxyKind:
     def make_backend(
         self, rules: Iterable[Rule], *, storages: Iterable[ObjectStorage] = (), **options: Any
     ) -> OffloadBackend:
-        """Return a backend for some rules; an option that is not given, or None, has its default.
+        """Return a backend for some rules. An option that is missing or None has its default.
 
         Raises `ConfigurationError`.
         """

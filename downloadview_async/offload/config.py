@@ -68,7 +68,7 @@ def proxy_config(
     if private and not (_PRIVATE.fullmatch(private) and all(map(_PUBLIC.fullmatch, public))):
         raise ConfigurationError(f"{private!r} with {public!r}: write a private path as /-/, and public ones as livez")
     rules, storages = tuple(rules), tuple(storages)
-    kind.make_backend(rules, storages=storages)  # which refuses what it would not take
+    kind.make_backend(rules, storages=storages)  # raises for rules that the backend would not take
     site = ProxySite(
         rules=tuple(rule for rule in rules if rule.source.startswith("/")),
         remotes=_remotes((rule for rule in rules if not rule.source.startswith("/")), storages),

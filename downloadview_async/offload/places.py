@@ -49,13 +49,12 @@ def plain(path: str) -> str | None:
 
 
 class LocalFiles:
-    """Local files by one header: the backend for a kind of proxy that needs nothing else.
+    """Sends local files by one header: the backend of a proxy that needs nothing else.
 
     rules: their sources are directories. Their targets are internal URIs that begin and end with a slash, or
     directories as the proxy sees them: see `targets`.
-    title: what messages call the proxy. header: what it obeys. encode: how it reads a path in the header; for a URI
-    that is what comes behind the target.
-    hint: what else a message says of a source that is not a directory.
+    title, hint: the name of the proxy in messages, and the end of the message about a source that is not a directory.
+    header, targets, encode: as in `ProxyKind`.
 
     Raises `ConfigurationError` for another source or target.
     """

@@ -12,13 +12,14 @@ import anyio
 import httpx2
 from starlette.applications import Starlette
 
-from downloadview_async import ConfigurationError, __version__
+from downloadview_async import ConfigurationError, __version__, proxy_kinds
 
 PIECE = 64 << 10
 MOST = 3 * PIECE
 """Bytes that are read of one answer."""
 
-_ORDER = re.compile("x-(?:accel-.+|sendfile.*|lighttpd-send-file|litespeed-location|reproxy-url|offload-target)")
+_OBEYED = [name for kind in proxy_kinds().values() for name in kind.headers]
+_ORDER = re.compile("|".join(["x-accel-.+", "x-sendfile.*", "x-offload-target", *_OBEYED]))
 
 
 class NoAnswerError(Exception):

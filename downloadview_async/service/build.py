@@ -34,12 +34,9 @@ from downloadview_async import (
     Storage,
     StorageSource,
     VirtualSource,
-    XAccelRedirect,
-    XLiteSpeedLocation,
-    XReproxyURL,
-    XSendfile,
     add_content_types,
     download_error,
+    proxy_kinds,
     storage_from_url,
 )
 from downloadview_async.service.ending import EndsInTime, ignore_hangup
@@ -49,7 +46,6 @@ from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
 from downloadview_async.service.pages import IndexPage
 from downloadview_async.service.settings import (
     ObjectSettings,
-    OffloadSettings,
     PathSettings,
     RemoteSettings,
     Settings,
@@ -58,6 +54,7 @@ from downloadview_async.service.settings import (
     bytes_of,
     cache_of,
     directory_of,
+    options_of,
     rules_of,
     seconds_of,
     source_of_files,
@@ -328,27 +325,7 @@ def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBacken
     if offload.backend is None:
         return None
     with settings.blaming("offload"):
-        rules = rules_of(settings)
-        match offload.backend:
-            case "nginx" | "caddy":  # the settings let Caddy have none of nginx's options
-                return XAccelRedirect(
-                    rules,
-                    storages=storages,
-                    buffering=offload.buffering,
-                    charset=offload.charset,
-                    expires=offload.expires,
-                    limit_rate=offload.limit_rate,
-                )
-            case "h2o":
-                return XReproxyURL(rules)
-            case "litespeed":
-                return XLiteSpeedLocation(rules)
-        return XSendfile(rules, encoding=offload.encoding or _encoding_of(offload))
-
-
-def _encoding_of(offload: OffloadSettings) -> Any:
-    # Apache's mod_xsendfile before 1.0 takes the bytes as they are, lighttpd decodes them
-    return "raw" if offload.backend == "apache" else "percent"
+        return proxy_kinds()[offload.backend].make_backend(rules_of(settings), storages=storages, **options_of(offload))
 
 
 def _place_of(settings: Settings, name: str, source: Source) -> str:

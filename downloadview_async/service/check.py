@@ -399,11 +399,12 @@ class _Run:
             came = f"not checked: the proxy does not pass {LIVEZ} on"
             yield Line(result="skip", step=step, route="", asked="the longest names", came=came)
             return
-        size = _LONGEST_NAME if self.site.settings.offload.backend == "apache" else 3 * _LONGEST_NAME
         target = f"{LIVEZ}?{'a' * (_LONGEST_TARGET - len(LIVEZ) - 1)}"
         probes = [(target, f"a request target of {_LONGEST_TARGET} bytes", "request line")]
-        if self.site.settings.offload.backend is not None:
-            size += _OTHER_FIELDS
+        size = 0
+        if (kind := self.site.kind) is not None:
+            longest = kind.encode("\udcff" * _LONGEST_NAME)  # bytes that are not UTF-8
+            size = (3 * _LONGEST_NAME if longest is None else len(longest)) + _OTHER_FIELDS
             probes.append((f"{LIVEZ}?header={size}", f"an answer with header fields of {size} bytes", "fields"))
         for target, asked, problem in probes:
             result: Result = "pass"
@@ -424,7 +425,7 @@ class _Run:
         source, location = rule.source.rstrip("/"), "" if file is None else file.file.location or ""
         rest = quote(location.removeprefix(f"{source}/")) if location.startswith(f"{source}/") else ""
         name = quote(source.rpartition("/")[2])
-        if self.site.settings.offload.backend in ("apache", "lighttpd"):
+        if self.site.kind is not None and self.site.kind.targets == "directory":
             return [f"{quote(source)}/{rest}", f"/{name}/{rest}", f"/{rest}"] if rest else []
         target = rule.target or ""
         return [

@@ -17,8 +17,9 @@ from urllib.parse import quote, unquote, urlsplit
 import msgspec
 from msgspec import Meta, Struct
 
-from downloadview_async import ConfigurationError
+from downloadview_async import ConfigurationError, ProxyKind, proxy_kinds
 from downloadview_async.service.settings import (
+    PROXY_OPTIONS,
     CacheSettings,
     ContentTypes,
     ObjectSettings,
@@ -37,6 +38,7 @@ from downloadview_async.service.settings import (
     cache_of,
     configuration_error,
     directory_of,
+    options_of,
     seconds_of,
     source_of_files,
 )
@@ -65,9 +67,6 @@ _MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_p
 _COMMAND_LINE = "the command line"
 _OBJECT_STORE = re.compile("(?:s3|gs|az)://")
 _SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
-_BY_URI = ("nginx", "caddy", "h2o", "litespeed")  # backends whose rules need a target: an internal URI
-_FETCHING = ("nginx", "caddy")  # backends that send the files of a URL, too
-_NGINX_OPTIONS = ("buffering", "charset", "expires", "limit_rate")
 
 
 def load_settings(
@@ -382,7 +381,8 @@ class _Draft:
             if settings.offload.backend is None:
                 raise self.error(key, "there is no proxy to send: set offload.backend, or choose stream")
             places = _places_of(source)
-            if settings.offload.backend not in _FETCHING and any("://" in place for place in places):
+            fetches = proxy_kinds()[settings.offload.backend].fetches_urls
+            if not fetches and any("://" in place for place in places):
                 raise self.error(
                     key,
                     f"{settings.offload.backend} sends local files, and those of {name!r} are elsewhere: add "
@@ -402,6 +402,7 @@ class _Draft:
 
     def _offload(self, offload: OffloadSettings, sources: Mapping[str, SourceSettings]) -> OffloadSettings:
         rules = []
+        kind = None if offload.backend is None else proxy_kinds()[offload.backend]
         places = [place for source in sources.values() for place in _places_of(source)]
         for index, rule in enumerate(offload.rules):
             key = f"offload.rules[{index}]"
@@ -412,31 +413,32 @@ class _Draft:
                     f"no source lives under {source!r}: give a directory or URL that one of them serves "
                     f"({', '.join(dict.fromkeys(places)) or 'there is none'}), or remove the rule",
                 )
-            if rule.target is None and offload.backend in _BY_URI:
-                raise self.error(
-                    f"{key}.target", f"missing: {offload.backend} needs an internal location, such as /_files/"
-                )
+            if rule.target is None and kind is not None and kind.targets == "uri":
+                raise self.error(f"{key}.target", f"missing: {kind.name} needs an internal location, such as /_files/")
             rules.append(RuleSettings(source=source, target=rule.target))
-        for name in _NGINX_OPTIONS:
-            if getattr(offload, name) is not None and offload.backend not in (None, "nginx"):
-                raise self.error(f"offload.{name}", f"{offload.backend} has no such option: remove it")
-        if offload.encoding is not None and offload.backend in _BY_URI:
-            raise self.error("offload.encoding", f"{offload.backend} has no choice of encodings: remove it")
-        if offload.backend == "caddy":
-            self._check_targets_of_caddy(rules)
-        if offload.backend is not None and not rules:
+        if kind is not None:
+            self._check_options(kind, options_of(offload))
+            if kind.folds_case:
+                self._check_folded_targets(kind, rules)
+        if kind is not None and not rules:
             raise self.error("offload.rules", "a backend without a rule sends nothing: add one, or remove the backend")
         return msgspec.structs.replace(offload, rules=rules)
 
-    def _check_targets_of_caddy(self, rules: Sequence[RuleSettings]) -> None:
-        """Refuse targets that are one for Caddy, which compares them without regard to case."""
+    def _check_options(self, kind: ProxyKind, given: Iterable[str]) -> None:
+        for name in given:
+            if name not in kind.options:
+                raise self.error(f"offload.{name}", f"{kind.name} has {PROXY_OPTIONS[name].lacking}: remove it")
+
+    def _check_folded_targets(self, kind: ProxyKind, rules: Sequence[RuleSettings]) -> None:
+        """Refuse targets that differ only in case."""
         first: dict[str, str] = {}
         for index, rule in enumerate(rules):
             target = rule.target or ""
             if first.setdefault(target.lower(), target) != target:
                 raise self.error(
                     f"offload.rules[{index}].target",
-                    f"{target!r} is {first[target.lower()]!r} for Caddy, which has no regard to case: choose another",
+                    f"{target!r} is {first[target.lower()]!r} for {kind.title}, which has no regard to case: choose "
+                    "another",
                 )
 
 

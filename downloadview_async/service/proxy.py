@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from downloadview_async import ObjectStorage, proxy_config
+from downloadview_async import ObjectStorage, proxy_config, proxy_kinds
 from downloadview_async.service.health import PRIVATE, PUBLIC
 from downloadview_async.service.settings import Settings, StorageSettings, rules_of
 
@@ -63,7 +63,7 @@ def _check_proxy(proxy: str, settings: Settings) -> None:
             f"this is {offload.backend!r}, which {proxy} does not understand: set it to {proxy!r}, here or by "
             f"{variable}={proxy}, for the service too",
         )
-    if proxy in ("nginx", "h2o"):
+    if proxy_kinds()[proxy].hides_targets:
         for index, route in enumerate(settings.routes):
             for rule in offload.rules:
                 if rule.target and f"{settings.server.root_path}{route.path}".startswith(rule.target):

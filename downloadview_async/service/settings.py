@@ -1,16 +1,17 @@
 """What can be set, as types. A field's description says what it takes, and is what a wrong value is answered with."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
+import msgspec
 from msgspec import Meta, Struct
 
-from downloadview_async import ConfigurationError, Rule
+from downloadview_async import ConfigurationError, ProxyOption, Rule, proxy_kinds
 
 _YEAR = 365 * 86_400
 _LONGEST_AGE = 100 * _YEAR
@@ -18,6 +19,11 @@ _MOST_BYTES = 2**63 - 1
 
 _Seconds = Annotated[float, Meta(gt=0, le=_YEAR)]
 _Count = Annotated[int, Meta(ge=1)]
+
+
+def _choice(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
 
 class Unavailable(ConfigurationError):
@@ -242,22 +248,35 @@ class RuleSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     ) = None
 
 
-class OffloadSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[offload]`: the proxy that sends files for us, if there is one."""
+PROXY_OPTIONS: dict[str, ProxyOption] = {
+    name: option for kind in proxy_kinds().values() for name, option in kind.options.items()
+}
+"""The keys of `[offload]` that some backend takes."""
 
-    backend: (
-        Annotated[
-            Literal["nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed"],
-            Meta(description="nginx, apache, lighttpd, caddy, h2o or litespeed"),
-        ]
-        | None
-    ) = None
+if TYPE_CHECKING:
+    _Backend = str
+else:
+    _Backend = Literal[tuple(proxy_kinds())]
+
+
+class _OffloadSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    backend: Annotated[_Backend, Meta(description=_choice(proxy_kinds()))] | None = None
     rules: Annotated[list[RuleSettings], Meta(description="[[offload.rules]] tables")] = []
-    buffering: Annotated[bool, Meta(description="true or false")] | None = None
-    charset: Annotated[str, Meta(description="a charset, such as utf-8")] | None = None
-    expires: Annotated[int | Literal["off"], Meta(description='a number of seconds, or "off"')] | None = None
-    limit_rate: Annotated[int, Meta(ge=0, description="bytes per second, 0 for no limit")] | None = None
-    encoding: Annotated[Literal["raw", "percent"], Meta(description="raw or percent")] | None = None
+
+
+_WithOptions: Any = msgspec.defstruct(
+    "_WithOptions",
+    [
+        (name, Annotated[option.type, Meta(ge=option.at_least, description=option.takes)] | None, None)
+        for name, option in PROXY_OPTIONS.items()
+    ],
+    bases=(_OffloadSettings,),
+    kw_only=True,
+)
+
+
+class OffloadSettings(_WithOptions):  # type: ignore[misc]  # its options are those of the installed proxies
+    """`[offload]`: the proxy that sends files for us, if there is one, and the options of its backend."""
 
 
 ContentTypes = Annotated[
@@ -358,6 +377,11 @@ def directory_of(source: SourceSettings) -> str | None:
 def rules_of(settings: "Settings") -> list[Rule]:
     """Return the rules for the proxy; a directory without a target is the same for both."""
     return [Rule(rule.source, rule.target or rule.source) for rule in settings.offload.rules]
+
+
+def options_of(offload: OffloadSettings) -> dict[str, Any]:
+    """Return the options of the backend that are set."""
+    return {name: value for name in PROXY_OPTIONS if (value := getattr(offload, name)) is not None}
 
 
 def source_of_files(name: str, sources: Mapping[str, SourceSettings]) -> tuple[str, SourceSettings]:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from starlette.applications import Starlette
 from starlette.routing import Match, Route
 
-from downloadview_async import AsyncFile, Download, FileMetadata, FileMissing
+from downloadview_async import AsyncFile, Download, FileMetadata, FileMissing, ProxyKind, proxy_kinds
 from downloadview_async.service.advice import advice
 from downloadview_async.service.asking import Answer, Peer
 from downloadview_async.service.samples import Content
@@ -38,8 +38,6 @@ SAID = (
     "Content-Language",
 )
 """What the application says of a file and every sender has to keep."""
-
-_KINDS = ("nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +119,15 @@ class Site:
     narrow: set[str] = field(default_factory=set)
     """What the proxy has too little room for: "request line", "fields"."""
 
+    @property
+    def kind(self) -> ProxyKind | None:
+        """The kind of proxy that the settings are for, or None."""
+        return proxy_kinds().get(self.settings.offload.backend or "")
+
     def see(self, answer: Answer) -> None:
         """Note who says to have sent an answer."""
         said = f"{answer.get('server')} {answer.get('via')}".lower()
-        self.seen.update(kind for kind in _KINDS if kind in said)
+        self.seen.update(name for name in proxy_kinds() if name in said)
 
     def route_of(self, target: str) -> tuple[Route | None, str]:
         """Return the route that answers a path, and the key that it asks its source for."""

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
 from urllib.parse import quote, urlsplit
 
+from downloadview_async import proxy_kinds
+from downloadview_async.service.advice import SOCKET, remedies_of
 from downloadview_async.service.asking import Answer, ClosedError, NoAnswerError, Peer, UnknownHostError, follow
 from downloadview_async.service.samples import closed_to_others
 from downloadview_async.service.settings import PathSettings, StorageSettings, cache_of
@@ -27,13 +29,12 @@ _PART = 1024  # bytes of a range that is asked for
 _ONCE = ("accept-ranges", "content-length", "date", "etag", "last-modified", "server")
 _STALE = '"downloadview-check"'
 _OF_BOTH = ("etag", "last-modified", "content-length", "accept-ranges", *(name.lower() for name in SAID))
-_ORDERS_OF_A_CLIENT = {
-    "X-Accel-Mapping": "/=/",
-    "X-Accel-Redirect": "/etc/passwd",
-    "X-Reproxy-URL": "/etc/passwd",
-    "X-Sendfile": "/etc/passwd",
-    "X-Sendfile-Type": "X-Accel-Redirect",
-}
+_ORDERS_OF_A_CLIENT = dict(
+    sorted(
+        {kind.header: "/etc/passwd" for kind in proxy_kinds().values() if kind.configuration is not None}.items()
+        | {"X-Accel-Mapping": "/=/", "X-Sendfile-Type": "X-Accel-Redirect"}.items()
+    )
+)
 _OF_A_STORE = re.compile("x-amz-(?!cf-)|x-goog-|x-ms-|seaweed-")  # x-amz-cf- is CloudFront, which is a proxy
 _UNREACHED = (502, 503, 504)
 
@@ -181,8 +182,8 @@ class Together:
             if not file.offloaded and (file.alone is not None or not whole.get(name))
         ]
         changed = [name for name in (*SAID, *validators) if whole.get(name) != said.get(name)]
-        if file.offloaded and self.site.settings.offload.backend == "h2o":
-            changed = [name for name in changed if name != "Content-Type"]  # H2O goes by the name of the file
+        if file.offloaded and self.site.kind is not None:
+            changed = [name for name in changed if name not in self.site.kind.replaced_headers]
         if (said.get("content-security-policy") or "") in (whole.get("content-security-policy") or ""):
             changed = [name for name in changed if name != "Content-Security-Policy"]  # a stricter one is no loss
         # what came, which advice, and for which header
@@ -364,8 +365,8 @@ class Together:
 
     def _why(self, problem: str, file: File, answer: Answer) -> str:
         """Return what mends an answer that is not the right one, for a file that has come to a plain GET."""
-        if self.site.settings.offload.backend == "h2o" and file.offloaded and answer.status in (404, 502):
-            return self.site.advice("socket", None)
+        if SOCKET in remedies_of(self.site.settings.offload.backend) and file.offloaded and answer.status in (404, 502):
+            return self.site.advice(SOCKET, None)
         if answer.status not in _UNREACHED:
             return self._lost(problem, file)
         if self.site.is_fetched(file):

@@ -21,9 +21,9 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from downloadview_async import ConfigurationError, MemoryStorage, StorageSource
+from downloadview_async import ConfigurationError, MemoryStorage, StorageSource, proxy_kinds
 from downloadview_async.http.fields import OFFLOAD_HEADERS
-from downloadview_async.service.advice import _ADVICE, advice
+from downloadview_async.service.advice import PROBLEMS, SOCKET, advice
 from downloadview_async.service.asking import MOST, PIECE, Answer, NoAnswerError, Peer
 from downloadview_async.service.build import build
 from downloadview_async.service.check import Line, check
@@ -45,7 +45,7 @@ source = "files"
 NGINX = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
 Headers = dict[str, str]
 Spoil = Callable[[Scope, int, Headers, bytes], tuple[int, Headers, bytes]]
-BACKENDS = ["nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed"]
+BACKENDS = list(proxy_kinds())
 
 
 @pytest.fixture
@@ -79,12 +79,17 @@ def failures(lines: list[Line]) -> list[Line]:
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-@pytest.mark.parametrize("problem", _ADVICE)
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_there_is_advice_for_every_proxy_and_nothing_left_open_in_it(problem: str, backend: str | None) -> None:
     facts = ("directory", "target", "service", "header", "variable", "path", "mode", "name")
     said = advice(problem, backend, **{name: name.upper() for name in facts})
     assert said
     assert not re.search("<[a-z]+>", said)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_remedy_is_for_a_problem_that_there_is(backend: str) -> None:
+    assert set(proxy_kinds()[backend].remedies) <= {*PROBLEMS, SOCKET}
 
 
 def test_an_order_is_what_no_client_should_see() -> None:

@@ -1,4 +1,4 @@
-"""Which kinds of proxies there are: a value for each in this package, and those that installed packages add."""
+"""The registry of proxies: one value for each module of this package, and those that installed packages add."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +15,7 @@ from downloadview_async.offload.proxies.litespeed import LITESPEED
 from downloadview_async.offload.proxies.nginx import NGINX
 
 GROUP = "downloadview_async.proxies"
-"""The entry points by which a package adds a `ProxyKind`: the service, its commands and its workers all see it."""
+"""The group of entry points by which a package adds a `ProxyKind` to the service, its commands and its workers."""
 
 _OURS = (NGINX, APACHE, LIGHTTPD, CADDY, H2O, LITESPEED)
 
@@ -29,14 +29,14 @@ def proxy_kinds() -> Mapping[str, ProxyKind]:
     Raises `ConfigurationError` for an entry point that cannot be loaded or names something else, and for two kinds with
     one name, or with different options of one name.
     """
-    from importlib.metadata import entry_points  # here: it takes time, and an application asks for no kinds
+    from importlib.metadata import entry_points  # an application that only makes a backend does not need it
 
     kinds = {kind.name: kind for kind in _OURS}
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         origin = f"the entry point {point.name} = {point.value} of {GROUP}"
         try:
             kind = point.load()
-        except Exception as exc:  # whatever the module does when it is imported
+        except Exception as exc:  # importing the module may raise anything
             raise ConfigurationError(f"{origin} cannot be loaded ({type(exc).__name__}: {exc}): correct it") from exc
         if not isinstance(kind, ProxyKind):
             raise ConfigurationError(f"{origin} is not a ProxyKind: name one")

@@ -102,7 +102,7 @@ H2O = ProxyKind(
     encode=percent_encoded,
     backend=XReproxyURL,
     hides_targets=True,
-    replaced_headers=("Content-Type",),
+    replaced_headers=("Content-Type",),  # it goes by the name of the file
     configuration=_configuration,
     remedies={
         "not obeyed": "`reproxy: ON` in the host",
