@@ -65,7 +65,7 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
 
 def file_of(text: str) -> str | None:
     """Return the file that a block is part of, by its first line: "# project/urls.py". None: it is run by itself."""
-    match = re.match(r"# ([\w/]+\.py)\n", text)
+    match = re.match(r"# ([\w/]+\.(?:py|toml))\n", text)
     return None if match is None else match[1]
 
 
@@ -107,6 +107,8 @@ def test_the_applications_of_the_readme_send_files(tmp_path: Path, monkeypatch: 
 @pages_with("toml")
 def test_settings_load(page: Path, tmp_path: Path) -> None:
     for number, (_, text) in enumerate(blocks(page, "toml")):
+        if file_of(text) is not None:
+            continue  # part of a project, which a test of its own makes
         file = tmp_path / f"{number}.toml"
         file.write_text(text)
         loaded = load_settings(file, environ={})
@@ -225,6 +227,36 @@ def test_the_reference_has_every_setting_as_it_is(struct: type[msgspec.Struct]) 
             shown = "`" + (str(default).lower() if isinstance(default, bool) else repr(default).replace("'", '"')) + "`"
         row = f"| `{setting.name}` | {takes} | {shown} |"
         assert row in page, f"the reference lacks this row: {row}"
+
+
+def test_the_reference_says_which_proxy_takes_which_option() -> None:
+    page = (DOCS / "configuration.md").read_text()
+    kinds = downloadview_async.proxy_kinds().values()
+    for name in service_settings.PROXY_OPTIONS:
+        takers = [
+            kind.title + (f" (`{default}` unless set)" if (default := kind.options[name].default) else "")
+            for kind in kinds
+            if name in kind.options
+        ]
+        assert f"| `{name}` | {', '.join(takers)} |" in page
+
+
+def test_the_table_of_differences_has_every_proxy_as_it_is() -> None:
+    page = (DOCS / "proxies.md").read_text().partition("## What their answers differ in")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    cells = {row[0]: row[1:] for row in rows}
+    kinds = [kind for kind in downloadview_async.proxy_kinds().values() if kind.configuration is not None]
+    assert cells[""] == [kind.title for kind in kinds]
+    assert cells["the header"] == [kind.header for kind in kinds]
+    assert [cell.startswith("percent-encoded") for cell in cells["the value is"]] == [
+        kind.encode("%") == "%25" for kind in kinds
+    ]
+    assert [cell == "a directory" for cell in cells["the target of a rule"]] == [
+        kind.targets == "directory" for kind in kinds
+    ]
+    assert [cell == "by the name on the disk" for cell in cells["Content-Type"]] == [
+        "Content-Type" in kind.replaced_headers for kind in kinds
+    ]
 
 
 def test_every_dependency_is_explained_with_its_licence() -> None:

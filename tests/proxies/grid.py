@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from downloadview_async import proxy_kinds
+
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = ["docs/proxies.md", "README.md"]
 BEGIN = "<!-- the grid: made by python -m tests.proxies.grid -->"
@@ -21,19 +23,17 @@ ROWS = {
     "remote": "remote: another HTTP server",
     "virtual": "virtual: generated",
 }
+KINDS = {name: kind for name, kind in proxy_kinds().items() if kind.configuration is not None}
+"""The proxies that can be started, and so are in the grid."""
+
 COLUMNS = {
-    "nginx": "nginx",
-    "apache": "Apache",
-    "lighttpd": "lighttpd",
-    "caddy": "Caddy",
-    "h2o": "H2O",
+    **{name: kind.title for name, kind in KINDS.items()},
     "redirect": "presigned URL",
     "none": "no proxy",
 }
 LOCAL = ["path", "storage", "object"]
 LAKE = ["lake", "lake-object"]
 FAR = [*LAKE, "remote", "virtual"]
-PROXIES = ["nginx", "apache", "lighttpd", "caddy", "h2o"]
 
 PROXY, FETCH, CACHE, REDIRECT = "proxy", "fetch", "cache", "redirect"
 ZERO_COPY, RANGES, ONCE = "zero-copy", "ranges", "once-cached"
@@ -65,13 +65,12 @@ class Cell:
 
 def _cells() -> Iterator[Cell]:
     for row in LOCAL:
-        yield from (Cell(row, proxy, PROXY) for proxy in PROXIES)
+        yield from (Cell(row, proxy, PROXY) for proxy in KINDS)
         yield Cell(row, "none", ZERO_COPY)
     for row in [*LAKE, "remote"]:
-        # H2O breaks what it fetches off for slow clients: docs/howto/h2o.md
-        yield from (Cell(row, proxy, FETCH) for proxy in ["nginx", "caddy"])
+        yield from (Cell(row, proxy, FETCH) for proxy, kind in KINDS.items() if kind.fetches_urls)
     for row in FAR:
-        yield from (Cell(row, proxy, CACHE) for proxy in PROXIES)
+        yield from (Cell(row, proxy, CACHE) for proxy in KINDS)
     yield from (Cell(row, "redirect", REDIRECT) for row in LAKE)
     yield from (Cell(row, "none", RANGES) for row in [*LAKE, "remote"])
     yield Cell("virtual", "none", ONCE)

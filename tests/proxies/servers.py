@@ -24,18 +24,21 @@ _DEADLINE = 20.0  # seconds in which a server has to listen, or to end
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of proxy: its configuration, how it is started, and the backend that speaks its language."""
+    """One kind of proxy: where its configuration in `deploy/` is, and how it is started."""
 
     name: str
     config: str
     command: Callable[[Path, Path], list[str]]
     """From the checkout's directory and the configuration."""
-    backend: Callable[[Path], dv.OffloadBackend]
-    """From the directory with the files."""
     check: Callable[[list[str]], list[str]]
     """The command that looks a configuration over, from the one that starts the proxy with it."""
     scratch: Mapping[str, str] = field(default_factory=dict)
     """What of the configuration names a place in /tmp, and the name of its own that a test gives it."""
+
+    def backend(self, files: Path) -> dv.OffloadBackend:
+        """Return the backend for a directory with files."""
+        kind = dv.proxy_kinds()[self.name]
+        return kind.make_backend([dv.Rule(str(files), "/_files/" if kind.targets == "uri" else str(files))])
 
     def moved(self, text: str, run: Path) -> str:
         """Return a configuration with the directory `run` in place of /tmp."""
@@ -93,7 +96,6 @@ KINDS = {
         "nginx",
         "nginx/nginx.conf",
         _nginx,
-        lambda files: dv.XAccelRedirect([dv.Rule(str(files), "/_files/")]),
         lambda command: [*command, "-t"],
         {"/tmp/downloadview-nginx": "{run}/nginx"},
     ),
@@ -101,21 +103,18 @@ KINDS = {
         "apache",
         "apache/httpd.conf",
         _apache,
-        lambda files: dv.XSendfile([dv.Rule(str(files), str(files))], encoding="raw"),
         lambda command: [*command, "-t"],
     ),
     "lighttpd": Kind(
         "lighttpd",
         "lighttpd/lighttpd.conf",
         _lighttpd,
-        lambda files: dv.XSendfile([dv.Rule(str(files), str(files))], encoding="percent"),
         lambda command: [command[0], "-tt", *command[2:]],
     ),
     "caddy": Kind(
         "caddy",
         "caddy/Caddyfile",
         _caddy,
-        lambda files: dv.XAccelRedirect([dv.Rule(str(files), "/_files/")]),
         lambda command: [command[0], "validate", *command[2:]],
         {"/tmp/downloadview-caddy": "{run}/caddy"},
     ),
@@ -123,7 +122,6 @@ KINDS = {
         "h2o",
         "h2o/h2o.conf",
         _h2o,
-        lambda files: dv.XReproxyURL([dv.Rule(str(files), "/_files/")]),
         lambda command: [*command, "-t"],
         # as the configuration's notes have it
         {"/tmp/downloadview-h2o.sock": "{run}/h2o.sock"}
