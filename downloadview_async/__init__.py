@@ -27,7 +27,8 @@ from downloadview_async.offload.proxies import proxy_kinds
 from downloadview_async.offload.render import ProxySite
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
-from downloadview_async.sources.cache.source import Cache, CacheCounters, CachedSource
+from downloadview_async.sources.cache.index import Cache, CacheCounters
+from downloadview_async.sources.cache.source import CachedSource
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.object import ObjectFile, ObjectSource
 from downloadview_async.sources.object_store import ObjectStorage

@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async import Cache, CachedSource, ConfigurationError, Download, ETag, RemoteSource, VirtualFile
+from downloadview_async.sources.cache import index
 from downloadview_async.sources.cache import source as cached
 from downloadview_async.sources.cache.directory import CacheDirectory
 from downloadview_async.sources.cache.entry import key_hash
@@ -281,10 +282,10 @@ async def test_few_go_on_without_anybody_who_waits(origin: Origin, served: Serve
     origin.held_from = 1_000_000
     for number in range(10):
         assert (await served.get(f"/{number}", Range="bytes=0-0")).body == BIG[:1]
-    await origin.has_open(cached._MAX_UNATTENDED)
+    await origin.has_open(index._MAX_UNATTENDED)
     origin.gate.set()
     await served.settled()
-    assert len(served.data()) == cached._MAX_UNATTENDED
+    assert len(served.data()) == index._MAX_UNATTENDED
 
 
 async def test_closing_ends_what_is_fetched(origin: Origin, tmp_path: Path) -> None:

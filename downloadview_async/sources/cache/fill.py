@@ -1,0 +1,383 @@
+"""`Fill`: one fetch of a file into the cache, single-flight, that everybody who wants the file reads from meanwhile."""
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import anyio
+
+from downloadview_async.errors import (
+    DownloadError,
+    FileMissing,
+    SourceUnavailable,
+    TransferAborted,
+)
+from downloadview_async.http.conditional import failed_precondition
+from downloadview_async.http.log_text import escaped, shown
+from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.http.upstream import Received
+from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.cache.directory import Part
+from downloadview_async.sources.cache.entry import Entry, data_name, is_describable
+from downloadview_async.sources.cache.freshness import asking_for_news, is_current, max_age_of, updated
+from downloadview_async.sources.cache.spool import Arriving, ArrivingFile
+from downloadview_async.sources.virtual import VirtualFile
+
+if TYPE_CHECKING:
+    from downloadview_async.sources.cache.index import Cache, Kept
+
+logger = logging.getLogger("downloadview_async")
+
+
+class Fill:
+    """One file on its way into the cache, by a task of its own.
+
+    It ends when the last client breaks off; but once a client has been given all that it asked for, the file is
+    fetched to its end, unless too many others are.
+    """
+
+    def __init__(
+        self,
+        cache: "Cache",
+        source: str,
+        key: str,
+        inner: AsyncFile,
+        stale: Entry | None,
+        before: "Fill | None" = None,
+    ) -> None:
+        self.source = source
+        self.key = key
+        self.loop = asyncio.get_running_loop()
+        self.arriving = Arriving()
+        self.result: Kept | None = None
+        self.is_kept = False
+        """Whether it will be in the cache, as far as is known."""
+        self.task: asyncio.Task[None]
+        self._cache = cache
+        self._inner = inner
+        self._stale = stale
+        self.is_for_one = False
+        """Whether the answer is for the first who asked alone: it is not for a cache, so not for others either."""
+        self._before = before
+        """Another one of the same file that arrives, of which the source is asked whether it is current."""
+        self._same: Fill | None = None
+        """That one, once the source has said so."""
+        self._described_as: FileMetadata | None = None
+        """What the source has answered."""
+        self._entry: Entry | None = None
+        """What is known of the file that arrives, from when the source has described it."""
+        self._fresh_until = math.inf
+        self._clients = 0
+        self._is_given = False
+        self._is_wanted = False
+        self._scope = anyio.CancelScope()
+        self._settled = anyio.Event()
+
+    def start(self) -> None:
+        """Begin."""
+        self.task = asyncio.create_task(self._run())
+
+    def stop(self) -> None:
+        """Let the task end soon, and nobody join."""
+        self._cache.withdraw(self)
+        self.arriving.fail(SourceUnavailable("the fetch was ended"))
+        self._scope.cancel()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether a client that asks now may have what the source has answered, or will answer.
+
+        What is made here is being made: it is not old before it is complete.
+        """
+        return time.monotonic() < self._fresh_until
+
+    @property
+    def arrives(self) -> "Fill | None":
+        """The one whose version arrives, for others to join: this, or the one that the source has confirmed."""
+        if self._same is not None:
+            return self._same
+        is_joinable = self.is_kept and self._entry is not None and self.arriving.failure is None
+        return self if is_joinable and not self._settled.is_set() else None
+
+    @property
+    def is_unattended(self) -> bool:
+        """Whether it goes on though nobody waits for it."""
+        return not self._clients and not self._settled.is_set()
+
+    async def settled(self) -> None:
+        """Wait until it has ended, or turns out not to be kept. Raises what it failed of."""
+        while not self._settled.is_set() and self.arriving.is_on_disk:
+            await self.arriving.wait()
+        if self.arriving.failure is not None:
+            raise self.arriving.failure_again()
+        if self.result is None:
+            self._cache.withdraw(self)
+            self._cache.refuse(self.source, self.key)
+
+    @asynccontextmanager
+    async def joined(self) -> AsyncIterator[tuple["Fill", ArrivingFile | None]]:
+        """Give the fetch that has the file, and the file as it arrives; or None if the one that is kept is current."""
+        arriving, joined_at = self.arriving, time.time()
+        async with self._attended() as attendance:
+            if self._before is not None:
+                await attendance.enter_async_context(self._before._attended())  # noqa: SLF001
+            while arriving.metadata is None and arriving.failure is None and not self._settled.is_set():
+                await arriving.wait()
+            if arriving.failure is not None:
+                raise arriving.failure_again()
+            if self._same is not None:
+                yield await attendance.enter_async_context(self._same.joined())
+                return
+            if arriving.metadata is None or (self._settled.is_set() and self.is_kept):
+                yield self, None
+                return
+            if self.is_for_one and self._is_given:
+                yield self, None
+                return
+            self._is_given = True
+            file = await attendance.enter_async_context(self._reading())
+            if self._entry is not None and (self._entry.validated < joined_at or self._entry.age >= 1):
+                file.made_at = self._entry.made_at
+            yield self, file
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[ArrivingFile]:
+        again = None if isinstance(self._inner, VirtualFile) else self._again
+        described = self._described_as
+        file = self.arriving.open(again=again, max_reads=_max_reads(described) if described is not None else MAX_READS)
+        try:
+            yield file
+        finally:
+            self._is_wanted = self._is_wanted or file.is_satisfied
+            with anyio.CancelScope(shield=True):
+                await file.aclose()
+
+    async def _again(self, span: ByteRange) -> AsyncGenerator[bytes, None]:
+        """Yield a span of the version that arrives, by another read of the source."""
+        async with self._inner.open(DownloadRequest(range=f"bytes={span.start}-{span.stop - 1}")) as opened:
+            if self._described_as is None or not _is_same_version(opened.metadata, self._described_as):
+                raise TransferAborted(f"{self._inner.name!r} is not known to be the same version by now")
+            async with _closing(opened.stream(span)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    @asynccontextmanager
+    async def _attended(self) -> AsyncIterator[AsyncExitStack]:
+        """Have one more client, and end the fetch after the last one where it is not to go on for others."""
+        self._clients += 1
+        try:
+            async with AsyncExitStack() as attendance:
+                yield attendance
+        finally:
+            self._clients -= 1
+            goes_on = self._is_wanted and self.arriving.is_on_disk and self._cache.may_go_on(self)
+            if self.is_unattended and not self.arriving.is_complete and not goes_on:
+                self.stop()
+
+    async def _run(self) -> None:
+        try:
+            with self._scope:
+                await self._fetch()
+        except BaseException as exc:
+            self.arriving.fail(exc if isinstance(exc, Exception) else SourceUnavailable("the fetch was cancelled"))
+            if not isinstance(exc, Exception):
+                raise
+            if not isinstance(exc, DownloadError) and not self._clients:
+                problem = escaped(f"{type(exc).__name__}: {exc}")
+                logger.warning("fetching %s for the cache failed: %s", shown(self._inner.name), problem)
+        finally:
+            self._cache.withdraw(self)
+            self._settled.set()
+            self.arriving.notify()
+            await self.arriving.aclose()
+
+    async def _fetch(self) -> None:
+        before = self._before
+        known = self._stale if before is None or before._entry is None else before._entry  # noqa: SLF001
+        request = asking_for_news(known)
+        if known is not None and isinstance(self._inner, VirtualFile):
+            said, now = self._inner.validators, time.time()
+            is_same = failed_precondition(request, said) == 304 and is_current(known, said)
+            if is_same and await self._confirmed(known, said, Received(date=now, at=now)):
+                return
+        try:
+            async with self._inner.open(request) as opened:
+                if known is None or failed_precondition(request, opened.metadata) != 304:
+                    await self._receive(opened)
+                    return
+                is_same = is_current(known, opened.metadata)
+                if is_same and await self._confirmed(known, opened.metadata, _received(opened)):
+                    return
+        except FileMissing:
+            if self._stale is not None:
+                await self._cache.forget(self.source, self.key, self._stale.data)
+            raise
+        async with self._inner.open(GET) as opened:  # it says "not modified" of another version, or not to keep it
+            await self._receive(opened)
+
+    async def _confirmed(self, known: Entry, metadata: FileMetadata, received: Received) -> bool:
+        """Take what is known for current, as the source has just said, and return whether it may still be kept."""
+        if (complete := self._completed_meanwhile(known)) is not None:
+            known, self._before = complete, None
+        described = updated(known.metadata, metadata)
+        max_age = max_age_of(self._inner, described, self._cache.max_age, received)
+        entry = self._described(described, received, max_age, data=known.data)
+        if self._before is not None:
+            self._same = None if max_age is None else self._before.arrives
+            return self._same is not None
+        if max_age is None or not is_describable(self.source, self.key, entry):
+            await self._cache.forget(self.source, self.key, known.data)
+            return False
+        self.result = await self._cache.renew(self.source, self.key, entry)
+        return True
+
+    def _completed_meanwhile(self, known: Entry) -> Entry | None:
+        """Return the version that has arrived while the source was asked whether it is current, if it is kept."""
+        kept = None if self._before is None or self._before.arrives is not None else self._before.result
+        if kept is None or kept.entry.metadata.etag != known.metadata.etag:
+            return None
+        return kept.entry if kept.entry.metadata.last_modified == known.metadata.last_modified else None
+
+    def _described(self, metadata: FileMetadata, received: Received, max_age: float | None, *, data: str = "") -> Entry:
+        """Return what is known of a file from what the source has just answered, and until when others may have it."""
+        if not isinstance(self._inner, VirtualFile) or not max_age:
+            self._fresh_until = time.monotonic() + (max_age or 0.0)
+        return Entry(
+            data=data,
+            name=self._inner.name,
+            metadata=metadata,
+            validated=received.at,
+            max_age=None if max_age == self._cache.max_age else max_age,
+            age=received.age,
+        )
+
+    async def _receive(self, opened: OpenFile) -> None:
+        received = _received(opened)
+        metadata = self._described_as = opened.metadata
+        max_age = max_age_of(self._inner, metadata, self._cache.max_age, received)
+        size = metadata.size
+        kept = replace(
+            metadata,
+            accept_ranges=True,
+            max_reads=None,
+            headers=tuple((name, value) for name, value in metadata.headers if name != "age"),
+        )
+        self._entry = self._described(kept, received, max_age)
+        # where the connection's end is all that ends a file, nobody knows whether it is whole
+        if getattr(opened, "ends_with_connection", False) or not self._is_describable(kept):
+            max_age = None
+        part = None if max_age is None else await self._cache.begin(self.source, self.key, size)
+        if part is None:
+            self.is_for_one = True
+            self._cache.withdraw(self)
+            self._cache.refuse(self.source, self.key)
+            self.arriving.describe(metadata)
+            await self._take_all(opened, size)
+            return
+        self.is_kept = True
+        try:
+            if kept.etag is None and kept.changed_at is None:
+                # so that whoever resumes gets the rest of this very copy
+                kept = replace(kept, etag=ETag(secrets.token_hex(16)))
+            self._entry = replace(self._entry, metadata=kept)
+            await self._describe(part, kept)
+            await self._take_all(opened, size)
+            if not self.arriving.is_on_disk:
+                return
+            assert self.arriving.metadata is not None
+            complete = self.arriving.metadata
+            entry = replace(self._entry, data=data_name(part.key, complete), metadata=complete)
+            if isinstance(self._inner, VirtualFile):
+                entry = replace(entry, validated=time.time())  # its `max_age` counts from when it has been made
+            with anyio.CancelScope(shield=True):
+                self.result = await self._cache.commit(part, self.source, self.key, entry)
+        finally:
+            if self.result is None:
+                self.is_kept = False
+                with anyio.CancelScope(shield=True):
+                    await self._cache.discard(part)
+
+    def _is_describable(self, metadata: FileMetadata) -> bool:
+        entry = Entry(data=data_name("", metadata), name=self._inner.name, metadata=metadata, validated=0.0)
+        return is_describable(self.source, self.key, entry)
+
+    async def _describe(self, part: Part, metadata: FileMetadata) -> None:
+        cache = self._cache
+        local = await cache.local_file(part)
+        try:
+            file = await cache.open_to_write(part)
+        except OSError:
+            local.close()
+            raise
+
+        async def write(block: memoryview) -> int:
+            count: int = await file.write(block)
+            return count
+
+        # From then on what arrives is handed on to those who are there, and who comes later would miss the beginning.
+        async def reserve(size: int) -> bool:
+            has_room = await cache.grow(part, size)
+            if not has_room:
+                cache.withdraw(self)
+            return has_room
+
+        def complain(exc: BaseException) -> None:
+            cache.complain(exc)
+            cache.withdraw(self)
+
+        self.arriving.describe(metadata, file=local, write=write, reserve=reserve, complain=complain)
+
+    async def _take_all(self, opened: OpenFile, size: int | None) -> None:
+        """Take exactly what was promised. Raises `TransferAborted` where there is less."""
+        arriving, left = self.arriving, size
+        if size != 0:
+            async with _closing(opened.stream(None if size is None else ByteRange(0, size))) as chunks:
+                async for chunk in chunks:
+                    await arriving.take(chunk if left is None else chunk[:left])
+                    if not arriving.is_on_disk:
+                        self._cache.withdraw(self)
+                        if not self._clients or arriving.is_given_up:
+                            self.stop()
+                    if left is not None and (left := left - len(chunk)) <= 0:
+                        break
+        if left is not None and left > 0:
+            raise TransferAborted(f"the file ended {left} bytes before what was promised of it")
+        await arriving.flush()
+        arriving.finish()
+
+
+def _max_reads(metadata: FileMetadata) -> int:
+    """Return how often one reader may have spans read from the source, each of which may be a request."""
+    if not metadata.accept_ranges:
+        return 1  # each read is one of the whole file
+    return MAX_READS if metadata.max_reads is None else metadata.max_reads
+
+
+def _received(opened: OpenFile) -> Received:
+    now = time.time()
+    return getattr(opened, "received", None) or Received(date=now, at=now)
+
+
+def _is_same_version(metadata: FileMetadata, other: FileMetadata) -> bool:
+    """Return whether two descriptions are known to be of the same bytes: only a strong validator tells."""
+    if metadata.size != other.size or metadata.etag != other.etag:
+        return False
+    if metadata.etag is not None and not metadata.etag.weak:
+        return True
+    return metadata.changed_at is not None and metadata.changed_at == other.changed_at
+
+
+@asynccontextmanager
+async def _closing(chunks: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
+    if isinstance(chunks, AsyncGenerator):
+        async with aclosing(chunks):
+            yield chunks
+    else:
+        yield chunks

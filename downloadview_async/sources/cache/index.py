@@ -1,0 +1,406 @@
+"""`Cache`: the complete files that this process knows of, the fills that run, and how full the directory is."""
+
+import asyncio
+import logging
+import math
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+
+from downloadview_async.errors import (
+    AccessDenied,
+    ConfigurationError,
+    FileError,
+    FileMissing,
+)
+from downloadview_async.http.log_text import escaped
+from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.cache.directory import CacheDirectory, Part, protect
+from downloadview_async.sources.cache.entry import Entry, key_hash
+from downloadview_async.sources.cache.fill import Fill
+from downloadview_async.sources.local.open_file import OpenLocalFile
+from downloadview_async.sources.local.open_file_cache import OpenFileCache
+from downloadview_async.sources.local.root import Opened
+from downloadview_async.sources.workers import Workers
+
+if TYPE_CHECKING:
+    from downloadview_async.sources.cache.source import CachedSource
+
+logger = logging.getLogger("downloadview_async")
+
+REMEMBER_SECONDS = 60.0
+"""Seconds before a file that was found uncacheable is tried again."""
+
+UNUSED_SECONDS = 3600.0
+UNUSED_AGES = 10
+"""A file that nobody has used for so long, and for so many times `max_age`, is removed."""
+
+_NEVER = -math.inf
+_CHECK_SECONDS = 5.0  # how long what was found in the directory is believed without another look
+_GROW = 8 << 20  # bytes of room that a file which arrives is given at a time
+_MAX_KNOWN = 16384
+_MAX_UNATTENDED = 4
+_THREADS = 4
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCounters:
+    """What a cache has done in this process, and how full it is.
+
+    hits: found complete and current, without a question. stale: the source was asked whether a file is still current.
+    misses: it was not there; one that somebody has removed, which is found too late, is both. passed: of all, those
+    that were answered by the source itself. bytes: on the disk, by all processes together, when they were last looked
+    at.
+    """
+
+    hits: int
+    misses: int
+    stale: int
+    passed: int
+    bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Kept:
+    """A complete file that this process knows of. All times are by the monotonic clock.
+
+    checked: when it was found in the directory, or put there. current: until when it is sent without another look at
+    anything. leased: when a proxy was last told of it. used: when it was last asked for. is_gone: whether somebody has
+    removed it. file: what is given to those who ask for it, once somebody has.
+    """
+
+    source: str
+    key: str
+    hashed: str
+    entry: Entry
+    checked: float
+    current: float
+    leased: float
+    used: float
+    is_gone: bool = False
+    file: AsyncFile | None = None
+
+
+class Cache:
+    """Files in a directory on a local disk, for any number of sources and processes: see `CachedSource`.
+
+    directory: is made if there is none, and belongs to the cache alone.
+    max_bytes: what all files in it may take together, in whole blocks of the disk; those least recently used make room.
+    max_age: seconds for which a file is sent without asking whether it is still current.
+
+    Raises `ConfigurationError` for a directory that cannot be made or read, for numbers that are none, and where
+    aiofiles is not installed. A directory that cannot be written to later, or that is full, is no error: what is not
+    there then is sent without being kept, and the log says so once a minute.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, max_bytes: int = 10 << 30, max_age: float = 86_400.0
+    ) -> None:
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
+            raise ConfigurationError(f"max_bytes is a number of bytes, more than 0, not {max_bytes!r}")
+        if isinstance(max_age, bool) or not isinstance(max_age, int | float) or not max_age >= 0:
+            raise ConfigurationError(f"max_age is a number of seconds, 0 or more, not {max_age!r}")
+        try:
+            import aiofiles  # the writing side alone needs it
+        except ModuleNotFoundError as exc:
+            raise ConfigurationError(
+                "a cache needs aiofiles: install downloadview_async with its extra `cache`"
+            ) from exc
+        self._open_async: Callable[..., Any] = aiofiles.open
+        self.max_bytes = max_bytes
+        self.max_age = float(max_age)
+        self.directory = CacheDirectory(
+            directory,
+            max_bytes=max_bytes,
+            max_unused=max(UNUSED_SECONDS, UNUSED_AGES * self.max_age),
+            used=self._used,
+        )
+        self._workers = Workers()
+        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="downloadview-cache")
+        self._open_files = OpenFileCache(self.directory.root, self._workers)
+        self.kept: dict[tuple[str, str], Kept] = {}
+        self._refused: dict[tuple[str, str], float] = {}
+        self._fetches: dict[tuple[asyncio.AbstractEventLoop, str, str], Fill] = {}
+        self._running: set[Fill] = set()
+        """Those that have not ended, though nobody may join some of them any more."""
+        self._sweeping: set[asyncio.Task[None]] = set()
+        self._names: dict[str, CachedSource] = {}
+        self._is_offloaded = False
+        self._complained = -60.0
+        self.counts = {"hits": 0, "misses": 0, "stale": 0, "passed": 0}
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the directory, which an offload rule names as its source."""
+        return self.directory.root.path
+
+    @property
+    def counters(self) -> CacheCounters:
+        """The counters as they are now."""
+        return CacheCounters(**self.counts, bytes=self.directory.bytes)
+
+    async def sweep(self) -> None:
+        """Count what is there, and remove what killed processes and disuse have left.
+
+        A cache that is used does this by itself once a minute; an application that starts may want to do it at once.
+        """
+        await self._attempt(self.directory.sweep)
+
+    async def aclose(self) -> None:
+        """End what is being fetched; what has not all arrived is removed. Those who wait for it are aborted."""
+        await self._end(list(self._running))
+        for task in list(self._sweeping):
+            await asyncio.wait([task])
+
+    # What follows is for `CachedSource` and its files.
+
+    def enlist(self, source: "CachedSource") -> None:
+        """Note who uses a name. Raises `ConfigurationError` where that is two, who would get each other's files."""
+        if self._names.setdefault(source.name, source) is not source:
+            raise ConfigurationError(
+                f"two sources are called {source.name!r} in the cache {self.path!r}: give each a name= of its own"
+            )
+
+    async def end_of(self, source: str) -> None:
+        """End what is being fetched from a source, and let go of its name."""
+        await self._end([fetch for fetch in self._running if fetch.source == source])
+        self._names.pop(source, None)
+        for kept in list(self.kept.values()):
+            if kept.source == source:
+                kept.file = None  # which would be fetched again from there
+
+    async def _end(self, fetches: "list[Fill]") -> None:
+        for fetch in fetches:
+            fetch.stop()
+        for fetch in fetches:
+            if fetch.loop is asyncio.get_running_loop():
+                await asyncio.wait([fetch.task])
+
+    async def find(self, source: str, key: str) -> Kept | None:
+        """Return what is kept of a key, fresh or not, after a look at the disk if the last one was too long ago."""
+        kept = self.kept.get((source, key))
+        if kept is not None and time.monotonic() - kept.checked < _CHECK_SECONDS:
+            return kept
+        self._sweep_if_due()
+        is_leased, now = self._is_offloaded, time.monotonic()
+        entry = await self._attempt(partial(self.directory.find, source, key, lease=is_leased))
+        if entry is not None:
+            return self.remember(source, key, entry, leased=now if is_leased else _NEVER)
+        self.kept.pop((source, key), None)
+        return None
+
+    def remember(self, source: str, key: str, entry: Entry, *, leased: float = _NEVER) -> Kept:
+        """Note what is kept of a key."""
+        before = self.kept.pop((source, key), None)
+        now = time.monotonic()
+        if before is not None and before.entry.data == entry.data:
+            leased = max(leased, before.leased)
+        while len(self.kept) >= _MAX_KNOWN:
+            del self.kept[next(iter(self.kept))]
+        kept = self.kept[source, key] = Kept(
+            source=source,
+            key=key,
+            hashed=key_hash(source, key),
+            entry=replace(entry, metadata=_first_equal(entry.metadata)),
+            checked=now,
+            current=now + min(_CHECK_SECONDS, entry.fresh_for(self.max_age)),
+            leased=leased,
+            used=now,
+        )
+        return kept
+
+    def _used(self) -> dict[str, float]:
+        """Return when files were last used, by their K, in seconds since the epoch."""
+        began = time.time() - time.monotonic()
+        return {kept.hashed: began + kept.used for kept in list(self.kept.values())}
+
+    async def forget(self, source: str, key: str, data: str) -> None:
+        """Drop a version of a key, unless another one is kept by now."""
+        if (kept := self.kept.get((source, key))) is not None and kept.entry.data == data:
+            del self.kept[source, key]
+        await self._attempt(self.directory.forget, source, key, data)
+
+    def location(self, kept: Kept) -> str | None:
+        """Return the path of a complete file, which is kept long enough for a proxy to open it, or None."""
+        if kept.is_gone:
+            return None
+        now = time.monotonic()
+        if now - kept.leased >= _CHECK_SECONDS:
+            # Once per file and process: from the first one on, each look into the directory is a lease.
+            self._is_offloaded = True
+            try:
+                self.directory.lease(kept.hashed)
+            except OSError:
+                return None
+            kept.leased = now
+        return self.directory.root.locate(kept.entry.data)
+
+    def open_at_once(self, kept: Kept) -> OpenLocalFile | None:
+        """Open a complete file, which the caller then closes, if that waits for nothing."""
+        try:
+            local = self._open_files.open(kept.entry.data)
+        except FileError:
+            return None
+        if local is None:
+            return None
+        # One that is opened again and again stays open, and is what it was: whoever is described so has been accepted.
+        if local.metadata is not kept.entry.metadata and not _accept(local, kept):
+            local.close()
+            return None
+        local.made_at = kept.entry.made_at
+        return local
+
+    @asynccontextmanager
+    async def open(self, kept: Kept) -> AsyncIterator[OpenLocalFile | None]:
+        """Open a complete file; None if it is not there any more."""
+        local, is_accepted = self.open_at_once(kept), True
+        if local is None:
+            try:
+                found = await self._workers.run_or_abandon(self.directory.root.open, kept.entry.data, discard=_close)
+            except (FileMissing, AccessDenied):  # a link, or of another user by now: as good as gone
+                yield None
+                return
+            local = OpenLocalFile(*found, workers=self._workers)
+            is_accepted = _accept(local, kept)
+        try:
+            yield local if is_accepted else None
+        finally:
+            await local.aclose()
+
+    def is_refused(self, source: str, key: str) -> bool:
+        """Return whether a file has been found not to be one for the cache, not long ago."""
+        until = self._refused.get((source, key))
+        if until is None:
+            return False
+        if time.monotonic() < until:
+            return True
+        del self._refused[source, key]
+        return False
+
+    def refuse(self, source: str, key: str) -> None:
+        """Note that a file is none for the cache."""
+        while len(self._refused) >= _MAX_KNOWN:
+            del self._refused[next(iter(self._refused))]
+        self._refused[source, key] = time.monotonic() + REMEMBER_SECONDS
+
+    def may_go_on(self, fetch: "Fill") -> bool:
+        """Return whether a fetch may go on though nobody waits for it: a few may."""
+        return sum(other.is_unattended for other in self._running if other is not fetch) < _MAX_UNATTENDED
+
+    def fetch(self, source: str, key: str, inner: AsyncFile | None, stale: Entry | None) -> "Fill | None":
+        """Return the fetch of a file, which may have begun long ago; without `inner`, only one that has.
+
+        One whose answer is not fresh any more is not joined without asking whether it is current.
+        """
+        place = asyncio.get_running_loop(), source, key
+        found, before = self._fetches.get(place), None
+        if found is not None and not found.is_fresh:
+            before = found.arrives
+            found = None
+        if found is None and inner is not None:
+            found = self._fetches[place] = Fill(self, source, key, inner, stale, before)
+            self._running.add(found)
+            found.start()
+            found.task.add_done_callback(partial(self._ended, found))
+        return found
+
+    def _ended(self, fetch: "Fill", task: asyncio.Task[None]) -> None:
+        self._running.discard(fetch)
+
+    def withdraw(self, fetch: "Fill") -> None:
+        """Let nobody else join a fetch."""
+        place = fetch.loop, fetch.source, fetch.key
+        if self._fetches.get(place) is fetch:
+            del self._fetches[place]
+
+    async def begin(self, source: str, key: str, size: int | None) -> Part | None:
+        """Return a file to fetch into, or None."""
+        return await self._attempt(self.directory.begin, key_hash(source, key), size)
+
+    async def grow(self, part: Part, size: int) -> bool:
+        """Return whether a part may get so long."""
+        if size <= part.reserved:
+            return True
+        room = size + _GROW if part.size is None else min(size + _GROW, part.size)
+        return bool(await self._attempt(self.directory.grow, part, room))
+
+    async def commit(self, part: Part, source: str, key: str, entry: Entry) -> Kept | None:
+        """Keep a part that is complete, or give what the source has said since; None if that went wrong."""
+        newer = self.kept.get((source, key))
+        if newer is not None and newer.entry.validated > entry.validated:
+            await self.discard(part)
+            return newer
+
+        def commit() -> bool:
+            self.directory.commit(part, source, key, entry)
+            return True
+
+        return self.remember(source, key, entry) if await self._attempt(commit) else None
+
+    async def discard(self, part: Part) -> None:
+        """Remove a part."""
+        await self._attempt(self.directory.discard, part)
+
+    async def renew(self, source: str, key: str, entry: Entry) -> Kept:
+        """Note that a file is still current, and what has been said of it."""
+        await self._attempt(self.directory.renew, source, key, entry)
+        return self.remember(source, key, entry)
+
+    async def open_to_write(self, part: Part) -> Any:
+        """Return a part as a file of aiofiles."""
+        return await self._open_async(part.descriptor, "r+b", buffering=0, closefd=False, executor=self._executor)
+
+    async def local_file(self, part: Part) -> OpenLocalFile:
+        """Return a part to read from."""
+        found = await self._workers.run(os.fstat, part.descriptor)
+        return OpenLocalFile(part.descriptor, found, self.directory.root.is_quick, workers=self._workers)
+
+    def complain(self, exc: BaseException) -> None:
+        """Log that the disk failed, once a minute."""
+        if time.monotonic() - self._complained >= 60.0:
+            self._complained = time.monotonic()
+            problem = escaped(str(exc))
+            logger.warning("the cache %a cannot be used, files are sent without being kept: %s", self.path, problem)
+
+    def _sweep_if_due(self) -> None:
+        if self.directory.is_sweep_due and not self._sweeping:
+            task = asyncio.create_task(self.sweep())
+            self._sweeping.add(task)
+            task.add_done_callback(self._sweeping.discard)
+
+    async def _attempt(self, function: Callable[[*Ts], T], *args: *Ts) -> T | None:
+        """Return what a call to the directory returns, or None where the disk fails."""
+        try:
+            return await self._workers.run(function, *args)
+        except OSError as exc:
+            self.complain(exc)
+            return None
+
+
+@lru_cache(maxsize=1024)
+def _first_equal(metadata: FileMetadata) -> FileMetadata:
+    # What was read again and says the same is the same object: answers are kept by it, and to compare it takes longer
+    # than all else about a file that is kept.
+    return metadata
+
+
+def _close(opened: Opened) -> None:
+    os.close(opened.descriptor)
+
+
+def _accept(local: OpenLocalFile, kept: Kept) -> bool:
+    """Describe an open file as the one that is kept, and protect it; False if somebody has changed it."""
+    if local.size != kept.entry.metadata.size:
+        return False
+    protect(local.descriptor)
+    local.metadata, local.made_at = kept.entry.metadata, kept.entry.made_at
+    return True
