@@ -355,7 +355,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
         try:
             if not offload.is_offloadable(request, response):
                 return response
-            redirect_url = self.get_redirect_url(response)
+            redirect_url = self._located(request, response)
         except NoRedirectionMatch:
             return response
         metadata = offload.describe_now(request, response, is_remote=self._is_remote)
@@ -368,14 +368,31 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
         try:
             if not offload.is_offloadable(request, response):
                 return response
-            if self.rules.want_urls and offload.may_block(response):
-                redirect_url = await sync_to_async(self.get_redirect_url)(response)
-            else:
-                redirect_url = self.get_redirect_url(response)
+            redirect_url = await self._alocated(request, response)
         except NoRedirectionMatch:
             return response
         metadata = await offload.adescribe(request, response, is_remote=self._is_remote)
         return self._redirected(response, redirect_url, metadata)
+
+    def _located(self, request: HttpRequest, response: DownloadResponse) -> str:
+        """Return where the proxy finds the file, which is opened if only that tells. Raises `NoRedirectionMatch`."""
+        try:
+            return self.get_redirect_url(response)
+        except NoRedirectionMatch:
+            if not offload.locate_now(request, response):
+                raise
+        return self.get_redirect_url(response)
+
+    async def _alocated(self, request: HttpRequest, response: DownloadResponse) -> str:
+        """Do what `_located` does, in an event loop."""
+        may_block = self.rules.want_urls and offload.may_block(response)
+        find = sync_to_async(self.get_redirect_url) if may_block else None
+        try:
+            return self.get_redirect_url(response) if find is None else await find(response)
+        except NoRedirectionMatch:
+            if not await offload.alocate(request, response):
+                raise
+        return self.get_redirect_url(response)
 
     @property
     def _is_remote(self) -> bool:
@@ -385,6 +402,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
     def _redirected(self, response: DownloadResponse, redirect_url: str, metadata: FileMetadata | None) -> Any:
         if metadata is None:
             return response
+        response.take_content_type(metadata)
         redirected = self.redirect(response, redirect_url)
         offload.dress(redirected, response, metadata)
         return redirected

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
+from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
 from django.core.files.storage import FileSystemStorage
+from django.core.handlers.asgi import ASGIRequest
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
@@ -26,6 +28,7 @@ from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.decision import Refusal, refusal
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.cache.source import CachedFile
 from downloadview_async.sources.local.open_file import local_of, open_at_once
 
 MakeBackend = Callable[[list[Rule]], OffloadBackend]
@@ -185,6 +188,29 @@ def is_offloadable(request: HttpRequest, response: HttpResponseBase) -> bool:
     )
 
 
+async def alocate(request: HttpRequest, response: DownloadResponse) -> bool:
+    """Open a file that may have its place only then, as one in a cache, and return whether a proxy may find it now.
+
+    It stays open for whoever finishes the response: another server is asked once.
+    """
+    if not isinstance(response.file, CachedFile) or response.opened is not None:
+        return False
+    try:
+        await response.open_early(request, response.file)
+    except FileError:
+        return False  # whoever finishes the response says why
+    return response.file.location is not None
+
+
+def locate_now(request: HttpRequest, response: DownloadResponse) -> bool:
+    """Do what `alocate` does, for code that blocks: in the event loop that finishes the response."""
+    if not isinstance(response.file, CachedFile):
+        return False
+    if isinstance(request, ASGIRequest):
+        return async_to_sync(alocate)(request, response)
+    return run_in_background(alocate(request, response))
+
+
 async def adescribe(request: HttpRequest, response: DownloadResponse, *, is_remote: bool) -> FileMetadata | None:
     """Return what is known of the file that a proxy is to send; None if it may not: whoever finishes the response does.
 
@@ -202,6 +228,8 @@ async def adescribe(request: HttpRequest, response: DownloadResponse, *, is_remo
     except (FileError, FileNotFound, SuspiciousOperation):
         return None  # whoever finishes the response says so
     if refused is None:
+        if response.opened is not None:  # by `alocate`
+            await response.release()
         return metadata
     note_refusal(refused, str(request.method), request.path)
     return None

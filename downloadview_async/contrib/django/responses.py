@@ -283,7 +283,6 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         file = async_file_of(self.file, self.get_basename())
         scope: Mapping[str, Any] = getattr(request, "scope", None) or {}
         self._wanted = self._wanted_by(request)
-        self._loop = asyncio.get_running_loop()
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
         if backend is None:
             opened = await self._open(file, self._wanted)
@@ -300,6 +299,16 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
             return GET
         wanted = _download_request(request, getattr(request, "scope", None) or {})
         return replace(wanted, if_modified_since=None) if self.ignores_modified_since else wanted
+
+    async def open_early(self, request: HttpRequest, file: AsyncFile) -> None:
+        """Open the file for `afinish`, as the request wants it. Raises `FileError`."""
+        await self._open(file, self._wanted_by(request))
+
+    def take_content_type(self, metadata: FileMetadata) -> None:
+        """Take the Content-Type that the open file tells, unless the application has chosen another one."""
+        is_made = self["Content-Type"] == self.default_headers["Content-Type"]
+        if metadata.content_type is not None and self.file_mimetype is None and is_made:
+            self["Content-Type"] = metadata.content_type
 
     async def _open_for_proxy(
         self, file: AsyncFile, backend: OffloadBackend, request: HttpRequest
@@ -342,7 +351,10 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         return None, make_offload_plan(metadata, presentation, order, headers=own)
 
     async def _open(self, file: AsyncFile, wanted: DownloadRequest) -> OpenFile:
-        """Open the file until `release`."""
+        """Open the file until `release`, unless it is open already."""
+        if self.opened is not None:
+            return self.opened
+        self._loop = asyncio.get_running_loop()
         if (opened := open_at_once(file, wanted)) is not None and (local := local_of(opened)) is not None:
             self._resources.callback(local.close)
         else:
