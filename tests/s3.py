@@ -14,12 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import botocore.config
-import botocore.exceptions
-import botocore.session
-import obstore
-from obstore.store import S3Store
-
 from downloadview_async import ObjectStorage
 from tests.servers import free_port, serving
 
@@ -53,12 +47,18 @@ class S3:
 
     def put(self, key: str, content: bytes, **attributes: str) -> None:
         """Store an object; attributes such as `content_type` become its headers."""
+        import obstore
+        from obstore.store import S3Store
+
         store = S3Store(BUCKET, client_options={"allow_http": True}, **self.options)
         named = {name.replace("_", "-").title(): value for name, value in attributes.items()}
         obstore.put(store, key, content, attributes=named)
 
     def delete(self, key: str) -> None:
         """Remove an object."""
+        import obstore
+        from obstore.store import S3Store
+
         obstore.delete(S3Store(BUCKET, client_options={"allow_http": True}, **self.options), key)
 
 
@@ -104,6 +104,10 @@ def s3_server(directory: Path) -> Iterator[S3]:
 
 def _has_bucket(server: S3) -> bool:
     """Make the bucket, and return whether an object can be stored in it: volumes come later than the port."""
+    import botocore.config  # here, because the tests that need no store would wait for these imports too
+    import botocore.exceptions
+    import botocore.session
+
     client = botocore.session.get_session().create_client(
         "s3",
         region_name=REGION,
