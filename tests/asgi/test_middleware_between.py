@@ -195,7 +195,7 @@ async def test_what_a_middleware_raises_out_of_receive_reaches_it(root: Path, ht
     assert (answer.status, answer.body) == (413, b"Content Too Large")
 
 
-async def test_starlettes_own_limit_of_a_body(root: Path) -> None:
+async def test_starlettes_own_limit_of_a_body() -> None:
     middleware = pytest.importorskip("starlette.middleware.body_limit", reason="this Starlette has no limit")
     app = Starlette(
         routes=[Route("/{path:path}", dv.Download(dv.VirtualSource(_slow)))],
@@ -206,7 +206,7 @@ async def test_starlettes_own_limit_of_a_body(root: Path) -> None:
     assert answer.status == 413
 
 
-async def test_an_exception_handler_gets_it(root: Path) -> None:
+async def test_an_exception_handler_gets_it() -> None:
     app = FastAPI(middleware=[])
 
     @app.exception_handler(TooLarge)

@@ -306,7 +306,7 @@ async def test_a_background_task_runs_after_the_download(source: dv.PathSource) 
     assert done == [1]
 
 
-async def test_the_key_of_a_route(root: Path) -> None:
+async def test_the_key_of_a_route() -> None:
     asked: list[Any] = []
 
     async def make(key: Any) -> bytes:

@@ -707,7 +707,7 @@ async def test_a_full_disk_does_not_stop_a_download(
 
 
 async def test_a_directory_that_is_gone_does_not_stop_a_download(
-    origin: Origin, served: Served, caplog: pytest.LogCaptureFixture
+    served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     os.rmdir(served.cache.path)
     with caplog.at_level(logging.WARNING):
@@ -740,9 +740,7 @@ async def test_who_comes_after_the_cache_took_no_more_has_a_stream_of_their_own(
         writer.close()
 
 
-async def test_a_failing_end_is_no_failed_download(
-    origin: Origin, served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_failing_end_is_no_failed_download(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(descriptor: int) -> None:
         raise OSError(errno.EIO, "no")
 
@@ -872,7 +870,7 @@ async def test_who_holds_a_version_that_is_gone_leaves_the_next_one_alone(origin
     assert len(served.data()) == 1
 
 
-async def test_a_file_that_has_just_come_is_leased_before_a_proxy_is_told(origin: Origin, served: Served) -> None:
+async def test_a_file_that_has_just_come_is_leased_before_a_proxy_is_told(served: Served) -> None:
     for name in ("a.bin", "b.bin"):
         await read_all(await served.source.resolve(name))
         await served.settled()

@@ -252,7 +252,7 @@ async def test_an_object_that_can_say_less(root: Path) -> None:
         SyncStorage(object())
 
 
-async def test_a_stream_that_cannot_seek_is_sent_whole(root: Path) -> None:
+async def test_a_stream_that_cannot_seek_is_sent_whole() -> None:
     class Stream:
         def __init__(self) -> None:
             self.left = [b"01234", b"56789", b""]
@@ -538,7 +538,7 @@ async def test_a_time_that_is_told_only_once_a_file_was_opened_is_told() -> None
     assert (answer.body, answer.headers["last-modified"]) == (b"0" * 10, "Tue, 14 Nov 2023 22:13:20 GMT")
 
 
-async def test_errors_that_a_storage_has_of_its_own_are_a_503(root: Path) -> None:
+async def test_errors_that_a_storage_has_of_its_own_are_a_503() -> None:
     class Odd:
         def open(self, name: str, mode: str) -> Any:
             raise KeyError(name)

@@ -173,7 +173,7 @@ async def test_whole_seconds_are_believed_when_they_are_over(tmp_path: Path, por
     assert (await ask(port, path, headers={"If-Modified-Since": told["last-modified"]})).status == 304
 
 
-async def test_a_second_version_in_memory_within_one_second_is_no_304(tmp_path: Path) -> None:
+async def test_a_second_version_in_memory_within_one_second_is_no_304() -> None:
     storage = dv.MemoryStorage({"a": SMALL_ONE})
     async with live(Starlette(routes=[Route("/{name}", Download(dv.StorageSource(storage)))])) as port:
         first = await ask(port, "/a")

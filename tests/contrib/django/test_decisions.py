@@ -398,7 +398,7 @@ def test_was_modified_since_of_the_application_s_own_has_the_last_word(
 
 @both
 @pytest.mark.parametrize("says, status", [(True, 200), (False, 304)])
-def test_was_modified_since_of_the_file_has_the_last_word(root: Path, mode: str, says: bool, status: int) -> None:
+def test_was_modified_since_of_the_file_has_the_last_word(mode: str, says: bool, status: int) -> None:
     class Saying(VirtualDownloadView):
         def get_file(self) -> Any:
             file = ContentFile(CONTENT, name="a.txt")
@@ -499,7 +499,7 @@ def test_a_storage_without_a_hash(mode: str) -> None:
 
 
 @pytest.mark.parametrize("status", [100, 103, 199, 204, 205, 304])
-def test_a_status_without_a_body_is_none_of_a_download(root: Path, status: int) -> None:
+def test_a_status_without_a_body_is_none_of_a_download(status: int) -> None:
     with pytest.raises(ValueError, match=str(status)):
         DownloadResponse(ContentFile(CONTENT, name="a.txt"), status=status)
     for fine in (200, 203, 404, 500):
