@@ -337,6 +337,7 @@ def test_an_interim_answer_never_comes_amid_the_file(server: Server, content: by
     assert body == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, path",
     [
@@ -357,6 +358,7 @@ def test_a_body_that_no_answer_needs_is_not_read(server: Server, upstream: Upstr
     assert sent < 64 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filler", [b"a" * 65536, b"X: a\r\n" * 10000], ids=["one field", "many fields"])
 def test_an_endless_head_is_refused(server: Server, filler: bytes) -> None:
     with connected(server, b"GET / HTTP/1.1\r\nHost: x\r\nX: ") as connection:
@@ -483,6 +485,7 @@ def test_a_download_over_connections_that_are_cut_ends_as_the_file(
     assert (tmp_path / "file").read_bytes() == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_end_of_the_service_is_in_time_whoever_is_still_downloading(
     site: Path, upstream: Upstream, tmp_path: Path, number: int
@@ -510,6 +513,7 @@ def test_the_end_of_the_service_is_in_time_whoever_is_still_downloading(
         assert running.log.count("Transfer aborted: ") <= len(clients) * (len(paths) + 1) // len(paths)
 
 
+@pytest.mark.slow
 def test_plain_code_that_blocks_does_not_hold_up_the_end(site: Path, upstream: Upstream, tmp_path: Path) -> None:
     with service(site, upstream.server_address[1], tmp_path / "log", "--timeout-graceful-shutdown", "1") as running:
         try:
@@ -542,6 +546,7 @@ def test_forty_generators_that_block_hold_up_nobody_else(server: Server, site: P
     (site / "go").unlink()
 
 
+@pytest.mark.slow
 def test_without_descriptors_clients_are_turned_away_and_then_served_again(
     site: Path, upstream: Upstream, tmp_path: Path
 ) -> None:

@@ -341,6 +341,7 @@ def test_unknown_names_are_refused(arguments: list[str]) -> None:
     assert arguments[0] in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path: Path) -> None:
     if wrk_program() is None:
         pytest.skip("wrk is not installed; apt-get install wrk")

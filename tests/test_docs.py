@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -127,6 +128,7 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield words
 
 
+@cache
 def help_of(*command: str) -> str:
     return subprocess.run([sys.executable, "-m", *command, "--help"], capture_output=True, check=True, text=True).stdout
 
@@ -144,8 +146,10 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                 variables = dict(word.split("=", 1) for word in arguments if "=" in word)
                 targets = [word for word in arguments if "=" not in word]
                 assert set(targets) <= set(text.split()), f"no such target: {words}"
-                assert set(variables) <= {"BENCH_ARGS"}, f"nobody checks the variables of {words}"
-                if variables:
+                assert set(variables) <= {"BENCH_ARGS", "PYTEST_ARGS"}, f"nobody checks the variables of {words}"
+                if "PYTEST_ARGS" in variables:
+                    assert set(targets) <= {"test", "test-all"}
+                if "BENCH_ARGS" in variables:
                     assert targets == ["bench"]
                     text = help_of("benchmarks")
                     given = shlex.split(variables["BENCH_ARGS"])
@@ -168,6 +172,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             assert re.search(rf"{re.escape(option)}\b", text), f"{program} has no {option}: {words}"
 
 
+@pytest.mark.slow
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run(
         [

@@ -43,7 +43,13 @@ def bucket(root: Path, s3: S3) -> str:
     return json.dumps({"url": f"s3://{BUCKET}/table", **s3.options})
 
 
-@pytest.fixture(scope="module", params=WAYS)
+# test_ways.py has a quick look at the other servers.
+OTHERS = ["zero-copy, oldest uvicorn", "path send, granian", "chunks, hypercorn"]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(way, marks=pytest.mark.slow if way in OTHERS else []) for way in WAYS]
+)
 def server(
     request: pytest.FixtureRequest, root: Path, bucket: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:

@@ -30,6 +30,7 @@ SVG = f"""<svg xmlns="http://www.w3.org/2000/svg" width="300" height="300">
 </svg>"""
 
 
+@pytest.mark.slow
 async def test_an_inline_svg_has_its_colours_and_runs_no_script(tmp_path: Path) -> None:
     (tmp_path / "a.svg").write_text(SVG)
     app = Starlette(routes=[Route("/{name}", dv.Download(dv.PathSource(tmp_path), attachment=False))])

@@ -158,7 +158,7 @@ SERVERS = {
 @pytest.fixture(
     scope="module",
     params=[
-        (server, app)
+        pytest.param((server, app), marks=[] if app == "starlette: route" else pytest.mark.slow)
         for server in SERVERS
         for app in ("starlette: route", "starlette: mount", "fastapi: add_route", "fastapi: mount")
     ],

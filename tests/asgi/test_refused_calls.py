@@ -57,6 +57,7 @@ async def all_is_sent(server: Server, root: Path) -> None:
     assert (await ask(port, "/path/../small")).status == 404
 
 
+@pytest.mark.slow
 @needs_seccomp
 @pytest.mark.asyncio
 @pytest.mark.parametrize("name", ERRORS)
@@ -88,6 +89,7 @@ async def test_one_call_is_refused(root: Path, tmp_path: Path, call: str) -> Non
         await all_is_sent(server, root)
 
 
+@pytest.mark.slow
 @needs_seccomp
 @pytest.mark.asyncio
 @pytest.mark.parametrize("way", [way for way in WAYS if "oldest" not in way])

@@ -939,6 +939,7 @@ def stalled(server: Server, count: int) -> list[socket.socket]:
     return clients
 
 
+@pytest.mark.slow
 async def test_two_hundred_stalled_clients_cost_little_and_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "big.bin").write_bytes(bytes(16 * MIB))
     with served(tmp_path, f"{__name__}:impatient") as server:

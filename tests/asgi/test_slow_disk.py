@@ -30,6 +30,7 @@ SERVERS = {
     "zero-copy, uvloop": ["--loop", "uvloop", "--http", ZERO_COPY],
     "chunks": ["--loop", "uvloop", "--http", "httptools"],
 }
+QUICK_FOR_ONE = [pytest.param(how, marks=[] if how == "zero-copy, asyncio" else pytest.mark.slow) for how in SERVERS]
 
 
 @cache
@@ -133,6 +134,7 @@ def descriptors(server: Server, path: Path) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     "slow, direct",
@@ -176,6 +178,7 @@ async def test_tiny_requests_beside_fifty_slow_downloads(
     assert sum(spent for spent in times if spent >= DELAY) < took / 3
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.parametrize("how", SERVERS)
 async def test_a_client_that_does_not_read_from_a_disk_that_hangs(tmp_path: Path, how: str) -> None:
@@ -226,7 +229,7 @@ REQUESTS: dict[str, tuple[str, str, dict[str, str], int, bytes]] = {
     # With the name in the kernel's cache, even openat2's RESOLVE_CACHED asks the file system to open the file.
     [("lookup", 0), ("open", 0), ("open", 3600), ("getattr", 0), ("getattr", 3600), ("read", 0), ("flush", 0)],
 )
-@pytest.mark.parametrize("how", SERVERS)
+@pytest.mark.parametrize("how", QUICK_FOR_ONE)
 async def test_no_operation_of_the_disk_is_waited_for_by_others(
     tmp_path: Path, how: str, operation: str, names_seconds: int
 ) -> None:
@@ -247,6 +250,7 @@ async def test_no_operation_of_the_disk_is_waited_for_by_others(
                 assert body in answer.body, name
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.parametrize("operation", ["open", "read"])
 @pytest.mark.parametrize("how", SERVERS)
@@ -275,6 +279,7 @@ async def test_a_hung_root_takes_its_own_workers_and_no_others(tmp_path: Path, h
         assert (await ask(port, "/hung/big")).body == content_of("big", BIG)
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.parametrize("how", SERVERS)
 async def test_more_slow_downloads_than_workers_are_slow_and_whole(tmp_path: Path, how: str) -> None:
@@ -287,7 +292,7 @@ async def test_more_slow_downloads_than_workers_are_slow_and_whole(tmp_path: Pat
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("operation", ["lookup", "open", "read"])
-@pytest.mark.parametrize("how", SERVERS)
+@pytest.mark.parametrize("how", QUICK_FOR_ONE)
 async def test_clients_that_leave_a_hanging_disk_leave_nothing_behind(tmp_path: Path, how: str, operation: str) -> None:
     disk = SlowDisk(FILES, direct=True)
     with server_on({"slow": disk}, tmp_path, how) as server:
@@ -332,6 +337,7 @@ def service_on(disk: SlowDisk, tmp_path: Path, *settings: str) -> Iterator[Serve
                 disk.release()
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 # Not "flush": the kernel itself waits for that when a process ends, for all of its descriptors.
 @pytest.mark.parametrize("operation", ["open", "read"])

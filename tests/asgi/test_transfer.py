@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 import downloadview_async as dv
+from downloadview_async.asgi import server
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.local.root import has_openat2
@@ -73,7 +74,10 @@ async def begun(
     return reader, writer, await reader.read(1000)
 
 
-async def rest(reader: asyncio.StreamReader) -> bytes:
+async def rest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Read on to the end, with buffers that make it quick."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * MIB)
+    reader._limit = MIB  # type: ignore[attr-defined]
     received = bytearray()
     try:
         while block := await reader.read(1 << 20):
@@ -89,7 +93,7 @@ async def test_a_file_that_grows_is_cut_at_the_promise(big: Path, http: Any) -> 
         reader, writer, first = await begun(port, "/big.bin")
         with big.open("ab") as file:
             file.write(b"more")
-        answer = parse(first + await rest(reader))
+        answer = parse(first + await rest(reader, writer))
         writer.close()
     assert answer.complete
     assert answer.body == content
@@ -102,7 +106,7 @@ async def test_a_file_that_shrinks_aborts_after_an_exact_prefix(
     async with live(serving(big.parent), http=http) as port:
         reader, writer, first = await begun(port, "/big.bin")
         os.truncate(big, BIG // 2)
-        answer = parse(first + await rest(reader))
+        answer = parse(first + await rest(reader, writer))
         writer.close()
     assert not answer.complete
     assert answer.body == content[: len(answer.body)]
@@ -117,7 +121,7 @@ async def test_a_file_that_is_rewritten_in_place_aborts(big: Path, caplog: pytes
         with big.open("r+b") as file:
             file.seek(BIG - 1)
             file.write(b"!")
-        answer = parse(first + await rest(reader))
+        answer = parse(first + await rest(reader, writer))
         writer.close()
     assert not answer.complete
     assert content.startswith(answer.body)
@@ -134,12 +138,13 @@ async def test_a_file_that_is_replaced_is_sent_to_its_old_end(big: Path, how: st
         else:
             (big.parent / "new").write_bytes(b"new" * MIB)
             (big.parent / "new").rename(big)
-        answer = parse(first + await rest(reader))
+        answer = parse(first + await rest(reader, writer))
         writer.close()
     assert answer.complete
     assert answer.body == content
 
 
+@pytest.mark.slow
 async def test_headers_and_bytes_are_of_one_version(tmp_path: Path) -> None:
     """A file is replaced by rename all the time: its length and its tag always are those of its bytes."""
     stop = threading.Event()
@@ -294,6 +299,7 @@ async def test_a_client_that_leaves_closes_the_file_at_once(big: Path, http: Any
         await back_to(before)
 
 
+@pytest.mark.slow
 async def test_hundreds_of_resets_leave_nothing_open(big: Path, http: Any) -> None:
     async with live(serving(big.parent), http=http) as port:
         await ask(port, "/none")
@@ -333,7 +339,8 @@ async def test_a_client_that_leaves_before_the_first_byte_or_twice_is_served_not
     await back_to(before)
 
 
-async def test_a_body_sent_with_a_get_is_not_read(tmp_path: Path, http: Any) -> None:
+async def test_a_body_sent_with_a_get_is_not_read(tmp_path: Path, http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LINGER_SECONDS", 0.2)
     (tmp_path / "ten.txt").write_bytes(b"0123456789")
     async with live(serving(tmp_path), http=http) as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)

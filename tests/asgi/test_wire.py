@@ -468,7 +468,11 @@ async def test_a_body_that_never_comes_to_its_end(
         assert parse(await talk(port, get("/fields", CLOSE))).status == 200
 
 
-@pytest.mark.parametrize("before", ["", "/ours/small.bin", "/ours/big.bin"], ids=["first", "after", "behind"])
+@pytest.mark.parametrize(
+    "before",
+    ["", "/ours/small.bin", pytest.param("/ours/big.bin", marks=pytest.mark.slow)],
+    ids=["first", "after", "behind"],
+)
 async def test_a_head_that_is_too_long(root: Path, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LINGER_SECONDS", 0.2)
     http = functools.partial(DownloadProtocol, stall_seconds=0.5, minimum_rate=1 << 20)
@@ -492,6 +496,7 @@ async def test_a_field_of_64_kib_is_read(root: Path) -> None:
 # -------------------------------------------------------------------------------------------- pipelines
 
 
+@pytest.mark.slow
 async def test_ten_thousand_requests_wait_as_bytes_and_are_answered_in_order(root: Path) -> None:
     from tests.test_bounds import reset_peak, resident_peak
 
@@ -519,7 +524,7 @@ async def test_ten_thousand_requests_wait_as_bytes_and_are_answered_in_order(roo
     assert rest.endswith(b"the content")
 
 
-@pytest.mark.parametrize("path", ["/ours/small.bin", "/generated", "/fields"])
+@pytest.mark.parametrize("path", ["/ours/small.bin", "/generated", pytest.param("/fields", marks=pytest.mark.slow)])
 async def test_ten_thousand_requests_in_one_packet(root: Path, path: str) -> None:
     count = {"/fields": 10_000, "/generated": 100}.get(path, 2_000)
     async with live(Wire(root).app, http=DownloadProtocol) as port:
@@ -542,7 +547,7 @@ ANSWERS = ["/ours/big.bin", "/generated", "/ours/small.bin", "/fields", "/local/
 
 
 @pytest.mark.parametrize("path", ANSWERS)
-@pytest.mark.parametrize("waiting", [0, 2])
+@pytest.mark.parametrize("waiting", [0, pytest.param(2, marks=pytest.mark.slow)])
 async def test_junk_behind_a_request_is_answered_after_it(root: Path, path: str, waiting: int) -> None:
     async with live(Wire(root).app, http=DownloadProtocol) as port:
         whole = await talk(port, get(path) * (waiting + 1) + get("/fields", CLOSE))
@@ -710,7 +715,7 @@ async def test_who_has_half_closed_and_waits_for_nothing_is_closed(root: Path, b
     assert received == b"" or parse(received).complete
 
 
-async def test_a_reset_after_half_closing_is_noticed(root: Path) -> None:
+async def test_a_reset_after_half_closing_is_noticed() -> None:
     left = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

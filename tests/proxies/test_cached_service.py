@@ -138,6 +138,7 @@ def test_a_store_behind_a_cache_behind_a_proxy(kind: str, s3: S3) -> None:
             assert site.get(path).status == 404
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: gives a directory to the group of the proxy")
 @pytest.mark.parametrize("kind, group", [("nginx", "users"), ("apache", "www-data")])
 def test_the_proxy_has_to_be_able_to_read_what_is_kept(kind: str, group: str, s3: S3) -> None:

@@ -130,6 +130,9 @@ def failures(lines: list[Line]) -> list[Line]:
     return [line for line in lines if line.result == "FAIL"]
 
 
+@pytest.mark.parametrize(
+    "each", [pytest.param(kind, marks=[] if kind == "nginx" else pytest.mark.slow) for kind in KINDS], indirect=True
+)
 async def test_what_is_shipped_passes(each: Site) -> None:
     lines = await each.check()
     assert failures(lines) == []
@@ -567,8 +570,21 @@ WRONG = [
 ]
 
 
+FIRST_OF_EACH = {case.kind: case for case in reversed(WRONG)}.values()
+
+
 @pytest.mark.parametrize(
-    "each, case", [pytest.param(case.kind, case, id=f"{case.kind}: {case.name}") for case in WRONG], indirect=["each"]
+    "each, case",
+    [
+        pytest.param(
+            case.kind,
+            case,
+            id=f"{case.kind}: {case.name}",
+            marks=[] if case in FIRST_OF_EACH or case.kind == "lighttpd" else pytest.mark.slow,
+        )
+        for case in WRONG
+    ],
+    indirect=["each"],
 )
 async def test_what_is_wrong_is_found(each: Site, case: Wrong) -> None:
     def edit(text: str) -> str:
@@ -628,6 +644,7 @@ async def test_the_backend_is_that_of_another_proxy(backend: str, behind: str) -
     assert "0 bytes" in failed[0].came
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, encoding", [("apache", "percent"), ("lighttpd", "raw")])
 async def test_the_encoding_is_that_of_another_proxy(kind: str, encoding: str) -> None:
     async with site(kind) as here:
@@ -770,6 +787,7 @@ async def far(dressed: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> AsyncI
             yield Far(here, settings, service, upstream)
 
 
+@pytest.mark.slow
 async def test_files_of_another_server_and_those_of_a_cache() -> None:
     async with far() as here:
         here.site.checkout.joinpath("cache").chmod(0o755)

@@ -136,6 +136,7 @@ def test_the_service_own_pages_are_closed(demo: Demo, path: str) -> None:
     assert b"ready" not in answer.body
 
 
+@pytest.mark.slow
 def test_the_demo_passes_its_check(demo: Demo) -> None:
     arguments = [f"http://127.0.0.1:{demo.port}", "--direct", f"http://127.0.0.1:{demo.service}", "--json"]
     ran = subprocess.run(

@@ -14,7 +14,11 @@ from tests.proxies.conftest import Site
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CONTENT = b"0123456789"
-LENGTHS = [1424, 1425, 2730, 3500, 3900, 4000, MAX_LENGTH - 10, MAX_LENGTH]
+LENGTHS = [
+    1424,
+    *[pytest.param(length, marks=pytest.mark.slow) for length in (1425, 2730, 3500, 3900, 4000, MAX_LENGTH - 10)],
+    MAX_LENGTH,
+]
 
 
 def long_name(length: int, character: str) -> str:

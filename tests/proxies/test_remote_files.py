@@ -291,6 +291,7 @@ async def test_a_client_gets_the_bytes_of_the_very_file(remote: Remote, route: s
     assert_the_services(answer, await ask(remote.service, path))
 
 
+@pytest.mark.slow
 async def test_the_other_server_is_asked_for_just_that_and_hears_nothing_of_the_client(remote: Remote) -> None:
     """nginx asks for what is signed to the letter. Caddy spells some characters in another way."""
     conditions = {"If-None-Match": '"x"', "If-Modified-Since": "Mon, 01 Jan 2001 00:00:00 GMT", "Range": "bytes=0-3"}

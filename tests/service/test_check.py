@@ -347,6 +347,7 @@ async def test_a_cache_that_keeps_nothing(directory: Path) -> None:
     assert str(directory / "cache") in line.remedy
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 async def test_a_function_that_makes_a_file_of_any_name(directory: Path, nobody: str) -> None:
     (directory / "made_any.py").write_text(
@@ -416,6 +417,7 @@ async def test_redirects_of_the_service_and_of_the_proxy(s3: S3, directory: Path
     assert line.remedy == "give the URL that it leads to"
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 async def test_where_a_signed_url_leads_to(s3: S3, directory: Path, nobody: str) -> None:
     s3.put("check/a.txt", b"0123456789", content_type="text/plain")

@@ -17,11 +17,13 @@ from click.testing import CliRunner
 
 from downloadview_async import __version__
 from downloadview_async.cli import main, serve
+from downloadview_async.service.load import CONFIG
 from downloadview_async.service.settings import ServerSettings
 from tests.servers import PROJECT, Server, demo, free_port, serving
 
 COMMAND = [sys.executable, "-m", "downloadview_async.cli", "serve"]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
+WORKERS = ["1", pytest.param("2", marks=pytest.mark.slow)]
 
 
 @pytest.fixture
@@ -47,6 +49,22 @@ def get_over(connection: socket.socket, path: str) -> bytes:
 
 
 def refused(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+    """Call the command here, which must end with 2; return what it says on standard error."""
+    known = {CONFIG, "DOWNLOADVIEW_SOURCES", "DOWNLOADVIEW_ROUTES"}  # the command sets them
+    known |= {name for name in os.environ if name.startswith("DOWNLOADVIEW_")}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with contextlib.chdir(cwd):
+            run = CliRunner(env=dict.fromkeys(known) | dict(env or {})).invoke(main, ["serve", *arguments])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert run.exit_code == 2, run.output
+    assert isinstance(run.exception, SystemExit)
+    return run.stderr
+
+
+def refused_by_a_process(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
     """Run the command, which must end with 2 and without a traceback; return what it says on standard error."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("DOWNLOADVIEW_")}
     run = subprocess.run(
@@ -94,7 +112,7 @@ def test_serve_finds_its_settings(directory: Path, arguments: list[str], env: di
         assert get(f"{server.url}/f/a.txt") == b"0123456789"
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_the_access_log_has_no_queries(directory: Path, workers: str) -> None:
     """There may be the token of a signed link in one."""
     port = free_port()
@@ -117,10 +135,10 @@ def test_options_win_over_variables_and_those_over_the_file(directory: Path) -> 
         assert not (directory / "socket").exists()  # the port that was asked for, not the file's socket
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_unix_socket(directory: Path, workers: int) -> None:
+@pytest.mark.parametrize("workers", WORKERS)
+def test_unix_socket(directory: Path, workers: str) -> None:
     path = str(directory / "socket")
-    command = [*COMMAND, str(directory / "files"), "--uds", path, "--workers", str(workers)]
+    command = [*COMMAND, str(directory / "files"), "--uds", path, "--workers", workers]
     with serving(command, path, log=directory / "log") as server:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(path)
@@ -139,7 +157,7 @@ def test_an_open_socket_by_its_number(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("by_path", [True, False])
+@pytest.mark.parametrize("by_path", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_workers(directory: Path, number: int, by_path: bool) -> None:
     port = free_port()
     what = [str(directory / "files")] if by_path else ["--config", str(directory / "downloadview.toml")]
@@ -161,6 +179,7 @@ def stop_while_downloading(server: Server, number: int) -> int:
         return server.stop(number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_stop_during_a_download_waits_its_time_and_leaves_no_traceback(tmp_path: Path, number: int) -> None:
     with demo(tmp_path / "log", arguments=["--timeout-graceful-shutdown", "1"]) as server:
@@ -169,6 +188,7 @@ def test_a_stop_during_a_download_waits_its_time_and_leaves_no_traceback(tmp_pat
         assert server.log.count("Transfer aborted: ") == 1
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_the_download_at_once_and_in_one_line(tmp_path: Path) -> None:
     with (
         demo(tmp_path / "log") as server,
@@ -186,6 +206,7 @@ def test_a_second_interrupt_ends_the_download_at_once_and_in_one_line(tmp_path: 
         assert "The server ends at once" in server.log
 
 
+@pytest.mark.slow
 def test_a_download_that_ends_in_time_is_not_cut(tmp_path: Path) -> None:
     with demo(tmp_path / "log") as server:
         with urllib.request.urlopen(f"{server.url}/reports/large.txt") as answer:
@@ -196,7 +217,8 @@ def test_a_download_that_ends_in_time_is_not_cut(tmp_path: Path) -> None:
         assert server.process.wait(30) == 0  # by the one signal: a second could meet an interpreter without handlers
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_hangup_cuts_no_download_and_ends_nothing(tmp_path: Path, workers: str) -> None:
     with demo(tmp_path / "log", arguments=["--workers", workers, "--timeout-graceful-shutdown", "1"]) as server:
         server.wait_for_log("Application startup complete", times=int(workers))
@@ -211,7 +233,8 @@ def test_a_hangup_cuts_no_download_and_ends_nothing(tmp_path: Path, workers: str
         assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("by", ["port", "uds"])
 def test_a_connection_that_no_worker_would_answer_is_refused(tmp_path: Path, workers: str, by: str) -> None:
     """While the last downloads are sent, after the signal to end."""
@@ -267,7 +290,7 @@ def test_a_transfer_that_fails_in_the_middle_is_one_log_line(directory: Path) ->
 
 def test_a_refused_start_is_one_line_and_status_2(directory: Path) -> None:
     (directory / "bad.toml").write_text("[server]\nprot = 1\n")
-    assert refused("--config", "bad.toml", cwd=directory) == (
+    assert refused_by_a_process("--config", "bad.toml", cwd=directory) == (
         "downloadview: bad.toml: server.prot: unknown key: did you mean 'port'?\n"
     )
     assert "nothing to serve: give a directory, or settings with --config" in refused(cwd=directory / "files")
@@ -292,17 +315,17 @@ def write_documents(directory: Path, database: str, table: str = "documents") ->
         )
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_table_that_is_not_there_is_refused_before_any_worker_starts(directory: Path, workers: str) -> None:
     write_documents(directory, "sqlite+aiosqlite:///documents.db", "dokuments")
-    said = refused("--port", "0", "--workers", workers, cwd=directory)
+    said = refused_by_a_process("--port", "0", "--workers", workers, cwd=directory)
     assert said == (
         "downloadview: downloadview.toml: sources.documents: the database has no table 'dokuments': create it, or "
         "correct `table`\n"
     )
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_database_that_does_not_answer_yet_is_worth_another_try(directory: Path, workers: str) -> None:
     write_documents(directory, "sqlite+aiosqlite:///documents.db")
     (directory / "documents.db-wal").mkdir()  # SQLite can open the file, but not use it
@@ -345,7 +368,7 @@ def test_a_key_with_a_password_is_refused_without_it(directory: Path) -> None:
 
 
 @openssl
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_https_with_a_certificate_beside_the_settings(directory: Path, workers: str) -> None:
     make_certificate(directory, "-nodes")
     with (directory / "downloadview.toml").open("a") as file:
@@ -359,17 +382,17 @@ def test_https_with_a_certificate_beside_the_settings(directory: Path, workers: 
             assert answer.read() == b"0123456789"
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_descriptor_that_is_no_socket_is_refused(directory: Path, workers: str) -> None:
-    said = refused("--fd", "77", "--workers", workers, cwd=directory)
+    said = refused_by_a_process("--fd", "77", "--workers", workers, cwd=directory)
     assert said == (
         "downloadview: the command line: server.fd: 77 is no open socket (Bad file descriptor): give the number of one "
         "that this process inherits\n"
     )
-    assert "server.fd: 0 is no open socket" in refused("--fd", "0", "--workers", workers, cwd=directory)
+    assert "server.fd: 0 is no open socket" in refused_by_a_process("--fd", "0", "--workers", workers, cwd=directory)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_port_that_is_taken_is_one_line_and_worth_another_try(directory: Path, workers: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -416,7 +439,7 @@ def test_a_unix_socket_that_cannot_be_made_is_one_line(directory: Path, path: st
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_unix_socket_that_was_left_behind_is_replaced(directory: Path, workers: str) -> None:
     path = str(directory / "socket")
     with socket.socket(socket.AF_UNIX) as left:

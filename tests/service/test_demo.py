@@ -146,6 +146,7 @@ def test_every_route_of_the_settings_has_links_on_the_page_and_each_link_works(s
             assert answer.status == 200
 
 
+@pytest.mark.slow
 @curl
 def test_all_links_of_the_page_can_be_saved_into_one_directory(server: Server, tmp_path: Path) -> None:
     links = re.findall('<li><a href="([^"]*)"', fetch(f"{server.url}/")[2].decode())
@@ -179,6 +180,7 @@ def peak_memory(process: int) -> int:
     return int(found[1]) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc is not here: memory cannot be measured")
 def test_a_hundred_megabytes_are_made_without_holding_them(server: Server) -> None:
     fetch(f"{server.url}/reports/summary.txt")
@@ -195,6 +197,7 @@ def test_a_hundred_megabytes_are_made_without_holding_them(server: Server) -> No
     assert peak_memory(server.process.pid) - before < 32 * 1024 * 1024
 
 
+@pytest.mark.slow
 def test_the_demo_behind_a_backend_hands_over(tmp_path: Path) -> None:
     with demo(tmp_path / "log", env={"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx"}) as running:
         for path in ["/files/report.pdf", "/media/report.pdf", "/documents/report"]:

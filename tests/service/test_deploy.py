@@ -61,6 +61,7 @@ def test_the_image_is_small_and_unprivileged() -> None:
     assert "/-/livez" in instructions["HEALTHCHECK"]
 
 
+@pytest.mark.slow
 def test_the_health_check_of_the_image_tells_up_from_down(tmp_path: Path) -> None:
     instructions = dict(dockerfile()[1])
     command: list[str] = yaml.safe_load(instructions["HEALTHCHECK"].partition(" CMD ")[2])
@@ -114,6 +115,7 @@ def test_compose_names_what_is_here() -> None:
     assert grace > settings.server.timeout_graceful_shutdown
 
 
+@pytest.mark.slow
 def test_nginx_of_compose_serves_the_demo(tmp_path: Path) -> None:
     """Run the very command of the container, with the names of the network put back to this machine."""
     port = free_port()
@@ -178,6 +180,7 @@ def test_make_run_lets_the_mirror_ask_who_has_the_bytes(tmp_path: Path, environ:
 CONFIGS = ["nginx/nginx.conf", "apache/httpd.conf", "lighttpd/lighttpd.conf", "caddy/Caddyfile", "h2o/h2o.conf"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed: apt install make")
 def test_the_configurations_are_what_the_command_prints_for_the_demo(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()

@@ -10,7 +10,10 @@ import pytest
 from tests.browser import CHROMIUM, browse, pixels
 from tests.servers import Server, demo
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -442,6 +442,7 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
         CacheDirectory(tmp_path / "file" / "cache", max_bytes=1, max_unused=1)
 
 
+@pytest.mark.slow
 def test_several_processes_keep_one_count(make: Make) -> None:
     code = """
 import os, sys

@@ -43,6 +43,7 @@ async def stalled(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter
     return reader, writer
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.usefixtures("file_size_limit")
 @pytest.mark.parametrize("laggards", [1, 3])

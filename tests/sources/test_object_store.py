@@ -345,7 +345,7 @@ async def test_wrong_urls_and_options_are_refused(url: str, options: dict[str, A
         ObjectStorage(url, **options)
 
 
-async def test_gcs_and_azure_can_be_named(tmp_path: Path) -> None:
+async def test_gcs_and_azure_can_be_named() -> None:
     assert await ObjectStorage("gs://bucket/p", skip_signature=True).locate("x") is None
     assert await ObjectStorage("az://box/p", account_name="a", account_key="QUJD").locate("x") is None
 
@@ -450,7 +450,8 @@ async def test_what_is_wrong_with_all_objects_is_not_a_missing_one(
     assert code in record.getMessage()
 
 
-async def test_a_large_object_takes_little_memory(s3: S3, tmp_path: Path) -> None:
+@pytest.mark.slow
+async def test_a_large_object_takes_little_memory(s3: S3) -> None:
     """256 MiB from the real server, by a process that streams nothing else: it peaks far below the object's size."""
     piece = os.urandom(MIB)
     s3.put("large/a.bin", piece * 256)

@@ -351,7 +351,7 @@ async def test_an_upstream_that_stalls_in_the_body_aborts_the_client(upstream: U
     await upstream.closed.wait()
 
 
-async def test_an_upstream_that_refuses_connections_is_a_502(port: int, upstream: Upstream) -> None:
+async def test_an_upstream_that_refuses_connections_is_a_502() -> None:
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as unused:
@@ -385,6 +385,7 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(upstream: Upstre
     await source.aclose()
 
 
+@pytest.mark.slow
 async def test_a_request_cancelled_at_any_moment_leaves_no_connection_open(upstream: Upstream) -> None:
     upstream.answers = [OK + b"Connection: close\r\nContent-Length: 10\r\n\r\n" + TEN]
     source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"])  # type: ignore[attr-defined]

@@ -93,6 +93,7 @@ async def test_more_requests_than_connections_wait_and_then_are_turned_away() ->
         await source.aclose()
 
 
+@pytest.mark.slow
 async def test_thousands_of_cancelled_requests_leave_the_source_working() -> None:
     async def some(request: Any) -> Response:
         return PlainTextResponse("x" * 100_000)

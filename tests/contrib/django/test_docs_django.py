@@ -50,6 +50,7 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_guide_pass(guide: Path) -> None:
     assert "Ran 3 tests" in run(guide, "manage.py", "test")
 
@@ -225,6 +226,7 @@ def test_options_of_nginx_that_did_not_work_do(ours: dict[str, Any], request: py
     assert (theirs["expires time"], theirs["expires seconds"], theirs["charset"]) == ("TypeError", "TypeError", "None")
 
 
+@pytest.mark.slow
 def test_links_of_the_other_package_verify_while_a_setting_says_so(
     ours: dict[str, Any],
     theirs: dict[str, Any],
@@ -288,6 +290,7 @@ def test_the_migration_page_has_every_name_of_django_downloadview() -> None:
     assert [name for name in names if not hasattr(package, name)] == []
 
 
+@pytest.mark.slow
 def test_the_asgi_module_of_the_migration_page_works(tmp_path: Path) -> None:
     make_project(tmp_path, MIGRATION)
     run(tmp_path, "-c", "import project.asgi; assert type(project.asgi.application).__name__ == 'DownloadASGIHandler'")

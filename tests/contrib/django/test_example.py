@@ -74,7 +74,7 @@ def started(checkout: Path, by_nginx: bool) -> Iterator[Site]:
             assert "[error]" not in (checkout / "nginx.log").read_text()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["uvicorn", "nginx"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["uvicorn", "nginx"])
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     with readable_directory() as checkout, started(checkout, request.param) as site:
         yield site

@@ -302,6 +302,7 @@ async def test_a_refusal_closes_the_file(path_send: Server) -> None:
     await becomes(lambda: open_beneath(path_send, path_send.log_file.parent / "files"), [])
 
 
+@pytest.mark.slow
 async def test_five_hundred_aborts_leave_nothing_open(path_send: Server) -> None:
     files, kinds = path_send.log_file.parent / "files", [*ON_DISK, "remote", "generated"]
     for number in range(500):
