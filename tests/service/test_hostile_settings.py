@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from downloadview_async import ConfigurationError
 from downloadview_async.cli import main
 from downloadview_async.service.build import build, check_databases
-from downloadview_async.service.load import load_settings
+from downloadview_async.service.load import CONFIG, load_settings
 from downloadview_async.service.logs import LONGEST
 from downloadview_async.service.settings import (
     CacheSettings,
@@ -60,7 +60,8 @@ def refused(directory: Path, text: str | bytes, *arguments: str, env: Mapping[st
     """Run `downloadview serve` on settings that it has to refuse, and return what it says."""
     file = directory / "hostile.toml"
     file.write_bytes(text.encode() if isinstance(text, str) else text)
-    result = CliRunner(env=dict(env or {})).invoke(main, ["serve", "--config", "hostile.toml", *arguments])
+    variables = {CONFIG: None, **(env or {})}  # the command sets it
+    result = CliRunner(env=variables).invoke(main, ["serve", "--config", "hostile.toml", *arguments])
     assert isinstance(result.exception, SystemExit), result.exception
     assert (result.exit_code, result.stdout) == (2, "")
     assert_one_line(result.stderr)
