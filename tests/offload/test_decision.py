@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from asgiref.sync import async_to_sync
 from django.http import HttpRequest
-from django.test import override_settings
+from django.test import Client, override_settings
 from django.urls import path as url_path
 from django.views.decorators.csrf import csrf_exempt
 from starlette.applications import Starlette
@@ -453,3 +454,30 @@ async def test_what_a_cached_file_is_described_by_arrives(
             assert fields == [coding, "Accept-Encoding", "de"]
             await complete(cached)
         assert len(origin.requests) == (1 if max_age else 3)
+
+
+@pytest.mark.asyncio
+async def test_a_cached_file_is_offloaded_under_wsgi(origin: Origin, tmp_path: Path) -> None:
+    cached = dv.CachedSource(remote(origin), dv.Cache(tmp_path / "cache", max_age=0))
+
+    def view(request: HttpRequest) -> DownloadResponse:
+        return DownloadResponse(async_to_sync(cached.resolve)("a.bin"))
+
+    def get() -> tuple[int, str | None, bytes]:
+        response: Any = Client().get("/file")
+        body = response.getvalue()
+        response.close()
+        return response.status_code, response.get("X-Accel-Redirect"), body
+
+    rules = [{"source_dir": cached.cache.path, "destination_url": "/_cache/"}]
+    settings = {"MIDDLEWARE": [SMART], "DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": rules}}
+    async with aclosing(cached):
+        with override_settings(ROOT_URLCONF=Urls(view), **settings):
+            assert await asyncio.to_thread(get) == (200, None, BIG)
+            while cached.cache._running:
+                await asyncio.to_thread(get)
+            for _ in range(2):
+                status, order, body = await asyncio.to_thread(get)
+                assert (status, body) == (200, b"")
+                assert order is not None
+                assert (tmp_path / "cache" / order.removeprefix("/_cache/")).read_bytes() == BIG
