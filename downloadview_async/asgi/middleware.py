@@ -1,14 +1,12 @@
 """`OffloadMiddleware`: offers a reverse proxy to every download response inside it."""
 
-from functools import partial
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from downloadview_async.asgi.offer import Holding, Lent, Offer, is_deleted
+from downloadview_async.asgi.holding import Holding
+from downloadview_async.asgi.offer import Offer
 from downloadview_async.asgi.pathsend import ForeignResponse
 from downloadview_async.asgi.transfer import FOREIGN, PATHSEND
 from downloadview_async.offload.base import EXTENSION, OffloadBackend
-from downloadview_async.offload.decision import refusal
 
 
 class OffloadMiddleware:
@@ -27,7 +25,7 @@ class OffloadMiddleware:
 
     An offloaded answer leaves when the application has returned, unless it says `offload=True`. A background task, or
     what follows the `yield` of a dependency, may have deleted the file by then: it has been held open, and is sent by
-    us. So is one whose application takes longer than `offer.PATIENCE`, for it may still delete it.
+    us. So is one whose application takes longer than `holding.PATIENCE`, for it may still delete it.
 
     And any offload header that no backend has made for this very request is dropped, with a warning in the log: with
     `pathsend` an application's own X-Accel-Redirect does nothing.
@@ -45,71 +43,26 @@ class OffloadMiddleware:
             return
         extensions = dict(scope.get("extensions") or {})
         outer = extensions.get(EXTENSION)
+        outer = outer if isinstance(outer, Offer) else None
         # A middleware further out that drops what no backend has made has to know what ours makes.
-        offer = Offer(self.backend, outer.made if isinstance(outer, Offer) else set())
+        offer = Offer(self.backend, set() if outer is None else outer.made)
         extensions[EXTENSION] = offer
-        holding = Holding()
+        holding = Holding(offer, receive, send, outer)
         foreign = None
         if self.pathsend:
             server_can = PATHSEND in extensions and FOREIGN not in (extensions[PATHSEND] or {})
-            foreign = ForeignResponse(scope, receive, send, offer, holding, path_send=PATHSEND in extensions)
+            foreign = ForeignResponse(scope, receive, holding.send, offer, path_send=PATHSEND in extensions)
             if not server_can:
                 extensions[PATHSEND] = {FOREIGN: True}
-        sender = _Sender(offer, holding, send if foreign is None else foreign.send)
         try:
-            await self.app({**scope, "extensions": extensions}, receive, sender.send)
+            inner_send = holding.send if foreign is None else foreign.send
+            await self.app({**scope, "extensions": extensions}, receive, inner_send)
         except Exception:
             await holding.end()
             raise
         except BaseException:  # cancelled
             await holding.cancel()
             raise
-        finally:
-            sender.drop()
-        await holding.end()
         if foreign is not None:
             await foreign.end()
-
-
-class _Sender:
-    """Sends the answer to one request on: one that a proxy is to send the file for waits for the application."""
-
-    __slots__ = ("_held", "_holding", "_lent", "_offer", "_send")
-
-    def __init__(self, offer: Offer, holding: Holding, send: Send) -> None:
-        self._offer = offer
-        self._holding = holding
-        self._send = send
-        self._lent: Lent | None = None
-        self._held: list[Message] = []
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            if message["status"] != 200 and self._offer.made:
-                message = self._offer.withdrawn_from(message)
-            if self._offer.lent is not None and (lent := self._offer.take_lent(message)) is not None:
-                self._lent = lent
-                self._held.append(message)
-                return
-        elif self._held:
-            self._held.append(message)
-            if self._lent is not None:
-                lent, self._lent = self._lent, None
-                self._holding.hold(lent.file, partial(self._decide, lent))
-            return
-        await self._send(message)
-
-    async def _decide(self, lent: Lent, has_returned: bool) -> None:
-        if refusal(has_returned=has_returned, is_there=not is_deleted(lent.file)) is None:
-            for message in self._held:
-                await self._send(message)
-        else:
-            await lent.stream_with_what_was_added(self._held[0], self._send)
-
-    def drop(self) -> None:
-        """Close what is lent for an answer of which no more comes."""
-        if self._lent is not None:
-            self._lent.file.close()
-        if self._offer.lent is not None:
-            self._offer.lent.file.close()
-        self._lent = self._offer.lent = None
+        await holding.end()

@@ -8,7 +8,7 @@ from functools import partial
 import anyio.to_thread
 from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.asgi.offer import Holding, Offer
+from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.response import RawHeaders, error_response, note_refusal
 from downloadview_async.asgi.transfer import PATHSEND, SETTLED, send_plan, until_the_client_leaves
 from downloadview_async.errors import FileError, FileMissing, TransferAborted
@@ -50,14 +50,11 @@ class ForeignResponse:
     path_send: whether whoever gets its messages takes a path send.
     """
 
-    def __init__(
-        self, scope: Scope, receive: Receive, send: Send, offer: Offer, holding: Holding, *, path_send: bool
-    ) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, offer: Offer, *, path_send: bool) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._offer = offer
-        self.holding = holding
         self._path_send = path_send
         self._held: Message | None = None
 
@@ -82,8 +79,8 @@ class ForeignResponse:
             held, self._held = self._held, None
             await self._send(held)
 
-    async def _offer_and_hold(self, offloaded: Message, start: Message, path: str) -> None:
-        """Have a proxy send a file as soon as it is known that the application does not delete it first."""
+    async def _offer_and_lend(self, offloaded: Message, start: Message, path: str) -> None:
+        """Have a proxy send a file, which is held open until it is known that the application does not delete it."""
         context = _Named(path).open()
         try:
             opened = await context.__aenter__()
@@ -91,26 +88,27 @@ class ForeignResponse:
             await error_response(exc, self._scope)(self._scope, self._receive, self._send)
             return
         except FileError:  # the proxy may be allowed what we are not
-            self.holding.hold(None, lambda _: self._send_head(offloaded))
+            self._offer.lend(Lent(None, path, offloaded, partial(self._stream_named, start, path)))
+            await self._send_head(offloaded)
             return
         file = opened.shared()
         await context.__aexit__(None, None, None)
-        self.holding.hold(file, partial(self._decide, offloaded, start, path, file))
-
-    async def _decide(
-        self, offloaded: Message, start: Message, path: str, file: OpenLocalFile, has_returned: bool
-    ) -> None:
-        refused = refusal(is_telling=file.is_telling, has_returned=has_returned)
-        if refused is None:
-            refused = refusal(is_there=await anyio.to_thread.run_sync(_is_at, path, file.descriptor))
-        if refused is None:
-            await self._send_head(offloaded)
+        if (refused := refusal(is_telling=file.is_telling)) is not None:
+            note_refusal(refused, self._scope["method"], self._scope["path"])
+            try:
+                await self._stream_or_head(start, file, self._receive, self._send)
+            finally:
+                await file.aclose()
             return
-        note_refusal(refused, self._scope["method"], self._scope["path"])
+        self._offer.lend(Lent(file, path, offloaded, partial(self._stream_or_head, start, file)))
+        await self._send_head(offloaded)
+
+    async def _stream_or_head(self, start: Message, file: OpenLocalFile, receive: Receive, send: Send) -> None:
         if self._scope["method"] == "HEAD":
-            await self._send_head(start)
+            await send(start)
+            await send({"type": "http.response.body", "body": b""})
         else:
-            await until_the_client_leaves(partial(self._stream_opened, start, file), self._receive, self._send)
+            await until_the_client_leaves(partial(self._stream_opened, start, file), receive, send)
 
     async def _send_head(self, start: Message) -> None:
         await self._send(start)
@@ -138,7 +136,7 @@ class ForeignResponse:
     async def _send_file(self, start: Message | None, path: str, message: Message) -> None:
         # A middleware further in, or a response of ours, may have decided that no proxy sends this one.
         if SETTLED not in message and start is not None and (offloaded := self._offloaded(start, path)) is not None:
-            await self._offer_and_hold(offloaded, start, path)
+            await self._offer_and_lend(offloaded, start, path)
             return
         if self._scope["method"] == "HEAD":
             if start is not None:
@@ -182,6 +180,9 @@ class ForeignResponse:
         kept = [header for header in headers if header[0].lower() not in replaced]
         return {**start, "headers": [*kept, *made, (b"content-length", b"0")]}
 
+    async def _stream_named(self, start: Message, path: str, receive: Receive, send: Send) -> None:
+        await until_the_client_leaves(partial(self._stream, start, _Named(path)), receive, send)
+
     async def _stream(self, start: Message | None, file: _Named, send: Send) -> None:
         async with file.open() as opened:
             await self._stream_opened(start, opened, send)
@@ -199,14 +200,6 @@ class ForeignResponse:
                 await send(message)
 
         await send_plan(plan, opened, {"type": "http.response.start"}, send_the_rest)
-
-
-def _is_at(path: str, descriptor: int) -> bool:
-    """Return whether a path still leads to an open file."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError:
-        return False
 
 
 def _length_of(start: Message) -> int | None:

@@ -2,6 +2,7 @@
 
 import codecs
 import logging
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -116,7 +117,7 @@ class DownloadResponse(Response):
 
     async def _answer_or_error(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, send)
         except FileError as exc:
             await error_response(exc, scope)(scope, receive, send)
 
@@ -152,7 +153,7 @@ class DownloadResponse(Response):
                 if answer.head is not None and PREPARED in path_send:
                     start[PREPARED] = answer.head
                 if offload is not None:
-                    self._lend(local, local, start, scope, receive)
+                    self._lend(local, local, start, scope)
                 await send(start)
                 await send({"type": "http.response.body", "body": body})
                 return True
@@ -169,7 +170,7 @@ class DownloadResponse(Response):
         finally:
             local.close()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, send: Send) -> None:
         # An endpoint may answer a POST with a file, too; conditions and ranges are not for that.
         readable = scope["method"] in ("GET", "HEAD")
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if readable else GET
@@ -186,12 +187,12 @@ class DownloadResponse(Response):
             is_offered = refused is None
         if is_offered:
             async with self.file.open(HEAD) as opened:
-                if (refused := await self._hand_over(opened, request, scope, receive, send)) is None:
+                if (refused := await self._hand_over(opened, request, scope, send)) is None:
                     return
         async with self.file.open(request) as opened:
             # One that is kept in a cache may be known to be there only when it is open.
             if refused is not None and not is_offered:
-                refused = await self._hand_over(opened, request, scope, receive, send)
+                refused = await self._hand_over(opened, request, scope, send)
                 if refused is None:
                     return
             if refused is not None:
@@ -211,9 +212,7 @@ class DownloadResponse(Response):
         headers = await self.redirect.headers_for(self.file, described)
         return None if headers is None else make_redirect_plan(own, headers)
 
-    async def _hand_over(
-        self, opened: OpenFile, request: DownloadRequest, scope: Scope, receive: Receive, send: Send
-    ) -> Refusal | None:
+    async def _hand_over(self, opened: OpenFile, request: DownloadRequest, scope: Scope, send: Send) -> Refusal | None:
         """Answer with headers for a proxy, or return why none may send the file now that it is open."""
         order = self._order(scope)
         assert order is not None
@@ -225,24 +224,26 @@ class DownloadResponse(Response):
         answer = self._answer_to(HEAD, opened.metadata, offload).aged(age_of(opened))
         start = self._start(answer, scope)
         if (local := local_of(opened)) is not None:
-            self._lend(opened, local, start, scope, receive)
+            self._lend(opened, local, start, scope)
         await send(start)
         await send({"type": "http.response.body", "body": b""})
         return None
 
-    def _lend(self, opened: OpenFile, local: OpenLocalFile, start: Message, scope: Scope, receive: Receive) -> None:
+    def _lend(self, opened: OpenFile, local: OpenLocalFile, start: Message, scope: Scope) -> None:
         """Keep the file open for as long as the answer waits for the application, which may delete it."""
         offer = scope["extensions"][EXTENSION]
         if self.offload or not isinstance(offer, Offer):
             return  # the application says that the file stays
 
-        async def stream(send: Send) -> None:
+        async def stream(receive: Receive, send: Send) -> None:
             request = DownloadRequest.from_headers(scope["method"], scope["headers"])
             answer = self._answer_to(request, local.metadata, None).aged(age_of(opened))
             work = partial(send_plan, answer.plan, local, self._start(answer, scope))
             await until_the_client_leaves(work, receive, send)
 
-        offer.lent = Lent(local.shared(), start, stream)
+        path = self.file.location
+        path = path if path is not None and os.path.isabs(path) else None
+        offer.lend(Lent(local.shared(), path, start, stream))
 
     def _order(self, scope: Scope) -> Mapping[str, str] | Refusal | None:
         """Return the headers that have a proxy send the file, or why none may; None where none is offered."""

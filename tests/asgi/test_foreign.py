@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from email.utils import formatdate
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
 import pytest
@@ -18,19 +18,20 @@ import pytest_asyncio
 from fastapi import BackgroundTasks, Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
-from downloadview_async.asgi.offer import PATIENCE
+from downloadview_async.asgi.holding import PATIENCE
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.testing import call
 from tests.asgi.foreign_app import APPS, Spy, starlette_app
 from tests.asgi.ways import WAYS
-from tests.live import Answer, Watched, ask, live
+from tests.live import Answer, Watched, ask, live, make_old
 from tests.proxies.servers import KINDS, proxy, readable_directory
 
 pytestmark = pytest.mark.asyncio
@@ -581,6 +582,129 @@ async def test_a_cancelled_application_sends_nothing_later(root: Path) -> None:
         loop.call_later(2 * PATIENCE, later.set_result, None)
         await later
         assert sent == []
+
+
+def unlink(path: Path) -> None:
+    path.unlink()
+
+
+def move(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+
+
+def replace_it(path: Path) -> None:
+    path.with_suffix(".new").write_bytes(b"new")
+    path.with_suffix(".new").rename(path)
+
+
+def drop_one_of_two_links(path: Path) -> None:
+    path.with_suffix(".link").hardlink_to(path)
+    path.unlink()
+
+
+def move_its_directory(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("moved"))
+
+
+@pytest.mark.parametrize("take_away", [unlink, move, replace_it, drop_one_of_two_links, move_its_directory])
+@pytest.mark.parametrize("kind", ["ours", "foreign", "ours, nested", "foreign, nested"])
+async def test_a_file_that_has_left_its_place_when_the_application_returns_is_sent_by_us(
+    tmp_path: Path, take_away: Callable[[Path], None], kind: str
+) -> None:
+    directory = tmp_path / "files" / "sub"
+    directory.mkdir(parents=True)
+    path = directory / "a.bin"
+    path.write_bytes(CONTENT)
+    make_old(directory)
+    response: ASGIApp = dv.DownloadResponse(dv.LocalFile(path)) if "ours" in kind else FileResponse(path)
+
+    async def taking_away(scope: Scope, receive: Receive, send: Send) -> None:
+        inside = offloading(response, tmp_path / "files") if "nested" in kind else response
+        await inside(scope, receive, send)
+        take_away(path)
+
+    async with live(offloading(taking_away, tmp_path / "files")) as port:
+        assert_streamed(await ask(port, "/"))
+
+
+class Replacing:
+    """Pure ASGI middleware that replaces, removes and adds fields, in the spelling that many clients expect."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def replacing(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                kept = [(name.title(), value) for name, value in message["headers"] if name.lower() not in REPLACED]
+                changed = [(b"Cache-Control", b"private, no-store"), (b"Set-Cookie", b"a=1"), (b"Set-Cookie", b"b=2")]
+                message = {**message, "headers": [*kept, *changed]}
+            await send(message)
+
+        await self.app(scope, receive, replacing)
+
+
+REPLACED = {b"cache-control", b"etag"}
+
+
+class InPlace(BaseHTTPMiddleware):
+    """Starlette's own kind of middleware, which changes the very list of fields."""
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = await call_next(request)
+        response.headers["Cache-Control"] = "private, no-store"
+        del response.headers["etag"]
+        response.set_cookie("a", "1")
+        response.set_cookie("b", "2")
+        return response
+
+
+@pytest.mark.parametrize("middleware", [Replacing, InPlace])
+@pytest.mark.parametrize("nested", [False, True])
+async def test_what_middleware_makes_of_the_fields_stays_where_we_send_the_file_after_all(
+    root: Path, middleware: Any, nested: bool
+) -> None:
+    path = root / "a.bin"
+    path.write_bytes(CONTENT)
+    make_old(root)
+    response = dv.DownloadResponse(dv.LocalFile(path), headers={"Cache-Control": "public, max-age=600"})
+    inside = offloading(response, root) if nested else response
+    changed: ASGIApp = middleware(inside)
+
+    async def deleting_it(scope: Scope, receive: Receive, send: Send) -> None:
+        await changed(scope, receive, send)
+        path.unlink()
+
+    async with live(offloading(deleting_it, root)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    fields = [line.partition(b": ")[::2] for line in head.split(b"\r\n")[1:]]
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in fields:
+        values.setdefault(name.lower(), []).append(value)
+    assert body == CONTENT
+    assert values[b"cache-control"] == [b"private, no-store"]
+    assert [value.partition(b";")[0] for value in values[b"set-cookie"]] == [b"a=1", b"b=2"]
+    assert b"etag" not in values
+    assert values[b"content-length"] == [str(len(CONTENT)).encode()]
+    assert b"x-accel-redirect" not in values
+
+
+@pytest.mark.parametrize("kind", ["ours", "foreign"])
+async def test_an_application_that_answers_twice_leaves_nothing_open(root: Path, kind: str) -> None:
+    file = root / "file.txt"
+    response: ASGIApp = dv.DownloadResponse(dv.LocalFile(file)) if kind == "ours" else FileResponse(file)
+
+    async def twice(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(3):
+            await response(scope, receive, send)
+
+    async with live(offloading(twice, root)) as port:
+        for _ in range(3):
+            assert "x-accel-redirect" in (await ask(port, "/")).headers
+    assert descriptors(root) == []
 
 
 async def test_an_answer_whose_file_stays_waits_for_nothing(root: Path) -> None:

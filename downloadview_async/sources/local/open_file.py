@@ -63,7 +63,7 @@ class OpenLocalFile:
 
     def __init__(self, descriptor: int, found: os.stat_result, quick: bool = True, *, workers: Workers) -> None:
         self.descriptor = descriptor
-        self._quick = quick
+        self.is_quick = quick
         self._users = 1
         self.workers = workers
         self.device = found.st_dev
@@ -96,7 +96,7 @@ class OpenLocalFile:
 
     async def aclose(self) -> None:
         """Close the descriptor, in a thread where that may wait."""
-        if self._quick:
+        if self.is_quick:
             self.close()
             return
         with anyio.CancelScope(shield=True):
@@ -113,7 +113,7 @@ class OpenLocalFile:
         Its bytes may then be of two versions. One that has grown may have been appended to, like a log: what was
         promised of it is still there. Where the file system is not this kernel's alone, nobody asks.
         """
-        return self._quick and self._has_other_times()
+        return self.is_quick and self._has_other_times()
 
     def _has_other_times(self) -> bool:
         now = os.fstat(self.descriptor)

@@ -1,0 +1,194 @@
+"""`Holding`: an answer that a proxy completes is held back until the application has returned.
+
+The proxy opens the file after the answer has left, and the application may delete or move the file when it has
+answered: in a background task, or at the end of a dependency with `yield`. Until it has returned, the file is held
+open. It is sent from here if it is not at its place any more, or if the wait takes long.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+from weakref import WeakKeyDictionary
+
+import anyio
+from starlette.types import Message, Receive, Send
+
+from downloadview_async.asgi.offer import Lent, Offer
+from downloadview_async.http.fields import OFFLOAD_HEADERS
+from downloadview_async.http.plan import FRAMING
+from downloadview_async.offload.decision import refusal
+
+PATIENCE = 0.1
+"""Seconds that an offloaded answer waits for the application to return. Then the file is sent without a proxy."""
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Holding:
+    """Sends the messages of one answer on, and holds back those of one that is for a proxy.
+
+    outer: the offer of the outermost `OffloadMiddleware`, if there is one: it has the answer wait for its application.
+    """
+
+    __slots__ = ("_deadlines", "_deciding", "_held", "_lent", "_offer", "_outer", "_receive", "_send")
+
+    def __init__(self, offer: Offer, receive: Receive, send: Send, outer: Offer | None) -> None:
+        self._offer = offer
+        self._receive = receive
+        self._send = send
+        self._outer = outer
+        self._lent: Lent | None = None
+        self._held: list[Message] = []
+        self._deadlines: _Deadlines | None = None
+        self._deciding: asyncio.Future[None] | None = None
+
+    async def send(self, message: Message) -> None:
+        """Send a message on, or hold it back."""
+        if self._lent is not None:
+            self._held.append(message)
+            if self._deadlines is None:
+                with suppress(RuntimeError):  # not asyncio: then it leaves when the application has returned
+                    self._deadlines = _deadlines_of(asyncio.get_running_loop())
+                    self._deadlines.set(self)
+            return
+        if message["type"] == "http.response.start":
+            if message["status"] != 200 and self._offer.made:
+                message = self._offer.withdrawn_from(message)
+            if self._offer.lent is not None and (lent := self._offer.take_lent(message)) is not None:
+                if self._outer is None:
+                    self._lent = lent
+                    self._held.append(message)
+                    return
+                self._outer.lend(lent)
+        await self._send(message)
+
+    def lose_patience(self) -> None:
+        """Decide now: the application has not returned in time."""
+        self._deciding = asyncio.ensure_future(self._decide(False))
+
+    async def end(self) -> None:
+        """Send what is held: the application has returned, or raised. Raises what sending raises."""
+        if self._deadlines is not None:
+            self._deadlines.drop(self)
+        self._offer.lend(None)
+        if self._deciding is not None:
+            await self._deciding
+        elif self._lent is not None:
+            await self._decide(True)
+
+    async def cancel(self) -> None:
+        """Send nothing more: the application has been cancelled."""
+        if self._deadlines is not None:
+            self._deadlines.drop(self)
+        self._offer.lend(None)
+        with anyio.CancelScope(shield=True):
+            if self._deciding is not None:
+                self._deciding.cancel()
+                await asyncio.wait([self._deciding])
+            else:
+                await self._close()
+
+    async def _decide(self, has_returned: bool) -> None:
+        assert self._lent is not None
+        try:
+            if len(self._held) < 2:
+                return  # the application has ended in the midst of its answer: its server says so
+            refused = refusal(has_returned=has_returned or self._lent.file is None)
+            if refused is None and self._lent.file is not None:
+                refused = refusal(is_there=await self._lent.is_at_its_place())
+            if refused is None:
+                for message in self._held:
+                    await self._send(message)
+            else:
+                merging = _Merging(self._lent.headers, self._held[0]["headers"], self._send)
+                # the `receive` of middleware inside may say that the client has left, as its application has returned
+                await self._lent.stream(self._receive, merging.send)
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
+        lent, self._lent = self._lent, None
+        if lent is not None and lent.file is not None:
+            await lent.file.aclose()
+
+
+class _Merging:
+    """Sends one answer with what middleware has made of the header fields of another, which it takes the place of.
+
+    Fields are compared by name. Those that frame the content, and those that proxies obey, stay as the answer has them.
+    """
+
+    def __init__(self, made: Headers, arrived: Headers, send: Send) -> None:
+        before, after = _by_name(made), _by_name(arrived)
+        self._changed = {
+            name: after.get(name, [])
+            for name in before.keys() | after.keys()
+            if before.get(name) != after.get(name) and not _is_of_the_content(name)
+        }
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        """Send a message, with the changed fields if it is the start."""
+        if message["type"] == "http.response.start" and self._changed:
+            kept = [header for header in message["headers"] if header[0].lower() not in self._changed]
+            changed = [(name, value) for name, values in self._changed.items() for value in values]
+            message = {**message, "headers": [*kept, *changed]}
+        await self._send(message)
+
+
+def _by_name(headers: Headers) -> dict[bytes, list[bytes]]:
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        values.setdefault(bytes(name).lower(), []).append(bytes(value))
+    return values
+
+
+def _is_of_the_content(name: bytes) -> bool:
+    text = name.decode("latin-1")
+    return text in FRAMING or text in OFFLOAD_HEADERS or text == "content-encoding"
+
+
+class _Deadlines:
+    """When each answer that an event loop holds has to leave, the first one first. One timer is for all of them.
+
+    Most leave within microseconds, and a timer for each would cost more than all else that is done for them here.
+    """
+
+    __slots__ = ("_has_timer", "_times")
+
+    def __init__(self) -> None:
+        self._times: dict[Holding, float] = {}
+        self._has_timer = False
+
+    def set(self, holding: Holding) -> None:
+        """Have an answer decided in `PATIENCE` from now."""
+        loop = asyncio.get_running_loop()
+        self._times[holding] = loop.time() + PATIENCE
+        if not self._has_timer:
+            self._has_timer = True
+            loop.call_later(PATIENCE, self._look, loop)
+
+    def drop(self, holding: Holding) -> None:
+        """Forget an answer."""
+        self._times.pop(holding, None)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._has_timer = False
+        while self._times:
+            holding, deadline = next(iter(self._times.items()))
+            if deadline > (now := loop.time()):
+                self._has_timer = True
+                loop.call_later(deadline - now, self._look, loop)
+                return
+            del self._times[holding]
+            holding.lose_patience()
+
+
+_deadlines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = WeakKeyDictionary()
+
+
+def _deadlines_of(loop: asyncio.AbstractEventLoop) -> _Deadlines:
+    found = _deadlines.get(loop)
+    if found is None:
+        found = _deadlines[loop] = _Deadlines()
+    return found
