@@ -27,22 +27,24 @@ PHRASES = [
 NAMES = {"found", "said", "came", "asked", "own"}
 
 PAGES = sorted(
-    [*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md"), *(PROJECT / "app").glob("*.toml")]
-    + [*(PROJECT / "examples").rglob("*.md")]
+    [
+        *PROJECT.glob("*.md"),
+        *(PROJECT / "docs").rglob("*.md"),
+        *(PROJECT / "app").glob("*.toml"),
+        *(PROJECT / "examples").rglob("*.md"),
+    ]
 )
-MODULES = sorted(
-    path for room in ("downloadview_async", "app", "examples") for path in (PROJECT / room).rglob("*.py")
-)
+MODULES = sorted(path for room in ("downloadview_async", "app", "examples") for path in (PROJECT / room).rglob("*.py"))
 
 
 def offences(text: str) -> list[str]:
     """Return the phrases of a text, each with what is around it."""
     plain = re.sub(r"`[^`]*`", "`x`", re.sub(r"\s+", " ", text))
-    found_phrases = []
-    for phrase in PHRASES:
-        for match in re.finditer(phrase, plain):
-            found_phrases.append(f"{match[0].strip()!r}: ...{plain[max(match.start() - 40, 0) : match.end() + 40]}...")
-    return found_phrases
+    return [
+        f"{match[0].strip()!r}: ...{plain[max(match.start() - 40, 0) : match.end() + 40]}..."
+        for phrase in PHRASES
+        for match in re.finditer(phrase, plain)
+    ]
 
 
 def paragraphs_of(page: str) -> Iterator[str]:

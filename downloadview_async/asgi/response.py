@@ -28,7 +28,7 @@ from downloadview_async.asgi.transfer import (
     send_plan,
     until_the_client_leaves,
 )
-from downloadview_async.errors import DownloadError, FileError
+from downloadview_async.errors import DownloadError, FileError, FileMissing
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.http.log_text import escaped, shown
@@ -137,8 +137,11 @@ class DownloadResponse(Response):
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if offload is None else HEAD
         try:
             opened = open_at_once(self.file, request)
+        except FileMissing as exc:
+            await error_response(exc, scope)(scope, receive, send)
+            return True
         except FileError:
-            return False  # found again, and answered, by who waits
+            return False  # opened again, with the time that it takes
         if opened is None or (local := local_of(opened)) is None:
             return False
         try:
@@ -159,7 +162,9 @@ class DownloadResponse(Response):
                 return True
             span = only_span(answer.plan)
             if span is None or "descriptor" not in path_send:
-                return False
+                work = partial(self._send_or_error, answer, opened, scope, receive)
+                await until_the_client_leaves(work, receive, send)
+                return True
             await send(self._start(answer, scope))
             async with Loan(local) as loan:
                 await send(loan.message(span))
@@ -198,8 +203,19 @@ class DownloadResponse(Response):
             if refused is not None:
                 note_refusal(refused, scope["method"], scope["path"])
             answer = self._answer_to(request, opened.metadata, None).aged(age_of(opened))
-            path_send = (scope.get("extensions") or {}).get(PATHSEND)
-            await send_plan(answer.plan, opened, self._start(answer, scope), send, path_send=path_send)
+            await self._send(answer, opened, scope, send)
+
+    async def _send(self, answer: "_Answer", opened: OpenFile, scope: Scope, send: Send) -> None:
+        path_send = (scope.get("extensions") or {}).get(PATHSEND)
+        await send_plan(answer.plan, opened, self._start(answer, scope), send, path_send=path_send)
+
+    async def _send_or_error(
+        self, answer: "_Answer", opened: OpenFile, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        try:
+            await self._send(answer, opened, scope, send)
+        except FileError as exc:
+            await error_response(exc, scope)(scope, receive, send)
 
     async def _redirection(self) -> Plan | None:
         """Return the answer that sends the client where else the file is, or None. Raises `FileError`."""
