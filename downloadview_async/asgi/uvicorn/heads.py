@@ -39,7 +39,8 @@ def read_head(
         host = headers[field][1].strip(b" \t")  # "excluding any leading or trailing whitespace" [RFC 9110 5.5]
         if is_on_unix_socket and _SOCKET_PATH.fullmatch(host):
             host = b""  # as for any URL without an authority [RFC 9110 7.2]
-        headers[field] = b"host", host
+        if host is not headers[field][1]:
+            headers[field] = b"host", host
         if not is_host(host):
             raise Refused(400, "Invalid Host header field.")
     if b"://" in target:

@@ -260,12 +260,30 @@ class DownloadProtocol(HttpToolsProtocol):
             self._let_wait(self._unparsed[self._unparsed_from :] + data, 0)
         else:
             idle_since, self._idle_since = self._idle_since, None
-            self._parse(data, 0)
-            if (self.cycle is None or self.cycle.response_complete) and self._phase in (_BETWEEN, _BODY):
+            if self._is_one_head(data):
+                self._framing_bytes += len(data)
+                super().data_received(data)
+                if self._phase is _HEAD:
+                    self._start_head_timer()
+            else:
+                self._parse(data, 0)
+            if not self._is_answering() and self._phase in (_BETWEEN, _BODY):
                 self._idle_since = idle_since  # empty lines and the rest of a body do not begin a request
 
     def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        cycle = self._cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _is_one_head(self, data: bytes) -> bool:
+        """Return whether the data is the next head as a whole, as nearly always: then it needs no search for pieces."""
+        return (
+            self._phase is _BETWEEN
+            and data.endswith(_END_OF_HEAD)
+            and data.find(_END_OF_HEAD) == len(data) - len(_END_OF_HEAD)
+            and self._framing_bytes + len(data) <= MAX_HEAD_BYTES
+            and not self._tail
+            and not self._is_answering()
+        )
 
     def _parse(self, data: bytes, start: int) -> None:
         """Give the parser the bytes from `start` on, piece by piece, until an answer has to be completed."""
@@ -354,7 +372,7 @@ class DownloadProtocol(HttpToolsProtocol):
             return  # uvicorn looks at these headers again
         self.headers = _TRAILERS
         if self._is_shutting_down:
-            self.cycle.keep_alive = False
+            self._cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body, which allows for what surrounds it: even a chunk of one byte needs six more."""
@@ -400,7 +418,7 @@ class DownloadProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on to the next request, unless this answer is the last one."""
         self.server_state.total_requests += 1
-        cycle: Any = self.cycle
+        cycle: Any = self._cycle
         if self.transport.is_closing():
             self._watch_untaken_bytes()
             return
@@ -497,7 +515,7 @@ class DownloadProtocol(HttpToolsProtocol):
             if self._idle_since is not None:
                 self._set_idle_timer(0)
         elif self._is_answering():
-            self.cycle.keep_alive = False
+            self._cycle.keep_alive = False
         elif self._phase is _BETWEEN and self._is_idle():
             self.transport.close()
         else:  # a request may be on its way
