@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from downloadview_async.errors import ConfigurationError, SourceUnavailable
 from downloadview_async.offload.sigv4 import MAX_SECONDS, Credentials, presigned_url
 from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.names import has_dot_segment
 from downloadview_async.sources.object_store import ObjectStorage
 from downloadview_async.sources.workers import Slots, Workers
 
@@ -98,6 +99,8 @@ class StoreSigner:
     ) -> tuple[str, int] | None:
         """Return the signed URL of what is at a plain one, and how many seconds it is good for; None: it is elsewhere.
 
+        None as well for a name with a segment `.` or `..`: HTTP clients would ask for another URL than was signed.
+
         endpoint: where the store is for whoever gets the URL. parameters: what else is signed.
 
         Raises `SourceUnavailable` where no key can be had.
@@ -105,12 +108,15 @@ class StoreSigner:
         base = self._storage.url_of("")
         if base is None or location is None or not location.startswith(f"{base}/") or "?" in location:
             return None  # with a query it is signed already, or is about something else
+        name = unquote(location[len(base) + 1 :])
+        if has_dot_segment(name):
+            return None
         credentials, good_until = await self._sign_with()
         now = time.time()
         seconds = int(min(self._expires, good_until - now))
         if seconds < 1:
             raise SourceUnavailable("the credentials to sign with have expired")
-        url = self._storage.url_of(unquote(location[len(base) + 1 :]), endpoint)
+        url = self._storage.url_of(name, endpoint)
         assert url is not None
         signed = presigned_url(url, credentials, region=self._region, seconds=seconds, now=now, parameters=parameters)
         return signed, seconds

@@ -55,6 +55,11 @@ def canonical_name(name: str, names: Names = "portable") -> str:
     return name
 
 
+def has_dot_segment(path: str) -> bool:
+    """Return whether a path has a segment `.` or `..`, without which HTTP clients ask for a URL [RFC 3986 5.2.4]."""
+    return not {".", ".."}.isdisjoint(path.split("/"))
+
+
 def without_empty_segments(name: str) -> str:
     """Return any text without the segments that `canonical_name` drops, for a source whose names need not be files'.
 

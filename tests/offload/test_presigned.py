@@ -253,6 +253,16 @@ async def test_virtual_hosts_and_session_tokens() -> None:
     assert public[0].startswith("https://bucket.example.org/p/a.txt?")
 
 
+async def test_a_url_that_clients_would_change_is_not_signed() -> None:
+    """HTTP clients remove the segments `.` and `..`, and the signature would be another URL's."""
+    storage = ObjectStorage("s3://bucket", access_key_id="a", secret_access_key="b")
+    redirect = PresignedRedirect(storage)
+    signed = {"./a": False, "a/./b": False, "a/.": False, "a//b": True, "%2e/a": True, "...": True}
+    for name, is_signed in signed.items():
+        file = await StorageSource(storage, names="exact").resolve(name)
+        assert (await redirect.url_for(file, {}) is not None) is is_signed, name
+
+
 async def test_keys_of_a_provider_are_kept_until_they_expire_and_urls_do_not_outlive_them() -> None:
     calls: list[str] = []
     life = timedelta(hours=1)

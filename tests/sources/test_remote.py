@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from urllib.parse import unquote
 
 import anyio
 import pytest
@@ -11,8 +13,9 @@ import pytest_asyncio
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from downloadview_async import Download, RemoteSource
+from downloadview_async import Cache, CachedSource, Download, RemoteSource
 from downloadview_async.http.request import GET
+from downloadview_async.testing import call
 from tests.live import Answer, ask, ask_raw, live
 
 TEN = b"0123456789"
@@ -114,6 +117,25 @@ async def test_one_client_request_is_one_upstream_request(upstream: Upstream, po
     assert (answer.status, answer.body, answer.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
     assert (upstream.header("range", 2), upstream.header("if-range", 2)) == ("bytes=2-4", '"x"')
     assert [request.split(b" ")[0] for request in upstream.requests] == [b"GET", b"HEAD", b"GET"]
+
+
+@pytest.mark.parametrize("kind", ["source", "cached"])
+async def test_an_exact_name_is_asked_for_to_the_letter_or_not_at_all(
+    upstream: Upstream, kind: str, tmp_path: Path
+) -> None:
+    """HTTP clients remove the segments `.` and `..` from a URL, and would ask for another file."""
+    upstream.answers = [ok()]
+    url = f"http://127.0.0.1:{upstream.port}/pub"  # type: ignore[attr-defined]
+    remote = RemoteSource(url, allow_hosts=["127.0.0.1"], names="exact")
+    source = CachedSource(remote, Cache(tmp_path)) if kind == "cached" else remote
+    for name in (".", "./a", "a/.", "a/./b", "/.", "/./a", "a//.", "..", "../a", "a/../b", "a/.."):
+        assert (await call(Download(source, key=lambda request, name=name: name), "/")).status == 404, name  # type: ignore[misc]
+    assert upstream.requests == []
+    names = ["a", "/a", "a//b", "a/", "...", ".a/b.", "%2e/a", "%2E%2e", "a/.%2e", "..%2fb", "..;/a", "..\\a", "a?b#c"]
+    for name in names:
+        assert (await call(Download(source, key=lambda request, name=name: name), "/")).status == 200, name  # type: ignore[misc]
+    assert [unquote(request.split(b" ")[1].decode()) for request in upstream.requests] == [f"/pub/{n}" for n in names]
+    await source.aclose()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from downloadview_async.errors import ConfigurationError, UpstreamError
+from downloadview_async.errors import ConfigurationError, FileMissing, UpstreamError
 from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
 from downloadview_async.http.negotiation import hides_coding
 from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, read_from
@@ -26,7 +26,7 @@ from downloadview_async.http.upstream import (
     joined_fields,
     version_of,
 )
-from downloadview_async.sources.names import Names, canonical_name, check_names_option
+from downloadview_async.sources.names import Names, canonical_name, check_names_option, has_dot_segment
 from downloadview_async.sources.remote.client import Upstream, client_error, settle
 
 
@@ -36,7 +36,8 @@ class RemoteSource:
     url: http or https, with the path that names are appended to, such as `https://files.example.org/pub/`. Its host
     must have public addresses only, unless `allow_hosts` lists it. The other options are those of `Upstream`.
     names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
-    takes them; with "exact" a name is appended to the letter, with a slash at its beginning and empty segments.
+    takes them; with "exact" a name is appended to the letter, with a slash at its beginning and empty segments. A name
+    with a segment `.` is missing then: an HTTP client would ask for another URL.
 
     Raises `ConfigurationError` for a URL that is none, or that carries a password or a query.
     """
@@ -65,8 +66,14 @@ class RemoteSource:
         )
 
     def canonical(self, name: str) -> str:
-        """Return the name below the URL that a name from a request stands for: see `HasCanonicalNames`."""
-        return canonical_name(name, self.names)
+        """Return the name below the URL that a name from a request stands for: see `HasCanonicalNames`.
+
+        Raises `FileMissing` for a name that no file has, or that no URL has to the letter.
+        """
+        canonical = canonical_name(name, self.names)
+        if has_dot_segment(canonical):
+            raise FileMissing(f"an HTTP client would remove the dots from the URL of {name!r}")
+        return canonical
 
     async def resolve(self, name: str, /) -> "RemoteFile":
         """Return the file called `name` below the URL. Raises `FileMissing` for what no file may be called."""
