@@ -1,4 +1,7 @@
-"""HTTP dates, RFC 9110 section 5.6.7: seconds since the epoch (UTC) to text and back."""
+"""Times in HTTP fields: dates, which are seconds since the epoch (UTC), and lengths of time in seconds.
+
+RFC 9110 section 5.6.7, RFC 9111 section 1.2.2.
+"""
 
 import math
 import re
@@ -23,6 +26,10 @@ _FORMATS = (
 
 LATEST = 253402300799
 """The last second that an HTTP date can name: Fri, 31 Dec 9999 23:59:59 GMT."""
+
+
+LONGEST_DELTA = 1 << 31
+"""Seconds that stand for any number of more: "the cache MUST consider the value to be 2147483648" [RFC 9111 1.2.2]."""
 
 
 def http_seconds(moment: datetime | float) -> int | None:
@@ -65,3 +72,11 @@ def parse_http_date(text: str, *, now: float | None = None) -> int | None:
         return int(datetime(year, month, day, *time, tzinfo=UTC).timestamp())
     except ValueError:
         return None
+
+
+def parse_delta_seconds(text: str) -> int | None:
+    """Return the seconds of an Age or a max-age, at most `LONGEST_DELTA`, or None if they are not valid."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    digits = text.lstrip("0")
+    return LONGEST_DELTA if len(digits) > 10 else min(int(digits or "0"), LONGEST_DELTA)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from downloadview_async.errors import FileMissing, PreconditionFailed, UpstreamBusy, UpstreamError
 from downloadview_async.http.conditional import failed_precondition, parse_etag_list, range_applies
 from downloadview_async.http.content_types import valid_content_type
-from downloadview_async.http.dates import parse_http_date
+from downloadview_async.http.dates import parse_delta_seconds, parse_http_date
 from downloadview_async.http.fields import OFFLOAD_ORDERS
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata, is_meaningful
 from downloadview_async.http.negotiation import content_coding
@@ -37,7 +37,6 @@ _PASSED_HEADERS = ("content-encoding", "content-language", "cache-control", "exp
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,18})", re.IGNORECASE)
 _LENGTH = re.compile("[0-9]{1,18}")
-_AGE = re.compile("([0-9]{1,10})(?: *,|$)")  # of several the first one [RFC 9111 5.1]
 _RETRY_AFTER = re.compile("[0-9]{1,9}")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
@@ -60,8 +59,7 @@ class Received:
         """Return when an answer with these fields was made that has been received just now."""
         now = time.time()
         date = parse_http_date(fields.get("date", ""))
-        told = _AGE.match(fields.get("age", ""))
-        age = max(0.0 if date is None else now - date, float(told[1]) if told else 0.0, 0.0)
+        age = max(0.0 if date is None else now - date, float(_age(fields) or 0))
         return cls(date=now if date is None else date, at=now, age=age)
 
 
@@ -303,13 +301,19 @@ def _retry_after(fields: Mapping[str, str]) -> str | None:
     return value if _RETRY_AFTER.fullmatch(value) or parse_http_date(value) is not None else None
 
 
+def _age(fields: Mapping[str, str]) -> int | None:
+    """Return the Age of an answer in seconds, of several the first one [RFC 9111 5.1], or None if it is not valid."""
+    return parse_delta_seconds(fields.get("age", "").partition(",")[0].rstrip(" "))
+
+
 def _with_representation_fields(metadata: FileMetadata, fields: Mapping[str, str]) -> FileMetadata:
     passed = {name: fields[name] for name in _PASSED_HEADERS if _FIELD_VALUE.fullmatch(fields.get(name, "\0"))}
-    coding, told = content_coding(passed.pop("content-encoding", "")), _AGE.match(passed.pop("age", ""))
+    coding, age = content_coding(passed.pop("content-encoding", "")), _age(passed)
     if coding is not None:
         passed["content-encoding"] = coding
-    if told is not None:
-        passed["age"] = told[1]
+    passed.pop("age", None)
+    if age is not None:
+        passed["age"] = str(age)
     return replace(metadata, content_type=valid_content_type(fields.get("content-type")), headers=tuple(passed.items()))
 
 

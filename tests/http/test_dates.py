@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downloadview_async.http.dates import LATEST, format_http_date, http_seconds, parse_http_date
+from downloadview_async.http.dates import (
+    LATEST,
+    LONGEST_DELTA,
+    format_http_date,
+    http_seconds,
+    parse_delta_seconds,
+    parse_http_date,
+)
 from tests.http.asking import LARGE
 
 EXAMPLE = 784111777  # Sun, 06 Nov 1994 08:49:37 GMT, the RFC's own
@@ -142,3 +149,29 @@ def test_no_moment_raises(moment: datetime | float) -> None:
 @pytest.mark.parametrize("text", [" ", "0", "S", "Sun, ", "Sunday, 06-Nov-", "\t"], ids=repr)
 def test_a_huge_value_is_decided(text: str) -> None:
     assert parse_http_date(text * (LARGE // len(text))) is None
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("0", 0),
+        ("7", 7),
+        ("0" * 20 + "60", 60),
+        ("2147483647", LONGEST_DELTA - 1),
+        ("2147483648", LONGEST_DELTA),
+        ("2147483649", LONGEST_DELTA),
+        ("9" * 11, LONGEST_DELTA),
+        ("9" * 5000, LONGEST_DELTA),  # more digits than int() takes
+        ("", None),
+        ("-1", None),
+        ("+1", None),
+        ("1.5", None),
+        (" 1", None),
+        ("1_0", None),
+        ("soon", None),
+        ("\u0663", None),
+        ("\u00b2", None),
+    ],
+)
+def test_delta_seconds_that_overflow_are_the_longest(text: str, seconds: int | None) -> None:
+    assert parse_delta_seconds(text) == seconds

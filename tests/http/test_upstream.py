@@ -315,3 +315,26 @@ def test_when_an_answer_was_made() -> None:
     assert aged.age == aged.at - OLD_SECONDS
     assert Received.now({"age": "7"}).age == 7.0
     assert Received.now({"age": "x"}).age == 0.0
+
+
+@pytest.mark.parametrize(
+    "age, told",
+    [
+        ("7", "7"),
+        ("7 , 9", "7"),
+        ("0000000000007", "7"),
+        ("2147483648", "2147483648"),
+        ("9999999999", "2147483648"),
+        ("9" * 11, "2147483648"),
+        ("9" * 5000, "2147483648"),
+        (f"{'9' * 11}, 7", "2147483648"),
+        ("-7", None),
+        ("7.5", None),
+        ("7 9", None),
+        ("", None),
+    ],
+)
+def test_an_age_that_overflows_is_the_longest(age: str, told: str | None) -> None:
+    assert Received.now({"age": age}).age == float(told or 0)
+    metadata = described(answer(200, {"age": age}), GET, URL).metadata
+    assert dict(metadata.headers).get("age") == told

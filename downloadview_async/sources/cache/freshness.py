@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from downloadview_async.http.dates import format_http_date, parse_http_date
+from downloadview_async.http.dates import format_http_date, parse_delta_seconds, parse_http_date
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
@@ -13,7 +13,6 @@ from downloadview_async.sources.cache.entry import Entry
 from downloadview_async.sources.virtual import VirtualFile
 
 _OF_A_304 = ("cache-control", "expires", "vary")
-_LONGEST = 1 << 31  # seconds that stand for any number of more [RFC 9111 1.2.2]
 
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9a-z-]+)(?:=("[^"]*"|[^",\s]*))?')
 
@@ -56,9 +55,7 @@ def _delta(directives: list[tuple[str, str]], name: str) -> float | None:
     if not values:
         return None
     value = values.pop()
-    if values or not value.isascii() or not value.isdigit():
-        return 0.0
-    return float(_LONGEST if len(value) > 10 else min(int(value), _LONGEST))
+    return 0.0 if values else float(parse_delta_seconds(value) or 0)
 
 
 def updated(kept: FileMetadata, metadata: FileMetadata) -> FileMetadata:
