@@ -81,8 +81,8 @@ class Answer:
 class Content:
     """What an answer says of a file, and which of its bytes are in the content.
 
-    start, stop: the first byte, and the one after the last; stop is None where it is not known. exists: whether there
-    is any content of the file. is_short: whether more was asked for.
+    start, stop: the first byte, and the one after the last; stop is None where it is not known. What was asked for may
+    be a part of them. exists: whether there is any content of the file. is_short: whether more was asked for.
     """
 
     metadata: FileMetadata
@@ -136,7 +136,7 @@ def is_refusal(answer: Answer) -> bool:
     status, fields, sent = answer.status, answer.fields, answer.sent
     is_optional = answer.method == "HEAD" or len(sent) > 1
     match status:
-        case 200 if answer.method == "HEAD":
+        case 200 | 203 if answer.method == "HEAD":
             # Many frameworks count the bytes that they do not send. Few files are empty.
             return fields.get("content-length") == "0" and OFFLOAD_ORDERS.isdisjoint(fields)
         case 206 if "range" in sent:
@@ -163,7 +163,7 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
     metadata = _with_representation_fields(pinning, fields)
     has_content = answer.method != "HEAD"
     match status:
-        case 200:
+        case 200 | 203:  # a proxy has changed what the origin sent [RFC 9110 15.3.4]
             size = content_length(fields)
             if size == 0 and (order := OFFLOAD_ORDERS.intersection(fields)):
                 raise UpstreamError(
@@ -173,8 +173,8 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
             return Content(metadata=_readable(metadata, size), stop=size, exists=has_content)
         case 206 if (spec := single_range(request)) is not None and "range" in sent:
             part, size = content_range(fields)
-            is_short = size is not None and select_ranges([spec], size) != [part]
-            if is_short and not _is_short(answer):
+            is_short = _is_short(answer)
+            if size is not None and not is_short and not _has_range(part, spec, size):
                 raise UpstreamError(f"{url!r} sent {fields.get('content-range')!r}, which is not what was asked")
             readable = _readable(metadata, size)
             return Content(metadata=readable, start=part.start, stop=part.stop, exists=has_content, is_short=is_short)
@@ -202,13 +202,15 @@ def continued(answer: Answer, span: ByteRange | None, metadata: FileMetadata, ur
     metadata: what the first answer has said. Raises `UpstreamError` where the answer does not have what was asked.
     """
     fields, size = answer.fields, metadata.size
-    if answer.status == 206 and span is not None:
+    wanted = ByteRange(0, size) if span is None and size is not None else span
+    if answer.status == 206 and wanted is not None:
         part, whole = content_range(fields)
-        is_short = metadata.is_pinned and part.start == span.start and part.stop < span.stop
-        if (part != span and not is_short) or whole not in (None, size):
-            raise UpstreamError(f"{url!r} sent {part} of {whole} where {span} was asked")
+        # only where a part was asked for may an answer have less
+        is_short = span is not None and metadata.is_pinned and _begins(part, wanted)
+        if not (is_short or _contains(part, wanted)) or whole not in (None, size):
+            raise UpstreamError(f"{url!r} sent {part} of {whole} where {wanted} was asked")
         return Content(metadata=metadata, start=part.start, stop=part.stop, is_short=is_short)
-    if answer.status == 200 and (size is None or content_length(fields) in (None, size)):
+    if answer.status in (200, 203) and (size is None or content_length(fields) in (None, size)):
         return Content(metadata=metadata, stop=content_length(fields))
     raise UpstreamError(f"{url!r} answered {answer.status} when asked for the next part")
 
@@ -273,7 +275,22 @@ def _is_short(answer: Answer) -> bool:
         return False
     specs = parse_range(answer.sent["range"])
     parts = None if specs is None or size is None else select_ranges(specs, size)
-    return isinstance(parts, list) and part.start == parts[0].start and part.stop < parts[0].stop
+    return isinstance(parts, list) and _begins(part, parts[0])
+
+
+def _has_range(part: ByteRange, spec: RangeSpec, size: int) -> bool:
+    """Return whether the range that was asked for can be cut out of a part of a file."""
+    parts = select_ranges([spec], size)
+    return isinstance(parts, list) and _contains(part, parts[0])
+
+
+def _begins(part: ByteRange, wanted: ByteRange) -> bool:
+    """Return whether a part is the beginning of what is wanted, and not all of it."""
+    return part.start == wanted.start and part.stop < wanted.stop
+
+
+def _contains(part: ByteRange, wanted: ByteRange) -> bool:
+    return part.start <= wanted.start and wanted.stop <= part.stop
 
 
 def _is_unsatisfied(answer: Answer) -> bool:

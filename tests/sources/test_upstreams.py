@@ -238,6 +238,29 @@ async def test_what_is_refused_in_any_form_stays_refused(upstream: Upstream, por
         assert len(upstream.requests) == requests
 
 
+@pytest.mark.parametrize("headers", [(TAG,), ()], ids=["tag", "no-validator"])
+@pytest.mark.parametrize("sent", ["bytes 0-1048575/1048576", "bytes 500-2000/1048576", "bytes 1000-1010/1048576"])
+async def test_a_206_with_more_than_was_asked_is_cut(
+    upstream: Upstream, port: int, sent: str, headers: tuple[str, ...]
+) -> None:
+    first, last = (int(number) for number in sent.removeprefix("bytes ").partition("/")[0].split("-"))
+    upstream.answers = [partial(sent, WHOLE[first : last + 1], *headers)]
+    answer = await ask(port, "/a", headers={"Range": "bytes=1000-1009"})
+    assert (answer.status, answer.body, answer.complete) == (206, WHOLE[1000:1010], True)
+    assert answer.headers["content-range"] == f"bytes 1000-1009/{len(WHOLE)}"
+    assert len(upstream.requests) == 1
+
+
+async def test_a_203_counts_as_a_200(upstream: Upstream, port: int) -> None:
+    """A proxy has changed what the origin sent, or its fields [RFC 9110 15.3.4]."""
+    upstream.answers = [answering(lambda _: status(203, TAG, body=TEN))]
+    for method, body in (("GET", TEN), ("HEAD", b"")):
+        answer = await ask(port, "/a", method=method)
+        assert (answer.status, answer.body, answer.headers["content-length"]) == (200, body, "10")
+    part = await ask(port, "/a", headers={"Range": "bytes=2-4"})
+    assert (part.status, part.body, len(upstream.requests)) == (206, b"234", 3)
+
+
 async def test_a_head_that_counts_no_bytes_is_not_believed(upstream: Upstream, port: int) -> None:
     """Many frameworks say so of every HEAD."""
     upstream.answers = [answering(lambda request: ok(b"" if is_head(request) else TEN))]
