@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Host, Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from downloadview_async.asgi.response import DownloadResponse, close_after_body, error_response
+from downloadview_async.asgi.response import DownloadResponse, close_after_body, error_response, refuse_websocket
 from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.offload.base import Redirect
 from downloadview_async.sources.base import Source
@@ -47,8 +47,10 @@ class Download:
         self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        assert scope["type"] == "http", "a download is an answer to an HTTP request"
+        """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
+        if scope["type"] != "http":
+            await refuse_websocket(scope, send)
+            return
         response: Response
         if scope["method"] == "OPTIONS":
             response = Response(status_code=204, headers=_ALLOW | close_after_body(scope))

@@ -109,8 +109,10 @@ class DownloadResponse(Response):
         self.raw_headers = list(_checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request: offloaded, or as its method, conditions and ranges want it."""
-        if not await self._answer_at_once(scope, receive, send):
+        """Answer the request: offloaded, or as its method, conditions and ranges want it. A WebSocket is refused."""
+        if scope["type"] != "http":
+            await refuse_websocket(scope, send)
+        elif not await self._answer_at_once(scope, receive, send):
             await until_the_client_leaves(partial(self._answer_or_error, scope, receive), receive, send)
         if self.background is not None:
             await self.background()
@@ -398,6 +400,12 @@ def age_of(opened: OpenFile) -> str | None:
     """Return the Age of an answer with this file, or None where the origin was asked for this request."""
     made_at: float | None = getattr(opened, "made_at", None)
     return None if made_at is None else str(max(0, int(time.time() - made_at)))
+
+
+async def refuse_websocket(scope: Scope, send: Send) -> None:
+    """Close a WebSocket before it is accepted, which servers answer with 403. Raises for a scope that is none."""
+    assert scope["type"] == "websocket", "a download is an answer to an HTTP request"
+    await send({"type": "websocket.close", "code": 1000})
 
 
 def close_after_body(scope: Mapping[str, Any]) -> Headers:

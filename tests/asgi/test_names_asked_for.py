@@ -185,3 +185,15 @@ def test_a_prefix_of_a_real_server(server: Server) -> None:
                     assert answer.text == name
                     answers.append(name)
     assert answers, "one of the two is how this server is asked"
+
+
+@pytest.mark.parametrize("prefix", ["", "/a"])
+def test_a_websocket_is_refused_by_a_real_server(server: Server, prefix: str) -> None:
+    handshake = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+        "Sec-WebSocket-Version": "13",
+    }
+    with httpx.Client(base_url=server.url, trust_env=False) as client:
+        assert client.get(f"{prefix}/files/abc.txt", headers=handshake).status_code == 403

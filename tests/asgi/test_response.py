@@ -17,7 +17,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message
 
 import downloadview_async as dv
 from downloadview_async.http.fields import OFFLOAD_HEADERS
@@ -381,3 +381,37 @@ class Slow:
     def open(self, name: str, mode: str) -> Any:
         time.sleep(0.2)
         return (self.root / name).open(mode)
+
+
+@pytest.mark.parametrize("kind", ["endpoint", "response"])
+async def test_a_websocket_below_a_mount_is_refused(root: Path, source: dv.PathSource, kind: str) -> None:
+    """A server answers the handshake with 403 then."""
+    done: list[str] = []
+    response = dv.DownloadResponse(await source.resolve("page.html"), background=BackgroundTask(done.append, "done"))
+    mounted: ASGIApp = dv.Download(source) if kind == "endpoint" else response
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    app = dv.OffloadMiddleware(Starlette(routes=[Mount("/files", mounted)]), nginx(root))
+    scope = {"type": "websocket", "path": "/files/page.html", "root_path": "", "headers": [], "subprotocols": []}
+    await app(scope, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1000}]
+    assert done == (["done"] if kind == "response" else [])
+
+
+@pytest.mark.parametrize("kind", ["endpoint", "response"])
+async def test_a_scope_of_another_type_is_an_error(source: dv.PathSource, kind: str) -> None:
+    """Servers take it as a sign that an application has no lifespan."""
+    app: ASGIApp = dv.Download(source) if kind == "endpoint" else dv.DownloadResponse(await source.resolve("page.html"))
+
+    async def unused(*args: Any) -> Any:
+        raise AssertionError("nothing is received, and nothing is sent")
+
+    for kind_of_scope in ("lifespan", "mqtt"):
+        with pytest.raises(AssertionError, match="a download is an answer to an HTTP request"):
+            await app({"type": kind_of_scope}, unused, unused)
