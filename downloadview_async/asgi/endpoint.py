@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,7 +10,7 @@ from starlette.routing import Host, Mount, Route
 from starlette.types import Receive, Scope, Send
 
 from downloadview_async.asgi.response import DownloadResponse, close_after_body, error_response, refuse_websocket
-from downloadview_async.errors import ConfigurationError, FileError
+from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.offload.base import Redirect
 from downloadview_async.sources.base import Source
 
@@ -72,6 +72,7 @@ class Download:
         await response(scope, receive, send)
 
     def _key_of(self, scope: Scope) -> Any:
+        _check_is_decoded(scope)
         if callable(self._key):
             return self._key(Request(scope))
         parameters = scope.get("path_params") or {}
@@ -86,6 +87,19 @@ class Download:
         if len(own) > 1:
             raise ConfigurationError(f"Download needs key=, one of the route's parameters: {', '.join(own)}")
         return str(parameters[own[0]]) if own else path_below(scope).removeprefix("/")
+
+
+def _check_is_decoded(scope: Mapping[str, Any]) -> None:
+    """Raise `FileMissing` for a path that is not UTF-8.
+
+    Servers replace what they cannot decode by U+FFFD, which the name of another file may have.
+    """
+    if "\ufffd" not in scope["path"] or (raw := scope.get("raw_path")) is None:
+        return
+    try:
+        unquote_to_bytes(raw.partition(b"?")[0]).decode()
+    except UnicodeDecodeError:
+        raise FileMissing(f"not valid UTF-8: {raw!r}") from None
 
 
 def path_below(scope: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -27,11 +28,14 @@ FILES = [
     "nested.txt/nested.txt",
 ]
 
+UNDECODED = ["\ufffd.txt", "\ufffd\ufffd.txt", "sub dir/\ufffd\ufffd\ufffd", "\ufffd"]
+"""What `%ff.txt` and the like are, where bytes that are not UTF-8 are replaced."""
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = tmp_path_factory.mktemp("named")
-    for name in FILES:
+    for name in FILES + UNDECODED:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -185,6 +189,51 @@ def test_a_prefix_of_a_real_server(server: Server) -> None:
                     assert answer.text == name
                     answers.append(name)
     assert answers, "one of the two is how this server is asked"
+
+
+def test_bytes_that_are_not_utf_8_are_not_the_replacement_character(server: Server) -> None:
+    """Servers decode both `%ff` and `%ef%bf%bd`, which is U+FFFD itself, to that character."""
+    answers = []
+    with httpx.Client(base_url=server.url, trust_env=False) as client:
+        for prefix in (b"", b"/a"):
+            for target in (b"%ff.txt", b"%FF.txt", b"%ef%bf%bd%ff.txt", b"sub%20dir/%ed%a0%80", b"%c3"):
+                answer = client.get(httpx.URL("/", raw_path=prefix + b"/files/" + target))
+                assert answer.status_code == 404, (prefix, target)
+            for name in UNDECODED:
+                answer = client.get(httpx.URL("/", raw_path=prefix + b"/files/" + quote(name).encode() + b"?%ff"))
+                answers += [answer.text] * (answer.status_code == 200)
+    assert answers in (UNDECODED, UNDECODED * 2)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("app_name", APPS)
+async def test_a_name_with_the_replacement_character_is_only_asked_for_by_itself(app_name: str, root: Path) -> None:
+    transport = httpx.ASGITransport(app=make(app_name, root), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for name in UNDECODED:
+            answer = await client.get(f"/files/{quote(name)}?x=%ff")
+            assert (answer.status_code, answer.text) == (200, name) or app_name == "litestar: route"
+        for target in ("%ff.txt", "%EF%BF%BD%ff.txt", "sub%20dir/%ed%a0%80", "%c3"):
+            answer = await client.get(f"/files/{target}")
+            assert answer.status_code == (500 if app_name == "litestar: route" else 404), target
+
+
+@pytest.mark.asyncio
+async def test_a_path_that_is_not_utf_8_is_missing_whatever_the_key(root: Path) -> None:
+    scope: dict[str, Any] = {"type": "http", "method": "GET", "path": "/\ufffd.txt", "root_path": "", "headers": []}
+    for key in (None, "path", lambda request: request.path_params["path"]):
+        download = Download(PathSource(root), key=key)
+        for raw, status in (
+            {b"/%ff.txt": 404, b"/%ef%bf%bd.txt": 200, b"/\xef\xbf\xbd.txt?%ff": 200, None: 200}
+        ).items():
+            sent: list[Any] = []
+
+            async def send(message: Any, sent: list[Any] = sent) -> None:
+                sent.append(message)
+
+            asked = {**scope, "raw_path": raw, "path_params": {"path": "\ufffd.txt"}}
+            await download(asked, _nothing, send)
+            assert sent[0]["status"] == status, (key, raw)
 
 
 @pytest.mark.parametrize("prefix", ["", "/a"])
