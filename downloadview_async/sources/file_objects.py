@@ -25,6 +25,14 @@ _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
 _DONE = object()
 _WRAPPERS = ("tempfile", "django.")
 _MAX_WRAPPERS = 4
+_IO = ("_io.", "io.")
+READS = ("read", "readinto", "readall")
+"""The methods by which one class of Python's reads from another, and whoever sends a file reads it."""
+_READING = (
+    *READS,
+    *("__getattribute__", "__iter__", "__next__", "chunks", "open", "peek", "read1", "readinto1"),
+    *("readline", "readlines", "seek", "tell"),
+)
 
 T = TypeVar("T")
 
@@ -213,14 +221,56 @@ def seeks_cheaply(file: Any) -> bool:
     Others may read all that comes before a position to get there (gzip), or ask another server for what follows it.
     """
     for _ in range(_MAX_WRAPPERS):
-        if isinstance(file, io.BufferedReader | io.BufferedRandom):
-            return isinstance(file.raw, io.FileIO)
-        if isinstance(file, io.BytesIO | io.FileIO):
+        if isinstance(file, io.BytesIO) and is_read_by(file, _IO):
+            return True
+        if reads_a_descriptor(file):
             return True
         if not type(file).__module__.startswith(_WRAPPERS):
             return False  # whatever it wraps, it may do more than that
         file = getattr(file, "file", None)
     return False
+
+
+def reads_a_descriptor(file: Any) -> bool:
+    """Return whether a file object is Python's, and reads what is behind its descriptor, byte for byte.
+
+    A class derived from Python's that overrides how it reads does not: it may decrypt.
+    """
+    if isinstance(file, io.BufferedReader | io.BufferedRandom) and is_read_by(file, _IO):
+        file = file.raw  # which may be something else, such as a member of an archive
+    return isinstance(file, io.FileIO) and is_read_by(file, _IO)
+
+
+def is_read_by(file: Any, packages: tuple[str, ...]) -> bool:
+    """Return whether the classes of these packages define how a file object is read, and nobody has overridden that.
+
+    packages: the beginnings of the names of modules, each with a dot at its end.
+    """
+    homes = {home_of(file, method) for method in _READING}
+    return all(home.startswith((*packages, "builtins.")) for home in homes if home)
+
+
+def home_of(file: Any, method: str) -> str:
+    """Return the module of the class that defines a method of an object, with a dot at its end.
+
+    That is "." where the object itself has it, and nothing where it does not define it.
+    """
+    kept = getattr(file, "__dict__", {}).get(method)
+    if kept is not None and not _is_kept_by_tempfile(file, method, kept):
+        return "."
+    return home_of_class(type(file), method)
+
+
+def home_of_class(cls: type, method: str) -> str:
+    """Return the module of the class that a method of a class is of, with a dot at its end; nothing without one."""
+    return next((f"{base.__module__}." for base in cls.__mro__ if method in vars(base)), "")
+
+
+def _is_kept_by_tempfile(file: Any, method: str, kept: Any) -> bool:
+    """Return whether a temporary file has kept a method of the file that it wraps, as it does when it is called."""
+    if not home_of_class(type(file), "__getattr__").startswith("tempfile."):
+        return False
+    return bool(getattr(kept, "__wrapped__", None) == getattr(file.file, method, None))
 
 
 def as_bytes(item: Any) -> bytes:

@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from downloadview_async.errors import ConfigurationError, FileMissing, UpstreamE
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.file_objects import READS, close, home_of, is_read_by, reads_a_descriptor
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.local.root import Symlinks, settled_stat
@@ -40,6 +41,10 @@ else:
 
 _KEPT = 64  # directories and storages
 _KNOWN_STORAGES = ("django.core.files.storage.", "django.contrib.staticfiles.storage.", "storages.backends.")
+_WAYS_OF_ITERATING = ("open", "chunks", "__iter__")
+_OURS = ("django.", "downloadview_async.")
+_SEEKS_AS_IT_READS = (*_OURS, "_io.", "io.", "tempfile.", "storages.backends.")
+_MAX_WRAPPERS = 4
 _workers = Workers()
 
 
@@ -231,12 +236,31 @@ class PathFile(_OpenedLate):
 
     def __init__(self, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> None:
         try:
-            self.async_file = LocalFile(path) if root is None else file_beneath(root, os.fspath(path))
+            self._async_file = LocalFile(path) if root is None else file_beneath(root, os.fspath(path))
         except FileMissing as exc:
             raise FileNotFound(str(exc)) from exc
-        assert self.async_file.location is not None
-        self.name = self.path = self.async_file.location
+        assert self._async_file.location is not None
+        self.name = self.path = self._async_file.location
         self.mode = "rb"
+
+    @property
+    def async_file(self) -> AsyncFile:
+        """The file as this library opens it."""
+        if not _is_read_as_django_does(self):
+            return _read_in_its_own_way(self, self.path)
+        if any(not home_of(self, method).startswith(_OURS) for method in ("file", "_opened")):
+            return AsyncVirtualFile(self._opened_or_missing, name=os.path.basename(self.path))
+        return self._async_file
+
+    @async_file.setter
+    def async_file(self, file: AsyncFile) -> None:
+        self._async_file = file
+
+    def _opened_or_missing(self) -> Any:
+        try:
+            return self.file
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as exc:
+            raise FileMissing(str(exc)) from exc
 
     def exists(self) -> bool:
         """Return whether there is such a file."""
@@ -283,6 +307,8 @@ class VirtualFile(File):
     @property
     def async_file(self) -> AsyncFile:
         """The file as this library opens it."""
+        if not _is_read_as_django_does(self):
+            return _read_in_its_own_way(self, self.name or "", self._size)
         content: Any = self.file
         return AsyncVirtualFile(content, name=self.name or "", size=self._size)
 
@@ -373,6 +399,8 @@ class HTTPFile(File):
         """The file as this library opens it."""
         if self.request_factory is not None:
             return _Fetched(self)
+        if not _is_read_as_django_does(self) or not home_of(self, "file").startswith(_OURS):
+            return _read_in_its_own_way(self, self.name or "")
         return _Remote(self.url, self.name or "", self._headers, self._allow_hosts)
 
 
@@ -416,10 +444,10 @@ class _Fetched:
             raise (FileMissing if status in (404, 410) else UpstreamError)(f"{self._file.url!r} answered {status}")
         # a class that gives other content and inherits `size` does not know the size of it
         is_size_known = "Content-Encoding" not in response.headers and tells_of_what_it_opens(
-            self._file, "size", opening=("file",)
+            self._file, "size", opening=("file", *READS)
         )
         content = AsyncVirtualFile(
-            self._file.file,
+            self._file.file if _is_read_as_django_does(self._file) else _content_of(self._file),
             name=self.name,
             size=getattr(self._file, "size", None) if is_size_known else None,
             content_type=valid_content_type(getattr(self._file, "content_type", None)),
@@ -478,23 +506,18 @@ def async_file_of(file: Any, name: str = "") -> AsyncFile:
     if hasattr(file, "location") and hasattr(file, "open"):
         return file  # type: ignore[no-any-return]
     is_file = isinstance(file, base.File)
-    if isinstance(file, FieldFile | StorageFile):
-        is_as_known = is_stored(file)
-    else:
-        is_as_known = is_file and all(
-            _home_of(type(file), method).startswith("django.core.files.") for method in ("open", "chunks", "__iter__")
-        )
     own_name = name_of(file)
-    if is_as_known and hasattr(file, "storage") and getattr(file, "_committed", True):
-        return _stored_file(file.storage, own_name)
     name = own_name or name
-    if is_file and not is_as_known:
+    if isinstance(file, FieldFile | StorageFile) and not is_stored(file):
         return AsyncVirtualFile(iter(file), name=os.path.basename(name))
-    # a class of the project's may read otherwise than by the file that it has
-    raw: Any = file.file if is_file and _is_of_django(type(file), "read") else file
+    if is_file and not _is_read_as_django_does(file):
+        return _read_in_its_own_way(file, name)
+    if is_file and hasattr(file, "storage") and getattr(file, "_committed", True):
+        return _stored_file(file.storage, own_name)
+    raw: Any = file.file if is_file else file
     if _is_on_disk(raw):
         return _OpenedElsewhere(raw, name, is_lasting=is_left_by_closing(raw))
-    return AsyncVirtualFile(raw, name=os.path.basename(name))
+    return _read_in_its_own_way(raw, name)
 
 
 def name_of(file: Any) -> str:
@@ -506,18 +529,28 @@ def name_of(file: Any) -> str:
 def is_stored(file: Any) -> bool:
     """Return whether it is a `FieldFile` or a `StorageFile` that is read as its storage opens it."""
     known = FieldFile if isinstance(file, FieldFile) else StorageFile
-    return isinstance(file, known) and all(
-        getattr(type(file), method) is getattr(known, method)
-        for method in ("open", "chunks", "__iter__", "read", "file")
+    return (
+        isinstance(file, known)
+        and _is_read_as_django_does(file)
+        and all(
+            getattr(type(file), method) is getattr(known, method)
+            for method in ("open", "chunks", "__iter__", "read", "file")
+        )
+        and home_of(file, "_opened") in ("", f"{known.__module__}.")
     )
 
 
 def is_sent_as_stored(file: Any) -> bool:
-    """Return whether a file of a storage is, byte for byte, what is at its path and its URL; True for other files.
+    """Return whether a file is, byte for byte, what is at its path and its URL.
+
+    It is not where a class of the project's overrides how a `File` of Django's is read. Else that is asked of files of
+    storages alone, and True for others.
 
     That is known of the storages of Django and of django-storages, where nobody has overridden how they open a file. Of
     any other storage its attribute `is_sent_as_stored` says so: one that decrypts or decompresses gives other bytes.
     """
+    if isinstance(file, base.File) and not _is_read_as_django_does(file):
+        return False
     if not hasattr(file, "storage"):
         return True
     if isinstance(file, FieldFile | StorageFile) and not is_stored(file):
@@ -537,32 +570,85 @@ def opens_as_stored(storage: Any) -> bool:
     storage = unwrapped(storage)
     # with `gzip`, django-storages decompresses objects
     return not getattr(storage, "gzip", False) and all(
-        _home_of(type(storage), method).startswith(_KNOWN_STORAGES) for method in ("open", "_open")
+        home_of(storage, method).startswith(_KNOWN_STORAGES) for method in ("open", "_open")
     )
-
-
-def _home_of(cls: type, method: str) -> str:
-    """Return the module of the class that a method is of, with a dot at its end."""
-    return next((f"{base.__module__}." for base in cls.__mro__ if method in vars(base)), "")
-
-
-def _is_of_django(cls: type, method: str) -> bool:
-    return _home_of(cls, method).startswith(("django.", "downloadview_async."))
 
 
 def is_left_by_closing(closed: Any) -> bool:
     """Return whether closing a file, or a response, does no more than that, so that a proxy still finds the file."""
-    home = "" if "close" in getattr(closed, "__dict__", {}) else _home_of(type(closed), "close")
-    return home.startswith(("_io.", "io.", "django.", "downloadview_async.")) or not hasattr(closed, "close")
+    return home_of(closed, "close").startswith(("_io.", "io.", *_OURS)) or not hasattr(closed, "close")
 
 
 def _is_on_disk(file: Any) -> bool:
-    """Return whether a file object reads the very bytes of a regular file."""
-    reader = getattr(file, "file", file)  # a NamedTemporaryFile wraps what it reads by
-    raw = getattr(reader, "raw", reader)  # of a BufferedReader over something else, such as a member of an archive
-    if not isinstance(reader, io.BufferedReader | io.BufferedRandom | io.FileIO) or not isinstance(raw, io.FileIO):
+    """Return whether a file object reads the very bytes of a regular file.
+
+    It may be wrapped, as Django and `tempfile` do that, but by no class that reads in another way.
+    """
+    for _ in range(_MAX_WRAPPERS):
+        if reads_a_descriptor(file):
+            return bool(file.closed or file.seekable())
+        is_temporary = home_of(file, "__getattr__") == "tempfile."
+        if not (is_temporary or isinstance(file, base.File)) or not is_read_by(file, (*_OURS, "tempfile.")):
+            return False
+        file = file.file
+    return False
+
+
+def _is_read_as_django_does(file: Any) -> bool:
+    """Return whether a `File` is read by its `file`: no class of the project's reads in its own way."""
+    return is_read_by(file, _OURS)
+
+
+def _read_in_its_own_way(file: Any, name: str, size: int | None = None) -> AsyncFile:
+    """Return a file object as the file that its `read` gives. size: bytes, where they are known."""
+    return AsyncVirtualFile(_content_of(file), name=os.path.basename(name), size=size)
+
+
+def _content_of(file: Any) -> Any:
+    """Return what is to be sent of a file object, or of anything else that a virtual file can be made of."""
+    if isinstance(file, base.File) and any(not home_of(file, way).startswith(_OURS) for way in _WAYS_OF_ITERATING):
+        return iter(file)
+    return file if _seeks_in_what_it_reads(file) else _ReadThrough(file)
+
+
+def _seeks_in_what_it_reads(file: Any) -> bool:
+    """Return whether the positions of a file object may be those of what it reads.
+
+    They are not where a class overrides `read`, and has `seek` from Django or Python: that goes to a place in the
+    stored bytes, and there may be more or fewer of them.
+    """
+    if isinstance(file, io.BufferedReader | io.BufferedRandom) and not _seeks_in_what_it_reads(file.raw):
         return False
-    return reader.seekable()
+    reads = [home for method in READS if (home := home_of(file, method))]
+    if all(home.startswith(_SEEKS_AS_IT_READS) for home in reads):
+        return True
+    seeks = home_of(file, "seek")
+    return bool(seeks) and not seeks.startswith(_SEEKS_AS_IT_READS)
+
+
+class _ReadThrough:
+    """A file object without its positions: what it reads, from its beginning on."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._has_begun = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is open."""
+        return getattr(self._file, "closed", False) is True
+
+    def read(self, size: int) -> Any:
+        """Return what comes next. Nothing is read for 0 bytes: the end of what it wraps may change what reads it."""
+        if not self._has_begun:
+            self._has_begun = True
+            with suppress(AttributeError, io.UnsupportedOperation):  # as Django's `chunks` does
+                self._file.seek(0)
+        return self._file.read(size) if size else b""
+
+    def close(self) -> None:
+        """Close the file object."""
+        close(self._file)
 
 
 def _stored_file(storage: Any, name: str) -> AsyncFile:
@@ -631,7 +717,8 @@ def unwrapped(storage: Any) -> Any:
 def _is_plain_directory(storage: Any) -> bool:
     """Return whether what a storage opens is the very file at its path."""
     return isinstance(storage, FileSystemStorage) and all(
-        getattr(type(storage), method) is getattr(FileSystemStorage, method) for method in ("open", "_open", "path")
+        getattr(type(storage), method) is getattr(FileSystemStorage, method) and method not in vars(storage)
+        for method in ("open", "_open", "path")
     )
 
 

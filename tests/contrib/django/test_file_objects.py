@@ -4,7 +4,7 @@ import io
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from asgiref.sync import async_to_sync
 from django.core.files.base import ContentFile, File
-from django.core.files.storage import InMemoryStorage, Storage
+from django.core.files.storage import FileSystemStorage, InMemoryStorage, Storage
 from django.http import HttpRequest
 from django.test import AsyncClient, Client, override_settings
 from django.urls import path
@@ -22,6 +22,8 @@ from downloadview_async.contrib.django import (
     DownloadResponse,
     HTTPFile,
     PathDownloadView,
+    PathFile,
+    SmartDownloadMiddleware,
     StorageFile,
     VirtualDownloadView,
     VirtualFile,
@@ -39,16 +41,17 @@ class Urls:
         self.urlpatterns = [path("f/<path:path>", view), path("f", view)]
 
 
-async def _fetch(url: str) -> tuple[Any, bytes]:
-    response: Any = await AsyncClient().get(url)
+async def _fetch(url: str, headers: Mapping[str, str]) -> tuple[Any, bytes]:
+    response: Any = await AsyncClient().get(url, **headers)  # type: ignore[arg-type]
     return response, b"".join([chunk async for chunk in response]) if response.streaming else response.content
 
 
-def fetch(view: Any, mode: str, url: str = "/f") -> tuple[Any, bytes]:
+def fetch(view: Any, mode: str, url: str = "/f", headers: Mapping[str, str] | None = None) -> tuple[Any, bytes]:
+    headers = headers or {}
     with override_settings(ROOT_URLCONF=Urls(view)):
         if mode == "async":
-            return async_to_sync(_fetch)(url)
-        response: Any = Client().get(url)
+            return async_to_sync(_fetch)(url, headers)
+        response: Any = Client().get(url, **headers)  # type: ignore[arg-type]
         return response, b"".join(response) if response.streaming else response.content
 
 
@@ -304,3 +307,241 @@ def test_validators_are_those_of_the_version_that_a_storage_has_opened(
     assert (response.status_code, body) == (200, b"version 1")
     expected = "Tue, 14 Nov 2023 22:01:20 GMT" if has_validators else None
     assert (response.get("Last-Modified"), response.has_header("ETag")) == (expected, has_validators)
+
+
+# --- a class of the project's that reads otherwise than what it wraps or is derived from
+
+
+STORED = bytes(range(256)) * 1000
+SECRET = bytes(byte ^ 1 for byte in STORED)
+
+
+def decrypted(stored: Any) -> Any:
+    return bytes(byte ^ 1 for byte in stored)
+
+
+class DecryptingFile(File):  # type: ignore[type-arg]
+    file: Any
+
+    def read(self, *args: Any) -> Any:
+        return decrypted(self.file.read(*args))
+
+
+class DecryptingVirtualFile(VirtualFile):
+    file: Any
+
+    def read(self, *args: Any) -> Any:
+        return decrypted(self.file.read(*args))
+
+
+class DecryptingPathFile(PathFile):
+    def read(self, *args: Any) -> Any:
+        return decrypted(self.file.read(*args))
+
+
+class OpenedDecrypting(PathFile):
+    def _opened(self) -> Any:
+        return DecryptingFile(super()._opened())
+
+
+class DecryptingStorageFile(StorageFile):
+    def read(self, *args: Any) -> Any:
+        return decrypted(self.file.read(*args))
+
+
+class DecryptingContent(ContentFile):  # type: ignore[type-arg]
+    def read(self, *args: Any) -> Any:
+        return decrypted(self.file.read(*args))
+
+
+class DecryptingBytes(io.BytesIO):
+    def read(self, *args: Any) -> bytes:
+        return bytes(decrypted(super().read(*args)))
+
+
+class DecryptingReader(io.BufferedReader):
+    def read(self, *args: Any) -> bytes:
+        return bytes(decrypted(super().read(*args)))
+
+
+class DecryptingRaw(io.FileIO):
+    """As Python reads from it: by `read` alone, and by `readinto` and `readall` through a buffer."""
+
+    def read(self, *args: Any) -> bytes:
+        return bytes(decrypted(super().read(*args)))
+
+    def readall(self) -> bytes:
+        return bytes(decrypted(super().readall()))
+
+    def readinto(self, buffer: Any, /) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+class Decrypting:
+    """A wrapper that is not Django's."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.name = file.name
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.file.closed)
+
+    def read(self, *args: Any) -> Any:
+        return decrypted(self.file.read(*args))
+
+    def seek(self, *args: Any) -> int:
+        return int(self.file.seek(*args))
+
+    def fileno(self) -> int:
+        return int(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class WithoutClosed:
+    def __init__(self, file: Any) -> None:
+        self.file, self.name = file, file.name
+
+    def read(self, *args: Any) -> Any:
+        return decrypted(self.file.read(*args))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def as_any(file: Any) -> Any:
+    return file
+
+
+def by_attribute(path: str) -> Any:
+    file = open(path, "rb")  # noqa: SIM115
+    reads = file.read
+    file.read = lambda *args: decrypted(reads(*args))  # type: ignore[method-assign]
+    return file
+
+
+def temporary(path: str) -> Any:
+    file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+    file.write(STORED)
+    file.flush()
+    reads = file.read
+    file.read = lambda *args: decrypted(reads(*args))  # type: ignore[method-assign]
+    return file
+
+
+OWN_READS: dict[str, Callable[[str], Any]] = {
+    "File": lambda path: DecryptingFile(open(path, "rb")),  # noqa: SIM115
+    "File of a File": lambda path: File(DecryptingFile(open(path, "rb"))),  # noqa: SIM115
+    "VirtualFile": lambda path: DecryptingVirtualFile(open(path, "rb"), name=path),  # noqa: SIM115
+    "VirtualFile with a URL": lambda path: DecryptingVirtualFile(io.BytesIO(STORED), "x.bin", "/media/x.bin"),
+    "VirtualFile of a File": lambda path: VirtualFile(DecryptingFile(open(path, "rb")), name=path),  # noqa: SIM115
+    "PathFile": DecryptingPathFile,
+    "PathFile that opens": OpenedDecrypting,
+    "StorageFile": lambda path: DecryptingStorageFile(
+        FileSystemStorage(os.path.dirname(path), base_url="/media/"), os.path.basename(path)
+    ),
+    "ContentFile": lambda path: DecryptingContent(STORED, name=path),
+    "BytesIO": lambda path: DecryptingBytes(STORED),
+    "BufferedReader": lambda path: DecryptingReader(io.FileIO(path)),
+    "FileIO": DecryptingRaw,
+    "buffered FileIO": lambda path: io.BufferedReader(DecryptingRaw(path)),
+    "wrapper": lambda path: Decrypting(open(path, "rb")),  # noqa: SIM115
+    "File of a wrapper": lambda path: File(as_any(Decrypting(open(path, "rb")))),  # noqa: SIM115
+    "wrapper without closed": lambda path: WithoutClosed(open(path, "rb")),  # noqa: SIM115
+    "attribute": by_attribute,
+    "attribute of a temporary file": temporary,
+}
+
+
+@both
+@pytest.mark.parametrize("order", [None, "bytes=100-199"])
+@pytest.mark.parametrize("kind", OWN_READS)
+def test_what_a_class_reads_is_sent_and_not_what_is_stored(
+    kind: str, order: str | None, tmp_path: Path, mode: str
+) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(STORED)
+
+    class Own(VirtualDownloadView):
+        def get_file(self) -> Any:
+            return OWN_READS[kind](str(path))
+
+    headers = {} if order is None else {"HTTP_RANGE": order}
+    rules = [
+        {"source_dir": str(tmp_path), "destination_url": "/_files/"},
+        {"source_url": "/media/", "destination_url": "/_media/"},
+    ]
+    offloading = {"BACKEND": "nginx", "RULES": rules}
+    middleware = f"{SmartDownloadMiddleware.__module__}.SmartDownloadMiddleware"
+    with override_settings(DOWNLOADVIEW=offloading, MIDDLEWARE=[middleware]):
+        response, body = fetch(Own.as_view(), mode, headers=headers)
+    assert "X-Accel-Redirect" not in response
+    if response.status_code == 206:
+        assert body == SECRET[100:200]
+    else:
+        assert (response.status_code, body == SECRET) == (200, True)
+
+
+class Padded(DecryptingFile):
+    """More bytes than are stored, of which an inherited `seek` knows nothing."""
+
+    def read(self, *args: Any) -> Any:
+        return b"".join(bytes((byte, byte)) for byte in self.file.read(*args))
+
+
+@both
+def test_an_inherited_seek_does_not_count_what_a_class_reads(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(STORED)
+
+    def view(request: HttpRequest) -> Any:
+        return DownloadResponse(Padded(open(path, "rb"))).finish(request)
+
+    response, body = fetch(view, mode)
+    assert (response.status_code, len(body), response.get("Content-Length")) == (200, 2 * len(STORED), None)
+
+
+def test_a_path_that_a_class_reads_in_its_own_way_may_be_missing(tmp_path: Path) -> None:
+    for kind in (DecryptingPathFile, OpenedDecrypting):
+        response, _ = fetch(lambda request, kind=kind: DownloadResponse(kind(tmp_path / "x")).finish(request), "sync")
+        assert response.status_code == 404
+
+
+def test_a_closed_file_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(STORED)
+
+    def closed(kind: Callable[[Any], Any]) -> Any:
+        file = kind(open(path, "rb"))  # noqa: SIM115
+        file.close()
+        return file
+
+    for kind in (lambda file: file, File, DecryptingFile):
+        response, _ = fetch(lambda request, kind=kind: DownloadResponse(closed(kind)).finish(request), "sync")
+        assert response.status_code == 404
+
+
+def test_a_class_that_changes_nothing_of_how_it_is_read_is_sent_by_its_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(STORED)
+
+    class Counted(File):  # type: ignore[type-arg]
+        downloads = 0
+
+    class Marked(io.BufferedReader):
+        mark = "x"
+
+    def used() -> Any:
+        file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        file.write(STORED)
+        assert file.seek(0) == 0
+        return file
+
+    for make in (lambda: Counted(open(path, "rb")), lambda: Marked(io.FileIO(path)), used):  # noqa: SIM115
+        response, body = fetch(lambda request, make=make: DownloadResponse(make()).finish(request), "sync")
+        assert (response.status_code, body == STORED, "ETag" in response) == (200, True, True)
