@@ -25,6 +25,7 @@ _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
 _DONE = object()
 _WRAPPERS = ("tempfile", "django.")
 _MAX_WRAPPERS = 4
+_FAR = 1 << 40  # bytes by which no file grows while it is asked for its size
 _IO = ("_io.", "io.")
 READS = ("read", "readinto", "readall")
 """The methods by which one class of Python's reads from another, and whoever sends a file reads it."""
@@ -62,8 +63,11 @@ def extent_of(file: Any, known: int | None = None) -> Extent:
 
     known: bytes, as they are known otherwise. The end of the file object itself counts for more, but not for text.
 
-    Raises `FileMissing` for a closed object, and `SourceUnavailable` for one that went to its end and does not go back.
+    Raises `FileMissing` for a closed object, and `SourceUnavailable` for one that went to its end and does not go back,
+    and for what has no `read` that takes a size.
     """
+    if not callable(getattr(file, "read", None)):
+        raise SourceUnavailable(f"not a file object, it has no read(size): {type(file).__name__}")
     try:
         if (extent := _seekable_extent(file, known)) is not None:
             return extent
@@ -74,6 +78,8 @@ def extent_of(file: Any, known: int | None = None) -> Extent:
     except Exception as exc:
         if getattr(file, "closed", False) is True:
             raise FileMissing(f"the file object is closed: {file!r}") from exc
+        if isinstance(exc, TypeError):
+            raise SourceUnavailable(f"the read(size) of a file object fails: {exc}") from exc
         return Extent(known)  # reading more of it says why
     return Extent(known, head=as_bytes(head or b""), is_text=isinstance(head, str))
 
@@ -90,11 +96,17 @@ def _seekable_extent(file: Any, known: int | None) -> Extent | None:
         end = known
     # Trust the position no further than what is read there.
     beyond: Any = b""
-    with suppress(Exception):  # a store may refuse to read beyond the end
+    try:
         beyond = file.read(1)
+    except TypeError:
+        raise  # it takes no size
+    except Exception:  # noqa: S110 - a store may refuse to read beyond the end
+        pass
     if beyond and not end:
         # It has not moved: nothing is known of how it would go back, and what it has read is its first byte.
         return Extent(known, head=as_bytes(beyond), is_text=isinstance(beyond, str))
+    if beyond and (head := _read_in_place(file, beyond, end or 0)) is not None:
+        return Extent(known, head=as_bytes(head), is_text=isinstance(head, str))
     _seek(file, 0)
     if isinstance(beyond, str):
         return Extent(known, is_text=True)  # its positions do not count bytes
@@ -104,6 +116,21 @@ def _seekable_extent(file: Any, known: int | None) -> Extent | None:
     if beyond:
         return Extent(can_seek=True)
     return Extent(known if end is None else end, can_seek=True)
+
+
+def _read_in_place(file: Any, beyond: Any, end: int) -> Any:
+    """Return all that has been read of a file object that reads on wherever it goes; None for one that moves.
+
+    beyond: what it has read at its end, which it had not reached, or has got since. The object is anywhere.
+    """
+    far: Any = beyond[:0]
+    with suppress(Exception):  # it may refuse to go there
+        file.seek(end + _FAR)
+        far = file.read(1)
+    if far:
+        return beyond + far if isinstance(beyond, str) else as_bytes(beyond) + as_bytes(far)
+    _seek(file, 0)
+    return None if file.read(1) else beyond
 
 
 def _goes(file: Any, position: int) -> bool:

@@ -425,6 +425,76 @@ async def test_what_cannot_seek_is_sent_from_where_it_is(kind: str) -> None:
 # --- objects that fail
 
 
+class SeeksInVain(Wrapped):
+    """It says where it is to read, and reads on where it was."""
+
+    position = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = offset + (len(self.file.getvalue()) if whence else 0)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+
+class Grows(Wrapped):
+    """A file that gets more while it is asked for its size."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        position = int(self.file.seek(offset, whence))
+        if whence:
+            self.file.write(b"more")
+            self.file.seek(position)
+        return position
+
+
+@each_source
+@pytest.mark.parametrize("content", [CONTENT, b"a", b"ab", b"aaa", TEXT, "a"])
+async def test_what_does_not_move_is_sent_from_its_first_byte(
+    content: bytes | str, source: Callable[..., Download]
+) -> None:
+    expected = content.encode() if isinstance(content, str) else content
+    for kind in (SeeksInVain, ReadsMemoryviewsInVain) if isinstance(content, bytes) else (SeeksInVain,):
+        whole = await call(source(lambda kind=kind: kind(content)), "/x", headers={"Range": "bytes=1-2"})
+        assert (whole.status, whole.complete, whole.body == expected) == (200, True, True)
+
+
+class ReadsMemoryviewsInVain(SeeksInVain):
+    def read(self, size: int = -1) -> Any:
+        return memoryview(super().read(size))
+
+
+@each_source
+async def test_a_file_that_grows_while_it_is_opened_is_sent_whole(source: Callable[..., Download]) -> None:
+    whole = await call(source(Grows), "/x")
+    assert (whole.status, whole.complete, whole.body == CONTENT + b"more") == (200, True, True)
+
+
+class ReadsAllAtOnce:
+    """Its `read` takes no size."""
+
+    def read(self) -> bytes:
+        return CONTENT
+
+
+class ReadsAllAndSeeks(ReadsAllAtOnce):
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return len(CONTENT) if whence else offset
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: None, lambda: "text", lambda: CONTENT, object, ReadsAllAtOnce, ReadsAllAndSeeks]
+)
+async def test_what_is_not_a_file_object_is_not_there_for_any_method(
+    make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    for method in ("GET", "HEAD"):
+        caplog.clear()
+        assert (await call(stored(make), "/x", method=method)).status == 503
+        assert "read(" in caplog.text or "positional argument" in caplog.text
+
+
 class WouldBlock(Wrapped):
     """A raw file in non-blocking mode: it has nothing now, which is not its end."""
 
