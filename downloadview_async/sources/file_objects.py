@@ -5,6 +5,7 @@ that cannot is sent from where it is, without ranges.
 """
 
 import io
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,9 +18,12 @@ import anyio
 import anyio.to_thread
 
 from downloadview_async.errors import FileMissing, SourceUnavailable, TransferAborted
+from downloadview_async.http.log_text import escaped
 from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.workers import Workers, unlimited
+
+logger = logging.getLogger("downloadview_async")
 
 _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
 _DONE = object()
@@ -342,6 +346,16 @@ async def closing_in_thread(resource: Any) -> AsyncIterator[Lock]:
 
 
 def close(resource: Any) -> None:
-    """Call `resource.close()`, if it has one."""
-    if (method := getattr(resource, "close", None)) is not None:
+    """Call `resource.close()`, if it has one. What that raises is logged: all has been read that is to be sent."""
+    if (method := getattr(resource, "close", None)) is None:
+        return
+    try:
         method()
+    except Exception as exc:
+        note_close_failure(resource, exc)
+
+
+def note_close_failure(resource: Any, exc: Exception) -> None:
+    """Log that closing something failed."""
+    problem = escaped(f"{type(exc).__name__}: {exc}")
+    logger.warning("closing a %s failed: %s", escaped(type(resource).__qualname__), problem)

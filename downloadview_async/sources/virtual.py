@@ -20,6 +20,7 @@ from downloadview_async.sources.file_objects import (
     as_bytes,
     closing_in_thread,
     extent_of,
+    note_close_failure,
     pieces,
 )
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
@@ -166,7 +167,10 @@ async def _closing_async(content: Any) -> AsyncIterator[None]:
     finally:
         if (close := getattr(content, "aclose", None) or getattr(content, "close", None)) is not None:
             with anyio.CancelScope(shield=True):
-                await close()
+                try:
+                    await close()
+                except Exception as exc:
+                    note_close_failure(content, exc)
 
 
 async def _call(function: Callable[..., Any], *args: Any) -> Any:

@@ -620,6 +620,51 @@ async def test_a_cancelled_task_closes_what_a_thread_still_reads(is_generator: b
     assert faults == []
 
 
+class ClosesBadly(SeekReturnsNone):
+    def close(self) -> None:
+        raise OSError("the disk is\nfull")
+
+
+class ClosesBadlyAsync:
+    """A file object with an asynchronous `read`."""
+
+    def __init__(self) -> None:
+        self.file = io.BytesIO(CONTENT)
+
+    async def read(self, size: int) -> bytes:
+        return self.file.read(size)
+
+    async def close(self) -> None:
+        raise OSError("the disk is\nfull")
+
+
+class IteratesAndClosesBadly:
+    def __init__(self) -> None:
+        self.items = iter([CONTENT])
+
+    def __iter__(self) -> "IteratesAndClosesBadly":
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self.items)
+
+    def close(self) -> None:
+        raise OSError("the disk is\nfull")
+
+
+@pytest.mark.parametrize(
+    "app",
+    [virtual(ClosesBadly), stored(ClosesBadly), virtual(ClosesBadlyAsync), virtual(IteratesAndClosesBadly)],
+    ids=["virtual", "stored", "asynchronous", "iterator"],
+)
+async def test_an_answer_is_complete_whatever_closing_raises(app: Download, caplog: pytest.LogCaptureFixture) -> None:
+    whole = await call(app, "/x")
+    assert (whole.status, whole.complete, whole.body == CONTENT) == (200, True, True)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith("failed: OSError: the disk is\\nfull")
+
+
 # --- responses of real HTTP clients
 
 

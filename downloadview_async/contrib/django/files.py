@@ -456,7 +456,7 @@ class _Fetched:
             async with content.open(request) as opened:
                 yield opened
         finally:
-            await _workers.run(self._file.close)
+            await _workers.run(close, self._file)
 
 
 class _OpenedElsewhere:
