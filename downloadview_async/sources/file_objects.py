@@ -2,14 +2,20 @@
 
 A file object that can seek is sent whole, from its beginning, wherever it was: that is where ranges count from. One
 that cannot is sent from where it is, without ranges.
+
+What has more bytes than its stated size is not sent as if it were complete. A file object that can seek is read at its
+end when it is opened, and one that has grown since is cut there. Of what cannot seek, and of an iterator, one byte or
+item more is read before the last bytes are sent. A source that is still connected may block there. So that read is left
+out where a descriptor has nothing to read now, and left to itself after `AT_ONCE` seconds: then the stated size counts.
 """
 
 import io
 import logging
 import os
+import select
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from threading import Lock, Thread
 from typing import Any, TypeVar
@@ -24,6 +30,9 @@ from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.workers import Workers, unlimited
 
 logger = logging.getLogger("downloadview_async")
+
+AT_ONCE = 0.5
+"""Seconds that the last bytes of a stream wait for what may follow them."""
 
 _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
 _DONE = object()
@@ -65,13 +74,15 @@ class Extent:
 def extent_of(file: Any, known: int | None = None) -> Extent:
     """Return the extent of a file object, which is then at its beginning if it can seek, else where it was. It blocks.
 
-    known: bytes, as they are known otherwise. The end of the file object itself counts for more, but not for text.
+    known: bytes, as they are known otherwise. The end of the file object itself counts for more, but not for text. 0 is
+    taken for unknown: some say that of what they have not measured.
 
     Raises `FileMissing` for a closed object, and `SourceUnavailable` for one that went to its end and does not go back,
     and for what has no `read` that takes a size.
     """
     if not callable(getattr(file, "read", None)):
         raise SourceUnavailable(f"not a file object, it has no read(size): {type(file).__name__}")
+    known = known or None
     try:
         if (extent := _seekable_extent(file, known)) is not None:
             return extent
@@ -99,18 +110,15 @@ def _seekable_extent(file: Any, known: int | None) -> Extent | None:
             return None
         end = known
     # Trust the position no further than what is read there.
-    beyond: Any = b""
-    try:
-        beyond = file.read(1)
-    except TypeError:
-        raise  # it takes no size
-    except Exception:  # noqa: S110 - a store may refuse to read beyond the end
-        pass
+    beyond = _read_beyond(file)
     if beyond and not end:
         # It has not moved: nothing is known of how it would go back, and what it has read is its first byte.
         return Extent(known, head=as_bytes(beyond), is_text=isinstance(beyond, str))
     if beyond and (head := _read_in_place(file, beyond, end or 0)) is not None:
         return Extent(known, head=as_bytes(head), is_text=isinstance(head, str))
+    told = known if end is None else end
+    if not beyond and told and _goes(file, told):  # its end may be further on than it says
+        beyond = _read_beyond(file) or beyond
     _seek(file, 0)
     if isinstance(beyond, str):
         return Extent(known, is_text=True)  # its positions do not count bytes
@@ -119,7 +127,17 @@ def _seekable_extent(file: Any, known: int | None) -> Extent | None:
         _seek(file, 0)
     if beyond:
         return Extent(can_seek=True)
-    return Extent(known if end is None else end, can_seek=True)
+    return Extent(told, can_seek=True)
+
+
+def _read_beyond(file: Any) -> Any:
+    """Return what a file object reads at its end: nothing, or else that is not its end."""
+    try:
+        return file.read(1)
+    except TypeError:
+        raise  # it takes no size
+    except Exception:  # a store may refuse to read beyond the end
+        return b""
 
 
 def _read_in_place(file: Any, beyond: Any, end: int) -> Any:
@@ -155,19 +173,40 @@ def _seek(file: Any, offset: int, whence: int = os.SEEK_SET) -> int | None:
     return position if isinstance(position, int) and position >= 0 else None
 
 
+class Use:
+    """Lets one call at a time use a resource.
+
+    is_left: whether a call has been left to itself, which may never end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.is_left = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *args: object) -> None:
+        self._lock.release()
+
+
 class OpenFileObject:
     """An object with `read`, and its extent. Whoever opened it closes it. in_use: see `closing_in_thread`."""
 
-    def __init__(self, file: Any, metadata: FileMetadata, extent: Extent, *, workers: Workers, in_use: Lock) -> None:
+    def __init__(self, file: Any, metadata: FileMetadata, extent: Extent, *, workers: Workers, in_use: Use) -> None:
         self._in_use = in_use
         self.metadata = metadata if seeks_cheaply(file) else replace(metadata, max_reads=MAX_READS)
         self._file = file
         self._workers = workers
         self._can_seek = extent.can_seek
+        self._is_measured = extent.has_parts
         self._head = extent.head
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span, or without one all there is, at most `CHUNK_SIZE` at a time."""
+        """Yield the bytes of the span, or without one all there is, at most `CHUNK_SIZE` at a time.
+
+        Raises `TransferAborted` instead of the last of them where a size that only others have told is too small.
+        """
         if span is None and self.metadata.size is not None:
             span = ByteRange(0, self.metadata.size)
         left = None if span is None else len(span)
@@ -179,10 +218,23 @@ class OpenFileObject:
         while left is None or left > 0:
             if not chunk and not (chunk := await self._in_worker(self._read, min(CHUNK_SIZE, left or CHUNK_SIZE))):
                 return
+            is_last = left is not None and len(chunk) >= left
+            if is_last and not self._is_measured and (len(chunk) != left or await self._goes_on()):
+                raise longer_than(self.metadata.size)
             for piece in pieces(chunk if left is None else chunk[:left]):  # it may be more than has been asked for
                 yield piece
             left = None if left is None else left - len(chunk)
             chunk = b""
+
+    async def _goes_on(self) -> bool:
+        """Return whether there is more to read, as far as that is known at once."""
+        return not _has_nothing_now(self._file) and bool(await at_once(self._read_on, self._in_use))
+
+    def _read_on(self) -> Any:
+        try:
+            return self._file.read(1)
+        except Exception:  # what is closed at its end may say so
+            return b""
 
     def _go_to(self, start: int) -> None:
         with self._in_use:
@@ -210,7 +262,7 @@ class OpenIterator:
     in_use: see `closing_in_thread`.
     """
 
-    def __init__(self, items: Iterator[Any], metadata: FileMetadata, *, workers: Workers, in_use: Lock) -> None:
+    def __init__(self, items: Iterator[Any], metadata: FileMetadata, *, workers: Workers, in_use: Use) -> None:
         self._in_use = in_use
         self.metadata = metadata
         self._items = items
@@ -218,12 +270,23 @@ class OpenIterator:
         self._first = True
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield what the iterator yields, from its beginning: it has no parts."""
-        more = True
+        """Yield what the iterator yields, from its beginning: it has no parts.
+
+        Raises `TransferAborted` instead of the last bytes of its size where it yields more.
+        """
+        more, left = True, self.metadata.size
         while more:
             chunk, more = await self._workers.run(self._gather)
+            if left is not None:
+                left -= len(chunk)
+                if left < 0 or (not left and more and await at_once(self._goes_on, self._in_use)):
+                    raise longer_than(self.metadata.size)
+                more = more and left > 0
             for piece in pieces(chunk):
                 yield piece
+
+    def _goes_on(self) -> bool:
+        return any(as_bytes(item) for item in self._items)
 
     def _gather(self) -> tuple[bytes, bool]:
         with self._in_use:
@@ -244,6 +307,45 @@ class OpenIterator:
             gathered.append(as_bytes(item))
             size += len(gathered[-1])
         return b"".join(gathered), True
+
+
+def longer_than(size: int | None) -> TransferAborted:
+    """Return what to raise where there is more content than its size."""
+    return TransferAborted(f"there is more content than its size says, which is {size} bytes")
+
+
+def _has_nothing_now(file: Any) -> bool:
+    """Return whether a file object has a descriptor that would have to wait for more, such as a socket's."""
+    try:
+        descriptor = file.fileno()
+        ready = select.poll()
+        ready.register(descriptor, select.POLLIN)
+        return not ready.poll(0)
+    except Exception:  # it has none
+        return False
+
+
+async def at_once(call: Callable[[], T], in_use: Use) -> T | None:
+    """Return what a call returns in a worker thread; None if it takes more than `AT_ONCE` seconds: it is left alone."""
+
+    def used() -> T:
+        with in_use:
+            return call()
+
+    has_ended = False
+    try:
+        with anyio.move_on_after(AT_ONCE):
+            try:
+                result = await anyio.to_thread.run_sync(used, limiter=unlimited(), abandon_on_cancel=True)
+            except Exception:
+                has_ended = True
+                raise
+            has_ended = True
+            return result
+    finally:
+        if not has_ended:
+            in_use.is_left = True
+    return None
 
 
 def seeks_cheaply(file: Any) -> bool:
@@ -319,23 +421,28 @@ def pieces(chunk: bytes) -> Iterator[bytes]:
 
 
 @asynccontextmanager
-async def closing_in_thread(resource: Any) -> AsyncIterator[Lock]:
+async def closing_in_thread(resource: Any) -> AsyncIterator[Use]:
     """Call `resource.close()`, if it has one, in a thread when the context ends: always, and to its end.
 
-    The context gives a lock, for each call to the resource to hold. A task that asyncio cancels does not wait for a
-    call that it has begun, so closing does.
+    The context gives what each call to the resource holds. A task that asyncio cancels does not wait for a call that it
+    has begun, so closing does. Nothing waits for a call that has been left to itself: see `at_once`.
     """
-    in_use, begun = Lock(), Lock()
+    in_use, begun = Use(), Lock()
 
     def close_once() -> None:
         if begun.acquire(blocking=False):
-            with in_use:
+            # closing a file object may be what ends a read, but an iterator cannot be closed while it runs
+            with nullcontext() if in_use.is_left and hasattr(resource, "read") else in_use:
                 close(resource)
 
     try:
         yield in_use
     finally:
-        if hasattr(resource, "close"):
+        if not hasattr(resource, "close"):
+            pass
+        elif in_use.is_left:
+            Thread(target=close_once, daemon=True).start()
+        else:
             with anyio.CancelScope(shield=True):
                 try:
                     await anyio.to_thread.run_sync(close_once, limiter=unlimited())

@@ -164,7 +164,8 @@ class SyncStorage:
 
     What `open` returns is read by `seek` and `read` in a worker thread, `CHUNK_SIZE` bytes at a time, never whole.
     The size comes from seeking to the end of the open file, else from `size(name)`, in fsspec's file systems from the
-    "size" of `info(name)`. A file that cannot seek has no ranges, and text has no size: `size(name)` does not count the
+    "size" of `info(name)`; where there is more than that, the transfer is aborted before its last bytes. A file that
+    cannot seek has no ranges, and text has no size: `size(name)` does not count the
     bytes that are sent of it.
     The time of the last change comes from `modified(name)` or `get_modified_time(name)`; a file with neither has no
     validators. One in whole seconds makes a weak tag: two versions may share a second. The time is asked for before and
@@ -213,7 +214,8 @@ class SyncStorage:
         file = self._storage.open(name, "rb")
         try:
             extent = extent_of(file)
-            size = self._size(name) if extent.size is None and not extent.is_text else extent.size
+            # 0 may be what has not been measured, and is known only of what has an end
+            size = self._size(name) or None if extent.size is None and not extent.is_text else extent.size
             now_modified = self._modified(name)
             is_same = now_modified == modified
             metadata = _dated_metadata(size, modified, opened_ns) if is_same else FileMetadata(size=extent.size)

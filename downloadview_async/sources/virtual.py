@@ -15,11 +15,13 @@ from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.file_objects import (
+    AT_ONCE,
     OpenFileObject,
     OpenIterator,
     as_bytes,
     closing_in_thread,
     extent_of,
+    longer_than,
     note_close_failure,
     pieces,
 )
@@ -43,7 +45,9 @@ class VirtualFile:
     blocks runs in a worker thread, generators too. A function makes new content for every download; an iterator or a
     file object given as it is can be sent once. A file object that can seek is sent from its beginning, wherever it
     was; one that cannot, from where it is.
-    size: bytes, where it is known beforehand. Bytes, text and seekable file objects in bytes know it themselves.
+    size: bytes, where it is known beforehand. Bytes, text and seekable file objects in bytes know it themselves. Of
+    content that is longer, the last bytes are not sent: the transfer is aborted, as far as that shows within half a
+    second. 0 is taken for unknown.
     etag, last_modified (seconds since the epoch, UTC): validators. Bytes and text have a tag of their own.
     max_age: for how many seconds a `CachedSource` may send it again without asking. By default what the cache says, for
     a file that has a validator; one that has none is not kept. Nor is one whose only validator is a time that cannot
@@ -124,7 +128,10 @@ async def _opened(content: Any, metadata: FileMetadata) -> AsyncIterator[OpenFil
     """Give an open file over content of any kind, and close the content when done with it."""
     if isinstance(content, bytes | bytearray | memoryview):
         yield OpenBytes(bytes(content), metadata)
-    elif hasattr(content, "__aiter__") or inspect.iscoroutinefunction(getattr(content, "read", None)):
+        return
+    if metadata.size == 0:
+        metadata = replace(metadata, size=None)
+    if hasattr(content, "__aiter__") or inspect.iscoroutinefunction(getattr(content, "read", None)):
         async with _closing_async(content):
             yield OpenAsyncIterable(content, metadata)
     elif hasattr(content, "read"):
@@ -148,10 +155,31 @@ class OpenAsyncIterable:
         self._content = content
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield what the content yields, from its beginning."""
-        async for item in _blocks(self._content) if hasattr(self._content, "read") else self._content:
-            for piece in pieces(as_bytes(item)):
+        """Yield what the content yields, from its beginning.
+
+        Raises `TransferAborted` instead of the last bytes of its size where it yields more.
+        """
+        items = aiter(_blocks(self._content) if hasattr(self._content, "read") else self._content)
+        left = self.metadata.size
+        async for item in items:
+            chunk = as_bytes(item)
+            if left is not None:
+                left -= len(chunk)
+                if left < 0 or (not left and await _goes_on(items)):
+                    raise longer_than(self.metadata.size)
+            for piece in pieces(chunk):
                 yield piece
+            if left == 0:
+                return
+
+
+async def _goes_on(items: AsyncIterator[Any]) -> bool:
+    """Return whether there is more, as far as that is known at once."""
+    with anyio.move_on_after(AT_ONCE):
+        async for item in items:
+            if as_bytes(item):
+                return True
+    return False
 
 
 async def _blocks(file: Any) -> AsyncIterator[Any]:

@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ import pytest
 import requests
 import urllib3
 
-from downloadview_async import Download, StorageSource, SyncStorage, VirtualFile, VirtualSource
+from downloadview_async import Cache, CachedSource, Download, StorageSource, SyncStorage, VirtualFile, VirtualSource
 from downloadview_async.errors import FileMissing, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.sources.file_objects import Extent, OpenFileObject, extent_of
+from downloadview_async.sources.file_objects import Extent, OpenFileObject, Use, extent_of
 from downloadview_async.sources.workers import Workers
 from downloadview_async.testing import call
 
@@ -309,6 +309,15 @@ def stored(make: Callable[[], Any]) -> Download:
     return Download(StorageSource(SyncStorage(Opens(make))))
 
 
+def sized(make: Callable[[], Any], size: int) -> Download:
+    file = VirtualFile(make, name="x.bin", size=size)
+    return Download(VirtualSource(lambda name: file))
+
+
+def stored_sized(make: Callable[[], Any], size: int) -> Download:
+    return Download(StorageSource(SyncStorage(Opens(make, size))))
+
+
 each_source = pytest.mark.parametrize("source", [virtual, stored])
 
 
@@ -471,6 +480,26 @@ async def test_a_file_that_grows_while_it_is_opened_is_sent_whole(source: Callab
     assert (whole.status, whole.complete, whole.body == CONTENT + b"more") == (200, True, True)
 
 
+class EndIsFurtherOn(Wrapped):
+    """It goes to its end, and says that this is less far."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self.file.seek(offset, whence)) - (1000 if whence else 0)
+
+
+@each_source
+async def test_an_end_that_is_told_too_early_is_not_the_size(source: Callable[..., Download]) -> None:
+    for order in ({}, {"Range": "bytes=-7"}):
+        whole = await call(source(EndIsFurtherOn), "/x", headers=order)
+        assert (whole.status, whole.complete, whole.body == CONTENT) == (200, True, True)
+
+
+async def test_a_size_that_is_too_small_is_not_that_of_what_can_seek() -> None:
+    for kind in (SeekFromTheBeginningAlone, SeekTellsNothing):
+        whole = await call(sized(kind, len(CONTENT) - 1000), "/x")
+        assert (whole.status, whole.complete, whole.body == CONTENT) == (200, True, True)
+
+
 class ReadsAllAtOnce:
     """Its `read` takes no size."""
 
@@ -553,7 +582,7 @@ async def test_a_closed_one_is_missing() -> None:
 async def test_a_part_of_what_cannot_seek_is_refused() -> None:
     file = Wrapped()
     extent = Extent(len(CONTENT))
-    opened = OpenFileObject(file, await _metadata(extent), extent, workers=Workers(), in_use=threading.Lock())
+    opened = OpenFileObject(file, await _metadata(extent), extent, workers=Workers(), in_use=Use())
     with pytest.raises(TransferAborted):
         [chunk async for chunk in opened.stream(ByteRange(5, 10))]
 
@@ -618,6 +647,147 @@ async def test_a_cancelled_task_closes_what_a_thread_still_reads(is_generator: b
         await task
     assert await asyncio.to_thread(closed.wait, 30)
     assert faults == []
+
+
+# --- more content than its size
+
+
+def in_blocks(content: bytes = CONTENT) -> Iterator[bytes]:
+    for start in range(0, len(content), 1024):
+        yield content[start : start + 1024]
+        yield b""
+
+
+async def in_blocks_async() -> AsyncIterator[bytes]:
+    for block in in_blocks():
+        yield block
+
+
+class Async:
+    def __init__(self) -> None:
+        self.file = io.BytesIO(CONTENT)
+
+    async def read(self, size: int) -> bytes:
+        return self.file.read(size)
+
+
+STREAMS: dict[str, tuple[Callable[..., Download], Callable[[], Any]]] = {
+    **{f"stored {kind}": (stored_sized, KINDS[kind][0]) for kind in ("Wrapped", "SeekIsFalse", "ReadsTooMuch", "pipe")},
+    "stored unbuffered pipe": (stored_sized, unbuffered_pipe),
+    "Wrapped": (sized, Wrapped),
+    "ShortReads": (sized, ShortReads),
+    "generator": (sized, in_blocks),
+    "one block": (sized, lambda: [CONTENT]),
+    "asynchronous generator": (sized, in_blocks_async),
+    "asynchronous read": (sized, Async),
+}
+
+
+@pytest.mark.parametrize("size", [len(CONTENT) - 1, len(CONTENT) - 1024, 256 * 1024, 1024, 5])
+@pytest.mark.parametrize("kind", STREAMS)
+async def test_more_content_than_its_size_is_not_complete(kind: str, size: int) -> None:
+    app, make = STREAMS[kind]
+    for order in ({}, {"Range": "bytes=0-"}):
+        longer = await call(app(make, size), "/x", headers=order, raise_errors=False)
+        assert longer.status == 503 or (longer.complete, len(longer.body) < size) == (False, True)
+
+
+@pytest.mark.parametrize("size, length", [(len(CONTENT), str(len(CONTENT))), (0, None)])
+@pytest.mark.parametrize("kind", STREAMS)
+async def test_a_size_that_is_true_or_0_is_that_of_complete_content(kind: str, size: int, length: str | None) -> None:
+    app, make = STREAMS[kind]
+    whole = await call(app(make, size), "/x")
+    assert (whole.status, whole.complete, whole.body == CONTENT) == (200, True, True)
+    assert whole.headers.get("content-length") == length
+
+
+@pytest.mark.parametrize("kind", ["Wrapped", "generator", "asynchronous generator"])
+async def test_a_cache_does_not_keep_what_is_longer_than_its_size(kind: str, tmp_path: Path) -> None:
+    _, make = STREAMS[kind]
+    file = VirtualFile(make, name="x.bin", size=len(CONTENT) - 1024, max_age=60)
+    cache = Cache(tmp_path / "cache")
+    source = CachedSource(VirtualSource(lambda name: file), cache, name="made")
+    for _ in range(2):
+        longer = await call(Download(source), "/x.bin", raise_errors=False)
+        assert longer.complete is False
+    assert [path for path in Path(cache.path).iterdir() if path.name != "usage"] == []
+    await source.aclose()
+    await cache.aclose()
+
+
+class Connected:
+    """A source that has sent what it has promised, and waits for what comes next until it is closed."""
+
+    def __init__(self) -> None:
+        self.file = io.BytesIO(CONTENT)
+        self.closed = threading.Event()
+
+    def read(self, size: int = -1) -> bytes:
+        if not (block := self.file.read(size)) and size:
+            self.closed.wait(30)
+        return block
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+class ConnectedPipe:
+    def __init__(self) -> None:
+        reading, self.writing = os.pipe()
+        os.write(self.writing, CONTENT[:1000])
+        self.file = open(reading, "rb")  # noqa: SIM115
+        self.read, self.fileno = self.file.read, self.file.fileno
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        self.file.close()
+        os.close(self.writing)
+        self.closed.set()
+
+
+@pytest.mark.parametrize(
+    "make, size", [(Connected, len(CONTENT)), (ConnectedPipe, 1000)], ids=["waiting", "with a descriptor"]
+)
+async def test_a_source_that_goes_on_waiting_is_complete_and_closed(make: Callable[[], Any], size: int) -> None:
+    file = make()
+    whole = await call(stored_sized(lambda: file, size), "/x")
+    assert (whole.status, whole.complete, whole.body == CONTENT[:size]) == (200, True, True)
+    assert await asyncio.to_thread(file.closed.wait, 30)
+
+
+async def test_a_generator_that_goes_on_waiting_is_complete_and_closed_when_it_has_ended() -> None:
+    go_on, closed = threading.Event(), threading.Event()
+
+    def generate() -> Iterator[bytes]:
+        try:
+            yield CONTENT
+            go_on.wait(30)
+            yield b"more"
+        finally:
+            closed.set()
+
+    whole = await call(sized(generate, len(CONTENT)), "/x")
+    assert (whole.status, whole.complete, whole.body == CONTENT) == (200, True, True)
+    assert not closed.is_set()
+    go_on.set()
+    assert await asyncio.to_thread(closed.wait, 30)
+
+
+async def test_an_asynchronous_generator_that_goes_on_waiting_is_complete() -> None:
+    ends: list[str] = []
+
+    async def generate() -> AsyncIterator[bytes]:
+        try:
+            yield CONTENT
+            await asyncio.Event().wait()
+        finally:
+            ends.append("closed")
+
+    whole = await call(sized(generate, len(CONTENT)), "/x")
+    assert (whole.status, whole.complete, whole.body == CONTENT, ends) == (200, True, True, ["closed"])
+
+
+# --- closing
 
 
 class ClosesBadly(SeekReturnsNone):

@@ -127,8 +127,8 @@ async def test_a_known_size_of_generated_content_is_promised_and_kept() -> None:
     answer = await call(_app(VirtualFile(made.plain, name="x", size=10)), "/x", headers={"Range": "bytes=0-1"})
     assert (answer.status, answer.body, answer.headers["content-length"]) == (200, TEN, "10")
     assert "accept-ranges" not in answer.headers
-    longer = await call(_app(VirtualFile(made.plain, name="x", size=4)), "/x")
-    assert (longer.body, longer.complete) == (TEN[:4], True)
+    longer = await call(_app(VirtualFile(made.plain, name="x", size=4)), "/x", raise_errors=False)
+    assert (TEN[:4].startswith(longer.body), longer.complete) == (True, False)
     shorter = await call(_app(VirtualFile(made.plain, name="x", size=11)), "/x", raise_errors=False)
     assert not shorter.complete
     assert made.closed == made.started == 3
