@@ -3,10 +3,11 @@
 A file object that can seek is sent whole, from its beginning, wherever it was: that is where ranges count from. One
 that cannot is sent from where it is, without ranges.
 
-What has more bytes than its stated size is not sent as if it were complete. A file object that can seek is read at its
-end when it is opened, and one that has grown since is cut there. Of what cannot seek, and of an iterator, one byte or
-item more is read before the last bytes are sent. A source that is still connected may block there. So that read is left
-out where a descriptor has nothing to read now, and left to itself after `AT_ONCE` seconds: then the stated size counts.
+Content that is longer than its stated size is never sent as if it were complete. A file object that can seek is read at
+its end when it is opened, and one that has grown since is cut there. From a stream that cannot seek, and from an
+iterator, one byte or item more is read before the last bytes are sent. A live source may block in that read. So it
+is left out where the descriptor has nothing to read now, and abandoned after `AT_ONCE` seconds: the stated size counts
+then, and the answer is complete.
 """
 
 import io
@@ -32,7 +33,7 @@ from downloadview_async.sources.workers import Workers, unlimited
 logger = logging.getLogger("downloadview_async")
 
 AT_ONCE = 0.5
-"""Seconds that the last bytes of a stream wait for what may follow them."""
+"""Seconds that the last bytes of a stream are held back while one further read shows whether they are the last."""
 
 _BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
 _DONE = object()
@@ -41,7 +42,7 @@ _MAX_WRAPPERS = 4
 _FAR = 1 << 40  # bytes by which no file grows while it is asked for its size
 _IO = ("_io.", "io.")
 READS = ("read", "readinto", "readall")
-"""The methods by which one class of Python's reads from another, and whoever sends a file reads it."""
+"""The methods that return the bytes of a file object, for Python's own classes and for this library."""
 _READING = (
     *READS,
     *("__getattribute__", "__iter__", "__next__", "chunks", "open", "peek", "read1", "readinto1"),
@@ -176,7 +177,7 @@ def _seek(file: Any, offset: int, whence: int = os.SEEK_SET) -> int | None:
 class Use:
     """Lets one call at a time use a resource.
 
-    is_left: whether a call has been left to itself, which may never end.
+    is_left: whether a call has been abandoned, which may never end.
     """
 
     def __init__(self) -> None:
@@ -326,7 +327,7 @@ def _has_nothing_now(file: Any) -> bool:
 
 
 async def at_once(call: Callable[[], T], in_use: Use) -> T | None:
-    """Return what a call returns in a worker thread; None if it takes more than `AT_ONCE` seconds: it is left alone."""
+    """Return what a call returns in a worker thread; None if it takes more than `AT_ONCE` seconds and is abandoned."""
 
     def used() -> T:
         with in_use:
@@ -425,7 +426,7 @@ async def closing_in_thread(resource: Any) -> AsyncIterator[Use]:
     """Call `resource.close()`, if it has one, in a thread when the context ends: always, and to its end.
 
     The context gives what each call to the resource holds. A task that asyncio cancels does not wait for a call that it
-    has begun, so closing does. Nothing waits for a call that has been left to itself: see `at_once`.
+    has begun, so closing does. Closing does not wait for an abandoned call: see `at_once`.
     """
     in_use, begun = Use(), Lock()
 

@@ -164,9 +164,8 @@ class SyncStorage:
 
     What `open` returns is read by `seek` and `read` in a worker thread, `CHUNK_SIZE` bytes at a time, never whole.
     The size comes from seeking to the end of the open file, else from `size(name)`, in fsspec's file systems from the
-    "size" of `info(name)`; where there is more than that, the transfer is aborted before its last bytes. A file that
-    cannot seek has no ranges, and text has no size: `size(name)` does not count the
-    bytes that are sent of it.
+    "size" of `info(name)`. If the file is longer than that, the transfer is aborted before its last bytes. A file that
+    cannot seek has no ranges, and text has no size: `size(name)` does not count the bytes that are sent of it.
     The time of the last change comes from `modified(name)` or `get_modified_time(name)`; a file with neither has no
     validators. One in whole seconds makes a weak tag: two versions may share a second. The time is asked for before and
     after `open`: if it differs, the file is opened once more, and if it differs again, there are no validators.

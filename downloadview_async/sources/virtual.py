@@ -45,9 +45,9 @@ class VirtualFile:
     blocks runs in a worker thread, generators too. A function makes new content for every download; an iterator or a
     file object given as it is can be sent once. A file object that can seek is sent from its beginning, wherever it
     was; one that cannot, from where it is.
-    size: bytes, where it is known beforehand. Bytes, text and seekable file objects in bytes know it themselves. Of
-    content that is longer, the last bytes are not sent: the transfer is aborted, as far as that shows within half a
-    second. 0 is taken for unknown.
+    size: bytes, where it is known beforehand. Bytes, text and seekable file objects in bytes know it themselves. If
+    the content is longer, the transfer is aborted before its last bytes: they wait up to half a second for a further
+    read or item. 0 means unknown.
     etag, last_modified (seconds since the epoch, UTC): validators. Bytes and text have a tag of their own.
     max_age: for how many seconds a `CachedSource` may send it again without asking. By default what the cache says, for
     a file that has a validator; one that has none is not kept. Nor is one whose only validator is a time that cannot
