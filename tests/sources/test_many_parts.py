@@ -102,13 +102,25 @@ async def test_parts_of_a_local_file_object_are_as_many_as_are_asked_for(tmp_pat
     assert (await call(endpoint, "/a.bin", headers=spec(*FAR))).status == 206
 
 
+class Decrypted(io.BytesIO):
+    """A class derived from one that seeks cheaply, which may read all that comes before a position to get there."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return super().seek(offset, whence)
+
+
+class DecryptedFile(io.FileIO):
+    def readinto(self, buffer: Any, /) -> int:
+        return super().readinto(buffer) or 0
+
+
 def test_which_objects_seek_cheaply(tmp_path: Path) -> None:
     from django.core.files.base import ContentFile, File
 
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(b"content"))
-    with path.open("rb") as local, gzip.open(path) as packed, tempfile.NamedTemporaryFile() as temporary:
-        with tempfile.SpooledTemporaryFile() as spooled:
+    with path.open("rb") as local, gzip.open(path) as packed, io.BufferedReader(DecryptedFile(path)) as derived:
+        with tempfile.SpooledTemporaryFile() as spooled, tempfile.NamedTemporaryFile() as temporary:
             cheap = [local, io.BytesIO(b""), temporary, spooled, File(local), ContentFile(b""), local.raw]
             assert [seeks_cheaply(file) for file in cheap[:3]] == [True] * 3
             assert [seeks_cheaply(file) for file in cheap[4:]] == [True] * 3
@@ -121,5 +133,7 @@ def test_which_objects_seek_cheaply(tmp_path: Path) -> None:
             File(cast("Any", packed)),
             object(),
             io.StringIO(""),
+            Decrypted(b""),
+            derived,
         ):
             assert not seeks_cheaply(dear)
