@@ -234,7 +234,7 @@ def growth_table(found: Rounds) -> str:
     lines = []
     for kind, title in [
         ("rules", "offload rules of one application"),
-        ("routes", "routes of the service, each to a source of its own"),
+        ("routes", "routes of the service, each to a separate source"),
         ("bare-routes", "routes of a bare Starlette application"),
     ]:
         cells = [
@@ -382,7 +382,7 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
     failures = results["failures"]
     parts = [
         "# Results of a run",
-        "Written by `make bench`, and by nobody's hand. What is measured, and how: [performance](../performance.md).",
+        "`make bench` writes this page; do not edit it. [Performance](../performance.md) explains what is measured.",
         _machine(results),
         f"{len(failures)} turns failed: {'; '.join(failures)}." if failures else "",
         "## Goals",
