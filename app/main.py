@@ -8,8 +8,8 @@ from starlette.applications import Starlette
 
 from app import demo
 from downloadview_async import ConfigurationError
-from downloadview_async.service.build import app_from_environment
-from downloadview_async.service.load import CONFIG
+from downloadview_async.service.app import app_from_environment
+from downloadview_async.service.config_loader import CONFIG
 from downloadview_async.service.logs import one_line
 
 _STARTUP_FAILURE = 3  # uvicorn's own status: it does not start a worker again that ended with this

@@ -26,7 +26,7 @@ from downloadview_async.service.logs import one_line
 _WRONG_SETTINGS = 2  # a supervisor need not try again
 
 try:
-    from downloadview_async.service.load import CONFIG, load_settings
+    from downloadview_async.service.config_loader import CONFIG, load_settings
     from downloadview_async.service.settings import Settings, Unavailable
 except ConfigurationError as exc:  # of a proxy that an installed package adds
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
@@ -115,7 +115,7 @@ def print_config(proxy: Any, config: Path | None, listen: str, service: str | No
     The settings are those that `serve` reads, variables included; their backend has to be this proxy. The proxy can be
     started with it as it is. "TLS:" marks where TLS goes.
     """
-    from downloadview_async.service.proxy import config_for
+    from downloadview_async.service.proxy_config import config_for
 
     try:
         _choose(None, config, "no proxy to configure: give ")
@@ -148,8 +148,8 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
     """
     import anyio
 
-    from downloadview_async.service.check import Line
-    from downloadview_async.service.check import check as checks
+    from downloadview_async.service.check.run import Line
+    from downloadview_async.service.check.run import check as checks
 
     lines: list[Line] = []
 
@@ -211,9 +211,9 @@ def run(settings: Settings) -> None:
     import uvicorn
 
     from downloadview_async.asgi.server import DownloadProtocol
-    from downloadview_async.service.build import build, check_databases, worker_app
-    from downloadview_async.service.ending import EndsInTime, ignore_hangup
+    from downloadview_async.service.app import build, check_databases, worker_app
     from downloadview_async.service.logs import log_config
+    from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
     from downloadview_async.service.workers import Workers
 
     # uvicorn passes the signal on when all has ended: that is a success, not a death by signal

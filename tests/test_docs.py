@@ -27,7 +27,7 @@ from benchmarks.servers import SERVERS
 from downloadview_async.asgi import descriptor_paths, server, transfer
 from downloadview_async.asgi.uvicorn import sendfile
 from downloadview_async.service import settings as service_settings
-from downloadview_async.service.load import load_settings
+from downloadview_async.service.config_loader import load_settings
 from downloadview_async.sources.local import open_file, open_file_cache
 from downloadview_async.testing import assert_x_accel_redirect
 from tests.servers import PROJECT

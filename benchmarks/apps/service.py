@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from downloadview_async.service.build import build
+from downloadview_async.service.app import build
 from downloadview_async.service.settings import (
     OffloadSettings,
     PathSettings,

@@ -99,7 +99,7 @@ class ProxyKind:
     hides_targets: the proxy itself answers requests below a target, so no route may be there.
     replaced_headers: headers of the service that the proxy replaces when it sends a file.
     configuration: returns a whole configuration for a site, see `proxy_config`. None: there is no template.
-    remedies: the advice of `downloadview check` by problem, under the names in `service/advice.py`. Words in angle
+    remedies: the advice of `downloadview check` by problem, named as in `service/check/advice.py`. Words in angle
     brackets, such as `<directory>`, `<target>`, `<service>` and `<header>`, are replaced.
 
     Raises `ConfigurationError` for a name, an option or a header that the settings or a response could not have.

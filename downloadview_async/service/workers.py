@@ -5,7 +5,7 @@ import os
 
 from uvicorn.supervisors.multiprocess import Multiprocess
 
-from downloadview_async.service.ending import HANGUP
+from downloadview_async.service.shutdown import HANGUP
 
 _logger = logging.getLogger("downloadview_async")
 

@@ -9,7 +9,7 @@ from starlette.responses import FileResponse
 from starlette.routing import Route
 
 import downloadview_async as dv
-from downloadview_async.service.ending import EndsInTime
+from downloadview_async.service.shutdown import EndsInTime
 
 ROOTS: dict[str, str] = json.loads(os.environ["SLOW_APP_ROOTS"])
 THREADS = int(os.environ["SLOW_APP_THREADS"])

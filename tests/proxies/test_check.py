@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from downloadview_async.service.build import build
-from downloadview_async.service.check import Line, check
-from downloadview_async.service.load import load_settings
-from downloadview_async.service.proxy import config_for
+from downloadview_async.service.app import build
+from downloadview_async.service.check.run import Line, check
+from downloadview_async.service.config_loader import load_settings
+from downloadview_async.service.proxy_config import config_for
 from downloadview_async.service.settings import Settings
 from tests.live import live, make_old
 from tests.proxies.conftest import content_of, make_checkout

@@ -17,9 +17,9 @@ from starlette.testclient import TestClient
 
 from downloadview_async import ConfigurationError, TransferAborted
 from downloadview_async.http.fields import OFFLOAD_HEADERS
-from downloadview_async.service.build import build
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.database import key_as
-from downloadview_async.service.load import load_settings
 from downloadview_async.service.logs import log_aborts_in_one_line
 
 TEXT = """

@@ -9,8 +9,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from downloadview_async import CachedSource, ConfigurationError, Download
-from downloadview_async.service.build import build
-from downloadview_async.service.load import load_settings
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import CacheSettings, Settings, bytes_of, cache_of, seconds_of
 
 FACTORY = """

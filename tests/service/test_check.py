@@ -23,12 +23,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async import ConfigurationError, MemoryStorage, StorageSource, proxy_kinds
 from downloadview_async.http.fields import OFFLOAD_HEADERS
-from downloadview_async.service.advice import PROBLEMS, SOCKET, advice
-from downloadview_async.service.asking import MOST, PIECE, Answer, NoAnswerError, Peer
-from downloadview_async.service.build import build
-from downloadview_async.service.check import Line, check
-from downloadview_async.service.load import load_settings
-from downloadview_async.service.samples import Content, content_of
+from downloadview_async.service.app import build
+from downloadview_async.service.check.advice import PROBLEMS, SOCKET, advice
+from downloadview_async.service.check.http import MOST, PIECE, Answer, NoAnswerError, Peer
+from downloadview_async.service.check.run import Line, check
+from downloadview_async.service.check.samples import Content, content_of
+from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import Settings
 from tests.live import live
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET

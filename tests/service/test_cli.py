@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from downloadview_async import __version__
 from downloadview_async.cli import main, serve
-from downloadview_async.service.load import CONFIG
+from downloadview_async.service.config_loader import CONFIG
 from downloadview_async.service.settings import ServerSettings
 from tests.servers import PROJECT, Server, demo, free_port, serving
 
@@ -506,8 +506,8 @@ def test_the_command_needs_neither_the_server_nor_a_database_until_it_serves() -
 def test_a_service_without_objects_does_not_import_sqlalchemy(directory: Path) -> None:
     code = (
         "import sys\n"
-        "from downloadview_async.service.build import build\n"
-        "from downloadview_async.service.load import load_settings\n"
+        "from downloadview_async.service.app import build\n"
+        "from downloadview_async.service.config_loader import load_settings\n"
         f"build(load_settings({str(directory / 'downloadview.toml')!r}, environ={{}}))\n"
         "print(sorted({'uvicorn', 'sqlalchemy', 'httpx2'} & sys.modules.keys()))"
     )

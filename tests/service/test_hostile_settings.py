@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from downloadview_async import ConfigurationError
 from downloadview_async.cli import main
-from downloadview_async.service.build import build, check_databases
-from downloadview_async.service.load import CONFIG, load_settings
+from downloadview_async.service.app import build, check_databases
+from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.logs import LONGEST
 from downloadview_async.service.settings import (
     CacheSettings,

@@ -11,8 +11,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from downloadview_async import ConfigurationError
-from downloadview_async.service.build import build
-from downloadview_async.service.load import load_settings
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import Settings, StorageSettings
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET
 from tests.servers import free_port

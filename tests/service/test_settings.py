@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from downloadview_async import ConfigurationError
-from downloadview_async.service.build import build
-from downloadview_async.service.load import load_settings
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import (
     ObjectSettings,
     PathSettings,

@@ -39,9 +39,8 @@ from downloadview_async import (
     proxy_kinds,
     storage_from_url,
 )
-from downloadview_async.service.ending import EndsInTime, ignore_hangup
+from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
-from downloadview_async.service.load import CONFIG, load_settings
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
 from downloadview_async.service.pages import IndexPage
 from downloadview_async.service.settings import (
@@ -59,6 +58,7 @@ from downloadview_async.service.settings import (
     seconds_of,
     source_of_files,
 )
+from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
 
 _logger = logging.getLogger("downloadview_async")
 

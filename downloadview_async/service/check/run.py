@@ -15,24 +15,10 @@ from urllib.parse import quote, urlsplit
 import anyio
 
 from downloadview_async import AccessDenied, ConfigurationError, Download, FileMissing, UpstreamError, VirtualFile
-from downloadview_async.service.asking import MOST, Answer, ClosedError, NoAnswerError, Peer
-from downloadview_async.service.build import build
-from downloadview_async.service.health import LIVEZ, PADDING
-from downloadview_async.service.samples import content_of, names_in
-from downloadview_async.service.settings import (
-    DatabaseUnavailable,
-    RouteSettings,
-    RuleSettings,
-    Settings,
-    SourceSettings,
-    StorageSettings,
-    VirtualSettings,
-    bytes_of,
-    cache_of,
-    directory_of,
-    seconds_of,
-)
-from downloadview_async.service.site import (
+from downloadview_async.service.app import build
+from downloadview_async.service.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer
+from downloadview_async.service.check.samples import content_of, names_in
+from downloadview_async.service.check.site import (
     PARAMETER,
     PLAIN,
     SAID,
@@ -49,7 +35,21 @@ from downloadview_async.service.site import (
     skipped,
     unsigned,
 )
-from downloadview_async.service.together import Together
+from downloadview_async.service.check.transfers import Together
+from downloadview_async.service.health import LIVEZ, PADDING
+from downloadview_async.service.settings import (
+    DatabaseUnavailable,
+    RouteSettings,
+    RuleSettings,
+    Settings,
+    SourceSettings,
+    StorageSettings,
+    VirtualSettings,
+    bytes_of,
+    cache_of,
+    directory_of,
+    seconds_of,
+)
 
 __all__ = ["Line", "check"]
 

@@ -7,11 +7,10 @@ from contextlib import suppress
 from urllib.parse import quote, urlsplit
 
 from downloadview_async import proxy_kinds
-from downloadview_async.service.advice import SOCKET, remedies_of
-from downloadview_async.service.asking import Answer, ClosedError, NoAnswerError, Peer, UnknownHostError, follow
-from downloadview_async.service.samples import closed_to_others
-from downloadview_async.service.settings import PathSettings, StorageSettings, cache_of
-from downloadview_async.service.site import (
+from downloadview_async.service.check.advice import SOCKET, remedies_of
+from downloadview_async.service.check.http import Answer, ClosedError, NoAnswerError, Peer, UnknownHostError, follow
+from downloadview_async.service.check.samples import closed_to_others
+from downloadview_async.service.check.site import (
     PARAMETER,
     PLAIN,
     SAID,
@@ -24,6 +23,7 @@ from downloadview_async.service.site import (
     shown_url,
     skipped,
 )
+from downloadview_async.service.settings import PathSettings, StorageSettings, cache_of
 
 _PART = 1024  # bytes of a range that is asked for
 _ONCE = ("accept-ranges", "content-length", "date", "etag", "last-modified", "server")

@@ -10,9 +10,9 @@ from starlette.applications import Starlette
 from starlette.routing import Match, Route
 
 from downloadview_async import AsyncFile, Download, FileMetadata, FileMissing, ProxyKind, proxy_kinds
-from downloadview_async.service.advice import advice
-from downloadview_async.service.asking import Answer, Peer
-from downloadview_async.service.samples import Content
+from downloadview_async.service.check.advice import advice
+from downloadview_async.service.check.http import Answer, Peer
+from downloadview_async.service.check.samples import Content
 from downloadview_async.service.settings import (
     RouteSettings,
     RuleSettings,

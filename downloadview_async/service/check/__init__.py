@@ -1,0 +1,1 @@
+"""`downloadview check`: compares a running installation with what its settings promise."""
