@@ -1,7 +1,6 @@
 """The command `downloadview`."""
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import json
@@ -160,7 +159,7 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
             async for line in found:
                 lines.append(line)
                 if not as_json:
-                    click.echo(one_line(f"{line.result}  {line.step}  {line.route}  {line.asked}: {line.came}"))
+                    click.echo(one_line(f"{line.result}  {line.step}  {line.route}  {line.request}: {line.outcome}"))
                     if line.remedy:
                         click.echo(one_line(f"      {line.remedy}"))
 
@@ -171,7 +170,7 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
         sys.exit(_WRONG_SETTINGS)
     counts = {result: sum(line.result == result for line in lines) for result in ("pass", "FAIL", "skip")}
     if as_json:
-        click.echo(json.dumps({**counts, "checks": [dataclasses.asdict(line) for line in lines]}, indent=1))
+        click.echo(json.dumps({**counts, "checks": [line.as_json() for line in lines]}, indent=1))
     else:
         click.echo(", ".join(f"{count} {result}" for result, count in counts.items()))
     sys.exit(1 if counts["FAIL"] else 0)

@@ -240,7 +240,7 @@ WRONG = [
         MADE_FILE,
         NGINX_STREAM,
         f'{NGINX_STREAM} add_header Set-Cookie "seen=1";',
-        "the service sets none",
+        "the service does not",
         "Set-Cookie: seen=1",
     ),
     wrong("no ranges", "nginx", PLAIN, "max_ranges 100;", "max_ranges 0;", "max_ranges", "Range: bytes=0-0: 200"),
@@ -320,7 +320,7 @@ WRONG = [
         NGINX_STREAM,
         f"{NGINX_STREAM} add_header ETag '\"x\"';",
         "no add_header",
-        'ETag: "x", for',
+        'ETag: "x" instead of',
     ),
     wrong(
         "a password",
@@ -398,7 +398,7 @@ WRONG = [
         APACHE,
         f"{APACHE}\nHeader always set Accept-Ranges bytes",
         "no `Header set`",
-        "accept-ranges comes 2 times",
+        "accept-ranges is sent 2 times",
     ),
     wrong(
         "the files are open",
@@ -596,7 +596,7 @@ async def test_what_is_wrong_is_found(each: Site, case: Wrong) -> None:
 
     failed = failures(await each.check(edit, files=[case.file]))
     advice = case.advice.replace("{files}", str(each.checkout / "app" / "files"))
-    said = [line for line in failed if advice in line.remedy and case.came in f"{line.asked}: {line.came}"]
+    said = [line for line in failed if advice in line.remedy and case.came in f"{line.request}: {line.outcome}"]
     assert said, failed
     assert advice in failed[0].remedy, "what is said first is what mends it"
 
@@ -629,7 +629,7 @@ async def test_the_service_has_another_target() -> None:
     assert failed[0].step == "application"
     assert "x-accel-redirect: /_files/plain.txt" in failed[0].remedy
     assert failed[1].step == "together"
-    assert "404" in failed[1].came
+    assert "404" in failed[1].outcome
 
 
 @pytest.mark.parametrize(
@@ -641,7 +641,7 @@ async def test_the_backend_is_that_of_another_proxy(backend: str, behind: str) -
         failed = failures(await here.check(kind=behind, files=[PLAIN]))
     assert [line.step for line in failed] == ["together"]
     assert f'backend = "{behind}"' in failed[0].remedy
-    assert "0 bytes" in failed[0].came
+    assert "0 bytes" in failed[0].outcome
 
 
 @pytest.mark.slow
@@ -651,7 +651,7 @@ async def test_the_encoding_is_that_of_another_proxy(kind: str, encoding: str) -
         settings = settings_of(here.checkout, kind, f'encoding = "{encoding}"\n')
         async with live(build(settings)) as service:
             failed = failures(await here.check(service=service, settings=settings))
-    assert {(line.step, line.asked) for line in failed} >= {("together", "GET /pages/a%2520b.txt")}
+    assert {(line.step, line.request) for line in failed} >= {("together", "GET /pages/a%2520b.txt")}
     right = "raw" if kind == "apache" else "percent"
     assert {f'encoding = "{right}"' in line.remedy for line in failed} == {True}
 
@@ -683,7 +683,7 @@ async def test_a_rule_that_leads_through_a_link() -> None:
         async with live(build(settings)) as service:
             lines = await here.check(service=service, settings=settings, files=[PLAIN, PAGE])
     (failed,) = failures(lines)
-    assert failed.asked == f"GET {PAGE}"
+    assert failed.request == f"GET {PAGE}"
     assert f'source = "{here.checkout}/link"' in failed.remedy
 
 
@@ -803,14 +803,14 @@ async def test_files_of_another_server_and_those_of_a_cache() -> None:
             files=[FAR_FILE],
         )
     assert failures(first) == failures(lines) == []
-    asked = [line.came for line in lines if line.step == "application"]
-    assert asked[0] == "200, x-accel-redirect: /_remote/, x-offload-target: /pages/a%20b.txt, and 0 bytes"
-    assert asked[1].startswith("200, x-accel-redirect: /_cache/")
-    assert "what is said of /_remote/ by `downloadview config`" in failures(lost)[0].remedy
+    outcomes = [line.outcome for line in lines if line.step == "application"]
+    assert outcomes[0] == "200, x-accel-redirect: /_remote/, x-offload-target: /pages/a%20b.txt, and 0 bytes"
+    assert outcomes[1].startswith("200, x-accel-redirect: /_cache/")
+    assert "compare the configuration of /_remote/ with `downloadview config`" in failures(lost)[0].remedy
     assert "`proxy_set_header Range ...;`" in failures(no_ranges)[0].remedy
     assert "max_ranges" not in str(no_ranges)
-    assert "502" in failures(failing)[0].came
-    assert "what is said of /_remote/ by `downloadview config`" in failures(failing)[0].remedy
+    assert "502" in failures(failing)[0].outcome
+    assert "compare the configuration of /_remote/ with `downloadview config`" in failures(failing)[0].remedy
 
 
 async def test_headers_of_a_store() -> None:
@@ -832,7 +832,7 @@ async def test_the_proxy_may_not_read_what_is_in_the_cache() -> None:
             (failed,) = failures(await here.check(files=["/kept/a b.txt"]))
     finally:
         os.umask(before)
-    assert failed.came == "404"
+    assert failed.outcome == "404"
     cache = here.site.checkout / "cache"
     assert f"`chgrp -R GROUP {cache}`" in failed.remedy
     assert f"not every user may read {cache}/" in failed.remedy
@@ -842,5 +842,5 @@ async def test_the_proxy_may_not_read_what_is_in_the_cache() -> None:
 async def test_the_socket_of_h2o_is_not_for_its_user() -> None:
     async with site("h2o") as here:
         failed = failures(await here.check(lambda text: text.replace("\n      owner: nobody", ""), files=[PLAIN]))
-    assert {line.asked.split()[0] for line in failed} == {"HEAD", "GET"}
+    assert {line.request.split()[0] for line in failed} == {"HEAD", "GET"}
     assert {"`owner: nobody`" in line.remedy for line in failed} == {True}

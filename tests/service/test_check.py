@@ -146,9 +146,12 @@ async def test_the_files_of_a_directory_are_one_plain_and_one_hostile(directory:
     (files / "0-empty.txt").touch()
     (files / "0-link.txt").symlink_to("a.txt")
     lines = await checked(load(directory, FILES), direct=nobody)
-    assert [line.asked for line in lines if line.step == "source"] == ["read /files/a.txt", "read /files/sub/50%25.txt"]
+    assert [line.request for line in lines if line.step == "source"] == [
+        "read /files/a.txt",
+        "read /files/sub/50%25.txt",
+    ]
     lines = await checked(load(directory, FILES.replace("{path:path}", "{name}")), direct=nobody)
-    assert [line.asked for line in lines if line.step == "source"] == ["read /files/a.txt", "read /files/%C3%A9.txt"]
+    assert [line.request for line in lines if line.step == "source"] == ["read /files/a.txt", "read /files/%C3%A9.txt"]
 
 
 @pytest.mark.asyncio
@@ -158,7 +161,7 @@ async def test_paths_that_are_given_come_in_place_of_those_of_the_settings(direc
     settings = load(directory, FILES + route)
     for only in (False, True):
         lines = await checked(settings, direct=nobody, files=["/files/b c.txt", "/files/b%20c.txt"], only=only)
-        asked = [line.asked for line in lines if line.step == "source" and line.result == "pass"]
+        asked = [line.request for line in lines if line.step == "source" and line.result == "pass"]
         assert asked == ["read /files/b%20c.txt", "read /files/b%20c.txt", *([] if only else ["read /again/a.txt"])]
         assert [line for line in lines if line.step == "source" and line.result == "skip"] == []
 
@@ -217,7 +220,7 @@ async def test_a_route_without_a_known_file_is_said_not_to_be_checked(directory:
     (line,) = [line for line in lines if line.route == "/made/{name}"]
     assert (line.result, line.step) == ("skip", "source")
     assert "example" in line.remedy
-    with pytest.raises(ConfigurationError, match="no file to ask for"):
+    with pytest.raises(ConfigurationError, match="no file to request"):
         await checked(load(directory, virtual), direct=nobody)
 
 
@@ -228,7 +231,7 @@ async def test_sources_that_fail_do_not_hide_the_others(directory: Path, nobody:
     (directory / "files" / "gone.txt").symlink_to("nowhere")
     text = FILES + 'example = ["gone.txt", "a.txt"]\n' + virtual + REMOTE.replace("NOBODY", nobody)
     lines = [line for line in await checked(load(directory, text), direct=nobody) if line.step == "source"]
-    assert [(line.asked.removeprefix("read "), line.result) for line in lines] == [
+    assert [(line.request.removeprefix("read "), line.result) for line in lines] == [
         ("/files/gone.txt", "FAIL"),
         ("/files/a.txt", "pass"),
         ("/made/broken", "FAIL"),
@@ -237,7 +240,7 @@ async def test_sources_that_fail_do_not_hide_the_others(directory: Path, nobody:
         ("/mirror/a.txt", "FAIL"),
     ]
     assert all(line.remedy for line in failures(lines))
-    assert "of mine" in lines[2].came
+    assert "of mine" in lines[2].outcome
     assert "[sources.mirror]" in lines[5].remedy
 
 
@@ -247,14 +250,14 @@ async def test_a_database_that_does_not_answer(directory: Path, nobody: str) -> 
         connection.executescript("CREATE TABLE documents (key TEXT, path TEXT); BEGIN EXCLUSIVE;")
         lines = await checked(load(directory, FILES + DATABASE), direct=nobody)
     assert [(line.result, line.step) for line in lines] == [("FAIL", "source")]
-    assert "locked" in lines[0].came
+    assert "locked" in lines[0].outcome
 
 
 @pytest.mark.asyncio
 async def test_an_earlier_route_that_answers(directory: Path, nobody: str) -> None:
     text = FILES + '[[routes]]\npath = "/files/deep/{path:path}"\nsource = "files"\nexample = "a.txt"\n'
     (line,) = failures([line for line in await checked(load(directory, text), direct=nobody) if line.step == "source"])
-    assert "/files/{path:path} answers this path" in line.came
+    assert "/files/{path:path} answers this path" in line.outcome
 
 
 # --- the live service
@@ -269,7 +272,10 @@ async def test_an_endless_file_is_streamed_as_far_as_it_is_read(directory: Path,
         url = f"http://127.0.0.1:{port}"
         lines = await checked(settings, url=url, direct=url)
     assert failures(lines) == []
-    assert {"the file has no ranges: it is made as it is sent" in line.came for line in lines} == {True, False}
+    assert {"the file is generated on the fly, so it does not support ranges" in line.outcome for line in lines} == {
+        True,
+        False,
+    }
 
 
 @pytest.mark.asyncio
@@ -289,10 +295,10 @@ async def test_why_a_file_is_not_offloaded(directory: Path) -> None:
     async with live(build(settings)) as port:
         lines = await checked(settings, direct=f"http://127.0.0.1:{port}")
     assert failures(lines) == []
-    reasons = [line.came for line in lines if line.step == "application"]
+    reasons = [line.outcome for line in lines if line.step == "application"]
     assert reasons == [
         '200, streamed: send = "stream"',
-        "200, streamed: it is nowhere where a proxy could find it",
+        "200, streamed: it has no location that a proxy could read",
         f"200, streamed: no rule covers {directory}/other/b.txt",
     ]
 
@@ -342,7 +348,7 @@ async def test_a_cache_that_keeps_nothing(directory: Path) -> None:
     async with app.router.lifespan_context(app), live(app) as port:
         lines = await checked(settings, direct=f"http://127.0.0.1:{port}")
     (line,) = failures(lines)
-    assert (line.step, line.asked, line.came) == ("application", "GET /made/a.txt", "200, streamed again")
+    assert (line.step, line.request, line.outcome) == ("application", "GET /made/a.txt", "200, streamed again")
     assert line.remedy.startswith("the cache keeps nothing: see the service's log")
     assert str(directory / "cache") in line.remedy
 
@@ -370,7 +376,7 @@ async def test_a_function_that_makes_a_file_of_any_name(directory: Path, nobody:
         assert sorted({line.remedy for line in failures(lines)}) == expected
         apart = [line for line in failures(apart) if line.step == "together"]
         assert sorted({line.remedy for line in apart}) == expected
-        named = [line for line in lines if line.asked.startswith(("GET /made/.", "GET /made/%", "GET /made//"))]
+        named = [line for line in lines if line.request.startswith(("GET /made/.", "GET /made/%", "GET /made//"))]
         results = {"make": {"pass"}, "anew": {"skip"}, "strict": {"FAIL"}}[function]
         assert {line.result for line in named} == results
 
@@ -407,14 +413,14 @@ async def test_redirects_of_the_service_and_of_the_proxy(s3: S3, directory: Path
     async with live(build(settings)) as port, live(Starlette(routes=[Route("/{x:path}", elsewhere)])) as other:
         direct = f"http://127.0.0.1:{port}"
         lines = await checked(settings, url=direct, direct=direct)
-        assert [(line.result, line.came) for line in lines if line.step == "together"] == [
+        assert [(line.result, line.outcome) for line in lines if line.step == "together"] == [
             ("pass", f"307 to {host}"),
             ("pass", '206, 1 bytes, Content-Disposition: attachment; filename="a.txt"'),
         ]
         assert failures(lines) == []
         (line,) = failures(await checked(settings, url=f"http://127.0.0.1:{other}", direct=direct))
-    assert line.came == "301 to https://files.example.org/lake/a.txt"
-    assert line.remedy == "give the URL that it leads to"
+    assert line.outcome == "301 to https://files.example.org/lake/a.txt"
+    assert line.remedy == "give the URL that this redirect leads to"
 
 
 @pytest.mark.slow
@@ -448,7 +454,7 @@ async def test_where_a_signed_url_leads_to(s3: S3, directory: Path, nobody: str)
                 lines = await checked(settings, url=f"http://127.0.0.1:{port}", direct=f"http://127.0.0.1:{port}")
             followed = lines[-1]
             assert (followed.result, followed.step) == (result, "together")
-            assert came in followed.came
+            assert came in followed.outcome
             assert ("[sources.lake.presign] public_endpoint" in followed.remedy) == (result == "FAIL")
             assert not any("x-amz" in str(line).lower() for line in lines)
     assert [set(headers) for headers in heard] == [{"host", "range"}] * 5
@@ -477,9 +483,9 @@ async def test_a_store_that_denies_and_one_without_the_object(s3: S3, directory:
     "url", ["", "files", "ftp://x", "http://", "http://x:y", "http://x/?a", "http://x/#a", "http://é"]
 )
 async def test_urls_that_are_none(directory: Path, nobody: str, url: str) -> None:
-    with pytest.raises(ConfigurationError, match="no URL of a server"):
+    with pytest.raises(ConfigurationError, match="not a server URL"):
         await checked(load(directory, FILES), url=url, direct=nobody)
-    with pytest.raises(ConfigurationError, match="no URL of a server"):
+    with pytest.raises(ConfigurationError, match="not a server URL"):
         await checked(load(directory, FILES), direct=url)
 
 
@@ -571,7 +577,7 @@ def test_the_command_finds_the_service_by_its_settings(served: tuple[Path, str])
     assert ran.stdout.splitlines() == [
         "pass  source  /files/{path:path}  read /files/a%20b.txt: 10 bytes",
         "pass  application  /files/{path:path}  GET /files/a%20b.txt: 200, streamed",
-        "skip  proxy    the proxy: not checked: give the URL at which clients reach it",
+        "skip  proxy    the proxy: not checked: give the URL at which clients reach the proxy",
         "2 pass, 0 FAIL, 1 skip",
     ]
 
@@ -592,11 +598,11 @@ def test_the_command_fails_where_something_does(served: tuple[Path, str]) -> Non
     "arguments, message",
     [
         (["--config", "nothing.toml"], "cannot be read"),
-        (["--file", "/nothing/a.txt"], "path of no route"),
-        (["--file", "/-/livez"], "path of no route"),
-        (["--only"], "no file to ask for"),
-        (["nowhere"], "no URL of a server"),
-        (["--direct", "nowhere"], "no URL of a server"),
+        (["--file", "/nothing/a.txt"], "no route serves"),
+        (["--file", "/-/livez"], "no route serves"),
+        (["--only"], "no file to request"),
+        (["nowhere"], "not a server URL"),
+        (["--direct", "nowhere"], "not a server URL"),
         (["--timeout", "0"], "timeout"),
     ],
 )
@@ -620,7 +626,7 @@ async def test_a_certificate_is_checked_against_those_of_the_system(
     async with live(build(settings), **paths) as port:
         url = f"https://127.0.0.1:{port}"
         (line,) = failures(await checked(settings, direct=url))
-        assert "CERTIFICATE_VERIFY_FAILED" in line.came
+        assert "CERTIFICATE_VERIFY_FAILED" in line.outcome
         monkeypatch.setenv("SSL_CERT_FILE", paths["ssl_certfile"])
         assert failures(await checked(settings, url=url, direct=url)) == []
         text = FILES + f"[server]\nport = {port}\n" + "".join(f'{name} = "{path}"\n' for name, path in paths.items())
@@ -708,13 +714,13 @@ def _with(headers: Headers, send: Send) -> Send:
     [
         (_compressing, "GET /files/a.txt", "Content-Encoding: gzip", "compress nothing"),
         (_refusing_head, "HEAD /files/a.txt", "405", "Range"),
-        (_forgetting_at_head, "HEAD /files/a.txt", 'etag: "other"', "pass etag on"),
-        (_knowing_nothing, "GET /files/a.txt", "404", "pass all paths"),
+        (_forgetting_at_head, "HEAD /files/a.txt", 'etag: "other"', "pass on etag"),
+        (_knowing_nothing, "GET /files/a.txt", "404", "forward all paths"),
         (_losing_the_length, "GET /files/a.txt", "Content-Length: None of 10", "compress nothing"),
-        (_sending_something_else, "GET /files/a.txt", "other bytes", "keeps no answers"),
-        (_sending_nothing, "GET /files/a.txt", "no bytes", "takes the bytes"),
+        (_sending_something_else, "GET /files/a.txt", "other bytes", "does not cache answers"),
+        (_sending_nothing, "GET /files/a.txt", "no bytes", "removes the bytes"),
         (_hiding_ranges, "GET /files/a.txt Accept-Encoding: ", "Accept-Ranges: none", "compress nothing"),
-        (_answering_everything, "GET /files/no-such-file", "200", "pass all paths"),
+        (_answering_everything, "GET /files/no-such-file", "200", "forward all paths"),
         (_failing_at_what_is_missing, "GET /files/no-such-file", "500", "the service runs"),
     ],
 )
@@ -727,8 +733,8 @@ async def test_answers_that_are_spoiled_are_found(
         lines = await checked(settings, url=f"http://127.0.0.1:{port}", direct=f"http://127.0.0.1:{service}")
     failed = failures(lines)[0]
     assert failed.step == "together"
-    assert failed.asked.startswith(asked)
-    assert came in failed.came
+    assert failed.request.startswith(asked)
+    assert came in failed.outcome
     assert remedy in failed.remedy
 
 
@@ -757,8 +763,8 @@ async def test_a_proxy_that_closes_the_connection_refuses(directory: Path) -> No
         lines = await checked(settings, url=url, direct=f"http://127.0.0.1:{service}")
     assert {line.result for line in lines if line.step == "proxy" and line.route} == {"pass"}
     assert [line.result for line in lines if line.step == "proxy" and not line.route] == ["skip"]
-    assert [line.asked for line in failures(lines)] == ["GET /files/a.txt"]
-    assert "closed" in failures(lines)[0].came
+    assert [line.request for line in failures(lines)] == ["GET /files/a.txt"]
+    assert "closed" in failures(lines)[0].outcome
 
 
 @pytest.mark.asyncio
@@ -770,7 +776,7 @@ async def test_the_address_of_the_service_is_not_known(directory: Path) -> None:
             ("application", "skip"),
             ("proxy", "skip"),
         ]
-        assert "--direct" in lines[1].came
+        assert "--direct" in lines[1].outcome
 
 
 @pytest.mark.asyncio
@@ -781,6 +787,6 @@ async def test_a_name_that_no_header_can_say_is_streamed(directory: Path) -> Non
         settings = load(directory, f"{FILES}{send}{rule}")
         async with live(build(settings)) as service:
             lines = await checked(settings, direct=f"http://127.0.0.1:{service}")
-        named = [line for line in lines if line.asked == "GET /files/a%20"]
-        assert "no header of this kind can name" in named[0].came
+        named = [line for line in lines if line.request == "GET /files/a%20"]
+        assert "the proxy's header cannot carry" in named[0].outcome
         assert {line.result for line in lines if line.step == "application"} == results

@@ -1,4 +1,4 @@
-"""Asking a server for `downloadview check`: by a path that is sent as it is spelled, and for a few bytes alone."""
+"""HTTP requests of `downloadview check`: paths are sent exactly as spelled, and only the start of a body is read."""
 
 import re
 import socket
@@ -16,46 +16,46 @@ from downloadview_async import ConfigurationError, __version__, proxy_kinds
 
 PIECE = 64 << 10
 MOST = 3 * PIECE
-"""Bytes that are read of one answer."""
+"""The most bytes to read of one answer."""
 
 _OBEYED = [name for kind in proxy_kinds().values() for name in kind.headers]
 _ORDER = re.compile("|".join(["x-accel-.+", "x-sendfile.*", "x-offload-target", *_OBEYED]))
 
 
 class NoAnswerError(Exception):
-    """There is no answer, or its body has not come whole."""
+    """There is no answer, or its body is incomplete."""
 
 
 class ClosedError(NoAnswerError):
-    """The connection was closed in place of an answer, or before the end of one."""
+    """The server closed the connection instead of answering, or before the answer ended."""
 
 
 class UnknownHostError(NoAnswerError):
-    """Nobody here knows the address of the host."""
+    """The host name has no address here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer: its headers with names in lower case, and as much of its body as is wanted."""
+    """An answer: its status, its headers with names in lower case, and the first `MOST` bytes of its body."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes
 
     def get(self, name: str) -> str | None:
-        """Return a header; one that comes more than once is a list."""
+        """Return the value of a header, or None; repeated headers are joined by commas."""
         values = [value for known, value in self.headers if known == name.lower()]
         return ", ".join(values) if values else None
 
     @property
     def orders(self) -> dict[str, str]:
-        """The headers that only a proxy should see."""
+        """The offload headers, which only a proxy should see."""
         return {name: value for name, value in self.headers if _ORDER.fullmatch(name)}
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A server, or an application in this process, which follows no redirect and knows no proxy of the environment."""
+    """A server, or an application in this process. Redirects are not followed; HTTP_PROXY and the like are ignored."""
 
     client: httpx2.AsyncClient
     base: str
@@ -65,8 +65,8 @@ class Peer:
 
     @classmethod
     @asynccontextmanager
-    async def here(cls, app: Starlette, timeout: float) -> AsyncIterator["Peer"]:
-        """Give an application of this process."""
+    async def in_process(cls, app: Starlette, timeout: float) -> AsyncIterator["Peer"]:
+        """Yield a peer that calls an application in this process."""
         transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx2.AsyncClient(transport=transport, trust_env=False) as client:
             yield cls(client, "http://localhost", "", timeout, is_here=True)
@@ -74,9 +74,9 @@ class Peer:
     @classmethod
     @asynccontextmanager
     async def at(cls, url: str, timeout: float, *, uds: str | None = None) -> AsyncIterator["Peer"]:
-        """Give the server at a URL, or behind a Unix socket. timeout: seconds that it has for an answer.
+        """Yield a peer for the server at a URL, or behind a Unix socket. timeout: seconds for each whole answer.
 
-        Raises `ConfigurationError` for what is no URL of a server.
+        Raises `ConfigurationError` if `url` is not a server URL.
         """
         try:
             parts = urlsplit(url)
@@ -84,7 +84,7 @@ class Peer:
         except ValueError:
             good = False
         if not good or parts.query or parts.fragment:
-            raise ConfigurationError(f"{url!r} is no URL of a server: give one such as http://127.0.0.1:8080")
+            raise ConfigurationError(f"{url!r} is not a server URL: give one such as http://127.0.0.1:8080")
         async with _client(timeout, uds) as client:
             yield cls(client, f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), timeout)
 
@@ -93,7 +93,7 @@ class Peer:
     ) -> Answer:
         """Send a request and return the answer, with up to `MOST` bytes of its body.
 
-        target: a path as it is to be spelled, below that of the URL, or with `root` below its host.
+        target: the path exactly as sent; it is appended to the path of the URL, or with `root` to its host.
 
         Raises `NoAnswerError`.
         """
@@ -103,16 +103,16 @@ class Peer:
             self.base + path.replace("../", "%2e%2e/") if self.is_here else self.base,
             headers={"Accept-Encoding": "identity", "User-Agent": f"downloadview-check/{__version__}"}
             | dict(headers or {}),
-            # a URL would be put in order: /../ is gone from it before it is sent
+            # the client would normalise a URL, and so remove /../ from it
             extensions=None if self.is_here else {"target": path.encode("ascii")},
         )
         return await _answer_to(request, self.client, self.timeout)
 
 
 async def follow(url: str, timeout: float, headers: Mapping[str, str]) -> Answer:
-    """Ask for what a URL of another server leads to, with these headers and Host alone, by a connection of its own.
+    """Send a GET for a URL on another server, with only these headers and Host, on a new connection.
 
-    Raises `NoAnswerError`, and `UnknownHostError` where the host has no address here.
+    Raises `UnknownHostError` if the host has no address here, else `NoAnswerError` if there is no answer.
     """
     parts = urlsplit(url)
     try:
@@ -121,7 +121,7 @@ async def follow(url: str, timeout: float, headers: Mapping[str, str]) -> Answer
     except (OSError, TimeoutError, ValueError) as exc:
         raise UnknownHostError(f"{parts.hostname} has no address here: {exc}") from exc
     base = f"{parts.scheme}://{parts.netloc}"
-    target = url.removeprefix(base).partition("#")[0].encode("ascii", "replace")  # as it is signed
+    target = url.removeprefix(base).partition("#")[0].encode("ascii", "replace")  # unchanged, because it is signed
     request = httpx2.Request("GET", base, headers=dict(headers), extensions={"target": target})
     async with _client(timeout) as client:
         return await _answer_to(request, client, timeout)
@@ -146,10 +146,10 @@ async def _answer_to(request: httpx2.Request, client: httpx2.AsyncClient, timeou
             finally:
                 await response.aclose()
     except (TimeoutError, httpx2.TimeoutException):
-        raise NoAnswerError(f"no whole answer within {timeout:g} s") from None
+        raise NoAnswerError(f"no complete answer within {timeout:g} s") from None
     except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as exc:
         raise ClosedError(f"the connection was closed: {exc}") from exc
     except (httpx2.HTTPError, OSError) as exc:
         raise NoAnswerError(f"no answer: {type(exc).__name__}: {exc}") from exc
-    said = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)
-    return Answer(response.status_code, said, bytes(body[:MOST]))
+    headers = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw)
+    return Answer(response.status_code, headers, bytes(body[:MOST]))

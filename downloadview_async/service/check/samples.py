@@ -1,4 +1,4 @@
-"""What `downloadview check` looks at: which files of a directory, and of each a few pieces, whatever its size."""
+"""The files that `downloadview check` requests from a directory, and the pieces of them that it compares."""
 
 import os
 import stat
@@ -10,25 +10,25 @@ from pathlib import Path
 from downloadview_async import AsyncFile, ByteRange, FileMetadata, TransferAborted
 from downloadview_async.service.check.http import MOST, PIECE
 
-_MOST_ENTRIES = 1000  # of a directory that is searched for a file to ask for
+_MOST_ENTRIES = 1000  # how many directory entries the search for a file may read
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Pieces of a file, each with its offset. size: bytes, None where it is not known."""
+    """Pieces of a file, each with its offset. size: bytes, or None if unknown."""
 
     size: int | None
     pieces: tuple[tuple[int, bytes], ...]
 
     def part(self, start: int, stop: int) -> bytes | None:
-        """Return the bytes from `start` up to `stop`, or None where they have not been read."""
+        """Return the bytes from `start` up to `stop`, or None if they have not been read."""
         for offset, piece in self.pieces:
             if offset <= start and stop <= offset + len(piece):
                 return piece[start - offset : stop - offset]
         return None
 
     def begins(self, body: bytes) -> bool:
-        """Return whether an answer with the whole file may begin with these bytes, and ends where the file does."""
+        """Return whether this body, of up to `MOST` bytes, can be that of an answer with the whole file."""
         known = self.pieces[0][1]
         length = min(len(known), len(body))
         whole = self.size is None or len(body) == min(self.size, MOST)
@@ -36,13 +36,13 @@ class Content:
 
 
 async def content_of(file: AsyncFile) -> tuple[FileMetadata, Content]:
-    """Open a file and read up to `MOST` bytes of it: all of it, or its beginning, its middle and its end.
+    """Open a file and read up to `MOST` bytes: all of it, or pieces from the start, the middle and the end.
 
     Raises `FileError` and `TransferAborted`.
     """
     async with file.open() as opened:
         size = opened.metadata.size
-        if size is None or not opened.metadata.accept_ranges:  # made from the beginning on
+        if size is None or not opened.metadata.accept_ranges:  # it can be read from the start only
             read = await _read(opened.stream(None))
             if size is None and len(read) < MOST:
                 size = len(read)
@@ -54,7 +54,7 @@ async def content_of(file: AsyncFile) -> tuple[FileMetadata, Content]:
         pieces = [(span.start, await _read(opened.stream(span)) if len(span) else b"") for span in spans]
         for span, (_, read) in zip(spans, pieces, strict=True):
             if len(read) != len(span):
-                raise TransferAborted(f"bytes {span.start} to {span.stop} cannot be read: {len(read)} came")
+                raise TransferAborted(f"only {len(read)} of the bytes from {span.start} to {span.stop} could be read")
         return opened.metadata, Content(size, tuple(pieces))
 
 
@@ -73,20 +73,20 @@ async def _read(blocks: AsyncIterator[bytes]) -> bytes:
 
 
 def names_in(directory: Path, deep: bool) -> list[str]:
-    """Return names of regular files with something in them, and with `deep` of those below, without a long search."""
+    """Return the names of regular files that are not empty; deep: search subdirectories too. The search is bounded."""
     names: list[str] = []
     waiting, left = [""], _MOST_ENTRIES
     while waiting and left > 0:
         below = waiting.pop(0)
         try:
             with os.scandir(directory / below) as entries:
-                found = sorted(islice(entries, left), key=lambda entry: entry.name)
+                batch = sorted(islice(entries, left), key=lambda entry: entry.name)
         except OSError:
             continue
-        left -= max(len(found), 1)
-        for entry in found:
+        left -= max(len(batch), 1)
+        for entry in batch:
             if not entry.name.isprintable() or entry.name.startswith(".") or {"\\", ":"} & {*entry.name}:
-                continue  # no source has it, or nobody would ask for it
+                continue  # sources refuse the name, or clients rarely request it
             if entry.is_file(follow_symlinks=False) and entry.stat().st_size:
                 names.append(below + entry.name)
             elif deep and entry.is_dir(follow_symlinks=False):
@@ -95,7 +95,7 @@ def names_in(directory: Path, deep: bool) -> list[str]:
 
 
 def closed_to_others(path: str) -> tuple[str, str] | None:
-    """Return the first part of a local path that not every user may pass or read, with what chmod would need to do."""
+    """Return the first part of a local path that is not open to all users, and the mode for chmod; None if all are."""
     parts = [*reversed(Path(path).parents), Path(path)]
     for part in parts:
         try:

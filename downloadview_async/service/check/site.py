@@ -1,4 +1,4 @@
-"""What `downloadview check` asks, and what is known of it: the settings, the servers, the files, and what is said."""
+"""The state of `downloadview check`: the installation that it checks, the files that it requests, and the results."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -26,9 +26,9 @@ Result = Literal["pass", "FAIL", "skip"]
 
 PARAMETER = re.compile("{[^}]*}")
 PLAIN = re.compile("/?[A-Za-z0-9_][A-Za-z0-9_./~-]*")
-"""Names that no two proxies spell differently."""
+"""Names that every proxy encodes in the same way."""
 
-SAID = (
+KEPT_HEADERS = (
     "Content-Type",
     "Content-Disposition",
     "Cache-Control",
@@ -37,27 +37,39 @@ SAID = (
     "Content-Encoding",
     "Content-Language",
 )
-"""What the application says of a file and every sender has to keep."""
+"""The headers of the service that must reach the client unchanged, whoever sends the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One check. route: the path of a route, or the target of a rule. asked, came: in words.
+    """The result of one check, for people to read. route: the path of a route, or the target of a rule.
 
-    remedy: what mends it, where it has failed.
+    request: what the check requested. outcome: what came back, or why the check was skipped. remedy: how to fix a
+    failure.
     """
 
     result: Result
     step: Step
     route: str
-    asked: str
-    came: str
+    request: str
+    outcome: str
     remedy: str = ""
+
+    def as_json(self) -> dict[str, str]:
+        """Return the line as it is in the output of `--json`."""
+        return {
+            "result": self.result,
+            "step": self.step,
+            "route": self.route,
+            "asked": self.request,
+            "came": self.outcome,
+            "remedy": self.remedy,
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A file to ask for. thorough: in every way; else once, as what is special about it is its name."""
+    """A file to request. thorough: make all checks with it, not only those that depend on its name."""
 
     route: RouteSettings
     target: str
@@ -66,81 +78,85 @@ class Wanted:
 
 @dataclass(slots=True)
 class File:
-    """A file that the source has given, and what the settings say of it."""
+    """A file that its source has returned, and the answers that the service should give and gives for it."""
 
     wanted: Wanted
     file: AsyncFile
     metadata: FileMetadata
     content: Content
-    said: Answer
-    """The answer to HEAD of the application in this process."""
-    alone: Answer | None = None
-    """The answer of the live one, if it is a good one."""
+    expected: Answer
+    """The answer to HEAD of the application in this process, which has the same settings."""
+    direct: Answer | None = None
+    """The answer of the running service, if it is the expected one."""
 
     @property
     def route(self) -> RouteSettings:
-        """The route by which it was asked for."""
+        """The route that serves it."""
         return self.wanted.route
 
     @property
     def target(self) -> str:
-        """The path that is asked for."""
+        """The path to request."""
         return self.wanted.target
 
     @property
     def offloaded(self) -> bool:
-        """Whether the proxy is to send it."""
-        return bool(self.said.orders)
+        """Whether the proxy should send it."""
+        return bool(self.expected.orders)
 
     @property
     def repeatable(self) -> bool:
-        """Whether the next request gets the same bytes for sure."""
-        return self.offloaded or bool(self.said.get("etag") or self.said.get("last-modified"))
+        """Whether every request is certain to get the same bytes."""
+        return self.offloaded or bool(self.expected.get("etag") or self.expected.get("last-modified"))
 
     @property
     def ranged(self) -> bool:
-        """Whether parts of it can be asked for."""
+        """Whether it supports range requests."""
         return self.content.size is not None and self.metadata.size is not None and self.metadata.accept_ranges
 
 
 @dataclass(slots=True)
 class Site:
-    """An installation. here: the application in this process; alone: the live one; service: where that is, in words."""
+    """The installation that is checked.
+
+    in_process: the application in this process. direct: the running service, without the proxy. service: the URL of the
+    running service, for messages.
+    """
 
     settings: Settings
     app: Starlette
-    here: Peer
-    alone: Peer | None
+    in_process: Peer
+    direct: Peer | None
     proxy: Peer | None
     timeout: float
     service: str
     seen: set[str] = field(default_factory=set)
-    """What answers by way of the proxy have said of who sends them."""
+    """The kinds of proxy that the Server and Via headers of answers have named."""
     narrow: set[str] = field(default_factory=set)
-    """What the proxy has too little room for: "request line", "fields"."""
+    """What the proxy limits too tightly: "request line", "fields"."""
 
     @property
     def kind(self) -> ProxyKind | None:
-        """The kind of proxy that the settings are for, or None."""
+        """The kind of proxy in the settings, or None."""
         return proxy_kinds().get(self.settings.offload.backend or "")
 
     def see(self, answer: Answer) -> None:
-        """Note who says to have sent an answer."""
-        said = f"{answer.get('server')} {answer.get('via')}".lower()
-        self.seen.update(name for name in proxy_kinds() if name in said)
+        """Note the kind of proxy that the Server and Via headers of an answer name."""
+        servers = f"{answer.get('server')} {answer.get('via')}".lower()
+        self.seen.update(name for name in proxy_kinds() if name in servers)
 
     def route_of(self, target: str) -> tuple[Route | None, str]:
-        """Return the route that answers a path, and the key that it asks its source for."""
+        """Return the route that matches a path, and the name that it passes to its source."""
         scope = {"type": "http", "method": "GET", "path": unquote(target), "root_path": "", "headers": []}
         for route in self.app.router.routes:
             if isinstance(route, Route):
-                match, found = route.matches(scope)
+                match, child_scope = route.matches(scope)
                 if match is Match.FULL:
-                    return route, "".join(str(value) for value in found["path_params"].values())
+                    return route, "".join(str(value) for value in child_scope["path_params"].values())
         return None, ""
 
     async def resolve(self, wanted: Wanted) -> AsyncFile:
-        """Return a file as its source finds it now. Raises `FileMissing`, and whatever else the source raises."""
+        """Return a file from its source. Raises `FileMissing`, and whatever else the source raises."""
         route, key = self.route_of(wanted.target)
         if route is None or route.path != wanted.route.path:
             raise FileMissing(f"{'no route' if route is None else route.path} answers this path")
@@ -148,15 +164,15 @@ class Site:
         return await route.endpoint.source.resolve(key)
 
     def source_of(self, route: RouteSettings) -> tuple[str, SourceSettings]:
-        """Return the source where the files of a route are, with its name."""
+        """Return the name and the settings of the source that holds the files of a route."""
         return source_of_files(route.source, self.settings.sources)
 
     def rule_of(self, file: File) -> RuleSettings | None:
-        """Return the rule by which a file is offloaded, or could be but for its name."""
-        return self.rule_for([file.file.location or "", *map(unquote, file.said.orders.values())])
+        """Return the rule that covers a file, even if a header cannot carry the file's name; None if no rule does."""
+        return self.rule_for([file.file.location or "", *map(unquote, file.expected.orders.values())])
 
     def rule_for(self, places: Iterable[str]) -> RuleSettings | None:
-        """Return the rule for one of these places, each for the service or for the proxy, or None."""
+        """Return the most specific rule whose source or target contains one of these places, or None."""
         rules = [
             rule
             for place in places
@@ -172,7 +188,7 @@ class Site:
         return file.offloaded and rule is not None and not rule.source.startswith("/")
 
     def advice(self, problem: str, rule: RuleSettings | None, **facts: str) -> str:
-        """Return what mends a problem with the files of a rule: see `advice.advice`."""
+        """Return the remedy for a problem with the files of a rule: see `advice.advice`."""
         backend: str | None = self.settings.offload.backend
         if backend is None and len(self.seen) == 1:
             (backend,) = self.seen
@@ -183,31 +199,31 @@ class Site:
         return advice(problem, backend, service=self.service, **facts)
 
 
-def passed(step: Step, wanted: Wanted, asked: str, came: str) -> Line:
-    """Return the line of what is as it should be."""
-    return Line(result="pass", step=step, route=wanted.route.path, asked=asked, came=came)
+def passed(step: Step, wanted: Wanted, request: str, outcome: str) -> Line:
+    """Return a pass row."""
+    return Line(result="pass", step=step, route=wanted.route.path, request=request, outcome=outcome)
 
 
-def failed(step: Step, wanted: Wanted, asked: str, came: str, remedy: str) -> Line:
-    """Return the line of what is not."""
-    return Line(result="FAIL", step=step, route=wanted.route.path, asked=asked, came=came, remedy=remedy)
+def failed(step: Step, wanted: Wanted, request: str, outcome: str, remedy: str) -> Line:
+    """Return a FAIL row."""
+    return Line(result="FAIL", step=step, route=wanted.route.path, request=request, outcome=outcome, remedy=remedy)
 
 
-def skipped(step: Step, wanted: Wanted, asked: str, reason: str) -> Line:
-    """Return the line of what could not be found out."""
-    return Line(result="skip", step=step, route=wanted.route.path, asked=asked, came=f"not checked: {reason}")
+def skipped(step: Step, wanted: Wanted, request: str, reason: str) -> Line:
+    """Return a skip row: the check could not be made."""
+    return Line(result="skip", step=step, route=wanted.route.path, request=request, outcome=f"not checked: {reason}")
 
 
 def unsigned(orders: Mapping[str, str]) -> dict[str, str]:
-    """Return orders without the signature of what a proxy asks a store for: that is another one each second."""
+    """Return offload headers without the signature of a store's URL, which changes every second."""
     return {name: value.partition("?")[0] if name == "x-offload-target" else value for name, value in orders.items()}
 
 
 def shown(headers: Mapping[str, str], comma: str = ",") -> str:
-    """Return headers in words, without a signature."""
+    """Return headers as text for a row, without signatures."""
     return "".join(f"{comma} {name}: {value}" for name, value in unsigned(headers).items())
 
 
 def shown_url(url: str) -> str:
-    """Return a URL without a password, and without its query, which may be a signature."""
+    """Return a URL without its password, and without its query, which may hold a signature."""
     return re.sub("//[^/]*@", "//", url.partition("?")[0].rstrip("/"))
