@@ -37,6 +37,8 @@ class Download:
         redirect: Redirect | None = None,
         offload: bool | None = None,
     ) -> None:
+        if not hasattr(source, "resolve") or hasattr(source, "__fspath__") or isinstance(source, type):
+            raise ConfigurationError(f"Download takes a source, such as PathSource('files'), not {source!r}")
         self.source = source
         self.attachment = attachment
         self.headers = dict(headers or {})

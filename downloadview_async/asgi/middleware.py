@@ -6,6 +6,7 @@ from downloadview_async.asgi.holding import Holding
 from downloadview_async.asgi.offer import Offer
 from downloadview_async.asgi.pathsend import ForeignResponse
 from downloadview_async.asgi.transfer import FOREIGN, PATHSEND
+from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.base import EXTENSION, OffloadBackend
 
 
@@ -32,6 +33,11 @@ class OffloadMiddleware:
     """
 
     def __init__(self, app: ASGIApp, backend: OffloadBackend, pathsend: bool = False) -> None:
+        if not hasattr(backend, "headers_for") or isinstance(backend, type):
+            raise ConfigurationError(
+                "OffloadMiddleware takes a backend, such as XAccelRedirect([Rule('/srv/files', '/_files/')]), not "
+                f"{backend!r}"
+            )
         self.app = app
         self.backend = backend
         self.pathsend = pathsend

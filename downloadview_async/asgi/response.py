@@ -28,7 +28,7 @@ from downloadview_async.asgi.transfer import (
     send_plan,
     until_the_client_leaves,
 )
-from downloadview_async.errors import DownloadError, FileError, FileMissing
+from downloadview_async.errors import ConfigurationError, DownloadError, FileError, FileMissing
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.http.log_text import escaped, shown
@@ -96,6 +96,8 @@ class DownloadResponse(Response):
         redirect: Redirect | None = None,
         offload: bool | None = None,
     ) -> None:
+        if not hasattr(file, "open") or hasattr(file, "__fspath__"):
+            raise _not_a_file(file)
         if content_type is not None and valid_content_type(content_type) is None:
             raise ValueError(f"not a content type: {content_type!r}")
         if status_code < 200 or status_code in (204, 205, 304):
@@ -325,6 +327,14 @@ class _Answer:
         field = (b"age", age.encode())
         head = None if self.head is None else self.head.with_field(field)
         return _Answer(self.plan, [*self.headers, field], head)
+
+
+def _not_a_file(value: object) -> ConfigurationError:
+    if hasattr(value, "__await__"):
+        return ConfigurationError("DownloadResponse takes a file, not a coroutine: await source.resolve(...) first")
+    return ConfigurationError(
+        f"DownloadResponse takes a file, such as await source.resolve('a.txt') or LocalFile('a.txt'), not {value!r}"
+    )
 
 
 @lru_cache(maxsize=1024)

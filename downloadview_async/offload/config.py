@@ -9,7 +9,7 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.places import by_http
 from downloadview_async.offload.proxies import proxy_kinds
 from downloadview_async.offload.render import PORTS, ProxySite, RemoteRule, host_and_port
-from downloadview_async.offload.rules import Rule
+from downloadview_async.offload.rules import Rule, checked_rules
 from downloadview_async.sources.object_store import ObjectStorage
 
 _PREFIX = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)*")
@@ -67,7 +67,7 @@ def proxy_config(
     public = tuple(public)
     if private and not (_PRIVATE.fullmatch(private) and all(map(_PUBLIC.fullmatch, public))):
         raise ConfigurationError(f"{private!r} with {public!r}: write a private path as /-/, and public ones as livez")
-    rules, storages = tuple(rules), tuple(storages)
+    rules, storages = tuple(checked_rules(rules)), tuple(storages)
     kind.make_backend(rules, storages=storages)  # raises for rules that the backend would not take
     site = ProxySite(
         rules=tuple(rule for rule in rules if rule.source.startswith("/")),

@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.fields import OFFLOAD_TARGET
 from downloadview_async.offload.presigned import StoreSigner
-from downloadview_async.offload.rules import Rule, RuleTable
+from downloadview_async.offload.rules import Rule, RuleTable, checked_rules
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.object_store import SCHEMES, ObjectStorage
 
@@ -69,7 +69,7 @@ class LocalFiles:
         encode: Encode,
         hint: str = "",
     ) -> None:
-        rules = list(rules)
+        rules = checked_rules(rules)
         for rule in rules:
             if targets == "directory":
                 _check_directories(rule, title)
@@ -109,7 +109,7 @@ class Places:
     """
 
     def __init__(self, rules: Iterable[Rule], storages: Iterable[ObjectStorage] = ()) -> None:
-        rules, storages = list(rules), list(storages)
+        rules, storages = checked_rules(rules), list(storages)
         check_internal_uris(rules)
         self._table = RuleTable(by_url for rule in rules for by_url in by_http(rule, storages))
         self._signers = [

@@ -35,6 +35,16 @@ class Rule:
             object.__setattr__(self, name, os.fsdecode(getattr(self, name)))
 
 
+def checked_rules(rules: Iterable[Rule]) -> list[Rule]:
+    """Return the rules as a list. Raises `ConfigurationError` for anything that is not an iterable of rules."""
+    listed: list[object] = list(rules) if isinstance(rules, Iterable) else [None]
+    if not all(isinstance(rule, Rule) for rule in listed):
+        raise ConfigurationError(
+            f"an offload backend takes a list of rules, such as [Rule('/srv/files', '/_files/')], not {rules!r}"
+        )
+    return [rule for rule in listed if isinstance(rule, Rule)]
+
+
 class RuleTable:
     """Rules, looked up by whole path segments; the longest source wins, whatever the number of rules.
 

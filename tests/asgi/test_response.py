@@ -416,3 +416,26 @@ async def test_a_scope_of_another_type_is_an_error(source: dv.PathSource, kind: 
     for kind_of_scope in ("lifespan", "mqtt"):
         with pytest.raises(AssertionError, match="a download is an answer to an HTTP request"):
             await app({"type": kind_of_scope}, unused, unused)
+
+
+async def test_what_is_not_a_file_a_source_or_a_backend_is_refused_when_the_object_is_made(root: Path) -> None:
+    source = dv.PathSource(root)
+    takes_source = r"Download takes a source, such as PathSource\('files'\), not "
+    values: list[Any] = ["files", None, Path("files"), dv.PathSource, source.file("page.html")]
+    for value in values:
+        with pytest.raises(dv.ConfigurationError, match=takes_source):
+            dv.Download(value)
+    values = ["files/a.txt", None, Path("files/a.txt"), b"text", source]
+    for value in values:
+        for filename in (None, "a.txt"):
+            with pytest.raises(dv.ConfigurationError, match="DownloadResponse takes a file, such as await source"):
+                dv.DownloadResponse(value, filename=filename)
+    pending: Any = source.resolve("page.html")
+    with pytest.raises(dv.ConfigurationError, match=r"await source.resolve\(...\) first"):
+        dv.DownloadResponse(pending)
+    pending.close()
+    app = dv.Download(source)
+    backends: list[Any] = ["nginx", None, [dv.Rule("/srv", "/_srv/")], dv.XAccelRedirect]
+    for backend in backends:
+        with pytest.raises(dv.ConfigurationError, match="OffloadMiddleware takes a backend, such as XAccelRedirect"):
+            dv.OffloadMiddleware(app, backend)

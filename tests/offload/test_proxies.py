@@ -176,3 +176,15 @@ def test_options_have_the_defaults_of_their_kind() -> None:
         ("lighttpd", "percent"): decoded,
     }
     assert dv.proxy_kinds()["apache"].options["encoding"].type == Literal["raw", "percent"]
+
+
+@pytest.mark.parametrize("name", dv.proxy_kinds())
+@pytest.mark.parametrize(
+    "rules", [dv.Rule("/srv", "/_srv/"), {"/srv": "/_srv/"}, [("/srv", "/_srv/")], "/srv", None], ids=repr
+)
+def test_a_backend_takes_a_list_of_rules(name: str, rules: Any) -> None:
+    with pytest.raises(dv.ConfigurationError, match="takes a list of rules, such as"):
+        dv.proxy_kinds()[name].make_backend(rules)
+    if name != "litespeed":
+        with pytest.raises(dv.ConfigurationError, match="takes a list of rules, such as"):
+            dv.proxy_config(name, rules)

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cached_property, wraps
-from inspect import isawaitable
+from inspect import Parameter, isawaitable, signature
 from typing import Any, ClassVar, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
@@ -30,6 +31,7 @@ BACKENDS = {
 }
 """What the settings call the proxies, and the middlewares that this means."""
 
+_BACKEND_ADVICE = f"write {', '.join(map(repr, BACKENDS))} or the path of a class"
 _OURS = "downloadview_async."
 _THEIRS = "django_downloadview."
 View = TypeVar("View", bound=Callable[..., Any])
@@ -242,12 +244,10 @@ def backend_of(value: Any, where: str) -> Callable[..., Any]:
         try:
             found = import_string(path)
         except ImportError as exc:
-            known = ", ".join(map(repr, BACKENDS))
-            raise WrongBackend(
-                f"{where} is {known} or the import string of a middleware, not {value!r}: {exc}"
-            ) from exc
+            reason = f"cannot be imported ({exc})" if "." in value else "is not known"
+            raise WrongBackend(f"{where} is {value!r}, which {reason}: {_BACKEND_ADVICE}") from exc
     if not callable(found):
-        raise WrongBackend(f"{where}: {value!r} is nothing that can be called to make a middleware")
+        raise WrongBackend(f"{where} is {value!r}, which is not a middleware: {_BACKEND_ADVICE}")
     return cast("Callable[..., Any]", found)
 
 
@@ -280,8 +280,26 @@ def make_middleware(factory: Callable[..., Any], options: Any, where: str) -> An
     except ImproperlyConfigured as exc:
         raise ImproperlyConfigured(f"{where}: {exc}") from exc
     except TypeError as exc:
+        if isinstance(options, Mapping) and (unknown := _unknown_key(factory, options)) is not None:
+            raise ImproperlyConfigured(f"{where}: {unknown}") from exc
         name = getattr(factory, "__name__", repr(factory))
         raise ImproperlyConfigured(f"{where} does not fit {name}: {exc}") from exc
+
+
+def _unknown_key(factory: Callable[..., Any], options: Mapping[str, Any]) -> str | None:
+    """Return a message about the first option that `factory` does not take, or None if it takes them all."""
+    try:
+        parameters = signature(factory).parameters.values()
+    except (TypeError, ValueError):  # a callable that does not tell
+        return None
+    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    keys = [parameter.name for parameter in parameters if parameter.name != "get_response"]
+    unknown = next((key for key in options if key not in keys), None)
+    if unknown is None:
+        return None
+    similar = get_close_matches(str(unknown), keys, n=1)
+    return f"unknown key {unknown!r}: {f'did you mean {similar[0]!r}?' if similar else 'use ' + ', '.join(keys)}"
 
 
 class NoRedirectionMatch(Exception):

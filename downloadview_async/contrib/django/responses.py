@@ -139,6 +139,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
     ) -> None:
         if status < 200 or status in (204, 205, 304):
             raise ValueError(f"a response with the status {status} has no body to send a file in")
+        _check_file(file_instance, basename)
         self.file = file_instance
         self.attachment = attachment
         self.basename = basename
@@ -498,6 +499,17 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
                         yield chunk
         finally:
             await self.release()
+
+
+def _check_file(file: Any, basename: str | None) -> None:
+    """Raise `TypeError` for a path: the text of it would be sent. Text with a basename is content."""
+    if (isinstance(file, str) and not basename) or hasattr(file, "__fspath__"):
+        raise TypeError(
+            f"DownloadResponse takes a file, not the path {str(file)!r}: use PathDownloadView, or "
+            "DownloadResponse(open(path, 'rb')). To send text, name it with basename=..."
+        )
+    if hasattr(file, "__await__"):
+        raise TypeError("DownloadResponse takes a file, not a coroutine: await source.resolve(...) first")
 
 
 class _Content:

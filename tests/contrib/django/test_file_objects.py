@@ -545,3 +545,28 @@ def test_a_class_that_changes_nothing_of_how_it_is_read_is_sent_by_its_descripto
     for make in (lambda: Counted(open(path, "rb")), lambda: Marked(io.FileIO(path)), used):  # noqa: SIM115
         response, body = fetch(lambda request, make=make: DownloadResponse(make()).finish(request), "sync")
         assert (response.status_code, body == STORED, "ETag" in response) == (200, True, True)
+
+
+@both
+def test_a_path_is_not_a_file(mode: str) -> None:
+    paths: list[Any] = ["manuals/terms.txt", Path("manuals/terms.txt")]
+    for path_ in paths:
+        with pytest.raises(TypeError, match=r"not the path 'manuals/terms.txt': use PathDownloadView, or Download"):
+            DownloadResponse(path_)
+    with pytest.raises(TypeError, match="not the path"):
+        DownloadResponse(paths[1], basename="terms.txt")
+
+    def view(request: HttpRequest) -> Any:
+        # As in django-downloadview, text with a name is content.
+        return DownloadResponse("Terms: be kind", basename="terms.txt").finish(request)
+
+    assert fetch(view, mode)[1] == b"Terms: be kind"
+
+
+def test_a_coroutine_is_not_a_file() -> None:
+    async def resolve() -> None: ...
+
+    pending = resolve()
+    with pytest.raises(TypeError, match=r"await source\.resolve"):
+        DownloadResponse(pending)
+    pending.close()
