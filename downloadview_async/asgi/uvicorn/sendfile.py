@@ -123,7 +123,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 if sent > _FEW:
                     await turn(loop)
             if sent == 0:
-                raise TransferAborted(f"the file ended {count} bytes before what was promised of it")
+                raise TransferAborted(f"the file ended {count} bytes before the end of the promised content")
             offset += sent
             count -= sent
         if connection.is_lost:
