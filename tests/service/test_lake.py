@@ -115,7 +115,7 @@ WRONG: list[tuple[str, str, str]] = [
         "(s3://downloads/lake, http://127.0.0.1:8333/downloads/lake)",
     ),
     (f"{LAKE}{ROUTE}{NGINX.replace('nginx', 'apache')}{S3_RULE}", "offload: ", "X-Sendfile sends local files"),
-    (f"{LAKE}{ROUTE}{NGINX.replace('nginx', 'h2o')}{S3_RULE}", "offload: ", "keep those files in a cache"),
+    (f"{LAKE}{ROUTE}{NGINX.replace('nginx', 'h2o')}{S3_RULE}", "offload: ", "Keep these files in a cache"),
     *[
         (
             f'{LAKE}{ROUTE}send = "proxy"\n{NGINX.replace("nginx", backend)}{S3_RULE}',
