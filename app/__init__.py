@@ -1,1 +1,1 @@
-"""The service as it is deployed: the entry point `app.main:app`, its settings and the content of the demo."""
+"""The deployed service: the entry point `app.main:app`, its settings, and the demo's content."""

@@ -1,4 +1,4 @@
-"""The demo's content that is too large, or no use, to commit: made at the first start, or by `python -m app.demo`."""
+"""Creates the demo's generated content, at the first start or by `python -m app.demo`: a large file and a database."""
 
 import contextlib
 import hashlib
@@ -27,9 +27,9 @@ DOCUMENTS = [
 
 
 def make(directory: Path = HERE) -> None:
-    """Make `files/large.bin` and `demo.db` in a directory, each at once and only where it is not there as it should be.
+    """Create `files/large.bin` and `demo.db` in a directory, atomically, unless they exist with the right content.
 
-    Raises `ConfigurationError` where they cannot be written.
+    Raises `ConfigurationError` if they cannot be written.
     """
     large, database = directory / "files" / "large.bin", directory / "demo.db"
     try:
@@ -42,20 +42,20 @@ def make(directory: Path = HERE) -> None:
                 _write_documents(temporary)
     except OSError as exc:
         raise ConfigurationError(
-            f"the demo's content cannot be made: {exc}: make the directory writable, or run python -m app.demo as a "
-            "user who may write it"
+            f"the demo's content cannot be created: {exc}: make the directory writable, or run python -m app.demo as a "
+            "user who may write to it"
         ) from exc
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file that takes the place of `path` when all went well."""
+    """Yield a temporary file, which replaces `path` if the block succeeds."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # the proxy in front is another user
+        temporary.chmod(0o644)  # the proxy runs as another user
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`uvicorn app.main:app`: the service for DOWNLOADVIEW_CONFIG, or else for `downloadview.toml` beside this file."""
+"""`uvicorn app.main:app`: the service for DOWNLOADVIEW_CONFIG, by default `downloadview.toml` in this directory."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from downloadview_async.service.app import app_from_environment
 from downloadview_async.service.config_loader import CONFIG
 from downloadview_async.service.logs import one_line
 
-_STARTUP_FAILURE = 3  # uvicorn's own status: it does not start a worker again that ended with this
+_STARTUP_FAILURE = 3  # the exit status of uvicorn: it does not restart a worker that ends with it
 
 
 def _application() -> Starlette:

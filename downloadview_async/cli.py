@@ -22,72 +22,76 @@ except ModuleNotFoundError as exc:
 
 from downloadview_async.service.logs import one_line
 
-_WRONG_SETTINGS = 2  # a supervisor need not try again
+_WRONG_SETTINGS = 2  # the exit status: trying again does not help
 
 try:
     from downloadview_async.service.config_loader import CONFIG, load_settings
     from downloadview_async.service.settings import Settings, Unavailable
-except ConfigurationError as exc:  # of a proxy that an installed package adds
+except ConfigurationError as exc:  # a mistake in a proxy that an installed package adds
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
     sys.exit(_WRONG_SETTINGS)
 
 _CONFIGURED = [name for name, kind in proxy_kinds().items() if kind.configuration is not None]
 _DEFAULT_CONFIG = "downloadview.toml"
-_STARTUP_FAILURE = 3  # as uvicorn: another try may go better
-_LONGEST_SOCKET_PATH = 107  # bytes; Linux has room for 108, with a NUL
+_STARTUP_FAILURE = 3  # the exit status of uvicorn: trying again may help
+_LONGEST_SOCKET_PATH = 107  # bytes; Linux allows 108 with the final NUL
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="downloadview")
 def main() -> None:
-    """Serve downloads: of directories, storages, databases, other servers and code."""
+    """Serve downloads from directories, storages, databases, other servers and code."""
 
 
 @main.command()
 @click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
 @click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8000]")
 @click.option("--uds", help="Listen on a Unix socket instead.")
-@click.option("--fd", type=int, help="Listen on an open socket, by the number of its descriptor, instead.")
-@click.option("--workers", type=int, help="How many processes serve.  [default: 1]")
-@click.option("--root-path", help="The path that a proxy serves this below.")
-@click.option("--proxy-headers/--no-proxy-headers", default=None, help="Believe X-Forwarded-*.  [default: believe]")
+@click.option("--fd", type=int, help="Listen on an open socket instead, given by its descriptor number.")
+@click.option("--workers", type=int, help="The number of worker processes.  [default: 1]")
+@click.option("--root-path", help="The path below which a proxy serves this.")
+@click.option("--proxy-headers/--no-proxy-headers", default=None, help="Trust X-Forwarded-*.  [default: trust]")
 @click.option(
-    "--forwarded-allow-ips", help="Whose X-Forwarded-* to believe: addresses, or *.  [default: 127.0.0.1,::1]"
+    "--forwarded-allow-ips", help="The proxies whose X-Forwarded-* to trust: addresses, or *.  [default: 127.0.0.1,::1]"
 )
 @click.option("--log-level", help="critical, error, warning, info, debug or trace.  [default: info]")
 @click.option("--access-log/--no-access-log", default=None, help="Log every request.  [default: log]")
 @click.option("--use-colors/--no-use-colors", default=None, help="Colours in the log.  [default: on a terminal]")
 @click.option("--loop", help="auto, asyncio or uvloop.  [default: auto]")
 @click.option("--http", help="auto (sendfile), h11 or httptools.  [default: auto]")
-@click.option("--stall-timeout", type=float, help="Seconds a client may take almost nothing.  [default: 60]")
-@click.option("--minimum-rate", type=int, help="Bytes per second that a client has to take.  [default: 64]")
-@click.option("--backlog", type=int, help="Connections that wait to be taken.  [default: 2048]")
-@click.option("--limit-concurrency", type=int, help="Requests at once before 503 is answered.")
+@click.option(
+    "--stall-timeout", type=float, help="Seconds that a client may receive less than --minimum-rate.  [default: 60]"
+)
+@click.option("--minimum-rate", type=int, help="Bytes per second that a client must receive.  [default: 64]")
+@click.option("--backlog", type=int, help="Connections that may wait to be accepted.  [default: 2048]")
+@click.option("--limit-concurrency", type=int, help="Concurrent requests, above which new ones get 503.")
 @click.option("--limit-max-requests", type=int, help="Requests after which a worker is replaced.")
-@click.option("--timeout-keep-alive", type=int, help="Seconds an idle connection is kept.  [default: 5]")
-@click.option("--timeout-graceful-shutdown", type=int, help="Seconds that downloads have to end.  [default: 30]")
+@click.option("--timeout-keep-alive", type=int, help="Seconds that an idle connection stays open.  [default: 5]")
+@click.option(
+    "--timeout-graceful-shutdown", type=int, help="Seconds that running downloads have to finish.  [default: 30]"
+)
 @click.option("--server-header/--no-server-header", default=None, help="Send a Server header.  [default: send]")
 @click.option("--date-header/--no-date-header", default=None, help="Send a Date header.  [default: send]")
 @click.option("--ssl-keyfile", help="The private key for HTTPS.")
 @click.option("--ssl-certfile", help="The certificate for HTTPS.")
 @click.option("--ssl-keyfile-password", help="The password of the private key.")
 def serve(path: Path | None, config: Path | None, **options: Any) -> None:
-    """Serve what the settings say, or the directory PATH alone: its files are at /files/.
+    """Serve the routes in the settings, or only the files of the directory PATH, at /files/.
 
-    The settings are those of --config, of the file that DOWNLOADVIEW_CONFIG names, or of downloadview.toml in the
-    current directory. Variables such as DOWNLOADVIEW_SERVER__PORT win over the file, options win over both. The
-    options are uvicorn's. The page at / lists what is served; /-/livez and /-/readyz tell how the service is.
+    The settings file is given by --config or DOWNLOADVIEW_CONFIG; the default is downloadview.toml in the current
+    directory. Variables such as DOWNLOADVIEW_SERVER__PORT override the file, and options override both. The options are
+    those of uvicorn. The page at / lists the routes; /-/livez and /-/readyz answer health probes.
     """
     if path is not None and config is not None:
-        raise click.UsageError("PATH and --config exclude each other: PATH is for a directory without settings")
+        raise click.UsageError("PATH and --config exclude each other: PATH serves a directory without settings")
     try:
         _choose(path, config, "nothing to serve: give a directory, or ")
         given = {name: value for name, value in options.items() if value is not None}
         if given.keys() & {"host", "port"} and not given.keys() & {"uds", "fd"}:
-            given |= {"uds": None, "fd": None}  # uvicorn would prefer what the file says of those
+            given |= {"uds": None, "fd": None}  # uvicorn would prefer those in the file
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=given)
         run(settings)
     except ConfigurationError as exc:
@@ -97,22 +101,22 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
 
 @main.command("config")
 @click.argument("proxy", type=click.Choice(_CONFIGURED))
-@click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="The address that the proxy listens on.")
 @click.option(
     "--service",
-    help="Where the proxy finds the service: HOST:PORT, or unix:/PATH.  [default: where the settings let it listen]",
+    help="Where the proxy finds the service: HOST:PORT, or unix:/PATH.  [default: the address in the settings]",
 )
 @click.option(
     "--relative-to",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write what is below this directory as it is seen from there, for a proxy that is started in it.",
+    help="Write paths relative to this directory, for a proxy that is started in it.",
 )
 def print_config(proxy: Any, config: Path | None, listen: str, service: str | None, relative_to: Path | None) -> None:
-    """Print the configuration of a proxy that sends the files of the settings' rules: nginx, for example.
+    """Print the configuration of a proxy, such as nginx, that sends the files of the settings' rules.
 
-    The settings are those that `serve` reads, variables included; their backend has to be this proxy. The proxy can be
-    started with it as it is. "TLS:" marks where TLS goes.
+    The settings are the same as those of `serve`, variables included; offload.backend must be this proxy. The proxy can
+    be started with the printed configuration unchanged. "TLS:" marks the place for TLS.
     """
     from downloadview_async.service.proxy_config import config_for
 
@@ -128,22 +132,27 @@ def print_config(proxy: Any, config: Path | None, listen: str, service: str | No
 
 @main.command()
 @click.argument("url", required=False)
-@click.option("--config", type=click.Path(path_type=Path), help="The settings, a TOML file.")
-@click.option("--direct", metavar="URL", help="Where the service itself listens.  [default: as the settings say]")
-@click.option("--file", "files", multiple=True, metavar="PATH", help="The path of a URL to ask for; may be repeated.")
-@click.option("--only", is_flag=True, help="Ask for the paths of --file alone.")
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=10.0, help="Seconds for each.  [default: 10]"
+    "--direct",
+    metavar="URL",
+    help="The URL at which the service itself listens.  [default: the address in the settings]",
+)
+@click.option("--file", "files", multiple=True, metavar="PATH", help="A path to request; may be repeated.")
+@click.option("--only", is_flag=True, help="Request only the paths of --file.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=10.0, help="Seconds for each request.  [default: 10]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -> None:
-    """Check a running service against its settings, and with URL the proxy in front of it.
+    """Check a running service against its settings, and with URL also the proxy in front of it.
 
-    URL is where clients reach it. Each line says pass, FAIL or skip, which step, what was asked and what came, and for
-    a failure what mends it. The status is 0 if nothing fails, 1 if something does, 2 if nothing can be checked.
+    URL is the address at which clients reach the proxy. Each row shows the result (pass, FAIL or skip), the step, the
+    route, the request and the outcome; below a FAIL is the remedy. The exit status is 0 if nothing fails, 1 if
+    something fails, and 2 if nothing can be checked.
 
-    The settings are those of `downloadview serve`. Each route is asked for the `example`s that they give, for the paths
-    of --file, or for the first file of a local directory.
+    The settings are the same as those of `downloadview serve`. The check requests the `example`s of each route, the
+    paths of --file, or the first file of a local directory.
     """
     import anyio
 
@@ -155,8 +164,8 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
     async def run_checks() -> None:
         _choose(None, config, "nothing to check: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        async with contextlib.aclosing(checks(settings, url=url, **options)) as found:
-            async for line in found:
+        async with contextlib.aclosing(checks(settings, url=url, **options)) as new_lines:
+            async for line in new_lines:
                 lines.append(line)
                 if not as_json:
                     click.echo(one_line(f"{line.result}  {line.step}  {line.route}  {line.request}: {line.outcome}"))
@@ -177,14 +186,14 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
 
 
 def _say(exc: ConfigurationError) -> None:
-    """Say on one line what is wrong, whatever the settings have in their texts."""
+    """Print the error on one line, whatever characters the settings contain."""
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
 
 
 def _choose(path: Path | None, config: Path | None, lacking: str) -> None:
-    """Put what is to be served into the environment, where worker processes find it too.
+    """Write the chosen settings into the environment, where worker processes also read them.
 
-    lacking: what to say before "settings with --config" where there is nothing. Raises `ConfigurationError`.
+    lacking: how the error begins if no settings are given. Raises `ConfigurationError`.
     """
     if path is not None:
         os.environ.pop(CONFIG, None)
@@ -201,11 +210,11 @@ def _choose(path: Path | None, config: Path | None, lacking: str) -> None:
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM, after which downloads have `timeout_graceful_shutdown` seconds to end.
+    """Serve until SIGINT or SIGTERM; then running downloads have `timeout_graceful_shutdown` seconds to finish.
 
     Raises `ConfigurationError`.
     """
-    # imported here so that --help and a refusal need none of it
+    # imported here, because --help and errors do not need them
     import anyio
     import uvicorn
 
@@ -215,10 +224,10 @@ def run(settings: Settings) -> None:
     from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
     from downloadview_async.service.workers import Workers
 
-    # uvicorn passes the signal on when all has ended: that is a success, not a death by signal
+    # uvicorn raises the signal again after its shutdown: end with status 0, not by the signal
     signal.signal(signal.SIGTERM, _end)
     ignore_hangup()
-    # also with several workers: what is wrong is said once, before any of them starts
+    # with several workers too: report errors once, before any worker starts
     _check_server(settings)
     app = build(settings)
     anyio.run(check_databases, settings)
@@ -227,7 +236,7 @@ def run(settings: Settings) -> None:
     watch = {"stall_seconds": options.pop("stall_timeout"), "minimum_rate": options.pop("minimum_rate")}
     if server.http == "auto":
         options["http"] = functools.partial(DownloadProtocol, **watch)
-    vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run finds its class by this name
+    vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run looks up this name
     uvicorn.run(
         EndsInTime(app) if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
         factory=server.workers > 1,
@@ -239,7 +248,7 @@ def run(settings: Settings) -> None:
 
 
 def _check_server(settings: Settings) -> None:
-    """Raise `ConfigurationError` for what uvicorn would say with a traceback."""
+    """Raise `ConfigurationError` for mistakes that uvicorn would report with a traceback."""
     server = settings.server
     if server.uds is not None:
         _check_unix_socket(settings, server.uds)
@@ -247,20 +256,20 @@ def _check_server(settings: Settings) -> None:
         _check_address(settings)
     if server.fd is not None:
         try:
-            problem = None if stat.S_ISSOCK(os.fstat(server.fd).st_mode) else "it is something else"
+            problem = None if stat.S_ISSOCK(os.fstat(server.fd).st_mode) else "not a socket"
         except OSError as exc:
             problem = str(exc.strerror)
         if problem is not None:
             raise settings.error(
                 "server.fd",
-                f"{server.fd} is no open socket ({problem}): give the number of one that this process inherits",
+                f"{server.fd} is not an open socket ({problem}): give the descriptor of one that this process inherits",
             )
     if server.ssl_certfile or server.ssl_keyfile:
         _check_certificate(settings)
 
 
 def _check_unix_socket(settings: Settings, path: str) -> None:
-    """Raise `ConfigurationError` where a Unix socket cannot be made, and remove one that nobody listens on."""
+    """Raise `ConfigurationError` if a Unix socket cannot be created; remove an old one on which no process listens."""
     directory = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(directory):
         raise settings.error("server.uds", f"the directory of {path!r} is missing: create it")
@@ -272,7 +281,7 @@ def _check_unix_socket(settings: Settings, path: str) -> None:
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise settings.error("server.uds", f"{path!r} exists and is not a socket: give another path")
     if settings.server.workers == 1:
-        return  # a single process takes the place of the one before
+        return  # uvicorn replaces the socket of an earlier process
     with socket.socket(socket.AF_UNIX) as probe:
         if probe.connect_ex(path) != errno.ECONNREFUSED:
             problem = f"another process listens on {path!r}: stop it, or give another path"
@@ -286,22 +295,26 @@ def _try_to_bind(settings: Settings, path: str) -> None:
             probe.bind(path)
         os.unlink(path)
     except OSError as exc:
-        problem = f"{path!r} cannot be made a socket ({exc.strerror}): give a path where this user may make files"
+        problem = (
+            f"the socket {path!r} cannot be created ({exc.strerror}): give a path where this user may create files"
+        )
         raise settings.error("server.uds", problem) from exc
 
 
 def _check_address(settings: Settings) -> None:
-    """Raise `ConfigurationError` for an address that cannot be listened on; `Unavailable` where it may be later."""
+    """Raise `ConfigurationError` if the service cannot listen on the address; `Unavailable` if that may change."""
     server = settings.server
     try:
-        found = socket.getaddrinfo(server.host or None, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, ValueError) as exc:  # ValueError: what cannot be a name, such as one of 300 characters
+        addresses = socket.getaddrinfo(
+            server.host or None, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, ValueError) as exc:  # ValueError: not a host name, such as 300 characters
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
-        problem = f"{server.host!r} has no address ({reason}): give one of this machine, such as 127.0.0.1"
+        problem = f"{server.host!r} has no address ({reason}): give an address of this machine, such as 127.0.0.1"
         error = settings.error("server.host", problem)
         raise (Unavailable(str(error)) if isinstance(exc, OSError) else error) from exc
     problems: list[OSError] = []
-    for family, kind, protocol, _, address in found:
+    for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -310,14 +323,15 @@ def _check_address(settings: Settings) -> None:
                 probe.bind(address)
         except OSError as exc:
             problems.append(exc)
-    # a name may have an address of a family that this machine does not have
-    failed = [exc for exc in problems if exc.errno not in _NO_SUCH_ADDRESS] or problems[len(found) - 1 :]
+    # a name may also have an address of a family, such as IPv6, that this machine does not support
+    failed = [exc for exc in problems if exc.errno not in _NO_SUCH_ADDRESS] or problems[len(addresses) - 1 :]
     if not failed:
         return
     reason = os.strerror(failed[0].errno or 0).lower()
     key = "server.host" if failed[0].errno in _NO_SUCH_ADDRESS else "server.port"
     error = settings.error(
-        key, f"{server.host}:{server.port} cannot be listened on ({reason}): give another, or stop what listens there"
+        key,
+        f"cannot listen on {server.host}:{server.port} ({reason}): give another, or stop the process that uses it",
     )
     if failed[0].errno in (errno.EADDRINUSE, *_NO_SUCH_ADDRESS):
         raise Unavailable(str(error)) from failed[0]
@@ -334,11 +348,11 @@ def _check_certificate(settings: Settings) -> None:
         try:
             if path:
                 open(path, "rb").close()
-        except OSError as exc:  # which of them it is, load_cert_chain does not tell
+        except OSError as exc:  # load_cert_chain does not say which file it is
             raise settings.error(
                 f"server.{key}", f"{path!r} cannot be read ({exc.strerror}): give a file that this user may read"
             ) from exc
-    password = server.ssl_keyfile_password or ""  # a text in any case: OpenSSL would ask at the terminal
+    password = server.ssl_keyfile_password or ""  # never None: OpenSSL would ask at the terminal
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile or None, password)
@@ -346,8 +360,8 @@ def _check_certificate(settings: Settings) -> None:
         reason = getattr(exc, "reason", None) or str(exc)
         raise settings.error(
             "server.ssl_certfile",
-            f"the certificate and its key are of no use ({reason}): give a pair in PEM format, and "
-            "ssl_keyfile_password if the key has one",
+            f"the certificate and its key cannot be loaded ({reason}): give a matching pair in PEM format, and "
+            "ssl_keyfile_password if the key has a password",
         ) from exc
 
 

@@ -1,1 +1,1 @@
-"""Applications that use the library, each run by the tests."""
+"""Applications that use the library. The tests run each of them."""

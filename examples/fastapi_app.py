@@ -1,9 +1,9 @@
-"""Downloads in a FastAPI application that has users already: who may have which file, and nginx to send it.
+"""Downloads in a FastAPI application with users: the application checks permissions, and nginx may send the files.
 
     EXAMPLE_FILES=/srv/files EXAMPLE_TOKEN=secret uvicorn --factory examples.fastapi_app:create_app
 
-Behind nginx, with `location /_files/ { internal; alias /srv/files/; }`, add EXAMPLE_OFFLOAD=nginx: the application
-still decides, and nginx reads the file.
+Behind nginx with `location /_files/ { internal; alias /srv/files/; }`, set EXAMPLE_OFFLOAD=nginx: the application still
+checks permissions, and nginx sends the files.
 """
 
 import os
@@ -28,14 +28,14 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(
 
 
 def member(request: Request, credentials: Credentials) -> None:
-    """Stand for whatever the application knows its users by: 403 for everybody else."""
+    """Raise 403 unless the request has the member's token. Replace this by the permission check of your application."""
     given = "" if credentials is None else credentials.credentials
     if not secrets.compare_digest(given.encode(), request.app.state.token.encode()):
         raise HTTPException(403)
 
 
 def create_app() -> FastAPI:
-    """Return the application that the environment describes."""
+    """Return the application, configured by the EXAMPLE_* variables."""
     app = FastAPI()
     app.state.token = os.environ["EXAMPLE_TOKEN"]
     files = PathSource(os.environ["EXAMPLE_FILES"])
@@ -48,9 +48,9 @@ def create_app() -> FastAPI:
     async def member_file(path: str) -> DownloadResponse:
         return DownloadResponse(await files.resolve(path), headers={"Cache-Control": "private"})
 
-    # without a check of its own: a source is an ASGI application, and can be mounted
+    # public, so without a permission check: `Download` is an ASGI application, which can be mounted
     app.mount("/public", Download(PathSource(os.path.join(os.environ["EXAMPLE_FILES"], "public"))))
-    # what `resolve` raises in `member_file` gets the answer that `Download` gives
+    # answer the errors that `resolve` raises in `member_file` as `Download` answers them
     app.add_exception_handler(FileError, download_error)
     if os.environ.get("EXAMPLE_OFFLOAD") == "nginx":
         app.add_middleware(OffloadMiddleware, backend=XAccelRedirect([Rule(files.root.path, "/_files/")]))

@@ -1,10 +1,10 @@
-"""Documents in a database, their files in a directory: an `ObjectSource` with SQLAlchemy 2 asyncio.
+"""Documents in a database with their files in a directory: an `ObjectSource` with asynchronous SQLAlchemy 2.
 
     EXAMPLE_FILES=/srv/files EXAMPLE_DATABASE=sqlite+aiosqlite:///documents.db \
         uvicorn --factory examples.sqlalchemy_documents:create_app
 
-`find` closes its session before it returns, so a download holds no connection of the pool while its bytes flow, not
-even to a client that takes an hour. /pool shows it.
+`find` closes its session before it returns, so a download does not hold a connection of the pool while its bytes are
+sent, even to a client that takes an hour. /pool shows how many connections are in use.
 """
 
 import os
@@ -28,18 +28,18 @@ class Base(DeclarativeBase):
 
 
 class Document(Base):
-    """A file, and what is known of it."""
+    """A document and its file."""
 
     __tablename__ = "documents"
 
     key: Mapped[str] = mapped_column(primary_key=True)
-    path: Mapped[str | None]  # beneath EXAMPLE_FILES; empty until it has been uploaded: 404
+    path: Mapped[str | None]  # relative to EXAMPLE_FILES; empty until the upload, which gives 404
     title: Mapped[str]
     content_type: Mapped[str | None]
 
 
 def documents(engine: AsyncEngine, directory: str) -> ObjectSource:
-    """Return the source of the documents: a row by its key, the file by the row."""
+    """Return a source that looks up a row by its key, and opens the file that the row names."""
     sessions = async_sessionmaker(engine)
 
     async def find(key: str) -> Document | None:
@@ -63,7 +63,7 @@ async def pool(request: Request) -> JSONResponse:
 
 
 def create_app() -> Starlette:
-    """Return the application that the environment describes."""
+    """Return the application, configured by the EXAMPLE_* variables."""
     engine = create_async_engine(os.environ["EXAMPLE_DATABASE"])
 
     @asynccontextmanager

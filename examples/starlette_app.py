@@ -1,9 +1,9 @@
-"""Downloads in a Starlette application that has users already: who may have which file, and nginx to send it.
+"""Downloads in a Starlette application with users: the application checks permissions, and nginx may send the files.
 
     EXAMPLE_FILES=/srv/files EXAMPLE_TOKEN=secret uvicorn --factory examples.starlette_app:create_app
 
-Behind nginx, with `location /_files/ { internal; alias /srv/files/; }`, add EXAMPLE_OFFLOAD=nginx: the application
-still decides, and nginx reads the file.
+Behind nginx with `location /_files/ { internal; alias /srv/files/; }`, set EXAMPLE_OFFLOAD=nginx: the application still
+checks permissions, and nginx sends the files.
 """
 
 import os
@@ -30,13 +30,13 @@ from downloadview_async import (
 
 
 class BearerToken(AuthenticationBackend):
-    """Stands for whatever the application knows its users by."""
+    """Authenticates the member by a token. Replace it by the authentication of your application."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser] | None:
-        """Return the member whose token it is."""
+        """Return the member if the request has the token, else None."""
         if secrets.compare_digest(conn.headers.get("authorization", "").encode(), self._expected):
             return AuthCredentials(["member"]), SimpleUser("member")
         return None
@@ -53,7 +53,7 @@ async def member_file(request: Request) -> DownloadResponse:
 
 
 def create_app() -> Starlette:
-    """Return the application that the environment describes."""
+    """Return the application, configured by the EXAMPLE_* variables."""
     files = PathSource(os.environ["EXAMPLE_FILES"])
     middleware = [Middleware(AuthenticationMiddleware, backend=BearerToken(os.environ["EXAMPLE_TOKEN"]))]
     if os.environ.get("EXAMPLE_OFFLOAD") == "nginx":
@@ -62,11 +62,11 @@ def create_app() -> Starlette:
         routes=[
             Route("/", homepage),
             Route("/members/{path:path}", member_file),
-            # without a check of its own: a source is an endpoint
+            # public, so without a permission check: `Download` is an endpoint
             Route("/public/{path:path}", Download(PathSource(os.path.join(os.environ["EXAMPLE_FILES"], "public")))),
         ],
         middleware=middleware,
-        # what `resolve` raises in `member_file` gets the answer that `Download` gives
+        # answer the errors that `resolve` raises in `member_file` as `Download` answers them
         exception_handlers={FileError: download_error},
     )
     app.state.files = files

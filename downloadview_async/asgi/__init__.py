@@ -1,1 +1,1 @@
-"""The library as ASGI: an endpoint, the response it sends, and the middleware that lets a proxy send instead."""
+"""The library as ASGI: an endpoint, the response that it sends, and the middleware that has a proxy send the file."""

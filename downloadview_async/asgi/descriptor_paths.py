@@ -1,4 +1,4 @@
-"""`LastingPaths`: paths by which a server opens, some time later, the very file that is open here."""
+"""`LastingPaths`: gives an open file a path, so that a server that opens the path later gets the same file."""
 
 import asyncio
 import itertools
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from multiprocessing.util import Finalize
 
 KEEP_SECONDS = 5.0
-"""How long a path is good after it was last given away. A server opens it within a millisecond, a busy one later."""
+"""Seconds that a path is valid after its last use. A server usually opens it within a millisecond, a busy one later."""
 
 MAX_KEPT = 64
-"""Files that have such a path at a time."""
+"""How many files have such a path at the same time."""
 
 
 @dataclass(slots=True)
@@ -25,14 +25,13 @@ class _Kept:
 
 
 class LastingPaths:
-    """Gives an open file a path for a server that opens it after it was told to, and never says that it has.
+    """Gives an open file a path for a server that opens it some time later, and does not tell when it has done so.
 
-    The file's own name may have become another file's by then, and so may the number behind `/proc/self/fd/`, once it
-    is closed. A path from here is a link to such a number in a private directory. It is this file's alone: its name is
-    not used twice, and it is removed well before its descriptor is closed. Who comes too late finds no file, but never
-    another.
+    By then, the file's name may belong to another file, and so may the number in `/proc/self/fd/` once it is closed.
+    A path from here is a symbolic link to such a number, in a private directory. No name is used twice, and the link is
+    removed well before the descriptor is closed: a server that opens the path too late gets ENOENT, never another file.
 
-    keep_seconds: how long a path is good after its last use. max_kept: how many files have one at a time.
+    keep_seconds: how long a path is valid after its last use. max_kept: how many files have one at the same time.
     """
 
     def __init__(self, *, keep_seconds: float = KEEP_SECONDS, max_kept: int = MAX_KEPT) -> None:
@@ -45,17 +44,17 @@ class LastingPaths:
 
     @contextmanager
     def path_of(self, descriptor: int) -> Iterator[str | None]:
-        """Give a path that is good in the context, and for `keep_seconds` after it.
+        """Give a path that is valid in the context, and for `keep_seconds` after it.
 
-        None where there can be none: not so many, not from this system, or not outside asyncio.
+        None if there are `max_kept` already, if the system does not allow it, or outside asyncio.
         """
         try:
             loop = asyncio.get_running_loop()
-            if self._loop is not loop:  # the one before may have ended with paths that it would have removed
+            if self._loop is not loop:  # the loop before it may have ended before it could remove its paths
                 self._end()
                 self._loop = loop
-            found = os.fstat(descriptor)
-            key = found.st_dev, found.st_ino
+            status = os.fstat(descriptor)
+            key = status.st_dev, status.st_ino
             kept = self._kept.get(key)
             if kept is None and len(self._kept) < self._max_kept:
                 kept = self._kept[key] = self._keep(descriptor)
@@ -73,18 +72,18 @@ class LastingPaths:
     def _keep(self, descriptor: int) -> _Kept:
         if self._directory is None:
             self._directory = tempfile.mkdtemp(prefix="downloadview-")
-            # Not `atexit`, which the workers of servers do not come by: multiprocessing ends them by `os._exit`.
+            # Not `atexit`: the workers of servers do not run it, since multiprocessing ends them by `os._exit`.
             Finalize(None, shutil.rmtree, (self._directory, True), exitpriority=0)
-        own = os.dup(descriptor)
+        duplicate = os.dup(descriptor)
         path = os.path.join(self._directory, str(next(self._names)))
         try:
-            os.symlink(f"/proc/self/fd/{own}", path)
-            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))  # may we open it a second time?
+            os.symlink(f"/proc/self/fd/{duplicate}", path)
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))  # may we open it again?
         except OSError:
-            os.close(own)
-            self._directory = None  # somebody may have tidied up: the next one tries in a new place
+            os.close(duplicate)
+            self._directory = None  # it may have been cleaned up: the next call makes a new one
             raise
-        return _Kept(path, own)
+        return _Kept(path, duplicate)
 
     def _end(self) -> None:
         while self._kept:
@@ -100,5 +99,5 @@ class LastingPaths:
             del self._kept[key]
             with suppress(FileNotFoundError):
                 os.unlink(kept.path)
-            # Whoever has followed the link by now will have got to the file by then.
+            # A server that is following the link right now has opened the file by then.
             loop.call_later(self._keep_seconds, os.close, kept.descriptor)

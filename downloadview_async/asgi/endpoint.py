@@ -18,12 +18,14 @@ _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
 
 class Download:
-    """Answers GET and HEAD with the file that `source` finds, OPTIONS with 204, and every other method with 405.
+    """Answers GET and HEAD with the file that `source` resolves, OPTIONS with 204, and every other method with 405.
 
-    key: what of the request the source is asked for. By default the route's only path parameter, or below a `Mount`
-    the rest of the path. The name of a path parameter, where a route has several; or a function from the request.
-    Where it is not given, and cannot be told from the request, the request fails with `ConfigurationError`.
+    key: what `source.resolve` gets. None: the route's only path parameter, or below a `Mount` the rest of the path.
+    A string: the name of a path parameter, for a route with several. A function: it gets the request, and returns the
+    value. A request whose key cannot be determined fails with `ConfigurationError`.
     attachment, headers, redirect, offload: as in `DownloadResponse`. cache_control: the Cache-Control header.
+
+    Raises `ConfigurationError` for a source that is not one.
     """
 
     def __init__(
@@ -80,15 +82,15 @@ class Download:
         parameters = scope.get("path_params") or {}
         if self._key is not None:
             if self._key not in parameters:
-                names = ", ".join(parameters) or "there is none"
-                raise ConfigurationError(f"Download has key={self._key!r}, which is not a path parameter here: {names}")
+                names = f"use one of {', '.join(parameters)}" if parameters else "the route has none"
+                raise ConfigurationError(f"Download has key={self._key!r}, which is not a path parameter: {names}")
             return str(parameters[self._key])
         if not parameters:
             return path_below(scope).removeprefix("/")
-        own = _parameters_of_route(scope, parameters)
-        if len(own) > 1:
-            raise ConfigurationError(f"Download needs key=, one of the route's parameters: {', '.join(own)}")
-        return str(parameters[own[0]]) if own else path_below(scope).removeprefix("/")
+        names_of_route = _parameters_of_route(scope, parameters)
+        if len(names_of_route) > 1:
+            raise ConfigurationError(f"Download needs key=, one of the route's parameters: {', '.join(names_of_route)}")
+        return str(parameters[names_of_route[0]]) if names_of_route else path_below(scope).removeprefix("/")
 
 
 def _check_is_decoded(scope: Mapping[str, Any]) -> None:
@@ -105,11 +107,11 @@ def _check_is_decoded(scope: Mapping[str, Any]) -> None:
 
 
 def path_below(scope: Mapping[str, Any]) -> str:
-    """Return the path of a request below the application's `root_path`: empty, or beginning with a slash.
+    """Return the path of a request below the application's `root_path`: empty, or with a slash at its beginning.
 
-    `root_path` is taken off by whole segments. ASGI has it in front of `path`; where a server or a framework has taken
-    it off already, as `raw_path` tells, nothing more is. Hypercorn and granian never put theirs there: below a mount of
-    Starlette's, the path has the rest of `root_path` alone.
+    `root_path` is removed by whole segments. ASGI puts it before `path`. If a server or a framework has removed it
+    already, which `raw_path` shows, nothing more is removed. Hypercorn and granian never put their `root_path` there:
+    below a mount of Starlette, the path then begins with only the mount's part of `root_path`.
     """
     path: str = scope["path"]
     root: str = (scope.get("root_path") or "").rstrip("/")
@@ -129,36 +131,36 @@ def path_below(scope: Mapping[str, Any]) -> str:
 
 
 def _parameters_of_route(scope: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
-    """Return the parameters that the route itself has, without those of the mounts around it.
+    """Return the names of the parameters of the route itself, without those of the mounts around it.
 
-    Raises `ConfigurationError` where that cannot be told from the request.
+    Raises `ConfigurationError` if the request does not tell them.
     """
     route, endpoint = scope.get("route"), scope.get("endpoint")
-    # One that is not what has called us is that of an application around us, which the inner one left there.
+    # An application around ours may have left its own route in the scope: a route counts only if it has called us.
     if isinstance(route, Route) and route.endpoint is endpoint:
         return list(route.param_convertors)
     if isinstance(route, Mount | Host) and route.app is endpoint:
         return []
-    # FastAPI does not say which route it is.
-    found = list(_routes_to(endpoint, getattr(scope.get("router"), "routes", None) or ()))
-    if len({tuple(names) for names in found}) == 1:
-        return found[0]
+    # FastAPI does not put the route into the scope.
+    candidates = list(_routes_to(endpoint, getattr(scope.get("router"), "routes", None) or ()))
+    if len({tuple(names) for names in candidates}) == 1:
+        return candidates[0]
     if "app_root_path" not in scope:
         return list(parameters)  # there is no mount
-    # What a mount has matched is in `root_path`, after what the server has put there.
+    # A mount adds the segments that it has matched to `root_path`, after those of the server.
     mounted = f"{(scope.get('root_path') or '').removeprefix(scope['app_root_path'] or '')}/"
     below = f"{path_below(scope)}/"
-    own = []
+    names_of_route = []
     for name, value in parameters.items():
         segments = f"/{str(value).strip('/')}/"
         if (segments in mounted) == (segments in below):
             raise ConfigurationError(
-                f"Download cannot tell whether {name!r} is a parameter of its route or of a mount around it: give it "
-                "key=, the name of the parameter, or a function from the request"
+                f"Download cannot tell whether {name!r} is a parameter of its route or of a mount around it: pass "
+                "key=, the name of the parameter or a function that gets the request"
             )
         if segments in below:
-            own.append(name)
-    return own
+            names_of_route.append(name)
+    return names_of_route
 
 
 def _routes_to(endpoint: Any, routes: Iterable[Any]) -> Iterator[list[str]]:

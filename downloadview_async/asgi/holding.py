@@ -1,8 +1,8 @@
-"""`Holding`: an answer that a proxy completes is held back until the application has returned.
+"""`Holding`: holds an offloaded answer back until the application has returned.
 
-The proxy opens the file after the answer has left, and the application may delete or move the file when it has
-answered: in a background task, or at the end of a dependency with `yield`. Until it has returned, the file is held
-open. It is sent from here if it is not at its place any more, or if the wait takes long.
+The proxy opens the file after the answer has left. The application may delete or move the file once it has answered:
+in a background task, or at the end of a dependency with `yield`. So the file is held open until the application has
+returned. If the file has left its path by then, or if the wait is too long, we send the file ourselves.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 class Holding:
-    """Sends the messages of one answer on, and holds back those of one that is for a proxy.
+    """Passes the messages of one answer on, but holds them back if the answer is offloaded.
 
-    outer: the offer of the outermost `OffloadMiddleware`, if there is one: it has the answer wait for its application.
+    outer: the offer of the next `OffloadMiddleware` outwards, if there is one: the answer waits there instead.
     """
 
     __slots__ = ("_deadlines", "_deciding", "_held", "_lent", "_offer", "_outer", "_receive", "_send")
@@ -43,11 +43,11 @@ class Holding:
         self._deciding: asyncio.Future[None] | None = None
 
     async def send(self, message: Message) -> None:
-        """Send a message on, or hold it back."""
+        """Pass a message on, or hold it back."""
         if self._lent is not None:
             self._held.append(message)
             if self._deadlines is None:
-                with suppress(RuntimeError):  # not asyncio: then it leaves when the application has returned
+                with suppress(RuntimeError):  # without asyncio, the answer waits without a deadline
                     self._deadlines = _deadlines_of(asyncio.get_running_loop())
                     self._deadlines.set(self)
             return
@@ -67,7 +67,7 @@ class Holding:
         self._deciding = asyncio.ensure_future(self._decide(False))
 
     async def end(self) -> None:
-        """Send what is held: the application has returned, or raised. Raises what sending raises."""
+        """Send the messages that are held: the application has returned, or raised. Raises what sending raises."""
         if self._deadlines is not None:
             self._deadlines.drop(self)
         self._offer.lend(None)
@@ -92,7 +92,7 @@ class Holding:
         assert self._lent is not None
         try:
             if len(self._held) < 2:
-                return  # the application has ended in the midst of its answer: its server says so
+                return  # the application ended before its answer did: the server handles that
             refused = refusal(has_returned=has_returned or self._lent.file is None)
             if refused is None and self._lent.file is not None:
                 refused = refusal(is_there=await self._lent.is_at_its_place())
@@ -101,7 +101,7 @@ class Holding:
                     await self._send(message)
             else:
                 merging = _Merging(self._lent.headers, self._held[0]["headers"], self._send)
-                # the `receive` of middleware inside may say that the client has left, as its application has returned
+                # use our own `receive`: a middleware inside may report a disconnect once its application has returned
                 await self._lent.stream(self._receive, merging.send)
         finally:
             await self._close()
@@ -113,9 +113,10 @@ class Holding:
 
 
 class _Merging:
-    """Sends one answer with what middleware has made of the header fields of another, which it takes the place of.
+    """Sends an answer in place of another one, with the changes that middleware made to the header fields of that one.
 
-    Fields are compared by name. Those that frame the content, and those that proxies obey, stay as the answer has them.
+    Fields are compared by name. Fields that frame or encode the content, and offload headers, stay those of the answer.
+    made: the fields of the replaced answer before the middleware, arrived: after it.
     """
 
     def __init__(self, made: Headers, arrived: Headers, send: Send) -> None:
@@ -128,7 +129,7 @@ class _Merging:
         self._send = send
 
     async def send(self, message: Message) -> None:
-        """Send a message, with the changed fields if it is the start."""
+        """Send a message, with the changed fields if it is the start of the answer."""
         if message["type"] == "http.response.start" and self._changed:
             kept = [header for header in message["headers"] if header[0].lower() not in self._changed]
             changed = [(name, value) for name, values in self._changed.items() for value in values]
@@ -149,9 +150,9 @@ def _is_of_the_content(name: bytes) -> bool:
 
 
 class _Deadlines:
-    """When each answer that an event loop holds has to leave, the first one first. One timer is for all of them.
+    """The times at which the held answers of one event loop have to leave, in order, with one timer for all of them.
 
-    Most leave within microseconds, and a timer for each would cost more than all else that is done for them here.
+    Most answers leave within microseconds. A timer for each would cost more than everything else that is done here.
     """
 
     __slots__ = ("_has_timer", "_times")
@@ -161,7 +162,7 @@ class _Deadlines:
         self._has_timer = False
 
     def set(self, holding: Holding) -> None:
-        """Have an answer decided in `PATIENCE` from now."""
+        """Have an answer decided `PATIENCE` seconds from now."""
         loop = asyncio.get_running_loop()
         self._times[holding] = loop.time() + PATIENCE
         if not self._has_timer:
@@ -188,7 +189,7 @@ _deadlines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = WeakKeyDi
 
 
 def _deadlines_of(loop: asyncio.AbstractEventLoop) -> _Deadlines:
-    found = _deadlines.get(loop)
-    if found is None:
-        found = _deadlines[loop] = _Deadlines()
-    return found
+    deadlines = _deadlines.get(loop)
+    if deadlines is None:
+        deadlines = _deadlines[loop] = _Deadlines()
+    return deadlines

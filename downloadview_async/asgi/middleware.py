@@ -11,25 +11,28 @@ from downloadview_async.offload.base import EXTENSION, OffloadBackend
 
 
 class OffloadMiddleware:
-    """Puts `backend` into the scope, where a `DownloadResponse` finds it; the innermost middleware wins.
+    """Offers `backend` to every `DownloadResponse` inside it. The innermost middleware wins.
 
-    A response that is not ours, or is replaced by another, never carries an offload header. And if middleware inside
-    changes the status of one that does, the header is dropped: it was made for a 200. So this belongs around whatever
-    may change a status.
+    A response that is not ours, or that another response replaces, never carries an offload header. If middleware
+    inside this one changes the status of an offloaded response, its offload header is dropped, because it was made for
+    a 200. So put this middleware around all middleware that may change a status.
 
-    pathsend: to have the proxy send the files of other responses, too. ASGI's path send is then advertised to the
-    application, whatever the server has. A path send becomes the offload header if the backend has a rule for the
-    path, as it is given (links are not resolved), and the response is a 200 to GET or HEAD with a Content-Length and
-    no Content-Encoding; a relative path, and one with `..` in it, is no file of any rule. All other headers stay, but
-    for those of ranges. A file that is not offloaded is sent by the server's own path send, or else by us in chunks:
-    exactly Content-Length bytes, or the connection is aborted. For a HEAD no byte is read.
+    An offloaded answer leaves when the application has returned, unless the response has `offload=True`: a background
+    task, or the code after the `yield` of a dependency, may delete the file. The file is held open until then, and we
+    send it ourselves if it has left its path, or if the application takes longer than `holding.PATIENCE` seconds.
 
-    An offloaded answer leaves when the application has returned, unless it says `offload=True`. A background task, or
-    what follows the `yield` of a dependency, may have deleted the file by then: it has been held open, and is sent by
-    us. So is one whose application takes longer than `holding.PATIENCE`, for it may still delete it.
+    pathsend: True has the proxy send the files of other responses too, such as Starlette's `FileResponse`. ASGI's path
+    send is then advertised to the application, even if the server does not have it.
 
-    And any offload header that no backend has made for this very request is dropped, with a warning in the log: with
-    `pathsend` an application's own X-Accel-Redirect does nothing.
+    - A path send is offloaded if the backend has a rule for its path, the request is a GET or HEAD, and the response
+      has the status 200, a Content-Length and no Content-Encoding. Symbolic links in the path are not resolved. A
+      relative path, or one with `..` in it, matches no rule. The headers about ranges are dropped, all others stay.
+    - A file that is not offloaded is sent by the server's own path send, or else by us in chunks: exactly
+      Content-Length bytes, or the connection is aborted. For a HEAD, no byte is read.
+    - Any offload header that no backend has made for this request is dropped, with a warning in the log: an
+      application cannot set X-Accel-Redirect itself.
+
+    Raises `ConfigurationError` for a backend that is not one.
     """
 
     def __init__(self, app: ASGIApp, backend: OffloadBackend, pathsend: bool = False) -> None:
@@ -50,7 +53,7 @@ class OffloadMiddleware:
         extensions = dict(scope.get("extensions") or {})
         outer = extensions.get(EXTENSION)
         outer = outer if isinstance(outer, Offer) else None
-        # A middleware further out that drops what no backend has made has to know what ours makes.
+        # An outer middleware drops the offload headers that no backend has made, so it has to know ours.
         offer = Offer(self.backend, set() if outer is None else outer.made)
         extensions[EXTENSION] = offer
         holding = Holding(offer, receive, send, outer)

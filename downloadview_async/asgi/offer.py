@@ -1,4 +1,4 @@
-"""`Offer`: a backend, as it is offered for one request, and the open file that is lent for its answer (`Lent`)."""
+"""`Offer`: a backend that is offered for one request. `Lent`: the open file behind the offloaded answer."""
 
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,10 +14,11 @@ from downloadview_async.sources.local.open_file import OpenLocalFile
 
 @dataclass(slots=True)
 class Lent:
-    """An open file that an answer for a proxy is about.
+    """The open file behind an offloaded answer.
 
-    file: shared, so that whoever takes this closes it; None where only the proxy can open it. path: where the proxy
-    finds it, as this process sees it. start: the answer for the proxy. stream: sends the file itself.
+    file: shared, so the code that takes this object closes it. None if only the proxy can open the file.
+    path: the path at which the proxy finds the file, as this process sees it.
+    start: the first message of the offloaded answer. stream: sends the file without the proxy.
     """
 
     file: OpenLocalFile | None
@@ -25,13 +26,13 @@ class Lent:
     start: Message
     stream: Callable[[Receive, Send], Awaitable[None]]
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)
-    """Those of the start as it was made: the message is anybody's to change."""
+    """The headers of `start` as it was made: middleware may change the message."""
 
     def __post_init__(self) -> None:
         self.headers = tuple(self.start["headers"])
 
     async def is_at_its_place(self) -> bool:
-        """Return whether the proxy finds this very file by the path: it may have been deleted, moved or replaced."""
+        """Return whether the path still leads to this file, which may have been deleted, moved or replaced."""
         if self.file is None:
             return True
         if self.file.is_quick:
@@ -40,17 +41,17 @@ class Lent:
 
     def _is_there(self) -> bool:
         assert self.file is not None
-        found = os.fstat(self.file.descriptor)
+        opened = os.fstat(self.file.descriptor)
         if self.path is None:
-            return found.st_nlink > 0
+            return opened.st_nlink > 0
         try:
-            return os.path.samestat(os.stat(self.path), found)
+            return os.path.samestat(os.stat(self.path), opened)
         except OSError:
             return False
 
 
 class Offer:
-    """A backend, as it is offered for one request, that remembers which headers it has made for that."""
+    """A backend that is offered for one request, and that remembers the headers that it has made for it."""
 
     __slots__ = ("_backend", "lent", "made")
 
@@ -58,36 +59,36 @@ class Offer:
         self._backend = backend
         self.made = made
         self.lent: Lent | None = None
-        """What the response lends for as long as its answer waits for the application."""
+        """The open file that the response lends while its answer waits for the application."""
 
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
-        """Return what the backend does."""
+        """Return the backend's headers for a file, and remember them."""
         headers = self._backend.headers_for(file)
         if headers is not None:
             self._remember(headers)
         return headers
 
     async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
-        """Return what the backend does."""
+        """Return the headers as the backend signs them, and remember them."""
         headers = await signed(self._backend, file, headers)
         self._remember(headers)
         return headers
 
     def withdrawn_from(self, start: Message) -> Message:
-        """Return the start of a response without the headers that were made for another status than it has now."""
+        """Return the start of a response without the headers that this backend has made: its status has changed."""
         headers = [
             (name, value) for name, value in start.get("headers", ()) if (bytes(name).lower(), value) not in self.made
         ]
         return {**start, "headers": headers}
 
     def lend(self, lent: Lent | None) -> None:
-        """Lend this for the answer that comes next, and close what was lent before it."""
+        """Lend a file for the next answer, and close the one that was lent before."""
         before, self.lent = self.lent, lent
         if before is not None and before.file is not None:
             before.file.close()
 
     def take_lent(self, start: Message) -> Lent | None:
-        """Return what is lent for the answer that begins so; close what is lent for one that has been replaced."""
+        """Return the file that is lent for the answer with this start. Close it if another answer replaced that."""
         lent = self.lent
         if lent is None or start is lent.start or (start["status"] == 200 and self._is_made_for(start)):
             self.lent = None

@@ -1,4 +1,4 @@
-"""Path sends of responses that are not ours: offloaded, or sent by who can."""
+"""Path sends of responses that are not ours, such as `FileResponse`: offloaded, or sent by the server or by us."""
 
 import logging
 import os
@@ -27,13 +27,13 @@ _OF_THE_FRAMING = frozenset({b"accept-ranges", b"content-length", b"content-rang
 
 
 def _is_order(name: bytes) -> bool:
-    """Return whether a header is for backends alone. X-Accel-Buffering and its like may come from any application."""
+    """Return whether only a backend may set a header. Any application may set X-Accel-Buffering and other controls."""
     text = name.lower().decode("latin-1")
     return text in OFFLOAD_ORDERS or text == OFFLOAD_TARGET
 
 
 class _Named:
-    """A file by the path that a path send has, as it is given."""
+    """The file at the path of a path send, which is not normalised."""
 
     def __init__(self, path: str) -> None:
         self.name = os.path.basename(path)
@@ -45,9 +45,9 @@ class _Named:
 
 
 class ForeignResponse:
-    """One response on its way out, whose start may have to wait until it is known how its file is sent.
+    """One response that is not ours. Its start waits until it is known how its file is sent.
 
-    path_send: whether whoever gets its messages takes a path send.
+    path_send: whether the server, or the middleware further out, takes a path send.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, offer: Offer, *, path_send: bool) -> None:
@@ -59,10 +59,10 @@ class ForeignResponse:
         self._held: Message | None = None
 
     async def send(self, message: Message) -> None:
-        """Send what the application says, and a path send in the way that is best."""
+        """Pass a message of the application on. A path send is offloaded, passed on, or sent in chunks."""
         if message["type"] == "http.response.start":
             message = self._without_orders(message)
-            # Without a length it may be a stream that begins long before its first byte does.
+            # A response without a length may be a stream whose first byte comes long after its start: do not hold that.
             if _length_of(message) is not None:
                 self._held = message
                 return
@@ -74,20 +74,20 @@ class ForeignResponse:
         await self._send(message)
 
     async def end(self) -> None:
-        """Send the start, if it still waits."""
+        """Send the start if it still waits."""
         if self._held is not None:
             held, self._held = self._held, None
             await self._send(held)
 
     async def _offer_and_lend(self, offloaded: Message, start: Message, path: str) -> None:
-        """Have a proxy send a file, which is held open until it is known that the application does not delete it."""
+        """Have a proxy send a file. The file is lent to `Holding`, in case the application deletes or moves it."""
         context = _Named(path).open()
         try:
             opened = await context.__aenter__()
-        except FileMissing as exc:  # the proxy would find no file either
+        except FileMissing as exc:  # the proxy would not find it either
             await error_response(exc, self._scope)(self._scope, self._receive, self._send)
             return
-        except FileError:  # the proxy may be allowed what we are not
+        except FileError:  # the proxy may have the permission that we lack
             self._offer.lend(Lent(None, path, offloaded, partial(self._stream_named, start, path)))
             await self._send_head(offloaded)
             return
@@ -115,7 +115,7 @@ class ForeignResponse:
         await self._send({"type": "http.response.body", "body": b""})
 
     def _without_orders(self, start: Message) -> Message:
-        """Return the start of a response with no offload header but one that a backend has made, and that on a 200."""
+        """Return the start of a response with only those offload headers that a backend has made for this 200."""
         headers: RawHeaders = [(bytes(name), bytes(value)) for name, value in start.get("headers", ())]
         kept = [
             (name, value)
@@ -126,7 +126,7 @@ class ForeignResponse:
             return start
         dropped = sorted({name.decode("latin-1") for name, _ in headers} - {name.decode("latin-1") for name, _ in kept})
         logger.warning(
-            "%s %s: %s of the application is dropped: only a backend may set it, and on a 200 alone",
+            "%s %s: the application's %s is dropped: only a backend may set it, and only on a 200",
             escaped(self._scope["method"]),
             shown(self._scope["path"]),
             escaped(", ".join(dropped)),
@@ -134,7 +134,7 @@ class ForeignResponse:
         return {**start, "headers": kept}
 
     async def _send_file(self, start: Message | None, path: str, message: Message) -> None:
-        # A middleware further in, or a response of ours, may have decided that no proxy sends this one.
+        # A middleware further in, or a response of ours, may have decided already that no proxy sends this file.
         if SETTLED not in message and start is not None and (offloaded := self._offloaded(start, path)) is not None:
             await self._offer_and_lend(offloaded, start, path)
             return
@@ -146,7 +146,7 @@ class ForeignResponse:
         if not os.path.isabs(path):
             path = os.path.join(os.getcwd(), path)
         if not is_plain(path):
-            path = await anyio.to_thread.run_sync(os.path.realpath, path)  # as the kernel has it: not by spelling
+            path = await anyio.to_thread.run_sync(os.path.realpath, path)  # resolve it, as the kernel does
         if self._path_send:
             if start is not None:
                 await self._send(start)
@@ -156,11 +156,11 @@ class ForeignResponse:
             await until_the_client_leaves(partial(self._stream, start, _Named(path)), self._receive, self._send)
         except FileError as exc:
             if start is None:
-                raise TransferAborted(f"a file that was promised cannot be sent: {exc}") from exc
+                raise TransferAborted(f"the promised file cannot be sent: {exc}") from exc
             await error_response(exc, self._scope)(self._scope, self._receive, self._send)
 
     def _offloaded(self, start: Message, path: str) -> Message | None:
-        """Return the start that has a proxy send the file, or None if none can."""
+        """Return the start that has a proxy send the file, or None if no proxy may."""
         headers: RawHeaders = list(start["headers"])
         names = {name.lower() for name, _ in headers}
         refused = refusal(
@@ -196,13 +196,13 @@ class ForeignResponse:
             return
 
         async def send_the_rest(message: Message) -> None:
-            if message["type"] != "http.response.start":  # which has been sent already
+            if message["type"] != "http.response.start":  # the start has been sent already
                 await send(message)
 
         await send_plan(plan, opened, {"type": "http.response.start"}, send_the_rest)
 
 
 def _length_of(start: Message) -> int | None:
-    """Return the Content-Length of a response, if it has one that is good."""
+    """Return the Content-Length of a response, or None if it has no valid one."""
     values = [bytes(value) for name, value in start.get("headers", ()) if name.lower() == b"content-length"]
     return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 20 else None

@@ -1,4 +1,4 @@
-"""`DownloadResponse`: one file as one response, sent by a proxy where one is offered, else by us."""
+"""`DownloadResponse`: one file as one response, sent by a proxy if one is offered, else by us."""
 
 import codecs
 import logging
@@ -52,35 +52,37 @@ from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_at_once
 
 logger = logging.getLogger("downloadview_async")
-codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
+codecs.lookup("unicode_escape")  # load it now: when it is first needed, the process may have no descriptor left
 
-# Made here from the file itself. An application that could set them could promise what is not sent.
+# Made here from the file itself. An application that set them could promise other bytes than are sent.
 _MADE_HERE = FRAMING | {"etag", "last-modified"}
 
 
 RawHeaders = list[tuple[bytes, bytes]]
-"""Headers as ASGI wants them."""
+"""Headers in the form of an ASGI message."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class DownloadResponse(Response):
-    """Sends `file` to the client. It may be returned from any Starlette or FastAPI endpoint, and is an ASGI app.
+    """Sends `file` to the client. Any Starlette or FastAPI endpoint can return it, and it is an ASGI application.
 
-    filename: what the client should call it; default: the file's own name. It is made safe for clients.
-    attachment: to be saved (the default), or to be shown inline.
-    content_type: the whole Content-Type; default: the file's own, or by its name.
-    headers: further headers. Those that describe the framing, validators and offloads are made here: `ValueError`.
-    status_code: with anything but 200 the whole file is sent, without conditions, ranges and offload. Not one that has
-    no body: `ValueError`, as for a content type that is none and a header with a control character.
-    redirect: sends a GET on to where else the file is, such as a `PresignedRedirect`; what it does not know is sent as
-    ever. HEAD is answered here.
-    offload: whether a proxy may send the file, if one is offered. By default it may, but not where there is a
-    `background` task, and only after the application has returned: both may delete the file before a proxy has opened
-    it. True says that the file stays where it is, so that the answer waits for nothing.
+    filename: the name under which the client saves the file, made safe for clients. Default: the file's name.
+    attachment: True (the default) has the client save the file, False has it show the file inline.
+    content_type: the whole Content-Type. Default: what the file says, else the type for its name.
+    headers: further headers. Headers about the framing, the validators or an offload are made here and refused.
+    status_code: with a status other than 200 the whole file is sent, without conditions, ranges and offload. A status
+    without a body is refused.
+    redirect: redirects a GET to another place of the file, such as a `PresignedRedirect`. A file that it does not know
+    is sent from here. HEAD is always answered here.
+    offload: whether a proxy may send the file, if one is offered. None: it may, but not if there is a `background`
+    task, and only after the application has returned, since both may delete the file before the proxy has opened it.
+    True: the file stays where it is, so the answer does not wait. False: no proxy sends it.
 
-    The file is opened when the response is sent, and not at all where something else answers first. One that turns
-    out to be missing then is a 404, as in `error_response`.
+    The file is opened when the response is sent. If it is missing then, the answer is that of `error_response`: a 404.
+
+    Raises `ConfigurationError` for a `file` that is not one, and `ValueError` for another argument that is refused: an
+    invalid content type or status, a reserved header, a header with a control character.
     """
 
     def __init__(
@@ -99,9 +101,9 @@ class DownloadResponse(Response):
         if not hasattr(file, "open") or hasattr(file, "__fspath__"):
             raise _not_a_file(file)
         if content_type is not None and valid_content_type(content_type) is None:
-            raise ValueError(f"not a content type: {content_type!r}")
+            raise ValueError(f"{content_type!r} is not a content type: write one such as 'text/html; charset=utf-8'")
         if status_code < 200 or status_code in (204, 205, 304):
-            raise ValueError(f"a response with the status {status_code} has no body to send a file in")
+            raise ValueError(f"a response with the status {status_code} has no body, so it cannot send a file")
         self.file = file
         self.presentation = _presentation(file.name if filename is None else filename, attachment, content_type)
         self.status_code = status_code
@@ -111,7 +113,7 @@ class DownloadResponse(Response):
         self.raw_headers = list(_checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request: offloaded, or as its method, conditions and ranges want it. A WebSocket is refused."""
+        """Answer the request: with an offload, or by its method, conditions and ranges. A WebSocket is refused."""
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
         elif not await self._answer_at_once(scope, receive, send):
@@ -126,18 +128,19 @@ class DownloadResponse(Response):
             await error_response(exc, scope)(scope, receive, send)
 
     async def _answer_at_once(self, scope: Scope, receive: Receive, send: Send) -> bool:
-        """Answer with a local file that the kernel has at hand, and return whether it was one.
+        """Answer if that waits for nothing but the server, and return whether it did.
 
-        It is offloaded, small and in the page cache, or the server's to send. Nobody has to listen for a client that
-        leaves: nothing is waited for but the server, who knows.
+        That is so for a local file that can be opened without waiting, and that a proxy sends, that is small and in
+        the page cache, or that the server sends by its descriptor. No task has to listen for the client to leave: the
+        server notices that.
         """
         if scope["method"] not in ("GET", "HEAD") or self.redirect is not None:
             return False
         order = self._order(scope)
         offload = None if isinstance(order, Refusal) else order
         if is_remote_order(offload):
-            return False  # it may have to be signed, and that may take a while
-        # conditions and ranges are for who sends the bytes
+            return False  # its URL may have to be signed, and that may take a while
+        # the proxy that sends the bytes evaluates conditions and ranges
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if offload is None else HEAD
         try:
             opened = open_at_once(self.file, request)
@@ -180,10 +183,10 @@ class DownloadResponse(Response):
             local.close()
 
     async def _answer(self, scope: Scope, send: Send) -> None:
-        # An endpoint may answer a POST with a file, too; conditions and ranges are not for that.
+        # An endpoint may answer a POST with a file too: conditions and ranges do not apply to that.
         readable = scope["method"] in ("GET", "HEAD")
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if readable else GET
-        # A POST would be repeated there, a HEAD is not what is signed.
+        # The client would repeat a POST there, and the URL is not signed for a HEAD.
         if scope["method"] == "GET" and self.redirect is not None and (plan := await self._redirection()) is not None:
             await send(self._start(_Answer(plan, _raw(plan.headers)), scope))
             await send({"type": "http.response.body", "body": b""})
@@ -199,7 +202,7 @@ class DownloadResponse(Response):
                 if (refused := await self._hand_over(opened, request, scope, send)) is None:
                     return
         async with self.file.open(request) as opened:
-            # One that is kept in a cache may be known to be there only when it is open.
+            # A cached file may get its location only when it is opened.
             if refused is not None and not is_offered:
                 refused = await self._hand_over(opened, request, scope, send)
                 if refused is None:
@@ -222,18 +225,18 @@ class DownloadResponse(Response):
             await error_response(exc, scope)(scope, receive, send)
 
     async def _redirection(self) -> Plan | None:
-        """Return the answer that sends the client where else the file is, or None. Raises `FileError`."""
+        """Return the answer that redirects the client, or None: send the file. Raises `FileError`."""
         assert self.redirect is not None
-        own = _text(header for header in self.raw_headers if header[0] != b"set-cookie")
+        added = _text(header for header in self.raw_headers if header[0] != b"set-cookie")
         async with self.file.open(HEAD) as opened:
-            described = describe(opened.metadata, self.presentation, own)
+            described = describe(opened.metadata, self.presentation, added)
             if getattr(opened, "hides_coding", False):
-                described.setdefault("content-encoding", "identity")  # else the store says what no client can use
+                described.setdefault("content-encoding", "identity")  # else the store sends a useless coding
         headers = await self.redirect.headers_for(self.file, described)
-        return None if headers is None else make_redirect_plan(own, headers)
+        return None if headers is None else make_redirect_plan(added, headers)
 
     async def _hand_over(self, opened: OpenFile, request: DownloadRequest, scope: Scope, send: Send) -> Refusal | None:
-        """Answer with headers for a proxy, or return why none may send the file now that it is open."""
+        """Answer with headers for the proxy and return None, or return why no proxy may send the open file."""
         order = self._order(scope)
         assert order is not None
         if isinstance(order, Refusal):
@@ -250,10 +253,10 @@ class DownloadResponse(Response):
         return None
 
     def _lend(self, opened: OpenFile, local: OpenLocalFile, start: Message, scope: Scope) -> None:
-        """Keep the file open for as long as the answer waits for the application, which may delete it."""
+        """Keep the file open while the answer waits for the application, which may delete the file."""
         offer = scope["extensions"][EXTENSION]
         if self.offload or not isinstance(offer, Offer):
-            return  # the application says that the file stays
+            return  # the application promises that the file stays
 
         async def stream(receive: Receive, send: Send) -> None:
             request = DownloadRequest.from_headers(scope["method"], scope["headers"])
@@ -266,7 +269,7 @@ class DownloadResponse(Response):
         offer.lend(Lent(local.shared(), path, start, stream))
 
     def _order(self, scope: Scope) -> Mapping[str, str] | Refusal | None:
-        """Return the headers that have a proxy send the file, or why none may; None where none is offered."""
+        """Return the headers that have a proxy send the file, or why none may; None if no proxy is offered."""
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
         if backend is None:
             return None
@@ -291,20 +294,20 @@ class DownloadResponse(Response):
     def _answer_to(
         self, request: DownloadRequest, metadata: FileMetadata, offload: Mapping[str, str] | None, *, keep: bool = False
     ) -> "_Answer":
-        """Return the answer to a request; keep it for the next time where that is allowed."""
-        own = tuple(header for header in self.raw_headers if header[0] != b"set-cookie") if self.raw_headers else ()
+        """Return the answer to a request. keep: whether it may come from, and go to, the cache of answers."""
+        added = tuple(header for header in self.raw_headers if header[0] != b"set-cookie") if self.raw_headers else ()
         offered = None if offload is None else tuple(offload.items())
         if not keep or self.status_code != 200 or not is_shown_for_good(metadata.last_modified, time.time()):
-            plan = _plan(request, metadata, self.presentation, own, offered, status=self.status_code)
+            plan = _plan(request, metadata, self.presentation, added, offered, status=self.status_code)
             return _Answer(plan, _raw(plan.headers))
         if offered is not None or request.unconditional:
-            return _kept_answer(request.method, metadata, self.presentation, own, offered)
+            return _kept_answer(request.method, metadata, self.presentation, added, offered)
         if (part := request.lone_part) is not None:
-            return _kept_part(part, metadata, self.presentation, own)
-        return _narrowed(_kept_answer(request.method, metadata, self.presentation, own, None), request, metadata)
+            return _kept_part(part, metadata, self.presentation, added)
+        return _narrowed(_kept_answer(request.method, metadata, self.presentation, added, None), request, metadata)
 
     def _start(self, answer: "_Answer", scope: Scope) -> Message:
-        headers = answer.headers.copy()  # the answer may be kept, and the message is anybody's to change
+        headers = answer.headers.copy()  # the answer may be cached, and any middleware may change the message
         if close := close_after_body(scope):
             headers += _raw(close)
         if self.raw_headers:
@@ -314,14 +317,14 @@ class DownloadResponse(Response):
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A plan, its headers as ASGI wants them, and as HTTP/1.1 does if it is an answer to keep."""
+    """A plan and its headers for ASGI. head: the same as lines of HTTP/1.1, for an answer that is cached."""
 
     plan: Plan
     headers: RawHeaders
     head: PreparedHead | None = None
 
     def aged(self, age: str | None) -> "_Answer":
-        """Return the answer with an Age, if there is one: every second another, so never a part of what is kept."""
+        """Return the answer with Age, if there is one. Age changes every second, so it is not in a cached answer."""
         if age is None or self.plan.status not in (200, 206, 304) or "age" in self.plan.headers:
             return self
         field = (b"age", age.encode())
@@ -349,9 +352,9 @@ def _is_reserved(name: str) -> bool:
 @lru_cache(maxsize=256)
 def _checked_headers(headers: tuple[tuple[str, str], ...]) -> RawHeaders:
     if reserved := {name.lower() for name, _ in headers if _is_reserved(name.lower())}:
-        raise ValueError(f"a DownloadResponse makes these headers itself: {', '.join(sorted(reserved))}")
+        raise ValueError(f"remove {', '.join(sorted(reserved))} from headers: DownloadResponse makes these itself")
     if bad := [name for name, value in headers if _CONTROL.search(name + value)]:
-        raise ValueError(f"a control character in a header: {bad!r}")
+        raise ValueError(f"remove the control characters from these headers: {', '.join(map(repr, bad))}")
     return _raw({name.lower(): value for name, value in headers})
 
 
@@ -359,36 +362,36 @@ def _plan(
     request: DownloadRequest,
     metadata: FileMetadata,
     presentation: Presentation,
-    own: tuple[tuple[bytes, bytes], ...],
+    added: tuple[tuple[bytes, bytes], ...],
     offload: tuple[tuple[str, str], ...] | None,
     *,
     status: int = 200,
 ) -> Plan:
     if offload is None:
-        return make_plan(request, metadata, presentation, status=status, headers=_text(own))
-    return make_offload_plan(metadata, presentation, dict(offload), headers=_text(own))
+        return make_plan(request, metadata, presentation, status=status, headers=_text(added))
+    return make_offload_plan(metadata, presentation, dict(offload), headers=_text(added))
 
 
-@lru_cache(maxsize=1024)  # nothing of it changes until the file does
+@lru_cache(maxsize=1024)  # the answer changes only when the file does: `metadata` is part of the key
 def _kept_answer(
     method: str,
     metadata: FileMetadata,
     presentation: Presentation,
-    own: tuple[tuple[bytes, bytes], ...],
+    added: tuple[tuple[bytes, bytes], ...],
     offload: tuple[tuple[str, str], ...] | None,
 ) -> _Answer:
-    """Return the answer to a request that asks for nothing special."""
-    plan = _plan(DownloadRequest(method=method), metadata, presentation, own, offload)
+    """Return the answer to a request without conditions and ranges."""
+    plan = _plan(DownloadRequest(method=method), metadata, presentation, added, offload)
     headers = _raw(plan.headers)
     return _Answer(plan, headers, PreparedHead.of(headers))
 
 
-@lru_cache(maxsize=256)  # not among the others: there are many more ranges than files
+@lru_cache(maxsize=256)  # a separate cache: there are many more ranges than files
 def _kept_part(
-    part: str, metadata: FileMetadata, presentation: Presentation, own: tuple[tuple[bytes, bytes], ...]
+    part: str, metadata: FileMetadata, presentation: Presentation, added: tuple[tuple[bytes, bytes], ...]
 ) -> _Answer:
-    """Return the answer to a GET of one part: players and viewers ask for the same ones again and again."""
-    whole = _kept_answer("GET", metadata, presentation, own, None)
+    """Return the answer to a GET of one part. Players and viewers request the same parts again and again."""
+    whole = _kept_answer("GET", metadata, presentation, added, None)
     return _narrowed(whole, DownloadRequest(range=part), metadata)
 
 
@@ -407,19 +410,19 @@ def _raw(headers: Mapping[str, str]) -> RawHeaders:
 
 
 def age_of(opened: OpenFile) -> str | None:
-    """Return the Age of an answer with this file, or None where the origin was asked for this request."""
+    """Return the value of Age for an open file in seconds, or None if the origin has answered this request itself."""
     made_at: float | None = getattr(opened, "made_at", None)
     return None if made_at is None else str(max(0, int(time.time() - made_at)))
 
 
 async def refuse_websocket(scope: Scope, send: Send) -> None:
-    """Close a WebSocket before it is accepted, which servers answer with 403. Raises for a scope that is none."""
+    """Close a WebSocket before it is accepted: servers answer with 403. Raises `AssertionError` for other scopes."""
     assert scope["type"] == "websocket", "a download is an answer to an HTTP request"
     await send({"type": "websocket.close", "code": 1000})
 
 
 def close_after_body(scope: Mapping[str, Any]) -> Headers:
-    """Return the header that closes the connection after a request whose body is too long to be read for nothing."""
+    """Return `Connection: close` for a request whose body is too long to be read and dropped, else nothing."""
     fields = dict(scope["headers"])
     if b"content-length" not in fields and b"transfer-encoding" not in fields:
         return {}
@@ -429,13 +432,13 @@ def close_after_body(scope: Mapping[str, Any]) -> Headers:
 
 
 def note_refusal(refused: Refusal, method: str, path: str) -> None:
-    """Log why no proxy sends a file, for an application that has offered one."""
+    """Log at DEBUG why no proxy sends a file, although one was offered."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s %s: sent without the proxy, %s", escaped(method), shown(path), refused.value)
 
 
 def failed(exc: FileError, method: str, path: str) -> Headers:
-    """Log why a file cannot be sent, and return the headers of the answer that tells nobody."""
+    """Log why a file cannot be sent, and return the headers of the answer, which does not tell the reason."""
     level = logging.INFO if exc.status < 500 else logging.WARNING
     if logger.isEnabledFor(level):
         logger.log(level, "%s %s: %d, %s", escaped(method), shown(path), exc.status, escaped(str(exc)))
@@ -444,22 +447,22 @@ def failed(exc: FileError, method: str, path: str) -> Headers:
 
 
 def error_response(exc: FileError, scope: Scope) -> Response:
-    """Return the answer to a request whose file cannot be sent; why it cannot is logged, and told to nobody else.
+    """Return the answer to a request whose file cannot be sent. The reason goes to the log alone.
 
-    What a client may not see and what does not exist are one 404, to the letter.
+    A file that the client may not see and a file that does not exist give exactly the same 404.
     """
     status = exc.status
     headers = {**failed(exc, scope["method"], scope["path"]), **close_after_body(scope)}
     if status == 412:
-        return Response(status_code=status, headers=headers)  # as when the condition fails here: no body, so no type
+        return Response(status_code=status, headers=headers)  # as if the condition had failed here: no body
     return Response(status.phrase, status_code=status, headers=headers, media_type="text/plain")
 
 
 async def download_error(request: Request, exc: Exception) -> Response:
-    """Answer for an exception handler: `Starlette(exception_handlers={FileError: download_error})`.
+    """Answer a `FileError`, as an exception handler: `Starlette(exception_handlers={FileError: download_error})`.
 
-    An endpoint that calls `source.resolve` itself then gives the answers that `Download` gives.
+    With it, an endpoint that calls `source.resolve` itself gives the same answers as `Download`.
     """
     if not isinstance(exc, FileError):
-        raise DownloadError(f"download_error answers FileError, not {type(exc).__name__}") from exc
+        raise DownloadError(f"register download_error for FileError: it got {type(exc).__name__}") from exc
     return error_response(exc, request.scope)

@@ -1,4 +1,4 @@
-"""The public import path of `DownloadProtocol` and of what goes with it; `asgi/uvicorn/` has the code."""
+"""The public import path of `DownloadProtocol` and its constants. The code is in `asgi/uvicorn/`."""
 
 from downloadview_async.asgi.uvicorn.cycle import DownloadCycle
 from downloadview_async.asgi.uvicorn.internals import KNOWN_UVICORN, uvicorn_warning

@@ -1,4 +1,4 @@
-"""Sending the body of a plan: exactly the bytes that were promised, to a client that may leave at any time."""
+"""Sends the body of a plan: exactly the promised bytes, to a client that may leave at any time."""
 
 import re
 import threading
@@ -23,19 +23,19 @@ PATHSEND = "http.response.pathsend"
 """The ASGI extension by which a server sends a file itself."""
 
 PREPARED = "downloadview_async.prepared"
-"""The key in the start of a response, for a server that wants it, of its `PreparedHead`. All of the body follows."""
+"""The key of a `PreparedHead` in the start of a response, for a server that wants it. The whole body follows."""
 
 FOREIGN = "downloadview_async.foreign"
-"""The key in what is said of a path send that is not the server's, but there for responses that are not ours."""
+"""Marks a path-send offer in the scope that `OffloadMiddleware` made for responses that are not ours."""
 
 SETTLED = "downloadview_async.settled"
-"""The key in a path send of which it has been decided already that no proxy sends the file."""
+"""Marks a path-send message whose file no proxy may send: that has been decided already."""
 
 SMALL = 64 * 1024
-"""Bytes of a file that are sent with less work in one message than by the kernel."""
+"""Up to this many bytes, one message is less work than having the kernel send the file."""
 
 MAX_UNREAD_BODY = 1 << 20
-"""Bytes of a request body that are read and dropped: closing before a client has sent it can cost it the answer."""
+"""Up to this many bytes of a request body are read and dropped: closing earlier could cost the client the answer."""
 
 
 _NAME = re.compile(rb"(?!(?:connection|transfer-encoding)$)[!#$%&'*+.^_`|~0-9a-z-]+")
@@ -43,7 +43,7 @@ _VALUE = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 
 
 class _OfThread(threading.local):
-    """What each thread, and so each event loop, has of its own."""
+    """Values that each thread, and so each event loop, has for itself."""
 
     def __init__(self) -> None:
         self.lasting_paths = LastingPaths()
@@ -53,15 +53,15 @@ _of_thread = _OfThread()
 
 
 def is_ordinary(name: bytes, value: bytes) -> bool:
-    """Return whether a header is a valid one in lower case [RFC 9110 5.1, 5.5], and says nothing of the connection."""
+    """Return whether a header is valid, in lower case [RFC 9110 5.1, 5.5], and not about the connection."""
     return bool(_NAME.fullmatch(name) and _VALUE.fullmatch(value))
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedHead:
-    """The headers of a response that is sent again and again, and the very lines that they are in HTTP/1.1.
+    """The headers of a response that is sent often, with their lines in HTTP/1.1. length: the Content-Length.
 
-    Only for a start whose headers are still these: whoever is in between may have added to them.
+    It may be used only if the start of the response still has exactly these headers: middleware may have added some.
     """
 
     headers: tuple[tuple[bytes, bytes], ...]
@@ -70,7 +70,7 @@ class PreparedHead:
 
     @classmethod
     def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> "PreparedHead | None":
-        """Prepare a head, if it is an ordinary one: whatever else it may be is for the server to look at."""
+        """Return the prepared head, or None if a header is not ordinary: the server then checks the headers itself."""
         headers = tuple(headers)
         lines = b"".join([b"%s: %s\r\n" % header for header in headers])
         lengths = [int(value) for name, value in headers if name == b"content-length" and value.isdigit()]
@@ -79,14 +79,14 @@ class PreparedHead:
         return cls(headers, lines, lengths[0])
 
     def with_field(self, field: tuple[bytes, bytes]) -> "PreparedHead":
-        """Return the head with one more field, which is an ordinary one."""
+        """Return the head with one more field, which has to be ordinary."""
         return PreparedHead((*self.headers, field), self.lines + b"%s: %s\r\n" % field, self.length)
 
 
 class LentFile:
-    """An open file in a path send, which the server takes, and gives back when it has sent it.
+    """An open file in a path send. The server takes it, and gives it back after sending it.
 
-    Nothing but the message refers to it. So it also ends with that, where a middleware drops the message.
+    Only the message refers to this object. So if a middleware drops the message, the loan ends too.
     """
 
     __slots__ = ("_file", "loan")
@@ -96,7 +96,7 @@ class LentFile:
         self.loan = Loan(file) if loan is None else loan
 
     def take(self) -> OpenLocalFile:
-        """Return the file, to be given back. Raises `TransferAborted` where the response has ended already."""
+        """Return the file, which has to be given back. Raises `TransferAborted` if the response has already ended."""
         if self.loan.is_over:
             raise TransferAborted("the response ended before its file was sent")
         self.loan.is_taken = True
@@ -111,10 +111,10 @@ class LentFile:
 
 
 class Loan:
-    """Lends an open file to the server for a path send: a context, which ends when the server has given it back.
+    """Lends an open file to the server for a path send. The context ends when the server has given the file back.
 
-    is_taken: whether the server has taken the file. is_settled: whether it has given it back, or never will take it.
-    is_over: whether the context has ended, so that the file cannot be taken any more.
+    is_taken: whether the server has taken the file. is_settled: whether it has given the file back, or will never take
+    it. is_over: whether the context has ended, so that the file cannot be taken any more.
     """
 
     __slots__ = ("_file", "_settled", "is_over", "is_settled", "is_taken")
@@ -144,10 +144,10 @@ class Loan:
             self._settled.set()
 
     async def returned(self, receive: Receive | None = None, send: Send | None = None) -> bool:
-        """Wait until the server has had the file: some middleware takes a message from us long before the server does.
+        """Wait until the server has given the file back: middleware may take our message long before the server does.
 
-        With `receive` and `send`, until the client leaves: where nobody else listens for that. Return False where a
-        middleware has dropped the message, as one does that knows no path sends: the body has yet to be sent.
+        With `receive` and `send`, also stop waiting when the client leaves, for callers that do not listen for that.
+        Return False if a middleware that does not know path sends has dropped the message: the body is still unsent.
         """
         if not self.is_settled:
             if receive is None or send is None:
@@ -162,7 +162,7 @@ class Loan:
             await self._settled.wait()
 
     def message(self, span: ByteRange) -> Message:
-        """Return the path send of a span of the file. It can be made once."""
+        """Return the path-send message for a span of the file. Call this once."""
         return {
             "type": PATHSEND,
             "path": f"/dev/fd/{self._file.descriptor}",
@@ -180,13 +180,13 @@ async def send_plan(
     *,
     path_send: Mapping[str, Any] | None = None,
 ) -> None:
-    """Send the answer that `plan` is, which has this start.
+    """Send the answer of a plan, which begins with `start`.
 
-    path_send: what the server says of its path send, None where it has none. With "descriptor" in it, it takes an
-    open descriptor, an offset and a count; without, a path, and only whole files are sent so.
+    path_send: the server's entry for path sends in the scope, None if it has none. With "descriptor" in it, the server
+    takes an open descriptor, an offset and a count. Without, it takes a path, and only whole files are sent that way.
 
-    Raises `SourceUnavailable` if the file cannot be read and nothing has been sent yet, so that another status still
-    can be; else `TransferAborted`, and the server has to abort the connection.
+    Raises `SourceUnavailable` if the file cannot be read and nothing has been sent yet, so that another status can
+    still be sent; else `TransferAborted`, and the server has to abort the connection.
     """
     if plan.length == 0:
         await send(start)
@@ -206,7 +206,7 @@ async def send_plan(
     elif len(span) == file.metadata.size:
         with _of_thread.lasting_paths.path_of(local.descriptor) as path:
             if path is not None:
-                # The server counts down from Content-Length; when it opens the file, and is done, it does not say.
+                # The server does not tell when it has opened the file. It sends Content-Length bytes of it.
                 await send(start)
                 await send({"type": PATHSEND, "path": path, SETTLED: True})
                 return
@@ -214,7 +214,7 @@ async def send_plan(
 
 
 async def send_in_chunks(plan: Plan, file: OpenFile, send: Send, start: Message | None = None) -> None:
-    """Send the body of a plan, after its start where that has not been sent yet. Raises what `send_plan` does."""
+    """Send the body of a plan in chunks, after `start` if that is still unsent. Raises what `send_plan` raises."""
     left, started = plan.length, start is None
     async with aclosing(body_of(plan, file)) as chunks:
         try:
@@ -227,8 +227,8 @@ async def send_in_chunks(plan: Plan, file: OpenFile, send: Send, start: Message 
                 await send({"type": "http.response.body", "body": chunk, "more_body": left != 0})
                 if left == 0:
                     return
-                # Neither a read from the page cache nor a send that drops what a client who has left would get waits
-                # for anything: let the others run, and the listener hear that the client has left.
+                # A read from the page cache does not wait, nor does a send that drops its chunk because the client has
+                # left: let other tasks run, and the one that listens for the disconnect among them.
                 await checkpoint()
         except (TransferAborted, FileError) as exc:
             if started:
@@ -242,13 +242,13 @@ async def send_in_chunks(plan: Plan, file: OpenFile, send: Send, start: Message 
 
 
 def only_span(plan: Plan) -> ByteRange | None:
-    """Return the span that is the whole body, if it is worth more than one message."""
+    """Return the span if the body is a single one of more than `SMALL` bytes, else None."""
     piece = plan.body[0] if len(plan.body) == 1 else None
     return piece if isinstance(piece, ByteRange) and len(piece) > SMALL else None
 
 
 def body_at_once(plan: Plan, file: OpenLocalFile) -> bytes | None:
-    """Return the whole body, if it is short and can be had without waiting; else None."""
+    """Return the whole body if it has at most `SMALL` bytes and can be read without waiting, else None."""
     if not plan.body:
         return b""
     piece = plan.body[0] if len(plan.body) == 1 else None
@@ -256,7 +256,7 @@ def body_at_once(plan: Plan, file: OpenLocalFile) -> bytes | None:
 
 
 async def body_of(plan: Plan, file: OpenFile) -> AsyncGenerator[bytes, None]:
-    """Yield the body of a plan: exactly what has been promised. Raises `TransferAborted` where there is less."""
+    """Yield the body of a plan: exactly the promised bytes. Raises `TransferAborted` if the file has fewer."""
     for piece in plan.body:
         if isinstance(piece, bytes):
             yield piece
@@ -267,7 +267,7 @@ async def body_of(plan: Plan, file: OpenFile) -> AsyncGenerator[bytes, None]:
 
 
 async def _exactly(span: ByteRange | None, file: OpenFile) -> AsyncGenerator[bytes, None]:
-    """Yield the bytes of a span: what a file has grown by is cut off, what is missing aborts."""
+    """Yield exactly the bytes of a span. Raises `TransferAborted` if the file shrank."""
     left = None if span is None else len(span)
     chunks = file.stream(span)
     try:
@@ -279,17 +279,17 @@ async def _exactly(span: ByteRange | None, file: OpenFile) -> AsyncGenerator[byt
         if isinstance(chunks, AsyncGenerator):
             await chunks.aclose()
     if left:
-        raise TransferAborted(f"the file ended {left} bytes before what was promised of it")
+        raise TransferAborted(f"the file ended {left} bytes before the end of the promised content")
 
 
 async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], receive: Receive, send: Send) -> None:
-    """Run `work`, and cancel it if the client disconnects before all is sent. Raises what `work` raises.
+    """Run `work`, and cancel it if the client disconnects before the end of the response. Raises what `work` raises.
 
-    Servers do not raise from `send` when a client has left: they drop what is sent, so a download that did not
-    listen would read its file to the end for nobody.
+    Most servers do not raise from `send` when the client has left. They drop the messages, so a download that does not
+    listen for the disconnect reads its file to the end for nothing.
     """
     failure: Exception | None = None
-    end: bool | Loan = False  # not the message: see `LentFile`
+    end: bool | Loan = False  # not the message itself, so that a `LentFile` can end
 
     async def send_watched(message: Message) -> None:
         nonlocal end
@@ -303,12 +303,12 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
 
         async def listen() -> None:
             nonlocal failure
-            # Servers say "http.disconnect" after the end of a response, too. All that is left then is closing the
-            # file, which is not to be cancelled.
+            # Servers send "http.disconnect" after the end of a response too. Only the closing of the file is left
+            # then, and must not be cancelled.
             try:
                 if not await _client_leaves(receive) or has_ended():
                     return
-            except Exception as exc:  # a middleware's, such as one that limits the body, and answers this itself
+            except Exception as exc:  # from middleware, such as one that limits the body and answers this itself
                 if has_ended():
                     return
                 while isinstance(exc, ExceptionGroup) and len(exc.exceptions) == 1:  # as BaseHTTPMiddleware wraps it
@@ -320,14 +320,14 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
         try:
             await work(send_watched)
         except Exception as exc:
-            failure = failure or exc  # raised below, not as a part of an ExceptionGroup
+            failure = failure or exc  # raised below, so that it is not wrapped in an ExceptionGroup
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
 
 
 def _end_of_response(message: Message) -> "bool | Loan":
-    """Return whether a message ends its response, or the loan with which that ends."""
+    """Return whether a message ends its response. For a file that is lent: the loan, which tells when it ends."""
     if message["type"] == PATHSEND:
         lent: LentFile | None = message.get("descriptor")
         return True if lent is None else lent.loan
@@ -335,7 +335,7 @@ def _end_of_response(message: Message) -> "bool | Loan":
 
 
 async def _client_leaves(receive: Receive) -> bool:
-    """Return True when the client disconnects; False when it sends a body that is too large to wait behind."""
+    """Return True when the client disconnects, False when it sends more than `MAX_UNREAD_BODY` bytes."""
     unread = 0
     while unread <= MAX_UNREAD_BODY:
         message = await receive()

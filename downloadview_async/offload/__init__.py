@@ -1,1 +1,1 @@
-"""Who else can send a file: its location in, the header that a reverse proxy obeys out."""
+"""Offloads: from the location of a file to the headers that make a reverse proxy or a store send it."""

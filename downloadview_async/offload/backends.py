@@ -1,4 +1,4 @@
-"""The backends under their old import path: each is in the file of the proxy that obeys it, in `offload/proxies/`."""
+"""The backends under their old import path. The code is in `offload/proxies/`, one module for each proxy."""
 
 from downloadview_async.offload.proxies.apache import XSendfile
 from downloadview_async.offload.proxies.h2o import XReproxyURL

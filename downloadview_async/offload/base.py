@@ -1,4 +1,4 @@
-"""The seam to reverse proxies: `OffloadBackend`, `ProxyKind`, and the ASGI extension that offers a backend."""
+"""The interface to reverse proxies: `OffloadBackend`, `ProxyKind`, and the ASGI extension that offers a backend."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,19 +17,19 @@ EXTENSION = "downloadview_async.offload"
 """The key in `scope["extensions"]` under which `OffloadMiddleware` offers its backend to a response."""
 
 _NAME = re.compile("[a-z][a-z0-9_]*")
-_KEYS = ("backend", "rules")  # of [offload], beside which the options are
-# An application could not set any other header from then on.
+_KEYS = ("backend", "rules")  # the other keys of [offload] are options
+# No application can set a header once a proxy obeys it, so a kind must not take other headers.
 _EXTENSION_HEADER = re.compile("[Xx]-[A-Za-z0-9-]+")
 
 
 class Redirect(Protocol):
-    """Knows where else a client can fetch some files."""
+    """Redirects clients to another place of a file."""
 
     async def headers_for(self, file: AsyncFile, described: Mapping[str, str]) -> Mapping[str, str] | None:
-        """Return the headers of a 307, Location and Cache-Control among them, in lower case; None: send it yourself.
+        """Return the headers of a 307 in lower case, with Location and Cache-Control. None: send the file yourself.
 
-        described: the headers that the file would have here, which it has to have there too. None as well where it
-        cannot have one of those that protect the client.
+        described: the headers that our own answer would have. The other place has to send them too. Return None if it
+        cannot send one that protects the client, such as Content-Security-Policy.
 
         Raises `FileError`.
         """
@@ -37,37 +37,37 @@ class Redirect(Protocol):
 
 
 class OffloadBackend(Protocol):
-    """Knows one kind of proxy, and which files that proxy can reach."""
+    """Knows the header that one kind of proxy obeys, and the files that this proxy can reach."""
 
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
-        """Return the headers that make the proxy send the file, names in lower case; None: stream it yourself.
+        """Return the headers that make the proxy send the file, names in lower case. None: send the file yourself.
 
-        With `OFFLOAD_TARGET` among them, the proxy fetches the file from another server: that is for a GET alone, and
-        not before `signed` has seen them.
+        If `OFFLOAD_TARGET` is one of them, the proxy fetches the file from another server. Such headers answer only a
+        GET, and only after `signed` has completed them.
         """
         ...
 
 
 async def signed(backend: OffloadBackend, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the headers of a backend as the proxy needs them: signed, if the backend can (`signed`) and has to.
+    """Return the headers of a backend, with a signed URL if the proxy fetches the file from a store that needs one.
 
-    Raises `FileError`.
+    A backend signs if it has a method `signed`. Raises `FileError`.
     """
     if OFFLOAD_TARGET not in headers or (sign := getattr(backend, "signed", None)) is None:
         return headers
-    found: Mapping[str, str] = await sign(file, headers)
-    return found
+    with_signature: Mapping[str, str] = await sign(file, headers)
+    return with_signature
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyOption:
     """An option of a proxy's backend. In the service's settings it is a key of `[offload]`.
 
-    type: `bool`, `int`, `str`, a `Literal` of strings, or a union of them.
-    takes: the values it takes, in words.
-    default: the value for the backend if the option is not set; None leaves the value to the backend.
-    at_least: the least number it takes.
-    lacking: ends the message "apache has ..." about a proxy without this option.
+    type: `bool`, `int`, `str`, a `Literal` of strings, or a union of these.
+    takes: the allowed values in words, for messages.
+    default: the value for the backend if the option is not set. None: the backend has its own default.
+    at_least: the smallest allowed number.
+    lacking: the end of the message "apache has ..." about a proxy without this option.
     """
 
     type: Any
@@ -79,30 +79,30 @@ class ProxyOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyKind:
-    """One kind of proxy: the settings, the commands, the checks and the documentation read everything from it.
+    """One kind of proxy. The settings, the commands, the checks and the documentation are made from it.
 
-    name: its name in settings and commands: lower-case letters, digits and `_`.
-    title: its name in texts.
-    header: the response header it obeys, in its usual spelling.
-    further_orders, controls: other headers it obeys. Orders name a file, controls say how to send it. As soon as the
-    value exists, only backends may set an order, and no `DownloadResponse` accepts any of these headers.
-    targets: the kind of a rule's target: "uri", an internal URI that begins and ends with a slash, or "directory", a
+    name: the name in settings and commands: lower-case letters, digits and `_`.
+    title: the name in texts.
+    header: the response header that the proxy obeys, in its usual spelling.
+    further_orders, controls: other headers that it obeys. Orders name a file, controls say how to send it. Once the
+    `ProxyKind` exists, only backends may set an order, and `DownloadResponse` refuses all of these headers.
+    targets: what the target of a rule is. "uri": an internal URI that begins and ends with a slash. "directory": a
     directory as the proxy sees it, by default the source itself.
-    encode: writes a path into the header, or returns None for a path that the proxy would read as another one: that
-    file is streamed. For "uri" it gets the path below the source, and the target stands before its result; for
-    "directory" it gets an absolute path.
-    backend: makes the `OffloadBackend` from the rules, from `options` by name, and from `storages` if the proxy fetches
-    URLs. None makes one that sends local files by `header`.
+    encode: writes a path into the header. It returns None for a path that the proxy would read as another one: that
+    file is streamed. For "uri" it gets the path below the source, and its result follows the target. For "directory" it
+    gets an absolute path.
+    backend: makes the `OffloadBackend`. It gets the rules, the `options` by name, and `storages` if the proxy fetches
+    URLs. None: a backend that sends local files by `header`.
     options: the options of the backend.
-    fetches_urls: the proxy can fetch files from other servers, so the source of a rule may be a URL.
-    folds_case: the proxy takes two targets that differ only in case for the same one.
-    hides_targets: the proxy itself answers requests below a target, so no route may be there.
+    fetches_urls: whether the proxy can fetch files from other servers, so that the source of a rule may be a URL.
+    folds_case: whether two targets that differ only in case are the same for the proxy.
+    hides_targets: whether the proxy answers requests below a target itself, so that no route may be there.
     replaced_headers: headers of the service that the proxy replaces when it sends a file.
     configuration: returns a whole configuration for a site, see `proxy_config`. None: there is no template.
-    remedies: the advice of `downloadview check` by problem, named as in `service/check/advice.py`. Words in angle
+    remedies: the advice of `downloadview check` for each problem, named as in `service/check/advice.py`. Words in angle
     brackets, such as `<directory>`, `<target>`, `<service>` and `<header>`, are replaced.
 
-    Raises `ConfigurationError` for a name, an option or a header that the settings or a response could not have.
+    Raises `ConfigurationError` for an invalid name, option or header.
     """
 
     name: str
@@ -124,24 +124,24 @@ class ProxyKind:
     def __post_init__(self) -> None:
         for name in (self.name, *self.options):
             if not _NAME.fullmatch(name) or name in _KEYS:
-                raise ConfigurationError(f"a proxy or its option cannot be called {name!r}: use a-z, 0-9 and _")
+                raise ConfigurationError(f"{name!r} is not a valid name for a proxy or an option: use a-z, 0-9 and _")
         if self.options and self.backend is None:
-            raise ConfigurationError(f"{self.title} has options, and no backend that takes them: give it one")
+            raise ConfigurationError(f"{self.title} has options, but no backend that takes them: pass backend=")
         for name in (self.header, *self.further_orders, *self.controls):
             if not _EXTENSION_HEADER.fullmatch(name):
-                raise ConfigurationError(f"{self.title} cannot obey the header {name!r}: it begins with X-")
+                raise ConfigurationError(f"{self.title} cannot obey the header {name!r}: use one that begins with X-")
         orders = {name.lower() for name in (self.header, *self.further_orders)}
         reserve_offload_headers(orders=orders, controls={name.lower() for name in self.controls})
 
     @property
     def headers(self) -> frozenset[str]:
-        """All headers that it obeys, in lower case."""
+        """All headers that the proxy obeys, in lower case."""
         return frozenset(name.lower() for name in (self.header, *self.further_orders, *self.controls))
 
     def make_backend(
         self, rules: Iterable[Rule], *, storages: Iterable[ObjectStorage] = (), **options: Any
     ) -> OffloadBackend:
-        """Return a backend for some rules. An option that is missing or None has its default.
+        """Return a backend for some rules. An option that is missing or None gets its default.
 
         Raises `ConfigurationError`.
         """

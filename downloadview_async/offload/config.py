@@ -1,4 +1,4 @@
-"""`proxy_config`: the configuration of a proxy for some rules, as its `ProxyKind` writes it."""
+"""`proxy_config`: writes the configuration of a proxy for some rules."""
 
 import math
 import os
@@ -32,41 +32,46 @@ def proxy_config(
     private: str = "",
     public: Iterable[str] = (),
 ) -> str:
-    """Return a whole configuration with which a proxy sends the files of some rules, and passes the rest on.
+    """Return a whole configuration: the proxy sends the files of the rules, and passes all else to the service.
 
     proxy: the name of one of `proxy_kinds` that has a configuration.
     rules, storages: those of the backend for this proxy.
-    service: where the proxy finds the application: HOST:PORT, or unix:/PATH of a socket.
-    listen: the HOST:PORT that the proxy listens on. TLS is left to the reader: "TLS:" marks the places.
-    prefix: the path that the application is served below, such as /downloads; the proxy takes it off. Anything else is
-    refused.
-    relative_to: an absolute directory. Directories below it are written as they are seen from there, and the proxy is
-    started in it. None: all are absolute.
-    idle_seconds: how long the application keeps an idle connection, at least 2; the proxy keeps it for a second less.
-    stall_seconds: a client that takes nothing for so long is dropped; Caddy and H2O cannot do that.
-    max_body_bytes: what a request's body may have.
+    service: the address of the application: HOST:PORT, or unix:/PATH of a socket.
+    listen: the HOST:PORT on which the proxy listens. The configuration has no TLS: "TLS:" marks where to add it.
+    prefix: the path below which the application is served, such as /downloads. The proxy removes it, and refuses
+    requests for other paths.
+    relative_to: an absolute directory, in which the proxy is started. Directories below it are written as relative
+    paths. None: all paths are absolute.
+    idle_seconds: how long the application keeps an idle connection, at least 2. The proxy keeps it one second less.
+    stall_seconds: after so many seconds, a client that takes nothing is dropped. Caddy and H2O cannot do that.
+    max_body_bytes: the longest body of a request.
     private: a path such as /-/, below which the application has pages that are not for clients: the proxy refuses them.
-    public: the names below it that the proxy passes on all the same, such as livez.
+    public: names below `private` that the proxy passes on nevertheless, such as livez.
 
-    Raises `ConfigurationError` for rules that the backend would not take, two of which one's target is the other's or
-    below it, and whatever the proxy's grammar cannot express.
+    Raises `ConfigurationError` for rules that the backend refuses, for two rules of which one's target is equal to or
+    below the other's, and for values that the proxy's configuration language cannot express.
     """
     kind = proxy_kinds().get(proxy)
     if kind is None or kind.configuration is None:
         known = ", ".join(name for name, other in proxy_kinds().items() if other.configuration is not None)
         raise ConfigurationError(f"there is no configuration for {proxy!r}: use one of {known}")
     if not _PREFIX.fullmatch(prefix):
-        raise ConfigurationError(f"{prefix!r} is no prefix: write it as /downloads, of letters, digits, _, ~, . and -")
+        raise ConfigurationError(
+            f"{prefix!r} is not a prefix: write a path such as /downloads, of letters, digits, _, ~, . and -"
+        )
     if idle_seconds < 2:
         raise ConfigurationError(
-            f"the application keeps a connection for {idle_seconds!r} seconds, too short for a proxy: give it 2 or more"
+            f"the application keeps an idle connection for {idle_seconds!r} seconds, which is too short for a proxy: "
+            "let it keep them for 2 seconds or more"
         )
     if stall_seconds <= 0 or max_body_bytes <= 0:
-        raise ConfigurationError("stall_seconds and max_body_bytes are more than 0")
+        raise ConfigurationError("stall_seconds and max_body_bytes have to be more than 0")
     host, port = host_and_port(listen, "listen")
     public = tuple(public)
     if private and not (_PRIVATE.fullmatch(private) and all(map(_PUBLIC.fullmatch, public))):
-        raise ConfigurationError(f"{private!r} with {public!r}: write a private path as /-/, and public ones as livez")
+        raise ConfigurationError(
+            f"private is {private!r} and public is {public!r}: write a path such as /-/, and names such as livez"
+        )
     rules, storages = tuple(checked_rules(rules)), tuple(storages)
     kind.make_backend(rules, storages=storages)  # raises for rules that the backend would not take
     site = ProxySite(
@@ -86,8 +91,8 @@ def proxy_config(
     for rule in rules:
         if private and rule.target.startswith(f"{prefix}{private}") and kind.hides_targets:
             raise ConfigurationError(
-                f"the target {rule.target!r} is below {prefix}{private}, which the proxy refuses: choose another, such "
-                "as /_files/"
+                f"the target {rule.target!r} is below {prefix}{private}, where the proxy refuses requests: choose "
+                "another target, such as /_files/"
             )
     return kind.configuration(site)
 

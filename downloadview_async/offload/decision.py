@@ -1,6 +1,6 @@
-"""`refusal`: may a proxy send this file? The one rule, for Starlette's responses, foreign ones and Django's alike.
+"""`refusal`: may a proxy send this file? The one rule for our responses, for foreign ones and for Django's.
 
-A proxy may send a file unless one of these conditions refuses it. They are asked in this order:
+A proxy may send a file unless one of these conditions refuses it. They are checked in this order:
 
 ==================== ============================================================ ==================================
 Refusal              It applies to                                                Why the proxy does not send it
@@ -26,10 +26,10 @@ UNFINISHED           an application that has not returned in time               
 GONE                 a file that has left its path                                The proxy would answer 404.
 ==================== ============================================================ ==================================
 
-The first seven follow from the request, the response and the place of the file, the next four from the open file: it
-may turn out to be encoded, and its place may be known only then, where a cache has it. So the rule is asked before the
-file is opened, in order to open it for its description alone, and again while it is open. Only that answer counts. The
-last two are asked when the answer leaves.
+The first seven follow from the request, the response and the location of the file. The next four follow from the open
+file, which may turn out to be encoded, and whose location a cache may know only then. So the rule is checked twice:
+before the file is opened, since a file for a proxy is opened only for its metadata, and while it is open. Only the
+second result counts. The last two are checked when the answer leaves.
 """
 
 import os
@@ -45,7 +45,7 @@ from downloadview_async.sources.local.open_file import local_of
 
 
 class Refusal(Enum):
-    """Why no proxy sends a file. The value is the reason, for logs."""
+    """Why no proxy sends a file. The value is the reason in the log."""
 
     STATUS = "the status is not 200"
     METHOD = "the method is neither GET nor HEAD"
@@ -78,11 +78,11 @@ def refusal(
     has_returned: bool = True,
     is_there: bool = True,
 ) -> Refusal | None:
-    """Return why no proxy may send a file, or None: one may. What is not known yet has its default.
+    """Return why no proxy may send a file, or None if one may. An argument that is not known yet keeps its default.
 
     is_permitted: whether the application allows it. is_remote: whether the proxy fetches the file from another
-    server. is_telling: whether the time of a local file would be another one if its bytes were.
-    The table of the module says what refuses, and why.
+    server. is_telling: whether the modification time of a local file changes with its bytes.
+    The table in the docstring of the module lists all conditions.
     """
     if status != 200:
         return Refusal.STATUS
@@ -120,10 +120,10 @@ def refusal_once_open(
     is_remote: bool = False,
     is_coded: bool = False,
 ) -> Refusal | None:
-    """Return the `refusal` of a file that is open, or None: a proxy may send it. The file alone can refuse by now.
+    """Return the `refusal` of an open file, or None if a proxy may send it. All else has been checked before.
 
-    metadata: what the answer says of the file. request: what the client asks for. is_coded: whether the application
-    itself has set a Content-Encoding.
+    metadata: the file's metadata in the answer. request: what the client requests. is_coded: whether the application
+    has set a Content-Encoding itself.
     """
     local = local_of(opened)
     return refusal(
@@ -147,5 +147,5 @@ def has_coding(metadata: FileMetadata) -> bool:
 
 
 def is_plain(path: str) -> bool:
-    """Return whether a path is absolute and has no `..`: only then does its spelling tell which rule covers it."""
+    """Return whether a path is absolute and has no `..`: only then does its spelling show which rule covers it."""
     return os.path.isabs(path) and ".." not in path.split("/")

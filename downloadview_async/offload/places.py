@@ -1,4 +1,4 @@
-"""Where a proxy finds the files that rules cover, and how their names are written into the header that it obeys."""
+"""Where a proxy finds the files that rules cover, and how their paths are encoded in the header that it obeys."""
 
 import itertools
 import os
@@ -17,16 +17,16 @@ from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.object_store import SCHEMES, ObjectStorage
 
 SIGNED_SECONDS = 300
-"""How long the URL that a proxy gets is good for. It is asked for at once; the rest is for clocks that differ."""
+"""Seconds that a signed URL for a proxy is valid. The proxy uses it at once; the rest allows for clocks that differ."""
 
 KEPT = 1024
-"""How many answers to the last locations a backend keeps; they follow from the rules alone."""
+"""How many headers a backend caches by location. They depend on the rules alone."""
 
 Encode = Callable[[str], str | None]
-"""Writes a path for a proxy, or returns None for one that the proxy would read as another file."""
+"""Encodes a path for a proxy, or returns None for one that the proxy would read as another path."""
 
 _INTERNAL_URI = re.compile(r"/(?:[A-Za-z0-9_~.-]+/)*")
-_REQUEST_TARGET = re.compile(r"/[A-Za-z0-9_.~!$&'()*+,;=:@/?%-]*")  # as RFC 3986 has it: nothing is left to encode
+_REQUEST_TARGET = re.compile(r"/[A-Za-z0-9_.~!$&'()*+,;=:@/?%-]*")  # by RFC 3986: nothing is left to encode
 
 
 def percent_encoded(path: str) -> str:
@@ -43,13 +43,13 @@ def raw(path: str) -> str | None:
 
 
 def plain(path: str) -> str | None:
-    """Return a path that every proxy reads alike: of ASCII letters, digits, `_.-~` and slashes; None for others."""
+    """Return a path of ASCII letters, digits, `_.-~` and slashes, which all proxies read alike; None for others."""
     encoded = percent_encoded(path)
     return None if "%" in encoded else encoded
 
 
 class LocalFiles:
-    """Sends local files by one header: the backend of a proxy that needs nothing else.
+    """The backend of a proxy that sends local files and obeys one header.
 
     rules: their sources are directories. Their targets are internal URIs that begin and end with a slash, or
     directories as the proxy sees them: see `targets`.
@@ -75,7 +75,7 @@ class LocalFiles:
                 _check_directories(rule, title)
             elif not rule.source.startswith("/"):
                 raise ConfigurationError(
-                    f"{title} sends local files: {rule.source!r} is no absolute directory{hint and f'. {hint}'}"
+                    f"{title} sends local files: {rule.source!r} is not an absolute directory{hint and f'. {hint}'}"
                 )
         if targets == "uri":
             check_internal_uris(rules)
@@ -103,9 +103,9 @@ class LocalFiles:
 
 
 class Places:
-    """Where a proxy finds what rules cover: local files below an internal URI, others by what it asks a server for.
+    """Where a proxy finds the files of its rules: local files below an internal URI, others at a URL that it fetches.
 
-    Raises `ConfigurationError` for a target that is no internal URI, and for a store that is none of `storages`.
+    Raises `ConfigurationError` for a target that is not an internal URI, and for a store that is not in `storages`.
     """
 
     def __init__(self, rules: Iterable[Rule], storages: Iterable[ObjectStorage] = ()) -> None:
@@ -123,7 +123,7 @@ class Places:
         return url is not None and any(_is_within(url, source) or _is_within(source, url) for source in self._table)
 
     def order(self, header: str, location: str) -> dict[str, str] | None:
-        """Return the header, and what else the proxy needs to know of a file or URL; None if no rule covers it."""
+        """Return the header that names a file, with `OFFLOAD_TARGET` for a URL. None if no rule covers the location."""
         if (match := self._table.match(location)) is None:
             return None
         target, rest = match
@@ -133,39 +133,39 @@ class Places:
         return None if request_target is None else {header: target, OFFLOAD_TARGET: request_target}
 
     async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the headers with what the proxy asks a store for, signed. Raises `SourceUnavailable`."""
+        """Return the headers with a signed `OFFLOAD_TARGET` if a store has the file. Raises `SourceUnavailable`."""
         for signer in self._signers:
             if (signature := await signer.sign(file.location)) is not None:
                 target = _request_target(signature[0])
-                assert target is not None  # for it was one without the signature
+                assert target is not None  # it was valid without the signature
                 return {**headers, OFFLOAD_TARGET: target}
         return headers
 
 
 def check_internal_uris(rules: Iterable[Rule]) -> None:
-    """Raise `ConfigurationError` for a target that is not an internal URI, or is another's or below it.
+    """Raise `ConfigurationError` for a target that is not an internal URI, or that is equal to or below another one.
 
-    Of two such targets, the proxy would look for files of one rule in the directory of the other.
+    With two such targets, the proxy would look for the files of one rule in the directory of the other.
     """
     targets = []
     for rule in rules:
         if not _INTERNAL_URI.fullmatch(rule.target) or rule.target == "/" or "/." in rule.target:
             raise ConfigurationError(
-                f"the target {rule.target!r} is no internal location: write it with a slash at both ends, such as "
+                f"the target {rule.target!r} is not an internal location: write it with a slash at both ends, such as "
                 "/_files/, as in nginx's `location /_files/ { internal; alias /srv/files/; }`"
             )
         targets.append(rule.target)
     for target, other in itertools.pairwise(sorted(targets)):
         if other.startswith(target):
             raise ConfigurationError(
-                f"the target {other!r} is {target!r} or below it: choose two side by side, such as /_a/ and /_b/"
+                f"the target {other!r} is equal to or below {target!r}: choose separate targets, such as /_a/ and /_b/"
             )
 
 
 def by_http(rule: Rule, storages: Iterable[ObjectStorage]) -> list[Rule]:
-    """Return rules for the same by the plain URLs that the store's objects have; else the rule itself.
+    """Return the rule, or for one with the URL of a store, rules with the http or https URLs of the store's objects.
 
-    Raises `ConfigurationError` for a store that is none of `storages`, and for one with several endpoints.
+    Raises `ConfigurationError` for a store that is not in `storages`, and for one with several endpoints.
     """
     if urlsplit(rule.source).scheme not in SCHEMES:
         return [rule]
@@ -178,12 +178,12 @@ def by_http(rule: Rule, storages: Iterable[ObjectStorage]) -> list[Rule]:
             urls.append(url)
     if not urls:
         raise ConfigurationError(
-            f"no storage is at {rule.source!r}: pass the ObjectStorage of S3 that has this URL among storages= "
-            "(Google's is one too, by its endpoint for S3)"
+            f"no storage is at {rule.source!r}: pass the ObjectStorage with this s3:// URL in storages= (for Google "
+            "Cloud Storage, use its S3 endpoint)"
         )
     if len({urlsplit(url)[:2] for url in urls}) > 1:
         raise ConfigurationError(
-            f"{rule.source!r} is at more than one endpoint: {', '.join(urls)}: write a rule for each, with its URL"
+            f"{rule.source!r} is at more than one endpoint, {', '.join(urls)}: write one rule for each of these URLs"
         )
     return [Rule(url, rule.target) for url in dict.fromkeys(urls)]
 
@@ -202,7 +202,7 @@ def _is_within(inner: str, outer: str) -> bool:
 
 
 def _request_target(url: str) -> str | None:
-    """Return the path and the query of a URL, or None where a proxy might not ask for that very path."""
+    """Return the path and query of a URL, or None if a proxy might request another path than this one."""
     host = url.find("/") + 2
     target = url[url.find("/", host) :]
     if not _REQUEST_TARGET.fullmatch(target):

@@ -1,4 +1,4 @@
-"""Signed URLs of a store: `PresignedRedirect` gives them to clients, `StoreSigner` to whoever else sends the file."""
+"""Signed URLs of a store: `PresignedRedirect` gives them to clients, `StoreSigner` makes them."""
 
 import inspect
 import math
@@ -15,32 +15,34 @@ from downloadview_async.sources.names import has_dot_segment
 from downloadview_async.sources.object_store import ObjectStorage
 from downloadview_async.sources.workers import Slots, Workers
 
-# What S3 sends in place of what it has stored. "response-" and the name is what is signed.
+# The headers that a signed URL can replace in the answer of S3. The parameter is "response-" and the name.
 _OVERRIDES = ("content-type", "content-disposition", "cache-control", "content-encoding", "content-language")
 
 
 class PresignedRedirect:
     """Redirects clients to the signed URLs of an S3 bucket: `Download(source, redirect=PresignedRedirect(storage))`.
 
-    The name, the disposition and the type of the file are in the signature, as are Cache-Control and Content-Encoding.
-    Each redirect costs a HEAD of the object: one that is missing is a 404 here.
+    The URL makes the store send our Content-Disposition, Content-Type, Cache-Control and Content-Encoding. Each
+    redirect costs a HEAD of the object, so a missing object gives a 404 here.
 
-    storage: where the files live; others are not redirected. Its `access_key_id`, `secret_access_key`, `session_token`
-    and `region` sign, from its options, the environment or its `credential_provider`.
-    expires: seconds that a URL is good for, at most seven days; a client may keep the redirect for half of them.
-    public_endpoint: where clients reach the store, if not where this process does. The store has to take its host name.
+    storage: the store that has the files. Files of other places are not redirected. Its `access_key_id`,
+    `secret_access_key`, `session_token` and `region` sign the URLs; they come from its options, the environment or its
+    `credential_provider`.
+    expires: seconds that a URL is valid, at most seven days. A client may cache the redirect for half that time.
+    public_endpoint: where clients reach the store, if that differs from the endpoint of this process. The store has to
+    accept this host name.
 
-    A file that a browser might run when it is shown inline is not redirected: the store sends no
+    A file that a browser might run when it is shown inline is not redirected, because the store sends no
     Content-Security-Policy.
 
-    Raises `ConfigurationError` for a storage that is not S3, and where there is no key to sign with.
+    Raises `ConfigurationError` for a storage that is not S3, and if there is no key to sign with.
     """
 
     def __init__(self, storage: ObjectStorage, *, expires: float = 600, public_endpoint: str | None = None) -> None:
         scheme = urlsplit(storage.url).scheme
         if scheme in ("gs", "az"):
             instead = (
-                "give the bucket as s3:// with the endpoint https://storage.googleapis.com and an HMAC key"
+                "write the bucket as s3:// with the endpoint https://storage.googleapis.com and an HMAC key"
                 if scheme == "gs"
                 else "stream it, or have a proxy send it"
             )
@@ -48,39 +50,41 @@ class PresignedRedirect:
                 f"{storage.url!r}: the signature of {scheme}:// cannot carry the file's name and type: {instead}"
             )
         if scheme != "s3":
-            raise ConfigurationError(f"{storage.url!r} has no signed URLs: only s3:// has")
+            raise ConfigurationError(f"{storage.url!r} has no signed URLs: use a storage at s3://")
         if not 1 <= expires <= MAX_SECONDS:
-            raise ConfigurationError(f"a signed URL is good for 1 to {MAX_SECONDS} seconds (7 days), not {expires!r}")
+            raise ConfigurationError(
+                f"expires is {expires!r}: a signed URL can be valid for 1 to {MAX_SECONDS} seconds (7 days)"
+            )
         if public_endpoint is not None:
             _check_endpoint(public_endpoint)
         self._public_endpoint = public_endpoint
         self._signer = StoreSigner(storage, expires=expires)
 
     async def url_for(self, file: AsyncFile, described: Mapping[str, str]) -> tuple[str, int] | None:
-        """Return the signed URL of a file and how many seconds it is good for, or None for a file that lives elsewhere.
+        """Return the signed URL of a file and the seconds that it is valid, or None for a file of another place.
 
-        described: headers of the answer, names in lower case; those that S3 can be told are in the URL.
+        described: headers of the answer, names in lower case. Those that S3 can replace are in the URL.
 
-        Raises `SourceUnavailable` where no key can be had.
+        Raises `SourceUnavailable` if the `credential_provider` gives no valid key.
         """
         parameters = {f"response-{name}": described[name] for name in _OVERRIDES if name in described}
         return await self._signer.sign(file.location, endpoint=self._public_endpoint, parameters=parameters)
 
     async def headers_for(self, file: AsyncFile, described: Mapping[str, str]) -> Mapping[str, str] | None:
-        """Return Location and Cache-Control of the redirect, or None for a file to be sent by ourselves."""
+        """Return Location and Cache-Control of the redirect, or None: send the file yourself."""
         if "content-security-policy" in described:
             return None
-        if (found := await self.url_for(file, described)) is None:
+        if (url_and_seconds := await self.url_for(file, described)) is None:
             return None
-        url, seconds = found
+        url, seconds = url_and_seconds
         kept = "no-store" if "no-store" in described.get("cache-control", "").lower() else f"max-age={seconds // 2}"
         return {"location": url, "cache-control": f"private, {kept}"}
 
 
 class StoreSigner:
-    """Signs the URLs of an S3 bucket, each for a GET and for `expires` seconds.
+    """Signs URLs of an S3 bucket, each for a GET and for `expires` seconds.
 
-    Raises `ConfigurationError` where there is no key to sign with.
+    Raises `ConfigurationError` if there is no key to sign with.
     """
 
     def __init__(self, storage: ObjectStorage, *, expires: float) -> None:
@@ -97,17 +101,18 @@ class StoreSigner:
     async def sign(
         self, location: str | None, *, endpoint: str | None = None, parameters: Mapping[str, str] | None = None
     ) -> tuple[str, int] | None:
-        """Return the signed URL of what is at a plain one, and how many seconds it is good for; None: it is elsewhere.
+        """Return the signed URL of an object and the seconds that it is valid, or None if it is not in this bucket.
 
         None as well for a name with a segment `.` or `..`: HTTP clients would ask for another URL than was signed.
 
-        endpoint: where the store is for whoever gets the URL. parameters: what else is signed.
+        location: the unsigned URL. endpoint: the endpoint in the signed URL, by default the storage's own.
+        parameters: further parameters of the query.
 
-        Raises `SourceUnavailable` where no key can be had.
+        Raises `SourceUnavailable` if the `credential_provider` gives no valid key.
         """
         base = self._storage.url_of("")
         if base is None or location is None or not location.startswith(f"{base}/") or "?" in location:
-            return None  # with a query it is signed already, or is about something else
+            return None  # a URL with a query is signed already, or names something else
         name = unquote(location[len(base) + 1 :])
         if has_dot_segment(name):
             return None
@@ -115,14 +120,14 @@ class StoreSigner:
         now = time.time()
         seconds = int(min(self._expires, good_until - now))
         if seconds < 1:
-            raise SourceUnavailable("the credentials to sign with have expired")
+            raise SourceUnavailable("the credentials that sign URLs have expired")
         url = self._storage.url_of(name, endpoint)
         assert url is not None
         signed = presigned_url(url, credentials, region=self._region, seconds=seconds, now=now, parameters=parameters)
         return signed, seconds
 
     async def _sign_with(self) -> tuple[Credentials, float]:
-        """Return the key to sign with, and the time until which it is good."""
+        """Return the key to sign with, and the time at which it expires."""
         try:
             if self._current is None or time.time() >= self._renew_at:
                 await self._renew()
@@ -133,22 +138,22 @@ class StoreSigner:
         return self._current
 
     async def _renew(self) -> None:
-        """Ask for a new key, one at a time: who has waited for another to do so has it."""
+        """Get a new key from the `credential_provider`, once for all tasks that wait for one."""
         before = self._current
         provider = self._storage.credential_provider
         turn = await self._turn.take()
         try:
             if provider is None or self._current is not before:
                 return
-            found = await self._workers.run_or_abandon(provider)
-            found = await found if inspect.isawaitable(found) else found
-            expires_at: datetime | None = found.get("expires_at")
+            key = await self._workers.run_or_abandon(provider)
+            key = await key if inspect.isawaitable(key) else key
+            expires_at: datetime | None = key.get("expires_at")
             good_until = math.inf if expires_at is None else expires_at.timestamp()
-            self._current = (_credentials(found, self._storage.url), good_until)
+            self._current = (_credentials(key, self._storage.url), good_until)
             self._renew_at = good_until - min(self._expires, (good_until - time.time()) / 2)
         except SourceUnavailable:
             raise
-        except Exception as exc:  # whatever errors a provider has of its own
+        except Exception as exc:  # a provider may raise anything
             raise SourceUnavailable(f"the credential_provider failed: {type(exc).__name__}: {exc}") from exc
         finally:
             self._turn.free(turn)
@@ -161,8 +166,8 @@ def _credentials(config: Mapping[str, Any], url: str) -> Credentials:
         )
     except KeyError as exc:
         raise ConfigurationError(
-            f"{url!r} has no {exc.args[0]} to sign URLs with: give access_key_id and secret_access_key in the options, "
-            "or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or a credential_provider"
+            f"{url!r} has no {exc.args[0]} to sign URLs with: set access_key_id and secret_access_key in the options, "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or a credential_provider"
         ) from None
 
 
@@ -174,5 +179,5 @@ def _check_endpoint(endpoint: str) -> None:
         good = False
     if not good or parts.query or parts.fragment:
         raise ConfigurationError(
-            f"{endpoint!r} is no endpoint: give the URL of a server, such as https://files.example.org"
+            f"{endpoint!r} is not an endpoint: write the URL of a server, such as https://files.example.org"
         )

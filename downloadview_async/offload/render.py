@@ -1,4 +1,4 @@
-"""What the configurations of all proxies have in common: what they are for, and how a template is filled in."""
+"""Shared by the configurations of all proxies: the values (`ProxySite`), and the functions that fill in templates."""
 
 import os
 import re
@@ -11,19 +11,19 @@ from downloadview_async.offload.rules import Rule
 
 _TEMPLATES = resources.files("downloadview_async.offload") / "configs"
 PORTS = {"http": 80, "https": 443}
-"""The port of a URL that has none, by its scheme."""
+"""The default port of each URL scheme."""
 
 _SOCKET = re.compile("unix:(/[A-Za-z0-9_./@-]+)")
-_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no text, or a new line for somebody
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # not text, or a line break for some parser
 
 
 @dataclass(frozen=True, slots=True)
 class ProxySite:
-    """What a proxy's configuration is for: the checked arguments of `proxy_config`.
+    """The values of a proxy's configuration: the checked arguments of `proxy_config`.
 
-    rules: the rules for directories. remotes: those for files of other servers, for a proxy that fetches them.
+    rules: the rules for directories. remotes: the rules for files of other servers, if the proxy fetches them.
     host, port: where the proxy listens. idle, stall: seconds. max_body: bytes.
-    service, prefix, relative_to, private, public: as `proxy_config` has them.
+    service, prefix, relative_to, private, public: as in `proxy_config`.
     """
 
     rules: Sequence[Rule]
@@ -41,7 +41,7 @@ class ProxySite:
 
     @property
     def refused(self) -> str:
-        """A regular expression of the paths that are not for clients; empty where there are none."""
+        """A regular expression for the paths that are not for clients, empty if there are none."""
         if not self.private:
             return ""
         names = "|".join(map(literal, self.public))
@@ -49,7 +49,7 @@ class ProxySite:
 
     @property
     def address(self) -> tuple[str, int]:
-        """The host and port of the service; raises `ConfigurationError` for anything else."""
+        """The host and port of the service. Raises `ConfigurationError` if it has another form."""
         return host_and_port(self.service, "service")
 
     @property
@@ -69,14 +69,14 @@ class ProxySite:
         return f"{host}:{port}"
 
     def seen(self, directory: str) -> tuple[bool, str]:
-        """Return whether a directory is below `relative_to`, and its path with a slash at its end: from there, if so.
+        """Return whether a directory is below `relative_to`, and its path, which ends with a slash.
 
-        The path is empty for `relative_to` itself.
-        Raises `ConfigurationError` for one that cannot be written in a file of lines of text.
+        The path is relative if the directory is below `relative_to`, and empty for `relative_to` itself. Raises
+        `ConfigurationError` for a path that no line of text can have.
         """
         if _UNWRITABLE.search(directory):
-            raise ConfigurationError(f"{directory!r}: no configuration can name this: use printable text")
-        path = f"/{os.path.normpath(directory).strip('/')}".rstrip("/") + "/"  # normpath keeps two slashes at the start
+            raise ConfigurationError(f"no configuration can name the directory {directory!r}: use printable characters")
+        path = f"/{os.path.normpath(directory).strip('/')}".rstrip("/") + "/"  # normpath keeps a leading double slash
         base = None if self.relative_to is None else f"{self.relative_to.rstrip('/')}/"
         if base is None or not path.startswith(base):
             return False, path
@@ -85,7 +85,7 @@ class ProxySite:
 
 @dataclass(frozen=True, slots=True)
 class RemoteRule:
-    """A rule for files of another server: `name` is what the configuration calls that."""
+    """A rule for files of another server. name: the name of that server in the configuration."""
 
     name: str
     target: str
@@ -95,22 +95,22 @@ class RemoteRule:
 
     @property
     def authority(self) -> str:
-        """The server as a URL has it, without a port that goes without saying."""
+        """The server as in a URL, without the default port."""
         return self.host if self.port == PORTS[self.scheme] else f"{self.host}:{self.port}"
 
 
 def template(file: str, /, **values: str) -> str:
-    """Return a file of `configs/`, filled in."""
+    """Return a file of `configs/` with its values filled in."""
     return filled((_TEMPLATES / file).read_text(encoding="utf-8"), **values)
 
 
 def filled(text: str, /, **values: str) -> str:
-    """Return a text with each <<name>> replaced. Proxies give other meanings to `$name` and `{name}`."""
+    """Return a text with each <<name>> replaced. `$name` and `{name}` mean something to proxies."""
     return re.sub("<<([a-z_]+)>>", lambda match: values[match[1]], text)
 
 
 def literal(text: str) -> str:
-    """Return a path of plain characters as a regular expression."""
+    """Return a regular expression for a path, whose only special character may be a dot."""
     return text.replace(".", "\\.")
 
 
@@ -130,8 +130,8 @@ def directories(site: ProxySite) -> list[str]:
 
 
 def host_and_port(address: str, name: str) -> tuple[str, int]:
-    """Return an IPv4 address, name or bracketed IPv6 address, and a port. Raises `ConfigurationError` for others."""
+    """Return the host (IPv4 address, name or bracketed IPv6 address) and the port. Raises `ConfigurationError`."""
     match = re.fullmatch("([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\]):([0-9]{1,5})", address)
     if match is None or not 0 < int(match[2]) < 65_536:
-        raise ConfigurationError(f"{name}: {address!r} is no address: write it as 127.0.0.1:8080 or [::1]:8080")
+        raise ConfigurationError(f"{name}: {address!r} is not an address: write it as 127.0.0.1:8080 or [::1]:8080")
     return match[1], int(match[2])

@@ -1,4 +1,4 @@
-"""`Rule`: what lies below a directory or a URL here is below a target there, for the proxy."""
+"""`Rule`: the files below a directory or a URL are below a target for the proxy. `RuleTable` looks rules up."""
 
 import os
 import re
@@ -8,30 +8,30 @@ from urllib.parse import urlsplit
 
 from downloadview_async.errors import ConfigurationError
 
-# What a proxy would resolve to another file, trim, or refuse: a control character, an empty segment or one of dots.
+# A proxy would resolve these to another file, trim or refuse them: control characters, empty segments, dot segments.
 _AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f]|(?:^|/)\.{0,2}(?:/|$)")
 
 LONGEST = 3_900
-"""Bytes of a local path, with its directory counted twice, that a proxy is asked to send.
+"""The longest local path in bytes, its directory counted twice, that a proxy is made to send.
 
-PATH_MAX is 4,096. Apache adds the directory to the path before it compares, and a proxy may know the directory by a
-longer name than we do. The application itself opens paths relative to the root, and sends what is longer.
+PATH_MAX is 4,096. Apache prepends the directory to the path before it compares, and a proxy may know the directory by a
+longer name than we do. Files with longer paths are streamed: the application opens paths relative to the root.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Files below `source` (an absolute directory, or an http or https URL) are below `target` for the proxy.
+    """Files below `source`, an absolute directory or an http or https URL, are below `target` for the proxy.
 
-    The target is what the proxy's kind wants: an internal URI that begins and ends with a slash for nginx, an
-    absolute directory for Apache and lighttpd. For files below a URL it is where the proxy fetches them.
+    The target depends on the proxy. For nginx, Caddy and H2O it is an internal URI that begins and ends with a slash;
+    for Apache and lighttpd, an absolute directory. For a URL, it is the internal URI at which the proxy fetches files.
     """
 
     source: str
     target: str
 
     def __post_init__(self) -> None:
-        for name in ("source", "target"):  # a Path is what many have at hand
+        for name in ("source", "target"):  # users often pass a Path
             object.__setattr__(self, name, os.fsdecode(getattr(self, name)))
 
 
@@ -46,10 +46,10 @@ def checked_rules(rules: Iterable[Rule]) -> list[Rule]:
 
 
 class RuleTable:
-    """Rules, looked up by whole path segments; the longest source wins, whatever the number of rules.
+    """Looks rules up by whole path segments. The longest source wins. The time does not depend on the number of rules.
 
-    Raises `ConfigurationError` for two rules with one source, and for a source that is neither an absolute path nor a
-    URL.
+    Raises `ConfigurationError` for two rules with the same source, and for a source that is neither an absolute path
+    nor a URL.
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:
@@ -60,18 +60,17 @@ class RuleTable:
                 raise ConfigurationError(f"two offload rules have the source {rule.source!r}: remove one")
             self._targets[source] = rule.target
         if not self._targets:
-            raise ConfigurationError("an offload backend without a rule offloads nothing: add one, or no backend")
+            raise ConfigurationError("an offload backend needs at least one rule: add one, or remove the backend")
 
     def __iter__(self) -> Iterator[str]:
         """Yield the sources, without their last slashes."""
         return iter(self._targets)
 
     def match(self, location: str) -> tuple[str, str] | None:
-        """Return the target of the rule for `location`, and what of it is below the source.
+        """Return the target of the rule that covers `location`, and the rest of the location below the source.
 
-        None without a rule, and for a location that is below its source by spelling alone: one with a segment that is
-        empty, `.` or `..`, or with a control character. None as well for a local path that a proxy may find too long
-        to open: see `LONGEST`.
+        Return None if no rule covers it; if the rest has an empty segment, `.`, `..` or a control character, so that
+        the spelling does not tell where it leads; and for a local path longer than `LONGEST`.
         """
         prefix = location
         while slash := prefix.rfind("/") + 1:
@@ -88,7 +87,7 @@ def _bytes_with(source: str, target: str, rest: str) -> int:
 
 
 def _normalized(source: str) -> str:
-    """Return a source without its last slash, so that it is a prefix of whole segments."""
+    """Return a source without its trailing slash, so that it is compared by whole segments."""
     if os.path.isabs(source):
         return f"/{os.path.normpath(source).strip('/')}".rstrip("/")
     parts = urlsplit(source)

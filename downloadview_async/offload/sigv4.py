@@ -1,4 +1,4 @@
-"""The query signature of Amazon S3 (Signature Version 4), which the stores that speak S3 take too. No input or output.
+"""The query signature of Amazon S3 (Signature Version 4), which other stores with S3's API accept too. No I/O here.
 
 https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html
 """
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from urllib.parse import quote, urlsplit
 
 MAX_SECONDS = 7 * 24 * 3600
-"""How long a signed URL is good for at most."""
+"""The longest time that a signed URL can be valid."""
 
 _ALGORITHM = "AWS4-HMAC-SHA256"
 _USUAL_PORTS = {"http": ":80", "https": ":443"}
@@ -19,7 +19,7 @@ _USUAL_PORTS = {"http": ":80", "https": ":443"}
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """An access key of S3. token: that of a session, for a key that is good for a time only. repr shows no secret."""
+    """An access key of S3. token: the session token of a temporary key. `repr` shows no secret."""
 
     access_key_id: str
     secret_access_key: str = field(repr=False)
@@ -36,13 +36,13 @@ def presigned_url(
     parameters: Mapping[str, str] | None = None,
     method: str = "GET",
 ) -> str:
-    """Return `url` with the signature that lets anyone send it by `method`, for `seconds` from `now` on.
+    """Return `url` with a signature, with which anyone can request it by `method` for `seconds` from `now` on.
 
-    url: of the object, percent-encoded, without a query. parameters: what else is in the query and so in the
-    signature, such as `response-content-type`. now: seconds since the epoch, UTC.
+    url: the percent-encoded URL of the object, without a query. parameters: further parameters of the query, which are
+    signed too, such as `response-content-type`. now: seconds since the epoch, UTC.
     """
     parts = urlsplit(url)
-    # as a client names it in Host: in lower case, and with a port only where that is not the usual one
+    # as in a client's Host: in lower case, and with a port only if it is not the default
     host = parts.netloc.lower().removesuffix(_USUAL_PORTS.get(parts.scheme, ":"))
     time = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
     scope = f"{time[:8]}/{region}/s3/aws4_request"
@@ -57,7 +57,7 @@ def presigned_url(
         query["X-Amz-Security-Token"] = credentials.token
     pairs = sorted((quote(name, safe=""), quote(value, safe="")) for name, value in query.items())
     canonical_query = "&".join("=".join(pair) for pair in pairs)
-    # "S3 [...] do not normalize URI paths", and the body of a request that another sends cannot be known
+    # "S3 [...] do not normalize URI paths". The body is not signed: another client sends the request.
     request = "\n".join([method, parts.path or "/", canonical_query, f"host:{host}", "", "host", "UNSIGNED-PAYLOAD"])
     to_sign = "\n".join([_ALGORITHM, time, scope, hashlib.sha256(request.encode()).hexdigest()])
     key = f"AWS4{credentials.secret_access_key}".encode()

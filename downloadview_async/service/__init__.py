@@ -1,1 +1,1 @@
-"""The standalone service: settings in, an ASGI application out. It uses the library as any application would."""
+"""The standalone service: an ASGI application built from settings. It uses only the public names of the library."""

@@ -1,4 +1,4 @@
-"""From settings to an ASGI application: sources, routes, a proxy to offload to, and the service's own pages."""
+"""Builds the ASGI application from the settings: sources, routes, the offload backend and the service's pages."""
 
 import contextlib
 import importlib
@@ -64,7 +64,7 @@ _logger = logging.getLogger("downloadview_async")
 
 
 class _Database(Protocol):
-    """What `service.database.Documents` does. It is imported only where there is one: SQLAlchemy is optional."""
+    """The interface of `service.database.Documents`, which is imported only if needed: SQLAlchemy is optional."""
 
     async def get(self, key: str) -> Any: ...
     async def check(self) -> None: ...
@@ -72,9 +72,9 @@ class _Database(Protocol):
 
 
 def build(settings: Settings) -> Starlette:
-    """Return the service as an ASGI application. What needs an event loop is opened and closed in its lifespan.
+    """Return the service as an ASGI application. Its lifespan opens and closes caches, stores and databases.
 
-    Raises `ConfigurationError` for what the settings name and does not exist.
+    Raises `ConfigurationError` if something that the settings name does not exist.
     """
     for suffix, content_type in settings.content_types.items():
         try:
@@ -103,7 +103,7 @@ def build(settings: Settings) -> Starlette:
         async with contextlib.AsyncExitStack() as stack:
             log_in_single_lines()
             if not settings.routes:
-                _logger.warning("No route is configured, so every download is answered by 404: add [[routes]] tables")
+                _logger.warning("No route is configured, so every download gives 404: add [[routes]] tables")
             for cache in caches.values():
                 await cache.sweep()
             storages = [_storage_of(source) for source in sources.values()]
@@ -134,29 +134,29 @@ def build(settings: Settings) -> Starlette:
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
         lifespan=lifespan,
     )
-    # /files is as unknown as any other path: no redirect tells that there is more below it
+    # /files gives 404 like any unknown path: a redirect to /files/ would reveal that it exists
     app.router.redirect_slashes = False
     return app
 
 
 def app_from_environment(default: Path | None = None) -> Starlette:
-    """Return the service for the environment's own settings: DOWNLOADVIEW_CONFIG and what overrides it.
+    """Return the service for the settings file that DOWNLOADVIEW_CONFIG names, and the variables that override it.
 
-    default: the settings file, if DOWNLOADVIEW_CONFIG names none. Raises `ConfigurationError`.
+    default: the settings file if DOWNLOADVIEW_CONFIG is not set. Raises `ConfigurationError`.
     """
     return build(load_settings(os.environ.get(CONFIG) or default, environ=os.environ))
 
 
 def worker_app() -> EndsInTime:
-    """Return the service for one of several worker processes, which ends in time with it."""
+    """Return the service for one of several worker processes, wrapped so that the process ends in time."""
     ignore_hangup()
     return EndsInTime(app_from_environment())
 
 
 async def check_databases(settings: Settings) -> None:
-    """Open and close each database: what only that tells is known before a server starts, and its workers.
+    """Open and close each database, so that errors show before the server and its workers start.
 
-    Raises `ConfigurationError`, as the start of the application itself would.
+    Raises `ConfigurationError`, as the start of the application would.
     """
     async with _opened(settings, _databases(settings)):
         pass
@@ -180,7 +180,7 @@ def _databases(settings: Settings) -> dict[str, _Database]:
 
 
 def _caches(settings: Settings) -> dict[str, Cache]:
-    """Return the cache of each source that has one; sources with the same directory share it."""
+    """Return the cache of each source that has one. Sources with the same directory share a cache."""
     caches: dict[str, Cache] = {}
     of_path: dict[str, Cache] = {}
     for name, source in settings.sources.items():
@@ -189,7 +189,7 @@ def _caches(settings: Settings) -> dict[str, Cache]:
         if cache.path not in of_path:
             max_bytes, max_age = bytes_of(cache.max_bytes), seconds_of(cache.max_age)
             assert max_bytes is not None
-            assert max_age is not None  # they were read when the settings were
+            assert max_age is not None  # the settings have been checked
             with settings.blaming(f"sources.{name}.cache.path"):
                 of_path[cache.path] = Cache(cache.path, max_bytes=max_bytes, max_age=max_age)
         caches[name] = of_path[cache.path]
@@ -241,7 +241,7 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
 
 
 def _storage_of(source: Source) -> Storage | None:
-    """Return the storage that a source has its files from, through a cache or not."""
+    """Return the storage of a source, whether or not it has a cache; None for other sources."""
     if isinstance(source, CachedSource):
         source = source.source
     return source.storage if isinstance(source, StorageSource) else None
@@ -253,32 +253,32 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
     except ModuleNotFoundError as exc:
         raise settings.error(
             f"sources.{name}.type",
-            f"object needs {exc.name}: install downloadview_async with its extra `sqlalchemy`",
+            f"an object source needs {exc.name}: install downloadview_async with its extra `sqlalchemy`",
         ) from exc
     with settings.blaming(f"sources.{name}"):
         return Documents(source, directory=settings.directory)
 
 
 def _imported(settings: Settings, key: str, factory: str) -> Callable[[str], Any]:
-    """Return the function that `module:function` names, with the settings' own directory on the import path."""
+    """Return the function named `module:function`, and put the directory of the settings on the import path."""
     directory = str(settings.directory)
     if directory not in sys.path:
         sys.path.insert(0, directory)
     module, _, path = factory.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        imported: Any = importlib.import_module(module)
         for attribute in path.split("."):
-            found = getattr(found, attribute)
-    except Exception as exc:  # whatever the module does when it is imported
+            imported = getattr(imported, attribute)
+    except Exception as exc:  # importing a module may raise anything
         reason = " ".join(f"{type(exc).__name__}: {exc}".split())
         raise settings.error(
             key,
-            f"{factory!r} cannot be imported ({reason}): give module:function, of a module in {directory} or one that "
-            "is installed",
+            f"{factory!r} cannot be imported ({reason}): give module:function; the module must be in {directory} or "
+            "installed",
         ) from exc
-    if not callable(found):
-        raise settings.error(key, f"{factory!r} is no function: give module:function")
-    function: Callable[[str], Any] = found
+    if not callable(imported):
+        raise settings.error(key, f"{factory!r} is not a function: give module:function")
+    function: Callable[[str], Any] = imported
     return function
 
 
@@ -306,7 +306,7 @@ def _redirect(settings: Settings, name: str, source: Source) -> PresignedRedirec
     assert isinstance(source, StorageSource)
     assert isinstance(source.storage, ObjectStorage)
     expires = seconds_of(wanted.presign.expires)
-    assert expires is not None  # its pattern says so
+    assert expires is not None  # the settings have been checked
     with settings.blaming(f"sources.{name}.presign"):
         return PresignedRedirect(
             source.storage,
@@ -329,7 +329,7 @@ def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBacken
 
 
 def _place_of(settings: Settings, name: str, source: Source) -> str:
-    """Return what decides which files the names of a source stand for, so that its copies are kept by that."""
+    """Return the place of a source's files, which is part of the key of its cached copies."""
     match settings.sources[name]:
         case VirtualSettings(factory=factory):
             return f"{factory} in {settings.directory}"
@@ -337,7 +337,7 @@ def _place_of(settings: Settings, name: str, source: Source) -> str:
             return getattr(_storage_of(source), "place", None) or url
         case RemoteSettings(url=url):
             return url
-    raise AssertionError("nothing else has a cache")
+    raise AssertionError("other sources do not have a cache")
 
 
 async def _not_found(request: Request, exc: Exception) -> Response:

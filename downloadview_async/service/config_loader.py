@@ -1,6 +1,7 @@
-"""Reading settings: a TOML file, DOWNLOADVIEW_* variables over it, and the command line over both.
+"""Reads the settings from a TOML file, DOWNLOADVIEW_* environment variables and the command line.
 
-Every mistake is a `ConfigurationError` of one line: where it is written, which key, what is wrong, what to do.
+Variables override the file, and the command line overrides both. Every mistake raises a `ConfigurationError` of one
+line, which says where the mistake is, in which key, what is wrong and what to do.
 """
 
 import difflib
@@ -45,7 +46,7 @@ from downloadview_async.service.settings import (
 
 PREFIX = "DOWNLOADVIEW_"
 CONFIG = "DOWNLOADVIEW_CONFIG"
-"""The variable that names the settings file. It is not a setting itself."""
+"""The environment variable with the path of the settings file."""
 
 _SOURCE_TYPES: dict[str, type[Struct]] = {
     "path": PathSettings,
@@ -61,7 +62,7 @@ _TABLES: dict[str, Any] = {
     "offload": OffloadSettings,
     "content_types": ContentTypes,
 }
-_PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # as Starlette reads a route's path
+_PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # a path parameter, as Starlette parses it
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_password")
 _COMMAND_LINE = "the command line"
@@ -75,20 +76,22 @@ def load_settings(
     environ: Mapping[str, str],
     options: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Return the settings in a TOML file, with the DOWNLOADVIEW_* variables of `environ` and server `options` over it.
+    """Return the settings of a TOML file, overridden by DOWNLOADVIEW_* variables in `environ` and by `options`.
 
-    Relative paths begin at the file's directory; without a file there are only the variables and the options, and
-    relative paths begin at the current directory, as those of the options always do. A variable names a key with `__`
-    between its parts, such as DOWNLOADVIEW_SERVER__PORT; its value is text, or JSON for a whole table or list.
-    options: what the command line says of `[server]`.
+    file: None to use only variables and options. environ: in the name of a variable, `__` separates the parts of a key,
+    as in DOWNLOADVIEW_SERVER__PORT; its value is text, or JSON for a whole table or list. options: keys of `[server]`
+    from the command line.
 
-    Nothing that the settings name is opened. Raises `ConfigurationError`.
+    Relative paths begin at the directory of the file, or without a file at the current directory; those in `options`
+    always begin at the current directory. No file or directory in the settings is opened.
+
+    Raises `ConfigurationError`.
     """
     label = "settings" if file is None else os.fspath(file)
     directory = Path.cwd() if file is None else Path(file).absolute().parent
     data = {} if file is None else _read(label)
     origins = _apply_variables(data, environ)
-    if options and isinstance(server := data.setdefault("server", {}), dict):  # anything else is refused below
+    if options and isinstance(server := data.setdefault("server", {}), dict):  # another type is refused below
         server |= options
         origins |= dict.fromkeys((f"server.{name}" for name in options), _COMMAND_LINE)
     return _Draft(label, directory, origins).settings(data)
@@ -105,15 +108,15 @@ def _read(file: str) -> dict[str, Any]:
         ) from exc
     except RecursionError as exc:
         raise ConfigurationError(f"{file}: tables or lists are nested too deeply: write them flat") from exc
-    except ValueError as exc:  # TOML, UTF-8, and integers of thousands of digits
-        raise ConfigurationError(f"{file}: not valid TOML: {exc}: correct what is there") from exc
+    except ValueError as exc:  # invalid TOML or UTF-8, or an integer with thousands of digits
+        raise ConfigurationError(f"{file}: not valid TOML: {exc}: correct the file") from exc
 
 
 def _apply_variables(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
-    """Put the variables into `data`; return which key came from which variable."""
+    """Write the variables into `data`, and return the variable that set each key."""
     origins: dict[str, str] = {}
     names = [name for name in environ if name.startswith(PREFIX) and name != CONFIG]
-    for name in sorted(names, key=lambda name: (name.count("__"), name)):  # whole tables first, then what is in them
+    for name in sorted(names, key=lambda name: (name.count("__"), name)):  # whole tables first, then their keys
         *parents, last = name.removeprefix(PREFIX).split("__")
         table: Any = data
         keys: list[str] = []
@@ -122,7 +125,7 @@ def _apply_variables(data: dict[str, Any], environ: Mapping[str, str]) -> dict[s
             table = table.setdefault(keys[-1], {})
             if not isinstance(table, dict):
                 whole = PREFIX + "__".join(keys).upper()
-                raise ConfigurationError(f"{name}: {'.'.join(keys)} is no table: give it whole, as JSON, in {whole}")
+                raise ConfigurationError(f"{name}: {'.'.join(keys)} is not a table: set all of it, as JSON, in {whole}")
         keys.append(_spelled(last, table))
         table[keys[-1]] = _value(name, environ[name], _kind_of(keys, data))
         origins[".".join(keys)] = name
@@ -130,7 +133,7 @@ def _apply_variables(data: dict[str, Any], environ: Mapping[str, str]) -> dict[s
 
 
 def _spelled(part: str, table: Mapping[str, Any]) -> str:
-    """Return the key of a table that a part of a variable's name means: MY_FILES may be `my-files`."""
+    """Return the key of a table that matches a part of a variable's name: MY_FILES matches `my-files`."""
     for key in table:
         if key.upper().replace("-", "_") == part.upper():
             return key
@@ -148,11 +151,11 @@ def _value(name: str, text: str, kind: Any) -> Any:
     try:
         return msgspec.convert(text, kind, strict=False)
     except msgspec.ValidationError:
-        return text  # to be refused like any other wrong value
+        return text  # refused later, like any other wrong value
 
 
 def _kind_of(keys: Sequence[str], data: Mapping[str, Any]) -> Any:
-    """Return the type of a setting, to read the text of a variable as; str for what is not known."""
+    """Return the type of a setting, by which the text of its variable is parsed; str if the setting is unknown."""
     kind = _TABLES.get(keys[0])
     names = list(keys[1:])
     if keys[0] == "sources" and names:
@@ -165,7 +168,7 @@ def _kind_of(keys: Sequence[str], data: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """Settings while they are checked, with what an error has to say of them."""
+    """Settings while they are checked, and where they come from, for error messages."""
 
     file: str
     directory: Path
@@ -200,7 +203,7 @@ class _Draft:
         return settings
 
     def _check_texts(self, data: Mapping[str, Any]) -> None:
-        """Refuse control characters: no path, URL, header or name has one. A key of a store may have several lines."""
+        """Refuse control characters. In options of a store and in the password of a key, refuse only NUL."""
         left: list[tuple[str, Any]] = [("", data)]
         while left:
             key, value = left.pop()
@@ -213,13 +216,13 @@ class _Draft:
                 left += [(f"{key}[{index}]", inner) for index, inner in enumerate(value)]
             elif isinstance(value, str):
                 forbidden = "\0" if _MAY_HAVE_LINES.fullmatch(key) else _CONTROL
-                if (found := re.search(forbidden, value)) is not None:
-                    raise self.error(key, f"a control character ({found[0]!r}): remove it")
+                if (match := re.search(forbidden, value)) is not None:
+                    raise self.error(key, f"a control character ({match[0]!r}): remove it")
 
     def _table(self, key: str, data: Mapping[str, Any]) -> dict[str, Any]:
         table = data.get(key, {})
         if not isinstance(table, dict):
-            raise self.error(key, f"this is a table: write it as [{key}] in TOML, or as a JSON object in a variable")
+            raise self.error(key, f"must be a table: write it as [{key}] in TOML, or as a JSON object in a variable")
         return table
 
     def _converted(self, key: str, value: Any, kind: Any) -> Any:
@@ -253,15 +256,15 @@ class _Draft:
     def _source(self, name: str, table: Any) -> SourceSettings:
         key = f"sources.{name}"
         if not re.fullmatch("[A-Za-z0-9_-]+", name):
-            raise self.error(key, "no name for a source: use letters, digits, - and _")
+            raise self.error(key, "not a valid source name: use letters, digits, - and _")
         if not isinstance(table, dict):
-            raise self.error(key, f"a source is a table: write it as [{key}]")
+            raise self.error(key, f"must be a table: write it as [{key}]")
         if "type" not in table:
             raise self.error(f"{key}.type", f"missing: give one of {', '.join(_SOURCE_TYPES)}")
         kind = _SOURCE_TYPES.get(str(table["type"]))
         if kind is None:
             raise self.error(
-                f"{key}.type", f"no type {table['type']!r}: {_instead_of(str(table['type']), _SOURCE_TYPES)}"
+                f"{key}.type", f"unknown type {table['type']!r}: {_instead_of(str(table['type']), _SOURCE_TYPES)}"
             )
         if kind is StorageSettings:
             self._only_known(f"{key}.presign", table.get("presign"), _fields(PresignSettings))
@@ -280,17 +283,19 @@ class _Draft:
         if isinstance(source, StorageSettings) and not _OBJECT_STORE.match(source.url):
             for option in ("options", "presign", "max_connections"):
                 if getattr(source, option):
-                    raise self.error(f"{key}.{option}", f"only s3://, gs:// and az:// have that: remove {option}")
+                    raise self.error(
+                        f"{key}.{option}", f"only s3://, gs:// and az:// storages have it: remove {option}"
+                    )
         presign = source.presign if isinstance(source, StorageSettings) else None
         if presign is not None and seconds_of(presign.expires) is None:
             raise self.error(f"{key}.presign.expires", f"{presign.expires!r} is too long: give at most 7d")
         if isinstance(source, StorageSettings) and source.presign is not None and source.cache is not None:
             raise self.error(
                 f"{key}.presign",
-                "a store that clients fetch from needs no cache: remove one of the two, or write two sources",
+                "a source cannot have both presign and cache: remove one of them, or define two sources",
             )
         if isinstance(source, StorageSettings) and "max_connections" in source.options:
-            raise self.error(f"{key}.options.max_connections", f"not one of obstore's: write it in [{key}] itself")
+            raise self.error(f"{key}.options.max_connections", f"not an option of obstore: write it in [{key}] itself")
         return source
 
     def _check_url(self, key: str, url: str) -> None:
@@ -306,9 +311,15 @@ class _Draft:
     def _cache(self, key: str, cache: CacheSettings) -> CacheSettings:
         size, age = bytes_of(cache.max_bytes), seconds_of(cache.max_age)
         if not size:
-            raise self.error(f"{key}.max_bytes", f"{cache.max_bytes!r} is no size: give a number of bytes, or 10GiB")
+            raise self.error(
+                f"{key}.max_bytes",
+                f"{cache.max_bytes!r} is not a size: give a number of bytes, or a size such as 10GiB",
+            )
         if age is None:
-            raise self.error(f"{key}.max_age", f"{cache.max_age!r} is no time: give a number of seconds, or 10m or 1d")
+            raise self.error(
+                f"{key}.max_age",
+                f"{cache.max_age!r} is not a time: give a number of seconds, or a time such as 10m or 1d",
+            )
         return CacheSettings(path=self._absolute(cache.path), max_bytes=size, max_age=age)
 
     def _check_caches(self, sources: Mapping[str, SourceSettings]) -> None:
@@ -322,12 +333,13 @@ class _Draft:
                 paths = (os.path.realpath(cache.path), os.path.realpath(directory or ""))
                 if directory and (_is_within(*paths) or _is_within(*reversed(paths))):
                     raise self.error(
-                        f"{key}.path", f"the source {other!r} serves {directory!r}: give a directory of its own"
+                        f"{key}.path", f"the source {other!r} serves {directory!r}: give the cache another directory"
                     )
             known, settings = first.setdefault(cache.path, (name, cache))
             if settings != cache:
                 raise self.error(
-                    key, f"the cache {cache.path!r} of {known!r} has other limits: give both the same, or another path"
+                    key,
+                    f"the cache {cache.path!r} of {known!r} has different limits: give both the same, or another path",
                 )
 
     def _absolute(self, path: str) -> str:
@@ -339,7 +351,7 @@ class _Draft:
         self._check_known_source(f"{key}.source", source.source, sources)
         if isinstance(sources[source.source], ObjectSettings):
             raise self.error(
-                f"{key}.source", f"{source.source!r} is an object source too: name the source where the files are"
+                f"{key}.source", f"{source.source!r} is an object source too: name the source that holds the files"
             )
 
     def _check_known_source(self, key: str, name: str, sources: Mapping[str, SourceSettings]) -> None:
@@ -354,39 +366,39 @@ class _Draft:
             if not route.path.startswith("/") or len(_PARAMETER.findall(route.path)) != 1:
                 raise self.error(
                     f"{key}.path",
-                    f"{route.path!r} is no path with one parameter: begin it with a slash and write the parameter as "
-                    "{path:path} (with slashes in it) or {name} (without)",
+                    f"{route.path!r} is not a path with one parameter: begin it with a slash, and write the "
+                    "parameter as {path:path} (it matches slashes) or {name} (it does not)",
                 )
             if route.path.startswith("/-/"):
-                raise self.error(f"{key}.path", "/-/ is for the service's own pages: choose another path")
-            # the parameter's name makes no difference to what the route matches
-            first = shapes.setdefault(_PARAMETER.sub(lambda found: f"{{{found[2] or ':str'}}}", route.path), index)
+                raise self.error(f"{key}.path", "/-/ is reserved for the pages of the service: choose another path")
+            # the name of the parameter does not change which paths match
+            first = shapes.setdefault(_PARAMETER.sub(lambda match: f"{{{match[2] or ':str'}}}", route.path), index)
             if first != index:
                 raise self.error(
                     f"{key}.path",
-                    f"{route.path!r} is the path of routes[{first}] too, which would answer: remove one or change it",
+                    f"{route.path!r} is the path of routes[{first}] too: remove one or change it",
                 )
         return routes
 
     def _check_sending(self, key: str, route: RouteSettings, settings: Settings) -> None:
-        """Refuse a way of sending that what the settings say of the source and of the proxy leaves impossible."""
+        """Refuse a `send` that the source or the proxy in the settings does not support."""
         name, source = source_of_files(route.source, settings.sources)
         if route.send == "redirect" and not (isinstance(source, StorageSettings) and source.presign is not None):
             raise self.error(
                 key,
-                f"{name!r} has no signed URLs to redirect to: add [sources.{name}.presign] to a storage on s3://, or "
+                f"{name!r} has no presigned URLs to redirect to: add [sources.{name}.presign] to an s3:// storage, or "
                 "choose proxy or stream",
             )
         if route.send == "proxy":
             if settings.offload.backend is None:
-                raise self.error(key, "there is no proxy to send: set offload.backend, or choose stream")
+                raise self.error(key, "no proxy is configured: set offload.backend, or choose stream")
             places = _places_of(source)
             fetches = proxy_kinds()[settings.offload.backend].fetches_urls
             if not fetches and any("://" in place for place in places):
                 raise self.error(
                     key,
-                    f"{settings.offload.backend} sends local files, and those of {name!r} are elsewhere: add "
-                    f"[sources.{name}.cache] and a rule whose source is its path, or choose stream",
+                    f"{settings.offload.backend} sends only local files, and those of {name!r} are not local: add "
+                    f"[sources.{name}.cache] and a rule whose source is the path of the cache, or choose stream",
                 )
             if not any(
                 _is_within(place, rule.source) or _is_within(rule.source, place)
@@ -395,7 +407,7 @@ class _Draft:
             ):
                 raise self.error(
                     key,
-                    f"no rule tells the proxy where {name!r} is: add one to [[offload.rules]]"
+                    f"no rule tells the proxy where the files of {name!r} are: add one to [[offload.rules]]"
                     + (f" with the source {places[0]!r}" if places else "")
                     + ", or choose stream",
                 )
@@ -410,7 +422,7 @@ class _Draft:
             if not any(_is_within(place, source) or _is_within(source, place) for place in places):
                 raise self.error(
                     f"{key}.source",
-                    f"no source lives under {source!r}: give a directory or URL that one of them serves "
+                    f"no source has files below {source!r}: give a directory or URL of a source "
                     f"({', '.join(dict.fromkeys(places)) or 'there is none'}), or remove the rule",
                 )
             if rule.target is None and kind is not None and kind.targets == "uri":
@@ -421,7 +433,9 @@ class _Draft:
             if kind.folds_case:
                 self._check_folded_targets(kind, rules)
         if kind is not None and not rules:
-            raise self.error("offload.rules", "a backend without a rule sends nothing: add one, or remove the backend")
+            raise self.error(
+                "offload.rules", "the proxy sends nothing without a rule: add a rule, or remove the backend"
+            )
         return msgspec.structs.replace(offload, rules=rules)
 
     def _check_options(self, kind: ProxyKind, given: Iterable[str]) -> None:
@@ -437,13 +451,13 @@ class _Draft:
             if first.setdefault(target.lower(), target) != target:
                 raise self.error(
                     f"offload.rules[{index}].target",
-                    f"{target!r} is {first[target.lower()]!r} for {kind.title}, which has no regard to case: choose "
-                    "another",
+                    f"{kind.title} ignores case, so {target!r} is the same as {first[target.lower()]!r}: choose "
+                    "another target",
                 )
 
 
 def _places_of(source: SourceSettings) -> list[str]:
-    """Return the directory, or the URLs, by which a rule may name the files of a source."""
+    """Return the directory or the URLs that a rule may name for the files of a source."""
     if (cache := cache_of(source)) is not None:
         return [cache.path]
     if isinstance(source, RemoteSettings):
@@ -459,7 +473,7 @@ def _places_of(source: SourceSettings) -> list[str]:
 
 
 def _is_within(inner: str, outer: str) -> bool:
-    """Return whether a directory or URL is another, or below it: by whole segments."""
+    """Return whether a directory or URL is the same as another or below it, comparing whole segments."""
     return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
 
 
@@ -467,24 +481,24 @@ def _instead_of(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     if close := difflib.get_close_matches(name, known, 1):
         return f"did you mean {close[0]!r}?"
-    return f"use one of {', '.join(known)}" if known else "there is none yet, so add one"
+    return f"use one of {', '.join(known)}" if known else "none is defined yet, so add one"
 
 
 def _fields(kind: Any) -> dict[str, Any]:
-    """Return the names and types of the fields of the Struct that is in a type, if there is one."""
+    """Return the names and types of the fields of the Struct in a type, or an empty dict."""
     struct = next((part for part in _parts(kind) if isinstance(part, type) and issubclass(part, Struct)), None)
     return {} if struct is None else {field.name: field.type for field in msgspec.structs.fields(struct)}
 
 
 def _parts(kind: Any) -> Iterator[Any]:
-    """Yield a type and whatever it is made of."""
+    """Yield a type and, recursively, its arguments."""
     yield kind
     for part in get_args(kind):
         yield from _parts(part)
 
 
 def _explained(key: str, message: str, kind: Any) -> tuple[str, str]:
-    """Return the whole key and the problem for what msgspec says of a value of a type."""
+    """Return the full key and the problem for an error message of msgspec."""
     problem, _, place = message.partition(" - at `$")
     place = place.rstrip("`")
     if missing := re.fullmatch("Object missing required field `(.*)`", problem):
@@ -492,6 +506,6 @@ def _explained(key: str, message: str, kind: Any) -> tuple[str, str]:
     for name in re.findall(r"\w*[a-z_]\w*", place):
         kind = _fields(kind).get(name)
     takes = [part.description for part in _parts(kind) if isinstance(part, Meta) and part.description]
-    problem = re.sub("Expected `str` matching regex .*", "this text does not fit", problem)
+    problem = re.sub("Expected `str` matching regex .*", "the text has the wrong form", problem)
     problem = (problem[:1].lower() + problem[1:]).replace("`", "")
     return key + place, f"{problem}: give {takes[0]}" if takes else f"{problem}: correct it"

@@ -1,4 +1,4 @@
-"""Rows of a database table as objects with a file. The only module that needs SQLAlchemy."""
+"""Reads the rows of a database table as objects with a file. No other module needs SQLAlchemy."""
 
 import datetime
 import re
@@ -22,7 +22,7 @@ from downloadview_async.service.settings import DatabaseUnavailable, ObjectSetti
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a row says of its file."""
+    """A row: the name of its file in the source, and the file name and media type for clients."""
 
     file: str | None
     filename: str | None
@@ -30,7 +30,7 @@ class Document:
 
 
 class Documents:
-    """The rows of one table. It is of use within `opened`.
+    """The rows of one table, which can be read while the context of `opened` lasts.
 
     Raises `ConfigurationError` for a database URL that no installed driver can open.
     """
@@ -41,20 +41,20 @@ class Documents:
             self._engine: AsyncEngine = create_async_engine(_located(make_url(settings.database), directory))
         except ModuleNotFoundError as exc:
             raise ConfigurationError(f"the database needs {exc.name}: install it") from exc
-        except (SQLAlchemyError, ValueError) as exc:  # ValueError: a port, or an option of the driver
+        except (SQLAlchemyError, ValueError) as exc:  # ValueError: a bad port or driver option
             if isinstance(exc, ConfigurationError):
                 raise
             raise ConfigurationError(
-                f"the database URL is of no use ({str(exc).partition('(Background')[0].strip()}): give one with an "
+                f"the database URL cannot be used ({str(exc).partition('(Background')[0].strip()}): give one with an "
                 "asynchronous driver, such as sqlite+aiosqlite:///demo.db or postgresql+asyncpg://host/name"
             ) from exc
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Look at the table, and close all connections at the end.
+        """Read the columns of the table, and close all connections at the end.
 
-        Raises `ConfigurationError` if there is no such database, table or column; `DatabaseUnavailable`, which is one,
-        if the database does not answer.
+        Raises `ConfigurationError` if the database, the table or a column does not exist, and its subclass
+        `DatabaseUnavailable` if the database does not answer.
         """
         try:
             self._table = await self._reflected()
@@ -101,7 +101,7 @@ class Documents:
         return select(*named).limit(1)
 
     async def get(self, key: str) -> Document | None:
-        """Return the row for a key, or None. Its connection is free again before this returns.
+        """Return the row for a key, or None. The connection is returned to the pool first.
 
         Raises `SourceUnavailable` if the database does not answer.
         """
@@ -113,8 +113,8 @@ class Documents:
         return Document(*(None if value is None else str(value) for value in rows[0])) if rows else None
 
     async def check(self) -> None:
-        """Return if a row of the table can be read; else raise `SourceUnavailable`."""
-        await self._rows(self._statement)  # SQLite answers SELECT 1 without a look at the file
+        """Read one row of the table. Raises `SourceUnavailable` if that fails."""
+        await self._rows(self._statement)  # SQLite would answer SELECT 1 without reading the file
 
     async def _rows(self, statement: Any) -> Sequence[Any]:
         try:
@@ -125,9 +125,9 @@ class Documents:
 
 
 def _located(url: URL, directory: Path) -> URL:
-    """Return the URL with an SQLite file absolute, and opened to read only.
+    """Return the URL; for SQLite, with an absolute path and read-only mode.
 
-    Raises `ConfigurationError` for a file that cannot be read: SQLite itself would say so less clearly.
+    Raises `ConfigurationError` for an SQLite file that cannot be read: the message of SQLite is less clear.
     """
     name = url.database
     if url.get_backend_name() != "sqlite" or name in (None, "", ":memory:") or name.startswith("file:"):
@@ -143,7 +143,7 @@ def _located(url: URL, directory: Path) -> URL:
 
 
 def _comparable(kind: Any) -> Any:
-    """Return the type to send a key as: a number that is too large for the column is no error, but no row's."""
+    """Return the SQL type for a key: a number too large for the column must match no row, not raise an error."""
     match kind:
         case Integer():
             return BigInteger()
@@ -155,7 +155,7 @@ def _comparable(kind: Any) -> Any:
 
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
-# How each type is written in a URL: in one way only, and never in one that a driver would refuse.
+# How each type is written in a URL: each value in one way only, which every driver accepts.
 _INTEGER = "-?[0-9]{1,18}"
 _NUMBER = r"-?[0-9]{1,30}(\.[0-9]{1,30})?"
 _DAY = "[0-9]{4}-[0-9]{2}-[0-9]{2}"
@@ -173,12 +173,12 @@ _READERS: Mapping[type, tuple[str, Callable[[str], Any]]] = {
 
 
 def key_as(kind: Any, key: str) -> Any:
-    """Return a key from a URL as the column's own type, or None for one that no row can have."""
+    """Return a key from a URL as a value of the column's type, or None if no row can have it."""
     try:
         python_type = kind.python_type
     except NotImplementedError:
         python_type = str
-    if python_type in (str, object):  # object: a type that SQLAlchemy knows nothing of
+    if python_type in (str, object):  # object: a type unknown to SQLAlchemy
         possible = key in kind.enums if isinstance(kind, Enum) else "\0" not in key and not _SURROGATES.search(key)
         return key if possible else None
     pattern, read = _READERS.get(python_type, (None, str))
@@ -186,7 +186,7 @@ def key_as(kind: Any, key: str) -> Any:
         return None
     try:
         value = read(key)
-    except ValueError:  # the 30th of February
+    except ValueError:  # such as February 30
         return None
     if isinstance(value, datetime.datetime | datetime.time) and (value.tzinfo is not None) != kind.timezone:
         return None

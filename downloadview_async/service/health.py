@@ -1,4 +1,4 @@
-"""`/-/livez`: this process answers. `/-/readyz`: it can reach what it serves from. `/-/cache`: what its caches do."""
+"""Pages for probes: `/-/livez` (the process runs), `/-/readyz` (its sources are reachable), `/-/cache` (counters)."""
 
 import asyncio
 import contextlib
@@ -15,27 +15,27 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from downloadview_async import AccessDenied, Cache, DownloadRequest, FileMissing, ObjectStorage
 
 PRIVATE = "/-/"
-"""The path below which the service has its own pages. The printed configurations of proxies refuse them."""
+"""The path of the service's pages. Printed proxy configurations hide them from clients, except for `PUBLIC`."""
 
 PUBLIC = ("livez",)
-"""The pages below it that clients may ask for: they tell nothing and cost nothing."""
+"""The pages below `PRIVATE` that clients may request: they reveal nothing and cost nothing."""
 
 LIVEZ = f"{PRIVATE}livez"
 PADDING = "X-Padding"
-"""A header of any length up to `MAX_PADDING`, for `downloadview check`: `/-/livez?header=LENGTH`."""
+"""The header that `/-/livez?header=LENGTH` adds for `downloadview check`, of up to `MAX_PADDING` bytes."""
 
 MAX_PADDING = 16_384
-"""Bytes."""
+"""The most bytes of the padding header."""
 
-_KEPT = 1.0  # seconds that a result counts: whoever asks meanwhile gets it, and starts nothing
-_PATIENCE = 2.0  # seconds that a check may take: a hung disk is one that cannot be reached
+_KEPT = 1.0  # seconds that a result is reused
+_PATIENCE = 2.0  # seconds that a check may take: a hung disk counts as unreachable
 _PROBE = "readyz"
-"""The name of an object that nobody needs to have: a store that says so is reached."""
+"""The name of an object that need not exist: a store that answers "missing" is reachable."""
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 class Health:
-    """Answers both, with `checks` by what they are of: one that raises is of something that is not reached."""
+    """Answers `/-/livez` and `/-/readyz`. checks: by the name of what they check; a check that raises has failed."""
 
     def __init__(self, checks: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
         self._checks = checks
@@ -44,22 +44,21 @@ class Health:
         self._good_until = 0.0
 
     async def livez(self, request: Request) -> Response:
-        """Answer 200: the event loop runs. `?header=LENGTH` adds a header of that length, at most `MAX_PADDING`."""
+        """Answer 200: the event loop runs. `?header=LENGTH` adds a header of that many bytes, up to `MAX_PADDING`."""
         length = request.query_params.get("header", "")
         if not re.fullmatch("[0-9]{1,5}", length, re.ASCII):
             return PlainTextResponse("alive\n", headers=_HEADERS)
         return PlainTextResponse("alive\n", headers=_HEADERS | {PADDING: "a" * min(int(length), MAX_PADDING)})
 
     async def readyz(self, request: Request) -> Response:
-        """Answer 200, or 503 with the names of what cannot be reached, and nothing more of it.
+        """Answer 200, or 503 with only the names of the checks that fail.
 
-        One round of checks runs at a time, whatever the number of requests. All of them share its result, and so do
-        those of the following second.
+        Concurrent requests share one round of checks, and requests within a second after its end share its result.
         """
         loop = asyncio.get_running_loop()
         if self._round is None or (self._round.done() and (self._round.cancelled() or loop.time() >= self._good_until)):
             self._round = loop.create_task(self._failing())
-        failing = await asyncio.shield(self._round)  # a client that leaves ends the round for nobody
+        failing = await asyncio.shield(self._round)  # a client that leaves must not cancel the round for others
         if failing:
             return PlainTextResponse("".join(f"{name}\n" for name in sorted(failing)), 503, _HEADERS)
         return PlainTextResponse("ready\n", headers=_HEADERS)
@@ -67,7 +66,7 @@ class Health:
     async def _failing(self) -> list[str]:
         """Return the names of the checks that fail, or take more than `_PATIENCE` seconds.
 
-        A check that does not even end when it is cancelled fails until it has ended; it is not started again before.
+        A check that does not end even when it is cancelled fails, and is not started again, until it ends.
         """
         loop = asyncio.get_running_loop()
         self._running = {name: task for name, task in self._running.items() if not task.done()}
@@ -84,26 +83,26 @@ class Health:
 async def _passes(check: Callable[[], Awaitable[None]]) -> bool:
     try:
         await check()
-    except Exception:  # whatever it is: the answer is the same
+    except Exception:  # a check may raise anything
         return False
     return True
 
 
 class CachePage:
-    """Answers with the counters of each source's cache in this process, as JSON."""
+    """Answers `/-/cache`: the counters of each source's cache in this process, as JSON."""
 
     def __init__(self, caches: Mapping[str, Cache]) -> None:
         self._caches = caches
 
     async def answer(self, request: Request) -> Response:
-        """Answer 200; sources that share a cache have the same numbers."""
+        """Answer 200. Sources that share a cache have the same numbers."""
         counters = {name: dataclasses.asdict(cache.counters) for name, cache in self._caches.items()}
         return JSONResponse(counters, headers=_HEADERS)
 
 
 def check_directory(path: str, *, written: bool = False) -> Callable[[], Awaitable[None]]:
-    """Return a check that the directory can be listed, and written to if that is what it is for."""
-    # one thread for each directory: a disk that hangs keeps that one, however often it is asked
+    """Return a check that a directory can be listed, and with `written` that files can be created in it."""
+    # a hung disk blocks at most one thread for each directory, however often it is checked
     limiter = anyio.CapacityLimiter(1)
 
     def listed() -> None:
@@ -119,15 +118,17 @@ def check_directory(path: str, *, written: bool = False) -> Callable[[], Awaitab
 
 
 def check_store(storage: ObjectStorage) -> Callable[[], Awaitable[None]]:
-    """Return a check that an object store answers, knows the bucket and takes the keys, by a GET of one object.
+    """Return a check that an object store answers and accepts the bucket and the keys, by a GET of one object.
 
-    It may deny that one: who may not list a bucket is not told what is missing there. storage: one of the check's own,
-    so that downloads that take all of the other's connections do not look like a store that is gone.
+    The store may deny access to that object: without permission to list a bucket, S3 answers 403 for a missing object.
+    storage: one that only this check uses, so that the check does not wait when downloads use all connections.
     """
 
     async def check() -> None:
         with contextlib.suppress(FileMissing, AccessDenied):
-            async with storage.open(_PROBE, DownloadRequest(range="bytes=0-0")):  # a HEAD does not tell what is wrong
+            async with storage.open(
+                _PROBE, DownloadRequest(range="bytes=0-0")
+            ):  # the answer to a HEAD has no error code
                 pass
 
     return check

@@ -1,7 +1,7 @@
-"""What the service says in the log: one line where a server would print a traceback that tells an operator nothing.
+"""The log of the service: aborted transfers and failed start-ups are one line each, without a traceback.
 
-And no line of the log is another's: whatever a client, an upstream or a function's exception has in a text, it neither
-begins a new line nor moves the cursor of a terminal, and it is cut where it is too long.
+Texts from clients, upstreams and exceptions cannot forge log lines: line ends and control characters are escaped, and
+long texts are shortened.
 """
 
 import asyncio
@@ -19,19 +19,19 @@ from downloadview_async import ConfigurationError, TransferAborted
 
 _SERVER_LOGGER = "uvicorn.error"
 _ACCESS_LOGGER = "uvicorn.access"
-codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
+codecs.lookup("unicode_escape")  # loaded now: later the process may have run out of descriptors
 
 LONGEST = 2_500
-"""Characters of a message, of a value in the access log, and of a line of a traceback."""
+"""The most characters of a message, of a value in the access log, and of a line of a traceback."""
 
 _END = 300
-_MARK = 50  # what says how much is left out: the result is never cut a second time
+_MARK = 50  # room for the note of how much is left out, so that the result is never shortened again
 _MOST_CAUSES = 20  # exceptions of one traceback
 _MOST_LINES = 400  # of one traceback
 
 
 def one_line(text: str) -> str:
-    """Return a text with nothing in it that ends a line or is not to be seen, without the middle of a long one."""
+    """Return a text with unprintable characters, such as line ends, escaped, and without the middle of a long text."""
     if not text.isprintable():
         text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     if len(text) <= LONGEST:
@@ -41,18 +41,18 @@ def one_line(text: str) -> str:
 
 
 class OneLine(logging.Filter):
-    """Makes one line of each message, and of each line of a traceback."""
+    """Puts each message on one line, and each exception message of a traceback too."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record, and let it pass."""
-        if isinstance(record.args, tuple) and record.name == _ACCESS_LOGGER:  # its formatter has use for each
+        """Change the record, and return True."""
+        if isinstance(record.args, tuple) and record.name == _ACCESS_LOGGER:  # its formatter uses them
             record.args = tuple(one_line(value) if isinstance(value, str) else value for value in record.args)
-        elif "color_message" not in record.__dict__:  # uvicorn's own, of which the formatter makes another message
+        elif "color_message" not in record.__dict__:  # uvicorn formats these messages again
             record.msg, record.args = one_line(_message(record)), None
         if record.exc_info and not record.exc_text and (exc := record.exc_info[1]) is not None:
             try:
                 record.exc_text = "\n".join(_traceback(exc))
-            except Exception as failure:  # a filter that raises would end the request
+            except Exception as failure:  # an error in a filter would end the request
                 record.exc_text = f"{type(exc).__name__}, whose traceback cannot be shown: {type(failure).__name__}"
         return True
 
@@ -63,12 +63,12 @@ _one_line = OneLine()
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage().rstrip("\n")
-    except Exception as exc:  # whatever the text of an argument does: a line is lost, not the request
+    except Exception as exc:  # str() of an argument may raise anything, which must not end the request
         return f"{record.msg!r} cannot be filled in: {type(exc).__name__}"
 
 
 def _traceback(exc: BaseException) -> list[str]:
-    """Return the lines of a traceback, as Python prints it, but each exception's message as one line."""
+    """Return the lines of a traceback as Python prints it, with each exception's message on one line."""
     lines = [one_line(line) for line in _lines_of(TracebackException.from_exception(exc))]
     if len(lines) > _MOST_LINES:
         half = _MOST_LINES // 2
@@ -90,7 +90,7 @@ def _lines_of(last: TracebackException) -> Iterator[str]:
         yield "Traceback (most recent call last):"
         for frame in exc.stack.format():
             yield from re.split("\r?\n", frame.rstrip("\n"))
-        notes, exc.__notes__ = exc.__notes__, None  # which would be printed on as many lines as they have
+        notes, exc.__notes__ = exc.__notes__, None  # notes would be printed with their line ends
         for text in exc.format_exception_only():
             yield text.rstrip("\n")
         yield from map(str, notes if isinstance(notes, list) else ())
@@ -103,7 +103,7 @@ def _lines_of(last: TracebackException) -> Iterator[str]:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Make one line of a transfer that was aborted on purpose: by `TransferAborted`, or at the end of the server."""
+    """Log a transfer that was aborted by `TransferAborted`, or because the server stops, without a traceback."""
     exc = record.exc_info[1] if record.exc_info else None
     if isinstance(exc, TransferAborted | asyncio.CancelledError):
         reason = str(exc) if isinstance(exc, TransferAborted) else "the server stops"
@@ -114,10 +114,10 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 def log_in_single_lines() -> None:
-    """Have uvicorn and the library log in single lines, and an aborted transfer without a traceback.
+    """Make uvicorn and the library log single lines, and aborted transfers without a traceback.
 
-    To the end of the process: the last transfers end after the application. `log_config` does the same for what else is
-    logged; this is for uvicorn without it.
+    The filters stay for the life of the process, because the last transfers end after the application. `log_config`
+    does the same for all loggers; this is for a uvicorn that was started without it.
     """
     logging.getLogger(_SERVER_LOGGER).addFilter(_without_traceback)
     for name in (_SERVER_LOGGER, _ACCESS_LOGGER, "downloadview_async"):
@@ -125,18 +125,18 @@ def log_in_single_lines() -> None:
 
 
 def log_aborts_in_one_line() -> None:
-    """Have uvicorn log an aborted transfer as one line, to the end of the process: the last ones end after us."""
+    """Make uvicorn log aborted transfers as one line, until the process ends: some outlive the application."""
     logging.getLogger(_SERVER_LOGGER).addFilter(_without_traceback)
 
 
 class OneLineFailures:
-    """Has a start-up that fails for a `ConfigurationError`, and an end that is forced, report one line each."""
+    """Reports a start-up that fails with a `ConfigurationError`, and a forced shutdown, as one line each."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on, but for the message of a failed start-up or shutdown."""
+        """Pass everything on, but shorten the message of a failed start-up or shutdown."""
         if scope["type"] != "lifespan":
             await self.app(scope, receive, send)
             return
@@ -144,7 +144,7 @@ class OneLineFailures:
 
         async def keep_failure(message: Message) -> None:
             if message["type"] in ("lifespan.startup.failed", "lifespan.shutdown.failed"):
-                failed.append(message)  # sent below, when it is known why
+                failed.append(message)  # sent below, when the exception is known
             else:
                 await send(message)
 
@@ -155,16 +155,16 @@ class OneLineFailures:
                 if isinstance(exc, ConfigurationError):
                     message["message"] = one_line(str(exc))
                 elif isinstance(exc, asyncio.CancelledError):
-                    message["message"] = "The server ends at once, as it was told to twice"
-                await send(message)  # anything else is a bug, and told in full
+                    message["message"] = "The server ends at once, because it was told to stop twice"
+                await send(message)  # any other exception is a bug: its message has the whole traceback
             raise
 
 
 class PathAlone(logging.Filter):
-    """Takes the query from uvicorn's access log: it may hold the token of a signed link."""
+    """Removes the query string from uvicorn's access log, because it may hold the token of a signed link."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record, and let it pass."""
+        """Change the record, and return True."""
         match record.args:
             case (client, method, str(target), *rest):
                 record.args = (client, method, target.partition("?")[0], *rest)
@@ -172,7 +172,7 @@ class PathAlone(logging.Filter):
 
 
 def log_config(level: str) -> dict[str, Any]:
-    """Return uvicorn's own logging configuration, with the library's log in it, each line one line, without queries."""
+    """Return uvicorn's logging configuration with the library's logger, single lines, and no query strings."""
     from uvicorn.config import LOGGING_CONFIG
 
     config: dict[str, Any] = copy.deepcopy(LOGGING_CONFIG)
@@ -184,5 +184,5 @@ def log_config(level: str) -> dict[str, Any]:
         "level": "DEBUG" if level == "trace" else level.upper(),
         "propagate": False,
     }
-    config["root"] = {"handlers": ["default"], "level": "WARNING"}  # asyncio's, and those of functions of the settings
+    config["root"] = {"handlers": ["default"], "level": "WARNING"}  # asyncio, and the modules of virtual sources
     return config

@@ -1,4 +1,4 @@
-"""The configuration of the proxy that the settings are for, as `downloadview config` prints it."""
+"""`downloadview config`: the configuration of a proxy that sends the files of the settings."""
 
 import os
 from typing import Any
@@ -13,14 +13,14 @@ def config_for(
 ) -> str:
     """Return the configuration of a proxy that sends the files of the settings' rules.
 
-    listen, service, relative_to: as in `proxy_config`; service: by default where the settings let the service listen.
+    listen, service, relative_to: as in `proxy_config`; the default of `service` is the address in the settings.
 
     Raises `ConfigurationError`, which names the key.
     """
     _check_proxy(proxy, settings)
     server, rules = settings.server, rules_of(settings)
     options: dict[str, Any] = {"storages": _storages(settings), "private": PRIVATE, "public": PUBLIC}
-    for key, option in (  # one more at a time, so that a mistake is blamed on its own key
+    for key, option in (  # one option more in each round, so that an error names the right key
         ("offload.rules", {}),
         ("server.root_path", {"prefix": server.root_path}),
         ("server.timeout_keep_alive", {"idle_seconds": server.timeout_keep_alive}),
@@ -38,29 +38,29 @@ def config_for(
 
 
 def _storages(settings: Settings) -> list[ObjectStorage]:
-    found = []
+    storages = []
     for name, source in settings.sources.items():
         if isinstance(source, StorageSettings) and source.url.startswith("s3://"):
             options: dict[str, Any] = {**source.options}
             with settings.blaming(f"sources.{name}"):
-                found.append(ObjectStorage(source.url, **options))
-    return found
+                storages.append(ObjectStorage(source.url, **options))
+    return storages
 
 
 def _check_proxy(proxy: str, settings: Settings) -> None:
-    """Raise `ConfigurationError` for settings with which this proxy would send nothing, or hide a route."""
+    """Raise `ConfigurationError` for settings with which this proxy would send no file, or would hide a route."""
     offload = settings.offload
     variable = "DOWNLOADVIEW_OFFLOAD__BACKEND"
     if offload.backend is None:
         raise settings.error(
             "offload.backend",
-            f"without it, the service sends everything itself: set it to {proxy!r}, here or by {variable}={proxy}, for "
+            f"not set, so the service sends all files itself: set it to {proxy!r}, here or by {variable}={proxy}, for "
             "the service too",
         )
     if offload.backend != proxy:
         raise settings.error(
             "offload.backend",
-            f"this is {offload.backend!r}, which {proxy} does not understand: set it to {proxy!r}, here or by "
+            f"{proxy} does not understand the headers for {offload.backend!r}: set it to {proxy!r}, here or by "
             f"{variable}={proxy}, for the service too",
         )
     if proxy_kinds()[proxy].hides_targets:
@@ -69,22 +69,23 @@ def _check_proxy(proxy: str, settings: Settings) -> None:
                 if rule.target and f"{settings.server.root_path}{route.path}".startswith(rule.target):
                     raise settings.error(
                         f"routes[{index}].path",
-                        f"{route.path!r} is below {rule.target!r}, the target of a rule, where no client gets: choose "
-                        "another target, such as /_files/",
+                        f"{route.path!r} is below {rule.target!r}, the target of a rule, which clients cannot reach: "
+                        "choose another target, such as /_files/",
                     )
 
 
 def _address(settings: Settings) -> str:
-    """Return where a proxy on this machine finds the service. Raises `ConfigurationError` where nobody knows."""
+    """Return the address of the service for a proxy on this machine. Raises `ConfigurationError` if it is unknown."""
     server = settings.server
     if server.ssl_certfile:
         raise settings.error(
-            "server.ssl_certfile", "the proxy speaks plain HTTP to the service: remove it, and give the proxy TLS"
+            "server.ssl_certfile",
+            "the proxy speaks plain HTTP to the service: remove it, and configure TLS in the proxy",
         )
     if server.fd is not None:
         raise settings.error("server.fd", "a proxy needs an address: give it with --service")
     if server.uds is not None:
         return f"unix:{os.path.abspath(server.uds)}"
     if server.port == 0:
-        raise settings.error("server.port", "a proxy needs a port that stays the same: give one, or --service")
+        raise settings.error("server.port", "the port must not change at each start: give a port, or --service")
     return server.address

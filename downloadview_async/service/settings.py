@@ -1,4 +1,4 @@
-"""What can be set, as types. A field's description says what it takes, and is what a wrong value is answered with."""
+"""All settings, as types. The description of a field says which values it takes; error messages repeat it."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ def _choice(names: Iterable[str]) -> str:
 
 
 class Unavailable(ConfigurationError):
-    """Something is not there now, but may be later: unlike other errors, it is worth starting again for."""
+    """Something is not available now but may be later, so that starting again can help."""
 
 
 class DatabaseUnavailable(Unavailable):
@@ -35,22 +35,22 @@ class DatabaseUnavailable(Unavailable):
 
 
 class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[server]`: options of uvicorn, under uvicorn's own names and with its meanings."""
+    """`[server]`: options of uvicorn, with the same names and meanings."""
 
     host: Annotated[str, Meta(description="the address to listen on, such as 127.0.0.1 or 0.0.0.0")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="a TCP port, 0 to 65535")] = 8000
     uds: Annotated[str, Meta(min_length=1, description="the path of a Unix socket to listen on")] | None = None
     fd: Annotated[int, Meta(ge=0, le=2**31 - 1, description="the number of an open socket to listen on")] | None = None
-    workers: Annotated[int, Meta(ge=1, le=1024, description="how many processes serve, 1 or more, at most 1024")] = 1
+    workers: Annotated[int, Meta(ge=1, le=1024, description="the number of worker processes, 1 to 1024")] = 1
     root_path: Annotated[
         str,
         Meta(
             pattern=r"^(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]+)*\Z",
-            description="the path a proxy serves this below, such as /downloads, of ASCII characters that a URL need "
-            "not encode, or empty",
+            description="the path below which a proxy serves this, such as /downloads, without characters that need "
+            "percent-encoding, or empty",
         ),
     ] = ""
-    proxy_headers: Annotated[bool, Meta(description="true to believe X-Forwarded-* of forwarded_allow_ips")] = True
+    proxy_headers: Annotated[bool, Meta(description="true to trust X-Forwarded-* from forwarded_allow_ips")] = True
     forwarded_allow_ips: (
         Annotated[str, Meta(description="addresses of trusted proxies, separated by commas, or *")] | None
     ) = None
@@ -59,25 +59,29 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         Meta(description="critical, error, warning, info, debug or trace"),
     ] = "info"
     access_log: Annotated[bool, Meta(description="true to log every request")] = True
-    use_colors: Annotated[bool, Meta(description="true or false; without it, colours on a terminal only")] | None = None
+    use_colors: Annotated[bool, Meta(description="true or false; by default, colours on a terminal only")] | None = None
     loop: Annotated[Literal["auto", "asyncio", "uvloop"], Meta(description="auto, asyncio or uvloop")] = "auto"
     http: Annotated[
         Literal["auto", "h11", "httptools"],
-        Meta(description="auto (sendfile, and stalled clients are dropped), or uvicorn's own h11 or httptools"),
+        Meta(description="auto (with sendfile, and stalled clients are disconnected), or uvicorn's h11 or httptools"),
     ] = "auto"
     stall_timeout: Annotated[
         _Seconds,
-        Meta(description="seconds a client may take less than minimum_rate, at most a year; needs http = auto"),
+        Meta(description="seconds that a client may receive less than minimum_rate, at most a year; needs http = auto"),
     ] = 60.0
-    minimum_rate: Annotated[int, Meta(ge=1, description="bytes per second that a client has to take")] = 64
-    backlog: Annotated[int, Meta(ge=1, le=2**31 - 1, description="connections that wait to be taken, 1 or more")] = 2048
-    limit_concurrency: Annotated[_Count, Meta(description="requests at once before 503 is answered")] | None = None
+    minimum_rate: Annotated[int, Meta(ge=1, description="bytes per second that a client must receive")] = 64
+    backlog: Annotated[
+        int, Meta(ge=1, le=2**31 - 1, description="connections that may wait to be accepted, 1 or more")
+    ] = 2048
+    limit_concurrency: (
+        Annotated[_Count, Meta(description="concurrent requests, above which new ones get 503")] | None
+    ) = None
     limit_max_requests: Annotated[_Count, Meta(description="requests after which a worker is replaced")] | None = None
     timeout_keep_alive: Annotated[
-        int, Meta(ge=0, le=_YEAR, description="seconds an idle connection is kept, at most a year")
+        int, Meta(ge=0, le=_YEAR, description="seconds that an idle connection stays open, at most a year")
     ] = 5
     timeout_graceful_shutdown: Annotated[
-        int, Meta(ge=0, le=_YEAR, description="seconds that downloads have to end, at most a year")
+        int, Meta(ge=0, le=_YEAR, description="seconds that running downloads have to finish, at most a year")
     ] = 30
     server_header: Annotated[bool, Meta(description="true to send a Server header")] = True
     date_header: Annotated[bool, Meta(description="true to send a Date header")] = True
@@ -87,7 +91,7 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
     @property
     def address(self) -> str:
-        """HOST:PORT by which a process on this machine reaches the service, if it listens on TCP."""
+        """HOST:PORT at which a process on this machine reaches the service, if it listens on TCP."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)  # noqa: S104
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
@@ -104,32 +108,31 @@ class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 
 
 class PresignSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[sources.NAME.presign]`: URLs by which clients fetch from an S3 store themselves."""
+    """`[sources.NAME.presign]`: presigned URLs, by which clients fetch files from an S3 store directly."""
 
     expires: Annotated[
         str,
         Meta(
             pattern=r"^[1-9][0-9]{0,6}[smhd]\Z",
-            description="how long a URL is good for, at most 7 days, such as 30s, 10m, 1h or 7d",
+            description="how long a URL is valid, at most 7 days, such as 30s, 10m, 1h or 7d",
         ),
     ] = "10m"
     public_endpoint: (
-        Annotated[str, Meta(description="the URL of the store for clients, if it is not that of `endpoint`")] | None
+        Annotated[str, Meta(description="the URL of the store for clients, if it is not the same as `endpoint`")] | None
     ) = None
 
 
 class CacheSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[sources.NAME.cache]`: a directory that the files of a source are kept in."""
+    """`[sources.NAME.cache]`: a directory that caches the files of a source."""
 
     path: Annotated[str, Meta(min_length=1, description="a directory, absolute or relative to the settings file")]
     max_bytes: Annotated[
-        int | str, Meta(description="what all files in it may take: a number of bytes, or such as 500MB or 10GiB")
+        int | str,
+        Meta(description="the maximum size of all cached files: a number of bytes, or a size such as 500MB or 10GiB"),
     ] = "10GiB"
     max_age: Annotated[
         float | str,
-        Meta(
-            description="how long a file is sent without asking for a newer one: seconds, or such as 90s, 10m, 2h, 1d"
-        ),
+        Meta(description="how long a cached file is sent without revalidation: seconds, or such as 90s, 10m, 2h, 1d"),
     ] = "1d"
 
 
@@ -137,50 +140,50 @@ _CACHE = "a [sources.NAME.cache] table"
 
 
 class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="storage"):
-    """`type = "storage"`: a storage by its URL."""
+    """`type = "storage"`: a storage, named by its URL."""
 
     url: Annotated[
         str,
         Meta(
             min_length=1,
-            description="file:///absolute/directory, file:directory beside this file, memory://, s3://bucket/prefix, "
-            "gs://bucket/prefix or az://container/prefix",
+            description="file:///absolute/directory, file:directory relative to the settings file, memory://, "
+            "s3://bucket/prefix, gs://bucket/prefix or az://container/prefix",
         ),
     ]
     options: Annotated[
         dict[str, str | bool | int],
-        Meta(description="a table of options of an object store, under the names that obstore has for them"),
+        Meta(description="a table of options for an object store, with the names that obstore uses"),
     ] = {}
     presign: (
         Annotated[PresignSettings, Meta(description='a table, for routes with send = "redirect"; s3:// only')] | None
     ) = None
     max_connections: (
-        Annotated[_Count, Meta(description="requests to an object store at once, 100 without it")] | None
+        Annotated[_Count, Meta(description="concurrent requests to an object store, by default 100")] | None
     ) = None
     names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] | None = None
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
 class ObjectSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="object"):
-    """`type = "object"`: rows of a database table, each with a file of another source."""
+    """`type = "object"`: rows of a database table, each with a file from another source."""
 
     database: Annotated[str, Meta(min_length=1, description="an SQLAlchemy URL with an asynchronous driver")]
     table: Annotated[str, Meta(min_length=1, description="a table or view, or schema.table")]
-    key: Annotated[str, Meta(min_length=1, description="the column that a URL's key is looked up in")]
+    key: Annotated[str, Meta(min_length=1, description="the column that is compared with the key in the URL")]
     file: Annotated[str, Meta(min_length=1, description="the column with the file's name in `source`")]
-    source: Annotated[str, Meta(min_length=1, description="the name of the source where the files live")]
-    filename: Annotated[str, Meta(description="the column with the name for clients")] | None = None
+    source: Annotated[str, Meta(min_length=1, description="the name of the source that holds the files")]
+    filename: Annotated[str, Meta(description="the column with the file name for clients")] | None = None
     content_type: Annotated[str, Meta(description="the column with the media type")] | None = None
 
 
 class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="remote"):
     """`type = "remote"`: the files below a URL."""
 
-    url: Annotated[str, Meta(min_length=1, description="an http or https URL that names are appended to")]
+    url: Annotated[str, Meta(min_length=1, description="an http or https URL to which file names are appended")]
     allow_hosts: Annotated[
-        list[str], Meta(description="a list of hosts that may be reached at private addresses or by a redirect")
+        list[str], Meta(description="a list of hosts that may be reached at private addresses or through a redirect")
     ] = []
-    max_connections: Annotated[_Count, Meta(description="upstream requests at once, 1 or more")] = 100
+    max_connections: Annotated[_Count, Meta(description="concurrent upstream requests, 1 or more")] = 100
     connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 10.0
     read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 30.0
     names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] = "portable"
@@ -188,7 +191,7 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
 
 class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="virtual"):
-    """`type = "virtual"`: files that a function makes."""
+    """`type = "virtual"`: files that a function generates."""
 
     factory: Annotated[
         str,
@@ -204,7 +207,7 @@ SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSetting
 
 
 class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[[routes]]`: which URLs are answered by which source."""
+    """`[[routes]]`: which source serves which URLs."""
 
     path: Annotated[str, Meta(description="a path with one parameter, such as /files/{path:path}")]
     source: Annotated[str, Meta(description="the name of one of the sources")]
@@ -215,13 +218,13 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
             Meta(
                 pattern=r"^[ -~]+\Z",
                 max_length=1024,
-                description="a Cache-Control header, such as private; leave it out to send none",
+                description="a Cache-Control header, such as private; omit it to send none",
             ),
         ]
         | None
     ) = None
     send: Annotated[Literal["redirect", "proxy", "stream"], Meta(description="redirect, proxy or stream")] | None = None
-    name: Annotated[str, Meta(min_length=1, description="what the page at / calls the route")] | None = None
+    name: Annotated[str, Meta(min_length=1, description="the name of the route on the page at /")] | None = None
     example: Annotated[
         str | list[str], Meta(description="a file, or a list of files, that the page at / links to")
     ] = []
@@ -233,7 +236,7 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
 
 
 class RuleSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[[offload.rules]]`: what a proxy can reach, and where it finds it."""
+    """`[[offload.rules]]`: which files a proxy can reach, and where."""
 
     source: Annotated[
         str,
@@ -244,14 +247,14 @@ class RuleSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
         ),
     ]
     target: (
-        Annotated[str, Meta(min_length=1, description="what the source is for the proxy, such as /_files/")] | None
+        Annotated[str, Meta(min_length=1, description="where the proxy finds the source, such as /_files/")] | None
     ) = None
 
 
 PROXY_OPTIONS: dict[str, ProxyOption] = {
     name: option for kind in proxy_kinds().values() for name, option in kind.options.items()
 }
-"""The keys of `[offload]` that some backend takes."""
+"""The keys of `[offload]` that some backend accepts."""
 
 if TYPE_CHECKING:
     _Backend = str
@@ -275,8 +278,8 @@ _WithOptions: Any = msgspec.defstruct(
 )
 
 
-class OffloadSettings(_WithOptions):  # type: ignore[misc]  # its options are those of the installed proxies
-    """`[offload]`: the proxy that sends files for us, if there is one, and the options of its backend."""
+class OffloadSettings(_WithOptions):  # type: ignore[misc]  # the options depend on the installed proxies
+    """`[offload]`: the proxy that sends the files, if any, and the options of its backend."""
 
 
 ContentTypes = Annotated[
@@ -286,10 +289,10 @@ ContentTypes = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings, checked as far as they can be without opening anything; directories are absolute.
+    """All settings, checked as far as possible without opening files or connections. Directories are absolute.
 
-    directory: where relative paths begin, and modules are imported from. origins: where a key was written, for
-    messages; what is not in there comes from `file`. content_types: by suffix, over the library's own table.
+    directory: relative paths begin there, and it is on the import path. origins: where each key was set, for messages;
+    a key that is missing there comes from `file`. content_types: media types by suffix; they override the library's.
     """
 
     file: str
@@ -307,7 +310,7 @@ class Settings:
 
     @contextmanager
     def blaming(self, key: str) -> Iterator[None]:
-        """Say which key a `ConfigurationError` raised inside is of, or a value that another library refuses."""
+        """Add the key to a `ConfigurationError` raised inside, and turn errors of other libraries into one."""
         try:
             yield
         except ConfigurationError as exc:
@@ -317,7 +320,7 @@ class Settings:
 
 
 def configuration_error(file: str, origins: Mapping[str, str], key: str, problem: str) -> ConfigurationError:
-    """Return the error of one line: where it is written, which key, what is wrong and what to do."""
+    """Return an error with one line: where the mistake is, in which key, what is wrong and what to do."""
     origin, part = file, key
     while part:
         if part in origins:
@@ -336,7 +339,7 @@ _TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def bytes_of(value: int | str) -> int | None:
-    """Return a number of bytes such as 4096, "500MB" or "10GiB"; None for any other text, and from 2^63 on."""
+    """Return the bytes of a size such as 4096, "500MB" or "10GiB"; None for any other text, and from 2^63 on."""
     if isinstance(value, str):
         match = re.fullmatch("([0-9]{1,19})[ ]?([A-Za-z]*)", value)
         if match is None or match[2] not in _UNITS:
@@ -348,7 +351,7 @@ def bytes_of(value: int | str) -> int | None:
 
 
 def seconds_of(value: float | str) -> float | None:
-    """Return a time such as 90, "90s", "10m", "2h" or "1d" in seconds; None for any other text, and above a century."""
+    """Return the seconds of a time such as 90, "90s", "10m", "2h" or "1d"; None for other text, and above 100 years."""
     if isinstance(value, str):
         match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)[ ]?([a-z]?)", value)
         if match is None or match[2] not in _TIMES:
@@ -366,7 +369,7 @@ def cache_of(source: SourceSettings) -> CacheSettings | None:
 
 
 def directory_of(source: SourceSettings) -> str | None:
-    """Return the local directory that a source serves, or None if it serves none."""
+    """Return the local directory that a source serves, or None if its files are not local."""
     if isinstance(source, PathSettings):
         return source.root
     if isinstance(source, StorageSettings) and (parts := urlsplit(source.url)).scheme == "file":
@@ -375,16 +378,16 @@ def directory_of(source: SourceSettings) -> str | None:
 
 
 def rules_of(settings: "Settings") -> list[Rule]:
-    """Return the rules for the proxy; a directory without a target is the same for both."""
+    """Return the rules for the proxy. Without a target, the proxy finds a directory at the same path."""
     return [Rule(rule.source, rule.target or rule.source) for rule in settings.offload.rules]
 
 
 def options_of(offload: OffloadSettings) -> dict[str, Any]:
-    """Return the options of the backend that are set."""
+    """Return those options of the backend that are set."""
     return {name: value for name in PROXY_OPTIONS if (value := getattr(offload, name)) is not None}
 
 
 def source_of_files(name: str, sources: Mapping[str, SourceSettings]) -> tuple[str, SourceSettings]:
-    """Return the source where the files themselves are, with its name: that of an object source is another one."""
+    """Return the name and the settings of the source that holds the files; an object source refers to another."""
     source = sources[name]
     return (source.source, sources[source.source]) if isinstance(source, ObjectSettings) else (name, source)

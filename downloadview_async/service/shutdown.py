@@ -1,6 +1,6 @@
-"""The end of the process: in time, even while plain code of a generator or a hung disk holds a thread.
+"""Graceful shutdown: the process ends in time, even while a blocking generator or a hung disk holds a thread.
 
-And not by SIGHUP, which a terminal sends when it is closed, and which others take for "read your settings again".
+SIGHUP does not end the process: a closing terminal sends it, and other servers reload their settings on it.
 """
 
 import asyncio
@@ -12,29 +12,29 @@ import threading
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_PATIENCE = 0.5  # seconds after the shutdown of the application, which comes after the time that downloads have to end
-HANGUP = "SIGHUP is ignored, and no download is cut: restart the service to have the settings read again"
+_PATIENCE = 0.5  # seconds after the application's shutdown, which waits for downloads
+HANGUP = "SIGHUP is ignored, and no download is cut: restart the service to read the settings again"
 
 
 def ignore_hangup() -> None:
-    """Ignore SIGHUP in this process, and in those that it starts."""
+    """Ignore SIGHUP in this process and in the processes that it starts."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 class EndsInTime:
-    """Ends the process half a second after the application's shutdown, should anything still run then.
+    """Ends the process half a second after the application's shutdown, even if a thread is still blocked.
 
-    Until then it says in the log that a SIGHUP is ignored.
+    Without this, the interpreter would wait for blocked threads, because a blocking call cannot be cancelled. Use it
+    only around the outermost application of a process that does nothing else.
 
-    A call that blocks cannot be cancelled: the event loop would wait for it, and the interpreter for its thread. This
-    is for the outermost application of a process that does nothing else.
+    While the application runs, each SIGHUP is ignored with a log line.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on, and start the clock with the last message of the lifespan."""
+        """Pass everything on, and start the timer at the last message of the lifespan."""
 
         async def send_and_start(message: Message) -> None:
             if message["type"] == "lifespan.shutdown.complete":
@@ -49,7 +49,7 @@ class EndsInTime:
 
 
 def _log_hangups() -> None:
-    with contextlib.suppress(RuntimeError, ValueError):  # not the main thread, which alone can have handlers
+    with contextlib.suppress(RuntimeError, ValueError):  # only the main thread can handle signals
         asyncio.get_running_loop().add_signal_handler(
             signal.SIGHUP, logging.getLogger("downloadview_async").warning, HANGUP
         )

@@ -1,4 +1,4 @@
-"""Several worker processes, and the process that starts them and listens for them."""
+"""The process that starts several worker processes, and listens for them."""
 
 import logging
 import os
@@ -11,20 +11,20 @@ _logger = logging.getLogger("downloadview_async")
 
 
 class Workers(Multiprocess):
-    """uvicorn's own, but its socket is closed when the workers are told to end, and SIGHUP ends no download.
+    """uvicorn's supervisor, changed: it stops listening when it tells the workers to end, and ignores SIGHUP.
 
-    The kernel accepts connections as long as any process has the socket. So those that come while the last downloads
-    are sent are refused at once: no worker would ever answer them.
+    The kernel accepts connections as long as any process holds the socket. Closing it refuses new connections while
+    the workers drain; otherwise those would wait for an answer that never comes.
     """
 
     def terminate_all(self) -> None:
         """Stop listening in this process, and tell the workers to end."""
         for listener in self.sockets:
             listener.close()
-        if self.config.fd is not None:  # the socket is a copy of it
+        if self.config.fd is not None:  # the socket is a duplicate of it
             os.close(self.config.fd)
         super().terminate_all()
 
     def handle_hup(self) -> None:
-        """Say that nothing happens: uvicorn would end each worker after `timeout_graceful_shutdown`."""
+        """Log that SIGHUP is ignored: uvicorn would restart the workers, and cut downloads that take longer."""
         _logger.warning(HANGUP)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Django's commands for this project: `python -m examples.django.manage migrate` in the checkout's directory."""
+"""Django's commands for this project: run `python -m examples.django.manage migrate` in the root of the checkout."""
 
 import os
 import sys

@@ -99,11 +99,11 @@ async def test_a_parameter_that_may_be_a_mounts_is_an_error() -> None:
     scope["app_root_path"] = ""
     download = Download(Nothing())
     for parameters in ({"tenant": "x"}, {"tenant": 7}):
-        with pytest.raises(ConfigurationError, match="give it key="):
+        with pytest.raises(ConfigurationError, match="pass key="):
             await download({**scope, "path_params": parameters}, _nothing, _nothing)
     with pytest.raises(ConfigurationError, match="needs key=, one of the route's parameters: one, two"):
         await download({**scope, "path": "/x/a/b", "path_params": {"one": "a", "two": "b"}}, _nothing, _nothing)
-    with pytest.raises(ConfigurationError, match="key='other', which is not a path parameter here: one"):
+    with pytest.raises(ConfigurationError, match="key='other', which is not a path parameter: use one of one"):
         await Download(Nothing(), key="other")({**scope, "path_params": {"one": "a"}}, _nothing, _nothing)
 
 

@@ -111,7 +111,7 @@ async def test_a_file_that_shrinks_aborts_after_an_exact_prefix(
     assert not answer.complete
     assert answer.body == content[: len(answer.body)]
     assert len(answer.body) >= BIG // 2 - 8 * MIB
-    assert "before what was promised" in caplog.text
+    assert "before the end of the promised content" in caplog.text
 
 
 async def test_a_file_that_is_rewritten_in_place_aborts(big: Path, caplog: pytest.LogCaptureFixture, http: Any) -> None:

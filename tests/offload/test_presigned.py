@@ -349,7 +349,7 @@ async def test_a_provider_that_fails_is_a_503() -> None:
 @pytest.mark.parametrize(
     "storage, options, said",
     [
-        (("memory:///", {}), {}, "only s3"),
+        (("memory:///", {}), {}, "use a storage at s3"),
         (("gs://bucket", {"skip_signature": True}), {}, "HMAC"),
         (("az://box", {"account_name": "a", "account_key": "QUJD"}), {}, "name and type"),
         (("s3://bucket", {"access_key_id": "a"}), {}, "(?i)secret_?access_?key"),
@@ -360,7 +360,7 @@ async def test_a_provider_that_fails_is_a_503() -> None:
             (
                 ("s3://bucket", {"access_key_id": "a", "secret_access_key": "b"}),
                 {"public_endpoint": endpoint},
-                "no endpoint",
+                "not an endpoint",
             )
             for endpoint in ("files.example.org", "ftp://x", "https://", "https://u:p@x", "https://x?y", "https://x:y")
         ],

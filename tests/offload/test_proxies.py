@@ -76,7 +76,7 @@ def test_a_kind_without_a_backend_sends_local_files_by_its_header() -> None:
     backend = dv.ProxyKind(**NAMED).make_backend(rules, storages=[])
     assert backend.headers_for(_At("/srv/a b")) == {"x-toy": "/_a/a%20b"}
     assert backend.headers_for(_At("/else/a b")) is None
-    with pytest.raises(dv.ConfigurationError, match=r"Toy sends local files: 'http://x/' is no absolute directory$"):
+    with pytest.raises(dv.ConfigurationError, match=r"Toy sends .*: 'http://x/' is not an absolute directory$"):
         dv.ProxyKind(**NAMED).make_backend([dv.Rule("http://x/", "/_a/")])
     by_path = dv.ProxyKind(**NAMED | {"targets": "directory", "encode": raw})
     assert by_path.make_backend([dv.Rule("/srv", "/mnt")]).headers_for(_At("/srv/a b")) == {"x-toy": "/mnt/a b"}
@@ -98,13 +98,13 @@ def test_a_header_is_left_to_backends_from_when_its_kind_is_made() -> None:
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"name": "a toy"}, "cannot be called 'a toy'"),
-        ({"name": ""}, "cannot be called ''"),
+        ({"name": "a toy"}, "'a toy' is not a valid name"),
+        ({"name": ""}, "'' is not a valid name"),
         (
             {"options": {"rules": dv.ProxyOption(bool, takes="true")}, "backend": dv.XReproxyURL},
-            "cannot be called 'rules'",
+            "'rules' is not a valid name",
         ),
-        ({"options": {"speed": dv.ProxyOption(int, takes="a number")}}, "has options, and no backend"),
+        ({"options": {"speed": dv.ProxyOption(int, takes="a number")}}, "has options, but no backend"),
         ({"header": "Content-Type"}, "cannot obey the header 'Content-Type'"),
         ({"controls": ("X-A: b",)}, "cannot obey the header 'X-A: b'"),
     ],

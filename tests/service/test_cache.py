@@ -100,15 +100,15 @@ def test_the_defaults_and_relative_paths(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ('max_bytes = "much"', "sources.reports.cache.max_bytes: 'much' is no size"),
-        ("max_bytes = 0", "sources.reports.cache.max_bytes: 0 is no size"),
-        ('max_age = "soon"', "sources.reports.cache.max_age: 'soon' is no time"),
+        ('max_bytes = "much"', "sources.reports.cache.max_bytes: 'much' is not a size"),
+        ("max_bytes = 0", "sources.reports.cache.max_bytes: 0 is not a size"),
+        ('max_age = "soon"', "sources.reports.cache.max_age: 'soon' is not a time"),
         ("max_ages = 1", "sources.reports.cache.max_ages: unknown key: did you mean 'max_age'"),
         ('[sources.files]\ntype = "path"\nroot = "."', "sources.reports.cache.path: the source 'files' serves"),
         ('[sources.files]\ntype = "path"\nroot = "cache/x"', "sources.reports.cache.path: the source 'files' serves"),
         (
             '[sources.two]\ntype = "remote"\nurl = "https://x.example"\ncache = {path = "cache", max_bytes = 5}',
-            "sources.two.cache: the cache '.*' of 'reports' has other limits",
+            "sources.two.cache: the cache '.*' of 'reports' has different limits",
         ),
     ],
 )
@@ -162,7 +162,9 @@ def test_a_route_is_sent_by_a_proxy_that_has_the_cache(tmp_path: Path, text: str
     build(load(tmp_path, by_proxy + RULE))
     (tmp_path / "files").mkdir()
     other = '[sources.files]\ntype = "path"\nroot = "files"\n' + RULE.replace('"cache"', '"files"')
-    with pytest.raises(ConfigurationError, match=r"no rule tells the proxy where 'reports' is: .* source '.*/cache'"):
+    with pytest.raises(
+        ConfigurationError, match=r"no rule tells the proxy where the files of 'reports' are: .* source '.*/cache'"
+    ):
         load(tmp_path, by_proxy + other)
 
 

@@ -244,7 +244,7 @@ def test_content_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
 def test_content_that_cannot_be_made_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "large.bin").mkdir()
-    with pytest.raises(ConfigurationError, match="the demo's content cannot be made"):
+    with pytest.raises(ConfigurationError, match="the demo's content cannot be created"):
         demo_content.make(tmp_path)
     assert [entry.name for entry in (tmp_path / "files").iterdir()] == ["large.bin"]
 

@@ -87,14 +87,14 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
     "a table twice": (b"[server]\n[server]\n", "not valid TOML"),
     "a date that is none": (b"[server]\nport = 2020-13-45\n", "not valid TOML"),
     "a date": (b"[server]\nport = 2020-12-31\n", "server.port: expected int, got"),
-    "a list for the server": (b"[[server]]\nport = 1\n", "server: this is a table"),
-    "a number for the server": ("server = 3\n", "server: this is a table"),
-    "a list for a source": (b'[[sources.files]]\ntype = "path"\n', "sources.files: a source is a table"),
+    "a list for the server": (b"[[server]]\nport = 1\n", "server: must be a table"),
+    "a number for the server": ("server = 3\n", "server: must be a table"),
+    "a list for a source": (b'[[sources.files]]\ntype = "path"\n', "sources.files: must be a table"),
     "a table for the routes": ('[routes]\npath = "/x"\n', "routes: expected array, got object"),
     "a table for the rules": ('[offload.rules]\nsource = "x"\n', "offload.rules: expected array, got object"),
     "an escape in a key": ('"a\\u001b[31m\\nb" = 1\n', "a control character in the key 'a\\x1b[31m\\nb'"),
     "an escape in the name of a source": ('[sources."a\\n\\u001b"]\ntype = "path"\n', "a control character in the key"),
-    "a direction mark in a value": ('[sources.a]\ntype = "\\u202e"\n', "no type '\\u202e'"),
+    "a direction mark in a value": ('[sources.a]\ntype = "\\u202e"\n', "unknown type '\\u202e'"),
     "an endless key": (
         b"a" * 100_000 + b" = 1\n",
         "unknown key: use one of content_types, offload, routes, server, sources",
@@ -129,15 +129,15 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
     ),
     "a century of cache": (
         '[sources.a]\ntype = "virtual"\nfactory = "m:f"\ncache = {path = "c", max_age = "999999999999d"}\n',
-        "sources.a.cache.max_age: '999999999999d' is no time",
+        "sources.a.cache.max_age: '999999999999d' is not a time",
     ),
     "an endless age": (
         '[sources.a]\ntype = "virtual"\nfactory = "m:f"\ncache = {path = "c", max_age = inf}\n',
-        "sources.a.cache.max_age: inf is no time",
+        "sources.a.cache.max_age: inf is not a time",
     ),
     "more bytes than there are": (
         '[sources.a]\ntype = "virtual"\nfactory = "m:f"\ncache = {path = "c", max_bytes = "999999999999999TiB"}\n',
-        "sources.a.cache.max_bytes: '999999999999999TiB' is no size",
+        "sources.a.cache.max_bytes: '999999999999999TiB' is not a size",
     ),
     "a URL that is good for ages": (
         '[sources.a]\ntype = "storage"\nurl = "s3://b"\npresign = {expires = "9999999d"}\n',
@@ -210,8 +210,8 @@ def test_a_hostile_file_is_refused_on_one_line(directory: Path, name: str) -> No
 
 
 VARIABLES = [
-    ("DOWNLOADVIEW_SERVER", "3", "DOWNLOADVIEW_SERVER: server: this is a table"),
-    ("DOWNLOADVIEW_SERVER", "[]", "DOWNLOADVIEW_SERVER: server: this is a table"),
+    ("DOWNLOADVIEW_SERVER", "3", "DOWNLOADVIEW_SERVER: server: must be a table"),
+    ("DOWNLOADVIEW_SERVER", "[]", "DOWNLOADVIEW_SERVER: server: must be a table"),
     ("DOWNLOADVIEW_SERVER", "{", "DOWNLOADVIEW_SERVER: not valid JSON"),
     ("DOWNLOADVIEW_SERVER", '{"a":' * 10_000, "DOWNLOADVIEW_SERVER: objects or lists are nested too deeply"),
     ("DOWNLOADVIEW_SERVER", "[" * 100_000, "DOWNLOADVIEW_SERVER: objects or lists are nested too deeply"),
@@ -241,7 +241,7 @@ def test_a_hostile_variable_is_refused_on_one_line(directory: Path, name: str, v
 
 
 def test_an_option_over_a_server_that_is_no_table(directory: Path) -> None:
-    assert "server: this is a table" in refused(directory, "server = 3\n", "--port", "1")
+    assert "server: must be a table" in refused(directory, "server = 3\n", "--port", "1")
 
 
 def test_it_is_so_for_the_command_and_for_uvicorn(directory: Path) -> None:

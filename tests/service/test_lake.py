@@ -96,7 +96,11 @@ WRONG: list[tuple[str, str, str]] = [
         "https://files.example.org",
     ),
     (LAKE + REDIRECT, "routes[0].send", "add [sources.lake.presign]"),
-    (f'{LAKE}{PRESIGN}[sources.lake.cache]\npath = "cache"\n{REDIRECT}', "sources.lake.presign", "needs no cache"),
+    (
+        f'{LAKE}{PRESIGN}[sources.lake.cache]\npath = "cache"\n{REDIRECT}',
+        "sources.lake.presign",
+        "cannot have both presign and cache",
+    ),
     (f'{FILES}{FILES_ROUTE}send = "redirect"\n', "routes[0].send", "choose proxy or stream"),
     (f'{FILES}{FILES_ROUTE}send = "sometimes"\n', "routes[0].send", "redirect, proxy or stream"),
     (f'{FILES}{FILES_ROUTE}send = "proxy"\n', "routes[0].send", "set offload.backend"),
@@ -111,12 +115,12 @@ WRONG: list[tuple[str, str, str]] = [
         "(s3://downloads/lake, http://127.0.0.1:8333/downloads/lake)",
     ),
     (f"{LAKE}{ROUTE}{NGINX.replace('nginx', 'apache')}{S3_RULE}", "offload: ", "X-Sendfile sends local files"),
-    (f"{LAKE}{ROUTE}{NGINX.replace('nginx', 'h2o')}{S3_RULE}", "offload: ", "keep those files in a cache"),
+    (f"{LAKE}{ROUTE}{NGINX.replace('nginx', 'h2o')}{S3_RULE}", "offload: ", "Keep these files in a cache"),
     *[
         (
             f'{LAKE}{ROUTE}send = "proxy"\n{NGINX.replace("nginx", backend)}{S3_RULE}',
             "routes[0].send",
-            f"{backend} sends local files, and those of 'lake' are elsewhere: add [sources.lake.cache] and a rule",
+            f"{backend} sends only local files, and those of 'lake' are not local: add [sources.lake.cache] and a rule",
         )
         for backend in ("apache", "lighttpd", "h2o", "litespeed")
     ],
@@ -173,7 +177,7 @@ def test_a_rule_for_a_cached_lake_is_for_its_cache(tmp_path: Path, backend: str)
     sending = f'{ROUTE}send = "proxy"\n{NGINX.replace("nginx", backend)}'
     cached = f'{LAKE}[sources.lake.cache]\npath = "cache"\n{sending}'
     build(load(tmp_path, f'{cached}[[offload.rules]]\nsource = "cache"\ntarget = "/_cache/"\n'))
-    assert "no source lives under 's3://downloads/lake'" in refusal(tmp_path, cached + S3_RULE)
+    assert "no source has files below 's3://downloads/lake'" in refusal(tmp_path, cached + S3_RULE)
 
 
 @pytest.mark.parametrize("backend", ["nginx", "caddy"])

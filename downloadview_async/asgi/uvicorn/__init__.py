@@ -1,1 +1,1 @@
-"""`DownloadProtocol` for uvicorn: `protocol` has it, the other modules have one part of it each."""
+"""`DownloadProtocol` for uvicorn. It is in `protocol`; each other module has one part of it."""

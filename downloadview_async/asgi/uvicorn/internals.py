@@ -81,7 +81,7 @@ __all__ = [
 ]
 
 KNOWN_UVICORN = ("0.38.0", "0.54.0")
-"""The oldest and the newest uvicorn that all of this has been tested with."""
+"""The oldest and the newest version of uvicorn that this package is tested with."""
 
 
 def uvicorn_warning(version: str) -> str | None:
@@ -90,9 +90,9 @@ def uvicorn_warning(version: str) -> str | None:
     if oldest <= installed <= newest:
         return None
     return (
-        f"uvicorn {version} is not known to DownloadProtocol, which is tested with {KNOWN_UVICORN[0]} to "
-        f"{KNOWN_UVICORN[1]} and builds on their inner parts. If downloads fail, install one of these, or let uvicorn "
-        "send by itself: --http httptools"
+        f"uvicorn {version} is not known to DownloadProtocol, which uses undocumented parts of uvicorn and is tested "
+        f"with {KNOWN_UVICORN[0]} to {KNOWN_UVICORN[1]}. If downloads fail, install one of these versions, or use "
+        "uvicorn's own protocol: --http httptools"
     )
 
 
@@ -101,5 +101,5 @@ if (_warning := uvicorn_warning(uvicorn.__version__)) is not None:
 
 
 def protocol_of(cycle: RequestResponseCycle) -> Any:
-    """Return the protocol of a cycle, which knows only that method of it that ends an answer."""
+    """Return the protocol of a cycle. The cycle only refers to one of its methods, `on_response_complete`."""
     return cycle.on_response.__self__  # type: ignore[attr-defined]

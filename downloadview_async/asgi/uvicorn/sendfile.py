@@ -1,4 +1,4 @@
-"""Path sends: the kernel copies an open file to the socket of the client, one window after the other."""
+"""Path sends: the kernel copies an open file to the client's socket, one window after another."""
 
 import asyncio
 import os
@@ -16,8 +16,8 @@ from downloadview_async.sources.local.path import LocalFile
 from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
-_WINDOW = 256 << 10  # bytes that are looked for in the page cache, and sent, in one turn: other clients wait so long
-_FEW = 128  # bytes that the transport gets when the socket takes no more, so that it waits for the client
+_WINDOW = 256 << 10  # bytes that are sent in one turn, while other clients wait
+_FEW = 128  # bytes that go through the transport when the socket is full: the transport then waits for the client
 
 _refusals = Refusals("sendfile")
 
@@ -60,10 +60,10 @@ async def send_path(connection: Sending, cycle: Answer, message: Message) -> Non
 
 
 async def send_file(connection: Sending, cycle: Answer, message: Message) -> None:
-    """Send the span of an open file that is lent by the message.
+    """Send the span of the open file that the message lends.
 
-    It is one coroutine, since each of thousands of waiting clients has one. Raises `TransferAborted` if the file has
-    less than was promised of it, or cannot be read.
+    This is one coroutine and not several, because thousands of clients may wait in it. Raises `TransferAborted` if the
+    file has fewer bytes than promised, or cannot be read.
     """
     loop, transport = connection.loop, connection.transport
     lent: LentFile = message["descriptor"]
@@ -72,7 +72,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
         if cycle.disconnected:
             return
         if not cycle.response_started:
-            raise RuntimeError("a path send before the start of its response")
+            raise RuntimeError("the application sent a path send before the start of its response")
         offset = message.get("offset", 0)
         count = 0
         if cycle.scope["method"] == "HEAD":
@@ -82,7 +82,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
         else:
             count = message.get("count", cycle.expected_content_length)
             if count > cycle.expected_content_length:
-                raise RuntimeError("a path send of more than Content-Length has promised")
+                raise RuntimeError("the application sent a path send of more bytes than Content-Length promises")
             cycle.expected_content_length -= count  # uvicorn counts down only what it sends itself
         while count and not connection.is_lost:
             if transport.get_write_buffer_size():
@@ -105,7 +105,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 except BlockingIOError:
                     by_transport = min(count, _FEW)  # only the transport may wait for its socket
                 except ConnectionError:
-                    if not connection.is_lost:  # a worker may learn this before uvicorn does
+                    if not connection.is_lost:  # a worker thread may see this before uvicorn does
                         connection.flushed = loop.create_future()
                         transport.abort()
                         # Until uvicorn knows that the client has left, it would log the answer as a broken one.
@@ -123,7 +123,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 if sent > _FEW:
                     await turn(loop)
             if sent == 0:
-                raise TransferAborted(f"the file ended {count} bytes before what was promised of it")
+                raise TransferAborted(f"the file ended {count} bytes before the end of the promised content")
             offset += sent
             count -= sent
         if connection.is_lost:
@@ -144,7 +144,7 @@ async def _send_in_chunks(file: OpenLocalFile, offset: int, count: int | None, c
 
 
 async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: int, length: int) -> int:
-    """Send a window that is not in the page cache by a thread, which may wait for the disk. Return the bytes sent."""
+    """Send a window that is not in the page cache from a thread, which may wait for the disk. Return the bytes sent."""
     number = os.dup(socket_number(connection))  # the number itself may become another connection's meanwhile
     try:
         return await file.workers.run(os.sendfile, number, file.descriptor, offset, length, patience=MID_TRANSFER)
@@ -153,9 +153,9 @@ async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: 
 
 
 def _flush(connection: Sending) -> "asyncio.Future[None]":
-    """Return a future that is done when the transport has sent all that it holds.
+    """Return a future that is done when the transport has sent everything that it holds.
 
-    What the kernel sends from the file has to follow that.
+    The kernel may send the file only after that.
     """
     connection.flushed = connection.loop.create_future()
     # The transport calls `pause_writing` now, and `resume_writing` when it holds nothing any more.
@@ -164,7 +164,7 @@ def _flush(connection: Sending) -> "asyncio.Future[None]":
 
 
 def end_flush(connection: Sending) -> None:
-    """Let a path send go on that waits for the transport: it has sent all, or the connection is lost."""
+    """Let a path send that waits for the transport continue: all is sent, or the connection is lost."""
     flushed, connection.flushed = connection.flushed, None
     if flushed is not None:
         if not connection.is_lost:

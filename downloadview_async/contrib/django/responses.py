@@ -138,7 +138,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         offload: bool = True,
     ) -> None:
         if status < 200 or status in (204, 205, 304):
-            raise ValueError(f"a response with the status {status} has no body to send a file in")
+            raise ValueError(f"a response with the status {status} has no body, so it cannot send a file")
         _check_file(file_instance, basename)
         self.file = file_instance
         self.attachment = attachment

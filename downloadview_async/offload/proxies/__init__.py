@@ -1,4 +1,4 @@
-"""The registry of proxies: one value for each module of this package, and those that installed packages add."""
+"""The registry of proxies: one `ProxyKind` for each module of this package, and those that installed packages add."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,14 +22,14 @@ _OURS = (NGINX, APACHE, LIGHTTPD, CADDY, H2O, LITESPEED)
 
 @cache
 def proxy_kinds() -> Mapping[str, ProxyKind]:
-    """Return the kinds of proxies by their names: those of this package, then those of installed ones.
+    """Return the kinds of proxies by name: those of this package, then those of installed packages.
 
-    A package adds one by an entry point of the group `downloadview_async.proxies`, which names a `ProxyKind`.
+    A package adds a `ProxyKind` by an entry point of the group `downloadview_async.proxies` that names it.
 
-    Raises `ConfigurationError` for an entry point that cannot be loaded or names something else, and for two kinds with
-    one name, or with different options of one name.
+    Raises `ConfigurationError` for an entry point that cannot be loaded or names another object, for two kinds with the
+    same name, and for different options with the same name.
     """
-    from importlib.metadata import entry_points  # an application that only makes a backend does not need it
+    from importlib.metadata import entry_points  # importing it takes time, and most applications do not need it
 
     kinds = {kind.name: kind for kind in _OURS}
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
@@ -37,9 +37,11 @@ def proxy_kinds() -> Mapping[str, ProxyKind]:
         try:
             kind = point.load()
         except Exception as exc:  # importing the module may raise anything
-            raise ConfigurationError(f"{origin} cannot be loaded ({type(exc).__name__}: {exc}): correct it") from exc
+            raise ConfigurationError(
+                f"{origin} cannot be loaded ({type(exc).__name__}: {exc}): correct or uninstall its package"
+            ) from exc
         if not isinstance(kind, ProxyKind):
-            raise ConfigurationError(f"{origin} is not a ProxyKind: name one")
+            raise ConfigurationError(f"{origin} is not a ProxyKind: let the entry point name one")
         if kinds.setdefault(kind.name, kind) is not kind:
             raise ConfigurationError(f"{origin} is a second proxy with the name {kind.name!r}: rename it")
         for name, option in kind.options.items():

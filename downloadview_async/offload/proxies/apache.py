@@ -1,4 +1,4 @@
-"""Apache with mod_xsendfile: X-Sendfile, an absolute path. See https://tn123.org/mod_xsendfile/."""
+"""Apache with mod_xsendfile: X-Sendfile with an absolute path. See https://tn123.org/mod_xsendfile/."""
 
 import re
 from collections.abc import Iterable
@@ -13,22 +13,22 @@ from downloadview_async.offload.rules import Rule
 ENCODING = ProxyOption(
     Literal["raw", "percent"], takes="raw or percent", default="raw", lacking="no choice of encodings"
 )
-"""How mod_xsendfile before 1.0 reads X-Sendfile is raw; mod_xsendfile 1.0 and lighttpd percent-decode it."""
+"""How X-Sendfile is read: raw by mod_xsendfile before 1.0, percent-decoded by mod_xsendfile 1.0 and lighttpd."""
 
 
 class XSendfile(LocalFiles):
-    """Apache with mod_xsendfile, and lighttpd: X-Sendfile with an absolute path.
+    """The backend for Apache with mod_xsendfile and for lighttpd: X-Sendfile with an absolute path.
 
     rules: their targets are directories as the proxy sees them.
-    encoding: "raw" for Apache's mod_xsendfile before 1.0, which takes the bytes of the path as they are; "percent"
-    for lighttpd and for mod_xsendfile 1.0, which decode them.
+    encoding: "raw" for mod_xsendfile before 1.0, which takes the bytes of the path as they are. "percent" for
+    mod_xsendfile 1.0 and lighttpd, which percent-decode the path.
 
-    Raises `ConfigurationError` for a target that is no absolute directory, and for an unknown encoding.
+    Raises `ConfigurationError` for a target that is not an absolute directory, and for an unknown encoding.
     """
 
     def __init__(self, rules: Iterable[Rule], *, encoding: Literal["raw", "percent"]) -> None:
         if encoding not in ("raw", "percent"):
-            raise ConfigurationError(f"encoding is 'raw' (Apache) or 'percent' (lighttpd), not {encoding!r}")
+            raise ConfigurationError(f"encoding has to be 'raw' (Apache) or 'percent' (lighttpd), not {encoding!r}")
         super().__init__(
             rules,
             title="X-Sendfile",
@@ -68,7 +68,7 @@ def _configuration(site: ProxySite) -> str:
 
 
 def _with_encoded_slashes(site: ProxySite) -> str:
-    """Return `refused` for Apache, which leaves a %2F in the path where the application reads a slash."""
+    """Return `refused` for Apache, which leaves %2F in the path as it is, where the application reads a slash."""
     before, after = f"^{literal(site.prefix)}/", site.refused.partition(literal(site.private))[2]
     return before + literal(site.private[1:]).replace("/", "(?:/|%2[Ff])") + after
 
@@ -76,7 +76,7 @@ def _with_encoded_slashes(site: ProxySite) -> str:
 def _word(site: ProxySite, directory: str) -> str:
     relative, path = site.seen(directory)
     if "${" in path:
-        raise ConfigurationError(f"{path!r}: Apache cannot have a ${{ that is no variable: use another name")
+        raise ConfigurationError(f"{path!r}: a path in Apache's configuration cannot have ${{: use another name")
     return f'"${{PWD}}/{escaped(path)}"' if relative else quoted(path)
 
 

@@ -1,4 +1,4 @@
-"""Caddy: X-Accel-Redirect, as its configuration has it.
+"""Caddy: X-Accel-Redirect, which its configuration has to handle.
 
 See https://caddyserver.com/docs/caddyfile/directives/reverse_proxy#intercepting-responses.
 """
@@ -40,7 +40,7 @@ def _configuration(site: ProxySite) -> str:
     for target, other in itertools.pairwise(folded):
         if other.startswith(target):
             raise ConfigurationError(
-                f"{other!r} is below {target!r} for Caddy, which takes a for A: choose another name"
+                f"the target {other!r} is equal to or below {target!r}, since Caddy ignores case: choose another name"
             )
     blocks = [
         template("Caddyfile-files", target=rule.target, directory=_word(site.seen(rule.source)[1] or "./"))
@@ -82,11 +82,13 @@ def _word(path: str) -> str:
     if _PLAIN.fullmatch(path):
         return path
     if "{" in path or "}" in path:
-        raise ConfigurationError(f"{path!r}: Caddy cannot have braces that are no placeholder: use another name")
+        raise ConfigurationError(f"{path!r}: a path in Caddy's configuration cannot have braces: use another name")
     if "`" not in path:
-        return f"`{path}`"  # nothing is special in there
+        return f"`{path}`"  # no character is special between backticks
     if "\\" in path:
-        raise ConfigurationError(f"{path!r}: Caddy cannot have both a backslash and a backtick: use another name")
+        raise ConfigurationError(
+            f"{path!r}: a path in Caddy's configuration cannot have both a backslash and a backtick: use another name"
+        )
     return quoted(path)
 
 

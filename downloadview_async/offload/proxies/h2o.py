@@ -1,4 +1,4 @@
-"""H2O: X-Reproxy-URL, an internal URI. See https://h2o.examp1e.net/configure/reproxy_directives.html."""
+"""H2O: X-Reproxy-URL with an internal URI. See https://h2o.examp1e.net/configure/reproxy_directives.html."""
 
 from collections.abc import Iterable
 
@@ -8,14 +8,15 @@ from downloadview_async.offload.places import LocalFiles, percent_encoded
 from downloadview_async.offload.render import ProxySite, filled, quoted, template
 from downloadview_async.offload.rules import Rule
 
-_WHOLE = "/_whole/"  # where the configuration has H2O ask itself
+_WHOLE = "/_whole/"  # below this path, the configuration makes H2O send requests to itself
 
 
 class XReproxyURL(LocalFiles):
-    """H2O: X-Reproxy-URL with an internal URI, percent-encoded.
+    """The backend for H2O: X-Reproxy-URL with an internal URI, percent-encoded.
 
-    rules: their sources are directories, such as that of a `Cache`, and their targets URIs that begin and end with a
-    slash: those of paths in H2O's configuration. H2O keeps none of our headers by itself: see `deploy/h2o/h2o.conf`.
+    rules: their sources are directories, such as that of a `Cache`. Their targets are URIs that begin and end with a
+    slash, the paths in H2O's configuration. H2O drops all our headers unless it is configured as in
+    `deploy/h2o/h2o.conf`.
 
     Raises `ConfigurationError` for another source or target.
     """
@@ -27,8 +28,8 @@ class XReproxyURL(LocalFiles):
             header="x-reproxy-url",
             targets="uri",
             encode=percent_encoded,
-            hint="What it fetches from another server it breaks off for a client that is slower than that server: keep "
-            "those files in a cache, and give the rule the directory of the cache",
+            hint="H2O breaks off a file of another server if the client is slower than that server. Keep these files "
+            "in a cache, and write the directory of the cache in the rule",
         )
 
 
@@ -61,7 +62,9 @@ _PRIVATE = """\
 def _configuration(site: ProxySite) -> str:
     for rule in site.rules:
         if rule.target.startswith(_WHOLE):
-            raise ConfigurationError(f"the target {rule.target!r} is H2O's own here: choose another, such as /_files/")
+            raise ConfigurationError(
+                f"H2O's configuration needs the target {rule.target!r} itself: choose another, such as /_files/"
+            )
     service = f"http://[unix:{site.socket}]" if site.socket else f"http://{site.authority}"
     directories = [(rule.target, quoted(site.seen(rule.source)[1] or "./")) for rule in site.rules]
     rules = ""
@@ -102,7 +105,7 @@ H2O = ProxyKind(
     encode=percent_encoded,
     backend=XReproxyURL,
     hides_targets=True,
-    replaced_headers=("Content-Type",),  # it goes by the name of the file
+    replaced_headers=("Content-Type",),  # H2O makes it from the name of the file
     configuration=_configuration,
     remedies={
         "not obeyed": "`reproxy: ON` in the host",

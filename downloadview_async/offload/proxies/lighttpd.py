@@ -1,4 +1,4 @@
-"""lighttpd: X-Sendfile, an absolute path that it percent-decodes.
+"""lighttpd: X-Sendfile with an absolute path, which it percent-decodes.
 
 See https://redmine.lighttpd.net/projects/lighttpd/wiki/X-LIGHTTPD-send-file.
 """
@@ -51,7 +51,7 @@ def _configuration(site: ProxySite) -> str:
 
 def _word(site: ProxySite, directory: str) -> str:
     relative, path = site.seen(directory)
-    escaped = path.replace('"', '\\"')  # a backslash is one already
+    escaped = path.replace('"', '\\"')  # lighttpd takes a backslash as it is
     return f'env.PWD + "/{escaped}"' if relative else f'"{escaped}"'
 
 

@@ -1,4 +1,4 @@
-"""LiteSpeed: X-LiteSpeed-Location, an internal URI. Nobody here has seen LiteSpeed obey it."""
+"""LiteSpeed: X-LiteSpeed-Location with an internal URI. It has not been tested with LiteSpeed itself."""
 
 from collections.abc import Iterable
 
@@ -8,12 +8,12 @@ from downloadview_async.offload.rules import Rule
 
 
 class XLiteSpeedLocation(LocalFiles):
-    """LiteSpeed: X-LiteSpeed-Location with an internal URI. The header is tested, LiteSpeed itself is not.
+    """The backend for LiteSpeed: X-LiteSpeed-Location with an internal URI. Only the header has been tested.
 
-    How LiteSpeed reads a percent sign is not known here, so a name is sent by it only if that makes no difference: one
-    of ASCII letters, digits and `_.-~`. Other files are streamed.
+    We do not know how LiteSpeed reads a percent sign. So it sends only files whose path has ASCII letters, digits,
+    `_.-~` and slashes alone. Other files are streamed.
 
-    rules: their sources are directories, and their targets URIs that begin and end with a slash.
+    rules: their sources are directories. Their targets are URIs that begin and end with a slash.
 
     Raises `ConfigurationError` for another source or target.
     """

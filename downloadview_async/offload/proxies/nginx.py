@@ -1,4 +1,7 @@
-"""nginx: X-Accel-Redirect, an internal URI. See https://nginx.org/en/docs/http/ngx_http_core_module.html#internal."""
+"""nginx: X-Accel-Redirect with an internal URI.
+
+See https://nginx.org/en/docs/http/ngx_http_core_module.html#internal.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -18,20 +21,20 @@ _CHARSET = re.compile("[A-Za-z0-9_.:-]+")
 
 
 class XAccelRedirect:
-    """nginx, and Caddy: X-Accel-Redirect with an internal URI, percent-encoded.
+    """The backend for nginx and Caddy: X-Accel-Redirect with an internal URI, percent-encoded.
 
-    A file of another server has the URI of its rule's target alone, and X-Offload-Target with what the proxy asks that
-    server for. It is for a GET alone: HEAD is answered here.
+    For a file of another server, X-Accel-Redirect has the target of the rule, and X-Offload-Target the path and query
+    that the proxy requests from that server. A proxy sends such a file only for a GET: HEAD is answered here.
 
     rules: their targets are URIs that begin and end with a slash: those of `internal` locations for nginx, those of
-    `handle_path` below `handle_response` for Caddy. A source may be an object store's: `s3://BUCKET/PREFIX`.
-    storages: the object stores that sources of rules are of; S3 alone. What the proxy asks for is signed by their keys,
-    but for one with `skip_signature`.
-    buffering, charset, expires ("off", or a number of seconds), limit_rate (bytes per second): nginx's own handling
-    of this answer, see https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_ignore_headers. None leaves it
-    to nginx's configuration. Caddy has none of them.
+    `handle_path` in `handle_response` for Caddy. A source may be in an object store: `s3://BUCKET/PREFIX`.
+    storages: the object stores of such sources. Only S3 is possible. Their keys sign the requests of the proxy, unless
+    a storage has `skip_signature`.
+    buffering, charset, expires ("off", or a number of seconds), limit_rate (bytes per second): how nginx handles this
+    answer, see https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_ignore_headers. None leaves it to
+    nginx's configuration. Caddy has none of these.
 
-    Raises `ConfigurationError` for a target or an option that nginx would not take, and for a store without a key.
+    Raises `ConfigurationError` for a target or an option that nginx would refuse, and for a store without a key.
     """
 
     def __init__(
@@ -51,26 +54,26 @@ class XAccelRedirect:
             self._options["x-accel-buffering"] = "yes" if buffering else "no"
         if charset is not None:
             if not _CHARSET.fullmatch(charset):
-                raise ConfigurationError(f"no charset: {charset!r}")
+                raise ConfigurationError(f"charset is {charset!r}, which is not a charset: write one such as utf-8")
             self._options["x-accel-charset"] = charset
         if expires is not None:
             if expires != "off" and not _is_natural(expires):
-                raise ConfigurationError(f"expires is a number of seconds or 'off', not {expires!r}")
+                raise ConfigurationError(f"expires has to be a number of seconds or 'off', not {expires!r}")
             self._options["x-accel-expires"] = str(expires)
         if limit_rate is not None:
             if not _is_natural(limit_rate):
                 raise ConfigurationError(
-                    f"limit_rate is a number of bytes per second, 0 for no limit, not {limit_rate!r}"
+                    f"limit_rate has to be a number of bytes per second, 0 for no limit, not {limit_rate!r}"
                 )
             self._options["x-accel-limit-rate"] = str(limit_rate)
 
     def headers_for(self, file: AsyncFile) -> Mapping[str, str] | None:
-        """Return X-Accel-Redirect and the options, or None for a file that no rule covers."""
+        """Return X-Accel-Redirect and the options, or None for a file that no rule covers: send it yourself."""
         location = file.location
         return None if location is None else self._kept(location)
 
     async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the headers with what the proxy asks a store for, signed. Raises `SourceUnavailable`."""
+        """Return the headers with a signed X-Offload-Target if a store has the file. Raises `SourceUnavailable`."""
         return await self._places.signed(file, headers)
 
     def _headers(self, location: str) -> Mapping[str, str] | None:
@@ -151,7 +154,7 @@ def _configuration(site: ProxySite) -> str:
 
 def _word(text: str) -> str:
     if "$" in text:
-        raise ConfigurationError(f"{text!r}: nginx cannot have a $ that is no variable: use another name")
+        raise ConfigurationError(f"{text!r}: a path in nginx's configuration cannot have a $: use another name")
     return text if re.fullmatch("[A-Za-z0-9_./:-]+", text) else quoted(text)
 
 

@@ -1,1 +1,1 @@
-"""`downloadview check`: compares a running installation with what its settings promise."""
+"""`downloadview check`: compares a running installation with its settings."""

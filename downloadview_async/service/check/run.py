@@ -338,7 +338,7 @@ class _Run:
         return outcome, f"they send {lost[0]}" if lost else ""
 
     def _why_streamed(self, file: File) -> tuple[str, str]:
-        """Return why the service itself sends a file, and the remedy ("") if the route asks for the proxy."""
+        """Return why the service itself sends a file, and the remedy: "" if the route does not ask for the proxy."""
         location = file.file.location
         if self.site.settings.offload.backend is None:
             return "", ""

@@ -1,4 +1,4 @@
-"""The page at `/`: what is served here, for people. It needs no script, no cookie and nothing from elsewhere."""
+"""The page at `/`, which lists the routes for people. It uses no scripts, no cookies and no other resources."""
 
 import base64
 import hashlib
@@ -19,18 +19,18 @@ _KINDS = {
     "storage": "a storage",
     "object": "rows of a database",
     "remote": "another server",
-    "virtual": "made when asked for",
+    "virtual": "generated on request",
 }
 
 
 class IndexPage:
-    """Answers with a list of the routes, and links to the examples that the settings give for each."""
+    """Answers with a list of the routes, and links to the examples of each route."""
 
     def __init__(self, settings: Settings) -> None:
         style = files(__name__).joinpath("index.css").read_text(encoding="utf-8")
         template = files(__name__).joinpath("index.html").read_text(encoding="utf-8")
         self._template = Environment(autoescape=True, trim_blocks=True).from_string(template)
-        self._style = Markup(style)  # noqa: S704 - our own file
+        self._style = Markup(style)  # noqa: S704 - a file of this package
         self._routes = [(route, _KINDS[_type_of(settings, route)]) for route in settings.routes]
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         self._headers = {

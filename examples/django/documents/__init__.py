@@ -1,1 +1,1 @@
-"""The application: documents that belong to somebody."""
+"""The application `documents`: each document belongs to a user."""

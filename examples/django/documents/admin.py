@@ -1,4 +1,4 @@
-"""The admin's pages for documents, with a link to the download."""
+"""The admin pages for documents, with links to the downloads."""
 
 from django.contrib import admin
 from django.utils.html import format_html
@@ -9,7 +9,7 @@ from examples.django.documents.models import Document
 
 @admin.register(Document)
 class DocumentAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
-    """A list with links. In the form, "Currently:" is a shared link, the URL that the storage gives."""
+    """The list links to each download. In the form, the link after "Currently:" is the signed URL of the storage."""
 
     list_display = ["name", "owner", "added", "download"]
     list_filter = ["owner"]

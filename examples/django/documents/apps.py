@@ -1,10 +1,10 @@
-"""The application's name for Django."""
+"""The configuration of the application."""
 
 from django.apps import AppConfig
 
 
 class DocumentsConfig(AppConfig):
-    """Documents that belong to somebody."""
+    """The application `documents`."""
 
     name = "examples.django.documents"
     default_auto_field = "django.db.models.BigAutoField"

@@ -1,4 +1,4 @@
-"""What the demo has: its users' password, and their files."""
+"""The content of the demo: its users, their password and their files."""
 
 PASSWORD = "demo"
 MIB = 1024 * 1024

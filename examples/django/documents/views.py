@@ -1,4 +1,4 @@
-"""The page that lists the documents, and the download, which asks for the permission."""
+"""The list of documents, and the download, which checks the permission."""
 
 from typing import Any
 
@@ -12,25 +12,25 @@ from examples.django.documents.models import Document, is_staff
 
 
 class DocumentList(LoginRequiredMixin, ListView):  # type: ignore[type-arg]
-    """The user's own documents; all of them for the staff."""
+    """The documents of the user, or all documents for the staff."""
 
     model = Document
     context_object_name = "documents"
 
     def get_queryset(self) -> QuerySet[Document]:
-        """Return the documents that the user may have."""
+        """Return the documents that the user may download."""
         documents = Document.objects.select_related("owner")
         return documents if is_staff(self.request.user) else documents.filter(owner=self.request.user.pk)
 
 
 class DocumentDownload(LoginRequiredMixin, ObjectDownloadView):
-    """The file of a document, under the name that the document has."""
+    """The file of a document, sent with the document's name."""
 
     model = Document
     basename_field = "name"
 
     def get_object(self, queryset: Any = None) -> Document:
-        """Return the document if the user may have it."""
+        """Return the document. Raises `PermissionDenied` if the user may not download it."""
         document: Document = super().get_object(queryset)
         if not document.may_be_read_by(self.request.user):
             raise PermissionDenied

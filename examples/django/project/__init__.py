@@ -1,1 +1,1 @@
-"""The project: settings, URLs, and the ASGI application."""
+"""The Django project: settings, URLs and the ASGI application."""

@@ -1,7 +1,7 @@
-"""The settings of the project. What a deployment changes comes from the environment.
+"""The settings of the project. Environment variables set what differs between deployments.
 
-DJANGO_SECRET_KEY: required without DJANGO_DEBUG, which is on by default. EXAMPLE_DATA: the directory of the database
-and the files. EXAMPLE_OFFLOAD=nginx: nginx sends the files, as in `examples/django/nginx.conf`.
+DJANGO_DEBUG: 1, the default, or 0. DJANGO_SECRET_KEY: required if DJANGO_DEBUG is 0. EXAMPLE_DATA: the directory of the
+database and the files. EXAMPLE_OFFLOAD: nginx, to let nginx send the files, as in `examples/django/nginx.conf`.
 """
 
 import os
@@ -13,7 +13,7 @@ PACKAGE = "examples.django"
 DATA = Path(os.environ.get("EXAMPLE_DATA") or Path(__file__).parents[1] / "data").absolute()
 
 DEBUG = os.environ.get("DJANGO_DEBUG", "1") == "1"
-# Another one with each start would do no harm but to sessions and links: whoever has one logs in again.
+# A random key changes at each start, which ends all sessions and invalidates shared links.
 SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY") or (get_random_secret_key() if DEBUG else "")
 ALLOWED_HOSTS = os.environ.get("DJANGO_ALLOWED_HOSTS", "").split()
 
@@ -55,13 +55,13 @@ DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": DATA / 
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
 TIME_ZONE = "UTC"
-INTERNAL_IPS = ["127.0.0.1"]  # who sees the hint on the login page
+INTERNAL_IPS = ["127.0.0.1"]  # these addresses see the hint on the login page
 STATIC_URL = "/static/"
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = "documents"
 LOGOUT_REDIRECT_URL = "login"
 
-# The files. No web server has this directory: the views give them out, the shared links among them.
+# The directory of the files. Only the views serve it, not a web server; the shared links lead to a view too.
 MEDIA_ROOT = DATA / "files"
 STORAGES = {
     "default": {
@@ -73,6 +73,6 @@ STORAGES = {
 DOWNLOADVIEW_URL_EXPIRATION = 3600  # seconds
 
 if os.environ.get("EXAMPLE_OFFLOAD") == "nginx":
-    # The last one: it sees what the views return, and all others see what it makes of that.
+    # The last in the list, so that it handles the responses of the views first.
     MIDDLEWARE.append("downloadview_async.contrib.django.SmartDownloadMiddleware")
     DOWNLOADVIEW = {"BACKEND": "nginx", "RULES": [{"source_dir": MEDIA_ROOT, "destination_url": "/_files/"}]}

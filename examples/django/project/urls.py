@@ -14,17 +14,17 @@ from examples.django.documents.views import DocumentDownload, DocumentList
 
 
 def static_file(request: HttpRequest, path: str) -> Any:
-    """Answer with a static file of an installed application, such as the admin's stylesheet."""
-    found = finders.find(path)
-    if not isinstance(found, str):
+    """Return a static file of an installed application, such as the stylesheet of the admin."""
+    file = finders.find(path)
+    if not isinstance(file, str):
         raise Http404
-    return sendfile(request, found)
+    return sendfile(request, file)
 
 
 urlpatterns = [
     path("", DocumentList.as_view(), name="documents"),
     path("documents/<int:pk>/", DocumentDownload.as_view(), name="download"),
-    # Where the storage's URLs lead: whoever has been given one needs no account.
+    # The URLs of the storage lead here. They are signed, so a person with such a link does not need an account.
     path("shared/<path:path>", signature_required(StorageDownloadView.as_view()), name="shared"),
     path("login/", LoginView.as_view(redirect_authenticated_user=True), name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),

@@ -19,7 +19,7 @@ class Migration(migrations.Migration):
             name="Document",
             fields=[
                 ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
-                ("name", models.CharField(help_text="What the file is called when it is saved.", max_length=200)),
+                ("name", models.CharField(help_text="The name of the file when it is downloaded.", max_length=200)),
                 ("file", models.FileField(upload_to="%Y/%m/")),
                 ("added", models.DateTimeField(auto_now_add=True)),
                 (

@@ -1,4 +1,4 @@
-"""`manage.py demo`: makes three users and their files, where they are not there yet."""
+"""`manage.py demo`: creates three users and their files, if they do not exist yet."""
 
 from typing import Any
 
@@ -12,14 +12,16 @@ from examples.django.documents.models import Document
 
 
 class Command(BaseCommand):
-    """Makes the content of the demo. For a project with DEBUG alone: everybody knows the password."""
+    """Creates the content of the demo. It needs DEBUG, because the password is public."""
 
-    help = f"Makes the users ada, grace and admin, with the password {PASSWORD!r}, and files of theirs."
+    help = f"Creates the users ada, grace and admin, with the password {PASSWORD!r}, and their files."
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Make what is missing. Raises `CommandError` without DEBUG."""
+        """Create what is missing. Raises `CommandError` without DEBUG."""
         if not settings.DEBUG:
-            raise CommandError("the demo's users have a password that everybody knows: not without DEBUG")
+            raise CommandError(
+                "the demo's users have a public password: set DJANGO_DEBUG=1, or create users of your choice"
+            )
         users = User.objects
         if not users.filter(username="admin").exists():
             users.create_superuser("admin", password=PASSWORD)
