@@ -1,4 +1,4 @@
-"""The pytest plugin. pytest loads it at every start, so it imports nothing that a test has not asked for."""
+"""The pytest plugin. pytest loads it at every start, so it imports the library only for a test that uses it."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def download_call() -> "Callable[..., Awaitable[Recording]]":
-    """`downloadview_async.testing.call`: send one request to an ASGI application, and get a `Recording`."""
+    """Return `downloadview_async.testing.call`, which sends one request to an ASGI application."""
     from downloadview_async.testing import call
 
     return call

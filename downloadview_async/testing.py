@@ -1,10 +1,10 @@
-"""For your own tests: call an ASGI application with a client that can leave, and check what it answered.
+"""For the tests of applications: call an ASGI application with a client that can leave, and check its answer.
 
     answer = await call(app, "/files/report.pdf", headers={"Range": "bytes=0-7"})
     assert_download_response(answer, status=206, filename="report.pdf", content=b"%PDF-1.7")
 
-The assertions take a `Recording` as well as the responses of httpx2, httpx and Starlette's `TestClient`. What is
-expected to be None is not checked.
+The assertions take a `Recording`, or a response of httpx2, httpx or Starlette's `TestClient`. An expected value of None
+is not checked.
 """
 
 import os
@@ -26,10 +26,10 @@ _PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_TOKEN})[ \t]*=[ \t]*(?:({_TOKEN})|"((
 
 @dataclass(slots=True)
 class Recording:
-    """All that an application did with one request.
+    """Everything that an application did with one request.
 
-    messages: what it sent, in order, up to the moment the client left. dropped: how many messages it sent after that.
-    error: the exception it raised. cancelled: whether it ended by the cancellation that was asked for.
+    messages: the messages that it sent until the client left, in order. dropped: how many messages it sent after that.
+    error: the exception that it raised. cancelled: whether `cancel_after_bytes` cancelled it.
     """
 
     method: str
@@ -40,27 +40,27 @@ class Recording:
 
     @property
     def started(self) -> bool:
-        """Whether the response has begun: there are a status and headers."""
+        """Whether the response has begun, so that there are a status and headers."""
         return any(message["type"] == "http.response.start" for message in self.messages)
 
     @property
     def complete(self) -> bool:
-        """Whether the response came to its proper end. An aborted one did not."""
+        """Whether the response has ended properly. False for an aborted one."""
         return any(_is_last(message) for message in self.messages)
 
     @property
     def status(self) -> int:
-        """The status. Raises `AssertionError` where the response has not begun."""
+        """The status. Raises `AssertionError` if the response has not begun."""
         return int(self._start["status"])
 
     @property
     def headers(self) -> Headers:
-        """The headers, looked up in any case; `getlist` gives all of one name. Raises `AssertionError` like status."""
+        """The headers, whose names ignore case. Raises `AssertionError` if the response has not begun."""
         return Headers(raw=list(self._start.get("headers", ())))
 
     @property
     def body(self) -> bytes:
-        """The bytes of the body that the client got."""
+        """The bytes of the body that the client has got."""
         return b"".join(_bytes_of(message) for message in self.messages)
 
     @property
@@ -68,7 +68,7 @@ class Recording:
         for message in self.messages:
             if message["type"] == "http.response.start":
                 return message
-        raise AssertionError(f"the application has not begun a response; it sent {self.messages!r}")
+        raise AssertionError(f"the application has not begun a response, it sent {self.messages!r}")
 
 
 def _bytes_of(message: Message) -> bytes:
@@ -97,17 +97,18 @@ async def call(
     cancel_after_bytes: int | None = None,
     raise_errors: bool = True,
 ) -> Recording:
-    """Return what `app` does with one request.
+    """Send one request to `app`, and return what it did.
 
-    path: decoded, without the query. headers: names in any case; pairs where a name comes twice. extensions: what the
-    server offers. scope: further entries, such as `path_params`.
-    leave_after_bytes, leave_after_messages: the client is gone once it has got as much (0: before anything). As with
-    real servers, `receive` says `http.disconnect`, and `send` does not raise: it drops, and does not wait.
-    stall_after_bytes: the client stops reading: `send` never returns. The application has to give up, or the caller.
-    cancel_after_bytes: the client stops reading, and the application is cancelled inside `send`.
-    raise_errors: whether an exception of the application is raised, or only recorded.
+    path: decoded, without the query. headers: names in any case. Pass pairs if a name occurs twice. extensions: the
+    extensions that the server offers. scope: further entries of the scope, such as `path_params`.
+    leave_after_bytes, leave_after_messages: the client leaves after so many bytes or messages, with 0 before the first.
+    As with real servers, `receive` then returns `http.disconnect`, and `send` drops messages without raising.
+    stall_after_bytes: the client stops reading after so many bytes, and `send` never returns. Either the application or
+    the caller has to give up.
+    cancel_after_bytes: the client stops reading after so many bytes, and the application is cancelled inside `send`.
+    raise_errors: whether an exception of the application is raised. It is recorded in any case.
 
-    Raises `RuntimeError` in the application for messages in an order that ASGI does not allow.
+    Raises `RuntimeError` in the application for a message that ASGI does not allow at this point.
     """
     recording = Recording(method)
     client = _Client(
@@ -146,7 +147,7 @@ async def call(
 
 
 class _Client:
-    """The other side of a connection: `receive` and `send` as a server gives them."""
+    """The other side of a connection: `receive` and `send` of a server."""
 
     def __init__(
         self,
@@ -175,7 +176,7 @@ class _Client:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        # No checkpoint here: the `send` of a real server returns at once as long as its buffers have room.
+        # No checkpoint here: the `send` of a real server returns at once while its buffers have room.
         self._check_order(message)
         if self._gone.is_set():
             self._recording.dropped += 1
@@ -195,10 +196,10 @@ class _Client:
     def _check_order(self, message: Message) -> None:
         kind = message["type"]
         if not kind.startswith("http.response."):
-            raise RuntimeError(f"not a message of a response: {kind!r}")
+            raise RuntimeError(f"{kind!r} is not a message of a response")
         if self._recording.complete:
             raise RuntimeError(f"{kind!r} after the end of the response")
-        # what was sent to a client that had left is not recorded, so nothing can be said of its order
+        # messages to a client that has left are not recorded, so their order cannot be checked
         if self._recording.dropped == 0 and not self._gone.is_set():
             if kind == "http.response.start" and self._recording.started:
                 raise RuntimeError("a second http.response.start")
@@ -225,13 +226,13 @@ def assert_download_response(
     content_type: str | None = None,
     status: int = 200,
 ) -> None:
-    """Check a response that sends a file itself; `AssertionError` says what was expected, and what was found.
+    """Check a response that sends a file itself. `AssertionError` tells the expected and the actual value.
 
-    content: the bytes of the body, or text in UTF-8. filename: the name a client would save the file under (filename*
-    where there is one, decoded by RFC 8187). attachment: False means inline. content_type: without parameters, those
-    that are found do not matter.
+    content: the bytes of the body, or text in UTF-8. filename: the name under which a client saves the file: filename*
+    if there is one, decoded by RFC 8187. attachment: False means inline. content_type: without parameters, it is
+    compared without those of the response.
 
-    No offload header may be there, and a `Recording` has to be complete and as long as its Content-Length.
+    There must be no offload header. A `Recording` has to be complete and as long as its Content-Length.
     """
     seen = _Seen(response)
     seen.check("status", status, seen.status)
@@ -258,9 +259,9 @@ def assert_x_accel_redirect(
 ) -> None:
     """Check a response that makes nginx send the file.
 
-    redirect_url: the internal URI as it is in the header, percent-encoded. The other expectations are those of
-    `XAccelRedirect` and `assert_download_response`. The body has to be empty, the status 200, and no header may speak
-    of ranges: nginx answers those.
+    redirect_url: the internal URI in the header, percent-encoded. The other arguments are those of `XAccelRedirect` and
+    `assert_download_response`. The body has to be empty, the status 200, and no header may be about ranges: nginx
+    evaluates Range itself.
     """
     seen = _Seen(response)
     _check_offload(seen, "x-accel-redirect", redirect_url.encode())
@@ -287,7 +288,7 @@ def assert_x_sendfile(
 ) -> None:
     """Check a response that makes Apache or lighttpd send the file.
 
-    file_path: the path as the proxy sees it. encoding: as given to `XSendfile`. Otherwise as
+    file_path: the path as the proxy sees it. encoding: that of the `XSendfile`. All else is as in
     `assert_x_accel_redirect`.
     """
     path = os.fspath(file_path)
@@ -297,7 +298,7 @@ def assert_x_sendfile(
 
 
 class _Seen:
-    """A response of any of the known kinds, as raw values."""
+    """The raw values of a response of any kind that the assertions take."""
 
     def __init__(self, response: Any) -> None:
         self._response = response
@@ -318,14 +319,14 @@ class _Seen:
         value = self.raw(name)
         return None if value is None else value.decode("latin-1")
 
-    def check(self, what: str, expected: object, found: object) -> None:
-        if expected != found:
-            shown = "it is absent" if found is None else f"found {found!r}"
+    def check(self, what: str, expected: object, actual: object) -> None:
+        if expected != actual:
+            shown = "it is absent" if actual is None else f"found {actual!r}"
             raise AssertionError(f"{what}: expected {expected!r}, {shown}")
 
     def check_absent(self, name: str) -> None:
-        if (found := self.raw(name)) is not None:
-            raise AssertionError(f"{name}: expected to be absent, found {found!r}")
+        if (value := self.raw(name)) is not None:
+            raise AssertionError(f"{name}: expected to be absent, found {value!r}")
 
 
 def _check_framing(recording: Recording) -> None:
@@ -335,20 +336,20 @@ def _check_framing(recording: Recording) -> None:
         raise AssertionError(f"expected a complete response, it broke off after {len(recording.body)} bytes")
     length = recording.headers.get("content-length")
     if length is not None and recording.method != "HEAD" and recording.status != 304:
-        found = len(recording.body)
-        if length != str(found):
-            raise AssertionError(f"content-length: it promises {length!r} bytes, the body has {found}")
+        actual = len(recording.body)
+        if length != str(actual):
+            raise AssertionError(f"content-length: it promises {length!r} bytes, the body has {actual}")
 
 
-def _check_content(expected: bytes, found: bytes) -> None:
-    if expected == found:
+def _check_content(expected: bytes, actual: bytes) -> None:
+    if expected == actual:
         return
     at = next(
-        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(map(len, (expected, found)))
+        (i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b), min(map(len, (expected, actual)))
     )
     raise AssertionError(
-        f"content: expected {len(expected)} bytes, found {len(found)}; from byte {at} on "
-        f"expected {expected[at : at + 20]!r}, found {found[at : at + 20]!r}"
+        f"content: expected {len(expected)} bytes, found {len(actual)}; from byte {at} on "
+        f"expected {expected[at : at + 20]!r}, found {actual[at : at + 20]!r}"
     )
 
 
@@ -356,10 +357,10 @@ def _check_presentation(
     seen: _Seen, *, content_type: str | None, filename: str | None, attachment: bool | None
 ) -> None:
     if content_type is not None:
-        found = seen.header("content-type")
-        if found is not None and ";" not in content_type:
-            found = found.partition(";")[0].rstrip()
-        seen.check("content-type", content_type, found)
+        actual = seen.header("content-type")
+        if actual is not None and ";" not in content_type:
+            actual = actual.partition(";")[0].rstrip()
+        seen.check("content-type", content_type, actual)
     if filename is None and attachment is None:
         return
     kind, name = _disposition(seen.raw("content-disposition"))
@@ -370,7 +371,7 @@ def _check_presentation(
 
 
 def _disposition(value: bytes | None) -> tuple[str | None, str | None]:
-    """Return the type, and the name by which a client saves the file, RFC 6266 section 4.3."""
+    """Return the type, and the name under which a client saves the file [RFC 6266 4.3]."""
     if value is None:
         return None, None
     text = value.decode("latin-1")
@@ -399,12 +400,12 @@ def _disposition(value: bytes | None) -> tuple[str | None, str | None]:
 
 def _check_offload(seen: _Seen, name: str, expected: bytes) -> None:
     seen.check("status", 200, seen.status)
-    found = seen.raw(name)
-    if found != expected:
-        shown = "it is absent: the file was streamed" if found is None else f"found {found!r}"
+    actual = seen.raw(name)
+    if actual != expected:
+        shown = "it is absent: the file was streamed" if actual is None else f"found {actual!r}"
         raise AssertionError(f"{name}: expected {expected!r}, {shown}")
-    own = {key for key in OFFLOAD_HEADERS if key.startswith("x-accel-")} if name == "x-accel-redirect" else {name}
-    for other in sorted((OFFLOAD_HEADERS | {"accept-ranges", "content-range"}) - own):
+    allowed = {key for key in OFFLOAD_HEADERS if key.startswith("x-accel-")} if name == "x-accel-redirect" else {name}
+    for other in sorted((OFFLOAD_HEADERS | {"accept-ranges", "content-range"}) - allowed):
         seen.check_absent(other)
     if (length := seen.header("content-length")) is not None:
         seen.check("content-length", "0", length)

@@ -1,6 +1,6 @@
-"""Django on ASGI: views, files, responses and middlewares, under the names that django-downloadview's users know.
+"""Django on ASGI and WSGI: views, files, responses and middlewares, with the names of django-downloadview.
 
-What means different things to different proxies is in `nginx`, `apache` and `lighttpd`.
+The middlewares and decorators for a single proxy are in `nginx`, `apache` and `lighttpd`.
 """
 
 from downloadview_async.contrib.django import legacy as _legacy  # noqa: F401 - its import paths

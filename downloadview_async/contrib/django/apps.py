@@ -1,11 +1,11 @@
-"""The Django application: with it in INSTALLED_APPS, `manage.py check` looks at the downloads too."""
+"""The Django application. With it in INSTALLED_APPS, `manage.py check` checks the downloads too."""
 
 from django.apps import AppConfig
 from django.core.checks import register
 
 
 class DownloadViewConfig(AppConfig):
-    """Registers the system checks; it has no models."""
+    """Registers the system checks. It has no models."""
 
     name = "downloadview_async.contrib.django"
     label = "downloadview_async"

@@ -1,8 +1,8 @@
-"""`get_asgi_application`: Django on ASGI, which sends files by what the server has for that, and starts no threads.
+"""`get_asgi_application`: Django on ASGI. It sends files by the server's path send, and avoids needless threads.
 
-Django's own handler goes through a thread of the request's own twice for each request, also where all of it is
-asynchronous: for the signals at its beginning and end, whose usual receivers look after database connections of that
-thread. A thread that has not been there before has none. Here it is started only for who needs it.
+Django's own handler uses a separate thread twice for each request, even if the whole project is asynchronous: for the
+signals `request_started` and `request_finished`. Their usual receivers close the database connections of that thread,
+and a new thread has none. This handler starts the thread only if something needs it.
 """
 
 import asyncio
@@ -33,25 +33,25 @@ from downloadview_async.sources.local.open_file import local_of
 
 logger = logging.getLogger("downloadview_async")
 
-# Receivers that have nothing to do after a request without a thread of its own: a new thread has no connections to
-# databases. Caches have none either, as long as nobody has used one.
+# Receivers that have nothing to do after a request that used no thread: a new thread has no database connections.
+# Caches have no connections either, as long as the request has used none.
 _IDLE = {close_caches, close_old_connections, reset_queries, reset_urlconf}
 _receivers: dict[Signal, tuple[list[Any], bool]] = {}
 
 
 def get_asgi_application() -> "DownloadASGIHandler":
-    """Return the project as an ASGI application, as Django's function of this name does."""
+    """Return the project as an ASGI application, like Django's function of this name."""
     django.setup(set_prefix=False)
     return DownloadASGIHandler()
 
 
 class DownloadASGIHandler(ASGIHandler):
-    """Django's own handler, but for the bytes of a `DownloadResponse`, and for threads that nobody needs."""
+    """Django's handler, except that it sends a `DownloadResponse` itself and starts no needless threads."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request."""
         if scope["type"] != "http":
-            raise ValueError(f"Django answers HTTP, not {scope['type']}")
+            raise ValueError(f"Django answers only HTTP, not {scope['type']}")
         async with ThreadSensitiveContext() as context:
             try:
                 await self._handle(scope, receive, send, context)
@@ -82,7 +82,7 @@ class DownloadASGIHandler(ASGIHandler):
             except asyncio.CancelledError:  # in the view
                 await signals.request_finished.asend(sender=type(self))
                 if not leaving.done():
-                    raise  # not by the client: by who has called us
+                    raise  # the caller has cancelled this, the client has not left
             else:
                 await self._close(answered, context)
             finally:
@@ -98,7 +98,7 @@ class DownloadASGIHandler(ASGIHandler):
         return response
 
     async def read_body(self, receive: Any) -> IO[bytes]:
-        """Return the body of a request: an empty one without a file. Raises `RequestAborted`."""
+        """Return the body of a request. An empty body needs no temporary file. Raises `RequestAborted`."""
         first = await receive()
         if first["type"] == "http.request" and not first.get("body") and not first.get("more_body", False):
             return io.BytesIO()
@@ -110,7 +110,7 @@ class DownloadASGIHandler(ASGIHandler):
         return await super().read_body(again)
 
     async def run_get_response(self, request: HttpRequest) -> HttpResponseBase:
-        """Return the response to a request, finished if it is a download that nobody has finished yet."""
+        """Return the response to a request. Finish it if it is an unfinished download."""
         response: HttpResponseBase = await super().run_get_response(request)
         if isinstance(response, DownloadResponse) and not response.is_finished:
             try:
@@ -144,7 +144,7 @@ class DownloadASGIHandler(ASGIHandler):
             await response.release()
 
     async def _close(self, response: HttpResponseBase, context: ThreadSensitiveContext) -> None:
-        """Close a response, and say that the request is finished: in a thread, unless nobody needs one."""
+        """Close a response, and send `request_finished`: in a thread, unless nothing needs one."""
         is_plain = type(response).close in (HttpResponse.close, DownloadResponse.close)
         if (
             not is_plain
@@ -153,7 +153,7 @@ class DownloadASGIHandler(ASGIHandler):
         ):
             await sync_to_async(response.close)()
             return
-        # all that `close` and its signal would do
+        # the same as `close` and its signal would do
         reset_urlconf(sender=type(self))
         closers, response._resource_closers = response._resource_closers, []  # type: ignore[attr-defined]  # noqa: SLF001
         for close in closers:
@@ -163,15 +163,15 @@ class DownloadASGIHandler(ASGIHandler):
 
 
 def _leave(answering: "asyncio.Task[HttpResponseBase]", leaving: "asyncio.Task[None]") -> None:
-    """Stop answering a client that has left, which `leaving` says by an exception."""
+    """Cancel the answer if the client has left: `leaving` then ends with an exception."""
     if not leaving.cancelled() and leaving.exception() is not None:
         answering.cancel()
 
 
 def _end_thread(context: ThreadSensitiveContext) -> "Future[None] | None":
-    """Have the request's thread, if it has one, close its connections to databases and end. Return when it has.
+    """Have the request's thread close its database connections and end. Return its future, or None without a thread.
 
-    CONN_MAX_AGE would keep them for the next request, which has another thread.
+    CONN_MAX_AGE would keep the connections for the next request, but that has another thread.
     """
     executor = SyncToAsync.context_to_thread_executor.pop(context, None)
     if executor is None:
@@ -182,7 +182,7 @@ def _end_thread(context: ThreadSensitiveContext) -> "Future[None] | None":
 
 
 def _somebody_listens(signal: Signal) -> bool:
-    """Return whether a signal has receivers that have something to do after a request without a thread of its own."""
+    """Return whether a signal has receivers that have something to do after a request that used no thread."""
     seen, idle = _receivers.get(signal, (None, True))
     if seen != signal.receivers:
         synchronous, asynchronous = signal._live_receivers(DownloadASGIHandler)  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""One event loop in a thread of its own, for code that blocks: under WSGI, and in tests with Django's `Client`."""
+"""An event loop in a background thread, for synchronous code: under WSGI, and in tests with Django's `Client`."""
 
 import asyncio
 import os
@@ -14,13 +14,13 @@ from downloadview_async.contrib.django.calling import has_running_loop
 T = TypeVar("T")
 
 _lock = threading.Lock()
-_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a fork has the dictionary, but not the thread
-# What is iterated: garbage collection would close the generators within it one by one, and all at the same time.
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a forked process has the dictionary, but not the thread
+# Iterators in use. Garbage collection would close the nested generators of one separately and concurrently.
 _iterated: set[AsyncIterator[bytes]] = set()
 
 
 def background_loop() -> asyncio.AbstractEventLoop:
-    """Return the loop of this process. Its thread is started with the first call and ends with the process."""
+    """Return the loop of this process. The first call starts its thread, which ends with the process."""
     with _lock:
         loop = _loops.get(os.getpid())
         if loop is None:
@@ -32,10 +32,10 @@ def background_loop() -> asyncio.AbstractEventLoop:
 
 
 def _run(loop: asyncio.AbstractEventLoop, starter: int) -> None:
-    """Run the loop for ever. `starter` is the system's number of the thread that has started this one."""
+    """Run the loop for ever. `starter` is the native id of the thread that has started this one."""
     if threading.get_native_id() == starter:
         _keep_running_loops_apart()
-    # a task, not run_forever: anyio keeps its worker threads as long as the loop's first task runs
+    # a task, not run_forever: anyio keeps its worker threads while the loop's first task runs
     loop.run_until_complete(_never_ends())
 
 
@@ -44,45 +44,45 @@ async def _never_ends() -> None:
 
 
 def _keep_running_loops_apart() -> None:
-    """Make asyncio's running loop one of each greenlet in this thread.
+    """Make asyncio's running loop a property of each greenlet in this thread.
 
-    Where gevent or eventlet has patched `threading`, the loop's thread and those of the requests are greenlets of one
-    thread of the system. asyncio notes for that thread which loop runs in it, so without this every request would seem
-    to run in our loop: Django then refuses to use the ORM, and our views return coroutines.
+    If gevent or eventlet has patched `threading`, the loop's thread and the threads of the requests are greenlets of
+    one native thread. asyncio stores the running loop by native thread, so without this every request would seem to
+    run in our loop: Django would refuse to use the ORM, and our views would return coroutines.
     """
-    from greenlet import gettrace, settrace  # installed, since one of the two is
+    from greenlet import gettrace, settrace  # gevent and eventlet both install it
 
     if not isinstance(previous := gettrace(), _Apart):  # a forked process has it already
         settrace(_Apart(previous))
 
 
 class _Apart:
-    """Keeps the running loop of each greenlet while another one runs. It is called after each switch of greenlets."""
+    """Keeps the running loop of each greenlet while another greenlet runs. It is called after each switch."""
 
     def __init__(self, previous: Callable[[str, tuple[Any, Any]], object] | None) -> None:
         self._previous = previous
         self._loops: WeakKeyDictionary[Any, asyncio.AbstractEventLoop] = WeakKeyDictionary()
 
     def __call__(self, event: str, greenlets: tuple[Any, Any]) -> None:
-        """Put the running loop of the greenlet that has been left away, and set that of the one that goes on."""
+        """Store the running loop of the greenlet that was left, and set that of the one that resumes."""
         left, resumed = greenlets
-        running = asyncio._get_running_loop()  # noqa: SLF001 - documented, for those who implement event loops
+        running = asyncio._get_running_loop()  # noqa: SLF001 - documented for implementers of event loops
         if running is not None:
             self._loops[left] = running
-        own = self._loops.pop(resumed, None) if self._loops else None
-        if own is not running:
-            asyncio._set_running_loop(own)  # noqa: SLF001
+        loop = self._loops.pop(resumed, None) if self._loops else None
+        if loop is not running:
+            asyncio._set_running_loop(loop)  # noqa: SLF001
         if self._previous is not None:
             self._previous(event, greenlets)
 
 
 def run_in_background(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Wait for a coroutine that runs in the background loop, and return what it returns. Raises what it raises."""
+    """Run a coroutine in the background loop, wait for it, and return its result. Raises what it raises."""
     return asyncio.run_coroutine_threadsafe(coroutine, background_loop()).result()
 
 
 def iterate_in_background(chunks: AsyncIterator[bytes]) -> Iterator[bytes]:
-    """Yield what an asynchronous iterator yields, which runs in the background loop, one item at a time."""
+    """Yield the items of an asynchronous iterator, which runs in the background loop."""
 
     async def following() -> bytes | None:
         with suppress(StopAsyncIteration):
@@ -94,8 +94,8 @@ def iterate_in_background(chunks: AsyncIterator[bytes]) -> Iterator[bytes]:
         while (chunk := run_in_background(following())) is not None:
             yield chunk
     finally:
-        # Whoever collects garbage may be the one who ends this: the loop's own thread, which must not wait for itself,
-        # or the interpreter at its end, when that thread does not run any more.
+        # Garbage collection may end this generator: in the loop's own thread, which must not wait for itself, or at
+        # the end of the interpreter, when that thread no longer runs.
         if not sys.is_finalizing():
             closing = asyncio.run_coroutine_threadsafe(_close(chunks), background_loop())
             if not has_running_loop():

@@ -1,4 +1,4 @@
-"""`DualView`: one view for both kinds of callers, those with an event loop and those without."""
+"""`DualView`: one view for callers with an event loop and for callers without one."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from django.db import connections
 
 
 def has_running_loop() -> bool:
-    """Return whether an event loop runs in this thread: who calls this cannot block, and can await."""
+    """Return whether an event loop runs in this thread: then the caller can await, and must not block."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -20,16 +20,16 @@ def has_running_loop() -> bool:
 
 
 async def close_idle_connections() -> None:
-    """Close the databases' connections of the request's thread, if it has one: sending a file may take hours."""
+    """Close the database connections of the request's thread, if it has one: sending a file may take hours."""
     if _thread_of_request() is not None:
         await sync_to_async(close_own_connections)()
 
 
 def close_own_connections() -> None:
-    """Close the databases' connections of the request's thread, if this is one.
+    """Close the database connections of this thread, if it is the thread of a request.
 
-    Under ASGI, such a thread ends with its request. CONN_MAX_AGE keeps its connections for another one, and nobody can
-    use them any more.
+    Under ASGI, such a thread ends with its request. CONN_MAX_AGE would keep its connections open, although no other
+    thread can use them.
     """
     if _thread_of_request() is not None:
         for connection in connections.all(initialized_only=True):
@@ -38,13 +38,13 @@ def close_own_connections() -> None:
 
 
 def _thread_of_request() -> Executor | None:
-    """Return what runs the thread that a request under ASGI has to itself; None if it has needed none."""
+    """Return the executor of the thread that belongs to this request under ASGI, or None if it has no thread."""
     context = SyncToAsync.thread_sensitive_context.get(None)
     return None if context is None else SyncToAsync.context_to_thread_executor.get(context)
 
 
 def _marked() -> None:
-    """Have what `markcoroutinefunction` gives a function."""
+    """Get the marks that `markcoroutinefunction` sets on a function."""
 
 
 _MARKS = dict(vars(markcoroutinefunction(_marked)))
@@ -53,14 +53,14 @@ _MARKS = dict(vars(markcoroutinefunction(_marked)))
 class DualView:
     """A view that returns a coroutine where an event loop runs, and a response elsewhere.
 
-    It is a coroutine function exactly where it returns coroutines: Django awaits it under ASGI, and calls it under
-    WSGI, and so does a view that calls another one. With ATOMIC_REQUESTS, which Django has for blocking views alone,
-    it is none: Django then calls it in a thread.
+    It is marked as a coroutine function exactly where it returns a coroutine: Django awaits it under ASGI and calls it
+    under WSGI, and so does a view that calls another view. With ATOMIC_REQUESTS, which Django supports only for
+    synchronous views, it is not marked, and Django calls it in a thread.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         update_wrapper(self, function)
-        self._function = function  # after that: it may have copied another one's
+        self._function = function  # after update_wrapper, which may have copied the one of another DualView
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the view."""
@@ -73,7 +73,7 @@ class DualView:
 
 
 def like(view: Callable[..., Any], decorated: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `decorated` as a view of the same kind as `view`: dual, a coroutine function, or a plain one."""
+    """Return `decorated` as the same kind of view as `view`: dual, a coroutine function, or a plain function."""
     if isinstance(view, DualView):
         return DualView(decorated)
     return markcoroutinefunction(decorated) if iscoroutinefunction(view) else decorated

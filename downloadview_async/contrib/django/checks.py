@@ -1,4 +1,4 @@
-"""System checks: what `manage.py check` can see that would go wrong with a download."""
+"""System checks: mistakes in the settings and the URLconf that `manage.py check` reports."""
 
 import inspect
 import os
@@ -33,7 +33,7 @@ from downloadview_async.contrib.django.middleware import (
 from downloadview_async.contrib.django.views import PathDownloadView, StorageDownloadView
 
 _SETTINGS = ("DOWNLOADVIEW", "DOWNLOADVIEW_BACKEND", "DOWNLOADVIEW_RULES")
-_BACKEND_HINT = 'Write DOWNLOADVIEW = {"BACKEND": "nginx", "RULES": [...]}; or "apache", "lighttpd", an import string.'
+_BACKEND_HINT = 'For example: DOWNLOADVIEW = {"BACKEND": "nginx", "RULES": [...]}.'
 _RULES_HINT = (
     'A rule for nginx is {"source_url": "/media/", "destination_url": "/_media/"}; for Apache and lighttpd, '
     '{"source_dir": "/srv/media", "destination_dir": "/srv/media"}.'
@@ -41,11 +41,11 @@ _RULES_HINT = (
 
 
 def check_downloads(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
-    """Return what is wrong with the settings and the URLconf.
+    """Return the mistakes in the settings and the URLconf.
 
-    E001: no such backend. E002: a rule that does not fit its backend. W003: a rule that matches no file. W004: a
-    middleware that knows nothing of ASGI. E005: a `PathDownloadView` that would give out any file of the machine. W006:
-    one that makes a path of what the URL says by itself. W007: a storage whose files no rule offloads.
+    E001: an unknown backend. E002: a rule that does not fit its backend. W003: a rule that matches no file. W004: a
+    middleware for WSGI alone. E005: a `PathDownloadView` that would give out any file of the machine. W006: a
+    `PathDownloadView` that makes a path from the URL itself. W007: a storage whose files no rule offloads.
     """
     classes = list(_middlewares())
     return [*_check_rules(classes), *_check_middlewares(classes), *_check_paths()]
@@ -56,11 +56,11 @@ def _middlewares() -> Iterator[tuple[str, Any]]:
         try:
             yield path, import_string(path)
         except ImportError:
-            continue  # Django itself says so
+            continue  # Django reports this itself
 
 
 def _uses(classes: list[tuple[str, Any]], kind: type) -> bool:
-    return any(isinstance(found, type) and issubclass(found, kind) for _, found in classes)
+    return any(isinstance(item, type) and issubclass(item, kind) for _, item in classes)
 
 
 def _check_rules(classes: list[tuple[str, Any]]) -> Iterator[CheckMessage]:
@@ -113,7 +113,7 @@ def _check_sources(middleware: ProxiedDownloadMiddleware, where: str) -> Iterato
     if directory and os.path.isabs(directory) and not os.path.isdir(directory):
         yield CheckWarning(
             f"{where} matches no file: there is no directory {os.fspath(directory)!r}",
-            hint="Make the directory, or write in source_dir the one that the files are in, such as MEDIA_ROOT.",
+            hint="Make the directory, or set source_dir to the directory that has the files, such as MEDIA_ROOT.",
             id="downloadview_async.W003",
         )
     if url and not urlsplit(url).netloc:
@@ -121,7 +121,7 @@ def _check_sources(middleware: ProxiedDownloadMiddleware, where: str) -> Iterato
         if not any(_is_below(base, url) or _is_below(url, base) for base in urls):
             yield CheckWarning(
                 f"{where} matches no file: no storage gives URLs below {url!r}",
-                hint=f"Write in source_url the base_url of a storage: {', '.join(map(repr, urls)) or 'there is none'}.",
+                hint=f"Set source_url to the base_url of a storage: {', '.join(map(repr, urls)) or 'there is none'}.",
                 id="downloadview_async.W003",
             )
 
@@ -134,10 +134,10 @@ def _check_storages(middleware: ProxiedDownloadMiddleware, where: str) -> Iterat
         if is_covered and told_of(storage) is None and not opens_as_stored(storage):
             name = storage.__class__.__name__
             yield CheckWarning(
-                f"{where} offloads no file of a {name}: it overrides how files are opened, so what it stores may not "
-                "be what it sends",
-                hint=f"Write is_sent_as_stored = True in {name} if every file is sent byte for byte as it is stored, "
-                "and False if it is not, since it is encrypted or compressed.",
+                f"{where} offloads no file of a {name}: {name} overrides how files are opened, so the stored bytes may "
+                "differ from those that it sends",
+                hint=f"Set is_sent_as_stored in {name}: True if every file is sent byte for byte as it is stored, "
+                "False if not, for example because files are encrypted or compressed.",
                 id="downloadview_async.W007",
             )
 
@@ -179,12 +179,12 @@ def _storages() -> Iterator[Any]:
 
 
 def _check_middlewares(classes: list[tuple[str, Any]]) -> Iterator[CheckMessage]:
-    for path, found in classes:
-        if not getattr(found, "async_capable", False):
+    for path, middleware in classes:
+        if not getattr(middleware, "async_capable", False):
             yield CheckWarning(
-                f"settings.MIDDLEWARE: {path} is for WSGI alone: under ASGI, every request waits for a thread because "
-                "of it, and asynchronous views and downloads run in that",
-                hint="Make it async-capable: django.utils.deprecation.MiddlewareMixin for a class, "
+                f"settings.MIDDLEWARE: {path} is for WSGI alone: under ASGI, it makes every request wait for a thread, "
+                "and asynchronous views and downloads run in that thread",
+                hint="Make it async-capable: with django.utils.deprecation.MiddlewareMixin for a class, or "
                 "django.utils.decorators.sync_and_async_middleware for a function.",
                 id="downloadview_async.W004",
             )
@@ -198,28 +198,28 @@ def _check_paths() -> Iterator[CheckMessage]:
         root = initkwargs.get("root", view.root)
         if root is None and named in arguments and view.get_path is PathDownloadView.get_path:
             yield Error(
-                f"{view.__name__} at {route!r} takes its path from the URL and has no root: every file of this machine "
-                "could be asked for",
-                hint=f"Write {view.__name__}.as_view(root=...) with the directory that the files are in.",
+                f"{view.__name__} at {route!r} takes its path from the URL and has no root: a client could request "
+                "every file of this machine",
+                hint=f"Write {view.__name__}.as_view(root=...) with the directory that has the files.",
                 id="downloadview_async.E005",
             )
         elif root is None and named in arguments and _reads_the_url(view.get_path):
             yield CheckWarning(
-                f"{view.__name__} at {route!r} makes a path from the URL in get_path, and has no root: that method "
-                "alone keeps it in its directory",
+                f"{view.__name__} at {route!r} makes a path from the URL in get_path, and has no root: only get_path "
+                "keeps the path in its directory",
                 hint=f"In {view.__name__}, write root = ... with the directory, and remove get_path.",
                 id="downloadview_async.W006",
             )
 
 
 def _reads_the_url(get_path: Any) -> bool:
-    """Return whether a `get_path` uses the arguments of the URL, itself or by what it overrides; True if unknown."""
+    """Return whether a `get_path` uses the arguments of the URL, itself or by `super()`. True if that is unknown."""
     code = getattr(inspect.unwrap(get_path), "__code__", None)
     return code is None or not {"kwargs", "args", "get_path", "request", "path_url_kwarg"}.isdisjoint(code.co_names)
 
 
 def _views() -> Iterator[tuple[str, type[Any], dict[str, Any], set[str]]]:
-    """Yield the class-based views of the URLconf: the route, the class, its arguments, and those of the route."""
+    """Yield the class-based views of the URLconf: route, class, arguments of `as_view`, parameters of the route."""
     if not getattr(settings, "ROOT_URLCONF", None):
         return
     try:

@@ -1,4 +1,4 @@
-"""Django's files as files of this library, and the file wrappers that django-downloadview's users know."""
+"""Adapts Django's files to this library, and has the file wrappers of django-downloadview."""
 
 import io
 import os
@@ -49,11 +49,11 @@ _workers = Workers()
 
 
 class FileNotFound(OSError):
-    """There is no such file: a view whose `get_file` raises this answers 404."""
+    """There is no such file. A view whose `get_file` raises this answers 404."""
 
 
 class _IteratorIO:
-    """What `TextIteratorIO` and `BytesIteratorIO` share: reading from an iterator, no more of it than is asked for."""
+    """Shared by `TextIteratorIO` and `BytesIteratorIO`: reads from an iterator, and consumes no more than needed."""
 
     _empty: Any
     _newline: Any
@@ -68,17 +68,17 @@ class _IteratorIO:
         return True
 
     def seekable(self) -> bool:
-        """Return False: what has been read is gone."""
+        """Return False: an iterator cannot go back."""
         return False
 
     def close(self) -> None:
-        """Close the iterator too: a generator ends where it is."""
+        """Close the file and its iterator. A generator ends at its current `yield`."""
         if (close := getattr(self._iterator, "close", None)) is not None:
             close()
         super().close()  # type: ignore[misc]
 
     def read(self, size: int | None = None, /) -> Any:
-        """Return `size` bytes or characters, fewer only at the end; without a size, all that is left."""
+        """Return `size` bytes or characters, fewer only at the end. Without a size, return the rest."""
         pieces, wanted = [], -1 if size is None or size < 0 else size
         while wanted and self._fill():
             piece = self._left if wanted < 0 else self._left[:wanted]
@@ -88,7 +88,7 @@ class _IteratorIO:
         return self._empty.join(pieces)
 
     def readline(self, size: int | None = None, /) -> Any:
-        """Return the next line with its end, or what is left without one; at most `size` bytes or characters."""
+        """Return the next line with its line end, which the last line may lack: at most `size` bytes or characters."""
         pieces, wanted = [], -1 if size is None or size < 0 else size
         while wanted and self._fill():
             end = self._left.find(self._newline) + 1 or len(self._left)
@@ -118,19 +118,19 @@ class _IteratorIO:
 
 
 class TextIteratorIO(_IteratorIO, io.TextIOBase):
-    """A file of text over an iterator of text or bytes (UTF-8)."""
+    """A text file that reads from an iterator of text or bytes (UTF-8)."""
 
     _empty, _newline, _convert = "", "\n", staticmethod(force_str)
 
 
 class BytesIteratorIO(_IteratorIO, io.RawIOBase):
-    """A file of bytes over an iterator of bytes or text (as UTF-8)."""
+    """A binary file that reads from an iterator of bytes or text (encoded as UTF-8)."""
 
     _empty, _newline, _convert = b"", b"\n", staticmethod(force_bytes)
 
 
 class _OpenedLate(File):
-    """A file that is opened when it is first read."""
+    """A file that is opened at the first read."""
 
     _file: Any = None
 
@@ -139,7 +139,7 @@ class _OpenedLate(File):
 
     @property
     def file(self) -> Any:
-        """The open file: it is opened when it is first asked for."""
+        """The open file. The first access opens it."""
         if self._file is None:
             self._file = self._opened()
         return self._file
@@ -154,18 +154,18 @@ class _OpenedLate(File):
 
     @property
     def closed(self) -> bool:
-        """Whether nothing is open."""
+        """Whether the file is not open."""
         return self._file is None or bool(self._file.closed)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the file if it is open."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
 
 class StorageFile(_OpenedLate):
-    """A file in a Django storage, by its name there. Like a `FieldFile`, without a model."""
+    """A file in a Django storage, by its name there: like a `FieldFile`, but without a model."""
 
     def __init__(self, storage: Any, name: str, file: Any = None) -> None:
         self.storage = storage
@@ -176,24 +176,24 @@ class StorageFile(_OpenedLate):
         return self.open()
 
     def open(self, mode: str | None = "rb", *args: Any, **kwargs: Any) -> Any:
-        """Return `storage.open(name, mode)`: a file of its own."""
+        """Return `storage.open(name, mode)`: a new file object."""
         return self.storage.open(self.name, mode or "rb")
 
     def save(self, content: Any) -> str:
-        """Store `content` under the name, and return the name that it got."""
+        """Store `content` under the name, and return the name that the storage chose."""
         return str(self.storage.save(self.name, content))
 
     def delete(self) -> None:
-        """Delete what the storage has under the name."""
+        """Delete the file from the storage."""
         self.storage.delete(self.name)
 
     def exists(self) -> bool:
-        """Return whether the storage has something under the name."""
+        """Return whether the storage has the file."""
         return bool(self.storage.exists(self.name))
 
     @property
     def path(self) -> str:
-        """The path on a local disk. Raises `NotImplementedError` where the storage has none."""
+        """The path on a local disk. Raises `NotImplementedError` if the storage has no paths."""
         return str(self.storage.path(self.name))
 
     @property
@@ -203,22 +203,22 @@ class StorageFile(_OpenedLate):
 
     @property
     def size(self) -> int:
-        """The size in bytes, as the storage says."""
+        """The size in bytes, from the storage."""
         return int(self.storage.size(self.name))
 
     @property
     def accessed_time(self) -> datetime:
-        """When it was last read, as the storage says."""
+        """When the file was last read, from the storage."""
         return self._time("accessed_time")
 
     @property
     def created_time(self) -> datetime:
-        """When it was made, as the storage says."""
+        """When the file was created, from the storage."""
         return self._time("created_time")
 
     @property
     def modified_time(self) -> datetime:
-        """When it was last changed, as the storage says."""
+        """When the file was last changed, from the storage."""
         return self._time("modified_time")
 
     def _time(self, which: str) -> datetime:
@@ -228,10 +228,12 @@ class StorageFile(_OpenedLate):
 
 
 class PathFile(_OpenedLate):
-    """A file on a local disk, which is opened when it is read.
+    """A file on a local disk, which is opened at the first read.
 
-    path: one that the project's own code has chosen. root: with it, `path` may come from a request. It is a name
-    beneath that directory, and links lead no further. Raises `FileNotFound` for what no file may be called.
+    path: a path that the project's own code has chosen. root: a directory. With it, `path` is a name beneath that
+    directory and may come from a request, and symbolic links cannot lead out of the directory.
+
+    Raises `FileNotFound` for an invalid name.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> None:
@@ -245,7 +247,7 @@ class PathFile(_OpenedLate):
 
     @property
     def async_file(self) -> AsyncFile:
-        """The file as this library opens it."""
+        """The same file for this library."""
         if not _is_read_as_django_does(self):
             return _read_in_its_own_way(self, self.path)
         if any(not home_of(self, method).startswith(_OURS) for method in ("file", "_opened")):
@@ -276,9 +278,9 @@ class PathFile(_OpenedLate):
 
 
 class VirtualFile(File):
-    """Content that is made or in memory: a file object in bytes or text, under a name of its own.
+    """A file object of bytes or text with a name, for content that is generated or in memory.
 
-    size: bytes, where it is known beforehand and cannot be asked of the file object.
+    size: in bytes, if it is known and the file object does not have it.
     """
 
     def __init__(self, file: Any = None, name: str = "", url: str = "", size: int | None = None) -> None:
@@ -288,10 +290,10 @@ class VirtualFile(File):
 
     @property
     def size(self) -> int:
-        """The size in bytes. Raises `AttributeError` where only reading all of it would tell."""
+        """The size in bytes. Raises `AttributeError` if it is unknown before all has been read."""
         if self._size is not None:
             return self._size
-        # Not kept: `async_file` promises only a given size, and that of a file object may not count what it reads.
+        # Not stored: `async_file` promises only the size of the constructor. That of a file object may be wrong.
         content: Any = self.file
         size: int | None = getattr(content, "size", None)
         return len(force_bytes(content.getvalue())) if size is None else size
@@ -306,7 +308,7 @@ class VirtualFile(File):
 
     @property
     def async_file(self) -> AsyncFile:
-        """The file as this library opens it."""
+        """The same file for this library."""
         if not _is_read_as_django_does(self):
             return _read_in_its_own_way(self, self.name or "", self._size)
         content: Any = self.file
@@ -314,12 +316,14 @@ class VirtualFile(File):
 
 
 class HTTPFile(File):
-    """A file of another HTTP server, by a URL that the project's own code has chosen.
+    """A file of another HTTP server, at a URL that the project's own code has chosen.
 
-    It is fetched by this library: in one request that passes ranges and conditions on, from public addresses and those
-    of `allow_hosts`, see `Upstream`. headers: further headers of the request.
-    request_factory: a function such as `requests.get` that fetches it instead, in a thread, with the URL, stream=True
-    and all other arguments. Without one, other arguments are an `ImproperlyConfigured`.
+    This library fetches it: in one request that passes ranges and conditions on, and only from public addresses and
+    those of `allow_hosts`, see `Upstream`. headers: further headers of the request.
+    request_factory: a function such as `requests.get`, which fetches the file instead. It is called in a thread with
+    the URL, stream=True and all other arguments.
+
+    Raises `ImproperlyConfigured` for other arguments without a `request_factory`.
     """
 
     def __init__(
@@ -334,8 +338,8 @@ class HTTPFile(File):
     ) -> None:
         if kwargs and request_factory is None:
             raise ImproperlyConfigured(
-                f"an HTTPFile takes headers and allow_hosts; for {', '.join(sorted(kwargs))}, have get_request_factory "
-                "return the function of a client that knows them, such as requests.get"
+                f"an HTTPFile takes headers and allow_hosts. For {', '.join(sorted(kwargs))}, let get_request_factory "
+                "return the function of a client that takes them, such as requests.get"
             )
         self.request_factory = request_factory
         self.url = url
@@ -353,9 +357,9 @@ class HTTPFile(File):
 
     @property
     def request(self) -> Any:
-        """What `request_factory` has returned: the response, once it has been asked for."""
+        """The response that `request_factory` returns. The first access makes the request."""
         if self.request_factory is None:
-            raise AttributeError("an HTTPFile without a request_factory is fetched when its response is sent")
+            raise AttributeError("an HTTPFile without a request_factory has no request: it is fetched when it is sent")
         if self._request is None:
             self._request = self.request_factory(self.url, **self.request_kwargs)
         return self._request
@@ -369,7 +373,7 @@ class HTTPFile(File):
 
     @property
     def closed(self) -> bool:
-        """Whether nothing is being fetched."""
+        """Whether no request is open."""
         return self._request is None
 
     def close(self) -> None:
@@ -380,7 +384,7 @@ class HTTPFile(File):
 
     @property
     def size(self) -> int:
-        """The Content-Length of the response. Raises `AttributeError` where it has none."""
+        """The Content-Length of the response. Raises `AttributeError` if it has none."""
         length = self.request.headers.get("Content-Length")
         if length is None or not (length.isascii() and length.isdigit()):
             raise AttributeError("the response has no Content-Length")
@@ -388,7 +392,7 @@ class HTTPFile(File):
 
     @property
     def content_type(self) -> str:
-        """The Content-Type of the response. Raises `AttributeError` where it has none."""
+        """The Content-Type of the response. Raises `AttributeError` if it has none."""
         value = self.request.headers.get("Content-Type")
         if value is None:
             raise AttributeError("the response has no Content-Type")
@@ -396,7 +400,7 @@ class HTTPFile(File):
 
     @property
     def async_file(self) -> AsyncFile:
-        """The file as this library opens it."""
+        """The same file for this library."""
         if self.request_factory is not None:
             return _Fetched(self)
         if not _is_read_as_django_does(self) or not home_of(self, "file").startswith(_OURS):
@@ -405,7 +409,7 @@ class HTTPFile(File):
 
 
 class _Remote:
-    """A remote file with a client of its own: an event loop of Django's may end with the request."""
+    """A remote file with a separate HTTP client, because an event loop of Django may end with the request."""
 
     def __init__(self, url: str, name: str, headers: dict[str, str], allow_hosts: tuple[str, ...]) -> None:
         self.name = name or unquote(urlsplit(url).path).rpartition("/")[2]
@@ -442,7 +446,7 @@ class _Fetched:
         response = await _workers.run(lambda: self._file.request)
         if (status := getattr(response, "status_code", 200)) != 200:
             raise (FileMissing if status in (404, 410) else UpstreamError)(f"{self._file.url!r} answered {status}")
-        # a class that gives other content and inherits `size` does not know the size of it
+        # a subclass that overrides `file` and inherits `size` does not know the size of its content
         is_size_known = "Content-Encoding" not in response.headers and tells_of_what_it_opens(
             self._file, "size", opening=("file", *READS)
         )
@@ -460,9 +464,9 @@ class _Fetched:
 
 
 class _OpenedElsewhere:
-    """A file that the project has opened already: sent by its own descriptor, from the first byte on.
+    """A file that the project has already opened. It is sent by its descriptor, from the first byte on.
 
-    is_lasting: whether closing the file leaves it where it is.
+    is_lasting: whether the file stays at its path when it is closed.
     """
 
     def __init__(self, file: Any, name: str, *, is_lasting: bool) -> None:
@@ -471,7 +475,7 @@ class _OpenedElsewhere:
         self.location = name if is_lasting and self._is_at(name) else None
 
     def _is_at(self, path: str) -> bool:
-        """Return whether the very file that is open is at the path, and so what a proxy would send."""
+        """Return whether the path leads to the open file, so that a proxy would send the same file."""
         try:
             return os.path.isabs(path) and os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))
         except (OSError, ValueError):
@@ -479,16 +483,16 @@ class _OpenedElsewhere:
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
-        """Duplicate the descriptor: whoever has opened the file closes it."""
+        """Duplicate the descriptor. The project closes the file that it has opened."""
         if self._file.closed:
             raise FileMissing(f"{self.name!r} is closed")
         descriptor = os.dup(self._file.fileno())
         try:
-            found = await _workers.run(settled_stat, descriptor)
+            status = await _workers.run(settled_stat, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
-        file = OpenLocalFile(descriptor, found, False, workers=_workers)
+        file = OpenLocalFile(descriptor, status, False, workers=_workers)
         try:
             yield file
         finally:
@@ -496,13 +500,13 @@ class _OpenedElsewhere:
 
 
 def async_file_of(file: Any, name: str = "") -> AsyncFile:
-    """Return a Django file as this library opens it: by the same fast path as its own, where there is one.
+    """Return a Django file as an `AsyncFile`. A local file is opened like the files of this library.
 
-    file: a FieldFile, a StorageFile, any `File`, file object or iterable of bytes or text; or an `AsyncFile`.
-    name: what it is called where the file itself has no name.
+    file: a FieldFile, a StorageFile, any `File`, file object or iterable of bytes or text, or an `AsyncFile`.
+    name: the name of a file that has none.
     """
-    if (own := getattr(file, "async_file", None)) is not None:
-        return own  # type: ignore[no-any-return]
+    if (async_file := getattr(file, "async_file", None)) is not None:
+        return async_file  # type: ignore[no-any-return]
     if hasattr(file, "location") and hasattr(file, "open"):
         return file  # type: ignore[no-any-return]
     is_file = isinstance(file, base.File)
@@ -521,13 +525,13 @@ def async_file_of(file: Any, name: str = "") -> AsyncFile:
 
 
 def name_of(file: Any) -> str:
-    """Return the name of a file, or nothing where it has none: of one without a path, it is a descriptor's number."""
+    """Return the name of a file, or "" if it has none: a file without a path has the number of its descriptor."""
     name = getattr(file, "name", None)
     return os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else ""
 
 
 def is_stored(file: Any) -> bool:
-    """Return whether it is a `FieldFile` or a `StorageFile` that is read as its storage opens it."""
+    """Return whether a file is a `FieldFile` or `StorageFile` that overrides none of the methods that read it."""
     known = FieldFile if isinstance(file, FieldFile) else StorageFile
     return (
         isinstance(file, known)
@@ -541,13 +545,14 @@ def is_stored(file: Any) -> bool:
 
 
 def is_sent_as_stored(file: Any) -> bool:
-    """Return whether a file is, byte for byte, what is at its path and its URL.
+    """Return whether a file has the same bytes as the file at its path or URL.
 
-    It is not where a class of the project's overrides how a `File` of Django's is read. Else that is asked of files of
-    storages alone, and True for others.
+    False where a class outside Django overrides how a `File` is read. Otherwise only files of storages are examined;
+    the answer is True for others.
 
-    That is known of the storages of Django and of django-storages, where nobody has overridden how they open a file. Of
-    any other storage its attribute `is_sent_as_stored` says so: one that decrypts or decompresses gives other bytes.
+    That is known for the storages of Django and django-storages, unless a subclass overrides how files are opened. Any
+    other storage tells it by its attribute `is_sent_as_stored`: a storage that decrypts or decompresses sends other
+    bytes than it stores.
     """
     if isinstance(file, base.File) and not _is_read_as_django_does(file):
         return False
@@ -560,7 +565,7 @@ def is_sent_as_stored(file: Any) -> bool:
 
 
 def told_of(storage: Any) -> bool | None:
-    """Return what a storage says of itself by its attribute `is_sent_as_stored`; None if it does not."""
+    """Return the attribute `is_sent_as_stored` of a storage, or None if it has none."""
     told = getattr(unwrapped(storage), "is_sent_as_stored", None)
     return told if isinstance(told, bool) else None
 
@@ -568,21 +573,21 @@ def told_of(storage: Any) -> bool | None:
 def opens_as_stored(storage: Any) -> bool:
     """Return whether a storage is known to open files as they are stored."""
     storage = unwrapped(storage)
-    # with `gzip`, django-storages decompresses objects
+    # with `gzip`, django-storages decompresses objects when it reads them
     return not getattr(storage, "gzip", False) and all(
         home_of(storage, method).startswith(_KNOWN_STORAGES) for method in ("open", "_open")
     )
 
 
 def is_left_by_closing(closed: Any) -> bool:
-    """Return whether closing a file, or a response, does no more than that, so that a proxy still finds the file."""
+    """Return whether a file or a response has no `close` of the project, which might delete the file."""
     return home_of(closed, "close").startswith(("_io.", "io.", *_OURS)) or not hasattr(closed, "close")
 
 
 def _is_on_disk(file: Any) -> bool:
     """Return whether a file object reads the very bytes of a regular file.
 
-    It may be wrapped, as Django and `tempfile` do that, but by no class that reads in another way.
+    Django's and `tempfile`'s wrappers are looked through. A class that overrides reading ends the search with False.
     """
     for _ in range(_MAX_WRAPPERS):
         if reads_a_descriptor(file):
@@ -595,17 +600,17 @@ def _is_on_disk(file: Any) -> bool:
 
 
 def _is_read_as_django_does(file: Any) -> bool:
-    """Return whether a `File` is read by its `file`: no class of the project's reads in its own way."""
+    """Return whether reading a `File` reads its `file`, because no class outside Django overrides that."""
     return is_read_by(file, _OURS)
 
 
 def _read_in_its_own_way(file: Any, name: str, size: int | None = None) -> AsyncFile:
-    """Return a file object as the file that its `read` gives. size: bytes, where they are known."""
+    """Return a file whose content is what the file object's `read` returns. size: bytes, where known."""
     return AsyncVirtualFile(_content_of(file), name=os.path.basename(name), size=size)
 
 
 def _content_of(file: Any) -> Any:
-    """Return what is to be sent of a file object, or of anything else that a virtual file can be made of."""
+    """Return the content to send for a file object, or for anything else that `VirtualFile` accepts."""
     if isinstance(file, base.File) and any(not home_of(file, way).startswith(_OURS) for way in _WAYS_OF_ITERATING):
         return iter(file)
     return file if _seeks_in_what_it_reads(file) else _ReadThrough(file)
@@ -657,20 +662,20 @@ def _stored_file(storage: Any, name: str) -> AsyncFile:
         try:
             return file_beneath(storage.location, name, symlinks="follow")  # as Django does
         except FileMissing:
-            pass  # what is no name for everybody may be one on this disk
+            pass  # a name that is invalid on other systems may exist on this disk
         try:
             return LocalFile(storage.path(name))
         except (SuspiciousOperation, ValueError) as exc:
             raise FileMissing(str(exc)) from exc
     try:
         kept = _sync_storage(storage)
-    except TypeError:  # it cannot be hashed
+    except TypeError:  # the storage is not hashable
         kept = SyncStorage(_Storage(storage))
     return AsyncStorageFile(kept, name, location=_vouched_path(storage, name))
 
 
 def _vouched_path(storage: Any, name: str) -> str | None:
-    """Return the path of a file in a storage that opens files in its own way, where it says that this is the file."""
+    """Return the path of a file if its storage overrides how files are opened, but promises `is_sent_as_stored`."""
     if not told_of(storage):
         return None
     try:
@@ -680,10 +685,9 @@ def _vouched_path(storage: Any, name: str) -> str | None:
 
 
 def file_beneath(root: str | os.PathLike[str], name: str, *, symlinks: Symlinks = "inside") -> AsyncFile:
-    """Return a file beneath a directory. Raises `FileMissing` without the directory, and for what no file is called.
+    """Return a file beneath a directory. Raises `FileMissing` if there is no such directory, and for an invalid name.
 
-    The directory stays open for the next time, as long as its path leads to it: a deployment may have put another one
-    there.
+    The directory stays open for later calls, as long as its path leads to it: a deployment may replace it.
     """
     name = canonical_name(name)
     try:
@@ -707,15 +711,15 @@ def _sync_storage(storage: Any) -> SyncStorage:
 
 
 def unwrapped(storage: Any) -> Any:
-    """Return what a lazy storage, such as `default_storage`, stands for."""
+    """Return the storage behind a lazy one, such as `default_storage`."""
     while issubclass(type(storage), LazyObject):
-        storage.__class__  # noqa: B018 - has it look up what it stands for
+        storage.__class__  # noqa: B018 - makes it load the storage
         storage = storage._wrapped  # noqa: SLF001
     return storage
 
 
 def _is_plain_directory(storage: Any) -> bool:
-    """Return whether what a storage opens is the very file at its path."""
+    """Return whether a storage opens the file at its path, as Django's does."""
     return isinstance(storage, FileSystemStorage) and all(
         getattr(type(storage), method) is getattr(FileSystemStorage, method) and method not in vars(storage)
         for method in ("open", "_open", "path")
@@ -723,7 +727,7 @@ def _is_plain_directory(storage: Any) -> bool:
 
 
 class _Storage:
-    """What `SyncStorage` asks of a storage, where Django has it otherwise."""
+    """Adapts a Django storage to `SyncStorage`."""
 
     def __init__(self, storage: Any) -> None:
         self._storage = storage
@@ -741,4 +745,4 @@ class _Storage:
 
     def get_modified_time(self, name: str) -> datetime | None:
         time: datetime = self._storage.get_modified_time(name)
-        return make_aware(time) if is_naive(time) else time  # without USE_TZ, in the project's time zone
+        return make_aware(time) if is_naive(time) else time  # without USE_TZ, it is in the project's time zone

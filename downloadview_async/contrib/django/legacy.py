@@ -1,4 +1,4 @@
-"""django-downloadview's own modules below this package, for projects that change the name of the package alone."""
+"""The module names of django-downloadview below this package: a project only has to change the package's name."""
 
 import sys
 from types import ModuleType
@@ -20,7 +20,7 @@ _decorators = ModuleType(f"{_PACKAGE}.decorators", "Decorators of views.")
 vars(_decorators).update(
     DownloadDecorator=middleware.DownloadDecorator,
     signature_required=storage.signature_required,
-    _signature_is_valid=storage._signature_is_valid,  # noqa: SLF001 - which tests of projects may know
+    _signature_is_valid=storage._signature_is_valid,  # noqa: SLF001 - tests of projects may use it
 )
 _MODULES = {
     "api": sys.modules[_PACKAGE],

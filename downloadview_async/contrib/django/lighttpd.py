@@ -1,4 +1,4 @@
-"""lighttpd: X-Sendfile, for all views by the settings, or for one by a decorator."""
+"""lighttpd: X-Sendfile, for all views by the settings, or for a single view by a decorator."""
 
 from typing import Any
 

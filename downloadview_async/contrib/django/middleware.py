@@ -1,4 +1,4 @@
-"""The middlewares and the decorator that have a reverse proxy send the file of a response, with views of any kind."""
+"""The middlewares and the decorator that have a reverse proxy send the file of a response, for views of any kind."""
 
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -22,14 +22,14 @@ from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
 
 AUTO_CONFIGURE: Any = object()
-"""Stands for what the settings say."""
+"""The value of an argument that is read from the settings."""
 
 BACKENDS = {
     "nginx": "downloadview_async.contrib.django.nginx.XAccelRedirectMiddleware",
     "apache": "downloadview_async.contrib.django.apache.XSendfileMiddleware",
     "lighttpd": "downloadview_async.contrib.django.lighttpd.XSendfileMiddleware",
 }
-"""What the settings call the proxies, and the middlewares that this means."""
+"""The names of the proxies in the settings, and their middlewares."""
 
 _BACKEND_ADVICE = f"write {', '.join(map(repr, BACKENDS))} or the path of a class"
 _OURS = "downloadview_async."
@@ -43,14 +43,14 @@ def is_download_response(response: Any) -> bool:
 
 
 class WrongBackend(ImproperlyConfigured):
-    """A setting names no backend."""
+    """A setting does not name a backend."""
 
 
 class BaseDownloadMiddleware:
-    """Does something with the download responses of the views: subclasses say what in `process_download_response`.
+    """Processes the download responses of the views: subclasses override `process_download_response`.
 
-    It is a middleware for both WSGI and ASGI. The views leave their responses unfinished for it; the outermost one
-    finishes them. What a subclass overrides without `async` is called in a thread under ASGI.
+    It works under WSGI and ASGI. Inside it, the views leave their responses unfinished, and the outermost middleware
+    finishes them. Under ASGI, a method that a subclass overrides without `async` is called in a thread.
     """
 
     sync_capable = True
@@ -59,8 +59,8 @@ class BaseDownloadMiddleware:
     def __init__(self, get_response: Callable[[HttpRequest], Any] | None = None) -> None:
         if get_response is not None and not callable(get_response):
             raise ImproperlyConfigured(
-                f"the first positional argument of a middleware is get_response, not {get_response!r}: name the "
-                "options of a rule, as in {'source_url': ..., 'destination_url': ...}"
+                f"the first positional argument of a middleware is get_response, not {get_response!r}: write the "
+                "options of a rule by name, as in {'source_url': ..., 'destination_url': ...}"
             )
         self.get_response = get_response
         if iscoroutinefunction(get_response):
@@ -68,20 +68,20 @@ class BaseDownloadMiddleware:
 
     def __call__(self, request: HttpRequest) -> Any:
         """Answer the request; under ASGI, return a coroutine that does."""
-        assert self.get_response is not None, "a middleware without get_response answers no requests"
+        assert self.get_response is not None, "a middleware needs get_response to answer requests"
         return _call(self, self.get_response, request)
 
     def is_download_response(self, response: Any) -> bool:
-        """Return whether the response is one to process: a `DownloadResponse`."""
+        """Return whether to process the response: whether it is a `DownloadResponse`."""
         return is_download_response(response)
 
     def process_response(self, request: HttpRequest, response: Any) -> Any:
-        """Return the response to send instead: what `process_download_response` makes of a download, else itself."""
+        """Return the response to send: for a download, that of `process_download_response`, else `response`."""
         return self.process_download_response(request, response) if self.is_download_response(response) else response
 
     def process_download_response(self, request: HttpRequest, response: Any) -> Any:
         """Return the response to send instead of a download response."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it processes a download response")
+        raise NotImplementedError(f"{type(self).__name__} has to override process_download_response")
 
     async def aprocess_response(self, request: HttpRequest, response: Any) -> Any:
         """Do what `process_response` does, in an event loop."""
@@ -99,19 +99,20 @@ class BaseDownloadMiddleware:
 
 
 class RealDownloadMiddleware(BaseDownloadMiddleware):
-    """Processes the responses whose file has a name or a URL, by which a proxy might find it."""
+    """Processes the responses whose file has a name or a URL, since a proxy can find only these."""
 
     def is_download_response(self, response: Any) -> bool:
-        """Return whether it is a `DownloadResponse` with a file that has a name or a URL."""
+        """Return whether the response is a `DownloadResponse` whose file has a name or a URL."""
         return super().is_download_response(response) and bool(
             getattr(response.file, "name", None) or offload.url_of(response.file)
         )
 
 
 class DownloadDispatcher:
-    """Passes a response through middlewares: pairs of any key and a middleware, in order.
+    """Passes a response through several middlewares, in order.
 
-    middlewares: default: those of `settings.DOWNLOADVIEW_MIDDLEWARES`, a list of (key, import string, options).
+    middlewares: pairs of any key and a middleware. Default: those of `settings.DOWNLOADVIEW_MIDDLEWARES`, a list of
+    (key, import string, options).
     """
 
     def __init__(self, middlewares: Any = AUTO_CONFIGURE) -> None:
@@ -126,12 +127,14 @@ class DownloadDispatcher:
         for index, item in enumerate(configured):
             where = f"settings.DOWNLOADVIEW_MIDDLEWARES[{index}]"
             if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 3:
-                raise ImproperlyConfigured(f"{where} is a tuple of a key, an import string and options, not {item!r}")
+                raise ImproperlyConfigured(
+                    f"{where} has to be a tuple of a key, an import string and options, not {item!r}"
+                )
             key, name, options = item
             self.middlewares.append((key, make_middleware(backend_of(name, where), options, where)))
 
     def dispatch(self, request: HttpRequest, response: Any) -> Any:
-        """Return what the middlewares make of the response."""
+        """Return the response that the middlewares make of a response."""
         for _, middleware in self.middlewares:
             response = middleware.process_response(request, response)
         return response
@@ -155,7 +158,7 @@ class DownloadDispatcherMiddleware(BaseDownloadMiddleware):
         self.dispatcher = DownloadDispatcher(middlewares)
 
     def process_download_response(self, request: HttpRequest, response: Any) -> Any:
-        """Return what the middlewares make of the response."""
+        """Return the response that the middlewares make of a response."""
         return self.dispatcher.dispatch(request, response)
 
     async def aprocess_download_response(self, request: HttpRequest, response: Any) -> Any:
@@ -166,14 +169,14 @@ class DownloadDispatcherMiddleware(BaseDownloadMiddleware):
 
 
 class SmartDownloadMiddleware(DownloadDispatcherMiddleware):
-    """One middleware for all the rules of the settings; the first rule that matches a file wins.
+    """One middleware for all rules of the settings. The first rule that matches a file wins.
 
-    The settings are `DOWNLOADVIEW = {"BACKEND": ..., "RULES": [...], ...}`, with further options of the backend for
-    all its rules, or django-downloadview's `DOWNLOADVIEW_BACKEND` and `DOWNLOADVIEW_RULES`. A backend is "nginx",
-    "apache", "lighttpd" or the import string of a middleware; a rule is a dictionary of its options, where "backend"
-    may name another one, or a list of its positional arguments.
+    The settings are `DOWNLOADVIEW = {"BACKEND": ..., "RULES": [...], ...}`, where further keys are options of the
+    backend for all rules, or django-downloadview's `DOWNLOADVIEW_BACKEND` and `DOWNLOADVIEW_RULES`. A backend is
+    "nginx", "apache", "lighttpd" or the import string of a middleware. A rule is a dictionary of options, whose key
+    "backend" may name another backend, or a list of positional arguments.
 
-    Raises `ImproperlyConfigured`, which says what is wrong and where.
+    Raises `ImproperlyConfigured`. The message names the setting and the mistake.
     """
 
     def __init__(
@@ -193,7 +196,7 @@ class SmartDownloadMiddleware(DownloadDispatcherMiddleware):
             self._add(backend_options, "backend_options")
 
     def auto_configure_backend_factory(self) -> None:
-        """Set `backend_factory` by the settings."""
+        """Set `backend_factory` from the settings."""
         self.backend_factory = backend_of(*configured("BACKEND"))
 
     def auto_configure_backend_options(self) -> None:
@@ -207,13 +210,13 @@ class SmartDownloadMiddleware(DownloadDispatcherMiddleware):
 
 
 def configured(name: str) -> tuple[Any, str]:
-    """Return a setting and what it is called: DOWNLOADVIEW[name], else DOWNLOADVIEW_name.
+    """Return the value of a setting and its full name: that of DOWNLOADVIEW[name], else of DOWNLOADVIEW_name.
 
-    Raises `ImproperlyConfigured` if there is neither.
+    Raises `ImproperlyConfigured` if neither is set.
     """
     new = getattr(settings, "DOWNLOADVIEW", None)
     if new is not None and not isinstance(new, Mapping):
-        raise ImproperlyConfigured(f"settings.DOWNLOADVIEW is a dictionary, not {new!r}")
+        raise ImproperlyConfigured(f"settings.DOWNLOADVIEW has to be a dictionary, not {new!r}")
     for key in (name, name.lower()):
         if new is not None and key in new:
             return new[key], f"settings.DOWNLOADVIEW[{key!r}]"
@@ -224,37 +227,37 @@ def configured(name: str) -> tuple[Any, str]:
 
 
 def shared_options() -> dict[str, Any]:
-    """Return the options in settings.DOWNLOADVIEW that every rule of its backend has."""
+    """Return the options in settings.DOWNLOADVIEW for all rules of its backend."""
     new = getattr(settings, "DOWNLOADVIEW", None) or {}
     return {key.lower(): value for key, value in new.items() if key.lower() not in ("backend", "rules")}
 
 
 def backend_of(value: Any, where: str) -> Callable[..., Any]:
-    """Return the backend that a setting means: a name in `BACKENDS`, an import string, or a callable itself.
+    """Return the backend of a setting, whose value is a name in `BACKENDS`, an import string, or a callable.
 
-    django-downloadview's own import strings mean ours. Raises `WrongBackend`.
+    The import strings of django-downloadview name our classes. Raises `WrongBackend`.
     """
-    found = value
+    backend = value
     if isinstance(value, str):
         path = BACKENDS.get(value, value)
         if path.startswith(_THEIRS):
-            # whichever module of the package it was imported from
+            # the class may be imported from any module of the package
             package, _, name = path.removeprefix(_THEIRS).rpartition(".")
             path = ".".join(filter(None, [f"{_OURS}contrib.django", package.partition(".")[0], name]))
         try:
-            found = import_string(path)
+            backend = import_string(path)
         except ImportError as exc:
             reason = f"cannot be imported ({exc})" if "." in value else "is not known"
             raise WrongBackend(f"{where} is {value!r}, which {reason}: {_BACKEND_ADVICE}") from exc
-    if not callable(found):
+    if not callable(backend):
         raise WrongBackend(f"{where} is {value!r}, which is not a middleware: {_BACKEND_ADVICE}")
-    return cast("Callable[..., Any]", found)
+    return cast("Callable[..., Any]", backend)
 
 
 def rules_of(value: Any, where: str) -> list[tuple[Any, str]]:
-    """Return each rule of a setting with its place. Raises `ImproperlyConfigured`."""
+    """Return each rule of a setting with its name, such as `RULES[0]`. Raises `ImproperlyConfigured`."""
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-        raise ImproperlyConfigured(f"{where} is a list of rules, not {value!r}")
+        raise ImproperlyConfigured(f"{where} has to be a list of rules, not {value!r}")
     return [(rule, f"{where}[{index}]") for index, rule in enumerate(value)]
 
 
@@ -264,17 +267,17 @@ def resolved(
     """Return the backend and the options of a rule. Raises `ImproperlyConfigured`."""
     if isinstance(rule, Mapping):
         options = dict(rule)
-        own = options.pop("backend", None)
-        if own is None:
+        other = options.pop("backend", None)
+        if other is None:
             return backend, {**shared, **options}
-        return backend_of(own, f"{where}['backend']"), options
+        return backend_of(other, f"{where}['backend']"), options
     if isinstance(rule, str) or not isinstance(rule, Sequence):
-        raise ImproperlyConfigured(f"{where} is a dictionary of options, not {rule!r}")
+        raise ImproperlyConfigured(f"{where} has to be a dictionary of options, not {rule!r}")
     return backend, list(rule)
 
 
 def make_middleware(factory: Callable[..., Any], options: Any, where: str) -> Any:
-    """Return the middleware that `factory` makes of named or positional options. Raises `ImproperlyConfigured`."""
+    """Return the middleware that `factory` makes from named or positional options. Raises `ImproperlyConfigured`."""
     try:
         return factory(**options) if isinstance(options, Mapping) else factory(*options)
     except ImproperlyConfigured as exc:
@@ -290,7 +293,7 @@ def _unknown_key(factory: Callable[..., Any], options: Mapping[str, Any]) -> str
     """Return a message about the first option that `factory` does not take, or None if it takes them all."""
     try:
         parameters = signature(factory).parameters.values()
-    except (TypeError, ValueError):  # a callable that does not tell
+    except (TypeError, ValueError):  # a callable without a signature
         return None
     if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -307,15 +310,15 @@ class NoRedirectionMatch(Exception):
 
 
 class ProxiedDownloadMiddleware(RealDownloadMiddleware):
-    """Replaces the responses whose file a proxy can reach. Subclasses say by what, in `redirect`.
+    """Replaces the responses whose file a proxy can reach, with the response that `redirect` of a subclass returns.
 
-    source_url: the files whose URL is at or below this one. source_dir: the files on a disk below this directory.
-    destination_url: where the proxy has what is below the source. All are matched by whole path segments.
+    source_url: the rule covers files whose URL is equal to or below this one. source_dir: it covers local files below
+    this directory. destination_url: where the proxy finds the files below the source. Paths match by whole segments.
     """
 
     destination_option: ClassVar[str] = "destination_url"
     fetches_urls: ClassVar[bool] = True
-    """Whether this kind of proxy may fetch a file from another server: else its destination is a directory."""
+    """Whether the destination may be on another server. False: it is a directory."""
 
     def __init__(
         self,
@@ -329,15 +332,15 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
         self.source_url = source_url
         self.destination_url = destination_url
         if source_dir or source_url or destination_url:
-            self.rules  # noqa: B018 - mistakes are found now, not with the first download
+            self.rules  # noqa: B018 - report mistakes now, not with the first download
 
     def make_backend(self, rules: list[Rule]) -> OffloadBackend:
-        """Return what matches and encodes for the kind of proxy: here, by internal URIs, as nginx reads them."""
+        """Return the backend that matches rules and encodes paths: here that of nginx, with internal URIs."""
         return XAccelRedirect(rules)
 
     @cached_property
     def rules(self) -> offload.Rules:
-        """The rules, made of the options. Raises `ImproperlyConfigured`."""
+        """The rules that the options make. Raises `ImproperlyConfigured`."""
         return offload.Rules(
             self.make_backend,
             source_dir=self.source_dir,
@@ -348,28 +351,28 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
 
     def find(self, response: DownloadResponse) -> str:
         """Return the value of the header that the proxy obeys. Raises `NoRedirectionMatch`."""
-        found = self.rules.find(response.file, response.get_basename())
-        if found is None:
+        match = self.rules.find(response.file, response.get_basename())
+        if match is None:
             raise NoRedirectionMatch(
                 f"no rule covers the file {getattr(response.file, 'name', None)!r}: source_url is {self.source_url!r}, "
                 f"source_dir is {self.source_dir!r}"
             )
-        return self.value_of(found)
+        return self.value_of(match)
 
-    def value_of(self, found: offload.Found) -> str:
-        """Return the value of the header for what has been found. Raises `NoRedirectionMatch`."""
-        return f"{found.value}?{found.query}" if found.query else found.value
+    def value_of(self, match: offload.Found) -> str:
+        """Return the value of the header for a file that a rule covers. Raises `NoRedirectionMatch`."""
+        return f"{match.value}?{match.query}" if match.query else match.value
 
     def get_redirect_url(self, response: Any) -> str:
-        """Return where the proxy finds the file of a response, percent-encoded. Raises `NoRedirectionMatch`."""
+        """Return the URI at which the proxy finds the file, percent-encoded. Raises `NoRedirectionMatch`."""
         return self.find(response)
 
     def redirect(self, response: DownloadResponse, redirect_url: str) -> ProxiedDownloadResponse:
-        """Return the response that has the proxy send what it finds at `redirect_url`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it answers instead of a download response")
+        """Return the response that has the proxy send the file at `redirect_url`."""
+        raise NotImplementedError(f"{type(self).__name__} has to override redirect")
 
     def process_download_response(self, request: HttpRequest, response: Any) -> Any:
-        """Return the response that has the proxy send the file, or the response itself where the proxy cannot."""
+        """Return the response that has the proxy send the file, or the response itself if the proxy may not."""
         try:
             if not offload.is_offloadable(request, response):
                 return response
@@ -393,7 +396,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
         return self._redirected(response, redirect_url, metadata)
 
     def _located(self, request: HttpRequest, response: DownloadResponse) -> str:
-        """Return where the proxy finds the file, which is opened if only that tells. Raises `NoRedirectionMatch`."""
+        """Return `get_redirect_url`, for a cached file after opening it if necessary. Raises `NoRedirectionMatch`."""
         try:
             return self.get_redirect_url(response)
         except NoRedirectionMatch:
@@ -414,7 +417,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
 
     @property
     def _is_remote(self) -> bool:
-        """Whether the proxy fetches the files of the rule from another server, unless they are local ones."""
+        """Whether the proxy fetches the files of the rule from another server, except for local files."""
         return self.fetches_urls and self.rules.is_of_server
 
     def _redirected(self, response: DownloadResponse, redirect_url: str, metadata: FileMetadata | None) -> Any:
@@ -427,9 +430,10 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
 
 
 class DownloadDecorator:
-    """Makes a decorator of views from a middleware: `DownloadDecorator(factory)(view, *args, **kwargs)`.
+    """Applies a middleware to a single view: `DownloadDecorator(factory)(view, *args, **kwargs)`.
 
-    The arguments are the factory's. Views of any kind stay what they are: synchronous or asynchronous.
+    The arguments after the view are those of the factory. A synchronous view stays synchronous, and an asynchronous
+    one asynchronous.
     """
 
     def __init__(self, middleware_factory: Callable[..., Any]) -> None:
@@ -447,7 +451,7 @@ class DownloadDecorator:
 
 
 def _call(middleware: Any, inner: Callable[..., Any], request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-    """Call a view or the next middleware, and process its response: at once, or in a coroutine if it returns one."""
+    """Call a view or the next middleware, and process its response. Return a coroutine if the view returns one."""
     defer(request)
     try:
         response = inner(request, *args, **kwargs)
@@ -472,7 +476,7 @@ async def _acall(middleware: Any, pending: Awaitable[Any], request: HttpRequest)
 
 
 async def _aprocess(middleware: Any, request: HttpRequest, response: Any) -> Any:
-    """Have any middleware process a response: also one that knows nothing of event loops."""
+    """Have a middleware process a response. A middleware without `aprocess_response` runs in a thread."""
     process = getattr(middleware, "aprocess_response", None)
     if process is None:
         return await _off_the_loop(middleware.process_response, request, response)
@@ -480,10 +484,10 @@ async def _aprocess(middleware: Any, request: HttpRequest, response: Any) -> Any
 
 
 async def _off_the_loop(function: Callable[..., Any], *args: Any) -> Any:
-    """Call what a project has written: in Django's thread for blocking code, unless it is a coroutine function."""
+    """Call a function of the project: in Django's thread for blocking code, unless it is a coroutine function."""
     return await (function if iscoroutinefunction(function) else sync_to_async(function))(*args)
 
 
 def _is_ours(instance: object, *methods: str) -> bool:
-    """Return whether nobody has overridden the methods."""
+    """Return whether the project overrides none of the methods."""
     return all(getattr(type(instance), method).__module__.startswith(_OURS) for method in methods)

@@ -1,4 +1,4 @@
-"""Which file a reverse proxy can reach, by the settings of one middleware: matching and encoding are the core's."""
+"""Decides which Django files a proxy can reach, by the rules of one middleware."""
 
 import os
 import re
@@ -35,22 +35,22 @@ MakeBackend = Callable[[list[Rule]], OffloadBackend]
 
 _MADE_HERE = ("etag", "last-modified", "content-security-policy")
 _SIGNATURE = re.compile(r"(?:^|&)X-Signature=[^&]*")
-_QUERY = re.compile(r"[!$-;=?-Z_a-z~]*")  # visible ASCII that needs no escape in a URI
+_QUERY = re.compile(r"[!$-;=?-Z_a-z~]*")  # visible ASCII that a URI need not escape
 _UNSAFE_IN_URLS = frozenset("%?#\\")  # a backslash becomes a slash in the URLs of Django
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where the proxy finds a file: the header's value for its path, and the query of its URL if that is needed."""
+    """Where the proxy finds a file. value: the header's value for the path. query: that of the URL, if it is needed."""
 
     value: str
     query: str = ""
 
 
 class Rules:
-    """The rules of one middleware: by the URL of a file if there is a `source_url`, else by its path.
+    """The rules of one middleware: a file matches by its URL if there is a `source_url`, else by its path.
 
-    Raises `ImproperlyConfigured` for what cannot be matched, or is no destination for the kind of proxy.
+    Raises `ImproperlyConfigured` for a source that cannot be matched, and for a destination that the proxy cannot have.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class Rules:
         option: str,
     ) -> None:
         if not destination:
-            raise ImproperlyConfigured(f"a rule needs {option}: where the proxy finds what is below the source")
+            raise ImproperlyConfigured(
+                f"a rule needs {option}: the place at which the proxy finds the files below the source"
+            )
         target = f"{os.fspath(destination).rstrip('/')}/"
         self._by_url = self._by_path = None
         self.is_of_server = False
@@ -74,7 +76,8 @@ class Rules:
                 location = _location_of(urlsplit(str(source_url)))
                 if location is None or not location.startswith("/"):
                     raise ImproperlyConfigured(
-                        f"source_url is an absolute path or URL without a query, such as '/media/', not {source_url!r}"
+                        "source_url has to be an absolute path or URL without a query, such as '/media/', not "
+                        f"{source_url!r}"
                     )
                 self._by_url = make_backend([Rule(location, target)])
                 self.is_of_server = bool(urlsplit(str(source_url)).netloc)
@@ -87,13 +90,13 @@ class Rules:
 
     @property
     def want_urls(self) -> bool:
-        """Whether the URL of a file is asked for."""
+        """Whether files match by their URL."""
         return self._by_url is not None
 
     def find(self, file: Any, name: str) -> Found | None:
-        """Return where the proxy finds a file of Django's, or None: no rule covers it."""
+        """Return where the proxy finds a Django file, or None if no rule covers it."""
         if not getattr(file, "_committed", True):
-            return None  # a field's new content, which its storage does not have yet
+            return None  # new content of a field, which is not in the storage yet
         if not is_sent_as_stored(file):
             return None
         if self._by_url is not None and (url := url_of(file)):
@@ -105,9 +108,9 @@ class Rules:
                     return Found(value, query)
         if self._by_path is not None:
             if self._path_is_relative:
-                own = getattr(file, "name", None)
-                is_stored = hasattr(file, "storage") and isinstance(own, str) and own and not os.path.isabs(own)
-                location = _rooted(str(own)) if is_stored else None
+                key = getattr(file, "name", None)
+                is_stored = hasattr(file, "storage") and isinstance(key, str) and key and not os.path.isabs(key)
+                location = _rooted(str(key)) if is_stored else None
             else:
                 location = _path_of(file, name)
             if location is not None and (value := _value(self._by_path, location)) is not None:
@@ -117,7 +120,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class _Located:
-    """All that a backend asks of a file: its place."""
+    """A file for a backend, which uses only its location."""
 
     location: str
 
@@ -132,7 +135,7 @@ def _rooted(directory: str) -> str:
 
 
 def url_of(file: Any) -> str | None:
-    """Return the URL of a file of Django's, or None: it has none."""
+    """Return the URL of a Django file, or None if it has none."""
     if _borrows_its_url(getattr(file, "storage", None)):
         return None
     try:
@@ -143,7 +146,7 @@ def url_of(file: Any) -> str | None:
 
 
 def _borrows_its_url(storage: Any) -> bool:
-    """Return whether a storage is of another directory than MEDIA_ROOT, and has its URLs from MEDIA_URL alone."""
+    """Return whether a storage uses MEDIA_URL for its URLs, although its directory is not MEDIA_ROOT."""
     return (
         isinstance(storage, FileSystemStorage)
         and getattr(storage, "_base_url", "") is None  # `base_url` is MEDIA_URL then
@@ -152,9 +155,9 @@ def _borrows_its_url(storage: Any) -> bool:
 
 
 def _location_of(parts: SplitResult) -> str | None:
-    """Return the path that a URL encodes, below its server's name if it has one, in the form of a local path.
+    """Return the decoded path of a URL in the form of a local path. It begins with the server's name if there is one.
 
-    None for a URL that has a fragment, encodes a slash, or does not encode text: its path is not what it says.
+    None for a URL with a fragment or an encoded slash: its decoded path would be ambiguous.
     """
     if parts.fragment or parts.path.count("/") != unquote_to_bytes(parts.path).count(b"/"):
         return None
@@ -163,7 +166,7 @@ def _location_of(parts: SplitResult) -> str | None:
 
 
 def _means(location: str, file: Any) -> bool:
-    """Return whether a decoded URL names the file: a storage of the project's may give URLs that are not encoded."""
+    """Return whether a decoded URL names the file. The storage of a project may return URLs that are not encoded."""
     name = getattr(file, "name", None)
     if not isinstance(name, str) or not _UNSAFE_IN_URLS & {*name} or not hasattr(file, "storage"):
         return True
@@ -172,14 +175,14 @@ def _means(location: str, file: Any) -> bool:
 
 def _path_of(file: Any, name: str) -> str | None:
     try:
-        found = async_file_of(file, name)
+        async_file = async_file_of(file, name)
     except (FileError, FileNotFound, SuspiciousOperation, NotImplementedError):
-        return None  # whoever opens it says why
-    return found.location if is_local(found) else None
+        return None  # opening it will raise the error again
+    return async_file.location if is_local(async_file) else None
 
 
 def is_offloadable(request: HttpRequest, response: HttpResponseBase) -> bool:
-    """Return whether a proxy may send the file of a response: one that is ours, and unfinished."""
+    """Return whether a proxy may send the file of a response, which has to be an unfinished `DownloadResponse`."""
     return (
         isinstance(response, DownloadResponse)
         and not response.is_finished
@@ -189,21 +192,21 @@ def is_offloadable(request: HttpRequest, response: HttpResponseBase) -> bool:
 
 
 async def alocate(request: HttpRequest, response: DownloadResponse) -> bool:
-    """Open a file that may have its place only then, as one in a cache, and return whether a proxy may find it now.
+    """Open a cached file, which may have a location only while it is open, and return whether it has one.
 
-    It stays open for whoever finishes the response: another server is asked once.
+    The file stays open until the response is finished, so that the origin is asked only once.
     """
     if not isinstance(response.file, CachedFile) or response.opened is not None:
         return False
     try:
         await response.open_early(request, response.file)
     except FileError:
-        return False  # whoever finishes the response says why
+        return False  # finishing the response will meet the error again
     return response.file.location is not None
 
 
 def locate_now(request: HttpRequest, response: DownloadResponse) -> bool:
-    """Do what `alocate` does, for code that blocks: in the event loop that finishes the response."""
+    """Do what `alocate` does, for synchronous code. It uses the event loop in which the response is finished."""
     if not isinstance(response.file, CachedFile):
         return False
     if isinstance(request, ASGIRequest):
@@ -212,11 +215,11 @@ def locate_now(request: HttpRequest, response: DownloadResponse) -> bool:
 
 
 async def adescribe(request: HttpRequest, response: DownloadResponse, *, is_remote: bool) -> FileMetadata | None:
-    """Return what is known of the file that a proxy is to send; None if it may not: whoever finishes the response does.
+    """Return the metadata of a file that a proxy may send, or None: the response sends it itself.
 
     is_remote: whether the rule has the proxy fetch files from another server.
-    A local file and one of another server are opened for that, as `OffloadMiddleware` does. Of other files, such as
-    those of a storage without paths, no more is known than that a rule covers them.
+    A file with a location is opened for that, as `OffloadMiddleware` does. Other files, such as those of a storage
+    without paths, have no metadata: only the rule covers them.
     """
     try:
         file = async_file_of(response.file, response.get_basename())
@@ -226,7 +229,7 @@ async def adescribe(request: HttpRequest, response: DownloadResponse, *, is_remo
         if refused is None and file.location is not None:
             refused, metadata = await _opened_for_proxy(file, request, response, is_remote)
     except (FileError, FileNotFound, SuspiciousOperation):
-        return None  # whoever finishes the response says so
+        return None  # finishing the response will meet the error again
     if refused is None:
         if response.opened is not None:  # by `alocate`
             await response.release()
@@ -238,9 +241,9 @@ async def adescribe(request: HttpRequest, response: DownloadResponse, *, is_remo
 async def _opened_for_proxy(
     file: AsyncFile, request: HttpRequest, response: DownloadResponse, is_remote: bool
 ) -> tuple[Refusal | None, FileMetadata]:
-    """Open a file, and return why no proxy may send it (None: one may), and what is known of it."""
+    """Open a file, and return why no proxy may send it (None: a proxy may), and its metadata."""
 
-    def asked(opened: OpenFile) -> tuple[Refusal | None, FileMetadata]:
+    def result(opened: OpenFile) -> tuple[Refusal | None, FileMetadata]:
         metadata = opened.metadata
         if (age := age_of(opened)) is not None:
             metadata = replace(metadata, headers=(*metadata.headers, ("age", age)))
@@ -248,40 +251,40 @@ async def _opened_for_proxy(
 
     if (opened := open_at_once(file, HEAD)) is not None and (local := local_of(opened)) is not None:
         try:
-            return asked(opened)
+            return result(opened)
         finally:
             local.close()
     try:
         async with file.open(HEAD) as opened:
-            return asked(opened)
+            return result(opened)
     except FileError as exc:
         if isinstance(exc, FileMissing) or is_local(file):
             raise
-        return None, FileMetadata()  # the proxy may reach what we cannot
+        return None, FileMetadata()  # the proxy may reach a file that we cannot
 
 
 def is_local(file: AsyncFile) -> bool:
-    """Return whether a file is at a path."""
+    """Return whether the location of a file is a local path."""
     return file.location is not None and file.location.startswith("/")
 
 
 def describe_now(request: HttpRequest, response: DownloadResponse, *, is_remote: bool) -> FileMetadata | None:
-    """Do what `adescribe` does, for code that blocks."""
+    """Do what `adescribe` does, for synchronous code."""
     return run_in_background(adescribe(request, response, is_remote=is_remote))
 
 
 def may_block(response: DownloadResponse) -> bool:
-    """Return whether asking for the URL of the file runs code of which nothing is known."""
+    """Return whether the URL of the file comes from the project's code, which may block."""
     storage = getattr(response.file, "storage", None)
     if storage is None:
         return False
-    # __class__: of a lazy storage, that of what it stands for
+    # __class__: for a lazy storage, that of the storage behind it
     homes = [base.__module__ for base in storage.__class__.__mro__ if "url" in vars(base)]
     return not all(home.startswith(("django.core.files.", "downloadview_async.")) for home in homes)
 
 
 def dress(offloaded: HttpResponseBase, response: DownloadResponse, metadata: FileMetadata) -> None:
-    """Give an offloaded answer what the response has, headers, cookies, what is to be closed, and what the file has."""
+    """Copy to an offloaded answer the headers, cookies and closers of the response, and the headers of the file."""
     for name, value in response.items():
         if name.lower() not in OFFLOAD_HEADERS | FRAMING:
             offloaded[name] = value

@@ -1,4 +1,4 @@
-"""`DownloadResponse`: a file as a response of Django's, for ASGI and for WSGI."""
+"""`DownloadResponse`: a file as a Django response, for ASGI and WSGI."""
 
 import asyncio
 import os
@@ -45,15 +45,14 @@ from downloadview_async.sources.local.open_file import local_of, open_at_once
 from downloadview_async.sources.virtual import VirtualFile
 
 _TEXTLESS = re.compile("(?:application|audio|font|image|model|multipart|video)/", re.IGNORECASE)
-_RECEIVERS = "_downloadview_receivers"  # in a request: those of request_finished before the view was called
-_DEFERRED = "_downloadview_deferred"  # in a request: how many further out have said `defer`
+_RECEIVERS = "_downloadview_receivers"  # in a request: the receivers of request_finished before the view was called
+_DEFERRED = "_downloadview_deferred"  # in a request: how many middlewares have called `defer`
 
 
 class _OrderedWith200:
-    """A response that has its offload headers with the status 200 alone.
+    """A response that has its offload headers only while its status is 200.
 
-    A middleware further out may change the status of a response that is finished already, and a proxy obeys these
-    headers whatever the status.
+    An outer middleware may change the status of a finished response, and a proxy obeys these headers with any status.
     """
 
     headers: Any
@@ -87,15 +86,15 @@ class _OrderedWith200:
         self.headers.pop(header, None)
 
     def setdefault(self, header: str, value: Any) -> None:
-        """Set a header unless it is there already, or waits for the status 200."""
+        """Set a header, unless the response has it already or withholds it until the status is 200."""
         if header.lower() not in {name.lower() for name in (*self.headers, *self._withheld)}:
             self[header] = value
 
 
 class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
-    """An answer without a body that has a proxy send the file. The proxies' own responses derive from it.
+    """A response without a body that has a proxy send the file: the base class for each proxy's response.
 
-    Its offload headers are there as long as its status is 200.
+    It has its offload headers only while its status is 200.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -106,24 +105,29 @@ class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
 class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
     """A file as a response.
 
-    file_instance: a FieldFile, a StorageFile, any of Django's files, a file object, an iterable, or an `AsyncFile`.
-    attachment: to be saved (the default), or to be shown inline. basename: what the client should call it; default:
-    the file's own name. content_type: the whole Content-Type; file_mimetype: without the charset; default: what the
-    file itself says, or by its name. offload: whether a proxy may send the file, if one is offered. One that is deleted
-    when the response is closed is not left to a proxy, which opens it later; nor is one whose storage changes the bytes
-    on the way, see `is_sent_as_stored`.
+    file_instance: a FieldFile, a StorageFile, any Django file, a file object, an iterable, or an `AsyncFile`. With a
+    basename, also a string that is the content.
+    attachment: True (the default) has the client save the file, False has it show the file inline.
+    basename: the name under which the client saves the file. Default: the file's name.
+    content_type: the whole Content-Type. file_mimetype: the type without the charset. Default: what the file says, else
+    the type for its name.
+    offload: whether a proxy may send the file, if one is offered. A proxy opens the file later, so it never sends one
+    that is deleted when the response is closed. Nor does it send a file that its storage decrypts or decompresses, see
+    `is_sent_as_stored`.
 
     The file is opened, and Range and If-* are evaluated, when the response is finished, see `finish`. The views, the
-    middlewares and the ASGI handler of this package do that. A response that nobody finishes is a 200 with the whole
-    file and without its length.
+    middlewares and the ASGI handler of this package finish it. An unfinished response has the status 200, the whole
+    file and no Content-Length.
+
+    Raises `TypeError` for a path, and `ValueError` for a status without a body.
     """
 
-    opened: OpenFile | None = None  # also where a constructor has raised
+    opened: OpenFile | None = None  # a class attribute, for `__del__` after a constructor that raised
     ignores_modified_since = False
-    """Whether somebody has evaluated If-Modified-Since already."""
+    """Whether If-Modified-Since has been evaluated already."""
 
     file_not_found_response: Callable[[], HttpResponseBase] | None = None
-    """What answers where the file turns out to be missing, if that is no plain 404. It may raise `Http404`."""
+    """Makes the response if the file is missing. None: a plain 404. It may raise `Http404`."""
 
     def __init__(
         self,
@@ -166,7 +170,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
 
     @property
     def default_headers(self) -> dict[str, str]:
-        """The headers that follow from the file's name, and from what the application says of it."""
+        """The headers that follow from the file and from the arguments of the application."""
         if self._default_headers is None:
             self._default_headers = {
                 "Content-Type": self.get_content_type(),
@@ -176,15 +180,15 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         return self._default_headers
 
     def get_basename(self) -> str:
-        """Return what the client should call the file."""
+        """Return the name under which the client saves the file."""
         return self.basename or os.path.basename(name_of(self.file))
 
     def may_be_offloaded(self, request: HttpRequest) -> bool:
-        """Return whether a proxy may send the file, as far as that is known before the file is open."""
+        """Return whether a proxy may send the file, as far as this is known before the file is open."""
         return self.refusal_before_open(request) is None
 
     def refusal_before_open(self, request: HttpRequest) -> Refusal | None:
-        """Return why no proxy may send the file, or None: one may, as far as that is known before the file is open."""
+        """Return why no proxy may send the file, or None if one may, as far as is known before the file is open."""
         return refusal(
             status=self.status_code,
             method=str(request.method),
@@ -195,7 +199,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
     def refusal_once_open(
         self, request: HttpRequest, file: AsyncFile, opened: OpenFile, *, is_remote: bool
     ) -> Refusal | None:
-        """Return why no proxy may send the file that is open, or None: one may.
+        """Return why no proxy may send the open file, or None if one may.
 
         is_remote: whether the proxy fetches the file from another server.
         """
@@ -215,51 +219,58 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
 
     def _is_left_as_stored(self, request: HttpRequest) -> bool:
         """Return whether the file is sent as it is stored, and is still there when the request has ended."""
-        own = (close_own_connections, getattr(self.file, "close", None))
+        harmless = (close_own_connections, getattr(self.file, "close", None))
         closers: list[Any] = self._resource_closers  # type: ignore[attr-defined]
         return (
             self.offload
             and is_sent_as_stored(self.file)
             and is_left_by_closing(self.file)
             and is_left_by_closing(self)
-            and all(closer in own or isinstance(getattr(closer, "__self__", None), HttpRequest) for closer in closers)
+            and all(
+                closer in harmless or isinstance(getattr(closer, "__self__", None), HttpRequest) for closer in closers
+            )
             and not has_new_receivers(request)
         )
 
     def get_content_type(self) -> str:
-        """Return the Content-Type: what the file says of itself, else its MIME type with the charset of a text."""
-        own = getattr(self.file, "content_type", None) if self.file_mimetype is None else None
-        if isinstance(own, str) and own:
-            return own
+        """Return the Content-Type: the file's `content_type`, else its MIME type, with the charset if it is text."""
+        content_type = getattr(self.file, "content_type", None) if self.file_mimetype is None else None
+        if isinstance(content_type, str) and content_type:
+            return content_type
         mime_type = self.get_mime_type()
         if _TEXTLESS.match(mime_type):
             return with_charset(mime_type, getattr(self.file, "charset", None))
         return with_charset(mime_type, self.get_charset())
 
     def get_mime_type(self) -> str:
-        """Return the MIME type of the file: what the application says, else by its name."""
-        own = self.file_mimetype or getattr(self.file, "mime_type", None)
-        return own if isinstance(own, str) and own else content_type_for(self.get_basename()).partition(";")[0]
+        """Return the MIME type: that of the application or of the file, else the type for the name."""
+        mime_type = self.file_mimetype or getattr(self.file, "mime_type", None)
+        return (
+            mime_type
+            if isinstance(mime_type, str) and mime_type
+            else content_type_for(self.get_basename()).partition(";")[0]
+        )
 
     def get_encoding(self) -> str | None:
-        """Return the encoding that the application says the file has, else None. No header is made of it."""
+        """Return the encoding that the application or the file gives, or None. No header is made from it."""
         return self.file_encoding or getattr(self.file, "encoding", None)
 
     def get_charset(self) -> str:
-        """Return the charset of a text."""
-        own = getattr(self.file, "charset", None)
-        return own if isinstance(own, str) and own else settings.DEFAULT_CHARSET
+        """Return the charset of a text file."""
+        charset = getattr(self.file, "charset", None)
+        return charset if isinstance(charset, str) and charset else settings.DEFAULT_CHARSET
 
     def finish(self, request: HttpRequest) -> HttpResponseBase:
-        """Do what `afinish` does, for code that blocks."""
+        """Do what `afinish` does, for synchronous code."""
         if isinstance(request, ASGIRequest):
             return async_to_sync(self.afinish)(request)
         return run_in_background(self.afinish(request))
 
     async def afinish(self, request: HttpRequest) -> HttpResponseBase:
-        """Open the file, decide what of it the request gets, and return the response that says so: this, or a 304.
+        """Open the file, evaluate the conditions and ranges of the request, and return the response to send.
 
-        A missing file raises `Http404`; one that cannot be had now is a response with 502, 503 or 504.
+        That is this response, a 304, or a 502, 503 or 504 for a file that cannot be opened now. Raises `Http404` for a
+        missing file, unless `file_not_found_response` makes another response.
         """
         if self.is_finished or self.is_replaced:
             return self
@@ -291,22 +302,22 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
             opened, plan = await self._open_for_proxy(file, backend, request)
             if plan is not None:
                 return plan
-        metadata, presentation, own = self._described(file, opened)
-        return make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=own)
+        metadata, presentation, given_headers = self._described(file, opened)
+        return make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=given_headers)
 
     def _wanted_by(self, request: HttpRequest) -> DownloadRequest:
-        """Return what a request asks for. Conditions and ranges apply to GET and HEAD alone."""
+        """Return the request as the plan needs it. Conditions and ranges apply only to GET and HEAD."""
         if request.method not in ("GET", "HEAD"):
             return GET
         wanted = _download_request(request, getattr(request, "scope", None) or {})
         return replace(wanted, if_modified_since=None) if self.ignores_modified_since else wanted
 
     async def open_early(self, request: HttpRequest, file: AsyncFile) -> None:
-        """Open the file for `afinish`, as the request wants it. Raises `FileError`."""
+        """Open the file for `afinish`, which will use it. Raises `FileError`."""
         await self._open(file, self._wanted_by(request))
 
     def take_content_type(self, metadata: FileMetadata) -> None:
-        """Take the Content-Type that the open file tells, unless the application has chosen another one."""
+        """Take over the Content-Type of the open file, unless the application has set another one."""
         is_made = self["Content-Type"] == self.default_headers["Content-Type"]
         if metadata.content_type is not None and self.file_mimetype is None and is_made:
             self["Content-Type"] = metadata.content_type
@@ -314,7 +325,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
     async def _open_for_proxy(
         self, file: AsyncFile, backend: OffloadBackend, request: HttpRequest
     ) -> tuple[OpenFile, Plan | None]:
-        """Open the file, and return it with the answer that has the proxy send it, or with None: none may."""
+        """Open the file. Return it with the plan that has the proxy send it, or with None if no proxy may."""
         method = str(request.method)
         may_be = refused = self.refusal_before_open(request)
         if may_be is None:
@@ -329,7 +340,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
             opened = await self._open(file, self._wanted)
         else:
             opened = await self._open(file, self._wanted)
-            # one that is kept in a cache may be known to be there only when it is open
+            # a cached file may get its location only when it is opened
             if may_be is None:
                 refused, plan = await self._offload_plan(file, backend, opened, method)
                 if plan is not None:
@@ -341,18 +352,18 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
     async def _offload_plan(
         self, file: AsyncFile, backend: OffloadBackend, opened: OpenFile, method: str
     ) -> tuple[Refusal | None, Plan | None]:
-        """Return the answer that has the proxy send an open file, or why the proxy may not."""
+        """Return the plan that has the proxy send an open file, or why the proxy may not."""
         if not (order := backend.headers_for(file)):
             return Refusal.RULE, None
-        metadata, presentation, own = self._described(file, opened)
+        metadata, presentation, given_headers = self._described(file, opened)
         refused = self._refusal_once_open(opened, metadata, self._wanted, method, is_remote=is_remote_order(order))
         if refused is not None:
             return refused, None
         order = await signed(backend, file, order)
-        return None, make_offload_plan(metadata, presentation, order, headers=own)
+        return None, make_offload_plan(metadata, presentation, order, headers=given_headers)
 
     async def _open(self, file: AsyncFile, wanted: DownloadRequest) -> OpenFile:
-        """Open the file until `release`, unless it is open already."""
+        """Return the open file, which stays open until `release`."""
         if self.opened is not None:
             return self.opened
         self._loop = asyncio.get_running_loop()
@@ -364,28 +375,28 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         return opened
 
     def _described(self, file: AsyncFile, opened: OpenFile) -> tuple[FileMetadata, Presentation, Headers]:
-        """Return what is known of an open file, how it is shown, and the application's own headers."""
-        metadata, own = opened.metadata, self._own_headers()
-        if (etag := ETag.parse(own.pop("etag", ""))) is not None:
+        """Return the metadata of an open file, its presentation, and the headers of the application."""
+        metadata, given_headers = opened.metadata, self._own_headers()
+        if (etag := ETag.parse(given_headers.pop("etag", ""))) is not None:
             metadata = replace(metadata, etag=etag)
-        if (date := parse_http_date(own.pop("last-modified", ""))) is not None:
+        if (date := parse_http_date(given_headers.pop("last-modified", ""))) is not None:
             metadata = replace(metadata, last_modified=date)
         for header in FRAMING | OFFLOAD_HEADERS:
-            own.pop(header, None)
-        # What is known by the name alone gives way to what the file itself says.
+            given_headers.pop(header, None)
+        # The type that the file gives wins over the type for its name.
         says = None if isinstance(file, VirtualFile) or self.file_mimetype is not None else metadata.content_type
         presentation = Presentation(
             filename=self.get_basename() or file.name,
             attachment=self.attachment,
             content_type=says or self["Content-Type"],
         )
-        own.setdefault("content-disposition", self["Content-Disposition"])
+        given_headers.setdefault("content-disposition", self["Content-Disposition"])
         if (age := age_of(opened)) is not None:
-            own.setdefault("age", age)
-        return metadata, presentation, own
+            given_headers.setdefault("age", age)
+        return metadata, presentation, given_headers
 
     def _own_headers(self) -> Headers:
-        """Return the headers that are not as they were made here: the application's own."""
+        """Return the headers that the application has set, which differ from the default ones."""
         made = self.default_headers
         return {header.lower(): value for header, value in self.items() if made.get(header) != value}
 
@@ -413,28 +424,28 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
 
     @property
     def is_long(self) -> bool:
-        """Whether the body may take long to send: all that does not go out in one message."""
+        """Whether the body may take long to send: whether it needs more than one message."""
         length = None if self.plan is None else self.plan.length
         return length is None or length > SMALL
 
     async def release(self) -> None:
-        """Close the file. Only in the event loop that has finished the response."""
+        """Close the file. Call this only in the event loop that has finished the response."""
         await self._resources.aclose()
         self.opened = None
 
     def has_header(self, header: str) -> bool:
-        """Return whether there is such a header. A part of a file counts as encoded: no middleware may encode it."""
+        """Return whether the response has a header. A 206 claims Content-Encoding, so that no middleware encodes it."""
         return super().has_header(header) or (self.status_code == 206 and header.lower() == "content-encoding")
 
     __contains__ = has_header
 
     def close(self) -> None:
-        """Close the file, from any thread: Django closes responses in one of its own."""
+        """Close the file, from any thread: Django closes responses in another thread."""
         self._close_file()
         super().close()
 
     def __del__(self) -> None:
-        self._close_file()  # some middleware has put another response in the place of this one
+        self._close_file()  # a middleware may have replaced this response
 
     def _close_file(self) -> None:
         if self.opened is None:
@@ -446,16 +457,16 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         elif local is not None:
             local.close()
 
-    # What a response streams
+    # The content
 
     @property
     def is_async(self) -> bool:
-        """Whether the content is to be iterated asynchronously: it can be both ways, as long as it is ours."""
+        """Whether to iterate over the content asynchronously. Our content can be iterated in both ways."""
         if self.is_replaced:
             return self._replacement_is_async
         if self.request is not None:
             return isinstance(self.request, ASGIRequest)
-        # asgiref says so in the threads of a request, too, in which Django runs middlewares for WSGI
+        # the context is also set in the threads of an ASGI request, in which Django runs middlewares for WSGI
         return has_running_loop() or SyncToAsync.thread_sensitive_context.get(None) is not None
 
     @is_async.setter
@@ -464,7 +475,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
 
     @property
     def streaming_content(self) -> Any:
-        """The content: what is left of it can be iterated once, in both ways."""
+        """The rest of the content. It can be iterated once, synchronously or asynchronously."""
         return super().streaming_content if self.is_replaced else _Content(self)
 
     @streaming_content.setter
@@ -483,9 +494,9 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
                 yield chunk
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body in bounded chunks, exactly what has been promised. Raises `TransferAborted`."""
+        """Yield the body in chunks: exactly the promised bytes. Raises `TransferAborted`."""
         if self.plan is None or self._loop is not asyncio.get_running_loop():
-            # Not finished, or in a loop that does not run now, as in a test with AsyncClient that reads afterwards.
+            # Unfinished, or finished in another loop, as in a test that reads after AsyncClient has ended its loop.
             async with async_file_of(self.file, self.get_basename()).open(self._wanted) as opened:
                 plan = self.plan or make_plan(GET, opened.metadata, Presentation(filename=self.get_basename()))
                 async with aclosing(body_of(plan, opened)) as chunks:
@@ -513,7 +524,7 @@ def _check_file(file: Any, basename: str | None) -> None:
 
 
 class _Content:
-    """The content of a response, for whoever iterates over it, in whatever way."""
+    """The content of a response, for synchronous and asynchronous iteration."""
 
     def __init__(self, response: DownloadResponse) -> None:
         self._response = response
@@ -529,12 +540,12 @@ class _Content:
 def content_disposition(filename: str, attachment: bool = True) -> str:
     """Return the value of Content-Disposition.
 
-    As everywhere in this library, but for the name in ASCII, for clients that know no other: that is as in
-    django-downloadview, with `_` for blanks and with quotes and backslashes escaped.
+    It differs from other responses of this library in `filename`, the ASCII name for old clients. That is as in
+    django-downloadview: with `_` for blanks, and with escaped quotes and backslashes.
     """
     ours = disposition_of(filename, attachment=attachment)
     name = shown = client_filename(filename)
-    if '"' in filename:  # there, a backslash in such a name is a part of it
+    if '"' in filename:  # for a name with a quote, django-downloadview keeps backslashes
         shown = filename.rstrip("/").rpartition("/")[2]
         shown = "".join(character for character in shown if unicodedata.category(character) not in ("Cc", "Cf", "Cs"))
     ascii_name = unicodedata.normalize("NFKD", shown).encode("ascii", "ignore").decode("ascii").strip()
@@ -549,7 +560,7 @@ def content_disposition(filename: str, attachment: bool = True) -> str:
 
 
 def take_marks(response: HttpResponseBase, original: "DownloadResponse") -> None:
-    """Give a response what decorators have said of the one that it replaces, such as `xframe_options_exempt`."""
+    """Copy to a response the marks that decorators set on the replaced one, such as `xframe_options_exempt`."""
     marks = {
         name: value for name, value in vars(original).items() if name.endswith("_exempt") or name.startswith("_csp_")
     }
@@ -557,31 +568,31 @@ def take_marks(response: HttpResponseBase, original: "DownloadResponse") -> None
 
 
 def note_receivers(request: HttpRequest) -> None:
-    """Remember which receivers `request_finished` has before the view is called."""
+    """Store the receivers that `request_finished` has before the view is called."""
     vars(request).setdefault(_RECEIVERS, signals.request_finished.receivers[:])
 
 
 def has_new_receivers(request: HttpRequest) -> bool:
-    """Return whether somebody has connected to `request_finished` during the request: perhaps to delete its file."""
+    """Return whether `request_finished` has got a receiver during the request, which may delete the file."""
     before = getattr(request, _RECEIVERS, None)
     return before is not None and any(receiver not in before for receiver in signals.request_finished.receivers)
 
 
 def defer(request: HttpRequest) -> None:
-    """Say that whoever calls this finishes the response to the request, and nobody further in."""
+    """Leave the response to this request unfinished until the caller, or one further out, finishes it."""
     note_receivers(request)
     vars(request)[_DEFERRED] = getattr(request, _DEFERRED, 0) + 1
 
 
 def undefer(request: HttpRequest) -> bool:
-    """Take one `defer` back. Return whether it was the last: the response is then to be finished now."""
+    """Undo one `defer`. Return whether it was the last one: the caller then has to finish the response."""
     left: int = getattr(request, _DEFERRED, 0) - 1
     vars(request)[_DEFERRED] = left
     return left <= 0
 
 
 def is_deferred(request: HttpRequest) -> bool:
-    """Return whether somebody further out finishes the response."""
+    """Return whether a middleware or decorator further out finishes the response."""
     return bool(getattr(request, _DEFERRED, 0) > 0)
 
 
@@ -591,12 +602,12 @@ _META = [(f"HTTP_{field.decode().upper().replace('-', '_')}", field) for field i
 def _download_request(request: HttpRequest, scope: Mapping[str, Any]) -> DownloadRequest:
     headers = scope.get("headers")
     if headers is None:
-        found = ((field, request.META.get(name)) for name, field in _META)
-        headers = [(field, str(value).encode("latin-1", "replace")) for field, value in found if value is not None]
+        fields = ((field, request.META.get(name)) for name, field in _META)
+        headers = [(field, str(value).encode("latin-1", "replace")) for field, value in fields if value is not None]
     return DownloadRequest.from_headers(str(request.method), headers)
 
 
 @lru_cache(maxsize=256)
 def spelled(header: str) -> str:
-    """Return the name of a header as it is usually spelled: "etag" is ETag."""
+    """Return the usual spelling of a header name: "etag" gives "ETag"."""
     return "ETag" if header == "etag" else "-".join(part.capitalize() for part in header.split("-"))

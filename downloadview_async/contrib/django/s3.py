@@ -1,4 +1,4 @@
-"""Objects of django-storages' `S3Storage`, read in pieces: its own files take all of an object into memory first."""
+"""Reads objects of django-storages' `S3Storage` in pieces. Its own files read a whole object into memory first."""
 
 import os
 from contextlib import suppress
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def streamed(file: Any) -> Any:
-    """Return a file that a storage has opened, or one that streams the same object if it is an `S3File`.
+    """Return a file that a storage has opened. For an `S3File`, return a reader that streams the same object.
 
-    A gzip object that the storage would decompress is left to it.
+    An object that the storage decompresses with gzip stays an `S3File`.
     """
     if not type(file).__module__.startswith("storages.backends.s3"):
         return file
-    storage = file._storage  # noqa: SLF001 - which nothing else leads to
+    storage = file._storage  # noqa: SLF001 - there is no public name for it
     if storage.gzip and file.obj.content_encoding == "gzip":
         return file
     from boto3.s3.transfer import S3Transfer
@@ -23,15 +23,15 @@ def streamed(file: Any) -> Any:
 
 
 class S3Reader:
-    """A version of an object, for reading: `seek` costs nothing, and reading on costs one request until the next.
+    """Reads one version of an object. Sequential reads cost one request; a read after `seek` costs another one.
 
-    `read` raises botocore's errors, and `OSError` where the object has been replaced since it was opened.
+    `read` raises botocore's errors, and `OSError` if the object has been replaced since it was opened.
     """
 
     def __init__(self, obj: Any, parameters: dict[str, Any]) -> None:
         self._object = obj
         self._parameters = parameters
-        self._size, self._tag = int(obj.content_length), obj.e_tag  # now: boto3 may ask for them again
+        self._size, self._tag = int(obj.content_length), obj.e_tag  # read them now: boto3 may request them again later
         self._position = 0
         self._body: Any = None
 
@@ -52,14 +52,14 @@ class S3Reader:
         try:
             chunk = self._read(size)
         except BotoCoreError:
-            # A client who was slow has let the store's patience run out: once more, from here on.
+            # The store may have closed the connection because the client was slow: try once more from this position.
             self._close_body()
             chunk = self._read(size)
         self._position += len(chunk)
         return chunk
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Return the connection to its pool."""
         self._close_body()
 
     def _read(self, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Signed links: storages whose URLs prove that this project gave them out, and the decorator that asks for that."""
+"""Signed links: storages that sign their URLs, and `signature_required`, which refuses URLs without a signature."""
 
 from functools import wraps
 from typing import Any, cast
@@ -14,20 +14,20 @@ from downloadview_async.contrib.django.calling import like
 from downloadview_async.contrib.django.middleware import View
 
 PARAMETER = "X-Signature"
-"""The query parameter that has the signature."""
+"""The query parameter with the signature."""
 
 SALT = "downloadview_async.contrib.django.links"
-"""Keeps links apart from all else that the project signs by the same key: no other token is a link."""
+"""The salt of links: no other token that the project signs by the same key is accepted as a link."""
 
 
 class SignedURLMixin:
-    """Makes the URLs of any storage signed ones, for a view with `signature_required` at the same path.
+    """Signs the URLs of any storage, for a view with `signature_required` at the same path.
 
-    The signature is of the path of the URL and the time, by `settings.SECRET_KEY` and a salt for links alone.
+    `settings.SECRET_KEY` signs the path of the URL and the time, with a salt that only links have.
     """
 
     def url(self, name: str | None, *args: Any, **kwargs: Any) -> str:
-        """Return the URL of the storage with a signature in its query."""
+        """Return the URL of the storage, with a signature in its query."""
         url = str(super().url(name, *args, **kwargs))  # type: ignore[misc]
         signature = quote(TimestampSigner(salt=SALT).sign(urlsplit(url).path), safe="")
         url, hash_, fragment = url.partition("#")
@@ -39,11 +39,11 @@ class SignedFileSystemStorage(SignedURLMixin, FileSystemStorage):
 
 
 def signature_required(function: View) -> View:
-    """Return a view that answers only a URL that a signed storage has given out; to others, `PermissionDenied`.
+    """Return a view that answers only the URLs that a signed storage has made. It raises `PermissionDenied` for others.
 
-    `settings.DOWNLOADVIEW_URL_EXPIRATION`, seconds or a timedelta, is how long that is valid; default: for ever.
-    With `settings.DOWNLOADVIEW_UNSALTED_LINKS = True`, links that django-downloadview has given out are valid too. They
-    are signed without a salt for links: so is any other value that the project signs by a plain `TimestampSigner`.
+    `settings.DOWNLOADVIEW_URL_EXPIRATION`, seconds or a timedelta, is how long a URL is valid. Default: for ever.
+    With `settings.DOWNLOADVIEW_UNSALTED_LINKS = True`, links that django-downloadview has made are valid too. They have
+    no salt, so any other value that the project signs by a plain `TimestampSigner` is valid as well.
     """
 
     @wraps(function)
@@ -55,9 +55,9 @@ def signature_required(function: View) -> View:
 
 
 def _signature_is_valid(request: HttpRequest) -> None:
-    """Return if the query of a request has a valid signature of its path. Raises `PermissionDenied`."""
+    """Check the signature of a request's path in its query. Raises `PermissionDenied` if it is missing or invalid."""
     try:
-        # what is signed is percent-encoded, as in the URL; request.path is not
+        # the signed path is percent-encoded as in the URL, request.path is decoded
         path = unquote(_unsigned(request.GET.get(PARAMETER) or ""), errors="strict")
     except SignatureExpired as exc:
         raise PermissionDenied("the signature has expired") from exc

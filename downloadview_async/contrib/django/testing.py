@@ -1,10 +1,10 @@
-"""For the tests of your own Django project: what did a view answer, and would the proxy send the right file?
+"""Assertions for the tests of a Django project: did a view answer correctly, and would the proxy send the right file?
 
     response = self.client.get("/reports/7/")           # or: await self.async_client.get(...)
     assert_download_response(self, response, basename="report.pdf", mime_type="application/pdf", content=b"...")
 
-The assertions look at what the client or the proxy gets: the status, the headers, the bytes. They are called without
-`await`, in an `async def` test as well, and their failures say what was expected and what was there.
+The assertions check what the client or the proxy gets: the status, the headers and the bytes. Call them without
+`await`, also in an `async def` test. Their failures tell the expected and the actual value.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ _PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_TOKEN})[ \t]*=[ \t]*(?:({_TOKEN})|"((
 
 
 def setup_view(view: _View, request: Any, *args: Any, **kwargs: Any) -> _View:
-    """Give the view its request, as `as_view()` does, so that single methods of it can be called. Return the view.
+    """Set the request of a view, as `as_view()` does, so that a test can call its methods. Return the view.
 
-    args and kwargs: what the URLconf would pass.
+    args and kwargs: the arguments that the URLconf would pass.
     """
     target: Any = view
     target.request = request
@@ -46,39 +46,39 @@ def setup_view(view: _View, request: Any, *args: Any, **kwargs: Any) -> _View:
 
 
 class temporary_media_root(override_settings):  # noqa: N801 -- the name that users of django-downloadview know
-    """Make an empty directory the MEDIA_ROOT, and remove it with all that is in it in the end.
+    """Set MEDIA_ROOT to an empty temporary directory, and remove the directory at the end.
 
-    As a context manager, whose value is the path of the directory; as a decorator of a function, of a coroutine
-    function, or of a `unittest.TestCase`, of which then every test has a directory of its own. Further settings may
-    be given as with `override_settings`.
+    Use it as a context manager, whose value is the path of the directory, or as a decorator of a function, a coroutine
+    function or a `unittest.TestCase`. Each test of a decorated class gets a new directory. It takes further settings
+    like `override_settings`.
     """
 
     def enable(self) -> str:
-        """Make the directory and the settings, and return its path."""
+        """Make the directory, override the settings, and return the path of the directory."""
         self._directory = tempfile.mkdtemp(prefix="media-")
         self.options["MEDIA_ROOT"] = self._directory
         super().enable()
         return self._directory
 
     def disable(self) -> None:
-        """Put the settings back and remove the directory."""
+        """Restore the settings and remove the directory."""
         try:
             super().disable()
         finally:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def decorate_class(self, cls: type) -> type:
-        """Give every test of the class a directory of its own."""
-        # override_settings would only copy the options here, and there is no directory yet
+        """Give each test of the class a new directory."""
+        # override_settings would copy the options now, but there is no directory yet
         decorated: type = TestContextDecorator.decorate_class(self, cls)
         return decorated
 
 
 class _Validator:
-    """Calls `assert_<name>(test_case, response, value)` for each of the assertions, as subclasses may add some."""
+    """Calls `assert_<name>(test_case, response, value)` for each assertion. Subclasses may add assertions."""
 
     def __call__(self, test_case: TestCase, response: HttpResponseBase, **assertions: Any) -> None:
-        """Check the response itself, then each assertion. Raises `TypeError` for one that there is not."""
+        """Check the response itself, then each assertion. Raises `TypeError` for an unknown assertion."""
         checks = {name: getattr(self, f"assert_{name}", None) for name in assertions}
         if unknown := sorted(name for name, check in checks.items() if check is None):
             raise TypeError(f"{type(self).__name__} has no assertion {', '.join(map(repr, unknown))}")
@@ -91,26 +91,26 @@ class _Validator:
         raise NotImplementedError
 
     def assert_basename(self, test_case: TestCase, response: HttpResponseBase, value: str | bytes) -> None:
-        """Check the name under which a client saves the file: filename*, or filename where there is no other."""
+        """Check the name under which a client saves the file: filename*, or filename if that is missing."""
         expected = force_str(value)
-        _, found = _disposition(test_case, response)
-        if found is None or unicodedata.normalize("NFC", found) != unicodedata.normalize("NFC", expected):
-            _fail(test_case, "basename in Content-Disposition", expected, found, response.get("Content-Disposition"))
+        _, actual = _disposition(test_case, response)
+        if actual is None or unicodedata.normalize("NFC", actual) != unicodedata.normalize("NFC", expected):
+            _fail(test_case, "basename in Content-Disposition", expected, actual, response.get("Content-Disposition"))
 
     def assert_content_type(self, test_case: TestCase, response: HttpResponseBase, value: str) -> None:
         """Check the whole Content-Type, with its charset."""
         _check_header(test_case, response, "Content-Type", value)
 
     def assert_mime_type(self, test_case: TestCase, response: HttpResponseBase, value: str) -> None:
-        """Check the type without its parameters; "image/" is any image."""
+        """Check the type without its parameters. "image/" matches any image."""
         whole = response.get("Content-Type")
-        found = None if whole is None else whole.partition(";")[0].strip().lower()
+        actual = None if whole is None else whole.partition(";")[0].strip().lower()
         expected = value.partition(";")[0].strip().lower()
-        if found is None or not (found.startswith(expected) if expected.endswith("/") else found == expected):
-            _fail(test_case, "MIME type", value, found, whole)
+        if actual is None or not (actual.startswith(expected) if expected.endswith("/") else actual == expected):
+            _fail(test_case, "MIME type", value, actual, whole)
 
     def assert_attachment(self, test_case: TestCase, response: HttpResponseBase, value: bool) -> None:
-        """Check whether a browser saves the file. False: it shows it, Content-Disposition is inline or not there."""
+        """Check whether a client saves the file. False: Content-Disposition is inline or missing."""
         kind, _ = _disposition(test_case, response)
         if (kind == "attachment") != bool(value):
             expected = "attachment" if value else "inline"
@@ -118,7 +118,7 @@ class _Validator:
 
 
 class DownloadResponseValidator(_Validator):
-    """What `assert_download_response` does. A subclass may add an `assert_<name>` for assertions of its own."""
+    """Implements `assert_download_response`. A subclass may add assertions as methods `assert_<name>`."""
 
     def _check_response(self, test_case: TestCase, response: HttpResponseBase, assertions: dict[str, Any]) -> None:
         if "status" not in assertions and response.status_code not in (200, 206):
@@ -126,12 +126,10 @@ class DownloadResponseValidator(_Validator):
         self.assert_download_response(test_case, response)
 
     def assert_download_response(self, test_case: TestCase, response: HttpResponseBase) -> None:
-        """Check that it is Django who sends the file, and that a 200 or a 206 is a file at all: it has a name."""
+        """Check that Django itself sends the file, and that a response with 200 or 206 is a file: it has a name."""
         for header in sorted(OFFLOAD_HEADERS):
             if header in response:
-                _fail(
-                    test_case, header, None, response[header], "an order to a proxy, where Django has to send the file"
-                )
+                _fail(test_case, header, None, response[header], "the response, which Django has to send itself")
         if response.status_code not in (200, 206):
             return
         if _disposition(test_case, response)[1] is None and not isinstance(response, DownloadResponse):
@@ -143,85 +141,85 @@ class DownloadResponseValidator(_Validator):
             _fail(test_case, "status", value, response.status_code, _described(response))
 
     def assert_size(self, test_case: TestCase, response: HttpResponseBase, value: int | None) -> None:
-        """Check how many bytes the whole file has, as the headers say it; None: they do not say."""
+        """Check the size of the whole file in bytes, from the headers. None: the headers do not have it."""
         content_range: str | None = response.get("Content-Range")
-        found = response.get("Content-Length") if content_range is None else content_range.rpartition("/")[2]
-        if found != (None if value is None else str(value)):
+        actual = response.get("Content-Length") if content_range is None else content_range.rpartition("/")[2]
+        if actual != (None if value is None else str(value)):
             name = "Content-Length" if content_range is None else "size in Content-Range"
-            _fail(test_case, name, value, found, content_range)
+            _fail(test_case, name, value, actual, content_range)
 
     def assert_ranges(self, test_case: TestCase, response: HttpResponseBase, value: bool) -> None:
-        """Check whether a client is told that it may ask for parts of the file."""
-        found = response.get("Accept-Ranges")
-        if (found == "bytes") != bool(value):
-            _fail(test_case, "Accept-Ranges", "bytes" if value else None, found)
+        """Check whether Accept-Ranges allows a client to request parts of the file."""
+        actual = response.get("Accept-Ranges")
+        if (actual == "bytes") != bool(value):
+            _fail(test_case, "Accept-Ranges", "bytes" if value else None, actual)
 
     def assert_content(self, test_case: TestCase, response: HttpResponseBase, value: str | bytes) -> None:
-        """Check the bytes of the body, and that Content-Length has counted them. They can be read only once."""
-        expected, found = force_bytes(value), _content(response)
-        if found != expected:
-            _fail_content(test_case, expected, found)
+        """Check the bytes of the body, and their number in Content-Length. The body can be read only once."""
+        expected, actual = force_bytes(value), _content(response)
+        if actual != expected:
+            _fail_content(test_case, expected, actual)
         promised = response.get("Content-Length")
-        if promised not in (None, str(len(found))) and response.status_code != 304 and _method(response) != "HEAD":
-            test_case.fail(f"Content-Length: it promises {promised!r} bytes, the body has {len(found)}")
+        if promised not in (None, str(len(actual))) and response.status_code != 304 and _method(response) != "HEAD":
+            test_case.fail(f"Content-Length: it promises {promised!r} bytes, the body has {len(actual)}")
 
 
 def assert_download_response(test_case: TestCase, response: HttpResponseBase, **assertions: Any) -> None:
-    """Check a response that sends a file itself, of `Client` or of `AsyncClient`.
+    """Check a response of `Client` or `AsyncClient` that sends a file itself.
 
-    basename: the name under which a client saves the file. content: the bytes of the body, or text in UTF-8; reading
-    them uses the response up. mime_type: Content-Type without parameters. content_type: with them. attachment: True
-    if it is to be saved, False if it is to be shown. status: without it, 200 and 206 will do. size: of the whole
-    file, in bytes; None where the headers must not say. ranges: whether parts may be asked for.
+    basename: the name under which a client saves the file. content: the bytes of the body, or text in UTF-8. Checking
+    it consumes the body. mime_type: Content-Type without parameters. content_type: with parameters. attachment: True
+    if the client saves the file, False if it shows the file. status: by default, 200 and 206 are accepted. size: that
+    of the whole file in bytes, None if no header may have it. ranges: whether clients may request parts.
     """
     DownloadResponseValidator()(test_case, response, **assertions)
 
 
 class XAccelRedirectValidator(_Validator):
-    """What `assert_x_accel_redirect` does. A subclass may add an `assert_<name>` for assertions of its own."""
+    """Implements `assert_x_accel_redirect`. A subclass may add assertions as methods `assert_<name>`."""
 
     def _check_response(self, test_case: TestCase, response: HttpResponseBase, assertions: dict[str, Any]) -> None:
         self.assert_x_accel_redirect_response(test_case, response)
 
     def assert_x_accel_redirect_response(self, test_case: TestCase, response: HttpResponseBase) -> None:
-        """Check that it is a 200 without a body that makes nginx, and no other proxy, send a file."""
+        """Check for the status 200, no body, and no offload headers but those of nginx."""
         _check_offload(test_case, response, "X-Accel-Redirect")
 
     def assert_redirect_url(self, test_case: TestCase, response: HttpResponseBase, value: str) -> None:
-        """Check the internal URI as it is in the header, percent-encoded."""
+        """Check the internal URI in the header, which is percent-encoded."""
         _check_header(test_case, response, "X-Accel-Redirect", value)
 
     def assert_charset(self, test_case: TestCase, response: HttpResponseBase, value: str | None) -> None:
-        """Check X-Accel-Charset; None: it is not set."""
+        """Check X-Accel-Charset. None: it is not set."""
         _check_header(test_case, response, "X-Accel-Charset", value)
 
     def assert_with_buffering(self, test_case: TestCase, response: HttpResponseBase, value: bool | None) -> None:
-        """Check X-Accel-Buffering; None: it is not set."""
+        """Check X-Accel-Buffering. None: it is not set."""
         _check_header(test_case, response, "X-Accel-Buffering", None if value is None else "yes" if value else "no")
 
     def assert_expires(self, test_case: TestCase, response: HttpResponseBase, value: int | str | None) -> None:
-        """Check X-Accel-Expires, in seconds; False: it is "off"; None: it is not set."""
+        """Check X-Accel-Expires in seconds. False: it is "off". None: it is not set."""
         _check_header(test_case, response, "X-Accel-Expires", _or_off(value))
 
     def assert_limit_rate(self, test_case: TestCase, response: HttpResponseBase, value: int | str | None) -> None:
-        """Check X-Accel-Limit-Rate, in bytes per second; False: no limit, which is 0; None: it is not set."""
+        """Check X-Accel-Limit-Rate in bytes per second. False: no limit, which is 0. None: it is not set."""
         _check_header(test_case, response, "X-Accel-Limit-Rate", None if value is None else str(value or 0))
 
 
 def assert_x_accel_redirect(test_case: TestCase, response: HttpResponseBase, **assertions: Any) -> None:
     """Check a response that makes nginx send the file.
 
-    redirect_url: the internal URI as it is in the header, percent-encoded. charset, with_buffering, expires (seconds),
-    limit_rate (bytes per second): the options in the X-Accel-* headers; None: the header is not set; False: it is
-    "off", or "no". basename, content_type, mime_type, attachment: as in `assert_download_response`.
+    redirect_url: the internal URI in the header, percent-encoded. charset, with_buffering, expires (seconds),
+    limit_rate (bytes per second): the options in the X-Accel-* headers. None: the header is not set. False: it is "off"
+    or "no". basename, content_type, mime_type, attachment: as in `assert_download_response`.
 
-    The status has to be 200, the body empty, and no header may speak of ranges: nginx answers those.
+    The status has to be 200, the body empty, and no header may be about ranges: nginx evaluates Range itself.
     """
     XAccelRedirectValidator()(test_case, response, **assertions)
 
 
 class XSendfileValidator(_Validator):
-    """What `assert_x_sendfile` does. A subclass may add an `assert_<name>` for assertions of its own.
+    """Implements `assert_x_sendfile`. A subclass may add assertions as methods `assert_<name>`.
 
     percent_encoded: whether the proxy decodes the header. lighttpd does, Apache's mod_xsendfile does not.
     """
@@ -232,20 +230,20 @@ class XSendfileValidator(_Validator):
         self.assert_x_sendfile_response(test_case, response)
 
     def assert_x_sendfile_response(self, test_case: TestCase, response: HttpResponseBase) -> None:
-        """Check that it is a 200 without a body that makes Apache or lighttpd, and no other proxy, send a file."""
+        """Check for the status 200, no body, and no offload header but X-Sendfile."""
         _check_offload(test_case, response, "X-Sendfile")
 
     def assert_file_path(self, test_case: TestCase, response: HttpResponseBase, value: str | os.PathLike[str]) -> None:
-        """Check the path of the file that the proxy sends, given as it is, not encoded."""
+        """Check the path of the file that the proxy sends. `value` is not encoded."""
         path = os.fsencode(value)
         expected = quote(path).encode() if self.percent_encoded else path
         # a header is bytes, which Django has as latin-1
-        if (found := response["X-Sendfile"].encode("latin-1", "replace")) != expected:
-            _fail(test_case, "X-Sendfile", expected, found)
+        if (actual := response["X-Sendfile"].encode("latin-1", "replace")) != expected:
+            _fail(test_case, "X-Sendfile", expected, actual)
 
 
 class PercentEncodedXSendfileValidator(XSendfileValidator):
-    """What lighttpd's `assert_x_sendfile` does."""
+    """Implements `assert_x_sendfile` of lighttpd."""
 
     percent_encoded = True
 
@@ -253,8 +251,8 @@ class PercentEncodedXSendfileValidator(XSendfileValidator):
 def assert_x_sendfile(test_case: TestCase, response: HttpResponseBase, **assertions: Any) -> None:
     """Check a response that makes Apache send the file.
 
-    file_path: the path of the file as Apache sees it, which is the value of X-Sendfile. basename, content_type,
-    mime_type, attachment: as in `assert_download_response`. The status has to be 200 and the body empty.
+    file_path: the path of the file as Apache sees it, the value of X-Sendfile. basename, content_type, mime_type,
+    attachment: as in `assert_download_response`. The status has to be 200, and the body empty.
     """
     XSendfileValidator()(test_case, response, **assertions)
 
@@ -262,23 +260,23 @@ def assert_x_sendfile(test_case: TestCase, response: HttpResponseBase, **asserti
 def assert_percent_encoded_x_sendfile(test_case: TestCase, response: HttpResponseBase, **assertions: Any) -> None:
     """Check a response that makes lighttpd send the file.
 
-    file_path: the path of the file as lighttpd sees it; X-Sendfile has it percent-encoded. Otherwise as Apache's.
+    file_path: the path of the file as lighttpd sees it. X-Sendfile has it percent-encoded. All else is as for Apache.
     """
     PercentEncodedXSendfileValidator()(test_case, response, **assertions)
 
 
-def _fail(test_case: TestCase, what: str, expected: object, found: object, whole: object = None) -> None:
-    shown = "it is absent" if found is None else f"found {found!r}"
+def _fail(test_case: TestCase, what: str, expected: object, actual: object, whole: object = None) -> None:
+    shown = "it is absent" if actual is None else f"found {actual!r}"
     wanted = "it to be absent" if expected is None else repr(expected)
     test_case.fail(f"{what}: expected {wanted}, {shown}" + ("" if whole is None else f" in {whole!r}"))
 
 
-def _fail_content(test_case: TestCase, expected: bytes, found: bytes) -> None:
-    common = min(len(expected), len(found))
-    at = next((i for i in range(common) if expected[i] != found[i]), common)
+def _fail_content(test_case: TestCase, expected: bytes, actual: bytes) -> None:
+    common = min(len(expected), len(actual))
+    at = next((i for i in range(common) if expected[i] != actual[i]), common)
     test_case.fail(
-        f"content: expected {len(expected)} bytes, found {len(found)}; from byte {at} on "
-        f"expected {expected[at : at + 20]!r}, found {found[at : at + 20]!r}"
+        f"content: expected {len(expected)} bytes, found {len(actual)}; from byte {at} on "
+        f"expected {expected[at : at + 20]!r}, found {actual[at : at + 20]!r}"
     )
 
 
@@ -287,8 +285,8 @@ def _described(response: HttpResponseBase) -> str:
 
 
 def _check_header(test_case: TestCase, response: HttpResponseBase, name: str, expected: str | None) -> None:
-    if (found := response.get(name)) != expected:
-        _fail(test_case, name, expected, found)
+    if (actual := response.get(name)) != expected:
+        _fail(test_case, name, expected, actual)
 
 
 def _or_off(value: int | str | None) -> str | None:
@@ -299,11 +297,11 @@ def _check_offload(test_case: TestCase, response: HttpResponseBase, name: str) -
     if response.status_code != 200:
         _fail(test_case, "status", 200, response.status_code, _described(response))
     if not response.get(name):
-        test_case.fail(f"{name}: expected that a proxy has to send the file, it is absent in {_described(response)!r}")
-    own = (
+        test_case.fail(f"{name}: expected a value, it is absent in {_described(response)!r}: no proxy sends the file")
+    allowed = (
         {key for key in OFFLOAD_HEADERS if key.startswith("x-accel-")} if name == "X-Accel-Redirect" else {"x-sendfile"}
     )
-    for other in sorted((OFFLOAD_HEADERS | {"accept-ranges", "content-range"}) - own):
+    for other in sorted((OFFLOAD_HEADERS | {"accept-ranges", "content-range"}) - allowed):
         if other in response:
             _fail(test_case, other, None, response[other])
     if (length := response.get("Content-Length")) not in (None, "0"):
@@ -313,7 +311,7 @@ def _check_offload(test_case: TestCase, response: HttpResponseBase, name: str) -
 
 
 def _disposition(test_case: TestCase, response: HttpResponseBase) -> tuple[str | None, str | None]:
-    """Return the type, and the name by which a client saves the file, RFC 6266 section 4.3."""
+    """Return the type, and the name under which a client saves the file [RFC 6266 4.3]."""
     value = response.get("Content-Disposition")
     if value is None:
         return None, None
@@ -338,13 +336,13 @@ def _disposition(test_case: TestCase, response: HttpResponseBase) -> tuple[str |
 
 
 def _method(response: HttpResponseBase) -> str | None:
-    """Return the method of the request, which the test clients leave on a response; None without one of these."""
+    """Return the method of the request, which the test clients store in a response; None without a test client."""
     request: Any = getattr(response, "wsgi_request", None) or getattr(response, "asgi_request", None)
     return getattr(request, "method", None)
 
 
 def _content(response: HttpResponseBase) -> bytes:
-    """Return the body, whichever way it is to be iterated, wherever we are called."""
+    """Return the body of a synchronous or asynchronous response, with or without a running event loop."""
     if not response.streaming:
         return bytes(getattr(response, "content", b""))
     content: Any = getattr(response, "streaming_content", ())
@@ -352,7 +350,7 @@ def _content(response: HttpResponseBase) -> bytes:
         asyncio.get_running_loop()
     except RuntimeError:
         return async_to_sync(_joined)(content) if getattr(response, "is_async", False) else _joined_at_once(content)
-    # This thread belongs to the loop of an `async def` test: what blocks and what needs a loop goes to another.
+    # An event loop runs in this thread, as in an `async def` test: read the body in another thread.
     with ThreadPoolExecutor(1, thread_name_prefix="content") as executor:
         if getattr(response, "is_async", False):
             return executor.submit(asyncio.run, _joined(content)).result()

@@ -1,8 +1,8 @@
-"""The views: class-based ones for files of every kind, and `sendfile`.
+"""The views: class-based views for files of every kind, and `sendfile`.
 
-Each view is one callable for both worlds: called where an event loop runs, it returns a coroutine, elsewhere the
-response. A class that adds attributes and coroutines alone is run on the event loop; one that adds plain functions, as
-classes written for django-downloadview do, is run in a thread, all of it in one go.
+Each view works under ASGI and WSGI: it returns a coroutine where an event loop runs, and a response elsewhere. A
+subclass that adds only attributes and coroutine functions runs on the event loop. A subclass that adds plain functions,
+as classes for django-downloadview do, runs in a thread as a whole.
 """
 
 import calendar
@@ -34,25 +34,27 @@ else:
 
 _OURS = "downloadview_async.contrib.django."
 _OF_DJANGO = ("django.views.generic.", _OURS)
-_STRONGER = frozenset({"if-match", "if-none-match", "if-unmodified-since"})  # than If-Modified-Since [RFC 9110 13.2.2]
+_STRONGER = frozenset(
+    {"if-match", "if-none-match", "if-unmodified-since"}
+)  # they take precedence over If-Modified-Since [RFC 9110 13.2.2]
 
 
 class DownloadMixin:
-    """What a view needs to answer with a file; `get_file` says which. It is no view by itself."""
+    """A mixin for views that answer with a file, which `get_file` returns. It has no `as_view`."""
 
     request: HttpRequest
 
     response_class: type[Any] = DownloadResponse
-    """What `download_response` makes."""
+    """The class of the response that `download_response` returns."""
 
     attachment = True
-    """Whether the file is to be saved, or to be shown inline."""
+    """Whether the client saves the file. False: it shows the file inline."""
 
     basename: str | None = None
-    """What the client should call the file; None: by its own name."""
+    """The name under which the client saves the file. None: the file's name."""
 
     mimetype: str | None = None
-    """The MIME type; None: by the name."""
+    """The MIME type. None: the type for the name."""
 
     encoding: str | None = None
     """The encoding, for `DownloadResponse.get_encoding`."""
@@ -63,14 +65,14 @@ class DownloadMixin:
         """Return the file. Raises `FileNotFound`."""
         if type(self).aget_file is not DownloadMixin.aget_file:
             return async_to_sync(self.aget_file)()
-        raise NotImplementedError(f"{type(self).__name__} needs get_file(), or async def aget_file()")
+        raise NotImplementedError(f"{type(self).__name__} needs get_file() or async def aget_file()")
 
     async def aget_file(self) -> Any:
-        """Do what `get_file` does; override either."""
+        """Do what `get_file` does, on the event loop. Override one of the two."""
         return self.get_file()
 
     def get_basename(self) -> str | None:
-        """Return what the client should call the file."""
+        """Return the name under which the client saves the file."""
         return self.basename
 
     def get_mimetype(self) -> str | None:
@@ -84,7 +86,7 @@ class DownloadMixin:
     def was_modified_since(self, file_instance: Any, since: Any) -> Any:
         """Return whether the file was modified since the value of If-Modified-Since.
 
-        The file's own method of this name says, else its `modified_time`; without both, True: it is sent.
+        The file's method of this name decides, else its `modified_time`. A file without both counts as modified.
         """
         try:
             return file_instance.was_modified_since(since)
@@ -97,7 +99,7 @@ class DownloadMixin:
         return was_modified_since(since, modified)
 
     def not_modified_response(self, *args: Any, **kwargs: Any) -> HttpResponseBase:
-        """Return a 304."""
+        """Return a response with the status 304."""
         return HttpResponseNotModified(*args, **kwargs)
 
     def download_response(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,14 +117,14 @@ class DownloadMixin:
         return response
 
     def file_not_found_response(self) -> HttpResponseBase:
-        """Raise `Http404`: what answers where there is no file."""
+        """Return the response for a missing file, or raise `Http404`, as here."""
         raise Http404
 
     def render_to_response(self, *args: Any, **kwargs: Any) -> Any:
         """Return the response to a GET or HEAD, by the methods above.
 
-        All conditions and ranges are evaluated when the response is finished. A view or a file that has its own
-        `was_modified_since`, and a view with its own `not_modified_response`, come first.
+        Conditions and ranges are evaluated when the response is finished. Only a view that overrides
+        `was_modified_since` or `not_modified_response`, and a file with `was_modified_since`, decide before that.
         """
         try:
             self.file_instance = self.get_file()
@@ -142,7 +144,7 @@ class DownloadMixin:
         return response
 
     def _decides_itself(self) -> bool:
-        """Return whether somebody has overridden what is a 304: else, it is decided with the other conditions."""
+        """Return whether the project decides about If-Modified-Since itself, by a method of the view or the file."""
         hooks = (self.was_modified_since, self.not_modified_response)
         return hasattr(self.file_instance, "was_modified_since") or any(
             not getattr(hook, "__module__", "").startswith(_OURS) for hook in hooks
@@ -161,8 +163,8 @@ class BaseDownloadView(DownloadMixin, View):
     """A view that answers GET and HEAD with a file."""
 
     @classproperty
-    def view_is_async(cls) -> bool:  # noqa: N805 - it is a property of the class
-        """Tell Django's `as_view` that this is none of its business: ours below knows both worlds."""
+    def view_is_async(cls) -> bool:  # noqa: N805 - a property of the class
+        """Return False, so that Django's `as_view` makes a plain function: our `as_view` handles coroutines."""
         return False
 
     @classonlymethod
@@ -218,11 +220,11 @@ class BaseDownloadView(DownloadMixin, View):
 
 
 class PathDownloadView(BaseDownloadView):
-    """A file on a local disk.
+    """Sends a file on a local disk.
 
-    root: the directory that paths from a URL are beneath; links lead no further. Without it, the path is one of the
-    project's own: `path`, or what an overridden `get_path` returns. In that, too, a path from the URL may only lead
-    down: an absolute one, and one with `..`, is a missing file.
+    root: a directory. Paths are names beneath it, and symbolic links cannot lead out of it. Without a root, the
+    project's own code has to choose the path: `path`, or the result of an overridden `get_path`. An absolute path or a
+    `..` from the URL then gives a 404.
     """
 
     root: str | os.PathLike[str] | None = None
@@ -233,29 +235,29 @@ class PathDownloadView(BaseDownloadView):
     def get_path(self) -> Any:
         """Return the path: the URL's argument `path_url_kwarg`, else `path`.
 
-        Raises `FileNotFound` for an argument that is absolute or has `..` in it, unless there is a root to keep it in.
+        Raises `FileNotFound` for an argument that is absolute or has `..` in it, unless there is a root.
         """
         self._check_argument()
         return self.kwargs.get(self.path_url_kwarg, self.path)
 
     def _check_argument(self) -> None:
-        """Raise `FileNotFound` for an argument that would lead out of a directory that somebody joins it to."""
+        """Raise `FileNotFound` for an argument that would lead out of a directory to which `get_path` joins it."""
         path = str(self.kwargs.get(self.path_url_kwarg, ""))
         match = getattr(self.request, "resolver_match", None)
         if match is not None and self.path_url_kwarg in match.extra_kwargs:
-            return  # the URLconf's own
+            return  # the URLconf itself gives this argument
         if self.root is None and (path.startswith("/") or ".." in path.replace("\\", "/").split("/")):
-            raise FileNotFound(f"a path from the URL leads out of its directory: {path!r}")
+            raise FileNotFound(f"the path from the URL leads out of its directory: {path!r}")
 
     def get_file(self) -> Any:
         """Return the file. Raises `FileNotFound` where there is none."""
         file = self._file()
         if not file.exists():
-            raise FileNotFound(f"no file: {file.path!r}")
+            raise FileNotFound(f"there is no file {file.path!r}")
         return file
 
     async def aget_file(self) -> Any:
-        """Return the file, which is looked for when the response is finished."""
+        """Return the file, which is opened when the response is finished."""
         return self._file()
 
     def _file(self) -> PathFile:
@@ -265,27 +267,27 @@ class PathDownloadView(BaseDownloadView):
             and type(self).get_path is PathDownloadView.get_path
         ):
             raise ImproperlyConfigured(
-                f"{type(self).__name__} takes its path from the URL and has no root: without one, every file of this "
-                "machine could be asked for. Set root to the directory that the files are in"
+                f"{type(self).__name__} takes its path from the URL and has no root, so a client could request every "
+                "file of this machine: set root to the directory that has the files"
             )
-        self._check_argument()  # here, too: a get_path may take the argument without asking ours
+        self._check_argument()  # an overridden get_path may use the argument without calling ours
         path = self.get_path()
         if path is None:
-            raise ImproperlyConfigured(f"{type(self).__name__} needs a path, or get_path()")
+            raise ImproperlyConfigured(f"{type(self).__name__} needs path or get_path()")
         return PathFile(path, root=self.root)
 
 
 class StorageDownloadView(PathDownloadView):
-    """A file in a Django storage, by its name there."""
+    """Sends a file in a Django storage, by its name there."""
 
     storage: Any = default_storage
 
     def get_path(self) -> Any:
-        """Return the name: the URL's argument `path_url_kwarg`, else `path`. The storage says whether it is one."""
+        """Return the name: the URL's argument `path_url_kwarg`, else `path`. The storage checks it."""
         return self.kwargs.get(self.path_url_kwarg, self.path)
 
     def get_file(self) -> Any:
-        """Return the file, which is looked for when the response is finished."""
+        """Return the file, which is opened when the response is finished."""
         return StorageFile(self.storage, self.get_path())
 
     async def aget_file(self) -> Any:
@@ -294,10 +296,10 @@ class StorageDownloadView(PathDownloadView):
 
 
 class HTTPDownloadView(BaseDownloadView):
-    """A file of another HTTP server, fetched by us: the client never hears of that server.
+    """Sends a file of another HTTP server. This process fetches it, so the client does not see that server.
 
-    url: one of the project's own choice. allow_hosts: further hosts that redirects may lead to, and hosts that may be
-    at addresses which are not public. request_kwargs: `headers`; with `get_request_factory`, whatever that takes.
+    url: the project's own code has to choose it. allow_hosts: further hosts to which redirects may lead, and hosts
+    whose addresses may be private. request_kwargs: `headers`. With `get_request_factory`, also others.
     """
 
     url = ""
@@ -305,7 +307,7 @@ class HTTPDownloadView(BaseDownloadView):
     request_kwargs: Mapping[str, Any] = {}
 
     def get_request_factory(self) -> Callable[..., Any] | None:
-        """Return a function such as `requests.get` to fetch the file by, or None: this library does it."""
+        """Return a function such as `requests.get` that fetches the file, or None: this library fetches it."""
         return None
 
     def get_request_kwargs(self) -> Mapping[str, Any]:
@@ -332,9 +334,9 @@ class HTTPDownloadView(BaseDownloadView):
 
 
 class ObjectDownloadView(_SingleObjectMixin, BaseDownloadView):
-    """The file of a model's instance, which is found as in Django's `DetailView`.
+    """Sends the file of a model's instance, which is looked up as in Django's `DetailView`.
 
-    file_field: the name of the FileField. The others name fields with what is known of the file.
+    file_field: the name of the FileField. The other attributes are the names of fields with metadata of the file.
     """
 
     file_field = "file"
@@ -346,11 +348,11 @@ class ObjectDownloadView(_SingleObjectMixin, BaseDownloadView):
     size_field: str | None = None
 
     async def aget_object(self) -> Any:
-        """Do what `get_object` does; override either."""
+        """Do what `get_object` does, on the event loop. Override one of the two."""
         return await sync_to_async(self.get_object)()
 
     def get_file(self) -> Any:
-        """Return the object's file. Raises `FileNotFound` where the field is empty."""
+        """Return the file of the object. Raises `FileNotFound` if the field is empty."""
         file = getattr(self.object, self.file_field)
         if not file:
             raise FileNotFound(f"the field {self.file_field!r} of {self.object!r} is empty")
@@ -364,7 +366,7 @@ class ObjectDownloadView(_SingleObjectMixin, BaseDownloadView):
         return await sync_to_async(self.get_file)()
 
     def get_basename(self) -> str | None:
-        """Return `basename`, else what `basename_field` holds."""
+        """Return `basename`, else the value of `basename_field`."""
         name = super().get_basename()
         return getattr(self.object, self.basename_field) if name is None and self.basename_field else name
 
@@ -379,14 +381,14 @@ class ObjectDownloadView(_SingleObjectMixin, BaseDownloadView):
         if type(self).aget_object is not ObjectDownloadView.aget_object:
             self.object = await self.aget_object()
             return await self._arender_to_response()
-        return await sync_to_async(self.get)(request, *args, **kwargs)  # all that may ask the database, in one go
+        return await sync_to_async(self.get)(request, *args, **kwargs)  # one thread for all database queries
 
 
 class VirtualDownloadView(BaseDownloadView):
-    """A file that `get_file` makes: from memory, or while it is sent."""
+    """Sends a file that `get_file` makes: from memory, or while it is sent."""
 
     def was_modified_since(self, file_instance: Any, since: Any) -> Any:
-        """Return what the file's own method of this name says; without one, True."""
+        """Return the result of the file's method of this name, or True if it has none."""
         try:
             return file_instance.was_modified_since(since)
         except (AttributeError, NotImplementedError):
@@ -401,7 +403,7 @@ _GETS = {BaseDownloadView.get, ObjectDownloadView.get}
 
 
 def _adds_functions(cls: type) -> bool:
-    """Return whether a class, or one it derives from, has functions that may block: any that are not known not to."""
+    """Return whether a class, or a base class outside Django and this package, has functions that may block."""
     return any(
         name not in ("__dict__", "__weakref__")
         and (callable(value) or hasattr(value, "__get__"))
@@ -425,9 +427,9 @@ def sendfile(
     mimetype: str | None = None,
     encoding: str | None = None,
 ) -> Any:
-    """Return the response with a file by its path, as django-sendfile does: `await` it where an event loop runs.
+    """Return the response with the file at a path, as django-sendfile does. Where an event loop runs, `await` it.
 
-    The path is one of the project's own. Raises `Http404` where there is no such file.
+    The project's own code has to choose the path. Raises `Http404` if there is no such file.
     """
     return PathDownloadView.as_view(
         path=filename, attachment=attachment, basename=attachment_filename, mimetype=mimetype, encoding=encoding

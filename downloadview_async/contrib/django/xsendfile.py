@@ -1,4 +1,4 @@
-"""X-Sendfile, as Apache and lighttpd have it in common: all but how they read a path."""
+"""X-Sendfile for Apache and lighttpd, which differ only in how they read a path."""
 
 import os
 import re
@@ -20,13 +20,13 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class BaseXSendfileResponse(ProxiedDownloadResponse):
-    """Has a proxy send the file at `file_path`, an absolute path as the proxy sees it, as it is on the disk.
+    """Has a proxy send the file at `file_path`, an absolute path as the proxy sees it.
 
-    basename: what the client should call it; default: the last segment of the path. attachment: to be saved.
-    headers: further ones.
+    basename: the name under which the client saves the file. Default: the last segment of the path. attachment: whether
+    the client saves the file. headers: further headers.
 
-    Raises `ValueError` for a path that the header cannot name: one with a control character, for Apache also one that
-    ends in a space.
+    Raises `ValueError` for a path that the header cannot name: one with a control character, and for Apache one that
+    ends with a space.
     """
 
     encoding: ClassVar[Encoding]
@@ -39,23 +39,23 @@ class BaseXSendfileResponse(ProxiedDownloadResponse):
         attachment: bool = True,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        own = {name: value for name, value in (headers or {}).items() if name.lower() != "content-type"}
-        super().__init__(content_type=content_type, headers=own)
+        further = {name: value for name, value in (headers or {}).items() if name.lower() != "content-type"}
+        super().__init__(content_type=content_type, headers=further)
         path = os.fspath(file_path)
         if _CONTROL.search(path) or (self.encoding == "raw" and path.endswith(" ")):
             raise ValueError(f"X-Sendfile cannot name the path {path!r}")
         self.basename = basename or os.path.basename(path)
         if attachment:
             self["Content-Disposition"] = content_disposition(self.basename)
-        # a header value is bytes, which Django carries as latin-1 text
+        # a header value is bytes, which Django has as latin-1 text
         self["X-Sendfile"] = quote(os.fsencode(path)) if self.encoding == "percent" else _as_latin1(path)
 
 
 class BaseXSendfileMiddleware(ProxiedDownloadMiddleware):
     """Has a proxy send the files that its rule covers.
 
-    source_dir, source_url: which files, see `ProxiedDownloadMiddleware`. destination_dir: the directory that has them,
-    as the proxy sees it.
+    source_dir, source_url: these files, see `ProxiedDownloadMiddleware`. destination_dir: their directory, as the proxy
+    sees it.
 
     Raises `ImproperlyConfigured`.
     """
@@ -74,14 +74,14 @@ class BaseXSendfileMiddleware(ProxiedDownloadMiddleware):
         super().__init__(get_response, source_dir, source_url, destination_dir)
 
     def make_backend(self, rules: list[Rule]) -> OffloadBackend:
-        """Return what matches and encodes for the kind of proxy."""
+        """Return the backend that matches rules and encodes paths for this proxy."""
         return XSendfile(rules, encoding=self.response_class.encoding)
 
-    def value_of(self, found: Found) -> str:
-        """Return the path that has been found. Raises `NoRedirectionMatch` for a URL that a path alone does not say."""
-        if found.query:
-            raise NoRedirectionMatch(f"the URL of the file has a query: {found.query!r}")
-        raw = found.value.encode("latin-1") if self.response_class.encoding == "raw" else unquote_to_bytes(found.value)
+    def value_of(self, match: Found) -> str:
+        """Return the path of a file that a rule covers. Raises `NoRedirectionMatch` for one whose URL has a query."""
+        if match.query:
+            raise NoRedirectionMatch(f"the URL of the file has a query: {match.query!r}")
+        raw = match.value.encode("latin-1") if self.response_class.encoding == "raw" else unquote_to_bytes(match.value)
         return os.fsdecode(raw)
 
     def get_redirect_url(self, response: Any) -> str:
@@ -89,7 +89,7 @@ class BaseXSendfileMiddleware(ProxiedDownloadMiddleware):
         return self.find(response)
 
     def redirect(self, response: DownloadResponse, redirect_url: str) -> BaseXSendfileResponse:
-        """Return the response that the proxy obeys."""
+        """Return the response with X-Sendfile."""
         return self.response_class(
             redirect_url,
             response["Content-Type"],

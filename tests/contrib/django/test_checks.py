@@ -127,7 +127,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [[None] * 20]}}, "E002", r"\[0\] does not fit"),
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [NGINX, {"source_url": "/m/"}]}}, "E002", r"\[1\].*destination"),
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "destination_url": "/"}]}}, "E002", "internal"),
-    ({"MIDDLEWARE": [DISPATCHER], "DOWNLOADVIEW_MIDDLEWARES": ["x"]}, "E002", "is a tuple"),
+    ({"MIDDLEWARE": [DISPATCHER], "DOWNLOADVIEW_MIDDLEWARES": ["x"]}, "E002", "has to be a tuple"),
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "/medai/"}]}}, "W003", "'/medai/'"),
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "/med"}]}}, "W003", "'/med'"),
     (

@@ -659,14 +659,14 @@ def test_a_dispatcher_of_a_project_decides_by_itself(storage: FileSystemStorage,
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, r"needs settings.DOWNLOADVIEW\['BACKEND'\], or settings.DOWNLOADVIEW_BACKEND"),
     ({"DOWNLOADVIEW_BACKEND": "nginx"}, r"needs settings.DOWNLOADVIEW\['RULES'\], or settings.DOWNLOADVIEW_RULES"),
-    ({"DOWNLOADVIEW": ["nginx"]}, "is a dictionary"),
+    ({"DOWNLOADVIEW": ["nginx"]}, "has to be a dictionary"),
     ({"DOWNLOADVIEW": {"BACKEND": "ngnix", "RULES": []}}, r"\['BACKEND'\] is 'ngnix', which is not known"),
     ({"DOWNLOADVIEW": {"BACKEND": "os.nothing", "RULES": []}}, "cannot be imported"),
     ({"DOWNLOADVIEW": {"BACKEND": "os.curdir", "RULES": []}}, "which is not a middleware"),
     ({"DOWNLOADVIEW": {"BACKEND": 7, "RULES": []}}, "which is not a middleware"),
-    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": NGINX}}, "is a list of rules"),
-    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": "/media/"}}, "is a list of rules"),
-    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [NGINX, "/media/"]}}, r"\['RULES'\]\[1\] is a dictionary"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": NGINX}}, "has to be a list of rules"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": "/media/"}}, "has to be a list of rules"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [NGINX, "/media/"]}}, r"\['RULES'\]\[1\] has to be a dictionary"),
     (
         {"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [APACHE]}},
         r"\[0\]: unknown key 'destination_dir': did you mean 'destination_url'\?",
@@ -678,9 +678,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{"source_url": "/m/"}]}}, r"\[0\]: .*needs destination_url"),
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "destination_url": "/a b/"}]}}, "internal location"),
     ({"DOWNLOADVIEW": {"BACKEND": "apache", "RULES": [{**APACHE, "destination_dir": "srv"}]}}, "absolute directory"),
-    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "media/"}]}}, "source_url is an absolute"),
-    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "expires": -1}]}}, "expires is"),
-    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "limit_rate": "1k"}]}}, "limit_rate is"),
+    (
+        {"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "source_url": "media/"}]}},
+        "source_url has to be an absolute",
+    ),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "expires": -1}]}}, "expires has to be"),
+    ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "limit_rate": "1k"}]}}, "limit_rate has to be"),
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{**NGINX, "backend": "x.y"}]}}, r"\[0\]\['backend'\] is"),
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [["/media/", "/_m/"]]}}, "get_response"),
     ({"DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [NGINX], "BUFFERS": 1}}, "buffers"),
@@ -696,7 +699,7 @@ def test_settings_that_are_wrong(settings: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     "value, message",
     [
-        (["nginx"], "is a tuple"),
+        (["nginx"], "has to be a tuple"),
         ([("a", "no.such.thing", {})], "cannot be imported"),
         ([("a", LEGACY_NGINX, {"x": 1})], "unknown key 'x': use source_dir"),
     ],
@@ -762,7 +765,7 @@ def test_a_middleware_may_process_asynchronously(storage: FileSystemStorage, mod
 
 
 def test_the_base_class_says_what_is_missing() -> None:
-    with pytest.raises(NotImplementedError, match="how it processes"):
+    with pytest.raises(NotImplementedError, match="has to override process_download_response"):
         BaseDownloadMiddleware().process_response(RequestFactory().get("/"), DownloadResponse(VirtualFile(name="a")))
     response = HttpResponse()
     assert BaseDownloadMiddleware().process_response(RequestFactory().get("/"), response) is response

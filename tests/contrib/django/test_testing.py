@@ -153,7 +153,7 @@ FAILING: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a proxy sends it": (
         lambda: download(b"", X_Accel_Redirect="/x"),
         {},
-        "x-accel-redirect: expected it to be absent, found '/x' in 'an order to a proxy",
+        "x-accel-redirect: expected it to be absent, found '/x' in 'the response, which Django has to send itself",
     ),
     "other bytes": (
         download,
@@ -269,7 +269,7 @@ FAILING_OFFLOADS: dict[str, tuple[Callable[..., None], Any, dict[str, Any], str]
         assert_x_accel_redirect,
         download(),
         {},
-        "X-Accel-Redirect: expected that a proxy has to send the file",
+        "X-Accel-Redirect: expected a value, it is absent in",
     ),
     "no value": (assert_x_accel_redirect, offloaded(X_Accel_Redirect=""), {}, "it is absent"),
     "refused": (assert_x_accel_redirect, offloaded(403, **ACCEL), {}, "status: expected 200, found 403"),
@@ -282,7 +282,7 @@ FAILING_OFFLOADS: dict[str, tuple[Callable[..., None], Any, dict[str, Any], str]
         {},
         "x-sendfile: expected it to be absent",
     ),
-    "another proxy": (assert_x_sendfile, offloaded(**ACCEL), {}, "X-Sendfile: expected that a proxy has to send"),
+    "another proxy": (assert_x_sendfile, offloaded(**ACCEL), {}, "X-Sendfile: expected a value, it is absent"),
     "another URL": (
         assert_x_accel_redirect,
         offloaded(**ACCEL),

@@ -1,4 +1,4 @@
-"""nginx: X-Accel-Redirect, for all views by the settings, or for one by a decorator."""
+"""nginx: X-Accel-Redirect, for all views by the settings, or for a single view by a decorator."""
 
 import os
 import re
@@ -33,17 +33,18 @@ __all__ = [
 _CHARSET = re.compile(r'charset="?([A-Za-z0-9_.:-]+)', re.IGNORECASE)
 
 Expires = datetime | float | None
-"""When nginx's cache drops the answer: a time, or a number of seconds from now. 0 or False: no such limit, "off"."""
+"""When nginx's cache drops the answer: a time, or a number of seconds from now. 0 or False: "off", no such limit."""
 
 
 class XAccelRedirectResponse(ProxiedDownloadResponse):
-    """Has nginx send what it has at `redirect_url`, the URI of an internal location, percent-encoded.
+    """Has nginx send the file at `redirect_url`, the percent-encoded URI of an internal location.
 
-    basename: what the client should call it; default: the last segment of the URI. attachment: to be saved. expires:
-    see `Expires`; a time without a zone is in the project's. with_buffering: whether nginx buffers; limit_rate: bytes
-    per second, 0 or False: no limit. None leaves each of them to nginx's configuration. headers: further ones.
+    basename: the name under which the client saves the file. Default: the last segment of the URI. attachment: whether
+    the client saves the file. expires: see `Expires`; a time without a zone is in the project's time zone.
+    with_buffering: whether nginx buffers. limit_rate: bytes per second, 0 or False for no limit. None leaves these
+    three to nginx's configuration. headers: further headers.
 
-    Raises `ValueError` for an option that nginx would not take.
+    Raises `ValueError` for an option that nginx would refuse.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class XAccelRedirectResponse(ProxiedDownloadResponse):
         attachment: bool = True,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        own = {name: value for name, value in (headers or {}).items() if name.lower() != "content-type"}
-        super().__init__(content_type=content_type, headers=own)
+        further = {name: value for name, value in (headers or {}).items() if name.lower() != "content-type"}
+        super().__init__(content_type=content_type, headers=further)
         self.basename = basename or redirect_url.partition("?")[0].rpartition("/")[2]
         if attachment:
             self["Content-Disposition"] = content_disposition(self.basename)
@@ -82,7 +83,7 @@ def _expires(expires: datetime | float) -> str:
     if not expires:
         return "off"
     if isinstance(expires, bool) or not isinstance(expires, int | float) or expires < 0:
-        raise ValueError(f"expires is a datetime, a number of seconds or False, not {expires!r}")
+        raise ValueError(f"expires has to be a datetime, a number of seconds or False, not {expires!r}")
     return str(ceil(expires))
 
 
@@ -90,16 +91,16 @@ def _limit_rate(limit_rate: int) -> str:
     if not limit_rate:
         return "0"  # nginx does not know "off"
     if isinstance(limit_rate, bool) or not isinstance(limit_rate, int) or limit_rate < 0:
-        raise ValueError(f"limit_rate is a number of bytes per second, or False, not {limit_rate!r}")
+        raise ValueError(f"limit_rate has to be a number of bytes per second or False, not {limit_rate!r}")
     return str(limit_rate)
 
 
 class XAccelRedirectMiddleware(ProxiedDownloadMiddleware):
     """Has nginx send the files that its rule covers.
 
-    source_dir, source_url: which files, see `ProxiedDownloadMiddleware`. destination_url: the internal location that
-    has them. expires, with_buffering, limit_rate: see `XAccelRedirectResponse`. media_root and media_url are old names
-    of source_dir and destination_url.
+    source_dir, source_url: these files, see `ProxiedDownloadMiddleware`. destination_url: the URI of their internal
+    location. expires, with_buffering, limit_rate: see `XAccelRedirectResponse`. media_root and media_url are deprecated
+    names of source_dir and destination_url.
 
     Raises `ImproperlyConfigured`.
     """
@@ -137,7 +138,7 @@ class XAccelRedirectMiddleware(ProxiedDownloadMiddleware):
         self.limit_rate = limit_rate
 
     def redirect(self, response: DownloadResponse, redirect_url: str) -> XAccelRedirectResponse:
-        """Return the response that nginx obeys."""
+        """Return the response with X-Accel-Redirect."""
         return XAccelRedirectResponse(
             redirect_url,
             response["Content-Type"],
@@ -153,7 +154,7 @@ class SingleXAccelRedirectMiddleware(XAccelRedirectMiddleware):
     """Has nginx send files by the deprecated settings NGINX_DOWNLOAD_MIDDLEWARE_*: use `SmartDownloadMiddleware`."""
 
     def __init__(self, get_response: Callable[[HttpRequest], Any] | None = None) -> None:
-        # Not before: it warns of settings, and takes the name `settings` in this package.
+        # Not at the top: importing it warns of settings, and binds the name `settings` in this package.
         configured = import_module("downloadview_async.contrib.django.nginx.settings").options()
         if configured["destination_url"] is None:
             raise ImproperlyConfigured(

@@ -1,4 +1,4 @@
-"""The deprecated settings NGINX_DOWNLOAD_MIDDLEWARE_*: each that is set warns, and the others have their defaults."""
+"""The deprecated settings NGINX_DOWNLOAD_MIDDLEWARE_*. Each one that is set warns; the others have defaults."""
 
 import warnings
 from typing import Any
@@ -14,15 +14,16 @@ _RENAMED = (
 
 
 def options() -> dict[str, Any]:
-    """Return what the deprecated settings say, as the options of `XAccelRedirectMiddleware`.
+    """Return the deprecated settings as the options of `XAccelRedirectMiddleware`.
 
-    Warns of each that is set. Raises `ImproperlyConfigured` where settings.MIDDLEWARE has a middleware for one rule.
+    Warns of each setting that is set. Raises `ImproperlyConfigured` if settings.MIDDLEWARE has a middleware that needs
+    the options of a rule.
     """
     for name in _RENAMED:
         if name in settings.MIDDLEWARE:
             raise ImproperlyConfigured(
-                f"settings.MIDDLEWARE: {name} is for one rule, not for all views. Write "
-                "'downloadview_async.contrib.django.SmartDownloadMiddleware' there, and settings.DOWNLOADVIEW"
+                f"settings.MIDDLEWARE: {name} needs the options of a rule. Write "
+                "'downloadview_async.contrib.django.SmartDownloadMiddleware' there, and set settings.DOWNLOADVIEW"
             )
     return {
         "source_dir": _setting("SOURCE_DIR", _setting("MEDIA_ROOT", settings.MEDIA_ROOT)),
