@@ -232,7 +232,7 @@ def assert_download_response(
     if there is one, decoded by RFC 8187. attachment: False means inline. content_type: without parameters, it is
     compared without those of the response.
 
-    There must be no offload header. A `Recording` has to be complete and as long as its Content-Length.
+    The response must not have an offload header. A `Recording` has to be complete and as long as its Content-Length.
     """
     seen = _Seen(response)
     seen.check("status", status, seen.status)

@@ -34,9 +34,8 @@ else:
 
 _OURS = "downloadview_async.contrib.django."
 _OF_DJANGO = ("django.views.generic.", _OURS)
-_STRONGER = frozenset(
-    {"if-match", "if-none-match", "if-unmodified-since"}
-)  # they take precedence over If-Modified-Since [RFC 9110 13.2.2]
+# They take precedence over If-Modified-Since [RFC 9110 13.2.2].
+_STRONGER = frozenset({"if-match", "if-none-match", "if-unmodified-since"})
 
 
 class DownloadMixin:
