@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -56,17 +57,25 @@ Ts = TypeVarTuple("Ts")
 class CacheCounters:
     """What a cache has done in this process, and how full it is.
 
-    hits: found complete and current, without a question. stale: the source was asked whether a file is still current.
-    misses: it was not there; one that somebody has removed, which is found too late, is both. passed: of all, those
-    that were answered by the source itself. bytes: on the disk, by all processes together, when they were last looked
-    at.
+    hits: requests served from the cache without asking the source. misses: requests for a file that was not in the
+    cache. A file that has been removed behind the cache's back counts as a hit and as a miss. revalidated: requests
+    for which the source was asked whether the cached file is still current. passed: how many of all these the source
+    answered itself. bytes: what all processes together had on the disk when one last counted it.
     """
 
     hits: int
     misses: int
-    stale: int
+    revalidated: int
     passed: int
     bytes: int
+
+    @property
+    def stale(self) -> int:
+        """The old name of `revalidated`. Deprecated."""
+        warnings.warn(
+            "CacheCounters.stale has a new name: use CacheCounters.revalidated", DeprecationWarning, stacklevel=2
+        )
+        return self.revalidated
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +145,7 @@ class Cache:
         self._names: dict[str, CachedSource] = {}
         self._is_offloaded = False
         self._complained = -60.0
-        self.counts = {"hits": 0, "misses": 0, "stale": 0, "passed": 0}
+        self.counts = {"hits": 0, "misses": 0, "revalidated": 0, "passed": 0}
 
     @property
     def path(self) -> str:

@@ -182,7 +182,7 @@ class CachedFile:
                         return
                 self._kept = self._stale = None
                 await cache.forget(source, key, kept.entry.data)
-            self._count("misses" if self._stale is None else "stale")
+            self._count("misses" if self._stale is None else "revalidated")
             async with self._passed(request) as passed:
                 if passed is not None:
                     cache.counts["passed"] += 1
