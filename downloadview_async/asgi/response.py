@@ -49,7 +49,7 @@ from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_at_once
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
 
 logger = logging.getLogger("downloadview_async")
 codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
@@ -136,7 +136,7 @@ class DownloadResponse(Response):
         # conditions and ranges are for who sends the bytes
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if offload is None else HEAD
         try:
-            opened = open_at_once(self.file, request)
+            opened = open_nowait(self.file, request)
         except FileError:
             return False  # found again, and answered, by who waits
         if opened is None or (local := local_of(opened)) is None:

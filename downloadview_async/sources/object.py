@@ -15,7 +15,7 @@ from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source
-from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_at_once
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import without_empty_segments
 
 _CODING = re.compile("[0-9A-Za-z._-]+")
@@ -117,9 +117,9 @@ class ObjectFile:
         async with self._file.open(request) as opened:
             yield OpenObjectFile(opened, self._metadata(opened.metadata))
 
-    def open_cached(self, request: DownloadRequest) -> "OpenObjectFile | None":
-        """Open the file itself, if it is local and that waits for nothing: see `open_at_once`."""
-        opened = open_at_once(self._file, request)
+    def open_nowait(self, request: DownloadRequest) -> "OpenObjectFile | None":
+        """Open the file itself without waiting, if it is local: see `OpensNowait`."""
+        opened = open_nowait(self._file, request)
         return None if opened is None else OpenObjectFile(opened, self._metadata(opened.metadata))
 
     def _metadata(self, metadata: FileMetadata) -> FileMetadata:
@@ -143,7 +143,7 @@ class OpenObjectFile:
 
     @property
     def local(self) -> OpenLocalFile | None:
-        """The open local file, if it is one: see `local_of`."""
+        """That of the file itself: see `Local`."""
         return local_of(self._opened)
 
     @property
@@ -158,7 +158,7 @@ class OpenObjectFile:
 
     @property
     def ends_with_connection(self) -> bool:
-        """Whether nothing but the end of a connection tells where the file ends."""
+        """That of the file itself: see `Unframed`."""
         return getattr(self._opened, "ends_with_connection", False)
 
     @property

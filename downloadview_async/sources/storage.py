@@ -40,10 +40,10 @@ class StorageFile:
         async with self.storage.open(self.key, request) as opened:
             yield opened
 
-    def open_cached(self, request: DownloadRequest) -> OpenFile | None:
-        """Open the file, if the storage is a local directory and that waits for nothing: see `open_at_once`."""
+    def open_nowait(self, request: DownloadRequest) -> OpenFile | None:
+        """Open the file without waiting, if the storage is a local directory: see `OpensNowait`."""
         # not of a class derived from it, which may open files in its own way
-        return self.storage.open_cached(self.key) if type(self.storage) is DirectoryStorage else None
+        return self.storage.open_nowait(self.key) if type(self.storage) is DirectoryStorage else None
 
 
 class StorageSource:
@@ -97,8 +97,8 @@ class DirectoryStorage:
         async with FileBeneath(self.root, name, workers=self._workers).open(request) as opened:
             yield opened
 
-    def open_cached(self, name: str) -> OpenLocalFile | None:
-        """Open the file called `name`, if that waits for nothing: see `open_at_once`."""
+    def open_nowait(self, name: str) -> OpenLocalFile | None:
+        """Open the file called `name` without waiting, or return None: see `OpensNowait`."""
         return self._cache.open(name)
 
     async def locate(self, name: str) -> str | None:

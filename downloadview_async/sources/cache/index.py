@@ -253,8 +253,8 @@ class Cache:
             kept.leased = now
         return self.directory.root.locate(kept.entry.data)
 
-    def open_at_once(self, kept: Kept) -> OpenLocalFile | None:
-        """Open a complete file, which the caller then closes, if that waits for nothing."""
+    def open_nowait(self, kept: Kept) -> OpenLocalFile | None:
+        """Open a complete file without waiting, or return None. The caller closes it."""
         try:
             local = self._open_files.open(kept.entry.data)
         except FileError:
@@ -271,7 +271,7 @@ class Cache:
     @asynccontextmanager
     async def open(self, kept: Kept) -> AsyncIterator[OpenLocalFile | None]:
         """Open a complete file; None if it is not there any more."""
-        local, is_accepted = self.open_at_once(kept), True
+        local, is_accepted = self.open_nowait(kept), True
         if local is None:
             try:
                 found = await self._workers.run_or_abandon(self.directory.root.open, kept.entry.data, discard=_close)

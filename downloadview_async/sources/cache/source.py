@@ -118,9 +118,9 @@ class KeptFile:
         """The path of the complete file, or None where no proxy can be told of it."""
         return self._source.cache.location(self._kept)
 
-    def open_cached(self, request: DownloadRequest) -> OpenLocalFile | None:
-        """Open the file, if that waits for nothing: see `open_at_once`."""
-        return self._source.cache.open_at_once(self._kept)
+    def open_nowait(self, request: DownloadRequest) -> OpenLocalFile | None:
+        """Open the file without waiting, or return None: see `OpensNowait`."""
+        return self._source.cache.open_nowait(self._kept)
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:

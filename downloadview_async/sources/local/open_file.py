@@ -78,7 +78,7 @@ class OpenLocalFile:
 
     @property
     def local(self) -> "OpenLocalFile":
-        """This: see `local_of`."""
+        """The file itself: see `Local`."""
         return self
 
     def shared(self) -> Self:
@@ -102,7 +102,7 @@ class OpenLocalFile:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.close, limiter=unlimited())
 
-    def read_cached(self, span: ByteRange) -> bytes | None:
+    def read_nowait(self, span: ByteRange) -> bytes | None:
         """Return all bytes of a short span if the page cache has them, without ever waiting for the disk; else None."""
         chunk = self._cached(len(span), span.start)
         return chunk if chunk is not None and len(chunk) == len(span) else None
@@ -130,7 +130,7 @@ class OpenLocalFile:
 
     async def read(self, span: ByteRange) -> bytes:
         """Return the bytes of a short span in the midst of a transfer: fewer only where the file ends."""
-        chunk = self.read_cached(span)
+        chunk = self.read_nowait(span)
         if chunk is None:
             chunk = await self.workers.run(os.pread, self.descriptor, len(span), span.start, patience=MID_TRANSFER)
         return chunk
@@ -181,14 +181,14 @@ class OpenLocalFile:
 
 
 def local_of(opened: OpenFile) -> OpenLocalFile | None:
-    """Return the open local file whose very bytes `opened` has, if there is one: a server can send from that itself."""
+    """Return the open local file with the bytes of `opened`, for a server to send from; else None: see `Local`."""
     return getattr(opened, "local", None)
 
 
-def open_at_once(file: AsyncFile, request: DownloadRequest) -> OpenFile | None:
-    """Open a file that is a local one, if the kernel can do that without waiting for a disk; else return None.
+def open_nowait(file: AsyncFile, request: DownloadRequest) -> OpenFile | None:
+    """Open a local file if that waits for nothing; else return None: see `OpensNowait`.
 
-    Who calls this closes its `local_of`. Raises what `file.open` does.
+    The caller closes the `local_of` of what this returns. Raises what `file.open` raises.
     """
-    open_cached: Callable[[DownloadRequest], OpenFile | None] | None = getattr(file, "open_cached", None)
-    return None if open_cached is None else open_cached(request)
+    opens: Callable[[DownloadRequest], OpenFile | None] | None = getattr(file, "open_nowait", None)
+    return None if opens is None else opens(request)

@@ -30,14 +30,14 @@ class OpenFileCache:
         self._of_thread = _OfThread()
 
     def open(self, name: str) -> OpenLocalFile | None:
-        """Open a file, which the caller then closes, as `Root.open_cached` does."""
+        """Open a file, which the caller then closes, as `Root.open_nowait` does."""
         kept = self._of_thread.kept
         is_forgotten = kept.is_forgotten_in_time()
         if (found := kept.files.get(name)) is not None:
             if self._identity(name) == found[1]:
                 return found[0].shared()
             kept.files.pop(name)[0].close()
-        opened = self._root.open_cached(name)
+        opened = self._root.open_nowait(name)
         if opened is None:
             return None
         file = OpenLocalFile(*opened, workers=self._workers)

@@ -67,19 +67,19 @@ class FileBeneath:
         self._precompressed = precompressed
         self._cache = cache
 
-    def open_cached(self, request: DownloadRequest = GET) -> OpenLocalFile | None:
-        """Open the file, if that waits for nothing: see `open_at_once`."""
+    def open_nowait(self, request: DownloadRequest = GET) -> OpenLocalFile | None:
+        """Open the file without waiting, or return None: see `OpensNowait`."""
         if not self._precompressed and self._cache is not None:
             return self._cache.open(self._path)
         for encoding in preferred_encodings(request.accept_encoding, self._precompressed):
             try:
-                sibling = self._root.open_cached(self._path + SUFFIXES[encoding])
+                sibling = self._root.open_nowait(self._path + SUFFIXES[encoding])
             except (FileMissing, AccessDenied):
                 continue
             if sibling is None:
                 return None
             try:
-                itself = self._root.open_cached(self._path)
+                itself = self._root.open_nowait(self._path)
             except (FileMissing, AccessDenied):
                 return self._opened(sibling, encoding)
             except BaseException:
@@ -89,7 +89,7 @@ class FileBeneath:
                 _close(sibling)
                 return None
             return self._opened(*_newer(sibling, encoding, itself))
-        opened = self._root.open_cached(self._path)
+        opened = self._root.open_nowait(self._path)
         return None if opened is None else self._opened(opened, None)
 
     @asynccontextmanager
@@ -124,7 +124,7 @@ class FileBeneath:
         return await self._open(self._path), None
 
     async def _open(self, path: str) -> Opened:
-        if (opened := self._root.open_cached(path)) is not None:
+        if (opened := self._root.open_nowait(path)) is not None:
             return opened
         return await self._workers.run_or_abandon(self._root.open, path, discard=_close)
 

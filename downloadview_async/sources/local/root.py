@@ -150,7 +150,7 @@ class Root:
         """Return the absolute path of `name`, as a proxy on the same machine would open it."""
         return self._prefix + name
 
-    def open_cached(self, name: str) -> Opened | None:
+    def open_nowait(self, name: str) -> Opened | None:
         """Open a file if the kernel can do so without waiting for a disk; else return None. Otherwise as `open`."""
         checked_segments(name, self.names)
         # RESOLVE_CACHED is about the walk alone: what opens, describes and closes the file is its file system.

@@ -169,12 +169,12 @@ class OpenRemoteFile:
 
     @property
     def ends_with_connection(self) -> bool:
-        """Whether nothing but the end of the connection tells where the file ends: it may have been cut off there."""
+        """Whether only the end of the connection marks the end of the file: see `Unframed`."""
         return self._body is not None and self._body.ends_with_connection
 
     @property
     def reads_over(self) -> bool:
-        """Whether a range was asked for, and the upstream sends the whole file all the same."""
+        """Whether a range was requested and the upstream sends the whole file: see `ReadsOver`."""
         body = self._body
         return body is not None and body.ranged and body.position == 0 and body.has_content
 
@@ -185,7 +185,7 @@ class OpenRemoteFile:
 
     @property
     def received(self) -> Received:
-        """When the file was described."""
+        """When the upstream described the file: see `Dated`."""
         assert self._body is not None
         return self._body.answer.received
 
