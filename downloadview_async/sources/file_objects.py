@@ -1,7 +1,7 @@
-"""Blocking file objects and iterators as open files: every call to them is made in a worker thread.
+"""Blocking file objects and iterators as open files: every call to them runs in a worker thread.
 
-A file object that can seek is sent whole, from its beginning, wherever it was: that is where ranges count from. One
-that cannot is sent from where it is, without ranges.
+A file object that can seek is sent from its beginning, wherever it was, because ranges count from there. One that
+cannot seek is sent from where it is, without ranges.
 """
 
 import io
@@ -21,7 +21,7 @@ from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.workers import Workers, unlimited
 
-_BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
+_BATCH_SECONDS = 0.05  # after this time, the items that a slow iterator has yielded are sent
 _DONE = object()
 _WRAPPERS = ("tempfile", "django.")
 _MAX_WRAPPERS = 4
@@ -31,11 +31,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """What an object with `read` says of its content.
+    """What is known about the content of an object with `read`.
 
-    size: bytes, or None where only reading tells. can_seek: whether every part of it can be read, in any order.
-    head: what had to be read to find that out, and has to be sent first. is_text: whether it is sent as UTF-8, so that
-    it has another number of bytes than of characters, and than where it is stored.
+    size: bytes, or None if it is not known before the end. can_seek: whether its parts can be read in any order.
+    head: bytes that were read to find this out, and have to be sent first. is_text: whether it yields text, which is
+    sent as UTF-8, so that neither its characters nor its stored bytes tell how many bytes are sent.
     """
 
     size: int | None = None
@@ -45,53 +45,53 @@ class Extent:
 
     @property
     def has_parts(self) -> bool:
-        """Whether ranges of it can be sent."""
+        """Whether ranges can be sent."""
         return self.can_seek and self.size is not None
 
 
 def extent_of(file: Any, known: int | None = None) -> Extent:
-    """Return the extent of a file object, which is then at its beginning if it can seek, else where it was. It blocks.
+    """Return the extent of a file object, which then is at its beginning if it can seek, else where it was. It blocks.
 
-    known: bytes, as they are known otherwise. The end of the file object itself counts for more, but not for text.
+    known: its size in bytes from elsewhere. The end of the file object itself takes precedence, except for text.
 
-    Raises `FileMissing` for a closed object, and `SourceUnavailable` for one that went to its end and does not go back.
+    Raises `FileMissing` for a closed object, and `SourceUnavailable` for one that seeks to its end and not back.
     """
     try:
         if (extent := _seekable_extent(file, known)) is not None:
             return extent
     except Exception as exc:
-        raise SourceUnavailable(f"a file object does not seek as it should: {type(exc).__name__}: {exc}") from exc
+        raise SourceUnavailable(f"seeking in a file object failed: {type(exc).__name__}: {exc}") from exc
     try:
-        head = file.read(0)  # says whether it is text; of an object that ignores the size, it is the first block
+        head = file.read(0)  # shows whether it is text; an object that ignores the size returns its first block
     except Exception as exc:
         if getattr(file, "closed", False) is True:
             raise FileMissing(f"the file object is closed: {file!r}") from exc
-        return Extent(known)  # reading more of it says why
+        return Extent(known)  # the next read raises the error again
     return Extent(known, head=as_bytes(head or b""), is_text=isinstance(head, str))
 
 
 def _seekable_extent(file: Any, known: int | None) -> Extent | None:
-    """Return the extent of a file object that seeks; None for one that does not, and then is where it was."""
+    """Return the extent of a file object that can seek. None: it cannot, and is where it was."""
     if not _goes(file, 0):
         return None
     try:
         end = _seek(file, 0, os.SEEK_END)
-    except Exception:  # not from the end, or not at all: some streams allow going to where they are
+    except Exception:  # it cannot seek from the end, or not at all: some streams only allow their current position
         if known is None or not _goes(file, known):
             return None
         end = known
-    # Trust the position no further than what is read there.
+    # Believe the position only if a read confirms that it is the end.
     beyond: Any = b""
     with suppress(Exception):  # a store may refuse to read beyond the end
         beyond = file.read(1)
     if beyond and not end:
-        # It has not moved: nothing is known of how it would go back, and what it has read is its first byte.
+        # It has not moved, so it may not be able to go back, and the byte that was read is its first.
         return Extent(known, head=as_bytes(beyond), is_text=isinstance(beyond, str))
     _seek(file, 0)
     if isinstance(beyond, str):
         return Extent(known, is_text=True)  # its positions do not count bytes
     if end == 0 and file.read(1):
-        beyond = True  # it says 0 wherever it is
+        beyond = True  # it reports 0 at every position
         _seek(file, 0)
     if beyond:
         return Extent(can_seek=True)
@@ -99,7 +99,7 @@ def _seekable_extent(file: Any, known: int | None) -> Extent | None:
 
 
 def _goes(file: Any, position: int) -> bool:
-    """Return whether a file object says that it can seek, and goes to a position."""
+    """Return whether a file object claims to be able to seek, and goes to a position."""
     try:
         if not hasattr(file, "seek") or (hasattr(file, "seekable") and not file.seekable()):
             return False
@@ -109,7 +109,7 @@ def _goes(file: Any, position: int) -> bool:
 
 
 def _seek(file: Any, offset: int, whence: int = os.SEEK_SET) -> int | None:
-    """Go to a position and return it; None where the object does not tell. Some have `tell` for that alone."""
+    """Go to a position and return it, by `tell` if `seek` returns none; None if neither tells."""
     position = file.seek(offset, whence) if whence else file.seek(offset)
     if position is None and callable(tell := getattr(file, "tell", None)):
         position = tell()
@@ -117,7 +117,7 @@ def _seek(file: Any, offset: int, whence: int = os.SEEK_SET) -> int | None:
 
 
 class OpenFileObject:
-    """An object with `read`, and its extent. Whoever opened it closes it. in_use: see `closing_in_thread`."""
+    """An object with `read`, and its extent. The caller that opened it closes it. in_use: see `closing_in_thread`."""
 
     def __init__(self, file: Any, metadata: FileMetadata, extent: Extent, *, workers: Workers, in_use: Lock) -> None:
         self._in_use = in_use
@@ -128,19 +128,19 @@ class OpenFileObject:
         self._head = extent.head
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span, or without one all there is, at most `CHUNK_SIZE` at a time."""
+        """Yield the bytes of the span, or all bytes for None, at most `CHUNK_SIZE` at a time."""
         if span is None and self.metadata.size is not None:
             span = ByteRange(0, self.metadata.size)
         left = None if span is None else len(span)
         if span is not None and span.start and not self._can_seek:
-            raise TransferAborted("a part of a file object that cannot seek")
+            raise TransferAborted("the file object cannot seek to the requested part")
         if self._can_seek:
             await self._in_worker(self._go_to, 0 if span is None else span.start)
         chunk, self._head = self._head, b""
         while left is None or left > 0:
             if not chunk and not (chunk := await self._in_worker(self._read, min(CHUNK_SIZE, left or CHUNK_SIZE))):
                 return
-            for piece in pieces(chunk if left is None else chunk[:left]):  # it may be more than has been asked for
+            for piece in pieces(chunk if left is None else chunk[:left]):  # `read` may return more than requested
                 yield piece
             left = None if left is None else left - len(chunk)
             chunk = b""
@@ -149,13 +149,13 @@ class OpenFileObject:
         with self._in_use:
             position = _seek(self._file, start)
         if position not in (start, None):
-            raise OSError(f"it does not go to byte {start}")
+            raise OSError(f"it does not seek to byte {start}")
 
     def _read(self, size: int) -> bytes:
         with self._in_use:
             chunk = self._file.read(size)
         if chunk is None:
-            raise OSError("it does not wait for data: it is in non-blocking mode")
+            raise OSError("it is in non-blocking mode and has no data yet")
         return as_bytes(chunk)
 
     async def _in_worker(self, method: Callable[[int], T], argument: int) -> T:
@@ -166,7 +166,7 @@ class OpenFileObject:
 
 
 class OpenIterator:
-    """A blocking iterator of bytes or text. Items are gathered, so that small ones do not cost a thread hop each.
+    """A blocking iterator of bytes or text. Small items are gathered, so that each does not cost a thread hop.
 
     in_use: see `closing_in_thread`.
     """
@@ -179,7 +179,7 @@ class OpenIterator:
         self._first = True
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield what the iterator yields, from its beginning: it has no parts."""
+        """Yield the items from the beginning: there are no ranges."""
         more = True
         while more:
             chunk, more = await self._workers.run(self._gather)
@@ -193,7 +193,7 @@ class OpenIterator:
     def _gathered(self) -> tuple[bytes, bool]:
         gathered: list[bytes] = []
         size = 0
-        if self._first:  # goes out at once, and says that there is an answer
+        if self._first:  # it is sent at once, so that the client gets the head of the answer
             self._first = False
             item = next(self._items, _DONE)
             return (b"", False) if item is _DONE else (as_bytes(item), True)
@@ -208,9 +208,9 @@ class OpenIterator:
 
 
 def seeks_cheaply(file: Any) -> bool:
-    """Return whether a file object is known to be local or in memory, as it is or in wrappers such as Django's.
+    """Return whether a file object, or the one in wrappers such as Django's, is known to be local or in memory.
 
-    Others may read all that comes before a position to get there (gzip), or ask another server for what follows it.
+    To seek, others may read everything before the position (gzip), or send a request to another server.
     """
     for _ in range(_MAX_WRAPPERS):
         if isinstance(file, io.BufferedReader | io.BufferedRandom):
@@ -218,7 +218,7 @@ def seeks_cheaply(file: Any) -> bool:
         if isinstance(file, io.BytesIO | io.FileIO):
             return True
         if not type(file).__module__.startswith(_WRAPPERS):
-            return False  # whatever it wraps, it may do more than that
+            return False  # an unknown wrapper may do more than pass calls on
         file = getattr(file, "file", None)
     return False
 
@@ -227,22 +227,22 @@ def as_bytes(item: Any) -> bytes:
     """Return bytes, or text as UTF-8. Raises `TypeError` for anything else."""
     if isinstance(item, bytes):
         return item
-    # not bytes(item): of a number, that is as many zeros
+    # not bytes(item), which makes zeros of a number
     return item.encode() if isinstance(item, str) else bytes(memoryview(item))
 
 
 def pieces(chunk: bytes) -> Iterator[bytes]:
-    """Yield a chunk in pieces of `CHUNK_SIZE`: what a slow client leaves in a buffer is never more than that."""
+    """Yield a chunk in pieces of `CHUNK_SIZE`, the most that a slow client may leave in a buffer."""
     for position in range(0, len(chunk), CHUNK_SIZE):
         yield chunk[position : position + CHUNK_SIZE]
 
 
 @asynccontextmanager
 async def closing_in_thread(resource: Any) -> AsyncIterator[Lock]:
-    """Call `resource.close()`, if it has one, in a thread when the context ends: always, and to its end.
+    """Call `resource.close()`, if there is one, in a thread when the context ends, even when cancelled.
 
-    The context gives a lock, for each call to the resource to hold. A task that asyncio cancels does not wait for a
-    call that it has begun, so closing does.
+    The context gives a lock, which each call to the resource must hold: a task that asyncio cancels does not wait for
+    the call that it has begun, so `close` waits for the lock.
     """
     in_use, begun = Lock(), Lock()
 
@@ -259,7 +259,7 @@ async def closing_in_thread(resource: Any) -> AsyncIterator[Lock]:
                 try:
                     await anyio.to_thread.run_sync(close_once, limiter=unlimited())
                 except anyio.get_cancelled_exc_class():
-                    # By asyncio, which knows no shield: the worker may not have come to it, and then never does.
+                    # Cancelled by asyncio, which ignores the shield. A worker that has not begun never will.
                     Thread(target=close_once).start()
                     raise
 
