@@ -40,7 +40,7 @@ class StorageFile:
         async with self.storage.open(self.key, request) as opened:
             yield opened
 
-    def open_nowait(self, request: DownloadRequest) -> OpenFile | None:
+    def open_nowait(self, request: DownloadRequest) -> OpenLocalFile | None:
         """Open the file without waiting, if the storage is a local directory: see `OpensNowait`."""
         # not for a subclass, which may open files differently
         return self.storage.open_nowait(self.key) if type(self.storage) is DirectoryStorage else None

@@ -96,7 +96,7 @@ class VirtualFile:
         if callable(content) and (isinstance(content, type) or not hasattr(content, "read")):
             content = await _call(content)
         if content is None:
-            raise FileMissing(f"the function for {self.name!r} returned None")
+            raise FileMissing(f"there is no content for {self.name!r}")
         if isinstance(content, str):
             content = content.encode()
         async with _opened(content, await self._metadata(content)) as opened:

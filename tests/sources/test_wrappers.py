@@ -12,12 +12,36 @@ import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import OpenLocalBytes
+from downloadview_async.sources.base import (
+    Aged,
+    Dated,
+    Local,
+    OpenLocalBytes,
+    OpensNowait,
+    ReadsOver,
+    Recoded,
+    Unframed,
+)
+from downloadview_async.sources.cache.source import KeptFile
+from downloadview_async.sources.cache.spool import ArrivingFile
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
+from downloadview_async.sources.local.path import FileBeneath
 from downloadview_async.sources.local.root import has_openat2
+from downloadview_async.sources.object import OpenObjectFile
+from downloadview_async.sources.object_store import OpenObject
+from downloadview_async.sources.remote.source import OpenRemoteFile
 from tests.live import ask, live, make_old
 
 pytestmark = pytest.mark.asyncio
+
+# The type checker compares our classes with the protocols.
+NOWAIT: tuple[type[OpensNowait], ...] = (FileBeneath, dv.StorageFile, dv.ObjectFile, KeptFile)
+LOCAL: tuple[type[Local], ...] = (OpenLocalFile, OpenObjectFile)
+AGED: tuple[type[Aged], ...] = (OpenLocalFile, OpenObjectFile, ArrivingFile)
+DATED: tuple[type[Dated], ...] = (OpenRemoteFile, OpenObjectFile)
+RECODED: tuple[type[Recoded], ...] = (OpenRemoteFile, OpenObjectFile, OpenObject)
+UNFRAMED: tuple[type[Unframed], ...] = (OpenRemoteFile, OpenObjectFile)
+READS_OVER: tuple[type[ReadsOver], ...] = (OpenRemoteFile,)
 
 SMALL, LARGE = b"small", bytes(range(256)) * 4096  # one message of ours, and a megabyte for the kernel to send
 

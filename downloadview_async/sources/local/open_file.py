@@ -15,7 +15,7 @@ import anyio.to_thread
 from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata, is_telling, stat_validators
 from downloadview_async.http.request import DownloadRequest
-from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.base import AsyncFile, OpenFile, OpenLocalBytes
 from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER, Workers, unlimited
 
@@ -190,5 +190,5 @@ def open_nowait(file: AsyncFile, request: DownloadRequest) -> OpenFile | None:
 
     The caller closes the `local_of` of what this returns. Raises what `file.open` raises.
     """
-    opens: Callable[[DownloadRequest], OpenFile | None] | None = getattr(file, "open_nowait", None)
+    opens: Callable[[DownloadRequest], OpenLocalBytes | None] | None = getattr(file, "open_nowait", None)
     return None if opens is None else opens(request)
