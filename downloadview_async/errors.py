@@ -7,7 +7,7 @@
     │   ├── AccessDenied           404  there is one, but not for this client (never told apart from missing)
     │   ├── PreconditionFailed     412  the origin of a remote file refused If-Match or If-Unmodified-Since
     │   ├── SourceUnavailable      503  the disk, the storage or this process is overloaded; try again
-    │   │   └── UpstreamBusy       503  or 429: a remote server said so; its Retry-After is passed on
+    │   │   └── UpstreamBusy       503  or 429: as a remote server answered; its Retry-After is passed on
     │   └── UpstreamError          502  a remote server failed or broke the protocol
     │       └── UpstreamTimeout    504  a remote server did not answer in time
     └── TransferAborted            bytes have left already: the connection is aborted, never ended cleanly
@@ -27,7 +27,7 @@ class ConfigurationError(DownloadError, ValueError):
 
 
 class FileError(DownloadError):
-    """A file cannot be sent, and nothing of it has been: the client gets `status`."""
+    """A file cannot be sent, and no byte of it has been sent: the client gets `status`."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     retry_after: str | None = None
@@ -41,7 +41,7 @@ class FileMissing(FileError):
 
 
 class AccessDenied(FileError):
-    """There is such a file, but this client or this process may not read it. Answered like `FileMissing`."""
+    """There is such a file, but this client or this process may not read it. The answer is that of `FileMissing`."""
 
     status = HTTPStatus.NOT_FOUND
 
@@ -85,6 +85,6 @@ class UpstreamTimeout(UpstreamError):
 class TransferAborted(DownloadError):
     """The promised bytes cannot be delivered any more: the file shrank, the disk or the upstream failed.
 
-    It is raised out of the ASGI application so that the server aborts the connection: the client must not take
-    what it has for the whole file.
+    The ASGI application raises it so that the server aborts the connection: the client must not take what it has
+    received for the whole file.
     """

@@ -49,7 +49,7 @@ from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_at_once
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
 
 logger = logging.getLogger("downloadview_async")
 codecs.lookup("unicode_escape")  # load it now: when it is first needed, the process may have no descriptor left
@@ -143,7 +143,7 @@ class DownloadResponse(Response):
         # the proxy that sends the bytes evaluates conditions and ranges
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if offload is None else HEAD
         try:
-            opened = open_at_once(self.file, request)
+            opened = open_nowait(self.file, request)
         except FileMissing as exc:
             await error_response(exc, scope)(scope, receive, send)
             return True

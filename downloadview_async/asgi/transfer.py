@@ -252,7 +252,7 @@ def body_at_once(plan: Plan, file: OpenLocalFile) -> bytes | None:
     if not plan.body:
         return b""
     piece = plan.body[0] if len(plan.body) == 1 else None
-    return file.read_cached(piece) if isinstance(piece, ByteRange) and len(piece) <= SMALL else None
+    return file.read_nowait(piece) if isinstance(piece, ByteRange) and len(piece) <= SMALL else None
 
 
 async def body_of(plan: Plan, file: OpenFile) -> AsyncGenerator[bytes, None]:

@@ -1,1 +1,1 @@
-"""What HTTP says about a download: request headers and file metadata in, a `Plan` out. Values only, no I/O."""
+"""The rules of HTTP for a download: request headers and file metadata in, a `Plan` out. Values only, no I/O."""

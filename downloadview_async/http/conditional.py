@@ -8,14 +8,14 @@ from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*+"'
-# A comma may stand inside a tag, so the list cannot be split at commas. Elements may be empty [5.6.1.2]. Possessive
-# quantifiers keep 64 KiB of anything linear.
+# A tag may contain a comma, so the list cannot be split at commas. Elements may be empty [5.6.1.2]. Possessive
+# quantifiers keep the time linear, whatever 64 KiB of text contain.
 _LIST = re.compile(rf"[ \t]*+(?:{_TAG})?[ \t]*+(?:,[ \t]*+(?:{_TAG})?[ \t]*+)*+")
 _TAGS = re.compile(_TAG)
 
 
 def parse_etag_list(value: str) -> list[str]:
-    """Return the entity tags of If-Match or If-None-Match as they stand there; none where the list does not parse."""
+    """Return the entity tags of If-Match or If-None-Match as they were sent; none if the list does not parse."""
     return _TAGS.findall(value) if _LIST.fullmatch(value) else []
 
 
@@ -29,7 +29,7 @@ def _any_matches(value: str, etag: ETag | None, *, strong: bool) -> bool:
 
 
 def failed_precondition(request: DownloadRequest, metadata: FileMetadata) -> Literal[304, 412] | None:
-    """Return the status that the preconditions of a GET or HEAD demand, or None: go on. The order is 13.2.2's."""
+    """Return the status that the preconditions of a GET or HEAD demand, or None: go on. The order is that of 13.2.2."""
     # 1. and 2. If-Match, else If-Unmodified-Since: 412
     if request.if_match is not None:
         if not _any_matches(request.if_match, metadata.etag, strong=True):
@@ -50,9 +50,9 @@ def failed_precondition(request: DownloadRequest, metadata: FileMetadata) -> Lit
 
 
 def range_applies(request: DownloadRequest, metadata: FileMetadata) -> bool:
-    """Return whether If-Range lets the Range be obeyed: it is absent, or names exactly this version [13.1.5].
+    """Return whether the Range counts: If-Range is absent, or names exactly this version [13.1.5].
 
-    A weak tag never does, and a date only if it is the Last-Modified that would be sent.
+    A weak tag never names a version, and a date only if it is the Last-Modified that would be sent.
     """
     value = request.if_range
     if value is None:

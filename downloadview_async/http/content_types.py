@@ -1,4 +1,4 @@
-"""Content types by file name, the same on every machine: a table pinned here over the standard library's own."""
+"""Content types by file name, the same on every machine: a table here, and the table of the standard library."""
 
 import mimetypes
 import re
@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 
 DEFAULT = "application/octet-stream"
 
-# What the standard library of one of the supported Pythons does not know, or knows by an outdated or a wrong name:
-# IANA's registry of media types, and where it has none, the name that nginx and Debian use and that players know.
+# Types that the standard library of a supported Python does not know, or knows by an outdated or a wrong name. They are
+# those of IANA's registry, or where it has none, the names that nginx and Debian use and that players know.
 _TYPES = {
     ".3g2": "video/3gpp2",
     ".3gp": "video/3gpp",
@@ -238,7 +238,7 @@ _TYPES = {
     ".zst": "application/zstd",
     ".zsync": "application/x-zsync",
 }
-# filenames=(): never the mime.types files of the machine.
+# filenames=(): without the mime.types files of the machine
 _STANDARD = mimetypes.MimeTypes(filenames=())
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
@@ -249,7 +249,7 @@ _MEDIA_TYPE = re.compile(
 _SUFFIX = re.compile(r"\.[^./\\\x00-\x20\x7f]+")
 _CHARSET = re.compile(_TOKEN)
 
-# Shown by a browser without running anything that is in them. No comma: of a list, a browser takes the last type.
+# A browser shows these without running anything in them. A comma is not allowed: a browser takes the last of a list.
 _PASSIVE = re.compile(rf"(?:audio|font|image|video)/(?!.*\+xml){_TOKEN}")
 _PASSIVE_TYPES = frozenset({"text/plain", "text/csv", "application/json", DEFAULT})
 
@@ -260,9 +260,9 @@ _added: dict[str, str] = {}
 def add_content_types(types: Mapping[str, str]) -> None:
     """Add content types by suffix, such as `{".gcode": "text/x-gcode"}`, for the whole process.
 
-    Call it when the application starts: what has been sent already is not looked at again. A suffix is one dot and
-    what follows the last dot of a name, in any case; an added type wins over the table. Raises `ValueError`
-    for a suffix without its dot, or with a second one or a slash, and for a type that is not a media type.
+    Call it when the application starts: answers that have been sent do not change. A suffix is one dot and the text
+    after the last dot of a name, in any case; an added type wins over the table. Raises `ValueError` for a suffix
+    without a dot, with a second dot or with a slash, and for a type that is not a media type.
     """
     for suffix, content_type in types.items():
         if _SUFFIX.fullmatch(suffix) is None:
@@ -277,16 +277,16 @@ def add_content_types(types: Mapping[str, str]) -> None:
 def content_type_for(name: str) -> str:
     """Return the Content-Type of a file called `name`: text with charset=utf-8, everything else without a charset.
 
-    A compressed file is what it is compressed with: `x.tar.gz` is application/gzip, and has no Content-Encoding.
+    A compressed file has the type of its compression: `x.tar.gz` is application/gzip, without a Content-Encoding.
     """
     suffix = PurePosixPath(name).suffix.lower()
     return with_charset(_added.get(suffix) or _TYPES.get(suffix) or _STANDARD.types_map[True].get(suffix) or DEFAULT)
 
 
 def with_charset(content_type: str, charset: str | None = None) -> str:
-    """Return a content type with its charset: its own, else the one given, else utf-8 for text, else none.
+    """Return a content type with a charset: the one it has, else the given one, else utf-8 for text, else none.
 
-    A `charset` that cannot be the name of one counts as none.
+    A `charset` that is not a valid name is ignored.
     """
     if "charset=" in content_type.lower():
         return content_type
@@ -303,9 +303,9 @@ def valid_content_type(text: str | None) -> str | None:
 
 
 def is_active(content_type: str) -> bool:
-    """Return whether a browser that shows such a file inline might run what is in it: html, svg, xml, pdf, js ...
+    """Return whether a browser that shows such a file inline might run something in it: html, svg, xml, pdf, js ...
 
-    Everything that is not known to be passive counts as active.
+    Every type that is not known to be passive counts as active.
     """
     essence = content_type.partition(";")[0].strip().lower()
     return essence not in _PASSIVE_TYPES and not _PASSIVE.fullmatch(essence)

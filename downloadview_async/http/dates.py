@@ -33,9 +33,9 @@ LONGEST_DELTA = 1 << 31
 
 
 def http_seconds(moment: datetime | float) -> int | None:
-    """Return a moment as the whole seconds since the epoch that an HTTP date can name, or None where it cannot.
+    """Return a moment as whole seconds since the epoch, or None if an HTTP date cannot name it.
 
-    A datetime without a time zone is taken as UTC. What lies before the epoch cannot be named.
+    A datetime without a time zone is taken as UTC. A moment before the epoch cannot be named.
     """
     if isinstance(moment, datetime):
         moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -52,14 +52,15 @@ def format_http_date(seconds: int) -> str:
 def parse_http_date(text: str, *, now: float | None = None) -> int | None:
     """Return the seconds since the epoch that an HTTP date names, or None if it is not a valid one.
 
-    A two-digit year that seems to be more than 50 years after `now` (default: the clock) is in the last century.
+    A two-digit year that appears to be more than 50 years after `now` (default: the clock) is taken as 100 years
+    earlier [RFC 9110 5.6.7].
     """
     for pattern in _FORMATS:
         if match := pattern.fullmatch(text):
             break
     else:
         return None
-    # A leap second is valid in the grammar; the epoch has none, so it counts as the second before.
+    # The grammar allows a leap second. Seconds since the epoch have none, so it counts as the second before.
     second = 59 if match["second"] == "60" else int(match["second"])
     time = (int(match["hour"]), int(match["minute"]), second)
     year, month, day = int(match["year"]), _MONTH[match["month"]], int(match["day"])

@@ -1,4 +1,4 @@
-"""Content-Disposition, RFC 6266: the one way a file name takes to a client."""
+"""Content-Disposition, RFC 6266: every file name that is sent to a client passes through here."""
 
 import re
 import unicodedata
@@ -6,16 +6,16 @@ from functools import lru_cache
 from urllib.parse import quote
 
 MAX_BYTES = 255
-"""The longest name, in bytes of UTF-8, that common file systems take."""
+"""The longest name, in bytes of UTF-8, that common file systems accept."""
 
 DEVICE_NAME = r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\.[^/]*)?"
-"""A regular expression, for any case: what Windows takes for a device, whatever the extension."""
+"""A regular expression, to be used without case: names that Windows takes for devices, whatever their extension."""
 
 _DEVICES = re.compile(DEVICE_NAME, re.IGNORECASE)
 _FORBIDDEN_ON_WINDOWS = re.compile('[<>:"|?*]')
 _ATTR_CHAR = "!#$&+-.^_`|~"  # besides letters and digits [RFC 8187 3.2.1]; urllib's quote keeps "_.-~" anyway
 _JOINERS = "\u200c\u200d"  # invisible, but part of how words and emoji are written
-# What nobody sees at either end of a name: all of Unicode's space separators (Zs), and the joiners.
+# Invisible at either end of a name: all of Unicode's space separators (Zs), and the joiners.
 _BLANKS = " \u00a0\u1680\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))) + _JOINERS
 
 
@@ -25,10 +25,11 @@ def is_device_name(name: str) -> bool:
 
 
 def client_filename(name: str) -> str:
-    """Return `name` as a client may be told it: a base name, safe to save under on any system; never empty.
+    """Return a base name for the client that any system can save; it is never empty.
 
-    Without path parts, control, bidirectional and other invisible characters, lone surrogates, blanks and dots at
-    the end; not a Windows device; at most `MAX_BYTES` bytes of UTF-8, cut before its extension.
+    Path parts, control characters, bidirectional and other invisible characters, lone surrogates, and blanks and dots
+    at the end are removed. A Windows device gets an underscore in front. The name has at most `MAX_BYTES` bytes of
+    UTF-8 and is cut before its extension.
     """
     name = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
     name = "".join(
@@ -40,7 +41,7 @@ def client_filename(name: str) -> str:
 
 
 def _fitted(name: str) -> str:
-    """Return `name` without blanks around it, cut to `MAX_BYTES`, and no device of Windows; it may be empty."""
+    """Return `name` without blanks around it, cut to `MAX_BYTES`, and changed if it is a device; it may be empty."""
     name = _cut(name.lstrip(_BLANKS).rstrip(_BLANKS + "."))
     return _cut(f"_{name}") if is_device_name(name) else name
 
@@ -57,10 +58,10 @@ def _cut(name: str) -> str:
 
 
 def _ascii_fallback(name: str) -> str:
-    """Return the nearest ASCII name: accents dropped, `download` where nothing of a foreign stem is left."""
+    """Return the nearest ASCII name: without accents, with the stem `download` if no letter or digit is left."""
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
-    # A quoted-string could escape the quote, but clients differ in how they read that [RFC 6266 appendix D];
-    # the same goes for a percent sign. The exact name is in filename*.
+    # A quoted-string could escape the quote, but clients differ in how they read that [RFC 6266 appendix D], and they
+    # differ on a percent sign as well. The exact name is in filename*.
     ascii_name = _FORBIDDEN_ON_WINDOWS.sub("_", ascii_name.replace("\\", "_").replace("/", "_").replace("%", "_"))
     stem, dot, extension = ascii_name.rpartition(".")
     if not dot:
@@ -68,15 +69,15 @@ def _ascii_fallback(name: str) -> str:
     if not name.isascii() and not re.search("[0-9A-Za-z]", stem):
         stem = "download"
     elif stem.startswith(".") and not name.startswith("."):
-        stem = f"download{stem}"  # no hidden file where there was none
+        stem = f"download{stem}"  # the name must not become that of a hidden file
     return _fitted(f"{stem.strip()}{dot}{extension}")
 
 
 @lru_cache(maxsize=1024)
 def content_disposition(filename: str, *, attachment: bool = True) -> str:
-    """Return the value of Content-Disposition that names `filename`, whatever is in it.
+    """Return the value of Content-Disposition for a `filename` with any characters.
 
-    An ASCII fallback for old clients, and the exact name by RFC 8187 wherever the two differ.
+    It has an ASCII fallback for old clients, and the exact name by RFC 8187 if the two differ.
     """
     name = client_filename(filename)
     fallback = _ascii_fallback(name)

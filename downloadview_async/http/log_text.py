@@ -1,12 +1,12 @@
-"""How the log shows what others have written, such as a name: on one line, in printable ASCII, of bounded length."""
+"""How the log shows text from outside, such as a name: on one line, in printable ASCII, with a bounded length."""
 
 import codecs
 
 LIMIT = 1_000
-"""Characters of a name or a reason that the log shows; of a longer one it shows the beginning and the end."""
+"""Characters of a name or a reason that the log shows. It shows only the beginning and the end of a longer one."""
 
 _END = 100
-codecs.lookup("unicode_escape")  # now: when it is first needed, there may be no descriptor left to load it by
+codecs.lookup("unicode_escape")  # loaded now: when it is first used, all file descriptors may be taken
 
 
 def shown(name: str) -> str:
@@ -20,7 +20,7 @@ def escaped(text: str) -> str:
 
 
 def cut(text: str) -> str:
-    """Return the text, or the beginning and the end of one that is longer than `LIMIT`, with how much is left out."""
+    """Return the text; if it is longer than `LIMIT`, its beginning, the number of characters left out, and its end."""
     if len(text) <= LIMIT:
         return text
     return f"{text[: LIMIT - _END]}[... {len(text) - LIMIT} characters ...]{text[-_END:]}"

@@ -1,4 +1,4 @@
-"""What is known of one version of a file: `FileMetadata`, its entity tag (`ETag`) and a span of it (`ByteRange`)."""
+"""What is known about one version of a file: `FileMetadata`, its entity tag (`ETag`), a span of it (`ByteRange`)."""
 
 import re
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ class ETag:
 
     @classmethod
     def parse(cls, text: str) -> "ETag | None":
-        """Return the entity tag that `text` is, or None where it is none."""
+        """Return the entity tag, or None if `text` is not one."""
         match = _ETAG.fullmatch(text)
         return cls(match[2], weak=match[1] is not None) if match else None
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Bytes `start` up to, and without, `stop` of a file: `ByteRange(0, 10)` is the first ten."""
+    """The bytes of a file from `start` up to, but not including, `stop`: `ByteRange(0, 10)` is the first ten."""
 
     start: int
     stop: int
@@ -54,16 +54,16 @@ class ByteRange:
 
 
 MAX_READS = 4
-"""The usual `max_reads` of a file that is far away, or whose seeks may read all that comes before."""
+"""The usual `max_reads` of a remote file, and of one that may have to read everything before a position to seek."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileMetadata:
-    """What is known of one version of a file. What is not known is None.
+    """What is known about one version of a file. A value that is not known is None.
 
     size: bytes. last_modified: seconds since the epoch, UTC. content_type: the whole value of Content-Type.
-    accept_ranges: whether a part of it can be sent; only a file of known size has parts.
-    max_reads: how many separate reads one answer may cost, where each is a request or a long seek; None: any number.
+    accept_ranges: whether a part of the file can be sent; only a file of known size has parts.
+    max_reads: how many separate reads one answer may cost, if each is a request or a long seek; None: any number.
     headers: further headers that describe this version, such as Content-Encoding or Vary, names in lower case.
     """
 
@@ -77,7 +77,7 @@ class FileMetadata:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether a strong validator tells this version from all others, so that it can be read by several requests."""
+        """Whether a strong validator identifies this version, so that it can be read by several requests."""
         return (self.etag is not None and not self.etag.weak) or self.changed_at is not None
 
     @property
@@ -87,19 +87,19 @@ class FileMetadata:
 
 
 _SECOND = 1_000_000_000
-_GRAIN = 20_000_000  # ns: kernels advance the clock of their files every 1 to 10 ms
-_COARSE_GRAIN = 2 * _SECOND  # of file systems that keep whole seconds: FAT counts in twos
-# Times that tools write in place of the true one, so that the same content gives the same archive. 0 and 1 are those of
-# Nix, OSTree, OCI layers and Bazel. The first days that a ZIP archive can name, in any time zone, are those of its
-# empty date (1979-11-30), of most tools (1980-01-01), of RubyGems (1980-01-02) and of Gradle (1980-02-01).
+_GRAIN = 20_000_000  # ns: kernels advance the clock for file times every 1 to 10 ms
+_COARSE_GRAIN = 2 * _SECOND  # for file systems that keep whole seconds; FAT has steps of two seconds
+# Times that tools write instead of the true one, so that the same content gives the same archive. Nix, OSTree, OCI
+# layers and Bazel write 0 or 1. The first days that a ZIP archive can name, in any time zone, cover its empty date
+# (1979-11-30) and the dates of most tools (1980-01-01), of RubyGems (1980-01-02) and of Gradle (1980-02-01).
 _FIRST_DAYS_OF_ZIP = range(312_768_000 - 14 * 3600, 318_211_200 + 12 * 3600 + 1)
 _CONSTANT_TIMES = frozenset(
     {
         456_789_000,  # Yarn
         499_162_500,  # npm: 1985-10-26 08:15
         1_153_704_088,  # Cargo, maturin: 2006-07-24
-        # A ZIP archive has local time, and zones differ by quarters of an hour. Android's packages have 1981-01-01
-        # 01:01:02, Bazel's jars 2010-01-01, wheels of Flit and Poetry 2016-01-01, and those of Hatch 2020-02-02.
+        # A ZIP archive has local time, and time zones differ by quarters of an hour. Android's packages have 1981-01-01
+        # 01:01:02, Bazel's jars 2010-01-01, the wheels of Flit and Poetry 2016-01-01, those of Hatch 2020-02-02.
         *(
             time + quarter * 900
             for time in (347_158_862, 1_262_304_000, 1_451_606_400, 1_580_601_600)
@@ -110,25 +110,25 @@ _CONSTANT_TIMES = frozenset(
 
 
 def is_meaningful(seconds: int) -> bool:
-    """Return whether a time in seconds since the epoch, UTC, can be that of a change.
+    """Return whether a time in seconds since the epoch, UTC, can be the time of a change.
 
-    A constant that tools of reproducible builds give to every file cannot: 0 and 1, the first days that a ZIP archive
-    can name, and those of npm, Yarn, Cargo, Android, Bazel, Flit, Poetry and Hatch. Nor can a time before 0.
+    A constant that reproducible builds give to every file cannot: 0 and 1, the first days that a ZIP archive can name,
+    and those of npm, Yarn, Cargo, Android, Bazel, Flit, Poetry and Hatch. A time before 0 cannot be one either.
     """
     return seconds > 1 and seconds not in _FIRST_DAYS_OF_ZIP and seconds not in _CONSTANT_TIMES
 
 
 def is_telling(mtime_ns: int, now_ns: int, *, is_coarse: bool) -> bool:
-    """Return whether a modification time would be another one if the bytes were [RFC 9110 8.8.1].
+    """Return whether other bytes would have another modification time [RFC 9110 8.8.1].
 
-    One that is not meaningful would not. And a time in whole seconds, from a file system or a storage that has no
-    others (`is_coarse`), says nothing of a change within these seconds of `now_ns`, when it was read.
+    With a time that is not meaningful they would not. A time in whole seconds, from a file system or a storage that
+    keeps nothing finer (`is_coarse`), does not show a change within two seconds of `now_ns`, when it was read.
     """
     return is_meaningful(mtime_ns // _SECOND) and (not is_coarse or abs(now_ns - mtime_ns) >= _COARSE_GRAIN)
 
 
 def unsettled_seconds(mtime_ns: int, now_ns: int) -> float:
-    """Return for how many seconds a file may still change without another modification time: 0, or less than 0.05."""
+    """Return for how many more seconds a file may change and keep its modification time: 0, or less than 0.05."""
     age = now_ns - mtime_ns
     return (_GRAIN - age) / _SECOND if -_GRAIN < age < _GRAIN else 0.0
 
@@ -136,7 +136,7 @@ def unsettled_seconds(mtime_ns: int, now_ns: int) -> float:
 def stat_validators(size: int, mtime_ns: int) -> tuple[ETag, int | None]:
     """Return the strong entity tag and the Last-Modified time of a stored file, from its size and its mtime.
 
-    The tag is equal on every replica that keeps mtimes (it never has the inode in it), and changes with the
-    nanosecond: a file replaced within one second gets another. They are for a time that `is_telling` alone.
+    The tag is the same on every replica that keeps mtimes, as it does not contain the inode. It has nanoseconds, so a
+    file that is replaced within one second gets another tag. Only for a time that `is_telling`.
     """
     return ETag(f"{mtime_ns:x}-{size:x}"), http_seconds(mtime_ns // _SECOND)

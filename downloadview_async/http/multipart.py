@@ -7,7 +7,7 @@ from downloadview_async.http.metadata import ByteRange
 
 
 def new_boundary() -> str:
-    """Return a boundary that nobody can guess, so that no file can contain it on purpose."""
+    """Return a boundary that cannot be guessed, so that nobody can put it into a file on purpose."""
     return secrets.token_hex(16)
 
 
@@ -16,7 +16,7 @@ def multipart_body(
 ) -> tuple[tuple[bytes | ByteRange, ...], int]:
     """Return the pieces of the body in order, framing and file parts, and its exact length in bytes.
 
-    A line end comes before the first boundary, too: it is an empty preamble, which "MAY" be there [14.6], nginx and
+    There is a line end before the first boundary, too. It is an empty preamble, which the RFC allows [14.6]. nginx and
     Apache send it, and zsync drops everything up to the first line end.
     """
     type_line = f"Content-Type: {content_type}\r\n" if content_type else ""

@@ -1,4 +1,4 @@
-"""`make_plan`: everything that is decided about an answer, before anything is done."""
+"""`make_plan`: decides everything about an answer before anything is sent."""
 
 import time
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ Headers = dict[str, str]
 """Header names in lower case, and their values."""
 
 Piece = bytes | ByteRange | None
-"""A piece of a body: framing as it is, a span of the file, or None: all there is of a file of unknown size."""
+"""A piece of a body: bytes of the framing, a span of the file, or None for all of a file of unknown size."""
 
-# What describes a file that is not sent: "the sender SHOULD NOT generate representation metadata" other than the
-# validators and what a cache goes by [15.4.5].
+# Representation metadata, which an answer without the file leaves out: "the sender SHOULD NOT generate representation
+# metadata" except the validators and what a cache needs [15.4.5].
 _OF_THE_CONTENT = frozenset(
     {
         "accept-ranges",
@@ -35,13 +35,13 @@ _OF_THE_CONTENT = frozenset(
 
 
 ACTIVE_POLICY = "sandbox; default-src 'none'"
-"""The Content-Security-Policy of a file that a browser shows inline and that could run: nothing in it does."""
+"""The Content-Security-Policy of a file that is shown inline and could contain scripts: none of them runs."""
 
 SVG_POLICY = f"{ACTIVE_POLICY}; style-src 'unsafe-inline'; img-src data:; font-src data:"
-"""The same for an SVG image, whose own styles, images and fonts a browser may use: without them it is black."""
+"""The same for an SVG image, which may use the styles, images and fonts in it: without its styles it is black."""
 
 FRAMING = frozenset({"accept-ranges", "connection", "content-length", "content-range", "transfer-encoding"})
-"""Headers that say how a body is sent: whoever sends it makes them, and nobody else."""
+"""Headers that tell how a body is sent. Only the sender of the body sets them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ class Plan:
 
     @property
     def length(self) -> int | None:
-        """The length of the body in bytes, or None where only its end will tell."""
+        """The length of the body in bytes, or None if it is not known before the end."""
         return None if None in self.body else sum(len(piece) for piece in self.body if piece is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Presentation:
-    """How the application wants a file shown: under which name, to be saved or to be looked at, as which type."""
+    """How the application presents a file: its name, whether it is saved or shown inline, and its content type."""
 
     filename: str
     attachment: bool = True
@@ -70,7 +70,7 @@ class Presentation:
 def describe(
     metadata: FileMetadata, presentation: Presentation, headers: Headers | None = None, *, now: float | None = None
 ) -> Headers:
-    """Return the headers that a 200 with this file has, however its bytes are sent: all but those of the framing.
+    """Return the headers of a 200 with this file, except those of the framing: they do not depend on the sender.
 
     `headers` are the application's own and win over those that describe the file. `now` is in seconds, UTC.
     """
@@ -86,10 +86,10 @@ def describe(
         described["last-modified"] = format_http_date(shown)
     described |= metadata.headers
     described |= headers or {}
-    # What the application says of its own choice takes nothing from ours: a cache has to go by both [12.5.5].
+    # The application's Vary is added to ours, as a cache has to consider both [12.5.5].
     if varies := [value for name, value in (*metadata.headers, *(headers or {}).items()) if name == "vary"]:
         described["vary"] = ", ".join(dict.fromkeys(varies))
-    # By what is sent in the end: the application's own headers may have changed both.
+    # The values that are sent count: the application's own headers may have changed both.
     inline = not described["content-disposition"].lower().startswith("attachment")
     if inline and is_active(described["content-type"]):
         described.setdefault("content-security-policy", _policy_for(described["content-type"]))
@@ -97,7 +97,7 @@ def describe(
 
 
 def _policy_for(content_type: str) -> str:
-    """Return the Content-Security-Policy under which nothing in a file runs, and an SVG image has its colours."""
+    """Return the Content-Security-Policy under which no script in a file runs and an SVG image keeps its styles."""
     essence = content_type.partition(";")[0].strip().lower()
     return SVG_POLICY if essence == "image/svg+xml" else ACTIVE_POLICY
 
@@ -113,8 +113,8 @@ def make_plan(
 ) -> Plan:
     """Return the answer to a GET or HEAD for a file.
 
-    `headers` are the application's own and win over those that describe the file. A `status` other than 200 is sent
-    with the whole file: preconditions and ranges are only for a 200 [13.2.1, 14.2]. `now` is in seconds, UTC.
+    `headers` are the application's own and win over those that describe the file. An answer with a `status` other than
+    200 has the whole file: preconditions and ranges apply only to a 200 [13.2.1, 14.2]. `now` is in seconds, UTC.
     """
     now = time.time() if now is None else now
     whole = _whole(request, metadata, describe(metadata, presentation, headers, now=now), status)
@@ -122,9 +122,9 @@ def make_plan(
 
 
 def narrowed(whole: Plan, request: DownloadRequest, metadata: FileMetadata, *, now: float | None = None) -> Plan:
-    """Return what preconditions and Range make of the answer that the request would have without them [13.2.1].
+    """Return the answer after the preconditions and the Range have been evaluated [13.2.1].
 
-    That answer, `whole`, is a 200, and stays as it is.
+    `whole` is the answer without them, with the status 200. It is not changed.
     """
     now = time.time() if now is None else now
     modified = _last_modified_shown(metadata.last_modified, now)
@@ -134,7 +134,7 @@ def narrowed(whole: Plan, request: DownloadRequest, metadata: FileMetadata, *, n
     if request.method != "GET" or request.range is None or metadata.size is None or not metadata.accept_ranges:
         return whole  # "Range [is] defined for [...] GET" alone [14.2]
     specs = parse_range(request.range)
-    # A date that moves with the clock does not tell versions apart, so no client may resume by it.
+    # A Last-Modified that moves with the clock does not identify a version, so no client may resume by it.
     if specs is None or not range_applies(request, shown if modified is None else metadata):
         return whole
     parts = select_ranges(specs, metadata.size)
@@ -145,7 +145,7 @@ def narrowed(whole: Plan, request: DownloadRequest, metadata: FileMetadata, *, n
         return _without_file(416, whole.headers, extra)
     if len(parts) > 1 and metadata.max_reads is not None:
         if not metadata.is_pinned or len(reads_of(parts)) > metadata.max_reads:
-            # The order of the parts is ours to choose [15.3.7.2]: in that of the file, no read has to go back.
+            # We may choose the order of the parts [15.3.7.2]: in the order of the file, no read has to go back.
             parts = in_order_of_the_file(parts)
         if len(reads_of(parts)) > metadata.max_reads:
             return whole
@@ -160,33 +160,35 @@ def make_offload_plan(
     headers: Headers | None = None,
     now: float | None = None,
 ) -> Plan:
-    """Return the answer that has a proxy send the file: `offload` are the headers that the proxy obeys.
+    """Return the answer that tells a proxy to send the file: `offload` are the headers that the proxy obeys.
 
-    It is a 200 without a body whatever the client asked: who sends the bytes evaluates Range and If-*, so the proxy
-    makes it a 206, a 304 or a 416.
+    It has the status 200 and an empty body, whatever the client requested. The proxy sends the bytes, so it evaluates
+    Range and If-* and answers with 206, 304 or 416 where they demand it.
     """
     return Plan(200, describe(metadata, presentation, headers, now=now) | dict(offload) | {"content-length": "0"}, ())
 
 
 def make_redirect_plan(headers: Headers, redirect: Mapping[str, str]) -> Plan:
-    """Return the 307 to where the client gets the file: `headers` are the application's own, `redirect` wins.
+    """Return the 307 to the place where the client gets the file.
 
-    It says nothing of the file itself; that is left to whoever sends it.
+    `headers` are the application's own; those in `redirect` win over them. Headers that describe the file are left
+    out: the server that sends the file sets them.
     """
-    own = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT | {"age", "expires"}}
+    kept = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT | {"age", "expires"}}
     safe = {"x-content-type-options": "nosniff", "content-length": "0"}
-    return Plan(307, own | safe | dict(redirect), ())
+    return Plan(307, kept | safe | dict(redirect), ())
 
 
 def is_shown_for_good(last_modified: int | None, now: float) -> bool:
-    """Return whether the Last-Modified of an answer stays the same however long the answer is kept."""
+    """Return whether the Last-Modified of an answer no longer depends on the clock, so that the answer can be kept."""
     return last_modified is None or last_modified + 1 <= now
 
 
 def _last_modified_shown(last_modified: int | None, now: float) -> int | None:
-    """Return the Last-Modified to send, or None where another version of the file could have the same.
+    """Return the Last-Modified to send, or None if another version of the file could have the same.
 
-    That is a time which cannot be that of a change, and the second that is not over yet: the next change may be in it.
+    This is so for a time that cannot be the time of a change, and for the current second, in which the file may change
+    again.
     """
     if last_modified is None or not is_meaningful(last_modified):
         return None
@@ -220,7 +222,7 @@ def _partial(parts: list[ByteRange], size: int, whole: Headers) -> Plan:
 def _without_file(status: int, headers: Headers, extra: Headers | None = None) -> Plan:
     kept = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT} | (extra or {})
     if status != 304:
-        # How long the file may be cached says nothing of an error, which is for this request alone.
+        # The freshness lifetime of the file does not hold for an error, which is for this request alone.
         for name in ("age", "expires"):
             kept.pop(name, None)
         kept |= {"cache-control": "private, no-store", "content-length": "0"}

@@ -6,20 +6,20 @@ from typing import Literal
 from downloadview_async.http.metadata import ByteRange
 
 MAX_PARTS = 100
-"""A Range of more parts than this is ignored: "a server [...] MAY ignore [...] many small ranges" [14.2]."""
+"""A Range with more parts than this is ignored: "a server [...] MAY ignore [...] many small ranges" [14.2]."""
 
 NEAR = 256 * 1024
-"""Bytes: to read over a gap this small costs less than another read of a file that is far away."""
+"""Bytes: reading over a gap this small costs less than another read of a remote file."""
 
 _SPEC = re.compile("([0-9]*)-([0-9]*)")
-_HUGE = 1 << 63  # no file reaches it; larger numbers mean the same once first and last have been compared
+_HUGE = 1 << 63  # no file is so long; once first and last are compared, larger numbers mean the same
 
 RangeSpec = tuple[int | None, int | None]
 """(first, last), (first, None) for "from first on", or (None, length) for "the last length bytes"."""
 
 
 def _number(digits: str) -> int | None:
-    # int() is never given unbounded digits: it refuses more than 4300 of them and is quadratic before that.
+    # int() must not get an unbounded number of digits: it refuses more than 4300, and takes quadratic time before.
     if not digits:
         return None
     digits = digits.lstrip("0")
@@ -27,10 +27,10 @@ def _number(digits: str) -> int | None:
 
 
 def parse_range(value: str) -> list[RangeSpec] | None:
-    """Return the range-specs of a Range header, or None where the header is to be ignored.
+    """Return the range-specs of a Range header, or None if the header must be ignored.
 
-    "A recipient [...] MUST ignore" what does not parse [14.2], so nothing here raises: an unknown unit, a bad
-    number, a last position before the first, or more than `MAX_PARTS` parts are all None.
+    "A recipient [...] MUST ignore" a header that does not parse [14.2], so this never raises. It returns None for an
+    unknown unit, a bad number, a last position before the first, and more than `MAX_PARTS` parts.
     """
     if value[:6].lower() != "bytes=" or value.count(",") >= MAX_PARTS:
         return None
@@ -46,7 +46,7 @@ def parse_range(value: str) -> list[RangeSpec] | None:
         first, last = _number(match[1]), _number(match[2])
         if first is None and last is None:
             return None
-        # by the digits, since all huge numbers are one
+        # compared by their digits, as `_number` returns the same for all huge numbers
         if first is not None and last is not None and (len(digits[1]), digits[1]) < (len(digits[0]), digits[0]):
             return None
         specs.append((first, last))
@@ -57,8 +57,8 @@ def select_ranges(specs: list[RangeSpec], size: int) -> list[ByteRange] | Litera
     """Return the parts of a file of `size` bytes that `specs` ask for, or why there are none.
 
     Overlapping and adjacent parts are merged; the order is that of the request [15.3.7.2]. An empty file is always
-    sent "whole": there is no position in it that a Content-Range could name. So is a file of which more than two
-    parts are asked that sum up to more than all of it, which only an attack does [14.2, 17.15].
+    sent "whole", as a Content-Range cannot name a position in it. A file is also sent "whole" if more than two parts
+    together are longer than the file: only an attack asks for that [14.2, 17.15].
     """
     if size == 0:
         return "whole"
@@ -79,7 +79,7 @@ def select_ranges(specs: list[RangeSpec], size: int) -> list[ByteRange] | Litera
 
 
 def _merge(ranges: list[ByteRange]) -> list[ByteRange]:
-    """Join what overlaps or touches. A joined part stands where the first of its pieces was asked for."""
+    """Join parts that overlap or touch. A joined part takes the place of the first of its pieces in the request."""
     merged: list[tuple[int, ByteRange]] = []
     for index, part in sorted(enumerate(ranges), key=lambda item: item[1].start):
         if merged and part.start <= merged[-1][1].stop:
@@ -91,7 +91,7 @@ def _merge(ranges: list[ByteRange]) -> list[ByteRange]:
 
 
 def reads_of(parts: list[ByteRange]) -> list[ByteRange]:
-    """Return the spans to read for some parts, in their order: a part that soon follows the one before is read with it.
+    """Return the spans to read for some parts, in their order. A part within `NEAR` of the one before is read with it.
 
     The parts do not overlap.
     """
@@ -104,9 +104,9 @@ def reads_of(parts: list[ByteRange]) -> list[ByteRange]:
 
 
 def read_from(span: ByteRange, specs: list[RangeSpec] | None, size: int | None) -> ByteRange:
-    """Return the span with those parts of a file of `size` bytes that are wanted as well and soon follow it.
+    """Return the span, extended by the other requested parts of a file of `size` bytes that soon follow it.
 
-    Whoever reads all of that at once has them too. specs: what is wanted, or None: nothing else.
+    One read then gets them all. specs: all requested parts, or None if there are no others.
     """
     parts = select_ranges(specs, size) if specs is not None and size is not None else "whole"
     if isinstance(parts, str):

@@ -1,4 +1,4 @@
-"""`DownloadRequest`: all that a request says about which bytes of a file it wants, and nothing else of it."""
+"""`DownloadRequest`: the part of a request that decides which bytes of a file are sent, and nothing else."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ _SINGLE = {
     b"range": "range",
 }
 FIELDS = frozenset(_LISTS) | frozenset(_SINGLE)
-"""The names of all fields that count, in lower case."""
+"""The names of all fields that are read, in lower case."""
 
-_LONGEST_PART = len("bytes=-") + 2 * 19  # no file has a position of more digits
+_LONGEST_PART = len("bytes=-") + 2 * 19  # no position in a file has more digits
 
-_CONTRADICTORY = ""  # what a field that may come once is worth when it comes twice: no valid value of it
+_CONTRADICTORY = ""  # the value of a field that may be sent once and was sent twice: it never parses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadRequest:
     """The method and the header fields that decide a download; absent fields are None.
 
-    Fields that are lists are joined when they come more than once. A field that must come once and comes twice is
-    the empty text, which parses as no value at all: two Range fields are no Range, two If-Range match nothing.
+    List fields that are sent several times are joined. A field that may be sent only once and was sent twice is the
+    empty text, which never parses: two Range fields are ignored, and two If-Range fields match nothing.
     """
 
     method: str = "GET"
@@ -52,7 +52,7 @@ class DownloadRequest:
 
     @property
     def has_precondition(self) -> bool:
-        """Whether one of the preconditions is there. If-Range is none of them: it is about the Range alone."""
+        """Whether the request has a precondition. If-Range does not count: it only decides about the Range."""
         return (
             self.if_none_match is not None
             or self.if_modified_since is not None
@@ -62,12 +62,12 @@ class DownloadRequest:
 
     @property
     def unconditional(self) -> bool:
-        """Whether the answer follows from the file alone: no precondition, and no range."""
+        """Whether the answer depends on the file alone: there is neither a precondition nor a Range."""
         return self.range is None and not self.has_precondition
 
     @property
     def lone_part(self) -> str | None:
-        """The Range of a GET that asks for one part and for nothing else; else None. One part takes few characters."""
+        """The Range of a GET with one part and no conditions; else None. A longer text cannot be a single part."""
         text = self.range
         if text is None or self.if_range is not None or self.method != "GET" or self.has_precondition:
             return None
@@ -78,6 +78,6 @@ GET = DownloadRequest()
 """A plain GET of the whole file."""
 
 HEAD = DownloadRequest(method="HEAD")
-"""Asks for the description alone of the whole, unencoded file."""
+"""Asks only for the metadata of the whole, unencoded file."""
 
 _PLAIN = {"GET": GET, "HEAD": HEAD}

@@ -1,6 +1,6 @@
-"""The pure half of remote files: what an upstream is asked, and what its answer says of a file.
+"""The pure half of remote files: which header fields to send to an upstream, and what its answer means.
 
-Conditions and the range go upstream, and an allow-list of headers comes back. Nothing here does I/O.
+Conditions and the range are sent upstream; an allow-list of headers is passed back. Nothing here does I/O.
 """
 
 import re
@@ -18,20 +18,20 @@ from downloadview_async.http.negotiation import content_coding
 from downloadview_async.http.ranges import RangeSpec, parse_range, select_ranges
 from downloadview_async.http.request import DownloadRequest
 
-# Statuses of an upstream that may refuse what it could have ignored: a HEAD, a Range, a precondition. 404, 410 and 429
-# are about the file or the client, and so are all that a gateway answers (502 to 504).
+# With these statuses an upstream may refuse a HEAD, a Range or a precondition, which it could have ignored. 404, 410
+# and 429 are about the file or the client; 502 to 504 are answers of a gateway. They are not refusals.
 REFUSALS = frozenset({*range(400, 500), 500, 501, 505}) - {404, 406, 410, 412, 416, 429}
 
-# Further ones that say nothing of a GET: URLs signed for GET and frameworks without routes for HEAD answer 404, servers
-# of applications 204, and gateways 502 or 503 where an application sends a body all the same.
+# To a HEAD, these too leave open what a GET would get: URLs signed for GET and frameworks without routes for HEAD
+# answer 404, application servers 204, and gateways 502 or 503 if the application sends a body to a HEAD.
 _REFUSALS_OF_HEAD = REFUSALS | {204, 404, 502, 503}
 
-_MAX_ONCE = 8 << 20  # bytes of a file without a strong validator that are read for a few parts of it
+_MAX_ONCE = 8 << 20  # bytes: a file without a strong validator up to this size is read once for all of its parts
 
-_CLOCKS = 60  # seconds that the clock of an upstream which tells no Date may differ from ours
+_CLOCKS = 60  # seconds by which the clock of an upstream may differ from ours if it sends no Date
 
-# Whatever else an upstream says stays with us: X-Accel-*, X-Sendfile*, X-Reproxy-* and Set-Cookie are orders to our
-# proxy or to our client. Content-Length, -Type, -Range, ETag and Last-Modified are read, checked and made anew.
+# No other header of an upstream is passed on: X-Accel-*, X-Sendfile*, X-Reproxy-* and Set-Cookie are orders to our
+# proxy or to our client. Content-Length, -Type, -Range, ETag and Last-Modified are read, checked and generated anew.
 _PASSED_HEADERS = ("content-encoding", "content-language", "cache-control", "expires", "vary", "age")
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
@@ -43,11 +43,11 @@ _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """When the answer of another server was made, in seconds.
+    """When the answer of another server was made.
 
-    date: its Date, or where it tells none, when it was received, since the epoch. at: when it was received, since the
-    epoch by our clock. age: how old it was then, as far as that can be told: the "corrected_initial_age"
-    [RFC 9111 4.2.3].
+    date: its Date, or if it has none, when it was received, in seconds since the epoch. at: when it was received by our
+    clock, in seconds since the epoch. age: how many seconds old it was then, as far as that is known: the
+    "corrected_initial_age" [RFC 9111 4.2.3].
     """
 
     date: float
@@ -56,7 +56,7 @@ class Received:
 
     @classmethod
     def now(cls, fields: Mapping[str, str]) -> "Received":
-        """Return when an answer with these fields was made that has been received just now."""
+        """Return the times of an answer with these fields that has just been received."""
         now = time.time()
         date = parse_http_date(fields.get("date", ""))
         age = max(0.0 if date is None else now - date, float(_age(fields) or 0))
@@ -65,7 +65,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The head of an upstream's answer, and the method and the header fields that it answers.
+    """The head of an upstream's answer, with the method and the header fields of the request.
 
     fields, sent: names in lower case.
     """
@@ -79,10 +79,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """What an answer says of a file, and which of its bytes are in the content.
+    """What an answer tells about a file, and which bytes of the file are in the content.
 
-    start, stop: the first byte, and the one after the last; stop is None where it is not known. What was asked for may
-    be a part of them. exists: whether there is any content of the file. is_short: whether more was asked for.
+    start, stop: the first byte, and the one after the last; stop is None if it is not known. The requested bytes may be
+    a part of these. exists: whether the answer has any content of the file. is_short: whether it has less than was
+    requested.
     """
 
     metadata: FileMetadata
@@ -93,17 +94,17 @@ class Content:
 
 
 def joined_fields(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Return the fields of a message by their names in lower case."""
+    """Return the fields of a message by their names in lower case; fields of the same name are joined."""
     fields: dict[str, str] = {}
     for raw_name, raw_value in raw:
         name, value = raw_name.lower().decode("latin-1"), raw_value.decode("latin-1")
-        # A list may come in several fields. A field that may come once, and comes twice, does not parse then.
+        # A list may be sent in several fields. A field that may be sent only once does not parse when it is joined.
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
 
 
 def single_range(request: DownloadRequest) -> RangeSpec | None:
-    """Return the range of a GET that asks for one, which is the upstream's to answer, else None."""
+    """Return the range of a GET for a single range, which is sent upstream; else None."""
     if request.method != "GET" or request.range is None:
         return None
     specs = parse_range(request.range)
@@ -111,7 +112,7 @@ def single_range(request: DownloadRequest) -> RangeSpec | None:
 
 
 def fields_to_send(request: DownloadRequest) -> dict[str, str]:
-    """Return the header fields that ask an upstream what a client asks us."""
+    """Return the header fields that pass a client's request on to an upstream."""
     conditions = {
         "if-match": request.if_match,
         "if-unmodified-since": request.if_unmodified_since,
@@ -121,7 +122,7 @@ def fields_to_send(request: DownloadRequest) -> dict[str, str]:
     fields = {name: value for name, value in conditions.items() if value}
     since = parse_http_date(request.if_modified_since or "")
     if since is None or not is_meaningful(since):
-        fields.pop("if-modified-since", None)  # all versions may have this time, so a 304 would prove nothing
+        fields.pop("if-modified-since", None)  # every version may have this time, so a 304 would prove nothing
     fields["accept-encoding"] = "identity"
     if (spec := single_range(request)) is not None:
         first, last = ("" if number is None else number for number in spec)
@@ -132,12 +133,12 @@ def fields_to_send(request: DownloadRequest) -> dict[str, str]:
 
 
 def is_refusal(answer: Answer) -> bool:
-    """Return whether an answer refuses something that a GET alone would not ask for."""
+    """Return whether an answer refuses something optional, so that a plain GET may get the file."""
     status, fields, sent = answer.status, answer.fields, answer.sent
     is_optional = answer.method == "HEAD" or len(sent) > 1
     match status:
         case 200 | 203 if answer.method == "HEAD":
-            # Many frameworks count the bytes that they do not send. Few files are empty.
+            # Many frameworks send the length of the empty body that a HEAD gets. Few files are really empty.
             return fields.get("content-length") == "0" and OFFLOAD_ORDERS.isdisjoint(fields)
         case 206 if "range" in sent:
             return _is_unusable_part(answer)
@@ -154,9 +155,9 @@ def is_refusal(answer: Answer) -> bool:
 
 
 def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
-    """Return what an answer says of a file. Raises `FileError` for one that is a failure or makes no sense.
+    """Return what an answer tells about a file. Raises `FileError` for a failure and for an invalid answer.
 
-    request: what the client asks us. url: for the messages of errors.
+    request: the client's request to us. url: for error messages.
     """
     status, fields, sent = answer.status, answer.fields, answer.sent
     pinning = validators(answer)
@@ -167,18 +168,19 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
             size = content_length(fields)
             if size == 0 and (order := OFFLOAD_ORDERS.intersection(fields)):
                 raise UpstreamError(
-                    f"{url!r} sent {', '.join(order)} and no bytes: it is behind its own proxy, whose URL this source "
-                    "needs"
+                    f"{url!r} sent {', '.join(order)} and no bytes: it is behind its own proxy, so give this source "
+                    "the URL of that proxy"
                 )
             return Content(metadata=_readable(metadata, size), stop=size, exists=has_content)
         case 206 if (spec := single_range(request)) is not None and "range" in sent:
             part, size = content_range(fields)
             is_short = _is_short(answer)
             if size is not None and not is_short and not _has_range(part, spec, size):
-                raise UpstreamError(f"{url!r} sent {fields.get('content-range')!r}, which is not what was asked")
+                sent_range = fields.get("content-range")
+                raise UpstreamError(f"{url!r} sent {sent_range!r}, which is not the requested range")
             readable = _readable(metadata, size)
             return Content(metadata=readable, start=part.start, stop=part.stop, exists=has_content, is_short=is_short)
-        case 206 if "content-range" in fields:  # of all there is, though nobody has asked for a part
+        case 206 if "content-range" in fields:  # the whole file as a part, though no Range was sent
             part, size = content_range(fields)
             if size is not None and part == ByteRange(0, size):
                 return Content(metadata=_readable(metadata, size), stop=size, exists=has_content)
@@ -187,7 +189,7 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
         case 412 if not {"if-match", "if-unmodified-since"}.isdisjoint(sent):
             raise PreconditionFailed(f"{url!r} answered 412")
         case 416 if (match := _UNSATISFIED_RANGE.fullmatch(fields.get("content-range", ""))) and "range" in sent:
-            # the other fields describe an error page
+            # the other fields describe the error page
             return Content(metadata=_readable(pinning, int(match[1])), exists=False)
         case 404 | 410:
             raise FileMissing(f"{url!r} answered {status}")
@@ -197,34 +199,34 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
 
 
 def continued(answer: Answer, span: ByteRange | None, metadata: FileMetadata, url: str) -> Content:
-    """Return which bytes are in the content of an answer to a further request for a span of a file, or for all of it.
+    """Return which bytes of the file are in the answer to a further request, for a span or (None) for the whole file.
 
-    metadata: what the first answer has said. Raises `UpstreamError` where the answer does not have what was asked.
+    metadata: from the first answer. Raises `UpstreamError` if the answer does not have the requested bytes.
     """
     fields, size = answer.fields, metadata.size
     wanted = ByteRange(0, size) if span is None and size is not None else span
     if answer.status == 206 and wanted is not None:
         part, whole = content_range(fields)
-        # only where a part was asked for may an answer have less
+        # only an answer to a request for a part may have less
         is_short = span is not None and metadata.is_pinned and _begins(part, wanted)
         if not (is_short or _contains(part, wanted)) or whole not in (None, size):
-            raise UpstreamError(f"{url!r} sent {part} of {whole} where {wanted} was asked")
+            raise UpstreamError(f"{url!r} sent {part} of {whole}, but {wanted} was requested")
         return Content(metadata=metadata, start=part.start, stop=part.stop, is_short=is_short)
     if answer.status in (200, 203) and (size is None or content_length(fields) in (None, size)):
         return Content(metadata=metadata, stop=content_length(fields))
-    raise UpstreamError(f"{url!r} answered {answer.status} when asked for the next part")
+    raise UpstreamError(f"{url!r} answered {answer.status} to the request for the next part")
 
 
 def version_of(fields: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Return what tells one version of a file from another where nothing better does."""
+    """Return the fields that tell one version of a file from another, whether they are strong validators or not."""
     return fields.get("etag"), fields.get("last-modified")
 
 
 def validators(answer: Answer) -> FileMetadata:
-    """Return the validators that an answer has.
+    """Return the validators of an answer.
 
-    A Last-Modified that is not at least a second before Date may be shared by the next version, as may one that is not
-    meaningful: neither is one [RFC 9110 8.8.2.2].
+    A Last-Modified less than a second before Date is left out, because the next version may have the same
+    [RFC 9110 8.8.2.2]; so is one that is not meaningful.
     """
     fields = answer.fields
     etag = ETag.parse(fields.get("etag", ""))
@@ -241,7 +243,7 @@ def content_length(fields: Mapping[str, str]) -> int | None:
     if length is None or "transfer-encoding" in fields:
         return None
     if not _LENGTH.fullmatch(length):
-        raise UpstreamError(f"a Content-Length of {length!r}")
+        raise UpstreamError(f"the upstream sent an invalid Content-Length: {length!r}")
     return int(length)
 
 
@@ -250,16 +252,16 @@ def content_range(fields: Mapping[str, str]) -> tuple[ByteRange, int | None]:
     value = fields.get("content-range", "")
     match = _CONTENT_RANGE.fullmatch(value)
     if match is None or int(match[1]) > int(match[2]) or (match[3] != "*" and int(match[2]) >= int(match[3])):
-        raise UpstreamError(f"a Content-Range of {value!r}")
+        raise UpstreamError(f"the upstream sent an invalid Content-Range: {value!r}")
     part = ByteRange(int(match[1]), int(match[2]) + 1)
     length = content_length(fields)
     if length is not None and length != len(part):
-        raise UpstreamError(f"{length} bytes for a Content-Range of {value!r}")
+        raise UpstreamError(f"the upstream sent a Content-Length of {length} with a Content-Range of {value!r}")
     return part, None if match[3] == "*" else int(match[3])
 
 
 def _is_unusable_part(answer: Answer) -> bool:
-    """Return whether a 206 does not tell which part it is, or is a short one that nothing tells how to continue."""
+    """Return whether a 206 does not name its part, or is short and has no strong validator to get the rest by."""
     fields = answer.fields
     is_multipart = fields.get("content-type", "").lower().startswith("multipart/byteranges")
     if is_multipart or "content-range" not in fields:
@@ -268,7 +270,7 @@ def _is_unusable_part(answer: Answer) -> bool:
 
 
 def _is_short(answer: Answer) -> bool:
-    """Return whether a 206 has the beginning of the range that was asked, and not all of it [RFC 9110 15.3.7]."""
+    """Return whether a 206 has only the beginning of the requested range [RFC 9110 15.3.7]."""
     try:
         part, size = content_range(answer.fields)
     except UpstreamError:
@@ -294,7 +296,7 @@ def _contains(part: ByteRange, wanted: ByteRange) -> bool:
 
 
 def _is_unsatisfied(answer: Answer) -> bool:
-    """Return whether a 416 tells the size of a file that does not have what was asked of it [RFC 9110 15.5.17]."""
+    """Return whether a 416 is right: it tells a size with which the range cannot be satisfied [RFC 9110 15.5.17]."""
     match = _UNSATISFIED_RANGE.fullmatch(answer.fields.get("content-range", ""))
     specs = parse_range(answer.sent.get("range", ""))
     if match is None or specs is None or select_ranges(specs, int(match[1])) != "unsatisfiable":
@@ -304,10 +306,10 @@ def _is_unsatisfied(answer: Answer) -> bool:
 
 
 def _readable(metadata: FileMetadata, size: int | None) -> FileMetadata:
-    """Return metadata with a size, which tells how many reads an answer may cost.
+    """Return metadata with a size and with the number of reads that an answer may cost.
 
-    Several requests have to be of one version, which only a strong validator tells. Without one, all parts are read
-    from one answer, if the file is small enough to read over what is between them.
+    Several reads must be of one version, which only a strong validator proves. Without one, all parts are read from one
+    answer, if the file is small enough to read over the gaps between them.
     """
     is_cheap = metadata.is_pinned or (size or 0) <= _MAX_ONCE
     return replace(metadata, size=size, max_reads=MAX_READS if is_cheap else 1)
@@ -335,7 +337,7 @@ def _with_representation_fields(metadata: FileMetadata, fields: Mapping[str, str
 
 
 def _not_modified(metadata: FileMetadata, request: DownloadRequest) -> FileMetadata:
-    """Return metadata for which the client's validators are current, as a 304 says even where it names none."""
+    """Return metadata with the client's validators, which a 304 confirms even if it has no validators itself."""
     if failed_precondition(request, metadata) == 304:
         return metadata
     tags = parse_etag_list(request.if_none_match or "")

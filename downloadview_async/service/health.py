@@ -95,8 +95,11 @@ class CachePage:
         self._caches = caches
 
     async def answer(self, request: Request) -> Response:
-        """Answer 200. Sources that share a cache have the same numbers."""
-        counters = {name: dataclasses.asdict(cache.counters) for name, cache in self._caches.items()}
+        """Answer 200; sources that share a cache have the same numbers."""
+        counters = {
+            name: {**dataclasses.asdict(now := cache.counters), "stale": now.revalidated}  # the old name stays
+            for name, cache in self._caches.items()
+        }
         return JSONResponse(counters, headers=_HEADERS)
 
 

@@ -1,103 +1,164 @@
-"""The seams between the rooms: `Source`, `AsyncFile`, `OpenFile`, `Storage`, and what files may offer as well."""
+"""The seams between the rooms: `Source`, `AsyncFile`, `OpenFile` and `Storage`, and what a file may offer besides.
+
+`Local`, `Aged`, `Dated`, `Recoded`, `Unframed` and `ReadsOver` are optional for an open file, `OpensNowait` is optional
+for a file. No class has to inherit from them: an attribute with that name is enough. A wrapper around a file should
+pass on those that still hold for what it sends; without them, it is sent correctly, but more slowly.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
 
+if TYPE_CHECKING:
+    from downloadview_async.sources.local.open_file import OpenLocalFile
+
 
 class OpenFile(Protocol):
-    """One version of a file, held until the context that gave it ends."""
+    """One version of a file, held open until the context of `AsyncFile.open` ends."""
 
     @property
     def metadata(self) -> FileMetadata:
-        """What is known of this very version."""
+        """What is known about this version."""
         ...
 
     def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of a span of the file, or with None all there is; never more than the span.
+        """Yield the bytes of a span of the file, or the whole file for None; never more than the span.
 
-        Fewer bytes than the span has mean that the file shrank; whoever sends them must abort. The iterator borrows
-        the file's handle, and is of no use after the context ends.
+        Fewer bytes than the span mean that the file has shrunk: the sender must abort the connection. The iterator
+        borrows the file's handle, so it cannot be used after the context has ended.
 
-        Raises `TransferAborted` where the rest cannot be read; a `FileError` counts as that once bytes have been sent.
+        Raises `TransferAborted` where the rest cannot be read. A `FileError` counts as that once bytes have been sent.
+        """
+        ...
+
+
+class Local(Protocol):
+    """What an open file may offer besides: the local file that has its bytes, for the kernel to send."""
+
+    @property
+    def local(self) -> "OpenLocalFile | None":
+        """The open local file with the same bytes at the same offsets, or None.
+
+        A server that can send from a descriptor sends from this one, and `stream` is not called. A wrapper that changes
+        the bytes must not offer it. The headers come from the metadata of the wrapper, which must have the same size.
         """
         ...
 
 
 class Aged(Protocol):
-    """What an open file may offer as well: one that was kept, and not asked for by this request."""
+    """What an open file may offer besides: the age of a copy that was kept."""
 
     @property
     def made_at(self) -> float | None:
-        """When the origin made or confirmed this version, in seconds since the epoch; None: for this very request.
+        """When the origin made or confirmed this version, in seconds since the epoch; None if it was just now.
 
-        The answer says by Age how long ago that was [RFC 9111 5.1].
+        The answer tells the seconds since then in Age [RFC 9111 5.1].
         """
         ...
 
 
 class Dated(Protocol):
-    """What an open file may offer as well: one that another server has described, perhaps some time ago."""
+    """What an open file may offer besides: the time of its description, which another server may have made earlier."""
 
     @property
-    def received(self) -> Received:
-        """When the description was made."""
+    def received(self) -> Received | None:
+        """When the description was made, and how old it was then; None if it was made just now."""
         ...
 
 
 class Recoded(Protocol):
-    """What an open file may offer as well: one of another server that says too much of its coding."""
+    """What an open file may offer besides: whether its metadata leaves out a Content-Encoding of the origin server."""
 
     @property
     def hides_coding(self) -> bool:
-        """Whether that server would send a Content-Encoding that no client can use, and the description has not."""
+        """Whether the origin server would send a Content-Encoding that no client can use, and the metadata has none.
+
+        A client or a proxy must not get such a file from the origin server directly.
+        """
+        ...
+
+
+class Unframed(Protocol):
+    """What an open file may offer besides: whether only the end of a connection marks the end of the file."""
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether the file may have been cut off without anybody noticing [RFC 9112 8]. No cache keeps such a file."""
+        ...
+
+
+class ReadsOver(Protocol):
+    """What an open file may offer besides: whether it reads the file from its beginning to get to a range."""
+
+    @property
+    def reads_over(self) -> bool:
+        """Whether a range was requested, but the origin server sends the whole file.
+
+        A cache then reads the file once for everybody instead of opening it again for each range.
+        """
         ...
 
 
 class AsyncFile(Protocol):
-    """A file that someone may send. It holds nothing until it is opened, so one that is never sent leaks nothing."""
+    """A file that may be sent. It holds no handle until it is opened, so a file that is never sent leaks nothing."""
 
     @property
     def name(self) -> str:
-        """What the client should call it, before it is made safe for clients."""
+        """The file name for the client, before it is made safe for clients."""
         ...
 
     @property
     def location(self) -> str | None:
-        """The absolute path or the URL by which a proxy could fetch it; None if there is none."""
+        """The absolute path or the URL by which a proxy could fetch the file; None if there is none."""
         ...
 
     def open(self, request: DownloadRequest = GET) -> AbstractAsyncContextManager[OpenFile]:
         """Open one version of the file.
 
-        `request` says what will be asked of it, so that a remote file costs one upstream request: a HEAD will not
-        read, a Range will probably read just that. It is a hint: any span of the open file can still be streamed.
+        `request` tells what will be read, so that a remote file costs one upstream request: a HEAD reads nothing, a
+        Range probably reads only that range. It is a hint: any span of the open file can still be streamed.
 
-        When a client leaves, the context ends while its task is cancelled: what is awaited then has to be shielded.
+        When a client leaves, the context ends while its task is being cancelled: shield whatever is awaited then.
 
         Raises `FileMissing`, `AccessDenied`, `SourceUnavailable`, `UpstreamError`.
         """
         ...
 
 
+class OpenLocalBytes(OpenFile, Local, Protocol):
+    """An open file that also offers `Local`."""
+
+
+class OpensNowait(Protocol):
+    """What a file may offer besides `AsyncFile`: opening without waiting, for local files."""
+
+    def open_nowait(self, request: DownloadRequest) -> OpenLocalBytes | None:
+        """Open the file if that waits for neither a disk nor another server; else return None, and `open` is called.
+
+        It runs on the event loop. The caller closes the `local` of what it returns, so a file without a `local`
+        must not be returned. Raises what `AsyncFile.open` raises.
+        """
+        ...
+
+
 class Source(Protocol):
-    """Finds the file that a name stands for. Raises `FileError` where it finds none."""
+    """Finds the file that a name stands for. Raises `FileError` if there is none."""
 
     async def resolve(self, name: Any, /) -> AsyncFile:
-        """Return the file. Whether it exists may be found out only when it is opened."""
+        """Return the file. A missing file may not be noticed before it is opened."""
         ...
 
 
 @runtime_checkable
 class HasCanonicalNames(Protocol):
-    """What a source may also be: one that knows which of its names stand for the same file."""
+    """What a source may offer besides: it knows which of its names stand for the same file."""
 
     def canonical(self, name: str) -> str:
-        """Return the one name for `./a//b`, `/a/b` and `a/b`. Raises `FileMissing` where none is."""
+        """Return the one name for `./a//b`, `/a/b` and `a/b`. Raises `FileMissing` for a name no file can have."""
         ...
 
 

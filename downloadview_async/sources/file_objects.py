@@ -1,13 +1,13 @@
-"""Blocking file objects and iterators as open files: every call to them is made in a worker thread.
+"""Blocking file objects and iterators as open files: every call to them runs in a worker thread.
 
-A file object that can seek is sent whole, from its beginning, wherever it was: that is where ranges count from. One
-that cannot is sent from where it is, without ranges.
+A file object that can seek is sent from its beginning, wherever it was, because ranges count from there. One that
+cannot seek is sent from where it is, without ranges.
 
-Content that is longer than its stated size is never sent as if it were complete. A file object that can seek is read at
-its end when it is opened, and one that has grown since is cut there. From a stream that cannot seek, and from an
-iterator, one byte or item more is read before the last bytes are sent. A live source may block in that read. So it
-is left out where the descriptor has nothing to read now, and abandoned after `AT_ONCE` seconds: the stated size counts
-then, and the answer is complete.
+Content that is longer than its stated size is never sent as if it were complete. The end of a file object that can
+seek is read when it is opened; if the file grows later, it is cut there. From a stream that cannot seek, and from an
+iterator, one more byte or item is read before the last bytes are sent. A live source may block in that read. So the
+read is skipped if the descriptor has nothing to read now, and abandoned after `AT_ONCE` seconds. Then the stated size
+counts, and the answer is complete.
 """
 
 import io
@@ -33,9 +33,9 @@ from downloadview_async.sources.workers import Workers, unlimited
 logger = logging.getLogger("downloadview_async")
 
 AT_ONCE = 0.5
-"""Seconds that the last bytes of a stream are held back while one further read shows whether they are the last."""
+"""Seconds that the last bytes of a stream are held back while one more read shows whether they are the last."""
 
-_BATCH_SECONDS = 0.05  # what a slow iterator has yielded by then is sent on
+_BATCH_SECONDS = 0.05  # after this time, the items that a slow iterator has yielded are sent
 _DONE = object()
 _WRAPPERS = ("tempfile", "django.")
 _MAX_WRAPPERS = 4
@@ -54,11 +54,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """What an object with `read` says of its content.
+    """What is known about the content of an object with `read`.
 
-    size: bytes, or None where only reading tells. can_seek: whether every part of it can be read, in any order.
-    head: what had to be read to find that out, and has to be sent first. is_text: whether it is sent as UTF-8, so that
-    it has another number of bytes than of characters, and than where it is stored.
+    size: bytes, or None if it is not known before the end. can_seek: whether its parts can be read in any order.
+    head: bytes that were read to find this out, and have to be sent first. is_text: whether it yields text, which is
+    sent as UTF-8, so that neither its characters nor its stored bytes tell how many bytes are sent.
     """
 
     size: int | None = None
@@ -68,18 +68,18 @@ class Extent:
 
     @property
     def has_parts(self) -> bool:
-        """Whether ranges of it can be sent."""
+        """Whether ranges can be sent."""
         return self.can_seek and self.size is not None
 
 
 def extent_of(file: Any, known: int | None = None) -> Extent:
-    """Return the extent of a file object, which is then at its beginning if it can seek, else where it was. It blocks.
+    """Return the extent of a file object, which then is at its beginning if it can seek, else where it was. It blocks.
 
-    known: bytes, as they are known otherwise. The end of the file object itself counts for more, but not for text. 0 is
-    taken for unknown: some say that of what they have not measured.
+    known: its size in bytes from elsewhere. The end of the file object itself takes precedence, except for text. 0
+    counts as unknown: some libraries return it for a size that they have not measured.
 
-    Raises `FileMissing` for a closed object, and `SourceUnavailable` for one that went to its end and does not go back,
-    and for what has no `read` that takes a size.
+    Raises `FileMissing` for a closed object, and `SourceUnavailable` for one that seeks to its end and not back, and
+    for an object without a `read` that takes a size.
     """
     if not callable(getattr(file, "read", None)):
         raise SourceUnavailable(f"not a file object, it has no read(size): {type(file).__name__}")
@@ -88,32 +88,32 @@ def extent_of(file: Any, known: int | None = None) -> Extent:
         if (extent := _seekable_extent(file, known)) is not None:
             return extent
     except Exception as exc:
-        raise SourceUnavailable(f"a file object does not seek as it should: {type(exc).__name__}: {exc}") from exc
+        raise SourceUnavailable(f"seeking in a file object failed: {type(exc).__name__}: {exc}") from exc
     try:
-        head = file.read(0)  # says whether it is text; of an object that ignores the size, it is the first block
+        head = file.read(0)  # shows whether it is text; an object that ignores the size returns its first block
     except Exception as exc:
         if getattr(file, "closed", False) is True:
             raise FileMissing(f"the file object is closed: {file!r}") from exc
         if isinstance(exc, TypeError):
             raise SourceUnavailable(f"the read(size) of a file object fails: {exc}") from exc
-        return Extent(known)  # reading more of it says why
+        return Extent(known)  # the next read raises the error again
     return Extent(known, head=as_bytes(head or b""), is_text=isinstance(head, str))
 
 
 def _seekable_extent(file: Any, known: int | None) -> Extent | None:
-    """Return the extent of a file object that seeks; None for one that does not, and then is where it was."""
+    """Return the extent of a file object that can seek. None: it cannot, and is where it was."""
     if not _goes(file, 0):
         return None
     try:
         end = _seek(file, 0, os.SEEK_END)
-    except Exception:  # not from the end, or not at all: some streams allow going to where they are
+    except Exception:  # it cannot seek from the end, or not at all: some streams only allow their current position
         if known is None or not _goes(file, known):
             return None
         end = known
-    # Trust the position no further than what is read there.
+    # Believe the position only if a read confirms that it is the end.
     beyond = _read_beyond(file)
     if beyond and not end:
-        # It has not moved: nothing is known of how it would go back, and what it has read is its first byte.
+        # It has not moved, so it may not be able to go back, and the byte that was read is its first.
         return Extent(known, head=as_bytes(beyond), is_text=isinstance(beyond, str))
     if beyond and (head := _read_in_place(file, beyond, end or 0)) is not None:
         return Extent(known, head=as_bytes(head), is_text=isinstance(head, str))
@@ -124,7 +124,7 @@ def _seekable_extent(file: Any, known: int | None) -> Extent | None:
     if isinstance(beyond, str):
         return Extent(known, is_text=True)  # its positions do not count bytes
     if end == 0 and file.read(1):
-        beyond = True  # it says 0 wherever it is
+        beyond = True  # it reports 0 at every position
         _seek(file, 0)
     if beyond:
         return Extent(can_seek=True)
@@ -157,7 +157,7 @@ def _read_in_place(file: Any, beyond: Any, end: int) -> Any:
 
 
 def _goes(file: Any, position: int) -> bool:
-    """Return whether a file object says that it can seek, and goes to a position."""
+    """Return whether a file object claims to be able to seek, and goes to a position."""
     try:
         if not hasattr(file, "seek") or (hasattr(file, "seekable") and not file.seekable()):
             return False
@@ -167,7 +167,7 @@ def _goes(file: Any, position: int) -> bool:
 
 
 def _seek(file: Any, offset: int, whence: int = os.SEEK_SET) -> int | None:
-    """Go to a position and return it; None where the object does not tell. Some have `tell` for that alone."""
+    """Go to a position and return it, by `tell` if `seek` returns none; None if neither tells."""
     position = file.seek(offset, whence) if whence else file.seek(offset)
     if position is None and callable(tell := getattr(file, "tell", None)):
         position = tell()
@@ -192,7 +192,7 @@ class Use:
 
 
 class OpenFileObject:
-    """An object with `read`, and its extent. Whoever opened it closes it. in_use: see `closing_in_thread`."""
+    """An object with `read`, and its extent. The caller that opened it closes it. in_use: see `closing_in_thread`."""
 
     def __init__(self, file: Any, metadata: FileMetadata, extent: Extent, *, workers: Workers, in_use: Use) -> None:
         self._in_use = in_use
@@ -204,15 +204,15 @@ class OpenFileObject:
         self._head = extent.head
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span, or without one all there is, at most `CHUNK_SIZE` at a time.
+        """Yield the bytes of the span, or all bytes for None, at most `CHUNK_SIZE` at a time.
 
-        Raises `TransferAborted` instead of the last of them where a size that only others have told is too small.
+        Raises `TransferAborted` instead of the last bytes if there are more than the stated size.
         """
         if span is None and self.metadata.size is not None:
             span = ByteRange(0, self.metadata.size)
         left = None if span is None else len(span)
         if span is not None and span.start and not self._can_seek:
-            raise TransferAborted("a part of a file object that cannot seek")
+            raise TransferAborted("the file object cannot seek to the requested part")
         if self._can_seek:
             await self._in_worker(self._go_to, 0 if span is None else span.start)
         chunk, self._head = self._head, b""
@@ -222,7 +222,7 @@ class OpenFileObject:
             is_last = left is not None and len(chunk) >= left
             if is_last and not self._is_measured and (len(chunk) != left or await self._goes_on()):
                 raise longer_than(self.metadata.size)
-            for piece in pieces(chunk if left is None else chunk[:left]):  # it may be more than has been asked for
+            for piece in pieces(chunk if left is None else chunk[:left]):  # `read` may return more than requested
                 yield piece
             left = None if left is None else left - len(chunk)
             chunk = b""
@@ -241,13 +241,13 @@ class OpenFileObject:
         with self._in_use:
             position = _seek(self._file, start)
         if position not in (start, None):
-            raise OSError(f"it does not go to byte {start}")
+            raise OSError(f"it does not seek to byte {start}")
 
     def _read(self, size: int) -> bytes:
         with self._in_use:
             chunk = self._file.read(size)
         if chunk is None:
-            raise OSError("it does not wait for data: it is in non-blocking mode")
+            raise OSError("it is in non-blocking mode and has no data yet")
         return as_bytes(chunk)
 
     async def _in_worker(self, method: Callable[[int], T], argument: int) -> T:
@@ -258,7 +258,7 @@ class OpenFileObject:
 
 
 class OpenIterator:
-    """A blocking iterator of bytes or text. Items are gathered, so that small ones do not cost a thread hop each.
+    """A blocking iterator of bytes or text. Small items are gathered, so that each does not cost a thread hop.
 
     in_use: see `closing_in_thread`.
     """
@@ -271,9 +271,9 @@ class OpenIterator:
         self._first = True
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield what the iterator yields, from its beginning: it has no parts.
+        """Yield the items from the beginning: there are no ranges.
 
-        Raises `TransferAborted` instead of the last bytes of its size where it yields more.
+        Raises `TransferAborted` instead of the last bytes if there are more than the stated size.
         """
         more, left = True, self.metadata.size
         while more:
@@ -296,7 +296,7 @@ class OpenIterator:
     def _gathered(self) -> tuple[bytes, bool]:
         gathered: list[bytes] = []
         size = 0
-        if self._first:  # goes out at once, and says that there is an answer
+        if self._first:  # it is sent at once, so that the client gets the head of the answer
             self._first = False
             item = next(self._items, _DONE)
             return (b"", False) if item is _DONE else (as_bytes(item), True)
@@ -350,9 +350,9 @@ async def at_once(call: Callable[[], T], in_use: Use) -> T | None:
 
 
 def seeks_cheaply(file: Any) -> bool:
-    """Return whether a file object is known to be local or in memory, as it is or in wrappers such as Django's.
+    """Return whether a file object, or the one in wrappers such as Django's, is known to be local or in memory.
 
-    Others may read all that comes before a position to get there (gzip), or ask another server for what follows it.
+    To seek, others may read everything before the position (gzip), or send a request to another server.
     """
     for _ in range(_MAX_WRAPPERS):
         if isinstance(file, io.BytesIO) and is_read_by(file, _IO):
@@ -360,7 +360,7 @@ def seeks_cheaply(file: Any) -> bool:
         if reads_a_descriptor(file):
             return True
         if not type(file).__module__.startswith(_WRAPPERS):
-            return False  # whatever it wraps, it may do more than that
+            return False  # an unknown wrapper may do more than pass calls on
         file = getattr(file, "file", None)
     return False
 
@@ -411,22 +411,22 @@ def as_bytes(item: Any) -> bytes:
     """Return bytes, or text as UTF-8. Raises `TypeError` for anything else."""
     if isinstance(item, bytes):
         return item
-    # not bytes(item): of a number, that is as many zeros
+    # not bytes(item), which makes zeros of a number
     return item.encode() if isinstance(item, str) else bytes(memoryview(item))
 
 
 def pieces(chunk: bytes) -> Iterator[bytes]:
-    """Yield a chunk in pieces of `CHUNK_SIZE`: what a slow client leaves in a buffer is never more than that."""
+    """Yield a chunk in pieces of `CHUNK_SIZE`, the most that a slow client may leave in a buffer."""
     for position in range(0, len(chunk), CHUNK_SIZE):
         yield chunk[position : position + CHUNK_SIZE]
 
 
 @asynccontextmanager
 async def closing_in_thread(resource: Any) -> AsyncIterator[Use]:
-    """Call `resource.close()`, if it has one, in a thread when the context ends: always, and to its end.
+    """Call `resource.close()`, if there is one, in a thread when the context ends, even when cancelled.
 
-    The context gives what each call to the resource holds. A task that asyncio cancels does not wait for a call that it
-    has begun, so closing does. Closing does not wait for an abandoned call: see `at_once`.
+    The context gives a lock, which each call to the resource must hold: a task that asyncio cancels does not wait for
+    the call that it has begun, so `close` waits for the lock. It does not wait for an abandoned call: see `at_once`.
     """
     in_use, begun = Use(), Lock()
 
@@ -448,7 +448,7 @@ async def closing_in_thread(resource: Any) -> AsyncIterator[Use]:
                 try:
                     await anyio.to_thread.run_sync(close_once, limiter=unlimited())
                 except anyio.get_cancelled_exc_class():
-                    # By asyncio, which knows no shield: the worker may not have come to it, and then never does.
+                    # Cancelled by asyncio, which ignores the shield. A worker that has not begun never will.
                     Thread(target=close_once).start()
                     raise
 

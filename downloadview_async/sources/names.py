@@ -1,4 +1,4 @@
-"""Which names may be looked up at all: relative, in validated segments, the same on every operating system."""
+"""The names that may be looked up: relative, with checked segments, the same on every operating system."""
 
 import re
 from typing import Literal
@@ -10,14 +10,14 @@ MAX_LENGTH = 4095
 """Bytes of UTF-8: Linux's PATH_MAX without the final NUL."""
 
 Names = Literal["portable", "any", "exact"]
-"""Which names a source takes.
+"""Which names a source accepts.
 
-"portable": those that every operating system takes, so no backslash, no colon and no Windows device such as `aux.txt`.
-"any": these, too. "exact": these, too, and the name is the key of a store to the letter, with its empty segments.
+"portable": names for every operating system, without backslashes, colons and Windows devices such as `aux.txt`. "any":
+these names, too. "exact": these too, and the name is the unchanged key of a store, with its empty segments.
 """
 
 _CONTROL = r"[\x00-\x1f\x7f]"
-# One search for all of it: this runs for every request, more than once.
+# One search for everything: it runs several times for every request.
 _FORBIDDEN = {
     "portable": re.compile(rf"{_CONTROL}|[\\:]|(?:^|/)(?:\.{{0,2}}|{DEVICE_NAME})(?:/|\Z)", re.IGNORECASE),
     "any": re.compile(rf"{_CONTROL}|(?:^|/)\.{{0,2}}(?:/|\Z)"),
@@ -26,7 +26,7 @@ _FORBIDDEN = {
 
 
 def check_names_option(names: str) -> None:
-    """Raise `ConfigurationError` for a value that the option `names` does not have."""
+    """Raise `ConfigurationError` for an invalid value of the option `names`."""
     if names not in _FORBIDDEN:
         raise ConfigurationError(f"names must be one of {', '.join(_FORBIDDEN)}, not {names!r}")
 
@@ -34,18 +34,19 @@ def check_names_option(names: str) -> None:
 def canonical_name(name: str, names: Names = "portable") -> str:
     """Return the relative name, such as `a/b.txt`, that a name from a request stands for.
 
-    `.` and empty segments are dropped, except at the end, where they would make a file of a directory's name: `/a//b`,
-    `./a/b` and `a/./b` are all `a/b`, as for nginx, Apache and Caddy [RFC 3986 5.2.4]. With "exact" nothing is.
+    `.` and empty segments are dropped, except at the end, where they would turn a directory's name into a file's:
+    `/a//b`, `./a/b` and `a/./b` are all `a/b`, as for nginx, Apache and Caddy [RFC 3986 5.2.4]. With "exact" no segment
+    is dropped.
 
     Raises `FileMissing` for a name that no file has: an empty one, one with `..`, a control character, a lone
-    surrogate, or more than `MAX_LENGTH` bytes, and for what "portable" refuses.
+    surrogate, or more than `MAX_LENGTH` bytes, and for a name that "portable" refuses.
     """
     try:
         length = len(name.encode())
     except UnicodeEncodeError:
         raise FileMissing(f"not valid Unicode: {name!r}") from None
     if length > MAX_LENGTH:
-        raise FileMissing(f"a name of {length} bytes")
+        raise FileMissing(f"the name is too long: {length} bytes")
     forbidden = _FORBIDDEN[names]
     if forbidden.search(name):
         *segments, last = name.split("/")
@@ -61,9 +62,9 @@ def has_dot_segment(path: str) -> bool:
 
 
 def without_empty_segments(name: str) -> str:
-    """Return any text without the segments that `canonical_name` drops, for a source whose names need not be files'.
+    """Return a name without the segments that `canonical_name` drops, for a source whose names are any text.
 
-    A slash at its beginning or its end stays. A name with a segment `..` is returned as it is: nothing resolves it.
+    A slash at its beginning or end stays. A name with a segment `..` is returned unchanged, not resolved.
     """
     *parents, last = name.split("/")
     if not {"", ".", ".."}.intersection((*parents, last)) or ".." in (*parents, last):
@@ -73,7 +74,7 @@ def without_empty_segments(name: str) -> str:
 
 
 def checked_segments(name: str, names: Names = "portable") -> list[str]:
-    """Return the segments of a name that `canonical_name` has returned. Raises `FileMissing` for any other."""
+    """Return the segments of a canonical name. Raises `FileMissing` for any other name."""
     if canonical_name(name, names) != name:
         raise FileMissing(f"not a name of a file: {name!r}")
     return name.split("/")

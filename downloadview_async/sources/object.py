@@ -15,24 +15,24 @@ from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source
-from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_at_once
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import without_empty_segments
 
 _CODING = re.compile("[0-9A-Za-z._-]+")
 
 
 class ObjectSource:
-    """Finds an object, and in it a file.
+    """Finds an object, and the file that it has.
 
-    get: an asynchronous function from the key (or whatever the endpoint gives: a request, say) to an object, or None.
-    It may raise `FileMissing` instead. It should have closed its database session when it returns: the bytes flow long
-    after.
-    source: where the names live that `file_field` holds: a `PathSource`, a `StorageSource` ... Not needed where the
-    attribute holds an `AsyncFile`.
-    file_field: the attribute with the file: its name, or an `AsyncFile`. Empty or None: the file is missing.
+    get: an asynchronous function that gets the key (or anything else that the endpoint passes, such as a request) and
+    returns an object or None. It may raise `FileMissing` instead of returning None. It should close its database
+    session before it returns, as the bytes are sent long after that.
+    source: the source for the names in `file_field`: a `PathSource`, a `StorageSource` ... Not needed if the attribute
+    holds an `AsyncFile`.
+    file_field: the attribute with the file: its name, or an `AsyncFile`. If it is empty or None, the file is missing.
     basename_field, mime_type_field, encoding_field (Content-Encoding), charset_field, size_field (bytes, for files
-    that do not know it), modification_time_field (a datetime, or seconds since the epoch, UTC): attributes that say
-    more of the file. An empty value says nothing.
+    that do not know their size), modification_time_field (a datetime, or seconds since the epoch, UTC): attributes that
+    describe the file. An empty value counts as absent.
     """
 
     def __init__(
@@ -61,34 +61,34 @@ class ObjectSource:
         }
 
     async def resolve(self, key: Any, /) -> AsyncFile:
-        """Return the file of the object that `get` finds. Raises `FileMissing` where there is no object or file."""
+        """Return the file of the object that `get` finds. Raises `FileMissing` if there is no object or no file."""
         plain = without_empty_segments(key).removeprefix("/") if isinstance(key, str) else None
-        has_other = plain is not None and plain != key  # a key may have empty segments, a path has none
+        has_other = plain is not None and plain != key  # a key may have empty segments, a path may not
         try:
-            found = await self._get(key)
+            record = await self._get(key)
         except FileMissing:
             if not has_other:
                 raise
-            found = None
-        if found is None and has_other:
-            found = await self._get(plain)
-        if found is None:
+            record = None
+        if record is None and has_other:
+            record = await self._get(plain)
+        if record is None:
             raise FileMissing(f"there is no object {key!r}")
-        file = getattr(found, self._file_field)
+        file = getattr(record, self._file_field)
         if not file:
             raise FileMissing(f"the object {key!r} has no file")
         if isinstance(file, str | os.PathLike):
             if self._source is None:
                 raise ConfigurationError(
-                    f"{self._file_field!r} holds a name, {file!r}: ObjectSource needs source=, where that name lives"
+                    f"{self._file_field!r} holds a name, {file!r}: give ObjectSource the source= that has this name"
                 )
             file = await self._source.resolve(os.fspath(file))
-        said = {name: getattr(found, field) for name, field in self._fields.items() if field is not None}
-        return ObjectFile(file, **{name: value for name, value in said.items() if value not in (None, "")})
+        described = {name: getattr(record, field) for name, field in self._fields.items() if field is not None}
+        return ObjectFile(file, **{name: value for name, value in described.items() if value not in (None, "")})
 
 
 class ObjectFile:
-    """A file with what an object says of it."""
+    """A file with the description that an object has of it."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class ObjectFile:
         self._mime_type = valid_content_type(mime_type if isinstance(mime_type, str) else None)
         self._encoding = encoding if isinstance(encoding, str) and _CODING.fullmatch(encoding) else None
         self._charset = charset if isinstance(charset, str) else None
-        # What stands in a database is not always what it should be; then the file itself is believed.
+        # A database may have invalid values. The values of the file itself are used instead.
         self._size = size if isinstance(size, int) and size >= 0 else None
         self._modified = modified if isinstance(modified, datetime | int | float) else None
 
@@ -117,9 +117,9 @@ class ObjectFile:
         async with self._file.open(request) as opened:
             yield OpenObjectFile(opened, self._metadata(opened.metadata))
 
-    def open_cached(self, request: DownloadRequest) -> "OpenObjectFile | None":
-        """Open the file itself, if it is local and that waits for nothing: see `open_at_once`."""
-        opened = open_at_once(self._file, request)
+    def open_nowait(self, request: DownloadRequest) -> "OpenObjectFile | None":
+        """Open the file itself without waiting, if it is local: see `OpensNowait`."""
+        opened = open_nowait(self._file, request)
         return None if opened is None else OpenObjectFile(opened, self._metadata(opened.metadata))
 
     def _metadata(self, metadata: FileMetadata) -> FileMetadata:
@@ -135,7 +135,7 @@ class ObjectFile:
 
 
 class OpenObjectFile:
-    """An open file that is described by its object too."""
+    """An open file with metadata that its object completes."""
 
     def __init__(self, opened: OpenFile, metadata: FileMetadata) -> None:
         self.metadata = metadata
@@ -143,7 +143,7 @@ class OpenObjectFile:
 
     @property
     def local(self) -> OpenLocalFile | None:
-        """The open local file, if it is one: see `local_of`."""
+        """That of the file itself: see `Local`."""
         return local_of(self._opened)
 
     @property
@@ -153,12 +153,12 @@ class OpenObjectFile:
 
     @property
     def received(self) -> Received | None:
-        """That of the file itself, if another server has described it: see `Dated`."""
+        """That of the file itself, or None: see `Dated`."""
         return getattr(self._opened, "received", None)
 
     @property
     def ends_with_connection(self) -> bool:
-        """Whether nothing but the end of a connection tells where the file ends."""
+        """That of the file itself: see `Unframed`."""
         return getattr(self._opened, "ends_with_connection", False)
 
     @property

@@ -1,7 +1,7 @@
-"""`ObjectStorage`: the objects of S3, Google Cloud Storage or Azure as a storage, by obstore.
+"""`ObjectStorage`: the objects of S3, Google Cloud Storage or Azure as a storage, through obstore.
 
-The request that opens an object is its description too: a GET, a GET of a single range and a HEAD each cost one request
-to the store. Whatever is read by a further request has to be of the same version.
+The request that opens an object also describes it: a GET, a GET of a single range and a HEAD each cost one request to
+the store. Bytes from further requests must be of the same version.
 """
 
 import math
@@ -50,9 +50,9 @@ from downloadview_async.sources.names import checked_segments
 from downloadview_async.sources.workers import Slots, Workers
 
 SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
-"""The schemes of stores that are somewhere else, and the extra that each needs."""
+"""The schemes of remote stores, and the extra that each needs."""
 
-# obstore's client options. They stand beside those of the store, whose names they are not.
+# obstore's client options. Callers pass them together with those of the store, which have other names.
 _CLIENT_OPTIONS = frozenset(
     {
         "allow_http",
@@ -76,12 +76,12 @@ _CLIENT_OPTIONS = frozenset(
         "user_agent",
     }
 )
-# `timeout` includes the body, which a slow client takes hours to take; `read_timeout` is only for the store, and does
-# not run while nobody reads. Retries are few: the client is waiting, and is told to try again.
+# `timeout` includes the body, which takes hours with a slow client. `read_timeout` runs only while we wait for the
+# store. There are few retries, because the client is waiting and can try again itself.
 _CLIENT_DEFAULTS = {"timeout": "7d", "connect_timeout": "10s", "read_timeout": "30s"}
 _RETRIES = {"max_retries": 2, "retry_timeout": timedelta(days=7)}
 
-# The names under which obstore takes the same option.
+# Other names that obstore accepts for the same option.
 _ALIASES = {
     "token": "session_token",
     "default_region": "region",
@@ -92,7 +92,7 @@ _ENDPOINTS = frozenset({"endpoint", "base_url"})
 _PLACING = _ENDPOINTS | {"virtual_hosted_style_request"}
 _MAX_BELOW = 64  # stores, each with its own connections
 _MAKERS = 4  # threads that make such stores
-# What of S3's options obstore takes from the environment, too.
+# The options of S3 that obstore also reads from the environment.
 _FROM_ENVIRONMENT = (
     "access_key_id",
     "secret_access_key",
@@ -109,18 +109,18 @@ _EPOCH = datetime.fromtimestamp(0, UTC)
 
 _PASSED_HEADERS = ("Content-Encoding", "Content-Language", "Cache-Control")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_UNKNOWN_TYPE = "binary/octet-stream"  # what S3 says of an object that was stored without a type
+_UNKNOWN_TYPE = "binary/octet-stream"  # the type that S3 gives an object that was stored without one
 
-_CLOCKS = 60  # seconds that the clock of a store may differ from ours, which do not hear what it says
+_CLOCKS = 60  # seconds that the clock of a store may differ from ours: obstore does not pass on its Date
 
 _STATUS = re.compile(r"non-2xx status code: ([0-9]{3})")
-# What S3 says of all objects, and not of one. Only in the body, which a HEAD has none of.
+# Errors of S3 that are about all objects, not about one. They are in the body, which an answer to a HEAD does not have.
 _MISCONFIGURED = re.compile(
     "<Code>(AuthorizationHeaderMalformed|ExpiredToken|InvalidAccessKeyId|InvalidToken|NoSuchBucket|RequestTimeTooSkewed"
     "|SignatureDoesNotMatch)</Code>"
 )
 _THROTTLED = frozenset({"429", "503"})
-_NON_PARTIAL = "non-partial response"  # what obstore says of a 200 where it has asked for a range
+_NON_PARTIAL = "non-partial response"  # obstore's error for a 200 to a range request
 _ERRNO = re.compile(r"\(os error ([0-9]+)\)\Z")
 _NOT_A_FILE = frozenset({"2", "20", "21", "36", "40"})  # ENOENT, ENOTDIR, EISDIR, ENAMETOOLONG, ELOOP
 _DENIED = frozenset({"1", "13"})  # EPERM, EACCES
@@ -129,19 +129,22 @@ _DENIED = frozenset({"1", "13"})  # EPERM, EACCES
 class ObjectStorage:
     """The objects below a URL: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`.
 
-    `file:///absolute/directory` and `memory:///` are those of obstore, for tests; `DirectoryStorage` is the one that
-    never leaves its directory. Names are the rest of the key, with slashes between what has to be segments.
+    `file:///absolute/directory` and `memory:///` use obstore's stores, for tests; in production, use
+    `DirectoryStorage`, which never leaves its directory. A name is the rest of the key after the prefix, with segments
+    between slashes.
 
-    options: obstore's own, of the store (`endpoint`, `access_key_id`, `region` ...) and of its client (`allow_http`,
-    `connect_timeout` ...), and `credential_provider` or `retry_config`. An endpoint may begin with http://.
-    max_connections: requests to the store at once; who waits longer than two seconds for one is turned away.
-    answer_timeout: seconds that the store has until the head of an answer is complete, tries and all.
+    options: those of obstore for the store (`endpoint`, `access_key_id`, `region` ...) and for its client
+    (`allow_http`, `connect_timeout` ...), and `credential_provider` or `retry_config`. An endpoint may begin with
+    http://.
+    max_connections: requests to the store at once. A request that waits longer than two seconds for its turn gets a
+    503.
+    answer_timeout: seconds until the head of an answer must be complete, including retries.
 
-    Each process has a store and connections of its own. One that has asked for an object must not be forked into others
-    that ask for some: obstore's threads do not survive that.
+    Each process has a separate store with separate connections. A process that has opened an object must not be forked
+    if the children open objects: obstore's threads do not survive that.
 
-    Raises `ConfigurationError` for a URL that is none of these, for options the store does not have, and if obstore is
-    not installed.
+    Raises `ConfigurationError` for any other URL, for options that the store does not have, and if obstore is not
+    installed.
     """
 
     def __init__(
@@ -153,7 +156,7 @@ class ObjectStorage:
         self._arguments = _arguments(url, options)
         self._made: tuple[int, Any] | None = (os.getpid(), self._make(url, self._arguments))
         self._below: dict[str, Any] = {}
-        """Stores for keys with empty segments, by their endpoints: the one that was used last is the last."""
+        """Stores for keys with empty segments, by their endpoints, the most recently used last."""
         self._makers = Workers(_MAKERS)
 
     def _make(self, url: str, arguments: dict[str, Any]) -> Any:
@@ -166,12 +169,12 @@ class ObjectStorage:
             ) from exc
         try:
             return from_url(url, **arguments)
-        except Exception as exc:  # of many kinds; all of them mean the URL or an option
-            raise ConfigurationError(f"{self.url!r} is no storage with these options: {_first_line(exc)}") from exc
+        except Exception as exc:  # of many classes, but always about the URL or an option
+            raise ConfigurationError(f"{self.url!r} cannot be used with these options: {_first_line(exc)}") from exc
 
     @property
     def store(self) -> Any:
-        """The store itself, an object of obstore: what is put into it can be downloaded here."""
+        """The obstore object itself. Objects that are put into it can be downloaded here."""
         process = os.getpid()
         if self._made is None or self._made[0] != process:
             self._made = (process, self._make(self.url, self._arguments))
@@ -179,35 +182,35 @@ class ObjectStorage:
         return self._made[1]
 
     async def _place_of(self, name: str) -> tuple[Any, str]:
-        """Return the store and the name in it by which obstore finds a key. Raises `FileMissing`."""
+        """Return the obstore store for a key, and the name of the key in it. Raises `FileMissing`."""
         segments = name.split("/")
         if "." in segments or not segments[-1]:
             raise FileMissing(f"obstore cannot name this key: {name!r}")
         store = self.store
         if "" not in segments:
             return store, name
-        # obstore has no empty segments: it takes "/a" for "a". What comes before the last one becomes a part of the URL
-        # of a store below this one.
+        # obstore drops empty segments: it takes "/a" for "a". The part of the key up to the last empty segment becomes
+        # a part of the URL of a separate store.
         base = self.url_of("")
         if base is None:
             raise FileMissing(f"only S3 has keys with empty segments: {name!r}")
         end = name.rfind("//") + 1
         endpoint = f"{base}/{quote(name[:end])}"
         if (below := self._below.pop(endpoint, None)) is None:
-            own = {key: value for key, value in self._arguments.items() if _plain_name(key) not in _PLACING}
-            placed: dict[str, Any] = {**own, "endpoint": endpoint, "virtual_hosted_style_request": True}
-            # its HTTP client takes some 10 ms to make
+            kept = {key: value for key, value in self._arguments.items() if _plain_name(key) not in _PLACING}
+            placed: dict[str, Any] = {**kept, "endpoint": endpoint, "virtual_hosted_style_request": True}
+            # making its HTTP client takes some 10 ms
             below = await self._makers.run(self._make, f"s3://{urlsplit(self.url).netloc}", placed)
         self._below[endpoint] = below
         while len(self._below) > _MAX_BELOW:
-            del self._below[next(iter(self._below))]  # the one that was used longest ago
+            del self._below[next(iter(self._below))]  # the least recently used one
         return below, name[end + 1 :]
 
     @property
     def config(self) -> Mapping[str, str]:
-        """The store's own options under the names that obstore's documentation has, with those of the environment.
+        """The options of the store by their names in obstore's documentation, including those from the environment.
 
-        Only for S3; others have none.
+        Empty for all stores but S3.
         """
         if urlsplit(self.url).scheme != "s3":
             return {}
@@ -223,7 +226,7 @@ class ObjectStorage:
 
     @property
     def place(self) -> str | None:
-        """What tells this from all other places: the URL, and where the store is. None for one in memory."""
+        """Identifies the store: its URL, and its endpoint or account. None for a store in memory."""
         if urlsplit(self.url).scheme == "memory":
             return None
         known = getattr(self.store, "config", {})
@@ -231,9 +234,9 @@ class ObjectStorage:
         return self.url_of("") or " ".join([self.url, *where])
 
     def url_of(self, name: str, endpoint: str | None = None) -> str | None:
-        """Return the plain URL of an object, at another endpoint than the store's own if one is given; S3 only.
+        """Return the plain URL of an object of S3, at the given endpoint or that of the store; None for other stores.
 
-        With `virtual_hosted_style_request` an endpoint is that of the bucket, as it is for obstore.
+        With `virtual_hosted_style_request` an endpoint includes the bucket, as for obstore.
         """
         config, parts = self.config, urlsplit(self.url)
         if parts.scheme != "s3":
@@ -247,16 +250,16 @@ class ObjectStorage:
         return "/".join([endpoint.rstrip("/"), *[quote(part) for part in path if part]])
 
     async def locate(self, name: str) -> str | None:
-        """Return the plain URL of an object of S3, or the path of a file; None for others."""
+        """Return the plain URL of an object of S3, or the path of a file; None for other stores."""
         if urlsplit(self.url).scheme == "file":
             return f"{unquote(urlsplit(self.url).path).rstrip('/')}/{name}"
         return self.url_of(name)
 
     @asynccontextmanager
     async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator["OpenObject"]:
-        """Send the one request to the store, and describe the object by what it answers.
+        """Send the request to the store, and describe the object by its answer.
 
-        Raises `FileMissing`, also for what no file may be called, `AccessDenied`, `SourceUnavailable` (throttled),
+        Raises `FileMissing`, also for a name that no file may have, `AccessDenied`, `SourceUnavailable` (throttled),
         `UpstreamError`.
         """
         checked_segments(name, "exact")
@@ -274,17 +277,17 @@ class ObjectStorage:
             self._slots.free(slot)
 
     async def aclose(self) -> None:
-        """Let the store and its connections go, before the process ends. Another one is made if it is used again."""
+        """Close the store and its connections before the process ends. If it is used again, a new one is made."""
         self._made = None
         self._below = {}
-        # obstore's threads let go of what they hold of Python a moment after an answer; an interpreter that ends in
-        # between is aborted by them.
+        # obstore's threads release their Python objects a moment after an answer. If the interpreter ends before that,
+        # they abort it.
         with anyio.CancelScope(shield=True):
             await anyio.sleep(_AFTERGLOW)
 
 
 class OpenObject:
-    """One version of an object: what the store has said of it, and a stream that may have begun."""
+    """One version of an object: its metadata from the store, and a stream that may have begun."""
 
     def __init__(self, store: Any, name: str, *, answer_timeout: float, of_disk: bool = False) -> None:
         self.metadata = FileMetadata()
@@ -298,20 +301,20 @@ class OpenObject:
         self._wanted: list[RangeSpec] | None = None
         self._has_ranges = True
         self._stream: Any = None
-        self._span = ByteRange(0, 0)  # what the stream has left, beginning with `_rest`
+        self._span = ByteRange(0, 0)  # the rest of the stream, beginning with `_rest`
         self._rest = b""
 
     async def begin(self, request: DownloadRequest) -> None:
-        """Ask the store what the client asks us. Raises `FileError`."""
+        """Pass the client's request on to the store. Raises `FileError`."""
         self._wanted = parse_range(request.range) if request.range is not None else None
-        options, found = await self._ask(_options_for(request))
-        if self._of_disk and (seconds := unsettled_seconds(_nanoseconds(found.meta), time.time_ns())):
+        options, answer = await self._ask(_options_for(request))
+        if self._of_disk and (seconds := unsettled_seconds(_nanoseconds(answer.meta), time.time_ns())):
             await anyio.sleep(seconds)  # then a further change shows in the time
-            options, found = await self._ask(options)
-        meta, attributes = found.meta, found.attributes
+            options, answer = await self._ask(options)
+        meta, attributes = answer.meta, answer.attributes
         self._version = _version(meta)
         etag, modified = self._validators(meta)
-        # Without a tag, another version may share the second.
+        # Without a strong tag, another version may have the same second.
         latest = math.inf if etag is not None and not etag.weak else time.time() - _CLOCKS
         if modified is not None and not (is_meaningful(modified) and modified <= latest):
             modified = None
@@ -327,25 +330,25 @@ class OpenObject:
             content_type=None if content_type == _UNKNOWN_TYPE else content_type,
             headers=tuple((name, value) for name, value in passed.items() if _FIELD_VALUE.fullmatch(value)),
         )
-        # Without a strong validator, nothing tells that two reads are of one version.
+        # Without a strong validator, two reads cannot be shown to be of one version.
         self.metadata = replace(self.metadata, max_reads=MAX_READS if self.metadata.is_pinned else 1)
         if "head" not in options:
-            self._take(found)
+            self._take(answer)
 
     def _validators(self, meta: Mapping[str, Any]) -> tuple[ETag | None, int | None]:
-        if self._of_disk:  # obstore's own tag has the inode in it, and says something of every time
+        if self._of_disk:  # obstore's tag contains the inode, and is made of any time, meaningful or not
             changed = _nanoseconds(meta)
             if not is_telling(changed, time.time_ns(), is_coarse=not changed % 1_000_000_000):
                 return None, None
             return stat_validators(meta["size"], changed)
         return ETag.parse(meta["e_tag"] or ""), http_seconds(meta["last_modified"].timestamp())
 
-    def _take(self, found: Any) -> None:
-        self._span = ByteRange(*found.range)
-        self._stream = found.stream(CHUNK_SIZE)
+    def _take(self, answer: Any) -> None:
+        self._span = ByteRange(*answer.range)
+        self._stream = answer.stream(CHUNK_SIZE)
 
     async def _ask(self, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Return what the store says, and the options that it says so to: fewer where it refuses some of them."""
+        """Return the options that the store has accepted, and its answer. Options that it refuses are left out."""
         while True:
             try:
                 return options, await self._get(options)
@@ -361,17 +364,17 @@ class OpenObject:
             with anyio.fail_after(self._answer_timeout):
                 return await obstore.get_async(self._store, self._name, options=options)
         except TimeoutError as exc:
-            raise UpstreamTimeout(f"{self._name!r} took the store more than {self._answer_timeout} s") from exc
+            raise UpstreamTimeout(f"{self._name!r}: no answer within {self._answer_timeout} s") from exc
         except Exception as exc:
             if (instead := _instead_of(options, exc)) is not None:
                 raise _Refused(instead) from exc
             raise _file_error(exc, self._name) from exc
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span: from the answer that is open if it goes on with them, else from a new one.
+        """Yield the bytes of the span: from the open answer if they come next in it, else from a new one.
 
-        A stream that breaks is taken up again where it broke, as long as each brings something and the version is the
-        same, which has to be told by a strong validator. Raises `TransferAborted`.
+        A broken stream is resumed where it broke, as long as each new stream has at least one byte and a strong
+        validator proves that the version is the same. Raises `TransferAborted`.
         """
         assert self.metadata.size is not None
         left = ByteRange(0, self.metadata.size) if span is None else span
@@ -399,13 +402,13 @@ class OpenObject:
                 yield wanted
 
     def _leads_to(self, span: ByteRange) -> bool:
-        """Return whether the stream that is open comes to the span without much in between."""
+        """Return whether the open stream reaches the span without much in between."""
         gap = span.start - self._span.start
         max_gap = NEAR if self._has_ranges else math.inf
         return self._stream is not None and 0 <= gap <= max_gap and span.stop <= self._span.stop
 
     async def _reopen(self, span: ByteRange) -> None:
-        """Open a stream that has this span, of the same version of the object. Raises `TransferAborted`."""
+        """Open a stream of the same version that has this span. Raises `TransferAborted`."""
         self.close()
         span = read_from(span, self._wanted, self.metadata.size)
         options: dict[str, Any] = {"range": (span.start, span.stop)} if self._has_ranges else {}
@@ -414,22 +417,22 @@ class OpenObject:
         if tag is not None and not tag.weak:  # "If-Match" compares strongly
             options["if_match"] = str(tag)
         try:
-            options, found = await self._ask(options)
+            options, answer = await self._ask(options)
         except FileError as exc:
             raise TransferAborted(f"{self._name!r} cannot be read on from byte {span.start}: {exc}") from exc
         is_whole = "range" not in options and "head" not in options
         expected = (0, self.metadata.size) if is_whole else (span.start, span.stop)
-        if _version(found.meta) != self._version or tuple(found.range) != expected or "head" in options:
+        if _version(answer.meta) != self._version or tuple(answer.range) != expected or "head" in options:
             raise TransferAborted(f"{self._name!r} changed while it was sent")
-        self._take(found)
+        self._take(answer)
 
     def close(self) -> None:
-        """Let the answer that is open go, and its connection with it if there are bytes left in it."""
+        """Close the open answer, and its connection if the body was not read to its end."""
         self._stream, self._rest = None, b""
 
 
 class _Refused(Exception):
-    """The store refuses a HEAD or a range, which it could have ignored. instead: the options to ask it with."""
+    """The store refuses a HEAD or a range, which it could have ignored. instead: the options for the next try."""
 
     def __init__(self, instead: dict[str, Any]) -> None:
         super().__init__(instead)
@@ -445,7 +448,7 @@ def _arguments(url: str, options: dict[str, Any]) -> dict[str, Any]:
     }
     if not local.get(parts.scheme, parts.scheme in SCHEMES and parts.netloc) or parts.query or parts.fragment:
         raise ConfigurationError(
-            f"{url!r} is no object store: give s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
+            f"{url!r} is not the URL of an object store: give s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
         )
     if parts.scheme in local:
         if options:
@@ -461,7 +464,7 @@ def _arguments(url: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
-    """Return a value as obstore takes it, which has no numbers."""
+    """Return a value for obstore, which does not accept numbers."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -471,7 +474,7 @@ def _plain_name(name: str) -> str:
 
 
 def _options_for(request: DownloadRequest) -> dict[str, Any]:
-    """Return what to ask the store for: only what a plain GET will read is read."""
+    """Return the options for the request to the store: a body is requested only if it will be read."""
     if request.method != "GET":
         return {"head": True}
     if request.unconditional:
@@ -479,7 +482,7 @@ def _options_for(request: DownloadRequest) -> dict[str, Any]:
     specs = parse_range(request.range) if request.range is not None else None
     conditions = (request.if_match, request.if_unmodified_since, request.if_none_match, request.if_modified_since)
     if any(condition is not None for condition in conditions) or (specs is not None and len(specs) > 1):
-        return {"head": True}  # which bytes, if any, follows from what it says
+        return {"head": True}  # the answer decides which bytes to read, if any
     return {} if specs is None else _range_option(specs[0])
 
 
@@ -491,7 +494,7 @@ def _range_option(spec: RangeSpec) -> dict[str, Any]:
 
 
 def _nanoseconds(meta: Mapping[str, Any]) -> int:
-    """Return when an object was changed, in nanoseconds since the epoch; obstore has microseconds."""
+    """Return when an object was changed, in nanoseconds since the epoch; obstore tells microseconds."""
     return int((meta["last_modified"] - _EPOCH) // timedelta(microseconds=1)) * 1000
 
 
@@ -500,13 +503,13 @@ def _version(meta: Mapping[str, Any]) -> tuple[str | None, Any, int]:
 
 
 def _instead_of(options: Mapping[str, Any], exc: Exception) -> dict[str, Any] | None:
-    """Return what to ask the store for where it refuses a HEAD or a range, else None: the error is its answer."""
+    """Return the options for the next try if the store refuses a HEAD or a range. None: the error is its answer."""
     status = _STATUS.search(str(exc))
     if "range" in options:
         if _NON_PARTIAL in str(exc):
             return {}
         if type(exc).__name__ == "NotSupportedError":
-            return {"head": True}  # Azure has no "the last bytes"
+            return {"head": True}  # Azure has no suffix ranges
         if type(exc).__name__ == "GenericError" and (status is None or status[1] == "416"):
             return {"head": True} if "range" in str(exc).lower() else None
     elif "head" not in options:
@@ -516,21 +519,21 @@ def _instead_of(options: Mapping[str, Any], exc: Exception) -> dict[str, Any] | 
 
 
 def _file_error(exc: Exception, name: str) -> FileError:
-    """Return our error for one of obstore's."""
+    """Return our error for an error of obstore."""
     reason = f"{name!r}: {_first_line(exc)}"
     kind = type(exc).__name__
-    if found := _MISCONFIGURED.search(str(exc)):
-        return UpstreamError(f"the store takes neither the bucket nor the keys of these options ({found[1]}): {reason}")
+    if match := _MISCONFIGURED.search(str(exc)):
+        return UpstreamError(f"the store refuses the bucket or the credentials ({match[1]}): check them: {reason}")
     if isinstance(exc, FileNotFoundError) or kind == "InvalidPathError" or isinstance(exc, ValueError):
         return FileMissing(reason)
     if isinstance(exc, PermissionError) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return AccessDenied(f"the store denies {reason}")
     if kind == "PreconditionError":
-        return UpstreamError(f"the store has another version by now: {reason}")
-    if found := _ERRNO.search(reason):
-        if found[1] in _NOT_A_FILE:
+        return UpstreamError(f"the object has been replaced by another version: {reason}")
+    if match := _ERRNO.search(reason):
+        if match[1] in _NOT_A_FILE:
             return FileMissing(reason)
-        return AccessDenied(reason) if found[1] in _DENIED else SourceUnavailable(reason)
+        return AccessDenied(reason) if match[1] in _DENIED else SourceUnavailable(reason)
     status = _STATUS.search(reason)
     if status is not None and status[1] in _THROTTLED:
         return UpstreamBusy(f"the store is throttling: {reason}", status=int(status[1]))
@@ -540,5 +543,5 @@ def _file_error(exc: Exception, name: str) -> FileError:
 
 
 def _first_line(exc: Exception) -> str:
-    """Return what an error of obstore says before it goes into the details of its own code, of limited length."""
+    """Return the message of an obstore error without the details of its code, of limited length."""
     return (str(exc).partition("\n\nDebug source:")[0] or type(exc).__name__)[:500]

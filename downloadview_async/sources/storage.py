@@ -1,4 +1,4 @@
-"""Named bytes behind a seam: `StorageSource`, and the storages that come with the library."""
+"""`StorageSource`, and the storages that come with the library."""
 
 import os
 import time
@@ -36,23 +36,23 @@ class StorageFile:
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
-        """Open one version of what the storage has under the key."""
+        """Open one version of the bytes that the storage has under the key."""
         async with self.storage.open(self.key, request) as opened:
             yield opened
 
-    def open_cached(self, request: DownloadRequest) -> OpenFile | None:
-        """Open the file, if the storage is a local directory and that waits for nothing: see `open_at_once`."""
-        # not of a class derived from it, which may open files in its own way
-        return self.storage.open_cached(self.key) if type(self.storage) is DirectoryStorage else None
+    def open_nowait(self, request: DownloadRequest) -> OpenLocalFile | None:
+        """Open the file without waiting, if the storage is a local directory: see `OpensNowait`."""
+        # not for a subclass, which may open files differently
+        return self.storage.open_nowait(self.key) if type(self.storage) is DirectoryStorage else None
 
 
 class StorageSource:
     """The files of a storage, by their names in it.
 
     names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
-    takes them; with "exact" a name is the storage's key to the letter, with any slash at its beginning.
-    By default an `ObjectStorage` and a `MemoryStorage` take any name, a `DirectoryStorage` what it was made for, and
-    others portable ones.
+    accepts them; with "exact" a name is the unchanged key of the storage, with any slash at its beginning.
+    The default is "any" for an `ObjectStorage` and a `MemoryStorage`, the option `names` of a `DirectoryStorage`, and
+    "portable" for others.
     """
 
     def __init__(self, storage: Storage, *, names: Names | None = None) -> None:
@@ -61,11 +61,11 @@ class StorageSource:
         check_names_option(self.names)
 
     def canonical(self, name: str) -> str:
-        """Return the key in the storage that a name from a request stands for: see `HasCanonicalNames`."""
+        """Return the key in the storage for a name from a request: see `HasCanonicalNames`."""
         return canonical_name(name, self.names)
 
     async def resolve(self, name: str, /) -> StorageFile:
-        """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
+        """Return the file called `name`. Raises `FileMissing` for a name that no file may have."""
         name = self.canonical(name)
         return StorageFile(self.storage, name, location=await self.storage.locate(name))
 
@@ -97,8 +97,8 @@ class DirectoryStorage:
         async with FileBeneath(self.root, name, workers=self._workers).open(request) as opened:
             yield opened
 
-    def open_cached(self, name: str) -> OpenLocalFile | None:
-        """Open the file called `name`, if that waits for nothing: see `open_at_once`."""
+    def open_nowait(self, name: str) -> OpenLocalFile | None:
+        """Open the file called `name` without waiting, or return None: see `OpensNowait`."""
         return self._cache.open(name)
 
     async def locate(self, name: str) -> str | None:
@@ -107,7 +107,7 @@ class DirectoryStorage:
 
 
 class MemoryStorage:
-    """A storage in memory, for tests and small fixed content. A key put again is a new version."""
+    """A storage in memory, for tests and small fixed content. Putting a key again makes a new version."""
 
     def __init__(self, files: dict[str, bytes] | None = None) -> None:
         self._files: dict[str, tuple[bytes, FileMetadata]] = {}
@@ -115,7 +115,7 @@ class MemoryStorage:
             self.put(name, content)
 
     def put(self, name: str, content: bytes) -> None:
-        """Store `content`; downloads that have begun go on with what they began with."""
+        """Store `content`. Downloads that have begun go on with the version that they have."""
         content = bytes(content)
         self._files[name] = (
             content,
@@ -129,7 +129,7 @@ class MemoryStorage:
 
     @asynccontextmanager
     async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator["OpenBytes"]:
-        """Open what is stored under `name` now."""
+        """Open the current version of `name`."""
         try:
             content, metadata = self._files[name]
         except KeyError:
@@ -137,7 +137,7 @@ class MemoryStorage:
         yield OpenBytes(content, metadata)
 
     async def locate(self, name: str) -> None:
-        """Return None: no proxy can fetch what is in this process's memory."""
+        """Return None: no proxy can read the memory of this process."""
 
 
 class OpenBytes:
@@ -155,36 +155,35 @@ class OpenBytes:
 
 
 def content_etag(content: bytes | bytearray | memoryview) -> ETag:
-    """Return a strong entity tag made of the content itself."""
+    """Return a strong entity tag: a hash of the content."""
     return ETag(blake2b(content, digest_size=16).hexdigest())
 
 
 class SyncStorage:
     """Makes a storage out of any object with a blocking `open(name, "rb")`: fsspec file systems, Django's storages.
 
-    What `open` returns is read by `seek` and `read` in a worker thread, `CHUNK_SIZE` bytes at a time, never whole.
-    The size comes from seeking to the end of the open file, else from `size(name)`, in fsspec's file systems from the
-    "size" of `info(name)`. If the file is longer than that, the transfer is aborted before its last bytes. A file that
-    cannot seek has no ranges, and text has no size: `size(name)` does not count the bytes that are sent of it.
-    The time of the last change comes from `modified(name)` or `get_modified_time(name)`; a file with neither has no
-    validators. One in whole seconds makes a weak tag: two versions may share a second. The time is asked for before and
-    after `open`: if it differs, the file is opened once more, and if it differs again, there are no validators.
-    The location comes from `path(name)`, else from `url(name)` if that is an absolute URL. What is there has to be what
-    `open` gives, byte for byte, so neither is asked where the class that says how to open has only inherited it: a
-    storage that decrypts, derived from one that does not, would have the stored bytes sent. `size` and `info` are not
-    asked there either: they count the stored bytes. `is_sent_as_stored = True` in such a storage says that they are the
-    same, and False that they are not.
+    The open file is read by `seek` and `read` in a worker thread, `CHUNK_SIZE` bytes at a time.
+    The size comes from seeking to the end of the open file, else from `size(name)`, or for fsspec's file systems from
+    the "size" of `info(name)`. If the file is longer than that, the transfer is aborted before its last bytes. A file
+    that cannot seek has no ranges. Text has no size, because `size(name)` does not count the bytes that are sent.
+    The time of the last change comes from `modified(name)` or `get_modified_time(name)`. A file with neither has no
+    validators. A time in whole seconds makes a weak tag, as two versions may share a second. The time is read before
+    and after `open`: if it differs, the file is opened once more, and if it differs again, there are no validators.
+    The location comes from `path(name)`, else from `url(name)` if that is an absolute URL. There must be the same bytes
+    as `open` gives. A class that overrides `open` and only inherits these methods is not trusted in this: a subclass
+    that decrypts would have the encrypted bytes sent. So `path`, `url`, `size` and `info` are not called for it.
+    `is_sent_as_stored = True` in a storage declares that the bytes are the same, False that they are not.
     """
 
     def __init__(self, storage: Any, *, threads: int = 40) -> None:
         if not callable(getattr(storage, "open", None)):
-            raise ConfigurationError(f"{storage!r} has no open(name, mode)")
+            raise ConfigurationError(f"{storage!r} is not a storage: it has no method open(name, mode)")
         self._storage = storage
         self._workers = Workers(threads)
 
     @asynccontextmanager
     async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[OpenFileObject]:
-        """Open the file in a worker thread and ask for its size and age."""
+        """Open the file in a worker thread, with its size and its time."""
         file, metadata, extent = await self._workers.run_or_abandon(
             self._open, name, discard=lambda opened: close(opened[0])
         )
@@ -195,17 +194,17 @@ class SyncStorage:
         with _as_file_errors(name):
             try:
                 modified = self._modified(name)
-            except Exception:  # `open` says best that there is none, and then the time is asked for again
+            except Exception:  # `open` raises the better error, and else the time is read again
                 modified = None
             return self._open_version(name, modified)
 
     def _open_version(
         self, name: str, modified: float | None, *, is_last: bool = False
     ) -> tuple[Any, FileMetadata, Extent]:
-        """Open a file whose time was `modified` just before, and open it once more if the time has changed meanwhile.
+        """Open a file whose time was just `modified`, and open it once more if the time has changed meanwhile.
 
-        If the time changes again, the metadata has no validators, and only a size that the open file itself tells: the
-        storage may have told those of another version.
+        If the time changes again, the metadata has no validators, and only a size that comes from the open file: the
+        values of the storage may be those of another version.
         """
         if seconds := _unsettled(modified):
             time.sleep(seconds)  # then a further change shows in the time
@@ -238,7 +237,7 @@ class SyncStorage:
         return url if isinstance(url, str) and "://" in url else None
 
     def _size(self, name: str) -> int | None:
-        """Return the number of bytes that `open` gives, as the storage says, or None where it does not say that."""
+        """Return the number of bytes that `open` gives, from the storage, or None if the storage does not tell it."""
         if tells_of_what_it_opens(self._storage, "size"):
             size = self._ask("size", name)
         elif any(tells_of_what_it_opens(self._storage, method) for method in ("info", "_info")):
@@ -249,14 +248,14 @@ class SyncStorage:
         return None if size is None or int(size) < 0 else int(size)
 
     def _modified(self, name: str) -> float | None:
-        """Return the time of the last change in seconds since the epoch, or None where it is not known."""
+        """Return the time of the last change in seconds since the epoch, or None if it is not known."""
         modified = self._ask("modified", name) or self._ask("get_modified_time", name)
         if isinstance(modified, datetime):
             return (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
         return None if modified is None else float(modified)
 
     def _ask(self, method: str, name: str) -> Any:
-        """Return what the object's method says of `name`, or None where it has no such method or it is not for it."""
+        """Return what a method of the storage returns for `name`, or None if the storage does not implement it."""
         function = getattr(self._storage, method, None)
         if not callable(function):
             return None
@@ -267,14 +266,14 @@ class SyncStorage:
 
 
 def tells_of_what_it_opens(storage: Any, method: str, *, opening: tuple[str, ...] = ("open", "_open")) -> bool:
-    """Return whether a method of a storage is about the bytes that its `open` gives.
+    """Return whether a method of a storage tells about the bytes that its `open` gives.
 
-    It is not where a class that changes how files are opened has inherited it from one that opened them otherwise.
+    It does not if a class overrides how files are opened, but inherits the method.
     opening: the names of the methods or properties that open a file.
     """
     if isinstance(told := getattr(storage, "is_sent_as_stored", None), bool):
         return told
-    # __class__: of a lazy storage of Django's, that of what it stands for
+    # __class__: a lazy storage of Django has that of the real storage
     defined = [getattr(storage, "__dict__", {}), *(vars(base) for base in storage.__class__.__mro__)]
     opens = next((index for index, names in enumerate(defined) if any(name in names for name in opening)), None)
     defining = [index for index, names in enumerate(defined) if method in names]
@@ -289,7 +288,7 @@ def _dated_metadata(size: int | None, modified: float | None, opened_ns: int) ->
     if modified is None or size is None or _unsettled(modified):
         return FileMetadata(size=size)
     is_coarse = modified.is_integer()
-    # a change after the opening has to show in the time, even if much time has passed since
+    # a change after opening must show in the time, even if much time has passed since
     if not is_telling(int(modified * 1_000_000) * 1000, opened_ns, is_coarse=is_coarse):
         return FileMetadata(size=size)
     etag = ETag(f"{int(modified * 1_000_000):x}-{size:x}", weak=is_coarse)
@@ -306,15 +305,15 @@ def _as_file_errors(name: str) -> Iterator[None]:
         raise FileMissing(f"the storage has no {name!r}: {exc}") from exc
     except PermissionError as exc:
         raise AccessDenied(f"the storage denies {name!r}: {exc}") from exc
-    except Exception as exc:  # whatever errors a storage has of its own
+    except Exception as exc:  # storages raise errors of any class
         raise SourceUnavailable(f"the storage failed on {name!r}: {type(exc).__name__}: {exc}") from exc
 
 
 def storage_from_url(url: str, /, *, names: Names = "portable", **options: Any) -> Storage:
     """Return the storage that a URL names: `file:///srv/media`, `memory://`, or an object store (see `ObjectStorage`).
 
-    names: which names a directory takes, as in `DirectoryStorage`. options: for an object store alone, as
-    `ObjectStorage` takes them.
+    names: which names a directory accepts, as in `DirectoryStorage`. options: those of `ObjectStorage`, only for object
+    stores.
 
     Raises `ConfigurationError` for any other scheme, and for a directory that cannot be opened.
     """
@@ -323,13 +322,13 @@ def storage_from_url(url: str, /, *, names: Names = "portable", **options: Any) 
         return ObjectStorage(url, **options)
     if options:
         raise ConfigurationError(
-            f"{url!r} is no object store and takes no options: remove {', '.join(sorted(options))}"
+            f"{url!r} is not an object store and takes no options: remove {', '.join(sorted(options))}"
         )
     if parts.scheme == "memory" and not (parts.netloc or parts.path.strip("/")):
         return MemoryStorage()
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return DirectoryStorage(unquote(parts.path), names=names)
     raise ConfigurationError(
-        f"{url!r} is no storage: give file:///ABSOLUTE/DIRECTORY, memory://, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or "
-        "az://CONTAINER/PREFIX, or make a StorageSource of an object"
+        f"{url!r} is not the URL of a storage: give file:///ABSOLUTE/DIRECTORY, memory://, s3://BUCKET/PREFIX, "
+        "gs://BUCKET/PREFIX or az://CONTAINER/PREFIX, or make a StorageSource of an object"
     )

@@ -31,29 +31,29 @@ from downloadview_async.sources.storage import OpenBytes, content_etag
 from downloadview_async.sources.workers import Workers
 
 Content = bytes | str | io.IOBase | Iterable[bytes | str] | AsyncIterable[bytes | str]
-"""What a virtual file is made of. Text is sent as UTF-8."""
+"""The content of a virtual file. Text is sent as UTF-8."""
 
 _workers = Workers()
-_LARGE = 1 << 20  # bytes that are not hashed on the event loop
+_LARGE = 1 << 20  # bytes: larger content is not hashed on the event loop
 
 
 class VirtualFile:
-    """A file whose bytes are made when they are asked for.
+    """A file whose bytes are made on demand.
 
     content: bytes or text; a file object with a blocking or an asynchronous `read`; an iterable or asynchronous
-    iterable of bytes or text; or a function without arguments, plain or asynchronous, that returns one of them. What
-    blocks runs in a worker thread, generators too. A function makes new content for every download; an iterator or a
-    file object given as it is can be sent once. A file object that can seek is sent from its beginning, wherever it
-    was; one that cannot, from where it is.
-    size: bytes, where it is known beforehand. Bytes, text and seekable file objects in bytes know it themselves. If
-    the content is longer, the transfer is aborted before its last bytes: they wait up to half a second for a further
-    read or item. 0 means unknown.
-    etag, last_modified (seconds since the epoch, UTC): validators. Bytes and text have a tag of their own.
-    max_age: for how many seconds a `CachedSource` may send it again without asking. By default what the cache says, for
-    a file that has a validator; one that has none is not kept. Nor is one whose only validator is a time that cannot
-    be that of a change, such as 0 or the first day of 1980.
+    iterable of bytes or text; or a function without arguments, plain or asynchronous, that returns one of these. Code
+    that blocks runs in a worker thread, including generators. A function makes new content for every download; an
+    iterator or a file object itself can be sent only once. A file object that can seek is sent from its beginning,
+    wherever it was; one that cannot seek is sent from where it is.
+    size: bytes, if known beforehand. It is not needed for bytes, text and binary file objects that can seek. If the
+    content is longer, the transfer is aborted before its last bytes: they wait up to half a second for a further read
+    or item. 0 means unknown.
+    etag, last_modified (seconds since the epoch, UTC): validators. Bytes and text get a tag from their content.
+    max_age: seconds for which a `CachedSource` may send a copy. The default is that of the cache, for a file that has a
+    validator; without a validator, the file is not kept. A time that cannot be the time of a change, such as 0 or the
+    first day of 1980, does not count as one.
 
-    Raises `ValueError` for a content type that is none.
+    Raises `ValueError` for an invalid content type.
     """
 
     location: str | None = None
@@ -81,7 +81,7 @@ class VirtualFile:
 
     @property
     def is_keepable(self) -> bool:
-        """Whether it is known, before it is made, that a copy of it may be kept: see `max_age`."""
+        """Whether a copy may be kept, as far as that is known before the content is made: see `max_age`."""
         return (
             self.max_age is not None
             or self._etag is not None
@@ -91,17 +91,17 @@ class VirtualFile:
 
     @property
     def validators(self) -> FileMetadata:
-        """What was said of this version when it was given, and nothing that its content would have to be made for."""
+        """The size and the validators that were passed to the constructor: nothing is made for them."""
         return FileMetadata(size=self._size, etag=self._etag, last_modified=self._last_modified)
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
-        """Make the content, but nothing of a generator is run before it is streamed."""
+        """Make the content. A generator does not run before it is streamed."""
         content = self._content
         if callable(content) and (isinstance(content, type) or not hasattr(content, "read")):
             content = await _call(content)
         if content is None:
-            raise FileMissing(f"nothing was made for {self.name!r}")
+            raise FileMissing(f"there is no content for {self.name!r}")
         if isinstance(content, str):
             content = content.encode()
         async with _opened(content, await self._metadata(content)) as opened:
@@ -112,7 +112,7 @@ class VirtualFile:
         whole = isinstance(content, bytes | bytearray | memoryview)
         if whole:
             size = memoryview(content).nbytes
-            if etag is None:  # a large one takes its time
+            if etag is None:  # hashing large content takes a while
                 etag = content_etag(content) if size < _LARGE else await _workers.run(content_etag, content)
         return FileMetadata(
             size=size,
@@ -125,7 +125,7 @@ class VirtualFile:
 
 @asynccontextmanager
 async def _opened(content: Any, metadata: FileMetadata) -> AsyncIterator[OpenFile]:
-    """Give an open file over content of any kind, and close the content when done with it."""
+    """Give an open file over content of any kind, and close the content afterwards."""
     if isinstance(content, bytes | bytearray | memoryview):
         yield OpenBytes(bytes(content), metadata)
         return
@@ -144,20 +144,20 @@ async def _opened(content: Any, metadata: FileMetadata) -> AsyncIterator[OpenFil
         async with closing_in_thread(iterator) as in_use:
             yield OpenIterator(iterator, metadata, workers=_workers, in_use=in_use)
     else:
-        raise TypeError(f"a virtual file is made of bytes, text, a file object or an iterable, not {content!r}")
+        raise TypeError(f"the content must be bytes, text, a file object or an iterable, not {content!r}")
 
 
 class OpenAsyncIterable:
-    """An asynchronous iterable, or a file object with an asynchronous `read`, as an open file without parts."""
+    """An asynchronous iterable, or a file object with an asynchronous `read`, as an open file without ranges."""
 
     def __init__(self, content: Any, metadata: FileMetadata) -> None:
         self.metadata = metadata
         self._content = content
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield what the content yields, from its beginning.
+        """Yield the bytes of the content, from its beginning.
 
-        Raises `TransferAborted` instead of the last bytes of its size where it yields more.
+        Raises `TransferAborted` instead of the last bytes if there are more than the stated size.
         """
         items = aiter(_blocks(self._content) if hasattr(self._content, "read") else self._content)
         left = self.metadata.size
@@ -183,7 +183,7 @@ async def _goes_on(items: AsyncIterator[Any]) -> bool:
 
 
 async def _blocks(file: Any) -> AsyncIterator[Any]:
-    # a file object iterates over lines, which may be as long as the file
+    # iterating over a file object gives lines, and one line may be as long as the file
     while block := await file.read(CHUNK_SIZE):
         yield block
 
@@ -212,17 +212,17 @@ async def _call(function: Callable[..., Any], *args: Any) -> Any:
 class VirtualSource:
     """Files that a function makes from their names.
 
-    make: a plain or asynchronous function from a name to an `AsyncFile`, to anything that a `VirtualFile` can be made
-    of, or to None: there is no such file. It may raise `FileMissing` too. Names come without `.` and empty segments,
-    except where `..` is one, which is for the function to refuse. One that begins with a slash is asked for without it
-    where nothing is made with it.
+    make: a plain or asynchronous function that gets a name and returns an `AsyncFile`, any content for a `VirtualFile`,
+    or None if there is no such file. It may raise `FileMissing` instead. Names have no `.` and no empty segments,
+    unless they have a segment `..`, which the function must refuse. If nothing is made for a name that begins with a
+    slash, the function is called again without the slash.
     """
 
     def __init__(self, make: Callable[[str], Any]) -> None:
         self.make = make
 
     def canonical(self, name: str) -> str:
-        """Return the name that a name from a request stands for: see `HasCanonicalNames`."""
+        """Return the canonical form of a name from a request: see `HasCanonicalNames`."""
         return without_empty_segments(name) if isinstance(name, str) else name
 
     async def resolve(self, name: str, /) -> AsyncFile:

@@ -1,4 +1,4 @@
-"""Threads for calls that block: bounded for each source, so that a hung disk holds up nothing but itself."""
+"""Threads for calls that block, limited for each source, so that a hung disk does not hold up other sources."""
 
 import math
 import threading
@@ -17,21 +17,21 @@ Ts = TypeVarTuple("Ts")
 
 
 def unlimited() -> anyio.CapacityLimiter:
-    """Return a limiter that limits nothing, for this call: `Workers` counts for itself, and closing is never refused.
+    """Return a new limiter without a limit, for one call: `Workers` has its own limit, and closing must never wait.
 
-    A limiter that outlives an event loop belongs to the first one's library, asyncio or trio, and fails in the other.
+    A limiter works only in the library, asyncio or trio, of the first event loop that uses it, so it is not kept.
     """
     return anyio.CapacityLimiter(math.inf)
 
 
 MID_TRANSFER = 60.0
-"""Seconds that a transfer which has begun waits for its next turn: slow is better than cut off."""
+"""Seconds that a transfer which has begun waits for a worker: a slow transfer is better than an aborted one."""
 
 
 class Slots:
-    """At most `limit` holders at once; who waits `patience` seconds for a slot is turned away.
+    """At most `limit` holders at once. A caller that gets no slot within `patience` seconds is turned away.
 
-    They may be used in one event loop after another, of asyncio and of trio.
+    They may be used in one event loop after another, of asyncio or trio.
     """
 
     def __init__(self, limit: int, *, patience: float = 2.0) -> None:
@@ -41,7 +41,7 @@ class Slots:
         self._waiting: deque[tuple[object, anyio.Event]] = deque()
 
     async def take(self, *, patience: float | None = None) -> object:
-        """Return a slot, to be given to `free` once. Raises `SourceUnavailable` if none is free in time."""
+        """Return a slot, which the caller passes to `free` once. Raises `SourceUnavailable` if none is free in time."""
         slot = object()
         if len(self._holders) < self._limit and not self._waiting:
             self._holders.add(slot)
@@ -52,18 +52,18 @@ class Slots:
             with anyio.move_on_after(self._patience if patience is None else patience):
                 await place[1].wait()
         except BaseException:
-            if slot in self._holders:  # given to a caller that is cancelled
+            if slot in self._holders:  # the slot was given to a caller that is being cancelled
                 self.free(slot)
             raise
         finally:
             if place in self._waiting:
                 self._waiting.remove(place)
         if slot not in self._holders:
-            raise SourceUnavailable(f"all {self._limit} slots of this source are taken")
+            raise SourceUnavailable(f"all {self._limit} slots of this source are in use: try again, or raise its limit")
         return slot
 
     def free(self, slot: object) -> None:
-        """Give a slot back. Only in the event loop's thread."""
+        """Give a slot back. Call it only in the thread of the event loop."""
         self._holders.remove(slot)
         if self._waiting:
             following, given = self._waiting.popleft()
@@ -72,9 +72,9 @@ class Slots:
 
 
 class Workers:
-    """At most `limit` blocking calls at once; who waits `patience` seconds for a free worker is turned away.
+    """At most `limit` blocking calls at once. A caller that gets no worker within `patience` seconds is turned away.
 
-    Never anyio's shared limiter: forty calls that hang there would stop every other thread of the process.
+    anyio's shared limiter is never used: forty calls that hang there would stop every other thread of the process.
     """
 
     def __init__(self, limit: int = 40, *, patience: float = 2.0) -> None:
@@ -83,9 +83,9 @@ class Workers:
     async def run(self, function: Callable[[*Ts], T], *args: *Ts, patience: float | None = None) -> T:
         """Return what `function(*args)` returns in a worker thread. A cancelled caller waits for the call to end.
 
-        patience: seconds to wait for a free worker, where it is not the usual one.
+        patience: seconds to wait for a free worker, instead of those of the `Workers`.
 
-        Raises `SourceUnavailable` if no worker is free in time, and whatever the function raises.
+        Raises `SourceUnavailable` if no worker is free in time, and the errors of the function.
         """
         slot = await self._slots.take(patience=patience)
         try:
@@ -102,7 +102,7 @@ class Workers:
     ) -> T:
         """Like `run`, but a cancelled caller leaves at once.
 
-        The worker stays taken until the call ends; what it returns then goes to `discard`.
+        The worker stays in use until the call ends, and `discard` gets its result.
         """
         slot = await self._slots.take(patience=patience)
         call = _Call(function, args, discard, lambda: self._slots.free(slot))
@@ -119,7 +119,7 @@ class Workers:
 
 
 class _Call(Generic[T]):
-    """A blocking call and its caller, who may leave at any moment; whoever is last cleans up."""
+    """A blocking call, whose caller may leave at any moment. The last of the two cleans up."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class _Call(Generic[T]):
         self._state: Literal["waiting", "running", "ended", "abandoned"] = "waiting"
 
     def work(self) -> None:
-        """Make the call. In a worker thread."""
+        """Make the call. Runs in a worker thread."""
         if not self._moves_on("waiting", "running"):
             return
         try:
@@ -148,7 +148,7 @@ class _Call(Generic[T]):
                 anyio.from_thread.run_sync(self._free)
 
     def abandon(self) -> None:
-        """Leave the call to itself. In the event loop's thread."""
+        """Leave the call. Runs in the thread of the event loop."""
         with self._lock:
             before, self._state = self._state, "abandoned"
         if before != "running":  # else the worker cleans up

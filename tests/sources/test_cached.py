@@ -190,7 +190,7 @@ async def test_a_hundred_clients_cost_one_upstream_request(origin: Origin, serve
     assert again.headers.items() - apart <= answers[0].headers.items()
     assert len(origin.requests) == 1
     counters = served.cache.counters
-    assert (counters.hits, counters.misses, counters.stale, counters.passed) == (1, 100, 0, 0)
+    assert (counters.hits, counters.misses, counters.revalidated, counters.passed) == (1, 100, 0, 0)
     assert counters.bytes == sum(-(-path.stat().st_size // 4096) * 4096 for path in served.files())
 
 
@@ -359,7 +359,9 @@ async def test_what_is_stale_is_asked_for_once_and_renewed(origin: Origin, tmp_p
         assert all(answer.body == BIG for answer in answers)
         assert 2 <= len(origin.requests) <= 21
         assert all("\r\nif-" in request.lower() for request in origin.requests[1:])
-        assert served.cache.counters.stale == 20
+        assert served.cache.counters.revalidated == 20
+        with pytest.warns(DeprecationWarning, match=r"use CacheCounters\.revalidated"):
+            assert served.cache.counters.stale == 20
         assert len(served.data()) == 1
         origin.content, origin.headers = b"other", [validator.replace("v1", "v2").replace(":20", ":21")]
         answer = await served.get()

@@ -111,7 +111,7 @@ async def test_parts_that_have_passed_by_cost_few_requests_when_the_cache_is_ful
     for number, (first, last) in enumerate(parts):
         assert (BIG[first : last + 1] + b"\r\n--" in answer.body) == (number <= MAX_READS)
     assert len(origin.requests) == 1 + min(count - 1, MAX_READS)
-    assert ("the cache takes no more" in caplog.text) == (not is_complete)
+    assert ("the cache cannot take the file" in caplog.text) == (not is_complete)
 
 
 @pytest.mark.asyncio

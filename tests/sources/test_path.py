@@ -218,7 +218,7 @@ async def test_a_precompressed_sibling_older_than_its_file_is_not_sent(
     os.utime(root / "page.html.gz", ns=(0, second + sibling_ns))
     source = PathSource(root, precompressed=["gzip"])
     if not cached:
-        monkeypatch.setattr(Root, "open_cached", lambda self, name: None)
+        monkeypatch.setattr(Root, "open_nowait", lambda self, name: None)
     answer = await call(Download(source), "/page.html", headers={"Accept-Encoding": "gzip"})
     assert (answer.headers.get("content-encoding"), answer.body) == (sent, b"old" if sent else b"new")
     assert answer.headers["vary"] == "Accept-Encoding"

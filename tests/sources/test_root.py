@@ -122,7 +122,7 @@ def test_a_name_that_is_no_file_of_the_root_is_missing(
     with pytest.raises(FileMissing):
         root.open(name)
     with suppress(FileMissing):
-        assert root.open_cached(name) is None  # a worker is asked, as above
+        assert root.open_nowait(name) is None  # a worker is asked, as above
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
@@ -275,7 +275,7 @@ def test_a_cached_file_is_opened_without_a_worker(base: Path) -> None:
         pytest.skip("openat2: this kernel or sandbox has none")
     root = Root(base)
     read(root, "a.txt")
-    opened = root.open_cached("a.txt")
+    opened = root.open_nowait("a.txt")
     assert opened is not None
     os.close(opened[0])
 

@@ -199,7 +199,7 @@ async def test_what_make_may_return() -> None:
     assert (await call(Download(source), "/none")).status == 404
     with pytest.raises(FileMissing):
         await source.resolve("none")
-    with pytest.raises(TypeError, match="made of bytes"):
+    with pytest.raises(TypeError, match="content must be bytes"):
         await call(_app(VirtualFile(5, name="x")), "/x")  # type: ignore[arg-type]
     with pytest.raises(FileMissing):
         async with VirtualFile(lambda: None, name="x").open():

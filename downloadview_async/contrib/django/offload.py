@@ -29,7 +29,7 @@ from downloadview_async.offload.decision import Refusal, refusal
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.cache.source import CachedFile
-from downloadview_async.sources.local.open_file import local_of, open_at_once
+from downloadview_async.sources.local.open_file import local_of, open_nowait
 
 MakeBackend = Callable[[list[Rule]], OffloadBackend]
 
@@ -249,7 +249,7 @@ async def _opened_for_proxy(
             metadata = replace(metadata, headers=(*metadata.headers, ("age", age)))
         return response.refusal_once_open(request, file, opened, is_remote=is_remote), metadata
 
-    if (opened := open_at_once(file, HEAD)) is not None and (local := local_of(opened)) is not None:
+    if (opened := open_nowait(file, HEAD)) is not None and (local := local_of(opened)) is not None:
         try:
             return result(opened)
         finally:

@@ -41,7 +41,7 @@ from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.local.open_file import local_of, open_at_once
+from downloadview_async.sources.local.open_file import local_of, open_nowait
 from downloadview_async.sources.virtual import VirtualFile
 
 _TEXTLESS = re.compile("(?:application|audio|font|image|model|multipart|video)/", re.IGNORECASE)
@@ -367,7 +367,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         if self.opened is not None:
             return self.opened
         self._loop = asyncio.get_running_loop()
-        if (opened := open_at_once(file, wanted)) is not None and (local := local_of(opened)) is not None:
+        if (opened := open_nowait(file, wanted)) is not None and (local := local_of(opened)) is not None:
             self._resources.callback(local.close)
         else:
             opened = await self._resources.enter_async_context(file.open(wanted))

@@ -1,15 +1,15 @@
-"""The directory of a cache: what is in it, under which names, and what has to go. Plain calls, for worker threads.
+"""The directory of a cache: its file names, its locks and the eviction. Plain blocking calls, for worker threads.
 
-K is a hash of a source's name and a key in it, V one of the version's validators and size; nothing else is a name:
+K is a hash of a source's name and a key in it, V a hash of the version's validators and size, R is random:
 
-    K-V         the bytes of a complete file, and nothing else: what a proxy sends
-    K.meta      what is known of the current version of K, with the source and the key that it is of
-    K.R.part    a file that arrives, or a K.meta that is written; its writer holds a lock on it (`flock`)
-    usage       bytes in use, and when they were last counted; locked by whoever adds or removes a name
+    K-V         the bytes of a complete file, and nothing else: a proxy can send it
+    K.meta      the description of the current version of K, with its source and key
+    K.R.part    a file that arrives, or a K.meta that is being written; its writer holds a lock on it (`flock`)
+    usage       bytes in use, and when they were last counted; locked while a name is added or removed
 
-All locks are the kernel's, so they end with the process that holds them. A file that somebody here reads is locked
-(shared), and is not evicted. The times of K.meta say when the file was last used (mtime), and when a proxy was last
-told to send it (atime): a file is not removed while a proxy may still be about to open it.
+All locks are the kernel's, so they end with the process that holds them. A file that a process reads has a shared lock
+and is not evicted. The times of K.meta tell when the file was last used (mtime), and when a proxy was last told to send
+it (atime): a file is not removed while a proxy may still be about to open it.
 """
 
 import errno
@@ -32,10 +32,10 @@ from downloadview_async.sources.cache.entry import BLOCK, Entry, dump_entry, key
 from downloadview_async.sources.local.root import Root
 
 LEASE_SECONDS = 30.0
-"""How long a proxy that has been told to send a file has to open it."""
+"""Seconds that a proxy has to open a file after it was told to send it."""
 
 SWEEP_SECONDS = 60.0
-"""How often a directory is gone through, by whichever process uses it."""
+"""Seconds between two sweeps of a directory, by any of the processes that use it."""
 
 _LOCK_PATIENCE = 10.0
 _HASH = "[0-9a-f]{40}"
@@ -48,7 +48,7 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 @dataclass(slots=True)
 class Part:
-    """A file that arrives: an open descriptor holds its lock. size: None where it is not known. reserved: its room."""
+    """A file that arrives: its descriptor holds its lock. size: None if not known. reserved: bytes of room for it."""
 
     key: str
     name: str
@@ -59,7 +59,7 @@ class Part:
 
 @dataclass(slots=True)
 class _Usage:
-    """What the open, locked file `usage` says. None: it says nothing."""
+    """The content of the open, locked file `usage`. used: None if the file has no valid content."""
 
     descriptor: int
     used: int | None = None
@@ -78,25 +78,25 @@ class _Usage:
 
 
 @dataclass(slots=True)
-class _Found:
-    """What a directory has under one K."""
+class _Files:
+    """The files of one K in a directory."""
 
     used: float = 0.0
     leased: float = 0.0
     has_meta: bool = False
     data: list[tuple[str, int, float]] = field(default_factory=list)
-    """Names, sizes and times of the last change (ctime)."""
+    """Name, size and time of the last change (ctime) of each K-V."""
 
 
 class CacheDirectory:
     """A directory of cached files, which any number of processes use at once.
 
-    max_bytes: what all of its files together may take, those that arrive included. max_unused: seconds after which a
-    file that nobody uses is removed. used: when each K was last used, where this process knows that better than the
-    disk.
+    max_bytes: the most bytes that all files together may take, including those that arrive. max_unused: seconds after
+    which an unused file is removed. used: returns when each K was last used, if this process knows a later time than
+    the disk.
 
-    Every method may block on the disk, and raises `OSError` where that fails. Raises `ConfigurationError` where there
-    is no such directory and none can be made.
+    Every method may block on the disk, and raises `OSError` if it fails. Raises `ConfigurationError` if the directory
+    does not exist and cannot be made, if others may write to it, or if it has no locks.
     """
 
     def __init__(
@@ -111,20 +111,20 @@ class CacheDirectory:
             os.makedirs(path, exist_ok=True)
         except OSError as exc:
             raise ConfigurationError(
-                f"the cache directory {os.fspath(path)!r} cannot be made ({exc.strerror}): give one that this user "
+                f"the cache directory {os.fspath(path)!r} cannot be made ({exc.strerror}): choose one that this user "
                 "may write to"
             ) from exc
-        self.root = Root(path, symlinks="deny", settles=False)  # what is kept has validators of its own
-        found = os.fstat(self.root.descriptor)
-        if found.st_uid not in (os.geteuid(), 0) or found.st_mode & stat.S_IWOTH:
+        self.root = Root(path, symlinks="deny", settles=False)  # kept files have their validators in K.meta
+        status = os.fstat(self.root.descriptor)
+        if status.st_uid not in (os.geteuid(), 0) or status.st_mode & stat.S_IWOTH:
             raise ConfigurationError(
-                f"others may put files into the cache directory {os.fspath(path)!r}, which are sent then: give one "
-                "that belongs to this user, and that not everybody may write to"
+                f"others may put files into the cache directory {os.fspath(path)!r}, and clients would get them: "
+                "choose one that belongs to this user and that others may not write to"
             )
         self._check_locks()
         self.max_bytes = max_bytes
         self.bytes = 0
-        """Bytes in use, as of this process's last look at them."""
+        """Bytes in use, when this process last looked."""
         self._max_unused = max_unused
         self._used = used
         self._turn = threading.Lock()
@@ -132,11 +132,11 @@ class CacheDirectory:
 
     @property
     def is_sweep_due(self) -> bool:
-        """Whether this process has not looked after the directory for a while."""
+        """Whether the last sweep by this process is `SWEEP_SECONDS` ago."""
         return time.monotonic() - self._swept >= SWEEP_SECONDS
 
     def _check_locks(self) -> None:
-        """Raise `ConfigurationError` where the file system, or what confines this process, refuses locks."""
+        """Raise `ConfigurationError` if the file system or a sandbox refuses locks."""
         name = f"{'0' * 40}.{secrets.token_hex(8)}.part"
         try:
             descriptor = os.open(name, _MAKE, 0o600, dir_fd=self.root.descriptor)
@@ -149,31 +149,31 @@ class CacheDirectory:
         except OSError as exc:
             raise ConfigurationError(
                 f"the cache directory {self.root.path!r} is on a file system that refuses locks (flock: "
-                f"{exc.strerror}): give one on a local disk"
+                f"{exc.strerror}): choose one on a local disk"
             ) from exc
         finally:
             self._unlink(name)
             os.close(descriptor)
 
     def find(self, source: str, key: str, *, lease: bool = False) -> Entry | None:
-        """Return the complete file of a key, which counts as a use of it; with `lease`, a proxy is about to open it."""
+        """Return the complete file of a key, and note its use; with `lease`, note that a proxy is about to open it."""
         name = f"{key_hash(source, key)}.meta"
         try:
             descriptor = self._open_meta(name)
         except FileNotFoundError:
             return None
         try:
-            found = os.fstat(descriptor)
+            status = os.fstat(descriptor)
             content = os.read(descriptor, 1 << 20)
             try:
                 if lease:
-                    self.lease(key_hash(source, key))  # by its name: a file that was evicted meanwhile has none
+                    self.lease(key_hash(source, key))  # by its name, which a file that was evicted meanwhile has lost
                 else:
-                    os.utime(descriptor, (found.st_atime, time.time()))
+                    os.utime(descriptor, (status.st_atime, time.time()))
             except FileNotFoundError:
                 return None
             except OSError:
-                pass  # read only, perhaps; what is there can be sent all the same
+                pass  # perhaps read-only: the file can be sent without noting its use
         finally:
             os.close(descriptor)
         entry = load_entry(content, source, key)
@@ -188,9 +188,9 @@ class CacheDirectory:
         os.utime(f"{key}.meta", (now, now), dir_fd=self.root.descriptor, follow_symlinks=False)
 
     def begin(self, key: str, size: int | None) -> Part | None:
-        """Make a file for K to arrive in, which will `grow`; None where there is no room for it.
+        """Make a part for K, which will `grow`; None if there is no room for it.
 
-        Others are evicted for it: the least recently used, but none that is in use.
+        The least recently used files are evicted for it, but none that is in use.
         """
         if size is not None and _cost(size) + BLOCK > self.max_bytes:
             return None
@@ -203,7 +203,7 @@ class CacheDirectory:
         return part
 
     def grow(self, part: Part, size: int) -> bool:
-        """Let a part grow to `size`, and return whether there is room for that."""
+        """Reserve `size` bytes for a part, and return whether there is room for them."""
         with self._locked() as usage:
             more = _cost(size) - _cost(part.reserved)
             if not self._has_room(usage, more):
@@ -214,10 +214,10 @@ class CacheDirectory:
         return True
 
     def commit(self, part: Part, source: str, key: str, entry: Entry) -> None:
-        """Give a part, which is complete, its name, and make it the current version of its key.
+        """Give a complete part its name, and make it the current version of its key.
 
-        What it has is on the disk before it has the name (`fdatasync`), so that no crash leaves a damaged file there.
-        The descriptor stays open, and goes on protecting the file while it is.
+        Its bytes are on the disk before it has the name (`fdatasync`), so that no crash leaves a damaged file. The
+        descriptor stays open, and protects the file as long as it is.
         """
         size = entry.metadata.size
         assert size is not None
@@ -251,14 +251,14 @@ class CacheDirectory:
             self._add(usage, -_cost(part.reserved) - BLOCK)
 
     def renew(self, source: str, key: str, entry: Entry) -> None:
-        """Keep what is known now of the current version of a key: that it is current, and what was said of it."""
+        """Write the new description of the current version of a key, which has been revalidated."""
         hashed = key_hash(source, key)
         with self._locked():
             if self._current(hashed) == entry.data:
                 self._write_meta(hashed, dump_entry(source, key, entry), self._leased(hashed))
 
     def forget(self, source: str, key: str, data: str | None = None) -> None:
-        """Remove what is kept of a key, unless that is another version than `data`; those who read it go on."""
+        """Remove the file of a key, unless it is another version than `data`. Open files can be read to their end."""
         hashed = key_hash(source, key)
         with self._locked() as usage:
             current, leased = self._current(hashed), self._leased(hashed)
@@ -270,22 +270,22 @@ class CacheDirectory:
                 self._add(usage, -self._retire(current, leased))
 
     def sweep(self) -> None:
-        """Count what is there, and remove what dead processes, replaced versions and disuse have left."""
+        """Count the files, and remove unused ones, replaced versions and those that dead processes have left."""
         with self._locked() as usage:
             self._sweep(usage)
 
-    # What follows is called with the lock held.
+    # The following methods are called with the lock held.
 
     @contextmanager
     def _locked(self) -> Iterator[_Usage]:
-        """Hold the directory's lock: what is added to it or removed from it, is by one process at a time."""
+        """Hold the lock of the directory: one process at a time adds or removes files."""
         deadline = time.monotonic() + _LOCK_PATIENCE
         if not self._turn.acquire(timeout=_LOCK_PATIENCE):
             raise OSError(errno.EBUSY, "the cache is busy", self.root.path)
         try:
             try:
                 descriptor = self._open_usage()
-            except PermissionError:  # of another user, who once looked after it: it is a count, and made anew
+            except PermissionError:  # another user made it; it has only a count, which is made anew
                 self._unlink("usage")
                 descriptor = self._open_usage()
             try:
@@ -294,7 +294,7 @@ class CacheDirectory:
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
                     except BlockingIOError:
-                        if time.monotonic() > deadline:  # a process that was stopped in the midst of it
+                        if time.monotonic() > deadline:  # a process was stopped while it held the lock
                             raise
                         time.sleep(0.005)
                 usage = _Usage(descriptor)
@@ -307,7 +307,7 @@ class CacheDirectory:
             self._turn.release()
 
     def _open_usage(self) -> int:
-        # whoever may open it may lock it, and so stop the cache
+        # mode 0600, because a user that can open it can lock it and so stop the cache
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open("usage", flags, 0o600, dir_fd=self.root.descriptor)
 
@@ -321,7 +321,7 @@ class CacheDirectory:
             self._sweep(usage)
         assert usage.used is not None
         if usage.used + need > self.max_bytes:
-            # some more than needed, so that not every file goes through the directory
+            # evict more than needed, so that not every new file causes a sweep
             self._sweep(usage, evict_to=self.max_bytes - need - self.max_bytes // 16)
         return usage.used + need <= self.max_bytes
 
@@ -330,60 +330,60 @@ class CacheDirectory:
         total, keys = self._remove_leftovers(now)
         if evict_to is not None or self._max_unused:
             known = self._used()
-            for key, found in keys.items():
-                found.used = max(found.used, known.get(key, 0.0))
-            for key, found in sorted(keys.items(), key=lambda item: item[1].used):
-                is_old = not 0 <= now - found.used < self._max_unused and found.used <= now
+            for key, files in keys.items():
+                files.used = max(files.used, known.get(key, 0.0))
+            for key, files in sorted(keys.items(), key=lambda item: item[1].used):
+                is_old = not 0 <= now - files.used < self._max_unused and files.used <= now
                 if not is_old and (evict_to is None or total <= evict_to):
                     break
-                if 0 <= now - found.leased < LEASE_SECONDS:
+                if 0 <= now - files.leased < LEASE_SECONDS:
                     continue
-                total -= self._evict(key, found)
+                total -= self._evict(key, files)
         usage.used, usage.swept = total, now
         usage.write()
         self._swept = time.monotonic()
 
-    def _remove_leftovers(self, now: float) -> tuple[int, dict[str, _Found]]:
-        """Return the bytes that all files take, and what there is of each K, without what belongs to nobody."""
+    def _remove_leftovers(self, now: float) -> tuple[int, dict[str, _Files]]:
+        """Remove leftovers. Return the bytes that all other files take, and the files of each K."""
         total = 0
-        keys: dict[str, _Found] = {}
+        keys: dict[str, _Files] = {}
         with self._listed() as entries:
             for item in entries:
                 if _PART.fullmatch(item.name):
                     if not self._remove_unused(item.name):
                         total += _cost(item.stat(follow_symlinks=False).st_size) + BLOCK
                 elif match := _META.fullmatch(item.name):
-                    said = item.stat(follow_symlinks=False)
-                    found = keys.setdefault(match[1], _Found())
-                    found.has_meta, found.used, found.leased = True, said.st_mtime, said.st_atime
+                    status = item.stat(follow_symlinks=False)
+                    files = keys.setdefault(match[1], _Files())
+                    files.has_meta, files.used, files.leased = True, status.st_mtime, status.st_atime
                     total += BLOCK
                 elif match := _DATA.fullmatch(item.name):
-                    said = item.stat(follow_symlinks=False)
-                    keys.setdefault(match[1], _Found()).data.append((item.name, said.st_size, said.st_ctime))
-                    total += _cost(said.st_size)
-        for key, found in list(keys.items()):
-            current = self._current(key) if found.has_meta and len(found.data) > 1 else None
-            for name, size, changed in list(found.data):
-                is_orphan = not found.has_meta or (current is not None and name != current)
-                # a proxy may have been told of one that has been replaced since
+                    status = item.stat(follow_symlinks=False)
+                    keys.setdefault(match[1], _Files()).data.append((item.name, status.st_size, status.st_ctime))
+                    total += _cost(status.st_size)
+        for key, files in list(keys.items()):
+            current = self._current(key) if files.has_meta and len(files.data) > 1 else None
+            for name, size, changed in list(files.data):
+                is_orphan = not files.has_meta or (current is not None and name != current)
+                # a proxy may have been told to send a version that has been replaced since
                 if is_orphan and not 0 <= now - changed < LEASE_SECONDS and self._remove_unused(name):
-                    found.data.remove((name, size, changed))
+                    files.data.remove((name, size, changed))
                     total -= _cost(size)
-            if found.has_meta and not found.data:
+            if files.has_meta and not files.data:
                 self._unlink(f"{key}.meta")
                 total -= BLOCK
-            if not found.has_meta or not found.data:
+            if not files.has_meta or not files.data:
                 del keys[key]
         return total, keys
 
-    def _evict(self, key: str, found: _Found) -> int:
-        """Remove all there is of a K, unless it is in use, and return the bytes that are free then."""
-        descriptors = [self._lock_unused(name) for name, _, _ in found.data]
+    def _evict(self, key: str, files: _Files) -> int:
+        """Remove all files of a K, unless one is in use, and return the bytes that this frees."""
+        descriptors = [self._lock_unused(name) for name, _, _ in files.data]
         meta, hidden = f"{key}.meta", f"{key}.{secrets.token_hex(8)}.part"
         try:
             if None in descriptors:
                 return 0
-            # Without its name nobody can lease it any more, and who has, since it was looked at, is seen now.
+            # Without its name K.meta cannot be leased any more. A lease since the sweep began shows in its time.
             try:
                 self._rename(meta, hidden)
             except FileNotFoundError:
@@ -392,39 +392,39 @@ class CacheDirectory:
                 self._rename(hidden, meta)
                 return 0
             self._unlink(hidden)
-            for name, _, _ in found.data:
+            for name, _, _ in files.data:
                 self._unlink(name)
-            return BLOCK + sum(_cost(size) for _, size, _ in found.data)
+            return BLOCK + sum(_cost(size) for _, size, _ in files.data)
         finally:
             for descriptor in descriptors:
                 if descriptor is not None:
                     os.close(descriptor)
 
     def _retire(self, name: str, leased: float) -> int:
-        """Remove a version that is not current any more, now or in a later sweep; return the bytes that are free."""
+        """Remove a replaced version, now or in a later sweep; return the bytes that this frees now."""
         size = self._size(name)
         if size is None:
             return 0
         if not 0 <= time.time() - leased < LEASE_SECONDS and self._remove_unused(name):
             return _cost(size)
-        with suppress(OSError):  # sets the time of the last change, from which it is kept for a while
-            found = os.stat(name, dir_fd=self.root.descriptor, follow_symlinks=False)
-            times = (found.st_atime_ns, found.st_mtime_ns)
+        with suppress(OSError):  # sets ctime, after which the file is kept for `LEASE_SECONDS`
+            status = os.stat(name, dir_fd=self.root.descriptor, follow_symlinks=False)
+            times = (status.st_atime_ns, status.st_mtime_ns)
             os.utime(name, ns=times, dir_fd=self.root.descriptor, follow_symlinks=False)
         return 0
 
     def _modified(self, metadata: FileMetadata, before: str | None) -> float:
-        """Return the time for the file of a new version, of which proxies make validators, with seconds and the size.
+        """Return the mtime for a new version. Proxies make validators of its seconds and of the size.
 
-        It is Last-Modified only where that is all that tells versions apart. Where a tag does, two of them may have it
-        in common: then it is the time now, or a second after that of the version before.
+        It is Last-Modified only if the version has no entity tag. Versions with different tags may have the same
+        Last-Modified, so they get the current time, or a second after the time of the version before.
         """
         if metadata.etag is None and metadata.last_modified is not None:
             return metadata.last_modified
         with suppress(OSError):
             if before is not None:
-                found = os.stat(before, dir_fd=self.root.descriptor, follow_symlinks=False)
-                return max(time.time(), found.st_mtime + 1)
+                status = os.stat(before, dir_fd=self.root.descriptor, follow_symlinks=False)
+                return max(time.time(), status.st_mtime + 1)
         return time.time()
 
     def _new_part(self, key: str, mode: int) -> Part:
@@ -446,14 +446,14 @@ class CacheDirectory:
             os.close(part.descriptor)
 
     def _current(self, key: str) -> str | None:
-        """Return the K-V that a K.meta names, whoever's it is."""
+        """Return the K-V that a K.meta names, whatever its source and key are."""
         try:
             descriptor = self._open_meta(f"{key}.meta")
         except OSError:
             return None
         try:
-            said: Any = json.loads(os.read(descriptor, 1 << 20).partition(b"\n")[2])
-            name = said["data"]
+            loaded: Any = json.loads(os.read(descriptor, 1 << 20).partition(b"\n")[2])
+            name = loaded["data"]
             return name if (match := _DATA.fullmatch(name)) and match[1] == key else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -461,10 +461,10 @@ class CacheDirectory:
             os.close(descriptor)
 
     def _open_meta(self, name: str) -> int:
-        # reading must not look like a proxy's use of the file
+        # reading must not change atime, which is the time of the last lease
         try:
             return os.open(name, _READ | getattr(os, "O_NOATIME", 0), dir_fd=self.root.descriptor)
-        except PermissionError:  # another user's
+        except PermissionError:  # it belongs to another user
             return os.open(name, _READ, dir_fd=self.root.descriptor)
 
     def _leased(self, key: str) -> float:
@@ -480,7 +480,7 @@ class CacheDirectory:
             return None
 
     def _lock_unused(self, name: str) -> int | None:
-        """Return a descriptor that holds the lock of a file that nobody uses, else None."""
+        """Return a descriptor that holds the lock of an unused file; None if the file is in use."""
         try:
             descriptor = os.open(name, _READ, dir_fd=self.root.descriptor)
         except OSError:
@@ -524,13 +524,13 @@ def _existing(entries: Iterator["os.DirEntry[str]"]) -> Iterator["os.DirEntry[st
     for entry in entries:
         with suppress(FileNotFoundError):  # a part whose writer has just removed it
             if entry.is_file(follow_symlinks=False):
-                entry.stat(follow_symlinks=False)  # which it remembers
+                entry.stat(follow_symlinks=False)  # the entry keeps the result
                 yield entry
 
 
 def protect(descriptor: int) -> None:
-    """Mark an open file as being in use, until it is closed."""
-    with suppress(OSError):  # it is being removed; what is open can be read to its end
+    """Mark an open file as in use until it is closed."""
+    with suppress(OSError):  # it is being removed; an open file can be read to its end
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 

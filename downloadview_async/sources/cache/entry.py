@@ -1,4 +1,4 @@
-"""What is known of one complete file of a cache (`Entry`), and how it is written into the file K.meta as JSON."""
+"""What is known about one complete file of a cache (`Entry`), and how it is written to the file K.meta as JSON."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import ETag, FileMetadata
 
 BLOCK = 4096
-"""Bytes that what a file takes on the disk is rounded up to; a K.meta is counted as one such block."""
+"""The size of a file on the disk is rounded up to a multiple of this many bytes. A K.meta counts as one block."""
 
 _VERSION = 1
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+\Z")
@@ -21,9 +21,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]")
 class Entry:
     """One complete file of a cache. `metadata` has its size.
 
-    data: its name in the directory. name: what the client should call it. validated: when it was last known to be
-    current, in seconds since the epoch. max_age: for how many seconds from then, where that is not the cache's to say.
-    age: how many seconds old it was then, as the origin's answer had come through other caches.
+    data: its name in the directory. name: the file name for the client. validated: when it was last known to be
+    current, in seconds since the epoch. max_age: the freshness lifetime from then on in seconds, or None for that of
+    the cache. age: how many seconds old it was then, because the origin's answer had passed through other caches.
     """
 
     data: str
@@ -39,25 +39,25 @@ class Entry:
         return self.validated - self.age
 
     def fresh_for(self, max_age: float) -> float:
-        """Return for how many seconds it may be sent without asking; `max_age` where the file has none of its own."""
+        """Return for how many seconds it is still fresh. `max_age`: the lifetime of a file that has none itself."""
         age = time.time() - self.validated
-        if age < 0:  # it was validated by another clock: who knows when
+        if age < 0:  # it was validated by another clock, at an unknown time
             return 0.0
         return max(0.0, (max_age if self.max_age is None else self.max_age) - age)
 
 
 def key_hash(source: str, key: str) -> str:
-    """Return the K of a source's name and a key, 40 hexadecimal digits: different for any two different pairs."""
+    """Return the K of a source's name and a key: 40 hexadecimal digits, different for different pairs."""
     return _hash(source, key)
 
 
 def data_name(key: str, metadata: FileMetadata) -> str:
-    """Return K-V for the K and the description of a complete file."""
+    """Return K-V for the K and the metadata of a complete file."""
     return f"{key}-{_hash(str(metadata.etag), str(metadata.last_modified), str(metadata.size))}"
 
 
 def is_describable(source: str, key: str, entry: Entry) -> bool:
-    """Return whether what is known of a file fits into the one block that a K.meta is counted as."""
+    """Return whether the K.meta of a file fits into the one block that it counts as."""
     return len(dump_entry(source, key, entry)) <= BLOCK
 
 
@@ -68,7 +68,7 @@ def _hash(*parts: str) -> str:
 
 
 def dump_entry(source: str, key: str, entry: Entry) -> bytes:
-    """Return the content of a K.meta: a checksum, and what is known of the file as JSON."""
+    """Return the content of a K.meta: a checksum, and the entry as JSON."""
     metadata = entry.metadata
     body = json.dumps(
         {
@@ -91,26 +91,26 @@ def dump_entry(source: str, key: str, entry: Entry) -> bytes:
 
 
 def load_entry(content: bytes, source: str, key: str) -> Entry | None:
-    """Return what a K.meta says, or None for one that is damaged, of another version, or of another file."""
+    """Return the entry in a K.meta, or None if it is damaged, of another format version, or of another file."""
     checksum, _, body = content.partition(b"\n")
     if checksum != blake2b(body, digest_size=20).hexdigest().encode():
         return None
     try:
-        said = json.loads(body)
-        if (said["version"], said["source"], said["key"]) != (_VERSION, source, key):
+        loaded = json.loads(body)
+        if (loaded["version"], loaded["source"], loaded["key"]) != (_VERSION, source, key):
             return None
         entry = Entry(
-            data=said["data"],
-            name=said["name"],
-            validated=float(said["validated"]),
-            max_age=None if said["max_age"] is None else float(said["max_age"]),
-            age=float(said.get("age", 0.0)),
+            data=loaded["data"],
+            name=loaded["name"],
+            validated=float(loaded["validated"]),
+            max_age=None if loaded["max_age"] is None else float(loaded["max_age"]),
+            age=float(loaded.get("age", 0.0)),
             metadata=FileMetadata(
-                size=said["size"],
-                etag=None if said["etag"] is None else ETag.parse(said["etag"]),
-                last_modified=said["last_modified"],
-                content_type=said["content_type"],
-                headers=tuple((name, value) for name, value in said["headers"]),
+                size=loaded["size"],
+                etag=None if loaded["etag"] is None else ETag.parse(loaded["etag"]),
+                last_modified=loaded["last_modified"],
+                content_type=loaded["content_type"],
+                headers=tuple((name, value) for name, value in loaded["headers"]),
             ),
         )
         return entry if _is_sound(entry, key_hash(source, key)) else None
@@ -119,7 +119,7 @@ def load_entry(content: bytes, source: str, key: str) -> Entry | None:
 
 
 def _is_sound(entry: Entry, key: str) -> bool:
-    """Return whether an entry's values are such as this module writes: what it names is never more than a K-V."""
+    """Return whether an entry has only values that this module writes. The file it names can only be a K-V."""
     metadata = entry.metadata
     return (
         isinstance(entry.name, str)

@@ -1,4 +1,4 @@
-"""`Fill`: one fetch of a file into the cache, single-flight, that everybody who wants the file reads from meanwhile."""
+"""`Fill`: fetches a file into the cache (single-flight), and feeds all clients that want it meanwhile."""
 
 import asyncio
 import logging
@@ -37,10 +37,10 @@ logger = logging.getLogger("downloadview_async")
 
 
 class Fill:
-    """One file on its way into the cache, by a task of its own.
+    """One file on its way into the cache, fetched by a separate task.
 
-    It ends when the last client breaks off; but once a client has been given all that it asked for, the file is
-    fetched to its end, unless too many others are.
+    It ends when the last client leaves. But once a client has got all bytes that it asked for, the file is fetched to
+    its end, unless too many other fills run without clients.
     """
 
     def __init__(
@@ -58,21 +58,21 @@ class Fill:
         self.arriving = Arriving()
         self.result: Kept | None = None
         self.is_kept = False
-        """Whether it will be in the cache, as far as is known."""
+        """Whether the file will be kept in the cache, as far as is known."""
         self.task: asyncio.Task[None]
         self._cache = cache
         self._inner = inner
         self._stale = stale
         self.is_for_one = False
-        """Whether the answer is for the first who asked alone: it is not for a cache, so not for others either."""
+        """Whether the answer is uncacheable, so that only the first client may get it."""
         self._before = before
-        """Another one of the same file that arrives, of which the source is asked whether it is current."""
+        """Another fill of the same file that still arrives. The source is asked whether its version is current."""
         self._same: Fill | None = None
-        """That one, once the source has said so."""
+        """That fill, once the source has confirmed its version."""
         self._described_as: FileMetadata | None = None
-        """What the source has answered."""
+        """The metadata that the source has answered."""
         self._entry: Entry | None = None
-        """What is known of the file that arrives, from when the source has described it."""
+        """The entry of the file that arrives, once the source has described it."""
         self._fresh_until = math.inf
         self._clients = 0
         self._is_given = False
@@ -81,26 +81,26 @@ class Fill:
         self._settled = anyio.Event()
 
     def start(self) -> None:
-        """Begin."""
+        """Begin to fetch."""
         self.task = asyncio.create_task(self._run())
 
     def stop(self) -> None:
-        """Let the task end soon, and nobody join."""
+        """End the task soon, and let no other client join."""
         self._cache.withdraw(self)
         self.arriving.fail(SourceUnavailable("the fetch was ended"))
         self._scope.cancel()
 
     @property
     def is_fresh(self) -> bool:
-        """Whether a client that asks now may have what the source has answered, or will answer.
+        """Whether a client that asks now may get the source's answer to this fill.
 
-        What is made here is being made: it is not old before it is complete.
+        A file that is made on demand stays fresh until it is complete.
         """
         return time.monotonic() < self._fresh_until
 
     @property
     def arrives(self) -> "Fill | None":
-        """The one whose version arrives, for others to join: this, or the one that the source has confirmed."""
+        """The fill that others can join: this one, or the one whose version the source has confirmed; or None."""
         if self._same is not None:
             return self._same
         is_joinable = self.is_kept and self._entry is not None and self.arriving.failure is None
@@ -108,11 +108,11 @@ class Fill:
 
     @property
     def is_unattended(self) -> bool:
-        """Whether it goes on though nobody waits for it."""
+        """Whether it goes on without clients."""
         return not self._clients and not self._settled.is_set()
 
     async def settled(self) -> None:
-        """Wait until it has ended, or turns out not to be kept. Raises what it failed of."""
+        """Wait until it has ended or turns out not to be kept. Raises the error that it failed with."""
         while not self._settled.is_set() and self.arriving.is_on_disk:
             await self.arriving.wait()
         if self.arriving.failure is not None:
@@ -123,7 +123,7 @@ class Fill:
 
     @asynccontextmanager
     async def joined(self) -> AsyncIterator[tuple["Fill", ArrivingFile | None]]:
-        """Give the fetch that has the file, and the file as it arrives; or None if the one that is kept is current."""
+        """Give the fill that has the file, and the file as it arrives, or None if the kept file is current."""
         arriving, joined_at = self.arriving, time.time()
         async with self._attended() as attendance:
             if self._before is not None:
@@ -163,14 +163,14 @@ class Fill:
         """Yield a span of the version that arrives, by another read of the source."""
         async with self._inner.open(DownloadRequest(range=f"bytes={span.start}-{span.stop - 1}")) as opened:
             if self._described_as is None or not _is_same_version(opened.metadata, self._described_as):
-                raise TransferAborted(f"{self._inner.name!r} is not known to be the same version by now")
+                raise TransferAborted(f"{self._inner.name!r} can no longer be shown to be the same version")
             async with _closing(opened.stream(span)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
     @asynccontextmanager
     async def _attended(self) -> AsyncIterator[AsyncExitStack]:
-        """Have one more client, and end the fetch after the last one where it is not to go on for others."""
+        """Count one more client, and end the fill after the last one, unless it may go on without clients."""
         self._clients += 1
         try:
             async with AsyncExitStack() as attendance:
@@ -203,9 +203,9 @@ class Fill:
         known = self._stale if before is None or before._entry is None else before._entry  # noqa: SLF001
         request = asking_for_news(known)
         if known is not None and isinstance(self._inner, VirtualFile):
-            said, now = self._inner.validators, time.time()
-            is_same = failed_precondition(request, said) == 304 and is_current(known, said)
-            if is_same and await self._confirmed(known, said, Received(date=now, at=now)):
+            given, now = self._inner.validators, time.time()
+            is_same = failed_precondition(request, given) == 304 and is_current(known, given)
+            if is_same and await self._confirmed(known, given, Received(date=now, at=now)):
                 return
         try:
             async with self._inner.open(request) as opened:
@@ -219,11 +219,11 @@ class Fill:
             if self._stale is not None:
                 await self._cache.forget(self.source, self.key, self._stale.data)
             raise
-        async with self._inner.open(GET) as opened:  # it says "not modified" of another version, or not to keep it
+        async with self._inner.open(GET) as opened:  # the 304 was for another version, or forbids to keep it
             await self._receive(opened)
 
     async def _confirmed(self, known: Entry, metadata: FileMetadata, received: Received) -> bool:
-        """Take what is known for current, as the source has just said, and return whether it may still be kept."""
+        """Renew the entry that the source has just confirmed, and return whether the file may still be kept."""
         if (complete := self._completed_meanwhile(known)) is not None:
             known, self._before = complete, None
         described = updated(known.metadata, metadata)
@@ -239,14 +239,14 @@ class Fill:
         return True
 
     def _completed_meanwhile(self, known: Entry) -> Entry | None:
-        """Return the version that has arrived while the source was asked whether it is current, if it is kept."""
+        """Return the entry of the fill `before` if it has been kept meanwhile and is the confirmed version."""
         kept = None if self._before is None or self._before.arrives is not None else self._before.result
         if kept is None or kept.entry.metadata.etag != known.metadata.etag:
             return None
         return kept.entry if kept.entry.metadata.last_modified == known.metadata.last_modified else None
 
     def _described(self, metadata: FileMetadata, received: Received, max_age: float | None, *, data: str = "") -> Entry:
-        """Return what is known of a file from what the source has just answered, and until when others may have it."""
+        """Return the entry of a file that the source has just described, and note until when others may get it."""
         if not isinstance(self._inner, VirtualFile) or not max_age:
             self._fresh_until = time.monotonic() + (max_age or 0.0)
         return Entry(
@@ -270,7 +270,7 @@ class Fill:
             headers=tuple((name, value) for name, value in metadata.headers if name != "age"),
         )
         self._entry = self._described(kept, received, max_age)
-        # where the connection's end is all that ends a file, nobody knows whether it is whole
+        # a file that only ends with its connection may be incomplete
         if getattr(opened, "ends_with_connection", False) or not self._is_describable(kept):
             max_age = None
         part = None if max_age is None else await self._cache.begin(self.source, self.key, size)
@@ -284,7 +284,7 @@ class Fill:
         self.is_kept = True
         try:
             if kept.etag is None and kept.changed_at is None:
-                # so that whoever resumes gets the rest of this very copy
+                # so that a client can resume with the rest of this copy
                 kept = replace(kept, etag=ETag(secrets.token_hex(16)))
             self._entry = replace(self._entry, metadata=kept)
             await self._describe(part, kept)
@@ -295,7 +295,7 @@ class Fill:
             complete = self.arriving.metadata
             entry = replace(self._entry, data=data_name(part.key, complete), metadata=complete)
             if isinstance(self._inner, VirtualFile):
-                entry = replace(entry, validated=time.time())  # its `max_age` counts from when it has been made
+                entry = replace(entry, validated=time.time())  # its `max_age` counts from its completion
             with anyio.CancelScope(shield=True):
                 self.result = await self._cache.commit(part, self.source, self.key, entry)
         finally:
@@ -321,7 +321,7 @@ class Fill:
             count: int = await file.write(block)
             return count
 
-        # From then on what arrives is handed on to those who are there, and who comes later would miss the beginning.
+        # Without room, new bytes only go to the clients that are there: one that joins later would miss the beginning.
         async def reserve(size: int) -> bool:
             has_room = await cache.grow(part, size)
             if not has_room:
@@ -335,7 +335,7 @@ class Fill:
         self.arriving.describe(metadata, file=local, write=write, reserve=reserve, complain=complain)
 
     async def _take_all(self, opened: OpenFile, size: int | None) -> None:
-        """Take exactly what was promised. Raises `TransferAborted` where there is less."""
+        """Take exactly the promised bytes. Raises `TransferAborted` if there are fewer."""
         arriving, left = self.arriving, size
         if size != 0:
             async with _closing(opened.stream(None if size is None else ByteRange(0, size))) as chunks:
@@ -348,15 +348,15 @@ class Fill:
                     if left is not None and (left := left - len(chunk)) <= 0:
                         break
         if left is not None and left > 0:
-            raise TransferAborted(f"the file ended {left} bytes before what was promised of it")
+            raise TransferAborted(f"the file ended {left} bytes before its promised size")
         await arriving.flush()
         arriving.finish()
 
 
 def _max_reads(metadata: FileMetadata) -> int:
-    """Return how often one reader may have spans read from the source, each of which may be a request."""
+    """Return how many spans one reader may read from the source, where each may be a request."""
     if not metadata.accept_ranges:
-        return 1  # each read is one of the whole file
+        return 1  # each read is a read of the whole file
     return MAX_READS if metadata.max_reads is None else metadata.max_reads
 
 
@@ -366,7 +366,7 @@ def _received(opened: OpenFile) -> Received:
 
 
 def _is_same_version(metadata: FileMetadata, other: FileMetadata) -> bool:
-    """Return whether two descriptions are known to be of the same bytes: only a strong validator tells."""
+    """Return whether two descriptions are of the same bytes, which only a strong validator proves."""
     if metadata.size != other.size or metadata.etag != other.etag:
         return False
     if metadata.etag is not None and not metadata.etag.weak:

@@ -1,4 +1,4 @@
-"""For how long a copy of a file may be sent without asking, and how to ask whether it is current (RFC 9111)."""
+"""The freshness lifetime of a copy, and the request that revalidates it (RFC 9111)."""
 
 import re
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9a-z-]+)(?:=("[^"]*"|[^",\s]*))?')
 
 
 def max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float, received: Received) -> float | None:
-    """Return for how many seconds from when it was received a file is fresh; None for one that is not to be kept.
+    """Return for how many seconds after it was received a file is fresh; None if it must not be kept.
 
-    max_age: seconds, at most, and where the file says nothing. It counts from when we asked; what the file says counts
-    from when the origin answered [RFC 9111 4.2.3].
+    max_age: the longest lifetime in seconds, and the one of a file that names none. It counts from our request; a
+    lifetime that the file names counts from the origin's answer [RFC 9111 4.2.3].
     """
     if isinstance(file, VirtualFile):
         if file.max_age is not None:
@@ -30,15 +30,15 @@ def max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float, received
     headers: Mapping[str, str] = dict(metadata.headers)
     if "*" in headers.get("vary", ""):
         return None
-    found = _DIRECTIVE.findall(headers.get("cache-control", "").lower())
-    directives = {name for name, _ in found}
-    if not directives.isdisjoint({"no-store", "private"}):
+    directives = _DIRECTIVE.findall(headers.get("cache-control", "").lower())
+    names = {name for name, _ in directives}
+    if not names.isdisjoint({"no-store", "private"}):
         return None
-    if "no-cache" in directives:
+    if "no-cache" in names:
         return 0.0
-    lifetime = _delta(found, "s-maxage")  # "overrides [...] the max-age directive" for a cache of many [5.2.2.10]
+    lifetime = _delta(directives, "s-maxage")  # "overrides [...] the max-age directive" for a shared cache [5.2.2.10]
     if lifetime is None:
-        lifetime = _delta(found, "max-age")
+        lifetime = _delta(directives, "max-age")
     if lifetime is None and "expires" in headers:
         expires = parse_http_date(headers["expires"])
         # by the clock of the origin: "expires_value - date_value" [4.2.1]
@@ -47,7 +47,7 @@ def max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float, received
 
 
 def _delta(directives: list[tuple[str, str]], name: str) -> float | None:
-    """Return the seconds of a directive, or None where it is not there.
+    """Return the seconds of a directive, or None without it.
 
     "If there is [...] an invalid value", or more than one, "the response is [...] stale" [4.2.1].
     """
@@ -59,14 +59,14 @@ def _delta(directives: list[tuple[str, str]], name: str) -> float | None:
 
 
 def updated(kept: FileMetadata, metadata: FileMetadata) -> FileMetadata:
-    """Return the metadata of a kept file as a 304 changes it: by what that says about caching [RFC 9111 3.2]."""
+    """Return the metadata of a kept file, updated by the caching headers of a 304 [RFC 9111 3.2]."""
     news = {name: value for name, value in metadata.headers if name in _OF_A_304}
     headers = dict(kept.headers) | news
     return kept if headers == dict(kept.headers) else replace(kept, headers=tuple(headers.items()))
 
 
 def asking_for_news(stale: Entry | None) -> DownloadRequest:
-    """Return the request for a file, or for one that is not the one we have."""
+    """Return the request that revalidates a kept file, or a plain GET if that is not possible."""
     if stale is None:
         return GET
     if stale.metadata.etag is not None:
@@ -77,7 +77,7 @@ def asking_for_news(stale: Entry | None) -> DownloadRequest:
 
 
 def is_current(stale: Entry, metadata: FileMetadata) -> bool:
-    """Return whether what was answered, with "not modified", is said of the very version we have."""
+    """Return whether a "not modified" answer is about the version that is kept."""
     if metadata.size not in (None, stale.metadata.size):
         return False
     return stale.metadata.etag is not None or metadata.last_modified == stale.metadata.last_modified

@@ -1,10 +1,11 @@
-"""`Cache`: the complete files that this process knows of, the fills that run, and how full the directory is."""
+"""`Cache`: the complete files that this process knows, the running fills, and how full the directory is."""
 
 import asyncio
 import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -35,15 +36,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("downloadview_async")
 
 REMEMBER_SECONDS = 60.0
-"""Seconds before a file that was found uncacheable is tried again."""
+"""Seconds before a file found uncacheable is tried again."""
 
 UNUSED_SECONDS = 3600.0
 UNUSED_AGES = 10
-"""A file that nobody has used for so long, and for so many times `max_age`, is removed."""
+"""A file is removed after it was not used for this many seconds and for this many times `max_age`."""
 
 _NEVER = -math.inf
-_CHECK_SECONDS = 5.0  # how long what was found in the directory is believed without another look
-_GROW = 8 << 20  # bytes of room that a file which arrives is given at a time
+_CHECK_SECONDS = 5.0  # how long a file counts as present without another look into the directory
+_GROW = 8 << 20  # bytes: the room that is reserved at a time for a file that arrives
 _MAX_KNOWN = 16384
 _MAX_UNATTENDED = 4
 _THREADS = 4
@@ -56,26 +57,34 @@ Ts = TypeVarTuple("Ts")
 class CacheCounters:
     """What a cache has done in this process, and how full it is.
 
-    hits: found complete and current, without a question. stale: the source was asked whether a file is still current.
-    misses: it was not there; one that somebody has removed, which is found too late, is both. passed: of all, those
-    that were answered by the source itself. bytes: on the disk, by all processes together, when they were last looked
-    at.
+    hits: requests served from the cache without asking the source. misses: requests for a file that was not in the
+    cache. A file that has been removed behind the cache's back counts as a hit and as a miss. revalidated: requests
+    for which the source was asked whether the cached file is still current. passed: how many of all these the source
+    answered itself. bytes: what all processes together had on the disk when one last counted it.
     """
 
     hits: int
     misses: int
-    stale: int
+    revalidated: int
     passed: int
     bytes: int
+
+    @property
+    def stale(self) -> int:
+        """The old name of `revalidated`. Deprecated."""
+        warnings.warn(
+            "CacheCounters.stale has a new name: use CacheCounters.revalidated", DeprecationWarning, stacklevel=2
+        )
+        return self.revalidated
 
 
 @dataclass(slots=True, eq=False)
 class Kept:
-    """A complete file that this process knows of. All times are by the monotonic clock.
+    """A complete file that this process knows. All times are by the monotonic clock.
 
-    checked: when it was found in the directory, or put there. current: until when it is sent without another look at
-    anything. leased: when a proxy was last told of it. used: when it was last asked for. is_gone: whether somebody has
-    removed it. file: what is given to those who ask for it, once somebody has.
+    checked: when the file was last seen in the directory, or put there. current: until when it is sent without any
+    check. leased: when a proxy was last told to send it. used: when it was last requested. is_gone: whether it was
+    found to be removed. file: what `CachedSource.resolve` returns for it, once it was requested.
     """
 
     source: str
@@ -93,24 +102,25 @@ class Kept:
 class Cache:
     """Files in a directory on a local disk, for any number of sources and processes: see `CachedSource`.
 
-    directory: is made if there is none, and belongs to the cache alone.
-    max_bytes: what all files in it may take together, in whole blocks of the disk; those least recently used make room.
-    max_age: seconds for which a file is sent without asking whether it is still current.
+    directory: a directory that only this cache uses. It is made if it does not exist.
+    max_bytes: the most bytes that all its files may take, in whole blocks of the disk. The least recently used files
+    are evicted.
+    max_age: seconds for which a file is sent without asking the source whether it is still current.
 
-    Raises `ConfigurationError` for a directory that cannot be made or read, for numbers that are none, and where
-    aiofiles is not installed. A directory that cannot be written to later, or that is full, is no error: what is not
-    there then is sent without being kept, and the log says so once a minute.
+    Raises `ConfigurationError` if the directory cannot be made or read, for an invalid number, and if aiofiles is not
+    installed. A directory that is full, or that cannot be written to later, is not an error: files that are not in the
+    cache are then sent without being kept, and the log tells it once a minute.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], *, max_bytes: int = 10 << 30, max_age: float = 86_400.0
     ) -> None:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
-            raise ConfigurationError(f"max_bytes is a number of bytes, more than 0, not {max_bytes!r}")
+            raise ConfigurationError(f"max_bytes must be a number of bytes, more than 0, not {max_bytes!r}")
         if isinstance(max_age, bool) or not isinstance(max_age, int | float) or not max_age >= 0:
-            raise ConfigurationError(f"max_age is a number of seconds, 0 or more, not {max_age!r}")
+            raise ConfigurationError(f"max_age must be a number of seconds, 0 or more, not {max_age!r}")
         try:
-            import aiofiles  # the writing side alone needs it
+            import aiofiles  # only writing needs it
         except ModuleNotFoundError as exc:
             raise ConfigurationError(
                 "a cache needs aiofiles: install downloadview_async with its extra `cache`"
@@ -131,12 +141,12 @@ class Cache:
         self._refused: dict[tuple[str, str], float] = {}
         self._fetches: dict[tuple[asyncio.AbstractEventLoop, str, str], Fill] = {}
         self._running: set[Fill] = set()
-        """Those that have not ended, though nobody may join some of them any more."""
+        """The fills that have not ended, including those that no client may join any more."""
         self._sweeping: set[asyncio.Task[None]] = set()
         self._names: dict[str, CachedSource] = {}
         self._is_offloaded = False
         self._complained = -60.0
-        self.counts = {"hits": 0, "misses": 0, "stale": 0, "passed": 0}
+        self.counts = {"hits": 0, "misses": 0, "revalidated": 0, "passed": 0}
 
     @property
     def path(self) -> str:
@@ -149,14 +159,14 @@ class Cache:
         return CacheCounters(**self.counts, bytes=self.directory.bytes)
 
     async def sweep(self) -> None:
-        """Count what is there, and remove what killed processes and disuse have left.
+        """Count the files, and remove unused ones and those that killed processes have left.
 
-        A cache that is used does this by itself once a minute; an application that starts may want to do it at once.
+        A cache in use does this by itself once a minute; an application may call it when it starts.
         """
         await self._attempt(self.directory.sweep)
 
     async def aclose(self) -> None:
-        """End what is being fetched; what has not all arrived is removed. Those who wait for it are aborted."""
+        """End the running fills, and remove incomplete files. Clients that wait for them are aborted."""
         await self._end(list(self._running))
         for task in list(self._sweeping):
             await asyncio.wait([task])
@@ -164,19 +174,19 @@ class Cache:
     # What follows is for `CachedSource` and its files.
 
     def enlist(self, source: "CachedSource") -> None:
-        """Note who uses a name. Raises `ConfigurationError` where that is two, who would get each other's files."""
+        """Register a source by its name. Raises `ConfigurationError` if another source has it."""
         if self._names.setdefault(source.name, source) is not source:
             raise ConfigurationError(
-                f"two sources are called {source.name!r} in the cache {self.path!r}: give each a name= of its own"
+                f"two sources are called {source.name!r} in the cache {self.path!r}: give each another name="
             )
 
     async def end_of(self, source: str) -> None:
-        """End what is being fetched from a source, and let go of its name."""
+        """End the fills from a source, and free its name."""
         await self._end([fetch for fetch in self._running if fetch.source == source])
         self._names.pop(source, None)
         for kept in list(self.kept.values()):
             if kept.source == source:
-                kept.file = None  # which would be fetched again from there
+                kept.file = None  # it would use the source again
 
     async def _end(self, fetches: "list[Fill]") -> None:
         for fetch in fetches:
@@ -186,7 +196,7 @@ class Cache:
                 await asyncio.wait([fetch.task])
 
     async def find(self, source: str, key: str) -> Kept | None:
-        """Return what is kept of a key, fresh or not, after a look at the disk if the last one was too long ago."""
+        """Return the complete file of a key, fresh or not. Looks at the disk if the last look was too long ago."""
         kept = self.kept.get((source, key))
         if kept is not None and time.monotonic() - kept.checked < _CHECK_SECONDS:
             return kept
@@ -199,7 +209,7 @@ class Cache:
         return None
 
     def remember(self, source: str, key: str, entry: Entry, *, leased: float = _NEVER) -> Kept:
-        """Note what is kept of a key."""
+        """Remember the complete file of a key."""
         before = self.kept.pop((source, key), None)
         now = time.monotonic()
         if before is not None and before.entry.data == entry.data:
@@ -219,23 +229,23 @@ class Cache:
         return kept
 
     def _used(self) -> dict[str, float]:
-        """Return when files were last used, by their K, in seconds since the epoch."""
+        """Return when files were last used, in seconds since the epoch, by their K."""
         began = time.time() - time.monotonic()
         return {kept.hashed: began + kept.used for kept in list(self.kept.values())}
 
     async def forget(self, source: str, key: str, data: str) -> None:
-        """Drop a version of a key, unless another one is kept by now."""
+        """Remove a version of a key, unless there is another version by now."""
         if (kept := self.kept.get((source, key))) is not None and kept.entry.data == data:
             del self.kept[source, key]
         await self._attempt(self.directory.forget, source, key, data)
 
     def location(self, kept: Kept) -> str | None:
-        """Return the path of a complete file, which is kept long enough for a proxy to open it, or None."""
+        """Return the path of a complete file, and lease it long enough for a proxy to open it; or None."""
         if kept.is_gone:
             return None
         now = time.monotonic()
         if now - kept.leased >= _CHECK_SECONDS:
-            # Once per file and process: from the first one on, each look into the directory is a lease.
+            # Only once for each file and process: after the first lease, each look into the directory is one.
             self._is_offloaded = True
             try:
                 self.directory.lease(kept.hashed)
@@ -244,15 +254,15 @@ class Cache:
             kept.leased = now
         return self.directory.root.locate(kept.entry.data)
 
-    def open_at_once(self, kept: Kept) -> OpenLocalFile | None:
-        """Open a complete file, which the caller then closes, if that waits for nothing."""
+    def open_nowait(self, kept: Kept) -> OpenLocalFile | None:
+        """Open a complete file without waiting, or return None. The caller closes it."""
         try:
             local = self._open_files.open(kept.entry.data)
         except FileError:
             return None
         if local is None:
             return None
-        # One that is opened again and again stays open, and is what it was: whoever is described so has been accepted.
+        # A file from the cache of open files has been accepted before: then its metadata is this very object.
         if local.metadata is not kept.entry.metadata and not _accept(local, kept):
             local.close()
             return None
@@ -261,15 +271,15 @@ class Cache:
 
     @asynccontextmanager
     async def open(self, kept: Kept) -> AsyncIterator[OpenLocalFile | None]:
-        """Open a complete file; None if it is not there any more."""
-        local, is_accepted = self.open_at_once(kept), True
+        """Open a complete file; None if it has been removed or changed."""
+        local, is_accepted = self.open_nowait(kept), True
         if local is None:
             try:
-                found = await self._workers.run_or_abandon(self.directory.root.open, kept.entry.data, discard=_close)
-            except (FileMissing, AccessDenied):  # a link, or of another user by now: as good as gone
+                opened = await self._workers.run_or_abandon(self.directory.root.open, kept.entry.data, discard=_close)
+            except (FileMissing, AccessDenied):  # a link, or another user's by now: it counts as removed
                 yield None
                 return
-            local = OpenLocalFile(*found, workers=self._workers)
+            local = OpenLocalFile(*opened, workers=self._workers)
             is_accepted = _accept(local, kept)
         try:
             yield local if is_accepted else None
@@ -277,7 +287,7 @@ class Cache:
             await local.aclose()
 
     def is_refused(self, source: str, key: str) -> bool:
-        """Return whether a file has been found not to be one for the cache, not long ago."""
+        """Return whether a file was recently found uncacheable."""
         until = self._refused.get((source, key))
         if until is None:
             return False
@@ -287,54 +297,54 @@ class Cache:
         return False
 
     def refuse(self, source: str, key: str) -> None:
-        """Note that a file is none for the cache."""
+        """Note that a file is uncacheable."""
         while len(self._refused) >= _MAX_KNOWN:
             del self._refused[next(iter(self._refused))]
         self._refused[source, key] = time.monotonic() + REMEMBER_SECONDS
 
     def may_go_on(self, fetch: "Fill") -> bool:
-        """Return whether a fetch may go on though nobody waits for it: a few may."""
+        """Return whether a fill may go on without clients: a few may."""
         return sum(other.is_unattended for other in self._running if other is not fetch) < _MAX_UNATTENDED
 
     def fetch(self, source: str, key: str, inner: AsyncFile | None, stale: Entry | None) -> "Fill | None":
-        """Return the fetch of a file, which may have begun long ago; without `inner`, only one that has.
+        """Return the fill of a file: one that is running, or with `inner` a new one (single-flight).
 
-        One whose answer is not fresh any more is not joined without asking whether it is current.
+        A running fill whose answer is not fresh any more is joined only after the source has confirmed it.
         """
         place = asyncio.get_running_loop(), source, key
-        found, before = self._fetches.get(place), None
-        if found is not None and not found.is_fresh:
-            before = found.arrives
-            found = None
-        if found is None and inner is not None:
-            found = self._fetches[place] = Fill(self, source, key, inner, stale, before)
-            self._running.add(found)
-            found.start()
-            found.task.add_done_callback(partial(self._ended, found))
-        return found
+        fill, before = self._fetches.get(place), None
+        if fill is not None and not fill.is_fresh:
+            before = fill.arrives
+            fill = None
+        if fill is None and inner is not None:
+            fill = self._fetches[place] = Fill(self, source, key, inner, stale, before)
+            self._running.add(fill)
+            fill.start()
+            fill.task.add_done_callback(partial(self._ended, fill))
+        return fill
 
     def _ended(self, fetch: "Fill", task: asyncio.Task[None]) -> None:
         self._running.discard(fetch)
 
     def withdraw(self, fetch: "Fill") -> None:
-        """Let nobody else join a fetch."""
+        """Let no other client join a fill."""
         place = fetch.loop, fetch.source, fetch.key
         if self._fetches.get(place) is fetch:
             del self._fetches[place]
 
     async def begin(self, source: str, key: str, size: int | None) -> Part | None:
-        """Return a file to fetch into, or None."""
+        """Return a file to write into, or None if there is no room or the disk fails."""
         return await self._attempt(self.directory.begin, key_hash(source, key), size)
 
     async def grow(self, part: Part, size: int) -> bool:
-        """Return whether a part may get so long."""
+        """Return whether there is room for a part to grow to `size` bytes."""
         if size <= part.reserved:
             return True
         room = size + _GROW if part.size is None else min(size + _GROW, part.size)
         return bool(await self._attempt(self.directory.grow, part, room))
 
     async def commit(self, part: Part, source: str, key: str, entry: Entry) -> Kept | None:
-        """Keep a part that is complete, or give what the source has said since; None if that went wrong."""
+        """Keep a complete part and return it, or return a newer version of its key; None if the disk fails."""
         newer = self.kept.get((source, key))
         if newer is not None and newer.entry.validated > entry.validated:
             await self.discard(part)
@@ -351,18 +361,18 @@ class Cache:
         await self._attempt(self.directory.discard, part)
 
     async def renew(self, source: str, key: str, entry: Entry) -> Kept:
-        """Note that a file is still current, and what has been said of it."""
+        """Note that a file is still current, with its new description."""
         await self._attempt(self.directory.renew, source, key, entry)
         return self.remember(source, key, entry)
 
     async def open_to_write(self, part: Part) -> Any:
-        """Return a part as a file of aiofiles."""
+        """Return a part as an aiofiles file, to write to."""
         return await self._open_async(part.descriptor, "r+b", buffering=0, closefd=False, executor=self._executor)
 
     async def local_file(self, part: Part) -> OpenLocalFile:
-        """Return a part to read from."""
-        found = await self._workers.run(os.fstat, part.descriptor)
-        return OpenLocalFile(part.descriptor, found, self.directory.root.is_quick, workers=self._workers)
+        """Return a part as an open file, to read from."""
+        status = await self._workers.run(os.fstat, part.descriptor)
+        return OpenLocalFile(part.descriptor, status, self.directory.root.is_quick, workers=self._workers)
 
     def complain(self, exc: BaseException) -> None:
         """Log that the disk failed, once a minute."""
@@ -378,7 +388,7 @@ class Cache:
             task.add_done_callback(self._sweeping.discard)
 
     async def _attempt(self, function: Callable[[*Ts], T], *args: *Ts) -> T | None:
-        """Return what a call to the directory returns, or None where the disk fails."""
+        """Return what a call to the directory returns, or None if the disk fails."""
         try:
             return await self._workers.run(function, *args)
         except OSError as exc:
@@ -388,8 +398,8 @@ class Cache:
 
 @lru_cache(maxsize=1024)
 def _first_equal(metadata: FileMetadata) -> FileMetadata:
-    # What was read again and says the same is the same object: answers are kept by it, and to compare it takes longer
-    # than all else about a file that is kept.
+    # Equal metadata become the same object: prepared answers are found by it, and comparing metadata takes longer than
+    # everything else that is done for a cached file.
     return metadata
 
 
@@ -398,7 +408,7 @@ def _close(opened: Opened) -> None:
 
 
 def _accept(local: OpenLocalFile, kept: Kept) -> bool:
-    """Describe an open file as the one that is kept, and protect it; False if somebody has changed it."""
+    """Give an open file the metadata of its entry, and protect it; False if the file has been changed."""
     if local.size != kept.entry.metadata.size:
         return False
     protect(local.descriptor)

@@ -1,7 +1,7 @@
-"""`CachedSource`: files that are far away or made on demand, kept on a local disk, over any source.
+"""`CachedSource`: keeps the files of any source, remote or made on demand, on a local disk.
 
-A complete file is a local one: it has a path for a proxy to send it by, ranges, and costs what local files cost. A file
-that is not there yet is fetched once, by a task of its own, and everybody who wants it is fed while it arrives.
+A complete file is a local file: a proxy can send it by its path, it has ranges, and it costs as much as a local file. A
+missing file is fetched once (single-flight) by a separate task, and all clients get its bytes while they arrive.
 """
 
 import os
@@ -26,7 +26,7 @@ from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.virtual import VirtualFile
 
 MAX_AHEAD = 8 << 20
-"""Bytes: a range that begins further on than that behind what has arrived is asked of the source itself."""
+"""Bytes: a range that begins further than this after the bytes that have arrived is read from the source itself."""
 
 _MAX_TRIES = 3
 
@@ -34,13 +34,13 @@ _MAX_TRIES = 3
 class CachedSource:
     """The files of another source, kept in a cache.
 
-    source: a `RemoteSource`, a `StorageSource`, a `VirtualSource`, or any other whose names are texts and stand for the
-    same file whoever asks.
-    name: what the source is called in the cache, in every process and after every restart: whoever has the same name in
-    the same directory gets the same files. By default the URL of a `RemoteSource`, that of an `ObjectStorage`, with its
-    endpoint, or the file and name of a `VirtualSource`'s function. Others need one.
+    source: a `RemoteSource`, a `StorageSource`, a `VirtualSource`, or any other whose names are text and stand for the
+    same file for every client.
+    name: identifies the source in the cache, in every process and after every restart: sources with the same name and
+    directory get the same files. The default is the URL of a `RemoteSource`, the URL of an `ObjectStorage` with its
+    endpoint, or the file and name of a `VirtualSource`'s function. Other sources need a name.
 
-    Raises `ConfigurationError` if another source in the cache has that name, and where one is needed.
+    Raises `ConfigurationError` if another source in the cache has this name, or if a name is needed.
     """
 
     def __init__(self, source: Source, cache: Cache, *, name: str | None = None) -> None:
@@ -51,14 +51,14 @@ class CachedSource:
         cache.enlist(self)
 
     async def resolve(self, name: Any, /) -> AsyncFile:
-        """Return the file called `name`: from the cache if it is there and fresh, else as the source finds it.
+        """Return the file called `name`: from the cache if it is there and fresh, else from the source.
 
         Raises what the source raises.
         """
         if not isinstance(name, str):
             return await self.source.resolve(name)
         if self._canonical is not None:
-            name = self._canonical(name)  # each spelling would be fetched, and kept, again
+            name = self._canonical(name)  # else each spelling would be fetched and kept separately
         now = time.monotonic()
         if (kept := self.cache.kept.get((self.name, name))) is None or now >= kept.current:
             kept = await self.cache.find(self.name, name)
@@ -74,7 +74,7 @@ class CachedSource:
         return kept.file
 
     async def aclose(self) -> None:
-        """End what is being fetched, and close the source if it has to be."""
+        """End the fills from the source, and close it if it has `aclose`."""
         await self.cache.end_of(self.name)
         close = getattr(self.source, "aclose", None)
         if close is not None:
@@ -82,9 +82,9 @@ class CachedSource:
 
 
 def _name_of(source: Source) -> str:
-    """Return what tells a source from all others, here and in any other process that has the same directory.
+    """Return a name that identifies a source, here and in every other process that uses the same directory.
 
-    Raises `ConfigurationError` where that is not known.
+    Raises `ConfigurationError` if none is known.
     """
     kind = type(source).__qualname__
     if isinstance(url := getattr(source, "url", None), str):
@@ -95,7 +95,7 @@ def _name_of(source: Source) -> str:
     if isfunction(make) and make.__closure__ is None and "<" not in make.__qualname__:
         return f"{kind} {make.__code__.co_filename} {make.__module__}.{make.__qualname__}"
     raise ConfigurationError(
-        f"what tells this {kind} from another one in the same directory is not known: give CachedSource a name= for it"
+        f"this {kind} cannot be told from another one in the same cache directory: give CachedSource a name= for it"
     )
 
 
@@ -104,7 +104,7 @@ def _is_local(file: AsyncFile) -> bool:
 
 
 class KeptFile:
-    """A file of a `CachedSource` that was in the cache, and current, when it was asked for."""
+    """A file of a `CachedSource` that was in the cache, and fresh, when it was requested."""
 
     __slots__ = ("_kept", "_source", "name")
 
@@ -115,16 +115,16 @@ class KeptFile:
 
     @property
     def location(self) -> str | None:
-        """The path of the complete file, or None where no proxy can be told of it."""
+        """The path of the complete file, or None if no proxy can send it."""
         return self._source.cache.location(self._kept)
 
-    def open_cached(self, request: DownloadRequest) -> OpenLocalFile | None:
-        """Open the file, if that waits for nothing: see `open_at_once`."""
-        return self._source.cache.open_at_once(self._kept)
+    def open_nowait(self, request: DownloadRequest) -> OpenLocalFile | None:
+        """Open the file without waiting, or return None: see `OpensNowait`."""
+        return self._source.cache.open_nowait(self._kept)
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
-        """Open the file, or have it fetched again if it has been removed."""
+        """Open the file, or fetch it again if it has been removed."""
         source, kept = self._source, self._kept
         async with source.cache.open(kept) as opened:
             if opened is not None:
@@ -139,7 +139,7 @@ class KeptFile:
 
 
 class CachedFile:
-    """A file of a `CachedSource` that is not in the cache, or not known to be current. It has a location once it is."""
+    """A file of a `CachedSource` that is not in the cache, or not fresh. It has a location once it is both."""
 
     __slots__ = ("_cache", "_inner", "_is_counted", "_kept", "_key", "_source", "_stale", "name")
 
@@ -164,12 +164,12 @@ class CachedFile:
 
     @property
     def location(self) -> str | None:
-        """The path of the complete file, or None while there is none."""
+        """The path of the complete file, or None as long as it is not complete."""
         return None if self._kept is None else self._cache.location(self._kept)
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
-        """Open the file: the complete one, the one that arrives, or the source's own."""
+        """Open the complete file, the file while it arrives, or the file of the source itself."""
         cache, source, key = self._cache, self._source, self._key
         for _ in range(_MAX_TRIES):
             kept = self._kept or self._fetched_meanwhile()
@@ -182,7 +182,7 @@ class CachedFile:
                         return
                 self._kept = self._stale = None
                 await cache.forget(source, key, kept.entry.data)
-            self._count("misses" if self._stale is None else "stale")
+            self._count("misses" if self._stale is None else "revalidated")
             async with self._passed(request) as passed:
                 if passed is not None:
                     cache.counts["passed"] += 1
@@ -192,11 +192,11 @@ class CachedFile:
             assert fetch is not None
             async with fetch.joined() as (fetch, arriving):
                 if fetch.is_for_one and (arriving is None or _are_parts(request, arriving.metadata)):
-                    continue  # it passes by once, and each part begins where it likes
+                    continue  # an uncacheable stream can be read only once, but several ranges need to seek
                 if arriving is not None and not (request.range and arriving.metadata.size is None and fetch.is_kept):
                     yield arriving
                     return
-                # it is current, or has no size yet, without which there are no ranges
+                # the kept file is current, or the size is not known yet, and without it there are no ranges
                 if arriving is not None:
                     arriving.position = None
                 await fetch.settled()
@@ -204,7 +204,7 @@ class CachedFile:
         raise SourceUnavailable(f"{self.name!r} does not stay in the cache")
 
     def _count(self, what: str) -> None:
-        # one answer may take several tries, and is one
+        # one request may take several tries, but is counted once
         if not self._is_counted:
             self._is_counted = True
             self._cache.counts[what] += 1
@@ -215,10 +215,10 @@ class CachedFile:
 
     @asynccontextmanager
     async def _passed(self, request: DownloadRequest) -> AsyncIterator[OpenFile | None]:
-        """Open the source's own file where the cache is not to be asked, else give None.
+        """Open the file of the source itself if the cache does not help, else give None.
 
-        For a HEAD of one that nobody fetches; for a file that is none for the cache; and for a range that begins far
-        behind what has arrived, if the source has ranges.
+        It does not help with a HEAD of a file that is not being fetched, with an uncacheable file, and with a range
+        that begins far after the bytes that have arrived, if the source has ranges.
         """
         cache, source, key, inner = self._cache, self._source, self._key, self._inner
         fetch = cache.fetch(source, key, None, None)
@@ -227,7 +227,7 @@ class CachedFile:
             yield None
             return
         async with inner.open(request) as opened:
-            # a source that reads over what comes before a range had better be read once
+            # a source that reads the file from its beginning to get to a range is read only once, by a fill
             if not (is_far and getattr(opened, "reads_over", False)):
                 yield opened
                 return
@@ -249,6 +249,6 @@ def _is_far(request: DownloadRequest, fetch: "Fill | None") -> bool:
     size = None if fetch is None or fetch.arriving.metadata is None else fetch.arriving.metadata.size
     if first is None:
         if size is None or last is None:
-            return True  # the end of a file of any size
+            return True  # the end of a file whose size is not known
         first = max(size - last, 0)
     return first > arrived + MAX_AHEAD

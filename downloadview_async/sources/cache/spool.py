@@ -1,7 +1,7 @@
-"""`Arriving`: bytes that are written to disk as they come, and that any number of readers are fed while they do.
+"""`Arriving`: writes a file to disk as its bytes arrive, and feeds them to any number of readers meanwhile.
 
-When the disk takes no more, what comes is handed on through a window in memory. A reader that holds up others there
-is detached, and gets the rest by a read of the source that is for it alone.
+When nothing more can be written, the bytes go to the readers through a window in memory. A reader that holds up others
+there is detached, and gets the rest from a separate read of the source.
 """
 
 import asyncio
@@ -19,32 +19,32 @@ from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
 from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile
 
 MAX_WAITING = 1 << 18
-"""Bytes that wait to be written, and bytes in the window, at most; one chunk may exceed it.
+"""The most bytes that wait to be written, and the most in the window; one chunk may exceed it.
 
-With blocks of 1 MiB the kernel gives the process new pages for each, which costs five times what writing them does.
+For blocks of 1 MiB the kernel gives the process new pages each time, which costs five times as much as the writing.
 """
 
 LAGGARD_SECONDS = 1.0
-"""For how long, all in all, a reader may hold up others before it is detached."""
+"""Seconds, in total, that a reader may hold up others before it is detached."""
 
 Again = Callable[[ByteRange], AsyncGenerator[bytes, None]]
-"""Reads a span of the same version from the source itself. Raises `TransferAborted` where that cannot be done."""
+"""Reads a span of the same version from the source itself. Raises `TransferAborted` if that fails."""
 
 
 class Arriving:
     """One file, from its first byte to its last. It belongs to one event loop.
 
-    Whoever makes it calls `describe` once, `take` for each chunk, and `finish` or `fail`, and closes it.
+    The fill calls `describe` once, `take` for each chunk, then `finish` or `fail`, and `aclose` at the end.
     """
 
     def __init__(self) -> None:
         self.metadata: FileMetadata | None = None
         self.arrived = 0
-        """Bytes that readers can have."""
+        """Bytes that readers can get."""
         self.is_complete = False
         self.failure: BaseException | None = None
         self.is_on_disk = True
-        """Whether all that has arrived is on the disk; once it is not, it never is again."""
+        """Whether all bytes that have arrived are on the disk. Once False, it stays False."""
         self.readers: set[ArrivingFile] = set()
         self._file: OpenLocalFile | None = None
         self._write: Callable[[memoryview], Awaitable[int]] | None = None
@@ -66,10 +66,10 @@ class Arriving:
         reserve: Callable[[int], Awaitable[bool]] | None = None,
         complain: Callable[[BaseException], None] | None = None,
     ) -> None:
-        """Say what it is, and begin. Without `file` and `write` nothing goes to disk.
+        """Set the metadata, and begin. Without `file` and `write`, nothing is written to disk.
 
-        file: what is written, to read from; it is closed with us. write: writes at its end, and returns how much.
-        reserve: returns whether the file may get that long. complain: is told what the disk refused.
+        file: the file on disk, to read from; `aclose` closes it. write: appends bytes to it, and returns how many.
+        reserve: returns whether the file may grow to a length. complain: is called with an error of the disk.
         """
         self.metadata = metadata
         self._file, self._write, self._reserve = file, write, reserve
@@ -78,7 +78,7 @@ class Arriving:
         self.notify()
 
     async def take(self, chunk: bytes) -> None:
-        """Take the next bytes, and wait while many of them wait to be written."""
+        """Take the next bytes, and wait while too many bytes wait to be written."""
         self._waiting.append(chunk)
         self._waiting_bytes += len(chunk)
         if self._writing is None:
@@ -87,40 +87,40 @@ class Arriving:
             await self.wait()
 
     async def flush(self) -> None:
-        """Wait until readers can have all that was taken."""
+        """Wait until readers can get all bytes that were taken."""
         while self._writing is not None:
             await self.wait()
 
     def finish(self) -> None:
-        """Say that this is all."""
+        """Mark the file as complete."""
         self.is_complete = True
         if self.metadata is not None and self.metadata.size is None and self.is_on_disk:
             self.metadata = _sized(self.metadata, self.arrived)
         self.notify()
 
     def fail(self, exc: BaseException) -> None:
-        """Say that no more will come, and why: readers who want more get that."""
+        """End without the rest of the file: readers that need it raise this error."""
         if not self.is_complete and self.failure is None:
             self.failure = exc
             self.notify()
 
     async def aclose(self) -> None:
-        """Wait for what is being written, and close the file; readers keep what they need of it."""
+        """Wait until the current write ends, and close the file. Readers that have it open keep it open."""
         with anyio.CancelScope(shield=True):
             while (writing := self._writing) is not None:
                 self._waiting.clear()
                 self._waiting_bytes = 0
                 if not self.is_on_disk:
-                    writing.cancel()  # it waits for readers, and has nothing in a thread
+                    writing.cancel()  # it waits for readers; no thread is at work
                 await asyncio.wait([writing])
             file, self._file = self._file, None
             if file is not None:
                 await file.aclose()
 
     def open(self, *, again: Again | None = None, max_reads: int = MAX_READS) -> "ArrivingFile":
-        """Return the file for one more reader, which closes it. After `describe` only.
+        """Return the file for one more reader, which closes it. Call it only after `describe`.
 
-        again: reads what the reader needs and is not here any more. max_reads: how often it may be called, at most.
+        again: reads bytes from the source that are no longer kept here. max_reads: how often it may be called.
         """
         assert self.metadata is not None
         file = None if self._file is None else self._file.shared()
@@ -132,16 +132,16 @@ class Arriving:
         return bool(self.readers) and all(reader.is_detached for reader in self.readers)
 
     async def wait(self) -> None:
-        """Wait until something is different."""
+        """Wait for the next change of state."""
         await self._progress.wait()
 
     def notify(self) -> None:
-        """Wake all who wait."""
+        """Wake everything that waits for a change."""
         event, self._progress = self._progress, anyio.Event()
         event.set()
 
     def failure_again(self) -> BaseException:
-        """Return the failure for one more to raise."""
+        """Return the failure, as a copy where possible, for one more reader to raise."""
         exc = self.failure
         if isinstance(exc, DownloadError):
             again = copy(exc)
@@ -150,7 +150,7 @@ class Arriving:
         return exc or SourceUnavailable("the file is not being fetched any more")
 
     def chunk_at(self, position: int) -> bytes | None:
-        """Return bytes in the window from a position on, or None where the window has gone past it."""
+        """Return bytes of the window from a position on, or None if they have left the window."""
         for start, block in self._window:
             if start <= position < start + len(block):
                 return block[position - start : position - start + CHUNK_SIZE]
@@ -158,11 +158,11 @@ class Arriving:
 
     @property
     def written(self) -> int:
-        """Bytes that can be read from the file; what has arrived beyond is in the window."""
+        """Bytes that can be read from the file. Those that arrived after them are in the window."""
         return self._written
 
     def trim(self) -> None:
-        """Drop from the window what every reader has had."""
+        """Drop the bytes from the window that every reader has got."""
         needed = min((position for _, position in self._positions()), default=self.arrived)
         dropped = False
         while self._window and self._window[0][0] + len(self._window[0][1]) <= needed:
@@ -172,7 +172,7 @@ class Arriving:
             self.notify()
 
     def _positions(self) -> list[tuple["ArrivingFile", int]]:
-        """Return the readers that what is in the window is kept for, and from where on they need it."""
+        """Return the readers that use the window, with the position that each needs next."""
         readers = [reader for reader in self.readers if not reader.is_detached]
         return [(reader, reader.position) for reader in readers if reader.position is not None]
 
@@ -192,7 +192,7 @@ class Arriving:
             self.notify()
 
     async def _to_disk(self, block: bytes) -> bytes:
-        """Write a block, and return what of it could not be written."""
+        """Write a block, and return the bytes that could not be written."""
         assert self._write is not None
         left = memoryview(block)
         try:
@@ -219,7 +219,7 @@ class Arriving:
             await self._wait_for_the_slowest()
 
     async def _wait_for_the_slowest(self) -> None:
-        """Wait until something is different, and detach the readers that have held up others for too long."""
+        """Wait for the next change, and detach the readers that have held up others for too long."""
         start, oldest = self._window[0]
         slowest = [reader for reader, position in self._positions() if position < start + len(oldest)]
         if not any(reader.is_waiting for reader in self.readers):
@@ -235,7 +235,7 @@ class Arriving:
 
 
 class ArrivingFile:
-    """A file that arrives, as one of its readers has it open. A span is sent as soon as its bytes are there."""
+    """A file that arrives, open for one reader. It gets the bytes of a span as soon as they have arrived."""
 
     def __init__(
         self,
@@ -249,15 +249,15 @@ class ArrivingFile:
         self.made_at: float | None = None
         """See `Aged`."""
         self.position: int | None = 0
-        """From where on this reader needs bytes, as far as is known."""
+        """The position from which on this reader needs bytes; None if it is not reading."""
         self.is_satisfied = False
-        """Whether a reader has been given all of a span that was asked for."""
+        """Whether the reader has got a whole span."""
         self.is_waiting = False
-        """Whether this reader has had all that has arrived, and wants more."""
+        """Whether this reader waits for bytes that have not arrived."""
         self.patience = LAGGARD_SECONDS
-        """For how many seconds it may still hold up others."""
+        """Seconds that it may still hold up others."""
         self.is_detached = False
-        """Whether nothing is kept for it any more that is not on the disk."""
+        """Whether the window no longer keeps bytes for this reader."""
         self._arriving = arriving
         self._file = file
         self._again = again
@@ -265,14 +265,14 @@ class ArrivingFile:
         arriving.readers.add(self)
 
     async def aclose(self) -> None:
-        """Let go of the file."""
+        """Close the file for this reader."""
         self._arriving.readers.discard(self)
         self._arriving.trim()
         if self._file is not None:
             await self._file.aclose()
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span, or of the whole, and wait for those that are not there yet."""
+        """Yield the bytes of the span, or of the whole file, and wait for those that have not arrived."""
         arriving = self._arriving
         position, stop = (0, None) if span is None else (span.start, span.stop)
         self.position = position
@@ -282,10 +282,10 @@ class ArrivingFile:
                     end = min(position + CHUNK_SIZE, arriving.written)
                     chunk = await self._read(position, end if stop is None else min(end, stop))
                 elif position < arriving.arrived:
-                    found = arriving.chunk_at(position)
-                    if found is None:
+                    in_window = arriving.chunk_at(position)
+                    if in_window is None:
                         break
-                    chunk = found if stop is None else found[: stop - position]
+                    chunk = in_window if stop is None else in_window[: stop - position]
                 elif arriving.is_complete:
                     self.is_satisfied = True
                     return
@@ -297,7 +297,7 @@ class ArrivingFile:
                     if not self.is_waiting:
                         self.is_waiting = True
                         if not arriving.is_on_disk:
-                            arriving.notify()  # others may hold this one up
+                            arriving.notify()  # other readers may hold this one up
                     await arriving.wait()
                     continue
                 self.is_waiting = False
@@ -315,14 +315,14 @@ class ArrivingFile:
             arriving.trim()
 
     async def _rest(self, position: int, stop: int | None) -> AsyncGenerator[bytes, None]:
-        """Yield what is not here any more, up to `stop` or the end, from the source itself."""
+        """Yield the bytes up to `stop`, or the end, that are no longer kept here, from the source itself."""
         stop = self.metadata.size if stop is None else stop
         if self._again is None or stop is None:
-            raise TransferAborted(f"byte {position} is not kept, as the cache takes no more")
+            raise TransferAborted(f"byte {position} is not kept any more, as the cache cannot take the file")
         if not self._reads_left:
             raise TransferAborted(
-                f"byte {position} is not kept, as the cache takes no more, and the parts are too many to read each of "
-                "them from the source"
+                f"byte {position} is not kept any more, as the cache cannot take the file, and there are too many "
+                "parts to read each of them from the source"
             )
         self._reads_left -= 1
         self.position, self.is_detached = None, True
@@ -339,7 +339,7 @@ class ArrivingFile:
         except (OSError, FileError) as exc:
             raise TransferAborted(f"reading failed at byte {start}: {exc}") from exc
         if not chunk:
-            raise TransferAborted(f"the cache has lost byte {start}")
+            raise TransferAborted(f"byte {start} is missing in the file of the cache")
         return chunk
 
 

@@ -1,4 +1,4 @@
-"""`OpenLocalFile`: a regular file on a local disk, described and read by one descriptor."""
+"""`OpenLocalFile`: a regular file on a local disk, described and read through one descriptor."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ import anyio.to_thread
 from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange, FileMetadata, is_telling, stat_validators
 from downloadview_async.http.request import DownloadRequest
-from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.base import AsyncFile, OpenFile, OpenLocalBytes
 from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER, Workers, unlimited
 
@@ -24,15 +24,15 @@ CHUNK_SIZE = 256 * 1024
 
 _SECOND = 1_000_000_000
 REWRITTEN = "the file was written to while it was sent"
-"""Why a transfer is aborted whose bytes may be of two versions of a file."""
+"""Why a transfer is aborted: its bytes may come from two versions of a file."""
 
-_PROBE = 128 * 1024  # what a disk is usually read by
+_PROBE = 128 * 1024  # bytes that a disk usually reads at once
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 _reads_of_cached_pages = Refusals("preadv2 with RWF_NOWAIT")
 
 
 class _Buffers(threading.local):
-    """One buffer for a thread, so for an event loop: between reading and copying nobody else runs in it."""
+    """One buffer for each thread, and so for each event loop: nothing else runs in it between reading and copying."""
 
     def __init__(self) -> None:
         self.of_this_thread = memoryview(bytearray(CHUNK_SIZE))
@@ -49,69 +49,69 @@ def _metadata(size: int, mtime_ns: int, is_telling: bool) -> FileMetadata:
     return FileMetadata(size=size, etag=etag, last_modified=last_modified)
 
 
-def _is_telling(found: os.stat_result) -> bool:
-    # A file system that keeps fractions of a second has one in the time of the last change of the inode.
-    is_coarse = not found.st_mtime_ns % _SECOND and not found.st_ctime_ns % _SECOND
-    return is_telling(found.st_mtime_ns, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
+def _is_telling(status: os.stat_result) -> bool:
+    # A file system that keeps fractions of a second shows one in the time of the inode's last change.
+    is_coarse = not status.st_mtime_ns % _SECOND and not status.st_ctime_ns % _SECOND
+    return is_telling(status.st_mtime_ns, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
 
 
 class OpenLocalFile:
-    """An open descriptor, which whoever opened the file closes. Everything sent comes from it, the description too.
+    """An open descriptor, from which both the metadata and the bytes come. The caller that opened the file closes it.
 
-    workers: for what may wait for the disk. quick: whether closing is nothing that may.
+    workers: threads for calls that may wait for the disk. quick: whether closing the file waits for nothing.
     """
 
-    def __init__(self, descriptor: int, found: os.stat_result, quick: bool = True, *, workers: Workers) -> None:
+    def __init__(self, descriptor: int, status: os.stat_result, quick: bool = True, *, workers: Workers) -> None:
         self.descriptor = descriptor
         self.is_quick = quick
         self._users = 1
         self.workers = workers
-        self.device = found.st_dev
+        self.device = status.st_dev
         self._read_cached_pages = _RWF_NOWAIT is not None and self.device not in _reads_of_cached_pages.devices
-        self.size = found.st_size
-        self._mtime_ns = found.st_mtime_ns
+        self.size = status.st_size
+        self._mtime_ns = status.st_mtime_ns
         self.made_at: float | None = None
-        """For one that a cache has kept: see `Aged`."""
-        self.is_telling = _is_telling(found)
-        """Whether the time of the file would be another one if its bytes were: a proxy makes validators of it."""
-        self.metadata = _metadata(found.st_size, found.st_mtime_ns, self.is_telling)
+        """Set for a file from a cache: see `Aged`."""
+        self.is_telling = _is_telling(status)
+        """Whether other bytes would have another modification time. A proxy makes validators of this time."""
+        self.metadata = _metadata(status.st_size, status.st_mtime_ns, self.is_telling)
 
     @property
     def local(self) -> "OpenLocalFile":
-        """This: see `local_of`."""
+        """The file itself: see `Local`."""
         return self
 
     def shared(self) -> Self:
-        """Return the file for one more to use, and to close: the last one does. In one thread only."""
+        """Return the file for one more user in this thread. The descriptor is closed when the last user closes it."""
         self._users += 1
         return self
 
     def close(self) -> None:
-        """Close the descriptor. Where the file system wants to hear of that (FUSE, NFS), this waits for it."""
+        """Close the descriptor. This waits for a file system that has to be told (FUSE, NFS)."""
         self._users -= 1
         if self._users:
             return
-        with suppress(OSError):  # it is closed in any case, and nothing was written
+        with suppress(OSError):  # the descriptor is closed in any case, and nothing was written
             os.close(self.descriptor)
 
     async def aclose(self) -> None:
-        """Close the descriptor, in a thread where that may wait."""
+        """Close the descriptor, in a thread if that may wait."""
         if self.is_quick:
             self.close()
             return
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.close, limiter=unlimited())
 
-    def read_cached(self, span: ByteRange) -> bytes | None:
-        """Return all bytes of a short span if the page cache has them, without ever waiting for the disk; else None."""
+    def read_nowait(self, span: ByteRange) -> bytes | None:
+        """Return the bytes of a short span if the page cache has all of them, without waiting; else None."""
         chunk = self._cached(len(span), span.start)
         return chunk if chunk is not None and len(chunk) == len(span) else None
 
     def is_rewritten(self) -> bool:
         """Return whether the file is known to have been written to in place since it was opened.
 
-        Its bytes may then be of two versions. One that has grown may have been appended to, like a log: what was
-        promised of it is still there. Where the file system is not this kernel's alone, nobody asks.
+        Its bytes may then come from two versions. A file that has grown does not count: it may be a log, whose promised
+        bytes are still the same. On file systems like NFS and FUSE this is not checked, as that may wait.
         """
         return self.is_quick and self._has_other_times()
 
@@ -120,7 +120,7 @@ class OpenLocalFile:
         return now.st_mtime_ns != self._mtime_ns and now.st_size == self.size
 
     def is_cached(self, offset: int, length: int) -> bool:
-        """Return whether all bytes of a span can be read without waiting for a disk, by one of every `_PROBE`."""
+        """Return whether a span can be read without waiting for a disk, judged by one byte of every `_PROBE`."""
         if not self._read_cached_pages:
             return False
         for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
@@ -129,17 +129,17 @@ class OpenLocalFile:
         return True
 
     async def read(self, span: ByteRange) -> bytes:
-        """Return the bytes of a short span in the midst of a transfer: fewer only where the file ends."""
-        chunk = self.read_cached(span)
+        """Return the bytes of a short span during a transfer; fewer only if the file ends there."""
+        chunk = self.read_nowait(span)
         if chunk is None:
             chunk = await self.workers.run(os.pread, self.descriptor, len(span), span.start, patience=MID_TRANSFER)
         return chunk
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span: from the page cache at once, from the disk by way of a worker."""
+        """Yield the bytes of the span: from the page cache directly, from the disk through a worker."""
         assert self.metadata.size is not None
         position, stop = (span.start, span.stop) if span is not None else (0, self.metadata.size)
-        patience = None  # until the first byte has been sent, the answer can be another one
+        patience = None  # until the first byte has been sent, the answer can still become an error
         while position < stop:
             length = min(CHUNK_SIZE, stop - position)
             try:
@@ -151,7 +151,7 @@ class OpenLocalFile:
             except (OSError, SourceUnavailable) as exc:
                 raise TransferAborted(f"reading failed at byte {position}: {exc}") from exc
             if not chunk:
-                return  # the file is shorter than it was; whoever counts the bytes aborts
+                return  # the file has shrunk; the sender counts the bytes and aborts
             position += len(chunk)
             patience = MID_TRANSFER
             yield chunk
@@ -163,7 +163,7 @@ class OpenLocalFile:
         return chunk
 
     def _cached(self, length: int, position: int) -> bytes | None:
-        """Return what the page cache has of it, without ever waiting for the disk; None if that is nothing."""
+        """Return the first bytes of the span if they are in the page cache, without waiting for a disk; else None."""
         if not self._read_cached_pages:
             return None
         assert _RWF_NOWAIT is not None
@@ -173,22 +173,22 @@ class OpenLocalFile:
         except BlockingIOError:
             return None
         except OSError as exc:
-            # tmpfs, FUSE and others cannot tell, or the call is not allowed here: always ask a worker. One that fails
-            # to read for another reason gets the same error, where an error can be answered.
+            # tmpfs, FUSE and others do not support the flag, or the call is not allowed here: from now on a worker
+            # reads. After any other error, the worker gets the same error, where it can be handled.
             self._read_cached_pages = False
             _reads_of_cached_pages.note(self.device, exc)
             return None
 
 
 def local_of(opened: OpenFile) -> OpenLocalFile | None:
-    """Return the open local file whose very bytes `opened` has, if there is one: a server can send from that itself."""
+    """Return the open local file with the bytes of `opened`, for a server to send from; else None: see `Local`."""
     return getattr(opened, "local", None)
 
 
-def open_at_once(file: AsyncFile, request: DownloadRequest) -> OpenFile | None:
-    """Open a file that is a local one, if the kernel can do that without waiting for a disk; else return None.
+def open_nowait(file: AsyncFile, request: DownloadRequest) -> OpenFile | None:
+    """Open a local file if that waits for nothing; else return None: see `OpensNowait`.
 
-    Who calls this closes its `local_of`. Raises what `file.open` does.
+    The caller closes the `local_of` of what this returns. Raises what `file.open` raises.
     """
-    open_cached: Callable[[DownloadRequest], OpenFile | None] | None = getattr(file, "open_cached", None)
-    return None if open_cached is None else open_cached(request)
+    opens: Callable[[DownloadRequest], OpenLocalBytes | None] | None = getattr(file, "open_nowait", None)
+    return None if opens is None else opens(request)

@@ -1,4 +1,4 @@
-"""`OpenFileCache`: files that are asked for again and again stay open for a second, as in nginx's `open_file_cache`."""
+"""`OpenFileCache`: files that are requested again and again stay open for a second, as in nginx's `open_file_cache`."""
 
 import asyncio
 import os
@@ -9,19 +9,19 @@ from downloadview_async.sources.local.root import Root
 from downloadview_async.sources.workers import Workers
 
 KEEP_SECONDS = 1.0
-"""How long a file is kept at most. A deleted one gives its space back no later than that."""
+"""How long a file is kept open at most. The space of a deleted file is freed no later than that."""
 
 MAX_FILES = 64
-"""Files of one directory, and one event loop, that are kept at a time."""
+"""Files that are kept open at once, for each directory and event loop."""
 
 
 class OpenFileCache:
-    """Opens files beneath a root. One that is opened for the second time within `KEEP_SECONDS` is kept until they end.
+    """Opens files beneath a root. A file that is opened twice within `KEEP_SECONDS` stays open until they end.
 
-    Unlike nginx's, it never gives away what has been replaced or changed: each time, `stat` has to find the very
-    inode that is open, of the same size and times. That waits for no disk: an open file holds the directory entries
-    that lead to it in memory. Only when a directory on the way has become a link to where it was moved, policies
-    for links are up to `KEEP_SECONDS` late: the file is still the same one.
+    Unlike nginx's, this cache never returns a file that has been replaced or changed: each time, `stat` must find the
+    inode that is open, with the same size and times. This waits for no disk, because an open file keeps the directory
+    entries that lead to it in memory. Only if a directory on the way is moved and replaced by a link to its new place,
+    the policy for links takes effect up to `KEEP_SECONDS` later: the file is still the same.
     """
 
     def __init__(self, root: Root, workers: Workers) -> None:
@@ -30,14 +30,14 @@ class OpenFileCache:
         self._of_thread = _OfThread()
 
     def open(self, name: str) -> OpenLocalFile | None:
-        """Open a file, which the caller then closes, as `Root.open_cached` does."""
+        """Open a file as `Root.open_nowait` does. The caller closes it."""
         kept = self._of_thread.kept
         is_forgotten = kept.is_forgotten_in_time()
-        if (found := kept.files.get(name)) is not None:
-            if self._identity(name) == found[1]:
-                return found[0].shared()
+        if (known := kept.files.get(name)) is not None:
+            if self._identity(name) == known[1]:
+                return known[0].shared()
             kept.files.pop(name)[0].close()
-        opened = self._root.open_cached(name)
+        opened = self._root.open_nowait(name)
         if opened is None:
             return None
         file = OpenLocalFile(*opened, workers=self._workers)
@@ -46,7 +46,7 @@ class OpenFileCache:
         if name not in kept.opened_once:
             if len(kept.opened_once) < 16 * MAX_FILES:
                 kept.opened_once.add(name)
-        elif len(kept.files) < MAX_FILES and (identity := _identity(opened.found)) == self._identity(name):
+        elif len(kept.files) < MAX_FILES and (identity := _identity(opened.status)) == self._identity(name):
             kept.files[name] = file.shared(), identity
         return file
 
@@ -58,14 +58,14 @@ class OpenFileCache:
 
 
 class _OfThread(threading.local):
-    """What each thread keeps. It ends with the thread."""
+    """The files that each thread keeps open. They are closed when the thread ends."""
 
     def __init__(self) -> None:
         self.kept = _Kept()
 
 
 class _Kept:
-    """What one thread, and so one event loop, keeps."""
+    """The files that one thread, and so one event loop, keeps open."""
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[OpenLocalFile, tuple[int, ...]]] = {}
@@ -73,12 +73,12 @@ class _Kept:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def is_forgotten_in_time(self) -> bool:
-        """Have the loop that runs forget all of it in `KEEP_SECONDS`, and return whether there is one."""
+        """Have the running event loop close all files in `KEEP_SECONDS`, and return whether there is such a loop."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             return False
-        if self._loop is not loop:  # the one before may have ended without a word
+        if self._loop is not loop:  # the one before may have ended without running its callbacks
             self._forget()
             self._loop = loop
             loop.call_later(KEEP_SECONDS, self._forget)
@@ -94,5 +94,5 @@ class _Kept:
         self._forget()
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_ino, found.st_dev, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_dev, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -17,16 +17,16 @@ from downloadview_async.sources.names import Names, canonical_name
 from downloadview_async.sources.workers import Workers
 
 SUFFIXES = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}
-"""Content codings, and what is appended to the name of a file for its precompressed sibling."""
+"""Content codings, and the suffix that the name of a precompressed sibling has for each."""
 
-_KEPT = 1024  # files that were asked for last: until one is opened it is no more than its name
+_KEPT = 1024  # names requested last, each with its `FileBeneath`, which is small until it is opened
 _trusted_workers = Workers()
 
 
 class LocalFile:
     """A file on a local disk, by a path that the application's own code has chosen.
 
-    A name that came with a request never belongs here: `PathSource` opens those beneath a root.
+    Never pass a name from a request: `PathSource` opens those beneath a root.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -46,7 +46,7 @@ class LocalFile:
 
 
 class FileBeneath:
-    """A file beneath a root, with its precompressed siblings if the source has any."""
+    """A file beneath a root, and its precompressed siblings if the source uses them."""
 
     __slots__ = ("_cache", "_path", "_precompressed", "_root", "_workers", "location", "name")
 
@@ -67,19 +67,19 @@ class FileBeneath:
         self._precompressed = precompressed
         self._cache = cache
 
-    def open_cached(self, request: DownloadRequest = GET) -> OpenLocalFile | None:
-        """Open the file, if that waits for nothing: see `open_at_once`."""
+    def open_nowait(self, request: DownloadRequest = GET) -> OpenLocalFile | None:
+        """Open the file without waiting, or return None: see `OpensNowait`."""
         if not self._precompressed and self._cache is not None:
             return self._cache.open(self._path)
         for encoding in preferred_encodings(request.accept_encoding, self._precompressed):
             try:
-                sibling = self._root.open_cached(self._path + SUFFIXES[encoding])
+                sibling = self._root.open_nowait(self._path + SUFFIXES[encoding])
             except (FileMissing, AccessDenied):
                 continue
             if sibling is None:
                 return None
             try:
-                itself = self._root.open_cached(self._path)
+                itself = self._root.open_nowait(self._path)
             except (FileMissing, AccessDenied):
                 return self._opened(sibling, encoding)
             except BaseException:
@@ -89,7 +89,7 @@ class FileBeneath:
                 _close(sibling)
                 return None
             return self._opened(*_newer(sibling, encoding, itself))
-        opened = self._root.open_cached(self._path)
+        opened = self._root.open_nowait(self._path)
         return None if opened is None else self._opened(opened, None)
 
     @asynccontextmanager
@@ -124,7 +124,7 @@ class FileBeneath:
         return await self._open(self._path), None
 
     async def _open(self, path: str) -> Opened:
-        if (opened := self._root.open_cached(path)) is not None:
+        if (opened := self._root.open_nowait(path)) is not None:
             return opened
         return await self._workers.run_or_abandon(self._root.open, path, discard=_close)
 
@@ -133,14 +133,15 @@ class PathSource:
     """Files of a directory, by their path beneath it.
 
     root: the directory. It is opened now, and every file is opened beneath it (`Root`).
-    symlinks: "deny" them all, follow those that stay "inside" (the default), or "follow" every link.
-    precompressed: content codings ("br", "zstd", "gzip") of which `NAME.br`, `NAME.zst`, `NAME.gz` may be sent in
-    place of NAME to clients that accept them.
+    symlinks: "deny" refuses every link, "inside" (the default) follows links that stay beneath the root, "follow"
+    follows every link.
+    precompressed: content codings ("br", "zstd", "gzip"). Clients that accept one get `NAME.br`, `NAME.zst` or
+    `NAME.gz` instead of NAME if it exists.
     threads: how many blocking calls to this directory may run at once.
     names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
-    takes them.
+    accepts them.
 
-    Raises `ConfigurationError` where root is no readable directory or an option has no such value.
+    Raises `ConfigurationError` if root is not a readable directory or an option has an invalid value.
     """
 
     def __init__(
@@ -165,15 +166,15 @@ class PathSource:
         self._file = file
 
     def canonical(self, name: str) -> str:
-        """Return the name beneath the root that a name from a request stands for: see `HasCanonicalNames`."""
+        """Return the name beneath the root for a name from a request: see `HasCanonicalNames`."""
         return canonical_name(name, self.root.names)
 
     async def resolve(self, name: str, /) -> FileBeneath:
-        """Return the file called `name`. Raises `FileMissing` for what no file may be called."""
+        """Return the file called `name`. Raises `FileMissing` for a name that no file may have."""
         return self._file(name)
 
     def file(self, name: str) -> FileBeneath:
-        """Do what `resolve` does, for who cannot await it."""
+        """Do what `resolve` does, without await."""
         return self._file(name)
 
 
@@ -191,9 +192,9 @@ def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: 
 
 
 def _newer(sibling: Opened, encoding: str, itself: Opened) -> tuple[Opened, str | None]:
-    """Return the precompressed file with its coding, or the file itself if that has changed since; close the other."""
-    made, changed = sibling.found.st_mtime_ns, itself.found.st_mtime_ns
-    # some tools give what they compress the time of the file in whole seconds
+    """Return the precompressed file and its coding, or the file itself if it is newer; close the other one."""
+    made, changed = sibling.status.st_mtime_ns, itself.status.st_mtime_ns
+    # some tools set the time of the compressed file to that of the file, in whole seconds
     if made < changed and made != changed // 1_000_000_000 * 1_000_000_000:
         _close(sibling)
         return itself, None

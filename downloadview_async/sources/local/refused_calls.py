@@ -1,7 +1,7 @@
-"""`Refusals`: a system call that is only faster than another one, and the file systems on which it does not work.
+"""`Refusals`: remembers where a fast system call does not work, so that a slower one replaces it.
 
 A sandbox (seccomp), a file system (FUSE, GPFS) or a kernel may refuse such a call with any error. Then the slower call
-does the work, at once and from then on. An error of the file itself, such as EIO, comes out of the slower call as well.
+does the work, at once and from then on. An error of the file itself, such as EIO, is raised by the slower call as well.
 """
 
 import errno
@@ -9,7 +9,7 @@ import logging
 
 logger = logging.getLogger("downloadview_async")
 
-# These say something about one file, one connection or this moment, and nothing about the call.
+# These errors are about one file, one connection or this moment, and not about the call.
 _PASSING = frozenset(
     {
         errno.EBADF,

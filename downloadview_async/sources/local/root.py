@@ -1,7 +1,7 @@
-"""`Root`: a directory that files are opened beneath, and that no name, link or race leads out of.
+"""`Root`: opens files beneath a directory. No name, symbolic link or race leads out of it.
 
-Linux's openat2 does the whole walk in the kernel. Where it is missing, `openat` goes segment by segment, never
-through a link that it has not read itself. Both end in an `fstat`: a regular file, or nothing.
+Linux's openat2 does the whole walk in the kernel. Where it is missing, `openat` opens one segment after the other, and
+reads each link itself instead of following it. At the end, `fstat` makes sure that it is a regular file.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from downloadview_async.http.metadata import unsettled_seconds
 from downloadview_async.sources.names import Names, check_names_option, checked_segments
 
 Symlinks = Literal["deny", "inside", "follow"]
-"""deny: no link at all. inside: links that stay beneath the root. follow: any link, wherever it leads."""
+"""deny: refuse every link. inside: follow links that stay beneath the root. follow: follow every link."""
 
 # O_NONBLOCK: opening a FIFO must not wait for its writer.
 _FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -40,8 +40,8 @@ _RESOLVE = {
     "follow": _RESOLVE_NO_MAGICLINKS,
 }
 
-# statfs(2): file systems that open, describe and close a file whose name is cached without asking anybody. Others
-# (FUSE, NFS, CIFS, 9p, ...) may ask for each of these, and wait for the answer.
+# Types from statfs(2): these file systems open, describe and close a file whose name is cached without waiting. Others
+# (FUSE, NFS, CIFS, 9p, ...) may ask a server or a process for each of these steps, and wait for the answer.
 _QUICK_TYPES = frozenset(
     {
         0xEF53,  # ext2, ext3, ext4
@@ -59,7 +59,7 @@ _QUICK_TYPES = frozenset(
 )
 
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EISDIR})
-# What openat2 says of a name or of this moment. With any other error, such as EPERM, the call itself may be refused.
+# These errors of openat2 are about the name or the moment. Any other, such as EPERM, may refuse the call itself.
 _ANSWERS = _MISSING | {errno.ELOOP, errno.EXDEV, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.EXDEV})
 
@@ -73,7 +73,7 @@ _HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
 
 
 def _openat2(directory: int, name: str, resolve: int) -> int:
-    if "\0" in name:  # C would read another name
+    if "\0" in name:  # C would end the name there
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
     how = _OpenHow(flags=_FILE_FLAGS, mode=0, resolve=resolve)
     descriptor: int = _libc.syscall(
@@ -88,7 +88,7 @@ def _openat2(directory: int, name: str, resolve: int) -> int:
 def has_openat2() -> bool:
     """Return whether this system has openat2 (Linux 5.6) and lets us call it (some sandboxes do not)."""
     if sys.platform != "linux":
-        return False  # there, the number is another call's
+        return False  # elsewhere, the number belongs to another call
     try:
         os.close(_openat2(_AT_FDCWD, ".", 0))
     except (OSError, AttributeError):
@@ -97,21 +97,21 @@ def has_openat2() -> bool:
 
 
 class Opened(NamedTuple):
-    """An open descriptor, its `fstat`, and whether its file system is quick: closing it waits for nothing."""
+    """An open descriptor, its `fstat`, and whether its file system is quick, so that closing it waits for nothing."""
 
     descriptor: int
-    found: os.stat_result
+    status: os.stat_result
     quick: bool
 
 
 class Root:
     """A directory, held open, and the policies for symbolic links and for names beneath it.
 
-    `descriptor` is that of the directory. It is opened once: one that is renamed goes on being served. `path` is
-    absolute but not resolved, as a proxy's configuration would name it. settles: whether a file that has changed just
-    now is described only when a further change would show in its times.
+    `descriptor` is that of the directory. It is opened once, so a directory that is renamed is still served. `path` is
+    absolute but not resolved, as a proxy's configuration would name it. settles: whether to wait, before a file that
+    has just changed is described, until a further change would show in its times.
 
-    Raises `ConfigurationError` where `path` is no directory that can be read.
+    Raises `ConfigurationError` if `path` is not a readable directory.
     """
 
     def __init__(
@@ -143,29 +143,29 @@ class Root:
         self._finalizer = weakref.finalize(self, os.close, self.descriptor)
 
     def close(self) -> None:
-        """Close the directory. Files that are open stay so."""
+        """Close the directory. Open files stay open."""
         self._finalizer()
 
     def locate(self, name: str) -> str:
         """Return the absolute path of `name`, as a proxy on the same machine would open it."""
         return self._prefix + name
 
-    def open_cached(self, name: str) -> Opened | None:
-        """Open a file if the kernel can do so without waiting for a disk; else return None. Otherwise as `open`."""
+    def open_nowait(self, name: str) -> Opened | None:
+        """Open a file if that waits for no disk; else return None. Otherwise like `open`."""
         checked_segments(name, self.names)
-        # RESOLVE_CACHED is about the walk alone: what opens, describes and closes the file is its file system.
+        # RESOLVE_CACHED covers only the walk: the file system itself opens, describes and closes the file.
         if not self.use_openat2 or not self.is_quick:
             return None
         resolve = _RESOLVE[self.symlinks] | _RESOLVE_CACHED | _RESOLVE_NO_XDEV
         try:
             descriptor = _openat2(self.descriptor, name, resolve)
         except OSError as exc:
-            # not cached; another file system, or outside of the root; a call that is refused: `open` will tell
+            # not cached, on another file system, outside the root, or the call is refused: `open` will find out
             if exc.errno in (errno.EAGAIN, errno.EXDEV) or exc.errno not in _ANSWERS:
                 return None
             raise _file_error(exc) from exc
         opened = _only_regular(descriptor, quick=True, settled=False)
-        if self.settles and unsettled_seconds(opened.found.st_mtime_ns, time.time_ns()):
+        if self.settles and unsettled_seconds(opened.status.st_mtime_ns, time.time_ns()):
             os.close(descriptor)
             return None
         return opened
@@ -173,8 +173,8 @@ class Root:
     def open(self, name: str) -> Opened:
         """Open the regular file `name` beneath the root. May block on a disk.
 
-        Returns the descriptor, which the caller has to close, and what is known of it. Raises `FileMissing`,
-        `AccessDenied` or `SourceUnavailable`.
+        Returns the descriptor, which the caller closes, and its status. Raises `FileMissing`, `AccessDenied` or
+        `SourceUnavailable`.
         """
         segments = checked_segments(name, self.names)
         try:
@@ -186,7 +186,7 @@ class Root:
         return _only_regular(descriptor, settled=self.settles)
 
     def _open_in_kernel(self, name: str) -> int | None:
-        """Return a descriptor, or None where the kernel does not answer the call, so that others have to be made."""
+        """Return a descriptor, or None if the kernel refuses the call, so that other calls have to do its work."""
         for _ in range(_MAX_RACES):
             try:
                 return _openat2(self.descriptor, name, _RESOLVE[self.symlinks])
@@ -205,14 +205,14 @@ class Root:
         return self._open_by_segments(segments)
 
     def _open_by_segments(self, segments: list[str]) -> int:
-        """Walk down with `openat` and O_NOFOLLOW; a link is read and walked like a name, beneath the root."""
+        """Walk down with `openat` and O_NOFOLLOW. The target of a link is walked like a name beneath the root."""
         pending = segments[::-1]
-        trail = [os.dup(self.descriptor)]  # the directories from the root down to where the walk stands
+        trail = [os.dup(self.descriptor)]  # the open directories from the root down to the current one
         links = 0
         try:
             while True:
                 segment = pending.pop()
-                if segment == "..":  # from a link only
+                if segment == "..":  # only a link can have brought it
                     if len(trail) == 1:
                         raise OSError(errno.EXDEV, "a link leads out of the root", segment)
                     os.close(trail.pop())
@@ -244,7 +244,7 @@ def open_trusted(path: str) -> Opened:
     except OSError as exc:
         raise _file_error(exc) from exc
     except ValueError as exc:
-        raise FileMissing(f"no path of a file: {path!r}") from exc
+        raise FileMissing(f"not a valid path of a file: {path!r}") from exc
     return _only_regular(descriptor)
 
 
@@ -258,30 +258,30 @@ def _read_link(name: str, directory: int) -> str | None:
 
 
 def settled_stat(descriptor: int) -> os.stat_result:
-    """Return what is known of an open file, from a moment on at which a change would show in its times.
+    """Return the `fstat` of an open file at a time from which on any change shows in its times.
 
-    For a file that has changed in the last 20 ms, this waits for the rest of them.
+    If the file has changed in the last 20 ms, this sleeps until they are over.
     """
-    found = os.fstat(descriptor)
-    if seconds := unsettled_seconds(found.st_mtime_ns, time.time_ns()):
+    status = os.fstat(descriptor)
+    if seconds := unsettled_seconds(status.st_mtime_ns, time.time_ns()):
         time.sleep(seconds)
-        found = os.fstat(descriptor)
-    return found
+        status = os.fstat(descriptor)
+    return status
 
 
 def _only_regular(descriptor: int, *, quick: bool | None = None, settled: bool = True) -> Opened:
     try:
-        found = settled_stat(descriptor) if settled else os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = settled_stat(descriptor) if settled else os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise FileMissing("not a regular file")
     except BaseException:
         os.close(descriptor)
         raise
-    return Opened(descriptor, found, _is_quick(descriptor) if quick is None else quick)
+    return Opened(descriptor, status, _is_quick(descriptor) if quick is None else quick)
 
 
 def _is_quick(descriptor: int) -> bool:
-    """Return whether a descriptor's file system is this kernel's alone. May block where it is not."""
+    """Return whether the file system of a descriptor never asks a server or a process. May block if it does."""
     if sys.platform != "linux":
         return False
     buffer = ctypes.create_string_buffer(512)  # struct statfs begins with its type, a long

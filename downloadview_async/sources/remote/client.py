@@ -1,4 +1,4 @@
-"""The HTTP client of remote files: `Upstream`, with its slots, its redirects and the hosts it may connect to."""
+"""The HTTP client for remote files: `Upstream`, with its slots, its redirects and its allowed hosts."""
 
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -14,13 +14,13 @@ from downloadview_async.sources.workers import Slots
 
 MAX_REDIRECTS = 5
 
-# What is left of an answer is read so that its connection can be used again, if it is this little and comes this soon.
+# The rest of an answer is read, so that its connection can be used again, if it is this short and arrives this soon.
 _MAX_REST = 64 * 1024  # bytes
 _REST_SECONDS = 0.5
 
 _LENGTH = re.compile("[0-9]{1,18}")
 
-# The errors of httpx and httpx2, by name because either may be in use; the first that fits counts.
+# The errors of httpx and httpx2, by name, because either may be in use. The first that matches counts.
 ERRORS: Mapping[str, type[FileError]] = {
     "PoolTimeout": SourceUnavailable,
     "TimeoutException": UpstreamTimeout,
@@ -32,7 +32,7 @@ ERRORS: Mapping[str, type[FileError]] = {
 
 
 def client_error(exc: Exception) -> FileError | None:
-    """Return our error for one of the client's, or None for one that is not the upstream's fault."""
+    """Return our error for an error of the HTTP client, or None for any other error."""
     names = {cls.__name__ for cls in type(exc).__mro__ if cls.__module__.partition(".")[0] in ("httpx", "httpx2")}
     for name, error in ERRORS.items():
         if name in names:
@@ -41,16 +41,16 @@ def client_error(exc: Exception) -> FileError | None:
 
 
 class Upstream:
-    """A client and the hosts it may be used for.
+    """An HTTP client and the hosts that it may connect to.
 
-    host: the host of the application's own URL. allow_hosts: further hosts, by name or literal address, that
-    redirects may lead to; only a host in this list may be at an address that is not public.
-    headers: further headers of each request, such as the key of an API. Authorization stays with the first host.
-    client: an `AsyncClient` of httpx2 or httpx to use in place of our own. It brings its own transport: hosts are
-    still checked, the addresses they resolve to are not.
-    max_connections: upstream requests at once; who waits longer than two seconds for one is turned away.
-    connect_timeout, read_timeout: seconds to connect, and to wait for the next bytes. Both together are what an
-    upstream has until its answer's head is complete, however slowly it drips.
+    host: the host of the application's own URL. allow_hosts: further hosts, by name or literal address, that redirects
+    may lead to. Only a host in this list may have an address that is not public (SSRF).
+    headers: further headers for each request, such as an API key. Authorization is only sent to the first host.
+    client: an `AsyncClient` of httpx2 or httpx to use instead of ours. It has its own transport, so hosts are still
+    checked, but not the addresses that they resolve to.
+    max_connections: upstream requests at once. A request that waits longer than two seconds for its turn gets a 503.
+    connect_timeout, read_timeout: seconds to connect, and to wait for the next bytes. The head of an answer must be
+    complete after the sum of both.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Upstream:
         connect_timeout: float = 10.0,
         read_timeout: float = 30.0,
     ) -> None:
-        # httpx is only needed, and only imported, by who has remote files
+        # httpx is imported here because only remote files need it
         from downloadview_async.sources.remote.ssrf import AllowedHosts, guarded_client
 
         self._hosts = AllowedHosts(host, allow_hosts)
@@ -75,7 +75,7 @@ class Upstream:
         self._head_timeout = connect_timeout + read_timeout
 
     async def aclose(self) -> None:
-        """Close our own client and its connections; one that was passed in is its owner's to close."""
+        """Close our own client and its connections. A client that was passed in stays open: its owner closes it."""
         if self._owns_client:
             await self._client.aclose()
 
@@ -98,7 +98,7 @@ class Upstream:
             self._slots.free(slot)
 
     async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
-        """Return the response, its body unread, after at most `MAX_REDIRECTS` redirects.
+        """Return the response, with its body unread, after at most `MAX_REDIRECTS` redirects.
 
         Raises `UpstreamError`, `UpstreamTimeout` or `SourceUnavailable`.
         """
@@ -113,11 +113,11 @@ class Upstream:
             raise
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
-        # as bytes: an entity tag may hold more than ASCII, which is all that httpx makes of text
+        # as bytes, because an entity tag may have more than ASCII, and httpx encodes text as ASCII
         raw = [(name.encode(), value.encode("latin-1")) for name, value in {**self._headers, **headers}.items()]
         request = self._client.build_request(method, url, headers=raw)
         if "accept-encoding" not in headers:
-            request.headers.pop("accept-encoding", None)  # what the client would decode, if it were asked to
+            request.headers.pop("accept-encoding", None)  # else httpx names the codings that it could decode
         for _ in range(MAX_REDIRECTS + 1):
             self._check(request.url, url)
             response = await self._client.send(request, stream=True, follow_redirects=False)
@@ -130,18 +130,18 @@ class Upstream:
     def _check(self, url: Any, origin: str) -> None:
         secure = urlsplit(origin).scheme == "https"
         if url.scheme != "https" and (secure or url.scheme != "http"):
-            raise UpstreamError(f"not a scheme to fetch {origin!r} by: {url.scheme!r}")
+            raise UpstreamError(f"{origin!r} leads to the scheme {url.scheme!r}, which is not allowed")
         if url.userinfo or not self._hosts.permits(url.host):
-            raise UpstreamError(f"{origin!r} leads to {url.host!r}, which is not in allow_hosts")
-        # A host is allowed for its files, not for whatever else listens there.
+            raise UpstreamError(f"{origin!r} leads to {url.host!r}: list the host in allow_hosts if that is intended")
+        # An allowed host may only be asked for files, not for other services on other ports.
         if url.port is not None and url.port not in (urlsplit(origin).port, 80, 443):
-            raise UpstreamError(f"{origin!r} leads to port {url.port} of {url.host!r}")
+            raise UpstreamError(f"{origin!r} leads to port {url.port} of {url.host!r}, which is not allowed")
 
 
 async def settle(response: Any, chunks: AsyncIterator[bytes] | None = None) -> None:
-    """Read the little that may be left of a response, so that its connection can be used again, and close it.
+    """Read the rest of a response if it is short, so that its connection can be used again, and close it.
 
-    chunks: what of the body has not been read yet, where somebody has begun to read it.
+    chunks: the iterator over the body, if reading has begun.
     """
     try:
         length = response.headers.get("content-length", "")
@@ -161,6 +161,6 @@ async def settle(response: Any, chunks: AsyncIterator[bytes] | None = None) -> N
 
 
 async def close(response: Any) -> None:
-    """Close a response, and its connection if bytes are left in it, even when cancelled."""
+    """Close a response, even when cancelled. Its connection is closed if the body was not read to its end."""
     with anyio.CancelScope(shield=True):
         await response.aclose()

@@ -1,7 +1,7 @@
-"""Connections to upstreams that take from the kernel only what is asked for.
+"""Connections to upstreams that read from the kernel only the bytes that are needed.
 
-An event loop's own transport reads ahead: uvloop's drains the kernel's whole buffer, several MiB for each download
-whose client is slower than its upstream. Here a slow client holds up the upstream itself, through TCP.
+The transport of an event loop reads ahead: uvloop's drains the whole buffer of the kernel, several MiB for each
+download whose client is slower than its upstream. Here, a slow client slows the upstream down through TCP.
 """
 
 import select
@@ -35,7 +35,7 @@ class SocketStream(anyio.abc.ByteStream):
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """Return nothing: the socket itself is at hand."""
+        """Return nothing: callers have the socket itself."""
         return {}
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
@@ -62,7 +62,7 @@ class SocketStream(anyio.abc.ByteStream):
                 await anyio.wait_writable(self.connection)
 
     async def send_eof(self) -> None:
-        """Say that no more will be sent."""
+        """Shut down the sending side."""
         self.connection.shutdown(socket.SHUT_WR)
 
     async def aclose(self) -> None:
@@ -73,16 +73,16 @@ class SocketStream(anyio.abc.ByteStream):
 
 
 class Connection(httpcore2.AsyncNetworkStream):
-    """A `SocketStream`, or TLS over one, as httpcore wants its network: its timeouts (seconds), its errors."""
+    """A `SocketStream`, or TLS over one, with the interface, timeouts (seconds) and errors of httpcore."""
 
     def __init__(self, stream: anyio.abc.ByteStream, raw: socket.socket) -> None:
         self._stream = stream
         self._raw = raw
         self.has_answered = False
-        """Whether a byte has come since the last was sent."""
+        """Whether a byte was received after the last one was sent."""
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Return the next bytes, or none at the end."""
+        """Return the next bytes; b"" at the end."""
         with _as_httpcore_errors(httpcore2.ReadTimeout, httpcore2.ReadError), anyio.fail_after(timeout):
             try:
                 received = await self._stream.receive(max_bytes)
@@ -104,7 +104,7 @@ class Connection(httpcore2.AsyncNetworkStream):
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> "Connection":
-        """Return the same connection under TLS, the certificate checked against the name of the server."""
+        """Return the same connection with TLS, after the certificate was checked against the name of the server."""
         with _as_httpcore_errors(httpcore2.ConnectTimeout, httpcore2.ConnectError):
             try:
                 with anyio.fail_after(timeout):
@@ -115,8 +115,8 @@ class Connection(httpcore2.AsyncNetworkStream):
                         standard_compatible=False,
                         server_side=False,
                     )
-                # A request that was cancelled in the very moment of this ends here, where the socket is closed: in
-                # httpcore's next step its connection would stay in the pool for ever, open and of no use.
+                # If the request has just been cancelled, it ends here, where the socket is closed. In httpcore's next
+                # step, the connection would stay in the pool for ever, open and unusable.
                 await checkpoint()
             except BaseException:
                 self._raw.close()
@@ -124,7 +124,7 @@ class Connection(httpcore2.AsyncNetworkStream):
         return Connection(secured, self._raw)
 
     def get_extra_info(self, info: str) -> Any:
-        """Return what httpcore asks of a connection: whether an idle one has something to read, its TLS object."""
+        """Return what httpcore needs to know: whether an idle connection has bytes to read, and its TLS object."""
         if info == "is_readable":
             return _is_readable(self._raw)
         if info == "ssl_object":

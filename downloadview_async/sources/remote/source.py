@@ -1,7 +1,7 @@
 """Files of other HTTP servers: `RemoteSource` finds them below a URL, `RemoteFile` is one of them.
 
-The request that opens a remote file is its description too: a GET, a GET of a single range and a HEAD each cost one
-upstream request. Bytes are passed on raw.
+The request that opens a remote file also describes it: a GET, a GET of a single range and a HEAD each cost one upstream
+request. Bytes are passed on undecoded.
 """
 
 import math
@@ -34,12 +34,12 @@ class RemoteSource:
     """The files below a URL.
 
     url: http or https, with the path that names are appended to, such as `https://files.example.org/pub/`. Its host
-    must have public addresses only, unless `allow_hosts` lists it. The other options are those of `Upstream`.
+    must have only public addresses, unless `allow_hosts` lists it. The other options are those of `Upstream`.
     names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
-    takes them; with "exact" a name is appended to the letter, with a slash at its beginning and empty segments. A name
-    with a segment `.` is missing then: an HTTP client would ask for another URL.
+    accepts them; with "exact" a name is appended unchanged, with a slash at its beginning and empty segments. A name
+    with a segment `.` is then missing, because an HTTP client would request another URL.
 
-    Raises `ConfigurationError` for a URL that is none, or that carries a password or a query.
+    Raises `ConfigurationError` for an invalid URL, and for one with a user, a query or a fragment.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class RemoteSource:
         )
 
     def canonical(self, name: str) -> str:
-        """Return the name below the URL that a name from a request stands for: see `HasCanonicalNames`.
+        """Return the name below the URL for a name from a request: see `HasCanonicalNames`.
 
-        Raises `FileMissing` for a name that no file has, or that no URL has to the letter.
+        Raises `FileMissing` for a name that no file may have, and for one whose URL a client would change.
         """
         canonical = canonical_name(name, self.names)
         if has_dot_segment(canonical):
@@ -76,7 +76,7 @@ class RemoteSource:
         return canonical
 
     async def resolve(self, name: str, /) -> "RemoteFile":
-        """Return the file called `name` below the URL. Raises `FileMissing` for what no file may be called."""
+        """Return the file called `name` below the URL. Raises `FileMissing` for a name that no file may have."""
         return RemoteFile(self.url + quote(self.canonical(name)), upstream=self._upstream)
 
     async def aclose(self) -> None:
@@ -87,15 +87,15 @@ class RemoteSource:
 def _host_of(url: str) -> str:
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port  # a bad port is found by asking for it
+        host, _ = parts.hostname, parts.port  # `port` raises for an invalid port
     except ValueError as exc:
         raise ConfigurationError(f"{url!r} is not a URL: {exc}") from exc
     if parts.scheme not in ("http", "https") or not host:
         raise ConfigurationError(f"{url!r} is not the http or https URL of a server")
     if parts.username is not None or parts.query or parts.fragment:
         raise ConfigurationError(
-            f"the URL of {host!r} has a user, a query or a fragment: credentials belong in the headers of a client "
-            "that you pass as client="
+            f"the URL of {host!r} has a user, a query or a fragment: remove it; credentials belong in the headers of a "
+            "client that you pass as client="
         )
     return host
 
@@ -103,7 +103,7 @@ def _host_of(url: str) -> str:
 class RemoteFile:
     """A file of another HTTP server, by a URL that the application has chosen.
 
-    upstream: the client and the hosts to use; without one, a client for this file alone and for public addresses.
+    upstream: the client and the hosts to use. By default, a client for this file alone, for public addresses only.
     """
 
     def __init__(self, url: str, *, upstream: Upstream | None = None, name: str | None = None) -> None:
@@ -114,7 +114,7 @@ class RemoteFile:
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator["OpenRemoteFile"]:
-        """Send the one request upstream, and describe the file by what it answers."""
+        """Send the request upstream, and describe the file by its answer."""
         if self._upstream is None:
             async with (
                 Upstream(_host_of(self._url)) as upstream,
@@ -132,7 +132,7 @@ class RemoteFile:
 
 
 class OpenRemoteFile:
-    """What an upstream has answered, and further ranged requests where a span is asked for that is not in it."""
+    """The answer of an upstream, and further range requests for spans that are not in it."""
 
     def __init__(self, upstream: Upstream, url: str) -> None:
         self.metadata = FileMetadata()
@@ -145,26 +145,26 @@ class OpenRemoteFile:
         self._short_answers = 0
 
     async def begin(self, request: DownloadRequest) -> None:
-        """Ask the upstream what the client asks us. Raises `FileError`."""
+        """Pass the client's request on to the upstream. Raises `FileError`."""
         self._wanted = parse_range(request.range) if request.range is not None else None
         fields = fields_to_send(request)
         response, answer = await self._ask(request.method, fields)
         self._body = body = _Body(response, answer, ranged="range" in fields)
         self._version = version_of(answer.fields)
-        if answer.status != 416:  # whose content is an error page
+        if answer.status != 416:  # its content is an error page
             self._hides_coding = hides_coding(answer.fields.get("content-encoding"))
         content = described(answer, request, self._url)
         self._short_answers += content.is_short
         self.metadata = content.metadata
         body.has(content)
         if not self.metadata.is_pinned:
-            body.max_skip = math.inf  # all parts are of the one version that is open
+            body.max_skip = math.inf  # only this answer is known to be of one version
 
     async def _ask(self, method: str, fields: Mapping[str, str]) -> tuple[Any, Answer]:
-        """Return the response of the upstream, its body unread, and its head.
+        """Return the response of the upstream, with its body unread, and its head.
 
-        An upstream that refuses what it could have ignored is asked once more, by a GET and nothing else: conditions
-        are evaluated and ranges are cut by us, and the body of an answer to a HEAD is not read.
+        If an upstream refuses something it could have ignored, a plain GET is sent. Then we evaluate the conditions and
+        cut the ranges, and do not read the body if the client sent a HEAD.
         """
         response = await self._upstream.send(method, self._url, fields)
         answer = _answer_of(response, fields)
@@ -176,12 +176,12 @@ class OpenRemoteFile:
 
     @property
     def ends_with_connection(self) -> bool:
-        """Whether nothing but the end of the connection tells where the file ends: it may have been cut off there."""
+        """Whether only the end of the connection marks the end of the file: see `Unframed`."""
         return self._body is not None and self._body.ends_with_connection
 
     @property
     def reads_over(self) -> bool:
-        """Whether a range was asked for, and the upstream sends the whole file all the same."""
+        """Whether a range was requested and the upstream sends the whole file: see `ReadsOver`."""
         body = self._body
         return body is not None and body.ranged and body.position == 0 and body.has_content
 
@@ -192,15 +192,15 @@ class OpenRemoteFile:
 
     @property
     def received(self) -> Received:
-        """When the file was described."""
+        """When the upstream described the file: see `Dated`."""
         assert self._body is not None
         return self._body.answer.received
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
-        """Yield the bytes of the span, raw: from the answer that is open if they are in it, else from a new one.
+        """Yield the bytes of the span, undecoded: from the open answer if it has them, else from a new one.
 
-        "A server might want to send only a subset of the data requested" [RFC 9110 15.3.7]: where a strong validator
-        tells that it is the same version, what an answer does not have is read from the next one.
+        "A server might want to send only a subset of the data requested" [RFC 9110 15.3.7]. If a strong validator
+        proves that it is the same version, the rest is read from the next answer.
         """
         if span is None and self.metadata.size is not None:
             span = ByteRange(0, self.metadata.size)
@@ -223,16 +223,16 @@ class OpenRemoteFile:
             raise
 
     async def _reopened(self, span: ByteRange | None) -> "_Body":
-        """Return a body that the span is in, or begins in, of the same version of the file. Raises `UpstreamError`."""
+        """Return a body of the same version that has the span, or its beginning. Raises `UpstreamError`."""
         await self.aclose()
         headers = {"accept-encoding": "identity"}
         if self._short_answers > MAX_READS:
-            span = None  # the rest could cost any number of requests
+            span = None  # read the whole file: the rest could cost any number of requests
         if span is not None:
             span = read_from(span, self._wanted, self.metadata.size)
             headers["range"] = f"bytes={span.start}-{span.stop - 1}"
         response, answer = await self._ask("GET", headers)
-        self._body = body = _Body(response, answer, ranged=True)  # closed with us from here on
+        self._body = body = _Body(response, answer, ranged=True)  # from here on, `aclose` closes it
         content = continued(answer, span, self.metadata, self._url)
         self._short_answers += content.is_short
         body.has(content)
@@ -241,16 +241,17 @@ class OpenRemoteFile:
         return body
 
     async def aclose(self) -> None:
-        """Close the answer that is open."""
+        """Close the open answer."""
         body, self._body = self._body, None
         if body is not None:
             await body.aclose()
 
 
 class _Body:
-    """The body of a response: which bytes of the file come next, and where it ends (None: not known).
+    """The body of a response: the position of its next byte in the file, and where it ends (None: not known).
 
-    ranged: a range was asked for, so if this is not one, the upstream has none, and reading over is the only way.
+    ranged: whether a range was requested. If the answer is not a range then, the upstream has no ranges, and all bytes
+    before a span have to be read.
     """
 
     def __init__(self, response: Any, answer: Answer, *, ranged: bool) -> None:
@@ -267,11 +268,11 @@ class _Body:
         self._rest = b""
 
     def has(self, content: Content) -> None:
-        """Say which bytes of the file are in it."""
+        """Set which bytes of the file are in the body."""
         self.position, self.stop, self.has_content = content.start, content.stop, content.exists
 
     def leads_to(self, span: ByteRange | None, *, partly: bool = False) -> bool:
-        """Return whether the span, or the beginning of it, can be read from here without reading over much else."""
+        """Return whether the span (`partly`: its beginning) can be read from here without reading over much else."""
         if not self.has_content:
             return False
         if span is None:
@@ -281,7 +282,7 @@ class _Body:
         return 0 <= gap <= self.max_skip and (self.stop is None or stop <= self.stop)
 
     async def read(self, span: ByteRange | None) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes of the span, reading over what comes before it."""
+        """Yield the bytes of the span; those before it are read and dropped."""
         while span is None or self.position < span.stop:
             chunk = self._rest or await anext(self._chunks, b"")
             self._rest = b""
@@ -298,7 +299,7 @@ class _Body:
                 yield chunk
 
     async def aclose(self) -> None:
-        """Close the response. Its connection can be used again if little or nothing is left of it."""
+        """Close the response. Its connection can be used again if little of the body is left."""
         await settle(self._response, self._chunks)
 
 

@@ -1,7 +1,7 @@
-"""Which hosts and addresses a remote fetch may connect to: deny by default, checked at the connection itself.
+"""Protection against SSRF: the hosts and addresses that a remote fetch may connect to. The default is to deny.
 
-A name is looked up once, every answer is checked, and the connection goes to an address that was checked: there is
-no second lookup that an attacker's name server could answer otherwise.
+A name is looked up once, every address is checked, and the connection goes to an address that was checked. There is no
+second lookup, which an attacker's name server could answer with another address.
 """
 
 import ipaddress
@@ -27,7 +27,7 @@ _SIX_TO_FOUR_RELAYS = ipaddress.IPv4Network("192.88.99.0/24")
 
 
 def is_public(address: Address) -> bool:
-    """Return whether an address is one of the public Internet, whatever form an IPv4 address is wrapped in."""
+    """Return whether an address belongs to the public Internet. An IPv4 address may be wrapped in IPv6 in any form."""
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not address.is_multicast and address not in _SIX_TO_FOUR_RELAYS
     wrapped = address.ipv4_mapped or address.sixtofour
@@ -39,7 +39,7 @@ def is_public(address: Address) -> bool:
 
 
 def is_private(address: Address) -> bool:
-    """Return whether an address is of this machine or of a private network, as a host allowed by name may have."""
+    """Return whether an address belongs to this machine or to a private network: a host allowed by name may have it."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     if address.is_loopback:
@@ -50,10 +50,10 @@ def is_private(address: Address) -> bool:
 
 
 class AllowedHosts:
-    """The hosts that an upstream may be: the one that the application's own URL names, and those allowed by name.
+    """The hosts that may be contacted: the one in the application's own URL, and those that are allowed by name.
 
-    allow: names or literal addresses. Only these may be at an address that is not public; link-local addresses (cloud
-    metadata) only where the address itself is allowed.
+    allow: names or literal addresses. Only these may have an address that is not public. Link-local addresses (cloud
+    metadata) must be allowed by the address itself.
     """
 
     def __init__(self, host: str, allow: Iterable[str] = ()) -> None:
@@ -61,11 +61,11 @@ class AllowedHosts:
         self._hosts = self._allowed | {_normalized(host)}
 
     def permits(self, host: str) -> bool:
-        """Return whether a request may name this host at all."""
+        """Return whether a request may be sent to this host, if its addresses are permitted too."""
         return _normalized(host) in self._hosts
 
     def permits_addresses(self, host: str, addresses: list[Address]) -> bool:
-        """Return whether a connection to `host` may go to any of the addresses it has: all of them, or none."""
+        """Return whether a connection may go to these addresses of `host`: either all are permitted or none."""
         if all(map(is_public, addresses)):
             return True
         host = _normalized(host)
@@ -83,7 +83,7 @@ def _normalized(host: str) -> str:
 
 
 class GuardedBackend(httpcore2.AsyncNetworkBackend):
-    """Opens the connections of a client: looks a name up once, checks every address, connects to a checked one."""
+    """Opens connections for a client: looks each name up once, checks all addresses, connects to one of them."""
 
     def __init__(self, hosts: AllowedHosts) -> None:
         self._hosts = hosts
@@ -100,8 +100,8 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         addresses = await _look_up(host, port, timeout)
         if not self._hosts.permits(host) or not self._hosts.permits_addresses(host, addresses):
             raise UpstreamError(
-                f"{host!r} is at {', '.join(map(str, addresses))}, which is not allowed: list the host in allow_hosts "
-                "if this source is meant to reach it"
+                f"{host!r} has the address {', '.join(map(str, addresses))}, which is not allowed: list the host in "
+                "allow_hosts if this source is meant to reach it"
             )
         failure: Exception | None = None
         for address in addresses:
@@ -121,30 +121,30 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
     ) -> httpcore2.AsyncNetworkStream:
         """Raise `UpstreamError`: a remote file is never behind a Unix socket."""
-        raise UpstreamError(f"a Unix socket is no upstream: {path!r}")
+        raise UpstreamError(f"a Unix socket cannot be an upstream: {path!r}")
 
     async def sleep(self, seconds: float) -> None:
-        """Wait, as httpcore does between tries."""
+        """Sleep between two tries of httpcore."""
         await anyio.sleep(seconds)
 
 
 async def _look_up(host: str, port: int, timeout: float | None) -> list[Address]:
     try:
         with anyio.fail_after(timeout):
-            found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            entries = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except TimeoutError as exc:
         raise httpcore2.ConnectTimeout(f"looking {host!r} up took more than {timeout} s") from exc
     except (OSError, OverflowError, UnicodeError) as exc:
         raise httpcore2.ConnectError(f"{host!r} cannot be looked up: {exc}") from exc
-    # the zone of a link-local address (fe80::1%eth0) is of no interest: it is refused or listed as it is
-    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
+    # the zone of a link-local address (fe80::1%eth0) is dropped: rules name addresses without it
+    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in entries))
 
 
 _RETRIED = "downloadview_async.retried"
 
 
 class _Pool(httpcore2.AsyncConnectionPool):
-    """Connections that are kept, and one retry of a request where a kept connection turned out to be closed."""
+    """Keeps connections alive, and retries a request once if its kept-alive connection turns out to be closed."""
 
     newest = 0
     """The number of the connection made last."""
@@ -163,19 +163,19 @@ class _Pool(httpcore2.AsyncConnectionPool):
             "network_backend": backend,
         }
         self.distrusted = 0
-        """Connections up to this number take no further request."""
+        """Connections up to this number get no further requests."""
 
     def create_connection(self, origin: httpcore2.Origin) -> httpcore2.AsyncConnectionInterface:
-        """Return a connection that is made when the first request is sent by it."""
+        """Return a connection, which connects when its first request is sent."""
         self.newest += 1
         return _PooledConnection(self, self.newest, origin=origin, **self._options)
 
 
 class _PooledConnection(httpcore2.AsyncHTTPConnection):
-    """One connection of the pool. A request by a kept one that ends before the answer has begun is sent once more.
+    """One connection of the pool. If a kept-alive one ends before its answer begins, the request is sent once more.
 
-    "A client [...] MAY automatically retry [an idempotent] request" that failed for that reason [RFC 9110 9.2.2], and
-    all of ours are GET or HEAD. The other connections that are idle by then are as old, and are not tried.
+    "A client [...] MAY automatically retry [an idempotent] request" that failed for that reason [RFC 9110 9.2.2]. All
+    our requests are GET or HEAD. The other idle connections may be closed as well, so the retry uses a new one.
     """
 
     def __init__(self, pool: _Pool, number: int, **options: Any) -> None:
@@ -184,7 +184,7 @@ class _PooledConnection(httpcore2.AsyncHTTPConnection):
         self._number = number
 
     async def handle_async_request(self, request: httpcore2.Request) -> httpcore2.Response:
-        """Send a request. Raises `ConnectionNotAvailable` for the pool to send it by a new connection."""
+        """Send a request. Raises `ConnectionNotAvailable` to have the pool send it on a new connection."""
         is_kept = self._connection is not None
         try:
             return await super().handle_async_request(request)
@@ -196,9 +196,9 @@ class _PooledConnection(httpcore2.AsyncHTTPConnection):
             raise httpcore2.ConnectionNotAvailable from None
 
     def has_expired(self) -> bool:
-        """Return whether no further request may be sent by it.
+        """Return whether this connection must get no further requests.
 
-        An upstream that has sent more than the answer which it announced must not have that taken for the next answer.
+        If an upstream has sent more bytes than its answer announced, they must not be taken for the next answer.
         """
         if super().has_expired():
             return True
@@ -217,16 +217,16 @@ class _PooledConnection(httpcore2.AsyncHTTPConnection):
 
 @lru_cache(maxsize=1)
 def _ssl_context() -> ssl.SSLContext:
-    """Return what all clients trust: reading the certificates takes as long as hundreds of requests."""
+    """Return the TLS context of all clients: loading the certificates takes as long as hundreds of requests."""
     return httpcore2.default_ssl_context()
 
 
 def guarded_client(hosts: AllowedHosts, *, connect_timeout: float, read_timeout: float) -> httpx2.AsyncClient:
-    """Return a client that connects nowhere else, follows nothing, keeps no cookies and knows no proxies."""
+    """Return a client that connects only to these hosts, follows no redirects, and uses no cookies and no proxies."""
     context = _ssl_context()
     transport = httpx2.AsyncHTTPTransport(verify=context, trust_env=False)
-    # The one way to give httpx's transport a network of our own. Nobody waits in its pool (our slots come first), so
-    # a request cancelled while waiting cannot take a connection with it.
+    # This is the only way to give httpx's transport our network. No request waits in its pool, as our slots come first,
+    # so a request that is cancelled while waiting cannot take a connection with it.
     transport._pool = _Pool(ssl_context=context, keepalive_expiry=5.0, backend=GuardedBackend(hosts))  # noqa: SLF001
     client = httpx2.AsyncClient(
         transport=transport,
@@ -234,6 +234,6 @@ def guarded_client(hosts: AllowedHosts, *, connect_timeout: float, read_timeout:
         follow_redirects=False,
         timeout=httpx2.Timeout(read_timeout, connect=connect_timeout),
     )
-    # what an upstream sets for one user must not be sent for the next
+    # a cookie that an upstream sets for one user must not be sent for another
     client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     return client
