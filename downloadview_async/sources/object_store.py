@@ -42,7 +42,7 @@ from downloadview_async.http.metadata import (
     unsettled_seconds,
 )
 from downloadview_async.http.negotiation import content_coding, hides_coding
-from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, read_from
+from downloadview_async.http.ranges import NEAR, RangeSpec, read_from
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import REFUSALS
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
@@ -306,7 +306,7 @@ class OpenObject:
 
     async def begin(self, request: DownloadRequest) -> None:
         """Pass the client's request on to the store. Raises `FileError`."""
-        self._wanted = parse_range(request.range) if request.range is not None else None
+        self._wanted = request.ranges
         options, answer = await self._ask(_options_for(request))
         if self._of_disk and (seconds := unsettled_seconds(_nanoseconds(answer.meta), time.time_ns())):
             await anyio.sleep(seconds)  # then a further change shows in the time
@@ -479,7 +479,7 @@ def _options_for(request: DownloadRequest) -> dict[str, Any]:
         return {"head": True}
     if request.unconditional:
         return {}
-    specs = parse_range(request.range) if request.range is not None else None
+    specs = request.ranges
     conditions = (request.if_match, request.if_unmodified_since, request.if_none_match, request.if_modified_since)
     if any(condition is not None for condition in conditions) or (specs is not None and len(specs) > 1):
         return {"head": True}  # the answer decides which bytes to read, if any

@@ -16,7 +16,6 @@ from downloadview_async.errors import (
     SourceUnavailable,
 )
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source
 from downloadview_async.sources.cache.entry import Entry
@@ -193,7 +192,7 @@ class CachedFile:
             async with fetch.joined() as (fetch, arriving):
                 if fetch.is_for_one and (arriving is None or _are_parts(request, arriving.metadata)):
                     continue  # an uncacheable stream can be read only once, but several ranges need to seek
-                if arriving is not None and not (request.range and arriving.metadata.size is None and fetch.is_kept):
+                if arriving is not None and not (request.ranges and arriving.metadata.size is None and fetch.is_kept):
                     yield arriving
                     return
                 # the kept file is current, or the size is not known yet, and without it there are no ranges
@@ -235,16 +234,13 @@ class CachedFile:
 
 
 def _are_parts(request: DownloadRequest, metadata: FileMetadata) -> bool:
-    return "," in (request.range or "") and metadata.accept_ranges and metadata.size is not None
+    return len(request.ranges or ()) > 1 and metadata.accept_ranges and metadata.size is not None
 
 
 def _is_far(request: DownloadRequest, fetch: "Fill | None") -> bool:
-    if request.method != "GET" or request.range is None:
+    if request.ranges is None or len(request.ranges) != 1:
         return False
-    specs = parse_range(request.range)
-    if specs is None or len(specs) != 1:
-        return False
-    first, last = specs[0]
+    first, last = request.ranges[0]
     arrived = 0 if fetch is None else fetch.arriving.arrived
     size = None if fetch is None or fetch.arriving.metadata is None else fetch.arriving.metadata.size
     if first is None:
