@@ -97,14 +97,24 @@ class Holding:
             if refused is None and self._lent.file is not None:
                 refused = refusal(is_there=await self._lent.is_at_its_place())
             if refused is None:
-                for message in self._held:
-                    await self._send(message)
+                await self._send_held()
             else:
                 merging = _Merging(self._lent.headers, self._held[0]["headers"], self._send)
                 # use our own `receive`: a middleware inside may report a disconnect once its application has returned
                 await self._lent.stream(self._receive, merging.send)
         finally:
             await self._close()
+
+    async def _send_held(self) -> None:
+        assert self._lent is not None
+        aborted: str | None = "the answer was not sent"
+        try:
+            for message in self._held:
+                await self._send(message)
+            aborted = None
+        finally:
+            if self._lent.report is not None:
+                self._lent.report(aborted)
 
     async def _close(self) -> None:
         lent, self._lent = self._lent, None

@@ -85,8 +85,8 @@ from time import monotonic
 from typing import Any
 from weakref import WeakSet
 
-from downloadview_async.asgi.response import close_after_body
-from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, PREPARED
+from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY, close_after_body
+from downloadview_async.asgi.extensions import PATHSEND, PREPARED
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
 from downloadview_async.asgi.uvicorn.heads import Refused, read_head
 from downloadview_async.asgi.uvicorn.internals import (

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from downloadview_async.http.dates import format_http_date, parse_delta_seconds, parse_http_date
+from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
@@ -14,7 +15,7 @@ from downloadview_async.sources.virtual import VirtualFile
 
 _OF_A_304 = ("cache-control", "expires", "vary")
 
-_DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9a-z-]+)(?:=("[^"]*"|[^",\s]*))?')
+_DIRECTIVE = re.compile(rf"""({TOKEN_CHAR}+)(?:=("[^"]*"|[^",\s]*))?""")
 
 
 def max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float, received: Received) -> float | None:
