@@ -18,11 +18,14 @@ from downloadview_async.sources.base import (
     Aged,
     Dated,
     Local,
+    MadeOnDemand,
+    OnDemand,
     OpenLocalBytes,
     OpensNowait,
     ReadsOver,
     Recoded,
     Unframed,
+    on_demand_of,
 )
 from downloadview_async.sources.cache import source as cached
 from downloadview_async.sources.cache.source import KeptFile
@@ -48,6 +51,7 @@ DATED: tuple[type[Dated], ...] = (OpenRemoteFile, OpenObjectFile, ArrivingFile)
 RECODED: tuple[type[Recoded], ...] = (OpenRemoteFile, OpenObjectFile, OpenObject)
 UNFRAMED: tuple[type[Unframed], ...] = (OpenRemoteFile, OpenObjectFile, ArrivingFile)
 READS_OVER: tuple[type[ReadsOver], ...] = (OpenRemoteFile, OpenObjectFile)
+ON_DEMAND: tuple[type[MadeOnDemand], ...] = (dv.VirtualFile,)
 
 SMALL, LARGE = b"small", bytes(range(256)) * 4096  # one message of ours, and a megabyte for the kernel to send
 
@@ -105,6 +109,14 @@ class WrappedNowait(WrappedLocal):
         opened = open_nowait(self.file, request)
         self.opened.append("wait" if opened is None else "nowait")
         return None if opened is None else self.wrapped(opened)
+
+
+class WrappedOnDemand(Wrapped):
+    """As `Wrapped`, but it offers `MadeOnDemand` too."""
+
+    @property
+    def on_demand(self) -> OnDemand | None:
+        return on_demand_of(self.file)
 
 
 def recorded(app: ASGIApp, messages: list[Message]) -> ASGIApp:
@@ -224,3 +236,23 @@ async def test_a_cache_over_a_cache_knows_how_old_a_file_is(origin: Origin, tmp_
         kept = await served.cache.find(served.source.name, "a.bin")
         assert kept is not None
         assert kept.entry.age >= 100
+
+
+@pytest.mark.parametrize("max_age, times", [(60, 1), (None, 3)])
+async def test_a_cache_over_wrapped_content_keeps_it_as_long_as_the_content_says(
+    tmp_path: Path, max_age: float | None, times: int
+) -> None:
+    made: list[str] = []
+
+    def make(name: str) -> WrappedOnDemand:
+        async def content() -> AsyncIterator[bytes]:
+            made.append(name)
+            yield LARGE
+
+        return WrappedOnDemand(dv.VirtualFile(content, name=name, max_age=max_age))
+
+    async with serving(dv.VirtualSource(make), tmp_path) as served:
+        for _ in range(3):
+            assert (await served.get("/x")).body == LARGE
+            await served.settled()
+    assert len(made) == times

@@ -23,13 +23,12 @@ from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
-from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.base import AsyncFile, OpenFile, on_demand_of
 from downloadview_async.sources.cache.directory import Part
 from downloadview_async.sources.cache.entry import Entry, data_name, is_describable
 from downloadview_async.sources.cache.freshness import asking_for_news, is_current, max_age_of, updated
 from downloadview_async.sources.cache.spool import Arriving, ArrivingFile
 from downloadview_async.sources.local.open_file import OpenLocalFile
-from downloadview_async.sources.virtual import VirtualFile
 
 if TYPE_CHECKING:
     from downloadview_async.sources.cache.index import Cache, Kept
@@ -63,6 +62,7 @@ class Fill:
         self.task: asyncio.Task[None]
         self._cache = cache
         self._inner = inner
+        self._on_demand = on_demand_of(inner)
         self._stale = stale
         self.is_for_one = False
         """Whether the answer is uncacheable, so that only the first client may get it."""
@@ -151,7 +151,7 @@ class Fill:
 
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[ArrivingFile]:
-        again = None if isinstance(self._inner, VirtualFile) else self._again
+        again = self._again if self._on_demand is None else None
         described = self._described_as
         max_reads = _max_reads(described) if described is not None else MAX_READS
         async with aclosing(self.arriving.open(again=again, max_reads=max_reads)) as file:
@@ -203,8 +203,8 @@ class Fill:
         before = self._before
         known = self._stale if before is None or before._entry is None else before._entry  # noqa: SLF001
         request = asking_for_news(known)
-        if known is not None and isinstance(self._inner, VirtualFile):
-            given, now = self._inner.validators, time.time()
+        if known is not None and self._on_demand is not None:
+            given, now = self._on_demand.validators, time.time()
             is_same = failed_precondition(request, given) == 304 and is_current(known, given)
             if is_same and await self._confirmed(known, given, Received(date=now, at=now)):
                 return
@@ -228,7 +228,7 @@ class Fill:
         if (complete := self._completed_meanwhile(known)) is not None:
             known, self._before = complete, None
         described = updated(known.metadata, metadata)
-        max_age = max_age_of(self._inner, described, self._cache.max_age, received)
+        max_age = max_age_of(self._on_demand, described, self._cache.max_age, received)
         entry = self._described(described, received, max_age, data=known.data)
         if self._before is not None:
             self._same = None if max_age is None else self._before.arrives
@@ -248,7 +248,7 @@ class Fill:
 
     def _described(self, metadata: FileMetadata, received: Received, max_age: float | None, *, data: str = "") -> Entry:
         """Return the entry of a file that the source has just described, and note until when others may get it."""
-        if not isinstance(self._inner, VirtualFile) or not max_age:
+        if self._on_demand is None or not max_age:
             self._fresh_until = time.monotonic() + (max_age or 0.0)
         return Entry(
             data=data,
@@ -263,7 +263,7 @@ class Fill:
         self.arriving.received = received = _received(opened)
         self.arriving.ends_with_connection = getattr(opened, "ends_with_connection", False)
         metadata = self._described_as = opened.metadata
-        max_age = max_age_of(self._inner, metadata, self._cache.max_age, received)
+        max_age = max_age_of(self._on_demand, metadata, self._cache.max_age, received)
         size = metadata.size
         kept = replace(
             metadata,
@@ -302,7 +302,7 @@ class Fill:
             assert self.arriving.metadata is not None
             complete = self.arriving.metadata
             entry = replace(self._entry, data=data_name(part.key, complete), metadata=complete)
-            if isinstance(self._inner, VirtualFile):
+            if self._on_demand is not None:
                 entry = replace(entry, validated=time.time())  # its `max_age` counts from its completion
             with anyio.CancelScope(shield=True):
                 self.result = await self._cache.commit(part, self.source, self.key, entry)

@@ -17,12 +17,11 @@ from downloadview_async.errors import (
 )
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source
+from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source, on_demand_of
 from downloadview_async.sources.cache.entry import Entry
 from downloadview_async.sources.cache.fill import Fill
 from downloadview_async.sources.cache.index import Cache, Kept
 from downloadview_async.sources.local.open_file import OpenLocalFile
-from downloadview_async.sources.virtual import VirtualFile
 
 MAX_AHEAD = 8 << 20
 """Bytes: a range that begins further than this after the bytes that have arrived is read from the source itself."""
@@ -63,7 +62,8 @@ class CachedSource:
             kept = await self.cache.find(self.name, name)
             if kept is None or not kept.entry.fresh_for(self.cache.max_age):
                 inner = await self.source.resolve(name)
-                if _is_local(inner) or (isinstance(inner, VirtualFile) and not inner.is_keepable):
+                on_demand = on_demand_of(inner)
+                if _is_local(inner) or (on_demand is not None and not on_demand.is_keepable):
                     return inner
                 return CachedFile(self.cache, self.name, name, inner, stale=None if kept is None else kept.entry)
         self.cache.counts["hits"] += 1
@@ -221,7 +221,7 @@ class CachedFile:
         """
         cache, source, key, inner = self._cache, self._source, self._key, self._inner
         fetch = cache.fetch(source, key, None, None)
-        is_far = not isinstance(inner, VirtualFile) and _is_far(request, fetch)
+        is_far = on_demand_of(inner) is None and _is_far(request, fetch)
         if not (is_far or (fetch is None and (request.method == "HEAD" or cache.is_refused(source, key)))):
             yield None
             return
