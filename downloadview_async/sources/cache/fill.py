@@ -259,7 +259,8 @@ class Fill:
         )
 
     async def _receive(self, opened: OpenFile) -> None:
-        received = _received(opened)
+        self.arriving.received = received = _received(opened)
+        self.arriving.ends_with_connection = getattr(opened, "ends_with_connection", False)
         metadata = self._described_as = opened.metadata
         max_age = max_age_of(self._inner, metadata, self._cache.max_age, received)
         size = metadata.size
@@ -271,7 +272,7 @@ class Fill:
         )
         self._entry = self._described(kept, received, max_age)
         # a file that only ends with its connection may be incomplete
-        if getattr(opened, "ends_with_connection", False) or not self._is_describable(kept):
+        if self.arriving.ends_with_connection or not self._is_describable(kept):
             max_age = None
         part = None if max_age is None else await self._cache.begin(self.source, self.key, size)
         if part is None:

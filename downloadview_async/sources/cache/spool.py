@@ -16,6 +16,7 @@ import anyio
 
 from downloadview_async.errors import DownloadError, FileError, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
+from downloadview_async.http.upstream import Received
 from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile
 
 MAX_WAITING = 1 << 18
@@ -45,6 +46,10 @@ class Arriving:
         self.failure: BaseException | None = None
         self.is_on_disk = True
         """Whether all bytes that have arrived are on the disk. Once False, it stays False."""
+        self.received: Received | None = None
+        """When the source has described the file: see `Dated`."""
+        self.ends_with_connection = False
+        """See `Unframed`."""
         self.readers: set[ArrivingFile] = set()
         self._file: OpenLocalFile | None = None
         self._write: Callable[[memoryview], Awaitable[int]] | None = None
@@ -263,6 +268,16 @@ class ArrivingFile:
         self._again = again
         self._reads_left = max_reads
         arriving.readers.add(self)
+
+    @property
+    def received(self) -> Received | None:
+        """When the source has described the file: see `Dated`."""
+        return self._arriving.received
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """That of the source: see `Unframed`."""
+        return self._arriving.ends_with_connection
 
     async def aclose(self) -> None:
         """Close the file for this reader."""
