@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -263,18 +263,12 @@ class ObjectStorage:
         `UpstreamError`.
         """
         checked_segments(name, "exact")
-        slot = await self._slots.take()
-        try:
+        with await self._slots.take():
             store, key = await self._place_of(name)
             of_disk = urlsplit(self.url).scheme == "file"
-            opened = OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)
-            try:
+            with closing(OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)) as opened:
                 await opened.begin(request)
                 yield opened
-            finally:
-                opened.close()
-        finally:
-            self._slots.free(slot)
 
     async def aclose(self) -> None:
         """Close the store and its connections before the process ends. If it is used again, a new one is made."""
