@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
@@ -281,10 +281,8 @@ class Cache:
                 return
             local = OpenLocalFile(*opened, workers=self._workers)
             is_accepted = _accept(local, kept)
-        try:
+        async with aclosing(local):
             yield local if is_accepted else None
-        finally:
-            await local.aclose()
 
     def is_refused(self, source: str, key: str) -> bool:
         """Return whether a file was recently found uncacheable."""

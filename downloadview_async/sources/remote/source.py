@@ -122,13 +122,9 @@ class RemoteFile:
             ):
                 yield file
             return
-        async with self._upstream.slot():
-            opened = OpenRemoteFile(self._upstream, self._url)
-            try:
-                await opened.begin(request)
-                yield opened
-            finally:
-                await opened.aclose()
+        async with self._upstream.slot(), aclosing(OpenRemoteFile(self._upstream, self._url)) as opened:
+            await opened.begin(request)
+            yield opened
 
 
 class OpenRemoteFile:
