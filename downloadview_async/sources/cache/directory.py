@@ -48,13 +48,17 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 @dataclass(slots=True)
 class Part:
-    """A file that arrives: its descriptor holds its lock. size: None if not known. reserved: bytes of room for it."""
+    """A file that arrives: its descriptor holds its lock. size: None if not known. reserved: bytes of room for it.
+
+    is_kept: whether it is complete, and has the name of a complete file.
+    """
 
     key: str
     name: str
     descriptor: int
     size: int | None = None
     reserved: int = 0
+    is_kept: bool = False
 
 
 @dataclass(slots=True)
@@ -242,7 +246,7 @@ class CacheDirectory:
                 self._add(usage, -BLOCK)
                 if before != entry.data:
                     self._add(usage, -self._retire(before, leased))
-            part.name, part.reserved = entry.data, size
+            part.name, part.reserved, part.is_kept = entry.data, size, True
 
     def discard(self, part: Part) -> None:
         """Remove a part. Its descriptor stays open."""
