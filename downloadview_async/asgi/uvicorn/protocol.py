@@ -27,7 +27,7 @@ closes the socket at once where the client has nothing more to send, and where t
 has half-closed after a whole request gets its answer. Nothing is ever written into another answer: the connection is
 reset instead.
 
-Timers.
+Timers. The loop calls a protocol, which has no coroutine that could hold a task group, so these are `call_later`.
 
 - The head timer, `stall_seconds`: from the connection to the end of its first head, and from the first byte of a later
   head to its end. Then the connection is closed.
