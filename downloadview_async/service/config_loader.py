@@ -9,14 +9,14 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from downloadview_async import ConfigurationError, ProxyKind, proxy_kinds
 from downloadview_async.service.settings import (
@@ -28,6 +28,7 @@ from downloadview_async.service.settings import (
     PathSettings,
     PresignSettings,
     RemoteSettings,
+    Routes,
     RouteSettings,
     RuleSettings,
     ServerSettings,
@@ -38,8 +39,10 @@ from downloadview_async.service.settings import (
     bytes_of,
     cache_of,
     configuration_error,
+    description_of,
     directory_of,
     options_of,
+    parts_of,
     seconds_of,
     source_of_files,
 )
@@ -58,7 +61,7 @@ _SOURCE_TYPES: dict[str, type[Struct]] = {
 _TABLES: dict[str, Any] = {
     "server": ServerSettings,
     "sources": dict[str, Any],
-    "routes": list[RouteSettings],
+    "routes": Routes,
     "offload": OffloadSettings,
     "content_types": ContentTypes,
 }
@@ -187,7 +190,7 @@ class _Draft:
         offload = self._table("offload", data)
         self._each_known("offload.rules", offload.get("rules"), RuleSettings)
         self._each_known("routes", data.get("routes"), RouteSettings)
-        routes = self._routes(self._converted("routes", data.get("routes", []), list[RouteSettings]), sources)
+        routes = self._routes(self._converted("routes", data.get("routes", []), Routes), sources)
         settings = Settings(
             file=self.file,
             directory=self.directory,
@@ -486,15 +489,8 @@ def _instead_of(name: str, known: Iterable[str]) -> str:
 
 def _fields(kind: Any) -> dict[str, Any]:
     """Return the names and types of the fields of the Struct in a type, or an empty dict."""
-    struct = next((part for part in _parts(kind) if isinstance(part, type) and issubclass(part, Struct)), None)
+    struct = next((part for part in parts_of(kind) if isinstance(part, type) and issubclass(part, Struct)), None)
     return {} if struct is None else {field.name: field.type for field in msgspec.structs.fields(struct)}
-
-
-def _parts(kind: Any) -> Iterator[Any]:
-    """Yield a type and, recursively, its arguments."""
-    yield kind
-    for part in get_args(kind):
-        yield from _parts(part)
 
 
 def _explained(key: str, message: str, kind: Any) -> tuple[str, str]:
@@ -505,7 +501,7 @@ def _explained(key: str, message: str, kind: Any) -> tuple[str, str]:
         problem, place = "missing", f"{place}.{missing[1]}"
     for name in re.findall(r"\w*[a-z_]\w*", place):
         kind = _fields(kind).get(name)
-    takes = [part.description for part in _parts(kind) if isinstance(part, Meta) and part.description]
     problem = re.sub("Expected `str` matching regex .*", "the text has the wrong form", problem)
     problem = (problem[:1].lower() + problem[1:]).replace("`", "")
-    return key + place, f"{problem}: give {takes[0]}" if takes else f"{problem}: correct it"
+    takes = description_of(kind)
+    return key + place, f"{problem}: give {takes}" if takes else f"{problem}: correct it"

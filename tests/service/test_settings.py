@@ -1,13 +1,28 @@
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from downloadview_async import ConfigurationError
+from downloadview_async import (
+    Cache,
+    ConfigurationError,
+    Download,
+    ObjectStorage,
+    PathSource,
+    RemoteSource,
+    proxy_config,
+)
+from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.cli import check
 from downloadview_async.service.app import build
+from downloadview_async.service.check.run import check as checks
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import (
+    CacheSettings,
     ObjectSettings,
     PathSettings,
     RemoteSettings,
@@ -16,6 +31,9 @@ from downloadview_async.service.settings import (
     Settings,
     StorageSettings,
     VirtualSettings,
+    bytes_of,
+    description_of,
+    seconds_of,
 )
 
 FILES = '[sources.files]\ntype = "path"\nroot = "files"\n'
@@ -122,6 +140,36 @@ def test_defaults(directory: Path) -> None:
     assert settings.server.timeout_graceful_shutdown == 30
     assert settings.sources == {}
     assert settings.offload.backend is None
+
+
+@pytest.mark.parametrize(
+    "default, function, parameter",
+    [
+        (ServerSettings().stall_timeout, DownloadProtocol.__init__, "stall_seconds"),
+        (ServerSettings().minimum_rate, DownloadProtocol.__init__, "minimum_rate"),
+        (ServerSettings().stall_timeout, proxy_config, "stall_seconds"),
+        (ServerSettings().timeout_keep_alive, proxy_config, "idle_seconds"),
+        (ServerSettings().address, proxy_config, "service"),
+        (PathSettings(root="x").symlinks, PathSource, "symlinks"),
+        (PathSettings(root="x").names, PathSource, "names"),
+        (RemoteSettings(url="x").max_connections, RemoteSource, "max_connections"),
+        (RemoteSettings(url="x").connect_timeout, RemoteSource, "connect_timeout"),
+        (RemoteSettings(url="x").read_timeout, RemoteSource, "read_timeout"),
+        (RemoteSettings(url="x").names, RemoteSource, "names"),
+        (bytes_of(CacheSettings(path="x").max_bytes), Cache, "max_bytes"),
+        (seconds_of(CacheSettings(path="x").max_age), Cache, "max_age"),
+        (RouteSettings(path="x", source="x").disposition == "attachment", Download, "attachment"),
+        (next(option.default for option in check.params if option.name == "timeout"), checks, "timeout"),
+    ],
+)
+def test_the_defaults_are_those_of_the_library(default: object, function: Callable[..., Any], parameter: str) -> None:
+    assert default == inspect.signature(function).parameters[parameter].default
+
+
+def test_the_description_of_a_store_names_the_default_of_the_library() -> None:
+    (setting,) = (one for one in msgspec.structs.fields(StorageSettings) if one.name == "max_connections")
+    default = inspect.signature(ObjectStorage).parameters["max_connections"].default
+    assert str(description_of(setting.type)).endswith(f"by default {default}")
 
 
 @pytest.mark.parametrize(
