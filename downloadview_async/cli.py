@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -17,6 +18,7 @@ from downloadview_async import ConfigurationError, __version__, proxy_kinds
 try:
     import click
     import msgspec
+    from click.core import ParameterSource
 except ModuleNotFoundError as exc:
     sys.exit(f"downloadview: the service needs {exc.name}: install downloadview_async with its extra `server`")
 
@@ -26,7 +28,7 @@ _WRONG_SETTINGS = 2  # the exit status: trying again does not help
 
 try:
     from downloadview_async.service.config_loader import CONFIG, load_settings
-    from downloadview_async.service.settings import Settings, Unavailable
+    from downloadview_async.service.settings import ServerSettings, Settings, Unavailable, description_of, parts_of
 except ConfigurationError as exc:  # a mistake in a proxy that an installed package adds
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
     sys.exit(_WRONG_SETTINGS)
@@ -38,6 +40,13 @@ _LONGEST_SOCKET_PATH = 107  # bytes; Linux allows 108 with the final NUL
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
+class _Directory(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if os.path.isfile(value):
+            self.fail(f"{value!r} is a file: for settings use --config {value}, or else give a directory", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="downloadview")
 def main() -> None:
@@ -45,51 +54,26 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("path", required=False, type=_Directory(exists=True, file_okay=False, path_type=Path))
 @click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
-@click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
-@click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8000]")
-@click.option("--uds", help="Listen on a Unix socket instead.")
-@click.option("--fd", type=int, help="Listen on an open socket instead, given by its descriptor number.")
-@click.option("--workers", type=int, help="The number of worker processes.  [default: 1]")
-@click.option("--root-path", help="The path below which a proxy serves this.")
-@click.option("--proxy-headers/--no-proxy-headers", default=None, help="Trust X-Forwarded-*.  [default: trust]")
-@click.option(
-    "--forwarded-allow-ips", help="The proxies whose X-Forwarded-* to trust: addresses, or *.  [default: 127.0.0.1,::1]"
-)
-@click.option("--log-level", help="critical, error, warning, info, debug or trace.  [default: info]")
-@click.option("--access-log/--no-access-log", default=None, help="Log every request.  [default: log]")
-@click.option("--use-colors/--no-use-colors", default=None, help="Colours in the log.  [default: on a terminal]")
-@click.option("--loop", help="auto, asyncio or uvloop.  [default: auto]")
-@click.option("--http", help="auto (sendfile), h11 or httptools.  [default: auto]")
-@click.option(
-    "--stall-timeout", type=float, help="Seconds that a client may receive less than --minimum-rate.  [default: 60]"
-)
-@click.option("--minimum-rate", type=int, help="Bytes per second that a client must receive.  [default: 64]")
-@click.option("--backlog", type=int, help="Connections that may wait to be accepted.  [default: 2048]")
-@click.option("--limit-concurrency", type=int, help="Concurrent requests, above which new ones get 503.")
-@click.option("--limit-max-requests", type=int, help="Requests after which a worker is replaced.")
-@click.option("--timeout-keep-alive", type=int, help="Seconds that an idle connection stays open.  [default: 5]")
-@click.option(
-    "--timeout-graceful-shutdown", type=int, help="Seconds that running downloads have to finish.  [default: 30]"
-)
-@click.option("--server-header/--no-server-header", default=None, help="Send a Server header.  [default: send]")
-@click.option("--date-header/--no-date-header", default=None, help="Send a Date header.  [default: send]")
-@click.option("--ssl-keyfile", help="The private key for HTTPS.")
-@click.option("--ssl-certfile", help="The certificate for HTTPS.")
-@click.option("--ssl-keyfile-password", help="The password of the private key.")
-def serve(path: Path | None, config: Path | None, **options: Any) -> None:
-    """Serve the routes in the settings, or only the files of the directory PATH, at /files/.
+@click.pass_context
+def serve(context: click.Context, /, path: Path | None, config: Path | None, **options: Any) -> None:
+    """Serve the routes in the settings, or the files of a directory.
 
-    The settings file is given by --config or DOWNLOADVIEW_CONFIG; the default is downloadview.toml in the current
-    directory. Variables such as DOWNLOADVIEW_SERVER__PORT override the file, and options override both. The options are
-    those of uvicorn. The page at / lists the routes; /-/livez and /-/readyz answer health probes.
+    With PATH, only the files of this directory are served, at /files/. The settings file is given by --config or
+    DOWNLOADVIEW_CONFIG; the default is downloadview.toml in the current directory. Variables such as
+    DOWNLOADVIEW_SERVER__PORT override the file, and options override both. The options are those of uvicorn. The page
+    at / lists the routes; /-/livez and /-/readyz answer health probes.
     """
     if path is not None and config is not None:
         raise click.UsageError("PATH and --config exclude each other: PATH serves a directory without settings")
     try:
         _choose(path, config, "nothing to serve: give a directory, or ")
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {
+            name: value
+            for name, value in options.items()
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        }
         if given.keys() & {"host", "port"} and not given.keys() & {"uds", "fd"}:
             given |= {"uds": None, "fd": None}  # uvicorn would prefer those in the file
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=given)
@@ -97,6 +81,29 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
     except ConfigurationError as exc:
         _say(exc)
         sys.exit(_STARTUP_FAILURE if isinstance(exc, Unavailable) else _WRONG_SETTINGS)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _option_of(setting: msgspec.structs.FieldInfo) -> click.Option:
+    """Return the option for a setting of the server: its name, type, default and description are the setting's."""
+    flag = _flag(setting.name)
+    kind = next((part for part in parts_of(setting.type) if part in (bool, int, float)), str)
+    text = (description_of(setting.type) or "").removeprefix("true to ")
+    # other settings are options here: minimum_rate, http = auto
+    text = re.sub(r"\b([a-z]+(?:_[a-z]+)+|[a-z]+(?= = ))\b(?: =)?", lambda match: _flag(match[1]), text)
+    return click.Option(
+        [f"{flag}/{_flag(f'no_{setting.name}')}" if kind is bool else flag],
+        type=kind,
+        default=setting.default,
+        show_default=setting.default != "",
+        help=f"{text[:1].upper()}{text[1:]}.",
+    )
+
+
+serve.params += map(_option_of, msgspec.structs.fields(ServerSettings))
 
 
 @main.command("config")
@@ -113,10 +120,11 @@ def serve(path: Path | None, config: Path | None, **options: Any) -> None:
     help="Write paths relative to this directory, for a proxy that is started in it.",
 )
 def print_config(proxy: Any, config: Path | None, listen: str, service: str | None, relative_to: Path | None) -> None:
-    """Print the configuration of a proxy, such as nginx, that sends the files of the settings' rules.
+    """Print the configuration of a proxy, such as nginx.
 
-    The settings are the same as those of `serve`, variables included; offload.backend must be this proxy. The proxy can
-    be started with the printed configuration unchanged. "TLS:" marks the place for TLS.
+    The proxy sends the files of the settings' rules. The settings are the same as those of `serve`, variables included;
+    offload.backend must be this proxy. The proxy can be started with the printed configuration unchanged. "TLS:" marks
+    the place for TLS.
     """
     from downloadview_async.service.proxy_config import config_for
 
@@ -141,15 +149,19 @@ def print_config(proxy: Any, config: Path | None, listen: str, service: str | No
 @click.option("--file", "files", multiple=True, metavar="PATH", help="A path to request; may be repeated.")
 @click.option("--only", is_flag=True, help="Request only the paths of --file.")
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=10.0, help="Seconds for each request.  [default: 10]"
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds for each request.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -> None:
-    """Check a running service against its settings, and with URL also the proxy in front of it.
+    """Check a running service, and the proxy in front of it.
 
-    URL is the address at which clients reach the proxy. Each row shows the result (pass, FAIL or skip), the step, the
-    route, the request and the outcome; below a FAIL is the remedy. The exit status is 0 if nothing fails, 1 if
-    something fails, and 2 if nothing can be checked.
+    The service is checked against its settings, and with URL the proxy too. URL is the address at which clients reach
+    the proxy. Each row shows the result (pass, FAIL or skip), the step, the route, the request and the outcome; below a
+    FAIL is the remedy. The exit status is 0 if nothing fails, 1 if something fails, and 2 if nothing can be checked.
 
     The settings are the same as those of `downloadview serve`. The check requests the `example`s of each route, the
     paths of --file, or the first file of a local directory.

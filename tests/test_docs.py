@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import pytest
@@ -201,12 +201,6 @@ def test_the_api_page_has_every_public_name() -> None:
     assert set(downloadview_async.__all__) - {"__version__"} <= documented
 
 
-def parts_of(kind: Any) -> Iterator[Any]:
-    yield kind
-    for part in get_args(kind):
-        yield from parts_of(part)
-
-
 STRUCTS = [
     struct
     for struct in vars(service_settings).values()
@@ -218,9 +212,7 @@ STRUCTS = [
 def test_the_reference_has_every_setting_as_it_is(struct: type[msgspec.Struct]) -> None:
     page = (DOCS / "configuration.md").read_text()
     for setting in msgspec.structs.fields(struct):
-        takes = next(
-            part.description for part in parts_of(setting.type) if isinstance(part, msgspec.Meta) and part.description
-        )
+        takes = service_settings.description_of(setting.type)
         default: Any = None if setting.default is msgspec.NODEFAULT else setting.default
         if setting.required:
             shown = "required"
@@ -328,6 +320,12 @@ def test_links_between_pages_and_files_lead_somewhere() -> None:
 )
 def test_the_page_on_performance_names_the_sizes_of_the_code(said: str) -> None:
     assert said in " ".join((DOCS / "performance.md").read_text().split())
+
+
+def test_the_page_on_limits_names_the_rate_of_the_settings() -> None:
+    server = service_settings.ServerSettings()
+    expected = f"less than {server.minimum_rate} bytes a second for {server.stall_timeout:.0f} seconds"
+    assert expected in " ".join((DOCS / "limits.md").read_text().split())
 
 
 def test_the_page_on_performance_has_every_measure() -> None:

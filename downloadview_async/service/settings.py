@@ -1,11 +1,14 @@
-"""All settings, as types. The description of a field says which values it takes; error messages repeat it."""
+"""All settings, as types. The description of a field says which values it takes.
+
+Error messages repeat it, as do the help of `downloadview serve` and the reference in the documentation.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -35,12 +38,14 @@ class DatabaseUnavailable(Unavailable):
 
 
 class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[server]`: options of uvicorn, with the same names and meanings."""
+    """`[server]`: options of uvicorn, with the same names and meanings. `downloadview serve` has an option for each."""
 
     host: Annotated[str, Meta(description="the address to listen on, such as 127.0.0.1 or 0.0.0.0")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535, description="a TCP port, 0 to 65535")] = 8000
-    uds: Annotated[str, Meta(min_length=1, description="the path of a Unix socket to listen on")] | None = None
-    fd: Annotated[int, Meta(ge=0, le=2**31 - 1, description="the number of an open socket to listen on")] | None = None
+    port: Annotated[int, Meta(ge=0, le=65535, description="a TCP port, 0 to 65535; 0 chooses a free one")] = 8000
+    uds: Annotated[str, Meta(min_length=1, description="the path of a Unix socket, instead of a port")] | None = None
+    fd: (
+        Annotated[int, Meta(ge=0, le=2**31 - 1, description="the number of an open socket, instead of a port")] | None
+    ) = None
     workers: Annotated[int, Meta(ge=1, le=1024, description="the number of worker processes, 1 to 1024")] = 1
     root_path: Annotated[
         str,
@@ -52,18 +57,26 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     ] = ""
     proxy_headers: Annotated[bool, Meta(description="true to trust X-Forwarded-* from forwarded_allow_ips")] = True
     forwarded_allow_ips: (
-        Annotated[str, Meta(description="addresses of trusted proxies, separated by commas, or *")] | None
+        Annotated[str, Meta(description="trusted addresses, separated by commas, or *; by default, this machine")]
+        | None
     ) = None
     log_level: Annotated[
         Literal["critical", "error", "warning", "info", "debug", "trace"],
-        Meta(description="critical, error, warning, info, debug or trace"),
+        Meta(description="the least severe messages to log: critical, error, warning, info, debug or trace"),
     ] = "info"
     access_log: Annotated[bool, Meta(description="true to log every request")] = True
-    use_colors: Annotated[bool, Meta(description="true or false; by default, colours on a terminal only")] | None = None
-    loop: Annotated[Literal["auto", "asyncio", "uvloop"], Meta(description="auto, asyncio or uvloop")] = "auto"
+    use_colors: (
+        Annotated[bool, Meta(description="true to use colours in the log; by default, on a terminal only")] | None
+    ) = None
+    loop: Annotated[
+        Literal["auto", "asyncio", "uvloop"], Meta(description="the event loop: auto, asyncio or uvloop")
+    ] = "auto"
     http: Annotated[
         Literal["auto", "h11", "httptools"],
-        Meta(description="auto (with sendfile, and stalled clients are disconnected), or uvicorn's h11 or httptools"),
+        Meta(
+            description="the HTTP protocol: auto (with sendfile, and stalled clients are disconnected), or uvicorn's "
+            "h11 or httptools"
+        ),
     ] = "auto"
     stall_timeout: Annotated[
         _Seconds,
@@ -85,8 +98,8 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     ] = 30
     server_header: Annotated[bool, Meta(description="true to send a Server header")] = True
     date_header: Annotated[bool, Meta(description="true to send a Date header")] = True
-    ssl_keyfile: Annotated[str, Meta(description="the path of a private key")] | None = None
-    ssl_certfile: Annotated[str, Meta(description="the path of a certificate")] | None = None
+    ssl_keyfile: Annotated[str, Meta(description="the path of a private key, for HTTPS")] | None = None
+    ssl_certfile: Annotated[str, Meta(description="the path of a certificate, for HTTPS")] | None = None
     ssl_keyfile_password: Annotated[str, Meta(description="the password of the private key")] | None = None
 
     @property
@@ -282,6 +295,7 @@ class OffloadSettings(_WithOptions):  # type: ignore[misc]  # the options depend
     """`[offload]`: the proxy that sends the files, if any, and the options of its backend."""
 
 
+Routes = Annotated[list[RouteSettings], Meta(description="tables, each written as [[routes]]")]
 ContentTypes = Annotated[
     dict[str, str], Meta(description='a table of suffixes and media types, such as ".gcode" = "text/x-gcode"')
 ]
@@ -317,6 +331,18 @@ class Settings:
             raise type(exc)(str(self.error(key, str(exc)))) from exc
         except (OSError, OverflowError, TypeError, ValueError) as exc:
             raise self.error(key, f"{type(exc).__name__}: {exc}: correct it") from exc
+
+
+def parts_of(kind: Any) -> Iterator[Any]:
+    """Yield the type of a setting and, recursively, its arguments."""
+    yield kind
+    for part in get_args(kind):
+        yield from parts_of(part)
+
+
+def description_of(kind: Any) -> str | None:
+    """Return which values a setting of this type takes, or None if the type does not say it."""
+    return next((part.description for part in parts_of(kind) if isinstance(part, Meta) and part.description), None)
 
 
 def configuration_error(file: str, origins: Mapping[str, str], key: str, problem: str) -> ConfigurationError:

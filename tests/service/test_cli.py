@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from downloadview_async import __version__
 from downloadview_async.cli import main, serve
 from downloadview_async.service.config_loader import CONFIG
-from downloadview_async.service.settings import ServerSettings
+from downloadview_async.service.settings import ServerSettings, description_of
 from tests.servers import PROJECT, Server, demo, free_port, serving
 
 COMMAND = [sys.executable, "-m", "downloadview_async.cli", "serve"]
@@ -298,6 +300,8 @@ def test_a_refused_start_is_one_line_and_status_2(directory: Path) -> None:
     assert "the command line: server.log_level" in refused("--log-level", "loud", cwd=directory)
     assert "server.uds: the directory of" in refused("--uds", "gone/socket", cwd=directory)
     assert "Directory 'gone' does not exist" in refused("gone", cwd=directory)
+    assert "is a file: for settings use --config bad.toml" in refused("bad.toml", cwd=directory)
+    assert "'abc' is not a valid integer" in refused("--port", "abc", cwd=directory)
     assert "exclude each other" in refused("files", "--config", "downloadview.toml", cwd=directory)
     wrong = {"DOWNLOADVIEW_SOURCES__FILES__ROOT": "gone"}
     assert "DOWNLOADVIEW_SOURCES__FILES__ROOT: sources.files.root: the root" in refused(cwd=directory, env=wrong)
@@ -495,6 +499,34 @@ def test_help_and_version() -> None:
     shown = runner.invoke(main, ["serve", "--help"]).output
     assert "/files/" in shown
     assert "--timeout-graceful-shutdown" in shown
+    commands = runner.invoke(main, ["--help"]).output.partition("Commands:")[2]
+    assert "serve" in commands
+    assert "..." not in commands  # the sentences are whole
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--host TEXT The address to listen on, such as 127.0.0.1 or 0.0.0.0. [default: 127.0.0.1]",
+        "--port INTEGER A TCP port, 0 to 65535; 0 chooses a free one. [default: 8000]",
+        "--fd INTEGER The number of an open socket, instead of a port.",
+        "--proxy-headers / --no-proxy-headers Trust X-Forwarded-* from --forwarded-allow-ips. [default: proxy-headers]",
+        "--use-colors / --no-use-colors Use colours in the log; by default, on a terminal only.",
+        "--stall-timeout FLOAT Seconds that a client may receive less than --minimum-rate, at most a year; needs "
+        "--http auto. [default: 60.0]",
+    ],
+)
+def test_an_option_has_the_type_the_default_and_the_description_of_its_setting(line: str) -> None:
+    shown = CliRunner().invoke(main, ["serve", "--help"], terminal_width=300).output
+    assert line in " ".join(shown.split())
+
+
+def test_the_help_has_the_description_of_every_setting() -> None:
+    shown = CliRunner().invoke(main, ["serve", "--help"], terminal_width=300).output
+    for setting in msgspec.structs.fields(ServerSettings):
+        takes = str(description_of(setting.type)).removeprefix("true to ")
+        *_, longest = sorted(re.split("[a-z]+_[a-z_]+|[a-z]+ = ", takes), key=len)  # other settings are options there
+        assert longest[1:] in shown
 
 
 def test_the_command_needs_neither_the_server_nor_a_database_until_it_serves() -> None:

@@ -90,7 +90,10 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
     "a list for the server": (b"[[server]]\nport = 1\n", "server: must be a table"),
     "a number for the server": ("server = 3\n", "server: must be a table"),
     "a list for a source": (b'[[sources.files]]\ntype = "path"\n', "sources.files: must be a table"),
-    "a table for the routes": ('[routes]\npath = "/x"\n', "routes: expected array, got object"),
+    "a table for the routes": (
+        '[routes]\npath = "/x"\n',
+        "routes: expected array, got object: give tables, each written as [[routes]]",
+    ),
     "a table for the rules": ('[offload.rules]\nsource = "x"\n', "offload.rules: expected array, got object"),
     "an escape in a key": ('"a\\u001b[31m\\nb" = 1\n', "a control character in the key 'a\\x1b[31m\\nb'"),
     "an escape in the name of a source": ('[sources."a\\n\\u001b"]\ntype = "path"\n', "a control character in the key"),
@@ -125,7 +128,7 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
     "the port 0": ('[sources.a]\ntype = "remote"\nurl = "http://h:0/"\n', "has the port 0"),
     "options of a store that are none": (
         '[sources.a]\ntype = "storage"\nurl = "s3://b"\noptions = {client_options = "x"}\n',
-        "sources.a.url: ",
+        "sources.a.options.client_options: ",
     ),
     "a century of cache": (
         '[sources.a]\ntype = "virtual"\nfactory = "m:f"\ncache = {path = "c", max_age = "999999999999d"}\n',
@@ -228,6 +231,7 @@ VARIABLES = [
     ("DOWNLOADVIEW_SERVER__STALL_TIMEOUT", "nan", "server.stall_timeout: expected float"),
     ("DOWNLOADVIEW_SOURCES", '{"a": {"type": "path", "root": "\\u0000"}}', "sources.a.root: a control character"),
     ("DOWNLOADVIEW_SOURCES", '{"a\\n": {}}', "a control character in the key 'a\\n'"),
+    ("DOWNLOADVIEW_SERVER_" + "_" * 5000 + "PORT", "1", "unknown key: did you mean DOWNLOADVIEW_SERVER__PORT?"),
     ("DOWNLOADVIEW_ROUTES", "[null]", "routes[0]: expected object"),
     ("DOWNLOADVIEW_ROUTES__0__PATH", "x", "routes: expected array"),
     ("DOWNLOADVIEW_OFFLOAD", '{"rules": [1]}', "offload.rules[0]: expected object"),
