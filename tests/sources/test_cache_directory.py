@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 from downloadview_async import ConfigurationError, ETag, FileMetadata
 from downloadview_async.sources.cache import directory as cache_directory
-from downloadview_async.sources.cache.directory import CacheDirectory, Part, protect
+from downloadview_async.sources.cache import eviction
+from downloadview_async.sources.cache.directory import CacheDirectory
 from downloadview_async.sources.cache.entry import Entry, data_name, dump_entry, key_hash, load_entry
+from downloadview_async.sources.cache.files import Part, protect
 
 KIB = 1024
 any_text = st.text(st.characters(exclude_categories=()))  # lone surrogates and controls, too
@@ -244,7 +246,7 @@ def test_a_version_that_a_proxy_may_be_opening_is_kept_for_a_while(make: Make, m
     put(directory, "k", b"newer", etag="v2")
     directory.sweep()
     assert old.data in names(directory)
-    monkeypatch.setattr(cache_directory, "LEASE_SECONDS", 0.0)
+    monkeypatch.setattr(eviction, "LEASE_SECONDS", 0.0)
     directory.sweep()
     assert old.data not in names(directory)
     assert directory.bytes == on_disk(directory)
@@ -285,7 +287,7 @@ def test_a_leased_file_is_not_evicted(make: Make, monkeypatch: pytest.MonkeyPatc
     put(directory, "a", bytes(16 * KIB))
     assert directory.find("s", "a", lease=True) is not None
     assert put(directory, "b", bytes(16 * KIB)) is None
-    monkeypatch.setattr(cache_directory, "LEASE_SECONDS", 0.0)
+    monkeypatch.setattr(eviction, "LEASE_SECONDS", 0.0)
     assert put(directory, "b", bytes(16 * KIB)) is not None
 
 

@@ -1,20 +1,14 @@
-"""The directory of a cache: its file names, its locks and the eviction. Plain blocking calls, for worker threads.
+"""`CacheDirectory`: the directory of a cache, which several processes share. Plain blocking calls, for worker threads.
 
-K is a hash of a source's name and a key in it, V a hash of the version's validators and size, R is random:
+Its files are those of `CacheFiles`, and one besides:
 
-    K-V         the bytes of a complete file, and nothing else: a proxy can send it
-    K.meta      the description of the current version of K, with its source and key
-    K.R.part    a file that arrives, or a K.meta that is being written; its writer holds a lock on it (`flock`)
     usage       bytes in use, and when they were last counted; locked while a name is added or removed
 
-All locks are the kernel's, so they end with the process that holds them. A file that a process reads has a shared lock
-and is not evicted. The times of K.meta tell when the file was last used (mtime), and when a proxy was last told to send
-it (atime): a file is not removed while a proxy may still be about to open it.
+All locks are the kernel's, so they end with the process that holds them.
 """
 
 import errno
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -22,43 +16,20 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.sources.cache.entry import BLOCK, Entry, dump_entry, key_hash, load_entry
+from downloadview_async.sources.cache.eviction import retire, sweep
+from downloadview_async.sources.cache.files import MAKE, CacheFiles, Part, closing, cost
 from downloadview_async.sources.local.root import Root
-
-LEASE_SECONDS = 30.0
-"""Seconds that a proxy has to open a file after it was told to send it."""
 
 SWEEP_SECONDS = 60.0
 """Seconds between two sweeps of a directory, by any of the processes that use it."""
 
 _LOCK_PATIENCE = 10.0
-_HASH = "[0-9a-f]{40}"
-_DATA = re.compile(f"({_HASH})-{_HASH}")
-_META = re.compile(rf"({_HASH})\.meta")
-_PART = re.compile(rf"{_HASH}\.[0-9a-f]{{16}}\.part")
-_MAKE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-
-
-@dataclass(slots=True)
-class Part:
-    """A file that arrives: its descriptor holds its lock. size: None if not known. reserved: bytes of room for it.
-
-    is_kept: whether it is complete, and has the name of a complete file.
-    """
-
-    key: str
-    name: str
-    descriptor: int
-    size: int | None = None
-    reserved: int = 0
-    is_kept: bool = False
 
 
 @dataclass(slots=True)
@@ -79,17 +50,6 @@ class _Usage:
         content = b"%d %d\n" % (max(self.used, 0), self.swept)
         os.pwrite(self.descriptor, content, 0)
         os.ftruncate(self.descriptor, len(content))
-
-
-@dataclass(slots=True)
-class _Files:
-    """The files of one K in a directory."""
-
-    used: float = 0.0
-    leased: float = 0.0
-    has_meta: bool = False
-    data: list[tuple[str, int, float]] = field(default_factory=list)
-    """Name, size and time of the last change (ctime) of each K-V."""
 
 
 class CacheDirectory:
@@ -125,6 +85,7 @@ class CacheDirectory:
                 f"others may put files into the cache directory {os.fspath(path)!r}, and clients would get them: "
                 "choose one that belongs to this user and that others may not write to"
             )
+        self._files = CacheFiles(self.root.descriptor)
         self._check_locks()
         self.max_bytes = max_bytes
         self.bytes = 0
@@ -143,7 +104,7 @@ class CacheDirectory:
         """Raise `ConfigurationError` if the file system or a sandbox refuses locks."""
         name = f"{'0' * 40}.{secrets.token_hex(8)}.part"
         try:
-            descriptor = os.open(name, _MAKE, 0o600, dir_fd=self.root.descriptor)
+            descriptor = os.open(name, MAKE, 0o600, dir_fd=self.root.descriptor)
         except OSError:
             return  # nothing can be written, so nothing needs a lock: files are sent without being kept
         try:
@@ -156,17 +117,17 @@ class CacheDirectory:
                 f"{exc.strerror}): choose one on a local disk"
             ) from exc
         finally:
-            self._unlink(name)
+            self._files.unlink(name)
             os.close(descriptor)
 
     def find(self, source: str, key: str, *, lease: bool = False) -> Entry | None:
         """Return the complete file of a key, and note its use; with `lease`, note that a proxy is about to open it."""
         name = f"{key_hash(source, key)}.meta"
         try:
-            descriptor = self._open_meta(name)
+            descriptor = self._files.open_meta(name)
         except FileNotFoundError:
             return None
-        with _closing(descriptor):
+        with closing(descriptor):
             status = os.fstat(descriptor)
             content = os.read(descriptor, 1 << 20)
             try:
@@ -187,19 +148,19 @@ class CacheDirectory:
     def lease(self, key: str) -> None:
         """Note that a proxy is about to open the file of K."""
         now = time.time()
-        os.utime(f"{key}.meta", (now, now), dir_fd=self.root.descriptor, follow_symlinks=False)
+        self._files.set_times(f"{key}.meta", times=(now, now))
 
     def begin(self, key: str, size: int | None) -> Part | None:
         """Make a part for K, which will `grow`; None if there is no room for it.
 
         The least recently used files are evicted for it, but none that is in use.
         """
-        if size is not None and _cost(size) + BLOCK > self.max_bytes:
+        if size is not None and cost(size) + BLOCK > self.max_bytes:
             return None
         with self._locked() as usage:
             if not self._has_room(usage, BLOCK):
                 return None
-            part = self._new_part(key, 0o644)
+            part = self._files.new_part(key, 0o644)
             part.size = size
             self._add(usage, BLOCK)
         return part
@@ -207,7 +168,7 @@ class CacheDirectory:
     def grow(self, part: Part, size: int) -> bool:
         """Reserve `size` bytes for a part, and return whether there is room for them."""
         with self._locked() as usage:
-            more = _cost(size) - _cost(part.reserved)
+            more = cost(size) - cost(part.reserved)
             if not self._has_room(usage, more):
                 return False
             os.ftruncate(part.descriptor, size)
@@ -226,50 +187,50 @@ class CacheDirectory:
         os.ftruncate(part.descriptor, size)
         os.fdatasync(part.descriptor)
         with self._locked() as usage:
-            before = self._current(part.key)
-            leased = self._leased(part.key)
+            before = self._files.current(part.key)
+            leased = self._files.leased(part.key)
             os.utime(part.descriptor, (time.time(), self._modified(entry.metadata, before)))
-            replaced = self._size(entry.data)
+            replaced = self._files.size(entry.data)
             fcntl.flock(part.descriptor, fcntl.LOCK_SH)
-            self._rename(part.name, entry.data)
+            self._files.rename(part.name, entry.data)
             try:
-                self._write_meta(part.key, dump_entry(source, key, entry), leased)
+                self._files.write_meta(part.key, dump_entry(source, key, entry), leased)
             except BaseException:
-                self._unlink(entry.data)
+                self._files.unlink(entry.data)
                 raise
-            self._add(usage, _cost(size) - _cost(part.reserved))
+            self._add(usage, cost(size) - cost(part.reserved))
             if replaced is not None:
-                self._add(usage, -_cost(replaced))
+                self._add(usage, -cost(replaced))
             if before is not None:
                 self._add(usage, -BLOCK)
                 if before != entry.data:
-                    self._add(usage, -self._retire(before, leased))
+                    self._add(usage, -retire(self._files, before, leased))
             part.name, part.reserved, part.is_kept = entry.data, size, True
 
     def discard(self, part: Part) -> None:
         """Remove a part. Its descriptor stays open."""
-        self._unlink(part.name)
+        self._files.unlink(part.name)
         with self._locked() as usage:
-            self._add(usage, -_cost(part.reserved) - BLOCK)
+            self._add(usage, -cost(part.reserved) - BLOCK)
 
     def renew(self, source: str, key: str, entry: Entry) -> None:
         """Write the new description of the current version of a key, which has been revalidated."""
         hashed = key_hash(source, key)
         with self._locked():
-            if self._current(hashed) == entry.data:
-                self._write_meta(hashed, dump_entry(source, key, entry), self._leased(hashed))
+            if self._files.current(hashed) == entry.data:
+                self._files.write_meta(hashed, dump_entry(source, key, entry), self._files.leased(hashed))
 
     def forget(self, source: str, key: str, data: str | None = None) -> None:
         """Remove the file of a key, unless it is another version than `data`. Open files can be read to their end."""
         hashed = key_hash(source, key)
         with self._locked() as usage:
-            current, leased = self._current(hashed), self._leased(hashed)
+            current, leased = self._files.current(hashed), self._files.leased(hashed)
             if data is not None and current not in (None, data):
                 return
-            if self._unlink(f"{hashed}.meta"):
+            if self._files.unlink(f"{hashed}.meta"):
                 self._add(usage, -BLOCK)
             if current is not None:
-                self._add(usage, -self._retire(current, leased))
+                self._add(usage, -retire(self._files, current, leased))
 
     def sweep(self) -> None:
         """Count the files, and remove unused ones, replaced versions and those that dead processes have left."""
@@ -288,9 +249,9 @@ class CacheDirectory:
             try:
                 descriptor = self._open_usage()
             except PermissionError:  # another user made it; it has only a count, which is made anew
-                self._unlink("usage")
+                self._files.unlink("usage")
                 descriptor = self._open_usage()
-            with _closing(descriptor):
+            with closing(descriptor):
                 while True:
                     try:
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -327,88 +288,10 @@ class CacheDirectory:
 
     def _sweep(self, usage: _Usage, *, evict_to: int | None = None) -> None:
         now = time.time()
-        total, keys = self._remove_leftovers(now)
-        if evict_to is not None or self._max_unused:
-            known = self._used()
-            for key, files in keys.items():
-                files.used = max(files.used, known.get(key, 0.0))
-            for key, files in sorted(keys.items(), key=lambda item: item[1].used):
-                is_old = not 0 <= now - files.used < self._max_unused and files.used <= now
-                if not is_old and (evict_to is None or total <= evict_to):
-                    break
-                if 0 <= now - files.leased < LEASE_SECONDS:
-                    continue
-                total -= self._evict(key, files)
-        usage.used, usage.swept = total, now
+        usage.used = sweep(self._files, used=self._used(), max_unused=self._max_unused, evict_to=evict_to, now=now)
+        usage.swept = now
         usage.write()
         self._swept = time.monotonic()
-
-    def _remove_leftovers(self, now: float) -> tuple[int, dict[str, _Files]]:
-        """Remove leftovers. Return the bytes that all other files take, and the files of each K."""
-        total = 0
-        keys: dict[str, _Files] = {}
-        with self._listed() as entries:
-            for item in entries:
-                if _PART.fullmatch(item.name):
-                    if not self._remove_unused(item.name):
-                        total += _cost(item.stat(follow_symlinks=False).st_size) + BLOCK
-                elif match := _META.fullmatch(item.name):
-                    status = item.stat(follow_symlinks=False)
-                    files = keys.setdefault(match[1], _Files())
-                    files.has_meta, files.used, files.leased = True, status.st_mtime, status.st_atime
-                    total += BLOCK
-                elif match := _DATA.fullmatch(item.name):
-                    status = item.stat(follow_symlinks=False)
-                    keys.setdefault(match[1], _Files()).data.append((item.name, status.st_size, status.st_ctime))
-                    total += _cost(status.st_size)
-        for key, files in list(keys.items()):
-            current = self._current(key) if files.has_meta and len(files.data) > 1 else None
-            for name, size, changed in list(files.data):
-                is_orphan = not files.has_meta or (current is not None and name != current)
-                # a proxy may have been told to send a version that has been replaced since
-                if is_orphan and not 0 <= now - changed < LEASE_SECONDS and self._remove_unused(name):
-                    files.data.remove((name, size, changed))
-                    total -= _cost(size)
-            if files.has_meta and not files.data:
-                self._unlink(f"{key}.meta")
-                total -= BLOCK
-            if not files.has_meta or not files.data:
-                del keys[key]
-        return total, keys
-
-    def _evict(self, key: str, files: _Files) -> int:
-        """Remove all files of a K, unless one is in use, and return the bytes that this frees."""
-        meta, hidden = f"{key}.meta", f"{key}.{secrets.token_hex(8)}.part"
-        with ExitStack() as locks:
-            for name, _, _ in files.data:
-                if (descriptor := self._lock_unused(name)) is None:
-                    return 0
-                locks.callback(os.close, descriptor)
-            # Without its name K.meta cannot be leased any more. A lease since the sweep began shows in its time.
-            try:
-                self._rename(meta, hidden)
-            except FileNotFoundError:
-                return 0
-            if 0 <= time.time() - os.stat(hidden, dir_fd=self.root.descriptor).st_atime < LEASE_SECONDS:
-                self._rename(hidden, meta)
-                return 0
-            self._unlink(hidden)
-            for name, _, _ in files.data:
-                self._unlink(name)
-        return BLOCK + sum(_cost(size) for _, size, _ in files.data)
-
-    def _retire(self, name: str, leased: float) -> int:
-        """Remove a replaced version, now or in a later sweep; return the bytes that this frees now."""
-        size = self._size(name)
-        if size is None:
-            return 0
-        if not 0 <= time.time() - leased < LEASE_SECONDS and self._remove_unused(name):
-            return _cost(size)
-        with suppress(OSError):  # sets ctime, after which the file is kept for `LEASE_SECONDS`
-            status = os.stat(name, dir_fd=self.root.descriptor, follow_symlinks=False)
-            times = (status.st_atime_ns, status.st_mtime_ns)
-            os.utime(name, ns=times, dir_fd=self.root.descriptor, follow_symlinks=False)
-        return 0
 
     def _modified(self, metadata: FileMetadata, before: str | None) -> float:
         """Return the mtime for a new version. Proxies make validators of its seconds and of the size.
@@ -420,115 +303,5 @@ class CacheDirectory:
             return metadata.last_modified
         with suppress(OSError):
             if before is not None:
-                status = os.stat(before, dir_fd=self.root.descriptor, follow_symlinks=False)
-                return max(time.time(), status.st_mtime + 1)
+                return max(time.time(), self._files.stat(before).st_mtime + 1)
         return time.time()
-
-    def _new_part(self, key: str, mode: int) -> Part:
-        name = f"{key}.{secrets.token_hex(8)}.part"
-        descriptor = os.open(name, _MAKE, mode, dir_fd=self.root.descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Part(key, name, descriptor)
-
-    def _write_meta(self, key: str, content: bytes, leased: float) -> None:
-        part = self._new_part(key, 0o600)
-        with _closing(part.descriptor):
-            try:
-                os.write(part.descriptor, content)
-                os.utime(part.descriptor, (leased, time.time()))
-                self._rename(part.name, f"{key}.meta")
-            except BaseException:
-                self._unlink(part.name)
-                raise
-
-    def _current(self, key: str) -> str | None:
-        """Return the K-V that a K.meta names, whatever its source and key are."""
-        try:
-            with _closing(self._open_meta(f"{key}.meta")) as descriptor:
-                loaded: Any = json.loads(os.read(descriptor, 1 << 20).partition(b"\n")[2])
-            name = loaded["data"]
-            return name if (match := _DATA.fullmatch(name)) and match[1] == key else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def _open_meta(self, name: str) -> int:
-        # reading must not change atime, which is the time of the last lease
-        try:
-            return os.open(name, _READ | getattr(os, "O_NOATIME", 0), dir_fd=self.root.descriptor)
-        except PermissionError:  # it belongs to another user
-            return os.open(name, _READ, dir_fd=self.root.descriptor)
-
-    def _leased(self, key: str) -> float:
-        try:
-            return os.stat(f"{key}.meta", dir_fd=self.root.descriptor, follow_symlinks=False).st_atime
-        except OSError:
-            return 0.0
-
-    def _size(self, name: str) -> int | None:
-        try:
-            return os.stat(name, dir_fd=self.root.descriptor, follow_symlinks=False).st_size
-        except OSError:
-            return None
-
-    def _lock_unused(self, name: str) -> int | None:
-        """Return a descriptor that holds the lock of an unused file; None if the file is in use."""
-        try:
-            descriptor = os.open(name, _READ, dir_fd=self.root.descriptor)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            return None
-        return descriptor
-
-    def _remove_unused(self, name: str) -> bool:
-        descriptor = self._lock_unused(name)
-        if descriptor is None:
-            return False
-        with _closing(descriptor):
-            self._unlink(name)
-        return True
-
-    def _rename(self, name: str, new: str) -> None:
-        os.rename(name, new, src_dir_fd=self.root.descriptor, dst_dir_fd=self.root.descriptor)
-
-    def _unlink(self, name: str) -> bool:
-        try:
-            os.unlink(name, dir_fd=self.root.descriptor)
-        except OSError:
-            return False
-        return True
-
-    @contextmanager
-    def _listed(self) -> Iterator[Iterator["os.DirEntry[str]"]]:
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.root.descriptor)
-        with _closing(descriptor), os.scandir(descriptor) as entries:
-            yield _existing(entries)
-
-
-def _existing(entries: Iterator["os.DirEntry[str]"]) -> Iterator["os.DirEntry[str]"]:
-    for entry in entries:
-        with suppress(FileNotFoundError):  # a part whose writer has just removed it
-            if entry.is_file(follow_symlinks=False):
-                entry.stat(follow_symlinks=False)  # the entry keeps the result
-                yield entry
-
-
-@contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def protect(descriptor: int) -> None:
-    """Mark an open file as in use until it is closed."""
-    with suppress(OSError):  # it is being removed; an open file can be read to its end
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-
-def _cost(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK

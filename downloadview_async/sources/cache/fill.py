@@ -24,8 +24,8 @@ from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMet
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
 from downloadview_async.sources.base import AsyncFile, OpenFile, on_demand_of
-from downloadview_async.sources.cache.directory import Part
 from downloadview_async.sources.cache.entry import Entry, data_name, is_describable
+from downloadview_async.sources.cache.files import Part
 from downloadview_async.sources.cache.freshness import asking_for_news, is_current, max_age_of, updated
 from downloadview_async.sources.cache.spool import Arriving, ArrivingFile
 from downloadview_async.sources.local.open_file import OpenLocalFile

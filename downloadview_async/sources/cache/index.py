@@ -24,8 +24,9 @@ from downloadview_async.errors import (
 from downloadview_async.http.log_text import escaped
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.sources.base import AsyncFile
-from downloadview_async.sources.cache.directory import CacheDirectory, Part, protect
+from downloadview_async.sources.cache.directory import CacheDirectory
 from downloadview_async.sources.cache.entry import Entry, key_hash
+from downloadview_async.sources.cache.files import Part, protect
 from downloadview_async.sources.cache.fill import Fill
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
