@@ -40,6 +40,13 @@ _LONGEST_SOCKET_PATH = 107  # bytes; Linux allows 108 with the final NUL
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
+class _Directory(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if os.path.isfile(value):
+            self.fail(f"{value!r} is a file: for settings use --config {value}, or else give a directory", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="downloadview")
 def main() -> None:
@@ -47,7 +54,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("path", required=False, type=_Directory(exists=True, file_okay=False, path_type=Path))
 @click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
 @click.pass_context
 def serve(context: click.Context, /, path: Path | None, config: Path | None, **options: Any) -> None:

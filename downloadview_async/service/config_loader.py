@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,6 @@ from downloadview_async.service.settings import (
     ObjectSettings,
     OffloadSettings,
     PathSettings,
-    PresignSettings,
     RemoteSettings,
     Routes,
     RouteSettings,
@@ -66,6 +65,8 @@ _TABLES: dict[str, Any] = {
     "content_types": ContentTypes,
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # a path parameter, as Starlette parses it
+_Shape = tuple[str, str, str]
+_WITHOUT_SLASH = (":str", ":int", ":float", ":uuid")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_password")
 _COMMAND_LINE = "the command line"
@@ -118,13 +119,22 @@ def _read(file: str) -> dict[str, Any]:
 def _apply_variables(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
     """Write the variables into `data`, and return the variable that set each key."""
     origins: dict[str, str] = {}
+    tables = {**_TABLES, "routes": None}  # a list is set as a whole
+    if isinstance(sources := data.get("sources"), dict):
+        tables |= {f"sources__{name}": _kind_of_source(source) for name, source in sources.items()}
+    known = [variable for key, kind in tables.items() for variable in _variables_of(key, kind)]
     names = [name for name in environ if name.startswith(PREFIX) and name != CONFIG]
     for name in sorted(names, key=lambda name: (name.count("__"), name)):  # whole tables first, then their keys
         *parents, last = name.removeprefix(PREFIX).split("__")
         table: Any = data
         keys: list[str] = []
+        meant = [other for other in known if re.sub("_+", "_", other) == re.sub("_+", "_", name)]
+        if meant and name not in meant and not environ[name].lstrip().startswith("{"):  # not a whole new source
+            raise ConfigurationError(f"{name}: unknown key: did you mean {meant[0]}?")
         for part in parents:
             keys.append(_spelled(part, table))
+            if keys[-1] not in table and len(keys) == (2 if keys[0] in _TABLES else 1):
+                origins[".".join(keys)] = name  # the file has no such table: the variable makes it
             table = table.setdefault(keys[-1], {})
             if not isinstance(table, dict):
                 whole = PREFIX + "__".join(keys).upper()
@@ -133,6 +143,17 @@ def _apply_variables(data: dict[str, Any], environ: Mapping[str, str]) -> dict[s
         table[keys[-1]] = _value(name, environ[name], _kind_of(keys, data))
         origins[".".join(keys)] = name
     return origins
+
+
+def _variables_of(key: str, kind: Any) -> Iterator[str]:
+    """Yield the names of the variables for a key of this type and, if it is a table, for the keys in it."""
+    yield PREFIX + key.upper().replace("-", "_")
+    for name, inner in _fields(kind).items():
+        yield from _variables_of(f"{key}__{name}", inner)
+
+
+def _kind_of_source(source: Any) -> type[Struct] | None:
+    return _SOURCE_TYPES.get(str(source.get("type"))) if isinstance(source, dict) else None
 
 
 def _spelled(part: str, table: Mapping[str, Any]) -> str:
@@ -162,8 +183,7 @@ def _kind_of(keys: Sequence[str], data: Mapping[str, Any]) -> Any:
     kind = _TABLES.get(keys[0])
     names = list(keys[1:])
     if keys[0] == "sources" and names:
-        source = data["sources"].get(names.pop(0))
-        kind = _SOURCE_TYPES.get(str(source.get("type"))) if isinstance(source, dict) else None
+        kind = _kind_of_source(data["sources"].get(names.pop(0)))
     for name in names:
         kind = _fields(kind).get(name)
     return str if kind is None else kind
@@ -182,23 +202,23 @@ class _Draft:
 
     def settings(self, data: Mapping[str, Any]) -> Settings:
         self._check_texts(data)
-        self._only_known("", data, _TABLES)
+        for key in data:
+            if key not in _TABLES:
+                raise self.error(key, f"unknown key: {_instead_of(key, _TABLES)}")
+        server = self._server(self._converted("server", self._table("server", data), ServerSettings))
         sources = {name: self._source(name, table) for name, table in self._table("sources", data).items()}
         for name, source in sources.items():
             self._check_reference(f"sources.{name}", source, sources)
         self._check_caches(sources)
-        offload = self._table("offload", data)
-        self._each_known("offload.rules", offload.get("rules"), RuleSettings)
-        self._each_known("routes", data.get("routes"), RouteSettings)
         routes = self._routes(self._converted("routes", data.get("routes", []), Routes), sources)
         settings = Settings(
             file=self.file,
             directory=self.directory,
             origins=self.origins,
-            server=self._server(self._converted("server", self._table("server", data), ServerSettings)),
+            server=server,
             sources=sources,
             routes=routes,
-            offload=self._offload(self._converted("offload", offload, OffloadSettings), sources),
+            offload=self._offload(self._converted("offload", self._table("offload", data), OffloadSettings), sources),
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
         )
         for index, route in enumerate(routes):
@@ -229,24 +249,12 @@ class _Draft:
         return table
 
     def _converted(self, key: str, value: Any, kind: Any) -> Any:
-        if isinstance(kind, type) and issubclass(kind, Struct):
-            self._only_known(key, value, [*_fields(kind), *filter(None, [kind.__struct_config__.tag_field])])
         try:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as exc:
             raise self.error(*_explained(key, str(exc), kind)) from None
         except RecursionError:
             raise self.error(key, "tables or lists are nested too deeply: write them flat") from None
-
-    def _each_known(self, key: str, tables: Any, kind: type[Struct]) -> None:
-        for index, table in enumerate(tables if isinstance(tables, list) else ()):
-            self._only_known(f"{key}[{index}]", table, _fields(kind))
-
-    def _only_known(self, key: str, table: Any, names: Iterable[str]) -> None:
-        names = list(names)
-        for name in table if isinstance(table, dict) else ():
-            if name not in names:
-                raise self.error(f"{key}.{name}".lstrip("."), f"unknown key: {_instead_of(name, names)}")
 
     def _server(self, server: ServerSettings) -> ServerSettings:
         paths = {
@@ -269,10 +277,6 @@ class _Draft:
             raise self.error(
                 f"{key}.type", f"unknown type {table['type']!r}: {_instead_of(str(table['type']), _SOURCE_TYPES)}"
             )
-        if kind is StorageSettings:
-            self._only_known(f"{key}.presign", table.get("presign"), _fields(PresignSettings))
-        if "cache" in _fields(kind):
-            self._only_known(f"{key}.cache", table.get("cache"), _fields(CacheSettings))
         source = cast("SourceSettings", self._converted(key, table, kind))
         if isinstance(source, StorageSettings | RemoteSettings):
             self._check_url(f"{key}.url", source.url)
@@ -297,8 +301,9 @@ class _Draft:
                 f"{key}.presign",
                 "a source cannot have both presign and cache: remove one of them, or define two sources",
             )
-        if isinstance(source, StorageSettings) and "max_connections" in source.options:
-            raise self.error(f"{key}.options.max_connections", f"not an option of obstore: write it in [{key}] itself")
+        for option in ("max_connections", "names"):
+            if isinstance(source, StorageSettings) and option in source.options:
+                raise self.error(f"{key}.options.{option}", f"not an option of obstore: write it in [{key}] itself")
         return source
 
     def _check_url(self, key: str, url: str) -> None:
@@ -362,7 +367,7 @@ class _Draft:
             raise self.error(key, f"there is no source {name!r}: {_instead_of(name, sources)}")
 
     def _routes(self, routes: list[RouteSettings], sources: Mapping[str, SourceSettings]) -> list[RouteSettings]:
-        shapes: dict[str, int] = {}
+        shapes: list[_Shape] = []
         for index, route in enumerate(routes):
             key = f"routes[{index}]"
             self._check_known_source(f"{key}.source", route.source, sources)
@@ -374,13 +379,19 @@ class _Draft:
                 )
             if route.path.startswith("/-/"):
                 raise self.error(f"{key}.path", "/-/ is reserved for the pages of the service: choose another path")
-            # the name of the parameter does not change which paths match
-            first = shapes.setdefault(_PARAMETER.sub(lambda match: f"{{{match[2] or ':str'}}}", route.path), index)
-            if first != index:
-                raise self.error(
-                    f"{key}.path",
-                    f"{route.path!r} is the path of routes[{first}] too: remove one or change it",
-                )
+            shape = _shape(route.path)
+            for first, other in enumerate(shapes):
+                if other == shape:
+                    raise self.error(
+                        f"{key}.path", f"{route.path!r} is the path of routes[{first}] too: remove one or change it"
+                    )
+                if _shadows(other, shape):
+                    raise self.error(
+                        f"{key}.path",
+                        f"{route.path!r} is never reached, because {routes[first].path!r} in routes[{first}] matches "
+                        "the same paths: write this route before that one, or remove it",
+                    )
+            shapes.append(shape)
         return routes
 
     def _check_sending(self, key: str, route: RouteSettings, settings: Settings) -> None:
@@ -459,6 +470,21 @@ class _Draft:
                 )
 
 
+def _shape(path: str) -> _Shape:
+    """Return the part of a path before its parameter, the convertor, and the part after."""
+    before, _, convertor, after = _PARAMETER.split(path)
+    return before, convertor or ":str", after
+
+
+def _shadows(first: _Shape, second: _Shape) -> bool:
+    """Return whether the first path certainly matches all that the second matches, line breaks in names aside."""
+    (before, convertor, after), (inner_before, inner_convertor, inner_after) = first, second
+    if not inner_before.startswith(before) or not inner_after.endswith(after):
+        return False
+    rest = inner_before.removeprefix(before) + inner_after.removesuffix(after)
+    return convertor == ":path" or (convertor == ":str" and inner_convertor in _WITHOUT_SLASH and "/" not in rest)
+
+
 def _places_of(source: SourceSettings) -> list[str]:
     """Return the directory or the URLs that a rule may name for the files of a source."""
     if (cache := cache_of(source)) is not None:
@@ -488,9 +514,12 @@ def _instead_of(name: str, known: Iterable[str]) -> str:
 
 
 def _fields(kind: Any) -> dict[str, Any]:
-    """Return the names and types of the fields of the Struct in a type, or an empty dict."""
+    """Return the names and types of the fields of the Struct in a type, its tag among them, or an empty dict."""
     struct = next((part for part in parts_of(kind) if isinstance(part, type) and issubclass(part, Struct)), None)
-    return {} if struct is None else {field.name: field.type for field in msgspec.structs.fields(struct)}
+    if struct is None:
+        return {}
+    tag = struct.__struct_config__.tag_field
+    return {field.name: field.type for field in msgspec.structs.fields(struct)} | ({tag: str} if tag else {})
 
 
 def _explained(key: str, message: str, kind: Any) -> tuple[str, str]:
@@ -501,6 +530,8 @@ def _explained(key: str, message: str, kind: Any) -> tuple[str, str]:
         problem, place = "missing", f"{place}.{missing[1]}"
     for name in re.findall(r"\w*[a-z_]\w*", place):
         kind = _fields(kind).get(name)
+    if unknown := re.fullmatch("Object contains unknown field `(.*)`", problem):
+        return f"{key}{place}.{unknown[1]}", f"unknown key: {_instead_of(unknown[1], _fields(kind))}"
     problem = re.sub("Expected `str` matching regex .*", "the text has the wrong form", problem)
     problem = (problem[:1].lower() + problem[1:]).replace("`", "")
     takes = description_of(kind)

@@ -255,7 +255,7 @@ async def test_a_database_that_does_not_answer(directory: Path, nobody: str) -> 
 
 @pytest.mark.asyncio
 async def test_an_earlier_route_that_answers(directory: Path, nobody: str) -> None:
-    text = FILES + '[[routes]]\npath = "/files/deep/{path:path}"\nsource = "files"\nexample = "a.txt"\n'
+    text = FILES + '[[routes]]\npath = "/{path:path}"\nsource = "files"\nexample = "files/a.txt"\n'
     (line,) = failures([line for line in await checked(load(directory, text), direct=nobody) if line.step == "source"])
     assert "/files/{path:path} answers this path" in line.outcome
 

@@ -300,6 +300,7 @@ def test_a_refused_start_is_one_line_and_status_2(directory: Path) -> None:
     assert "the command line: server.log_level" in refused("--log-level", "loud", cwd=directory)
     assert "server.uds: the directory of" in refused("--uds", "gone/socket", cwd=directory)
     assert "Directory 'gone' does not exist" in refused("gone", cwd=directory)
+    assert "is a file: for settings use --config bad.toml" in refused("bad.toml", cwd=directory)
     assert "'abc' is not a valid integer" in refused("--port", "abc", cwd=directory)
     assert "exclude each other" in refused("files", "--config", "downloadview.toml", cwd=directory)
     wrong = {"DOWNLOADVIEW_SOURCES__FILES__ROOT": "gone"}

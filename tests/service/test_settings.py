@@ -226,6 +226,11 @@ REFUSED = [
     (f"{FILES}[[routes]]\npath = '/-/{{a}}'\nsource = 'files'", "routes[0].path", "choose another path"),
     (f"{FILES}{ROUTE}{ROUTE}", "routes[1].path", "the path of routes[0] too"),
     (f"{FILES}{ROUTE}{ROUTE.replace('path:', 'name:')}", "routes[1].path", "remove one or change it"),
+    (
+        f"{FILES}{ROUTE}{ROUTE.replace('{path:path}', '{name}')}",
+        "routes[1].path",
+        "never reached, because",
+    ),
     (f"{FILES}{ROUTE}disposition = 'show'", "routes[0].disposition", "attachment or inline"),
     (f'{FILES}{ROUTE}cache_control = "a\\r\\nb"', "routes[0].cache_control", "remove it"),
     (f'{FILES}{ROUTE}cache_control = ""', "routes[0].cache_control", "omit it to send none"),
@@ -289,6 +294,41 @@ def test_a_mistake_is_refused_with_file_key_and_remedy(directory: Path, text: st
     assert remedy in message
     assert "\n" not in message
     assert "regex" not in message
+
+
+ROUTE_PAIRS = [
+    # the first path, the second path, and whether the second is never reached
+    ("/f/{p:path}", "/f/{n}", True),
+    ("/f/{p:path}", "/f/x/{n:path}", True),
+    ("/f/{p:path}", "/f/{n}.sig", True),
+    ("/f/{p:path}", "/f/{n:int}", True),
+    ("/{p:path}", "/f/{n}", True),
+    ("/f/{p:path}.sig", "/f/x/{n}.tar.sig", True),
+    ("/f/{n}", "/f/x-{m}", True),
+    ("/f/{n}", "/f/{m:uuid}", True),
+    ("/f/{n}", "/f/{p:path}", False),
+    ("/f/{n}", "/f/x/{m}", False),
+    ("/f/{n}", "/f/{m}/x", False),
+    ("/f/{n}.sig", "/f/{m}", False),
+    ("/f/{n:int}", "/f/{m}", False),
+    ("/f/{p:path}/x", "/f/{n}/y", False),
+    ("/f/x/{p:path}", "/f/{q:path}", False),
+    ("/f/{p:path}", "/g/{n}", False),
+]
+
+
+@pytest.mark.parametrize("first, second, unreached", ROUTE_PAIRS)
+def test_a_route_that_is_never_reached_is_refused(directory: Path, first: str, second: str, unreached: bool) -> None:
+    text = FILES + "".join(f'[[routes]]\npath = "{path}"\nsource = "files"\n' for path in (first, second))
+    if not unreached:
+        assert len(load(directory, text).routes) == 2
+        return
+    with pytest.raises(ConfigurationError) as refused:
+        load(directory, text)
+    assert str(refused.value).endswith(
+        f"routes[1].path: {second!r} is never reached, because {first!r} in routes[0] matches the same paths: write "
+        "this route before that one, or remove it"
+    )
 
 
 def object_source(**changes: str) -> str:
@@ -395,6 +435,11 @@ def test_a_file_that_is_missing_or_no_toml_is_refused(directory: Path) -> None:
             "sources.mem.url",
             "memory://",
         ),
+        (  # not the misspelt root of `files`: a new source
+            {"DOWNLOADVIEW_SOURCES__FILES_ROOT": '{"type":"storage","url":"memory://"}'},
+            "sources.files_root.url",
+            "memory://",
+        ),
         ({"DOWNLOADVIEW_ROUTES": "[]"}, "routes", []),
         ({"DOWNLOADVIEW_CONFIG": "elsewhere.toml", "OTHER": "x"}, "server.port", 8001),
     ],
@@ -419,6 +464,26 @@ def test_variables_win_over_the_file(directory: Path, environ: dict[str, str], k
             "DOWNLOADVIEW_SERVER__PROT: server.prot: unknown key: did you mean 'port'?",
         ),
         ({"DOWNLOADVIEW_PORT": "1"}, "DOWNLOADVIEW_PORT: port: unknown key"),
+        ({"DOWNLOADVIEW_SERVRE__PORT": "1"}, "DOWNLOADVIEW_SERVRE__PORT: servre: unknown key: did you mean 'server'?"),
+        *[
+            ({f"DOWNLOADVIEW_{wrong}": "1"}, f"DOWNLOADVIEW_{wrong}: unknown key: did you mean DOWNLOADVIEW_{right}?")
+            for wrong, right in (
+                ("SERVER_PORT", "SERVER__PORT"),
+                ("SERVER_STALL_TIMEOUT", "SERVER__STALL_TIMEOUT"),
+                ("SERVER__STALL__TIMEOUT", "SERVER__STALL_TIMEOUT"),
+                ("OFFLOAD_BACKEND", "OFFLOAD__BACKEND"),
+                ("SOURCES__FILES_ROOT", "SOURCES__FILES__ROOT"),
+                ("SOURCES_FILES__ROOT", "SOURCES__FILES__ROOT"),
+                ("SOURCES_FILES", "SOURCES__FILES"),
+            )
+        ],
+        (  # as `make run PORT=x` does it: what is wrong is the port, not the URL with it
+            {
+                "DOWNLOADVIEW_SERVER__PORT": "x",
+                "DOWNLOADVIEW_SOURCES__M": '{"type": "remote", "url": "http://127.0.0.1:x/"}',
+            },
+            "DOWNLOADVIEW_SERVER__PORT: server.port: expected int, got str: give a TCP port, 0 to 65535",
+        ),
         (
             {"DOWNLOADVIEW_SERVER__PORT": "x"},
             "DOWNLOADVIEW_SERVER__PORT: server.port: expected int, got str: give a TCP",
@@ -431,7 +496,7 @@ def test_variables_win_over_the_file(directory: Path, environ: dict[str, str], k
             "routes is not a table: set all of it, as JSON, in DOWNLOADVIEW_ROUTES",
         ),
         ({"DOWNLOADVIEW_SOURCES__FILES__ROOT__X": "x"}, "sources.files.root is not a table"),
-        ({"DOWNLOADVIEW_SOURCES__NEW__ROOT": "x"}, "sources.new.type: missing"),
+        ({"DOWNLOADVIEW_SOURCES__NEW__ROOT": "x"}, "DOWNLOADVIEW_SOURCES__NEW__ROOT: sources.new.type: missing"),
     ],
 )
 def test_a_mistake_in_a_variable_names_the_variable(directory: Path, environ: dict[str, str], message: str) -> None:
