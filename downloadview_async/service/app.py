@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -200,30 +202,16 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
     sources: dict[str, Source] = {}
     for name, source in settings.sources.items():
         key = f"sources.{name}"
+        options = {field: value for field, value in msgspec.structs.asdict(source).items() if field != "cache"}
         match source:
             case PathSettings():
                 with settings.blaming(f"{key}.root"):
-                    sources[name] = PathSource(
-                        source.root,
-                        symlinks=source.symlinks,
-                        precompressed=source.precompressed,
-                        names=source.names,
-                    )
+                    sources[name] = PathSource(options.pop("root"), **options)
             case StorageSettings():
-                with settings.blaming(f"{key}.url"):
-                    limit = {} if source.max_connections is None else {"max_connections": source.max_connections}
-                    storage = storage_from_url(source.url, names=source.names or "portable", **limit, **source.options)
-                    sources[name] = StorageSource(storage, names=source.names)
+                sources[name] = StorageSource(_storage(settings, name, source), names=source.names)
             case RemoteSettings():
                 with settings.blaming(f"{key}.url"):
-                    sources[name] = RemoteSource(
-                        source.url,
-                        allow_hosts=source.allow_hosts,
-                        max_connections=source.max_connections,
-                        connect_timeout=source.connect_timeout,
-                        read_timeout=source.read_timeout,
-                        names=source.names,
-                    )
+                    sources[name] = RemoteSource(options.pop("url"), **options)
             case VirtualSettings():
                 sources[name] = VirtualSource(_imported(settings, f"{key}.factory", source.factory))
     for name, cache in caches.items():
@@ -238,6 +226,25 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                 mime_type_field="content_type",
             )
     return sources
+
+
+def _storage(settings: Settings, name: str, source: StorageSettings) -> Storage:
+    """Return the storage of a source. Raises `ConfigurationError`, which names the option that is wrong."""
+    limit = {} if source.max_connections is None else {"max_connections": source.max_connections}
+    make = partial(storage_from_url, source.url, names=source.names or "portable", **limit)
+    options: dict[str, Any] = {**source.options}
+    try:
+        return make(**options)
+    except Exception:
+        # errors of obstore rarely name the option: it is the one without which the storage can be made
+        wrong = "url"
+        others = {f"options.{left}": {key: options[key] for key in options if key != left} for left in options}
+        for key, fewer in {"options": dict[str, Any](), **others}.items():
+            with contextlib.suppress(Exception):
+                make(**fewer)
+                wrong = key
+        with settings.blaming(f"sources.{name}.{wrong}"):
+            raise
 
 
 def _storage_of(source: Source) -> Storage | None:

@@ -128,7 +128,7 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
     "the port 0": ('[sources.a]\ntype = "remote"\nurl = "http://h:0/"\n', "has the port 0"),
     "options of a store that are none": (
         '[sources.a]\ntype = "storage"\nurl = "s3://b"\noptions = {client_options = "x"}\n',
-        "sources.a.url: ",
+        "sources.a.options.client_options: ",
     ),
     "a century of cache": (
         '[sources.a]\ntype = "virtual"\nfactory = "m:f"\ncache = {path = "c", max_age = "999999999999d"}\n',

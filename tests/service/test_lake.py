@@ -84,7 +84,7 @@ def test_secrets_come_from_variables(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, str, str]] = [
-    (f"{LAKE}nonsense = 1\n{ROUTE}", "sources.lake.url", "nonsense"),
+    (f"{LAKE}nonsense = 1\n{ROUTE}", "sources.lake.options.nonsense", "nonsense"),
     (f"{LAKE}max_connections = 1\n{ROUTE}", "sources.lake.options.max_connections", "[sources.lake] itself"),
     (LAKE.replace("s3://downloads/lake", "s3://") + ROUTE, "sources.lake.url", "s3://BUCKET/PREFIX"),
     (f"{LAKE}[sources.lake.presign]\nexpire = 1\n{ROUTE}", "sources.lake.presign.expire", "did you mean 'expires'"),

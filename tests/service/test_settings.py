@@ -348,6 +348,16 @@ BUILD_REFUSED = [
     ("[sources.files]\ntype = 'path'\nroot = 'gone'", "sources.files.root", "create the directory"),
     ("[sources.m]\ntype = 'storage'\nurl = 'file:gone'", "sources.m.url", "create the directory"),
     ("[sources.m]\ntype = 'storage'\nurl = 'http://bucket'", "sources.m.url", "memory://"),
+    *[
+        (f"[sources.m]\ntype = 'storage'\nurl = '{url}'\noptions = {{{options}}}", f"sources.m.{key}", problem)
+        for url, options, key, problem in (
+            ("s3://b", "region = 'x', regin = 'x'", "options.regin", "'regin' is not valid"),
+            ("s3://b", "timeout = 'x', region = 'x'", "options.timeout", 'failed to parse "x" as Duration'),
+            ("s3://b", "access_key_id = 'x'", "options.access_key_id", "Missing SecretAccessKey"),
+            ("s3://b", "timeout = 'x', regin = 'x'", "options", "cannot be used with these options"),
+            ("s3://", "region = 'x'", "url", "give s3://BUCKET/PREFIX"),
+        )
+    ],
     ("[sources.m]\ntype = 'remote'\nurl = 'ftp://x/'", "sources.m.url", "http or https"),
     ("[sources.m]\ntype = 'remote'\nurl = 'http://u:p@x/'", "sources.m.url", "credentials belong in the headers"),
     ("[sources.v]\ntype = 'virtual'\nfactory = 'no_such_module:make'", "sources.v.factory", "give module:function"),
