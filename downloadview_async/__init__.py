@@ -1,8 +1,9 @@
 """Who may have which file: your application decides, and the fastest thing at hand sends it."""
 
 from downloadview_async.asgi.endpoint import Download
+from downloadview_async.asgi.errors import download_error
 from downloadview_async.asgi.middleware import OffloadMiddleware
-from downloadview_async.asgi.response import DownloadResponse, download_error
+from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import (
     AccessDenied,
     ConfigurationError,

@@ -18,9 +18,9 @@ import anyio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Scope
 
-from downloadview_async.http.fields import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS, TOKEN_CHAR
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_TOKEN = f"{TOKEN_CHAR}+"
 _PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_TOKEN})[ \t]*=[ \t]*(?:({_TOKEN})|"((?:[^"\\]|\\.)*)")[ \t]*')
 
 

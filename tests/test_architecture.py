@@ -21,6 +21,7 @@ STOREYS = [
     {"errors", "http"},
     {"sources"},
     {"offload"},
+    {"accounts"},
     {"asgi"},
     {"contrib", "testing", "service"},
     {"cli"},

@@ -24,7 +24,7 @@ import downloadview_async
 from benchmarks import report
 from benchmarks.measures import FIGURES, MEASURES
 from benchmarks.servers import SERVERS
-from downloadview_async.asgi import descriptor_paths, server, transfer
+from downloadview_async.asgi import delivery, descriptor_paths, server
 from downloadview_async.asgi.uvicorn import sendfile
 from downloadview_async.service import settings as service_settings
 from downloadview_async.service.config_loader import load_settings
@@ -316,7 +316,7 @@ def test_links_between_pages_and_files_lead_somewhere() -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        f"Up to {transfer.SMALL >> 10} KiB, in the page cache",
+        f"Up to {delivery.SMALL >> 10} KiB, in the page cache",
         f"up to {open_file_cache.MAX_FILES} files of a directory",
         f"at most {sendfile._WINDOW >> 10} KiB at a time",
         f"chunks of at most {open_file.CHUNK_SIZE >> 10} KiB",

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
@@ -47,30 +48,27 @@ def test_slots_are_counted_in_each_loop(order: tuple[str, ...]) -> None:
     slots, workers = Slots(2, patience=0.01), Workers(1)
 
     async def main() -> None:
-        first, second = await slots.take(), await slots.take()
-        with pytest.raises(dv.SourceUnavailable):
-            await slots.take()
-        taken: list[object] = []
+        taken: list[ExitStack] = []
 
         async def take() -> None:
             taken.append(await slots.take(patience=30))
 
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(take)
-            await anyio.wait_all_tasks_blocked()
-            slots.free(first)
-        slots.free(second)
-        slots.free(taken[0])
+        with await slots.take():
+            async with anyio.create_task_group() as tasks:
+                with await slots.take():
+                    with pytest.raises(dv.SourceUnavailable):
+                        await slots.take()
+                    tasks.start_soon(take)
+                    await anyio.wait_all_tasks_blocked()
+        taken[0].close()
         assert await workers.run(len, "four") == 4
         assert await workers.run_or_abandon(len, "four") == 4
-        held = [await slots.take() for _ in range(2)]
-        with anyio.move_on_after(0.01) as cancelled:
-            await slots.take(patience=30)
-        assert cancelled.cancelled_caught
-        for slot in held:
-            slots.free(slot)
-        for slot in [await slots.take() for _ in range(2)]:
-            slots.free(slot)
+        with await slots.take(), await slots.take():
+            with anyio.move_on_after(0.01) as cancelled:
+                await slots.take(patience=30)
+            assert cancelled.cancelled_caught
+        with await slots.take(), await slots.take():
+            pass
 
     for backend in order:
         anyio.run(main, backend=backend)

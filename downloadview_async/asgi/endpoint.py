@@ -9,7 +9,9 @@ from starlette.responses import Response
 from starlette.routing import Host, Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from downloadview_async.asgi.response import DownloadResponse, close_after_body, error_response, refuse_websocket
+from downloadview_async.asgi.disconnect import close_after_body
+from downloadview_async.asgi.errors import refuse_websocket, send_error
+from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.offload.base import Redirect
 from downloadview_async.sources.base import Source
@@ -64,15 +66,15 @@ class Download:
             try:
                 file = await self.source.resolve(self._key_of(scope))
             except FileError as exc:
-                response = error_response(exc, scope)
-            else:
-                response = DownloadResponse(
-                    file,
-                    attachment=self.attachment,
-                    headers=self.headers,
-                    redirect=self.redirect,
-                    offload=self.offload,
-                )
+                await send_error(exc, scope, send)
+                return
+            response = DownloadResponse(
+                file,
+                attachment=self.attachment,
+                headers=self.headers,
+                redirect=self.redirect,
+                offload=self.offload,
+            )
         await response(scope, receive, send)
 
     def _key_of(self, scope: Scope) -> Any:

@@ -8,7 +8,6 @@ returned. If the file has left its path by then, or if the wait is too long, we 
 import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
-from weakref import WeakKeyDictionary
 
 import anyio
 from starlette.types import Message, Receive, Send
@@ -17,6 +16,7 @@ from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.http.plan import FRAMING
 from downloadview_async.offload.decision import refusal
+from downloadview_async.sources.per_loop import PerLoop
 
 PATIENCE = 0.1
 """Seconds that an offloaded answer waits for the application to return. Then the file is sent without a proxy."""
@@ -48,8 +48,7 @@ class Holding:
             self._held.append(message)
             if self._deadlines is None:
                 with suppress(RuntimeError):  # without asyncio, the answer waits without a deadline
-                    self._deadlines = _deadlines_of(asyncio.get_running_loop())
-                    self._deadlines.set(self)
+                    self._deadlines = _set_deadline(self, asyncio.get_running_loop())
             return
         if message["type"] == "http.response.start":
             if message["status"] != 200 and self._offer.made:
@@ -64,12 +63,13 @@ class Holding:
 
     def lose_patience(self) -> None:
         """Decide now: the application has not returned in time."""
+        # A timer calls this, which holds no task group. `end` waits for the task, and `cancel` cancels it.
         self._deciding = asyncio.ensure_future(self._decide(False))
 
     async def end(self) -> None:
         """Send the messages that are held: the application has returned, or raised. Raises what sending raises."""
         if self._deadlines is not None:
-            self._deadlines.drop(self)
+            self._deadlines.pop(self, None)
         self._offer.lend(None)
         if self._deciding is not None:
             await self._deciding
@@ -79,7 +79,7 @@ class Holding:
     async def cancel(self) -> None:
         """Send nothing more: the application has been cancelled."""
         if self._deadlines is not None:
-            self._deadlines.drop(self)
+            self._deadlines.pop(self, None)
         self._offer.lend(None)
         with anyio.CancelScope(shield=True):
             if self._deciding is not None:
@@ -97,14 +97,24 @@ class Holding:
             if refused is None and self._lent.file is not None:
                 refused = refusal(is_there=await self._lent.is_at_its_place())
             if refused is None:
-                for message in self._held:
-                    await self._send(message)
+                await self._send_held()
             else:
                 merging = _Merging(self._lent.headers, self._held[0]["headers"], self._send)
                 # use our own `receive`: a middleware inside may report a disconnect once its application has returned
                 await self._lent.stream(self._receive, merging.send)
         finally:
             await self._close()
+
+    async def _send_held(self) -> None:
+        assert self._lent is not None
+        aborted: str | None = "the answer was not sent"
+        try:
+            for message in self._held:
+                await self._send(message)
+            aborted = None
+        finally:
+            if self._lent.report is not None:
+                self._lent.report(aborted)
 
     async def _close(self) -> None:
         lent, self._lent = self._lent, None
@@ -149,47 +159,29 @@ def _is_of_the_content(name: bytes) -> bool:
     return text in FRAMING or text in OFFLOAD_HEADERS or text == "content-encoding"
 
 
-class _Deadlines:
-    """The times at which the held answers of one event loop have to leave, in order, with one timer for all of them.
+# The times at which the held answers of one event loop have to leave, in order, with one timer for all of them. Most
+# answers leave within microseconds: a timer for each would cost more than everything else that is done here.
+_Deadlines = dict[Holding, float]
 
-    Most answers leave within microseconds. A timer for each would cost more than everything else that is done here.
-    """
-
-    __slots__ = ("_has_timer", "_times")
-
-    def __init__(self) -> None:
-        self._times: dict[Holding, float] = {}
-        self._has_timer = False
-
-    def set(self, holding: Holding) -> None:
-        """Have an answer decided `PATIENCE` seconds from now."""
-        loop = asyncio.get_running_loop()
-        self._times[holding] = loop.time() + PATIENCE
-        if not self._has_timer:
-            self._has_timer = True
-            loop.call_later(PATIENCE, self._look, loop)
-
-    def drop(self, holding: Holding) -> None:
-        """Forget an answer."""
-        self._times.pop(holding, None)
-
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._has_timer = False
-        while self._times:
-            holding, deadline = next(iter(self._times.items()))
-            if deadline > (now := loop.time()):
-                self._has_timer = True
-                loop.call_later(deadline - now, self._look, loop)
-                return
-            del self._times[holding]
-            holding.lose_patience()
+_deadlines = PerLoop[_Deadlines]()
 
 
-_deadlines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = WeakKeyDictionary()
-
-
-def _deadlines_of(loop: asyncio.AbstractEventLoop) -> _Deadlines:
+def _set_deadline(holding: Holding, loop: asyncio.AbstractEventLoop) -> _Deadlines:
+    """Have an answer decided `PATIENCE` seconds from now, unless it leaves what this returns before that."""
     deadlines = _deadlines.get(loop)
     if deadlines is None:
-        deadlines = _deadlines[loop] = _Deadlines()
+        deadlines = _deadlines.set(loop, {})
+        loop.call_later(PATIENCE, _look_at, deadlines, loop)
+    deadlines[holding] = loop.time() + PATIENCE
     return deadlines
+
+
+def _look_at(deadlines: _Deadlines, loop: asyncio.AbstractEventLoop) -> None:
+    while deadlines:
+        holding, deadline = next(iter(deadlines.items()))
+        if deadline > (now := loop.time()):
+            loop.call_later(deadline - now, _look_at, deadlines, loop)
+            return
+        del deadlines[holding]
+        holding.lose_patience()
+    _deadlines.drop(loop)

@@ -2,10 +2,10 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from downloadview_async.asgi.extensions import FOREIGN, PATHSEND
 from downloadview_async.asgi.holding import Holding
 from downloadview_async.asgi.offer import Offer
 from downloadview_async.asgi.pathsend import ForeignResponse
-from downloadview_async.asgi.transfer import FOREIGN, PATHSEND
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.base import EXTENSION, OffloadBackend
 
@@ -59,9 +59,12 @@ class OffloadMiddleware:
         holding = Holding(offer, receive, send, outer)
         foreign = None
         if self.pathsend:
-            server_can = PATHSEND in extensions and FOREIGN not in (extensions[PATHSEND] or {})
-            foreign = ForeignResponse(scope, receive, holding.send, offer, path_send=PATHSEND in extensions)
-            if not server_can:
+            has_path_send = PATHSEND in extensions
+            is_outermost = FOREIGN not in (extensions.get(PATHSEND) or {})
+            foreign = ForeignResponse(
+                scope, receive, holding.send, offer, path_send=has_path_send, is_outermost=is_outermost
+            )
+            if not (has_path_send and is_outermost):
                 extensions[PATHSEND] = {FOREIGN: True}
         try:
             inner_send = holding.send if foreign is None else foreign.send

@@ -18,13 +18,15 @@ class Lent:
 
     file: shared, so the code that takes this object closes it. None if only the proxy can open the file.
     path: the path at which the proxy finds the file, as this process sees it.
-    start: the first message of the offloaded answer. stream: sends the file without the proxy.
+    start: the first message of the offloaded answer. stream: sends the file without the proxy. report: called when the
+    offloaded answer has left, or has failed: then with the reason. `stream` reports for itself.
     """
 
     file: OpenLocalFile | None
     path: str | None
     start: Message
     stream: Callable[[Receive, Send], Awaitable[None]]
+    report: Callable[[str | None], None] | None = None
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)
     """The headers of `start` as it was made: middleware may change the message."""
 

@@ -2,15 +2,19 @@
 
 import logging
 import os
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 
 import anyio.to_thread
 from starlette.types import Message, Receive, Scope, Send
 
+from downloadview_async.accounts.outcome import observer_of
+from downloadview_async.asgi.answer import RawHeaders
+from downloadview_async.asgi.delivery import Empty, Offloaded, Path, deliver, delivery_of, report_of
+from downloadview_async.asgi.disconnect import until_the_client_leaves
+from downloadview_async.asgi.errors import note_refusal, send_error
+from downloadview_async.asgi.extensions import PATHSEND, SETTLED
 from downloadview_async.asgi.offer import Lent, Offer
-from downloadview_async.asgi.response import RawHeaders, error_response, note_refusal
-from downloadview_async.asgi.transfer import PATHSEND, SETTLED, send_plan, until_the_client_leaves
 from downloadview_async.errors import FileError, FileMissing, TransferAborted
 from downloadview_async.http.fields import OFFLOAD_ORDERS, OFFLOAD_TARGET
 from downloadview_async.http.log_text import escaped, shown
@@ -47,15 +51,20 @@ class _Named:
 class ForeignResponse:
     """One response that is not ours. Its start waits until it is known how its file is sent.
 
-    path_send: whether the server, or the middleware further out, takes a path send.
+    path_send: whether the server, or the middleware further out, takes a path send. is_outermost: whether it is not
+    such a middleware, which would report the outcome.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, offer: Offer, *, path_send: bool) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, offer: Offer, *, path_send: bool, is_outermost: bool
+    ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._offer = offer
         self._path_send = path_send
+        self._is_outermost = is_outermost
+        self._observer = observer_of(scope)
         self._held: Message | None = None
 
     async def send(self, message: Message) -> None:
@@ -85,34 +94,28 @@ class ForeignResponse:
         try:
             opened = await context.__aenter__()
         except FileMissing as exc:  # the proxy would not find it either
-            await error_response(exc, self._scope)(self._scope, self._receive, self._send)
+            await send_error(exc, self._scope, self._send)
             return
         except FileError:  # the proxy may have the permission that we lack
-            self._offer.lend(Lent(None, path, offloaded, partial(self._stream_named, start, path)))
-            await self._send_head(offloaded)
+            await self._lend(Lent(None, path, offloaded, partial(self._stream_named, start, path)))
             return
         file = opened.shared()
         await context.__aexit__(None, None, None)
         if (refused := refusal(is_telling=file.is_telling)) is not None:
             note_refusal(refused, self._scope["method"], self._scope["path"])
             try:
-                await self._stream_or_head(start, file, self._receive, self._send)
+                await self._stream(start, file, self._receive, self._send)
             finally:
                 await file.aclose()
             return
-        self._offer.lend(Lent(file, path, offloaded, partial(self._stream_or_head, start, file)))
-        await self._send_head(offloaded)
+        await self._lend(Lent(file, path, offloaded, partial(self._stream, start, file)))
 
-    async def _stream_or_head(self, start: Message, file: OpenLocalFile, receive: Receive, send: Send) -> None:
-        if self._scope["method"] == "HEAD":
-            await send(start)
-            await send({"type": "http.response.body", "body": b""})
-        else:
-            await until_the_client_leaves(partial(self._stream_opened, start, file), receive, send)
-
-    async def _send_head(self, start: Message) -> None:
-        await self._send(start)
-        await self._send({"type": "http.response.body", "body": b""})
+    async def _lend(self, lent: Lent) -> None:
+        made = next(name.decode("latin-1") for name, _ in lent.start["headers"] if _is_order(name))
+        delivery = Offloaded(made.lower(), is_held=True)
+        lent.report = report_of(delivery, lent.start, self._observer)
+        self._offer.lend(lent)
+        await deliver(delivery, lent.start, self._send, observer=self._observer)
 
     def _without_orders(self, start: Message) -> Message:
         """Return the start of a response with only those offload headers that a backend has made for this 200."""
@@ -139,25 +142,23 @@ class ForeignResponse:
             await self._offer_and_lend(offloaded, start, path)
             return
         if self._scope["method"] == "HEAD":
-            if start is not None:
-                await self._send(start)
-            await self._send({"type": "http.response.body", "body": b""})
+            await deliver(Empty(), start, self._send, observer=self._observer)
             return
         if not os.path.isabs(path):
             path = os.path.join(os.getcwd(), path)
         if not is_plain(path):
             path = await anyio.to_thread.run_sync(os.path.realpath, path)  # resolve it, as the kernel does
         if self._path_send:
-            if start is not None:
-                await self._send(start)
-            await self._send({**message, "path": path, SETTLED: True})
+            size = 0 if start is None else _length_of(start) or 0
+            observer = self._observer if self._is_outermost and SETTLED not in message else None
+            await deliver(Path(nullcontext(path), size), start, self._send, observer=observer)
             return
         try:
-            await until_the_client_leaves(partial(self._stream, start, _Named(path)), self._receive, self._send)
+            await self._stream_named(start, path, self._receive, self._send)
         except FileError as exc:
             if start is None:
                 raise TransferAborted(f"the promised file cannot be sent: {exc}") from exc
-            await error_response(exc, self._scope)(self._scope, self._receive, self._send)
+            await send_error(exc, self._scope, self._send)
 
     def _offloaded(self, start: Message, path: str) -> Message | None:
         """Return the start that has a proxy send the file, or None if no proxy may."""
@@ -180,26 +181,24 @@ class ForeignResponse:
         kept = [header for header in headers if header[0].lower() not in replaced]
         return {**start, "headers": [*kept, *made, (b"content-length", b"0")]}
 
-    async def _stream_named(self, start: Message, path: str, receive: Receive, send: Send) -> None:
-        await until_the_client_leaves(partial(self._stream, start, _Named(path)), receive, send)
+    async def _stream_named(self, start: Message | None, path: str, receive: Receive, send: Send) -> None:
+        async def stream(send: Send) -> None:
+            async with _Named(path).open() as opened:
+                await self._deliver(start, opened, send)
 
-    async def _stream(self, start: Message | None, file: _Named, send: Send) -> None:
-        async with file.open() as opened:
-            await self._stream_opened(start, opened, send)
+        await until_the_client_leaves(stream, receive, send)
 
-    async def _stream_opened(self, start: Message | None, opened: OpenLocalFile, send: Send) -> None:
+    async def _stream(self, start: Message, file: OpenLocalFile, receive: Receive, send: Send) -> None:
+        await self._deliver(start, file, send, receive)
+
+    async def _deliver(
+        self, start: Message | None, opened: OpenLocalFile, send: Send, receive: Receive | None = None
+    ) -> None:
         length = opened.metadata.size or 0 if start is None else _length_of(start)
         assert length is not None
-        plan = Plan(200, {}, (ByteRange(0, length),) if length else ())
-        if start is not None:
-            await send_plan(plan, opened, start, send)
-            return
-
-        async def send_the_rest(message: Message) -> None:
-            if message["type"] != "http.response.start":  # the start has been sent already
-                await send(message)
-
-        await send_plan(plan, opened, {"type": "http.response.start"}, send_the_rest)
+        body = (ByteRange(0, length),) if length and self._scope["method"] != "HEAD" else ()
+        delivery = delivery_of(Plan(200, {}, body), opened)
+        await deliver(delivery, start, send, receive=receive, observer=self._observer)
 
 
 def _length_of(start: Message) -> int | None:

@@ -4,6 +4,8 @@ import mimetypes
 import re
 from collections.abc import Mapping
 
+from downloadview_async.http.fields import TOKEN_CHAR
+
 DEFAULT = "application/octet-stream"
 
 # Types that the standard library of a supported Python does not know, or knows by an outdated or a wrong name. They are
@@ -239,7 +241,7 @@ _TYPES = {
 # filenames=(): without the mime.types files of the machine
 _STANDARD = mimetypes.MimeTypes(filenames=())
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_TOKEN = f"{TOKEN_CHAR}++"
 # A parameter may be empty: "text/plain;" is valid [RFC 9110 5.6.6, 8.3.1].
 _MEDIA_TYPE = re.compile(
     rf'{_TOKEN}/{_TOKEN}(?:[ \t]*+;[ \t]*+(?:{_TOKEN}=(?:{_TOKEN}|"[\t \x21\x23-\x5b\x5d-\x7e]*+"))?)*+'

@@ -1,4 +1,10 @@
-"""Header fields that several rooms have to agree on: each set is defined here once."""
+"""What several rooms have to agree on about header fields: the grammar of tokens, and sets of names."""
+
+TOKEN_CHAR = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
+"""One character of a token [RFC 9110 5.6.2], as a regular expression."""
+
+NAME_CHAR = "[!#$%&'*+.^_`|~0-9a-z-]"
+"""One character of the name of a field [RFC 9110 5.1] in lower case, as a regular expression."""
 
 OFFLOAD_TARGET = "x-offload-target"
 """The path and query that a proxy requests from another server, encoded and signed. The proxy knows which server."""

@@ -2,9 +2,9 @@
 
 import re
 
-_ITEM = re.compile(
-    r"[ \t]*+([!#$%&'*+.^_`|~0-9A-Za-z-]++)(?:[ \t]*+;[ \t]*+[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?[ \t]*+"
-)
+from downloadview_async.http.fields import TOKEN_CHAR
+
+_ITEM = re.compile(rf"[ \t]*+({TOKEN_CHAR}++)" r"(?:[ \t]*+;[ \t]*+[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?[ \t]*+")
 
 
 def preferred_encodings(accept_encoding: str | None, available: tuple[str, ...]) -> list[str]:

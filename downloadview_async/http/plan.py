@@ -10,7 +10,7 @@ from downloadview_async.http.dates import format_http_date
 from downloadview_async.http.disposition import content_disposition
 from downloadview_async.http.metadata import ByteRange, FileMetadata, is_meaningful
 from downloadview_async.http.multipart import multipart_body, new_boundary
-from downloadview_async.http.ranges import in_order_of_the_file, parse_range, reads_of, select_ranges
+from downloadview_async.http.ranges import in_order_of_the_file, reads_of, select_ranges
 from downloadview_async.http.request import DownloadRequest
 
 Headers = dict[str, str]
@@ -133,11 +133,10 @@ def narrowed(whole: Plan, request: DownloadRequest, metadata: FileMetadata, *, n
     shown = metadata if modified == metadata.last_modified else replace(metadata, last_modified=modified)
     if failed := failed_precondition(request, shown):
         return _without_file(failed, whole.headers)
-    if request.method != "GET" or request.range is None or metadata.size is None or not metadata.accept_ranges:
-        return whole  # "Range [is] defined for [...] GET" alone [14.2]
-    specs = parse_range(request.range)
+    if (specs := request.ranges) is None or metadata.size is None or not metadata.accept_ranges:
+        return whole
     # A Last-Modified that moves with the clock does not identify a version, so no client may resume by it.
-    if specs is None or not range_applies(request, shown if modified is None else metadata):
+    if not range_applies(request, shown if modified is None else metadata):
         return whole
     parts = select_ranges(specs, metadata.size)
     if parts == "whole":

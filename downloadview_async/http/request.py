@@ -1,7 +1,10 @@
 """`DownloadRequest`: the part of a request that decides which bytes of a file are sent, and nothing else."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+from downloadview_async.http.ranges import RangeSpec, parse_range
 
 _LISTS = {b"if-match": "if_match", b"if-none-match": "if_none_match", b"accept-encoding": "accept_encoding"}
 _SINGLE = {
@@ -34,6 +37,19 @@ class DownloadRequest:
     if_range: str | None = None
     range: str | None = None
     accept_encoding: str | None = None
+    _ranges: list[RangeSpec] | Literal["unread"] | None = field(default="unread", init=False, repr=False, compare=False)
+
+    @property
+    def ranges(self) -> list[RangeSpec] | None:
+        """The parts that a GET requests; None without a Range, and for one that has to be ignored [14.2].
+
+        The text is parsed when this is first read, and not again.
+        """
+        if self._ranges == "unread":
+            parsed = None if self.range is None or self.method != "GET" else parse_range(self.range)
+            object.__setattr__(self, "_ranges", parsed)
+            return parsed
+        return self._ranges
 
     @classmethod
     def from_headers(cls, method: str, headers: Iterable[tuple[bytes, bytes]]) -> "DownloadRequest":
@@ -43,11 +59,11 @@ class DownloadRequest:
             return _PLAIN.get(method) or cls(method=method)
         fields: dict[str, str] = {}
         for name, value in headers:
-            if field := _LISTS.get(name):
+            if attribute := _LISTS.get(name):
                 text = value.decode("latin-1")
-                fields[field] = f"{fields[field]}, {text}" if field in fields else text
-            elif field := _SINGLE.get(name):
-                fields[field] = _CONTRADICTORY if field in fields else value.decode("latin-1").strip(" \t")
+                fields[attribute] = f"{fields[attribute]}, {text}" if attribute in fields else text
+            elif attribute := _SINGLE.get(name):
+                fields[attribute] = _CONTRADICTORY if attribute in fields else value.decode("latin-1").strip(" \t")
         return cls(method=method, **fields)
 
     @property

@@ -105,9 +105,7 @@ def joined_fields(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 
 def single_range(request: DownloadRequest) -> RangeSpec | None:
     """Return the range of a GET for a single range, which is sent upstream; else None."""
-    if request.method != "GET" or request.range is None:
-        return None
-    specs = parse_range(request.range)
+    specs = request.ranges
     return specs[0] if specs is not None and len(specs) == 1 else None
 
 

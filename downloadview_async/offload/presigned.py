@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from downloadview_async.errors import ConfigurationError, SourceUnavailable
-from downloadview_async.offload.sigv4 import MAX_SECONDS, Credentials, presigned_url
+from downloadview_async.offload.signers.sigv4 import MAX_SECONDS, Credentials, presigned_url
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.names import has_dot_segment
 from downloadview_async.sources.object_store import ObjectStorage
@@ -141,22 +141,20 @@ class StoreSigner:
         """Get a new key from the `credential_provider`, once for all tasks that wait for one."""
         before = self._current
         provider = self._storage.credential_provider
-        turn = await self._turn.take()
-        try:
+        with await self._turn.take():
             if provider is None or self._current is not before:
                 return
-            key = await self._workers.run_or_abandon(provider)
-            key = await key if inspect.isawaitable(key) else key
-            expires_at: datetime | None = key.get("expires_at")
-            good_until = math.inf if expires_at is None else expires_at.timestamp()
-            self._current = (_credentials(key, self._storage.url), good_until)
-            self._renew_at = good_until - min(self._expires, (good_until - time.time()) / 2)
-        except SourceUnavailable:
-            raise
-        except Exception as exc:  # a provider may raise anything
-            raise SourceUnavailable(f"the credential_provider failed: {type(exc).__name__}: {exc}") from exc
-        finally:
-            self._turn.free(turn)
+            try:
+                key = await self._workers.run_or_abandon(provider)
+                key = await key if inspect.isawaitable(key) else key
+                expires_at: datetime | None = key.get("expires_at")
+                good_until = math.inf if expires_at is None else expires_at.timestamp()
+                self._current = (_credentials(key, self._storage.url), good_until)
+                self._renew_at = good_until - min(self._expires, (good_until - time.time()) / 2)
+            except SourceUnavailable:
+                raise
+            except Exception as exc:  # a provider may raise anything
+                raise SourceUnavailable(f"the credential_provider failed: {type(exc).__name__}: {exc}") from exc
 
 
 def _credentials(config: Mapping[str, Any], url: str) -> Credentials:

@@ -1,8 +1,9 @@
 """The seams between the rooms: `Source`, `AsyncFile`, `OpenFile` and `Storage`, and what a file may offer besides.
 
-`Local`, `Aged`, `Dated`, `Recoded`, `Unframed` and `ReadsOver` are optional for an open file, `OpensNowait` is optional
-for a file. No class has to inherit from them: an attribute with that name is enough. A wrapper around a file should
-pass on those that still hold for what it sends; without them, it is sent correctly, but more slowly.
+`Local`, `Aged`, `Dated`, `Recoded`, `Unframed` and `ReadsOver` are optional for an open file, `OpensNowait` and
+`MadeOnDemand` are optional for a file. No class has to inherit from them: an attribute with that name is enough. A
+wrapper around a file should pass on those that still hold for what it sends; without them, it is sent correctly, but
+more slowly.
 """
 
 from collections.abc import AsyncIterator
@@ -143,6 +144,43 @@ class OpensNowait(Protocol):
         must not be returned. Raises what `AsyncFile.open` raises.
         """
         ...
+
+
+class OnDemand(Protocol):
+    """What is known about content before it is made: see `MadeOnDemand`."""
+
+    @property
+    def max_age(self) -> float | None:
+        """Seconds for which a cache may send a copy; None: as long as the cache says, if there is a validator."""
+        ...
+
+    @property
+    def is_keepable(self) -> bool:
+        """Whether a cache may keep a copy, as far as that is known before the content is made."""
+        ...
+
+    @property
+    def validators(self) -> FileMetadata:
+        """The size and the validators that the content will have, or None where they are not known yet."""
+        ...
+
+
+class MadeOnDemand(Protocol):
+    """What a file may offer besides `AsyncFile`: its content is made anew each time it is opened.
+
+    A cache then opens it once and makes all ranges from that. It asks for the validators before it has content made,
+    and the content, not header fields, says for how long a copy may be sent.
+    """
+
+    @property
+    def on_demand(self) -> OnDemand | None:
+        """What is known about the content, or None: it is read like any other file."""
+        ...
+
+
+def on_demand_of(file: AsyncFile) -> OnDemand | None:
+    """Return what is known about content that is made on demand; None for other files: see `MadeOnDemand`."""
+    return getattr(file, "on_demand", None)
 
 
 class Source(Protocol):

@@ -166,6 +166,11 @@ class OpenObjectFile:
         """That of the file itself: see `Recoded`."""
         return getattr(self._opened, "hides_coding", False)
 
+    @property
+    def reads_over(self) -> bool:
+        """That of the file itself: see `ReadsOver`."""
+        return getattr(self._opened, "reads_over", False)
+
     def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the file itself."""
         return self._opened.stream(span)

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -42,7 +42,7 @@ from downloadview_async.http.metadata import (
     unsettled_seconds,
 )
 from downloadview_async.http.negotiation import content_coding, hides_coding
-from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, read_from
+from downloadview_async.http.ranges import NEAR, RangeSpec, read_from
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import REFUSALS
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
@@ -263,18 +263,12 @@ class ObjectStorage:
         `UpstreamError`.
         """
         checked_segments(name, "exact")
-        slot = await self._slots.take()
-        try:
+        with await self._slots.take():
             store, key = await self._place_of(name)
             of_disk = urlsplit(self.url).scheme == "file"
-            opened = OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)
-            try:
+            with closing(OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)) as opened:
                 await opened.begin(request)
                 yield opened
-            finally:
-                opened.close()
-        finally:
-            self._slots.free(slot)
 
     async def aclose(self) -> None:
         """Close the store and its connections before the process ends. If it is used again, a new one is made."""
@@ -306,7 +300,7 @@ class OpenObject:
 
     async def begin(self, request: DownloadRequest) -> None:
         """Pass the client's request on to the store. Raises `FileError`."""
-        self._wanted = parse_range(request.range) if request.range is not None else None
+        self._wanted = request.ranges
         options, answer = await self._ask(_options_for(request))
         if self._of_disk and (seconds := unsettled_seconds(_nanoseconds(answer.meta), time.time_ns())):
             await anyio.sleep(seconds)  # then a further change shows in the time
@@ -479,7 +473,7 @@ def _options_for(request: DownloadRequest) -> dict[str, Any]:
         return {"head": True}
     if request.unconditional:
         return {}
-    specs = parse_range(request.range) if request.range is not None else None
+    specs = request.ranges
     conditions = (request.if_match, request.if_unmodified_since, request.if_none_match, request.if_modified_since)
     if any(condition is not None for condition in conditions) or (specs is not None and len(specs) > 1):
         return {"head": True}  # the answer decides which bytes to read, if any

@@ -5,7 +5,7 @@ import io
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import anyio
 
@@ -78,6 +78,11 @@ class VirtualFile:
         self._size = size
         self._etag = etag
         self._last_modified = last_modified
+
+    @property
+    def on_demand(self) -> Self:
+        """The file itself: see `MadeOnDemand`."""
+        return self
 
     @property
     def is_keepable(self) -> bool:

@@ -4,6 +4,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Generic, Literal, TypeVar, TypeVarTuple
 
 import anyio
@@ -40,12 +41,16 @@ class Slots:
         self._holders: set[object] = set()
         self._waiting: deque[tuple[object, anyio.Event]] = deque()
 
-    async def take(self, *, patience: float | None = None) -> object:
-        """Return a slot, which the caller passes to `free` once. Raises `SourceUnavailable` if none is free in time."""
-        slot = object()
+    async def take(self, *, patience: float | None = None) -> ExitStack:
+        """Return a context that holds a slot: `with await slots.take():`. Raises `SourceUnavailable` if none is free.
+
+        The context has to end in the thread of the event loop.
+        """
+        slot, held = object(), ExitStack()
+        held.callback(self._free, slot)
         if len(self._holders) < self._limit and not self._waiting:
             self._holders.add(slot)
-            return slot
+            return held
         place = slot, anyio.Event()
         self._waiting.append(place)
         try:
@@ -53,17 +58,16 @@ class Slots:
                 await place[1].wait()
         except BaseException:
             if slot in self._holders:  # the slot was given to a caller that is being cancelled
-                self.free(slot)
+                self._free(slot)
             raise
         finally:
             if place in self._waiting:
                 self._waiting.remove(place)
         if slot not in self._holders:
             raise SourceUnavailable(f"all {self._limit} slots of this source are in use: try again, or raise its limit")
-        return slot
+        return held
 
-    def free(self, slot: object) -> None:
-        """Give a slot back. Call it only in the thread of the event loop."""
+    def _free(self, slot: object) -> None:
         self._holders.remove(slot)
         if self._waiting:
             following, given = self._waiting.popleft()
@@ -87,11 +91,8 @@ class Workers:
 
         Raises `SourceUnavailable` if no worker is free in time, and the errors of the function.
         """
-        slot = await self._slots.take(patience=patience)
-        try:
+        with await self._slots.take(patience=patience):
             return await anyio.to_thread.run_sync(function, *args, limiter=unlimited())
-        finally:
-            self._slots.free(slot)
 
     async def run_or_abandon(
         self,
@@ -104,35 +105,25 @@ class Workers:
 
         The worker stays in use until the call ends, and `discard` gets its result.
         """
-        slot = await self._slots.take(patience=patience)
-        call = _Call(function, args, discard, lambda: self._slots.free(slot))
-        try:
-            await anyio.to_thread.run_sync(call.work, limiter=unlimited(), abandon_on_cancel=True)
-        except anyio.get_cancelled_exc_class():
-            call.abandon()
-            raise
-        except BaseException:
-            self._slots.free(slot)
-            raise
-        self._slots.free(slot)
-        return call.results[0]
+        with await self._slots.take(patience=patience) as slot:
+            call = _Call(function, args, discard)
+            try:
+                await anyio.to_thread.run_sync(call.work, limiter=unlimited(), abandon_on_cancel=True)
+            except anyio.get_cancelled_exc_class():
+                call.abandon(slot)
+                raise
+            return call.results[0]
 
 
 class _Call(Generic[T]):
     """A blocking call, whose caller may leave at any moment. The last of the two cleans up."""
 
-    def __init__(
-        self,
-        function: Callable[..., T],
-        args: tuple[Any, ...],
-        discard: Callable[[T], object],
-        free: Callable[[], None],
-    ) -> None:
+    def __init__(self, function: Callable[..., T], args: tuple[Any, ...], discard: Callable[[T], object]) -> None:
         self.results: list[T] = []
         self._function = function
         self._args = args
         self._discard = discard
-        self._free = free
+        self._slot = ExitStack()
         self._lock = threading.Lock()
         self._state: Literal["waiting", "running", "ended", "abandoned"] = "waiting"
 
@@ -145,15 +136,16 @@ class _Call(Generic[T]):
         finally:
             if not self._moves_on("running", "ended"):
                 self._discard_results()
-                anyio.from_thread.run_sync(self._free)
+                anyio.from_thread.run_sync(self._slot.close)
 
-    def abandon(self) -> None:
-        """Leave the call. Runs in the thread of the event loop."""
+    def abandon(self, slot: ExitStack) -> None:
+        """Leave the call. If it is running, its slot is in use until it ends. Runs in the thread of the event loop."""
         with self._lock:
             before, self._state = self._state, "abandoned"
-        if before != "running":  # else the worker cleans up
-            self._discard_results()
-            self._free()
+            if before == "running":  # the worker cleans up
+                self._slot = slot.pop_all()
+                return
+        self._discard_results()
 
     def _moves_on(self, before: str, after: Literal["running", "ended"]) -> bool:
         with self._lock:

@@ -19,8 +19,9 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
-from downloadview_async.asgi import transfer
+from downloadview_async.asgi import delivery
 from downloadview_async.asgi.descriptor_paths import LastingPaths
+from downloadview_async.asgi.extensions import PATHSEND
 
 SIZE = (8 << 20) + 7
 
@@ -50,7 +51,7 @@ class Meddling:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def meddling(message: Message) -> None:
-            if message["type"] == transfer.PATHSEND:
+            if message["type"] == PATHSEND:
                 self.path_sends += 1
                 action = scope["query_string"].decode()
                 if action == "wait":
@@ -69,8 +70,8 @@ def make_app() -> ASGIApp:
     """Return the application that the environment describes."""
     root = Path(os.environ["PATH_SEND_ROOT"])
     quick: Any = functools.partial(LastingPaths, keep_seconds=float(os.environ["PATH_SEND_KEEP"]), max_kept=4)
-    vars(transfer)["LastingPaths"] = quick  # for threads to come, and for this one
-    transfer._of_thread.lasting_paths = quick()
+    vars(delivery)["LastingPaths"] = quick  # for threads to come, and for this one
+    delivery._of_thread.lasting_paths = quick()
 
     async def state(request: Request) -> JSONResponse:
         targets = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_open(name)]

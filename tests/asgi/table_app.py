@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
-from downloadview_async.asgi import transfer
+from downloadview_async.asgi import delivery
 from downloadview_async.sources.local.path import FileBeneath
 from downloadview_async.sources.local.root import Root
 from downloadview_async.sources.workers import Workers
@@ -127,8 +127,8 @@ def sources(root: Path, port: int) -> dict[str, dv.Source]:
 def make_app() -> ASGIApp:
     """Return the application that the environment describes."""
     if "TABLE_SMALL" in os.environ:
-        assert "SMALL" in vars(transfer)
-        vars(transfer)["SMALL"] = int(os.environ["TABLE_SMALL"])
+        assert "SMALL" in vars(delivery)
+        vars(delivery)["SMALL"] = int(os.environ["TABLE_SMALL"])
     routes = []
     for kind, source in sources(Path(os.environ["TABLE_ROOT"]), int(os.environ["TABLE_PORT"])).items():
         routes.append(Route(f"/{kind}/{{path:path}}", dv.Download(source)))

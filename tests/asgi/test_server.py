@@ -27,8 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 import downloadview_async as dv
+from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.asgi.transfer import SMALL
 from tests.asgi.test_slow_disk import FILES, server_on
 from tests.live import ask, ask_raw, live, make_old, parse
 from tests.servers import Server, free_port, serving

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
 import tests.contrib.django.conftest
-from downloadview_async.asgi.transfer import PATHSEND
+from downloadview_async.asgi.extensions import PATHSEND
 from downloadview_async.contrib.django import DownloadResponse, get_asgi_application
 from downloadview_async.http.fields import OFFLOAD_ORDERS
 from downloadview_async.http.metadata import ETag, FileMetadata

@@ -133,9 +133,10 @@ async def test_errors_come_through_and_free_the_worker() -> None:
 
 async def test_slots() -> None:
     slots = Slots(1, patience=0.01)
-    slot = await slots.take()
-    with pytest.raises(SourceUnavailable):
-        await slots.take()
-    waiting = asyncio.create_task(Slots.take(slots))
-    slots.free(slot)
-    slots.free(await waiting)
+    with await slots.take():
+        with pytest.raises(SourceUnavailable):
+            await slots.take()
+        waiting = asyncio.create_task(slots.take(patience=30))
+        await asyncio.sleep(0)
+    with await waiting:
+        pass

@@ -4,6 +4,8 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,12 +18,16 @@ from downloadview_async.sources.base import (
     Aged,
     Dated,
     Local,
+    MadeOnDemand,
+    OnDemand,
     OpenLocalBytes,
     OpensNowait,
     ReadsOver,
     Recoded,
     Unframed,
+    on_demand_of,
 )
+from downloadview_async.sources.cache import source as cached
 from downloadview_async.sources.cache.source import KeptFile
 from downloadview_async.sources.cache.spool import ArrivingFile
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
@@ -31,6 +37,9 @@ from downloadview_async.sources.object import OpenObjectFile
 from downloadview_async.sources.object_store import OpenObject
 from downloadview_async.sources.remote.source import OpenRemoteFile
 from tests.live import ask, live, make_old
+from tests.sources.test_cached import BIG, Origin, origin, remote, serving
+
+__all__ = ["origin"]  # a fixture
 
 pytestmark = pytest.mark.asyncio
 
@@ -38,10 +47,11 @@ pytestmark = pytest.mark.asyncio
 NOWAIT: tuple[type[OpensNowait], ...] = (FileBeneath, dv.StorageFile, dv.ObjectFile, KeptFile)
 LOCAL: tuple[type[Local], ...] = (OpenLocalFile, OpenObjectFile)
 AGED: tuple[type[Aged], ...] = (OpenLocalFile, OpenObjectFile, ArrivingFile)
-DATED: tuple[type[Dated], ...] = (OpenRemoteFile, OpenObjectFile)
+DATED: tuple[type[Dated], ...] = (OpenRemoteFile, OpenObjectFile, ArrivingFile)
 RECODED: tuple[type[Recoded], ...] = (OpenRemoteFile, OpenObjectFile, OpenObject)
-UNFRAMED: tuple[type[Unframed], ...] = (OpenRemoteFile, OpenObjectFile)
-READS_OVER: tuple[type[ReadsOver], ...] = (OpenRemoteFile,)
+UNFRAMED: tuple[type[Unframed], ...] = (OpenRemoteFile, OpenObjectFile, ArrivingFile)
+READS_OVER: tuple[type[ReadsOver], ...] = (OpenRemoteFile, OpenObjectFile)
+ON_DEMAND: tuple[type[MadeOnDemand], ...] = (dv.VirtualFile,)
 
 SMALL, LARGE = b"small", bytes(range(256)) * 4096  # one message of ours, and a megabyte for the kernel to send
 
@@ -99,6 +109,14 @@ class WrappedNowait(WrappedLocal):
         opened = open_nowait(self.file, request)
         self.opened.append("wait" if opened is None else "nowait")
         return None if opened is None else self.wrapped(opened)
+
+
+class WrappedOnDemand(Wrapped):
+    """As `Wrapped`, but it offers `MadeOnDemand` too."""
+
+    @property
+    def on_demand(self) -> OnDemand | None:
+        return on_demand_of(self.file)
 
 
 def recorded(app: ASGIApp, messages: list[Message]) -> ASGIApp:
@@ -171,3 +189,70 @@ async def test_what_a_wrapper_has_opened_without_waiting_is_closed(tmp_path: Pat
             assert (await ask(port, "/")).body == LARGE
     links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
     assert links.count(os.path.realpath(tmp_path / "a.bin")) <= 1  # one may be in the cache of open files
+
+
+@pytest.mark.parametrize("optional", [Local, Aged, Dated, Recoded, Unframed, ReadsOver])
+async def test_the_file_of_an_object_offers_what_its_file_offers(optional: type) -> None:
+    offered: dict[str, Any] = {name: object() for name, value in vars(optional).items() if isinstance(value, property)}
+    assert offered
+    inner: Any = SimpleNamespace(metadata=FileMetadata(), **offered)
+    opened = OpenObjectFile(inner, inner.metadata)
+    assert {name: getattr(opened, name) for name in offered} == offered
+
+
+async def test_a_cache_over_objects_reads_an_upstream_without_ranges_once(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def get(key: str) -> SimpleNamespace:
+        return SimpleNamespace(file=key)
+
+    monkeypatch.setattr(cached, "MAX_AHEAD", 100_000)
+    origin.ranges = False
+    upstream = remote(origin)
+    async with serving(dv.ObjectSource(get, source=upstream), tmp_path / "cache") as served:
+        for _ in range(2):
+            part = await served.get(Range="bytes=2000000-2000009")
+            assert (part.status, part.body) == (206, BIG[2_000_000:2_000_010])
+            await served.settled()
+        assert len(origin.requests) == 2  # the first one shows that there are no ranges
+    await upstream.aclose()
+
+
+async def test_a_cache_over_a_cache_does_not_keep_a_file_that_may_be_cut_off(origin: Origin, tmp_path: Path) -> None:
+    origin.has_length = False
+    inner = dv.CachedSource(remote(origin), dv.Cache(tmp_path / "inner"), name="inner")
+    async with serving(inner, tmp_path / "outer") as served:
+        assert (await served.get()).body == BIG
+        await served.settled()
+        assert served.data() == []
+
+
+async def test_a_cache_over_a_cache_knows_how_old_a_file_is(origin: Origin, tmp_path: Path) -> None:
+    origin.headers.append("Age: 100")
+    inner = dv.CachedSource(remote(origin), dv.Cache(tmp_path / "inner"), name="inner")
+    async with serving(inner, tmp_path / "outer") as served:
+        assert (await served.get()).body == BIG
+        await served.settled()
+        kept = await served.cache.find(served.source.name, "a.bin")
+        assert kept is not None
+        assert kept.entry.age >= 100
+
+
+@pytest.mark.parametrize("max_age, times", [(60, 1), (None, 3)])
+async def test_a_cache_over_wrapped_content_keeps_it_as_long_as_the_content_says(
+    tmp_path: Path, max_age: float | None, times: int
+) -> None:
+    made: list[str] = []
+
+    def make(name: str) -> WrappedOnDemand:
+        async def content() -> AsyncIterator[bytes]:
+            made.append(name)
+            yield LARGE
+
+        return WrappedOnDemand(dv.VirtualFile(content, name=name, max_age=max_age))
+
+    async with serving(dv.VirtualSource(make), tmp_path) as served:
+        for _ in range(3):
+            assert (await served.get("/x")).body == LARGE
+            await served.settled()
+    assert len(made) == times

@@ -4,7 +4,8 @@ from typing import Any
 
 from starlette.types import Message
 
-from downloadview_async.asgi.transfer import PATHSEND, PREPARED, PreparedHead, is_ordinary
+from downloadview_async.asgi.extensions import PATHSEND, PREPARED
+from downloadview_async.asgi.prepared_head import PreparedHead, is_ordinary
 from downloadview_async.asgi.uvicorn.internals import STATUS_LINE, RequestResponseCycle, protocol_of
 from downloadview_async.asgi.uvicorn.sendfile import send_file, send_path
 from downloadview_async.asgi.uvicorn.sockets import Connection, reset

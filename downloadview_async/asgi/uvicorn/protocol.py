@@ -27,7 +27,7 @@ closes the socket at once where the client has nothing more to send, and where t
 has half-closed after a whole request gets its answer. Nothing is ever written into another answer: the connection is
 reset instead.
 
-Timers.
+Timers. The loop calls a protocol, which has no coroutine that could hold a task group, so these are `call_later`.
 
 - The head timer, `stall_seconds`: from the connection to the end of its first head, and from the first byte of a later
   head to its end. Then the connection is closed.
@@ -85,8 +85,8 @@ from time import monotonic
 from typing import Any
 from weakref import WeakSet
 
-from downloadview_async.asgi.response import close_after_body
-from downloadview_async.asgi.transfer import MAX_UNREAD_BODY, PATHSEND, PREPARED
+from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY, close_after_body
+from downloadview_async.asgi.extensions import PATHSEND, PREPARED
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
 from downloadview_async.asgi.uvicorn.heads import Refused, read_head
 from downloadview_async.asgi.uvicorn.internals import (

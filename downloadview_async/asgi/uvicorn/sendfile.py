@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from starlette.types import Message
 
-from downloadview_async.asgi.transfer import LentFile
+from downloadview_async.asgi.loan import LentFile
 from downloadview_async.asgi.uvicorn.sockets import Connection, socket_number
 from downloadview_async.asgi.uvicorn.turns import turn
 from downloadview_async.errors import FileError, TransferAborted
@@ -68,17 +68,17 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     loop, transport = connection.loop, connection.transport
     lent: LentFile = message["descriptor"]
     file = lent.take()
+    first = offset = message.get("offset", 0)
     try:
         if cycle.disconnected:
             return
         if not cycle.response_started:
             raise RuntimeError("the application sent a path send before the start of its response")
-        offset = message.get("offset", 0)
         count = 0
         if cycle.scope["method"] == "HEAD":
             pass
         elif cycle.chunked_encoding or cycle.is_unframed:
-            await _send_in_chunks(file, offset, message.get("count"), cycle)
+            offset += await _send_in_chunks(file, offset, message.get("count"), cycle)
         else:
             count = message.get("count", cycle.expected_content_length)
             if count > cycle.expected_content_length:
@@ -133,14 +133,16 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     except (OSError, FileError) as exc:
         raise TransferAborted(f"sending a file failed: {exc}") from exc
     finally:
-        lent.give_back()
+        lent.give_back(offset - first)
 
 
-async def _send_in_chunks(file: OpenLocalFile, offset: int, count: int | None, cycle: Answer) -> None:
-    """Send a file without a Content-Length: uvicorn frames its chunks."""
-    size = file.metadata.size or 0
+async def _send_in_chunks(file: OpenLocalFile, offset: int, count: int | None, cycle: Answer) -> int:
+    """Send a file without a Content-Length: uvicorn frames its chunks. Return the bytes sent."""
+    size, sent = file.metadata.size or 0, 0
     async for chunk in file.stream(ByteRange(min(offset, size), size if count is None else offset + count)):
         await cycle.send({"type": "http.response.body", "body": chunk, "more_body": True})
+        sent += len(chunk)
+    return sent
 
 
 async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: int, length: int) -> int:

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections import deque
-from weakref import WeakKeyDictionary
+
+from downloadview_async.sources.per_loop import PerLoop
 
 _Queue = deque[asyncio.Future[None]]
 
-_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _Queue] = WeakKeyDictionary()
+_queues = PerLoop[_Queue]()
 
 
 def turn(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
@@ -15,8 +16,9 @@ def turn(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
     Without turns, every download that can go on would send a window before the loop looks at its sockets again, and a
     small request would wait for all of them.
     """
-    queue = _queues.setdefault(loop, deque())
-    if not queue:
+    queue = _queues.get(loop)
+    if queue is None:
+        queue = _queues.set(loop, deque())
         loop.call_soon(_give_turn, loop, queue)
     future = loop.create_future()
     queue.append(future)
@@ -31,3 +33,5 @@ def _give_turn(loop: asyncio.AbstractEventLoop, queue: _Queue) -> None:
             break
     if queue:
         loop.call_soon(_give_turn, loop, queue)
+    else:
+        _queues.drop(loop)

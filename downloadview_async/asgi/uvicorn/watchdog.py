@@ -4,9 +4,9 @@ import asyncio
 import logging
 from time import monotonic
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 from downloadview_async.asgi.uvicorn.sockets import Connection, reset, untaken_bytes
+from downloadview_async.sources.per_loop import PerLoop
 
 STALL_SECONDS = 60.0
 """How long a client may take less than `MINIMUM_RATE` before its connection is reset."""
@@ -36,14 +36,14 @@ class Watched(Connection, Protocol):
 _Watches = dict[Watched, tuple[float, int]]
 
 # One timer for all connections of a loop, instead of one that each pause of a client makes and cancels.
-_watched: WeakKeyDictionary[asyncio.AbstractEventLoop, _Watches] = WeakKeyDictionary()
+_watched = PerLoop[_Watches]()
 
 
 def start_watching(connection: Watched) -> None:
     """Watch a client that something waits for. If it is watched already, begin again."""
     watches = _watched.get(connection.loop)
     if watches is None:
-        watches = _watched[connection.loop] = {}
+        watches = _watched.set(connection.loop, {})
         interval = connection.stall_seconds / 4
         connection.loop.call_later(interval, _look_at, watches, connection.loop, interval)
     watches[connection] = monotonic(), untaken_bytes(connection)
@@ -51,16 +51,17 @@ def start_watching(connection: Watched) -> None:
 
 def stop_watching(connection: Watched) -> None:
     """End the watch over a client, if there is one."""
-    _watched.get(connection.loop, {}).pop(connection, None)
+    if (watches := _watched.get(connection.loop)) is not None:
+        watches.pop(connection, None)
 
 
 def _look_at(watches: _Watches, loop: asyncio.AbstractEventLoop, interval: float) -> None:
     for connection, (since, untaken_then) in list(watches.items()):
         check(connection, since, untaken_then)
-    if not watches:
-        del _watched[loop]  # no timer runs without an entry here, and none with one starts another
-    else:
+    if watches:
         loop.call_later(interval, _look_at, watches, loop, interval)
+    else:
+        _watched.drop(loop)  # a loop has a timer as long as it has a value here
 
 
 def check(connection: Watched, since: float, untaken_then: int) -> None:

@@ -27,9 +27,10 @@ from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
-from downloadview_async.asgi.transfer import PATHSEND, body_at_once, send_plan
+from downloadview_async.accounts.outcome import observer_of
+from downloadview_async.asgi.delivery import deliver, delivery_of
+from downloadview_async.asgi.extensions import PATHSEND
 from downloadview_async.contrib.django.responses import DownloadResponse, note_receivers
-from downloadview_async.sources.local.open_file import local_of
 
 logger = logging.getLogger("downloadview_async")
 
@@ -129,17 +130,13 @@ class DownloadASGIHandler(ASGIHandler):
         cookies = [cookie.output(header="") for cookie in response.cookies.values()]
         headers += [(b"set-cookie", cookie.strip().encode("ascii")) for cookie in cookies]
         start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
-        opened, plan = response.opened, response.plan
-        assert opened is not None
+        assert response.opened is not None
+        scope: dict[str, Any] = getattr(response.request, "scope", {})
+        path_send = (scope.get("extensions") or {}).get(PATHSEND)
         try:
-            local = local_of(opened)
-            if local is not None and (body := body_at_once(plan, local)) is not None:
-                await send(start)
-                await send({"type": "http.response.body", "body": body})
-                return
-            scope: dict[str, Any] = getattr(response.request, "scope", {})
-            path_send = (scope.get("extensions") or {}).get(PATHSEND)
-            await send_plan(plan, opened, start, send, path_send=path_send)
+            await deliver(
+                delivery_of(response.plan, response.opened, path_send), start, send, observer=observer_of(scope)
+            )
         finally:
             await response.release()
 

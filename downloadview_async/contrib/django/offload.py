@@ -15,7 +15,8 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
-from downloadview_async.asgi.response import age_of, note_refusal
+from downloadview_async.asgi.answer import age_of
+from downloadview_async.asgi.errors import note_refusal
 from downloadview_async.contrib.django.background import run_in_background
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of, is_sent_as_stored
 from downloadview_async.contrib.django.responses import DownloadResponse, spelled, take_marks

@@ -18,8 +18,10 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 
-from downloadview_async.asgi.response import age_of, failed, note_refusal
-from downloadview_async.asgi.transfer import SMALL, body_of
+from downloadview_async.asgi.answer import age_of
+from downloadview_async.asgi.delivery import SMALL
+from downloadview_async.asgi.errors import failed, note_refusal
+from downloadview_async.asgi.transfer import body_of
 from downloadview_async.contrib.django.background import iterate_in_background, run_in_background
 from downloadview_async.contrib.django.calling import close_idle_connections, close_own_connections, has_running_loop
 from downloadview_async.contrib.django.files import (

@@ -25,11 +25,11 @@ from django.test.utils import TestContextDecorator, override_settings
 from django.utils.encoding import force_bytes, force_str
 
 from downloadview_async.contrib.django.responses import DownloadResponse
-from downloadview_async.http.fields import OFFLOAD_HEADERS
+from downloadview_async.http.fields import OFFLOAD_HEADERS, TOKEN_CHAR
 
 _View = TypeVar("_View")
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_TOKEN = f"{TOKEN_CHAR}+"
 _PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_TOKEN})[ \t]*=[ \t]*(?:({_TOKEN})|"((?:[^"\\]|\\.)*)")[ \t]*')
 
 

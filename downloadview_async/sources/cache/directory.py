@@ -22,7 +22,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,13 +48,17 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 @dataclass(slots=True)
 class Part:
-    """A file that arrives: its descriptor holds its lock. size: None if not known. reserved: bytes of room for it."""
+    """A file that arrives: its descriptor holds its lock. size: None if not known. reserved: bytes of room for it.
+
+    is_kept: whether it is complete, and has the name of a complete file.
+    """
 
     key: str
     name: str
     descriptor: int
     size: int | None = None
     reserved: int = 0
+    is_kept: bool = False
 
 
 @dataclass(slots=True)
@@ -162,7 +166,7 @@ class CacheDirectory:
             descriptor = self._open_meta(name)
         except FileNotFoundError:
             return None
-        try:
+        with _closing(descriptor):
             status = os.fstat(descriptor)
             content = os.read(descriptor, 1 << 20)
             try:
@@ -174,8 +178,6 @@ class CacheDirectory:
                 return None
             except OSError:
                 pass  # perhaps read-only: the file can be sent without noting its use
-        finally:
-            os.close(descriptor)
         entry = load_entry(content, source, key)
         if entry is None:
             with suppress(OSError):
@@ -242,7 +244,7 @@ class CacheDirectory:
                 self._add(usage, -BLOCK)
                 if before != entry.data:
                     self._add(usage, -self._retire(before, leased))
-            part.name, part.reserved = entry.data, size
+            part.name, part.reserved, part.is_kept = entry.data, size, True
 
     def discard(self, part: Part) -> None:
         """Remove a part. Its descriptor stays open."""
@@ -288,7 +290,7 @@ class CacheDirectory:
             except PermissionError:  # another user made it; it has only a count, which is made anew
                 self._unlink("usage")
                 descriptor = self._open_usage()
-            try:
+            with _closing(descriptor):
                 while True:
                     try:
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -301,8 +303,6 @@ class CacheDirectory:
                 yield usage
                 if usage.used is not None:
                     self.bytes = usage.used
-            finally:
-                os.close(descriptor)
         finally:
             self._turn.release()
 
@@ -378,11 +378,12 @@ class CacheDirectory:
 
     def _evict(self, key: str, files: _Files) -> int:
         """Remove all files of a K, unless one is in use, and return the bytes that this frees."""
-        descriptors = [self._lock_unused(name) for name, _, _ in files.data]
         meta, hidden = f"{key}.meta", f"{key}.{secrets.token_hex(8)}.part"
-        try:
-            if None in descriptors:
-                return 0
+        with ExitStack() as locks:
+            for name, _, _ in files.data:
+                if (descriptor := self._lock_unused(name)) is None:
+                    return 0
+                locks.callback(os.close, descriptor)
             # Without its name K.meta cannot be leased any more. A lease since the sweep began shows in its time.
             try:
                 self._rename(meta, hidden)
@@ -394,11 +395,7 @@ class CacheDirectory:
             self._unlink(hidden)
             for name, _, _ in files.data:
                 self._unlink(name)
-            return BLOCK + sum(_cost(size) for _, size, _ in files.data)
-        finally:
-            for descriptor in descriptors:
-                if descriptor is not None:
-                    os.close(descriptor)
+        return BLOCK + sum(_cost(size) for _, size, _ in files.data)
 
     def _retire(self, name: str, leased: float) -> int:
         """Remove a replaced version, now or in a later sweep; return the bytes that this frees now."""
@@ -435,30 +432,24 @@ class CacheDirectory:
 
     def _write_meta(self, key: str, content: bytes, leased: float) -> None:
         part = self._new_part(key, 0o600)
-        try:
-            os.write(part.descriptor, content)
-            os.utime(part.descriptor, (leased, time.time()))
-            self._rename(part.name, f"{key}.meta")
-        except BaseException:
-            self._unlink(part.name)
-            raise
-        finally:
-            os.close(part.descriptor)
+        with _closing(part.descriptor):
+            try:
+                os.write(part.descriptor, content)
+                os.utime(part.descriptor, (leased, time.time()))
+                self._rename(part.name, f"{key}.meta")
+            except BaseException:
+                self._unlink(part.name)
+                raise
 
     def _current(self, key: str) -> str | None:
         """Return the K-V that a K.meta names, whatever its source and key are."""
         try:
-            descriptor = self._open_meta(f"{key}.meta")
-        except OSError:
-            return None
-        try:
-            loaded: Any = json.loads(os.read(descriptor, 1 << 20).partition(b"\n")[2])
+            with _closing(self._open_meta(f"{key}.meta")) as descriptor:
+                loaded: Any = json.loads(os.read(descriptor, 1 << 20).partition(b"\n")[2])
             name = loaded["data"]
             return name if (match := _DATA.fullmatch(name)) and match[1] == key else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        finally:
-            os.close(descriptor)
 
     def _open_meta(self, name: str) -> int:
         # reading must not change atime, which is the time of the last lease
@@ -496,8 +487,8 @@ class CacheDirectory:
         descriptor = self._lock_unused(name)
         if descriptor is None:
             return False
-        self._unlink(name)
-        os.close(descriptor)
+        with _closing(descriptor):
+            self._unlink(name)
         return True
 
     def _rename(self, name: str, new: str) -> None:
@@ -513,11 +504,8 @@ class CacheDirectory:
     @contextmanager
     def _listed(self) -> Iterator[Iterator["os.DirEntry[str]"]]:
         descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.root.descriptor)
-        try:
-            with os.scandir(descriptor) as entries:
-                yield _existing(entries)
-        finally:
-            os.close(descriptor)
+        with _closing(descriptor), os.scandir(descriptor) as entries:
+            yield _existing(entries)
 
 
 def _existing(entries: Iterator["os.DirEntry[str]"]) -> Iterator["os.DirEntry[str]"]:
@@ -526,6 +514,14 @@ def _existing(entries: Iterator["os.DirEntry[str]"]) -> Iterator["os.DirEntry[st
             if entry.is_file(follow_symlinks=False):
                 entry.stat(follow_symlinks=False)  # the entry keeps the result
                 yield entry
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def protect(descriptor: int) -> None:

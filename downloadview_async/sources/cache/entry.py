@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.http.fields import NAME_CHAR
 from downloadview_async.http.metadata import ETag, FileMetadata
 
 BLOCK = 4096
 """The size of a file on the disk is rounded up to a multiple of this many bytes. A K.meta counts as one block."""
 
 _VERSION = 1
-_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+\Z")
+_HEADER = re.compile(rf"{NAME_CHAR}+\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]")
 
 

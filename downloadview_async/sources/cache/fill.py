@@ -23,12 +23,12 @@ from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
-from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.base import AsyncFile, OpenFile, on_demand_of
 from downloadview_async.sources.cache.directory import Part
 from downloadview_async.sources.cache.entry import Entry, data_name, is_describable
 from downloadview_async.sources.cache.freshness import asking_for_news, is_current, max_age_of, updated
 from downloadview_async.sources.cache.spool import Arriving, ArrivingFile
-from downloadview_async.sources.virtual import VirtualFile
+from downloadview_async.sources.local.open_file import OpenLocalFile
 
 if TYPE_CHECKING:
     from downloadview_async.sources.cache.index import Cache, Kept
@@ -62,6 +62,7 @@ class Fill:
         self.task: asyncio.Task[None]
         self._cache = cache
         self._inner = inner
+        self._on_demand = on_demand_of(inner)
         self._stale = stale
         self.is_for_one = False
         """Whether the answer is uncacheable, so that only the first client may get it."""
@@ -82,6 +83,7 @@ class Fill:
 
     def start(self) -> None:
         """Begin to fetch."""
+        # not in a task group: it may outlive each of the requests that want the file, and a `Cache` has no coroutine
         self.task = asyncio.create_task(self._run())
 
     def stop(self) -> None:
@@ -149,15 +151,14 @@ class Fill:
 
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[ArrivingFile]:
-        again = None if isinstance(self._inner, VirtualFile) else self._again
+        again = self._again if self._on_demand is None else None
         described = self._described_as
-        file = self.arriving.open(again=again, max_reads=_max_reads(described) if described is not None else MAX_READS)
-        try:
-            yield file
-        finally:
-            self._is_wanted = self._is_wanted or file.is_satisfied
-            with anyio.CancelScope(shield=True):
-                await file.aclose()
+        max_reads = _max_reads(described) if described is not None else MAX_READS
+        async with aclosing(self.arriving.open(again=again, max_reads=max_reads)) as file:
+            try:
+                yield file
+            finally:
+                self._is_wanted = self._is_wanted or file.is_satisfied
 
     async def _again(self, span: ByteRange) -> AsyncGenerator[bytes, None]:
         """Yield a span of the version that arrives, by another read of the source."""
@@ -182,28 +183,28 @@ class Fill:
                 self.stop()
 
     async def _run(self) -> None:
-        try:
-            with self._scope:
-                await self._fetch()
-        except BaseException as exc:
-            self.arriving.fail(exc if isinstance(exc, Exception) else SourceUnavailable("the fetch was cancelled"))
-            if not isinstance(exc, Exception):
-                raise
-            if not isinstance(exc, DownloadError) and not self._clients:
-                problem = escaped(f"{type(exc).__name__}: {exc}")
-                logger.warning("fetching %s for the cache failed: %s", shown(self._inner.name), problem)
-        finally:
-            self._cache.withdraw(self)
-            self._settled.set()
-            self.arriving.notify()
-            await self.arriving.aclose()
+        async with aclosing(self.arriving):
+            try:
+                with self._scope:
+                    await self._fetch()
+            except BaseException as exc:
+                self.arriving.fail(exc if isinstance(exc, Exception) else SourceUnavailable("the fetch was cancelled"))
+                if not isinstance(exc, Exception):
+                    raise
+                if not isinstance(exc, DownloadError) and not self._clients:
+                    problem = escaped(f"{type(exc).__name__}: {exc}")
+                    logger.warning("fetching %s for the cache failed: %s", shown(self._inner.name), problem)
+            finally:
+                self._cache.withdraw(self)
+                self._settled.set()
+                self.arriving.notify()
 
     async def _fetch(self) -> None:
         before = self._before
         known = self._stale if before is None or before._entry is None else before._entry  # noqa: SLF001
         request = asking_for_news(known)
-        if known is not None and isinstance(self._inner, VirtualFile):
-            given, now = self._inner.validators, time.time()
+        if known is not None and self._on_demand is not None:
+            given, now = self._on_demand.validators, time.time()
             is_same = failed_precondition(request, given) == 304 and is_current(known, given)
             if is_same and await self._confirmed(known, given, Received(date=now, at=now)):
                 return
@@ -227,7 +228,7 @@ class Fill:
         if (complete := self._completed_meanwhile(known)) is not None:
             known, self._before = complete, None
         described = updated(known.metadata, metadata)
-        max_age = max_age_of(self._inner, described, self._cache.max_age, received)
+        max_age = max_age_of(self._on_demand, described, self._cache.max_age, received)
         entry = self._described(described, received, max_age, data=known.data)
         if self._before is not None:
             self._same = None if max_age is None else self._before.arrives
@@ -247,7 +248,7 @@ class Fill:
 
     def _described(self, metadata: FileMetadata, received: Received, max_age: float | None, *, data: str = "") -> Entry:
         """Return the entry of a file that the source has just described, and note until when others may get it."""
-        if not isinstance(self._inner, VirtualFile) or not max_age:
+        if self._on_demand is None or not max_age:
             self._fresh_until = time.monotonic() + (max_age or 0.0)
         return Entry(
             data=data,
@@ -259,9 +260,10 @@ class Fill:
         )
 
     async def _receive(self, opened: OpenFile) -> None:
-        received = _received(opened)
+        self.arriving.received = received = _received(opened)
+        self.arriving.ends_with_connection = getattr(opened, "ends_with_connection", False)
         metadata = self._described_as = opened.metadata
-        max_age = max_age_of(self._inner, metadata, self._cache.max_age, received)
+        max_age = max_age_of(self._on_demand, metadata, self._cache.max_age, received)
         size = metadata.size
         kept = replace(
             metadata,
@@ -271,54 +273,52 @@ class Fill:
         )
         self._entry = self._described(kept, received, max_age)
         # a file that only ends with its connection may be incomplete
-        if getattr(opened, "ends_with_connection", False) or not self._is_describable(kept):
+        if self.arriving.ends_with_connection or not self._is_describable(kept):
             max_age = None
-        part = None if max_age is None else await self._cache.begin(self.source, self.key, size)
-        if part is None:
-            self.is_for_one = True
-            self._cache.withdraw(self)
-            self._cache.refuse(self.source, self.key)
-            self.arriving.describe(metadata)
-            await self._take_all(opened, size)
-            return
+        if max_age is not None:
+            async with self._cache.part(self.source, self.key, size) as begun:
+                if begun is not None:
+                    await self._keep(*begun, opened, kept)
+                    return
+        self.is_for_one = True
+        self._cache.withdraw(self)
+        self._cache.refuse(self.source, self.key)
+        self.arriving.describe(metadata)
+        await self._take_all(opened, size)
+
+    async def _keep(self, part: Part, file: OpenLocalFile, opened: OpenFile, metadata: FileMetadata) -> None:
+        """Fetch a file into a part, and keep it if the disk takes it."""
+        assert self._entry is not None
         self.is_kept = True
         try:
-            if kept.etag is None and kept.changed_at is None:
+            if metadata.etag is None and metadata.changed_at is None:
                 # so that a client can resume with the rest of this copy
-                kept = replace(kept, etag=ETag(secrets.token_hex(16)))
-            self._entry = replace(self._entry, metadata=kept)
-            await self._describe(part, kept)
-            await self._take_all(opened, size)
+                metadata = replace(metadata, etag=ETag(secrets.token_hex(16)))
+            self._entry = replace(self._entry, metadata=metadata)
+            await self._describe(part, file, metadata)
+            await self._take_all(opened, metadata.size)
             if not self.arriving.is_on_disk:
                 return
             assert self.arriving.metadata is not None
             complete = self.arriving.metadata
             entry = replace(self._entry, data=data_name(part.key, complete), metadata=complete)
-            if isinstance(self._inner, VirtualFile):
+            if self._on_demand is not None:
                 entry = replace(entry, validated=time.time())  # its `max_age` counts from its completion
             with anyio.CancelScope(shield=True):
                 self.result = await self._cache.commit(part, self.source, self.key, entry)
         finally:
-            if self.result is None:
-                self.is_kept = False
-                with anyio.CancelScope(shield=True):
-                    await self._cache.discard(part)
+            self.is_kept = self.result is not None
 
     def _is_describable(self, metadata: FileMetadata) -> bool:
         entry = Entry(data=data_name("", metadata), name=self._inner.name, metadata=metadata, validated=0.0)
         return is_describable(self.source, self.key, entry)
 
-    async def _describe(self, part: Part, metadata: FileMetadata) -> None:
+    async def _describe(self, part: Part, file: OpenLocalFile, metadata: FileMetadata) -> None:
         cache = self._cache
-        local = await cache.local_file(part)
-        try:
-            file = await cache.open_to_write(part)
-        except OSError:
-            local.close()
-            raise
+        writer = await cache.open_to_write(part)
 
         async def write(block: memoryview) -> int:
-            count: int = await file.write(block)
+            count: int = await writer.write(block)
             return count
 
         # Without room, new bytes only go to the clients that are there: one that joins later would miss the beginning.
@@ -332,24 +332,24 @@ class Fill:
             cache.complain(exc)
             cache.withdraw(self)
 
-        self.arriving.describe(metadata, file=local, write=write, reserve=reserve, complain=complain)
+        self.arriving.describe(metadata, file=file.shared(), write=write, reserve=reserve, complain=complain)
 
     async def _take_all(self, opened: OpenFile, size: int | None) -> None:
         """Take exactly the promised bytes. Raises `TransferAborted` if there are fewer."""
         arriving, left = self.arriving, size
-        if size != 0:
-            async with _closing(opened.stream(None if size is None else ByteRange(0, size))) as chunks:
-                async for chunk in chunks:
-                    await arriving.take(chunk if left is None else chunk[:left])
-                    if not arriving.is_on_disk:
-                        self._cache.withdraw(self)
-                        if not self._clients or arriving.is_given_up:
-                            self.stop()
-                    if left is not None and (left := left - len(chunk)) <= 0:
-                        break
-        if left is not None and left > 0:
-            raise TransferAborted(f"the file ended {left} bytes before its promised size")
-        await arriving.flush()
+        async with arriving.writing():
+            if size != 0:
+                async with _closing(opened.stream(None if size is None else ByteRange(0, size))) as chunks:
+                    async for chunk in chunks:
+                        await arriving.take(chunk if left is None else chunk[:left])
+                        if not arriving.is_on_disk:
+                            self._cache.withdraw(self)
+                            if not self._clients or arriving.is_given_up:
+                                self.stop()
+                        if left is not None and (left := left - len(chunk)) <= 0:
+                            break
+            if left is not None and left > 0:
+                raise TransferAborted(f"the file ended {left} bytes before its promised size")
         arriving.finish()
 
 

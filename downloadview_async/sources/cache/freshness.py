@@ -5,27 +5,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from downloadview_async.http.dates import format_http_date, parse_delta_seconds, parse_http_date
+from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
-from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.base import OnDemand
 from downloadview_async.sources.cache.entry import Entry
-from downloadview_async.sources.virtual import VirtualFile
 
 _OF_A_304 = ("cache-control", "expires", "vary")
 
-_DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9a-z-]+)(?:=("[^"]*"|[^",\s]*))?')
+_DIRECTIVE = re.compile(rf"""({TOKEN_CHAR}+)(?:=("[^"]*"|[^",\s]*))?""")
 
 
-def max_age_of(file: AsyncFile, metadata: FileMetadata, max_age: float, received: Received) -> float | None:
+def max_age_of(on_demand: OnDemand | None, metadata: FileMetadata, max_age: float, received: Received) -> float | None:
     """Return for how many seconds after it was received a file is fresh; None if it must not be kept.
 
-    max_age: the longest lifetime in seconds, and the one of a file that names none. It counts from our request; a
-    lifetime that the file names counts from the origin's answer [RFC 9111 4.2.3].
+    on_demand: for content that is made on demand. max_age: the longest lifetime in seconds, and the one of a file that
+    names none. It counts from our request; a lifetime that the file names counts from the origin's answer [RFC 9111
+    4.2.3].
     """
-    if isinstance(file, VirtualFile):
-        if file.max_age is not None:
-            return file.max_age
+    if on_demand is not None:
+        if on_demand.max_age is not None:
+            return on_demand.max_age
         return max_age if metadata.etag is not None or metadata.changed_at is not None else None
     headers: Mapping[str, str] = dict(metadata.headers)
     if "*" in headers.get("vary", ""):

@@ -8,10 +8,12 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+
+import anyio
 
 from downloadview_async.errors import (
     AccessDenied,
@@ -281,10 +283,8 @@ class Cache:
                 return
             local = OpenLocalFile(*opened, workers=self._workers)
             is_accepted = _accept(local, kept)
-        try:
+        async with aclosing(local):
             yield local if is_accepted else None
-        finally:
-            await local.aclose()
 
     def is_refused(self, source: str, key: str) -> bool:
         """Return whether a file was recently found uncacheable."""
@@ -332,9 +332,31 @@ class Cache:
         if self._fetches.get(place) is fetch:
             del self._fetches[place]
 
-    async def begin(self, source: str, key: str, size: int | None) -> Part | None:
-        """Return a file to write into, or None if there is no room or the disk fails."""
-        return await self._attempt(self.directory.begin, key_hash(source, key), size)
+    @asynccontextmanager
+    async def part(self, source: str, key: str, size: int | None) -> AsyncIterator[tuple[Part, OpenLocalFile] | None]:
+        """Give a part to write into and its open file, or None if there is no room or the disk fails.
+
+        The part is removed when the context ends, unless it is kept.
+        """
+
+        def begin() -> tuple[Part, OpenLocalFile] | None:
+            part, is_quick = self.directory.begin(key_hash(source, key), size), self.directory.root.is_quick
+            if part is None:
+                return None
+            status = os.fstat(part.descriptor)
+            return part, OpenLocalFile(part.descriptor, status, is_quick, workers=self._workers)
+
+        begun = await self._attempt(begin)
+        if begun is None:
+            yield None
+            return
+        async with aclosing(begun[1]):
+            try:
+                yield begun
+            finally:
+                if not begun[0].is_kept:
+                    with anyio.CancelScope(shield=True):
+                        await self._attempt(self.directory.discard, begun[0])
 
     async def grow(self, part: Part, size: int) -> bool:
         """Return whether there is room for a part to grow to `size` bytes."""
@@ -347,7 +369,6 @@ class Cache:
         """Keep a complete part and return it, or return a newer version of its key; None if the disk fails."""
         newer = self.kept.get((source, key))
         if newer is not None and newer.entry.validated > entry.validated:
-            await self.discard(part)
             return newer
 
         def commit() -> bool:
@@ -355,10 +376,6 @@ class Cache:
             return True
 
         return self.remember(source, key, entry) if await self._attempt(commit) else None
-
-    async def discard(self, part: Part) -> None:
-        """Remove a part."""
-        await self._attempt(self.directory.discard, part)
 
     async def renew(self, source: str, key: str, entry: Entry) -> Kept:
         """Note that a file is still current, with its new description."""
@@ -369,11 +386,6 @@ class Cache:
         """Return a part as an aiofiles file, to write to."""
         return await self._open_async(part.descriptor, "r+b", buffering=0, closefd=False, executor=self._executor)
 
-    async def local_file(self, part: Part) -> OpenLocalFile:
-        """Return a part as an open file, to read from."""
-        status = await self._workers.run(os.fstat, part.descriptor)
-        return OpenLocalFile(part.descriptor, status, self.directory.root.is_quick, workers=self._workers)
-
     def complain(self, exc: BaseException) -> None:
         """Log that the disk failed, once a minute."""
         if time.monotonic() - self._complained >= 60.0:
@@ -383,7 +395,7 @@ class Cache:
 
     def _sweep_if_due(self) -> None:
         if self.directory.is_sweep_due and not self._sweeping:
-            task = asyncio.create_task(self.sweep())
+            task = asyncio.create_task(self.sweep())  # the request that finds it due does not wait for it
             self._sweeping.add(task)
             task.add_done_callback(self._sweeping.discard)
 

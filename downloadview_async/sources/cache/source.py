@@ -16,14 +16,12 @@ from downloadview_async.errors import (
     SourceUnavailable,
 )
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.ranges import parse_range
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source
+from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source, on_demand_of
 from downloadview_async.sources.cache.entry import Entry
 from downloadview_async.sources.cache.fill import Fill
 from downloadview_async.sources.cache.index import Cache, Kept
 from downloadview_async.sources.local.open_file import OpenLocalFile
-from downloadview_async.sources.virtual import VirtualFile
 
 MAX_AHEAD = 8 << 20
 """Bytes: a range that begins further than this after the bytes that have arrived is read from the source itself."""
@@ -64,7 +62,8 @@ class CachedSource:
             kept = await self.cache.find(self.name, name)
             if kept is None or not kept.entry.fresh_for(self.cache.max_age):
                 inner = await self.source.resolve(name)
-                if _is_local(inner) or (isinstance(inner, VirtualFile) and not inner.is_keepable):
+                on_demand = on_demand_of(inner)
+                if _is_local(inner) or (on_demand is not None and not on_demand.is_keepable):
                     return inner
                 return CachedFile(self.cache, self.name, name, inner, stale=None if kept is None else kept.entry)
         self.cache.counts["hits"] += 1
@@ -193,7 +192,7 @@ class CachedFile:
             async with fetch.joined() as (fetch, arriving):
                 if fetch.is_for_one and (arriving is None or _are_parts(request, arriving.metadata)):
                     continue  # an uncacheable stream can be read only once, but several ranges need to seek
-                if arriving is not None and not (request.range and arriving.metadata.size is None and fetch.is_kept):
+                if arriving is not None and not (request.ranges and arriving.metadata.size is None and fetch.is_kept):
                     yield arriving
                     return
                 # the kept file is current, or the size is not known yet, and without it there are no ranges
@@ -222,7 +221,7 @@ class CachedFile:
         """
         cache, source, key, inner = self._cache, self._source, self._key, self._inner
         fetch = cache.fetch(source, key, None, None)
-        is_far = not isinstance(inner, VirtualFile) and _is_far(request, fetch)
+        is_far = on_demand_of(inner) is None and _is_far(request, fetch)
         if not (is_far or (fetch is None and (request.method == "HEAD" or cache.is_refused(source, key)))):
             yield None
             return
@@ -235,16 +234,13 @@ class CachedFile:
 
 
 def _are_parts(request: DownloadRequest, metadata: FileMetadata) -> bool:
-    return "," in (request.range or "") and metadata.accept_ranges and metadata.size is not None
+    return len(request.ranges or ()) > 1 and metadata.accept_ranges and metadata.size is not None
 
 
 def _is_far(request: DownloadRequest, fetch: "Fill | None") -> bool:
-    if request.method != "GET" or request.range is None:
+    if request.ranges is None or len(request.ranges) != 1:
         return False
-    specs = parse_range(request.range)
-    if specs is None or len(specs) != 1:
-        return False
-    first, last = specs[0]
+    first, last = request.ranges[0]
     arrived = 0 if fetch is None else fetch.arriving.arrived
     size = None if fetch is None or fetch.arriving.metadata is None else fetch.arriving.metadata.size
     if first is None:

@@ -4,11 +4,10 @@ When nothing more can be written, the bytes go to the readers through a window i
 there is detached, and gets the rest from a separate read of the source.
 """
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from copy import copy
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ import anyio
 
 from downloadview_async.errors import DownloadError, FileError, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
+from downloadview_async.http.upstream import Received
 from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile
 
 MAX_WAITING = 1 << 18
@@ -34,7 +34,8 @@ Again = Callable[[ByteRange], AsyncGenerator[bytes, None]]
 class Arriving:
     """One file, from its first byte to its last. It belongs to one event loop.
 
-    The fill calls `describe` once, `take` for each chunk, then `finish` or `fail`, and `aclose` at the end.
+    The fill calls `describe` once, then `take` for each chunk in the context of `writing`, then `finish` or `fail`, and
+    `aclose` at the end.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,10 @@ class Arriving:
         self.failure: BaseException | None = None
         self.is_on_disk = True
         """Whether all bytes that have arrived are on the disk. Once False, it stays False."""
+        self.received: Received | None = None
+        """When the source has described the file: see `Dated`."""
+        self.ends_with_connection = False
+        """See `Unframed`."""
         self.readers: set[ArrivingFile] = set()
         self._file: OpenLocalFile | None = None
         self._write: Callable[[memoryview], Awaitable[int]] | None = None
@@ -53,7 +58,8 @@ class Arriving:
         self._written = 0
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
-        self._writing: asyncio.Task[None] | None = None
+        self._taken = anyio.Event()
+        self._has_all = False
         self._window: deque[tuple[int, bytes]] = deque()
         self._progress = anyio.Event()
 
@@ -77,18 +83,28 @@ class Arriving:
         self.is_on_disk = write is not None
         self.notify()
 
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[None]:
+        """Write what `take` gets. The context ends when readers can get all of it, or at once after an error."""
+        failure: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._write_out)
+            try:
+                yield
+            except Exception as exc:  # raised below, so that it is not wrapped in an ExceptionGroup
+                failure = exc
+                tasks.cancel_scope.cancel()
+            self._has_all = True
+            self._taken.set()
+        if failure is not None:
+            raise failure
+
     async def take(self, chunk: bytes) -> None:
         """Take the next bytes, and wait while too many bytes wait to be written."""
         self._waiting.append(chunk)
         self._waiting_bytes += len(chunk)
-        if self._writing is None:
-            self._writing = asyncio.create_task(self._write_out())
-        while self._waiting_bytes >= MAX_WAITING and self._writing is not None:
-            await self.wait()
-
-    async def flush(self) -> None:
-        """Wait until readers can get all bytes that were taken."""
-        while self._writing is not None:
+        self._taken.set()
+        while self._waiting_bytes >= MAX_WAITING:
             await self.wait()
 
     def finish(self) -> None:
@@ -105,17 +121,10 @@ class Arriving:
             self.notify()
 
     async def aclose(self) -> None:
-        """Wait until the current write ends, and close the file. Readers that have it open keep it open."""
-        with anyio.CancelScope(shield=True):
-            while (writing := self._writing) is not None:
-                self._waiting.clear()
-                self._waiting_bytes = 0
-                if not self.is_on_disk:
-                    writing.cancel()  # it waits for readers; no thread is at work
-                await asyncio.wait([writing])
-            file, self._file = self._file, None
-            if file is not None:
-                await file.aclose()
+        """Close the file. Readers that have it open keep it open."""
+        file, self._file = self._file, None
+        if file is not None:
+            await file.aclose()
 
     def open(self, *, again: Again | None = None, max_reads: int = MAX_READS) -> "ArrivingFile":
         """Return the file for one more reader, which closes it. Call it only after `describe`.
@@ -177,18 +186,18 @@ class Arriving:
         return [(reader, reader.position) for reader in readers if reader.position is not None]
 
     async def _write_out(self) -> None:
-        try:
-            while self._waiting:
-                block = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
-                self._waiting.clear()
-                self._waiting_bytes = 0
-                if self.is_on_disk:
-                    block = await self._to_disk(block)
-                if block:
-                    await self._hand_on(block)
-                self.notify()
-        finally:
-            self._writing = None
+        while self._waiting or not self._has_all:
+            if not self._waiting:
+                self._taken = anyio.Event()
+                await self._taken.wait()
+                continue
+            block = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
+            self._waiting.clear()
+            self._waiting_bytes = 0
+            if self.is_on_disk:
+                block = await self._to_disk(block)
+            if block:
+                await self._hand_on(block)
             self.notify()
 
     async def _to_disk(self, block: bytes) -> bytes:
@@ -200,7 +209,8 @@ class Arriving:
                 self.is_on_disk = False
                 return block
             while left:
-                count = await self._write(left)
+                with anyio.CancelScope(shield=True):  # a thread writes, and the file must not be closed meanwhile
+                    count = await self._write(left)
                 left = left[count:]
                 self._written += count
             self.arrived = self._written
@@ -263,6 +273,16 @@ class ArrivingFile:
         self._again = again
         self._reads_left = max_reads
         arriving.readers.add(self)
+
+    @property
+    def received(self) -> Received | None:
+        """When the source has described the file: see `Dated`."""
+        return self._arriving.received
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """That of the source: see `Unframed`."""
+        return self._arriving.ends_with_connection
 
     async def aclose(self) -> None:
         """Close the file for this reader."""

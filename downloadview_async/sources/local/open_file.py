@@ -32,7 +32,7 @@ _reads_of_cached_pages = Refusals("preadv2 with RWF_NOWAIT")
 
 
 class _Buffers(threading.local):
-    """One buffer for each thread, and so for each event loop: nothing else runs in it between reading and copying."""
+    """One buffer for each thread, for trio too: nothing else runs in the thread between reading and copying."""
 
     def __init__(self) -> None:
         self.of_this_thread = memoryview(bytearray(CHUNK_SIZE))

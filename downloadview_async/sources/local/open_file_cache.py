@@ -2,10 +2,10 @@
 
 import asyncio
 import os
-import threading
 
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.root import Root
+from downloadview_async.sources.per_loop import PerLoop
 from downloadview_async.sources.workers import Workers
 
 KEEP_SECONDS = 1.0
@@ -27,12 +27,19 @@ class OpenFileCache:
     def __init__(self, root: Root, workers: Workers) -> None:
         self._root = root
         self._workers = workers
-        self._of_thread = _OfThread()
+        self._kept = PerLoop[_Kept]()
 
     def open(self, name: str) -> OpenLocalFile | None:
         """Open a file as `Root.open_nowait` does. The caller closes it."""
-        kept = self._of_thread.kept
-        is_forgotten = kept.is_forgotten_in_time()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # without asyncio, nothing would close the files in time
+            opened = self._root.open_nowait(name)
+            return None if opened is None else OpenLocalFile(*opened, workers=self._workers)
+        kept = self._kept.get(loop)
+        if kept is None:
+            kept = self._kept.set(loop, _Kept())
+            loop.call_later(KEEP_SECONDS, self._kept.drop, loop)
         if (known := kept.files.get(name)) is not None:
             if self._identity(name) == known[1]:
                 return known[0].shared()
@@ -41,8 +48,6 @@ class OpenFileCache:
         if opened is None:
             return None
         file = OpenLocalFile(*opened, workers=self._workers)
-        if not is_forgotten:
-            return file
         if name not in kept.opened_once:
             if len(kept.opened_once) < 16 * MAX_FILES:
                 kept.opened_once.add(name)
@@ -57,41 +62,16 @@ class OpenFileCache:
             return None
 
 
-class _OfThread(threading.local):
-    """The files that each thread keeps open. They are closed when the thread ends."""
-
-    def __init__(self) -> None:
-        self.kept = _Kept()
-
-
 class _Kept:
-    """The files that one thread, and so one event loop, keeps open."""
+    """The files that one event loop keeps open, and the names of those that it has opened once."""
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[OpenLocalFile, tuple[int, ...]]] = {}
         self.opened_once: set[str] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def is_forgotten_in_time(self) -> bool:
-        """Have the running event loop close all files in `KEEP_SECONDS`, and return whether there is such a loop."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return False
-        if self._loop is not loop:  # the one before may have ended without running its callbacks
-            self._forget()
-            self._loop = loop
-            loop.call_later(KEEP_SECONDS, self._forget)
-        return True
-
-    def _forget(self) -> None:
-        self._loop = None
-        self.opened_once.clear()
-        while self.files:
-            self.files.popitem()[1][0].close()
 
     def __del__(self) -> None:
-        self._forget()
+        for file, _ in self.files.values():
+            file.close()
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import lru_cache
 
@@ -38,11 +38,8 @@ class LocalFile:
         """Open the file, following links. Raises `FileMissing`, `AccessDenied` or `SourceUnavailable`."""
         assert self.location is not None
         opened = await _trusted_workers.run_or_abandon(open_trusted, self.location, discard=_close)
-        file = OpenLocalFile(*opened, workers=_trusted_workers)
-        try:
+        async with aclosing(OpenLocalFile(*opened, workers=_trusted_workers)) as file:
             yield file
-        finally:
-            await file.aclose()
 
 
 class FileBeneath:
@@ -95,11 +92,8 @@ class FileBeneath:
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
         """Open the file, or the sibling that the request prefers, beneath the root."""
-        file = self._opened(*await self._open_best(request))
-        try:
+        async with aclosing(self._opened(*await self._open_best(request))) as file:
             yield file
-        finally:
-            await file.aclose()
 
     def _opened(self, opened: Opened, encoding: str | None) -> OpenLocalFile:
         file = OpenLocalFile(*opened, workers=self._workers)

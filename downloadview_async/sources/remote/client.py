@@ -91,11 +91,8 @@ class Upstream:
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Hold one of the connections. Raises `SourceUnavailable`."""
-        slot = await self._slots.take()
-        try:
+        with await self._slots.take():
             yield
-        finally:
-            self._slots.free(slot)
 
     async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
         """Return the response, with its body unread, after at most `MAX_REDIRECTS` redirects.

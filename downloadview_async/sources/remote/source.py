@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 from downloadview_async.errors import ConfigurationError, FileMissing, UpstreamError
 from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
 from downloadview_async.http.negotiation import hides_coding
-from downloadview_async.http.ranges import NEAR, RangeSpec, parse_range, read_from
+from downloadview_async.http.ranges import NEAR, RangeSpec, read_from
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import (
     Answer,
@@ -122,13 +122,9 @@ class RemoteFile:
             ):
                 yield file
             return
-        async with self._upstream.slot():
-            opened = OpenRemoteFile(self._upstream, self._url)
-            try:
-                await opened.begin(request)
-                yield opened
-            finally:
-                await opened.aclose()
+        async with self._upstream.slot(), aclosing(OpenRemoteFile(self._upstream, self._url)) as opened:
+            await opened.begin(request)
+            yield opened
 
 
 class OpenRemoteFile:
@@ -146,7 +142,7 @@ class OpenRemoteFile:
 
     async def begin(self, request: DownloadRequest) -> None:
         """Pass the client's request on to the upstream. Raises `FileError`."""
-        self._wanted = parse_range(request.range) if request.range is not None else None
+        self._wanted = request.ranges
         fields = fields_to_send(request)
         response, answer = await self._ask(request.method, fields)
         self._body = body = _Body(response, answer, ranged="range" in fields)

@@ -1,0 +1,1 @@
+"""What was sent: the outcome of each answer."""

@@ -1,0 +1,136 @@
+"""`Answer`: a plan with its headers for ASGI. Answers to files that do not change are kept."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from downloadview_async.asgi.prepared_head import PreparedHead
+from downloadview_async.http.fields import OFFLOAD_HEADERS
+from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.http.plan import (
+    FRAMING,
+    Headers,
+    Plan,
+    Presentation,
+    is_shown_for_good,
+    make_offload_plan,
+    make_plan,
+    narrowed,
+)
+from downloadview_async.http.request import DownloadRequest
+from downloadview_async.sources.base import OpenFile
+
+RawHeaders = list[tuple[bytes, bytes]]
+"""Headers in the form of an ASGI message."""
+
+# Made here from the file itself. An application that set them could promise other bytes than are sent.
+_MADE_HERE = FRAMING | {"etag", "last-modified"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A plan and its headers for ASGI. head: the same as lines of HTTP/1.1, for an answer that is cached."""
+
+    plan: Plan
+    headers: RawHeaders
+    head: PreparedHead | None = None
+
+    def aged(self, age: str | None) -> "Answer":
+        """Return the answer with Age, if there is one. Age changes every second, so it is not in a cached answer."""
+        if age is None or self.plan.status not in (200, 206, 304) or "age" in self.plan.headers:
+            return self
+        field = (b"age", age.encode())
+        head = None if self.head is None else self.head.with_field(field)
+        return Answer(self.plan, [*self.headers, field], head)
+
+
+def answer_to(
+    request: DownloadRequest,
+    metadata: FileMetadata,
+    presentation: Presentation,
+    headers: RawHeaders,
+    offload: Mapping[str, str] | None = None,
+    *,
+    status: int = 200,
+    keep: bool = False,
+) -> Answer:
+    """Return the answer to a request for a file.
+
+    headers: those of the application; Set-Cookie is left out. offload: the headers by which a proxy sends the file.
+    keep: whether the answer may come from, and go to, the cache of answers.
+    """
+    added = tuple(header for header in headers if header[0] != b"set-cookie") if headers else ()
+    offered = None if offload is None else tuple(offload.items())
+    if not keep or status != 200 or not is_shown_for_good(metadata.last_modified, time.time()):
+        plan = _plan(request, metadata, presentation, added, offered, status=status)
+        return Answer(plan, raw(plan.headers))
+    if offered is not None or request.unconditional:
+        return _kept_answer(request.method, metadata, presentation, added, offered)
+    if (part := request.lone_part) is not None:
+        return _kept_part(part, metadata, presentation, added)
+    return _narrowed(_kept_answer(request.method, metadata, presentation, added, None), request, metadata)
+
+
+def _plan(
+    request: DownloadRequest,
+    metadata: FileMetadata,
+    presentation: Presentation,
+    added: tuple[tuple[bytes, bytes], ...],
+    offload: tuple[tuple[str, str], ...] | None,
+    *,
+    status: int = 200,
+) -> Plan:
+    if offload is None:
+        return make_plan(request, metadata, presentation, status=status, headers=text_of(added))
+    return make_offload_plan(metadata, presentation, dict(offload), headers=text_of(added))
+
+
+@lru_cache(maxsize=1024)  # the answer changes only when the file does: `metadata` is part of the key
+def _kept_answer(
+    method: str,
+    metadata: FileMetadata,
+    presentation: Presentation,
+    added: tuple[tuple[bytes, bytes], ...],
+    offload: tuple[tuple[str, str], ...] | None,
+) -> Answer:
+    """Return the answer to a request without conditions and ranges."""
+    plan = _plan(DownloadRequest(method=method), metadata, presentation, added, offload)
+    headers = raw(plan.headers)
+    return Answer(plan, headers, PreparedHead.of(headers))
+
+
+@lru_cache(maxsize=256)  # a separate cache: there are many more ranges than files
+def _kept_part(
+    part: str, metadata: FileMetadata, presentation: Presentation, added: tuple[tuple[bytes, bytes], ...]
+) -> Answer:
+    """Return the answer to a GET of one part. Players and viewers request the same parts again and again."""
+    whole = _kept_answer("GET", metadata, presentation, added, None)
+    return _narrowed(whole, DownloadRequest(range=part), metadata)
+
+
+def _narrowed(whole: Answer, request: DownloadRequest, metadata: FileMetadata) -> Answer:
+    plan = narrowed(whole.plan, request, metadata)
+    return whole if plan is whole.plan else Answer(plan, raw(plan.headers))
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether an application may not set a header, given in lower case: it is made from the file."""
+    return name in _MADE_HERE or name in OFFLOAD_HEADERS
+
+
+def text_of(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Return raw headers as text, without those that only we may set."""
+    text = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+    return {name: value for name, value in text.items() if not is_reserved(name)}
+
+
+def raw(headers: Mapping[str, str]) -> RawHeaders:
+    """Return headers in the form of an ASGI message."""
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+def age_of(opened: OpenFile) -> str | None:
+    """Return the value of Age for an open file in seconds, or None if the origin has answered this request itself."""
+    made_at: float | None = getattr(opened, "made_at", None)
+    return None if made_at is None else str(max(0, int(time.time() - made_at)))

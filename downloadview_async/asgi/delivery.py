@@ -1,0 +1,286 @@
+"""How an answer leaves: one `Delivery`, made by `delivery_of`, sent by `deliver`, and ended by one `Outcome`."""
+
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.types import Message, Receive, Send
+
+from downloadview_async.accounts.outcome import How, Observer, Outcome
+from downloadview_async.asgi.descriptor_paths import LastingPaths
+from downloadview_async.asgi.disconnect import until_the_client_leaves
+from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SETTLED
+from downloadview_async.asgi.loan import Loan
+from downloadview_async.asgi.transfer import send_in_chunks
+from downloadview_async.errors import FileError
+from downloadview_async.http.metadata import ByteRange
+from downloadview_async.http.plan import Plan
+from downloadview_async.sources.base import OpenFile
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of
+
+SMALL = 64 * 1024
+"""Up to this many bytes, one message is less work than having the kernel send the file."""
+
+
+@dataclass(slots=True)
+class Offloaded:
+    """A proxy sends the file, by the header named `by`, in lower case.
+
+    is_held: whether `OffloadMiddleware` holds the answer back and may still have us send the file. It reports then.
+    """
+
+    by: str
+    is_held: bool = False
+
+
+@dataclass(slots=True)
+class Redirected:
+    """The client gets the file from the place in Location."""
+
+
+@dataclass(slots=True)
+class Empty:
+    """The answer has a head alone, as to a HEAD or with the status 304."""
+
+
+@dataclass(slots=True)
+class Inline:
+    """The whole body is in one message. span: the part of the file that it is; None for another text."""
+
+    body: bytes
+    span: ByteRange | None = None
+
+
+@dataclass(slots=True)
+class Descriptor:
+    """The server sends a span of an open file by its descriptor, or we do if a middleware drops its message."""
+
+    file: OpenLocalFile
+    span: ByteRange
+    otherwise: "Chunks"
+
+
+@dataclass(slots=True)
+class Path:
+    """The server sends a whole file by a path. `otherwise`: how it leaves if the context gives no path."""
+
+    path: AbstractContextManager[str | None]
+    size: int
+    otherwise: "Chunks | None" = None
+
+
+@dataclass(slots=True)
+class Chunks:
+    """We send the body, a chunk at a time."""
+
+    plan: Plan
+    file: OpenFile
+
+
+Delivery = Offloaded | Redirected | Empty | Inline | Descriptor | Path | Chunks
+"""Each way in which an answer can leave."""
+
+_HOW: dict[type[Any], How] = {
+    Offloaded: "offloaded",
+    Redirected: "redirected",
+    Empty: "empty",
+    Inline: "inline",
+    Descriptor: "descriptor",
+    Path: "path",
+    Chunks: "chunks",
+}
+
+
+class _OfThread(threading.local):
+    """Values that each thread, and so each event loop, has for itself."""
+
+    def __init__(self) -> None:
+        self.lasting_paths = LastingPaths()
+
+
+_of_thread = _OfThread()
+
+
+def delivery_of(
+    plan: Plan, opened: OpenFile, path_send: Mapping[str, Any] | None = None, *, is_fresh: bool = False
+) -> Delivery:
+    """Return how the body of a plan leaves when no proxy sends the file.
+
+    path_send: the server's entry for path sends in the scope, None if it has none. With "descriptor" in it, the server
+    takes an open descriptor, an offset and a count. Without, it takes a path, and only whole files are sent that way.
+    is_fresh: whether the file has been opened just now, so that nobody can have written to it since.
+    """
+    if not plan.body:
+        return Empty()
+    span, local = plan.body[0], local_of(opened)
+    if local is None or not isinstance(span, ByteRange) or len(plan.body) > 1:
+        return Chunks(plan, opened)
+    if len(span) <= SMALL:
+        body = local.read_nowait(span)
+        if body is None or (not is_fresh and local.is_rewritten()):
+            return Chunks(plan, opened)  # which aborts if the file was written to
+        return Inline(body, span)
+    if path_send is None or FOREIGN in path_send:
+        return Chunks(plan, opened)
+    if path_send.get("descriptor"):
+        return Descriptor(local, span, Chunks(plan, opened))
+    if len(span) == opened.metadata.size:
+        return Path(_of_thread.lasting_paths.path_of(local.descriptor), len(span), Chunks(plan, opened))
+    return Chunks(plan, opened)
+
+
+async def deliver(
+    delivery: Delivery,
+    start: Message | None,
+    send: Send,
+    *,
+    receive: Receive | None = None,
+    observer: Observer | None = None,
+) -> None:
+    """Send an answer, which begins with `start`; None: its start has been sent already.
+
+    receive: given if nothing else listens for the client to leave; sending then stops when it does.
+    observer: gets the outcome, unless the answer can still be another one: it is held, or failed before its start.
+
+    Raises `SourceUnavailable` if the file cannot be read and nothing has been sent yet, so that another status can
+    still be sent; else `TransferAborted`, and the server has to abort the connection.
+    """
+    if observer is None:
+        await _send(delivery, start, send, receive)
+        return
+    record = _Record(delivery, start, send)
+    try:
+        await _send(delivery, start, record.send, receive)
+    except BaseException as exc:
+        if not (isinstance(exc, FileError) and record.is_unsent):
+            observer(record.outcome(str(exc) or type(exc).__name__))
+        raise
+    if not (isinstance(delivery, Offloaded) and delivery.is_held):
+        observer(record.outcome(None if record.is_complete else "the client left"))
+
+
+async def _send(delivery: Delivery, start: Message | None, send: Send, receive: Receive | None) -> None:
+    match delivery:
+        case Inline():
+            await _send_at_once(start, delivery.body, send)
+        case Descriptor():
+            if start is not None:
+                await send(start)
+            async with Loan(delivery.file) as loan:
+                await send(loan.message(delivery.span))
+                if not loan.is_settled:
+                    await _listening(lambda _: loan.wait(), send, receive)
+                if not loan.is_dropped:
+                    return
+            await _send(delivery.otherwise, None, send, receive)
+        case Path():
+            with delivery.path as path:
+                if path is not None:
+                    if start is not None:
+                        await send(start)
+                    # The server does not tell when it has opened the file. It sends Content-Length bytes of it.
+                    await send({"type": PATHSEND, "path": path, SETTLED: True})
+                    return
+            assert delivery.otherwise is not None
+            await _send(delivery.otherwise, start, send, receive)
+        case Chunks():
+            await _listening(partial(send_in_chunks, delivery.plan, delivery.file, start=start), send, receive)
+        case Offloaded() | Redirected() | Empty():
+            await _send_at_once(start, b"", send)
+
+
+async def _send_at_once(start: Message | None, body: bytes, send: Send) -> None:
+    if start is not None:
+        await send(start)
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _listening(work: Callable[[Send], Awaitable[None]], send: Send, receive: Receive | None) -> None:
+    if receive is None:
+        await work(send)
+    else:
+        await until_the_client_leaves(work, receive, send)
+
+
+def report_of(delivery: Delivery, start: Message, observer: Observer | None) -> Callable[[str | None], None] | None:
+    """Return a function that reports an answer that is held back, once it has left or failed (then: why)."""
+    if observer is None:
+        return None
+    record = _Record(delivery, start, _nowhere)
+    return lambda aborted: observer(record.outcome(aborted))
+
+
+async def _nowhere(message: Message) -> None:
+    """Send nothing."""
+
+
+class _Record:
+    """Counts what is sent of an answer, for its outcome."""
+
+    def __init__(self, delivery: Delivery, start: Message | None, send: Send) -> None:
+        self._delivery = delivery
+        self._start = start
+        self._send = send
+        self._began = time.perf_counter()
+        self._sent = 0
+        self._loan: Loan | None = None
+        self.is_unsent = start is not None
+        self.is_complete = False
+
+    async def send(self, message: Message) -> None:
+        """Send a message and count its bytes."""
+        await self._send(message)
+        self.is_unsent = False
+        if message["type"] == "http.response.body":
+            self._sent += len(message.get("body", b""))
+            self.is_complete = not message.get("more_body", False)
+        elif message["type"] == PATHSEND:
+            if (lent := message.get("descriptor")) is not None:
+                self._loan = lent.loan
+            elif isinstance(self._delivery, Path):
+                self._sent, self.is_complete = self._delivery.size, True
+
+    def outcome(self, aborted: str | None) -> Outcome:
+        """Return the outcome of the answer, which has ended now. aborted: why it is incomplete."""
+        delivery, sent, how = self._delivery, self._sent, _HOW[type(self._delivery)]
+        if isinstance(delivery, Descriptor) and self._loan is not None:
+            sent += self._loan.sent
+            how = "chunks" if self._loan.is_dropped else how
+            aborted = None if self._loan.sent == len(delivery.span) else aborted
+        return Outcome(
+            status=200 if self._start is None else self._start["status"],
+            how=how,
+            spans=_spans_of(delivery),
+            sent=sent,
+            seconds=time.perf_counter() - self._began,
+            delegated_to=_delegated_to(delivery),
+            aborted=aborted,
+        )
+
+
+def _spans_of(delivery: Delivery) -> tuple[ByteRange | None, ...]:
+    match delivery:
+        case Descriptor():
+            return (delivery.span,)
+        case Inline():
+            return () if delivery.span is None else (delivery.span,)
+        case Path():
+            return (ByteRange(0, delivery.size),)
+        case Chunks():
+            return tuple(piece for piece in delivery.plan.body if not isinstance(piece, bytes))
+        case _:
+            return ()
+
+
+def _delegated_to(delivery: Delivery) -> str | None:
+    match delivery:
+        case Offloaded():
+            return delivery.by
+        case Redirected():
+            return "location"
+        case _:
+            return None

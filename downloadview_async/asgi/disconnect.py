@@ -1,0 +1,87 @@
+"""Clients that leave before the end of their answer, or send a body that nobody reads."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import anyio
+from starlette.types import Message, Receive, Send
+
+from downloadview_async.asgi.extensions import PATHSEND
+from downloadview_async.asgi.loan import LentFile, Loan
+from downloadview_async.http.plan import Headers
+
+MAX_UNREAD_BODY = 1 << 20
+"""Up to this many bytes of a request body are read and dropped: closing earlier could cost the client the answer."""
+
+
+async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], receive: Receive, send: Send) -> None:
+    """Run `work`, and cancel it if the client disconnects before the end of the response. Raises what `work` raises.
+
+    Most servers do not raise from `send` when the client has left. They drop the messages, so a download that does not
+    listen for the disconnect reads its file to the end for nothing.
+    """
+    failure: Exception | None = None
+    end: bool | Loan = False  # not the message itself, so that a `LentFile` can end
+
+    async def send_watched(message: Message) -> None:
+        nonlocal end
+        end = _end_of_response(message)
+        await send(message)
+
+    def has_ended() -> bool:
+        return end if isinstance(end, bool) else end.is_settled and end.is_taken
+
+    async with anyio.create_task_group() as tasks:
+
+        async def listen() -> None:
+            nonlocal failure
+            # Servers send "http.disconnect" after the end of a response too. Only the closing of the file is left
+            # then, and must not be cancelled.
+            try:
+                if not await _client_leaves(receive) or has_ended():
+                    return
+            except Exception as exc:  # from middleware, such as one that limits the body and answers this itself
+                if has_ended():
+                    return
+                while isinstance(exc, ExceptionGroup) and len(exc.exceptions) == 1:  # as BaseHTTPMiddleware wraps it
+                    exc = exc.exceptions[0]
+                failure = failure or exc
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(listen)
+        try:
+            await work(send_watched)
+        except Exception as exc:
+            failure = failure or exc  # raised below, so that it is not wrapped in an ExceptionGroup
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+def _end_of_response(message: Message) -> "bool | Loan":
+    """Return whether a message ends its response. For a file that is lent: the loan, which tells when it ends."""
+    if message["type"] == PATHSEND:
+        lent: LentFile | None = message.get("descriptor")
+        return True if lent is None else lent.loan
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+async def _client_leaves(receive: Receive) -> bool:
+    """Return True when the client disconnects, False when it sends more than `MAX_UNREAD_BODY` bytes."""
+    unread = 0
+    while unread <= MAX_UNREAD_BODY:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return True
+        unread += len(message.get("body", b""))
+    return False
+
+
+def close_after_body(scope: Mapping[str, Any]) -> Headers:
+    """Return `Connection: close` for a request whose body is too long to be read and dropped, else nothing."""
+    fields = dict(scope["headers"])
+    if b"content-length" not in fields and b"transfer-encoding" not in fields:
+        return {}
+    length = fields.get(b"content-length", b"0")
+    endless = b"transfer-encoding" in fields or not length.isdigit() or len(length) > 9 or int(length) > MAX_UNREAD_BODY
+    return {"connection": "close"} if endless and scope.get("http_version", "1.1").startswith("1") else {}

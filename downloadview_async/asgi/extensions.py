@@ -1,0 +1,13 @@
+"""The keys by which responses, middleware and the server find each other in an ASGI scope and in its messages."""
+
+PATHSEND = "http.response.pathsend"
+"""The ASGI extension by which a server sends a file itself, and the type of its message."""
+
+PREPARED = "downloadview_async.prepared"
+"""The key of a `PreparedHead` in the start of a response, for a server that wants it. The whole body follows."""
+
+FOREIGN = "downloadview_async.foreign"
+"""Marks a path-send offer in the scope that `OffloadMiddleware` made for responses that are not ours."""
+
+SETTLED = "downloadview_async.settled"
+"""Marks a path-send message whose file no proxy may send: that has been decided already."""

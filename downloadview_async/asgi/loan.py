@@ -1,0 +1,97 @@
+"""`Loan`: lends an open file to the server, which sends it by its descriptor and gives it back."""
+
+from types import TracebackType
+from typing import Self
+
+import anyio
+from starlette.types import Message
+
+from downloadview_async.asgi.extensions import PATHSEND
+from downloadview_async.errors import TransferAborted
+from downloadview_async.http.metadata import ByteRange
+from downloadview_async.sources.local.open_file import OpenLocalFile
+
+
+class LentFile:
+    """An open file in a path send. The server takes it, and gives it back after sending it.
+
+    Only the message refers to this object. So if a middleware drops the message, the loan ends too.
+    """
+
+    __slots__ = ("_file", "loan")
+
+    def __init__(self, file: OpenLocalFile, loan: "Loan | None" = None) -> None:
+        self._file = file
+        self.loan = Loan(file) if loan is None else loan
+
+    def take(self) -> OpenLocalFile:
+        """Return the file, which has to be given back. Raises `TransferAborted` if the response has already ended."""
+        if self.loan.is_over:
+            raise TransferAborted("the response ended before its file was sent")
+        self.loan.is_taken = True
+        return self._file
+
+    def give_back(self, sent: int) -> None:
+        """Let the file be closed. sent: the bytes of it that the kernel has taken."""
+        self.loan.sent = sent
+        self.loan.settle()
+
+    def __del__(self) -> None:
+        self.loan.settle()
+
+
+class Loan:
+    """Lends an open file to the server for a path send. The context ends when the server has given the file back.
+
+    is_taken: whether the server has taken the file. is_settled: whether it has given the file back, or will never take
+    it. is_over: whether the context has ended, so that the file cannot be taken any more. sent: the bytes that the
+    server says it has sent.
+    """
+
+    __slots__ = ("_file", "_settled", "is_over", "is_settled", "is_taken", "sent")
+
+    def __init__(self, file: OpenLocalFile) -> None:
+        self._file = file
+        self._settled: anyio.Event | None = None
+        self.is_over = False
+        self.is_settled = False
+        self.is_taken = False
+        self.sent = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.is_over = True
+        if self.is_taken and not self.is_settled:
+            with anyio.CancelScope(shield=True):
+                await self.wait()
+
+    def settle(self) -> None:
+        """End the wait for the server."""
+        self.is_settled = True
+        if self._settled is not None:
+            self._settled.set()
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether a middleware that does not know path sends has dropped the message: the body is still unsent."""
+        return self.is_settled and not self.is_taken
+
+    async def wait(self) -> None:
+        """Wait until the server gives the file back. Middleware may take the message long before the server does."""
+        if not self.is_settled:
+            self._settled = self._settled or anyio.Event()
+            await self._settled.wait()
+
+    def message(self, span: ByteRange) -> Message:
+        """Return the path-send message for a span of the file. Call this once."""
+        return {
+            "type": PATHSEND,
+            "path": f"/dev/fd/{self._file.descriptor}",
+            "descriptor": LentFile(self._file, self),
+            "offset": span.start,
+            "count": len(span),
+        }

@@ -1,0 +1,254 @@
+"""Every answer with a file ends in exactly one outcome, whoever made it and whoever sends its bytes."""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.background import BackgroundTask
+from starlette.responses import FileResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import downloadview_async as dv
+from downloadview_async.accounts.outcome import OBSERVER, Outcome
+from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.http.metadata import ByteRange
+from tests.live import ask, live, make_old
+
+pytestmark = pytest.mark.asyncio
+
+SMALL = b"the small content"
+LARGE = b"%08d" * 50_000 % (*range(50_000),)
+HUGE = 64 << 20
+NGINX = "x-accel-redirect"
+
+
+class Observed:
+    """An application with an observer of its answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.outcomes: list[Outcome] = []
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        extensions = {**(scope.get("extensions") or {}), OBSERVER: self.outcomes.append}
+        await self._app({**scope, "extensions": extensions}, receive, send)
+
+    def only(self) -> Outcome:
+        """Return the one outcome since the last call."""
+        outcomes, self.outcomes[:] = [*self.outcomes], []
+        assert len(outcomes) == 1, outcomes
+        assert outcomes[0].seconds >= 0
+        return outcomes[0]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "small.txt").write_bytes(SMALL)
+    (tmp_path / "large.bin").write_bytes(LARGE)
+    with (tmp_path / "huge.bin").open("wb") as file:
+        file.truncate(HUGE)
+    make_old(tmp_path)
+    return tmp_path
+
+
+def download(root: Path, **options: Any) -> ASGIApp:
+    return dv.Download(dv.PathSource(root), **options)
+
+
+def behind_nginx(app: ASGIApp, root: Path, **options: Any) -> ASGIApp:
+    return dv.OffloadMiddleware(app, dv.XAccelRedirect([dv.Rule(str(root), "/_files/")]), **options)
+
+
+class Redirects:
+    async def headers_for(self, file: dv.AsyncFile, described: Any) -> dict[str, str]:
+        return {"location": "https://store.example/large.bin"}
+
+
+WHOLE = (ByteRange(0, len(LARGE)),)
+TABLE: dict[str, tuple[str, dict[str, str], str, tuple[int, str, Any, int]]] = {
+    "small": ("/small.txt", {}, "GET", (200, "inline", (ByteRange(0, len(SMALL)),), len(SMALL))),
+    "a small part": ("/small.txt", {"Range": "bytes=4-8"}, "GET", (206, "inline", (ByteRange(4, 9),), 5)),
+    "HEAD": ("/large.bin", {}, "HEAD", (200, "empty", (), 0)),
+    "304": ("/large.bin", {"If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"}, "GET", (304, "empty", (), 0)),
+    "416": ("/large.bin", {"Range": "bytes=400000-"}, "GET", (416, "empty", (), 0)),
+    "404": ("/none", {}, "GET", (404, "inline", (), 9)),
+}
+LARGE_ONES = {
+    "large": ("/large.bin", {}, (200, WHOLE, len(LARGE))),
+    "a large part": ("/large.bin", {"Range": "bytes=1-300000"}, (206, (ByteRange(1, 300_001),), 300_000)),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("http", ["httptools", DownloadProtocol], ids=["uvicorn", "ours"])
+async def test_answers_in_one_message(root: Path, http: Any, case: str) -> None:
+    path, headers, method, (status, how, spans, sent) = TABLE[case]
+    app = Observed(download(root))
+    async with live(app, http=http) as port:
+        await ask(port, path, headers=headers, method=method)
+    outcome = app.only()
+    assert (outcome.status, outcome.how, outcome.spans, outcome.sent) == (status, how, spans, sent)
+    assert (outcome.is_complete, outcome.delegated_to) == (True, None)
+
+
+@pytest.mark.parametrize("case", LARGE_ONES)
+@pytest.mark.parametrize(
+    "http, how", [("httptools", "chunks"), (DownloadProtocol, "descriptor")], ids=["uvicorn", "ours"]
+)
+async def test_large_answers(root: Path, http: Any, how: str, case: str) -> None:
+    path, headers, (status, spans, sent) = LARGE_ONES[case]
+    app = Observed(download(root))
+    async with live(app, http=http) as port:
+        answer = await ask(port, path, headers=headers)
+        assert len(answer.body) == sent
+    outcome = app.only()
+    assert (outcome.status, outcome.how, outcome.spans, outcome.sent) == (status, how, spans, sent)
+    assert outcome.is_complete
+
+
+async def test_several_parts(root: Path) -> None:
+    app = Observed(download(root))
+    async with live(app, http=DownloadProtocol) as port:
+        answer = await ask(port, "/large.bin", headers={"Range": "bytes=0-1,1000-1002"})
+    outcome = app.only()
+    assert (outcome.status, outcome.how, outcome.sent) == (206, "chunks", len(answer.body))
+    assert outcome.spans == (ByteRange(0, 2), ByteRange(1000, 1003))
+
+
+@pytest.mark.parametrize("http", ["httptools", DownloadProtocol], ids=["uvicorn", "ours"])
+async def test_a_client_that_leaves(root: Path, http: Any) -> None:
+    app = Observed(download(root))
+    async with live(app, http=http) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /huge.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readexactly(1 << 20)
+        writer.close()
+        async with asyncio.timeout(20):
+            while not app.outcomes:
+                await asyncio.sleep(0.01)
+    outcome = app.only()
+    assert outcome.status == 200
+    assert outcome.aborted
+    assert 1 << 19 < outcome.sent < HUGE
+
+
+@pytest.mark.parametrize("http", ["httptools", DownloadProtocol], ids=["uvicorn", "ours"])
+async def test_a_file_that_shrinks_is_an_aborted_answer(root: Path, http: Any) -> None:
+    async def shrinking(scope: Scope, receive: Receive, send: Send) -> None:
+        async def shrink(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                os.truncate(root / "huge.bin", 1 << 20)
+            await send(message)
+
+        await download(root)(scope, receive, shrink)
+
+    app = Observed(shrinking)
+    async with live(app, http=http) as port:
+        assert not (await ask(port, "/huge.bin")).complete
+    outcome = app.only()
+    assert outcome.aborted
+    assert outcome.sent <= 1 << 20
+
+
+@pytest.mark.parametrize("offload", [None, True])
+async def test_an_offloaded_answer(root: Path, offload: bool | None) -> None:
+    app = Observed(behind_nginx(download(root, offload=offload), root))
+    async with live(app, http=DownloadProtocol) as port:
+        answer = await ask(port, "/large.bin", headers={"Range": "bytes=1-2"})
+        assert answer.headers[NGINX] == "/_files/large.bin"
+    outcome = app.only()
+    assert (outcome.status, outcome.how, outcome.delegated_to, outcome.sent) == (200, "offloaded", NGINX, 0)
+    assert outcome.is_complete
+
+
+async def test_an_answer_that_would_be_offloaded_and_whose_file_is_deleted(root: Path) -> None:
+    response = dv.DownloadResponse(
+        dv.LocalFile(root / "large.bin"), background=BackgroundTask(os.unlink, root / "large.bin")
+    )
+
+    async def deleting(scope: Scope, receive: Receive, send: Send) -> None:
+        await download(root)(scope, receive, send)
+        (root / "large.bin").unlink()
+
+    for inner in (deleting, response):
+        app = Observed(behind_nginx(inner, root))
+        async with live(app, http=DownloadProtocol) as port:
+            assert (await ask(port, "/large.bin")).body == LARGE
+        outcome = app.only()
+        assert (outcome.status, outcome.sent, outcome.delegated_to) == (200, len(LARGE), None)
+        assert outcome.how in ("chunks", "descriptor")
+        (root / "large.bin").write_bytes(LARGE)
+        make_old(root)
+
+
+async def test_an_offload_that_middleware_replaces_is_reported_by_whoever_answers(root: Path) -> None:
+    async def forbidding(scope: Scope, receive: Receive, send: Send) -> None:
+        async def forbid(message: Any) -> None:
+            await send({**message, "status": 403} if "status" in message else message)
+
+        await download(root)(scope, receive, forbid)
+
+    app = Observed(behind_nginx(forbidding, root))
+    async with live(app, http=DownloadProtocol) as port:
+        answer = await ask(port, "/large.bin")
+        assert (answer.status, NGINX in answer.headers) == (403, False)
+    assert [outcome.how for outcome in app.outcomes] in ([], ["empty"])
+
+
+async def test_a_redirect(root: Path) -> None:
+    app = Observed(download(root, redirect=Redirects()))
+    async with live(app, http=DownloadProtocol) as port:
+        assert (await ask(port, "/large.bin")).status == 307
+    outcome = app.only()
+    assert (outcome.status, outcome.how, outcome.delegated_to, outcome.sent) == (307, "redirected", "location", 0)
+
+
+@pytest.mark.parametrize(
+    "http, rule, how",
+    [
+        ("httptools", True, "offloaded"),
+        (DownloadProtocol, True, "offloaded"),
+        ("httptools", False, "chunks"),
+        (DownloadProtocol, False, "path"),
+    ],
+)
+async def test_responses_of_others(root: Path, http: Any, rule: bool, how: str) -> None:
+    source = root if rule else root / "elsewhere"
+    nested = behind_nginx(behind_nginx(FileResponse(root / "large.bin"), source, pathsend=True), source, pathsend=True)
+    for inner in (behind_nginx(FileResponse(root / "large.bin"), source, pathsend=True), nested):
+        app = Observed(inner)
+        async with live(app, http=http) as port:
+            answer = await ask(port, "/")
+            assert (answer.body == LARGE) == (how != "offloaded")
+            outcome = app.only()
+            assert (outcome.status, outcome.how, outcome.sent) == (200, how, len(answer.body))
+            assert outcome.is_complete
+            await ask(port, "/", method="HEAD")
+            assert app.outcomes == []  # Starlette answers that without a path send, so no file is known
+
+
+async def test_a_remote_file_and_generated_content(root: Path) -> None:
+    async def generated() -> Any:
+        for _ in range(3):
+            yield LARGE
+
+    async with live(download(root)) as upstream:
+        source = dv.RemoteSource(f"http://127.0.0.1:{upstream}/", allow_hosts=["127.0.0.1"])
+        app = Observed(dv.Download(source))
+        async with live(app, http=DownloadProtocol) as port:
+            assert (await ask(port, "/large.bin")).body == LARGE
+            outcome = app.only()
+            assert (outcome.how, outcome.spans, outcome.sent) == ("chunks", WHOLE, len(LARGE))
+            assert (await ask(port, "/none")).status == 404
+            assert app.only().status == 404
+        await source.aclose()
+        assert (await ask(upstream, "/small.txt")).status == 200
+    respond: Callable[..., Awaitable[None]] = dv.DownloadResponse(dv.VirtualFile(generated, name="a.bin"))
+    app = Observed(respond)
+    async with live(app, http=DownloadProtocol) as port:
+        await ask(port, "/")
+    outcome = app.only()
+    assert (outcome.how, outcome.spans, outcome.sent, outcome.aborted) == ("chunks", (None,), 3 * len(LARGE), None)
