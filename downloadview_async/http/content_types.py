@@ -3,8 +3,6 @@
 import mimetypes
 import re
 from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import PurePosixPath
 
 from downloadview_async.http.fields import TOKEN_CHAR
 
@@ -272,16 +270,15 @@ def add_content_types(types: Mapping[str, str]) -> None:
         if valid_content_type(content_type) is None:
             raise ValueError(f"{content_type!r} is not a media type: write it as in 'text/x-gcode'")
     _added.update({suffix.lower(): content_type for suffix, content_type in types.items()})
-    content_type_for.cache_clear()
 
 
-@lru_cache(maxsize=1024)
 def content_type_for(name: str) -> str:
     """Return the Content-Type of a file called `name`: text with charset=utf-8, everything else without a charset.
 
     A compressed file has the type of its compression: `x.tar.gz` is application/gzip, without a Content-Encoding.
     """
-    suffix = PurePosixPath(name).suffix.lower()
+    stem, _, extension = name.rstrip("/").rpartition("/")[2].rpartition(".")
+    suffix = f".{extension}".lower() if stem and extension else ""
     return with_charset(_added.get(suffix) or _TYPES.get(suffix) or _STANDARD.types_map[True].get(suffix) or DEFAULT)
 
 

@@ -6,7 +6,7 @@ RFC 9110 section 5.6.7, RFC 9111 section 1.2.2.
 import math
 import re
 from datetime import UTC, datetime
-from functools import lru_cache
+from time import gmtime
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -42,11 +42,11 @@ def http_seconds(moment: datetime | float) -> int | None:
     return math.floor(moment) if 0 <= moment < LATEST + 1 else None
 
 
-@lru_cache(maxsize=1024)
 def format_http_date(seconds: int) -> str:
     """Return `seconds` since the epoch as an IMF-fixdate. 0 <= seconds <= `LATEST`."""
-    t = datetime.fromtimestamp(seconds, UTC)
-    return f"{_DAYS[t.weekday()]}, {t:%d} {_MONTHS[t.month - 1]} {t.year:04} {t:%H:%M:%S} GMT"
+    year, month, day, hour, minute, second, weekday, _, _ = gmtime(seconds)
+    date = f"{_DAYS[weekday]}, {day:02} {_MONTHS[month - 1]} {year:04}"
+    return f"{date} {hour:02}:{minute:02}:{second:02} GMT"
 
 
 def parse_http_date(text: str, *, now: float | None = None) -> int | None:

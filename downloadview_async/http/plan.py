@@ -75,9 +75,11 @@ def describe(
     `headers` are the application's own and win over those that describe the file. `now` is in seconds, UTC.
     """
     shown = _last_modified_shown(metadata.last_modified, time.time() if now is None else now)
+    given = headers or {}
     described = {
         "content-type": presentation.content_type or metadata.content_type or content_type_for(presentation.filename),
-        "content-disposition": content_disposition(presentation.filename, attachment=presentation.attachment),
+        "content-disposition": given.get("content-disposition")
+        or content_disposition(presentation.filename, attachment=presentation.attachment),
         "x-content-type-options": "nosniff",
     }
     if metadata.etag is not None:
@@ -85,9 +87,9 @@ def describe(
     if shown is not None:
         described["last-modified"] = format_http_date(shown)
     described |= metadata.headers
-    described |= headers or {}
+    described |= given
     # The application's Vary is added to ours, as a cache has to consider both [12.5.5].
-    if varies := [value for name, value in (*metadata.headers, *(headers or {}).items()) if name == "vary"]:
+    if varies := [value for name, value in (*metadata.headers, *given.items()) if name == "vary"]:
         described["vary"] = ", ".join(dict.fromkeys(varies))
     # The values that are sent count: the application's own headers may have changed both.
     inline = not described["content-disposition"].lower().startswith("attachment")

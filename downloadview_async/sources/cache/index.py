@@ -9,8 +9,8 @@ import warnings
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 import anyio
@@ -22,7 +22,6 @@ from downloadview_async.errors import (
     FileMissing,
 )
 from downloadview_async.http.log_text import escaped
-from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.cache.directory import CacheDirectory
 from downloadview_async.sources.cache.entry import Entry, key_hash
@@ -223,7 +222,7 @@ class Cache:
             source=source,
             key=key,
             hashed=key_hash(source, key),
-            entry=replace(entry, metadata=_first_equal(entry.metadata)),
+            entry=entry,
             checked=now,
             current=now + min(_CHECK_SECONDS, entry.fresh_for(self.max_age)),
             leased=leased,
@@ -407,13 +406,6 @@ class Cache:
         except OSError as exc:
             self.complain(exc)
             return None
-
-
-@lru_cache(maxsize=1024)
-def _first_equal(metadata: FileMetadata) -> FileMetadata:
-    # Equal metadata become the same object: prepared answers are found by it, and comparing metadata takes longer than
-    # everything else that is done for a cached file.
-    return metadata
 
 
 def _close(opened: Opened) -> None:
