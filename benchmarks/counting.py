@@ -4,6 +4,7 @@ At SIGUSR1 the server writes to FILE, as JSON, how often each cache of the packa
 value, and how long a call takes: without the cache, and with it. The measured calls are some of those that it got.
 """
 
+import asyncio
 import functools
 import gc
 import inspect
@@ -162,7 +163,8 @@ def _record_open_files() -> Callable[[], list[Count]]:
     def open_cached_counted(cache: OpenFileCache, name: str) -> Any:
         before = openings
         samples.add((cache, name))
-        which = "second" if name in cache._of_thread.kept.opened_once else "first"  # noqa: SLF001 - nobody else has it
+        kept = cache._kept.get(asyncio.get_running_loop())  # noqa: SLF001 - nobody else has it
+        which = "second" if kept is not None and name in kept.opened_once else "first"
         try:
             return open_cached(cache, name)
         finally:
