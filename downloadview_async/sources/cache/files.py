@@ -35,12 +35,13 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 class Part:
     """A file that arrives: its descriptor holds its lock. size: None if not known. reserved: bytes of room for it.
 
-    is_kept: whether it is complete, and has the name of a complete file.
+    status: of the empty file. is_kept: whether it is complete, and has the name of a complete file.
     """
 
     key: str
     name: str
     descriptor: int
+    status: os.stat_result
     size: int | None = None
     reserved: int = 0
     is_kept: bool = False
@@ -57,7 +58,7 @@ class CacheFiles:
         name = f"{key}.{secrets.token_hex(8)}.part"
         descriptor = os.open(name, MAKE, mode, dir_fd=self._descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Part(key, name, descriptor)
+        return Part(key, name, descriptor, os.fstat(descriptor))
 
     def write_meta(self, key: str, content: bytes, leased: float) -> None:
         """Write the K.meta of K. leased: when a proxy was last told to send the file. Raises `OSError`."""

@@ -338,25 +338,18 @@ class Cache:
 
         The part is removed when the context ends, unless it is kept.
         """
-
-        def begin() -> tuple[Part, OpenLocalFile] | None:
-            part, is_quick = self.directory.begin(key_hash(source, key), size), self.directory.root.is_quick
-            if part is None:
-                return None
-            status = os.fstat(part.descriptor)
-            return part, OpenLocalFile(part.descriptor, status, is_quick, workers=self._workers)
-
-        begun = await self._attempt(begin)
-        if begun is None:
+        part = await self._attempt(self.directory.begin, key_hash(source, key), size)
+        if part is None:
             yield None
             return
-        async with aclosing(begun[1]):
+        is_quick = self.directory.root.is_quick
+        async with aclosing(OpenLocalFile(part.descriptor, part.status, is_quick, workers=self._workers)) as file:
             try:
-                yield begun
+                yield part, file
             finally:
-                if not begun[0].is_kept:
+                if not part.is_kept:
                     with anyio.CancelScope(shield=True):
-                        await self._attempt(self.directory.discard, begun[0])
+                        await self._attempt(self.directory.discard, part)
 
     async def grow(self, part: Part, size: int) -> bool:
         """Return whether there is room for a part to grow to `size` bytes."""

@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import replace
 
 import anyio
+import anyio.abc
 
 from downloadview_async.errors import DownloadError, FileError, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
@@ -58,8 +59,8 @@ class Arriving:
         self._written = 0
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
-        self._taken = anyio.Event()
-        self._has_all = False
+        self._tasks: anyio.abc.TaskGroup
+        self._is_writing = False
         self._window: deque[tuple[int, bytes]] = deque()
         self._progress = anyio.Event()
 
@@ -87,15 +88,12 @@ class Arriving:
     async def writing(self) -> AsyncIterator[None]:
         """Write what `take` gets. The context ends when readers can get all of it, or at once after an error."""
         failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._write_out)
+        async with anyio.create_task_group() as self._tasks:
             try:
                 yield
             except Exception as exc:  # raised below, so that it is not wrapped in an ExceptionGroup
                 failure = exc
-                tasks.cancel_scope.cancel()
-            self._has_all = True
-            self._taken.set()
+                self._tasks.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
@@ -103,7 +101,9 @@ class Arriving:
         """Take the next bytes, and wait while too many bytes wait to be written."""
         self._waiting.append(chunk)
         self._waiting_bytes += len(chunk)
-        self._taken.set()
+        if not self._is_writing:
+            self._is_writing = True
+            self._tasks.start_soon(self._write_out)
         while self._waiting_bytes >= MAX_WAITING:
             await self.wait()
 
@@ -186,11 +186,7 @@ class Arriving:
         return [(reader, reader.position) for reader in readers if reader.position is not None]
 
     async def _write_out(self) -> None:
-        while self._waiting or not self._has_all:
-            if not self._waiting:
-                self._taken = anyio.Event()
-                await self._taken.wait()
-                continue
+        while self._waiting:
             block = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
             self._waiting.clear()
             self._waiting_bytes = 0
@@ -199,6 +195,7 @@ class Arriving:
             if block:
                 await self._hand_on(block)
             self.notify()
+        self._is_writing = False
 
     async def _to_disk(self, block: bytes) -> bytes:
         """Write a block, and return the bytes that could not be written."""
