@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -257,6 +258,26 @@ async def test_the_last_client_that_breaks_off_ends_the_fetch(origin: Origin, se
     assert served.cache.counters.bytes == 0
     origin.held_from = None
     assert (await served.get()).body == BIG
+
+
+async def test_a_client_that_leaves_while_its_file_is_opened_to_write_leaves_no_descriptor(
+    origin: Origin, served: Served
+) -> None:
+    free, executor = threading.Event(), served.cache._executor
+    busy = [executor.submit(free.wait) for _ in range(index._THREADS)]
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(b"GET /a.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(30):
+            while not (all(call.running() for call in busy) and executor._work_queue.qsize()):
+                await asyncio.sleep(0)
+        writer.transport.abort()
+        await served.settled()
+    finally:
+        free.set()
+    assert served.files() == []
+    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert not [link for link in links if link.startswith(f"{served.cache.path}/")]
 
 
 async def test_one_that_leaves_does_not_end_it_for_others(origin: Origin, served: Served) -> None:
