@@ -28,7 +28,7 @@ from tests.live import ask, live, parse
 MIB = 1 << 20
 BIG = 32 * MIB  # more than the socket buffers of both sides take
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("files_are_kept_briefly")]
 
 
 def descriptors() -> int:
