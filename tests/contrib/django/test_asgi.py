@@ -25,7 +25,7 @@ HANDLERS = {"ours": get_asgi_application, "stock": get_plain_application}
 each_handler = pytest.mark.parametrize("handler", HANDLERS.values(), ids=HANDLERS)
 CONDITIONAL = "django.middleware.http.ConditionalGetMiddleware"
 GZIP = "django.middleware.gzip.GZipMiddleware"
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("files_are_kept_briefly")]
 
 
 class Blocking(PathDownloadView):
