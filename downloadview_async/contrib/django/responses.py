@@ -269,8 +269,9 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         """Open the file, evaluate the conditions and ranges of the request, and return the response to send.
 
         That is this response, or a 502, 503 or 504 for a file that cannot be opened now. If a proxy sends the file,
-        this response becomes a `ProxiedDownloadResponse`; for a 304, an `HttpResponseNotModified`. Raises `Http404` for
-        a missing file, unless `file_not_found_response` makes another response.
+        this response becomes a `ProxiedDownloadResponse`; for a 304, an `HttpResponseNotModified`, unless the project
+        has overridden `close`. Raises `Http404` for a missing file, unless `file_not_found_response` makes another
+        response.
         """
         if self.is_finished or self.is_replaced:
             return self
@@ -286,13 +287,15 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         except (FileError, FileNotFound) as exc:
             return await self._failed(exc, request)
         self._take_over(plan)
-        if plan.status == 304:
+        if plan.status == 304 and is_left_by_closing(self):
             await self._become(HttpResponseNotModified)
         return self
 
     def accept(self, request: HttpRequest, offer: Offer) -> bool:
         """Do what `aaccept` does, for synchronous code."""
-        return _in_loop_of(request, partial(self.aaccept, offer=offer))
+        accept = partial(self.aaccept, offer=offer)
+        # a file that is opened and closed in this call needs no certain loop
+        return run_in_background(accept(request)) if self.opened is None else _in_loop_of(request, accept)
 
     async def aaccept(self, request: HttpRequest, offer: Offer) -> bool:
         """Become the response that has a proxy send the file, and return True; or return False if no proxy may.
@@ -469,8 +472,9 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         self.opened = None
 
     def has_header(self, header: str) -> bool:
-        """Return whether the response has a header. A 206 claims Content-Encoding, so that no middleware encodes it."""
-        return super().has_header(header) or (self.status_code == 206 and header.lower() == "content-encoding")
+        """Return whether the response has a header. It claims Content-Encoding where no middleware may encode it."""
+        claims = self.status_code in (206, 304) and header.lower() == "content-encoding"
+        return claims or super().has_header(header)
 
     __contains__ = has_header
 

@@ -836,6 +836,13 @@ def test_process_response_can_be_called_by_hand(storage: FileSystemStorage, mode
     assert body(finished) == b"01"
 
 
+@pytest.mark.asyncio
+async def test_process_response_can_be_called_where_an_event_loop_runs(storage: FileSystemStorage) -> None:
+    response = DownloadResponse(StorageFile(storage, "a.txt"))
+    answer = nginx.XAccelRedirectMiddleware(**NGINX).process_response(AsyncRequestFactory().get("/"), response)
+    assert answer["X-Accel-Redirect"] == "/_m/a.txt"
+
+
 @both
 def test_nothing_stays_open(storage: FileSystemStorage, mode: str) -> None:
     view = nginx.x_accel_redirect(StorageDownloadView.as_view(storage=storage, path="a.txt"), **NGINX)

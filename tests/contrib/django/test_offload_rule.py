@@ -573,6 +573,23 @@ async def test_a_file_that_stays_is(root: Path, way: str, kind: str) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("handler", [get_asgi_application, get_plain_application], ids=["ours", "Django's own"])
+@pytest.mark.parametrize("kind", ["a response that deletes it", "a response with another close"])
+async def test_a_response_that_deletes_its_file_does_so_after_a_304_too(root: Path, kind: str, handler: Any) -> None:
+    def view(request: HttpRequest) -> DownloadResponse:
+        return (DELETED[kind] if "if-none-match" in request.headers else KEPT["a path"])(root)
+
+    middleware = ["django.middleware.gzip.GZipMiddleware", SMART]
+    with override_settings(**{**by_settings(root), "ROOT_URLCONF": Urls(view), "MIDDLEWARE": middleware}):
+        etag = answer_of(await call(handler(), "/file")).headers["etag"]
+        headers = {"If-None-Match": etag, "Accept-Encoding": "gzip"}
+        answer = answer_of(await call(handler(), "/file", headers=headers))
+    assert (answer.status, answer.body, answer.headers["etag"]) == (304, b"", etag)
+    assert "content-encoding" not in answer.headers
+    assert not (root / "a.txt").exists()
+
+
+@pytest.mark.asyncio
 async def test_receivers_that_were_there_before_the_request_do_not_count(root: Path) -> None:
     def receiver(**kwargs: Any) -> None: ...
 
