@@ -29,6 +29,7 @@ from downloadview_async.contrib.django.responses import (
     ProxiedDownloadResponse,
     deferred,
     is_due,
+    may_be_offloaded,
 )
 from downloadview_async.offload.backends import XAccelRedirect
 from downloadview_async.offload.base import OffloadBackend
@@ -385,7 +386,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
 
     def process_download_response(self, request: HttpRequest, response: Any) -> Any:
         """Return the response. It has become the one that has the proxy send the file, if the proxy may."""
-        if _may_be_offloaded(request, response):
+        if may_be_offloaded(response, request):
             response.locate(request)
             with suppress(NoRedirectionMatch):
                 response.accept(request, self._offer(response, self.get_redirect_url(response)))
@@ -395,7 +396,7 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
         """Do what `process_download_response` does, in an event loop."""
         if not _is_ours(self, "process_download_response", "get_redirect_url"):
             return await super().aprocess_download_response(request, response)
-        if _may_be_offloaded(request, response):
+        if may_be_offloaded(response, request):
             await response.alocate(request)
             may_block = self.rules.want_urls and offload.may_block(response.file)
             with suppress(NoRedirectionMatch):
@@ -409,10 +410,6 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
             return self.orders(response, redirect_url, content_type)
 
         return Offer(headers, self.response_class, is_remote=self.fetches_urls and self.rules.is_of_server)
-
-
-def _may_be_offloaded(request: HttpRequest, response: Any) -> bool:
-    return isinstance(response, DownloadResponse) and response.may_be_offloaded(request)
 
 
 class DownloadDecorator:

@@ -102,6 +102,14 @@ class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
     200.
     """
 
+    def _present(self, orders: Mapping[str, str], basename: str, attachment: bool) -> None:
+        """Set the headers that the proxy obeys, and the name under which the client saves the file."""
+        self.basename = basename
+        if attachment:
+            self["Content-Disposition"] = content_disposition(basename)
+        for header, value in orders.items():
+            self[header] = value
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -200,11 +208,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         """Return the name under which the client saves the file."""
         return self.basename or os.path.basename(name_of(self.file))
 
-    def may_be_offloaded(self, request: HttpRequest) -> bool:
-        """Return whether a proxy may send the file, as far as this is known before the file is open."""
-        return not self.is_finished and not self.is_replaced and self._refusal(request) is None
-
-    def _refusal(self, request: HttpRequest) -> Refusal | None:
+    def refusal(self, request: HttpRequest) -> Refusal | None:
         """Return why no proxy may send the file, or None if one may, as far as is known before the file is open."""
         return refusal(
             status=self.status_code,
@@ -332,7 +336,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
         if backend is None:
             return False
-        if (refused := self._refusal(request)) is None:
+        if (refused := self.refusal(request)) is None:
             if not (order := backend.headers_for(file)):
                 await self._open(file, self._wanted)  # a cached file may get its location only when it is opened
                 order = backend.headers_for(file)
@@ -401,7 +405,8 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
 
     def _described(self, file: AsyncFile, opened: OpenFile | None) -> tuple[FileMetadata, Presentation, Headers]:
         """Return the metadata of a file, as far as it is open, its presentation, and the headers of the application."""
-        metadata, given_headers = FileMetadata() if opened is None else opened.metadata, self._own_headers()
+        metadata, made = FileMetadata() if opened is None else opened.metadata, self.default_headers
+        given_headers = {header.lower(): value for header, value in self.items() if made.get(header) != value}
         if (etag := ETag.parse(given_headers.pop("etag", ""))) is not None:
             metadata = replace(metadata, etag=etag)
         if (date := parse_http_date(given_headers.pop("last-modified", ""))) is not None:
@@ -419,11 +424,6 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         if opened is not None and (age := age_of(opened)) is not None:
             given_headers.setdefault("age", age)
         return metadata, presentation, given_headers
-
-    def _own_headers(self) -> Headers:
-        """Return the headers that the application has set, which differ from the default ones."""
-        made = self.default_headers
-        return {header.lower(): value for header, value in self.items() if made.get(header) != value}
 
     def _take_over(self, plan: Plan) -> None:
         for header in [header for header in self.headers if header.lower() not in plan.headers]:
@@ -625,6 +625,12 @@ def deferred(request: HttpRequest) -> Iterator[None]:
         yield
     finally:
         vars(request)[_DEFERRED] -= 1
+
+
+def may_be_offloaded(response: Any, request: HttpRequest) -> bool:
+    """Return whether a response may accept an offer, as far as this is known before its file is open."""
+    is_unfinished = isinstance(response, DownloadResponse) and not response.is_finished and not response.is_replaced
+    return is_unfinished and response.refusal(request) is None
 
 
 def is_due(response: Any, request: HttpRequest) -> bool:

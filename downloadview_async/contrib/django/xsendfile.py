@@ -10,7 +10,7 @@ from django.http import HttpRequest
 
 from downloadview_async.contrib.django.middleware import NoRedirectionMatch, ProxiedDownloadMiddleware
 from downloadview_async.contrib.django.offload import Found
-from downloadview_async.contrib.django.responses import ProxiedDownloadResponse, content_disposition
+from downloadview_async.contrib.django.responses import ProxiedDownloadResponse
 from downloadview_async.offload.backends import XSendfile
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
@@ -41,19 +41,17 @@ class BaseXSendfileResponse(ProxiedDownloadResponse):
     ) -> None:
         further = {name: value for name, value in (headers or {}).items() if name.lower() != "content-type"}
         super().__init__(content_type=content_type, headers=further)
-        self.basename = basename or os.path.basename(file_path)
-        if attachment:
-            self["Content-Disposition"] = content_disposition(self.basename)
-        self["X-Sendfile"] = self.value_for(os.fspath(file_path))
+        path = os.fspath(file_path)
+        self._present(self.orders_for(path), basename or os.path.basename(path), attachment)
 
     @classmethod
-    def value_for(cls, path: str) -> str:
-        """Return the value of X-Sendfile. Raises `ValueError` for a path that it cannot name."""
+    def orders_for(cls, path: str) -> dict[str, str]:
+        """Return the header that the proxy obeys. Raises `ValueError` for a path that it cannot name."""
         if _CONTROL.search(path) or (cls.encoding == "raw" and path.endswith(" ")):
             raise ValueError(f"X-Sendfile cannot name the path {path!r}")
         encoded = os.fsencode(path)
         # a header value is bytes, which Django has as latin-1 text
-        return quote(encoded) if cls.encoding == "percent" else encoded.decode("latin-1")
+        return {"X-Sendfile": quote(encoded) if cls.encoding == "percent" else encoded.decode("latin-1")}
 
 
 class BaseXSendfileMiddleware(ProxiedDownloadMiddleware):
@@ -91,4 +89,4 @@ class BaseXSendfileMiddleware(ProxiedDownloadMiddleware):
 
     def orders(self, response: Any, redirect_url: str, content_type: str) -> Mapping[str, str]:
         """Return X-Sendfile."""
-        return {"X-Sendfile": self.response_class.value_for(redirect_url)}
+        return self.response_class.orders_for(redirect_url)

@@ -15,7 +15,7 @@ from django.utils.encoding import iri_to_uri
 from django.utils.timezone import is_naive, make_aware, now
 
 from downloadview_async.contrib.django.middleware import DownloadDecorator, ProxiedDownloadMiddleware, View
-from downloadview_async.contrib.django.responses import ProxiedDownloadResponse, content_disposition
+from downloadview_async.contrib.django.responses import ProxiedDownloadResponse
 from downloadview_async.contrib.django.testing import assert_x_accel_redirect
 
 __all__ = [
@@ -56,11 +56,8 @@ class XAccelRedirectResponse(ProxiedDownloadResponse):
     ) -> None:
         further = {name: value for name, value in (headers or {}).items() if name.lower() != "content-type"}
         super().__init__(content_type=content_type, headers=further)
-        self.basename = basename or redirect_url.partition("?")[0].rpartition("/")[2]
-        if attachment:
-            self["Content-Disposition"] = content_disposition(self.basename)
-        for name, value in _orders(redirect_url, content_type, expires, with_buffering, limit_rate).items():
-            self[name] = value
+        orders = _orders(redirect_url, content_type, expires, with_buffering, limit_rate)
+        self._present(orders, basename or redirect_url.partition("?")[0].rpartition("/")[2], attachment)
 
 
 def _orders(
