@@ -148,6 +148,21 @@ async def test_gzip_middleware_around_a_download(root: Path, handler: Any, kind:
 
 
 @each_handler
+@pytest.mark.parametrize("kind", ["async", "blocking"])
+async def test_gzip_middleware_leaves_an_answer_without_the_file_alone(root: Path, handler: Any, kind: str) -> None:
+    backend = XAccelRedirect([Rule(str(root), "/_files/")])
+    with override_settings(ROOT_URLCONF=Urls(root), MIDDLEWARE=[GZIP]):
+        async with live(OffloadMiddleware(handler(), backend)) as port:
+            answer = await ask(port, f"/{kind}/a.txt", headers={"Accept-Encoding": "gzip"})
+            assert (answer.status, answer.body, answer.headers["x-accel-redirect"]) == (200, b"", "/_files/a.txt")
+            assert "content-encoding" not in answer.headers
+        async with live(handler()) as port:
+            headers = {"Accept-Encoding": "gzip", "If-None-Match": answer.headers["etag"]}
+            answer = await ask(port, f"/{kind}/a.txt", headers=headers)
+            assert (answer.status, answer.body, "content-encoding" in answer.headers) == (304, b"", False)
+
+
+@each_handler
 async def test_a_proxy_asks_another_server_by_a_signed_get(handler: Callable[[], Any], root: Path) -> None:
     async with live(Starlette(routes=[Route("/box/{path:path}", Download(PathSource(root)))])) as port:
         url = f"http://127.0.0.1:{port}"
