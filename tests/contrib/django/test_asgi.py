@@ -18,7 +18,9 @@ from starlette.routing import Route
 
 from downloadview_async import Download, ObjectStorage, OffloadMiddleware, PathSource, Rule, XAccelRedirect
 from downloadview_async.contrib.django import HTTPDownloadView, PathDownloadView, get_asgi_application
+from downloadview_async.http.metadata import ByteRange
 from tests.live import ask, live
+from tests.observed import Observed
 
 TEXT = b"All work and no play. " * 20_000
 HANDLERS = {"ours": get_asgi_application, "stock": get_plain_application}
@@ -180,3 +182,25 @@ async def test_a_proxy_asks_another_server_by_a_signed_get(handler: Callable[[],
                     answer = await ask(service, "/a", headers={"Range": "bytes=0-1", "If-Range": tag})
                     assert (answer.status, answer.body) == (200, b"" if offloaded else TEXT)
                     assert ("x-offload-target" in answer.headers) is offloaded
+
+
+async def test_each_answer_ends_in_one_outcome(root: Path) -> None:
+    size = len(TEXT)
+    with override_settings(ROOT_URLCONF=Urls(root)):
+        app = Observed(get_asgi_application())
+        async with live(app) as port:
+            whole = await ask(port, "/async/a.txt")
+            outcome = app.only()
+            assert (outcome.status, outcome.how, outcome.sent, outcome.is_complete) == (200, "chunks", size, True)
+            await ask(port, "/async/a.txt", headers={"Range": "bytes=2-5"})
+            outcome = app.only()
+            assert (outcome.status, outcome.how, outcome.spans) == (206, "inline", (ByteRange(2, 6),))
+            await ask(port, "/async/a.txt", headers={"If-None-Match": whole.headers["etag"]})
+            assert (outcome := app.only()).status == 304
+            assert outcome.how == "empty"
+        backend = XAccelRedirect([Rule(str(root), "/_files/")])
+        app = Observed(OffloadMiddleware(get_asgi_application(), backend))
+        async with live(app) as port:
+            assert "x-accel-redirect" in (await ask(port, "/async/a.txt")).headers
+        outcome = app.only()
+        assert (outcome.status, outcome.how, outcome.delegated_to) == (200, "offloaded", "x-accel-redirect")
