@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, iscoroutinefunction
-from django.core.cache import cache
+from django.core.cache import cache, caches
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, InMemoryStorage
@@ -401,6 +401,7 @@ def test_a_response_that_a_proxy_sends_can_be_cached_by_django(storage: FileSyst
             assert (response.status_code, response["X-Accel-Redirect"]) == (200, "/_m/a.txt")
         assert Client().get("/cached/missing.txt").status_code == 404
     cache.clear()
+    del caches["default"]  # while a cache is in use, each request has a thread that closes it
 
 
 def _from_thread(view: Callable[..., Any]) -> Any:
