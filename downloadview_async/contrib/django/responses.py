@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -184,7 +184,6 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         self._wanted = GET
         self._resources = AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._default_headers: dict[str, str] | None = None
         given = {header.lower() for header in headers or ()}
         made = {header: value for header, value in self.default_headers.items() if header.lower() not in given}
         if content_type is not None:
@@ -195,16 +194,14 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         if callable(close := getattr(file_instance, "close", None)):
             self._resource_closers.append(close)  # type: ignore[attr-defined]
 
-    @property
+    @cached_property
     def default_headers(self) -> dict[str, str]:
         """The headers that follow from the file and from the arguments of the application."""
-        if self._default_headers is None:
-            self._default_headers = {
-                "Content-Type": self.get_content_type(),
-                "Content-Disposition": content_disposition(self.get_basename(), self.attachment),
-                "X-Content-Type-Options": "nosniff",
-            }
-        return self._default_headers
+        return {
+            "Content-Type": self.get_content_type(),
+            "Content-Disposition": content_disposition(self.get_basename(), self.attachment),
+            "X-Content-Type-Options": "nosniff",
+        }
 
     def get_basename(self) -> str:
         """Return the name under which the client saves the file."""
@@ -252,11 +249,9 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
     def get_mime_type(self) -> str:
         """Return the MIME type: that of the application or of the file, else the type for the name."""
         mime_type = self.file_mimetype or getattr(self.file, "mime_type", None)
-        return (
-            mime_type
-            if isinstance(mime_type, str) and mime_type
-            else content_type_for(self.get_basename()).partition(";")[0]
-        )
+        if isinstance(mime_type, str) and mime_type:
+            return mime_type
+        return content_type_for(self.get_basename()).partition(";")[0]
 
     def get_encoding(self) -> str | None:
         """Return the encoding that the application or the file gives, or None. No header is made from it."""
@@ -344,7 +339,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
                 order = backend.headers_for(file)
 
             async def headers(content_type: str) -> Mapping[str, str] | None:
-                order = backend.headers_for(file)
+                order = backend.headers_for(file)  # again, as the file is open now
                 return await signed(backend, file, order) if order else None
 
             offer = Offer(headers, is_remote=is_remote_order(order), needs_metadata=True)
@@ -536,21 +531,18 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body in chunks: exactly the promised bytes. Raises `TransferAborted`."""
-        if self.plan is None or self._loop is not asyncio.get_running_loop():
-            # Unfinished, or finished in another loop, as in a test that reads after AsyncClient has ended its loop.
-            async with async_file_of(self.file, self.get_basename()).open(self._wanted) as opened:
-                plan = self.plan or make_plan(GET, opened.metadata, Presentation(filename=self.get_basename()))
-                async with aclosing(body_of(plan, opened)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-            return
-        try:
-            if self.opened is not None:
-                async with aclosing(body_of(self.plan, self.opened)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-        finally:
-            await self.release()
+        opened, plan = self.opened, self.plan
+        async with AsyncExitStack() as stack:
+            if plan is None or self._loop is not asyncio.get_running_loop():
+                # Unfinished, or finished in another loop, as in a test that reads after AsyncClient has ended its loop.
+                file = async_file_of(self.file, self.get_basename())
+                opened = await stack.enter_async_context(file.open(self._wanted))
+                plan = plan or make_plan(GET, opened.metadata, Presentation(filename=self.get_basename()))
+            else:
+                stack.push_async_callback(self.release)
+            if opened is not None:
+                async for chunk in await stack.enter_async_context(aclosing(body_of(plan, opened))):
+                    yield chunk
 
 
 def _check_file(file: Any, basename: str | None) -> None:
