@@ -5,18 +5,32 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
+from downloadview_async.sources.local import open_file_cache
 from tests.gcs import GCS, gcs_server
 from tests.s3 import S3, s3_server
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collect without the garbage collector, which would look at thousands of tests again and again to free none."""
+    """Keep the garbage collector from the tests: it would look at thousands of them again and again to free none."""
     gc.disable()
     try:
         return (yield)
     finally:
+        gc.freeze()
         gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """Give the tests back to the garbage collector, of which hypothesis asks who holds what."""
+    gc.unfreeze()
+
+
+@pytest.fixture
+def files_are_kept_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep files open for 0.1 s after requests, so that a test need not wait a second until all are closed."""
+    monkeypatch.setattr(open_file_cache, "KEEP_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,22 +69,50 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def live(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
-    """Serve `app` on a free port of the loopback, and give the port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options)
-    server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
+async def uvicorn_for(
+    app: ASGIApp, *, sockets: list[socket.socket] | None = None, **options: Any
+) -> AsyncIterator[uvicorn.Server]:
+    """Serve `app` on open sockets, or where the options of uvicorn say, and give the server."""
+    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options))
+    task = asyncio.create_task(server.serve(sockets=sockets))
     while not server.started:
         await asyncio.sleep(0)
         if task.done():
             task.result()
     try:
-        yield int(listener.getsockname()[1])
+        yield server
     finally:
         server.end()
         await task
-        listener.close()
+
+
+@contextlib.asynccontextmanager
+async def live(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
+    """Serve `app` on a free port of the loopback, and give the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with uvicorn_for(app, sockets=[listener], **options):
+            yield int(listener.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], **options: Any
+) -> AsyncIterator[int]:
+    """Give each connection to a free port of the loopback to `serve`, and give the port.
+
+    A connection is closed when `serve` returns, or when the client leaves while it reads or writes.
+    """
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await serve(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0, **options) as server:
+        yield int(server.sockets[0].getsockname()[1])
 
 
 async def ask(port: int, path: str, *, method: str = "GET", headers: dict[str, str] | None = None) -> Answer:

@@ -12,10 +12,10 @@ from starlette.responses import FileResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
-from downloadview_async.accounts.outcome import OBSERVER, Outcome
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.metadata import ByteRange
 from tests.live import ask, live, make_old
+from tests.observed import Observed
 
 pytestmark = pytest.mark.asyncio
 
@@ -23,25 +23,6 @@ SMALL = b"the small content"
 LARGE = b"%08d" * 50_000 % (*range(50_000),)
 HUGE = 64 << 20
 NGINX = "x-accel-redirect"
-
-
-class Observed:
-    """An application with an observer of its answers."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.outcomes: list[Outcome] = []
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        extensions = {**(scope.get("extensions") or {}), OBSERVER: self.outcomes.append}
-        await self._app({**scope, "extensions": extensions}, receive, send)
-
-    def only(self) -> Outcome:
-        """Return the one outcome since the last call."""
-        outcomes, self.outcomes[:] = [*self.outcomes], []
-        assert len(outcomes) == 1, outcomes
-        assert outcomes[0].seconds >= 0
-        return outcomes[0]
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -30,7 +29,7 @@ import downloadview_async as dv
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.server import DownloadProtocol
 from tests.asgi.test_slow_disk import FILES, server_on
-from tests.live import ask, ask_raw, live, make_old, parse
+from tests.live import ask, ask_raw, live, make_old, parse, uvicorn_for
 from tests.servers import Server, free_port, serving
 from tests.slow_fs import SlowDisk, why_not
 
@@ -165,19 +164,11 @@ async def test_requests_that_arrive_together_are_answered_in_order(big: Path) ->
 @on_disk
 async def test_a_unix_socket(big: Path, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
-    config = uvicorn.Config(
-        app_for(big.parent), uds=path, http=DownloadProtocol, log_config=None, lifespan="off", access_log=False
-    )
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.001)
-    reader, writer = await asyncio.open_unix_connection(path)
-    writer.write(b"GET /ours/big.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    answer = parse(await reader.read())
-    writer.close()
-    server.should_exit = True
-    await task
+    async with uvicorn_for(app_for(big.parent), uds=path, http=DownloadProtocol):
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(b"GET /ours/big.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = parse(await reader.read())
+        writer.close()
     assert answer.complete
     assert answer.body == big.read_bytes()
 

@@ -19,8 +19,8 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 import downloadview_async as dv
-from downloadview_async.asgi import server
 from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.uvicorn import protocol
 from downloadview_async.sources.local import open_file
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.local.root import has_openat2
@@ -28,9 +28,9 @@ from downloadview_async.testing import call
 from tests.live import ask, live, parse
 
 MIB = 1 << 20
-BIG = 64 * MIB  # more than the socket buffers of both sides take
+BIG = 32 * MIB  # more than the socket buffers of both sides take
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("files_are_kept_briefly")]
 
 
 def descriptors() -> int:
@@ -205,7 +205,7 @@ class Awaited:
 
     name = "awaited"
     location = None
-    metadata = dv.FileMetadata(size=BIG)
+    metadata = dv.FileMetadata(size=MIB)
 
     def __init__(self) -> None:
         self.closed: list[str] = []
@@ -223,7 +223,7 @@ class Awaited:
             self.stop.set()
 
     async def stream(self, span: Any) -> AsyncIterator[bytes]:
-        for _ in range(BIG // CHUNK_SIZE):
+        for _ in range(MIB // CHUNK_SIZE):
             yield b"x" * CHUNK_SIZE
 
 
@@ -342,7 +342,7 @@ async def test_a_client_that_leaves_before_the_first_byte_or_twice_is_served_not
 
 
 async def test_a_body_sent_with_a_get_is_not_read(tmp_path: Path, http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "LINGER_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
     (tmp_path / "ten.txt").write_bytes(b"0123456789")
     async with live(serving(tmp_path), http=http) as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)

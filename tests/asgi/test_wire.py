@@ -29,7 +29,7 @@ from downloadview_async.asgi.uvicorn.heads import is_host
 from downloadview_async.asgi.uvicorn.protocol import MAX_HEAD_BYTES, DownloadProtocol
 from downloadview_async.asgi.uvicorn.watchdog import check
 from tests.asgi.test_server import CLOSE, MIB, app_for, dateless, get, served, small_buffers, talk
-from tests.live import live, parse
+from tests.live import live, parse, uvicorn_for
 from tests.servers import PROJECT, Server, free_port, serving
 
 LOOPS = ["asyncio", "uvloop"]
@@ -225,35 +225,29 @@ async def test_pipelined_requests_in_pieces_of_any_size(root: Path) -> None:
     wire = Wire(root)
     chunked = b"POST /body HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
     requests = get() + chunked + get("/ours/small.txt")
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(wire.app, http=DownloadProtocol, log_config=None, lifespan="off")
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started:
-        await asyncio.sleep(0.001)
     cuts = [(place, place + length) for place in range(1, len(requests)) for length in (1, 2)]
     expected: list[int] | None = None
-    for first, second in [(len(requests), len(requests)), *cuts]:
-        reader, writer = await asyncio.open_connection(*listener.getsockname())
-        while not server.server_state.connections:
-            await asyncio.sleep(0)
-        (protocol,) = server.server_state.connections
-        for piece in (requests[:first], requests[first:second], requests[second:]):
-            if piece:
-                protocol.data_received(piece)
-        received = b""
-        while len(statuses(received)) < 3:
-            block = await asyncio.wait_for(reader.read(1 << 16), 30)
-            assert block, (first, second, received)
-            received += block
-        if expected is None:
-            expected = statuses(received)
-        assert statuses(received) == expected, (first, second)
-        writer.close()
-        while server.server_state.connections:
-            await asyncio.sleep(0.0001)
-    server.should_exit = True
-    await task
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with uvicorn_for(wire.app, sockets=[listener], http=DownloadProtocol) as server:
+            for first, second in [(len(requests), len(requests)), *cuts]:
+                reader, writer = await asyncio.open_connection(*listener.getsockname())
+                while not server.server_state.connections:
+                    await asyncio.sleep(0)
+                (protocol,) = server.server_state.connections
+                for piece in (requests[:first], requests[first:second], requests[second:]):
+                    if piece:
+                        protocol.data_received(piece)
+                received = b""
+                while len(statuses(received)) < 3:
+                    block = await asyncio.wait_for(reader.read(1 << 16), 30)
+                    assert block, (first, second, received)
+                    received += block
+                if expected is None:
+                    expected = statuses(received)
+                assert statuses(received) == expected, (first, second)
+                writer.close()
+                while server.server_state.connections:
+                    await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(
@@ -270,17 +264,11 @@ async def test_pipelined_requests_in_pieces_of_any_size(root: Path) -> None:
 )
 async def test_a_unix_socket_has_no_host(root: Path, tmp_path: Path, host: str, netloc: str | None) -> None:
     wire, path = Wire(root), str(tmp_path / "socket")
-    config = uvicorn.Config(wire.app, uds=path, http=DownloadProtocol, log_config=None, lifespan="off")
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.001)
-    reader, writer = await asyncio.open_unix_connection(path)
-    writer.write(f"GET /fields HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-    answer = parse(await reader.read())
-    writer.close()
-    server.should_exit = True
-    await task
+    async with uvicorn_for(wire.app, uds=path, http=DownloadProtocol):
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(f"GET /fields HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        answer = parse(await reader.read())
+        writer.close()
     if netloc is None:
         assert answer.status == 400
     else:
@@ -455,15 +443,20 @@ async def test_a_body_that_never_comes_to_its_end(
     monkeypatch.setattr(module, "LINGER_SECONDS", 0.2)
     wire = Wire(root)
     async with live(wire.app, http=DownloadProtocol) as port:
-        for name, (start, piece) in ENDLESS_BODIES.items():
-            caplog.clear()
+
+        async def sends(name: str) -> None:
+            start, piece = ENDLESS_BODIES[name]
             client = patient(port)
             await asyncio.get_running_loop().sock_sendall(client, get(path, CHUNKED))
             if path != "/late":
                 await asyncio.get_running_loop().sock_recv(client, 12)
             assert await sent_until_refused(client, start, piece) < 16 * MIB, name
-            if path != "/fields" and "folded" not in name:
-                assert "around its body was refused" in caplog.text, name
+
+        refused = [name for name in ENDLESS_BODIES if "folded" not in name]
+        await asyncio.gather(*map(sends, refused))
+        if path != "/fields":
+            assert caplog.text.count("around its body was refused") == len(refused)
+        await asyncio.gather(*map(sends, ENDLESS_BODIES.keys() - refused))
         wire.may_answer.set()
         assert parse(await talk(port, get("/fields", CLOSE))).status == 200
 
@@ -477,12 +470,16 @@ async def test_a_head_that_is_too_long(root: Path, before: str, monkeypatch: pyt
     monkeypatch.setattr(module, "LINGER_SECONDS", 0.2)
     http = functools.partial(DownloadProtocol, stall_seconds=0.5, minimum_rate=1 << 20)
     async with live(Wire(root).app, http=http) as port:
-        for name, (start, piece) in ENDLESS_HEADS.items():
+
+        async def sends(name: str) -> None:
+            start, piece = ENDLESS_HEADS[name]
             client = patient(port)
             if before:
                 await asyncio.get_running_loop().sock_sendall(client, get(before))
                 await asyncio.get_running_loop().sock_recv(client, 12)
             assert await sent_until_refused(client, start, piece) < 16 * MIB, name
+
+        await asyncio.gather(*map(sends, ENDLESS_HEADS))
 
 
 async def test_a_field_of_64_kib_is_read(root: Path) -> None:
@@ -937,7 +934,10 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], ssl.S
     return {"ssl_keyfile": f"{pem}.key", "ssl_certfile": f"{pem}.crt"}, trusting
 
 
-async def test_tls(root: Path, tls: tuple[dict[str, Any], ssl.SSLContext], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("path", [pytest.param("/ours/big.bin", marks=pytest.mark.slow), "/generated", "/fields"])
+async def test_tls(
+    root: Path, tls: tuple[dict[str, Any], ssl.SSLContext], path: str, caplog: pytest.LogCaptureFixture
+) -> None:
     options, trusting = tls
 
     async def talk_tls(port: int, request: bytes) -> bytes:
@@ -949,12 +949,10 @@ async def test_tls(root: Path, tls: tuple[dict[str, Any], ssl.SSLContext], caplo
 
     app = Wire(root).app
     async with live(app, http=DownloadProtocol) as plain, live(app, http=DownloadProtocol, **options) as port:
-        for path in ("/ours/big.bin", "/generated", "/fields"):
-            for junk, _ in JUNK.values():
-                assert await talk_tls(port, get(path) + junk) == await talk(plain, get(path) + junk)
-            assert body_of(await talk_tls(port, get(path, version="1.0"))) == body_of(
-                await talk(plain, get(path, version="1.0"))
-            )
+        for junk, _ in JUNK.values():
+            assert await talk_tls(port, get(path) + junk) == await talk(plain, get(path) + junk)
+        whole = get(path, version="1.0")
+        assert body_of(await talk_tls(port, whole)) == body_of(await talk(plain, whole))
         trailer = b"0\r\nRange: bytes=0-1\r\n\r\n"
         assert statuses(await talk_tls(port, get("/ours/small.bin", CHUNKED, CLOSE) + trailer)) == [200]
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)

@@ -33,7 +33,7 @@ from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.offload.decision import Refusal, is_plain, refusal, refusal_once_open
 from downloadview_async.testing import Recording, call
-from tests.live import ask, live, make_old
+from tests.live import ask, listening, live, make_old
 from tests.sources.test_cached import BIG, Origin, remote
 
 assert tests.contrib.django.conftest  # sets Django up
@@ -366,9 +366,7 @@ class Kept:
 @pytest_asyncio.fixture
 async def origin() -> AsyncIterator[Origin]:
     origin = Origin()
-    server = await asyncio.start_server(origin.serve, "127.0.0.1", 0)
-    origin.port = server.sockets[0].getsockname()[1]
-    async with server:
+    async with listening(origin.serve) as origin.port:
         yield origin
 
 

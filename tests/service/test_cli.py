@@ -50,19 +50,20 @@ def get_over(connection: socket.socket, path: str) -> bytes:
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-def refused(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
-    """Call the command here, which must end with 2; return what it says on standard error."""
+def refused(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, command: str = "serve") -> str:
+    """Call the command here, which must end with 2 and print nothing; return what it writes to standard error."""
     known = {CONFIG, "DOWNLOADVIEW_SOURCES", "DOWNLOADVIEW_ROUTES"}  # the command sets them
     known |= {name for name in os.environ if name.startswith("DOWNLOADVIEW_")}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with contextlib.chdir(cwd):
-            run = CliRunner(env=dict.fromkeys(known) | dict(env or {})).invoke(main, ["serve", *arguments])
+            run = CliRunner(env=dict.fromkeys(known) | dict(env or {})).invoke(main, [command, *arguments])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert run.exit_code == 2, run.output
     assert isinstance(run.exception, SystemExit)
+    assert run.stdout == ""
     return run.stderr
 
 

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ from downloadview_async.sources.cache import index
 from downloadview_async.sources.cache import source as cached
 from downloadview_async.sources.cache.directory import CacheDirectory
 from downloadview_async.sources.cache.entry import key_hash
-from tests.live import Answer, ask, live
+from tests.live import Answer, ask, listening, live
 
 pytestmark = pytest.mark.asyncio
 BIG = os.urandom(3_000_001)
@@ -53,19 +54,14 @@ class Origin:
         self.port = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while head := (await reader.readuntil(b"\r\n\r\n")).decode("latin-1"):
-                self.requests.append(head)
-                await self._count(1)
-                try:
-                    if not await self._answer(head, reader, writer):
-                        return
-                finally:
-                    await self._count(-1)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+        while head := (await reader.readuntil(b"\r\n\r\n")).decode("latin-1"):
+            self.requests.append(head)
+            await self._count(1)
+            try:
+                if not await self._answer(head, reader, writer):
+                    return
+            finally:
+                await self._count(-1)
 
     async def _count(self, change: int) -> None:
         async with self.changed:
@@ -118,9 +114,7 @@ class Origin:
 @pytest_asyncio.fixture
 async def origin() -> AsyncIterator[Origin]:
     origin = Origin()
-    server = await asyncio.start_server(origin.serve, "127.0.0.1", 0)
-    origin.port = server.sockets[0].getsockname()[1]
-    async with server:
+    async with listening(origin.serve) as origin.port:
         yield origin
         origin.gate.set()
 
@@ -257,6 +251,26 @@ async def test_the_last_client_that_breaks_off_ends_the_fetch(origin: Origin, se
     assert served.cache.counters.bytes == 0
     origin.held_from = None
     assert (await served.get()).body == BIG
+
+
+async def test_a_client_that_leaves_while_its_file_is_opened_to_write_leaves_no_descriptor(
+    origin: Origin, served: Served
+) -> None:
+    free, executor = threading.Event(), served.cache._executor
+    busy = [executor.submit(free.wait) for _ in range(index._THREADS)]
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(b"GET /a.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(30):
+            while not (all(call.running() for call in busy) and executor._work_queue.qsize()):
+                await asyncio.sleep(0)
+        writer.transport.abort()
+        await served.settled()
+    finally:
+        free.set()
+    assert served.files() == []
+    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert not [link for link in links if link.startswith(f"{served.cache.path}/")]
 
 
 async def test_one_that_leaves_does_not_end_it_for_others(origin: Origin, served: Served) -> None:
@@ -977,10 +991,8 @@ class Named(Origin):
 async def run_kills(directory: Path, times: int) -> None:
     """Kill a process that fills a cache, again and again; afterwards all that is there is right, and counted."""
     origin = Named()
-    server = await asyncio.start_server(origin.serve, "127.0.0.1", 0)
-    origin.port = server.sockets[0].getsockname()[1]
     limit = 4_000_000
-    async with server:
+    async with listening(origin.serve) as origin.port:
         for turn in range(times):
             process = filler(directory, origin.port, str(turn))
             assert process.stdout is not None
@@ -1023,9 +1035,7 @@ async def test_kill_at_any_moment(tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
     origin = Named()
-    server = await asyncio.start_server(origin.serve, "127.0.0.1", 0)
-    origin.port = server.sockets[0].getsockname()[1]
-    async with server:
+    async with listening(origin.serve) as origin.port:
         processes = [filler(tmp_path, origin.port, str(seed), "60") for seed in (1, 2, 3)]
         ends: list[Awaitable[Any]] = [asyncio.to_thread(process.communicate) for process in processes]
         outputs = await asyncio.gather(*ends)

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from downloadview_async import Cache, CachedSource, Download, RemoteSource
 from downloadview_async.http.request import GET
 from downloadview_async.testing import call
-from tests.live import Answer, ask, ask_raw, live
+from tests.live import Answer, ask, ask_raw, listening, live
 
 TEN = b"0123456789"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -32,6 +32,7 @@ class Upstream:
         self.connections = 0
         self.closed = asyncio.Event()
         self.hold_after: asyncio.Event | None = None
+        self.port = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1
@@ -55,10 +56,7 @@ class Upstream:
                     return
                 if b"connection: close" in body.lower():
                     return
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
         finally:
-            writer.close()
             self.open -= 1
             self.closed.set()
 
@@ -73,15 +71,13 @@ class Upstream:
 @pytest_asyncio.fixture
 async def upstream() -> AsyncIterator[Upstream]:
     upstream = Upstream()
-    server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
-    upstream.port = server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
-    async with server:
+    async with listening(upstream.serve) as upstream.port:
         yield upstream
 
 
 @pytest_asyncio.fixture
 async def port(upstream: Upstream) -> AsyncIterator[int]:
-    url = f"http://127.0.0.1:{upstream.port}/pub"  # type: ignore[attr-defined]
+    url = f"http://127.0.0.1:{upstream.port}/pub"
     source = RemoteSource(url, allow_hosts=["127.0.0.1"], read_timeout=0.5)
     app = Starlette(routes=[Route("/{path:path}", Download(source))])
     async with live(app) as port:
@@ -125,7 +121,7 @@ async def test_an_exact_name_is_asked_for_to_the_letter_or_not_at_all(
 ) -> None:
     """HTTP clients remove the segments `.` and `..` from a URL, and would ask for another file."""
     upstream.answers = [ok()]
-    url = f"http://127.0.0.1:{upstream.port}/pub"  # type: ignore[attr-defined]
+    url = f"http://127.0.0.1:{upstream.port}/pub"
     remote = RemoteSource(url, allow_hosts=["127.0.0.1"], names="exact")
     source = CachedSource(remote, Cache(tmp_path)) if kind == "cached" else remote
     for name in (".", "./a", "a/.", "a/./b", "/.", "/./a", "a//.", "..", "../a", "a/../b", "a/.."):
@@ -387,7 +383,7 @@ async def test_an_upstream_that_refuses_connections_is_a_502() -> None:
 
 async def test_a_client_that_leaves_closes_the_upstream_at_once(upstream: Upstream) -> None:
     """Long before the read timeout, which is half a minute here."""
-    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"], read_timeout=30)  # type: ignore[attr-defined]
+    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"], read_timeout=30)
     async with live(Starlette(routes=[Route("/{path:path}", Download(source))])) as port:
         for answer in (
             b"",
@@ -411,7 +407,7 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(upstream: Upstre
 @pytest.mark.slow
 async def test_a_request_cancelled_at_any_moment_leaves_no_connection_open(upstream: Upstream) -> None:
     upstream.answers = [OK + b"Connection: close\r\nContent-Length: 10\r\n\r\n" + TEN]
-    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"])  # type: ignore[attr-defined]
+    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"])
     async with contextlib.aclosing(source):
 
         async def read() -> bytes:

@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from downloadview_async import ConfigurationError, RemoteFile, RemoteSource, UpstreamError
 from downloadview_async.sources.remote.ssrf import AllowedHosts, is_private, is_public
+from tests.live import listening
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8", "2002:808:808::"]
 LOCAL = ["127.0.0.1", "127.255.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "::1", "fd00::1", "::ffff:7f00:1"]
@@ -74,23 +75,16 @@ class Listener:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                self.requests.append(head)
-                writer.write(self.answer)
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            self.requests.append(head)
+            writer.write(self.answer)
+            await writer.drain()
 
 
 @pytest_asyncio.fixture
 async def listener() -> AsyncIterator[Listener]:
     listener = Listener()
-    server = await asyncio.start_server(listener.serve, "127.0.0.1", 0)
-    listener.port = server.sockets[0].getsockname()[1]
-    async with server:
+    async with listening(listener.serve) as listener.port:
         yield listener
 
 

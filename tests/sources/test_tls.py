@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from downloadview_async import RemoteSource, UpstreamError
 from downloadview_async.sources.remote import ssrf
+from tests.live import listening
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -37,16 +38,12 @@ async def port(certificate: Path) -> AsyncIterator[int]:
     context.load_cert_chain(certificate)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while await reader.readuntil(b"\r\n\r\n"):
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY)
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY)
+            await writer.drain()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    async with server:
-        yield server.sockets[0].getsockname()[1]
+    async with listening(serve, ssl=context) as port:
+        yield port
 
 
 async def fetch(url: str, *, times: int = 1) -> list[bytes]:
@@ -79,11 +76,10 @@ async def test_a_certificate_that_nobody_trusts(port: int) -> None:
 async def test_a_plain_server_where_tls_was_expected() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        writer.close()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+    async with listening(serve) as port:
         with pytest.raises(UpstreamError):
-            await fetch(f"https://localhost:{server.sockets[0].getsockname()[1]}/")
+            await fetch(f"https://localhost:{port}/")
 
 
 async def test_the_certificates_of_the_machine_are_read_once() -> None:

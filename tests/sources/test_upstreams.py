@@ -13,7 +13,7 @@ from starlette.routing import Route
 from downloadview_async import Download, OffloadMiddleware, RemoteSource, Rule, XAccelRedirect
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from tests.live import ask, live
+from tests.live import ask, listening, live
 from tests.sources.test_remote import OK, TEN, Upstream, ok, partial, port, upstream
 
 __all__ = ["port", "upstream"]  # fixtures
@@ -94,7 +94,7 @@ async def test_a_client_that_leaves_costs_the_connection(upstream: Upstream, por
 
 async def test_a_request_on_a_kept_connection_may_be_cancelled_at_any_moment(upstream: Upstream) -> None:
     upstream.answers = [ok(TEN, TAG)]
-    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"], max_connections=1)  # type: ignore[attr-defined]
+    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"], max_connections=1)
 
     async def read() -> bytes:
         async with (await source.resolve("a")).open(GET) as opened:
@@ -138,26 +138,20 @@ class Closing:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         is_first = True
-        try:
-            while request := await reader.readuntil(b"\r\n\r\n"):
-                self.requests += 1
-                if self.always or not is_first:
-                    writer.write(self.sends)
-                    return
-                is_first = False
-                writer.write(answering(lambda _: ok(TEN, TAG))(request))
-        except asyncio.IncompleteReadError:
-            pass
-        finally:
-            writer.close()
+        while request := await reader.readuntil(b"\r\n\r\n"):
+            self.requests += 1
+            if self.always or not is_first:
+                writer.write(self.sends)
+                return
+            is_first = False
+            writer.write(answering(lambda _: ok(TEN, TAG))(request))
 
 
 @pytest_asyncio.fixture
 async def closing() -> AsyncIterator[tuple[Closing, int]]:
     upstream = Closing()
-    async with await asyncio.start_server(upstream.serve, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-        source = RemoteSource(url, allow_hosts=["127.0.0.1"], read_timeout=5)
+    async with listening(upstream.serve) as served:
+        source = RemoteSource(f"http://127.0.0.1:{served}/", allow_hosts=["127.0.0.1"], read_timeout=5)
         async with live(Starlette(routes=[Route("/{path:path}", Download(source))])) as port:
             yield upstream, port
         await source.aclose()
@@ -338,7 +332,7 @@ async def test_the_error_page_of_a_416_does_not_describe_the_file(upstream: Upst
     assert (answer.status, answer.headers["content-range"], answer.headers["etag"]) == (416, "bytes */10", '"x"')
     assert answer.headers["cache-control"] == "private, no-store"
     assert {"content-type", "content-encoding", "content-language", "expires", "vary"}.isdisjoint(answer.headers)
-    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"])  # type: ignore[attr-defined]
+    source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"])
     async with (await source.resolve("a.txt")).open(DownloadRequest(range="bytes=20-")) as opened:
         assert replace(opened.metadata, max_reads=None) == FileMetadata(size=10, etag=ETag("x"))
         assert not opened.hides_coding
@@ -494,7 +488,7 @@ async def test_a_part_is_cut_out_of_a_large_file_whose_upstream_refuses_ranges(u
 async def test_a_proxy_is_told_of_a_file_whose_head_is_refused(upstream: Upstream) -> None:
     """A URL that is signed for GET."""
     upstream.answers = [answering(lambda request: status(403) if is_head(request) else ok(TEN, TAG))]
-    url = f"http://127.0.0.1:{upstream.port}/"  # type: ignore[attr-defined]
+    url = f"http://127.0.0.1:{upstream.port}/"
     source = RemoteSource(url, allow_hosts=["127.0.0.1"])
     app = OffloadMiddleware(
         Starlette(routes=[Route("/{path:path}", Download(source))]),
@@ -651,25 +645,20 @@ class Counting:
         self.sent = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while head := (await reader.readuntil(b"\r\n\r\n")).decode().lower():
-                self.requests += 1
-                lines = dict(line.split(": ", 1) for line in head.split("\r\n")[1:-2])
-                body, code, more = self.content, "200 OK", list(self.headers)
-                if self.has_ranges and "range" in lines:
-                    first, last = (int(n) for n in lines["range"].removeprefix("bytes=").split("-"))
-                    code, body = "206 Partial Content", body[first : last + 1]
-                    more.append(f"Content-Range: bytes {first}-{last}/{len(self.content)}")
-                more.append(f"Content-Length: {len(body)}")
-                writer.write("\r\n".join([f"HTTP/1.1 {code}", *more, "", ""]).encode())
-                for position in range(0, len(body), 65536):
-                    writer.write(body[position : position + 65536])
-                    await writer.drain()
-                    self.sent += min(65536, len(body) - position)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+        while head := (await reader.readuntil(b"\r\n\r\n")).decode().lower():
+            self.requests += 1
+            lines = dict(line.split(": ", 1) for line in head.split("\r\n")[1:-2])
+            body, code, more = self.content, "200 OK", list(self.headers)
+            if self.has_ranges and "range" in lines:
+                first, last = (int(n) for n in lines["range"].removeprefix("bytes=").split("-"))
+                code, body = "206 Partial Content", body[first : last + 1]
+                more.append(f"Content-Range: bytes {first}-{last}/{len(self.content)}")
+            more.append(f"Content-Length: {len(body)}")
+            writer.write("\r\n".join([f"HTTP/1.1 {code}", *more, "", ""]).encode())
+            for position in range(0, len(body), 65536):
+                writer.write(body[position : position + 65536])
+                await writer.drain()
+                self.sent += min(65536, len(body) - position)
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])
@@ -691,9 +680,8 @@ async def test_many_parts_cost_few_requests(
     has_ranges: bool, headers: list[str], value: str, status_code: int, requests: int
 ) -> None:
     upstream = Counting(40_000_000, has_ranges=has_ranges, headers=headers)
-    async with await asyncio.start_server(upstream.serve, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-        source = RemoteSource(url, allow_hosts=["127.0.0.1"])
+    async with listening(upstream.serve) as served:
+        source = RemoteSource(f"http://127.0.0.1:{served}/", allow_hosts=["127.0.0.1"])
         async with live(Starlette(routes=[Route("/{path:path}", Download(source))])) as port:
             answer = await ask(port, "/a", headers={"Range": value})
         await source.aclose()

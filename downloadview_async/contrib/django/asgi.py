@@ -23,14 +23,15 @@ from django.core.handlers.base import reset_urlconf
 from django.core.handlers.exception import response_for_exception
 from django.db import close_old_connections, connections, reset_queries
 from django.dispatch import Signal
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseNotModified
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from downloadview_async.accounts.outcome import observer_of
-from downloadview_async.asgi.delivery import deliver, delivery_of
+from downloadview_async.asgi.delivery import Delivery, Empty, Offloaded, deliver, delivery_of
 from downloadview_async.asgi.extensions import PATHSEND
-from downloadview_async.contrib.django.responses import DownloadResponse, note_receivers
+from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse, note_receivers
+from downloadview_async.http.fields import OFFLOAD_ORDERS
 
 logger = logging.getLogger("downloadview_async")
 
@@ -95,7 +96,7 @@ class DownloadASGIHandler(ASGIHandler):
             is_long = isinstance(response, DownloadResponse) and response.is_long
             if is_long and (ending := _end_thread(context)) is not None:
                 await asyncio.shield(asyncio.wrap_future(ending))
-            await self.send_response(response, send)
+            await self._send(request, response, send)
         return response
 
     async def read_body(self, receive: Any) -> IO[bytes]:
@@ -121,24 +122,28 @@ class DownloadASGIHandler(ASGIHandler):
             vars(response)["_handler_class"] = type(self)  # as Django does
         return response
 
-    async def send_response(self, response: HttpResponseBase, send: Any) -> None:
-        """Send a response."""
-        if not isinstance(response, DownloadResponse) or response.is_replaced or response.plan is None:
-            await super().send_response(response, send)
+    async def _send(self, request: ASGIRequest, response: HttpResponseBase, send: Any) -> None:
+        """Send a response. A download, a 304 and an answer that has a proxy send a file end in an `Outcome`."""
+        delivery: Delivery | None = None
+        if isinstance(response, DownloadResponse) and not response.is_replaced and response.plan is not None:
+            assert response.opened is not None
+            path_send = (request.scope.get("extensions") or {}).get(PATHSEND)
+            delivery = delivery_of(response.plan, response.opened, path_send)
+        elif isinstance(response, ProxiedDownloadResponse | HttpResponseNotModified) and not response.content:
+            order = next((name.lower() for name in response.headers if name.lower() in OFFLOAD_ORDERS), None)
+            delivery = Empty() if order is None else Offloaded(order)
+        if delivery is None:
+            await self.send_response(response, send)
             return
         headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in response.items()]
         cookies = [cookie.output(header="") for cookie in response.cookies.values()]
         headers += [(b"set-cookie", cookie.strip().encode("ascii")) for cookie in cookies]
         start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
-        assert response.opened is not None
-        scope: dict[str, Any] = getattr(response.request, "scope", {})
-        path_send = (scope.get("extensions") or {}).get(PATHSEND)
         try:
-            await deliver(
-                delivery_of(response.plan, response.opened, path_send), start, send, observer=observer_of(scope)
-            )
+            await deliver(delivery, start, send, observer=observer_of(request.scope))
         finally:
-            await response.release()
+            if isinstance(response, DownloadResponse):
+                await response.release()
 
     async def _close(self, response: HttpResponseBase, context: ThreadSensitiveContext) -> None:
         """Close a response, and send `request_finished`: in a thread, unless nothing needs one."""

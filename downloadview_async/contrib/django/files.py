@@ -250,6 +250,8 @@ class PathFile(_OpenedLate):
         """The same file for this library."""
         if not _is_read_as_django_does(self):
             return _read_in_its_own_way(self, self.path)
+        if self._file is not None and not _was_opened_at(self._file, self.path):
+            return _read_in_its_own_way(self._file, self.path)
         if any(not home_of(self, method).startswith(_OURS) for method in ("file", "_opened")):
             return AsyncVirtualFile(self._opened_or_missing, name=os.path.basename(self.path))
         return self._async_file
@@ -516,7 +518,7 @@ def async_file_of(file: Any, name: str = "") -> AsyncFile:
         return AsyncVirtualFile(iter(file), name=os.path.basename(name))
     if is_file and not _is_read_as_django_does(file):
         return _read_in_its_own_way(file, name)
-    if is_file and hasattr(file, "storage") and getattr(file, "_committed", True):
+    if is_file and hasattr(file, "storage") and getattr(file, "_committed", True) and not _has_another_file(file):
         return _stored_file(file.storage, own_name)
     raw: Any = file.file if is_file else file
     if _is_on_disk(raw):
@@ -547,8 +549,8 @@ def is_stored(file: Any) -> bool:
 def is_sent_as_stored(file: Any) -> bool:
     """Return whether a file has the same bytes as the file at its path or URL.
 
-    False where a class outside Django overrides how a `File` is read. Otherwise only files of storages are examined;
-    the answer is True for others.
+    False where a class outside Django overrides how a `File` is read, and where the project has given a file of a
+    storage another `file`. Otherwise only files of storages are examined; the answer is True for others.
 
     That is known for the storages of Django and django-storages, unless a subclass overrides how files are opened. Any
     other storage tells it by its attribute `is_sent_as_stored`: a storage that decrypts or decompresses sends other
@@ -558,10 +560,37 @@ def is_sent_as_stored(file: Any) -> bool:
         return False
     if not hasattr(file, "storage"):
         return True
-    if isinstance(file, FieldFile | StorageFile) and not is_stored(file):
+    if isinstance(file, FieldFile | StorageFile) and (not is_stored(file) or _has_another_file(file)):
         return False
     told = told_of(file.storage)
     return opens_as_stored(file.storage) if told is None else told
+
+
+def _has_another_file(file: Any) -> bool:
+    """Return whether the project has given a file of a storage another `file`, such as a wrapper that decrypts.
+
+    The file that the storage has opened is known by its class, or by its path on a disk. A file of another class counts
+    as another one, even if the storage has opened it: then its own bytes are sent.
+    """
+    opened = vars(file).get("_file", vars(file).get("file"))
+    if opened is None:
+        return False
+    storage, name = unwrapped(file.storage), str(file.name)
+    module = f"{type(opened).__module__}."
+    if module.startswith(_KNOWN_STORAGES) and module == home_of(storage, "_open"):
+        told, full = f"/{getattr(opened, 'name', None) or name}", f"/{name}"
+        is_same = told.endswith(full) or full.endswith(told)  # one of them may be within a directory of the storage
+        return not is_same or getattr(opened, "_storage", storage) is not storage
+    try:
+        return not _was_opened_at(opened, storage.path(name))
+    except (NotImplementedError, SuspiciousOperation, ValueError):
+        return True
+
+
+def _was_opened_at(file: Any, path: str) -> bool:
+    """Return whether a file object reads the very bytes of the file that was opened at a path."""
+    raw: Any = file.file if isinstance(file, base.File) and _is_read_as_django_does(file) else file
+    return reads_a_descriptor(raw) and raw.name == path
 
 
 def told_of(storage: Any) -> bool | None:

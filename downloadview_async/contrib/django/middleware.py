@@ -1,7 +1,15 @@
-"""The middlewares and the decorator that have a reverse proxy send the file of a response, for views of any kind."""
+"""The middlewares and the decorator that have a reverse proxy send the file of a response, for views of any kind.
+
+Each of them has the view leave its `DownloadResponse` unfinished, see `deferred`, and then makes it an `Offer`, as
+`OffloadMiddleware` does in the scope. The innermost middleware is first. The response opens its file, asks
+`offload/decision.py`, and accepts or not. One that accepts becomes an ordinary 200 without a body. It stays the same
+object, so nothing is copied, and nothing rewrites a finished response. If it accepts no offer, the outermost middleware
+finishes it.
+"""
 
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cached_property, wraps
 from inspect import Parameter, isawaitable, signature
@@ -15,8 +23,14 @@ from django.utils.module_loading import import_string
 
 from downloadview_async.contrib.django import offload
 from downloadview_async.contrib.django.calling import like
-from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse, defer, undefer
-from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.contrib.django.responses import (
+    DownloadResponse,
+    Offer,
+    ProxiedDownloadResponse,
+    deferred,
+    is_due,
+    may_be_offloaded,
+)
 from downloadview_async.offload.backends import XAccelRedirect
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
@@ -38,7 +52,7 @@ View = TypeVar("View", bound=Callable[..., Any])
 
 
 def is_download_response(response: Any) -> bool:
-    """Return whether `response` is a `DownloadResponse`."""
+    """Return whether `response` is a `DownloadResponse`, which one that a proxy sends no longer is."""
     return isinstance(response, DownloadResponse)
 
 
@@ -310,11 +324,14 @@ class NoRedirectionMatch(Exception):
 
 
 class ProxiedDownloadMiddleware(RealDownloadMiddleware):
-    """Replaces the responses whose file a proxy can reach, with the response that `redirect` of a subclass returns.
+    """Has a proxy send the files that it can reach, by the headers that `orders` of a subclass returns.
 
     source_url: the rule covers files whose URL is equal to or below this one. source_dir: it covers local files below
     this directory. destination_url: where the proxy finds the files below the source. Paths match by whole segments.
     """
+
+    response_class: ClassVar[type[ProxiedDownloadResponse]] = ProxiedDownloadResponse
+    """The class that the response of a file becomes when the proxy sends the file."""
 
     destination_option: ClassVar[str] = "destination_url"
     fetches_urls: ClassVar[bool] = True
@@ -349,8 +366,8 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
             option=self.destination_option,
         )
 
-    def find(self, response: DownloadResponse) -> str:
-        """Return the value of the header that the proxy obeys. Raises `NoRedirectionMatch`."""
+    def get_redirect_url(self, response: Any) -> str:
+        """Return where the proxy finds the file: its URI, percent-encoded, or its path. Raises `NoRedirectionMatch`."""
         match = self.rules.find(response.file, response.get_basename())
         if match is None:
             raise NoRedirectionMatch(
@@ -360,73 +377,39 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
         return self.value_of(match)
 
     def value_of(self, match: offload.Found) -> str:
-        """Return the value of the header for a file that a rule covers. Raises `NoRedirectionMatch`."""
+        """Return the redirect URL of a file that a rule covers. Raises `NoRedirectionMatch`."""
         return f"{match.value}?{match.query}" if match.query else match.value
 
-    def get_redirect_url(self, response: Any) -> str:
-        """Return the URI at which the proxy finds the file, percent-encoded. Raises `NoRedirectionMatch`."""
-        return self.find(response)
-
-    def redirect(self, response: DownloadResponse, redirect_url: str) -> ProxiedDownloadResponse:
-        """Return the response that has the proxy send the file at `redirect_url`."""
-        raise NotImplementedError(f"{type(self).__name__} has to override redirect")
+    def orders(self, response: Any, redirect_url: str, content_type: str) -> Mapping[str, str]:
+        """Return the headers that have the proxy send the file at `redirect_url`, with this Content-Type."""
+        raise NotImplementedError(f"{type(self).__name__} has to override orders")
 
     def process_download_response(self, request: HttpRequest, response: Any) -> Any:
-        """Return the response that has the proxy send the file, or the response itself if the proxy may not."""
-        try:
-            if not offload.is_offloadable(request, response):
-                return response
-            redirect_url = self._located(request, response)
-        except NoRedirectionMatch:
-            return response
-        metadata = offload.describe_now(request, response, is_remote=self._is_remote)
-        return self._redirected(response, redirect_url, metadata)
+        """Return the response. It has become the one that has the proxy send the file, if the proxy may."""
+        if may_be_offloaded(response, request):
+            response.locate(request)
+            with suppress(NoRedirectionMatch):
+                response.accept(request, self._offer(response, self.get_redirect_url(response)))
+        return response
 
     async def aprocess_download_response(self, request: HttpRequest, response: Any) -> Any:
         """Do what `process_download_response` does, in an event loop."""
         if not _is_ours(self, "process_download_response", "get_redirect_url"):
             return await super().aprocess_download_response(request, response)
-        try:
-            if not offload.is_offloadable(request, response):
-                return response
-            redirect_url = await self._alocated(request, response)
-        except NoRedirectionMatch:
-            return response
-        metadata = await offload.adescribe(request, response, is_remote=self._is_remote)
-        return self._redirected(response, redirect_url, metadata)
+        if may_be_offloaded(response, request):
+            await response.alocate(request)
+            may_block = self.rules.want_urls and offload.may_block(response.file)
+            with suppress(NoRedirectionMatch):
+                find = self.get_redirect_url
+                redirect_url = await sync_to_async(find)(response) if may_block else find(response)
+                await response.aaccept(request, self._offer(response, redirect_url))
+        return response
 
-    def _located(self, request: HttpRequest, response: DownloadResponse) -> str:
-        """Return `get_redirect_url`, for a cached file after opening it if necessary. Raises `NoRedirectionMatch`."""
-        try:
-            return self.get_redirect_url(response)
-        except NoRedirectionMatch:
-            if not offload.locate_now(request, response):
-                raise
-        return self.get_redirect_url(response)
+    def _offer(self, response: DownloadResponse, redirect_url: str) -> Offer:
+        async def headers(content_type: str) -> Mapping[str, str]:
+            return self.orders(response, redirect_url, content_type)
 
-    async def _alocated(self, request: HttpRequest, response: DownloadResponse) -> str:
-        """Do what `_located` does, in an event loop."""
-        may_block = self.rules.want_urls and offload.may_block(response)
-        find = sync_to_async(self.get_redirect_url) if may_block else None
-        try:
-            return self.get_redirect_url(response) if find is None else await find(response)
-        except NoRedirectionMatch:
-            if not await offload.alocate(request, response):
-                raise
-        return self.get_redirect_url(response)
-
-    @property
-    def _is_remote(self) -> bool:
-        """Whether the proxy fetches the files of the rule from another server, except for local files."""
-        return self.fetches_urls and self.rules.is_of_server
-
-    def _redirected(self, response: DownloadResponse, redirect_url: str, metadata: FileMetadata | None) -> Any:
-        if metadata is None:
-            return response
-        response.take_content_type(metadata)
-        redirected = self.redirect(response, redirect_url)
-        offload.dress(redirected, response, metadata)
-        return redirected
+        return Offer(headers, self.response_class, is_remote=self.fetches_urls and self.rules.is_of_server)
 
 
 class DownloadDecorator:
@@ -452,27 +435,19 @@ class DownloadDecorator:
 
 def _call(middleware: Any, inner: Callable[..., Any], request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
     """Call a view or the next middleware, and process its response. Return a coroutine if the view returns one."""
-    defer(request)
-    try:
+    with deferred(request):
         response = inner(request, *args, **kwargs)
-    except BaseException:
-        undefer(request)
-        raise
+        if not isawaitable(response):
+            response = middleware.process_response(request, response)
     if isawaitable(response):
         return _acall(middleware, response, request)
-    try:
-        response = middleware.process_response(request, response)
-    finally:
-        last = undefer(request)
-    return response.finish(request) if last and is_download_response(response) else response
+    return response.finish(request) if is_due(response, request) else response
 
 
 async def _acall(middleware: Any, pending: Awaitable[Any], request: HttpRequest) -> Any:
-    try:
+    with deferred(request):
         response = await _aprocess(middleware, request, await pending)
-    finally:
-        last = undefer(request)
-    return await response.afinish(request) if last and is_download_response(response) else response
+    return await response.afinish(request) if is_due(response, request) else response
 
 
 async def _aprocess(middleware: Any, request: HttpRequest, response: Any) -> Any:

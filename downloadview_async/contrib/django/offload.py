@@ -3,38 +3,22 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
-from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
 from django.core.files.storage import FileSystemStorage
-from django.core.handlers.asgi import ASGIRequest
-from django.http import HttpRequest
-from django.http.response import HttpResponseBase
 
-from downloadview_async.asgi.answer import age_of
-from downloadview_async.asgi.errors import note_refusal
-from downloadview_async.contrib.django.background import run_in_background
 from downloadview_async.contrib.django.files import FileNotFound, async_file_of, is_sent_as_stored
-from downloadview_async.contrib.django.responses import DownloadResponse, spelled, take_marks
-from downloadview_async.errors import ConfigurationError, FileError, FileMissing
-from downloadview_async.http.fields import OFFLOAD_HEADERS
-from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.plan import FRAMING, Presentation, describe
-from downloadview_async.http.request import HEAD
+from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.offload.base import OffloadBackend
-from downloadview_async.offload.decision import Refusal, refusal
 from downloadview_async.offload.rules import Rule
-from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.cache.source import CachedFile
-from downloadview_async.sources.local.open_file import local_of, open_nowait
+from downloadview_async.sources.base import AsyncFile
 
 MakeBackend = Callable[[list[Rule]], OffloadBackend]
 
-_MADE_HERE = ("etag", "last-modified", "content-security-policy")
 _SIGNATURE = re.compile(r"(?:^|&)X-Signature=[^&]*")
 _QUERY = re.compile(r"[!$-;=?-Z_a-z~]*")  # visible ASCII that a URI need not escape
 _UNSAFE_IN_URLS = frozenset("%?#\\")  # a backslash becomes a slash in the URLs of Django
@@ -182,118 +166,16 @@ def _path_of(file: Any, name: str) -> str | None:
     return async_file.location if is_local(async_file) else None
 
 
-def is_offloadable(request: HttpRequest, response: HttpResponseBase) -> bool:
-    """Return whether a proxy may send the file of a response, which has to be an unfinished `DownloadResponse`."""
-    return (
-        isinstance(response, DownloadResponse)
-        and not response.is_finished
-        and not response.is_replaced
-        and response.may_be_offloaded(request)
-    )
-
-
-async def alocate(request: HttpRequest, response: DownloadResponse) -> bool:
-    """Open a cached file, which may have a location only while it is open, and return whether it has one.
-
-    The file stays open until the response is finished, so that the origin is asked only once.
-    """
-    if not isinstance(response.file, CachedFile) or response.opened is not None:
-        return False
-    try:
-        await response.open_early(request, response.file)
-    except FileError:
-        return False  # finishing the response will meet the error again
-    return response.file.location is not None
-
-
-def locate_now(request: HttpRequest, response: DownloadResponse) -> bool:
-    """Do what `alocate` does, for synchronous code. It uses the event loop in which the response is finished."""
-    if not isinstance(response.file, CachedFile):
-        return False
-    if isinstance(request, ASGIRequest):
-        return async_to_sync(alocate)(request, response)
-    return run_in_background(alocate(request, response))
-
-
-async def adescribe(request: HttpRequest, response: DownloadResponse, *, is_remote: bool) -> FileMetadata | None:
-    """Return the metadata of a file that a proxy may send, or None: the response sends it itself.
-
-    is_remote: whether the rule has the proxy fetch files from another server.
-    A file with a location is opened for that, as `OffloadMiddleware` does. Other files, such as those of a storage
-    without paths, have no metadata: only the rule covers them.
-    """
-    try:
-        file = async_file_of(response.file, response.get_basename())
-        is_remote = is_remote and not is_local(file)
-        refused = refusal(method=str(request.method), is_remote=is_remote)
-        metadata = FileMetadata()
-        if refused is None and file.location is not None:
-            refused, metadata = await _opened_for_proxy(file, request, response, is_remote)
-    except (FileError, FileNotFound, SuspiciousOperation):
-        return None  # finishing the response will meet the error again
-    if refused is None:
-        if response.opened is not None:  # by `alocate`
-            await response.release()
-        return metadata
-    note_refusal(refused, str(request.method), request.path)
-    return None
-
-
-async def _opened_for_proxy(
-    file: AsyncFile, request: HttpRequest, response: DownloadResponse, is_remote: bool
-) -> tuple[Refusal | None, FileMetadata]:
-    """Open a file, and return why no proxy may send it (None: a proxy may), and its metadata."""
-
-    def result(opened: OpenFile) -> tuple[Refusal | None, FileMetadata]:
-        metadata = opened.metadata
-        if (age := age_of(opened)) is not None:
-            metadata = replace(metadata, headers=(*metadata.headers, ("age", age)))
-        return response.refusal_once_open(request, file, opened, is_remote=is_remote), metadata
-
-    if (opened := open_nowait(file, HEAD)) is not None and (local := local_of(opened)) is not None:
-        try:
-            return result(opened)
-        finally:
-            local.close()
-    try:
-        async with file.open(HEAD) as opened:
-            return result(opened)
-    except FileError as exc:
-        if isinstance(exc, FileMissing) or is_local(file):
-            raise
-        return None, FileMetadata()  # the proxy may reach a file that we cannot
-
-
 def is_local(file: AsyncFile) -> bool:
     """Return whether the location of a file is a local path."""
     return file.location is not None and file.location.startswith("/")
 
 
-def describe_now(request: HttpRequest, response: DownloadResponse, *, is_remote: bool) -> FileMetadata | None:
-    """Do what `adescribe` does, for synchronous code."""
-    return run_in_background(adescribe(request, response, is_remote=is_remote))
-
-
-def may_block(response: DownloadResponse) -> bool:
-    """Return whether the URL of the file comes from the project's code, which may block."""
-    storage = getattr(response.file, "storage", None)
+def may_block(file: Any) -> bool:
+    """Return whether the URL of a Django file comes from the project's code, which may block."""
+    storage = getattr(file, "storage", None)
     if storage is None:
         return False
     # __class__: for a lazy storage, that of the storage behind it
     homes = [base.__module__ for base in storage.__class__.__mro__ if "url" in vars(base)]
     return not all(home.startswith(("django.core.files.", "downloadview_async.")) for home in homes)
-
-
-def dress(offloaded: HttpResponseBase, response: DownloadResponse, metadata: FileMetadata) -> None:
-    """Copy to an offloaded answer the headers, cookies and closers of the response, and the headers of the file."""
-    for name, value in response.items():
-        if name.lower() not in OFFLOAD_HEADERS | FRAMING:
-            offloaded[name] = value
-    presentation = Presentation(filename=response.get_basename(), attachment=response.attachment)
-    described = describe(metadata, presentation, {name.lower(): value for name, value in offloaded.items()})
-    for name in (*_MADE_HERE, *(name for name, _ in metadata.headers)):
-        if name in described:
-            offloaded[spelled(name)] = described[name]
-    take_marks(offloaded, response)
-    offloaded.cookies = response.cookies
-    offloaded._resource_closers = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001

@@ -4,16 +4,17 @@ import asyncio
 import os
 import re
 import unicodedata
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from asgiref.sync import SyncToAsync, async_to_sync, iscoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core import signals
+from django.core.exceptions import SuspiciousOperation
 from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
 from django.http.response import HttpResponseBase
@@ -31,6 +32,7 @@ from downloadview_async.contrib.django.files import (
     is_sent_as_stored,
     name_of,
 )
+from downloadview_async.contrib.django.offload import is_local
 from downloadview_async.errors import FileError, FileMissing
 from downloadview_async.http.content_types import content_type_for, with_charset
 from downloadview_async.http.dates import parse_http_date
@@ -43,12 +45,14 @@ from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.cache.source import CachedFile
 from downloadview_async.sources.local.open_file import local_of, open_nowait
 from downloadview_async.sources.virtual import VirtualFile
 
 _TEXTLESS = re.compile("(?:application|audio|font|image|model|multipart|video)/", re.IGNORECASE)
 _RECEIVERS = "_downloadview_receivers"  # in a request: the receivers of request_finished before the view was called
-_DEFERRED = "_downloadview_deferred"  # in a request: how many middlewares have called `defer`
+_DEFERRED = "_downloadview_deferred"  # in a request: how many contexts of `deferred` are open
+T = TypeVar("T")
 
 
 class _OrderedWith200:
@@ -96,12 +100,33 @@ class _OrderedWith200:
 class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
     """A response without a body that has a proxy send the file: the base class for each proxy's response.
 
-    It has its offload headers only while its status is 200.
+    A `DownloadResponse` that a proxy sends becomes one of these. It has its offload headers only while its status is
+    200.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._resource_closers.append(close_own_connections)  # type: ignore[attr-defined]
+    def _present(self, orders: Mapping[str, str], basename: str, attachment: bool) -> None:
+        """Set the headers that the proxy obeys, and the name under which the client saves the file."""
+        self.basename = basename
+        if attachment:
+            self["Content-Disposition"] = content_disposition(basename)
+        for header, value in orders.items():
+            self[header] = value
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A proxy that may send the file of a response.
+
+    headers: returns the headers that the proxy obeys, for the Content-Type of the response; None if the proxy cannot
+    reach the file, now that it is open. kind: the class of the response that has the proxy send the file.
+    is_remote: whether the proxy fetches files that are not local from another server. needs_metadata: whether the proxy
+    sends only files that we can open, too.
+    """
+
+    headers: Callable[[str], Awaitable[Mapping[str, str] | None]]
+    kind: "type[ProxiedDownloadResponse]" = ProxiedDownloadResponse
+    is_remote: bool = False
+    needs_metadata: bool = False
 
 
 class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
@@ -185,11 +210,7 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         """Return the name under which the client saves the file."""
         return self.basename or os.path.basename(name_of(self.file))
 
-    def may_be_offloaded(self, request: HttpRequest) -> bool:
-        """Return whether a proxy may send the file, as far as this is known before the file is open."""
-        return self.refusal_before_open(request) is None
-
-    def refusal_before_open(self, request: HttpRequest) -> Refusal | None:
+    def refusal(self, request: HttpRequest) -> Refusal | None:
         """Return why no proxy may send the file, or None if one may, as far as is known before the file is open."""
         return refusal(
             status=self.status_code,
@@ -197,22 +218,6 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
             is_permitted=self._is_left_as_stored(request),
             is_coded=self._is_coded,
         )
-
-    def refusal_once_open(
-        self, request: HttpRequest, file: AsyncFile, opened: OpenFile, *, is_remote: bool
-    ) -> Refusal | None:
-        """Return why no proxy may send the open file, or None if one may.
-
-        is_remote: whether the proxy fetches the file from another server.
-        """
-        metadata, _, _ = self._described(file, opened)
-        wanted = self._wanted_by(request)
-        return self._refusal_once_open(opened, metadata, wanted, str(request.method), is_remote=is_remote)
-
-    def _refusal_once_open(
-        self, opened: OpenFile, metadata: FileMetadata, wanted: DownloadRequest, method: str, *, is_remote: bool
-    ) -> Refusal | None:
-        return refusal_once_open(opened, metadata, wanted, method=method, is_remote=is_remote, is_coded=self._is_coded)
 
     @property
     def _is_coded(self) -> bool:
@@ -264,48 +269,122 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
 
     def finish(self, request: HttpRequest) -> HttpResponseBase:
         """Do what `afinish` does, for synchronous code."""
-        if isinstance(request, ASGIRequest):
-            return async_to_sync(self.afinish)(request)
-        return run_in_background(self.afinish(request))
+        return _in_loop_of(request, self.afinish)
 
     async def afinish(self, request: HttpRequest) -> HttpResponseBase:
         """Open the file, evaluate the conditions and ranges of the request, and return the response to send.
 
-        That is this response, a 304, or a 502, 503 or 504 for a file that cannot be opened now. Raises `Http404` for a
-        missing file, unless `file_not_found_response` makes another response.
+        That is this response, or a 502, 503 or 504 for a file that cannot be opened now. If a proxy sends the file,
+        this response becomes a `ProxiedDownloadResponse`; for a 304, an `HttpResponseNotModified`, unless the project
+        has overridden `close`. Raises `Http404` for a missing file, unless `file_not_found_response` makes another
+        response.
         """
         if self.is_finished or self.is_replaced:
             return self
         self.request = request
         try:
-            plan = await self._open_and_plan(request)
+            file = async_file_of(self.file, self.get_basename())
+            self._wanted = self._wanted_by(request)
+            if await self._is_offloaded_by_scope(request, file):
+                return self
+            opened = await self._open(file, self._wanted)
+            metadata, presentation, headers = self._described(file, opened)
+            plan = make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=headers)
         except (FileError, FileNotFound) as exc:
             return await self._failed(exc, request)
         self._take_over(plan)
-        if plan.status != 304:
-            return self
-        not_modified = HttpResponseNotModified()
-        for header, value in self.items():
-            not_modified[header] = value
-        not_modified.cookies = self.cookies
-        not_modified._resource_closers += self._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001
-        take_marks(not_modified, self)
-        await self.release()
-        return not_modified
+        if plan.status == 304 and is_left_by_closing(self):
+            await self._become(HttpResponseNotModified)
+        return self
 
-    async def _open_and_plan(self, request: HttpRequest) -> Plan:
-        file = async_file_of(self.file, self.get_basename())
+    def accept(self, request: HttpRequest, offer: Offer) -> bool:
+        """Do what `aaccept` does, for synchronous code."""
+        accept = partial(self.aaccept, offer=offer)
+        # a file that is opened and closed in this call needs no certain loop
+        return run_in_background(accept(request)) if self.opened is None else _in_loop_of(request, accept)
+
+    async def aaccept(self, request: HttpRequest, offer: Offer) -> bool:
+        """Become the response that has a proxy send the file, and return True; or return False if no proxy may.
+
+        The response is then still unfinished, and the next offer may be accepted.
+        """
+        try:
+            refused = await self._offload(request, async_file_of(self.file, self.get_basename()), offer)
+        except (FileError, FileNotFound, SuspiciousOperation):
+            return False  # finishing the response will meet the error again
+        if refused is not None:
+            note_refusal(refused, str(request.method), request.path)
+            return False
+        del self["Content-Length"]  # a server or middleware adds it, as to each response of Django without a body
+        return True
+
+    async def alocate(self, request: HttpRequest) -> None:
+        """Open a cached file, whose location is known only while it is open.
+
+        It stays open until the response is finished, so that the origin is asked only once.
+        """
+        if isinstance(self.file, CachedFile):
+            with suppress(FileError):  # finishing the response will meet the error again
+                await self._open(self.file, self._wanted_by(request))
+
+    def locate(self, request: HttpRequest) -> None:
+        """Do what `alocate` does, for synchronous code."""
+        if isinstance(self.file, CachedFile):
+            _in_loop_of(request, self.alocate)
+
+    async def _is_offloaded_by_scope(self, request: HttpRequest, file: AsyncFile) -> bool:
+        """Accept the offer that `OffloadMiddleware` has made in the scope. Return whether there is one that holds."""
         scope: Mapping[str, Any] = getattr(request, "scope", None) or {}
-        self._wanted = self._wanted_by(request)
         backend: OffloadBackend | None = (scope.get("extensions") or {}).get(EXTENSION)
         if backend is None:
-            opened = await self._open(file, self._wanted)
-        else:
-            opened, plan = await self._open_for_proxy(file, backend, request)
-            if plan is not None:
-                return plan
-        metadata, presentation, given_headers = self._described(file, opened)
-        return make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=given_headers)
+            return False
+        if (refused := self.refusal(request)) is None:
+            if not (order := backend.headers_for(file)):
+                await self._open(file, self._wanted)  # a cached file may get its location only when it is opened
+                order = backend.headers_for(file)
+
+            async def headers(content_type: str) -> Mapping[str, str] | None:
+                order = backend.headers_for(file)
+                return await signed(backend, file, order) if order else None
+
+            offer = Offer(headers, is_remote=is_remote_order(order), needs_metadata=True)
+            refused = await self._offload(request, file, offer) if order else Refusal.RULE
+        if refused is not None:
+            note_refusal(refused, str(request.method), request.path)
+        return refused is None
+
+    async def _offload(self, request: HttpRequest, file: AsyncFile, offer: Offer) -> Refusal | None:
+        """Become the response that has the proxy of an offer send the file, or return why no proxy may.
+
+        All that is known of the response before the file is open has been checked.
+        """
+        method = str(request.method)
+        is_remote, was_open = offer.is_remote and not is_local(file), self.opened is not None
+        if (refused := refusal(method=method, is_remote=is_remote)) is not None:
+            return refused
+        if not was_open and file.location is not None:  # a storage without paths is not asked
+            try:
+                await self._open(file, HEAD)
+            except FileError as exc:
+                if offer.needs_metadata or isinstance(exc, FileMissing) or is_local(file):
+                    raise
+        metadata, presentation, headers = self._described(file, self.opened)
+        if self.opened is not None:
+            wanted, is_coded = self._wanted_by(request), self._is_coded
+            refused = refusal_once_open(
+                self.opened, metadata, wanted, method=method, is_remote=is_remote, is_coded=is_coded
+            )
+        if refused is None:
+            plan = make_offload_plan(metadata, presentation, {}, headers=headers)
+            if (order := await offer.headers(plan.headers["content-type"])) is not None:
+                headers = plan.headers | {header.lower(): value for header, value in order.items()}
+                self._take_over(replace(plan, headers=headers))
+                await self._become(offer.kind)
+                return None
+            refused = Refusal.RULE
+        if not was_open:
+            await self.release()
+        return refused
 
     def _wanted_by(self, request: HttpRequest) -> DownloadRequest:
         """Return the request as the plan needs it. Conditions and ranges apply only to GET and HEAD."""
@@ -313,56 +392,6 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
             return GET
         wanted = _download_request(request, getattr(request, "scope", None) or {})
         return replace(wanted, if_modified_since=None) if self.ignores_modified_since else wanted
-
-    async def open_early(self, request: HttpRequest, file: AsyncFile) -> None:
-        """Open the file for `afinish`, which will use it. Raises `FileError`."""
-        await self._open(file, self._wanted_by(request))
-
-    def take_content_type(self, metadata: FileMetadata) -> None:
-        """Take over the Content-Type of the open file, unless the application has set another one."""
-        is_made = self["Content-Type"] == self.default_headers["Content-Type"]
-        if metadata.content_type is not None and self.file_mimetype is None and is_made:
-            self["Content-Type"] = metadata.content_type
-
-    async def _open_for_proxy(
-        self, file: AsyncFile, backend: OffloadBackend, request: HttpRequest
-    ) -> tuple[OpenFile, Plan | None]:
-        """Open the file. Return it with the plan that has the proxy send it, or with None if no proxy may."""
-        method = str(request.method)
-        may_be = refused = self.refusal_before_open(request)
-        if may_be is None:
-            order = backend.headers_for(file)
-            refused = refusal(method=method, has_rule=bool(order), is_remote=is_remote_order(order))
-        if refused is None:
-            opened = await self._open(file, HEAD)
-            refused, plan = await self._offload_plan(file, backend, opened, method)
-            if plan is not None:
-                return opened, plan
-            await self.release()
-            opened = await self._open(file, self._wanted)
-        else:
-            opened = await self._open(file, self._wanted)
-            # a cached file may get its location only when it is opened
-            if may_be is None:
-                refused, plan = await self._offload_plan(file, backend, opened, method)
-                if plan is not None:
-                    return opened, plan
-        if refused is not None:
-            note_refusal(refused, method, request.path)
-        return opened, None
-
-    async def _offload_plan(
-        self, file: AsyncFile, backend: OffloadBackend, opened: OpenFile, method: str
-    ) -> tuple[Refusal | None, Plan | None]:
-        """Return the plan that has the proxy send an open file, or why the proxy may not."""
-        if not (order := backend.headers_for(file)):
-            return Refusal.RULE, None
-        metadata, presentation, given_headers = self._described(file, opened)
-        refused = self._refusal_once_open(opened, metadata, self._wanted, method, is_remote=is_remote_order(order))
-        if refused is not None:
-            return refused, None
-        order = await signed(backend, file, order)
-        return None, make_offload_plan(metadata, presentation, order, headers=given_headers)
 
     async def _open(self, file: AsyncFile, wanted: DownloadRequest) -> OpenFile:
         """Return the open file, which stays open until `release`."""
@@ -376,9 +405,10 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         self.opened = opened
         return opened
 
-    def _described(self, file: AsyncFile, opened: OpenFile) -> tuple[FileMetadata, Presentation, Headers]:
-        """Return the metadata of an open file, its presentation, and the headers of the application."""
-        metadata, given_headers = opened.metadata, self._own_headers()
+    def _described(self, file: AsyncFile, opened: OpenFile | None) -> tuple[FileMetadata, Presentation, Headers]:
+        """Return the metadata of a file, as far as it is open, its presentation, and the headers of the application."""
+        metadata, made = FileMetadata() if opened is None else opened.metadata, self.default_headers
+        given_headers = {header.lower(): value for header, value in self.items() if made.get(header) != value}
         if (etag := ETag.parse(given_headers.pop("etag", ""))) is not None:
             metadata = replace(metadata, etag=etag)
         if (date := parse_http_date(given_headers.pop("last-modified", ""))) is not None:
@@ -393,14 +423,9 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
             content_type=says or self["Content-Type"],
         )
         given_headers.setdefault("content-disposition", self["Content-Disposition"])
-        if (age := age_of(opened)) is not None:
+        if opened is not None and (age := age_of(opened)) is not None:
             given_headers.setdefault("age", age)
         return metadata, presentation, given_headers
-
-    def _own_headers(self) -> Headers:
-        """Return the headers that the application has set, which differ from the default ones."""
-        made = self.default_headers
-        return {header.lower(): value for header, value in self.items() if made.get(header) != value}
 
     def _take_over(self, plan: Plan) -> None:
         for header in [header for header in self.headers if header.lower() not in plan.headers]:
@@ -411,6 +436,19 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         self.status_code = plan.status
         self.plan = plan
         self.is_finished = True
+
+    async def _become(self, kind: type[HttpResponse]) -> None:
+        """Close the file, and become a response of another class, without a body.
+
+        It stays the same object, so it keeps its headers and cookies, and all that decorators have set on it.
+        """
+        await self.release()
+        self.basename = self.get_basename()
+        for name in ("request", "file_not_found_response", "_loop", "_resources"):  # Django's cache pickles the rest
+            vars(self).pop(name, None)
+        response: Any = self
+        response.__class__ = kind
+        response.content = b""
 
     async def _failed(self, exc: Exception, request: HttpRequest) -> HttpResponseBase:
         await self.release()
@@ -436,8 +474,9 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
         self.opened = None
 
     def has_header(self, header: str) -> bool:
-        """Return whether the response has a header. A 206 claims Content-Encoding, so that no middleware encodes it."""
-        return super().has_header(header) or (self.status_code == 206 and header.lower() == "content-encoding")
+        """Return whether the response has a header. It claims Content-Encoding where no middleware may encode it."""
+        claims = self.status_code in (206, 304) and header.lower() == "content-encoding"
+        return claims or super().has_header(header)
 
     __contains__ = has_header
 
@@ -561,12 +600,11 @@ def content_disposition(filename: str, attachment: bool = True) -> str:
     return f"{'attachment' if attachment else 'inline'}; filename=\"{fallback}\"; filename*=UTF-8''{exact}"
 
 
-def take_marks(response: HttpResponseBase, original: "DownloadResponse") -> None:
-    """Copy to a response the marks that decorators set on the replaced one, such as `xframe_options_exempt`."""
-    marks = {
-        name: value for name, value in vars(original).items() if name.endswith("_exempt") or name.startswith("_csp_")
-    }
-    vars(response).update(marks)
+def _in_loop_of(request: HttpRequest, method: Callable[[HttpRequest], Coroutine[Any, Any, T]]) -> T:
+    """Call a coroutine function with a request, and wait for its result, in the loop that will send the response."""
+    if isinstance(request, ASGIRequest):
+        return async_to_sync(method)(request)
+    return run_in_background(method(request))
 
 
 def note_receivers(request: HttpRequest) -> None:
@@ -580,22 +618,26 @@ def has_new_receivers(request: HttpRequest) -> bool:
     return before is not None and any(receiver not in before for receiver in signals.request_finished.receivers)
 
 
-def defer(request: HttpRequest) -> None:
-    """Leave the response to this request unfinished until the caller, or one further out, finishes it."""
+@contextmanager
+def deferred(request: HttpRequest) -> Iterator[None]:
+    """Within the context, views leave the response to this request unfinished."""
     note_receivers(request)
     vars(request)[_DEFERRED] = getattr(request, _DEFERRED, 0) + 1
+    try:
+        yield
+    finally:
+        vars(request)[_DEFERRED] -= 1
 
 
-def undefer(request: HttpRequest) -> bool:
-    """Undo one `defer`. Return whether it was the last one: the caller then has to finish the response."""
-    left: int = getattr(request, _DEFERRED, 0) - 1
-    vars(request)[_DEFERRED] = left
-    return left <= 0
+def may_be_offloaded(response: Any, request: HttpRequest) -> bool:
+    """Return whether a response may accept an offer, as far as this is known before its file is open."""
+    is_unfinished = isinstance(response, DownloadResponse) and not response.is_finished and not response.is_replaced
+    return is_unfinished and response.refusal(request) is None
 
 
-def is_deferred(request: HttpRequest) -> bool:
-    """Return whether a middleware or decorator further out finishes the response."""
-    return bool(getattr(request, _DEFERRED, 0) > 0)
+def is_due(response: Any, request: HttpRequest) -> bool:
+    """Return whether to finish a response now: whether it is an unfinished download, outside `deferred`."""
+    return isinstance(response, DownloadResponse) and not response.is_finished and not getattr(request, _DEFERRED, 0)
 
 
 _META = [(f"HTTP_{field.decode().upper().replace('-', '_')}", field) for field in sorted(FIELDS)]

@@ -25,7 +25,7 @@ from django.views.static import was_modified_since
 
 from downloadview_async.contrib.django.calling import DualView, has_running_loop
 from downloadview_async.contrib.django.files import FileNotFound, HTTPFile, PathFile, StorageFile
-from downloadview_async.contrib.django.responses import DownloadResponse, is_deferred, note_receivers
+from downloadview_async.contrib.django.responses import DownloadResponse, is_due, note_receivers
 
 if TYPE_CHECKING:
     _SingleObjectMixin = SingleObjectMixin[Any]  # only the stubs have it generic
@@ -180,7 +180,7 @@ class BaseDownloadView(DownloadMixin, View):
             response: Any = blocking_view(request, *args, **kwargs)
             if hasattr(response, "__await__"):  # from an `async def get`
                 response = async_to_sync(_awaited)(response)
-            return response.finish(request) if _is_to_be_finished(response, request) else response
+            return response.finish(request) if is_due(response, request) else response
 
         async def on_loop(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
             if not isinstance(request, ASGIRequest):
@@ -194,7 +194,7 @@ class BaseDownloadView(DownloadMixin, View):
                 response = self._adispatch(request, *args, **kwargs)
             if hasattr(response, "__await__"):
                 response = await response
-            return await response.afinish(request) if _is_to_be_finished(response, request) else response
+            return await response.afinish(request) if is_due(response, request) else response
 
         update_wrapper(view, blocking_view)
         return DualView(view)
@@ -412,10 +412,6 @@ def _adds_functions(cls: type) -> bool:
         if base is not object and not f"{base.__module__}.".startswith(_OF_DJANGO)
         for name, value in vars(base).items()
     )
-
-
-def _is_to_be_finished(response: Any, request: HttpRequest) -> bool:
-    return isinstance(response, DownloadResponse) and not response.is_finished and not is_deferred(request)
 
 
 def sendfile(

@@ -10,7 +10,7 @@ from django.http import HttpRequest
 
 from downloadview_async.contrib.django.middleware import NoRedirectionMatch, ProxiedDownloadMiddleware
 from downloadview_async.contrib.django.offload import Found
-from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse, content_disposition
+from downloadview_async.contrib.django.responses import ProxiedDownloadResponse
 from downloadview_async.offload.backends import XSendfile
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
@@ -42,13 +42,16 @@ class BaseXSendfileResponse(ProxiedDownloadResponse):
         further = {name: value for name, value in (headers or {}).items() if name.lower() != "content-type"}
         super().__init__(content_type=content_type, headers=further)
         path = os.fspath(file_path)
-        if _CONTROL.search(path) or (self.encoding == "raw" and path.endswith(" ")):
+        self._present(self.orders_for(path), basename or os.path.basename(path), attachment)
+
+    @classmethod
+    def orders_for(cls, path: str) -> dict[str, str]:
+        """Return the header that the proxy obeys. Raises `ValueError` for a path that it cannot name."""
+        if _CONTROL.search(path) or (cls.encoding == "raw" and path.endswith(" ")):
             raise ValueError(f"X-Sendfile cannot name the path {path!r}")
-        self.basename = basename or os.path.basename(path)
-        if attachment:
-            self["Content-Disposition"] = content_disposition(self.basename)
+        encoded = os.fsencode(path)
         # a header value is bytes, which Django has as latin-1 text
-        self["X-Sendfile"] = quote(os.fsencode(path)) if self.encoding == "percent" else _as_latin1(path)
+        return {"X-Sendfile": quote(encoded) if cls.encoding == "percent" else encoded.decode("latin-1")}
 
 
 class BaseXSendfileMiddleware(ProxiedDownloadMiddleware):
@@ -84,19 +87,6 @@ class BaseXSendfileMiddleware(ProxiedDownloadMiddleware):
         raw = match.value.encode("latin-1") if self.response_class.encoding == "raw" else unquote_to_bytes(match.value)
         return os.fsdecode(raw)
 
-    def get_redirect_url(self, response: Any) -> str:
-        """Return the path at which the proxy finds the file of a response. Raises `NoRedirectionMatch`."""
-        return self.find(response)
-
-    def redirect(self, response: DownloadResponse, redirect_url: str) -> BaseXSendfileResponse:
-        """Return the response with X-Sendfile."""
-        return self.response_class(
-            redirect_url,
-            response["Content-Type"],
-            basename=response.get_basename(),
-            attachment=response.attachment,
-        )
-
-
-def _as_latin1(path: str) -> str:
-    return os.fsencode(path).decode("latin-1")
+    def orders(self, response: Any, redirect_url: str, content_type: str) -> Mapping[str, str]:
+        """Return X-Sendfile."""
+        return self.response_class.orders_for(redirect_url)

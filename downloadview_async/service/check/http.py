@@ -85,7 +85,7 @@ class Peer:
             good = False
         if not good or parts.query or parts.fragment:
             raise ConfigurationError(f"{url!r} is not a server URL: give one such as http://127.0.0.1:8080")
-        async with _client(timeout, uds) as client:
+        async with _client(parts.scheme, timeout, uds) as client:
             yield cls(client, f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), timeout)
 
     async def ask(
@@ -123,12 +123,14 @@ async def follow(url: str, timeout: float, headers: Mapping[str, str]) -> Answer
     base = f"{parts.scheme}://{parts.netloc}"
     target = url.removeprefix(base).partition("#")[0].encode("ascii", "replace")  # unchanged, because it is signed
     request = httpx2.Request("GET", base, headers=dict(headers), extensions={"target": target})
-    async with _client(timeout) as client:
+    async with _client(parts.scheme, timeout) as client:
         return await _answer_to(request, client, timeout)
 
 
-def _client(timeout: float, uds: str | None = None) -> httpx2.AsyncClient:
-    transport = httpx2.AsyncHTTPTransport(verify=ssl.create_default_context(), uds=uds, trust_env=False)
+def _client(scheme: str, timeout: float, uds: str | None = None) -> httpx2.AsyncClient:
+    """Return a client for one server. Without TLS, it does not read the certificates of the machine."""
+    verify = ssl.create_default_context() if scheme == "https" else False
+    transport = httpx2.AsyncHTTPTransport(verify=verify, uds=uds, trust_env=False)
     return httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout)
 
 

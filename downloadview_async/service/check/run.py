@@ -209,9 +209,9 @@ class _Run:
             with anyio.fail_after(self.site.timeout):
                 file = await self.site.resolve(wanted)
                 metadata, content = await content_of(file)
-                # In the second of its last change a file has no Last-Modified, which the checks compare.
+                # Until the second of its last change is over, a file has no Last-Modified, which the checks compare.
                 fresh_for = (metadata.last_modified or 0) + 1 - time.time()
-                await anyio.sleep(min(max(fresh_for, 0), 1))
+                await anyio.sleep(min(max(fresh_for, 0), 2))
                 if cache_of(source) is not None:
                     file = await self.site.resolve(wanted)  # by now it is in the cache, so it has a location
             expected = await self.site.in_process.ask(wanted.target, method="HEAD")

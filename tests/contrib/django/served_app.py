@@ -1,7 +1,8 @@
 """The project as real servers serve it: by our handler, by Django's own, and as a WSGI application.
 
 SERVED_ROOT: the directory of the files. SERVED_PORT: where this is served, for the remote kind. SERVED_DATABASE: the
-file of the database. TABLE_SMALL: how long a file is that goes in one message.
+file of the database. TABLE_SMALL: how long a file is that goes in one message. SERVED_KEEP: how
+many seconds a file is kept open after a request.
 """
 
 import os
@@ -31,10 +32,13 @@ def _set_up() -> None:
     import django
 
     from downloadview_async.asgi import transfer
+    from downloadview_async.sources.local import open_file_cache
     from tests.contrib.django import project
 
     if "TABLE_SMALL" in os.environ:
         vars(transfer)["SMALL"] = int(os.environ["TABLE_SMALL"])
+    if "SERVED_KEEP" in os.environ:
+        vars(open_file_cache)["KEEP_SECONDS"] = float(os.environ["SERVED_KEEP"])
     project.ROOT_URLCONF = "tests.contrib.django.documents.urls"
     project.MEDIA_ROOT = os.environ["SERVED_ROOT"]
     project.DATABASES["default"]["NAME"] = os.environ["SERVED_DATABASE"]

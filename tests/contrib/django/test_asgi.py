@@ -18,14 +18,16 @@ from starlette.routing import Route
 
 from downloadview_async import Download, ObjectStorage, OffloadMiddleware, PathSource, Rule, XAccelRedirect
 from downloadview_async.contrib.django import HTTPDownloadView, PathDownloadView, get_asgi_application
+from downloadview_async.http.metadata import ByteRange
 from tests.live import ask, live
+from tests.observed import Observed
 
 TEXT = b"All work and no play. " * 20_000
 HANDLERS = {"ours": get_asgi_application, "stock": get_plain_application}
 each_handler = pytest.mark.parametrize("handler", HANDLERS.values(), ids=HANDLERS)
 CONDITIONAL = "django.middleware.http.ConditionalGetMiddleware"
 GZIP = "django.middleware.gzip.GZipMiddleware"
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("files_are_kept_briefly")]
 
 
 class Blocking(PathDownloadView):
@@ -148,6 +150,21 @@ async def test_gzip_middleware_around_a_download(root: Path, handler: Any, kind:
 
 
 @each_handler
+@pytest.mark.parametrize("kind", ["async", "blocking"])
+async def test_gzip_middleware_leaves_an_answer_without_the_file_alone(root: Path, handler: Any, kind: str) -> None:
+    backend = XAccelRedirect([Rule(str(root), "/_files/")])
+    with override_settings(ROOT_URLCONF=Urls(root), MIDDLEWARE=[GZIP]):
+        async with live(OffloadMiddleware(handler(), backend)) as port:
+            answer = await ask(port, f"/{kind}/a.txt", headers={"Accept-Encoding": "gzip"})
+            assert (answer.status, answer.body, answer.headers["x-accel-redirect"]) == (200, b"", "/_files/a.txt")
+            assert "content-encoding" not in answer.headers
+        async with live(handler()) as port:
+            headers = {"Accept-Encoding": "gzip", "If-None-Match": answer.headers["etag"]}
+            answer = await ask(port, f"/{kind}/a.txt", headers=headers)
+            assert (answer.status, answer.body, "content-encoding" in answer.headers) == (304, b"", False)
+
+
+@each_handler
 async def test_a_proxy_asks_another_server_by_a_signed_get(handler: Callable[[], Any], root: Path) -> None:
     async with live(Starlette(routes=[Route("/box/{path:path}", Download(PathSource(root)))])) as port:
         url = f"http://127.0.0.1:{port}"
@@ -165,3 +182,25 @@ async def test_a_proxy_asks_another_server_by_a_signed_get(handler: Callable[[],
                     answer = await ask(service, "/a", headers={"Range": "bytes=0-1", "If-Range": tag})
                     assert (answer.status, answer.body) == (200, b"" if offloaded else TEXT)
                     assert ("x-offload-target" in answer.headers) is offloaded
+
+
+async def test_each_answer_ends_in_one_outcome(root: Path) -> None:
+    size = len(TEXT)
+    with override_settings(ROOT_URLCONF=Urls(root)):
+        app = Observed(get_asgi_application())
+        async with live(app) as port:
+            whole = await ask(port, "/async/a.txt")
+            outcome = app.only()
+            assert (outcome.status, outcome.how, outcome.sent, outcome.is_complete) == (200, "chunks", size, True)
+            await ask(port, "/async/a.txt", headers={"Range": "bytes=2-5"})
+            outcome = app.only()
+            assert (outcome.status, outcome.how, outcome.spans) == (206, "inline", (ByteRange(2, 6),))
+            await ask(port, "/async/a.txt", headers={"If-None-Match": whole.headers["etag"]})
+            assert (outcome := app.only()).status == 304
+            assert outcome.how == "empty"
+        backend = XAccelRedirect([Rule(str(root), "/_files/")])
+        app = Observed(OffloadMiddleware(get_asgi_application(), backend))
+        async with live(app) as port:
+            assert "x-accel-redirect" in (await ask(port, "/async/a.txt")).headers
+        outcome = app.only()
+        assert (outcome.status, outcome.how, outcome.delegated_to) == (200, "offloaded", "x-accel-redirect")

@@ -53,7 +53,7 @@ def started(checkout: Path, by_nginx: bool) -> Iterator[Site]:
     # -o: what the target needs is what runs these tests
     command: list[str | Path] = ["make", "-o", venv / "django.done", f"VENV={venv}", f"PORT={port}", "django"]
     env = {
-        "DJANGO_SETTINGS_MODULE": "examples.django.project.settings",  # not those of these tests
+        "DJANGO_SETTINGS_MODULE": "tests.contrib.django.example_settings",
         "EXAMPLE_DATA": str(data),
         "EXAMPLE_OFFLOAD": "nginx" if by_nginx else "",
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, iscoroutinefunction
+from django.core.cache import cache
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, InMemoryStorage
@@ -17,6 +18,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.test import AsyncClient, AsyncRequestFactory, Client, RequestFactory, override_settings
 from django.urls import path
 from django.utils.timezone import localtime, now
+from django.views.decorators.cache import cache_page
 
 from downloadview_async.contrib.django import apache, lighttpd, nginx
 from downloadview_async.contrib.django.files import HTTPFile, PathFile, StorageFile, VirtualFile
@@ -369,6 +371,36 @@ def test_the_response_so_far_is_kept(storage: FileSystemStorage, mode: str) -> N
     assert response["X-Accel-Charset"] == "utf-8"
     assert response["X-Content-Type-Options"] == "nosniff"
     assert "sandbox" in response["Content-Security-Policy"]  # inline, and a browser could run it
+
+
+@both
+def test_a_response_that_a_proxy_sends_is_the_one_of_the_view(storage: FileSystemStorage, mode: str) -> None:
+    made: list[Any] = []
+
+    def marked(request: HttpRequest) -> Any:
+        made.append(DownloadResponse(StorageFile(storage, "a.txt")))
+        made[0].mark = "of a decorator"
+        return made[0]
+
+    view = nginx.x_accel_redirect(marked, source_url="/media/", destination_url="/_m/")
+    response = get(view, mode=mode) if mode == "sync" else _from_thread(view)
+    assert response is made[0]
+    assert type(response) is nginx.XAccelRedirectResponse
+    assert (made[0].mark, made[0].basename) == ("of a decorator", "a.txt")
+    assert (response.streaming, response.content) == (False, b"")
+
+
+def test_a_response_that_a_proxy_sends_can_be_cached_by_django(storage: FileSystemStorage) -> None:
+    view = nginx.x_accel_redirect(
+        StorageDownloadView.as_view(storage=storage), source_url="/media/", destination_url="/_m/"
+    )
+    with override_settings(ROOT_URLCONF=Urls(cached=cache_page(60)(view))):
+        first = Client().get("/cached/a.txt")
+        Path(storage.path("a.txt")).unlink()
+        for response in (first, Client().get("/cached/a.txt")):
+            assert (response.status_code, response["X-Accel-Redirect"]) == (200, "/_m/a.txt")
+        assert Client().get("/cached/missing.txt").status_code == 404
+    cache.clear()
 
 
 def _from_thread(view: Callable[..., Any]) -> Any:
@@ -802,6 +834,13 @@ def test_process_response_can_be_called_by_hand(storage: FileSystemStorage, mode
     finished.finish(RequestFactory().get("/", headers={"range": "bytes=0-1"}))
     assert middleware.process_response(RequestFactory().get("/"), finished) is finished
     assert body(finished) == b"01"
+
+
+@pytest.mark.asyncio
+async def test_process_response_can_be_called_where_an_event_loop_runs(storage: FileSystemStorage) -> None:
+    response = DownloadResponse(StorageFile(storage, "a.txt"))
+    answer = nginx.XAccelRedirectMiddleware(**NGINX).process_response(AsyncRequestFactory().get("/"), response)
+    assert answer["X-Accel-Redirect"] == "/_m/a.txt"
 
 
 @both

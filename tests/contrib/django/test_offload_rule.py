@@ -309,6 +309,101 @@ async def test_a_field_file_that_decrypts_is_not_left_to_a_proxy(root: Path, way
     assert answer.body == CONTENT
 
 
+class DecryptingFile(File):  # type: ignore[type-arg]
+    """A wrapper that a project puts around the file that a storage has opened."""
+
+    plain: Any = None
+
+    def read(self, size: int = -1) -> bytes:
+        if self.plain is None:
+            stored: Any = self.file
+            self.plain = io.BytesIO(decrypted(stored.read()))
+        return self.plain.read(size)  # type: ignore[no-any-return]
+
+
+def field_file(storage: Storage, name: str = "secret.txt") -> FieldFile:
+    return FieldFile(Document(), FileField(storage=storage), name)
+
+
+def given(file: Any, other: Any) -> Any:
+    """Return a file after the project has set its `file`."""
+    file.file = other
+    return file
+
+
+def disk(root: Path) -> FileSystemStorage:
+    return FileSystemStorage(root, base_url="/media/")
+
+
+REPLACED: dict[str, Callable[[Path], Any]] = {
+    "a field's, content": lambda root: given(field_file(disk(root)), ContentFile(CONTENT)),
+    "a field's, wrapper": lambda root: given(
+        field_file(disk(root)), DecryptingFile(disk(root).open("secret.txt"), "secret.txt")
+    ),
+    "a field's, another file": lambda root: given(field_file(disk(root)), File((root / "a.txt").open("rb"))),
+    "a field's, another file with its name": lambda root: given(
+        field_file(disk(root)), File((root / "a.txt").open("rb"), name=str(root / "secret.txt"))
+    ),
+    "a field's, another storage's": lambda root: given(field_file(disk(root)), in_memory("secret.txt", CONTENT)),
+    "a stored file's": lambda root: StorageFile(disk(root), "secret.txt", ContentFile(CONTENT)),
+    "a path's": lambda root: given(PathFile(root / "secret.txt"), ContentFile(CONTENT)),
+    "a path's, wrapper": lambda root: given(
+        PathFile(root / "secret.txt"), DecryptingFile((root / "secret.txt").open("rb"))
+    ),
+}
+
+
+def in_memory(name: str, content: bytes) -> Any:
+    files = InMemoryStorage(base_url="/media/")
+    files.save(name, ContentFile(content))
+    return files.open(name)
+
+
+@pytest.mark.asyncio
+@by_any
+@pytest.mark.parametrize("kind", REPLACED)
+async def test_a_file_that_the_project_has_replaced_by_hand_is_sent_with_its_own_bytes(
+    root: Path, way: str, kind: str
+) -> None:
+    answer = await fetch(lambda request: DownloadResponse(REPLACED[kind](root)), root, way)
+    assert not is_offloaded(answer)
+    assert answer.body == CONTENT
+
+
+def opened(file: Any) -> Any:
+    file.open()
+    return file
+
+
+def closed(file: Any) -> Any:
+    file.file.close()
+    return file
+
+
+OPENED: dict[str, Callable[[Path], Any]] = {
+    "a field's": lambda root: opened(field_file(disk(root), "a.txt")),
+    "a field's, read": lambda root: given(field_file(disk(root), "a.txt"), disk(root).open("a.txt")),
+    "a field's, closed": lambda root: closed(field_file(disk(root), "a.txt")),
+    "a stored file's": lambda root: closed(StorageFile(disk(root), "a.txt")),
+    "a path's": lambda root: closed(PathFile(root / "a.txt")),
+}
+
+
+@pytest.mark.asyncio
+@by_path
+@pytest.mark.parametrize("kind", OPENED)
+async def test_a_file_that_its_storage_has_opened_is_offloaded(root: Path, way: str, kind: str) -> None:
+    assert is_offloaded(await fetch(lambda request: DownloadResponse(OPENED[kind](root)), root, way))
+
+
+@pytest.mark.asyncio
+async def test_a_file_that_a_storage_without_paths_has_opened_is_offloaded_by_its_url(root: Path) -> None:
+    files = InMemoryStorage(base_url="/media/")
+    files.save("x/a.txt", ContentFile(CONTENT))
+    for name, file in (("opened", opened(field_file(files, "x/a.txt"))), ("not opened", field_file(files, "x/a.txt"))):
+        assert is_offloaded(await fetch(lambda request, file=file: DownloadResponse(file), root, BY_URL[0])), name  # type: ignore[misc]
+
+
 class Vouched(Decrypts):
     """Opens in a way of its own, and yet what it stores."""
 
@@ -475,6 +570,23 @@ async def test_a_file_that_is_deleted_afterwards_is_not_left_to_a_proxy(root: Pa
 @pytest.mark.parametrize("kind", KEPT)
 async def test_a_file_that_stays_is(root: Path, way: str, kind: str) -> None:
     assert is_offloaded(await fetch(lambda request: KEPT[kind](root), root, way))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("handler", [get_asgi_application, get_plain_application], ids=["ours", "Django's own"])
+@pytest.mark.parametrize("kind", ["a response that deletes it", "a response with another close"])
+async def test_a_response_that_deletes_its_file_does_so_after_a_304_too(root: Path, kind: str, handler: Any) -> None:
+    def view(request: HttpRequest) -> DownloadResponse:
+        return (DELETED[kind] if "if-none-match" in request.headers else KEPT["a path"])(root)
+
+    middleware = ["django.middleware.gzip.GZipMiddleware", SMART]
+    with override_settings(**{**by_settings(root), "ROOT_URLCONF": Urls(view), "MIDDLEWARE": middleware}):
+        etag = answer_of(await call(handler(), "/file")).headers["etag"]
+        headers = {"If-None-Match": etag, "Accept-Encoding": "gzip"}
+        answer = answer_of(await call(handler(), "/file", headers=headers))
+    assert (answer.status, answer.body, answer.headers["etag"]) == (304, b"", etag)
+    assert "content-encoding" not in answer.headers
+    assert not (root / "a.txt").exists()
 
 
 @pytest.mark.asyncio

@@ -15,11 +15,7 @@ from django.utils.encoding import iri_to_uri
 from django.utils.timezone import is_naive, make_aware, now
 
 from downloadview_async.contrib.django.middleware import DownloadDecorator, ProxiedDownloadMiddleware, View
-from downloadview_async.contrib.django.responses import (
-    DownloadResponse,
-    ProxiedDownloadResponse,
-    content_disposition,
-)
+from downloadview_async.contrib.django.responses import ProxiedDownloadResponse
 from downloadview_async.contrib.django.testing import assert_x_accel_redirect
 
 __all__ = [
@@ -60,18 +56,24 @@ class XAccelRedirectResponse(ProxiedDownloadResponse):
     ) -> None:
         further = {name: value for name, value in (headers or {}).items() if name.lower() != "content-type"}
         super().__init__(content_type=content_type, headers=further)
-        self.basename = basename or redirect_url.partition("?")[0].rpartition("/")[2]
-        if attachment:
-            self["Content-Disposition"] = content_disposition(self.basename)
-        self["X-Accel-Redirect"] = iri_to_uri(redirect_url)
-        if charset := _CHARSET.search(content_type):
-            self["X-Accel-Charset"] = charset[1]
-        if with_buffering is not None:
-            self["X-Accel-Buffering"] = "yes" if with_buffering else "no"
-        if expires is not None:
-            self["X-Accel-Expires"] = _expires(expires)
-        if limit_rate is not None:
-            self["X-Accel-Limit-Rate"] = _limit_rate(limit_rate)
+        orders = _orders(redirect_url, content_type, expires, with_buffering, limit_rate)
+        self._present(orders, basename or redirect_url.partition("?")[0].rpartition("/")[2], attachment)
+
+
+def _orders(
+    redirect_url: str, content_type: str, expires: Expires, with_buffering: bool | None, limit_rate: int | None
+) -> dict[str, str]:
+    """Return the headers that nginx obeys. Raises `ValueError` for an option that it would refuse."""
+    orders = {"X-Accel-Redirect": iri_to_uri(redirect_url)}
+    if charset := _CHARSET.search(content_type):
+        orders["X-Accel-Charset"] = charset[1]
+    if with_buffering is not None:
+        orders["X-Accel-Buffering"] = "yes" if with_buffering else "no"
+    if expires is not None:
+        orders["X-Accel-Expires"] = _expires(expires)
+    if limit_rate is not None:
+        orders["X-Accel-Limit-Rate"] = _limit_rate(limit_rate)
+    return orders
 
 
 def _expires(expires: datetime | float) -> str:
@@ -105,6 +107,8 @@ class XAccelRedirectMiddleware(ProxiedDownloadMiddleware):
     Raises `ImproperlyConfigured`.
     """
 
+    response_class = XAccelRedirectResponse
+
     def __init__(
         self,
         get_response: Callable[[HttpRequest], Any] | None = None,
@@ -137,17 +141,10 @@ class XAccelRedirectMiddleware(ProxiedDownloadMiddleware):
         self.with_buffering = with_buffering
         self.limit_rate = limit_rate
 
-    def redirect(self, response: DownloadResponse, redirect_url: str) -> XAccelRedirectResponse:
-        """Return the response with X-Accel-Redirect."""
-        return XAccelRedirectResponse(
-            redirect_url,
-            response["Content-Type"],
-            basename=response.get_basename(),
-            expires=getattr(response, "expires", None) if self.expires is None else self.expires,
-            with_buffering=self.with_buffering,
-            limit_rate=self.limit_rate,
-            attachment=response.attachment,
-        )
+    def orders(self, response: Any, redirect_url: str, content_type: str) -> Mapping[str, str]:
+        """Return X-Accel-Redirect and the options."""
+        expires = getattr(response, "expires", None) if self.expires is None else self.expires
+        return _orders(redirect_url, content_type, expires, self.with_buffering, self.limit_rate)
 
 
 class SingleXAccelRedirectMiddleware(XAccelRedirectMiddleware):
