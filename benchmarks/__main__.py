@@ -216,7 +216,6 @@ def _picture(found: report.Rounds, figure: str) -> str | None:
 
 def _machine() -> dict[str, Any]:
     """Describe this machine without its name."""
-    cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     versions = {}
     for package in _PACKAGES:
         try:
@@ -232,7 +231,7 @@ def _machine() -> dict[str, Any]:
     versions["wrk"] = wrk.split()[1]
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu[1] if cpu else platform.machine(),
+        "cpu": proc.processor(),
         "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",

@@ -7,6 +7,7 @@ that writes nothing.
 import asyncio
 import json
 import os
+import platform
 import random
 import signal
 import sys
@@ -14,8 +15,10 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks import proc
 from benchmarks.counting import Count
 from benchmarks.load import HOST, LoadError
 from benchmarks.servers import Command, Place, Server, nginx_command, running
@@ -43,9 +46,12 @@ cache_control = "no-cache"
 _INTRODUCTION = """\
 # What caches save
 
-`python -m benchmarks.caches` writes this page: see [](../performance.md). Each server had the same clients for
-{seconds:.0f} seconds, {visits:.0f} visits a second on average. "without" is the time of a call that has no cache; the
-caches behind it have their values. "saves per request" counts hits and misses, and all requests of the server."""
+`python -m benchmarks.caches` writes this page; do not edit it. [Performance](../performance.md) explains what is
+measured. {date}, {processor}, Python {python}.
+
+Each server had the same clients for {seconds:.0f} seconds, {visits:.0f} visits a second on average. "without" is the
+time of a call without the cache, while the caches behind it have their values. "saves" counts hits and misses, and is
+divided by all requests of the server."""
 
 
 def _counted(place: Place, module: str, *arguments: str, **environment: str) -> Command:
@@ -97,7 +103,8 @@ SERVERS = [
 def main(seconds: float | None = None) -> None:
     """Replay the clients at each server, print the tables, and write them unless the run was a quick test."""
     lasts = seconds or _SECONDS
-    parts = [_INTRODUCTION.format(seconds=lasts, visits=_VISITS_PER_SECOND)]
+    machine = {"date": datetime.now(UTC).date(), "processor": proc.processor(), "python": platform.python_version()}
+    parts = [_INTRODUCTION.format(seconds=lasts, visits=_VISITS_PER_SECOND, **machine)]
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="caches-") as scratch:
         files = Path(scratch, "files")
         files.mkdir()
@@ -136,7 +143,7 @@ def section(title: str, visits: int, requests: int, programs: Collection[str], c
         "",
         f"{requests:,} requests of {visits:,} visits, and of {', '.join(sorted(programs))}.",
         "",
-        "| cache | calls | hits | hit rate | without, µs | hit, µs | miss, µs | saves per request, µs |",
+        "| cache | calls | hits | hit rate | without, µs | hit, µs | miss, µs | saves, µs a request |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for count in sorted(merged(counts), key=lambda count: count.saving(requests), reverse=True):

@@ -1,6 +1,8 @@
 """What the kernel knows of processes: processor time, memory and descriptors, from /proc (Linux)."""
 
 import os
+import platform
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,3 +74,9 @@ def _status(process: int, name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0  # a process that has ended and is not reaped
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return model[1] if model else platform.machine()

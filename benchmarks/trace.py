@@ -421,7 +421,7 @@ def real_clients(site: Site, url: str, choice: random.Random, root: Path) -> Ite
 
 
 async def _run_program(command: Sequence[str], directory: str) -> None:
-    """Run a program in a directory. Raises `LoadError` if it fails."""
+    """Run a program in a directory, and kill one that does not end. Raises `LoadError` if it fails."""
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=directory,
@@ -435,6 +435,8 @@ async def _run_program(command: Sequence[str], directory: str) -> None:
             output, _ = await process.communicate()
     except TimeoutError:
         process.kill()
-        raise LoadError(f"{command} does not end") from None
+        await process.wait()
+        print(f"ended after {_PATIENCE:.0f} s: {command}", file=sys.stderr, flush=True)
+        return
     if process.returncode:
         raise LoadError(f"{command} ended with {process.returncode}: {output.decode(errors='replace')[-500:]}")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.caches import section as caches_section
+from benchmarks.counting import Count
 from benchmarks.load import LoadError, parse_wrk, wrk_program
 from benchmarks.measures import FIGURES, FULL, QUICK
 from benchmarks.pictures import Bar, bar_chart
@@ -326,6 +328,19 @@ def test_the_report_of_wrk_is_read() -> None:
 def test_a_load_with_failures_is_none(output: str) -> None:
     with pytest.raises(LoadError):
         parse_wrk(output)
+
+
+def test_what_a_cache_saves_counts_hits_and_misses() -> None:
+    count = Count(cache="a.cache", calls=10, hits=8, direct=5e-6, hit=1e-6, miss=6e-6)
+    assert count.saving(requests=10) == pytest.approx(3e-6)
+    assert count.saving(requests=20) == pytest.approx(1.5e-6)
+    costly = Count(cache="a.useless", calls=10, hits=0, direct=1e-6, hit=1e-7, miss=3e-6)
+    table = caches_section("A server", visits=3, requests=10, programs={"wget", "curl"}, counts=[costly, count, count])
+    assert table.splitlines()[2:3] + table.splitlines()[6:] == [
+        "10 requests of 3 visits, and of curl, wget.",
+        "| `a.cache` | 20 | 16 | 80.0% | 5.00 | 1.00 | 6.00 | 6.00 |",
+        "| `a.useless` | 10 | 0 | 0.0% | 1.00 | 0.10 | 3.00 | -2.00 |",
+    ]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

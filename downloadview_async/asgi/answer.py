@@ -65,11 +65,11 @@ def answer_to(
     if not keep or status != 200 or not is_shown_for_good(metadata.last_modified, time.time()):
         plan = _plan(request, metadata, presentation, added, offered, status=status)
         return Answer(plan, raw(plan.headers))
+    whole = _kept_answer(request.method, metadata, presentation, added, offered)
     if offered is not None or request.unconditional:
-        return _kept_answer(request.method, metadata, presentation, added, offered)
-    if (part := request.lone_part) is not None:
-        return _kept_part(part, metadata, presentation, added)
-    return _narrowed(_kept_answer(request.method, metadata, presentation, added, None), request, metadata)
+        return whole
+    plan = narrowed(whole.plan, request, metadata)
+    return whole if plan is whole.plan else Answer(plan, raw(plan.headers))
 
 
 def _plan(
@@ -98,20 +98,6 @@ def _kept_answer(
     plan = _plan(DownloadRequest(method=method), metadata, presentation, added, offload)
     headers = raw(plan.headers)
     return Answer(plan, headers, PreparedHead.of(headers))
-
-
-@lru_cache(maxsize=256)  # a separate cache: there are many more ranges than files
-def _kept_part(
-    part: str, metadata: FileMetadata, presentation: Presentation, added: tuple[tuple[bytes, bytes], ...]
-) -> Answer:
-    """Return the answer to a GET of one part. Players and viewers request the same parts again and again."""
-    whole = _kept_answer("GET", metadata, presentation, added, None)
-    return _narrowed(whole, DownloadRequest(range=part), metadata)
-
-
-def _narrowed(whole: Answer, request: DownloadRequest, metadata: FileMetadata) -> Answer:
-    plan = narrowed(whole.plan, request, metadata)
-    return whole if plan is whole.plan else Answer(plan, raw(plan.headers))
 
 
 def is_reserved(name: str) -> bool:

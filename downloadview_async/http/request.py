@@ -16,8 +16,6 @@ _SINGLE = {
 FIELDS = frozenset(_LISTS) | frozenset(_SINGLE)
 """The names of all fields that are read, in lower case."""
 
-_LONGEST_PART = len("bytes=-") + 2 * 19  # no position in a file has more digits
-
 _CONTRADICTORY = ""  # the value of a field that may be sent once and was sent twice: it never parses
 
 
@@ -80,14 +78,6 @@ class DownloadRequest:
     def unconditional(self) -> bool:
         """Whether the answer depends on the file alone: there is neither a precondition nor a Range."""
         return self.range is None and not self.has_precondition
-
-    @property
-    def lone_part(self) -> str | None:
-        """The Range of a GET with one part and no conditions; else None. A longer text cannot be a single part."""
-        text = self.range
-        if text is None or self.if_range is not None or self.method != "GET" or self.has_precondition:
-            return None
-        return None if "," in text or len(text) > _LONGEST_PART else text
 
 
 GET = DownloadRequest()

@@ -62,29 +62,6 @@ def test_what_makes_a_request_conditional(name: str) -> None:
     assert DownloadRequest(**fields).unconditional is (name == "if_range")
 
 
-@pytest.mark.parametrize(
-    ("expected", "fields"),
-    [
-        (True, {"range": "bytes=0-1"}),
-        (True, {"range": "bytes=0-1", "accept_encoding": "br"}),
-        (True, {"range": "bytes=-1"}),
-        (True, {"range": f"bytes={2**63 - 1}-{2**63 - 1}"}),
-        (True, {"range": "nonsense"}),
-        (False, {"range": f"bytes={'0' * 20}-{2**63 - 1}"}),
-        (False, {"range": "bytes=0-1,4-5"}),
-        (False, {"range": "bytes=0-1", "method": "HEAD"}),
-        (False, {"range": "bytes=0-1", "if_range": '"x"'}),
-        (False, {"range": "bytes=0-1", "if_match": "*"}),
-        (False, {"range": "bytes=0-1", "if_none_match": '"x"'}),
-        (False, {"range": "bytes=0-1", "if_modified_since": "x"}),
-        (False, {"range": "bytes=0-1", "if_unmodified_since": "x"}),
-        (False, {}),
-    ],
-)
-def test_a_lone_part(expected: bool, fields: dict[str, str]) -> None:
-    assert DownloadRequest(**fields).lone_part == (fields["range"] if expected else None)
-
-
 def test_an_encoding_is_no_condition() -> None:
     assert GET.unconditional
     assert HEAD.unconditional
