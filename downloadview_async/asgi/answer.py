@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from downloadview_async.asgi.prepared_head import PreparedHead
-from downloadview_async.http.fields import OFFLOAD_HEADERS
+from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import (
-    FRAMING,
     Headers,
     Plan,
     Presentation,

@@ -13,8 +13,7 @@ import anyio
 from starlette.types import Message, Receive, Send
 
 from downloadview_async.asgi.offer import Lent, Offer
-from downloadview_async.http.fields import OFFLOAD_HEADERS
-from downloadview_async.http.plan import FRAMING
+from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.offload.decision import refusal
 from downloadview_async.sources.per_loop import PerLoop
 

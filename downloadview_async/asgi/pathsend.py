@@ -16,7 +16,7 @@ from downloadview_async.asgi.errors import note_refusal, send_error
 from downloadview_async.asgi.extensions import PATHSEND, SETTLED
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.errors import FileError, FileMissing, TransferAborted
-from downloadview_async.http.fields import OFFLOAD_ORDERS, OFFLOAD_TARGET
+from downloadview_async.http.fields import FRAMING, OFFLOAD_ORDERS, OFFLOAD_TARGET
 from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
@@ -27,7 +27,7 @@ from downloadview_async.sources.local.path import LocalFile
 
 logger = logging.getLogger("downloadview_async")
 
-_OF_THE_FRAMING = frozenset({b"accept-ranges", b"content-length", b"content-range", b"transfer-encoding"})
+_REPLACED = frozenset(name.encode() for name in FRAMING - {"connection"})
 
 
 def _is_order(name: bytes) -> bool:
@@ -177,7 +177,7 @@ class ForeignResponse:
             note_refusal(refused or Refusal.RULE, self._scope["method"], self._scope["path"])
             return None
         made = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in order.items()]
-        replaced = _OF_THE_FRAMING.union(name for name, _ in made)
+        replaced = _REPLACED.union(name for name, _ in made)
         kept = [header for header in headers if header[0].lower() not in replaced]
         return {**start, "headers": [*kept, *made, (b"content-length", b"0")]}
 

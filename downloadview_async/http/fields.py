@@ -6,6 +6,25 @@ TOKEN_CHAR = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
 NAME_CHAR = "[!#$%&'*+.^_`|~0-9a-z-]"
 """One character of the name of a field [RFC 9110 5.1] in lower case, as a regular expression."""
 
+FRAMING = frozenset({"accept-ranges", "connection", "content-length", "content-range", "transfer-encoding"})
+"""Headers that tell how a body is sent. Only the sender of the body sets them."""
+
+OF_THE_CONTENT = frozenset(
+    {
+        "accept-ranges",
+        "content-disposition",
+        "content-encoding",
+        "content-language",
+        "content-length",
+        "content-security-policy",
+        "content-type",
+    }
+)
+"""Representation metadata, which an answer without the file leaves out.
+
+"The sender SHOULD NOT generate representation metadata" except the validators and what a cache needs [15.4.5].
+"""
+
 OFFLOAD_TARGET = "x-offload-target"
 """The path and query that a proxy requests from another server, encoded and signed. The proxy knows which server."""
 

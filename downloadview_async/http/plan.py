@@ -8,6 +8,7 @@ from downloadview_async.http.conditional import failed_precondition, range_appli
 from downloadview_async.http.content_types import content_type_for, is_active
 from downloadview_async.http.dates import format_http_date
 from downloadview_async.http.disposition import content_disposition
+from downloadview_async.http.fields import OF_THE_CONTENT
 from downloadview_async.http.metadata import ByteRange, FileMetadata, is_meaningful
 from downloadview_async.http.multipart import multipart_body, new_boundary
 from downloadview_async.http.ranges import in_order_of_the_file, reads_of, select_ranges
@@ -19,29 +20,11 @@ Headers = dict[str, str]
 Piece = bytes | ByteRange | None
 """A piece of a body: bytes of the framing, a span of the file, or None for all of a file of unknown size."""
 
-# Representation metadata, which an answer without the file leaves out: "the sender SHOULD NOT generate representation
-# metadata" except the validators and what a cache needs [15.4.5].
-_OF_THE_CONTENT = frozenset(
-    {
-        "accept-ranges",
-        "content-disposition",
-        "content-encoding",
-        "content-language",
-        "content-length",
-        "content-security-policy",
-        "content-type",
-    }
-)
-
-
 ACTIVE_POLICY = "sandbox; default-src 'none'"
 """The Content-Security-Policy of a file that is shown inline and could contain scripts: none of them runs."""
 
 SVG_POLICY = f"{ACTIVE_POLICY}; style-src 'unsafe-inline'; img-src data:; font-src data:"
 """The same for an SVG image, which may use the styles, images and fonts in it: without its styles it is black."""
-
-FRAMING = frozenset({"accept-ranges", "connection", "content-length", "content-range", "transfer-encoding"})
-"""Headers that tell how a body is sent. Only the sender of the body sets them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +158,7 @@ def make_redirect_plan(headers: Headers, redirect: Mapping[str, str]) -> Plan:
     `headers` are the application's own; those in `redirect` win over them. Headers that describe the file are left
     out: the server that sends the file sets them.
     """
-    kept = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT | {"age", "expires"}}
+    kept = {name: value for name, value in headers.items() if name not in OF_THE_CONTENT | {"age", "expires"}}
     safe = {"x-content-type-options": "nosniff", "content-length": "0"}
     return Plan(307, kept | safe | dict(redirect), ())
 
@@ -221,7 +204,7 @@ def _partial(parts: list[ByteRange], size: int, whole: Headers) -> Plan:
 
 
 def _without_file(status: int, headers: Headers, extra: Headers | None = None) -> Plan:
-    kept = {name: value for name, value in headers.items() if name not in _OF_THE_CONTENT} | (extra or {})
+    kept = {name: value for name, value in headers.items() if name not in OF_THE_CONTENT} | (extra or {})
     if status != 304:
         # The freshness lifetime of the file does not hold for an error, which is for this request alone.
         for name in ("age", "expires"):

@@ -22,7 +22,7 @@ from django.http import HttpRequest
 from django.utils.module_loading import import_string
 
 from downloadview_async.contrib.django import offload
-from downloadview_async.contrib.django.calling import like
+from downloadview_async.contrib.django.dual import like
 from downloadview_async.contrib.django.responses import (
     DownloadResponse,
     Offer,

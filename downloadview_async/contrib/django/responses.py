@@ -23,8 +23,8 @@ from downloadview_async.asgi.answer import age_of
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.errors import failed, note_refusal
 from downloadview_async.asgi.transfer import body_of
-from downloadview_async.contrib.django.background import iterate_in_background, run_in_background
-from downloadview_async.contrib.django.calling import close_idle_connections, close_own_connections, has_running_loop
+from downloadview_async.contrib.django.dual import close_idle_connections, close_own_connections, has_running_loop
+from downloadview_async.contrib.django.event_loop import iterate_in_background, run_in_background
 from downloadview_async.contrib.django.files import (
     FileNotFound,
     async_file_of,
@@ -38,9 +38,9 @@ from downloadview_async.http.content_types import content_type_for, with_charset
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.disposition import MAX_BYTES, client_filename, is_device_name
 from downloadview_async.http.disposition import content_disposition as disposition_of
-from downloadview_async.http.fields import OFFLOAD_HEADERS
+from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.http.metadata import ETag, FileMetadata
-from downloadview_async.http.plan import FRAMING, Headers, Plan, Presentation, make_offload_plan, make_plan
+from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open

@@ -10,7 +10,7 @@ from django.core.files.storage import FileSystemStorage
 from django.core.signing import BadSignature, SignatureExpired, TimestampSigner
 from django.http import HttpRequest
 
-from downloadview_async.contrib.django.calling import like
+from downloadview_async.contrib.django.dual import like
 from downloadview_async.contrib.django.middleware import View
 
 PARAMETER = "X-Signature"

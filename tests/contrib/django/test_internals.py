@@ -23,7 +23,7 @@ from django.urls import path
 
 from downloadview_async.contrib.django import get_asgi_application
 from downloadview_async.contrib.django.asgi import DownloadASGIHandler
-from downloadview_async.contrib.django.calling import DualView
+from downloadview_async.contrib.django.dual import DualView
 from downloadview_async.contrib.django.files import unwrapped
 from downloadview_async.contrib.django.responses import DownloadResponse
 from tests.live import ask, live

@@ -78,7 +78,7 @@ from django.test import Client
 from django.urls import path
 from downloadview_async.contrib.django import DownloadResponse, PathDownloadView, PathFile, StorageFile
 from downloadview_async.contrib.django import StorageDownloadView
-from downloadview_async.contrib.django.background import background_loop
+from downloadview_async.contrib.django.event_loop import background_loop
 
 storage = InMemoryStorage()
 storage.save("large.bin", ContentFile(bytes(4 << 20)))

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from downloadview_async.contrib.django.calling import has_running_loop
+from downloadview_async.contrib.django.dual import has_running_loop
 
 T = TypeVar("T")
 
