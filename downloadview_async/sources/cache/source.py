@@ -192,7 +192,7 @@ class CachedFile:
             async with fetch.joined() as (fetch, arriving):
                 if fetch.is_for_one and (arriving is None or _are_parts(request, arriving.metadata)):
                     continue  # an uncacheable stream can be read only once, but several ranges need to seek
-                if arriving is not None and not (request.ranges and arriving.metadata.size is None and fetch.is_kept):
+                if arriving is not None and not (request.range and arriving.metadata.size is None and fetch.is_kept):
                     yield arriving
                     return
                 # the kept file is current, or the size is not known yet, and without it there are no ranges
