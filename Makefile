@@ -86,11 +86,11 @@ django-nginx: $(VENV)/django.done  ## Serve the Django example behind nginx, whi
 
 .PHONY: test
 test: $(VENV)/dev.done  ## Run the quick tests; PYTEST_ARGS="-k range -x" to select some
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadscope -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-all
 test-all: $(VENV)/dev.done  ## Run all tests, including those marked slow; PYTEST_ARGS and WORKERS as for `make test`
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadscope $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (170 MB); install the others with apt

@@ -28,8 +28,13 @@ def _any_matches(value: str, etag: ETag | None, *, strong: bool) -> bool:
     return f'"{etag.value}"' in tags or (not strong and f'W/"{etag.value}"' in tags)
 
 
-def failed_precondition(request: DownloadRequest, metadata: FileMetadata) -> Literal[304, 412] | None:
-    """Return the status that the preconditions of a GET or HEAD demand, or None: go on. The order is that of 13.2.2."""
+def failed_precondition(
+    request: DownloadRequest, metadata: FileMetadata, *, unshown: int | None = None
+) -> Literal[304, 412] | None:
+    """Return the status that the preconditions of a GET or HEAD demand, or None: go on. The order is that of 13.2.2.
+
+    unshown: the second of the last change, if `metadata` leaves it out because the file may change again in it.
+    """
     # 1. and 2. If-Match, else If-Unmodified-Since: 412
     if request.if_match is not None:
         if not _any_matches(request.if_match, metadata.etag, strong=True):
@@ -42,9 +47,10 @@ def failed_precondition(request: DownloadRequest, metadata: FileMetadata) -> Lit
     if request.if_none_match is not None:
         if _any_matches(request.if_none_match, metadata.etag, strong=False):
             return 304
-    elif request.if_modified_since is not None and metadata.last_modified is not None:
+    elif request.if_modified_since is not None:
         date = parse_http_date(request.if_modified_since)
-        if date is not None and metadata.last_modified <= date:
+        modified = metadata.last_modified if unshown is None else unshown + 1
+        if date is not None and modified is not None and modified <= date:
             return 304
     return None
 

@@ -114,7 +114,7 @@ def narrowed(whole: Plan, request: DownloadRequest, metadata: FileMetadata, *, n
     now = time.time() if now is None else now
     modified = _last_modified_shown(metadata.last_modified, now)
     shown = metadata if modified == metadata.last_modified else replace(metadata, last_modified=modified)
-    if failed := failed_precondition(request, shown):
+    if failed := failed_precondition(request, shown, unshown=metadata.changed_at if modified is None else None):
         return _without_file(failed, whole.headers)
     if (specs := request.ranges) is None or metadata.size is None or not metadata.accept_ranges:
         return whole

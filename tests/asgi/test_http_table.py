@@ -43,12 +43,12 @@ def bucket(root: Path, s3: S3) -> str:
     return json.dumps({"url": f"s3://{BUCKET}/table", **s3.options})
 
 
-# test_ways.py has a quick look at the other servers.
-OTHERS = ["zero-copy, oldest uvicorn", "path send, granian", "chunks, hypercorn"]
+# Each loop and each kind of message is in one of these; test_ways.py has a quick look at the other ways.
+QUICK = ["zero-copy, asyncio", "chunks, httptools on uvloop"]
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(way, marks=pytest.mark.slow if way in OTHERS else []) for way in WAYS]
+    scope="module", params=[pytest.param(way, marks=[] if way in QUICK else pytest.mark.slow) for way in WAYS]
 )
 def server(
     request: pytest.FixtureRequest, root: Path, bucket: str, tmp_path_factory: pytest.TempPathFactory

@@ -447,6 +447,22 @@ def test_a_time_that_another_version_may_have_is_neither_told_nor_compared(
     assert asked(range="bytes=2-").status == (206 if method == "GET" else 200)
 
 
+@pytest.mark.parametrize(
+    "modified, since, status",
+    [
+        # a date later than this second is later than every version that the file can still get in it
+        (1_700_000_000, 1_700_000_000, 200),
+        (1_700_000_000, 1_700_000_001, 304),
+        (1_700_000_000, 2_000_000_000, 304),
+        (0, 2_000_000_000, 200),
+    ],
+)
+def test_a_file_of_this_second_is_not_modified_since_a_later_one(modified: int, since: int, status: int) -> None:
+    fields = [("If-Modified-Since", format_http_date(since))]
+    plan = answer(fields, metadata=replace(FILE, last_modified=modified), now=1_700_000_000.5)
+    assert (plan.status, "last-modified" in plan.headers) == (status, False)
+
+
 def test_the_clock_is_asked_where_no_time_is_given() -> None:
     plan = answer(metadata=replace(FILE, last_modified=parse_http_date("Fri, 31 Dec 9999 23:59:59 GMT")))
     shown = parse_http_date(plan.headers["last-modified"])

@@ -48,9 +48,13 @@ source = "documents"
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "a.txt").write_bytes(b"0123456789")
-    return tmp_path
+    return filled(tmp_path)
+
+
+def filled(directory: Path) -> Path:
+    (directory / "files").mkdir()
+    (directory / "files" / "a.txt").write_bytes(b"0123456789")
+    return directory
 
 
 def make_database(directory: Path, key_type: str = "TEXT") -> Path:
@@ -365,7 +369,15 @@ def test_the_backend_gets_its_own_header(directory: Path, environ: dict[str, str
     assert not OFFLOAD_HEADERS & {*missing.headers}
 
 
-@pytest.mark.parametrize("backend", ["nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed"])
+@pytest.fixture(scope="module")
+def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A client of the service with a backend."""
+    environ = {"DOWNLOADVIEW_OFFLOAD__BACKEND": request.param}
+    with client_of(filled(tmp_path_factory.mktemp("backend")), TEXT + RULE, environ) as client:
+        yield client
+
+
+@pytest.mark.parametrize("backend", ["nginx", "apache", "lighttpd", "caddy", "h2o", "litespeed"], indirect=True)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
 @pytest.mark.parametrize(
     "headers",
@@ -380,15 +392,14 @@ def test_the_backend_gets_its_own_header(directory: Path, environ: dict[str, str
     ],
 )
 def test_an_order_is_in_an_answer_200_alone_and_there_whatever_is_asked(
-    directory: Path, backend: str, method: str, headers: dict[str, str]
+    backend: TestClient, method: str, headers: dict[str, str]
 ) -> None:
-    with client_of(directory, TEXT + RULE, {"DOWNLOADVIEW_OFFLOAD__BACKEND": backend}) as client:
-        for path in ("/files/a.txt", "/files/missing", "/-/livez", "/", "/nothing"):
-            answer = client.request(method, path, headers=headers)
-            offloaded = path == "/files/a.txt" and method in ("GET", "HEAD")
-            assert bool(OFFLOAD_HEADERS & {*answer.headers}) is offloaded
-            if offloaded:
-                assert (answer.status_code, answer.content, answer.headers["content-length"]) == (200, b"", "0")
+    for path in ("/files/a.txt", "/files/missing", "/-/livez", "/", "/nothing"):
+        answer = backend.request(method, path, headers=headers)
+        offloaded = path == "/files/a.txt" and method in ("GET", "HEAD")
+        assert bool(OFFLOAD_HEADERS & {*answer.headers}) is offloaded
+        if offloaded:
+            assert (answer.status_code, answer.content, answer.headers["content-length"]) == (200, b"", "0")
 
 
 def test_litespeed_gets_plain_names(directory: Path) -> None:

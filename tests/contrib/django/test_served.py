@@ -72,7 +72,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(
+    scope="module",
+    # test_files_of_a_disk_leave_by_path_send has a quick look at the first
+    params=[pytest.param(way, marks=pytest.mark.slow if way == "zero-copy" else []) for way in WAYS],
+)
 def server(request: pytest.FixtureRequest, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with WAYS[request.param].serving(root, tmp_path_factory.mktemp("server")) as server:
         yield server
