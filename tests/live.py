@@ -189,11 +189,11 @@ def parse(received: bytes, *, method: str = "GET") -> Answer:
 
 
 def _dechunked(body: bytes) -> tuple[bytes, bool]:
-    whole = b""
-    while body:
-        line, _, body = body.partition(b"\r\n")
-        size = int(line, 16)
+    whole, place = bytearray(), 0
+    while (end := body.find(b"\r\n", place)) >= 0:
+        start, size = end + 2, int(body[place:end], 16)
         if size == 0:
-            return whole, body == b"\r\n"
-        whole, body = whole + body[:size], body[size + 2 :]
-    return whole, False
+            return bytes(whole), body[start:] == b"\r\n"
+        whole += body[start : start + size]
+        place = start + size + 2
+    return bytes(whole), False
