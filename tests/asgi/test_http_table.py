@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 from collections.abc import Iterator
 from email.parser import BytesParser
 from email.policy import HTTP
@@ -62,7 +63,14 @@ def server(
 
 @pytest.fixture(scope="module")
 def port(server: Server) -> int:
+    """Return the port of a server whose cache has the file: while generated content arrives, its size is not known."""
     assert isinstance(server.address, int)
+    with socket.create_connection(("127.0.0.1", server.address)) as client:
+        client.sendall(
+            b"GET /cached-generated/ten.txt HTTP/1.1\r\nHost: x\r\nRange: bytes=0-\r\nConnection: close\r\n\r\n"
+        )
+        with client.makefile("rb") as answer:
+            assert answer.read().endswith(CONTENT)
     return server.address
 
 
