@@ -6,14 +6,15 @@ cannot seek is sent from where it is, without ranges.
 Content that is longer than its stated size is never sent as if it were complete. The end of a file object that can
 seek is read when it is opened; if the file grows later, it is cut there. From a stream that cannot seek, and from an
 iterator, one more byte or item is read before the last bytes are sent. A live source may block in that read. So the
-read is skipped if the descriptor has nothing to read now, and abandoned after `AT_ONCE` seconds. Then the stated size
-counts, and the answer is complete.
+read is skipped if a socket has nothing to read now, and given up after `AT_ONCE` seconds. Then the stated size counts,
+and the answer is complete.
 """
 
 import io
 import logging
 import os
 import select
+import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -229,11 +230,14 @@ class OpenFileObject:
 
     async def _goes_on(self) -> bool:
         """Return whether there is more to read, as far as that is known at once."""
-        return not _has_nothing_now(self._file) and bool(await at_once(self._read_on, self._in_use))
+        if not _is_pipe(self._file) and _has_nothing(self._file):
+            return False
+        return bool(await at_once(self._read_on, self._in_use))
 
     def _read_on(self) -> Any:
         try:
-            return self._file.read(1)
+            # The writer of a pipe may be about to write more, or to close it. No thread is left waiting for that.
+            return b"" if _is_pipe(self._file) and _has_nothing(self._file, AT_ONCE * 0.9) else self._file.read(1)
         except Exception:  # what is closed at its end may say so
             return b""
 
@@ -315,14 +319,20 @@ def longer_than(size: int | None) -> TransferAborted:
     return TransferAborted(f"there is more content than its size says, which is {size} bytes")
 
 
-def _has_nothing_now(file: Any) -> bool:
-    """Return whether a file object has a descriptor that would have to wait for more, such as a socket's."""
+def _is_pipe(file: Any) -> bool:
     try:
-        descriptor = file.fileno()
+        return stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+    except Exception:  # it has no descriptor
+        return False
+
+
+def _has_nothing(file: Any, seconds: float = 0.0) -> bool:
+    """Return whether the descriptor of a file object, if it has one, has neither bytes nor an end for some seconds."""
+    try:
         ready = select.poll()
-        ready.register(descriptor, select.POLLIN)
-        return not ready.poll(0)
-    except Exception:  # it has none
+        ready.register(file.fileno(), select.POLLIN)
+        return not ready.poll(seconds * 1000)
+    except Exception:  # it has no descriptor
         return False
 
 

@@ -1,14 +1,17 @@
 """Blocking file objects of every kind: what is sent of them, with which length, and whether in parts."""
 
+import array
 import asyncio
 import codecs
 import contextlib
+import fcntl
 import gzip
 import http.client
 import io
 import os
 import tarfile
 import tempfile
+import termios
 import threading
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -743,6 +746,26 @@ class ConnectedPipe:
         self.file.close()
         os.close(self.writing)
         self.closed.set()
+
+
+class LatePipe(ConnectedPipe):
+    """A pipe whose writer writes more as soon as everything in it has been read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        threading.Thread(target=self._write_more, daemon=True).start()
+
+    def _write_more(self) -> None:
+        waiting = array.array("i", [1])
+        with contextlib.suppress(OSError):  # it is closed
+            while waiting[0] and not self.closed.is_set():
+                fcntl.ioctl(self.file.fileno(), termios.FIONREAD, waiting)
+            os.write(self.writing, b"more")
+
+
+async def test_a_pipe_that_gets_more_than_its_size_a_moment_later_is_not_complete() -> None:
+    longer = await call(stored_sized(LatePipe, 1000), "/x", raise_errors=False)
+    assert longer.status == 503  # the first bytes are the last ones, and they are held back
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,13 @@ The middlewares and decorators for a single proxy are in `nginx`, `apache` and `
 from downloadview_async.contrib.django import legacy as _legacy  # noqa: F401 - its import paths
 from downloadview_async.contrib.django.asgi import get_asgi_application
 from downloadview_async.contrib.django.files import (
-    BytesIteratorIO,
     FileNotFound,
     HTTPFile,
     PathFile,
     StorageFile,
-    TextIteratorIO,
     VirtualFile,
 )
+from downloadview_async.contrib.django.io import BytesIteratorIO, TextIteratorIO
 from downloadview_async.contrib.django.middleware import (
     BaseDownloadMiddleware,
     DownloadDispatcherMiddleware,

@@ -16,7 +16,7 @@ from django.db.models import FileField
 from django.urls import URLPattern, URLResolver, get_resolver
 from django.utils.module_loading import import_string
 
-from downloadview_async.contrib.django.files import opens_as_stored, told_of
+from downloadview_async.contrib.django.adapters import opens_as_stored, told_of
 from downloadview_async.contrib.django.middleware import (
     DownloadDispatcher,
     DownloadDispatcherMiddleware,

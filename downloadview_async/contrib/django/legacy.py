@@ -26,7 +26,6 @@ _MODULES = {
     "api": sys.modules[_PACKAGE],
     "decorators": _decorators,
     "exceptions": files,
-    "io": files,
     "middlewares": middleware,
     "response": responses,
     "shortcuts": views,

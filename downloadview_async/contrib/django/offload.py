@@ -11,7 +11,8 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
 from django.core.files.storage import FileSystemStorage
 
-from downloadview_async.contrib.django.files import FileNotFound, async_file_of, is_sent_as_stored
+from downloadview_async.contrib.django.adapters import async_file_of, is_sent_as_stored
+from downloadview_async.contrib.django.files import FileNotFound
 from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule

@@ -23,15 +23,10 @@ from downloadview_async.asgi.answer import age_of
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.errors import failed, note_refusal
 from downloadview_async.asgi.transfer import body_of
+from downloadview_async.contrib.django.adapters import async_file_of, is_left_by_closing, is_sent_as_stored, name_of
 from downloadview_async.contrib.django.dual import close_idle_connections, close_own_connections, has_running_loop
 from downloadview_async.contrib.django.event_loop import iterate_in_background, run_in_background
-from downloadview_async.contrib.django.files import (
-    FileNotFound,
-    async_file_of,
-    is_left_by_closing,
-    is_sent_as_stored,
-    name_of,
-)
+from downloadview_async.contrib.django.files import FileNotFound
 from downloadview_async.contrib.django.offload import is_local
 from downloadview_async.errors import FileError, FileMissing
 from downloadview_async.http.content_types import content_type_for, with_charset

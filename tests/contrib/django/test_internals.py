@@ -22,9 +22,9 @@ from django.test import override_settings
 from django.urls import path
 
 from downloadview_async.contrib.django import get_asgi_application
+from downloadview_async.contrib.django.adapters import unwrapped
 from downloadview_async.contrib.django.asgi import DownloadASGIHandler
 from downloadview_async.contrib.django.dual import DualView
-from downloadview_async.contrib.django.files import unwrapped
 from downloadview_async.contrib.django.responses import DownloadResponse
 from tests.live import ask, live
 
