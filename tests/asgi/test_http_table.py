@@ -44,8 +44,8 @@ def bucket(root: Path, s3: S3) -> str:
     return json.dumps({"url": f"s3://{BUCKET}/table", **s3.options})
 
 
-# Each loop and each kind of message is in one of these; test_ways.py has a quick look at the other ways.
-QUICK = ["zero-copy, asyncio", "chunks, httptools on uvloop"]
+# test_ways.py has a quick look at all ways
+QUICK = ["zero-copy, asyncio"]
 
 
 @pytest.fixture(

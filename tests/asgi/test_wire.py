@@ -889,6 +889,7 @@ def service(root: Path, log: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.slow
 async def test_the_service_as_it_comes(root: Path, tmp_path: Path) -> None:
     big, small = "/files/big.bin", "/files/small.bin"
     with service(root, tmp_path / "log") as server:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from tests.live import live, make_old
-from tests.proxies.servers import KINDS, Kind, proxy, readable_directory
+from tests.proxies.servers import EACH_KIND, KINDS, Kind, proxy, readable_directory
 
 HOSTILE_NAMES = [
     "plain.txt",
@@ -188,7 +188,7 @@ async def serve(kind: Kind, checkout: Path, backend: dv.OffloadBackend | None = 
         yield Site(kind, checkout, port, service)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(KINDS))
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=EACH_KIND)
 async def site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
     """The same site behind each proxy."""
     with readable_directory() as directory:

@@ -133,6 +133,10 @@ KINDS = {
     ),
 }
 
+# The other proxies come from the operating system, and few people have them.
+EACH_KIND = [pytest.param(kind, marks=[] if kind in ("nginx", "caddy") else pytest.mark.slow) for kind in KINDS]
+"""The names of all proxies, as the `params` of a fixture."""
+
 
 @contextmanager
 def readable_directory() -> Iterator[Path]:

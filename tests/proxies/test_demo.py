@@ -16,7 +16,7 @@ import pytest
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from tests.live import Answer, ask
 from tests.proxies.conftest import HOSTILE_NAMES, PRIVATE_PAGES, content_of
-from tests.proxies.servers import KINDS, free_port, proxy, readable_directory, running
+from tests.proxies.servers import EACH_KIND, KINDS, free_port, proxy, readable_directory, running
 
 APP = Path(__file__).resolve().parents[2] / "app"
 
@@ -30,7 +30,7 @@ class Demo:
     environ: dict[str, str]
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=EACH_KIND)
 def demo(request: pytest.FixtureRequest) -> Iterator[Demo]:
     """The demo behind a proxy, from a copy of the checkout's `app` that the proxy's workers can read."""
     kind: str = request.param

@@ -16,7 +16,7 @@ from downloadview_async.cli import main
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from tests.live import Answer, ask, parse
 from tests.proxies.conftest import HOSTILE_NAMES, PRIVATE_PAGES, content_of
-from tests.proxies.servers import KINDS, proxy, readable_directory
+from tests.proxies.servers import EACH_KIND, KINDS, proxy, readable_directory
 from tests.servers import free_port, serving
 
 COMMAND = [sys.executable, "-m", "downloadview_async.cli"]
@@ -97,7 +97,7 @@ class Pair:
         return asyncio.run(ask(self.port, path, headers=headers))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=EACH_KIND)
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """The service on a Unix socket, below a prefix, and the proxy with the configuration that was printed for it."""
     kind: str = request.param

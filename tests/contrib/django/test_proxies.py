@@ -68,9 +68,11 @@ PROJECTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "apache": ("apache", get_asgi_application),
     "lighttpd": ("lighttpd", get_asgi_application),
 }
+# the other proxies come from the operating system, and few people have them
+PARAMS = [pytest.param(name, marks=[] if name.startswith("nginx") else pytest.mark.slow) for name in PROJECTS]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(PROJECTS))
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=PARAMS)
 async def project(request: pytest.FixtureRequest) -> AsyncIterator[Project]:
     """The same project behind each proxy."""
     kind, make_application = PROJECTS[request.param]
