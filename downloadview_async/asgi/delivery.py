@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import anyio
 from starlette.types import Message, Receive, Send
 
-from downloadview_async.accounts.outcome import How, Observer, Outcome
+from downloadview_async.accounts.outcome import CLIENT_LEFT, How, Observer, Outcome
 from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SETTLED
@@ -66,10 +67,13 @@ class Descriptor:
 
 @dataclass(slots=True)
 class Path:
-    """The server sends a whole file by a path. `otherwise`: how it leaves if the context gives no path."""
+    """The server sends a whole file by a path. size: bytes, None if unknown.
+
+    otherwise: how the file leaves if the context gives no path.
+    """
 
     path: AbstractContextManager[str | None]
-    size: int
+    size: int | None
     otherwise: "Chunks | None" = None
 
 
@@ -140,8 +144,9 @@ async def deliver(
     *,
     receive: Receive | None = None,
     observer: Observer | None = None,
+    status: int = 200,
 ) -> None:
-    """Send an answer, which begins with `start`; None: its start has been sent already.
+    """Send an answer, which begins with `start`; None: its start has been sent already, with `status`.
 
     receive: given if nothing else listens for the client to leave; sending then stops when it does.
     observer: gets the outcome, unless the answer can still be another one: it is held, or failed before its start.
@@ -152,15 +157,16 @@ async def deliver(
     if observer is None:
         await _send(delivery, start, send, receive)
         return
-    record = _Record(delivery, start, send)
+    record = _Record(delivery, send, status if start is None else start["status"], is_unsent=start is not None)
     try:
         await _send(delivery, start, record.send, receive)
     except BaseException as exc:
         if not (isinstance(exc, FileError) and record.is_unsent):
-            observer(record.outcome(str(exc) or type(exc).__name__))
+            has_left = isinstance(exc, anyio.get_cancelled_exc_class())
+            observer(record.outcome(CLIENT_LEFT if has_left else str(exc) or type(exc).__name__))
         raise
     if not (isinstance(delivery, Offloaded) and delivery.is_held):
-        observer(record.outcome(None if record.is_complete else "the client left"))
+        observer(record.outcome(None if record.is_complete else CLIENT_LEFT))
 
 
 async def _send(delivery: Delivery, start: Message | None, send: Send, receive: Receive | None) -> None:
@@ -210,7 +216,7 @@ def report_of(delivery: Delivery, start: Message, observer: Observer | None) -> 
     """Return a function that reports an answer that is held back, once it has left or failed (then: why)."""
     if observer is None:
         return None
-    record = _Record(delivery, start, _nowhere)
+    record = _Record(delivery, _nowhere, start["status"])
     return lambda aborted: observer(record.outcome(aborted))
 
 
@@ -221,14 +227,15 @@ async def _nowhere(message: Message) -> None:
 class _Record:
     """Counts what is sent of an answer, for its outcome."""
 
-    def __init__(self, delivery: Delivery, start: Message | None, send: Send) -> None:
+    def __init__(self, delivery: Delivery, send: Send, status: int, *, is_unsent: bool = True) -> None:
         self._delivery = delivery
-        self._start = start
+        self._status = status
         self._send = send
         self._began = time.perf_counter()
         self._sent = 0
+        self._in_chunks = False
         self._loan: Loan | None = None
-        self.is_unsent = start is not None
+        self.is_unsent = is_unsent
         self.is_complete = False
 
     async def send(self, message: Message) -> None:
@@ -237,22 +244,25 @@ class _Record:
         self.is_unsent = False
         if message["type"] == "http.response.body":
             self._sent += len(message.get("body", b""))
+            self._in_chunks = True
             self.is_complete = not message.get("more_body", False)
         elif message["type"] == PATHSEND:
             if (lent := message.get("descriptor")) is not None:
                 self._loan = lent.loan
             elif isinstance(self._delivery, Path):
-                self._sent, self.is_complete = self._delivery.size, True
+                self._sent, self.is_complete = self._delivery.size or 0, True
 
     def outcome(self, aborted: str | None) -> Outcome:
         """Return the outcome of the answer, which has ended now. aborted: why it is incomplete."""
         delivery, sent, how = self._delivery, self._sent, _HOW[type(self._delivery)]
+        if isinstance(delivery, Path) and self._in_chunks:
+            how = "chunks"
         if isinstance(delivery, Descriptor) and self._loan is not None:
             sent += self._loan.sent
             how = "chunks" if self._loan.is_dropped else how
             aborted = None if self._loan.sent == len(delivery.span) else aborted
         return Outcome(
-            status=200 if self._start is None else self._start["status"],
+            status=self._status,
             how=how,
             spans=_spans_of(delivery),
             sent=sent,
@@ -269,7 +279,7 @@ def _spans_of(delivery: Delivery) -> tuple[ByteRange | None, ...]:
         case Inline():
             return () if delivery.span is None else (delivery.span,)
         case Path():
-            return (ByteRange(0, delivery.size),)
+            return () if delivery.size is None else (ByteRange(0, delivery.size),)
         case Chunks():
             return tuple(piece for piece in delivery.plan.body if not isinstance(piece, bytes))
         case _:

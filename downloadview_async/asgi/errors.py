@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Scope, Send
 
 from downloadview_async.accounts.outcome import observer_of
-from downloadview_async.asgi.delivery import Inline, deliver
+from downloadview_async.asgi.delivery import Empty, Inline, deliver
 from downloadview_async.asgi.disconnect import close_after_body
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.log_text import escaped, shown
@@ -50,7 +50,8 @@ async def send_error(exc: FileError, scope: Scope, send: Send) -> None:
     """Send the answer to a request whose file cannot be sent."""
     response = error_response(exc, scope)
     start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-    await deliver(Inline(bytes(response.body)), start, send, observer=observer_of(scope))
+    delivery = Empty() if scope["method"] == "HEAD" else Inline(bytes(response.body))
+    await deliver(delivery, start, send, observer=observer_of(scope))
 
 
 async def download_error(request: Request, exc: Exception) -> Response:

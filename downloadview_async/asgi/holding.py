@@ -12,6 +12,7 @@ from contextlib import suppress
 import anyio
 from starlette.types import Message, Receive, Send
 
+from downloadview_async.accounts.outcome import CLIENT_LEFT
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.offload.decision import refusal
@@ -19,6 +20,8 @@ from downloadview_async.sources.per_loop import PerLoop
 
 PATIENCE = 0.1
 """Seconds that an offloaded answer waits for the application to return. Then the file is sent without a proxy."""
+
+_UNSENT = "the answer was not sent"
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -84,13 +87,16 @@ class Holding:
             if self._deciding is not None:
                 self._deciding.cancel()
                 await asyncio.wait([self._deciding])
-            else:
-                await self._close()
+            if self._lent is not None and self._lent.report is not None:
+                self._lent.report(CLIENT_LEFT)
+            await self._close()  # a task that is cancelled before its first step does not close it
 
     async def _decide(self, has_returned: bool) -> None:
         assert self._lent is not None
         try:
             if len(self._held) < 2:
+                if self._lent.report is not None:
+                    self._lent.report(_UNSENT)
                 return  # the application ended before its answer did: the server handles that
             refused = refusal(has_returned=has_returned or self._lent.file is None)
             if refused is None and self._lent.file is not None:
@@ -106,7 +112,7 @@ class Holding:
 
     async def _send_held(self) -> None:
         assert self._lent is not None
-        aborted: str | None = "the answer was not sent"
+        aborted: str | None = _UNSENT
         try:
             for message in self._held:
                 await self._send(message)

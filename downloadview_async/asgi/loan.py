@@ -32,8 +32,8 @@ class LentFile:
         return self._file
 
     def give_back(self, sent: int) -> None:
-        """Let the file be closed. sent: the bytes of it that the kernel has taken."""
-        self.loan.sent = sent
+        """Let the file be closed. sent: the bytes of it that the kernel has taken from it."""
+        self.loan.sent += sent
         self.loan.settle()
 
     def __del__(self) -> None:

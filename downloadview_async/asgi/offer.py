@@ -86,8 +86,11 @@ class Offer:
     def lend(self, lent: Lent | None) -> None:
         """Lend a file for the next answer, and close the one that was lent before."""
         before, self.lent = self.lent, lent
-        if before is not None and before.file is not None:
-            before.file.close()
+        if before is not None:
+            if before.report is not None:
+                before.report("another answer replaced this one")
+            if before.file is not None:
+                before.file.close()
 
     def take_lent(self, start: Message) -> Lent | None:
         """Return the file that is lent for the answer with this start. Close it if another answer replaced that."""

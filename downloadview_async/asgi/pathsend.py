@@ -2,13 +2,14 @@
 
 import logging
 import os
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 
 import anyio.to_thread
 from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.accounts.outcome import observer_of
+from downloadview_async.accounts.outcome import OBSERVER, Once, observer_of, one_outcome
 from downloadview_async.asgi.answer import RawHeaders
 from downloadview_async.asgi.delivery import Empty, Offloaded, Path, deliver, delivery_of, report_of
 from downloadview_async.asgi.disconnect import until_the_client_leaves
@@ -24,6 +25,8 @@ from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.offload.decision import Refusal, is_plain, refusal
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile
+
+Stream = Callable[[Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("downloadview_async")
 
@@ -64,8 +67,10 @@ class ForeignResponse:
         self._offer = offer
         self._path_send = path_send
         self._is_outermost = is_outermost
-        self._observer = observer_of(scope)
+        self._observer: Once | None = None  # while an answer with a file is sent
         self._held: Message | None = None
+        self._status = 200
+        """The status of the last start that has been passed on."""
 
     async def send(self, message: Message) -> None:
         """Pass a message of the application on. A path send is offloaded, passed on, or sent in chunks."""
@@ -77,9 +82,15 @@ class ForeignResponse:
                 return
         elif message["type"] == PATHSEND and "descriptor" not in message:
             start, self._held = self._held, None
-            await self._send_file(start, os.fsdecode(message["path"]), message)
+            if (observer := observer_of(self._scope)) is None:
+                await self._send_file(start, os.fsdecode(message["path"]), message)
+                return
+            with one_outcome(observer) as self._observer:
+                self._scope = {**self._scope, "extensions": {**self._scope["extensions"], OBSERVER: self._observer}}
+                await self._send_file(start, os.fsdecode(message["path"]), message)
             return
         await self.end()
+        self._status = message.get("status", self._status)
         await self._send(message)
 
     async def end(self) -> None:
@@ -97,7 +108,7 @@ class ForeignResponse:
             await send_error(exc, self._scope, self._send)
             return
         except FileError:  # the proxy may have the permission that we lack
-            await self._lend(Lent(None, path, offloaded, partial(self._stream_named, start, path)))
+            await self._lend(Lent(None, path, offloaded, self._standing_in(partial(self._stream_named, start, path))))
             return
         file = opened.shared()
         await context.__aexit__(None, None, None)
@@ -108,12 +119,25 @@ class ForeignResponse:
             finally:
                 await file.aclose()
             return
-        await self._lend(Lent(file, path, offloaded, partial(self._stream, start, file)))
+        await self._lend(Lent(file, path, offloaded, self._standing_in(partial(self._stream, start, file))))
+
+    def _standing_in(self, stream: Stream) -> Stream:
+        """Return a function that sends the file in place of a proxy, or an error if it cannot."""
+
+        async def stream_or_error(receive: Receive, send: Send) -> None:
+            try:
+                await stream(receive, send)
+            except FileError as exc:
+                await send_error(exc, self._scope, send)
+
+        return stream_or_error
 
     async def _lend(self, lent: Lent) -> None:
-        made = next(name.decode("latin-1") for name, _ in lent.start["headers"] if _is_order(name))
-        delivery = Offloaded(made.lower(), is_held=True)
-        lent.report = report_of(delivery, lent.start, self._observer)
+        made = next(name for name, value in lent.start["headers"] if (name.lower(), value) in self._offer.made)
+        delivery = Offloaded(made.lower().decode("latin-1"), is_held=True)
+        if self._observer is not None:
+            self._observer.is_held = True
+            lent.report = report_of(delivery, lent.start, self._observer)
         self._offer.lend(lent)
         await deliver(delivery, lent.start, self._send, observer=self._observer)
 
@@ -142,16 +166,19 @@ class ForeignResponse:
             await self._offer_and_lend(offloaded, start, path)
             return
         if self._scope["method"] == "HEAD":
-            await deliver(Empty(), start, self._send, observer=self._observer)
+            await deliver(Empty(), start, self._send, observer=self._observer, status=self._status)
             return
         if not os.path.isabs(path):
             path = os.path.join(os.getcwd(), path)
         if not is_plain(path):
             path = await anyio.to_thread.run_sync(os.path.realpath, path)  # resolve it, as the kernel does
         if self._path_send:
-            size = 0 if start is None else _length_of(start) or 0
-            observer = self._observer if self._is_outermost and SETTLED not in message else None
-            await deliver(Path(nullcontext(path), size), start, self._send, observer=observer)
+            observer = self._observer
+            if observer is not None and (SETTLED in message or not self._is_outermost):
+                observer.is_held = True  # another one reports it
+                observer = None
+            size = None if start is None else _length_of(start)
+            await deliver(Path(nullcontext(path), size), start, self._send, observer=observer, status=self._status)
             return
         try:
             await self._stream_named(start, path, self._receive, self._send)
@@ -198,7 +225,7 @@ class ForeignResponse:
         assert length is not None
         body = (ByteRange(0, length),) if length and self._scope["method"] != "HEAD" else ()
         delivery = delivery_of(Plan(200, {}, body), opened)
-        await deliver(delivery, start, send, receive=receive, observer=self._observer)
+        await deliver(delivery, start, send, receive=receive, observer=self._observer, status=self._status)
 
 
 def _length_of(start: Message) -> int | None:

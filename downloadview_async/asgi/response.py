@@ -10,7 +10,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.accounts.outcome import observer_of
+from downloadview_async.accounts.outcome import OBSERVER, Once, observer_of, one_outcome
 from downloadview_async.asgi.answer import Answer, RawHeaders, age_of, answer_to, is_reserved, raw, text_of
 from downloadview_async.asgi.delivery import (
     Delivery,
@@ -94,10 +94,17 @@ class DownloadResponse(Response):
         """Answer the request: with an offload, or by its method, conditions and ranges. A WebSocket is refused."""
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
-        elif not await self._answer_nowait(scope, receive, send):
-            await until_the_client_leaves(partial(self._answer_or_error, scope), receive, send)
+        elif (observer := observer_of(scope)) is None:
+            await self._respond(scope, receive, send)
+        else:
+            with one_outcome(observer) as once:
+                await self._respond({**scope, "extensions": {**scope["extensions"], OBSERVER: once}}, receive, send)
         if self.background is not None:
             await self.background()
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not await self._answer_nowait(scope, receive, send):
+            await until_the_client_leaves(partial(self._answer_or_error, scope), receive, send)
 
     async def _answer_nowait(self, scope: Scope, receive: Receive, send: Send) -> bool:
         """Answer if the file can be opened without waiting, and return whether that was so.
@@ -233,13 +240,21 @@ class DownloadResponse(Response):
 
         async def stream(receive: Receive, send: Send) -> None:
             request = DownloadRequest.from_headers(scope["method"], scope["headers"])
-            answer = answer_to(request, local.metadata, self.presentation, self.raw_headers).aged(age_of(opened))
+            answer = answer_to(request, opened.metadata, self.presentation, self.raw_headers).aged(age_of(opened))
             start = self._start(answer, scope)
-            await deliver(delivery_of(answer.plan, local), start, send, receive=receive, observer=observer_of(scope))
+            try:
+                await deliver(
+                    delivery_of(answer.plan, local), start, send, receive=receive, observer=observer_of(scope)
+                )
+            except FileError as exc:
+                await send_error(exc, scope, send)
 
         path = self.file.location
         path = path if path is not None and os.path.isabs(path) else None
-        offer.lend(Lent(local.shared(), path, start, stream, report_of(delivery, start, observer_of(scope))))
+        observer = observer_of(scope)
+        if isinstance(observer, Once):
+            observer.is_held = True
+        offer.lend(Lent(local.shared(), path, start, stream, report_of(delivery, start, observer)))
         return True
 
     def _order(self, scope: Scope) -> Order | Refusal | None:

@@ -39,9 +39,10 @@ def failed_precondition(
     if request.if_match is not None:
         if not _any_matches(request.if_match, metadata.etag, strong=True):
             return 412
-    elif request.if_unmodified_since is not None and metadata.last_modified is not None:
+    elif request.if_unmodified_since is not None:
         date = parse_http_date(request.if_unmodified_since)
-        if date is not None and metadata.last_modified > date:
+        modified = metadata.last_modified if unshown is None else unshown
+        if date is not None and modified is not None and modified > date:
             return 412
     # 3. and 4. If-None-Match, else If-Modified-Since: 304 for GET and HEAD
     if request.if_none_match is not None:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
 from typing import Annotated, Any
@@ -843,3 +844,68 @@ async def test_no_proxy_makes_a_validator_of_a_time_that_says_nothing(root: Path
                 answer = await call(offloading(app, root), "/file.txt", method=method)
                 assert not OFFLOAD_HEADERS & {*answer.headers}
                 assert (answer.status, answer.body) == (200, CONTENT if method == "GET" else b"")
+
+
+class OfNoKind:
+    """A backend that is written by hand: no `ProxyKind` knows its header."""
+
+    def headers_for(self, file: dv.AsyncFile) -> dict[str, str] | None:
+        return {"x-file-location": f"/internal/{file.name}"}
+
+
+async def test_a_backend_whose_header_no_proxy_kind_knows(root: Path) -> None:
+    path = next(path for path in sorted(root.iterdir()) if path.is_file())
+    app = dv.OffloadMiddleware(FileResponse(path), OfNoKind(), pathsend=True)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        answer = await call(app, "/")
+        assert (answer.status, answer.headers["x-file-location"]) == (200, f"/internal/{path.name}")
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+async def test_a_held_file_that_cannot_be_sent_any_more_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "a.bin"
+
+    def vanish() -> None:
+        os.truncate(file, 0)
+        file.unlink()
+
+    for make in (
+        lambda: FileResponse(file, background=BackgroundTask(vanish)),
+        lambda: Deleting(dv.DownloadResponse(dv.LocalFile(file)), vanish),
+    ):
+        file.write_bytes(bytes(100_000))
+        os.utime(file, (1_700_000_000,) * 2)
+        app = dv.OffloadMiddleware(make(), BACKENDS["nginx"](tmp_path), pathsend=True)
+        answer = await call(app, "/")
+        assert answer.status == 503
+
+
+class Deleting:
+    """An application that does something to its file once it has answered."""
+
+    def __init__(self, app: Any, then: Callable[[], None]) -> None:
+        self._app, self._then = app, then
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)
+        self._then()
+
+
+async def test_a_held_answer_that_we_send_describes_the_file_as_its_object_does(tmp_path: Path) -> None:
+    @dataclass
+    class Row:
+        file: str = "a.bin"
+        mime: str = "application/x-special"
+
+    async def get(key: str) -> Row:
+        return Row()
+
+    (tmp_path / "a.bin").write_bytes(b"content")
+    os.utime(tmp_path / "a.bin", (1_700_000_000,) * 2)
+    source = dv.ObjectSource(get, source=dv.PathSource(tmp_path), file_field="file", mime_type_field="mime")
+    app = dv.OffloadMiddleware(
+        Deleting(dv.Download(source), (tmp_path / "a.bin").unlink), dv.XAccelRedirect([dv.Rule(str(tmp_path), "/_f/")])
+    )
+    answer = await call(app, "/key")
+    assert (answer.status, answer.body, answer.headers["content-type"]) == (200, b"content", "application/x-special")

@@ -1,8 +1,11 @@
 """Every answer with a file ends in exactly one outcome, whoever made it and whoever sends its bytes."""
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Awaitable, Callable
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from starlette.responses import FileResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
+from downloadview_async.asgi import delivery
+from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.metadata import ByteRange
 from tests.live import ask, live, make_old
@@ -56,6 +61,7 @@ TABLE: dict[str, tuple[str, dict[str, str], str, tuple[int, str, Any, int]]] = {
     "304": ("/large.bin", {"If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"}, "GET", (304, "empty", (), 0)),
     "416": ("/large.bin", {"Range": "bytes=400000-"}, "GET", (416, "empty", (), 0)),
     "404": ("/none", {}, "GET", (404, "inline", (), 9)),
+    "HEAD of a missing file": ("/none", {}, "HEAD", (404, "empty", (), 0)),
 }
 LARGE_ONES = {
     "large": ("/large.bin", {}, (200, WHOLE, len(LARGE))),
@@ -165,7 +171,7 @@ async def test_an_answer_that_would_be_offloaded_and_whose_file_is_deleted(root:
         make_old(root)
 
 
-async def test_an_offload_that_middleware_replaces_is_reported_by_whoever_answers(root: Path) -> None:
+async def test_an_offload_that_middleware_replaces_is_aborted(root: Path) -> None:
     async def forbidding(scope: Scope, receive: Receive, send: Send) -> None:
         async def forbid(message: Any) -> None:
             await send({**message, "status": 403} if "status" in message else message)
@@ -176,7 +182,8 @@ async def test_an_offload_that_middleware_replaces_is_reported_by_whoever_answer
     async with live(app, http=DownloadProtocol) as port:
         answer = await ask(port, "/large.bin")
         assert (answer.status, NGINX in answer.headers) == (403, False)
-    assert [outcome.how for outcome in app.outcomes] in ([], ["empty"])
+    outcome = app.only()
+    assert (outcome.status, outcome.how, outcome.aborted) == (200, "offloaded", "another answer replaced this one")
 
 
 async def test_a_redirect(root: Path) -> None:
@@ -233,3 +240,78 @@ async def test_a_remote_file_and_generated_content(root: Path) -> None:
         await ask(port, "/")
     outcome = app.only()
     assert (outcome.how, outcome.spans, outcome.sent, outcome.aborted) == ("chunks", (None,), 3 * len(LARGE), None)
+
+
+class Slow:
+    """A file whose opening tells that it has begun, and waits."""
+
+    name, location = "a.bin", None
+
+    def __init__(self) -> None:
+        self.is_opening = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def open(self, request: dv.DownloadRequest) -> AsyncIterator[dv.OpenFile]:
+        self.is_opening.set()
+        await asyncio.Event().wait()
+        async with dv.VirtualFile(b"", name=self.name).open() as opened:
+            yield opened
+
+
+@pytest.mark.parametrize("http", ["httptools", DownloadProtocol], ids=["uvicorn", "ours"])
+async def test_a_client_that_leaves_before_its_answer_has_begun(http: Any) -> None:
+    file: Any = Slow()
+    app = Observed(dv.DownloadResponse(file))
+    async with live(app, http=http) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await file.is_opening.wait()
+        client = writer.get_extra_info("socket")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets the connection
+        writer.transport.abort()
+        async with asyncio.timeout(20):
+            while not app.outcomes:
+                await asyncio.sleep(0.01)
+    outcome = app.only()
+    assert (outcome.status, outcome.sent, outcome.aborted) == (0, 0, "the client left")
+
+
+async def test_middleware_that_fails_after_an_offloaded_answer_has_left(root: Path) -> None:
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        async def fail(message: Any) -> None:
+            await send(message)
+            if message["type"] == "http.response.body":
+                raise ValueError("boom")
+
+        await download(root)(scope, receive, fail)
+
+    app = Observed(behind_nginx(failing, root))
+    async with live(app, http=DownloadProtocol) as port:
+        await ask(port, "/large.bin")
+    assert len(app.outcomes) == 1
+
+
+async def test_the_status_of_a_response_of_others_without_a_length(root: Path) -> None:
+    async def created(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.pathsend", "path": str(root / "large.bin")})
+
+    for http, how, sent in (("httptools", "chunks", len(LARGE)), (DownloadProtocol, "path", 0)):
+        app = Observed(behind_nginx(created, root, pathsend=True))
+        async with live(app, http=http) as port:
+            assert (await ask(port, "/")).body == LARGE
+        outcome = app.only()
+        assert (outcome.status, outcome.how, outcome.sent) == (201, how, sent)
+
+
+async def test_a_path_that_is_sent_in_chunks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def with_path_send(scope: Scope, receive: Receive, send: Send) -> None:
+        extensions: dict[str, Any] = {**scope["extensions"], "http.response.pathsend": {}}
+        await download(root)({**scope, "extensions": extensions}, receive, send)
+
+    monkeypatch.setattr(delivery._of_thread, "lasting_paths", LastingPaths(max_kept=0))
+    app = Observed(with_path_send)
+    async with live(app, http="httptools") as port:
+        assert (await ask(port, "/large.bin")).body == LARGE
+    outcome = app.only()
+    assert (outcome.how, outcome.sent, outcome.is_complete) == ("chunks", len(LARGE), True)

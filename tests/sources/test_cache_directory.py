@@ -464,3 +464,24 @@ for number in range(100):
         entry = directory.find("s", str(number))
         if entry is not None:
             assert os.stat(os.path.join(directory.root.path, entry.data)).st_size == entry.metadata.size
+
+
+def test_a_part_that_cannot_be_counted_is_removed_and_closed(tmp_path: Path) -> None:
+    code = """
+import os, resource, signal, sys
+from downloadview_async.sources.cache.directory import CacheDirectory
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+directory = CacheDirectory(sys.argv[1], max_bytes=1 << 30, max_unused=3600)
+directory.sweep()
+before = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # the disk takes no more bytes
+for _ in range(3):
+    try:
+        directory.begin("0" * 40, 100)
+    except OSError:
+        continue
+    raise AssertionError("there was room")
+assert len(os.listdir("/proc/self/fd")) == before
+assert os.listdir(sys.argv[1]) == ["usage"]
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "cache")], check=True)

@@ -78,7 +78,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
         if cycle.scope["method"] == "HEAD":
             pass
         elif cycle.chunked_encoding or cycle.is_unframed:
-            offset += await _send_in_chunks(file, offset, message.get("count"), cycle)
+            await _send_in_chunks(lent, file, offset, message.get("count"), cycle)
         else:
             count = message.get("count", cycle.expected_content_length)
             if count > cycle.expected_content_length:
@@ -136,13 +136,12 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
         lent.give_back(offset - first)
 
 
-async def _send_in_chunks(file: OpenLocalFile, offset: int, count: int | None, cycle: Answer) -> int:
-    """Send a file without a Content-Length: uvicorn frames its chunks. Return the bytes sent."""
-    size, sent = file.metadata.size or 0, 0
+async def _send_in_chunks(lent: LentFile, file: OpenLocalFile, offset: int, count: int | None, cycle: Answer) -> None:
+    """Send a file without a Content-Length: uvicorn frames its chunks."""
+    size = file.metadata.size or 0
     async for chunk in file.stream(ByteRange(min(offset, size), size if count is None else offset + count)):
         await cycle.send({"type": "http.response.body", "body": chunk, "more_body": True})
-        sent += len(chunk)
-    return sent
+        lent.loan.sent += len(chunk)
 
 
 async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: int, length: int) -> int:

@@ -129,7 +129,10 @@ class DownloadASGIHandler(ASGIHandler):
             assert response.opened is not None
             path_send = (request.scope.get("extensions") or {}).get(PATHSEND)
             delivery = delivery_of(response.plan, response.opened, path_send)
-        elif isinstance(response, ProxiedDownloadResponse | HttpResponseNotModified) and not response.content:
+        elif (
+            isinstance(response, ProxiedDownloadResponse)
+            or (isinstance(response, HttpResponseNotModified) and "plan" in vars(response))  # it was a download
+        ) and not response.content:
             order = next((name.lower() for name in response.headers if name.lower() in OFFLOAD_ORDERS), None)
             delivery = Empty() if order is None else Offloaded(order)
         if delivery is None:

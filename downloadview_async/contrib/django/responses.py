@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 from asgiref.sync import SyncToAsync, async_to_sync, iscoroutinefunction, sync_to_async
@@ -98,6 +98,12 @@ class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
     A `DownloadResponse` that a proxy sends becomes one of these. It has its offload headers only while its status is
     200.
     """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what Django's cache pickles: neither the file nor what closes it."""
+        state = cast("dict[str, Any]", super().__getstate__())
+        state.pop("file", None)
+        return state | {"_resource_closers": []}
 
     def _present(self, orders: Mapping[str, str], basename: str, attachment: bool) -> None:
         """Set the headers that the proxy obeys, and the name under which the client saves the file."""
@@ -298,9 +304,12 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
 
         The response is then still unfinished, and the next offer may be accepted.
         """
+        was_open = self.opened is not None
         try:
             refused = await self._offload(request, async_file_of(self.file, self.get_basename()), offer)
         except (FileError, FileNotFound, SuspiciousOperation):
+            if not was_open:
+                await self.release()
             return False  # finishing the response will meet the error again
         if refused is not None:
             note_refusal(refused, str(request.method), request.path)

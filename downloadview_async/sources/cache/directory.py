@@ -162,7 +162,11 @@ class CacheDirectory:
                 return None
             part = self._files.new_part(key, 0o644)
             part.size = size
-            self._add(usage, BLOCK)
+            try:
+                self._add(usage, BLOCK)
+            except BaseException:
+                self._files.drop(part.name, part.descriptor)
+                raise
         return part
 
     def grow(self, part: Part, size: int) -> bool:

@@ -57,8 +57,17 @@ class CacheFiles:
         """Make a part for K, and lock it. Raises `OSError`."""
         name = f"{key}.{secrets.token_hex(8)}.part"
         descriptor = os.open(name, MAKE, mode, dir_fd=self._descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Part(key, name, descriptor, os.fstat(descriptor))
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return Part(key, name, descriptor, os.fstat(descriptor))
+        except BaseException:
+            self.drop(name, descriptor)
+            raise
+
+    def drop(self, name: str, descriptor: int) -> None:
+        """Remove a part that nobody has got, and close it: no sweep removes a part while its lock is held."""
+        self.unlink(name)
+        os.close(descriptor)
 
     def write_meta(self, key: str, content: bytes, leased: float) -> None:
         """Write the K.meta of K. leased: when a proxy was last told to send the file. Raises `OSError`."""

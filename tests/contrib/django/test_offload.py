@@ -391,10 +391,16 @@ def test_a_response_that_a_proxy_sends_is_the_one_of_the_view(storage: FileSyste
 
 
 def test_a_response_that_a_proxy_sends_can_be_cached_by_django(storage: FileSystemStorage) -> None:
+    beneath = nginx.x_accel_redirect(
+        PathDownloadView.as_view(root=storage.location), source_dir=storage.location, destination_url="/_m/"
+    )
     view = nginx.x_accel_redirect(
         StorageDownloadView.as_view(storage=storage), source_url="/media/", destination_url="/_m/"
     )
-    with override_settings(ROOT_URLCONF=Urls(cached=cache_page(60)(view))):
+    urls = Urls(cached=cache_page(60)(view), beneath=cache_page(60)(beneath))
+    with override_settings(ROOT_URLCONF=urls):
+        for _ in range(2):
+            assert Client().get("/beneath/a.txt")["X-Accel-Redirect"] == "/_m/a.txt"
         first = Client().get("/cached/a.txt")
         Path(storage.path("a.txt")).unlink()
         for response in (first, Client().get("/cached/a.txt")):
