@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from downloadview_async.sources.local import open_file_cache
+from downloadview_async.sources.local import open_file, open_file_cache
 from tests.gcs import GCS, gcs_server
 from tests.s3 import S3, s3_server
 
@@ -25,6 +25,13 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_sessionfinish() -> None:
     """Give the tests back to the garbage collector, of which hypothesis asks who holds what."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def no_refused_call_is_remembered() -> Iterator[None]:
+    """Forget which devices refuse a system call: a test for one kind of file would slow down all later ones."""
+    yield
+    open_file._reads_of_cached_pages.devices.clear()
 
 
 @pytest.fixture

@@ -404,6 +404,7 @@ async def read():
 if child := os.fork():
     assert os.waitpid(child, 0)[1] == 0
 asyncio.run(read())
+os._exit(0)  # the threads of obstore now and then abort a Python that is ending
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "here\nhere\n"
