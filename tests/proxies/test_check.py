@@ -18,7 +18,8 @@ from downloadview_async.service.proxy_config import config_for
 from downloadview_async.service.settings import Settings
 from tests.live import live, make_old
 from tests.proxies.conftest import content_of, make_checkout
-from tests.proxies.servers import KINDS, free_port, proxy, readable_directory
+from tests.proxies.servers import KINDS, proxy, readable_directory
+from tests.servers import free_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

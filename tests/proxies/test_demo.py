@@ -16,7 +16,8 @@ import pytest
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from tests.live import Answer, ask
 from tests.proxies.conftest import HOSTILE_NAMES, PRIVATE_PAGES, content_of
-from tests.proxies.servers import EACH_KIND, KINDS, free_port, proxy, readable_directory, running
+from tests.proxies.servers import EACH_KIND, KINDS, proxy, readable_directory, running
+from tests.servers import free_port
 
 APP = Path(__file__).resolve().parents[2] / "app"
 
