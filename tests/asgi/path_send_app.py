@@ -22,6 +22,7 @@ import downloadview_async as dv
 from downloadview_async.asgi import delivery
 from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.extensions import PATHSEND
+from tests.descriptors import open_paths
 
 SIZE = (8 << 20) + 7
 
@@ -74,8 +75,7 @@ def make_app() -> ASGIApp:
     delivery._of_thread.lasting_paths = quick()
 
     async def state(request: Request) -> JSONResponse:
-        targets = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_open(name)]
-        held = sum(target.startswith(f"{root}/") for target in targets)
+        held = sum(path.startswith(f"{root}/") for path in open_paths())
         return JSONResponse({"path_sends": app.path_sends, "held": held})
 
     download = Route("/{path:path}", dv.Download(dv.PathSource(root)))
@@ -89,7 +89,3 @@ def make_app() -> ASGIApp:
     ]
     app = Meddling(Starlette(routes=routes), root)
     return app
-
-
-def _is_open(name: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{name}")

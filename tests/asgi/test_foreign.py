@@ -32,6 +32,7 @@ from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.testing import call
 from tests.asgi.foreign_app import APPS, Spy, starlette_app
 from tests.asgi.ways import WAYS
+from tests.descriptors import open_paths
 from tests.live import Answer, Watched, ask, live, make_old
 from tests.proxies.servers import KINDS, proxy, readable_directory
 
@@ -269,17 +270,11 @@ async def test_a_client_who_leaves_ends_the_stream(root: Path, tmp_path: Path) -
     watched = Watched(offloading(FileResponse(root / "huge.bin"), tmp_path / "elsewhere"))
     async with serving(watched, "httptools") as port:
         await watched.ends_when_the_client_leaves(port, "/")
-    held = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if _is_open(number)]
-    assert not [path for path in held if path.endswith("huge.bin")]
+    assert not [path for path in open_paths() if path.endswith("huge.bin")]
 
 
 def descriptors(root: Path) -> list[str]:
-    opened = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if _is_open(number)]
-    return [path for path in opened if path == str(root / "file.txt")]
-
-
-def _is_open(number: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{number}")
+    return [path for path in open_paths() if path == str(root / "file.txt")]
 
 
 # --- orders

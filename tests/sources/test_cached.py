@@ -28,6 +28,7 @@ from downloadview_async.sources.cache import index
 from downloadview_async.sources.cache import source as cached
 from downloadview_async.sources.cache.directory import CacheDirectory
 from downloadview_async.sources.cache.entry import key_hash
+from tests.descriptors import open_paths
 from tests.live import Answer, ask, listening, live
 
 pytestmark = pytest.mark.asyncio
@@ -269,8 +270,7 @@ async def test_a_client_that_leaves_while_its_file_is_opened_to_write_leaves_no_
     finally:
         free.set()
     assert served.files() == []
-    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
-    assert not [link for link in links if link.startswith(f"{served.cache.path}/")]
+    assert not [path for path in open_paths() if path.startswith(f"{served.cache.path}/")]
 
 
 async def test_one_that_leaves_does_not_end_it_for_others(origin: Origin, served: Served) -> None:

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from downloadview_async import Download, ObjectStorage, OffloadMiddleware, PathSource, Rule, XAccelRedirect
 from downloadview_async.contrib.django import HTTPDownloadView, PathDownloadView, get_asgi_application
 from downloadview_async.http.metadata import ByteRange
+from tests.descriptors import open_paths
 from tests.live import ask, live
 from tests.observed import Observed
 
@@ -77,13 +78,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def held(root: Path) -> int:
-    targets = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            targets.append(os.readlink(f"/proc/self/fd/{name}"))
-        except FileNotFoundError:
-            continue
-    return sum(target.startswith(f"{root}/") for target in targets)
+    return sum(path.startswith(f"{root}/") for path in open_paths())
 
 
 async def nothing_is_held(root: Path) -> None:

@@ -5,7 +5,6 @@ import gc
 import gzip
 import io
 import logging
-import os
 import shutil
 import socket
 import struct
@@ -14,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from downloadview_async.contrib.django import (
     StorageDownloadView,
     get_asgi_application,
 )
+from tests.descriptors import open_paths
 from tests.live import ask, live
 
 TEXT = b"All work and no play. " * 20_000
@@ -470,13 +470,7 @@ async def test_a_client_that_leaves_before_the_answer_is_no_error(
 
 
 def _held(root: Path) -> list[str]:
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{name}"))
-        except FileNotFoundError:
-            continue
-    return [target for target in found if target.startswith(f"{root}/")]
+    return [path for path in open_paths() if path.startswith(f"{root}/")]
 
 
 # --- responses that were never made
@@ -548,8 +542,4 @@ async def test_a_request_leaves_no_connection_to_a_database(root: Path, handler:
 
 
 def _connections(database: str) -> int:
-    found = 0
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            found += os.readlink(f"/proc/self/fd/{name}") == database
-    return found
+    return open_paths().count(database)

@@ -35,6 +35,7 @@ from downloadview_async.contrib.django.middleware import (
 from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse
 from downloadview_async.contrib.django.storage import SignedFileSystemStorage, SignedURLMixin
 from downloadview_async.contrib.django.views import PathDownloadView, StorageDownloadView, VirtualDownloadView
+from tests.descriptors import open_paths
 
 SMART = "downloadview_async.contrib.django.middleware.SmartDownloadMiddleware"
 DISPATCHER = "downloadview_async.contrib.django.middleware.DownloadDispatcherMiddleware"
@@ -854,8 +855,7 @@ async def test_process_response_can_be_called_where_an_event_loop_runs(storage: 
 def test_nothing_stays_open(storage: FileSystemStorage, mode: str) -> None:
     view = nginx.x_accel_redirect(StorageDownloadView.as_view(storage=storage, path="a.txt"), **NGINX)
     get(view, mode=mode).close()
-    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
-    assert storage.path("a.txt") not in [os.readlink(link) for link in links if os.path.islink(link)]
+    assert storage.path("a.txt") not in open_paths()
 
 
 # --- the responses by themselves
