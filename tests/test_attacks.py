@@ -470,7 +470,9 @@ CLIENTS = {
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize(
+    "client", [pytest.param(client, marks=[] if client == "curl" else pytest.mark.slow) for client in CLIENTS]
+)
 def test_a_download_over_connections_that_are_cut_ends_as_the_file(
     server: Server, content: bytes, tmp_path: Path, client: str, route: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Which event loops a test runs on: those that its module names, else asyncio's own."""
+"""Which event loops a test runs on: those that its module names, else asyncio's own. The tests on uvloop are slow."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -17,3 +17,11 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> M
     """Give the loops of the module's `LOOPS`."""
     names = getattr(item.getparent(pytest.Module).obj, "LOOPS", ["asyncio"])  # type: ignore[union-attr]
     return {name: LOOPS[name] for name in names}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests on uvloop as slow: what `make test` leaves out is rarely wrong on one loop alone."""
+    for item in items:
+        if LOOPS["uvloop"] in getattr(getattr(item, "callspec", None), "params", {}).values():
+            item.add_marker(pytest.mark.slow)

@@ -380,6 +380,7 @@ async def test_our_own_responses_are_as_before(root: Path, tmp_path: Path, proto
         assert (before.status, before.body == after.body, after.complete) == (after.status, True, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["path send, granian", "chunks, hypercorn"])
 @pytest.mark.parametrize("reached", [True, False])
 async def test_other_servers(root: Path, tmp_path: Path, server: str, reached: bool) -> None:

@@ -21,7 +21,18 @@ async def last(server: Server) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+QUICK = "zero-copy, asyncio", "chunks, hypercorn"
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(
+            way, id=name, marks=[] if name in ("zero-copy, asyncio", "chunks, hypercorn") else pytest.mark.slow
+        )
+        for name, way in WAYS.items()
+    ],
+)
 async def test_whole_files_parts_and_small_files(way: Way, tmp_path: Path) -> None:
     root = tmp_path / "files"
     root.mkdir()

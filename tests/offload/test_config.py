@@ -96,7 +96,9 @@ async def served(kind: str, directories: list[Path]) -> AsyncIterator[int]:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("kind", PROXIES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "nginx" else pytest.mark.slow) for kind in PROXIES]
+)
 @pytest.mark.parametrize("relative", [False, True])
 async def test_every_directory_is_sent_from_or_refused(kind: str, relative: bool) -> None:
     with readable_directory() as root:

@@ -258,7 +258,9 @@ def assert_the_services(answer: Answer, direct: Answer) -> None:
 
 
 @pytest.mark.parametrize("character", ["a", "é"])
-@pytest.mark.parametrize("length", [1424, 1425, 2730, 4000, MAX_LENGTH])
+@pytest.mark.parametrize(
+    "length", [pytest.param(length, marks=pytest.mark.slow) for length in (1424, 1425, 2730, 4000)] + [MAX_LENGTH]
+)
 async def test_a_long_name_is_fetched_too(remote: Remote, length: int, character: str) -> None:
     name = long_name(length, character)
     write(remote.origin.files, name)

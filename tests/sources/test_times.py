@@ -137,7 +137,9 @@ async def test_a_file_of_a_normalised_time_is_sent_whole_to_whoever_has_another_
     assert (await ask(port, path, headers={"If-Match": '"0-a"'})).status == 412
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in ("path", "sync") else pytest.mark.slow) for kind in KINDS]
+)
 async def test_a_file_that_changes_as_fast_as_it_can_never_gets_a_stale_304_nor_another_ones_rest(
     tmp_path: Path, port: int, kind: str
 ) -> None:

@@ -663,7 +663,12 @@ class Counting:
 
 @pytest.mark.parametrize("has_ranges", [True, False])
 @pytest.mark.parametrize(
-    "headers", [[TAG], [], [f"Last-Modified: {MEANINGLESS[1]}"]], ids=["tag", "no-validator", "1980"]
+    "headers",
+    [
+        pytest.param([TAG], id="tag"),
+        pytest.param([], id="no-validator", marks=pytest.mark.slow),
+        pytest.param([f"Last-Modified: {MEANINGLESS[1]}"], id="1980", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     "value, status_code, requests",

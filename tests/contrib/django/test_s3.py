@@ -19,6 +19,8 @@ from tests import test_bounds as bounds
 from tests.live import ask
 from tests.servers import Server, free_port, serving
 
+pytestmark = pytest.mark.slow  # the store takes ten seconds to start
+
 MIB = 1 << 20
 BUCKET = "downloads"
 TEN = b"0123456789"
@@ -103,7 +105,6 @@ async def test_an_empty_object(server: Server, bucket: Any) -> None:
     assert (answer.status, answer.body, answer.headers["content-length"]) == (200, b"", "0")
 
 
-@pytest.mark.slow
 @pytest.mark.asyncio
 async def test_a_large_object_is_never_in_memory(server: Server, bucket: Any, tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb+") as file:

@@ -74,8 +74,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(
     scope="module",
-    # test_files_of_a_disk_leave_by_path_send has a quick look at the first
-    params=[pytest.param(way, marks=pytest.mark.slow if way == "zero-copy" else []) for way in WAYS],
+    # test_files_of_a_disk_leave_by_path_send has a quick look at zero-copy
+    params=[pytest.param(way, marks=[] if way == "stock" else pytest.mark.slow) for way in WAYS],
 )
 def server(request: pytest.FixtureRequest, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with WAYS[request.param].serving(root, tmp_path_factory.mktemp("server")) as server:
