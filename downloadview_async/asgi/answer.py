@@ -35,9 +35,9 @@ class Answer:
     headers: RawHeaders
     head: PreparedHead | None = None
 
-    def aged(self, age: str | None) -> "Answer":
-        """Return the answer with Age, if there is one. Age changes every second, so it is not in a cached answer."""
-        if age is None or self.plan.status not in (200, 206, 304) or "age" in self.plan.headers:
+    def aged(self, age: str) -> "Answer":
+        """Return the answer with Age, which changes every second, so that it is not in a cached answer."""
+        if self.plan.status not in (200, 206, 304) or "age" in self.plan.headers:
             return self
         field = (b"age", age.encode())
         head = None if self.head is None else self.head.with_field(field)

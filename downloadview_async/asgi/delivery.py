@@ -137,7 +137,7 @@ def delivery_of(
     return Chunks(plan, opened)
 
 
-async def deliver(
+def deliver(
     delivery: Delivery,
     start: Message | None,
     send: Send,
@@ -145,7 +145,7 @@ async def deliver(
     receive: Receive | None = None,
     observer: Observer | None = None,
     status: int = 200,
-) -> None:
+) -> Awaitable[None]:
     """Send an answer, which begins with `start`; None: its start has been sent already, with `status`.
 
     receive: given if nothing else listens for the client to leave; sending then stops when it does.
@@ -155,8 +155,18 @@ async def deliver(
     still be sent; else `TransferAborted`, and the server has to abort the connection.
     """
     if observer is None:
-        await _send(delivery, start, send, receive)
-        return
+        return _send(delivery, start, send, receive)
+    return _send_observed(delivery, start, send, receive, observer, status)
+
+
+async def _send_observed(
+    delivery: Delivery,
+    start: Message | None,
+    send: Send,
+    receive: Receive | None,
+    observer: Observer,
+    status: int,
+) -> None:
     record = _Record(delivery, send, status if start is None else start["status"], is_unsent=start is not None)
     try:
         await _send(delivery, start, record.send, receive)
@@ -171,8 +181,10 @@ async def deliver(
 
 async def _send(delivery: Delivery, start: Message | None, send: Send, receive: Receive | None) -> None:
     match delivery:
-        case Inline():
-            await _send_at_once(start, delivery.body, send)
+        case Inline() | Offloaded() | Redirected() | Empty():
+            if start is not None:
+                await send(start)
+            await send({"type": "http.response.body", "body": delivery.body if isinstance(delivery, Inline) else b""})
         case Descriptor():
             if start is not None:
                 await send(start)
@@ -195,14 +207,6 @@ async def _send(delivery: Delivery, start: Message | None, send: Send, receive: 
             await _send(delivery.otherwise, start, send, receive)
         case Chunks():
             await _listening(partial(send_in_chunks, delivery.plan, delivery.file, start=start), send, receive)
-        case Offloaded() | Redirected() | Empty():
-            await _send_at_once(start, b"", send)
-
-
-async def _send_at_once(start: Message | None, body: bytes, send: Send) -> None:
-    if start is not None:
-        await send(start)
-    await send({"type": "http.response.body", "body": body})
 
 
 async def _listening(work: Callable[[Send], Awaitable[None]], send: Send, receive: Receive | None) -> None:

@@ -6,7 +6,7 @@ returned. If the file has left its path by then, or if the wait is too long, we 
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from contextlib import suppress
 
 import anyio
@@ -44,24 +44,24 @@ class Holding:
         self._deadlines: _Deadlines | None = None
         self._deciding: asyncio.Future[None] | None = None
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:  # not `async`: nearly every message just passes
         """Pass a message on, or hold it back."""
         if self._lent is not None:
             self._held.append(message)
             if self._deadlines is None:
                 with suppress(RuntimeError):  # without asyncio, the answer waits without a deadline
                     self._deadlines = _set_deadline(self, asyncio.get_running_loop())
-            return
+            return _nothing()
         if message["type"] == "http.response.start":
-            if message["status"] != 200 and self._offer.made:
+            if message["status"] != 200 and self._offer.orders:
                 message = self._offer.withdrawn_from(message)
             if self._offer.lent is not None and (lent := self._offer.take_lent(message)) is not None:
                 if self._outer is None:
                     self._lent = lent
                     self._held.append(message)
-                    return
+                    return _nothing()
                 self._outer.lend(lent)
-        await self._send(message)
+        return self._send(message)
 
     def lose_patience(self) -> None:
         """Decide now: the application has not returned in time."""
@@ -125,6 +125,10 @@ class Holding:
         lent, self._lent = self._lent, None
         if lent is not None and lent.file is not None:
             await lent.file.aclose()
+
+
+async def _nothing() -> None:
+    """Do nothing: the message is held."""
 
 
 class _Merging:

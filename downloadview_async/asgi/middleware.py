@@ -53,8 +53,7 @@ class OffloadMiddleware:
         extensions = dict(scope.get("extensions") or {})
         outer = extensions.get(EXTENSION)
         outer = outer if isinstance(outer, Offer) else None
-        # An outer middleware drops the offload headers that no backend has made, so it has to know ours.
-        offer = Offer(self.backend, set() if outer is None else outer.made)
+        offer = Offer(self.backend, outer)
         extensions[EXTENSION] = offer
         holding = Holding(offer, receive, send, outer)
         foreign = None

@@ -53,13 +53,17 @@ class Lent:
 
 
 class Offer:
-    """A backend that is offered for one request, and that remembers the headers that it has made for it."""
+    """A backend that is offered for one request, and that remembers the headers that it has made for it.
 
-    __slots__ = ("_backend", "lent", "made")
+    outer: the offer of the next middleware outwards. It drops the headers that no backend has made, so it knows these.
+    """
 
-    def __init__(self, backend: OffloadBackend, made: set[tuple[bytes, bytes]]) -> None:
+    __slots__ = ("_backend", "lent", "orders")
+
+    def __init__(self, backend: OffloadBackend, outer: "Offer | None") -> None:
         self._backend = backend
-        self.made = made
+        self.orders: list[Mapping[str, str]] = [] if outer is None else outer.orders
+        """The headers of each file that was offloaded for this request."""
         self.lent: Lent | None = None
         """The open file that the response lends while its answer waits for the application."""
 
@@ -67,21 +71,26 @@ class Offer:
         """Return the backend's headers for a file, and remember them."""
         headers = self._backend.headers_for(file)
         if headers is not None:
-            self._remember(headers)
+            self.orders.append(headers)
         return headers
 
     async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
         """Return the headers as the backend signs them, and remember them."""
         headers = await signed(self._backend, file, headers)
-        self._remember(headers)
+        self.orders.append(headers)
         return headers
+
+    @property
+    def made(self) -> set[tuple[bytes, bytes]]:
+        """The headers of `orders` as in an ASGI message, with their names in lower case."""
+        pairs = [pair for order in self.orders for pair in order.items()]
+        return {(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs}
 
     def withdrawn_from(self, start: Message) -> Message:
         """Return the start of a response without the headers that this backend has made: its status has changed."""
-        headers = [
-            (name, value) for name, value in start.get("headers", ()) if (bytes(name).lower(), value) not in self.made
-        ]
-        return {**start, "headers": headers}
+        made, headers = self.made, start.get("headers", ())
+        kept = [(name, value) for name, value in headers if (bytes(name).lower(), value) not in made]
+        return {**start, "headers": kept}
 
     def lend(self, lent: Lent | None) -> None:
         """Lend a file for the next answer, and close the one that was lent before."""
@@ -102,8 +111,5 @@ class Offer:
         return None
 
     def _is_made_for(self, start: Message) -> bool:
-        return any((bytes(name).lower(), value) in self.made for name, value in start.get("headers", ()))
-
-    def _remember(self, headers: Mapping[str, str]) -> None:
-        for name, value in headers.items():
-            self.made.add((name.lower().encode("latin-1"), value.encode("latin-1")))
+        made = self.made
+        return any((bytes(name).lower(), value) in made for name, value in start.get("headers", ()))

@@ -133,8 +133,9 @@ class ForeignResponse:
         return stream_or_error
 
     async def _lend(self, lent: Lent) -> None:
-        made = next(name for name, value in lent.start["headers"] if (name.lower(), value) in self._offer.made)
-        delivery = Offloaded(made.lower().decode("latin-1"), is_held=True)
+        made = self._offer.made
+        order = next(name for name, value in lent.start["headers"] if (name.lower(), value) in made)
+        delivery = Offloaded(order.lower().decode("latin-1"), is_held=True)
         if self._observer is not None:
             self._observer.is_held = True
             lent.report = report_of(delivery, lent.start, self._observer)

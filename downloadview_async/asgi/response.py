@@ -33,12 +33,12 @@ from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.sources.base import AsyncFile, OpenFile
-from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
+from downloadview_async.sources.local.open_file import local_of, open_nowait
 
 Order = Mapping[str, str]
 """The headers that have a proxy send a file."""
 
-_IN_ONE_MESSAGE = Inline | Empty | Offloaded
+_IN_ONE_MESSAGE = Inline, Empty, Offloaded
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -196,24 +196,21 @@ class DownloadResponse(Response):
         receive: Receive | None = None,
     ) -> None:
         """Send the answer to a request for the open file. receive: given if nothing listens for the client to leave."""
-        local = local_of(opened)
+        keep = receive is not None
         answer = answer_to(
-            request,
-            opened.metadata,
-            self.presentation,
-            self.raw_headers,
-            offload,
-            status=self.status_code,
-            keep=receive is not None,
-        ).aged(age_of(opened))
+            request, opened.metadata, self.presentation, self.raw_headers, offload, status=self.status_code, keep=keep
+        )
+        if (age := age_of(opened)) is not None:
+            answer = answer.aged(age)
         start = self._start(answer, scope)
         path_send = (scope.get("extensions") or {}).get(PATHSEND)
         delivery: Delivery
-        if offload is not None:
-            delivery = Offloaded(next(iter(offload)).lower())
-            delivery.is_held = local is not None and self._lend(opened, local, delivery, start, scope)
+        if offload is None:
+            delivery = delivery_of(answer.plan, opened, path_send, is_fresh=keep)
         else:
-            delivery = delivery_of(answer.plan, opened, path_send, is_fresh=receive is not None)
+            delivery = Offloaded(next(iter(offload)).lower())
+            if not self.offload:
+                self._lend(opened, delivery, start, scope)
         if answer.head is not None and path_send and PREPARED in path_send and isinstance(delivery, _IN_ONE_MESSAGE):
             start[PREPARED] = answer.head
         await deliver(delivery, start, send, receive=receive, observer=observer_of(scope))
@@ -229,18 +226,18 @@ class DownloadResponse(Response):
         headers = await self.redirect.headers_for(self.file, described)
         return None if headers is None else make_redirect_plan(added, headers)
 
-    def _lend(self, opened: OpenFile, local: OpenLocalFile, delivery: Offloaded, start: Message, scope: Scope) -> bool:
-        """Keep the file open while the answer waits for the application, which may delete it. Return whether it waits.
-
-        It does not if the application promises that the file stays.
-        """
-        offer = scope["extensions"][EXTENSION]
-        if self.offload or not isinstance(offer, Offer):
-            return False
+    def _lend(self, opened: OpenFile, delivery: Offloaded, start: Message, scope: Scope) -> None:
+        """Keep a local file open while the answer waits for the application, which may delete the file."""
+        offer, local = scope["extensions"][EXTENSION], local_of(opened)
+        if local is None or not isinstance(offer, Offer):
+            return
+        delivery.is_held = True
 
         async def stream(receive: Receive, send: Send) -> None:
             request = DownloadRequest.from_headers(scope["method"], scope["headers"])
-            answer = answer_to(request, opened.metadata, self.presentation, self.raw_headers).aged(age_of(opened))
+            answer = answer_to(request, opened.metadata, self.presentation, self.raw_headers)
+            if (age := age_of(opened)) is not None:
+                answer = answer.aged(age)
             start = self._start(answer, scope)
             try:
                 await deliver(
@@ -255,7 +252,6 @@ class DownloadResponse(Response):
         if isinstance(observer, Once):
             observer.is_held = True
         offer.lend(Lent(local.shared(), path, start, stream, report_of(delivery, start, observer)))
-        return True
 
     def _order(self, scope: Scope) -> Order | Refusal | None:
         """Return the headers that have a proxy send the file, or why none may; None if no proxy is offered."""
