@@ -10,6 +10,8 @@ from downloadview_async.errors import (
     DownloadError,
     FileError,
     FileMissing,
+    LinkExpired,
+    LinkInvalid,
     PreconditionFailed,
     SourceUnavailable,
     TransferAborted,
@@ -27,6 +29,9 @@ from downloadview_async.offload.presigned import PresignedRedirect
 from downloadview_async.offload.proxies import proxy_kinds
 from downloadview_async.offload.render import ProxySite
 from downloadview_async.offload.rules import Rule
+from downloadview_async.policy.access import Access, SignedLinks, signed_link
+from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.signing import URLSigner
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
@@ -48,6 +53,7 @@ from downloadview_async.sources.virtual import VirtualFile, VirtualSource
 __version__ = "0.1.0"
 
 __all__ = [
+    "Access",
     "AccessDenied",
     "AsyncFile",
     "ByteRange",
@@ -64,6 +70,9 @@ __all__ = [
     "FileError",
     "FileMetadata",
     "FileMissing",
+    "Grant",
+    "LinkExpired",
+    "LinkInvalid",
     "LocalFile",
     "MemoryStorage",
     "ObjectFile",
@@ -82,6 +91,7 @@ __all__ = [
     "RemoteFile",
     "RemoteSource",
     "Rule",
+    "SignedLinks",
     "Source",
     "SourceUnavailable",
     "Storage",
@@ -89,6 +99,7 @@ __all__ = [
     "StorageSource",
     "SyncStorage",
     "TransferAborted",
+    "URLSigner",
     "Upstream",
     "UpstreamBusy",
     "UpstreamError",
@@ -104,5 +115,6 @@ __all__ = [
     "download_error",
     "proxy_config",
     "proxy_kinds",
+    "signed_link",
     "storage_from_url",
 ]

@@ -5,6 +5,8 @@
     ├── FileError                  no byte of the file has left yet: becomes a status
     │   ├── FileMissing            404  there is no such file
     │   ├── AccessDenied           404  there is one, but not for this client (never told apart from missing)
+    │   ├── LinkInvalid            403  the link is not one, was changed, or is not for this client
+    │   ├── LinkExpired            410  the link was valid until some time ago
     │   ├── PreconditionFailed     412  the origin of a remote file refused If-Match or If-Unmodified-Since
     │   ├── SourceUnavailable      503  the disk, the storage or this process is overloaded; try again
     │   │   └── UpstreamBusy       503  or 429: as a remote server answered; its Retry-After is passed on
@@ -44,6 +46,18 @@ class AccessDenied(FileError):
     """There is such a file, but this client or this process may not read it. The answer is that of `FileMissing`."""
 
     status = HTTPStatus.NOT_FOUND
+
+
+class LinkInvalid(FileError):
+    """The URL is not a link that this application has signed, or it is not for this client."""
+
+    status = HTTPStatus.FORBIDDEN
+
+
+class LinkExpired(FileError):
+    """The link has expired."""
+
+    status = HTTPStatus.GONE
 
 
 class PreconditionFailed(FileError):

@@ -20,7 +20,7 @@ APP = PACKAGE.parent / "app"
 STOREYS = [
     {"errors", "http"},
     {"sources"},
-    {"offload"},
+    {"policy", "offload"},
     {"accounts"},
     {"asgi"},
     {"contrib", "testing", "service"},

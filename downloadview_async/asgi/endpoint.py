@@ -1,6 +1,7 @@
 """`Download`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -14,7 +15,9 @@ from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.offload.base import Redirect
-from downloadview_async.sources.base import Source
+from downloadview_async.policy.access import Access, access_of, allow
+from downloadview_async.policy.grants import Grant
+from downloadview_async.sources.base import AsyncFile, Source
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
@@ -26,8 +29,10 @@ class Download:
     A string: the name of a path parameter, for a route with several. A function: it gets the request, and returns the
     value. A request whose key cannot be determined fails with `ConfigurationError`.
     attachment, headers, redirect, offload: as in `DownloadResponse`. cache_control: the Cache-Control header.
+    access: who may have a file: an async function that gets the request and the key, `SignedLinks`, or a list of them,
+    of which one suffices. It is asked before any file is opened. None: everyone. See `Access` and `Grant`.
 
-    Raises `ConfigurationError` for a source that is not one.
+    Raises `ConfigurationError` for a source or an access that is not one.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Download:
         key: str | Callable[[Request], Any] | None = None,
         redirect: Redirect | None = None,
         offload: bool | None = None,
+        access: Access | Sequence[Access] | None = None,
     ) -> None:
         if not hasattr(source, "resolve") or hasattr(source, "__fspath__") or isinstance(source, type):
             raise ConfigurationError(f"Download takes a source, such as PathSource('files'), not {source!r}")
@@ -50,6 +56,8 @@ class Download:
             self.headers["Cache-Control"] = cache_control
         self.redirect = redirect
         self.offload = offload
+        self.access = access_of(access)
+        self._cache_control = {name.lower(): value for name, value in self.headers.items()}.get("cache-control")
         self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,18 +72,29 @@ class Download:
             response = Response("Method Not Allowed", 405, _ALLOW | close_after_body(scope), "text/plain")
         else:
             try:
-                file = await self.source.resolve(self._key_of(scope))
+                key = self._key_of(scope)
+                grant = await allow(self.access, Request(scope), key) if self.access else None
+                response = self._response(await self.source.resolve(key), grant)
             except FileError as exc:
                 await send_error(exc, scope, send)
                 return
-            response = DownloadResponse(
-                file,
-                attachment=self.attachment,
-                headers=self.headers,
-                redirect=self.redirect,
-                offload=self.offload,
-            )
         await response(scope, receive, send)
+
+    def _response(self, file: AsyncFile, grant: Grant | None) -> DownloadResponse:
+        filename, attachment, content_type, headers = None, self.attachment, None, self.headers
+        if grant is not None:
+            filename, content_type = grant.filename, grant.content_type
+            attachment = attachment if grant.attachment is None else grant.attachment
+            headers = {**headers, "Cache-Control": grant.cache_control(self._cache_control, time.time())}
+        return DownloadResponse(
+            file,
+            filename=filename,
+            attachment=attachment,
+            content_type=content_type,
+            headers=headers,
+            redirect=self.redirect,
+            offload=self.offload,
+        )
 
     def _key_of(self, scope: Scope) -> Any:
         _check_is_decoded(scope)

@@ -1,0 +1,91 @@
+"""Who may have a file: `allow` asks the functions and objects that an application gives as `access=`."""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+from starlette.requests import Request
+
+from downloadview_async.errors import AccessDenied, ConfigurationError, FileError, SourceUnavailable
+from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.signing import URLSigner
+
+logger = logging.getLogger("downloadview_async")
+
+
+class Access(Protocol):
+    """An async function, or an object, that decides whether a request may have a file."""
+
+    async def __call__(self, request: Request, name: Any, /) -> bool | Grant | None:
+        """Return True or a `Grant` to allow it, False or None to refuse it.
+
+        name: what the source of `Download` gets, usually the file's name. May raise a `FileError`, whose status the
+        client gets. After any other error, the client gets a 503.
+        """
+
+
+class SignedLinks:
+    """Allows the requests whose URL is a valid link of `signer`: `Download(source, access=SignedLinks(signer))`.
+
+    Raises `ConfigurationError` for a signer that is not one.
+    """
+
+    def __init__(self, signer: URLSigner) -> None:
+        if not isinstance(signer, URLSigner):
+            raise ConfigurationError(f"SignedLinks takes a URLSigner, not {signer!r}")
+        self._signer = signer
+
+    async def __call__(self, request: Request, name: Any) -> Grant:
+        """Return what the link of the request grants. Raises `LinkInvalid` or `LinkExpired`."""
+        return await self._signer.verify(request.scope)
+
+
+def signed_link(signer: URLSigner) -> Callable[[Request], Awaitable[Grant]]:
+    """Return a dependency for FastAPI: `grant: Annotated[Grant, Depends(signed_link(signer))]`.
+
+    It raises `LinkInvalid` or `LinkExpired`, which `download_error` answers.
+    """
+
+    async def verify(request: Request) -> Grant:
+        return await signer.verify(request.scope)
+
+    return verify
+
+
+def access_of(access: Access | Sequence[Access] | None) -> tuple[Access, ...]:
+    """Return what an application gives as `access=`, as a tuple. Raises `ConfigurationError` for anything else."""
+    if access is None:
+        return ()
+    each = tuple(access) if isinstance(access, list | tuple) else (access,)
+    if not each or not all(callable(one) for one in each):
+        raise ConfigurationError(
+            f"access is {access!r}: give an async function (request, name), SignedLinks(signer), or a list of them"
+        )
+    return each
+
+
+async def allow(access: tuple[Access, ...], request: Request, name: Any) -> Grant:
+    """Return the grant of the first in `access` that allows the request.
+
+    Raises `AccessDenied` if none does, or the error of the only one, or of a link if the request has a query, which
+    may be one. Raises `SourceUnavailable` if one of them fails, so that the file is not sent by mistake.
+    """
+    refused: FileError | None = None
+    for one in access:
+        try:
+            verdict: object = await one(request, name)
+        except FileError as exc:
+            if len(access) == 1 or request.scope["query_string"]:
+                refused = refused or exc
+            continue
+        except Exception as exc:
+            logger.exception("the decision about access has failed")
+            raise SourceUnavailable("the decision about access has failed") from exc
+        if isinstance(verdict, Grant):
+            return verdict
+        if verdict is True:
+            return Grant()
+        if verdict is not False and verdict is not None:
+            # Such as a coroutine that was not awaited, which `if` would take for True.
+            raise SourceUnavailable(f"access gave {verdict!r} instead of True, False or a Grant: is an await missing?")
+    raise refused or AccessDenied("access was refused")

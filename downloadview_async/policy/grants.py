@@ -1,0 +1,36 @@
+"""`Grant`: what a request may have, and how the file is presented to it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """A request may have the file. A value that is None leaves the choice to the application and the file.
+
+    filename: the name under which the client saves the file. attachment: whether the client saves the file or shows it.
+    content_type: the whole Content-Type. expires: until when, in seconds since 1970 UTC; a download that has begun by
+    then goes on. is_shareable: whether shared caches may keep the answer until it expires. link_id, key_id: of the link
+    that grants this, and of the key that has signed it.
+    """
+
+    filename: str | None = None
+    attachment: bool | None = None
+    content_type: str | None = None
+    expires: int | None = None
+    is_shareable: bool = False
+    link_id: str | None = None
+    key_id: str | None = None
+
+    def cache_control(self, chosen: str | None, now: float) -> str:
+        """Return the Cache-Control of the answer.
+
+        chosen: what the application has chosen. It applies to answers without a link, whose default is `private`. An
+        answer to a link is `private, no-store`, or, if it may be shared, is kept at most until the link expires.
+        """
+        if self.link_id is None:
+            return chosen or "private"
+        if not self.is_shareable:
+            return "private, no-store"
+        if self.expires is None:
+            return chosen or "public"
+        return f"public, max-age={max(0, int(self.expires - now))}"
