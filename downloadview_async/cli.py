@@ -6,14 +6,17 @@ import functools
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import stat
 import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from downloadview_async import ConfigurationError, __version__, proxy_kinds
+from downloadview_async import ConfigurationError, FileError, __version__, proxy_kinds
 
 try:
     import click
@@ -28,7 +31,14 @@ _WRONG_SETTINGS = 2  # the exit status: trying again does not help
 
 try:
     from downloadview_async.service.config_loader import CONFIG, load_settings
-    from downloadview_async.service.settings import ServerSettings, Settings, Unavailable, description_of, parts_of
+    from downloadview_async.service.settings import (
+        ServerSettings,
+        Settings,
+        Unavailable,
+        description_of,
+        parts_of,
+        seconds_of,
+    )
 except ConfigurationError as exc:  # a mistake in a proxy that an installed package adds
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
     sys.exit(_WRONG_SETTINGS)
@@ -56,19 +66,23 @@ def main() -> None:
 @main.command()
 @click.argument("path", required=False, type=_Directory(exists=True, file_okay=False, path_type=Path))
 @click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@click.option("--hidden", is_flag=True, help="With PATH, serve names that begin with a dot, too.")
 @click.pass_context
-def serve(context: click.Context, /, path: Path | None, config: Path | None, **options: Any) -> None:
+def serve(context: click.Context, /, path: Path | None, config: Path | None, hidden: bool, **options: Any) -> None:
     """Serve the routes in the settings, or the files of a directory.
 
-    With PATH, only the files of this directory are served, at /files/. The settings file is given by --config or
+    With PATH, only the files of this directory are served, at /files/, without those whose path has a name that begins
+    with a dot. The settings file is given by --config or
     DOWNLOADVIEW_CONFIG; the default is downloadview.toml in the current directory. Variables such as
     DOWNLOADVIEW_SERVER__PORT override the file, and options override both. The options are those of uvicorn. The page
     at / lists the routes; /-/livez and /-/readyz answer health probes.
     """
     if path is not None and config is not None:
         raise click.UsageError("PATH and --config exclude each other: PATH serves a directory without settings")
+    if hidden and path is None:
+        raise click.UsageError("--hidden needs PATH; in the settings, a route hides what its `hide` says")
     try:
-        _choose(path, config, "nothing to serve: give a directory, or ")
+        _choose(path, config, "nothing to serve: give a directory, or ", hide=[] if hidden else [".*"])
         given = {
             name: value
             for name, value in options.items()
@@ -197,20 +211,98 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
     sys.exit(1 if counts["FAIL"] else 0)
 
 
-def _say(exc: ConfigurationError) -> None:
+@main.command("keys")
+def print_key() -> None:
+    """Print a new line for the file of the keys that sign links.
+
+    The first line of the file signs, and all lines verify: to replace a key, put the new line first.
+    """
+    click.echo(f"{datetime.now(UTC):%Y%m%d}-{secrets.token_hex(2)} {secrets.token_urlsafe(32)}")
+
+
+@main.command("sign")
+@click.argument("path")
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@click.option("--expires", help="How long the link is valid, such as 90s, 10m, 2h or 7d.  [default: links.max_age]")
+@click.option("--until", type=click.DateTime(), help="Until when the link is valid, in UTC, instead of --expires.")
+@click.option("--filename", help="The name under which the client saves the file.")
+@click.option("--inline/--attachment", default=None, help="Whether the client shows the file, or saves it.")
+@click.option("--content-type", help="The media type of the file.")
+@click.option("--client", metavar="CIDR", help="The address or network from which alone the link is valid.")
+@click.option("--shareable", is_flag=True, help="Allow shared caches to keep the file until the link expires.")
+@click.option("--base", default="", metavar="URL", help="The scheme and host of the link, and a prefix.")
+def sign(
+    path: str, config: Path | None, expires: str | None, until: datetime | None, inline: bool | None, **options: Any
+) -> None:
+    """Print a link to the file at PATH, such as "/files/Q3 report.pdf".
+
+    PATH is not percent-encoded. The settings are the same as those of `serve`. The route of PATH must have "signed" in
+    its access.
+    """
+    from downloadview_async.service.access import sign_path
+
+    if expires is not None and until is not None:
+        raise click.UsageError("--expires and --until exclude each other")
+    attachment = None if inline is None else not inline
+    try:
+        _choose(None, config, "no keys: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        options |= {"expires_in": _life(expires), "until": until and until.replace(tzinfo=UTC)}
+        link = sign_path(settings, path, attachment=attachment, **options)
+    except ValueError as exc:  # ConfigurationError is one
+        _say(exc)
+        sys.exit(_WRONG_SETTINGS)
+    click.echo(link)
+
+
+def _life(expires: str | None) -> timedelta | None:
+    if expires is None:
+        return None
+    seconds = seconds_of(expires)
+    if seconds is None:
+        raise ConfigurationError(f"--expires is {expires!r}: give a time such as 90s, 10m, 2h or 7d")
+    return timedelta(seconds=seconds)
+
+
+@main.command("verify")
+@click.argument("url")
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@click.option("--client", metavar="ADDRESS", help="The address of the client, for a link that is bound to one.")
+def verify(url: str, config: Path | None, client: str | None) -> None:
+    """Print what a link grants. The exit status is 0 for a valid link, 1 for another, 2 if nothing can be checked."""
+    from downloadview_async.service.access import grant_of
+
+    try:
+        _choose(None, config, "no keys: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        grant = grant_of(settings, url, client)
+    except ConfigurationError as exc:
+        _say(exc)
+        sys.exit(_WRONG_SETTINGS)
+    except FileError as exc:
+        click.echo(f"downloadview: {exc.status.value} {exc.status.phrase}: {one_line(str(exc))}", err=True)
+        sys.exit(1)
+    for name, value in grant.items():
+        click.echo(f"{name}: {value}")
+
+
+def _say(exc: Exception) -> None:
     """Print the error on one line, whatever characters the settings contain."""
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
 
 
-def _choose(path: Path | None, config: Path | None, lacking: str) -> None:
+def _choose(path: Path | None, config: Path | None, lacking: str, *, hide: Sequence[str] = ()) -> None:
     """Write the chosen settings into the environment, where worker processes also read them.
 
-    lacking: how the error begins if no settings are given. Raises `ConfigurationError`.
+    lacking: how the error begins if no settings are given. hide: what the route of `path` hides.
+
+    Raises `ConfigurationError`.
     """
     if path is not None:
         os.environ.pop(CONFIG, None)
         os.environ["DOWNLOADVIEW_SOURCES"] = json.dumps({"files": {"type": "path", "root": str(path.absolute())}})
-        os.environ["DOWNLOADVIEW_ROUTES"] = json.dumps([{"path": "/files/{path:path}", "source": "files"}])
+        route = {"path": "/files/{path:path}", "source": "files", "hide": [*hide]}
+        os.environ["DOWNLOADVIEW_ROUTES"] = json.dumps([route])
     elif config is not None:
         os.environ[CONFIG] = str(config)
     elif CONFIG not in os.environ:

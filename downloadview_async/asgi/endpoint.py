@@ -17,6 +17,7 @@ from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, Source
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
@@ -32,7 +33,10 @@ class Download:
     access: who may have a file: an async function that gets the request and the key, `SignedLinks`, or a list of them,
     of which one suffices. It is asked before any file is opened. None: everyone. See `Access` and `Grant`.
 
-    Raises `ConfigurationError` for a source or an access that is not one.
+    hide: patterns for names of files and directories that do not exist for clients, such as `.*` or
+    `*.key`, as in `fnmatch`. One that matches a segment of the name hides it; upper and lower case are the same.
+
+    Raises `ConfigurationError` for a source, an access or a pattern that is not one.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Download:
         redirect: Redirect | None = None,
         offload: bool | None = None,
         access: Access | Sequence[Access] | None = None,
+        hide: Sequence[str] = (),
     ) -> None:
         if not hasattr(source, "resolve") or hasattr(source, "__fspath__") or isinstance(source, type):
             raise ConfigurationError(f"Download takes a source, such as PathSource('files'), not {source!r}")
@@ -57,6 +62,7 @@ class Download:
         self.redirect = redirect
         self.offload = offload
         self.access = access_of(access)
+        self._hidden = Hidden(hide) if hide else None
         self._cache_control = {name.lower(): value for name, value in self.headers.items()}.get("cache-control")
         self._key = key
 
@@ -73,6 +79,8 @@ class Download:
         else:
             try:
                 key = self._key_of(scope)
+                if self._hidden is not None:
+                    self._hidden.check(key)
                 grant = await allow(self.access, Request(scope), key) if self.access else None
                 response = self._response(await self.source.resolve(key), grant)
             except FileError as exc:

@@ -27,7 +27,7 @@ import secrets
 import time
 from binascii import b2a_base64
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -73,6 +73,7 @@ class URLSigner:
         path: str,
         *,
         expires_in: timedelta | None = None,
+        until: datetime | None = None,
         filename: str | None = None,
         attachment: bool | None = None,
         content_type: str | None = None,
@@ -82,11 +83,12 @@ class URLSigner:
     ) -> str:
         """Return the link to a file: `base`, the path and a query.
 
-        path: the path that the application gets, not percent-encoded, such as `/files/Q3 report.pdf`. expires_in: None
-        stands for the signer's `max_age`. filename, attachment, content_type: take the place of what the file and the
-        application say. client: the address or the network from which alone the link is valid. shareable: whether
-        shared caches may keep the answer, until the link expires. base: the scheme, the host and the prefix that a
-        proxy removes, such as `https://example.org/dl`; they are not signed.
+        path: the path that the application gets, not percent-encoded, such as `/files/Q3 report.pdf`. expires_in,
+        until: how long, or until when, the link is valid; by default for the signer's `max_age`. filename, attachment,
+        content_type: take the place of what the file and the application say. client: the address or the network from
+        which alone the link is valid. shareable: whether shared caches may keep the answer, until the link expires.
+        base: the scheme, the host and the prefix that a proxy removes, such as `https://example.org/dl`; they are not
+        signed.
 
         Raises `ValueError` for an argument that is refused.
         """
@@ -95,7 +97,7 @@ class URLSigner:
         values = {
             "k": key_id,
             "i": secrets.token_urlsafe(9),
-            "e": self._expiry(expires_in),
+            "e": self._expiry(expires_in, until),
             "f": None if filename is None else _checked_filename(filename),
             "d": None if attachment is None else "a" if attachment else "i",
             "t": None if content_type is None else _checked_content_type(content_type),
@@ -145,13 +147,23 @@ class URLSigner:
         path = scope["path"].encode() if raw_path is None else unquote_to_bytes(raw_path.partition(b"?")[0])
         return self.check(path, scope["query_string"], client[0] if client else None, time.time())
 
-    def _expiry(self, expires_in: timedelta | None) -> str | None:
-        age = self._max_age if expires_in is None else expires_in
-        if age is None:
+    def _expiry(self, expires_in: timedelta | None, until: datetime | None) -> str | None:
+        now = time.time()
+        if until is not None:
+            if expires_in is not None or until.tzinfo is None:
+                raise ValueError(f"until is {until}: give a time with a zone, and no expires_in")
+            age = timedelta(seconds=until.timestamp() - now)
+        elif expires_in is not None:
+            age = expires_in
+        elif self._max_age is not None:
+            age = self._max_age
+        else:
             return None
         if age < timedelta(seconds=1) or (self._max_age is not None and age > self._max_age):
-            raise ValueError(f"expires_in is {age}: give one second or more, and at most max_age, {self._max_age}")
-        return str(int(time.time() + age.total_seconds()))
+            raise ValueError(
+                f"the link would be valid for {age}: give a second or more, at most max_age, {self._max_age}"
+            )
+        return str(int(now + age.total_seconds()) if until is None else int(until.timestamp()))
 
 
 def _signature(secret: bytes, path: bytes, signed: bytes) -> bytes:

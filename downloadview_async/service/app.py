@@ -1,10 +1,8 @@
 """Builds the ASGI application from the settings: sources, routes, the offload backend and the service's pages."""
 
 import contextlib
-import importlib
 import logging
 import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -41,7 +39,9 @@ from downloadview_async import (
     proxy_kinds,
     storage_from_url,
 )
+from downloadview_async.service.access import access_of, signer_of
 from downloadview_async.service.config_loader import CONFIG, load_settings
+from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
 from downloadview_async.service.pages import IndexPage
@@ -213,7 +213,7 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                 with settings.blaming(f"{key}.url"):
                     sources[name] = RemoteSource(options.pop("url"), **options)
             case VirtualSettings():
-                sources[name] = VirtualSource(_imported(settings, f"{key}.factory", source.factory))
+                sources[name] = VirtualSource(function_of(settings, f"{key}.factory", source.factory))
     for name, cache in caches.items():
         sources[name] = CachedSource(sources[name], cache, name=f"{name} {_place_of(settings, name, sources[name])}")
     for name, source in settings.sources.items():
@@ -266,31 +266,9 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
         return Documents(source, directory=settings.directory)
 
 
-def _imported(settings: Settings, key: str, factory: str) -> Callable[[str], Any]:
-    """Return the function named `module:function`, and put the directory of the settings on the import path."""
-    directory = str(settings.directory)
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
-    module, _, path = factory.partition(":")
-    try:
-        imported: Any = importlib.import_module(module)
-        for attribute in path.split("."):
-            imported = getattr(imported, attribute)
-    except Exception as exc:  # importing a module may raise anything
-        reason = " ".join(f"{type(exc).__name__}: {exc}".split())
-        raise settings.error(
-            key,
-            f"{factory!r} cannot be imported ({reason}): give module:function; the module must be in {directory} or "
-            "installed",
-        ) from exc
-    if not callable(imported):
-        raise settings.error(key, f"{factory!r} is not a function: give module:function")
-    function: Callable[[str], Any] = imported
-    return function
-
-
 def _routes(settings: Settings, sources: Mapping[str, Source]) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
+    signer = signer_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
         endpoint = Download(
@@ -299,6 +277,8 @@ def _routes(settings: Settings, sources: Mapping[str, Source]) -> Iterator[Route
             cache_control=route.cache_control,
             redirect=redirects[where] if route.send == "redirect" else None,
             offload=route.send != "stream",
+            access=access_of(settings, index, route, signer),
+            hide=route.hide,
         )
         try:
             yield Route(route.path, endpoint)

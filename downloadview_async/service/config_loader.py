@@ -23,6 +23,7 @@ from downloadview_async.service.settings import (
     PROXY_OPTIONS,
     CacheSettings,
     ContentTypes,
+    LinksSettings,
     ObjectSettings,
     OffloadSettings,
     PathSettings,
@@ -63,12 +64,15 @@ _TABLES: dict[str, Any] = {
     "routes": Routes,
     "offload": OffloadSettings,
     "content_types": ContentTypes,
+    "links": LinksSettings,
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # a path parameter, as Starlette parses it
 _Shape = tuple[str, str, str]
 _WITHOUT_SLASH = (":str", ":int", ":float", ":uuid")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-_MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_password")
+_MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_password|links\.keys")
+KEY_LINE = re.compile(r"^\s*([A-Za-z0-9_.-]{1,64})\s+(\S{32,})\s*$", re.MULTILINE)
+"""A line of a keys file: the id of a key and its secret."""
 _COMMAND_LINE = "the command line"
 _OBJECT_STORE = re.compile("(?:s3|gs|az)://")
 _SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
@@ -211,6 +215,11 @@ class _Draft:
             self._check_reference(f"sources.{name}", source, sources)
         self._check_caches(sources)
         routes = self._routes(self._converted("routes", data.get("routes", []), Routes), sources)
+        links = (
+            self._links(self._converted("links", self._table("links", data), LinksSettings))
+            if "links" in data
+            else None
+        )
         settings = Settings(
             file=self.file,
             directory=self.directory,
@@ -219,10 +228,13 @@ class _Draft:
             sources=sources,
             routes=routes,
             offload=self._offload(self._converted("offload", self._table("offload", data), OffloadSettings), sources),
+            links=links,
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
         )
         for index, route in enumerate(routes):
             self._check_sending(f"routes[{index}].send", route, settings)
+            if links is None and "signed" in (route.access or ()):
+                raise self.error(f"routes[{index}].access", "links need keys: add a [links] table with keys")
         return settings
 
     def _check_texts(self, data: Mapping[str, Any]) -> None:
@@ -329,6 +341,15 @@ class _Draft:
                 f"{cache.max_age!r} is not a time: give a number of seconds, or a time such as 10m or 1d",
             )
         return CacheSettings(path=self._absolute(cache.path), max_bytes=size, max_age=age)
+
+    def _links(self, links: LinksSettings) -> LinksSettings:
+        age = seconds_of(links.max_age)
+        if not age or age < 1:
+            raise self.error(
+                "links.max_age", f"{links.max_age!r} is not a time of a second or more: give such as 10m, 2h or 7d"
+            )
+        keys = links.keys if KEY_LINE.search(links.keys) else self._absolute(links.keys)
+        return LinksSettings(keys=keys, max_age=age)
 
     def _check_caches(self, sources: Mapping[str, SourceSettings]) -> None:
         first: dict[str, tuple[str, CacheSettings]] = {}

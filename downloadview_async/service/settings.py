@@ -22,6 +22,7 @@ _MOST_BYTES = 2**63 - 1
 
 _Seconds = Annotated[float, Meta(gt=0, le=_YEAR)]
 _Count = Annotated[int, Meta(ge=1)]
+_FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 
 
 def _choice(names: Iterable[str]) -> str:
@@ -209,7 +210,7 @@ class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     factory: Annotated[
         str,
         Meta(
-            pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*\Z",
+            pattern=rf"^{_FUNCTION}\Z",
             description='"module:function"; the directory of the settings file is on the import path',
         ),
     ]
@@ -217,6 +218,25 @@ class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
 
 
 SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSettings | VirtualSettings
+
+
+class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[links]`: the keys of links, for routes with `access = ["signed"]`."""
+
+    keys: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="a file with a line `id secret` for each key, as `downloadview keys` prints it; or such a line",
+        ),
+    ]
+    max_age: Annotated[
+        float | str, Meta(description="the longest life of a link, and its default: seconds, or such as 10m, 2h, 7d")
+    ] = "7d"
+
+
+_Access = Annotated[str, Meta(pattern=rf"^(signed|hook:{_FUNCTION})\Z")]
+_Hidden = Annotated[str, Meta(pattern=r"^[^/]+\Z")]
 
 
 class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -236,6 +256,21 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         ]
         | None
     ) = None
+    access: (
+        Annotated[
+            list[_Access],
+            Meta(
+                min_length=1,
+                description='a list of "signed" (links) and "hook:module:function", of which one suffices; omit it to '
+                "let everyone have the files",
+            ),
+        ]
+        | None
+    ) = None
+    hide: Annotated[
+        list[_Hidden],
+        Meta(description='a list of patterns for names of files and directories that are hidden, such as ".*"'),
+    ] = []
     send: Annotated[Literal["redirect", "proxy", "stream"], Meta(description="redirect, proxy or stream")] | None = None
     name: Annotated[str, Meta(min_length=1, description="the name of the route on the page at /")] | None = None
     example: Annotated[
@@ -316,6 +351,7 @@ class Settings:
     sources: Mapping[str, SourceSettings]
     routes: Sequence[RouteSettings]
     offload: OffloadSettings
+    links: LinksSettings | None = None
     content_types: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, problem: str) -> ConfigurationError:

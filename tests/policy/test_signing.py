@@ -1,7 +1,7 @@
 """Links: what is signed comes back, and nothing that differs from it in any byte is a link."""
 
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
@@ -214,7 +214,10 @@ def test_keys_that_are_refused(keys: dict[str, bytes | str], message: str) -> No
         ("/a", {"filename": "a\r\nb"}, "filename is"),
         ("/a", {"content_type": "html"}, "not a content type"),
         ("/a", {"client": "example.org"}, "give an address or a network"),
-        ("/a", {"expires_in": timedelta(0)}, "expires_in is 0:00:00"),
+        ("/a", {"expires_in": timedelta(0)}, "would be valid for 0:00:00"),
+        ("/a", {"until": datetime(2020, 1, 1, tzinfo=UTC)}, "give a second or more"),
+        ("/a", {"until": datetime(2020, 1, 1)}, "give a time with a zone"),
+        ("/a", {"until": datetime.now(UTC), "expires_in": timedelta(1)}, "no expires_in"),
         ("/a", {"expires_in": timedelta(days=8)}, "at most max_age, 7 days"),
         ("/a", {"base": "example.org"}, "give a scheme and a host"),
         ("/a", {"base": "https://example.org/?x"}, "give a scheme and a host"),
@@ -223,6 +226,11 @@ def test_keys_that_are_refused(keys: dict[str, bytes | str], message: str) -> No
 def test_arguments_that_are_refused(path: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SIGNER.sign(path, **options)
+
+
+def test_a_link_until_a_time() -> None:
+    until = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
+    assert check(SIGNER.sign("/a", until=until)).expires == until.timestamp()
 
 
 def test_an_absolute_link() -> None:

@@ -490,7 +490,7 @@ def test_uvicorn_app_main_serves_the_settings_of_the_environment(directory: Path
 
 def test_every_server_setting_is_an_option() -> None:
     assert set(ServerSettings.__struct_fields__) == {
-        parameter.name for parameter in serve.params if parameter.name not in ("path", "config")
+        parameter.name for parameter in serve.params if parameter.name not in ("path", "config", "hidden")
     }
 
 

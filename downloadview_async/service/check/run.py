@@ -174,6 +174,15 @@ class _Run:
         unknown: list[Line] = []
         for route in self.site.settings.routes:
             before, after = (quote(part) for part in PARAMETER.split(route.path))
+            if route.access is not None and not only:
+                outcome = "not checked: the route has an `access`"
+                remedy = "download a file of this route as those do who may have it"
+                unknown.append(
+                    Line(
+                        result="skip", step="source", route=route.path, request="a file", outcome=outcome, remedy=remedy
+                    )
+                )
+                continue
             names = [] if only else route.examples or self._found(route)
             targets = given.get(route.path) or [before + quote(name) + after for name in names]
             wanted += [Wanted(route, target, thorough=number == 0) for number, target in enumerate(targets)]

@@ -50,7 +50,10 @@ class IndexPage:
                 "path": route.path,
                 "parameter": _PARAMETER.findall(route.path)[0],
                 "kind": kind,
-                "links": [{"name": name, "href": root + _link(route, name)} for name in route.examples],
+                # without an access: a link that is not signed would be refused
+                "links": [
+                    {"name": name, "href": root + _link(route, name)} for name in route.examples if route.access is None
+                ],
             }
             for route, kind in self._routes
         ]

@@ -1,0 +1,33 @@
+"""`Hidden`: names of files and directories that do not exist for clients, such as `.env` and everything in `.git`."""
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+from downloadview_async.errors import ConfigurationError, FileMissing
+
+
+class Hidden:
+    """Refuses each name that has a segment which matches a pattern.
+
+    patterns: those of `fnmatch`, such as `.*` or `*.key`. Upper and lower case are the same.
+
+    Raises `ConfigurationError` for a pattern with a slash, and for a single string.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        if isinstance(patterns, str):
+            raise ConfigurationError(f"hide is {patterns!r}: give a list of patterns, such as ['.*', '*.key']")
+        patterns = list(patterns)
+        for pattern in patterns:
+            if not pattern or "/" in pattern:
+                raise ConfigurationError(
+                    f"hide has {pattern!r}: a pattern is for one segment of a path, so remove the slash"
+                )
+        self._pattern = re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)", re.IGNORECASE)
+
+    def check(self, name: object) -> None:
+        """Raise `FileMissing` for a name that is hidden."""
+        for segment in re.split(r"[/\\]", str(name)):
+            if segment not in ("", ".", "..") and self._pattern.match(segment):
+                raise FileMissing(f"hidden: {name!r}")

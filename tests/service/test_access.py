@@ -1,0 +1,248 @@
+"""Routes that not everyone may use, in the service: its settings, its commands, and what a running service answers."""
+
+import os
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from downloadview_async import ConfigurationError
+from downloadview_async.cli import main
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
+from tests.live import ask, live
+
+SECRET = "s" * 32
+SETTINGS = """
+[links]
+keys = "links.keys"
+[sources.files]
+type = "path"
+root = "files"
+[[routes]]
+path = "/signed/{path:path}"
+source = "files"
+access = ["signed"]
+cache_control = "max-age=60"
+example = "a.txt"
+[[routes]]
+path = "/hooked/{path:path}"
+source = "files"
+access = ["hook:access_rules:may_read", "signed"]
+hide = [".*", "*.KEY"]
+[[routes]]
+path = "/public/{path:path}"
+source = "files"
+hide = [".*"]
+"""
+HOOK = """
+async def may_read(request, name):
+    return request.headers.get("x-user") == "ada"
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("a.txt", "Q3 report.pdf", ".env", ".git/config", "sub/.hidden/a.txt", "server.key", "sub/b.txt"):
+        file = tmp_path / "files" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"content")
+    (tmp_path / "downloadview.toml").write_text(SETTINGS)
+    (tmp_path / "links.keys").write_text(f"# the keys\n\n2026b {SECRET}\n2026a {SECRET[::-1]}x\n")
+    (tmp_path / "access_rules.py").write_text(HOOK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DOWNLOADVIEW_CONFIG", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def printed(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout.rstrip("\n")
+
+
+def refused(*arguments: str, status: int = 2) -> str:
+    result = run(*arguments)
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+# --- what the service answers
+
+
+@pytest.mark.asyncio
+async def test_the_service_decides(directory: Path) -> None:
+    link = printed("sign", "/signed/Q3 report.pdf", "--filename", "report.pdf", "--inline")
+    async with live(build(load_settings("downloadview.toml", environ={}))) as port:
+        answer = await ask(port, link)
+        assert (answer.status, answer.body, answer.headers["cache-control"]) == (200, b"content", "private, no-store")
+        assert answer.headers["content-disposition"] == 'inline; filename="report.pdf"'
+        for path, headers, status in [
+            ("/signed/a.txt", {}, 403),
+            (link.replace("Q3%20report.pdf", "a.txt"), {}, 403),
+            (link + "&x=1", {}, 403),
+            ("/hooked/a.txt", {"X-User": "ada"}, 200),
+            ("/hooked/a.txt", {"X-User": "bob"}, 404),
+            ("/hooked/sub/b.txt", {"X-User": "ada"}, 200),
+            ("/hooked/.env", {"X-User": "ada"}, 404),
+            ("/hooked/server.key", {"X-User": "ada"}, 404),
+            ("/public/a.txt", {}, 200),
+            ("/public/.env", {}, 404),
+            ("/public/.git/config", {}, 404),
+            ("/public/sub/.hidden/a.txt", {}, 404),
+            ("/public/./a.txt", {}, 200),
+            ("/public/./.env", {}, 404),
+            ("/public/%2eenv", {}, 404),
+            ("/public/server.key", {}, 200),
+        ]:
+            assert (await ask(port, path, headers=headers)).status == status, path
+        page = (await ask(port, "/")).body.decode()
+    assert "/public/" in page
+    assert 'href="/signed/a.txt"' not in page
+
+
+@pytest.mark.asyncio
+async def test_what_is_hidden_is_the_404_of_a_missing_file(directory: Path) -> None:
+    async with live(build(load_settings("downloadview.toml", environ={}))) as port:
+        hidden, missing = await ask(port, "/public/.env"), await ask(port, "/public/no")
+    assert hidden.body == missing.body
+    assert {**hidden.headers, "date": ""} == {**missing.headers, "date": ""}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("options, status", [([], 404), (["--hidden"], 200)])
+async def test_a_directory_is_served_without_its_hidden_files(
+    directory: Path, options: list[str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("downloadview_async.cli.run", lambda settings: given.update(settings=settings))
+    assert run("serve", "files", *options).exit_code == 0
+    async with live(build(given["settings"])) as port:
+        assert (await ask(port, "/files/.env")).status == status
+        assert (await ask(port, "/files/a.txt")).status == 200
+
+
+# --- the commands
+
+
+def test_a_new_key_is_a_line_of_the_file(directory: Path) -> None:
+    line = printed("keys")
+    assert re.fullmatch(r"\d{8}-[0-9a-f]{4} [A-Za-z0-9_-]{43}", line)
+    assert printed("keys") != line
+    (directory / "links.keys").write_text(f"{line}\n2026a {SECRET}\n")
+    assert f"?k={line.split()[0]}&" in printed("sign", "/signed/a.txt")
+
+
+@pytest.mark.parametrize("variable", [f"2026b {SECRET}", f"2026b {SECRET}\n2026a {SECRET}", "links.keys"])
+def test_the_keys_may_be_in_a_variable(directory: Path, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOWNLOADVIEW_LINKS__KEYS", variable)
+    assert "?k=2026b&" in printed("sign", "/signed/a.txt")
+
+
+def test_what_is_signed_is_what_verify_prints(directory: Path) -> None:
+    until = f"{datetime.now(UTC) + timedelta(days=1):%Y-%m-%dT%H:%M:%S}"
+    link = printed(
+        *("sign", "/signed/Q3 report.pdf", "--until", until, "--filename", "Bericht\u2028.pdf", "--attachment"),
+        *("--content-type", "application/pdf", "--client", "203.0.113.0/24", "--shareable"),
+    )
+    shown = printed("verify", link, "--client", "203.0.113.5").splitlines()
+    assert shown[0] == "path: /signed/Q3 report.pdf"
+    assert {"key: 2026b", "disposition: attachment", "content type: application/pdf", "shareable: yes"} <= set(shown)
+    assert {f"expires: {until}Z", r"filename: Bericht\u2028.pdf"} <= set(shown)
+    assert "403 Forbidden" in refused("verify", link, "--client", "198.51.100.1", status=1)
+    assert "403 Forbidden" in refused("verify", link, status=1)
+
+
+def test_a_link_of_either_key_is_valid_and_that_of_another_is_not(directory: Path) -> None:
+    link = printed("sign", "/signed/a.txt", "--base", "https://example.org")
+    assert link.startswith("https://example.org/signed/a.txt?k=2026b&")
+    assert "key: 2026b" in printed("verify", link)
+    (directory / "links.keys").write_text(f"2026a {SECRET[::-1]}x\n")
+    assert "403 Forbidden" in refused("verify", link, status=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["/no/a.txt"], "no route serves '/no/a.txt'"),
+        (["signed/a.txt"], "no route serves 'signed/a.txt'"),
+        (["/public/a.txt"], "the route /public/{path:path} takes no links"),
+        (["/signed/../a.txt"], "has a segment '.' or '..'"),
+        (["/signed/a.txt", "--expires", "8d"], "at most max_age, 7 days"),
+        (["/signed/a.txt", "--expires", "soon"], "--expires is 'soon'"),
+        (["/signed/a.txt", "--until", "2020-01-01"], "give a second or more"),
+        (["/signed/a.txt", "--client", "example.org"], "give an address or a network"),
+        (["/signed/a.txt", "--base", "example.org"], "give a scheme and a host"),
+        (["/signed/a.txt", "--filename", ""], "filename is ''"),
+    ],
+)
+def test_links_that_are_not_made(directory: Path, arguments: list[str], problem: str) -> None:
+    assert problem in refused("sign", *arguments)
+
+
+# --- settings that are refused
+
+
+@pytest.mark.parametrize(
+    "old, new, problem",
+    [
+        ('[links]\nkeys = "links.keys"\n', "", "routes[0].access: links need keys: add a [links] table with keys"),
+        ('keys = "links.keys"', 'keys = "no.keys"', "links.keys: '{directory}/no.keys' cannot be read"),
+        ('keys = "links.keys"', 'keys = "files"', "links.keys: '{directory}/files' cannot be read"),
+        ('keys = "links.keys"', 'keys = ""', "links.keys"),
+        ('keys = "links.keys"', 'keys = "links.keys"\nmax_age = "soon"', "links.max_age: 'soon' is not a time"),
+        ('keys = "links.keys"', 'keys = "links.keys"\nmax_age = 0', "links.max_age: 0.0 is not a time"),
+        ('keys = "links.keys"', 'keys = "links.keys"\nkey = "x"', "links.key: unknown key: did you mean 'keys'?"),
+        ('access = ["signed"]', "access = []", "routes[0].access"),
+        ('access = ["signed"]', 'access = "signed"', "routes[0].access"),
+        ('access = ["signed"]', 'access = ["sined"]', "routes[0].access"),
+        ('access = ["signed"]', 'access = ["hook:may_read"]', "routes[0].access"),
+        ("access_rules:may_read", "access_rules:no", "routes[1].access[0]: 'access_rules:no' cannot be imported"),
+        ("access_rules:may_read", "access_rules:__name__", "'access_rules:__name__' is not a function"),
+        ('hide = [".*", "*.KEY"]', 'hide = ["a/b"]', "routes[1].hide"),
+        ('hide = [".*", "*.KEY"]', 'hide = ".*"', "routes[1].hide"),
+    ],
+)
+def test_settings_that_are_refused(directory: Path, old: str, new: str, problem: str) -> None:
+    assert old in SETTINGS
+    (directory / "downloadview.toml").write_text(SETTINGS.replace(old, new))
+    with pytest.raises(ConfigurationError) as error:
+        build(load_settings(directory / "downloadview.toml", environ={}))
+    assert problem.format(directory=directory) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("", "URLSigner needs a key"),
+        (f"2026b {SECRET}\n2026b {SECRET}\n", "line 2 has the id '2026b' again"),
+        (f"2026b {SECRET}\n2026a short\n", "line 2 is not `id secret`"),
+        (SECRET, "line 1 is not `id secret`"),
+        (f"2026b {SECRET} comment\n", "line 1 is not `id secret`"),
+    ],
+)
+def test_keys_that_are_refused(directory: Path, text: str, problem: str) -> None:
+    (directory / "links.keys").write_text(text)
+    message = refused("sign", "/signed/a.txt")
+    assert problem in message
+    assert SECRET not in message
+    assert "short" not in message
