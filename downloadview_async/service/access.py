@@ -73,7 +73,9 @@ def _keys(settings: Settings, keys: str) -> dict[str, str]:
 
 
 def sign_path(settings: Settings, path: str, **options: Any) -> str:
-    """Return a link to a path. options: those of `URLSigner.sign`.
+    """Return a link to a path, which begins with the service's `root_path`. options: those of `URLSigner.sign`.
+
+    path: without the `root_path`, as in `routes`.
 
     Raises `ConfigurationError` if no route that takes links serves the path, and `ValueError` for a wrong option.
     """
@@ -85,7 +87,7 @@ def sign_path(settings: Settings, path: str, **options: Any) -> str:
                 raise ConfigurationError(
                     f'the route {route.path} takes no links: add "signed" to its access, and a [links] table'
                 )
-            return signer.sign(path, **options)
+            return signer.sign(settings.server.root_path + path, **options)  # as uvicorn puts it into the scope
     raise ConfigurationError(f"no route serves {path!r}: give a path such as /files/a.txt, not percent-encoded")
 
 

@@ -120,6 +120,18 @@ async def test_the_service_decides(directory: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_link_below_a_root_path(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOWNLOADVIEW_SERVER__ROOT_PATH", "/downloads")
+    link = printed("sign", "/signed/a.txt", "--base", "https://example.org")
+    assert link.startswith("https://example.org/downloads/signed/a.txt?")
+    assert printed("verify", link).startswith("path: /downloads/signed/a.txt\n")
+    passed_on = link.removeprefix("https://example.org/downloads")
+    async with live(build(load_settings("downloadview.toml", environ=os.environ)), root_path="/downloads") as port:
+        assert (await ask(port, passed_on)).status == 200
+        assert (await ask(port, passed_on.replace("a.txt", "b.txt"))).status == 403
+
+
+@pytest.mark.asyncio
 async def test_what_is_hidden_is_the_404_of_a_missing_file(directory: Path) -> None:
     async with live(build(load_settings("downloadview.toml", environ={}))) as port:
         hidden, missing = await ask(port, "/public/.env"), await ask(port, "/public/no")
