@@ -453,6 +453,8 @@ class _Draft:
         places = [place for source in sources.values() for place in _places_of(source)]
         for index, rule in enumerate(offload.rules):
             key = f"offload.rules[{index}]"
+            if rule.source in sources:
+                rule = self._rule_of_source(key, rule, sources[rule.source], kind)
             source = rule.source if "://" in rule.source else self._absolute(rule.source)
             if not any(_is_within(place, source) or _is_within(source, place) for place in places):
                 raise self.error(
@@ -468,10 +470,28 @@ class _Draft:
             if kind.folds_case:
                 self._check_folded_targets(kind, rules)
         if kind is not None and not rules:
+            rules = _rules_for_all(kind, sources)
+        if kind is not None and not rules:
             raise self.error(
-                "offload.rules", "the proxy sends nothing without a rule: add a rule, or remove the backend"
+                "offload.rules", "no source is local, so the proxy sends nothing: add a rule, or remove the backend"
             )
         return msgspec.structs.replace(offload, rules=rules)
+
+    def _rule_of_source(
+        self, key: str, rule: RuleSettings, source: SourceSettings, kind: ProxyKind | None
+    ) -> RuleSettings:
+        """Return a rule whose `source` is the name of a source with the place of the source's files."""
+        places = _places_of(source)
+        if not places:
+            return rule
+        directory = self._absolute(rule.source)
+        if places[0] != directory and os.path.isdir(directory):
+            raise self.error(
+                f"{key}.source",
+                f"{rule.source!r} is a directory, and a source with files in {places[0]!r}: write './{rule.source}' "
+                "for the directory, or rename one of them",
+            )
+        return RuleSettings(source=places[0], target=rule.target or _target_for(rule.source, kind))
 
     def _check_options(self, kind: ProxyKind, given: Iterable[str]) -> None:
         for name in given:
@@ -520,6 +540,21 @@ def _places_of(source: SourceSettings) -> list[str]:
         return places
     directory = directory_of(source)
     return [] if directory is None else [directory]
+
+
+def _rules_for_all(kind: ProxyKind, sources: Mapping[str, SourceSettings]) -> list[RuleSettings]:
+    """Return a rule for each directory from which a source sends files."""
+    names: dict[str, str] = {}
+    for name, source in sources.items():
+        for place in _places_of(source):
+            if "://" not in place:
+                names.setdefault(place, name)
+    return [RuleSettings(source=place, target=_target_for(name, kind)) for place, name in names.items()]
+
+
+def _target_for(name: str, kind: ProxyKind | None) -> str | None:
+    """Return the target of a rule for a source that gives none. None: the proxy finds the files at the same path."""
+    return f"/_offload/{name}/" if kind is not None and kind.targets == "uri" else None
 
 
 def _is_within(inner: str, outer: str) -> bool:

@@ -290,8 +290,8 @@ class RuleSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
         str,
         Meta(
             min_length=1,
-            description="a directory, absolute or relative to the settings file, or a URL such as https://host/path/ "
-            "or s3://bucket/prefix",
+            description="the name of a source, a directory, absolute or relative to the settings file, or a URL such "
+            "as https://host/path/ or s3://bucket/prefix",
         ),
     ]
     target: (

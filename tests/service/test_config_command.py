@@ -119,6 +119,28 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
                 yield Pair(kind, port, socket)
 
 
+BY_NAME = '[[offload.rules]]\nsource = "files"\n[[offload.rules]]\nsource = "reports"\n'
+
+
+@pytest.mark.parametrize("rules", [pytest.param("", id="no rule"), pytest.param(BY_NAME, id="by name")])
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_the_proxy_sends_the_files_of_each_local_source(kind: str, rules: str) -> None:
+    with readable_directory() as directory:
+        port, own = free_port(), free_port()
+        config = write_settings(directory, kind, f"port = {own}")
+        head = config.read_text().partition("[[offload.rules]]")[0]
+        config.write_text(head + rules)
+        with serving([*COMMAND, "serve", "--config", str(config)], own, log=directory / "log"):
+            text = printed(kind, "--config", config, "--listen", f"127.0.0.1:{port}", cwd=directory)
+            with proxy(KINDS[kind], directory, 0, port=port, text=lambda *_: text):
+                while (direct := asyncio.run(ask(own, "/reports/a.txt"))).body:
+                    pass  # it is in the cache a moment after it was sent
+                assert OFFLOAD_HEADERS & {*direct.headers}
+                assert OFFLOAD_HEADERS & {*asyncio.run(ask(own, "/files/ten%20digits.txt")).headers}
+                assert asyncio.run(ask(port, "/reports/a.txt")).body == b"a report on a.txt" * 100
+                assert asyncio.run(ask(port, "/files/ten%20digits.txt")).body == b"0123456789"
+
+
 def test_the_files_of_every_rule_are_sent_by_the_proxy(pair: Pair) -> None:
     answer = pair.get(f"/down.loads/files/{quote('ten digits.txt')}")
     assert (answer.status, answer.body) == (200, b"0123456789")
@@ -229,8 +251,8 @@ def test_what_the_settings_say_is_in_it(tmp_path: Path, server: str, arguments: 
         (
             "",
             ["nginx"],
-            {"DOWNLOADVIEW_OFFLOAD": '{"backend": "nginx"}'},
-            "the proxy sends nothing without a rule: add",
+            {"DOWNLOADVIEW_OFFLOAD": '{"backend": "nginx"}', "DOWNLOADVIEW_SOURCES": "{}", "DOWNLOADVIEW_ROUTES": "[]"},
+            "no source is local, so the proxy sends nothing: add",
         ),
         ("", ["nginx"], {"DOWNLOADVIEW_OFFLOAD__BACKEND": "iis"}, "offload.backend: "),
         ("", ["nginx"], {"DOWNLOADVIEW_SOURCES__FILES__TYPE": "x"}, "sources.files.type: unknown type 'x'"),

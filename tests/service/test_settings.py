@@ -237,14 +237,14 @@ REFUSED = [
     (f"{FILES}{ROUTE}example = [1]", "routes[0].example[0]", "a file, or a list of files"),
     ("[offload]\nbackend = 'caddie'", "offload.backend", "nginx, apache, lighttpd, caddy, h2o or litespeed"),
     ("[offload]\nbakend = 'nginx'", "offload.bakend", "did you mean 'backend'?"),
-    ("[offload]\nbackend = 'nginx'", "offload.rules", "add a rule, or remove the backend"),
+    ("[offload]\nbackend = 'nginx'", "offload.rules", "no source is local, so the proxy sends nothing"),
     (f"{FILES}[[offload.rules]]\nsource = 'else'", "offload.rules[0].source", "no source has files below"),
     (f"{FILES}[[offload.rules]]\nsource = 'fil'", "offload.rules[0].source", "or remove the rule"),
     (f"{FILES}[[offload.rules]]\nsource = 'http://x/'", "offload.rules[0].source", "no source has files below"),
     (f"{FILES}[[offload.rules]]\nsorce = 'x'", "offload.rules[0].sorce", "did you mean 'source'?"),
     (f"{FILES}[offload]\nexpires = 'on'", "offload.expires", 'a number of seconds, or "off"'),
     (
-        f"{FILES}[offload]\nbackend = 'nginx'\n[[offload.rules]]\nsource = 'files'",
+        f"{FILES}[offload]\nbackend = 'nginx'\n[[offload.rules]]\nsource = './files'",
         "offload.rules[0].target",
         "/_files/",
     ),
@@ -276,13 +276,46 @@ REFUSED = [
     ),
     *[
         (
-            f"{FILES}[offload]\nbackend = '{backend}'\n[[offload.rules]]\nsource = 'files'",
+            f"{FILES}[offload]\nbackend = '{backend}'\n[[offload.rules]]\nsource = './files'",
             "offload.rules[0].target",
             f"{backend} needs an internal location",
         )
         for backend in ("caddy", "h2o", "litespeed")
     ],
 ]
+
+
+@pytest.mark.parametrize(
+    "backend, rules, expected",
+    [
+        ("nginx", "", [("files", "/_offload/files/"), ("cache", "/_offload/mirror/")]),
+        ("apache", "", [("files", None), ("cache", None)]),
+        ("nginx", "[[offload.rules]]\nsource = 'mirror'", [("cache", "/_offload/mirror/")]),
+        ("nginx", "[[offload.rules]]\nsource = 'again'\ntarget = '/x/'", [("files", "/x/")]),
+        ("apache", "[[offload.rules]]\nsource = 'files'", [("files", None)]),
+        ("nginx", "[[offload.rules]]\nsource = 'files/sub'\ntarget = '/x/'", [("files/sub", "/x/")]),
+    ],
+)
+def test_rules_may_name_a_source_or_be_left_out(
+    directory: Path, backend: str, rules: str, expected: list[tuple[str, str | None]]
+) -> None:
+    sources = (
+        f"{FILES}[sources.again]\ntype = 'path'\nroot = 'files'\n"
+        "[sources.mirror]\ntype = 'remote'\nurl = 'https://example.org/'\n[sources.mirror.cache]\npath = 'cache'\n"
+        "[sources.far]\ntype = 'remote'\nurl = 'https://example.org/far/'\n"
+    )
+    settings = load(directory, f"{sources}[offload]\nbackend = '{backend}'\n{rules}")
+    found = [(rule.source, rule.target) for rule in settings.offload.rules]
+    assert found == [(str(directory / place), target) for place, target in expected]
+
+
+def test_a_name_of_a_source_and_of_another_directory_is_not_guessed(directory: Path) -> None:
+    (directory / "media").mkdir()
+    source = "[sources.media]\ntype = 'path'\nroot = 'files'\n"
+    with pytest.raises(ConfigurationError, match=r"write '\./media' for the directory"):
+        load(directory, f"{source}[[offload.rules]]\nsource = 'media'")
+    with pytest.raises(ConfigurationError, match="no source has files below"):
+        load(directory, f"{source}[[offload.rules]]\nsource = './media'")
 
 
 @pytest.mark.parametrize("text, key, remedy", REFUSED)
