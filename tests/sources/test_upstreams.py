@@ -168,6 +168,24 @@ async def test_a_request_on_a_kept_connection_that_was_closed_is_sent_once_more(
     assert (upstream.requests, upstream.connections) == (5, 3)
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("body", [b"", b"slow", b"x" * 100_000])
+@pytest.mark.parametrize("headers", [{}, {"Range": "bytes=2-4"}], ids=["whole", "part"])
+async def test_a_408_on_a_kept_connection_is_sent_once_more(
+    closing: tuple[Closing, int], method: str, body: bytes, headers: dict[str, str]
+) -> None:
+    """The upstream tired of waiting, and closed the connection, when the request was on its way."""
+    upstream, port = closing
+    upstream.sends = answering(lambda _: status(408, "Connection: close", body=body))(method.encode() + b" ")
+    for _ in range(3):
+        answer = await ask(port, "/a", method=method, headers=headers)
+        assert (answer.status, answer.complete) == (206 if headers and method == "GET" else 200, True)
+    assert (upstream.requests, upstream.connections) == (5, 3)
+    upstream.requests, upstream.connections, upstream.always = 0, 0, True
+    assert (await ask(port, "/a")).status == 502
+    assert (upstream.requests, upstream.connections) == (2, 1)
+
+
 async def test_the_retry_is_by_a_new_connection_and_the_only_one(closing: tuple[Closing, int]) -> None:
     upstream, port = closing
     await asyncio.gather(*[ask(port, "/a") for _ in range(5)])
