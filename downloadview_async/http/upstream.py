@@ -140,9 +140,8 @@ def is_refusal(answer: Answer) -> bool:
             return fields.get("content-length") == "0" and OFFLOAD_ORDERS.isdisjoint(fields)
         case 206 if "range" in sent:
             return _is_unusable_part(answer)
-        case 304 if "if-modified-since" in sent and "if-none-match" not in sent:
-            modified = parse_http_date(fields.get("last-modified", ""))
-            return modified is not None and not is_meaningful(modified)
+        case 304 if not {"if-none-match", "if-modified-since"}.isdisjoint(sent):
+            return _is_of_another_version(answer)
         case 406:
             return "accept-encoding" in sent
         case 412:
@@ -276,6 +275,21 @@ def _is_short(answer: Answer) -> bool:
     specs = parse_range(answer.sent["range"])
     parts = None if specs is None or size is None else select_ranges(specs, size)
     return isinstance(parts, list) and _begins(part, parts[0])
+
+
+def _is_of_another_version(answer: Answer) -> bool:
+    """Return whether a 304 has validators other than those that it was requested by [RFC 9111 4.3.4].
+
+    The same holds for a time that every version may have, and if it leaves open which of several versions is current.
+    """
+    fields, sent = answer.fields, answer.sent
+    if "if-none-match" in sent:
+        request = DownloadRequest(if_none_match=sent["if-none-match"])
+        if (etag := ETag.parse(fields.get("etag", ""))) is None:
+            return len(parse_etag_list(sent["if-none-match"])) > 1
+        return failed_precondition(request, FileMetadata(etag=etag)) is None
+    modified, since = (parse_http_date(text) for text in (fields.get("last-modified", ""), sent["if-modified-since"]))
+    return modified is not None and (not is_meaningful(modified) or since is None or modified > since)
 
 
 def _has_range(part: ByteRange, spec: RangeSpec, size: int) -> bool:

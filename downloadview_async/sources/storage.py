@@ -1,5 +1,6 @@
 """`StorageSource`, and the storages that come with the library."""
 
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -252,7 +253,11 @@ class SyncStorage:
         modified = self._ask("modified", name) or self._ask("get_modified_time", name)
         if isinstance(modified, datetime):
             return (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
-        return None if modified is None else float(modified)
+        try:
+            seconds = float(modified)
+        except (TypeError, ValueError, OverflowError):  # some drivers report what their server has sent
+            return None
+        return seconds if math.isfinite(seconds) else None
 
     def _ask(self, method: str, name: str) -> Any:
         """Return what a method of the storage returns for `name`, or None if the storage does not implement it."""

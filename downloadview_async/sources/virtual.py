@@ -3,13 +3,13 @@
 import inspect
 import io
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Self
 
 import anyio
 
-from downloadview_async.errors import FileMissing
+from downloadview_async.errors import FileMissing, TransferAborted
 from downloadview_async.http.content_types import content_type_for, valid_content_type, with_charset
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
@@ -167,6 +167,8 @@ class OpenAsyncIterable:
         items = aiter(_blocks(self._content) if hasattr(self._content, "read") else self._content)
         left = self.metadata.size
         async for item in items:
+            if item is None:
+                raise TransferAborted("the file object is in non-blocking mode and has no data yet")
             chunk = as_bytes(item)
             if left is not None:
                 left -= len(chunk)
@@ -182,14 +184,21 @@ async def _goes_on(items: AsyncIterator[Any]) -> bool:
     """Return whether there is more, as far as that is known at once."""
     with anyio.move_on_after(AT_ONCE):
         async for item in items:
+            if item is None:
+                return False
             if as_bytes(item):
                 return True
     return False
 
 
 async def _blocks(file: Any) -> AsyncIterator[Any]:
+    """Yield the content of a file object, from its beginning if it can seek; None where it has no data yet."""
+    if hasattr(file, "seek"):
+        with suppress(Exception):  # a pipe, a stream of HTTP: it stays where it is
+            if not hasattr(file, "seekable") or await _call(file.seekable):
+                await _call(file.seek, 0)
     # iterating over a file object gives lines, and one line may be as long as the file
-    while block := await file.read(CHUNK_SIZE):
+    while (block := await file.read(CHUNK_SIZE)) is None or block:
         yield block
 
 

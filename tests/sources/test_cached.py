@@ -347,6 +347,27 @@ async def test_an_upstream_that_breaks_off_aborts_all_and_leaves_nothing(origin:
     assert (await served.get()).body == BIG
 
 
+class _BreaksOff:
+    """A file object of unknown size that cannot seek, and fails after its first bytes."""
+
+    def __init__(self) -> None:
+        self._left = [b"", b"01234"]
+
+    def read(self, size: int) -> bytes:
+        if not self._left:
+            raise OSError("the disk is gone")
+        return self._left.pop(0)
+
+
+async def test_a_range_of_what_breaks_off_while_it_is_fetched_is_a_503(tmp_path: Path) -> None:
+    """Its size is not known before the end, and so nothing has been sent."""
+    source = dv.VirtualSource(lambda name: VirtualFile(_BreaksOff, name=name, max_age=DAY))
+    async with serving(source, tmp_path) as served:
+        part = await served.get(Range="bytes=2-4")
+        assert (part.status, part.headers.get("retry-after")) == (503, "5")
+        assert not (await served.get()).complete
+
+
 async def test_the_error_of_a_generator_is_no_whole_file(tmp_path: Path) -> None:
     def broken() -> Iterator[bytes]:
         yield BIG

@@ -161,7 +161,7 @@ async def test_conditions_and_validators_are_forwarded_and_nothing_else_of_the_c
 
 
 @pytest.mark.parametrize(
-    "name, value", [("If-None-Match", '"x", "y"'), ("If-Modified-Since", "Tue, 14 Nov 2023 22:13:20 GMT")]
+    "name, value", [("If-None-Match", '"x"'), ("If-Modified-Since", "Tue, 14 Nov 2023 22:13:20 GMT")]
 )
 async def test_a_304_without_validators_is_still_one(upstream: Upstream, port: int, name: str, value: str) -> None:
     upstream.answers = [b"HTTP/1.1 304 Not Modified\r\nContent-Length: 0\r\n\r\n"]

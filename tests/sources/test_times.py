@@ -1,9 +1,10 @@
 """Times that say nothing: no validator of them ever names two versions, whichever source has the file."""
 
+import io
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from downloadview_async import Download
 from downloadview_async.sources.local.path import FileBeneath
 from downloadview_async.sources.local.root import Root
 from downloadview_async.sources.workers import Workers
+from downloadview_async.testing import call
 from tests.live import ask, live
 
 pytestmark = pytest.mark.asyncio
@@ -203,3 +205,28 @@ async def test_a_kept_answer_gets_its_date_when_the_second_is_over(
         told = await ask(port, "/file.bin")
         assert set(of(told)) == {"etag", "last-modified"}
         assert datetime.fromtimestamp(SOME_TIME_AGO, UTC).strftime("%H:%M:%S") in told.headers["last-modified"]
+
+
+class _Telling:
+    """A storage that reports any time at all."""
+
+    def __init__(self, modified: Any) -> None:
+        self._modified = modified
+
+    def open(self, name: str, mode: str) -> Any:
+        return io.BytesIO(SMALL_ONE)
+
+    def modified(self, name: str) -> Any:
+        return self._modified
+
+
+@pytest.mark.parametrize(
+    "modified",
+    [float("nan"), float("inf"), float("-inf"), 10**400, "yesterday", "2023-11-14T22:13:20Z", date(2023, 11, 14), {}],
+    ids=lambda modified: repr(modified)[:12],
+)
+async def test_a_time_that_is_not_one_is_no_validator_and_no_error(modified: Any) -> None:
+    """Drivers of fsspec report what their server has sent."""
+    app = Download(dv.StorageSource(dv.SyncStorage(_Telling(modified))))
+    answer = await call(app, "/x", headers={"Range": "bytes=2-4"})
+    assert (answer.status, answer.body, of(answer)) == (206, b"234", {})

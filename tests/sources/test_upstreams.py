@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import anyio
 import pytest
@@ -10,7 +11,7 @@ import pytest_asyncio
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from downloadview_async import Download, OffloadMiddleware, RemoteSource, Rule, XAccelRedirect
+from downloadview_async import Cache, CachedSource, Download, OffloadMiddleware, RemoteSource, Rule, XAccelRedirect
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from tests.live import ask, listening, live
@@ -165,6 +166,24 @@ async def test_a_request_on_a_kept_connection_that_was_closed_is_sent_once_more(
     for _ in range(3):
         assert (await ask(port, "/a", method=method)).status == 200
     assert (upstream.requests, upstream.connections) == (5, 3)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("body", [b"", b"slow", b"x" * 100_000])
+@pytest.mark.parametrize("headers", [{}, {"Range": "bytes=2-4"}], ids=["whole", "part"])
+async def test_a_408_on_a_kept_connection_is_sent_once_more(
+    closing: tuple[Closing, int], method: str, body: bytes, headers: dict[str, str]
+) -> None:
+    """The upstream tired of waiting, and closed the connection, when the request was on its way."""
+    upstream, port = closing
+    upstream.sends = answering(lambda _: status(408, "Connection: close", body=body))(method.encode() + b" ")
+    for _ in range(3):
+        answer = await ask(port, "/a", method=method, headers=headers)
+        assert (answer.status, answer.complete) == (206 if headers and method == "GET" else 200, True)
+    assert (upstream.requests, upstream.connections) == (5, 3)
+    upstream.requests, upstream.connections, upstream.always = 0, 0, True
+    assert (await ask(port, "/a")).status == 502
+    assert (upstream.requests, upstream.connections) == (2, 1)
 
 
 async def test_the_retry_is_by_a_new_connection_and_the_only_one(closing: tuple[Closing, int]) -> None:
@@ -608,6 +627,89 @@ async def test_a_304_by_a_tag_counts_whatever_the_time_says(upstream: Upstream, 
     for fields in ({"If-None-Match": '"x"'}, {"If-None-Match": '"x"', "If-Modified-Since": MEANINGLESS[1]}):
         assert (await ask(port, "/a", headers=fields)).status == 304
     assert len(upstream.requests) == 2
+
+
+LATER = "Wed, 15 Nov 2023 22:13:20 GMT"
+SINCE = "Tue, 14 Nov 2023 22:13:20 GMT"
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"If-None-Match": '"a"'}, 'ETag: "b"'),
+        ({"If-None-Match": 'W/"a"'}, 'ETag: W/"b"'),
+        ({"If-None-Match": '"a", "c"'}, 'ETag: "b"'),
+        ({"If-None-Match": '"a"', "If-Modified-Since": LATER}, 'ETag: "b"'),
+        ({"If-None-Match": '"a", "c"'}, "Vary: X"),  # of which of them?
+        ({"If-Modified-Since": SINCE}, f"Last-Modified: {LATER}"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_304_of_another_version_proves_nothing(
+    upstream: Upstream, port: int, fields: dict[str, str], said: str, method: str
+) -> None:
+    def answer(request: bytes) -> bytes:
+        if b"\r\nif-" in request.lower():
+            return f"HTTP/1.1 304 X\r\n{said}\r\n\r\n".encode()
+        return ok(TEN, 'ETag: "b"', f"Last-Modified: {LATER}")
+
+    upstream.answers = [answering(answer)]
+    answered = await ask(port, "/a", method=method, headers=fields)
+    assert (answered.status, answered.body) == (200, b"" if method == "HEAD" else TEN)
+    assert (answered.headers["etag"], len(upstream.requests)) == ('"b"', 2)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"If-None-Match": '"a"'}, 'ETag: "a"'),
+        ({"If-None-Match": '"a"'}, 'ETag: W/"a"'),
+        ({"If-None-Match": '"b", W/"a"'}, 'ETag: "a"'),
+        ({"If-None-Match": '"a"'}, "Vary: X"),
+        ({"If-None-Match": '"a"'}, "ETag: unquoted"),
+        ({"If-None-Match": "*"}, 'ETag: "b"'),
+        ({"If-None-Match": "*"}, "Vary: X"),
+        ({"If-None-Match": '"a"', "If-Modified-Since": SINCE}, f"Last-Modified: {LATER}"),
+        ({"If-Modified-Since": LATER}, f"Last-Modified: {SINCE}"),
+        ({"If-Modified-Since": LATER}, f"Last-Modified: {LATER}"),
+        ({"If-Modified-Since": LATER}, "Vary: X"),
+    ],
+)
+async def test_a_304_of_the_version_that_was_asked_about_is_passed_on(
+    upstream: Upstream, port: int, fields: dict[str, str], said: str
+) -> None:
+    upstream.answers = [f"HTTP/1.1 304 X\r\n{said}\r\n\r\n".encode()]
+    answer = await ask(port, "/a", headers=fields)
+    assert (answer.status, len(upstream.requests)) == (304, 1)
+
+
+@pytest.mark.parametrize(
+    "first, said",
+    [
+        (['ETag: "a"'], 'ETag: "b"'),
+        (['ETag: W/"a"', f"Last-Modified: {SINCE}"], 'ETag: W/"b"'),
+        ([f"Last-Modified: {SINCE}"], f"Last-Modified: {LATER}"),
+        ([f"Last-Modified: {LATER}"], f"Last-Modified: {SINCE}"),
+    ],
+)
+async def test_a_cache_does_not_keep_a_copy_for_a_304_of_another_version(
+    upstream: Upstream, tmp_path: Path, first: list[str], said: str
+) -> None:
+    """ "the cache MUST NOT use [it] to update any stored responses" [RFC 9111 4.3.4]."""
+
+    def answer(request: bytes) -> bytes:
+        if b"\r\nif-" in request.lower():
+            return f"HTTP/1.1 304 X\r\n{said}\r\n\r\n".encode()
+        return ok(TEN[::-1], said)
+
+    url = f"http://127.0.0.1:{upstream.port}/"
+    source = CachedSource(RemoteSource(url, allow_hosts=["127.0.0.1"]), Cache(tmp_path))
+    async with live(Starlette(routes=[Route("/{path:path}", Download(source))])) as port:
+        upstream.answers = [ok(TEN, "Cache-Control: max-age=0", *first)]
+        assert (await ask(port, "/a")).body == TEN
+        upstream.answers = [answer]
+        assert (await ask(port, "/a")).body == TEN[::-1]
+    await source.aclose()
 
 
 async def test_a_304_keeps_what_it_says_about_caching(upstream: Upstream, port: int) -> None:

@@ -2,13 +2,17 @@
 
 import asyncio
 import io
+import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiofiles
+import aiofiles.tempfile
+import anyio
 import pytest
+from starlette.datastructures import UploadFile
 
 from downloadview_async import (
     AccessDenied,
@@ -277,6 +281,83 @@ async def test_a_file_object_that_can_only_read(kind: type[Reader]) -> None:
     made: Any = kind()
     answer = await call(_app(VirtualFile(made, name="x")), "/x")
     assert (answer.body, answer.complete, made.closed) == (TEN, True, True)
+
+
+async def _uploaded(path: Path) -> Any:
+    upload = UploadFile(path.open("rb"), filename="x")
+    await upload.read()  # the application has looked at it
+    return upload
+
+
+async def _aiofile(path: Path) -> Any:
+    file = await aiofiles.open(path, "rb")
+    await file.read(4)
+    return file
+
+
+async def _aio_temporary(path: Path) -> Any:
+    file = await aiofiles.tempfile.TemporaryFile("w+b")
+    await file.write(path.read_bytes())
+    return file
+
+
+async def _anyio_file(path: Path) -> Any:
+    file = await anyio.open_file(path, "rb")
+    await file.read()
+    return file
+
+
+async def _anyio_text(path: Path) -> Any:
+    file = await anyio.open_file(path)
+    await file.read()
+    return file
+
+
+async def _anyio_spooled(path: Path) -> Any:
+    file = await anyio.SpooledTemporaryFile().__aenter__()
+    await file.write(path.read_bytes())
+    return file
+
+
+@pytest.mark.parametrize("make", [_uploaded, _aiofile, _aio_temporary, _anyio_file, _anyio_text, _anyio_spooled])
+@pytest.mark.parametrize("size", [None, len(TEN)])
+async def test_an_asynchronous_file_object_that_can_seek_is_sent_from_its_beginning(
+    make: Callable[[Path], Any], size: int | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "ten"
+    path.write_bytes(TEN)
+    answer = await call(_app(VirtualFile(lambda: make(path), name="x", size=size)), "/x")
+    assert (answer.status, answer.complete, answer.body) == (200, True, TEN)
+
+
+async def test_an_asynchronous_file_object_that_cannot_seek_is_sent_from_where_it_is() -> None:
+    ends = os.pipe()
+    os.write(ends[1], b"lost" + TEN)
+    os.close(ends[1])
+    with open(ends[0], "rb", buffering=0) as pipe:
+        pipe.read(4)
+        answer = await call(_app(VirtualFile(anyio.wrap_file(pipe), name="x")), "/x")
+    assert (answer.complete, answer.body) == (True, TEN)
+
+
+async def test_an_asynchronous_file_object_that_has_nothing_now_is_not_at_its_end() -> None:
+    ends = os.pipe()
+    os.set_blocking(ends[0], False)
+    os.write(ends[1], TEN)
+    with open(ends[0], "rb", buffering=0) as pipe:
+        answer = await call(_app(VirtualFile(anyio.wrap_file(pipe), name="x")), "/x", raise_errors=False)
+    assert not answer.complete
+    os.close(ends[1])
+
+
+async def test_an_asynchronous_file_object_that_has_its_size_and_nothing_more_now_is_complete() -> None:
+    ends = os.pipe()
+    os.set_blocking(ends[0], False)
+    os.write(ends[1], TEN)
+    with open(ends[0], "rb", buffering=0) as pipe:
+        answer = await call(_app(VirtualFile(anyio.wrap_file(pipe), name="x", size=len(TEN))), "/x")
+    assert (answer.complete, answer.body) == (True, TEN)
+    os.close(ends[1])
 
 
 async def test_items_that_are_no_bytes_are_an_error_and_not_zeros() -> None:

@@ -114,11 +114,15 @@ class Fill:
         return not self._clients and not self._settled.is_set()
 
     async def settled(self) -> None:
-        """Wait until it has ended or turns out not to be kept. Raises the error that it failed with."""
+        """Wait until it has ended or turns out not to be kept. Raises the error that it failed with.
+
+        Raises `SourceUnavailable` instead of `TransferAborted`, because nothing has been sent to the client that waits.
+        """
         while not self._settled.is_set() and self.arriving.is_on_disk:
             await self.arriving.wait()
         if self.arriving.failure is not None:
-            raise self.arriving.failure_again()
+            failure = self.arriving.failure_again()
+            raise SourceUnavailable(str(failure)) if isinstance(failure, TransferAborted) else failure
         if self.result is None:
             self._cache.withdraw(self)
             self._cache.refuse(self.source, self.key)

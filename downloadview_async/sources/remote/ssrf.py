@@ -175,7 +175,8 @@ class _PooledConnection(httpcore2.AsyncHTTPConnection):
     """One connection of the pool. If a kept-alive one ends before its answer begins, the request is sent once more.
 
     "A client [...] MAY automatically retry [an idempotent] request" that failed for that reason [RFC 9110 9.2.2]. All
-    our requests are GET or HEAD. The other idle connections may be closed as well, so the retry uses a new one.
+    our requests are GET or HEAD. A 408 has the same reason: the upstream no longer waited for a request [15.5.9].
+    The other idle connections may be closed as well, so the retry uses a new one.
     """
 
     def __init__(self, pool: _Pool, number: int, **options: Any) -> None:
@@ -185,15 +186,18 @@ class _PooledConnection(httpcore2.AsyncHTTPConnection):
 
     async def handle_async_request(self, request: httpcore2.Request) -> httpcore2.Response:
         """Send a request. Raises `ConnectionNotAvailable` to have the pool send it on a new connection."""
-        is_kept = self._connection is not None
+        may_retry = self._connection is not None and _RETRIED not in request.extensions
         try:
-            return await super().handle_async_request(request)
+            response = await super().handle_async_request(request)
+            if not (may_retry and response.status == 408):
+                return response
+            await response.aclose()
         except (httpcore2.ReadError, httpcore2.WriteError, httpcore2.RemoteProtocolError):
-            if not is_kept or self._stream.has_answered or _RETRIED in request.extensions:
+            if not may_retry or self._stream.has_answered:
                 raise
-            request.extensions[_RETRIED] = True
-            self._pool.distrusted = self._pool.newest
-            raise httpcore2.ConnectionNotAvailable from None
+        request.extensions[_RETRIED] = True
+        self._pool.distrusted = self._pool.newest
+        raise httpcore2.ConnectionNotAvailable
 
     def has_expired(self) -> bool:
         """Return whether this connection must get no further requests.
