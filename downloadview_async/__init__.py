@@ -35,19 +35,15 @@ from downloadview_async.policy.signing import URLSigner
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
+from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.local.path import LocalFile, PathSource
+from downloadview_async.sources.memory_storage import MemoryStorage
 from downloadview_async.sources.object import ObjectFile, ObjectSource
 from downloadview_async.sources.object_store import ObjectStorage
 from downloadview_async.sources.remote.client import Upstream
 from downloadview_async.sources.remote.source import RemoteFile, RemoteSource
-from downloadview_async.sources.storage import (
-    DirectoryStorage,
-    MemoryStorage,
-    StorageFile,
-    StorageSource,
-    SyncStorage,
-    storage_from_url,
-)
+from downloadview_async.sources.storage import StorageFile, StorageSource, storage_from_url
+from downloadview_async.sources.sync_storage import SyncStorage
 from downloadview_async.sources.virtual import VirtualFile, VirtualSource
 
 __version__ = "0.1.0"

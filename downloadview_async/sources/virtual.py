@@ -26,8 +26,8 @@ from downloadview_async.sources.file_objects import (
     pieces,
 )
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
+from downloadview_async.sources.memory_storage import OpenBytes, content_etag
 from downloadview_async.sources.names import without_empty_segments
-from downloadview_async.sources.storage import OpenBytes, content_etag
 from downloadview_async.sources.workers import Workers
 
 Content = bytes | str | io.IOBase | Iterable[bytes | str] | AsyncIterable[bytes | str]

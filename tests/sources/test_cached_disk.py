@@ -19,7 +19,7 @@ import downloadview_async as dv
 from downloadview_async import Cache, CachedSource, ConfigurationError, Download, ETag
 from downloadview_async.http.metadata import MAX_READS, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.storage import OpenBytes
+from downloadview_async.sources.memory_storage import OpenBytes
 from tests.live import ask, live
 from tests.refusing import IS_POSSIBLE
 from tests.sources.test_cached import BIG, Origin, Served, file_size_limit, origin, remote, served, serving

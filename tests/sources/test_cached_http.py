@@ -21,7 +21,7 @@ from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
 from downloadview_async.sources.cache.freshness import max_age_of
-from downloadview_async.sources.storage import OpenBytes
+from downloadview_async.sources.memory_storage import OpenBytes
 from tests.live import Answer, ask, live
 from tests.sources.test_cached import BIG, DAY, Origin, Served, counted, origin, remote, served, serving
 

@@ -32,7 +32,7 @@ from downloadview_async import (
 )
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.storage import OpenBytes
+from downloadview_async.sources.memory_storage import OpenBytes
 from downloadview_async.testing import call
 
 pytestmark = pytest.mark.asyncio

@@ -29,7 +29,7 @@ from downloadview_async.sources.names import canonical_name
 from downloadview_async.sources.remote.client import Upstream
 from downloadview_async.sources.remote.source import RemoteFile
 from downloadview_async.sources.storage import StorageFile as AsyncStorageFile
-from downloadview_async.sources.storage import SyncStorage, tells_of_what_it_opens
+from downloadview_async.sources.sync_storage import SyncStorage, tells_of_what_it_opens
 from downloadview_async.sources.virtual import VirtualFile as AsyncVirtualFile
 from downloadview_async.sources.workers import Workers
 

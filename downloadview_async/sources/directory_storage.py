@@ -1,0 +1,43 @@
+"""`DirectoryStorage`: a local directory as a storage."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.local.open_file import OpenLocalFile
+from downloadview_async.sources.local.open_file_cache import OpenFileCache
+from downloadview_async.sources.local.path import FileBeneath
+from downloadview_async.sources.local.root import Root, Symlinks
+from downloadview_async.sources.names import Names
+from downloadview_async.sources.workers import Workers
+
+
+class DirectoryStorage:
+    """A local directory as a storage: names are opened beneath it exactly as `PathSource` does."""
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        symlinks: Symlinks = "inside",
+        threads: int = 40,
+        names: Names = "portable",
+    ) -> None:
+        self.root = Root(root, symlinks=symlinks, names=names)
+        self._workers = Workers(threads)
+        self._cache = OpenFileCache(self.root, self._workers)
+
+    @asynccontextmanager
+    async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
+        """Open the file called `name` beneath the directory."""
+        async with FileBeneath(self.root, name, workers=self._workers).open(request) as opened:
+            yield opened
+
+    def open_nowait(self, name: str) -> OpenLocalFile | None:
+        """Open the file called `name` without waiting, or return None: see `OpensNowait`."""
+        return self._cache.open(name)
+
+    async def locate(self, name: str) -> str | None:
+        """Return the absolute path of `name`."""
+        return self.root.locate(name)
