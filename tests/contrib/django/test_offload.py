@@ -13,7 +13,7 @@ from asgiref.sync import async_to_sync, iscoroutinefunction
 from django.core.cache import cache, caches
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.files.base import ContentFile, File
-from django.core.files.storage import FileSystemStorage, InMemoryStorage
+from django.core.files.storage import FileSystemStorage, InMemoryStorage, Storage
 from django.http import Http404, HttpRequest, HttpResponse
 from django.test import AsyncClient, AsyncRequestFactory, Client, RequestFactory, override_settings
 from django.urls import path
@@ -407,6 +407,36 @@ def test_a_response_that_a_proxy_sends_can_be_cached_by_django(storage: FileSyst
         for response in (first, Client().get("/cached/a.txt")):
             assert (response.status_code, response["X-Accel-Redirect"]) == (200, "/_m/a.txt")
         assert Client().get("/cached/missing.txt").status_code == 404
+    cache.clear()
+    del caches["default"]  # while a cache is in use, each request has a thread that closes it
+
+
+class SignedByStore(Storage):
+    """A storage on another server, whose URLs are signed for a short time, as those of S3."""
+
+    is_sent_as_stored = True
+    signed = 0
+
+    def _open(self, name: str, mode: str) -> Any:
+        return ContentFile(CONTENT, name)
+
+    def size(self, name: str) -> int:
+        return len(CONTENT)
+
+    def url(self, name: str | None) -> str:
+        self.signed += 1
+        return f"https://store.test/{name}?signature={self.signed}"
+
+
+def test_an_order_that_is_valid_for_one_request_is_not_cached_by_django() -> None:
+    view = nginx.x_accel_redirect(
+        StorageDownloadView.as_view(storage=SignedByStore()), source_url="https://store.test/", destination_url="/_s/"
+    )
+    with override_settings(ROOT_URLCONF=Urls(cached=cache_page(60)(view))):
+        for number in (1, 2):
+            assert Client().get("/cached/a.txt")["X-Accel-Redirect"] == f"/_s/a.txt?signature={number}"
+        head = Client().head("/cached/a.txt")
+        assert (head.status_code, "X-Accel-Redirect" in head, head["Content-Length"]) == (200, False, "10")
     cache.clear()
     del caches["default"]  # while a cache is in use, each request has a thread that closes it
 
