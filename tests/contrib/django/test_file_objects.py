@@ -14,7 +14,7 @@ from asgiref.sync import async_to_sync
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, InMemoryStorage, Storage
 from django.http import HttpRequest
-from django.test import AsyncClient, Client, override_settings
+from django.test import AsyncClient, Client, RequestFactory, override_settings
 from django.urls import path
 
 from downloadview_async.contrib.django import (
@@ -116,6 +116,18 @@ def test_a_file_object_needs_no_name(kind: str, basename: str | None, mode: str)
     response, body = fetch(view if mode == "async" else blocking, mode)
     assert (response.status_code, body) == (200, b"0123456789")
     assert response["Content-Disposition"] == f'attachment; filename="{basename or "download"}"'
+
+
+@pytest.mark.parametrize("buffering", [-1, 0])
+def test_a_device_is_not_empty_because_it_has_no_size(buffering: int) -> None:
+    with open("/dev/zero", "rb", buffering) as device:
+        response: Any = DownloadResponse(device, basename="zero").finish(RequestFactory().get("/"))
+        assert response.status_code == 200
+        assert {"Content-Length", "ETag", "Last-Modified", "Accept-Ranges"}.isdisjoint(response.headers)
+        content = iter(response)
+        assert not any(next(content))
+        content.close()
+        response.close()
 
 
 def test_a_name_of_bytes_is_a_name(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from django.core.files.storage import FileSystemStorage, InMemoryStorage, Storag
 from django.http import Http404, HttpRequest, HttpResponse
 from django.test import AsyncClient, AsyncRequestFactory, Client, RequestFactory, override_settings
 from django.urls import path
+from django.utils.functional import SimpleLazyObject
 from django.utils.timezone import localtime, now
 from django.views.decorators.cache import cache_page
 
@@ -287,6 +288,46 @@ def test_a_storage_that_gives_unencoded_urls_is_not_misread(root: Path, mode: st
     response = get(view, mode=mode)
     assert "X-Accel-Redirect" not in response
     assert body(response) == CONTENT
+
+
+class ByTenant(FileSystemStorage):
+    """Adds a directory to the path, but not to the URL."""
+
+    def path(self, name: str) -> str:
+        return super().path(f"x/{name}")
+
+
+class SignedByTenant(SignedURLMixin, ByTenant):
+    """Signs the URLs without the directory."""
+
+
+class ByTenantInURLs(ByTenant):
+    """Adds the directory to the URL, too."""
+
+    def url(self, name: str | None) -> str:
+        return super().url(f"x/{name}")
+
+
+class ByTenantAsStored(ByTenant):
+    """Says that the file at its URL is the one that it opens."""
+
+    is_sent_as_stored = True
+
+
+@pytest.mark.parametrize("is_lazy", [False, True])
+@pytest.mark.parametrize(
+    "kind, found",
+    [(ByTenant, None), (SignedByTenant, None), (ByTenantInURLs, "/_m/x/a.txt"), (ByTenantAsStored, "/_m/a.txt")],
+)
+def test_a_url_that_leads_to_another_file_than_the_path_is_not_used(
+    root: Path, kind: type[FileSystemStorage], found: str | None, is_lazy: bool
+) -> None:
+    (root / "media" / "x" / "a.txt").write_bytes(b"the file of this tenant")
+    storage: Any = kind(location=root / "media", base_url="/media/")
+    if is_lazy:
+        storage = SimpleLazyObject(lambda: kind(location=root / "media", base_url="/media/"))
+    rule = nginx.XAccelRedirectMiddleware(source_url="/media/", destination_url="/_m/")
+    assert located(rule, StorageFile(storage, "a.txt")) == found
 
 
 @both
