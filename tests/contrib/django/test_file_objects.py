@@ -15,7 +15,7 @@ from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, InMemoryStorage, Storage
 from django.http import HttpRequest
 from django.test import AsyncClient, Client, RequestFactory, override_settings
-from django.urls import path
+from django.urls import path, re_path
 
 from downloadview_async.contrib.django import (
     BytesIteratorIO,
@@ -163,22 +163,37 @@ def test_a_client_is_told_a_name_and_no_path(name: str, expected: str) -> None:
 # --- a path from the URL that a get_path joins to a directory
 
 
-def joined(directory: Path, *, by_itself: bool) -> Any:
+def joined(directory: Path, how: str) -> Any:
     class Joined(PathDownloadView):
+        path_url_kwarg = "unused" if how in ("another argument", "positions") else "path"
+
         def get_path(self) -> str:
-            return os.path.join(directory, self.kwargs["path"] if by_itself else super().get_path())
+            if how == "positions":
+                return os.path.join(directory, self.args[0])
+            return os.path.join(directory, super().get_path() if how == "super" else self.kwargs["path"])
 
     return Joined.as_view()
 
 
+class ByPosition(Urls):
+    """A URLconf whose argument has no name."""
+
+    def __init__(self, view: Any) -> None:
+        self.urlpatterns = [re_path("^f/(.+)$", view)]
+
+
 @both
-@pytest.mark.parametrize("by_itself", [False, True])
-def test_a_path_that_is_joined_to_a_directory_stays_in_it(tmp_path: Path, by_itself: bool, mode: str) -> None:
+@pytest.mark.parametrize("how", ["super", "kwargs", "another argument", "positions"])
+def test_a_path_that_is_joined_to_a_directory_stays_in_it(
+    tmp_path: Path, how: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "positions":
+        monkeypatch.setattr(f"{__name__}.Urls", ByPosition)
     (tmp_path / "files" / "x").mkdir(parents=True)
     (tmp_path / "files" / "x" / "a.txt").write_bytes(b"0123456789")
     (tmp_path / "files" / "a..b").write_bytes(b"0123456789")
     (tmp_path / "secret.txt").write_bytes(b"secret")
-    view = joined(tmp_path / "files", by_itself=by_itself)
+    view = joined(tmp_path / "files", how)
     for name in ("x/a.txt", "a..b"):
         assert fetch(view, mode, f"/f/{name}")[1] == b"0123456789"
     for name in (
