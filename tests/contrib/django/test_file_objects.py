@@ -539,6 +539,22 @@ def test_a_path_that_a_class_reads_in_its_own_way_may_be_missing(tmp_path: Path)
         assert response.status_code == 404
 
 
+@both
+@pytest.mark.parametrize("has_root", [False, True])
+def test_a_path_that_the_project_has_set_later_is_the_one_that_is_sent(
+    tmp_path: Path, has_root: bool, mode: str
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+
+    def view(request: HttpRequest) -> Any:
+        file = PathFile("a.txt", root=tmp_path) if has_root else PathFile(tmp_path / "a.txt")
+        file.path = str(tmp_path / "b.txt")
+        return DownloadResponse(file).finish(request)
+
+    assert fetch(view, mode)[1] == b"b.txt"
+
+
 def test_a_closed_file_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     path.write_bytes(STORED)
