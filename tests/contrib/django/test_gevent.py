@@ -46,3 +46,11 @@ def test_requests_at_once_are_answered(server: Server) -> None:
         answers = list(clients.map(lambda kind: _ask(server, kind), [kind for kind in KINDS if kind != "memory"] * 6))
     assert answers == [(200, True)] * len(answers)
     assert "Traceback" not in server.log
+
+
+def test_the_event_loop_of_an_asynchronous_view_ends_no_other_download(server: Server) -> None:
+    kinds = ["generated", "function", "generated", "async-object"] * 12
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda kind: _ask(server, kind), kinds))
+    assert answers == [(200, True)] * len(answers)
+    assert "Traceback" not in server.log
