@@ -114,3 +114,15 @@ async def _close(chunks: AsyncIterator[bytes]) -> None:
             await close()
     finally:
         _iterated.discard(chunks)
+
+
+def _threads_are_greenlets() -> bool:
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    return bool(
+        (gevent and gevent.is_module_patched("threading")) or (eventlet and eventlet.is_monkey_patched("thread"))
+    )
+
+
+if _threads_are_greenlets():
+    # Now, as no loop runs yet: while an asynchronous view waits in its loop, no other greenlet could run ours.
+    _keep_running_loops_apart()
