@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
@@ -264,7 +265,7 @@ def _is_on_disk(file: Any) -> bool:
     """
     for _ in range(_MAX_WRAPPERS):
         if reads_a_descriptor(file):
-            return bool(file.closed or file.seekable())
+            return bool(file.closed or stat.S_ISREG(os.fstat(file.fileno()).st_mode))  # a device has the size 0
         is_temporary = home_of(file, "__getattr__") == "tempfile."
         if not (is_temporary or isinstance(file, base.File)) or not is_read_by(file, (*OURS, "tempfile.")):
             return False

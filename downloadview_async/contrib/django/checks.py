@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -196,14 +197,17 @@ def _check_paths() -> Iterator[CheckMessage]:
             continue
         named = initkwargs.get("path_url_kwarg", view.path_url_kwarg)
         root = initkwargs.get("root", view.root)
-        if root is None and named in arguments and view.get_path is PathDownloadView.get_path:
+        is_ours = view.get_path is PathDownloadView.get_path
+        if root is None and named in arguments and is_ours:
             yield Error(
                 f"{view.__name__} at {route!r} takes its path from the URL and has no root: a client could request "
                 "every file of this machine",
                 hint=f"Write {view.__name__}.as_view(root=...) with the directory that has the files.",
                 id="downloadview_async.E005",
             )
-        elif root is None and named in arguments and _reads_the_url(view.get_path):
+        elif (
+            root is None and not is_ours and _makes_a_path(view.get_path, named in arguments or any(arguments.values()))
+        ):
             yield CheckWarning(
                 f"{view.__name__} at {route!r} makes a path from the URL in get_path, and has no root: only get_path "
                 "keeps the path in its directory",
@@ -212,13 +216,31 @@ def _check_paths() -> Iterator[CheckMessage]:
             )
 
 
-def _reads_the_url(get_path: Any) -> bool:
-    """Return whether a `get_path` uses the arguments of the URL, itself or by `super()`. True if that is unknown."""
+def _makes_a_path(get_path: Any, is_in_url: bool) -> bool:
+    """Return whether a `get_path` uses the query, or arguments of the URL that may lead out of a directory.
+
+    It may do so itself or by `super()`. is_in_url: whether there are such arguments. True for code that is unknown.
+    """
     code = getattr(inspect.unwrap(get_path), "__code__", None)
-    return code is None or not {"kwargs", "args", "get_path", "request", "path_url_kwarg"}.isdisjoint(code.co_names)
+    names = {"GET", *(("kwargs", "args", "get_path", "request", "path_url_kwarg") if is_in_url else ())}
+    return is_in_url if code is None else not names.isdisjoint(code.co_names)
 
 
-def _views() -> Iterator[tuple[str, type[Any], dict[str, Any], set[str]]]:
+def _arguments(pattern: Any) -> dict[str, bool]:
+    """Return the parameters of a pattern, and of each whether it may be `..`. Those without a name are `""`."""
+    expression = pattern.regex
+    if expression.groups and not expression.groupindex:
+        return {"": True}
+    arguments = {}
+    for name in expression.groupindex:
+        converter = getattr(pattern, "converters", {}).get(name)
+        group = re.search(rf"\(\?P<{name}>((?:[^()\\]|\\.)*)\)", expression.pattern)
+        inner = getattr(converter, "regex", group and group[1])
+        arguments[name] = inner is None or re.fullmatch(inner, "..") is not None
+    return arguments
+
+
+def _views() -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, bool]]]:
     """Yield the class-based views of the URLconf: route, class, arguments of `as_view`, parameters of the route."""
     if not getattr(settings, "ROOT_URLCONF", None):
         return
@@ -226,15 +248,15 @@ def _views() -> Iterator[tuple[str, type[Any], dict[str, Any], set[str]]]:
         patterns = get_resolver().url_patterns
     except Exception:
         return
-    yield from _views_of(patterns, "", set())
+    yield from _views_of(patterns, "", {})
 
 
 def _views_of(
-    patterns: Sequence[URLPattern | URLResolver], prefix: str, outer: set[str]
-) -> Iterator[tuple[str, type[Any], dict[str, Any], set[str]]]:
+    patterns: Sequence[URLPattern | URLResolver], prefix: str, outer: dict[str, bool]
+) -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, bool]]]:
     for pattern in patterns:
         route = f"{prefix}{pattern.pattern}"
-        arguments = outer | {*getattr(pattern.pattern, "regex").groupindex}  # noqa: B009 - the stubs do not know it
+        arguments = outer | _arguments(pattern.pattern)
         if isinstance(pattern, URLResolver):
             yield from _views_of(pattern.url_patterns, route, arguments)
         elif isinstance(view := getattr(pattern.callback, "view_class", None), type):

@@ -13,6 +13,7 @@ from downloadview_async.contrib.django.dual import has_running_loop
 
 T = TypeVar("T")
 
+_NO_LOOP: tuple[asyncio.AbstractEventLoop | None, Any] = (None, (None, None))  # and no hooks for generators
 _lock = threading.Lock()
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a forked process has the dictionary, but not the thread
 # Iterators in use. Garbage collection would close the nested generators of one separately and concurrently.
@@ -44,11 +45,12 @@ async def _never_ends() -> None:
 
 
 def _keep_running_loops_apart() -> None:
-    """Make asyncio's running loop a property of each greenlet in this thread.
+    """Make asyncio's running loop, and its hooks for generators, a property of each greenlet in this thread.
 
     If gevent or eventlet has patched `threading`, the loop's thread and the threads of the requests are greenlets of
     one native thread. asyncio stores the running loop by native thread, so without this every request would seem to
-    run in our loop: Django would refuse to use the ORM, and our views would return coroutines.
+    run in our loop: Django would refuse to use the ORM, and our views would return coroutines. A loop that Django runs
+    for an asynchronous view would take our generators for its own, and end them when it is closed.
     """
     from greenlet import gettrace, settrace  # gevent and eventlet both install it
 
@@ -57,21 +59,25 @@ def _keep_running_loops_apart() -> None:
 
 
 class _Apart:
-    """Keeps the running loop of each greenlet while another greenlet runs. It is called after each switch."""
+    """Keeps the running loop of each greenlet, and the hooks that this loop has set for asynchronous generators.
+
+    It is called after each switch to another greenlet.
+    """
 
     def __init__(self, previous: Callable[[str, tuple[Any, Any]], object] | None) -> None:
         self._previous = previous
-        self._loops: WeakKeyDictionary[Any, asyncio.AbstractEventLoop] = WeakKeyDictionary()
+        self._loops: WeakKeyDictionary[Any, tuple[asyncio.AbstractEventLoop, Any]] = WeakKeyDictionary()
 
     def __call__(self, event: str, greenlets: tuple[Any, Any]) -> None:
         """Store the running loop of the greenlet that was left, and set that of the one that resumes."""
         left, resumed = greenlets
         running = asyncio._get_running_loop()  # noqa: SLF001 - documented for implementers of event loops
         if running is not None:
-            self._loops[left] = running
-        loop = self._loops.pop(resumed, None) if self._loops else None
+            self._loops[left] = running, sys.get_asyncgen_hooks()
+        loop, hooks = self._loops.pop(resumed, _NO_LOOP) if self._loops else _NO_LOOP
         if loop is not running:
             asyncio._set_running_loop(loop)  # noqa: SLF001
+            sys.set_asyncgen_hooks(*hooks)
         if self._previous is not None:
             self._previous(event, greenlets)
 
@@ -108,3 +114,15 @@ async def _close(chunks: AsyncIterator[bytes]) -> None:
             await close()
     finally:
         _iterated.discard(chunks)
+
+
+def _threads_are_greenlets() -> bool:
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    return bool(
+        (gevent and gevent.is_module_patched("threading")) or (eventlet and eventlet.is_monkey_patched("thread"))
+    )
+
+
+if _threads_are_greenlets():
+    # Now, as no loop runs yet: while an asynchronous view waits in its loop, no other greenlet could run ours.
+    _keep_running_loops_apart()

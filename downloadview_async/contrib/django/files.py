@@ -154,7 +154,7 @@ class PathFile(_OpenedLate):
         except FileMissing as exc:
             raise FileNotFound(str(exc)) from exc
         assert self._async_file.location is not None
-        self.name = self.path = self._async_file.location
+        self.name = self.path = self._first_path = self._async_file.location
         self.mode = "rb"
 
     @property
@@ -166,7 +166,8 @@ class PathFile(_OpenedLate):
             return read_in_its_own_way(self._file, self.path)
         if any(not home_of(self, method).startswith(OURS) for method in ("file", "_opened")):
             return AsyncVirtualFile(self._opened_or_missing, name=os.path.basename(self.path))
-        return self._async_file
+        # the project may have set another path, and reading this file then opens that one
+        return self._async_file if self.path == self._first_path else LocalFile(self.path)
 
     @async_file.setter
     def async_file(self, file: AsyncFile) -> None:

@@ -11,12 +11,13 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
 from django.core.files.storage import FileSystemStorage
 
-from downloadview_async.contrib.django.adapters import async_file_of, is_sent_as_stored
+from downloadview_async.contrib.django.adapters import OURS, async_file_of, is_sent_as_stored, told_of, unwrapped
 from downloadview_async.contrib.django.files import FileNotFound
 from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.file_objects import home_of
 
 MakeBackend = Callable[[list[Rule]], OffloadBackend]
 
@@ -122,7 +123,7 @@ def _rooted(directory: str) -> str:
 
 def url_of(file: Any) -> str | None:
     """Return the URL of a Django file, or None if it has none."""
-    if _borrows_its_url(getattr(file, "storage", None)):
+    if _borrows_its_url(unwrapped(getattr(file, "storage", None))):
         return None
     try:
         url = file.url
@@ -132,10 +133,17 @@ def url_of(file: Any) -> str | None:
 
 
 def _borrows_its_url(storage: Any) -> bool:
-    """Return whether a storage uses MEDIA_URL for its URLs, although its directory is not MEDIA_ROOT."""
+    """Return whether the URLs of a storage lead to other files than its paths, because it overrides only the latter.
+
+    One that has Django's `url` and the project's `path` does. So does one that uses MEDIA_URL, although its directory
+    is not MEDIA_ROOT.
+    """
+    if not isinstance(storage, FileSystemStorage):
+        return False
+    if home_of(storage, "url").startswith(OURS) and not home_of(storage, "path").startswith(OURS):
+        return not told_of(storage)
     return (
-        isinstance(storage, FileSystemStorage)
-        and getattr(storage, "_base_url", "") is None  # `base_url` is MEDIA_URL then
+        getattr(storage, "_base_url", "") is None  # `base_url` is MEDIA_URL then
         and storage.location != os.path.abspath(settings.MEDIA_ROOT)
     )
 

@@ -68,11 +68,18 @@ class _OrderedWith200:
     @status_code.setter
     def status_code(self, status: int) -> None:
         self._status_code = status
+        self._withhold_orders()
+
+    def _may_have_orders(self) -> bool:
+        return self._status_code == 200
+
+    def _withhold_orders(self) -> None:
         orders = dict(self._withheld)
         orders |= {header: value for header, value in self.headers.items() if header.lower() in OFFLOAD_HEADERS}
-        self._withheld = {} if status == 200 else orders
+        may_have = self._may_have_orders()
+        self._withheld = {} if may_have else orders
         for header, value in orders.items():
-            if status == 200:
+            if may_have:
                 self.headers[header] = value
             else:
                 self.headers.pop(header, None)
@@ -80,7 +87,7 @@ class _OrderedWith200:
     def __setitem__(self, header: str, value: Any) -> None:
         self.headers[header] = value
         if header.lower() in OFFLOAD_HEADERS:
-            self.status_code = self._status_code
+            self._withhold_orders()
 
     def __delitem__(self, header: str) -> None:
         self._withheld = {name: value for name, value in self._withheld.items() if name.lower() != header.lower()}
@@ -96,8 +103,33 @@ class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
     """A response without a body that has a proxy send the file: the base class for each proxy's response.
 
     A `DownloadResponse` that a proxy sends becomes one of these. It has its offload headers only while its status is
-    200.
+    200 and it has no content. A middleware may set other content, and a proxy would send the file instead.
     """
+
+    _is_passing = False
+    """Whether the headers are valid for this request only."""
+
+    @property
+    def content(self) -> bytes:
+        """The content: none, unless a middleware has set it."""
+        return super().content
+
+    @content.setter
+    def content(self, value: Any) -> None:
+        HttpResponse.content.fset(self, value)  # type: ignore[attr-defined]
+        self._withhold_orders()
+
+    def write(self, content: Any) -> None:
+        """Add to the content."""
+        super().write(content)
+        self._withhold_orders()
+
+    def _may_have_orders(self) -> bool:
+        return super()._may_have_orders() and not any(vars(self).get("_container", ()))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return what Django's cache pickles: None, which counts as a miss, if other requests need other headers."""
+        return (_not_cached, ()) if self._is_passing else super().__reduce_ex__(protocol)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what Django's cache pickles: neither the file nor what closes it."""
@@ -112,6 +144,10 @@ class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
             self["Content-Disposition"] = content_disposition(basename)
         for header, value in orders.items():
             self[header] = value
+
+
+def _not_cached() -> None:
+    """Return what Django's cache gets instead of a response that is valid for one request only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,6 +415,8 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
                 headers = plan.headers | {header.lower(): value for header, value in order.items()}
                 self._take_over(replace(plan, headers=headers))
                 await self._become(offer.kind)
+                # A signature expires, a cached file is evicted, and a HEAD or an If-Range may be refused.
+                vars(self)["_is_passing"] = is_remote or isinstance(file, CachedFile)
                 return None
             refused = Refusal.RULE
         if not was_open:

@@ -236,17 +236,25 @@ class PathDownloadView(BaseDownloadView):
 
         Raises `FileNotFound` for an argument that is absolute or has `..` in it, unless there is a root.
         """
-        self._check_argument()
+        self._check_arguments()
         return self.kwargs.get(self.path_url_kwarg, self.path)
 
-    def _check_argument(self) -> None:
-        """Raise `FileNotFound` for an argument that would lead out of a directory to which `get_path` joins it."""
-        path = str(self.kwargs.get(self.path_url_kwarg, ""))
+    def _check_arguments(self) -> None:
+        """Raise `FileNotFound` for an argument that would lead out of a directory to which `get_path` joins it.
+
+        An overridden `get_path` may join any argument that the URL gives. Those of the URLconf itself are not checked.
+        """
+        if self.root is not None:
+            return
         match = getattr(self.request, "resolver_match", None)
-        if match is not None and self.path_url_kwarg in match.extra_kwargs:
-            return  # the URLconf itself gives this argument
-        if self.root is None and (path.startswith("/") or ".." in path.replace("\\", "/").split("/")):
-            raise FileNotFound(f"the path from the URL leads out of its directory: {path!r}")
+        arguments = []
+        if match is None or self.path_url_kwarg not in match.extra_kwargs:
+            arguments.append(str(self.kwargs.get(self.path_url_kwarg, "")))
+        if match is not None and type(self).get_path is not PathDownloadView.get_path:
+            arguments += [value for value in (*match.args, *match.captured_kwargs.values()) if isinstance(value, str)]
+        for path in arguments:
+            if path.startswith("/") or ".." in path.replace("\\", "/").split("/"):
+                raise FileNotFound(f"the path from the URL leads out of its directory: {path!r}")
 
     def get_file(self) -> Any:
         """Return the file. Raises `FileNotFound` where there is none."""
@@ -269,7 +277,7 @@ class PathDownloadView(BaseDownloadView):
                 f"{type(self).__name__} takes its path from the URL and has no root, so a client could request every "
                 "file of this machine: set root to the directory that has the files"
             )
-        self._check_argument()  # an overridden get_path may use the argument without calling ours
+        self._check_arguments()  # an overridden get_path may use them without calling ours
         path = self.get_path()
         if path is None:
             raise ImproperlyConfigured(f"{type(self).__name__} needs path or get_path()")

@@ -177,6 +177,26 @@ class JoinedByItself(PathDownloadView):
         return os.path.join("/srv", self.kwargs["path"])
 
 
+class JoinedByName(PathDownloadView):
+    def get_path(self) -> str:
+        return os.path.join("/srv", self.kwargs["name"])
+
+
+class JoinedByPosition(PathDownloadView):
+    def get_path(self) -> str:
+        return os.path.join("/srv", self.args[0])
+
+
+class JoinedByQuery(PathDownloadView):
+    def get_path(self) -> str:
+        return os.path.join("/srv", self.request.GET["name"])
+
+
+class OfUser(PathDownloadView):
+    def get_path(self) -> str:
+        return os.path.join("/srv", str(self.request.user.pk))
+
+
 class JoinedBeneath(Joined):
     root = "/srv"
 
@@ -198,6 +218,22 @@ JOINED: list[tuple[Any, bool]] = [
     (path("f/<path:path>", Joined.as_view(root="/srv")), False),
     (path("f/<path:path>", JoinedBeneath.as_view()), False),
     (path("f/<int:pk>", Joined.as_view()), False),
+    (path("f/<path:name>", JoinedByName.as_view()), True),
+    (path("<str:name>/f", JoinedByName.as_view()), True),
+    (path("<path:name>/", include([path("f", JoinedByName.as_view())])), True),
+    (re_path("^f/(?P<name>.+)$", JoinedByName.as_view()), True),
+    (re_path(r"^f/(?P<name>[\w.]+)$", JoinedByName.as_view()), True),
+    (re_path("^f/(?P<name>(a|..)/b)$", JoinedByName.as_view()), True),
+    (re_path("^f/(.+)$", JoinedByPosition.as_view()), True),
+    (path("f", JoinedByQuery.as_view()), True),
+    (path("f/<slug:name>", JoinedByName.as_view()), False),
+    (path("f/<int:name>", JoinedByName.as_view()), False),
+    (path("f/<uuid:name>", JoinedByName.as_view()), False),
+    (re_path(r"^f/(?P<name>\d+)$", JoinedByName.as_view()), False),
+    (re_path(r"^f/(?P<name>[a-z]+)\.pdf$", JoinedByName.as_view()), False),
+    (path("f/<path:name>", JoinedByName.as_view(root="/srv")), False),
+    (path("f", OfUser.as_view()), False),
+    (path("f/<path:name>", Computed.as_view()), False),
     (path("f/<path:path>", Computed.as_view()), False),
 ]
 

@@ -14,8 +14,8 @@ from asgiref.sync import async_to_sync
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, InMemoryStorage, Storage
 from django.http import HttpRequest
-from django.test import AsyncClient, Client, override_settings
-from django.urls import path
+from django.test import AsyncClient, Client, RequestFactory, override_settings
+from django.urls import path, re_path
 
 from downloadview_async.contrib.django import (
     BytesIteratorIO,
@@ -118,6 +118,18 @@ def test_a_file_object_needs_no_name(kind: str, basename: str | None, mode: str)
     assert response["Content-Disposition"] == f'attachment; filename="{basename or "download"}"'
 
 
+@pytest.mark.parametrize("buffering", [-1, 0])
+def test_a_device_is_not_empty_because_it_has_no_size(buffering: int) -> None:
+    with open("/dev/zero", "rb", buffering) as device:
+        response: Any = DownloadResponse(device, basename="zero").finish(RequestFactory().get("/"))
+        assert response.status_code == 200
+        assert {"Content-Length", "ETag", "Last-Modified", "Accept-Ranges"}.isdisjoint(response.headers)
+        content = iter(response)
+        assert not any(next(content))
+        content.close()
+        response.close()
+
+
 def test_a_name_of_bytes_is_a_name(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"0123456789")
@@ -151,22 +163,37 @@ def test_a_client_is_told_a_name_and_no_path(name: str, expected: str) -> None:
 # --- a path from the URL that a get_path joins to a directory
 
 
-def joined(directory: Path, *, by_itself: bool) -> Any:
+def joined(directory: Path, how: str) -> Any:
     class Joined(PathDownloadView):
+        path_url_kwarg = "unused" if how in ("another argument", "positions") else "path"
+
         def get_path(self) -> str:
-            return os.path.join(directory, self.kwargs["path"] if by_itself else super().get_path())
+            if how == "positions":
+                return os.path.join(directory, self.args[0])
+            return os.path.join(directory, super().get_path() if how == "super" else self.kwargs["path"])
 
     return Joined.as_view()
 
 
+class ByPosition(Urls):
+    """A URLconf whose argument has no name."""
+
+    def __init__(self, view: Any) -> None:
+        self.urlpatterns = [re_path("^f/(.+)$", view)]
+
+
 @both
-@pytest.mark.parametrize("by_itself", [False, True])
-def test_a_path_that_is_joined_to_a_directory_stays_in_it(tmp_path: Path, by_itself: bool, mode: str) -> None:
+@pytest.mark.parametrize("how", ["super", "kwargs", "another argument", "positions"])
+def test_a_path_that_is_joined_to_a_directory_stays_in_it(
+    tmp_path: Path, how: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "positions":
+        monkeypatch.setattr(f"{__name__}.Urls", ByPosition)
     (tmp_path / "files" / "x").mkdir(parents=True)
     (tmp_path / "files" / "x" / "a.txt").write_bytes(b"0123456789")
     (tmp_path / "files" / "a..b").write_bytes(b"0123456789")
     (tmp_path / "secret.txt").write_bytes(b"secret")
-    view = joined(tmp_path / "files", by_itself=by_itself)
+    view = joined(tmp_path / "files", how)
     for name in ("x/a.txt", "a..b"):
         assert fetch(view, mode, f"/f/{name}")[1] == b"0123456789"
     for name in (
@@ -510,6 +537,22 @@ def test_a_path_that_a_class_reads_in_its_own_way_may_be_missing(tmp_path: Path)
     for kind in (DecryptingPathFile, OpenedDecrypting):
         response, _ = fetch(lambda request, kind=kind: DownloadResponse(kind(tmp_path / "x")).finish(request), "sync")
         assert response.status_code == 404
+
+
+@both
+@pytest.mark.parametrize("has_root", [False, True])
+def test_a_path_that_the_project_has_set_later_is_the_one_that_is_sent(
+    tmp_path: Path, has_root: bool, mode: str
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+
+    def view(request: HttpRequest) -> Any:
+        file = PathFile("a.txt", root=tmp_path) if has_root else PathFile(tmp_path / "a.txt")
+        file.path = str(tmp_path / "b.txt")
+        return DownloadResponse(file).finish(request)
+
+    assert fetch(view, mode)[1] == b"b.txt"
 
 
 def test_a_closed_file_is_missing(tmp_path: Path) -> None:

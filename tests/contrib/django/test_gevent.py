@@ -1,6 +1,7 @@
 """Django under WSGI on gevent's greenlets: downloads leave nothing behind that other requests would see."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,3 +47,48 @@ def test_requests_at_once_are_answered(server: Server) -> None:
         answers = list(clients.map(lambda kind: _ask(server, kind), [kind for kind in KINDS if kind != "memory"] * 6))
     assert answers == [(200, True)] * len(answers)
     assert "Traceback" not in server.log
+
+
+def test_the_event_loop_of_an_asynchronous_view_ends_no_other_download(server: Server) -> None:
+    kinds = ["generated", "function", "generated", "async-object"] * 12
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda kind: _ask(server, kind), kinds))
+    assert answers == [(200, True)] * len(answers)
+    assert "Traceback" not in server.log
+
+
+BESIDE_A_LOOP = """
+from gevent import monkey
+
+monkey.patch_all()
+
+import asyncio
+import gevent
+from downloadview_async.contrib.django.dual import has_running_loop
+from downloadview_async.contrib.django.event_loop import run_in_background
+
+waiting = []
+
+
+async def view():
+    waiting.append((asyncio.get_running_loop(), asyncio.Event()))
+    await waiting[0][1].wait()
+    return asyncio.get_running_loop() is waiting[0][0]
+
+
+async def download():
+    return "sent"
+
+
+other = gevent.spawn(asyncio.run, view())
+while not waiting:
+    gevent.sleep(0)
+assert not has_running_loop()
+assert gevent.spawn(run_in_background, download()).get(timeout=30) == "sent"
+waiting[0][0].call_soon_threadsafe(waiting[0][1].set)
+assert other.get(timeout=30)
+"""
+
+
+def test_the_first_download_may_come_while_an_asynchronous_view_waits() -> None:
+    subprocess.run([sys.executable, "-c", BESIDE_A_LOOP], check=True, timeout=120)

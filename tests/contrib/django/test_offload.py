@@ -13,10 +13,11 @@ from asgiref.sync import async_to_sync, iscoroutinefunction
 from django.core.cache import cache, caches
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.files.base import ContentFile, File
-from django.core.files.storage import FileSystemStorage, InMemoryStorage
+from django.core.files.storage import FileSystemStorage, InMemoryStorage, Storage
 from django.http import Http404, HttpRequest, HttpResponse
 from django.test import AsyncClient, AsyncRequestFactory, Client, RequestFactory, override_settings
 from django.urls import path
+from django.utils.functional import SimpleLazyObject
 from django.utils.timezone import localtime, now
 from django.views.decorators.cache import cache_page
 
@@ -289,6 +290,46 @@ def test_a_storage_that_gives_unencoded_urls_is_not_misread(root: Path, mode: st
     assert body(response) == CONTENT
 
 
+class ByTenant(FileSystemStorage):
+    """Adds a directory to the path, but not to the URL."""
+
+    def path(self, name: str) -> str:
+        return super().path(f"x/{name}")
+
+
+class SignedByTenant(SignedURLMixin, ByTenant):
+    """Signs the URLs without the directory."""
+
+
+class ByTenantInURLs(ByTenant):
+    """Adds the directory to the URL, too."""
+
+    def url(self, name: str | None) -> str:
+        return super().url(f"x/{name}")
+
+
+class ByTenantAsStored(ByTenant):
+    """Says that the file at its URL is the one that it opens."""
+
+    is_sent_as_stored = True
+
+
+@pytest.mark.parametrize("is_lazy", [False, True])
+@pytest.mark.parametrize(
+    "kind, found",
+    [(ByTenant, None), (SignedByTenant, None), (ByTenantInURLs, "/_m/x/a.txt"), (ByTenantAsStored, "/_m/a.txt")],
+)
+def test_a_url_that_leads_to_another_file_than_the_path_is_not_used(
+    root: Path, kind: type[FileSystemStorage], found: str | None, is_lazy: bool
+) -> None:
+    (root / "media" / "x" / "a.txt").write_bytes(b"the file of this tenant")
+    storage: Any = kind(location=root / "media", base_url="/media/")
+    if is_lazy:
+        storage = SimpleLazyObject(lambda: kind(location=root / "media", base_url="/media/"))
+    rule = nginx.XAccelRedirectMiddleware(source_url="/media/", destination_url="/_m/")
+    assert located(rule, StorageFile(storage, "a.txt")) == found
+
+
 @both
 def test_a_signed_storage_is_matched_without_its_signature(root: Path, mode: str) -> None:
     storage = SignedFileSystemStorage(location=root / "media", base_url="/media/")
@@ -407,6 +448,36 @@ def test_a_response_that_a_proxy_sends_can_be_cached_by_django(storage: FileSyst
         for response in (first, Client().get("/cached/a.txt")):
             assert (response.status_code, response["X-Accel-Redirect"]) == (200, "/_m/a.txt")
         assert Client().get("/cached/missing.txt").status_code == 404
+    cache.clear()
+    del caches["default"]  # while a cache is in use, each request has a thread that closes it
+
+
+class SignedByStore(Storage):
+    """A storage on another server, whose URLs are signed for a short time, as those of S3."""
+
+    is_sent_as_stored = True
+    signed = 0
+
+    def _open(self, name: str, mode: str) -> Any:
+        return ContentFile(CONTENT, name)
+
+    def size(self, name: str) -> int:
+        return len(CONTENT)
+
+    def url(self, name: str | None) -> str:
+        self.signed += 1
+        return f"https://store.test/{name}?signature={self.signed}"
+
+
+def test_an_order_that_is_valid_for_one_request_is_not_cached_by_django() -> None:
+    view = nginx.x_accel_redirect(
+        StorageDownloadView.as_view(storage=SignedByStore()), source_url="https://store.test/", destination_url="/_s/"
+    )
+    with override_settings(ROOT_URLCONF=Urls(cached=cache_page(60)(view))):
+        for number in (1, 2):
+            assert Client().get("/cached/a.txt")["X-Accel-Redirect"] == f"/_s/a.txt?signature={number}"
+        head = Client().head("/cached/a.txt")
+        assert (head.status_code, "X-Accel-Redirect" in head, head["Content-Length"]) == (200, False, "10")
     cache.clear()
     del caches["default"]  # while a cache is in use, each request has a thread that closes it
 

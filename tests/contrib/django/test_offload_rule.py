@@ -35,6 +35,7 @@ from downloadview_async.contrib.django.apache import XSendfileResponse
 from downloadview_async.contrib.django.lighttpd import XSendfileResponse as LighttpdResponse
 from downloadview_async.contrib.django.nginx import XAccelRedirectResponse
 from downloadview_async.contrib.django.responses import ProxiedDownloadResponse
+from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.testing import call
 from tests.contrib.django.documents.models import Document
 from tests.live import Answer
@@ -701,3 +702,25 @@ def test_what_is_deleted_does_not_come_back_and_a_default_waits_like_any_order()
 def test_a_response_that_is_made_with_another_status_has_none() -> None:
     response = ProxiedDownloadResponse(status=403, headers={"X-Accel-Redirect": "/_files/a.txt"})
     assert (response.status_code, "X-Accel-Redirect" in response) == (403, False)
+
+
+@pytest.mark.parametrize("make", RESPONSES)
+@pytest.mark.parametrize("change", ["content", "write", "writelines"])
+def test_content_that_a_middleware_has_set_is_sent_and_not_the_file(
+    make: Callable[..., ProxiedDownloadResponse], change: str
+) -> None:
+    response = make()
+    before = dict(response.items())
+    response.content = b""
+    assert dict(response.items()) == before
+    if change == "content":
+        response.content = b"The quota is used up."
+    else:
+        getattr(response, change)(b"The quota is used up." if change == "write" else [b"The quota ", b"is used up."])
+    assert response.content == b"The quota is used up."
+    assert not {name.lower() for name in response.headers} & OFFLOAD_HEADERS
+    response["X-Accel-Redirect"] = "/other"
+    assert "X-Accel-Redirect" not in response
+    del response["X-Accel-Redirect"]
+    response.content = b""
+    assert {name.lower() for name in before} - {name.lower() for name in response.headers} <= {"x-accel-redirect"}
