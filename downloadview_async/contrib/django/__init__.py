@@ -5,6 +5,7 @@ The middlewares and decorators for a single proxy are in `nginx`, `apache` and `
 
 from downloadview_async.contrib.django import legacy as _legacy  # noqa: F401 - its import paths
 from downloadview_async.contrib.django.asgi import get_asgi_application
+from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.contrib.django.files import (
     FileNotFound,
     HTTPFile,
@@ -18,7 +19,8 @@ from downloadview_async.contrib.django.middleware import (
     DownloadDispatcherMiddleware,
     SmartDownloadMiddleware,
 )
-from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse, content_disposition
+from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
+from downloadview_async.contrib.django.responses import DownloadResponse
 from downloadview_async.contrib.django.storage import (
     SignedFileSystemStorage,
     SignedURLMixin,

@@ -30,7 +30,9 @@ from django.urls import set_script_prefix
 from downloadview_async.accounts.outcome import observer_of
 from downloadview_async.asgi.delivery import Delivery, Empty, Offloaded, deliver, delivery_of
 from downloadview_async.asgi.extensions import PATHSEND
-from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse, note_receivers
+from downloadview_async.contrib.django.deferral import note_receivers
+from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
+from downloadview_async.contrib.django.responses import DownloadResponse
 from downloadview_async.http.fields import OFFLOAD_ORDERS
 
 logger = logging.getLogger("downloadview_async")

@@ -1,6 +1,6 @@
 """The middlewares and the decorator that have a reverse proxy send the file of a response, for views of any kind.
 
-Each of them has the view leave its `DownloadResponse` unfinished, see `deferred`, and then makes it an `Offer`, as
+Each of them has the view leave its `DownloadResponse` unfinished, see `deferred`, and then makes it a `ProxyOffer`, as
 `OffloadMiddleware` does in the scope. The innermost middleware is first. The response opens its file, asks
 `offload/decision.py`, and accepts or not. One that accepts becomes an ordinary 200 without a body. It stays the same
 object, so nothing is copied, and nothing rewrites a finished response. If it accepts no offer, the outermost middleware
@@ -22,15 +22,10 @@ from django.http import HttpRequest
 from django.utils.module_loading import import_string
 
 from downloadview_async.contrib.django import offload
+from downloadview_async.contrib.django.deferral import deferred
 from downloadview_async.contrib.django.dual import like
-from downloadview_async.contrib.django.responses import (
-    DownloadResponse,
-    Offer,
-    ProxiedDownloadResponse,
-    deferred,
-    is_due,
-    may_be_offloaded,
-)
+from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse, ProxyOffer
+from downloadview_async.contrib.django.responses import DownloadResponse, is_due, may_be_offloaded
 from downloadview_async.offload.backends import XAccelRedirect
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
@@ -405,11 +400,11 @@ class ProxiedDownloadMiddleware(RealDownloadMiddleware):
                 await response.aaccept(request, self._offer(response, redirect_url))
         return response
 
-    def _offer(self, response: DownloadResponse, redirect_url: str) -> Offer:
+    def _offer(self, response: DownloadResponse, redirect_url: str) -> ProxyOffer:
         async def headers(content_type: str) -> Mapping[str, str]:
             return self.orders(response, redirect_url, content_type)
 
-        return Offer(headers, self.response_class, is_remote=self.fetches_urls and self.rules.is_of_server)
+        return ProxyOffer(headers, self.response_class, is_remote=self.fetches_urls and self.rules.is_of_server)
 
 
 class DownloadDecorator:

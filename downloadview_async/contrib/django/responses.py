@@ -3,17 +3,14 @@
 import asyncio
 import os
 import re
-import unicodedata
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, TypeVar, cast
-from urllib.parse import quote
+from typing import Any, TypeVar
 
 from asgiref.sync import SyncToAsync, async_to_sync, iscoroutinefunction, sync_to_async
 from django.conf import settings
-from django.core import signals
 from django.core.exceptions import SuspiciousOperation
 from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
@@ -24,15 +21,16 @@ from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.errors import failed, note_refusal
 from downloadview_async.asgi.transfer import body_of
 from downloadview_async.contrib.django.adapters import async_file_of, is_left_by_closing, is_sent_as_stored, name_of
+from downloadview_async.contrib.django.deferral import has_new_receivers, is_deferred
+from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.contrib.django.dual import close_idle_connections, close_own_connections, has_running_loop
 from downloadview_async.contrib.django.event_loop import iterate_in_background, run_in_background
 from downloadview_async.contrib.django.files import FileNotFound
 from downloadview_async.contrib.django.offload import is_local
+from downloadview_async.contrib.django.proxied import OrderedWith200, ProxyOffer
 from downloadview_async.errors import FileError, FileMissing
 from downloadview_async.http.content_types import content_type_for, with_charset
 from downloadview_async.http.dates import parse_http_date
-from downloadview_async.http.disposition import MAX_BYTES, client_filename, is_device_name
-from downloadview_async.http.disposition import content_disposition as disposition_of
 from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
@@ -45,128 +43,10 @@ from downloadview_async.sources.local.open_file import local_of, open_nowait
 from downloadview_async.sources.virtual import VirtualFile
 
 _TEXTLESS = re.compile("(?:application|audio|font|image|model|multipart|video)/", re.IGNORECASE)
-_RECEIVERS = "_downloadview_receivers"  # in a request: the receivers of request_finished before the view was called
-_DEFERRED = "_downloadview_deferred"  # in a request: how many contexts of `deferred` are open
 T = TypeVar("T")
 
 
-class _OrderedWith200:
-    """A response that has its offload headers only while its status is 200.
-
-    An outer middleware may change the status of a finished response, and a proxy obeys these headers with any status.
-    """
-
-    headers: Any
-    _status_code = 200
-    _withheld: Mapping[str, str] = {}
-
-    @property
-    def status_code(self) -> int:
-        """The status."""
-        return self._status_code
-
-    @status_code.setter
-    def status_code(self, status: int) -> None:
-        self._status_code = status
-        self._withhold_orders()
-
-    def _may_have_orders(self) -> bool:
-        return self._status_code == 200
-
-    def _withhold_orders(self) -> None:
-        orders = dict(self._withheld)
-        orders |= {header: value for header, value in self.headers.items() if header.lower() in OFFLOAD_HEADERS}
-        may_have = self._may_have_orders()
-        self._withheld = {} if may_have else orders
-        for header, value in orders.items():
-            if may_have:
-                self.headers[header] = value
-            else:
-                self.headers.pop(header, None)
-
-    def __setitem__(self, header: str, value: Any) -> None:
-        self.headers[header] = value
-        if header.lower() in OFFLOAD_HEADERS:
-            self._withhold_orders()
-
-    def __delitem__(self, header: str) -> None:
-        self._withheld = {name: value for name, value in self._withheld.items() if name.lower() != header.lower()}
-        self.headers.pop(header, None)
-
-    def setdefault(self, header: str, value: Any) -> None:
-        """Set a header, unless the response has it already or withholds it until the status is 200."""
-        if header.lower() not in {name.lower() for name in (*self.headers, *self._withheld)}:
-            self[header] = value
-
-
-class ProxiedDownloadResponse(_OrderedWith200, HttpResponse):
-    """A response without a body that has a proxy send the file: the base class for each proxy's response.
-
-    A `DownloadResponse` that a proxy sends becomes one of these. It has its offload headers only while its status is
-    200 and it has no content. A middleware may set other content, and a proxy would send the file instead.
-    """
-
-    _is_passing = False
-    """Whether the headers are valid for this request only."""
-
-    @property
-    def content(self) -> bytes:
-        """The content: none, unless a middleware has set it."""
-        return super().content
-
-    @content.setter
-    def content(self, value: Any) -> None:
-        HttpResponse.content.fset(self, value)  # type: ignore[attr-defined]
-        self._withhold_orders()
-
-    def write(self, content: Any) -> None:
-        """Add to the content."""
-        super().write(content)
-        self._withhold_orders()
-
-    def _may_have_orders(self) -> bool:
-        return super()._may_have_orders() and not any(vars(self).get("_container", ()))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return what Django's cache pickles: None, which counts as a miss, if other requests need other headers."""
-        return (_not_cached, ()) if self._is_passing else super().__reduce_ex__(protocol)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what Django's cache pickles: neither the file nor what closes it."""
-        state = cast("dict[str, Any]", super().__getstate__())
-        state.pop("file", None)
-        return state | {"_resource_closers": []}
-
-    def _present(self, orders: Mapping[str, str], basename: str, attachment: bool) -> None:
-        """Set the headers that the proxy obeys, and the name under which the client saves the file."""
-        self.basename = basename
-        if attachment:
-            self["Content-Disposition"] = content_disposition(basename)
-        for header, value in orders.items():
-            self[header] = value
-
-
-def _not_cached() -> None:
-    """Return what Django's cache gets instead of a response that is valid for one request only."""
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A proxy that may send the file of a response.
-
-    headers: returns the headers that the proxy obeys, for the Content-Type of the response; None if the proxy cannot
-    reach the file, now that it is open. kind: the class of the response that has the proxy send the file.
-    is_remote: whether the proxy fetches files that are not local from another server. needs_metadata: whether the proxy
-    sends only files that we can open, too.
-    """
-
-    headers: Callable[[str], Awaitable[Mapping[str, str] | None]]
-    kind: "type[ProxiedDownloadResponse]" = ProxiedDownloadResponse
-    is_remote: bool = False
-    needs_metadata: bool = False
-
-
-class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
+class DownloadResponse(OrderedWith200, StreamingHttpResponse):
     """A file as a response.
 
     file_instance: a FieldFile, a StorageFile, any Django file, a file object, an iterable, or an `AsyncFile`. With a
@@ -329,13 +209,13 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
             await self._become(HttpResponseNotModified)
         return self
 
-    def accept(self, request: HttpRequest, offer: Offer) -> bool:
+    def accept(self, request: HttpRequest, offer: ProxyOffer) -> bool:
         """Do what `aaccept` does, for synchronous code."""
         accept = partial(self.aaccept, offer=offer)
         # a file that is opened and closed in this call needs no certain loop
         return run_in_background(accept(request)) if self.opened is None else _in_loop_of(request, accept)
 
-    async def aaccept(self, request: HttpRequest, offer: Offer) -> bool:
+    async def aaccept(self, request: HttpRequest, offer: ProxyOffer) -> bool:
         """Become the response that has a proxy send the file, and return True; or return False if no proxy may.
 
         The response is then still unfinished, and the next offer may be accepted.
@@ -382,13 +262,13 @@ class DownloadResponse(_OrderedWith200, StreamingHttpResponse):
                 order = backend.headers_for(file)  # again, as the file is open now
                 return await signed(backend, file, order) if order else None
 
-            offer = Offer(headers, is_remote=is_remote_order(order), needs_metadata=True)
+            offer = ProxyOffer(headers, is_remote=is_remote_order(order), needs_metadata=True)
             refused = await self._offload(request, file, offer) if order else Refusal.RULE
         if refused is not None:
             note_refusal(refused, str(request.method), request.path)
         return refused is None
 
-    async def _offload(self, request: HttpRequest, file: AsyncFile, offer: Offer) -> Refusal | None:
+    async def _offload(self, request: HttpRequest, file: AsyncFile, offer: ProxyOffer) -> Refusal | None:
         """Become the response that has the proxy of an offer send the file, or return why no proxy may.
 
         All that is known of the response before the file is open has been checked.
@@ -611,56 +491,11 @@ class _Content:
         return self._response.chunks()
 
 
-@lru_cache(maxsize=1024)
-def content_disposition(filename: str, attachment: bool = True) -> str:
-    """Return the value of Content-Disposition.
-
-    It differs from other responses of this library in `filename`, the ASCII name for old clients. That is as in
-    django-downloadview: with `_` for blanks, and with escaped quotes and backslashes.
-    """
-    ours = disposition_of(filename, attachment=attachment)
-    name = shown = client_filename(filename)
-    if '"' in filename:  # for a name with a quote, django-downloadview keeps backslashes
-        shown = filename.rstrip("/").rpartition("/")[2]
-        shown = "".join(character for character in shown if unicodedata.category(character) not in ("Cc", "Cf", "Cs"))
-    ascii_name = unicodedata.normalize("NFKD", shown).encode("ascii", "ignore").decode("ascii").strip()
-    fallback = re.sub(r"\s", "_", ascii_name).replace("/", "_").replace("\\", "\\\\").replace('"', '\\"')
-    stem = ascii_name.rpartition(".")[0] or ascii_name
-    is_whole = name.isascii() or (re.search("[0-9A-Za-z]", stem) and not ascii_name.startswith("."))
-    is_safe = is_whole and fallback.strip(". ") and len(fallback) <= MAX_BYTES and not is_device_name(fallback)
-    if not is_safe or f'filename="{fallback}"' in ours:
-        return ours
-    exact = quote(name, safe="!#$&+-.^_`|~")
-    return f"{'attachment' if attachment else 'inline'}; filename=\"{fallback}\"; filename*=UTF-8''{exact}"
-
-
 def _in_loop_of(request: HttpRequest, method: Callable[[HttpRequest], Coroutine[Any, Any, T]]) -> T:
     """Call a coroutine function with a request, and wait for its result, in the loop that will send the response."""
     if isinstance(request, ASGIRequest):
         return async_to_sync(method)(request)
     return run_in_background(method(request))
-
-
-def note_receivers(request: HttpRequest) -> None:
-    """Store the receivers that `request_finished` has before the view is called."""
-    vars(request).setdefault(_RECEIVERS, signals.request_finished.receivers[:])
-
-
-def has_new_receivers(request: HttpRequest) -> bool:
-    """Return whether `request_finished` has got a receiver during the request, which may delete the file."""
-    before = getattr(request, _RECEIVERS, None)
-    return before is not None and any(receiver not in before for receiver in signals.request_finished.receivers)
-
-
-@contextmanager
-def deferred(request: HttpRequest) -> Iterator[None]:
-    """Within the context, views leave the response to this request unfinished."""
-    note_receivers(request)
-    vars(request)[_DEFERRED] = getattr(request, _DEFERRED, 0) + 1
-    try:
-        yield
-    finally:
-        vars(request)[_DEFERRED] -= 1
 
 
 def may_be_offloaded(response: Any, request: HttpRequest) -> bool:
@@ -671,7 +506,7 @@ def may_be_offloaded(response: Any, request: HttpRequest) -> bool:
 
 def is_due(response: Any, request: HttpRequest) -> bool:
     """Return whether to finish a response now: whether it is an unfinished download, outside `deferred`."""
-    return isinstance(response, DownloadResponse) and not response.is_finished and not getattr(request, _DEFERRED, 0)
+    return isinstance(response, DownloadResponse) and not response.is_finished and not is_deferred(request)
 
 
 _META = [(f"HTTP_{field.decode().upper().replace('-', '_')}", field) for field in sorted(FIELDS)]

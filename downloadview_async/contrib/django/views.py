@@ -23,9 +23,10 @@ from django.views.generic.base import View
 from django.views.generic.detail import SingleObjectMixin
 from django.views.static import was_modified_since
 
+from downloadview_async.contrib.django.deferral import note_receivers
 from downloadview_async.contrib.django.dual import DualView, has_running_loop
 from downloadview_async.contrib.django.files import FileNotFound, HTTPFile, PathFile, StorageFile
-from downloadview_async.contrib.django.responses import DownloadResponse, is_due, note_receivers
+from downloadview_async.contrib.django.responses import DownloadResponse, is_due
 
 if TYPE_CHECKING:
     _SingleObjectMixin = SingleObjectMixin[Any]  # only the stubs have it generic

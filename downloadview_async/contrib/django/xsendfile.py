@@ -10,7 +10,7 @@ from django.http import HttpRequest
 
 from downloadview_async.contrib.django.middleware import NoRedirectionMatch, ProxiedDownloadMiddleware
 from downloadview_async.contrib.django.offload import Found
-from downloadview_async.contrib.django.responses import ProxiedDownloadResponse
+from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.offload.backends import XSendfile
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule

@@ -33,7 +33,8 @@ from downloadview_async.contrib.django.middleware import (
     RealDownloadMiddleware,
     SmartDownloadMiddleware,
 )
-from downloadview_async.contrib.django.responses import DownloadResponse, ProxiedDownloadResponse
+from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
+from downloadview_async.contrib.django.responses import DownloadResponse
 from downloadview_async.contrib.django.storage import SignedFileSystemStorage, SignedURLMixin
 from downloadview_async.contrib.django.views import PathDownloadView, StorageDownloadView, VirtualDownloadView
 from tests.descriptors import open_paths

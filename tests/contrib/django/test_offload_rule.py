@@ -34,7 +34,7 @@ from downloadview_async.contrib.django import (
 from downloadview_async.contrib.django.apache import XSendfileResponse
 from downloadview_async.contrib.django.lighttpd import XSendfileResponse as LighttpdResponse
 from downloadview_async.contrib.django.nginx import XAccelRedirectResponse
-from downloadview_async.contrib.django.responses import ProxiedDownloadResponse
+from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.testing import call
 from tests.contrib.django.documents.models import Document

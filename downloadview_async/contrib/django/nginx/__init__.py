@@ -15,7 +15,7 @@ from django.utils.encoding import iri_to_uri
 from django.utils.timezone import is_naive, make_aware, now
 
 from downloadview_async.contrib.django.middleware import DownloadDecorator, ProxiedDownloadMiddleware, View
-from downloadview_async.contrib.django.responses import ProxiedDownloadResponse
+from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.contrib.django.testing import assert_x_accel_redirect
 
 __all__ = [
