@@ -14,7 +14,7 @@ from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.offload.base import Redirect
-from downloadview_async.sources.base import Source
+from downloadview_async.sources.base import Source, check_source
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
@@ -41,8 +41,7 @@ class Download:
         redirect: Redirect | None = None,
         offload: bool | None = None,
     ) -> None:
-        if not hasattr(source, "resolve") or hasattr(source, "__fspath__") or isinstance(source, type):
-            raise ConfigurationError(f"Download takes a source, such as PathSource('files'), not {source!r}")
+        check_source(source, "Download")
         self.source = source
         self.attachment = attachment
         self.headers = dict(headers or {})

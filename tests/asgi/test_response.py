@@ -418,6 +418,10 @@ async def test_a_scope_of_another_type_is_an_error(source: dv.PathSource, kind: 
             await app({"type": kind_of_scope}, unused, unused)
 
 
+async def _nothing(key: object) -> None:
+    return None
+
+
 async def test_what_is_not_a_file_a_source_or_a_backend_is_refused_when_the_object_is_made(root: Path) -> None:
     source = dv.PathSource(root)
     takes_source = r"Download takes a source, such as PathSource\('files'\), not "
@@ -425,6 +429,25 @@ async def test_what_is_not_a_file_a_source_or_a_backend_is_refused_when_the_obje
     for value in values:
         with pytest.raises(dv.ConfigurationError, match=takes_source):
             dv.Download(value)
+        if value is not None:
+            with pytest.raises(dv.ConfigurationError, match="ObjectSource takes a source, such as PathSource"):
+                dv.ObjectSource(_nothing, source=value)
+        with pytest.raises(dv.ConfigurationError, match="CachedSource takes a source, such as PathSource"):
+            dv.CachedSource(value, dv.Cache(root / "cache"))
+    values = ["cache", None, dv.Cache]
+    for value in values:
+        with pytest.raises(dv.ConfigurationError, match="CachedSource takes a cache, such as Cache"):
+            dv.CachedSource(source, value)
+    values = ["file:///srv", None, Path("files"), dv.MemoryStorage, source]
+    for value in values:
+        with pytest.raises(dv.ConfigurationError, match="StorageSource takes a storage, such as DirectoryStorage"):
+            dv.StorageSource(value)
+    values = ["reports:make", None, source, lambda: b"", lambda name, version: b""]
+    for value in values:
+        with pytest.raises(dv.ConfigurationError, match="VirtualSource takes a function of one argument, the name"):
+            dv.VirtualSource(value)
+        with pytest.raises(dv.ConfigurationError, match="ObjectSource takes an asynchronous function of one argument"):
+            dv.ObjectSource(value)
     values = ["files/a.txt", None, Path("files/a.txt"), b"text", source]
     for value in values:
         for filename in (None, "a.txt"):
