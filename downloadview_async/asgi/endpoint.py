@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from downloadview_async.asgi.disconnect import close_after_body
 from downloadview_async.asgi.errors import refuse_websocket, send_error
-from downloadview_async.asgi.response import DownloadResponse
+from downloadview_async.asgi.response import DownloadResponse, checked_headers
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.offload.base import Redirect
 from downloadview_async.sources.base import Source, check_source
@@ -27,7 +27,7 @@ class Download:
     value. A request whose key cannot be determined fails with `ConfigurationError`.
     attachment, headers, redirect, offload: as in `DownloadResponse`. cache_control: the Cache-Control header.
 
-    Raises `ConfigurationError` for a source that is not one.
+    Raises `ConfigurationError` for a source that is not one, and `ValueError` for a header that is refused.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Download:
         self.headers = dict(headers or {})
         if cache_control is not None:
             self.headers["Cache-Control"] = cache_control
+        checked_headers(tuple(self.headers.items()))
         self.redirect = redirect
         self.offload = offload
         self._key = key

@@ -453,6 +453,18 @@ async def test_what_is_not_a_file_a_source_or_a_backend_is_refused_when_the_obje
         for filename in (None, "a.txt"):
             with pytest.raises(dv.ConfigurationError, match="DownloadResponse takes a file, such as await source"):
                 dv.DownloadResponse(value, filename=filename)
+    values = [Path("a.txt"), b"a.txt", 5]
+    for value in values:
+        with pytest.raises(dv.ConfigurationError, match="filename takes a str"):
+            dv.DownloadResponse(source.file("page.html"), filename=value)
+    headers: list[Any] = [{"x": 5}, {5: "x"}, {"x": b"x"}, {"x": "\u20ac"}, {"x": "a\r\nb"}, {"Content-Length": "5"}]
+    for header in headers:
+        with pytest.raises(ValueError, match="headers"):
+            dv.DownloadResponse(source.file("page.html"), headers=header)
+        with pytest.raises(ValueError, match="headers"):
+            dv.Download(source, headers=header)
+    with pytest.raises(ValueError, match="Latin-1: 'Cache-Control'"):
+        dv.Download(source, cache_control="\u20ac")
     pending: Any = source.resolve("page.html")
     with pytest.raises(dv.ConfigurationError, match=r"await source.resolve\(...\) first"):
         dv.DownloadResponse(pending)
