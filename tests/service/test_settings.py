@@ -426,6 +426,8 @@ def test_the_source_of_an_object_source_is_checked(directory: Path, changes: dic
 def test_a_file_that_is_missing_or_no_toml_is_refused(directory: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"gone\.toml: the settings file cannot be read .* --config"):
         load_settings(directory / "gone.toml", environ={})
+    with pytest.raises(ConfigurationError, match=r"^'': the settings file cannot be read .* DOWNLOADVIEW_CONFIG"):
+        load_settings("", environ={})
     with pytest.raises(ConfigurationError, match=r"downloadview\.toml: not valid TOML: .*line 2"):
         load(directory, "[server]\nport = = 1")
     (directory / "latin.toml").write_bytes(b'[server]\nhost = "\xe9"')
