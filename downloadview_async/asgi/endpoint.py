@@ -12,13 +12,13 @@ from starlette.types import Receive, Scope, Send
 
 from downloadview_async.asgi.disconnect import close_after_body
 from downloadview_async.asgi.errors import refuse_websocket, send_error
-from downloadview_async.asgi.response import DownloadResponse
+from downloadview_async.asgi.response import DownloadResponse, checked_headers
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.hiding import Hidden
-from downloadview_async.sources.base import AsyncFile, Source
+from downloadview_async.sources.base import AsyncFile, Source, check_source
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
@@ -32,11 +32,11 @@ class Download:
     attachment, headers, redirect, offload: as in `DownloadResponse`. cache_control: the Cache-Control header.
     access: who may have a file: an async function that gets the request and the key, `SignedLinks`, or a list of them,
     of which one suffices. It is asked before any file is opened. None: everyone. See `Access` and `Grant`.
+    hide: patterns as in `fnmatch` for names of files and directories that do not exist for clients, such as `.*` or
+    `*.key`. One that matches a segment of the name hides it; upper and lower case are the same.
 
-    hide: patterns for names of files and directories that do not exist for clients, such as `.*` or
-    `*.key`, as in `fnmatch`. One that matches a segment of the name hides it; upper and lower case are the same.
-
-    Raises `ConfigurationError` for a source, an access or a pattern that is not one.
+    Raises `ConfigurationError` for a source, an access or a pattern that is not one, and `ValueError` for a header that
+    is refused.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class Download:
         access: Access | Sequence[Access] | None = None,
         hide: Sequence[str] = (),
     ) -> None:
-        if not hasattr(source, "resolve") or hasattr(source, "__fspath__") or isinstance(source, type):
-            raise ConfigurationError(f"Download takes a source, such as PathSource('files'), not {source!r}")
+        check_source(source, "Download")
         self.source = source
         self.attachment = attachment
         self.headers = dict(headers or {})
         if cache_control is not None:
             self.headers["Cache-Control"] = cache_control
+        checked_headers(tuple(self.headers.items()))
         self.redirect = redirect
         self.offload = offload
         self.access = access_of(access)

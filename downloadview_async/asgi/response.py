@@ -59,8 +59,9 @@ class DownloadResponse(Response):
 
     The file is opened when the response is sent. If it is missing then, the answer is that of `error_response`: a 404.
 
-    Raises `ConfigurationError` for a `file` that is not one, and `ValueError` for another argument that is refused: an
-    invalid content type or status, a reserved header, a header with a control character.
+    Raises `ConfigurationError` for a `file` that is not one and a `filename` that is not text, and `ValueError` for
+    another argument that is refused: an invalid content type or status, a reserved header, a header with a control
+    character or beyond Latin-1.
     """
 
     def __init__(
@@ -82,13 +83,15 @@ class DownloadResponse(Response):
             raise ValueError(f"{content_type!r} is not a content type: write one such as 'text/html; charset=utf-8'")
         if status_code < 200 or status_code in (204, 205, 304):
             raise ValueError(f"a response with the status {status_code} has no body, so it cannot send a file")
+        if filename is not None and not isinstance(filename, str):
+            raise ConfigurationError(f"filename takes a str, not {filename!r}")
         self.file = file
         self.presentation = _presentation(file.name if filename is None else filename, attachment, content_type)
         self.status_code = status_code
         self.background = background
         self.redirect = redirect if status_code == 200 else None
         self.offload = offload
-        self.raw_headers = list(_checked_headers(tuple(headers.items()))) if headers else []
+        self.raw_headers = list(checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request: with an offload, or by its method, conditions and ranges. A WebSocket is refused."""
@@ -297,9 +300,16 @@ def _presentation(filename: str, attachment: bool, content_type: str | None) -> 
 
 
 @lru_cache(maxsize=256)
-def _checked_headers(headers: tuple[tuple[str, str], ...]) -> RawHeaders:
+def checked_headers(headers: tuple[tuple[str, str], ...]) -> RawHeaders:
+    """Return further headers as a server needs them. Raises `ValueError` for a header that is refused."""
+    if bad := [name for name, value in headers if not _is_latin(name) or not _is_latin(value)]:
+        raise ValueError(f"write these headers as text in Latin-1: {', '.join(map(repr, bad))}")
     if reserved := {name.lower() for name, _ in headers if is_reserved(name.lower())}:
         raise ValueError(f"remove {', '.join(sorted(reserved))} from headers: DownloadResponse makes these itself")
     if bad := [name for name, value in headers if _CONTROL.search(name + value)]:
         raise ValueError(f"remove the control characters from these headers: {', '.join(map(repr, bad))}")
     return raw({name.lower(): value for name, value in headers})
+
+
+def _is_latin(text: object) -> bool:
+    return isinstance(text, str) and all(character <= "\xff" for character in text)

@@ -213,7 +213,9 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                 with settings.blaming(f"{key}.url"):
                     sources[name] = RemoteSource(options.pop("url"), **options)
             case VirtualSettings():
-                sources[name] = VirtualSource(function_of(settings, f"{key}.factory", source.factory))
+                factory = function_of(settings, f"{key}.factory", source.factory)
+                with settings.blaming(f"{key}.factory"):
+                    sources[name] = VirtualSource(factory)
     for name, cache in caches.items():
         sources[name] = CachedSource(sources[name], cache, name=f"{name} {_place_of(settings, name, sources[name])}")
     for name, source in settings.sources.items():

@@ -111,8 +111,8 @@ def _read(file: str) -> dict[str, Any]:
             return tomllib.load(opened)
     except OSError as exc:
         raise ConfigurationError(
-            f"{file}: the settings file cannot be read ({exc.strerror}): give the path of a readable TOML file with "
-            f"--config or {CONFIG}"
+            f"{file or repr(file)}: the settings file cannot be read ({exc.strerror}): give the path of a readable "
+            f"TOML file with --config or {CONFIG}"
         ) from exc
     except RecursionError as exc:
         raise ConfigurationError(f"{file}: tables or lists are nested too deeply: write them flat") from exc

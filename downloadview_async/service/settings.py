@@ -41,7 +41,9 @@ class DatabaseUnavailable(Unavailable):
 class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """`[server]`: options of uvicorn, with the same names and meanings. `downloadview serve` has an option for each."""
 
-    host: Annotated[str, Meta(description="the address to listen on, such as 127.0.0.1 or 0.0.0.0")] = "127.0.0.1"
+    host: Annotated[str, Meta(min_length=1, description="the address to listen on, such as 127.0.0.1 or 0.0.0.0")] = (
+        "127.0.0.1"
+    )
     port: Annotated[int, Meta(ge=0, le=65535, description="a TCP port, 0 to 65535; 0 chooses a free one")] = 8000
     uds: Annotated[str, Meta(min_length=1, description="the path of a Unix socket, instead of a port")] | None = None
     fd: (
@@ -106,7 +108,7 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     @property
     def address(self) -> str:
         """HOST:PORT at which a process on this machine reaches the service, if it listens on TCP."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)  # noqa: S104
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
@@ -195,7 +197,12 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
     url: Annotated[str, Meta(min_length=1, description="an http or https URL to which file names are appended")]
     allow_hosts: Annotated[
-        list[str], Meta(description="a list of hosts that may be reached at private addresses or through a redirect")
+        list[
+            Annotated[
+                str, Meta(pattern=r"^(([\w.-]|[^\x00-\x7f\s])+|\[?[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*\]?)\Z")
+            ]
+        ],
+        Meta(description="a list of hosts that may be reached at private addresses or through a redirect"),
     ] = []
     max_connections: Annotated[_Count, Meta(description="concurrent upstream requests, 1 or more")] = 100
     connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 10.0

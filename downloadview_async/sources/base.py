@@ -6,10 +6,12 @@ wrapper around a file should pass on those that still hold for what it sends; wi
 more slowly.
 """
 
+import inspect
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
@@ -198,6 +200,22 @@ class HasCanonicalNames(Protocol):
     def canonical(self, name: str) -> str:
         """Return the one name for `./a//b`, `/a/b` and `a/b`. Raises `FileMissing` for a name no file can have."""
         ...
+
+
+def check_source(value: object, taker: str) -> None:
+    """Raise `ConfigurationError` if a value is not a source. taker: the name of the class that takes it."""
+    if not hasattr(value, "resolve") or hasattr(value, "__fspath__") or isinstance(value, type):
+        raise ConfigurationError(f"{taker} takes a source, such as PathSource('files'), not {value!r}")
+
+
+def check_function(value: Any, takes: str) -> None:
+    """Raise `ConfigurationError` if a value cannot be called with one argument. takes: what is needed instead."""
+    try:
+        inspect.signature(value).bind(None)
+    except TypeError as exc:
+        raise ConfigurationError(f"{takes}, not {value!r}") from exc
+    except ValueError:  # a function in C may have no signature
+        return
 
 
 class Storage(Protocol):

@@ -14,7 +14,7 @@ from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source
+from downloadview_async.sources.base import AsyncFile, OpenFile, Source, check_function, check_source
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import without_empty_segments
 
@@ -33,6 +33,8 @@ class ObjectSource:
     basename_field, mime_type_field, encoding_field (Content-Encoding), charset_field, size_field (bytes, for files
     that do not know their size), modification_time_field (a datetime, or seconds since the epoch, UTC): attributes that
     describe the file. An empty value counts as absent.
+
+    Raises `ConfigurationError` for a `get` that cannot be called with one key, and for a `source` that is not one.
     """
 
     def __init__(
@@ -48,6 +50,9 @@ class ObjectSource:
         size_field: str | None = None,
         modification_time_field: str | None = None,
     ) -> None:
+        check_function(get, "ObjectSource takes an asynchronous function of one argument, the key")
+        if source is not None:
+            check_source(source, "ObjectSource")
         self._get = get
         self._source = source
         self._file_field = file_field

@@ -90,6 +90,7 @@ _ALIASES = {
 }
 _ENDPOINTS = frozenset({"endpoint", "base_url"})
 _PLACING = _ENDPOINTS | {"virtual_hosted_style_request"}
+_HTTP_URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]+)?(/[!-~]*)?\Z", re.ASCII | re.IGNORECASE)
 _MAX_BELOW = 64  # stores, each with its own connections
 _MAKERS = 4  # threads that make such stores
 # The options of S3 that obstore also reads from the environment.
@@ -448,6 +449,11 @@ def _arguments(url: str, options: dict[str, Any]) -> dict[str, Any]:
         if options:
             raise ConfigurationError(f"{url!r} takes no options: remove {', '.join(sorted(options))}")
         return {}
+    for name, value in options.items():
+        if _plain_name(name) in _ENDPOINTS and not _HTTP_URL.match(str(value)):
+            raise ConfigurationError(
+                f"{name} is {value!r}, which is not the URL of a store: give one such as https://HOST"
+            )
     client = dict(_CLIENT_DEFAULTS)
     if any(_plain_name(name) in _ENDPOINTS and str(value).startswith("http://") for name, value in options.items()):
         client["allow_http"] = "true"

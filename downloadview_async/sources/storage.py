@@ -43,9 +43,15 @@ class StorageSource:
     accepts them; with "exact" a name is the unchanged key of the storage, with any slash at its beginning.
     The default is "any" for an `ObjectStorage` and a `MemoryStorage`, the option `names` of a `DirectoryStorage`, and
     "portable" for others.
+
+    Raises `ConfigurationError` for a storage that is not one.
     """
 
     def __init__(self, storage: Storage, *, names: Names | None = None) -> None:
+        if not hasattr(storage, "locate") or isinstance(storage, type):
+            raise ConfigurationError(
+                f"StorageSource takes a storage, such as DirectoryStorage('files'), not {storage!r}"
+            )
         self.storage = storage
         self.names: Names = _names_of(storage) if names is None else names
         check_names_option(self.names)

@@ -13,7 +13,7 @@ from downloadview_async.errors import FileMissing, TransferAborted
 from downloadview_async.http.content_types import content_type_for, valid_content_type, with_charset
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.base import AsyncFile, OpenFile, check_function
 from downloadview_async.sources.file_objects import (
     AT_ONCE,
     OpenFileObject,
@@ -230,9 +230,12 @@ class VirtualSource:
     or None if there is no such file. It may raise `FileMissing` instead. Names have no `.` and no empty segments,
     unless they have a segment `..`, which the function must refuse. If nothing is made for a name that begins with a
     slash, the function is called again without the slash.
+
+    Raises `ConfigurationError` for what cannot be called with one name.
     """
 
     def __init__(self, make: Callable[[str], Any]) -> None:
+        check_function(make, "VirtualSource takes a function of one argument, the name")
         self.make = make
 
     def canonical(self, name: str) -> str:

@@ -418,6 +418,10 @@ async def test_a_scope_of_another_type_is_an_error(source: dv.PathSource, kind: 
             await app({"type": kind_of_scope}, unused, unused)
 
 
+async def _nothing(key: object) -> None:
+    return None
+
+
 async def test_what_is_not_a_file_a_source_or_a_backend_is_refused_when_the_object_is_made(root: Path) -> None:
     source = dv.PathSource(root)
     takes_source = r"Download takes a source, such as PathSource\('files'\), not "
@@ -425,11 +429,42 @@ async def test_what_is_not_a_file_a_source_or_a_backend_is_refused_when_the_obje
     for value in values:
         with pytest.raises(dv.ConfigurationError, match=takes_source):
             dv.Download(value)
+        if value is not None:
+            with pytest.raises(dv.ConfigurationError, match="ObjectSource takes a source, such as PathSource"):
+                dv.ObjectSource(_nothing, source=value)
+        with pytest.raises(dv.ConfigurationError, match="CachedSource takes a source, such as PathSource"):
+            dv.CachedSource(value, dv.Cache(root / "cache"))
+    values = ["cache", None, dv.Cache]
+    for value in values:
+        with pytest.raises(dv.ConfigurationError, match="CachedSource takes a cache, such as Cache"):
+            dv.CachedSource(source, value)
+    values = ["file:///srv", None, Path("files"), dv.MemoryStorage, source]
+    for value in values:
+        with pytest.raises(dv.ConfigurationError, match="StorageSource takes a storage, such as DirectoryStorage"):
+            dv.StorageSource(value)
+    values = ["reports:make", None, source, lambda: b"", lambda name, version: b""]
+    for value in values:
+        with pytest.raises(dv.ConfigurationError, match="VirtualSource takes a function of one argument, the name"):
+            dv.VirtualSource(value)
+        with pytest.raises(dv.ConfigurationError, match="ObjectSource takes an asynchronous function of one argument"):
+            dv.ObjectSource(value)
     values = ["files/a.txt", None, Path("files/a.txt"), b"text", source]
     for value in values:
         for filename in (None, "a.txt"):
             with pytest.raises(dv.ConfigurationError, match="DownloadResponse takes a file, such as await source"):
                 dv.DownloadResponse(value, filename=filename)
+    values = [Path("a.txt"), b"a.txt", 5]
+    for value in values:
+        with pytest.raises(dv.ConfigurationError, match="filename takes a str"):
+            dv.DownloadResponse(source.file("page.html"), filename=value)
+    headers: list[Any] = [{"x": 5}, {5: "x"}, {"x": b"x"}, {"x": "\u20ac"}, {"x": "a\r\nb"}, {"Content-Length": "5"}]
+    for header in headers:
+        with pytest.raises(ValueError, match="headers"):
+            dv.DownloadResponse(source.file("page.html"), headers=header)
+        with pytest.raises(ValueError, match="headers"):
+            dv.Download(source, headers=header)
+    with pytest.raises(ValueError, match="Latin-1: 'Cache-Control'"):
+        dv.Download(source, cache_control="\u20ac")
     pending: Any = source.resolve("page.html")
     with pytest.raises(dv.ConfigurationError, match=r"await source.resolve\(...\) first"):
         dv.DownloadResponse(pending)

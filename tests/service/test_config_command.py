@@ -220,7 +220,6 @@ def run(directory: Path, *arguments: str, env: Mapping[str, str] | None = None) 
         ("", [], "server 127.0.0.1:8000;"),
         ('host = "0.0.0.0"\nport = 9000', [], "server 127.0.0.1:9000;"),
         ('host = "::"', [], "server [::1]:8000;"),
-        ('host = ""', [], "server 127.0.0.1:8000;"),
         ('host = "files.internal"', [], "server files.internal:8000;"),
         ('uds = "service.sock"', [], "server unix:{directory}/service.sock;"),
         ("port = 0", ["--service", "service:8000"], "server service:8000;"),

@@ -202,6 +202,7 @@ REFUSED = [
     ("[server]\naccess_log = 1", "server.access_log", "true to log every request"),
     ("server = 1", "server", "write it as [server]"),
     ("sources = []", "sources", "write it as [sources]"),
+    ("[server]\nhost = ''", "server.host", "0.0.0.0"),  # uvicorn would listen on all addresses
     ("offload = 1", "offload", "write it as [offload]"),
     ('routes = "x"', "routes", "expected array"),
     ("[sources]\nfiles = 1", "sources.files", "write it as [sources.files]"),
@@ -214,6 +215,14 @@ REFUSED = [
     (f"{FILES}symlinks = 'some'", "sources.files.symlinks", "deny, inside or follow"),
     (f"{FILES}precompressed = ['rar']", "sources.files.precompressed[0]", '"br", "zstd" and "gzip"'),
     ("[sources.m]\ntype = 'remote'\nurl = 'http://x/'\nallow_hosts = 'y'", "sources.m.allow_hosts", "a list of hosts"),
+    *[
+        (
+            f"[sources.m]\ntype = 'remote'\nurl = 'http://x/'\nallow_hosts = ['{host}']",
+            "sources.m.allow_hosts[0]",
+            "hosts",
+        )
+        for host in ("http://y", "y:80", "y/", "y z", "")
+    ],
     ("[sources.m]\ntype = 'remote'\nurl = 'http://x/'\nread_timeout = 0", "sources.m.read_timeout", "more than 0"),
     ("[sources.v]\ntype = 'virtual'\nfactory = 'reports'", "sources.v.factory", "module:function"),
     (f"{FILES}[[routes]]\nsource = 'files'", "routes[0].path", "missing: give a path"),
@@ -389,9 +398,13 @@ BUILD_REFUSED = [
             ("s3://b", "access_key_id = 'x'", "options.access_key_id", "Missing SecretAccessKey"),
             ("s3://b", "timeout = 'x', regin = 'x'", "options", "cannot be used with these options"),
             ("s3://", "region = 'x'", "url", "give s3://BUCKET/PREFIX"),
+            ("s3://b", "endpoint = 'store:9000', region = 'x'", "options.endpoint", "such as https://HOST"),
+            ("s3://b", "region = 'x', endpoint_url = 'http://store x'", "options.endpoint_url", "such as https://HOST"),
         )
     ],
     ("[sources.m]\ntype = 'remote'\nurl = 'ftp://x/'", "sources.m.url", "http or https"),
+    ("[sources.m]\ntype = 'remote'\nurl = 'http://x y/'", "sources.m.url", "http or https"),
+    ("[sources.v]\ntype = 'virtual'\nfactory = 'operator:add'", "sources.v.factory", "a function of one argument"),
     ("[sources.m]\ntype = 'remote'\nurl = 'http://u:p@x/'", "sources.m.url", "credentials belong in the headers"),
     ("[sources.v]\ntype = 'virtual'\nfactory = 'no_such_module:make'", "sources.v.factory", "give module:function"),
     ("[sources.v]\ntype = 'virtual'\nfactory = 'json:no_such'", "sources.v.factory", "give module:function"),
@@ -446,6 +459,8 @@ def test_the_source_of_an_object_source_is_checked(directory: Path, changes: dic
 def test_a_file_that_is_missing_or_no_toml_is_refused(directory: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"gone\.toml: the settings file cannot be read .* --config"):
         load_settings(directory / "gone.toml", environ={})
+    with pytest.raises(ConfigurationError, match=r"^'': the settings file cannot be read .* DOWNLOADVIEW_CONFIG"):
+        load_settings("", environ={})
     with pytest.raises(ConfigurationError, match=r"downloadview\.toml: not valid TOML: .*line 2"):
         load(directory, "[server]\nport = = 1")
     (directory / "latin.toml").write_bytes(b'[server]\nhost = "\xe9"')

@@ -257,6 +257,14 @@ def test_a_root_that_is_no_directory_is_refused_at_once(base: Path, path: str) -
         Root(base / path)
 
 
+def test_an_empty_root_is_refused_at_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unset variable must not publish the current directory."""
+    monkeypatch.chdir(base)
+    with pytest.raises(ConfigurationError, match="the root is empty"):
+        Root("")
+    assert Root(".").path == str(base)
+
+
 def test_an_unknown_policy_is_refused_at_once(base: Path) -> None:
     with pytest.raises(ConfigurationError, match="deny, inside, follow"):
         Root(base, symlinks="yes")  # type: ignore[arg-type]

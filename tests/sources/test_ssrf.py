@@ -204,9 +204,26 @@ async def test_a_file_by_url_is_for_public_addresses_only(listener: Listener) ->
         "http://u:p@files.test/",
         "http://files.test/?q",
         "http://x:y/",
+        "http://files test/",
+        "http://files%20test/",
         "/x",
     ],
 )
 def test_a_url_that_is_no_upstream_is_refused_at_once(url: str) -> None:
     with pytest.raises(ConfigurationError):
         RemoteSource(url)
+
+
+@pytest.mark.parametrize(
+    "hosts", ["files.test", ["http://files.test/"], ["files.test:80"], ["files test"], [""], [None]]
+)
+def test_a_list_that_no_host_could_match_is_refused_at_once(hosts: Any) -> None:
+    """Not to be noticed by a 502 for each file."""
+    with pytest.raises(ConfigurationError, match="allow_hosts takes a list of hosts"):
+        RemoteSource("http://files.test/", allow_hosts=hosts)
+
+
+@pytest.mark.asyncio
+async def test_forms_of_hosts_that_may_be_allowed() -> None:
+    hosts = ["files.test", "files_2.test.", "Bücher。test", "127.0.0.1", "::1", "[::1]", "fe80::1%eth0"]
+    await RemoteSource("http://files.test/", allow_hosts=hosts).aclose()

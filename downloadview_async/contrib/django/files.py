@@ -256,6 +256,8 @@ class HTTPFile(File):
                 f"an HTTPFile takes headers and allow_hosts. For {', '.join(sorted(kwargs))}, let get_request_factory "
                 "return the function of a client that takes them, such as requests.get"
             )
+        if isinstance(allow_hosts, str):  # its letters would be the hosts
+            raise ImproperlyConfigured(f"allow_hosts takes a list of hosts, not {allow_hosts!r}")
         self.request_factory = request_factory
         self.url = url
         if name is None:

@@ -17,7 +17,7 @@ from downloadview_async.errors import (
 )
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source, on_demand_of
+from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source, check_source, on_demand_of
 from downloadview_async.sources.cache.entry import Entry
 from downloadview_async.sources.cache.fill import Fill
 from downloadview_async.sources.cache.index import Cache, Kept
@@ -42,6 +42,9 @@ class CachedSource:
     """
 
     def __init__(self, source: Source, cache: Cache, *, name: str | None = None) -> None:
+        check_source(source, "CachedSource")
+        if not isinstance(cache, Cache):
+            raise ConfigurationError(f"CachedSource takes a cache, such as Cache('cache'), not {cache!r}")
         self.source = source
         self.cache = cache
         self.name = _name_of(source) if name is None else name

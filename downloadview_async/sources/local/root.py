@@ -126,7 +126,9 @@ class Root:
         check_names_option(names)
         if symlinks not in _RESOLVE:
             raise ConfigurationError(f"symlinks must be one of {', '.join(_RESOLVE)}, not {symlinks!r}")
-        self.path = os.path.abspath(path)
+        if not os.fspath(path):
+            raise ConfigurationError("the root is empty: name a directory, '.' for the current one")
+        self.path = os.path.abspath(os.fsdecode(path))
         self._prefix = f"{self.path.rstrip('/')}/"
         self.symlinks: Symlinks = symlinks
         self.names: Names = "any" if names == "exact" else names  # the kernel drops empty segments

@@ -1,5 +1,6 @@
 """The HTTP client for remote files: `Upstream`, with its slots, its redirects and its allowed hosts."""
 
+import ipaddress
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -9,7 +10,7 @@ from urllib.parse import urlsplit
 
 import anyio
 
-from downloadview_async.errors import FileError, SourceUnavailable, UpstreamError, UpstreamTimeout
+from downloadview_async.errors import ConfigurationError, FileError, SourceUnavailable, UpstreamError, UpstreamTimeout
 from downloadview_async.sources.workers import Slots
 
 MAX_REDIRECTS = 5
@@ -40,6 +41,15 @@ def client_error(exc: Exception) -> FileError | None:
     return None
 
 
+def is_host(text: str) -> bool:
+    """Return whether a text is the name of a host, or a literal address with or without brackets."""
+    try:
+        ipaddress.ip_address(text.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return re.fullmatch(r"([\w.-]|[^\x00-\x7f\s])+", text) is not None
+    return True
+
+
 class Upstream:
     """An HTTP client and the hosts that it may connect to.
 
@@ -51,6 +61,8 @@ class Upstream:
     max_connections: upstream requests at once. A request that waits longer than two seconds for its turn gets a 503.
     connect_timeout, read_timeout: seconds to connect, and to wait for the next bytes. The head of an answer must be
     complete after the sum of both.
+
+    Raises `ConfigurationError` if `allow_hosts` is not a list of hosts.
     """
 
     def __init__(
@@ -67,7 +79,13 @@ class Upstream:
         # httpx is imported here because only remote files need it
         from downloadview_async.sources.remote.ssrf import AllowedHosts, guarded_client
 
-        self._hosts = AllowedHosts(host, allow_hosts)
+        allowed = list(allow_hosts)
+        if isinstance(allow_hosts, str) or not all(isinstance(name, str) and is_host(name) for name in allowed):
+            raise ConfigurationError(
+                "allow_hosts takes a list of hosts, as names or addresses without scheme, port and path, not "
+                f"{allow_hosts!r}"
+            )
+        self._hosts = AllowedHosts(host, allowed)
         self._headers = dict(headers or {})
         self._owns_client = client is None
         self._client = client or guarded_client(self._hosts, connect_timeout=connect_timeout, read_timeout=read_timeout)

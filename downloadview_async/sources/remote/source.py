@@ -27,7 +27,7 @@ from downloadview_async.http.upstream import (
     version_of,
 )
 from downloadview_async.sources.names import Names, canonical_name, check_names_option, has_dot_segment
-from downloadview_async.sources.remote.client import Upstream, client_error, settle
+from downloadview_async.sources.remote.client import Upstream, client_error, is_host, settle
 
 
 class RemoteSource:
@@ -90,7 +90,7 @@ def _host_of(url: str) -> str:
         host, _ = parts.hostname, parts.port  # `port` raises for an invalid port
     except ValueError as exc:
         raise ConfigurationError(f"{url!r} is not a URL: {exc}") from exc
-    if parts.scheme not in ("http", "https") or not host:
+    if parts.scheme not in ("http", "https") or not host or not is_host(host):
         raise ConfigurationError(f"{url!r} is not the http or https URL of a server")
     if parts.username is not None or parts.query or parts.fragment:
         raise ConfigurationError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
+from django.core.exceptions import ImproperlyConfigured
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, InMemoryStorage, Storage
 from django.http import HttpRequest
@@ -613,3 +614,9 @@ def test_a_coroutine_is_not_a_file() -> None:
     with pytest.raises(TypeError, match=r"await source\.resolve"):
         DownloadResponse(pending)
     pending.close()
+
+
+def test_allowed_hosts_that_are_one_text_are_refused() -> None:
+    """Each letter would be a host, and each request would get a 502."""
+    with pytest.raises(ImproperlyConfigured, match="allow_hosts takes a list of hosts"):
+        HTTPFile(url="http://files.test/a.txt", allow_hosts="files.test")
