@@ -174,6 +174,26 @@ async def test_a_client_that_leaves_while_a_dropped_file_is_sent(root: Path) -> 
         await watched.ends_when_the_client_leaves(port, "/huge.bin")
 
 
+async def test_a_middleware_that_repeats_the_body_for_ever(root: Path) -> None:
+    download = dv.Download(dv.PathSource(root))
+
+    async def repeating(scope: Scope, receive: Receive, send: Send) -> None:
+        count = 0
+
+        async def repeat() -> Message:
+            nonlocal count
+            count += 1
+            assert count < 100  # without a wait, nothing else would run any more
+            return {"type": "http.request", "body": b""}
+
+        if scope["type"] == "http":
+            await download(scope, repeat, send)
+
+    async with live(repeating, http="h11") as port:
+        answer = await asyncio.wait_for(ask(port, "/big.bin"), 60)
+    assert (answer.status, answer.complete, answer.body == CONTENT) == (200, True, True)
+
+
 # --- exceptions of middleware
 
 
