@@ -67,12 +67,18 @@ def _end_of_response(message: Message) -> "bool | Loan":
 
 
 async def _client_leaves(receive: Receive) -> bool:
-    """Return True when the client disconnects, False when it sends more than `MAX_UNREAD_BODY` bytes."""
-    unread = 0
+    """Return True when the client disconnects, False when it sends more than `MAX_UNREAD_BODY` bytes.
+
+    Also return False if a message follows the end of the body: some middleware repeats the body for ever.
+    """
+    unread, is_complete = 0, False
     while unread <= MAX_UNREAD_BODY:
         message = await receive()
         if message["type"] == "http.disconnect":
             return True
+        if is_complete:
+            return False
+        is_complete = not message.get("more_body", False)
         unread += len(message.get("body", b""))
     return False
 

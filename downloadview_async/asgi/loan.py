@@ -11,6 +11,9 @@ from downloadview_async.errors import TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.sources.local.open_file import OpenLocalFile
 
+_PATIENCE = 5.0
+"""Seconds that a middleware may keep a path send before it counts as dropped."""
+
 
 class LentFile:
     """An open file in a path send. The server takes it, and gives it back after sending it.
@@ -44,16 +47,17 @@ class Loan:
     """Lends an open file to the server for a path send. The context ends when the server has given the file back.
 
     is_taken: whether the server has taken the file. is_settled: whether it has given the file back, or will never take
-    it. is_over: whether the context has ended, so that the file cannot be taken any more. sent: the bytes that the
-    server says it has sent.
+    it. is_over: whether the context has ended, so that the file cannot be taken any more. is_recalled: whether the path
+    send has been kept for so long that the body is sent without it. sent: the bytes that the server says it has sent.
     """
 
-    __slots__ = ("_file", "_settled", "is_over", "is_settled", "is_taken", "sent")
+    __slots__ = ("_file", "_settled", "is_over", "is_recalled", "is_settled", "is_taken", "sent")
 
     def __init__(self, file: OpenLocalFile) -> None:
         self._file = file
         self._settled: anyio.Event | None = None
         self.is_over = False
+        self.is_recalled = False
         self.is_settled = False
         self.is_taken = False
         self.sent = 0
@@ -65,9 +69,9 @@ class Loan:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.is_over = True
-        if self.is_taken and not self.is_settled:
+        if self.is_taken:
             with anyio.CancelScope(shield=True):
-                await self.wait()
+                await self._wait()
 
     def settle(self) -> None:
         """End the wait for the server."""
@@ -77,11 +81,24 @@ class Loan:
 
     @property
     def is_dropped(self) -> bool:
-        """Whether a middleware that does not know path sends has dropped the message: the body is still unsent."""
-        return self.is_settled and not self.is_taken
+        """Whether a middleware that does not know path sends has dropped or kept the message: the body is unsent."""
+        return (self.is_settled or self.is_recalled) and not self.is_taken
 
     async def wait(self) -> None:
-        """Wait until the server gives the file back. Middleware may take the message long before the server does."""
+        """Wait until the server gives the file back, or the message is dropped.
+
+        Middleware may take the message long before the server does. One that keeps all messages until the application
+        returns would wait for us, and we for it. So if the server has not taken the file after `_PATIENCE` seconds, it
+        is not going to: the message then sends nothing, in whatever order with others it arrives.
+        """
+        if not self.is_taken:
+            with anyio.move_on_after(_PATIENCE):
+                await self._wait()
+            self.is_recalled = not self.is_taken and not self.is_settled
+        if not self.is_recalled:
+            await self._wait()
+
+    async def _wait(self) -> None:
         if not self.is_settled:
             self._settled = self._settled or anyio.Event()
             await self._settled.wait()

@@ -20,6 +20,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
+from downloadview_async.asgi import loan
+from downloadview_async.asgi.extensions import PATHSEND
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.testing import call
 from tests.descriptors import open_paths
@@ -51,18 +53,37 @@ class Dropping:
         await self.app(scope, receive, known)
 
 
-class Delaying:
-    """Passes on a path send when the application has long gone on."""
+class Keeping:
+    """Passes on everything when the application has returned."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kept: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            kept.append(message)
+
+        await self.app(scope, receive, keep)
+        for message in kept:
+            await send(message)
+
+
+class Delaying:
+    """Passes on a path send when the application has long gone on."""
+
+    def __init__(self, app: ASGIApp, path_send: float = 0.05) -> None:
+        self.app = app
+        self.path_send = path_send
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
 
         async def pass_on() -> None:
             while (message := await messages.get()) is not None:
-                await asyncio.sleep(0.05)  # what is waited for between two messages is its own business
+                # what is waited for between two messages is its own business
+                await asyncio.sleep(self.path_send if message["type"] == PATHSEND else 0.05)
                 await send(message)
 
         async with asyncio.TaskGroup() as tasks:
@@ -95,6 +116,10 @@ STACKS: dict[str, list[Any]] = {
     "dropping in base": [BASE, BASE, Middleware(Dropping)],
     "brotli in base": [BASE, Middleware(BrotliMiddleware)],
     "delaying": [Middleware(Delaying)],
+    "keeping": [Middleware(Keeping)],
+    "keeping what is delayed": [Middleware(Keeping), Middleware(Delaying)],
+    "delaying for longer than the download waits": [Middleware(Delaying, path_send=0.4)],
+    "delaying what is kept": [Middleware(Delaying, path_send=0.4), Middleware(Keeping)],
     "base": [BASE, BASE, BASE],
 }
 
@@ -106,7 +131,11 @@ def decoded(answer: Answer) -> bytes:
 
 @pytest.mark.parametrize("kind", ["path", "trusted"])
 @pytest.mark.parametrize("name", list(STACKS))
-async def test_a_path_send_that_is_dropped_is_sent_in_chunks(root: Path, name: str, kind: str) -> None:
+async def test_a_path_send_that_is_dropped_is_sent_in_chunks(
+    root: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "_PATIENCE" in vars(loan)
+    monkeypatch.setattr(loan, "_PATIENCE", 0.2)
     app = application(root, *STACKS[name], source=_Trusted(root) if kind == "trusted" else None)
     headers = {"Accept-Encoding": "br"}
     async with live(app, http=DownloadProtocol) as port:
@@ -143,6 +172,26 @@ async def test_a_client_that_leaves_while_a_dropped_file_is_sent(root: Path) -> 
     watched = Watched(application(root, Middleware(Dropping)))
     async with live(watched, http=DownloadProtocol) as port:
         await watched.ends_when_the_client_leaves(port, "/huge.bin")
+
+
+async def test_a_middleware_that_repeats_the_body_for_ever(root: Path) -> None:
+    download = dv.Download(dv.PathSource(root))
+
+    async def repeating(scope: Scope, receive: Receive, send: Send) -> None:
+        count = 0
+
+        async def repeat() -> Message:
+            nonlocal count
+            count += 1
+            assert count < 100  # without a wait, nothing else would run any more
+            return {"type": "http.request", "body": b""}
+
+        if scope["type"] == "http":
+            await download(scope, repeat, send)
+
+    async with live(repeating, http="h11") as port:
+        answer = await asyncio.wait_for(ask(port, "/big.bin"), 60)
+    assert (answer.status, answer.complete, answer.body == CONTENT) == (200, True, True)
 
 
 # --- exceptions of middleware

@@ -762,6 +762,49 @@ async def test_what_a_client_goes_on_sending_does_not_cost_it_its_answer(root: P
         assert parse(received).complete
 
 
+@pytest.mark.parametrize("path", ["/fields", "/generated", "/none", "/breaks", "/ours/small.bin", "/local/small.bin"])
+@pytest.mark.parametrize(
+    "line, body, closes",
+    [
+        (CHUNKED, b"", True),
+        (CHUNKED, b"3\r\nabc\r\n", True),
+        ("Content-Length: 2000000", b"", True),
+        ("Content-Length: 5", b"", False),
+        ("Content-Length: 0", b"", False),
+    ],
+)
+async def test_an_answer_that_leaves_a_body_unread_says_that_it_closes(
+    root: Path, path: str, line: str, body: bytes, closes: bool
+) -> None:
+    """Otherwise a proxy may send its next request on a connection that is about to close."""
+    async with live(Wire(root).app, http=DownloadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(get(path, line) + body)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+        writer.close()
+    assert head.lower().count(b"connection: close") == closes or path == "/breaks"
+
+
+async def test_an_answer_after_the_whole_body_keeps_the_connection(root: Path) -> None:
+    requests = post("/body", CHUNKED, "Expect: 100-continue") + b"3\r\nabc\r\n0\r\n\r\n"
+    requests += post("/body", "Content-Length: 2000000") + b"a" * 2_000_000 + get("/fields", CLOSE)
+    async with live(Wire(root).app, http=DownloadProtocol) as port:
+        received = await talk(port, requests)
+    assert statuses(received.replace(b"HTTP/1.1 100 Continue", b"")) == [200, 200, 200]
+
+
+async def test_a_body_that_was_not_allowed_to_come_is_not_waited_for(root: Path) -> None:
+    """A client that waits for 100 (Continue) need not send its body when another answer comes."""
+    async with live(Wire(root).app, http=DownloadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post("/fields", "Expect: 100-continue", "Content-Length: 60"))
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+        assert b"connection: close" in head.lower()
+        writer.write(get("/fields"))
+        assert b"HTTP/1.1" not in await asyncio.wait_for(reader.read(-1), 30)
+        writer.close()
+
+
 async def test_who_goes_on_sending_is_not_read_for_ever(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LINGER_SECONDS", 0.3)
     async with live(Wire(root).app, http=DownloadProtocol) as port:

@@ -4,6 +4,7 @@ from typing import Any
 
 from starlette.types import Message
 
+from downloadview_async.asgi.disconnect import close_after_body
 from downloadview_async.asgi.extensions import PATHSEND, PREPARED
 from downloadview_async.asgi.prepared_head import PreparedHead, is_ordinary
 from downloadview_async.asgi.uvicorn.internals import STATUS_LINE, RequestResponseCycle, protocol_of
@@ -30,6 +31,8 @@ class DownloadCycle(RequestResponseCycle):
 
     def send(self, message: Any) -> Any:  # not `async`: another coroutine around uvicorn's would cost every message
         """Send a message of the application. What is not a path send or a prepared head, uvicorn sends."""
+        if self.more_body and not self.response_started and self._leaves_the_body():
+            self.keep_alive = False
         if PREPARED in message and self._hold_prepared_head(message):
             return _done()
         if self._held_head is not None:
@@ -43,6 +46,14 @@ class DownloadCycle(RequestResponseCycle):
         if message["type"] == PATHSEND:
             return (send_file if "descriptor" in message else send_path)(protocol_of(self), self, message)
         return super().send(message)
+
+    def _leaves_the_body(self) -> bool:
+        """Return whether the answer begins before a body that is not worth reading, or that may never come.
+
+        A client that waits for 100 (Continue) need not send its body after another answer. If it did not, its next
+        request would be read as that body [RFC 9110 10.1.1].
+        """
+        return self.waiting_for_100_continue or bool(close_after_body(self.scope))
 
     def _prepare_last_answer(self, message: Message) -> Message:
         """Prepare a message of the last answer of a connection, and return it.

@@ -20,7 +20,8 @@ in chunks, or, to HTTP/1.0 without a length, until the connection ends.
 
 The end. The protocol closes the connection, not uvicorn's cycle: after a refusal, and after the last answer. An answer
 is the last one if the client or the application says so, if the request is HTTP/1.0, if the server shuts down, if the
-client has half-closed and no further request waits, or if the application has not read a body that is long or chunked.
+client has half-closed and no further request waits, or if it begins before the application has read a body that is long
+or chunked, or that waits for 100 (Continue).
 To close a socket while bytes come from the client resets the connection, and the client may lose the answer [RFC 9112
 9.6]. So `_close` closes this side alone and drops what comes, until the client closes or `LINGER_SECONDS` are over. It
 closes the socket at once where the client has nothing more to send, and where the socket is not plain. A client that
@@ -85,7 +86,7 @@ from time import monotonic
 from typing import Any
 from weakref import WeakSet
 
-from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY, close_after_body
+from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
 from downloadview_async.asgi.extensions import PATHSEND, PREPARED
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
 from downloadview_async.asgi.uvicorn.heads import Refused, read_head
@@ -425,9 +426,6 @@ class DownloadProtocol(HttpToolsProtocol):
         if cycle.closes or not cycle.keep_alive:
             is_last_request = cycle.scope["http_version"] == "1.0" or CONNECTION_CLOSE in cycle.scope["headers"]
             self._close(is_expecting=not is_last_request)
-            return
-        if cycle.more_body and close_after_body(cycle.scope):
-            self._close(is_expecting=True)
             return
         if self._unparsed:
             data, self._unparsed = self._unparsed, b""

@@ -17,7 +17,9 @@ from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
 _WINDOW = 256 << 10  # bytes that are sent in one turn, while other clients wait
-_FEW = 128  # bytes that go through the transport when the socket is full: the transport then waits for the client
+# Bytes that go through the transport when the socket is full: the transport then waits for the client. Where `sendfile`
+# goes on answering EAGAIN although the transport sends all, they double each time.
+_FEW = 128
 
 _refusals = Refusals("sendfile")
 
@@ -67,8 +69,11 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     """
     loop, transport = connection.loop, connection.transport
     lent: LentFile = message["descriptor"]
+    if lent.loan.is_recalled:
+        return  # the body follows
     file = lent.take()
     first = offset = message.get("offset", 0)
+    few = _FEW
     try:
         if cycle.disconnected:
             return
@@ -102,8 +107,10 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                             await turn(loop)
                     else:
                         sent = await _sendfile_in_worker(connection, file, offset, length)
+                    few = _FEW
                 except BlockingIOError:
-                    by_transport = min(count, _FEW)  # only the transport may wait for its socket
+                    by_transport = min(count, few)  # only the transport may wait for its socket
+                    few = min(2 * few, _WINDOW)
                 except ConnectionError:
                     if not connection.is_lost:  # a worker thread may see this before uvicorn does
                         connection.flushed = loop.create_future()

@@ -59,8 +59,9 @@ _QUICK_TYPES = frozenset(
 )
 
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EISDIR})
-# These errors of openat2 are about the name or the moment. Any other, such as EPERM, may refuse the call itself.
-_ANSWERS = _MISSING | {errno.ELOOP, errno.EXDEV, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
+# These errors of openat2 are about the name. Any other, such as EPERM or EIO, may refuse the call itself: if it is
+# about the file, the calls that replace openat2 raise it again.
+_ANSWERS = _MISSING | {errno.ELOOP, errno.EXDEV, errno.EMFILE, errno.ENFILE}
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.EXDEV})
 
 
@@ -163,7 +164,7 @@ class Root:
             descriptor = _openat2(self.descriptor, name, resolve)
         except OSError as exc:
             # not cached, on another file system, outside the root, or the call is refused: `open` will find out
-            if exc.errno in (errno.EAGAIN, errno.EXDEV) or exc.errno not in _ANSWERS:
+            if exc.errno == errno.EXDEV or exc.errno not in _ANSWERS:
                 return None
             raise _file_error(exc) from exc
         opened = _only_regular(descriptor, quick=True, settled=False)
@@ -193,13 +194,13 @@ class Root:
             try:
                 return _openat2(self.descriptor, name, _RESOLVE[self.symlinks])
             except OSError as exc:
-                if exc.errno not in _ANSWERS:
-                    self.use_openat2 = has_openat2()
-                    return None
+                if exc.errno in _ANSWERS:
+                    raise
                 # "a [...] component [...] raced with a rename [...] the caller may retry" [openat2(2), EAGAIN]
                 if exc.errno != errno.EAGAIN:
-                    raise
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), name)
+                    break
+        self.use_openat2 = has_openat2()
+        return None
 
     def _open_portably(self, name: str, segments: list[str]) -> int:
         if self.symlinks == "follow":
