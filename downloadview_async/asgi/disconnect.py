@@ -84,10 +84,10 @@ async def _client_leaves(receive: Receive) -> bool:
 
 
 def close_after_body(scope: Mapping[str, Any]) -> Headers:
-    """Return `Connection: close` for a request whose body is too long to be read and dropped, else nothing."""
-    fields = dict(scope["headers"])
-    if b"content-length" not in fields and b"transfer-encoding" not in fields:
-        return {}
-    length = fields.get(b"content-length", b"0")
-    endless = b"transfer-encoding" in fields or not length.isdigit() or len(length) > 9 or int(length) > MAX_UNREAD_BODY
-    return {"connection": "close"} if endless and scope.get("http_version", "1.1").startswith("1") else {}
+    """Return `Connection: close` for a request whose body is too long to be read and dropped, else nothing.
+
+    A chunked body is read and dropped, too: it shows its length only when it has arrived.
+    """
+    length = dict(scope["headers"]).get(b"content-length", b"0")
+    is_short = length.isdigit() and len(length) <= 9 and int(length) <= MAX_UNREAD_BODY
+    return {} if is_short or not scope.get("http_version", "1.1").startswith("1") else {"connection": "close"}

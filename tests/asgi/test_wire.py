@@ -766,8 +766,8 @@ async def test_what_a_client_goes_on_sending_does_not_cost_it_its_answer(root: P
 @pytest.mark.parametrize(
     "line, body, closes",
     [
-        (CHUNKED, b"", True),
-        (CHUNKED, b"3\r\nabc\r\n", True),
+        (CHUNKED, b"", False),
+        (CHUNKED, b"3\r\nabc\r\n", False),
         ("Content-Length: 2000000", b"", True),
         ("Content-Length: 5", b"", False),
         ("Content-Length: 0", b"", False),
@@ -791,6 +791,29 @@ async def test_an_answer_after_the_whole_body_keeps_the_connection(root: Path) -
     async with live(Wire(root).app, http=DownloadProtocol) as port:
         received = await talk(port, requests)
     assert statuses(received.replace(b"HTTP/1.1 100 Continue", b"")) == [200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    "path", ["/fields", "/none", "/generated", "/ours/small.bin", "/ours/big.bin", "/local/small.bin"]
+)
+async def test_a_chunked_body_that_nobody_reads_is_dropped(root: Path, path: str) -> None:
+    chunks = (b"%x\r\n" % 60_000 + b"a" * 60_000 + b"\r\n") * 16 + b"0\r\n\r\n"
+    requests = (get(path, CHUNKED) + chunks) * 3 + get("/fields", CLOSE)  # less than 1 MiB each, more together
+    async with live(Wire(root).app, http=DownloadProtocol) as port:
+        received = await talk(port, requests)
+    assert len(re.findall(rb"HTTP/1\.1 (?:200 OK|404 Not Found)\r\n", received)) == 4
+
+
+@pytest.mark.parametrize("path", ["/fields", "/none", "/ours/small.bin", "/local/small.bin"])
+async def test_a_chunked_body_is_not_dropped_for_ever(root: Path, path: str) -> None:
+    chunk = b"%x\r\n" % 60_000 + b"a" * 60_000 + b"\r\n"
+    async with live(Wire(root).app, http=DownloadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(get(path, CHUNKED) + chunk)
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+        writer.write(chunk * 18 + b"0\r\n\r\n" + get("/fields"))
+        assert b"HTTP/1.1" not in await asyncio.wait_for(reader.read(-1), 30)
+        writer.close()
 
 
 async def test_a_body_that_was_not_allowed_to_come_is_not_waited_for(root: Path) -> None:

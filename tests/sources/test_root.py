@@ -123,7 +123,7 @@ def test_a_name_that_is_no_file_of_the_root_is_missing(
         root.open(name)
     with suppress(FileMissing):
         assert root.open_nowait(name) is None  # a worker is asked, as above
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 LINKS = {

@@ -48,7 +48,7 @@ class DownloadCycle(RequestResponseCycle):
         return super().send(message)
 
     def _leaves_the_body(self) -> bool:
-        """Return whether the answer begins before a body that is not worth reading, or that may never come.
+        """Return whether the answer begins before a body that is too long to be read, or that may never come.
 
         A client that waits for 100 (Continue) need not send its body after another answer. If it did not, its next
         request would be read as that body [RFC 9110 10.1.1].

@@ -20,8 +20,9 @@ in chunks, or, to HTTP/1.0 without a length, until the connection ends.
 
 The end. The protocol closes the connection, not uvicorn's cycle: after a refusal, and after the last answer. An answer
 is the last one if the client or the application says so, if the request is HTTP/1.0, if the server shuts down, if the
-client has half-closed and no further request waits, or if it begins before the application has read a body that is long
-or chunked, or that waits for 100 (Continue).
+client has half-closed and no further request waits, or if it begins before the application has read a body that is
+long, or that waits for 100 (Continue). A shorter or chunked body is dropped after the answer. A chunked one that turns
+out to be long closes the connection: a client cannot use it for its next request before it has sent all of the body.
 To close a socket while bytes come from the client resets the connection, and the client may lose the answer [RFC 9112
 9.6]. So `_close` closes this side alone and drops what comes, until the client closes or `LINGER_SECONDS` are over. It
 closes the socket at once where the client has nothing more to send, and where the socket is not plain. A client that
@@ -55,7 +56,8 @@ one without a body.
              |         |           | after the end of the body      |                         |
     ANSWER   | BETWEEN | under way | wait                           | wait                    | half-closed
     REST     | BODY    | complete  | dropped: IDLE, after the end   | CLOSING                 | closed
-             |         |           | of the body                    |                         |
+             |         |           | of the body; CLOSING, if it is |                         |
+             |         |           | longer than `MAX_UNREAD_BODY`  |                         |
     CLOSING  | CLOSING | complete  | dropped                        | dropped                 | closed
              |         | or none   |                                |                         |
 
@@ -378,13 +380,17 @@ class DownloadProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body, which allows for what surrounds it: even a chunk of one byte needs six more."""
         self._framing_bytes = max(0, self._framing_bytes - 16 - 2 * len(body))
+        if not self._is_answering() and self._phase is _BODY:
+            self._dropped_bytes += len(body)
+            if self._dropped_bytes > MAX_UNREAD_BODY:
+                self._close(is_expecting=True)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Go on to the next request when this one is answered."""
         if self._phase is _BODY:
             self._phase = _BETWEEN
-            self._framing_bytes = 0
+            self._framing_bytes = self._dropped_bytes = 0
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
