@@ -6,6 +6,7 @@ from downloadview_async.asgi.middleware import OffloadMiddleware
 from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import (
     AccessDenied,
+    AuthenticationRequired,
     ConfigurationError,
     DownloadError,
     FileError,
@@ -56,6 +57,7 @@ __all__ = [
     "Access",
     "AccessDenied",
     "AsyncFile",
+    "AuthenticationRequired",
     "ByteRange",
     "Cache",
     "CacheCounters",
