@@ -32,7 +32,9 @@ from downloadview_async.offload.render import ProxySite
 from downloadview_async.offload.rules import Rule
 from downloadview_async.policy.access import Access, SignedLinks, signed_link
 from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.proxy_users import KeepPeer, ProxyUsers
 from downloadview_async.policy.signing import URLSigner
+from downloadview_async.policy.users import Users
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
@@ -73,6 +75,7 @@ __all__ = [
     "FileMetadata",
     "FileMissing",
     "Grant",
+    "KeepPeer",
     "LinkExpired",
     "LinkInvalid",
     "LocalFile",
@@ -89,6 +92,7 @@ __all__ = [
     "ProxyKind",
     "ProxyOption",
     "ProxySite",
+    "ProxyUsers",
     "Redirect",
     "RemoteFile",
     "RemoteSource",
@@ -106,6 +110,7 @@ __all__ = [
     "UpstreamBusy",
     "UpstreamError",
     "UpstreamTimeout",
+    "Users",
     "VirtualFile",
     "VirtualSource",
     "XAccelRedirect",
