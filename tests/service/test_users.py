@@ -5,6 +5,7 @@ import base64
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import bcrypt
 import pytest
@@ -13,6 +14,7 @@ from downloadview_async import ConfigurationError
 from downloadview_async.policy import throttle
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
+from downloadview_async.service.proxy_config import config_for
 from tests.live import Answer, ask, live, parse
 from tests.servers import free_port, serving
 
@@ -146,6 +148,15 @@ async def test_a_password_over_a_socket(directory: Path) -> None:
         assert (await ask(port, "/ada/a.txt", headers=basic("ada", "ada"))).body == b"content"
         assert (await ask(port, "/ada/a.txt", headers=basic("ada", "wrong"))).status == 401
         assert basic("ada", "wrong")["Authorization"] not in server.log
+
+
+def test_the_printed_configuration_removes_the_header_of_a_client(directory: Path) -> None:
+    environ = {"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx"}
+    options: dict[str, Any] = {"listen": "127.0.0.1:8080", "service": None, "relative_to": None}
+    for text, times in ((HEADER, 1), (SETTINGS, 0)):
+        (directory / "downloadview.toml").write_text(text)
+        settings = load_settings(directory / "downloadview.toml", environ=environ)
+        assert config_for(settings, "nginx", **options).count('proxy_set_header X-Remote-User "";') == times
 
 
 @pytest.mark.parametrize(
