@@ -14,11 +14,12 @@ import time
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import bcrypt
 import pytest
+from fastapi import Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
@@ -334,6 +335,21 @@ async def test_users_and_links(file: Path, without_delay: None) -> None:
             answer = await ask(port, target, headers=headers)
             assert answer.status == status, target
             assert ("www-authenticate" in answer.headers) is (status == 401)
+
+
+@pytest.mark.asyncio
+async def test_a_user_is_a_dependency_of_fastapi(file: Path, without_delay: None) -> None:
+    app = FastAPI(exception_handlers={dv.FileError: dv.download_error})
+    kept = dv.Users(file)
+
+    @app.get("/me")
+    async def me(user: Annotated[str, Depends(kept.authenticate)]) -> str:
+        return user
+
+    async with live(app) as port:
+        assert (await ask(port, "/me", headers=basic("bob", PASSWORDS["bob"]))).body == b'"bob"'
+        answer = await ask(port, "/me", headers=basic("bob", "wrong"))
+    assert (answer.status, answer.headers["www-authenticate"]) == (401, CHALLENGE)
 
 
 # --- what a check costs
