@@ -6,6 +6,7 @@ from downloadview_async.asgi.middleware import OffloadMiddleware
 from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import (
     AccessDenied,
+    AuthenticationRequired,
     ConfigurationError,
     DownloadError,
     FileError,
@@ -31,7 +32,9 @@ from downloadview_async.offload.render import ProxySite
 from downloadview_async.offload.rules import Rule
 from downloadview_async.policy.access import Access, SignedLinks, signed_link
 from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.proxy_users import KeepPeer, ProxyUsers
 from downloadview_async.policy.signing import URLSigner
+from downloadview_async.policy.users import Users
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
@@ -52,6 +55,7 @@ __all__ = [
     "Access",
     "AccessDenied",
     "AsyncFile",
+    "AuthenticationRequired",
     "ByteRange",
     "Cache",
     "CacheCounters",
@@ -67,6 +71,7 @@ __all__ = [
     "FileMetadata",
     "FileMissing",
     "Grant",
+    "KeepPeer",
     "LinkExpired",
     "LinkInvalid",
     "LocalFile",
@@ -83,6 +88,7 @@ __all__ = [
     "ProxyKind",
     "ProxyOption",
     "ProxySite",
+    "ProxyUsers",
     "Redirect",
     "RemoteFile",
     "RemoteSource",
@@ -100,6 +106,7 @@ __all__ = [
     "UpstreamBusy",
     "UpstreamError",
     "UpstreamTimeout",
+    "Users",
     "VirtualFile",
     "VirtualSource",
     "XAccelRedirect",

@@ -323,6 +323,7 @@ def run(settings: Settings) -> None:
     import uvicorn
 
     from downloadview_async.asgi.server import DownloadProtocol
+    from downloadview_async.service.access import keeping_peers
     from downloadview_async.service.app import build, check_databases, worker_app
     from downloadview_async.service.logs import log_config
     from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
@@ -340,15 +341,27 @@ def run(settings: Settings) -> None:
     watch = {"stall_seconds": options.pop("stall_timeout"), "minimum_rate": options.pop("minimum_rate")}
     if server.http == "auto":
         options["http"] = functools.partial(DownloadProtocol, **watch)
+    main_app = EndsInTime(app)
+    outermost = keeping_peers(main_app, settings)
+    if outermost is not main_app:
+        options["proxy_headers"] = False
+        _pass_to_workers(server)
     vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run looks up this name
     uvicorn.run(
-        EndsInTime(app) if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
+        outermost if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
         factory=server.workers > 1,
         lifespan="on",
         ws="none",
         log_config=log_config(server.log_level),
         **options,
     )
+
+
+def _pass_to_workers(server: ServerSettings) -> None:
+    """Write the trusted proxies into the environment: worker processes do not see the command line."""
+    os.environ["DOWNLOADVIEW_SERVER__PROXY_HEADERS"] = json.dumps(server.proxy_headers)
+    if server.forwarded_allow_ips is not None:
+        os.environ["DOWNLOADVIEW_SERVER__FORWARDED_ALLOW_IPS"] = server.forwarded_allow_ips
 
 
 def _check_server(settings: Settings) -> None:

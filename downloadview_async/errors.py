@@ -5,6 +5,7 @@
     ├── FileError                  no byte of the file has left yet: becomes a status
     │   ├── FileMissing            404  there is no such file
     │   ├── AccessDenied           404  there is one, but not for this client (never told apart from missing)
+    │   ├── AuthenticationRequired 401  a user name and a password would help
     │   ├── LinkInvalid            403  the link is not one, was changed, or is not for this client
     │   ├── LinkExpired            410  the link was valid until some time ago
     │   ├── PreconditionFailed     412  the origin of a remote file refused If-Match or If-Unmodified-Since
@@ -34,6 +35,8 @@ class FileError(DownloadError):
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     retry_after: str | None = None
     """The value of Retry-After that the client gets: seconds, or an HTTP date."""
+    challenge: str | None = None
+    """The value of WWW-Authenticate that the client gets."""
 
 
 class FileMissing(FileError):
@@ -46,6 +49,19 @@ class AccessDenied(FileError):
     """There is such a file, but this client or this process may not read it. The answer is that of `FileMissing`."""
 
     status = HTTPStatus.NOT_FOUND
+
+
+class AuthenticationRequired(FileError):
+    """The request has no valid user name and password, and could succeed with them.
+
+    challenge: the value of WWW-Authenticate, such as `Basic realm="downloads", charset="UTF-8"` [RFC 7617].
+    """
+
+    status = HTTPStatus.UNAUTHORIZED
+
+    def __init__(self, reason: str, *, challenge: str) -> None:
+        super().__init__(reason)
+        self.challenge = challenge
 
 
 class LinkInvalid(FileError):

@@ -81,7 +81,7 @@ class Download:
                 key = self._key_of(scope)
                 if self._hidden is not None:
                     self._hidden.check(key)
-                grant = await allow(self.access, Request(scope), key) if self.access else None
+                grant = await allow(self.access, Request(scope, receive), key) if self.access else None
                 response = self._response(await self.source.resolve(key), grant)
             except FileError as exc:
                 await send_error(exc, scope, send)

@@ -31,6 +31,8 @@ def failed(exc: FileError, method: str, path: str) -> Headers:
     if logger.isEnabledFor(level):
         logger.log(level, "%s %s: %d, %s", escaped(method), shown(path), exc.status, escaped(str(exc)))
     headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+    if exc.challenge is not None:
+        headers["WWW-Authenticate"] = exc.challenge
     return headers if exc.retry_after is None else {**headers, "Retry-After": exc.retry_after}
 
 

@@ -14,6 +14,8 @@ from downloadview_async.sources.object_store import ObjectStorage
 
 _PREFIX = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)*")
 _PRIVATE = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)+/")
+_HEADER = re.compile("[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
+_UNSET = "X-Accel-Mapping"  # each template has a line that removes this header of a request
 _PUBLIC = re.compile("[A-Za-z0-9_.~-]+")
 
 
@@ -31,6 +33,7 @@ def proxy_config(
     max_body_bytes: int = 16_384,
     private: str = "",
     public: Iterable[str] = (),
+    unset: Iterable[str] = (),
 ) -> str:
     """Return a whole configuration: the proxy sends the files of the rules, and passes all else to the service.
 
@@ -47,6 +50,7 @@ def proxy_config(
     max_body_bytes: the longest body of a request.
     private: a path such as /-/, below which the application has pages that are not for clients: the proxy refuses them.
     public: names below `private` that the proxy passes on nevertheless, such as livez.
+    unset: names of headers, such as X-Remote-User, that the proxy removes from the requests of clients.
 
     Raises `ConfigurationError` for rules that the backend refuses, for two rules of which one's target is equal to or
     below the other's, and for values that the proxy's configuration language cannot express.
@@ -94,7 +98,18 @@ def proxy_config(
                 f"the target {rule.target!r} is below {prefix}{private}, where the proxy refuses requests: choose "
                 "another target, such as /_files/"
             )
-    return kind.configuration(site)
+    return _without_headers(kind.configuration(site), kind.title, unset)
+
+
+def _without_headers(text: str, title: str, unset: Iterable[str]) -> str:
+    """Return a configuration that removes further headers of requests, in the way in which it removes `_UNSET`."""
+    for name in unset:
+        if not _HEADER.fullmatch(name):
+            raise ConfigurationError(f"{name!r} is not the name of a header: write one such as X-Remote-User")
+        text, count = re.subn(rf"^(.*)\b{_UNSET}\b(.*\n)", rf"\g<1>{name}\g<2>\g<0>", text, count=0, flags=re.MULTILINE)
+        if not count:
+            raise ConfigurationError(f"{title}'s configuration cannot remove the header {name}")
+    return text
 
 
 def _remotes(rules: Iterable[Rule], storages: Iterable[ObjectStorage]) -> list[RemoteRule]:

@@ -2,11 +2,18 @@
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 from starlette.requests import Request
 
-from downloadview_async.errors import AccessDenied, ConfigurationError, FileError, SourceUnavailable
+from downloadview_async.errors import (
+    AccessDenied,
+    AuthenticationRequired,
+    ConfigurationError,
+    FileError,
+    SourceUnavailable,
+)
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.signing import URLSigner
 
@@ -67,16 +74,15 @@ def access_of(access: Access | Sequence[Access] | None) -> tuple[Access, ...]:
 async def allow(access: tuple[Access, ...], request: Request, name: Any) -> Grant:
     """Return the grant of the first in `access` that allows the request.
 
-    Raises `AccessDenied` if none does, or the error of the only one, or of a link if the request has a query, which
-    may be one. Raises `SourceUnavailable` if one of them fails, so that the file is not sent by mistake.
+    Raises the error of the only one, and with several the error that `_refusal` chooses. Raises `SourceUnavailable` if
+    one of them fails, so that the file is not sent by mistake.
     """
-    refused: FileError | None = None
+    refusals: list[FileError] = []
     for one in access:
         try:
             verdict: object = await one(request, name)
         except FileError as exc:
-            if len(access) == 1 or request.scope["query_string"]:
-                refused = refused or exc
+            refusals.append(exc)
             continue
         except Exception as exc:
             logger.exception("the decision about access has failed")
@@ -88,4 +94,18 @@ async def allow(access: tuple[Access, ...], request: Request, name: Any) -> Gran
         if verdict is not False and verdict is not None:
             # Such as a coroutine that was not awaited, which `if` would take for True.
             raise SourceUnavailable(f"access gave {verdict!r} instead of True, False or a Grant: is an await missing?")
-    raise refused or AccessDenied("access was refused")
+    if len(access) == 1 and refusals:
+        raise refusals[0]
+    raise _refusal(refusals, may_be_link=bool(request.scope["query_string"]))
+
+
+def _refusal(refusals: list[FileError], *, may_be_link: bool) -> FileError:
+    """Return the error that the client gets after several refusals.
+
+    A failure to decide (503) is first, because the client may succeed later. Then comes the refusal of a link, if the
+    URL has a query; then a challenge, because a user may log in; else the answer is that to a missing file.
+    """
+    failed = (error for error in refusals if error.status >= 500)
+    challenges = [error for error in refusals if isinstance(error, AuthenticationRequired)]
+    about_links = (error for error in refusals if may_be_link and error.status != 404 and error not in challenges)
+    return next(chain(failed, about_links, challenges), AccessDenied("access was refused"))

@@ -1,14 +1,15 @@
-"""The keys of links, and the access of routes, as the settings give them."""
+"""The keys of links, the users, and the access of routes, as the settings give them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from starlette.routing import Match, Route
+from starlette.types import ASGIApp
 
-from downloadview_async import Access, ConfigurationError, SignedLinks, URLSigner
+from downloadview_async import Access, ConfigurationError, KeepPeer, ProxyUsers, SignedLinks, URLSigner, Users
 from downloadview_async.service.config_loader import KEY_LINE
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.logs import one_line
@@ -16,6 +17,7 @@ from downloadview_async.service.settings import RouteSettings, Settings, seconds
 
 SIGNED = "signed"
 _HOOK = "hook:"
+_USER = "user:"
 
 
 def signer_of(settings: Settings) -> URLSigner | None:
@@ -32,18 +34,75 @@ def signer_of(settings: Settings) -> URLSigner | None:
         return URLSigner(_keys(settings, links.keys), max_age=timedelta(seconds=max_age))
 
 
-def access_of(settings: Settings, index: int, route: RouteSettings, signer: URLSigner | None) -> list[Access] | None:
-    """Return what `Download` takes as `access` for a route. Raises `ConfigurationError` for a hook that is missing."""
-    return None if route.access is None else list(_access_of(settings, f"routes[{index}].access", route.access, signer))
+def users_of(settings: Settings) -> Users | ProxyUsers | None:
+    """Return the users in the settings; None without a `[users]` table.
+
+    Raises `ConfigurationError` for a wrong file of users, and for trusted addresses that are host names.
+    """
+    users = settings.users
+    if users is None:
+        return None
+    if users.file is not None:
+        with settings.blaming("users.file"):
+            return Users(users.file, realm=users.realm)
+    assert users.header is not None  # the settings have been checked
+    with settings.blaming("server.forwarded_allow_ips"):
+        return ProxyUsers(users.header, trusted=trusted_proxies(settings))
 
 
-def _access_of(settings: Settings, key: str, access: list[str], signer: URLSigner | None) -> Iterator[Access]:
+def trusted_proxies(settings: Settings) -> list[str]:
+    """Return the addresses that uvicorn trusts, from the settings, its own variable or its default."""
+    import uvicorn  # here, because the commands that sign links do not need it
+
+    trusted = uvicorn.Config("", log_config=None, forwarded_allow_ips=settings.server.forwarded_allow_ips)
+    addresses: str | Sequence[str] = trusted.forwarded_allow_ips
+    each = addresses.split(",") if isinstance(addresses, str) else addresses
+    return [address.strip() for address in each if address.strip()]
+
+
+def keeping_peers(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """Return what uvicorn has to run, without `proxy_headers`, if a proxy sends the names of users; else `app` itself.
+
+    uvicorn's `proxy_headers` would replace the address of the peer before any application sees it.
+    """
+    if settings.users is None or settings.users.header is None:
+        return app
+    if settings.server.proxy_headers:
+        from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+        middleware: Any = ProxyHeadersMiddleware  # uvicorn's types of ASGI are others
+        app = middleware(app, trusted_hosts=trusted_proxies(settings))
+    return KeepPeer(app)
+
+
+def access_of(
+    settings: Settings, index: int, route: RouteSettings, signer: URLSigner | None, users: Users | ProxyUsers | None
+) -> list[Access] | None:
+    """Return what `Download` takes as `access` for a route.
+
+    Raises `ConfigurationError` for a hook or a user that is missing.
+    """
+    if route.access is None:
+        return None
+    return list(_access_of(settings, f"routes[{index}].access", route.access, signer, users))
+
+
+def _access_of(
+    settings: Settings, key: str, access: list[str], signer: URLSigner | None, users: Users | ProxyUsers | None
+) -> Iterator[Access]:
+    names = []
     for number, one in enumerate(access):
         if one == SIGNED:
             assert signer is not None  # the settings have been checked
             yield SignedLinks(signer)
+        elif one.startswith(_USER):
+            names.append(one.removeprefix(_USER))
         else:
             yield function_of(settings, f"{key}[{number}]", one.removeprefix(_HOOK))
+    if names:  # together, so that a password is checked once
+        assert users is not None  # the settings have been checked
+        with settings.blaming(key):
+            yield users.allow(*names)
 
 
 def _keys(settings: Settings, keys: str) -> dict[str, str]:

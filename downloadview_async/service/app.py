@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from downloadview_async import (
     Cache,
@@ -39,7 +40,7 @@ from downloadview_async import (
     proxy_kinds,
     storage_from_url,
 )
-from downloadview_async.service.access import access_of, signer_of
+from downloadview_async.service.access import access_of, keeping_peers, signer_of, users_of
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
@@ -149,10 +150,11 @@ def app_from_environment(default: Path | None = None) -> Starlette:
     return build(load_settings(os.environ.get(CONFIG) or default, environ=os.environ))
 
 
-def worker_app() -> EndsInTime:
+def worker_app() -> ASGIApp:
     """Return the service for one of several worker processes, wrapped so that the process ends in time."""
     ignore_hangup()
-    return EndsInTime(app_from_environment())
+    settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+    return keeping_peers(EndsInTime(build(settings)), settings)
 
 
 async def check_databases(settings: Settings) -> None:
@@ -270,7 +272,7 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
 
 def _routes(settings: Settings, sources: Mapping[str, Source]) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
-    signer = signer_of(settings)
+    signer, users = signer_of(settings), users_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
         endpoint = Download(
@@ -279,7 +281,7 @@ def _routes(settings: Settings, sources: Mapping[str, Source]) -> Iterator[Route
             cache_control=route.cache_control,
             redirect=redirects[where] if route.send == "redirect" else None,
             offload=route.send != "stream",
-            access=access_of(settings, index, route, signer),
+            access=access_of(settings, index, route, signer, users),
             hide=route.hide,
         )
         try:

@@ -35,6 +35,7 @@ from downloadview_async.service.settings import (
     Settings,
     SourceSettings,
     StorageSettings,
+    UsersSettings,
     VirtualSettings,
     bytes_of,
     cache_of,
@@ -65,6 +66,7 @@ _TABLES: dict[str, Any] = {
     "offload": OffloadSettings,
     "content_types": ContentTypes,
     "links": LinksSettings,
+    "users": UsersSettings,
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # a path parameter, as Starlette parses it
 _Shape = tuple[str, str, str]
@@ -220,6 +222,11 @@ class _Draft:
             if "links" in data
             else None
         )
+        users = (
+            self._users(self._converted("users", self._table("users", data), UsersSettings))
+            if "users" in data
+            else None
+        )
         settings = Settings(
             file=self.file,
             directory=self.directory,
@@ -229,12 +236,17 @@ class _Draft:
             routes=routes,
             offload=self._offload(self._converted("offload", self._table("offload", data), OffloadSettings), sources),
             links=links,
+            users=users,
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
         )
         for index, route in enumerate(routes):
             self._check_sending(f"routes[{index}].send", route, settings)
             if links is None and "signed" in (route.access or ()):
                 raise self.error(f"routes[{index}].access", "links need keys: add a [links] table with keys")
+            if users is None and any(one.startswith("user:") for one in route.access or ()):
+                raise self.error(
+                    f"routes[{index}].access", "there are no users: add a [users] table with a file or a header"
+                )
         return settings
 
     def _check_texts(self, data: Mapping[str, Any]) -> None:
@@ -350,6 +362,13 @@ class _Draft:
             )
         keys = links.keys if KEY_LINE.search(links.keys) else self._absolute(links.keys)
         return LinksSettings(keys=keys, max_age=age)
+
+    def _users(self, users: UsersSettings) -> UsersSettings:
+        if (users.file is None) == (users.header is None):
+            raise self.error("users", "give either a file or a header, and not both")
+        if users.file is None:
+            return users
+        return msgspec.structs.replace(users, file=self._absolute(users.file))
 
     def _check_caches(self, sources: Mapping[str, SourceSettings]) -> None:
         first: dict[str, tuple[str, CacheSettings]] = {}

@@ -30,6 +30,8 @@ def config_for(
         options |= option
         with settings.blaming(key):
             proxy_config(proxy, rules, **options)
+    if settings.users is not None and settings.users.header is not None:
+        options["unset"] = [settings.users.header]
     if service:
         options["service"] = service
     if relative_to:

@@ -242,7 +242,38 @@ class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     ] = "7d"
 
 
-_Access = Annotated[str, Meta(pattern=rf"^(signed|hook:{_FUNCTION})\Z")]
+class UsersSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[users]`: the users of routes with `access = ["user:NAME"]`. It has either `file` or `header`."""
+
+    file: (
+        Annotated[
+            str,
+            Meta(min_length=1, description="a file of `htpasswd -B`, absolute or relative to the settings file"),
+        ]
+        | None
+    ) = None
+    realm: Annotated[
+        str,
+        Meta(
+            pattern=r"^[ !#-\[\]-~]+\Z",
+            max_length=256,
+            description="the text with which browsers ask for the password, in ASCII without quotes and backslashes",
+        ),
+    ] = "downloads"
+    header: (
+        Annotated[
+            str,
+            Meta(
+                pattern=r"^[A-Za-z0-9]+(-[A-Za-z0-9]+)*\Z",
+                description="the header with the name that a proxy in forwarded_allow_ips has checked, such as "
+                "X-Remote-User",
+            ),
+        ]
+        | None
+    ) = None
+
+
+_Access = Annotated[str, Meta(pattern=rf"^(signed|user:[^:]+|hook:{_FUNCTION})\Z")]
 _Hidden = Annotated[str, Meta(pattern=r"^[^/]+\Z")]
 
 
@@ -268,8 +299,8 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
             list[_Access],
             Meta(
                 min_length=1,
-                description='a list of "signed" (links) and "hook:module:function", of which one suffices; omit it to '
-                "let everyone have the files",
+                description='a list of "signed" (links), "user:NAME" ("user:*": all users) and "hook:module:function", '
+                "of which one suffices; omit it to let everyone have the files",
             ),
         ]
         | None
@@ -359,6 +390,7 @@ class Settings:
     routes: Sequence[RouteSettings]
     offload: OffloadSettings
     links: LinksSettings | None = None
+    users: UsersSettings | None = None
     content_types: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, problem: str) -> ConfigurationError:

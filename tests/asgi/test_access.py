@@ -172,6 +172,41 @@ async def test_one_of_several_suffices(root: Path) -> None:
         assert (await ask(port, "/files/a.txt")).status == 404
 
 
+async def test_the_one_refusal_of_a_list(root: Path) -> None:
+    challenge = 'Basic realm="files", charset="UTF-8"'
+
+    def refuses(error: dv.FileError | None) -> Any:
+        async def hook(request: Request, name: str) -> bool:
+            if error is not None:
+                raise error
+            return False
+
+        return hook
+
+    log_in = refuses(dv.AuthenticationRequired("who is it", challenge=challenge))
+    link, busy, nobody = refuses(dv.LinkInvalid("no link")), refuses(dv.SourceUnavailable("busy")), refuses(None)
+    denied = refuses(dv.AccessDenied("not for bob"))
+    for access, without_query, with_query in [
+        ([log_in], 401, 401),
+        ([log_in, nobody], 401, 401),
+        ([link, log_in], 401, 403),
+        ([log_in, link], 401, 403),
+        ([link, nobody], 404, 403),
+        ([link, denied], 404, 403),
+        ([denied, log_in], 401, 401),
+        ([link, busy], 503, 503),
+        ([busy, log_in], 503, 503),
+        ([log_in, refuses(dv.LinkExpired("over"))], 401, 410),
+    ]:
+        async with live(application(dv.PathSource(root), access)) as port:
+            for target, status in (("/files/a.txt", without_query), ("/files/a.txt?k=1", with_query)):
+                answer = await ask(port, target)
+                assert (answer.status, answer.headers.get("www-authenticate")) == (
+                    status,
+                    challenge if status == 401 else None,
+                )
+
+
 async def test_only_what_is_allowed_is_offloaded(root: Path) -> None:
     source = dv.PathSource(root)
     app = dv.OffloadMiddleware(

@@ -1,6 +1,7 @@
 """`proxy_config` on the real proxies: what it prints is taken, and obeyed for any directory, or refused by itself."""
 
 import asyncio
+import json
 import re
 import shutil
 import ssl
@@ -15,7 +16,7 @@ from urllib.parse import quote
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 import downloadview_async as dv
@@ -75,6 +76,10 @@ async def _scheme(request: Request) -> Response:
     return PlainTextResponse(request.headers["x-forwarded-proto"])
 
 
+async def _headers(request: Request) -> Response:
+    return JSONResponse(request.headers.items())
+
+
 def _body_of(url: str, trusting: ssl.SSLContext) -> bytes:
     with urllib.request.urlopen(url, context=trusting, timeout=10) as answer:
         body: bytes = answer.read()
@@ -88,7 +93,7 @@ async def served(kind: str, directories: list[Path]) -> AsyncIterator[int]:
         Route(f"/{index}/{{path:path}}", dv.Download(dv.PathSource(directory), cache_control="private"))
         for index, directory in enumerate(directories)
     ]
-    app = Starlette(routes=[*routes, Route("/scheme", _scheme)])
+    app = Starlette(routes=[*routes, Route("/scheme", _scheme), Route("/headers", _headers)])
     async with live(
         dv.OffloadMiddleware(app, dv.proxy_kinds()[kind].make_backend(rules_for(kind, directories)))
     ) as service:
@@ -158,11 +163,30 @@ async def test_the_directory_itself_may_be_where_the_proxy_starts(kind: str) -> 
                 assert (await ask(port, "/0/a.txt")).body == b"a"
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", PROXIES)
+async def test_headers_that_clients_must_not_send_are_removed(kind: str) -> None:
+    with readable_directory() as root:
+        (root / "files").mkdir()
+
+        def text(service: str, listen: str) -> str:
+            options: Any = {"idle_seconds": 2, "unset": ["X-Remote-User", "X-Role"]}
+            return dv.proxy_config(kind, rules_for(kind, [root / "files"]), service=service, listen=listen, **options)
+
+        async with served(kind, [root / "files"]) as service:
+            with proxy(KINDS[kind], root, service, text=text) as port:
+                sent = {"X-Remote-User": "eve", "x-remote-user": "eve", "X-Role": "admin", "X-Other": "kept"}
+                received = json.loads((await ask(port, "/headers", headers=sent)).body)
+    values = {name: value for name, value in received if name in ("x-remote-user", "x-role", "x-other") and value}
+    assert values == {"x-other": "kept"}
+
+
 @pytest.mark.parametrize("kind", PROXIES)
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"unset": ["X-Remote-User"], "private": "/-/", "prefix": "/a"},
         {"service": "unix:/run/downloadview.sock"},
         {"service": "localhost:9000", "listen": "0.0.0.0:8443"},
         {"service": "[::1]:9000", "listen": "[::1]:8443"},
@@ -222,6 +246,8 @@ FILES = [dv.Rule("/srv/files", "/_files/")]
         ("nginx", FILES, {"idle_seconds": 1}, "too short for a proxy"),
         ("nginx", FILES, {"stall_seconds": 0}, "more than 0"),
         ("nginx", FILES, {"max_body_bytes": 0}, "more than 0"),
+        ("nginx", FILES, {"unset": ["X_Remote_User"]}, "'X_Remote_User' is not the name of a header"),
+        ("nginx", FILES, {"unset": ["X-Remote-User;"]}, "is not the name of a header"),
         ("nginx", FILES, {"private": "/-"}, "write a path such as /-/"),
         ("nginx", FILES, {"private": "/a;/"}, "write a path such as /-/"),
         ("nginx", FILES, {"private": "/-/", "public": ["a/b"]}, "names such as livez"),

@@ -27,6 +27,7 @@ from django.utils.decorators import method_decorator
 from django.views.decorators.clickjacking import xframe_options_exempt
 from django.views.generic.edit import DeletionMixin
 
+from downloadview_async import AuthenticationRequired
 from downloadview_async.contrib.django import (
     BaseDownloadView,
     DownloadResponse,
@@ -152,6 +153,22 @@ def test_a_file_that_only_claims_a_path_is_sent_with_its_own_bytes(root: Path, m
         temporary.flush()
         answer = fetch(_answering(lambda: File(temporary, name=str(root / name))), mode)
         assert (answer.status, answer.body, OFFLOAD in answer.headers) == (200, b"redacted", False)
+
+
+class _Locked:
+    """A file that cannot be opened without a password."""
+
+    name, location = "a.txt", None
+
+    def open(self, request: Any = None) -> Any:
+        raise AuthenticationRequired("who is it", challenge='Basic realm="files"')
+
+
+@both
+def test_a_file_that_needs_a_password_is_answered_by_a_challenge(mode: str) -> None:
+    with _offloading(source_dir="/srv"):
+        answer = fetch(_answering(_Locked), mode)
+    assert (answer.status, answer.headers["www-authenticate"], answer.body) == (401, 'Basic realm="files"', b"")
 
 
 @both
