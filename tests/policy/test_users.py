@@ -475,7 +475,7 @@ async def test_two_passwords_are_checked_at_once_and_few_wait(file: Path, monkey
             asyncio.create_task(ask_from(f"127.0.0.{n}", port, name, PASSWORDS[name]))
             for n, name in enumerate(("ada", "bob", "eve", "ada", "bob"), 2)
         ]
-        await until(lambda: kept._in_queue == 5)
+        await until(lambda: kept._in_queue == 5 and running == 2)
         late = await ask_from("127.0.0.9", port, "ada", PASSWORDS["ada"])
         assert (late.status, late.headers["retry-after"]) == (503, "5")
         assert "127.0.0.9" not in kept._throttle._failures
