@@ -386,6 +386,6 @@ class TransferChecks:
         """Return the remedy for a fault of the server that sends the file: the proxy, the service or a store."""
         if not file.offloaded and problem in ("ranges", "conditions", "header"):
             problem = f"streamed {problem}"
-        elif self.site.is_fetched(file) and problem in ("ranges", "conditions"):
+        elif self.site.is_fetched(file) and problem in ("ranges", "conditions", "header"):
             problem = f"fetched {problem}"
         return self.site.advice(problem, self.site.rule_of(file), **facts)
