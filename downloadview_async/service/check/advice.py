@@ -42,6 +42,7 @@ PROBLEMS: Mapping[str, str] = {
     "redirect": "set [sources.<name>.presign] public_endpoint to the URL at which clients reach the store; a proxy in "
     "front of the store must not change the host, the path or the query, because they are signed",
     "encoded": "configure the proxy to compress nothing that is a file",
+    "preflight": "configure the proxy to pass OPTIONS on to <service>, and its answer to the client unchanged",
     "order": "configure the proxy to remove X-Accel-* and X-Sendfile* from requests",
     "cookie": "find out what sets the cookie: the service does not",
 }
