@@ -713,6 +713,7 @@ MARKED = """
 [sources.files]
 type = "path"
 root = "app/files"
+precompressed = ["gzip"]
 [sources.made]
 type = "virtual"
 factory = "made_for_check:make"
