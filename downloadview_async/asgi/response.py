@@ -28,6 +28,7 @@ from downloadview_async.asgi.extensions import PATHSEND, PREPARED
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.plan import Plan, Presentation, describe, make_redirect_plan
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
@@ -39,6 +40,7 @@ Order = Mapping[str, str]
 """The headers that have a proxy send a file."""
 
 _IN_ONE_MESSAGE = Inline, Empty, Offloaded
+_NAME = re.compile(f"{TOKEN_CHAR}+")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -308,6 +310,8 @@ def checked_headers(headers: tuple[tuple[str, str], ...]) -> RawHeaders:
         raise ValueError(f"remove {', '.join(sorted(reserved))} from headers: DownloadResponse makes these itself")
     if bad := [name for name, value in headers if _CONTROL.search(name + value)]:
         raise ValueError(f"remove the control characters from these headers: {', '.join(map(repr, bad))}")
+    if bad := [name for name, _ in headers if not _NAME.fullmatch(name)]:
+        raise ValueError(f"{', '.join(map(repr, bad))} is not the name of a header: write one such as X-Robots-Tag")
     return raw({name.lower(): value for name, value in headers})
 
 

@@ -9,6 +9,12 @@ NAME_CHAR = "[!#$%&'*+.^_`|~0-9a-z-]"
 FRAMING = frozenset({"accept-ranges", "connection", "content-length", "content-range", "transfer-encoding"})
 """Headers that tell how a body is sent. Only the sender of the body sets them."""
 
+OF_THE_FILE = FRAMING | {"content-disposition", "content-encoding", "content-type", "etag", "last-modified"}
+"""Headers that describe the file that is sent, or tell how it is sent."""
+
+OF_THE_CONNECTION = frozenset({"keep-alive", "te", "trailer", "upgrade", "proxy-authenticate", "proxy-connection"})
+"""Headers for the next server only [7.6.1], beside those of `FRAMING`. No proxy passes them on."""
+
 OF_THE_CONTENT = frozenset(
     {
         "accept-ranges",

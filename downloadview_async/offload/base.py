@@ -98,6 +98,7 @@ class ProxyKind:
     folds_case: whether two targets that differ only in case are the same for the proxy.
     hides_targets: whether the proxy answers requests below a target itself, so that no route may be there.
     replaced_headers: headers of the service that the proxy replaces when it sends a file.
+    has_bare_errors: whether the errors that the proxy makes itself cannot carry headers of the service.
     configuration: returns a whole configuration for a site, see `proxy_config`. None: there is no template.
     remedies: the advice of `downloadview check` for each problem, named as in `service/check/advice.py`. Words in angle
     brackets, such as `<directory>`, `<target>`, `<service>` and `<header>`, are replaced.
@@ -118,6 +119,7 @@ class ProxyKind:
     folds_case: bool = False
     hides_targets: bool = False
     replaced_headers: tuple[str, ...] = ()
+    has_bare_errors: bool = False
     configuration: Callable[[ProxySite], str] | None = None
     remedies: Mapping[str, str] = field(default_factory=dict)
 

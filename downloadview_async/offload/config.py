@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from downloadview_async.errors import ConfigurationError
+from downloadview_async.http.fields import OF_THE_CONNECTION, OF_THE_FILE, OFFLOAD_HEADERS, TOKEN_CHAR
 from downloadview_async.offload.places import by_http
 from downloadview_async.offload.proxies import proxy_kinds
 from downloadview_async.offload.render import PORTS, ProxySite, RemoteRule, host_and_port
@@ -17,6 +18,8 @@ _PRIVATE = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)+/")
 _HEADER = re.compile("[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 _UNSET = "X-Accel-Mapping"  # each template has a line that removes this header of a request
 _PUBLIC = re.compile("[A-Za-z0-9_.~-]+")
+_RESPONSE_HEADER = re.compile(f"{TOKEN_CHAR}{{1,64}}")
+_NOT_ADDED = OF_THE_FILE | OF_THE_CONNECTION | {"date", "server"}
 
 
 def proxy_config(
@@ -34,6 +37,7 @@ def proxy_config(
     private: str = "",
     public: Iterable[str] = (),
     unset: Iterable[str] = (),
+    headers: Iterable[str] = (),
 ) -> str:
     """Return a whole configuration: the proxy sends the files of the rules, and passes all else to the service.
 
@@ -51,9 +55,12 @@ def proxy_config(
     private: a path such as /-/, below which the application has pages that are not for clients: the proxy refuses them.
     public: names below `private` that the proxy passes on nevertheless, such as livez.
     unset: names of headers, such as X-Remote-User, that the proxy removes from the requests of clients.
+    headers: names of further response headers that the application sets, such as X-Robots-Tag. A proxy that would lose
+    them gets a line for each, which adds the application's value again.
 
     Raises `ConfigurationError` for rules that the backend refuses, for two rules of which one's target is equal to or
-    below the other's, and for values that the proxy's configuration language cannot express.
+    below the other's, for a header that describes the file or frames the answer, and for values that the proxy's
+    configuration language cannot express.
     """
     kind = proxy_kinds().get(proxy)
     if kind is None or kind.configuration is None:
@@ -91,6 +98,7 @@ def proxy_config(
         max_body=max_body_bytes,
         private=private,
         public=public,
+        headers=_checked_names(headers),
     )
     for rule in rules:
         if private and rule.target.startswith(f"{prefix}{private}") and kind.hides_targets:
@@ -110,6 +118,23 @@ def _without_headers(text: str, title: str, unset: Iterable[str]) -> str:
         if not count:
             raise ConfigurationError(f"{title}'s configuration cannot remove the header {name}")
     return text
+
+
+def _checked_names(headers: Iterable[str]) -> list[str]:
+    """Return names of headers, each once. Raises `ConfigurationError` for a name that no configuration may add."""
+    if isinstance(headers, str):
+        raise ConfigurationError(f"headers is {headers!r}: write a list of names, such as ['X-Robots-Tag']")
+    names: dict[str, str] = {}
+    for name in headers:
+        if not _RESPONSE_HEADER.fullmatch(name):
+            raise ConfigurationError(f"{name!r} is not the name of a header: write one such as X-Robots-Tag")
+        lower = name.lower()
+        if lower in _NOT_ADDED or lower in OFFLOAD_HEADERS:
+            raise ConfigurationError(
+                f"{name} describes the file or the message, and the proxy sends its own: remove it from headers"
+            )
+        names.setdefault(lower, name)
+    return list(names.values())
 
 
 def _remotes(rules: Iterable[Rule], storages: Iterable[ObjectStorage]) -> list[RemoteRule]:

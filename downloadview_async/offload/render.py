@@ -10,6 +10,14 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.rules import Rule
 
 _TEMPLATES = resources.files("downloadview_async.offload") / "configs"
+OF_ERRORS = (
+    "Vary",
+    "Access-Control-Allow-Origin",
+    "Access-Control-Allow-Credentials",
+    "Access-Control-Expose-Headers",
+)
+"""Headers without which a script of another site cannot read the status of an error."""
+
 PORTS = {"http": 80, "https": 443}
 """The default port of each URL scheme."""
 
@@ -23,7 +31,7 @@ class ProxySite:
 
     rules: the rules for directories. remotes: the rules for files of other servers, if the proxy fetches them.
     host, port: where the proxy listens. idle, stall: seconds. max_body: bytes.
-    service, prefix, relative_to, private, public: as in `proxy_config`.
+    service, prefix, relative_to, private, public, headers: as in `proxy_config`.
     """
 
     rules: Sequence[Rule]
@@ -38,6 +46,7 @@ class ProxySite:
     max_body: int
     private: str
     public: Sequence[str]
+    headers: Sequence[str]
 
     @property
     def refused(self) -> str:

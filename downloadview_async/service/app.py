@@ -13,6 +13,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -50,6 +51,7 @@ from downloadview_async.service.settings import (
     ObjectSettings,
     PathSettings,
     RemoteSettings,
+    RouteSettings,
     Settings,
     StorageSettings,
     VirtualSettings,
@@ -62,6 +64,17 @@ from downloadview_async.service.settings import (
     source_of_files,
 )
 from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
+
+_CORS_REQUEST_HEADERS = ["If-Modified-Since", "If-None-Match", "If-Range", "Range"]
+_CORS_EXPOSED = [
+    "Accept-Ranges",
+    "Content-Range",
+    "Content-Length",
+    "Content-Disposition",
+    "ETag",
+    "Last-Modified",
+    "Repr-Digest",
+]
 
 _logger = logging.getLogger("downloadview_async")
 
@@ -282,12 +295,36 @@ def _routes(settings: Settings, sources: Mapping[str, Source]) -> Iterator[Route
             redirect=redirects[where] if route.send == "redirect" else None,
             offload=route.send != "stream",
             access=access_of(settings, index, route, signer, users),
+            headers=route.headers,
             hide=route.hide,
         )
         try:
-            yield Route(route.path, endpoint)
+            yield Route(route.path, endpoint, middleware=_cors(route))
         except (AssertionError, ValueError) as exc:
             raise settings.error(f"routes[{index}].path", f"{exc}: write the parameter as {{path:path}}") from exc
+
+
+def _cors(route: RouteSettings) -> list[Middleware]:
+    """Return the middleware that lets scripts of other web sites read the answers of a route.
+
+    It is around `Download`: a preflight has neither cookies nor links, so it is answered before access is decided, and
+    the answer to a refused request has the headers too.
+    """
+    if (cors := route.cors) is None:
+        return []
+    max_age = seconds_of(cors.max_age)
+    assert max_age is not None  # the settings have been checked
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=cors.origins,
+            allow_methods=["GET", "HEAD"],
+            allow_headers=_CORS_REQUEST_HEADERS,
+            allow_credentials=cors.credentials,
+            expose_headers=_CORS_EXPOSED,
+            max_age=int(max_age),
+        )
+    ]
 
 
 def _redirect(settings: Settings, name: str, source: Source) -> PresignedRedirect | None:

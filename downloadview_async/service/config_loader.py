@@ -23,6 +23,7 @@ from downloadview_async.service.settings import (
     PROXY_OPTIONS,
     CacheSettings,
     ContentTypes,
+    CorsSettings,
     LinksSettings,
     ObjectSettings,
     OffloadSettings,
@@ -75,6 +76,28 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_password|links\.keys")
 KEY_LINE = re.compile(r"^\s*([A-Za-z0-9_.-]{1,64})\s+(\S{32,})\s*$", re.MULTILINE)
 """A line of a keys file: the id of a key and its secret."""
+_HEADER = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
+_HEADER_VALUE = re.compile("[!-~](?:[ -~]{0,4094}[!-~])?")
+_NOT_OF_A_ROUTE = {
+    **dict.fromkeys(
+        (
+            *("accept-ranges", "age", "connection", "content-digest", "content-encoding", "content-length"),
+            *("content-location", "content-md5", "content-range", "date", "digest", "etag", "keep-alive"),
+            *("last-modified", "location", "proxy-authenticate", "proxy-connection", "repr-digest", "server", "te"),
+            *("trailer", "transfer-encoding", "upgrade", "x-offload-target"),
+        ),
+        "it describes one file or one message, and is made from it: remove it",
+    ),
+    **dict.fromkeys(
+        (name.lower() for kind in proxy_kinds().values() for name in kind.headers),
+        "it is an order for a proxy, which the service gives itself: remove it",
+    ),
+    "cache-control": "write it as cache_control of the route",
+    "content-disposition": "write disposition of the route",
+    "content-type": "write the type of a suffix in [content_types]",
+}
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::([1-9][0-9]{0,4}))?")
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 _COMMAND_LINE = "the command line"
 _OBJECT_STORE = re.compile("(?:s3|gs|az)://")
 _SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
@@ -432,7 +455,53 @@ class _Draft:
                         "the same paths: write this route before that one, or remove it",
                     )
             shapes.append(shape)
-        return routes
+            self._check_headers(f"{key}.headers", route.headers)
+        return [
+            route
+            if route.cors is None
+            else msgspec.structs.replace(route, cors=self._cors(f"routes[{index}].cors", route.cors))
+            for index, route in enumerate(routes)
+        ]
+
+    def _check_headers(self, key: str, headers: Mapping[str, str]) -> None:
+        first: dict[str, str] = {}
+        for name, value in headers.items():
+            lower = name.lower()
+            if not _HEADER.fullmatch(name):
+                raise self.error(key, f"{name!r} is not the name of a header: write one such as X-Robots-Tag")
+            if first.setdefault(lower, name) != name:
+                raise self.error(f"{key}.{name}", f"the same as {first[lower]}: remove one of them")
+            if lower.startswith("access-control-"):
+                raise self.error(f"{key}.{name}", "it depends on the request: write cors of the route")
+            if lower in _NOT_OF_A_ROUTE:
+                raise self.error(f"{key}.{name}", _NOT_OF_A_ROUTE[lower])
+            if not _HEADER_VALUE.fullmatch(value):
+                raise self.error(f"{key}.{name}", f"{value!r}: give 1 to 4,096 printable characters of ASCII")
+
+    def _cors(self, key: str, cors: CorsSettings) -> CorsSettings:
+        for index, origin in enumerate(cors.origins):
+            place = f"{key}.origins[{index}]"
+            if origin == "*":
+                if len(cors.origins) > 1:
+                    raise self.error(place, "* allows all origins: remove the others, or this one")
+                if cors.credentials:
+                    raise self.error(
+                        place, "browsers refuse * together with credentials: list the origins, or remove credentials"
+                    )
+                continue
+            match = _ORIGIN.fullmatch(origin)
+            if match is None or int(match[2] or 1) > 65_535:
+                raise self.error(
+                    place,
+                    f"{origin!r} is not an origin: write it as browsers do, in lower case and without a path, such as "
+                    "https://app.example.org or http://localhost:3000",
+                )
+            if match[2] and match[2] == _DEFAULT_PORTS.get(match[1]):
+                raise self.error(place, f"browsers leave out the port {match[2]}: write {origin.rpartition(':')[0]}")
+        age = seconds_of(cors.max_age)
+        if age is None:
+            raise self.error(f"{key}.max_age", f"{cors.max_age!r} is not a time: give such as 600, 10m or 1h")
+        return msgspec.structs.replace(cors, max_age=age)
 
     def _check_sending(self, key: str, route: RouteSettings, settings: Settings) -> None:
         """Refuse a `send` that the source or the proxy in the settings does not support."""

@@ -1,11 +1,12 @@
 """`downloadview config`: the configuration of a proxy that sends the files of the settings."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from downloadview_async import ObjectStorage, proxy_config, proxy_kinds
 from downloadview_async.service.health import PRIVATE, PUBLIC
-from downloadview_async.service.settings import Settings, StorageSettings, rules_of
+from downloadview_async.service.settings import CORS_HEADERS, Settings, StorageSettings, rules_of
 
 
 def config_for(
@@ -20,13 +21,15 @@ def config_for(
     _check_proxy(proxy, settings)
     server, rules = settings.server, rules_of(settings)
     options: dict[str, Any] = {"storages": _storages(settings), "private": PRIVATE, "public": PUBLIC}
-    for key, option in (  # one option more in each round, so that an error names the right key
+    steps: list[tuple[str, dict[str, Any]]] = [
         ("offload.rules", {}),
         ("server.root_path", {"prefix": server.root_path}),
         ("server.timeout_keep_alive", {"idle_seconds": server.timeout_keep_alive}),
         ("server.stall_timeout", {"stall_seconds": server.stall_timeout}),
+        *_headers(settings),
         ("server.host" if server.uds is None else "server.uds", {} if service else {"service": _address(settings)}),
-    ):
+    ]
+    for key, option in steps:  # one option more in each round, so that an error names the right key
         options |= option
         with settings.blaming(key):
             proxy_config(proxy, rules, **options)
@@ -37,6 +40,18 @@ def config_for(
     if relative_to:
         options["relative_to"] = os.path.abspath(relative_to)
     return proxy_config(proxy, rules, listen=listen, **options)
+
+
+def _headers(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the key of each route that sets further headers, and the names that are known with this route."""
+    names: list[str] = []
+    for index, route in enumerate(settings.routes):
+        if route.cors is not None:
+            names += CORS_HEADERS
+            yield f"routes[{index}].cors", {"headers": [*names]}
+        if route.headers:
+            names += route.headers
+            yield f"routes[{index}].headers", {"headers": [*names]}
 
 
 def _storages(settings: Settings) -> list[ObjectStorage]:

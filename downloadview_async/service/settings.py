@@ -273,6 +273,29 @@ class UsersSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     ) = None
 
 
+CORS_HEADERS = (
+    "Access-Control-Allow-Origin",
+    "Access-Control-Allow-Credentials",
+    "Access-Control-Expose-Headers",
+    "Vary",
+)
+"""The headers that an answer of a route with `cors` may have."""
+
+
+class CorsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`cors` of a route: the other web sites whose scripts may read the files and the statuses of errors."""
+
+    origins: Annotated[
+        list[str],
+        Meta(min_length=1, description='a list of origins, such as "https://app.example.org", or only "*" for all'),
+    ]
+    credentials: Annotated[bool, Meta(description="true to let them send cookies; not with all origins")] = False
+    max_age: Annotated[
+        float | str,
+        Meta(description="how long a browser keeps the answer to a preflight: seconds, or such as 90s, 10m, 1h"),
+    ] = "10m"
+
+
 _Access = Annotated[str, Meta(pattern=rf"^(signed|user:[^:]+|hook:{_FUNCTION})\Z")]
 _Hidden = Annotated[str, Meta(pattern=r"^[^/]+\Z")]
 
@@ -309,6 +332,17 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         list[_Hidden],
         Meta(description='a list of patterns for names of files and directories that are hidden, such as ".*"'),
     ] = []
+    headers: Annotated[
+        dict[str, str],
+        Meta(description='a table of further response headers, such as { X-Robots-Tag = "noindex" }'),
+    ] = {}
+    cors: (
+        Annotated[
+            CorsSettings,
+            Meta(description='a table, such as { origins = ["https://app.example.org"] }; omit it to allow none'),
+        ]
+        | None
+    ) = None
     send: Annotated[Literal["redirect", "proxy", "stream"], Meta(description="redirect, proxy or stream")] | None = None
     name: Annotated[str, Meta(min_length=1, description="the name of the route on the page at /")] | None = None
     example: Annotated[

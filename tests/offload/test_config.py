@@ -194,6 +194,7 @@ async def test_headers_that_clients_must_not_send_are_removed(kind: str) -> None
         {"private": "/-/", "public": ["livez", "health.txt"]},
         {"private": "/a.b/c/", "prefix": "/a.b/~c_d"},
         {"idle_seconds": 2, "stall_seconds": 0.5, "max_body_bytes": 1000},
+        {"headers": ["X-Robots-Tag", "Vary", "Access-Control-Allow-Origin", f"X-{'a' * 62}"]},
     ],
 )
 def test_the_proxy_itself_finds_nothing_wrong(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -253,11 +254,42 @@ FILES = [dv.Rule("/srv/files", "/_files/")]
         ("nginx", FILES, {"private": "/-/", "public": ["a/b"]}, "names such as livez"),
         ("nginx", [dv.Rule("/srv/files", "/-/files/")], {"private": "/-/"}, "below /-/, where the proxy refuses"),
         ("h2o", [dv.Rule("/srv/files", "/a/-/b/")], {"private": "/-/", "prefix": "/a"}, "below /a/-/, where"),
+        ("nginx", FILES, {"headers": "X-Robots-Tag"}, "write a list of names"),
+        ("nginx", FILES, {"headers": [""]}, "'' is not the name of a header"),
+        ("caddy", FILES, {"headers": ["X-Robots-Tag: noindex"]}, "is not the name of a header"),
+        ("nginx", FILES, {"headers": ["X-A\n"]}, "is not the name of a header"),
+        ("nginx", FILES, {"headers": ["é"]}, "is not the name of a header"),
+        ("nginx", FILES, {"headers": ["X" * 65]}, "is not the name of a header"),
+        ("nginx", FILES, {"headers": ["X_A"]}, "'X_A': nginx has no variable for this header"),
+        *(
+            (kind, FILES, {"headers": ["X-Robots-Tag", name]}, f"{name} describes the file or the message")
+            for kind in ("nginx", "caddy")
+            for name in (
+                "Content-Length",
+                "content-type",
+                "Content-Range",
+                "ETag",
+                "Transfer-Encoding",
+                "Keep-Alive",
+                "X-Accel-Redirect",
+                "x-sendfile",
+            )
+        ),
     ],
 )
 def test_refusals(kind: Any, rules: list[dv.Rule], options: dict[str, Any], message: str) -> None:
     with pytest.raises(dv.ConfigurationError, match=message):
         dv.proxy_config(kind, rules, **options)
+
+
+def test_each_location_of_nginx_adds_a_header_once() -> None:
+    rules = [*FILES, dv.Rule("/srv/more", "/_more/"), dv.Rule("https://files.example.org/", "/_remote/")]
+    text = dv.proxy_config("nginx", rules, headers=["X-Robots-Tag", "x-robots-tag", "Vary", "Set-Cookie", "Expires"])
+    assert text.count("add_header X-Robots-Tag $upstream_http_x_robots_tag always;") == 2
+    assert text.count("add_header X-Robots-Tag $remote_header1 always;") == 1
+    assert text.count("set $remote_header1 $upstream_http_x_robots_tag;") == 1
+    assert text.count("proxy_hide_header X-Robots-Tag;") == 1
+    assert len(re.findall("(?i)add_header (x-robots-tag|set-cookie|expires)", text)) == 3
 
 
 @pytest.mark.parametrize("source, alias", [("/", "/"), ("//srv//files//", "/srv/files/"), ("/srv/./a/../b", "/srv/b/")])

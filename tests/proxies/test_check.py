@@ -1,7 +1,7 @@
 """`downloadview check`: what is shipped passes on the real proxies, and each misconfiguration is found on one."""
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from downloadview_async.service.proxy_config import config_for
 from downloadview_async.service.settings import Settings
 from tests.live import live, make_old
 from tests.proxies.conftest import content_of, make_checkout
-from tests.proxies.servers import KINDS, proxy, readable_directory
+from tests.proxies.servers import EACH_KIND, KINDS, proxy, readable_directory
 from tests.servers import free_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -706,6 +706,110 @@ async def test_nothing_listens() -> None:
     assert [line.step for line in failures(lines)] == ["application"]
 
 
+# --- the headers of routes
+
+
+MARKED = """
+[sources.files]
+type = "path"
+root = "app/files"
+precompressed = ["gzip"]
+[sources.made]
+type = "virtual"
+factory = "made_for_check:make"
+[[routes]]
+path = "/marked/{path:path}"
+source = "files"
+example = "plain.txt"
+headers = { X-Robots-Tag = "noindex", Link = "</a>; rel=preload, </b>; rel=next", Vary = "Accept-Language" }
+cors = { origins = ["https://app.example.org"], credentials = true }
+[[routes]]
+path = "/made/{name}"
+source = "made"
+example = "report.txt"
+headers = { Referrer-Policy = "no-referrer" }
+cors = { origins = ["*"] }
+"""
+
+
+@asynccontextmanager
+async def marked(kind: str) -> AsyncIterator[Callable[..., Awaitable[list[Line]]]]:
+    """Give a function that checks routes with headers behind a proxy with the printed configuration."""
+    async with site(kind) as here:
+        file = here.checkout / "marked.toml"
+        file.write_text(f'{MARKED}[offload]\nbackend = "{kind}"\n{RULES[kind]}')
+        settings = load_settings(file, environ={})
+
+        def text(service: str, listen: str) -> str:
+            relative_to = here.checkout if kind == "nginx" else None
+            return config_for(settings, kind, listen=listen, service=service, relative_to=relative_to)
+
+        async with live(build(settings)) as service:
+
+            async def checked(*edits: tuple[str, str]) -> list[Line]:
+                def edit(made: str) -> str:
+                    for old, new in edits:
+                        assert old in made, f"nothing to change: {old}"
+                        made = made.replace(old, new)
+                    return made
+
+                return await here.check(edit, text=text, service=service, settings=settings)
+
+            yield checked
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+async def test_the_headers_of_routes_arrive_behind_a_printed_configuration(kind: str) -> None:
+    async with marked(kind) as check_it:
+        lines = await check_it()
+    assert failures(lines) == []
+    skipped = [line.outcome for line in lines if line.result == "skip"]
+    own = "not checked: lighttpd sends its own 416 without CORS headers"
+    assert skipped == ([own] if kind == "lighttpd" else [])
+    assert {line.outcome for line in lines if line.request.startswith("OPTIONS ")} == {"200"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "add_header X-Robots-Tag $upstream_http_x_robots_tag always;",
+        "add_header Link $upstream_http_link always;",
+        "add_header Vary $upstream_http_vary always;",
+        "add_header Access-Control-Allow-Origin $upstream_http_access_control_allow_origin always;",
+        "add_header Access-Control-Expose-Headers $upstream_http_access_control_expose_headers always;",
+    ],
+)
+async def test_a_line_that_was_removed_is_named(line: str) -> None:
+    async with marked("nginx") as check_it:
+        failed = failures(await check_it((f"            {line}\n", "")))
+    assert failed
+    assert {one.route for one in failed} == {"/marked/{path:path}"}
+    assert {f"`{line}` in location /_files/" in one.remedy for one in failed} == {True}
+
+
+@pytest.mark.parametrize(
+    "kind, old, new, remedy",
+    [
+        ("nginx", NGINX_STREAM, f"{NGINX_STREAM} proxy_hide_header Referrer-Policy;", "for Referrer-Policy in the"),
+        ("caddy", "header X-Accel-Redirect *", "header X-Nothing *", "handle_response"),
+        ("caddy", "Date Server X-A", "Date Server X-Robots-Tag X-A", "`copy_response_headers"),
+        (
+            "nginx",
+            "        location / {",
+            "        location / {\n if ($request_method = OPTIONS) { return 405; }",
+            "OPTIONS",
+        ),
+        pytest.param("apache", APACHE, f"{APACHE}\nHeader unset Link", "`Header unset`", marks=pytest.mark.slow),
+        pytest.param("h2o", '["connection",', '["connection", "link",', "mruby.handler", marks=pytest.mark.slow),
+    ],
+)
+async def test_a_header_that_is_lost_in_another_way_is_found(kind: str, old: str, new: str, remedy: str) -> None:
+    async with marked(kind) as check_it:
+        failed = failures(await check_it((old, new)))
+    assert failed
+    assert remedy in failed[0].remedy
+
+
 # --- files that are not in a directory of the service
 
 
@@ -725,6 +829,7 @@ path = "cache"
 path = "/far/{path:path}"
 source = "far"
 example = "a b.txt"
+headers = { X-Robots-Tag = "noindex" }
 [[routes]]
 path = "/kept/{path:path}"
 source = "kept"
@@ -812,6 +917,15 @@ async def test_files_of_another_server_and_those_of_a_cache() -> None:
     assert "max_ranges" not in str(no_ranges)
     assert "502" in failures(failing)[0].outcome
     assert "compare the configuration of /_remote/ with `downloadview config`" in failures(failing)[0].remedy
+
+
+async def test_a_line_that_was_removed_for_files_of_another_server_is_named() -> None:
+    async with far() as here:
+        line = "            add_header X-Robots-Tag $remote_header1 always;\n"
+        failed = failures(await here.check((line, ""), files=[FAR_FILE]))
+    assert [line.outcome for line in failed] == ["X-Robots-Tag: None instead of noindex"]
+    assert "`set $service_header $upstream_http_x_robots_tag;`" in failed[0].remedy
+    assert "`add_header X-Robots-Tag $service_header always;` in `location = /_remote/`" in failed[0].remedy
 
 
 async def test_headers_of_a_store() -> None:

@@ -7,7 +7,16 @@ from typing import Literal
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.base import ProxyKind, ProxyOption
 from downloadview_async.offload.places import LocalFiles, percent_encoded, raw
-from downloadview_async.offload.render import ProxySite, directories, escaped, filled, literal, quoted, template
+from downloadview_async.offload.render import (
+    OF_ERRORS,
+    ProxySite,
+    directories,
+    escaped,
+    filled,
+    literal,
+    quoted,
+    template,
+)
 from downloadview_async.offload.rules import Rule
 
 ENCODING = ProxyOption(
@@ -48,10 +57,20 @@ _PRIVATE = """
 <LocationMatch "<<refused>>">
     RedirectMatch 404 ".*"
 </LocationMatch>"""
+_OF_ERRORS = """\
+# Apache's own 404 and 416 have nothing of the service's answer. A note keeps what a script of another site needs to
+# read their status.
+<<lines>>"""
+_ALWAYS = """\
+Header note <<header>> downloadview-<<header>>
+Header always set <<header>> "expr=%{note:downloadview-<<header>>}" "expr=-n note('downloadview-<<header>>')"
+"""
 _ALIAS = "LoadModule alias_module ${modules}/mod_alias.so\n"
 
 
 def _configuration(site: ProxySite) -> str:
+    wanted = {header.lower() for header in site.headers}
+    always = "".join(filled(_ALWAYS, header=header) for header in OF_ERRORS if header.lower() in wanted)
     return template(
         "httpd.conf",
         listen=f"{site.host}:{site.port}",
@@ -63,6 +82,7 @@ def _configuration(site: ProxySite) -> str:
         outside=filled(_OUTSIDE, prefix=re.escape(site.prefix)) if site.prefix else "",
         modules=_ALIAS if site.private else "",
         private=filled(_PRIVATE, refused=_with_encoded_slashes(site)) if site.private else "",
+        headers=filled(_OF_ERRORS, lines=always) if always else "",
         rules="\n".join(f"XSendFilePath {_word(site, path)}" for path in directories(site)),
     )
 

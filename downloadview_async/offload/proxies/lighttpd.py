@@ -64,6 +64,7 @@ LIGHTTPD = ProxyKind(
     encode=percent_encoded,
     backend=XSendfile,
     options={"encoding": replace(ENCODING, default="percent")},
+    has_bare_errors=True,
     configuration=_configuration,
     remedies={
         "not obeyed": '`"x-sendfile" => "enable"` and `"x-sendfile-docroot" => ("<directory>/")` in proxy.server',

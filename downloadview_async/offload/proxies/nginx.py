@@ -115,11 +115,44 @@ _TLS = """\
             proxy_ssl_verify on;
             proxy_ssl_trusted_certificate /etc/ssl/certs/ca-certificates.crt;
 """
+_ADD = """\
+            add_header <<header>> $<<value>> always;
+"""
+_SET = """\
+            set $<<variable>> $<<value>>;
+"""
+_HIDE = """\
+            proxy_hide_header <<header>>;
+"""
+
+
+_IN_TEMPLATES = frozenset(
+    {
+        "access-control-allow-credentials",
+        "access-control-allow-origin",
+        "access-control-expose-headers",
+        "age",
+        "cache-control",
+        "content-language",
+        "content-security-policy",
+        "expires",
+        "set-cookie",
+        "vary",
+        "x-content-type-options",
+    }
+)
+"""Headers that nginx keeps beside X-Accel-Redirect, and those that the templates add in any case."""
 
 
 def _configuration(site: ProxySite) -> str:
+    headers = [header for header in site.headers if header.lower() not in _IN_TEMPLATES]
     blocks = [
-        template("nginx-files.conf", target=rule.target, directory=_word(site.seen(rule.source)[1] or "./"))
+        template(
+            "nginx-files.conf",
+            target=rule.target,
+            directory=_word(site.seen(rule.source)[1] or "./"),
+            headers="".join(filled(_ADD, header=header, value=_upstream(header)) for header in headers),
+        )
         for rule in site.rules
     ]
     blocks += [
@@ -130,6 +163,15 @@ def _configuration(site: ProxySite) -> str:
             scheme=remote.scheme,
             host=remote.authority,
             tls=filled(_TLS, host=remote.host) if remote.scheme == "https" else "",
+            set_headers="".join(
+                filled(_SET, variable=f"{remote.name}_header{number}", value=_upstream(header))
+                for number, header in enumerate(headers, 1)
+            ),
+            hide_headers="".join(filled(_HIDE, header=header) for header in headers),
+            headers="".join(
+                filled(_ADD, header=header, value=f"{remote.name}_header{number}")
+                for number, header in enumerate(headers, 1)
+            ),
         )
         for remote in site.remotes
     ]
@@ -150,6 +192,13 @@ def _configuration(site: ProxySite) -> str:
         upstreams="".join(upstreams),
         rules="\n".join(blocks).rstrip("\n"),
     )
+
+
+def _upstream(header: str) -> str:
+    """Return the name of nginx's variable for a header of the service. Raises `ConfigurationError` if it has none."""
+    if not re.fullmatch("[A-Za-z0-9-]+", header):
+        raise ConfigurationError(f"{header!r}: nginx has no variable for this header: use letters, digits and hyphens")
+    return f"upstream_http_{header.lower().replace('-', '_')}"
 
 
 def _word(text: str) -> str:
@@ -191,6 +240,8 @@ NGINX = ProxyKind(
         "on as the client spelled it",
         "header": "`add_header <header> $upstream_http_<variable> always;` in location <target>, and no other "
         "add_header, expires or proxy_hide_header for it",
+        "fetched header": "`set $service_header $upstream_http_<variable>;`, `proxy_hide_header <header>;` and "
+        "`add_header <header> $service_header always;` in `location = <target>`",
         "streamed header": "no add_header, expires or proxy_hide_header for <header> in the location with proxy_pass",
         "ranges": "no `max_ranges 0;` in location <target>; `gzip off;` there",
         "streamed ranges": "no `proxy_set_header Range` or `proxy_set_header If-Range`, no proxy_cache, and `gzip "

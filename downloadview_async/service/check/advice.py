@@ -36,10 +36,13 @@ PROBLEMS: Mapping[str, str] = {
     "fetched ranges": "configure the proxy to pass on Range and If-Range to the server of <directory>",
     "fetched conditions": "configure the proxy to pass on conditional headers to the server of <directory>, and "
     "ETag and Last-Modified to the client",
+    "fetched header": "configure the proxy to pass on <header> of the service unchanged, and to send it once, and to "
+    "drop <header> of the server of <directory>",
     "header of a store": "configure the proxy to remove <header> from answers",
     "redirect": "set [sources.<name>.presign] public_endpoint to the URL at which clients reach the store; a proxy in "
     "front of the store must not change the host, the path or the query, because they are signed",
     "encoded": "configure the proxy to compress nothing that is a file",
+    "preflight": "configure the proxy to pass OPTIONS on to <service>, and its answer to the client unchanged",
     "order": "configure the proxy to remove X-Accel-* and X-Sendfile* from requests",
     "cookie": "find out what sets the cookie: the service does not",
 }

@@ -18,6 +18,7 @@ PIECE = 64 << 10
 MOST = 3 * PIECE
 """The most bytes to read of one answer."""
 
+_SPACES = re.compile("[ \t]*,[ \t]*")
 _OBEYED = [name for kind in proxy_kinds().values() for name in kind.headers]
 _ORDER = re.compile("|".join(["x-accel-.+", "x-sendfile.*", "x-offload-target", *_OBEYED]))
 
@@ -46,6 +47,11 @@ class Answer:
         """Return the value of a header, or None; repeated headers are joined by commas."""
         values = [value for known, value in self.headers if known == name.lower()]
         return ", ".join(values) if values else None
+
+    def differs(self, other: "Answer", name: str) -> bool:
+        """Return whether a header has another value in another answer. Proxies may change the spaces after commas."""
+        one, another = self.get(name), other.get(name)
+        return one != another and (not one or not another or _listed(one) != _listed(another))
 
     @property
     def orders(self) -> dict[str, str]:
@@ -125,6 +131,10 @@ async def follow(url: str, timeout: float, headers: Mapping[str, str]) -> Answer
     request = httpx2.Request("GET", base, headers=dict(headers), extensions={"target": target})
     async with _client(parts.scheme, timeout) as client:
         return await _answer_to(request, client, timeout)
+
+
+def _listed(value: str) -> str:
+    return _SPACES.sub(",", value)
 
 
 def _client(scheme: str, timeout: float, uds: str | None = None) -> httpx2.AsyncClient:

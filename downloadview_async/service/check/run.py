@@ -19,7 +19,6 @@ from downloadview_async.service.app import build
 from downloadview_async.service.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer
 from downloadview_async.service.check.samples import content_of, names_in
 from downloadview_async.service.check.site import (
-    KEPT_HEADERS,
     PARAMETER,
     PLAIN,
     File,
@@ -325,8 +324,8 @@ class _Run:
             return f"307 to {urlsplit(answer.get('location') or '').netloc}", ""
         if answer.status != 200:
             return outcome, "it does not find the file, or its user may not read it"
-        for name in KEPT_HEADERS:
-            if answer.get(name) != file.expected.get(name):
+        for name in file.kept_headers:
+            if answer.differs(file.expected, name):
                 return f"{outcome}, {name}: {answer.get(name)}", f"they give {name}: {file.expected.get(name)}"
         _, source = self.site.source_of(file.route)
         if cache_of(source) is not None and bool(answer.orders) != file.offloaded:

@@ -37,7 +37,7 @@ KEPT_HEADERS = (
     "Content-Encoding",
     "Content-Language",
 )
-"""The headers of the service that must reach the client unchanged, whoever sends the file."""
+"""The headers of the service that must reach the client unchanged, whoever sends the file. See `File.kept_headers`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +103,11 @@ class File:
     def offloaded(self) -> bool:
         """Whether the proxy should send it."""
         return bool(self.expected.orders)
+
+    @property
+    def kept_headers(self) -> tuple[str, ...]:
+        """The headers of the service that must reach the client: those of the route too."""
+        return tuple({name.lower(): name for name in (*self.route.headers, *KEPT_HEADERS)}.values())
 
     @property
     def repeatable(self) -> bool:

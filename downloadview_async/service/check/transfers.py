@@ -23,7 +23,7 @@ from downloadview_async.service.check.site import (
     shown_url,
     skipped,
 )
-from downloadview_async.service.settings import PathSettings, StorageSettings, cache_of
+from downloadview_async.service.settings import CORS_HEADERS, PathSettings, StorageSettings, cache_of
 
 _PART = 1024  # bytes of a requested range
 _ONCE = ("accept-ranges", "content-length", "date", "etag", "last-modified", "server")
@@ -36,6 +36,7 @@ _ORDERS_OF_A_CLIENT = dict(
     )
 )
 _OF_A_STORE = re.compile("x-amz-(?!cf-)|x-goog-|x-ms-|seaweed-")  # x-amz-cf- is CloudFront, which is a proxy
+_OF_A_PREFLIGHT = ("Access-Control-Allow-Origin", "Access-Control-Allow-Methods", "Access-Control-Allow-Headers")
 _UNREACHED = (502, 503, 504)
 
 
@@ -66,7 +67,16 @@ class TransferChecks:
             for line in self._headers(file, whole):
                 yield line
             if file.wanted.thorough:
-                for step in (self._head, self._ranges, self._conditions, self._encodings, self._names, self._orders):
+                steps = (
+                    self._head,
+                    self._ranges,
+                    self._conditions,
+                    self._encodings,
+                    self._names,
+                    self._orders,
+                    self._cors,
+                )
+                for step in steps:
                     async for line in step(file, whole):
                         yield line
         except NoAnswerError as exc:
@@ -188,7 +198,7 @@ class TransferChecks:
             for name in ("ETag", "Last-Modified")
             if not file.offloaded and (file.direct is not None or not whole.get(name))
         ]
-        changed = [name for name in (*KEPT_HEADERS, *validators) if whole.get(name) != expected.get(name)]
+        changed = [name for name in (*file.kept_headers, *validators) if whole.differs(expected, name)]
         if file.offloaded and self.site.kind is not None:
             changed = [name for name in changed if name not in self.site.kind.replaced_headers]
         if (expected.get("content-security-policy") or "") in (whole.get("content-security-policy") or ""):
@@ -354,6 +364,38 @@ class TransferChecks:
         outcome = ", the same answer" if right else ", another answer"
         yield await self._judged(right, file, _ORDERS_OF_A_CLIENT, answer, "order", outcome)
 
+    async def _cors(self, file: File, whole: Answer) -> AsyncIterator[Line]:
+        """Check what a browser needs before it lets a script of another web site read the file, or an error."""
+        cors = file.route.cors
+        if cors is None:
+            return
+        origin = {"Origin": "https://downloadview-check.example" if "*" in cors.origins else cors.origins[0]}
+        expected = await self.site.in_process.ask(file.target, headers=origin, method="HEAD")
+        beyond = {**origin, "Range": f"bytes={file.content.size}-"}
+        for headers in (origin, beyond) if file.ranged and file.content.size else (origin,):
+            answer = await self._ask(file, **headers)
+            lost = [name for name in CORS_HEADERS if answer.differs(expected, name)]
+            request = f"GET {file.target}{shown(headers, '')}"
+            kind = self.site.kind
+            if lost and answer.status == 416 and file.offloaded and kind is not None and kind.has_bare_errors:
+                yield skipped("together", file.wanted, request, f"{kind.title} sends its own 416 without CORS headers")
+                continue
+            for name in lost:
+                outcome = f"{answer.status}, {name}: {answer.get(name)} instead of {expected.get(name)}"
+                yield failed("together", file.wanted, request, outcome, self._lost("header", file, header=name))
+            if not lost:
+                yield passed("together", file.wanted, request, f"{answer.status}, a script can read it")
+        preflight = {**origin, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "range"}
+        expected = await self.site.in_process.ask(file.target, headers=preflight, method="OPTIONS")
+        answer = await self._ask(file, method="OPTIONS", **preflight)
+        right = answer.status == expected.status
+        right = right and not any(answer.differs(expected, name) for name in _OF_A_PREFLIGHT)
+        request, outcome = f"OPTIONS {file.target}{shown(preflight, '')}", f"{answer.status}"
+        if right:
+            yield passed("together", file.wanted, request, outcome)
+        else:
+            yield failed("together", file.wanted, request, outcome, self.site.advice("preflight", None))
+
     # --- requests and rows
 
     async def _ask(self, file: File, *, method: str = "GET", **headers: str) -> Answer:
@@ -386,6 +428,6 @@ class TransferChecks:
         """Return the remedy for a fault of the server that sends the file: the proxy, the service or a store."""
         if not file.offloaded and problem in ("ranges", "conditions", "header"):
             problem = f"streamed {problem}"
-        elif self.site.is_fetched(file) and problem in ("ranges", "conditions"):
+        elif self.site.is_fetched(file) and problem in ("ranges", "conditions", "header"):
             problem = f"fetched {problem}"
         return self.site.advice(problem, self.site.rule_of(file), **facts)
