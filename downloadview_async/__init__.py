@@ -12,6 +12,7 @@ from downloadview_async.errors import (
     FileMissing,
     LinkExpired,
     LinkInvalid,
+    LinkUsedUp,
     PreconditionFailed,
     SourceUnavailable,
     TransferAborted,
@@ -32,6 +33,11 @@ from downloadview_async.offload.rules import Rule
 from downloadview_async.policy.access import Access, SignedLinks, signed_link
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.signing import URLSigner
+from downloadview_async.policy.stores.base import GrantStore, Session
+from downloadview_async.policy.stores.from_url import grant_store_from_url
+from downloadview_async.policy.stores.memory import MemoryGrantStore
+from downloadview_async.policy.stores.redis import RedisGrantStore
+from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
@@ -71,9 +77,12 @@ __all__ = [
     "FileMetadata",
     "FileMissing",
     "Grant",
+    "GrantStore",
     "LinkExpired",
     "LinkInvalid",
+    "LinkUsedUp",
     "LocalFile",
+    "MemoryGrantStore",
     "MemoryStorage",
     "ObjectFile",
     "ObjectSource",
@@ -88,9 +97,12 @@ __all__ = [
     "ProxyOption",
     "ProxySite",
     "Redirect",
+    "RedisGrantStore",
     "RemoteFile",
     "RemoteSource",
     "Rule",
+    "SQLiteGrantStore",
+    "Session",
     "SignedLinks",
     "Source",
     "SourceUnavailable",
@@ -113,6 +125,7 @@ __all__ = [
     "__version__",
     "add_content_types",
     "download_error",
+    "grant_store_from_url",
     "proxy_config",
     "proxy_kinds",
     "signed_link",

@@ -1,0 +1,58 @@
+"""Counts the answer to a request by a link that allows a number of downloads."""
+
+import anyio
+from starlette.types import Scope
+
+from downloadview_async.accounts.outcome import Observer, Outcome
+from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.plan import Plan
+from downloadview_async.policy.uses import USE, Use
+
+
+class Counted:
+    """Passes on the outcome of one answer, and notes what was sent once the answer has ended."""
+
+    def __init__(self, use: Use, observer: Observer | None) -> None:
+        self._use = use
+        self._observer = observer
+        self._outcome: Outcome | None = None
+
+    def observe(self, outcome: Outcome) -> None:
+        """Keep the outcome, and pass it on."""
+        self._outcome = outcome
+        if self._observer is not None:
+            self._observer(outcome)
+
+    async def note(self) -> None:
+        """Note what was sent, also when the client has left. The store's timeout limits how long this takes."""
+        if self._outcome is None:
+            return  # the answer is held: a proxy sends it
+        with anyio.CancelScope(shield=True):
+            for span in _spans_sent(self._outcome):
+                await self._use.note(span, is_whole=self._outcome.spans == (None,))
+
+
+async def claim(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> None:
+    """Claim a download for a GET that gets bytes of the file. plan: None if another server sends the file.
+
+    Raises `LinkUsedUp`, or `SourceUnavailable` if the store of links does not answer.
+    """
+    use: Use | None = scope.get(USE)
+    if use is None or scope["method"] == "HEAD":
+        return
+    if plan is None:
+        await use.claim(metadata, 0)
+    elif plan.body:
+        starts = [piece.start if piece is not None else 0 for piece in plan.body if not isinstance(piece, bytes)]
+        await use.claim(metadata, min(starts, default=0))
+
+
+def _spans_sent(outcome: Outcome) -> list[ByteRange]:
+    """Return the parts of the file that the server took of an answer."""
+    match outcome.spans:
+        case (ByteRange() as span,):
+            return [ByteRange(span.start, span.start + min(outcome.sent, len(span)))]
+        case (None,):
+            return [ByteRange(0, outcome.sent)] if outcome.is_complete else []
+    # Framing is between several parts, so of an incomplete answer nobody knows which bytes were sent.
+    return [span for span in outcome.spans if span is not None] if outcome.is_complete else []
