@@ -209,8 +209,10 @@ class URLSigner:
         """Revoke a link, or all links of a key, by its id: from the next request on, in every process with this store.
 
         Returns until when the entry is kept, in seconds since 1970 UTC: until every link that can exist now has
-        expired. None: for ever, as for a key. Raises `ConfigurationError` without a store, `ValueError` for what cannot
-        be an id, and what the store raises if it fails.
+        expired. None: for ever, as for a key.
+
+        Raises `ConfigurationError` without a store, `ValueError` for what cannot be an id, and `SourceUnavailable` if
+        the store does not answer.
         """
         if self._store is None:
             raise ConfigurationError("links are revoked in a store: give URLSigner a store")
@@ -218,7 +220,7 @@ class URLSigner:
             raise ValueError(f"{identifier!r} is not the id of a link or of a key")
         is_kept = self._max_age is None or identifier in self._keys
         until = None if is_kept or self._max_age is None else time.time() + self._max_age.total_seconds() + MARGIN
-        await self._store.store.revoke(identifier, until)
+        await self._store.revoke(identifier, until)
         return until
 
     def _checked_uses(self, uses: int, *, shareable: bool) -> str:

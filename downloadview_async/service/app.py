@@ -33,13 +33,14 @@ from downloadview_async import (
     Source,
     Storage,
     StorageSource,
+    URLSigner,
     VirtualSource,
     add_content_types,
     download_error,
     proxy_kinds,
     storage_from_url,
 )
-from downloadview_async.service.access import access_of, signer_of
+from downloadview_async.service.access import access_of, opened_store, signer_of, store_of
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
@@ -99,6 +100,10 @@ def build(settings: Settings) -> Starlette:
             probes[name] = ObjectStorage(source.url, max_connections=1, **options)
     checks |= {name: check_store(storage) for name, storage in probes.items()}
     checks |= {name: database.check for name, database in databases.items()}
+    store = store_of(settings)
+    signer = signer_of(settings, store)
+    if store is not None and settings.links is not None and settings.links.when_store_fails == "refuse":
+        checks["links.store"] = store.check
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -118,6 +123,7 @@ def build(settings: Settings) -> Starlette:
             for cache in caches.values():
                 stack.push_async_callback(cache.aclose)
             await stack.enter_async_context(_opened(settings, databases))
+            await stack.enter_async_context(opened_store(settings, store))
             yield
 
     health = Health(checks)
@@ -130,7 +136,7 @@ def build(settings: Settings) -> Starlette:
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
-            *_routes(settings, sources),
+            *_routes(settings, sources, signer),
         ],
         middleware=middleware,
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
@@ -156,11 +162,11 @@ def worker_app() -> EndsInTime:
 
 
 async def check_databases(settings: Settings) -> None:
-    """Open and close each database, so that errors show before the server and its workers start.
+    """Open and close each database and the store of links, so that errors show before the server and its workers start.
 
     Raises `ConfigurationError`, as the start of the application would.
     """
-    async with _opened(settings, _databases(settings)):
+    async with _opened(settings, _databases(settings)), opened_store(settings, store_of(settings)):
         pass
 
 
@@ -266,9 +272,8 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
         return Documents(source, directory=settings.directory)
 
 
-def _routes(settings: Settings, sources: Mapping[str, Source]) -> Iterator[Route]:
+def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner | None) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
-    signer = signer_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
         endpoint = Download(

@@ -56,6 +56,9 @@ class Failing(dv.MemoryGrantStore):
     async def is_revoked(self, identifiers: Sequence[str], now: float) -> bool:
         return await self._fail()
 
+    async def revoke(self, identifier: str, until: float | None) -> None:
+        await self._fail()
+
     async def _fail(self) -> bool:
         if self.hangs:
             await asyncio.Event().wait()
@@ -217,6 +220,8 @@ async def test_a_store_that_fails_may_allow(hangs: bool, caplog: pytest.LogCaptu
         assert await is_claimed(one, link, "203.0.113.6")
     assert len(caplog.messages) == 1
     assert "requests are allowed without it" in caplog.text
+    with pytest.raises(dv.SourceUnavailable):
+        await one.revoke("abc")
 
 
 @pytest.mark.asyncio

@@ -33,7 +33,7 @@ class GuardedStore:
             raise ConfigurationError(f"store is {store!r}: give a GrantStore, such as SQLiteGrantStore('links.db')")
         if when_it_fails not in ("refuse", "allow"):
             raise ConfigurationError(f'when_store_fails is {when_it_fails!r}: give "refuse" or "allow"')
-        self.store = store
+        self._store = store
         self._is_allowed = when_it_fails == "allow"
         self._timeout = timeout
         self._log_at = 0.0
@@ -43,25 +43,30 @@ class GuardedStore:
     ) -> bool:
         """Return whether the request may have the file. Raises `SourceUnavailable`."""
         return await self._asked(
-            lambda: self.store.claim(session, uses=uses, is_start=is_start, now=now, ends=ends, until=until), True
+            lambda: self._store.claim(session, uses=uses, is_start=is_start, now=now, ends=ends, until=until), True
         )
 
     async def is_revoked(self, identifiers: Sequence[str]) -> bool:
         """Return whether one of the ids is revoked. Raises `SourceUnavailable`."""
-        return await self._asked(lambda: self.store.is_revoked(identifiers, time.time()), False)
+        return await self._asked(lambda: self._store.is_revoked(identifiers, time.time()), False)
 
     async def note(self, session: Session, span: ByteRange, size: int) -> None:
         """Note a part of the file that was sent. If that fails, the session ends by its time."""
         with contextlib.suppress(SourceUnavailable):  # it is logged, and the file has left
-            await self._asked(lambda: self.store.note(session, span, size), None)
+            await self._asked(lambda: self._store.note(session, span, size), None)
 
-    async def _asked(self, call: Callable[[], Awaitable[T]], otherwise: T) -> T:
+    async def revoke(self, identifier: str, until: float | None) -> None:
+        """Revoke a link or a key. Raises `SourceUnavailable` if the store fails, whatever is allowed then."""
+        await self._asked(lambda: self._store.revoke(identifier, until), None, is_allowed=False)
+
+    async def _asked(self, call: Callable[[], Awaitable[T]], otherwise: T, *, is_allowed: bool | None = None) -> T:
+        is_allowed = self._is_allowed if is_allowed is None else is_allowed
         try:
             with anyio.fail_after(self._timeout):
                 return await call()
         except Exception as exc:  # whatever the library of the store raises
             self._log(exc)
-            if self._is_allowed:
+            if is_allowed:
                 return otherwise
             raise SourceUnavailable(f"the store of links has failed: {type(exc).__name__}") from exc
 

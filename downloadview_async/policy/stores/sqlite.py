@@ -125,6 +125,7 @@ class SQLiteGrantStore:
             return self._connections.get(loop) or self._connections.set(loop, await self._opened())
 
     async def _opened(self) -> "aiosqlite.Connection":
+        _check_place(self._path)
         connection = await self._connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
             ((version,),) = await connection.execute_fetchall("PRAGMA user_version")
@@ -139,6 +140,18 @@ class SQLiteGrantStore:
                 await connection.close()
             raise
         return connection
+
+
+def _check_place(path: str) -> None:
+    """Raise `sqlite3.OperationalError` if the file can certainly not be opened.
+
+    If the opening fails in aiosqlite, its thread may end after the event loop, and with an error. Opening the file here
+    instead would release the locks that this process has on it.
+    """
+    directory = os.path.dirname(os.path.abspath(path))
+    is_usable = os.access(path, os.R_OK | os.W_OK) and not os.path.isdir(path)
+    if not os.access(directory, os.W_OK | os.X_OK) or (os.path.lexists(path) and not is_usable):
+        raise sqlite3.OperationalError(f"unable to open database file {path!r}")
 
 
 async def _use_wal(connection: "aiosqlite.Connection") -> None:
