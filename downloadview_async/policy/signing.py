@@ -154,24 +154,23 @@ class URLSigner:
         secret = self._keys.get(key_id) if len(query) <= MAX_QUERY_BYTES else None
         if secret is None or not hmac.compare_digest(_signature(secret, path, signed), signature):
             raise LinkInvalid("the link is not signed by one of the keys")
-        values = dict([pair.split("=", 1) for pair in signed.decode("ascii").split("&")])  # as `sign` has made them
-        expires = values.get("e")
-        if expires is not None and int(expires) <= now:
+        values = {pair[0]: pair[2:] for pair in signed.decode("ascii").split("&")}  # as `sign` has made them
+        expires = int(values["e"]) if "e" in values else None
+        if expires is not None and expires <= now:
             raise LinkExpired(f"the link {values['i']} has expired")
         network = values.get("c")
         if network is not None and not _is_in(client, unquote(network)):
             raise LinkInvalid(f"the link {values['i']} is not for this client")
         filename, disposition, content_type = values.get("f"), values.get("d"), values.get("t")
-        uses = values.get("u")
         return Grant(
             filename=None if filename is None else unquote(filename),
             attachment=None if disposition is None else disposition == "a",
             content_type=None if content_type is None else unquote(content_type),
-            expires=None if expires is None else int(expires),
+            expires=expires,
             is_shareable="p" in values,
             link_id=values["i"],
             key_id=key_id,
-            uses=None if uses is None else int(uses),
+            uses=int(values["u"]) if "u" in values else None,
         )
 
     async def verify(self, scope: MutableMapping[str, Any]) -> Grant:
