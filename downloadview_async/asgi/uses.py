@@ -41,10 +41,9 @@ async def claim(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) 
     if use is None or scope["method"] == "HEAD":
         return
     if plan is None:
-        await use.claim(metadata, 0)
+        await use.claim(metadata, wants_all=True)
     elif plan.body:
-        starts = [piece.start if piece is not None else 0 for piece in plan.body if not isinstance(piece, bytes)]
-        await use.claim(metadata, min(starts, default=0))
+        await use.claim(metadata, wants_all=plan.status != 206 or plan.body == (ByteRange(0, metadata.size or 0),))
 
 
 def _spans_sent(outcome: Outcome) -> list[ByteRange]:

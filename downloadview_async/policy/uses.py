@@ -34,12 +34,11 @@ class Use:
         self._session: Session | None = None
         self._size: int | None = None
 
-    async def claim(self, metadata: FileMetadata, start: int) -> None:
-        """Count the request, once, before anything is sent. start: the first byte of the file that it gets.
+    async def claim(self, metadata: FileMetadata, *, wants_all: bool) -> None:
+        """Count the request, once, before anything is sent. wants_all: whether it is for all bytes of the file.
 
-        A request for the first byte begins a new download if the last one is complete. A request for later bytes
-        belongs to the last one even then: what was sent may not have arrived, and a client that has the file gets
-        nothing new.
+        Such a request begins a new download if the last one is complete. A request for a part belongs to the last one
+        even then: what the kernel took may not have arrived, and a client that has the file gets nothing new.
 
         Raises `LinkUsedUp`, or `SourceUnavailable` if the store does not answer.
         """
@@ -50,7 +49,7 @@ class Use:
         is_claimed = await self._store.claim(
             session,
             uses=self._uses,
-            is_start=start == 0,
+            wants_all=wants_all,
             now=now,
             ends=now + self._seconds,
             until=None if self._until is None else max(self._until, now + self._seconds),

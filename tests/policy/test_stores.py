@@ -61,12 +61,12 @@ class Link:
         client: str,
         *,
         version: str = '"1"',
-        start: bool = True,
+        whole: bool = True,
         now: float = NOW,
         until: float | None = NOW + 1e6,
     ) -> bool:
         return await self.store.claim(
-            self.of(client, version), uses=self.uses, is_start=start, now=now, ends=now + 86_400, until=until
+            self.of(client, version), uses=self.uses, wants_all=whole, now=now, ends=now + 86_400, until=until
         )
 
     async def sends(self, client: str, start: int, stop: int) -> None:
@@ -76,14 +76,14 @@ class Link:
 @pytest.mark.asyncio
 async def test_a_session_is_one_use_until_it_is_complete(store: dv.GrantStore) -> None:
     link = Link(store, 1)
-    assert [await link.claim("ada", start=start) for start in (True, False, True)] == [True] * 3
+    assert [await link.claim("ada", whole=whole) for whole in (True, False, True)] == [True] * 3
     assert not await link.claim("bob")
     await link.sends("ada", 0, 60)
     assert await link.claim("ada")
     await link.sends("ada", 50, 100)
     assert not await link.claim("ada")
-    assert await link.claim("ada", start=False), "what was sent last may not have arrived"
-    assert not await link.claim("bob", start=False)
+    assert await link.claim("ada", whole=False), "what was sent last may not have arrived"
+    assert not await link.claim("bob", whole=False)
 
 
 @pytest.mark.asyncio
@@ -114,7 +114,7 @@ async def test_a_session_ends_by_its_time(store: dv.GrantStore) -> None:
     assert await link.claim("ada", now=NOW + 86_400)
     assert not await link.claim("bob", now=NOW + 86_400)
     assert not await link.claim("ada", now=NOW + 2 * 86_400)
-    assert not await link.claim("ada", start=False, now=NOW + 2 * 86_400)
+    assert not await link.claim("ada", whole=False, now=NOW + 2 * 86_400)
 
 
 @pytest.mark.asyncio
@@ -133,7 +133,7 @@ async def test_parallel_clients_of_a_once_only_link(store: dv.GrantStore) -> Non
 @pytest.mark.asyncio
 async def test_parallel_requests_of_one_client_are_one_use(store: dv.GrantStore) -> None:
     link = Link(store, 2)
-    assert all(await asyncio.gather(*(link.claim("ada", start=number == 0) for number in range(16))))
+    assert all(await asyncio.gather(*(link.claim("ada", whole=number == 0) for number in range(16))))
     await asyncio.gather(*(link.sends("ada", place, place + 10) for place in range(0, SIZE, 10)))
     assert await link.claim("ada"), "the second use"
     assert not await link.claim("bob")
@@ -203,7 +203,7 @@ async def main(url, links, clients):
     store = dv.grant_store_from_url(url)
     async def claim(link, client):
         session = dv.Session(link_id=link, client=client, version="1")
-        return await store.claim(session, uses=1, is_start=True, now=1.9e9, ends=1.9e9 + 86400, until=2e9)
+        return await store.claim(session, uses=1, wants_all=True, now=1.9e9, ends=1.9e9 + 86400, until=2e9)
     await store.check()
     print("ready", flush=True)
     sys.stdin.readline()

@@ -37,7 +37,7 @@ async def use_of(signer: dv.URLSigner, link: str, client: str | None = "203.0.11
 
 async def is_claimed(signer: dv.URLSigner, link: str, client: str | None = "203.0.113.5") -> bool:
     try:
-        await (await use_of(signer, link, client)).claim(FILE, 0)
+        await (await use_of(signer, link, client)).claim(FILE, wants_all=True)
     except dv.LinkUsedUp:
         return False
     return True

@@ -34,13 +34,13 @@ class GrantStore(Protocol):
     """
 
     async def claim(
-        self, session: Session, *, uses: int, is_start: bool, now: float, ends: float, until: float | None
+        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether a request belongs to a session that is open, or to one that this call has opened.
 
-        uses: how many sessions of the link may be opened in all. is_start: whether the request begins with the first
-        byte of the file; such a request does not belong to a session that is complete. ends: the end of a session that
-        is opened now. until: when the entry may be forgotten, None: never.
+        uses: how many sessions of the link may be opened in all. wants_all: whether the request is for all bytes of the
+        file; such a request does not belong to a session that is complete. ends: the end of a session that is opened
+        now. until: when the entry may be forgotten, None: never.
         """
         ...
 

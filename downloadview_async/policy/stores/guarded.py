@@ -39,11 +39,11 @@ class GuardedStore:
         self._log_at = 0.0
 
     async def claim(
-        self, session: Session, *, uses: int, is_start: bool, now: float, ends: float, until: float | None
+        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether the request may have the file. Raises `SourceUnavailable`."""
         return await self._asked(
-            lambda: self._store.claim(session, uses=uses, is_start=is_start, now=now, ends=ends, until=until), True
+            lambda: self._store.claim(session, uses=uses, wants_all=wants_all, now=now, ends=ends, until=until), True
         )
 
     async def is_revoked(self, identifiers: Sequence[str]) -> bool:

@@ -36,13 +36,13 @@ class MemoryGrantStore:
         self._sweep_at = 0.0
 
     async def claim(
-        self, session: Session, *, uses: int, is_start: bool, now: float, ends: float, until: float | None
+        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether a request belongs to an open session, or to one that this call has opened."""
         self._sweep(now)
         link = self._links.setdefault(session.link_id, _Link(until))
         progress = link.sessions.get(session.digest)
-        if progress is not None and progress.ends > now and not (progress.is_complete and is_start):
+        if progress is not None and progress.ends > now and not (progress.is_complete and wants_all):
             return True
         if link.opened >= uses:
             return False

@@ -75,11 +75,11 @@ class RedisGrantStore:
             ) from exc
 
     async def claim(
-        self, session: Session, *, uses: int, is_start: bool, now: float, ends: float, until: float | None
+        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether a request belongs to an open session, or to one that this call has opened."""
         expires = "" if until is None else math.ceil(until)
-        values = (session.digest, uses, int(is_start), repr(now), repr(ends), expires)
+        values = (session.digest, uses, int(wants_all), repr(now), repr(ends), expires)
         return bool(await self._client().eval(_CLAIM, 1, self._key_of(session), *values))
 
     async def note(self, session: Session, span: ByteRange, size: int) -> None:

@@ -62,12 +62,12 @@ class SQLiteGrantStore:
         self._sweep_at = 0.0
 
     async def claim(
-        self, session: Session, *, uses: int, is_start: bool, now: float, ends: float, until: float | None
+        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether a request belongs to an open session, or to one that this call has opened."""
         await self._sweep(now)
         link, digest = session.link_id, session.digest
-        is_open = (link, digest, now, is_start)
+        is_open = (link, digest, now, wants_all)
         if await self._rows(_OPEN, *is_open):
             return True
         if await self._rows(_CLAIM, link, digest, ends, until, *is_open, link, uses):
