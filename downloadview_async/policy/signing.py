@@ -229,7 +229,7 @@ class URLSigner:
             raise ValueError(f"uses is {uses}: give a number from 1 to {MOST_USES}")
         if shareable:
             raise ValueError("a link with uses cannot be shareable, because caches do not count")
-        return str(int(uses))
+        return f"{uses:d}"
 
     def _expiry(self, expires_in: timedelta | None, until: datetime | None) -> str | None:
         now = time.time()

@@ -82,7 +82,7 @@ async def test_a_session_is_one_use_until_it_is_complete(store: dv.GrantStore) -
     assert await link.claim("ada")
     await link.sends("ada", 50, 100)
     assert not await link.claim("ada")
-    assert await link.claim("ada", whole=False), "what was sent last may not have arrived"
+    assert await link.claim("ada", whole=False), "what the kernel took may not have arrived"
     assert not await link.claim("bob", whole=False)
 
 
@@ -177,9 +177,9 @@ async def test_entries_expire(kind: str, request: pytest.FixtureRequest, tmp_pat
 
 @pytest.mark.asyncio
 async def test_entries_in_redis_expire(request: pytest.FixtureRequest) -> None:
+    url = url_of("redis", request)  # or the test is skipped
     from redis.asyncio import Redis
 
-    url = url_of("redis", request)
     store = dv.RedisGrantStore(url, prefix="expiring")
     link, until = Link(store, 1), time.time() + 1000
     async with Redis.from_url(url) as client:
