@@ -97,9 +97,9 @@ class DownloadResponse(Response):
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
         elif (use := scope.get(USE)) is not None:
-            counted = Counted(use, observer_of(scope))
+            counted = Counted(use, observer_of(scope), send)
             try:
-                await self._respond_observed(counted.observe, scope, receive, send)
+                await self._respond_observed(counted.observe, scope, receive, counted.send)
             finally:
                 await counted.note()
         elif (observer := observer_of(scope)) is None:

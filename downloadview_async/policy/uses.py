@@ -6,6 +6,8 @@ from ipaddress import ip_address, ip_network
 from secrets import token_hex
 from typing import Any
 
+import anyio
+
 from downloadview_async.errors import LinkUsedUp
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.policy.grants import Grant
@@ -33,6 +35,7 @@ class Use:
         self._seconds = session_seconds
         self._session: Session | None = None
         self._size: int | None = None
+        self._noted: anyio.Event | None = None
 
     async def claim(self, metadata: FileMetadata, *, wants_all: bool) -> None:
         """Count the request, once, before anything is sent. wants_all: whether it is for all bytes of the file.
@@ -45,6 +48,7 @@ class Use:
         if self._session is not None:
             return
         session = Session(link_id=self._link_id, client=self._client, version=_version_of(metadata))
+        await self._store.wait_for_notes(session)
         now = time.time()
         is_claimed = await self._store.claim(
             session,
@@ -57,6 +61,21 @@ class Use:
         if not is_claimed:
             raise LinkUsedUp(f"the link {self._link_id} has been used for {self._uses} downloads")
         self._session, self._size = session, metadata.size
+
+    def end(self) -> None:
+        """Have further requests of the session in this process wait until `close` is called: the answer has left."""
+        if self._session is not None and self._noted is None:
+            self._noted = anyio.Event()
+            self._store.notes.setdefault(self._session, []).append(self._noted)
+
+    def close(self) -> None:
+        """Let further requests of the session go on: what was sent has been noted."""
+        if self._session is not None and self._noted is not None:
+            self._noted.set()
+            running = self._store.notes[self._session]
+            running.remove(self._noted)
+            if not running:
+                del self._store.notes[self._session]
 
     async def note(self, span: ByteRange, *, is_whole: bool = False) -> None:
         """Note a part of the file that was sent. is_whole: it is all of a file whose size was unknown."""

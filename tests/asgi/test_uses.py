@@ -90,6 +90,25 @@ async def test_what_does_not_count(served: Served, root: Path, signer: dv.URLSig
         assert (await get(port, link, "bob", If_None_Match=etag)).status == 304
 
 
+@pytest.mark.parametrize("name", ["a.bin", "small.txt"])
+@pytest.mark.parametrize("url", ["memory:", "sqlite:{root}/links.db"])
+async def test_the_next_request_on_the_same_connection_is_a_new_use(
+    served: Served, root: Path, name: str, url: str
+) -> None:
+    store = dv.grant_store_from_url(url.format(root=root))
+    signer = dv.URLSigner({"2026a": bytes(32)}, store=store)
+    request = f"GET {signer.sign(f'/files/{name}', uses=2)} HTTP/1.1\r\nHost: x\r\n"
+    try:
+        async with served(application(dv.PathSource(root), signer)) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"{request}\r\n{request}\r\n{request}Connection: close\r\n\r\n".encode())
+            received = await reader.read(-1)
+            writer.close()
+    finally:
+        await store.aclose()
+    assert [status[:3] for status in received.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"410"]
+
+
 async def test_parallel_clients_of_a_once_only_link(served: Served, root: Path, signer: dv.URLSigner) -> None:
     link = signer.sign("/files/a.bin", uses=1)
     async with served(application(dv.PathSource(root), signer)) as port:

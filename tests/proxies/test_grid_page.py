@@ -11,7 +11,7 @@ def test_a_page_shows_the_grid_as_it_is(name: str) -> None:
     assert (grid.PROJECT / name).read_text() == grid.page(name), "run python -m tests.proxies.grid"
 
 
-def test_every_proxy_with_a_configuration_wants_alled_by_the_tests() -> None:
+def test_every_proxy_with_a_configuration_is_started_by_the_tests() -> None:
     assert set(grid.KINDS) == set(KINDS), "say in tests/proxies/servers.py how it is started"
 
 

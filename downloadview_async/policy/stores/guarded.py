@@ -37,6 +37,8 @@ class GuardedStore:
         self._is_allowed = when_it_fails == "allow"
         self._timeout = timeout
         self._log_at = 0.0
+        self.notes: dict[Session, list[anyio.Event]] = {}
+        """What this process notes now, by the session."""
 
     async def claim(
         self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
@@ -45,6 +47,12 @@ class GuardedStore:
         return await self._asked(
             lambda: self._store.claim(session, uses=uses, wants_all=wants_all, now=now, ends=ends, until=until), True
         )
+
+    async def wait_for_notes(self, session: Session) -> None:
+        """Wait until the store has what this process notes of a session now, so that it knows what is complete."""
+        with anyio.move_on_after(self._timeout):
+            while running := self.notes.get(session):
+                await running[0].wait()
 
     async def is_revoked(self, identifiers: Sequence[str]) -> bool:
         """Return whether one of the ids is revoked. Raises `SourceUnavailable`."""
