@@ -59,6 +59,8 @@ class DownloadResponse(Response):
     task, and only after the application has returned, since both may delete the file before the proxy has opened it.
     True: the file stays where it is, so the answer does not wait. False: no proxy sends it.
 
+    If the request has come by a link that allows a number of downloads, it is counted before the first byte is sent.
+
     The file is opened when the response is sent. If it is missing then, the answer is that of `error_response`: a 404.
 
     Raises `ConfigurationError` for a `file` that is not one, and `ValueError` for another argument that is refused: an
@@ -223,9 +225,11 @@ class DownloadResponse(Response):
         delivery: Delivery
         if offload is None:
             delivery = delivery_of(answer.plan, opened, path_send, is_fresh=keep)
-            await claim(scope, opened.metadata, answer.plan)
+            if USE in scope:
+                await claim(scope, opened.metadata, answer.plan)
         else:
-            await claim(scope, opened.metadata)
+            if USE in scope:
+                await claim(scope, opened.metadata)
             delivery = Offloaded(next(iter(offload)).lower())
             if not self.offload:
                 self._lend(opened, delivery, start, scope)
@@ -245,7 +249,8 @@ class DownloadResponse(Response):
         headers = await self.redirect.headers_for(self.file, described)
         if headers is None:
             return None
-        await claim(scope, metadata)
+        if USE in scope:
+            await claim(scope, metadata)
         return make_redirect_plan(added, headers)
 
     def _lend(self, opened: OpenFile, delivery: Offloaded, start: Message, scope: Scope) -> None:

@@ -47,13 +47,13 @@ class Counted:
 
 
 async def claim(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> None:
-    """Claim a download for a GET that gets bytes of the file. plan: None if another server sends the file.
+    """Claim a download for a GET that gets bytes of the file.
+
+    scope: one with a `Use`. plan: None if another server sends the file.
 
     Raises `LinkUsedUp`, or `SourceUnavailable` if the store of links does not answer.
     """
-    use: Use | None = scope.get(USE)
-    if use is None or scope["method"] == "HEAD":
-        return
+    use: Use = scope[USE]
     if plan is None:
         await use.claim(metadata, wants_all=True)
     elif plan.body:

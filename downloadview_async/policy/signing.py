@@ -217,8 +217,9 @@ class URLSigner:
             raise ConfigurationError("links are revoked in a store: give URLSigner a store")
         if not _KEY_ID.fullmatch(identifier):
             raise ValueError(f"{identifier!r} is not the id of a link or of a key")
-        is_kept = self._max_age is None or identifier in self._keys
-        until = None if is_kept or self._max_age is None else time.time() + self._max_age.total_seconds() + MARGIN
+        until = None
+        if self._max_age is not None and identifier not in self._keys:
+            until = time.time() + self._max_age.total_seconds() + MARGIN
         await self._store.revoke(identifier, until)
         return until
 
