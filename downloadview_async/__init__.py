@@ -13,6 +13,7 @@ from downloadview_async.errors import (
     FileMissing,
     LinkExpired,
     LinkInvalid,
+    LinkUsedUp,
     PreconditionFailed,
     SourceUnavailable,
     TransferAborted,
@@ -34,6 +35,11 @@ from downloadview_async.policy.access import Access, SignedLinks, signed_link
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.proxy_users import KeepPeer, ProxyUsers
 from downloadview_async.policy.signing import URLSigner
+from downloadview_async.policy.stores.base import GrantStore, Session
+from downloadview_async.policy.stores.from_url import grant_store_from_url
+from downloadview_async.policy.stores.memory import MemoryGrantStore
+from downloadview_async.policy.stores.redis import RedisGrantStore
+from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
 from downloadview_async.policy.users import Users
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.index import Cache, CacheCounters
@@ -71,10 +77,13 @@ __all__ = [
     "FileMetadata",
     "FileMissing",
     "Grant",
+    "GrantStore",
     "KeepPeer",
     "LinkExpired",
     "LinkInvalid",
+    "LinkUsedUp",
     "LocalFile",
+    "MemoryGrantStore",
     "MemoryStorage",
     "ObjectFile",
     "ObjectSource",
@@ -90,9 +99,12 @@ __all__ = [
     "ProxySite",
     "ProxyUsers",
     "Redirect",
+    "RedisGrantStore",
     "RemoteFile",
     "RemoteSource",
     "Rule",
+    "SQLiteGrantStore",
+    "Session",
     "SignedLinks",
     "Source",
     "SourceUnavailable",
@@ -116,6 +128,7 @@ __all__ = [
     "__version__",
     "add_content_types",
     "download_error",
+    "grant_store_from_url",
     "proxy_config",
     "proxy_kinds",
     "signed_link",

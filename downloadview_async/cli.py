@@ -230,6 +230,7 @@ def print_key() -> None:
 @click.option("--content-type", help="The media type of the file.")
 @click.option("--client", metavar="CIDR", help="The address or network from which alone the link is valid.")
 @click.option("--shareable", is_flag=True, help="Allow shared caches to keep the file until the link expires.")
+@click.option("--uses", type=click.IntRange(min=1), metavar="N", help="How many downloads the link allows.")
 @click.option("--base", default="", metavar="URL", help="The scheme and host of the link, and a prefix.")
 def sign(
     path: str, config: Path | None, expires: str | None, until: datetime | None, inline: bool | None, **options: Any
@@ -270,12 +271,14 @@ def _life(expires: str | None) -> timedelta | None:
 @click.option("--client", metavar="ADDRESS", help="The address of the client, for a link that is bound to one.")
 def verify(url: str, config: Path | None, client: str | None) -> None:
     """Print what a link grants. The exit status is 0 for a valid link, 1 for another, 2 if nothing can be checked."""
+    import anyio
+
     from downloadview_async.service.access import grant_of
 
     try:
         _choose(None, config, "no keys: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        grant = grant_of(settings, url, client)
+        grant = anyio.run(grant_of, settings, url, client)
     except ConfigurationError as exc:
         _say(exc)
         sys.exit(_WRONG_SETTINGS)
@@ -284,6 +287,29 @@ def verify(url: str, config: Path | None, client: str | None) -> None:
         sys.exit(1)
     for name, value in grant.items():
         click.echo(f"{name}: {value}")
+
+
+@main.command("revoke")
+@click.argument("identifier", metavar="ID")
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+def revoke(identifier: str, config: Path | None) -> None:
+    """Revoke a link, or all links of a key, from the next request on.
+
+    ID is that of a link, as `downloadview verify` prints it, or that of a key. Write -- before an ID that begins with a
+    dash. The settings need `links.store`.
+    """
+    import anyio
+
+    from downloadview_async.service.access import revoke as revoke_in_store
+
+    try:
+        _choose(None, config, "no store: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        until = anyio.run(revoke_in_store, settings, identifier)
+    except (ValueError, FileError) as exc:  # ConfigurationError is a ValueError
+        _say(exc)
+        sys.exit(_STARTUP_FAILURE if isinstance(exc, Unavailable | FileError) else _WRONG_SETTINGS)
+    click.echo(f"revoked: {identifier}\nkept until: {until or 'for ever'}")
 
 
 def _say(exc: Exception) -> None:

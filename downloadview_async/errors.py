@@ -8,6 +8,7 @@
     │   ├── AuthenticationRequired 401  a user name and a password would help
     │   ├── LinkInvalid            403  the link is not one, was changed, or is not for this client
     │   ├── LinkExpired            410  the link was valid until some time ago
+    │   ├── LinkUsedUp             410  the link was valid for fewer downloads
     │   ├── PreconditionFailed     412  the origin of a remote file refused If-Match or If-Unmodified-Since
     │   ├── SourceUnavailable      503  the disk, the storage or this process is overloaded; try again
     │   │   └── UpstreamBusy       503  or 429: as a remote server answered; its Retry-After is passed on
@@ -72,6 +73,12 @@ class LinkInvalid(FileError):
 
 class LinkExpired(FileError):
     """The link has expired."""
+
+    status = HTTPStatus.GONE
+
+
+class LinkUsedUp(FileError):
+    """All downloads that the link allows have been begun, and this request does not belong to one of them."""
 
     status = HTTPStatus.GONE
 

@@ -10,7 +10,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.accounts.outcome import OBSERVER, Once, observer_of, one_outcome
+from downloadview_async.accounts.outcome import OBSERVER, Observer, Once, observer_of, one_outcome
 from downloadview_async.asgi.answer import Answer, RawHeaders, age_of, answer_to, is_reserved, raw, text_of
 from downloadview_async.asgi.delivery import (
     Delivery,
@@ -26,6 +26,7 @@ from downloadview_async.asgi.disconnect import close_after_body, until_the_clien
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
 from downloadview_async.asgi.extensions import PATHSEND, PREPARED
 from downloadview_async.asgi.offer import Lent, Offer
+from downloadview_async.asgi.uses import Counted, claim
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import TOKEN_CHAR
@@ -33,6 +34,7 @@ from downloadview_async.http.plan import Plan, Presentation, describe, make_redi
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
+from downloadview_async.policy.uses import USE
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local.open_file import local_of, open_nowait
 
@@ -58,6 +60,8 @@ class DownloadResponse(Response):
     offload: whether a proxy may send the file, if one is offered. None: it may, but not if there is a `background`
     task, and only after the application has returned, since both may delete the file before the proxy has opened it.
     True: the file stays where it is, so the answer does not wait. False: no proxy sends it.
+
+    If the request has come by a link that allows a number of downloads, it is counted before the first byte is sent.
 
     The file is opened when the response is sent. If it is missing then, the answer is that of `error_response`: a 404.
 
@@ -99,13 +103,23 @@ class DownloadResponse(Response):
         """Answer the request: with an offload, or by its method, conditions and ranges. A WebSocket is refused."""
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
+        elif (use := scope.get(USE)) is not None:
+            counted = Counted(use, observer_of(scope), send)
+            try:
+                await self._respond_observed(counted.observe, scope, receive, counted.send)
+            finally:
+                await counted.note()
         elif (observer := observer_of(scope)) is None:
             await self._respond(scope, receive, send)
         else:
-            with one_outcome(observer) as once:
-                await self._respond({**scope, "extensions": {**scope["extensions"], OBSERVER: once}}, receive, send)
+            await self._respond_observed(observer, scope, receive, send)
         if self.background is not None:
             await self.background()
+
+    async def _respond_observed(self, observer: Observer, scope: Scope, receive: Receive, send: Send) -> None:
+        with one_outcome(observer) as once:
+            extensions = {**(scope.get("extensions") or {}), OBSERVER: once}
+            await self._respond({**scope, "extensions": extensions}, receive, send)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not await self._answer_nowait(scope, receive, send):
@@ -155,7 +169,11 @@ class DownloadResponse(Response):
         readable = scope["method"] in ("GET", "HEAD")
         request = DownloadRequest.from_headers(scope["method"], scope["headers"]) if readable else GET
         # The client would repeat a POST there, and the URL is not signed for a HEAD.
-        if scope["method"] == "GET" and self.redirect is not None and (plan := await self._redirection()) is not None:
+        if (
+            scope["method"] == "GET"
+            and self.redirect is not None
+            and (plan := await self._redirection(scope)) is not None
+        ):
             start = self._start(Answer(plan, raw(plan.headers)), scope)
             await deliver(Redirected(), start, send, observer=observer_of(scope))
             return
@@ -212,7 +230,11 @@ class DownloadResponse(Response):
         delivery: Delivery
         if offload is None:
             delivery = delivery_of(answer.plan, opened, path_send, is_fresh=keep)
+            if USE in scope:
+                await claim(scope, opened.metadata, answer.plan)
         else:
+            if USE in scope:
+                await claim(scope, opened.metadata)
             delivery = Offloaded(next(iter(offload)).lower())
             if not self.offload:
                 self._lend(opened, delivery, start, scope)
@@ -220,7 +242,7 @@ class DownloadResponse(Response):
             start[PREPARED] = answer.head
         await deliver(delivery, start, send, receive=receive, observer=observer_of(scope))
 
-    async def _redirection(self) -> Plan | None:
+    async def _redirection(self, scope: Scope) -> Plan | None:
         """Return the answer that redirects the client, or None: send the file. Raises `FileError`."""
         assert self.redirect is not None
         added = text_of(header for header in self.raw_headers if header[0] != b"set-cookie")
@@ -228,8 +250,13 @@ class DownloadResponse(Response):
             described = describe(opened.metadata, self.presentation, added)
             if getattr(opened, "hides_coding", False):
                 described.setdefault("content-encoding", "identity")  # else the store sends a useless coding
+            metadata = opened.metadata
         headers = await self.redirect.headers_for(self.file, described)
-        return None if headers is None else make_redirect_plan(added, headers)
+        if headers is None:
+            return None
+        if USE in scope:
+            await claim(scope, metadata)
+        return make_redirect_plan(added, headers)
 
     def _lend(self, opened: OpenFile, delivery: Offloaded, start: Message, scope: Scope) -> None:
         """Keep a local file open while the answer waits for the application, which may delete the file."""

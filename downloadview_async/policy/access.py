@@ -43,14 +43,15 @@ class SignedLinks:
         self._signer = signer
 
     async def __call__(self, request: Request, name: Any) -> Grant:
-        """Return what the link of the request grants. Raises `LinkInvalid` or `LinkExpired`."""
+        """Return what the link of the request grants. Raises what `URLSigner.verify` raises."""
         return await self._signer.verify(request.scope)
 
 
 def signed_link(signer: URLSigner) -> Callable[[Request], Awaitable[Grant]]:
     """Return a dependency for FastAPI: `grant: Annotated[Grant, Depends(signed_link(signer))]`.
 
-    It raises `LinkInvalid` or `LinkExpired`, which `download_error` answers.
+    It raises what `URLSigner.verify` raises, which `download_error` answers. The uses of a link are counted by the
+    `DownloadResponse` that the endpoint returns.
     """
 
     async def verify(request: Request) -> Grant:

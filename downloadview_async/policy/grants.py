@@ -10,7 +10,7 @@ class Grant:
     filename: the name under which the client saves the file. attachment: whether the client saves the file or shows it.
     content_type: the whole Content-Type. expires: until when, in seconds since 1970 UTC; a download that has begun by
     then goes on. is_shareable: whether shared caches may keep the answer until it expires. link_id, key_id: of the link
-    that grants this, and of the key that has signed it.
+    that grants this, and of the key that has signed it. uses: how many downloads the link allows in all.
     """
 
     filename: str | None = None
@@ -20,6 +20,7 @@ class Grant:
     is_shareable: bool = False
     link_id: str | None = None
     key_id: str | None = None
+    uses: int | None = None
 
     def cache_control(self, chosen: str | None, now: float) -> str:
         """Return the Cache-Control of the answer.

@@ -1,26 +1,87 @@
 """The keys of links, the users, and the access of routes, as the settings give them."""
 
+import logging
+import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+import anyio
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
-from downloadview_async import Access, ConfigurationError, KeepPeer, ProxyUsers, SignedLinks, URLSigner, Users
+from downloadview_async import (
+    Access,
+    ConfigurationError,
+    GrantStore,
+    KeepPeer,
+    ProxyUsers,
+    SignedLinks,
+    URLSigner,
+    Users,
+    grant_store_from_url,
+)
 from downloadview_async.service.config_loader import KEY_LINE
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.logs import one_line
-from downloadview_async.service.settings import RouteSettings, Settings, seconds_of
+from downloadview_async.service.settings import RouteSettings, Settings, Unavailable, seconds_of
+
+logger = logging.getLogger("downloadview_async")
 
 SIGNED = "signed"
 _HOOK = "hook:"
 _USER = "user:"
+_PATIENCE = 5.0  # seconds
 
 
-def signer_of(settings: Settings) -> URLSigner | None:
+def store_of(settings: Settings) -> GrantStore | None:
+    """Return the store of uses and revocations; None if the settings have none.
+
+    Raises `ConfigurationError` if the package that it needs is missing.
+    """
+    if settings.links is None or settings.links.store is None:
+        return None
+    with settings.blaming("links.store"):
+        return grant_store_from_url(settings.links.store)
+
+
+@asynccontextmanager
+async def opened_store(settings: Settings, store: GrantStore | None) -> AsyncIterator[None]:
+    """Ask the store once, and close it at the end.
+
+    Raises `ConfigurationError` if it can never be used, and its subclass `Unavailable` if it does not answer, unless
+    requests are allowed then.
+    """
+    if store is None:
+        yield
+        return
+    assert settings.links is not None
+    try:
+        try:
+            with anyio.fail_after(_PATIENCE):
+                await store.check()
+        except ConfigurationError as exc:
+            raise settings.error("links.store", str(exc)) from exc
+        except Exception as exc:  # whatever the library of the store raises
+            reason = str(exc) or f"no answer in {_PATIENCE:g} seconds"
+            error = settings.error(
+                "links.store", f"the store cannot be used ({reason}): start it, or correct the setting"
+            )
+            if isinstance(exc, sqlite3.Error):
+                raise error from exc
+            if settings.links.when_store_fails == "refuse":
+                raise Unavailable(str(error)) from exc
+            logger.warning("%s", one_line(str(error)))
+        yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            await store.aclose()
+
+
+def signer_of(settings: Settings, store: GrantStore | None) -> URLSigner | None:
     """Return the signer of links with the keys in the settings; None without a `[links]` table.
 
     Raises `ConfigurationError` if the file of the keys cannot be read, or has a line that is not a key.
@@ -28,10 +89,17 @@ def signer_of(settings: Settings) -> URLSigner | None:
     links = settings.links
     if links is None:
         return None
-    max_age = seconds_of(links.max_age)
-    assert max_age is not None  # the settings have been checked
+    max_age, session_age = seconds_of(links.max_age), seconds_of(links.session_age)
+    assert max_age is not None
+    assert session_age is not None  # the settings have been checked
     with settings.blaming("links.keys"):
-        return URLSigner(_keys(settings, links.keys), max_age=timedelta(seconds=max_age))
+        return URLSigner(
+            _keys(settings, links.keys),
+            max_age=timedelta(seconds=max_age),
+            store=store,
+            when_store_fails=links.when_store_fails,
+            session_seconds=session_age,
+        )
 
 
 def users_of(settings: Settings) -> Users | ProxyUsers | None:
@@ -138,7 +206,9 @@ def sign_path(settings: Settings, path: str, **options: Any) -> str:
 
     Raises `ConfigurationError` if no route that takes links serves the path, and `ValueError` for a wrong option.
     """
-    signer = signer_of(settings)
+    signer = signer_of(settings, store_of(settings))
+    if options.get("uses") is not None and signer is not None and settings.links and settings.links.store is None:
+        raise settings.error("links.store", "uses are counted in a store: set it, such as sqlite:links.db")
     scope = {"type": "http", "method": "GET", "path": path}
     for route in settings.routes:
         if Route(route.path, _nothing).matches(scope)[0] is not Match.NONE:
@@ -154,26 +224,47 @@ def _nothing(request: object) -> None:
     """Stand for the endpoint of a route whose path alone is compared."""
 
 
-def grant_of(settings: Settings, url: str, client: str | None) -> dict[str, str]:
+async def grant_of(settings: Settings, url: str, client: str | None) -> dict[str, str]:
     """Return what a link grants, as texts by their names. client: the address of the client.
 
-    Raises `LinkInvalid` and `LinkExpired`, and `ConfigurationError` without keys.
+    Raises `LinkInvalid`, for a link that is revoked too, and `LinkExpired`; `ConfigurationError` without keys.
     """
-    signer = signer_of(settings)
+    store = store_of(settings)
+    signer = signer_of(settings, store)
     if signer is None:
         raise ConfigurationError("links need keys: add a [links] table with keys")
     parts = urlsplit(url)
     grant = signer.check(unquote_to_bytes(parts.path), parts.query.encode(), client, time.time())
-    expires = None if grant.expires is None else f"{datetime.fromtimestamp(grant.expires, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    async with opened_store(settings, store):
+        await signer.refuse_revoked(grant)
     disposition = {True: "attachment", False: "inline", None: None}[grant.attachment]
     values = {
         "path": unquote(parts.path),
         "link": grant.link_id,
         "key": grant.key_id,
-        "expires": expires or "never",
+        "expires": _date(grant.expires) or "never",
         "filename": grant.filename,
         "disposition": disposition,
         "content type": grant.content_type,
         "shareable": "yes" if grant.is_shareable else None,
+        "uses": None if grant.uses is None else str(grant.uses),
     }
     return {name: one_line(value) for name, value in values.items() if value is not None}
+
+
+async def revoke(settings: Settings, identifier: str) -> str | None:
+    """Revoke a link or a key by its id, and return until when the store keeps this; None: for ever.
+
+    Raises `ConfigurationError` without a store, `Unavailable` or `SourceUnavailable` if it does not answer, and
+    `ValueError` for what cannot be an id.
+    """
+    store = store_of(settings)
+    signer = signer_of(settings, store)
+    if signer is None or store is None:
+        raise settings.error("links.store", "links are revoked in a store: set it, such as sqlite:links.db")
+    async with opened_store(settings, store):
+        return _date(await signer.revoke(identifier))
+
+
+def _date(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"

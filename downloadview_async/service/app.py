@@ -35,13 +35,14 @@ from downloadview_async import (
     Source,
     Storage,
     StorageSource,
+    URLSigner,
     VirtualSource,
     add_content_types,
     download_error,
     proxy_kinds,
     storage_from_url,
 )
-from downloadview_async.service.access import access_of, keeping_peers, signer_of, users_of
+from downloadview_async.service.access import access_of, keeping_peers, opened_store, signer_of, store_of, users_of
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
@@ -113,6 +114,10 @@ def build(settings: Settings) -> Starlette:
             probes[name] = ObjectStorage(source.url, max_connections=1, **options)
     checks |= {name: check_store(storage) for name, storage in probes.items()}
     checks |= {name: database.check for name, database in databases.items()}
+    store = store_of(settings)
+    signer = signer_of(settings, store)
+    if store is not None and settings.links is not None and settings.links.when_store_fails == "refuse":
+        checks["links.store"] = store.check
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -132,6 +137,7 @@ def build(settings: Settings) -> Starlette:
             for cache in caches.values():
                 stack.push_async_callback(cache.aclose)
             await stack.enter_async_context(_opened(settings, databases))
+            await stack.enter_async_context(opened_store(settings, store))
             yield
 
     health = Health(checks)
@@ -144,7 +150,7 @@ def build(settings: Settings) -> Starlette:
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
-            *_routes(settings, sources),
+            *_routes(settings, sources, signer),
         ],
         middleware=middleware,
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
@@ -171,11 +177,11 @@ def worker_app() -> ASGIApp:
 
 
 async def check_databases(settings: Settings) -> None:
-    """Open and close each database, so that errors show before the server and its workers start.
+    """Open and close each database and the store of links, so that errors show before the server and its workers start.
 
     Raises `ConfigurationError`, as the start of the application would.
     """
-    async with _opened(settings, _databases(settings)):
+    async with _opened(settings, _databases(settings)), opened_store(settings, store_of(settings)):
         pass
 
 
@@ -283,9 +289,9 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
         return Documents(source, directory=settings.directory)
 
 
-def _routes(settings: Settings, sources: Mapping[str, Source]) -> Iterator[Route]:
+def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner | None) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
-    signer, users = signer_of(settings), users_of(settings)
+    users = users_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
         endpoint = Download(

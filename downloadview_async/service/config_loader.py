@@ -241,7 +241,7 @@ class _Draft:
         self._check_caches(sources)
         routes = self._routes(self._converted("routes", data.get("routes", []), Routes), sources)
         links = (
-            self._links(self._converted("links", self._table("links", data), LinksSettings))
+            self._links(self._converted("links", self._table("links", data), LinksSettings), server)
             if "links" in data
             else None
         )
@@ -377,14 +377,26 @@ class _Draft:
             )
         return CacheSettings(path=self._absolute(cache.path), max_bytes=size, max_age=age)
 
-    def _links(self, links: LinksSettings) -> LinksSettings:
-        age = seconds_of(links.max_age)
-        if not age or age < 1:
+    def _links(self, links: LinksSettings, server: ServerSettings) -> LinksSettings:
+        ages = {}
+        for name in ("max_age", "session_age"):
+            value = getattr(links, name)
+            age = seconds_of(value)
+            if not age or age < 1:
+                raise self.error(
+                    f"links.{name}", f"{value!r} is not a time of a second or more: give such as 10m, 2h or 7d"
+                )
+            ages[name] = age
+        store = links.store
+        if store == "memory:" and server.workers > 1:
             raise self.error(
-                "links.max_age", f"{links.max_age!r} is not a time of a second or more: give such as 10m, 2h or 7d"
+                "links.store",
+                f"memory: is for one worker, and there are {server.workers}: give such as sqlite:links.db",
             )
+        if store is not None and store.startswith("sqlite:"):
+            store = f"sqlite:{self._absolute(store.removeprefix('sqlite:'))}"
         keys = links.keys if KEY_LINE.search(links.keys) else self._absolute(links.keys)
-        return LinksSettings(keys=keys, max_age=age)
+        return msgspec.structs.replace(links, keys=keys, store=store, **ages)
 
     def _users(self, users: UsersSettings) -> UsersSettings:
         if (users.file is None) == (users.header is None):

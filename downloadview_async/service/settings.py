@@ -240,6 +240,24 @@ class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     max_age: Annotated[
         float | str, Meta(description="the longest life of a link, and its default: seconds, or such as 10m, 2h, 7d")
     ] = "7d"
+    store: (
+        Annotated[
+            str,
+            Meta(
+                pattern=r"^(memory:|sqlite:.*[^/].*|(redis|rediss|unix)://.+)\Z",
+                description="where uses and revocations are kept: sqlite:links.db, redis://127.0.0.1:6379/0, or "
+                "memory: for one worker",
+            ),
+        ]
+        | None
+    ) = None
+    when_store_fails: Annotated[
+        Literal["refuse", "allow"], Meta(description="refuse (503) or allow, while the store does not answer")
+    ] = "refuse"
+    session_age: Annotated[
+        float | str,
+        Meta(description="how long one download of a link may take with its pauses: seconds, or such as 2h, 1d"),
+    ] = "1d"
 
 
 class UsersSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """Routes that not everyone may use, in the service: its settings, its commands, and what a running service answers."""
 
+import asyncio
 import os
 import re
 from collections.abc import Iterator
@@ -124,7 +125,8 @@ async def test_a_link_below_a_root_path(directory: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("DOWNLOADVIEW_SERVER__ROOT_PATH", "/downloads")
     link = printed("sign", "/signed/a.txt", "--base", "https://example.org")
     assert link.startswith("https://example.org/downloads/signed/a.txt?")
-    assert printed("verify", link).startswith("path: /downloads/signed/a.txt\n")
+    shown = await asyncio.to_thread(printed, "verify", link)
+    assert shown.startswith("path: /downloads/signed/a.txt\n")
     passed_on = link.removeprefix("https://example.org/downloads")
     async with live(build(load_settings("downloadview.toml", environ=os.environ)), root_path="/downloads") as port:
         assert (await ask(port, passed_on)).status == 200
@@ -183,6 +185,80 @@ def test_what_is_signed_is_what_verify_prints(directory: Path) -> None:
     assert "403 Forbidden" in refused("verify", link, status=1)
 
 
+def test_uses_and_revocation_by_the_commands(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOWNLOADVIEW_LINKS__STORE", "sqlite:links.db")
+    link, other = (printed("sign", "/signed/a.txt", "--uses", "2") for _ in range(2))
+    shown = dict(line.split(": ") for line in printed("verify", link).splitlines())
+    assert shown["uses"] == "2"
+    assert (directory / "links.db").exists()
+    revoked = printed("revoke", shown["link"])
+    assert re.fullmatch(rf"revoked: {shown['link']}\nkept until: \d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ", revoked)
+    assert "403 Forbidden" in refused("verify", link, status=1)
+    assert "key: 2026b" in printed("verify", other)
+    assert printed("revoke", "2026b") == "revoked: 2026b\nkept until: for ever"
+    assert "403 Forbidden" in refused("verify", other, status=1)
+    assert printed("revoke", "--", "-abc").startswith("revoked: -abc")
+    assert "is not the id of a link" in refused("revoke", "a b")
+    refused_uses = run("sign", "/signed/a.txt", "--uses", "0")
+    assert (refused_uses.exit_code, refused_uses.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    "store, problem, status",
+    [
+        (None, "links.store: links are revoked in a store", 2),
+        ("sqlite:no/links.db", "links.store: the store cannot be used (unable to open database file", 2),
+        ("sqlite:downloadview.toml", "links.store: the store cannot be used (file is not a database)", 2),
+        ("redis://127.0.0.1:1/0", "links.store: the store cannot be used (", 3),
+    ],
+)
+def test_stores_that_cannot_be_used(
+    directory: Path, store: str | None, problem: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store is not None:
+        monkeypatch.setenv("DOWNLOADVIEW_LINKS__STORE", store)
+        if store.startswith("redis:"):
+            pytest.importorskip("redis", reason="RedisGrantStore: the package redis is not installed")
+        monkeypatch.setenv("DOWNLOADVIEW_SERVER__PORT", "0")
+        assert problem in refused("serve", status=status)
+    assert problem in refused("revoke", "abc", status=status)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("when, status, ready", [("refuse", 503, 503), ("allow", 200, 200)])
+async def test_a_store_that_is_gone_later(
+    directory: Path, when: str, status: int, ready: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOWNLOADVIEW_LINKS__STORE", "sqlite:store/links.db")
+    monkeypatch.setenv("DOWNLOADVIEW_LINKS__WHEN_STORE_FAILS", when)
+    (directory / "store").mkdir()
+    link = printed("sign", "/signed/a.txt", "--uses", "1")
+    (directory / "store").rmdir()
+    async with live(build(load_settings("downloadview.toml", environ=os.environ))) as port:
+        for _ in range(2):
+            assert (await ask(port, link)).status == status
+        answer = await ask(port, "/-/readyz")
+        assert (answer.status, answer.body) == (ready, b"ready\n" if ready == 200 else b"links.store\n")
+
+
+@pytest.mark.asyncio
+async def test_a_once_only_link_of_the_service(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOWNLOADVIEW_LINKS__STORE", "sqlite:links.db")
+    link = await asyncio.to_thread(printed, "sign", "/signed/a.txt", "--uses", "1")
+    shown = await asyncio.to_thread(printed, "verify", link)
+    other = await asyncio.to_thread(printed, "sign", "/signed/a.txt")
+    app = build(load_settings("downloadview.toml", environ=os.environ))
+    async with app.router.lifespan_context(app), live(app) as port:
+        assert [(await ask(port, link)).status for _ in range(3)] == [200, 410, 410]
+        assert (await ask(port, link, method="HEAD")).status == 200
+        identifier = dict(line.split(": ") for line in shown.splitlines())["link"]
+        await asyncio.to_thread(printed, "revoke", identifier)
+        assert (await ask(port, link, method="HEAD")).status == 403
+        assert (await ask(port, other)).status == 200
+        await asyncio.to_thread(printed, "revoke", "2026b")
+        assert (await ask(port, other)).status == 403
+
+
 def test_a_link_of_either_key_is_valid_and_that_of_another_is_not(directory: Path) -> None:
     link = printed("sign", "/signed/a.txt", "--base", "https://example.org")
     assert link.startswith("https://example.org/signed/a.txt?k=2026b&")
@@ -204,6 +280,7 @@ def test_a_link_of_either_key_is_valid_and_that_of_another_is_not(directory: Pat
         (["/signed/a.txt", "--client", "example.org"], "give an address or a network"),
         (["/signed/a.txt", "--base", "example.org"], "give a scheme and a host"),
         (["/signed/a.txt", "--filename", ""], "filename is ''"),
+        (["/signed/a.txt", "--uses", "1"], "links.store: uses are counted in a store"),
     ],
 )
 def test_links_that_are_not_made(directory: Path, arguments: list[str], problem: str) -> None:
@@ -223,6 +300,11 @@ def test_links_that_are_not_made(directory: Path, arguments: list[str], problem:
         ('keys = "links.keys"', 'keys = "links.keys"\nmax_age = "soon"', "links.max_age: 'soon' is not a time"),
         ('keys = "links.keys"', 'keys = "links.keys"\nmax_age = 0', "links.max_age: 0.0 is not a time"),
         ('keys = "links.keys"', 'keys = "links.keys"\nkey = "x"', "links.key: unknown key: did you mean 'keys'?"),
+        ('keys = "links.keys"', 'keys = "links.keys"\nstore = "links.db"', "links.store: the text has the wrong form"),
+        ('keys = "links.keys"', 'keys = "links.keys"\nstore = "sqlite:"', "links.store: the text has the wrong form"),
+        ('keys = "links.keys"', 'keys = "links.keys"\nwhen_store_fails = "no"', "links.when_store_fails"),
+        ('keys = "links.keys"', 'keys = "links.keys"\nsession_age = 0', "links.session_age: 0.0 is not a time"),
+        ("[links]", '[server]\nworkers = 2\n[links]\nstore = "memory:"', "links.store: memory: is for one worker"),
         ('access = ["signed"]', "access = []", "routes[0].access"),
         ('access = ["signed"]', 'access = "signed"', "routes[0].access"),
         ('access = ["signed"]', 'access = ["sined"]', "routes[0].access"),

@@ -1,0 +1,1 @@
+"""Keeps how often links were used, and which links and keys are revoked."""

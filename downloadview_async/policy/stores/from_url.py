@@ -1,0 +1,23 @@
+"""`grant_store_from_url`: the store that a URL names."""
+
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.policy.stores.base import GrantStore
+from downloadview_async.policy.stores.memory import MemoryGrantStore
+from downloadview_async.policy.stores.redis import RedisGrantStore
+from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
+
+
+def grant_store_from_url(url: str) -> GrantStore:
+    """Return a store of uses and revocations: `sqlite:links.db`, `redis://127.0.0.1:6379/0` or `memory:`.
+
+    Raises `ConfigurationError` for another URL, and if the package that the store needs is missing.
+    """
+    scheme, _, rest = url.partition(":")
+    if url == "memory:":
+        return MemoryGrantStore()
+    if scheme == "sqlite" and rest.strip("/"):
+        return SQLiteGrantStore(rest)
+    if scheme in ("redis", "rediss", "unix"):
+        return RedisGrantStore(url)
+    # the URL may have a password, so it is not shown
+    raise ConfigurationError("there is no such store: give sqlite:PATH, redis://HOST:PORT/NUMBER or memory:")

@@ -1,0 +1,89 @@
+"""`GuardedStore`: a store with a deadline for its answers. If it fails, requests are refused or allowed."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal, TypeVar
+
+import anyio
+
+from downloadview_async.errors import ConfigurationError, SourceUnavailable
+from downloadview_async.http.log_text import escaped
+from downloadview_async.http.metadata import ByteRange
+from downloadview_async.policy.stores.base import GrantStore, Session
+
+logger = logging.getLogger("downloadview_async")
+
+WhenStoreFails = Literal["refuse", "allow"]
+T = TypeVar("T")
+
+_LOGGED_EVERY = 60.0  # seconds
+
+
+class GuardedStore:
+    """Asks a store, and decides what holds if it does not answer in time.
+
+    when_it_fails: "refuse" raises `SourceUnavailable`; "allow" counts nothing, and takes no link for revoked. timeout:
+    seconds for one answer.
+    """
+
+    def __init__(self, store: GrantStore, *, when_it_fails: WhenStoreFails, timeout: float) -> None:
+        if not hasattr(store, "claim") or isinstance(store, type):
+            raise ConfigurationError(f"store is {store!r}: give a GrantStore, such as SQLiteGrantStore('links.db')")
+        if when_it_fails not in ("refuse", "allow"):
+            raise ConfigurationError(f'when_store_fails is {when_it_fails!r}: give "refuse" or "allow"')
+        self._store = store
+        self._is_allowed = when_it_fails == "allow"
+        self._timeout = timeout
+        self._log_at = 0.0
+        self.notes: dict[Session, list[anyio.Event]] = {}
+        """What this process notes now, by the session."""
+
+    async def claim(
+        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
+    ) -> bool:
+        """Return whether the request may have the file. Raises `SourceUnavailable`."""
+        return await self._asked(
+            lambda: self._store.claim(session, uses=uses, wants_all=wants_all, now=now, ends=ends, until=until), True
+        )
+
+    async def wait_for_notes(self, session: Session) -> None:
+        """Wait until the store has what this process notes of a session now, so that it knows what is complete."""
+        with anyio.move_on_after(self._timeout):
+            while running := self.notes.get(session):
+                await running[0].wait()
+
+    async def is_revoked(self, identifiers: Sequence[str]) -> bool:
+        """Return whether one of the ids is revoked. Raises `SourceUnavailable`."""
+        return await self._asked(lambda: self._store.is_revoked(identifiers, time.time()), False)
+
+    async def note(self, session: Session, span: ByteRange, size: int) -> None:
+        """Note a part of the file that was sent. If that fails, the session ends by its time."""
+        with contextlib.suppress(SourceUnavailable):  # it is logged, and the file has left
+            await self._asked(lambda: self._store.note(session, span, size), None)
+
+    async def revoke(self, identifier: str, until: float | None) -> None:
+        """Revoke a link or a key. Raises `SourceUnavailable` if the store fails, whatever is allowed then."""
+        await self._asked(lambda: self._store.revoke(identifier, until), None, is_allowed=False)
+
+    async def _asked(self, call: Callable[[], Awaitable[T]], otherwise: T, *, is_allowed: bool | None = None) -> T:
+        is_allowed = self._is_allowed if is_allowed is None else is_allowed
+        try:
+            with anyio.fail_after(self._timeout):
+                return await call()
+        except Exception as exc:  # whatever the library of the store raises
+            self._log(exc)
+            if is_allowed:
+                return otherwise
+            raise SourceUnavailable(f"the store of links has failed: {type(exc).__name__}") from exc
+
+    def _log(self, exc: Exception) -> None:
+        now = time.monotonic()
+        if now >= self._log_at:
+            self._log_at = now + _LOGGED_EVERY
+            verdict = "requests are allowed without it" if self._is_allowed else "requests that need it get 503"
+            reason = str(exc) or f"no answer in {self._timeout:g} seconds"
+            logger.warning(
+                "the store of links has failed (%s: %s), so %s", type(exc).__name__, escaped(reason), verdict
+            )
