@@ -35,7 +35,7 @@ from downloadview_async.policy.access import Access, SignedLinks, signed_link
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.proxy_users import KeepPeer, ProxyUsers
 from downloadview_async.policy.signing import URLSigner
-from downloadview_async.policy.stores.base import GrantStore, Session
+from downloadview_async.policy.stores.base import DownloadSession, GrantStore
 from downloadview_async.policy.stores.from_url import grant_store_from_url
 from downloadview_async.policy.stores.memory import MemoryGrantStore
 from downloadview_async.policy.stores.redis import RedisGrantStore
@@ -72,6 +72,7 @@ __all__ = [
     "DownloadError",
     "DownloadRequest",
     "DownloadResponse",
+    "DownloadSession",
     "ETag",
     "FileError",
     "FileMetadata",
@@ -104,7 +105,6 @@ __all__ = [
     "RemoteSource",
     "Rule",
     "SQLiteGrantStore",
-    "Session",
     "SignedLinks",
     "Source",
     "SourceUnavailable",

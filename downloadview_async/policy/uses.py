@@ -11,7 +11,7 @@ import anyio
 from downloadview_async.errors import LinkUsedUp
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.policy.grants import Grant
-from downloadview_async.policy.stores.base import Session
+from downloadview_async.policy.stores.base import DownloadSession
 from downloadview_async.policy.stores.guarded import GuardedStore
 
 USE = "downloadview_async.use"
@@ -33,7 +33,7 @@ class Use:
         self._until = None if grant.expires is None else grant.expires + MARGIN
         self._client = client
         self._seconds = session_seconds
-        self._session: Session | None = None
+        self._session: DownloadSession | None = None
         self._size: int | None = None
         self._noted: anyio.Event | None = None
 
@@ -47,7 +47,7 @@ class Use:
         """
         if self._session is not None:
             return
-        session = Session(link_id=self._link_id, client=self._client, version=_version_of(metadata))
+        session = DownloadSession(link_id=self._link_id, client=self._client, version=_version_of(metadata))
         await self._store.wait_for_notes(session)
         now = time.time()
         is_claimed = await self._store.claim(

@@ -41,8 +41,8 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[dv.GrantStore]:
         await store.aclose()
 
 
-def session(client: str = "ada", version: str = '"1"', link: str | None = None) -> dv.Session:
-    return dv.Session(link_id=link or uuid.uuid4().hex, client=client, version=version)
+def session(client: str = "ada", version: str = '"1"', link: str | None = None) -> dv.DownloadSession:
+    return dv.DownloadSession(link_id=link or uuid.uuid4().hex, client=client, version=version)
 
 
 class Link:
@@ -53,7 +53,7 @@ class Link:
         self.uses = uses
         self.id = uuid.uuid4().hex
 
-    def of(self, client: str, version: str = '"1"') -> dv.Session:
+    def of(self, client: str, version: str = '"1"') -> dv.DownloadSession:
         return session(client, version, self.id)
 
     async def claim(
@@ -202,7 +202,7 @@ import downloadview_async as dv
 async def main(url, links, clients):
     store = dv.grant_store_from_url(url)
     async def claim(link, client):
-        session = dv.Session(link_id=link, client=client, version="1")
+        session = dv.DownloadSession(link_id=link, client=client, version="1")
         return await store.claim(session, uses=1, wants_all=True, now=1.9e9, ends=1.9e9 + 86400, until=2e9)
     await store.check()
     print("ready", flush=True)

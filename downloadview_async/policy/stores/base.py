@@ -13,7 +13,7 @@ MOST_SPANS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class DownloadSession:
     """One download as people mean it: a client gets one version of the file of one link, in any number of requests."""
 
     link_id: str
@@ -34,7 +34,7 @@ class GrantStore(Protocol):
     """
 
     async def claim(
-        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
+        self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether a request belongs to a session that is open, or to one that this call has opened.
 
@@ -44,7 +44,7 @@ class GrantStore(Protocol):
         """
         ...
 
-    async def note(self, session: Session, span: ByteRange, size: int) -> None:
+    async def note(self, session: DownloadSession, span: ByteRange, size: int) -> None:
         """Note a part of the file that was sent. The session is complete when its parts are all `size` bytes."""
         ...
 

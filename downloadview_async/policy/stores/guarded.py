@@ -11,7 +11,7 @@ import anyio
 from downloadview_async.errors import ConfigurationError, SourceUnavailable
 from downloadview_async.http.log_text import escaped
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.policy.stores.base import GrantStore, Session
+from downloadview_async.policy.stores.base import DownloadSession, GrantStore
 
 logger = logging.getLogger("downloadview_async")
 
@@ -37,18 +37,18 @@ class GuardedStore:
         self._is_allowed = when_it_fails == "allow"
         self._timeout = timeout
         self._log_at = 0.0
-        self.notes: dict[Session, list[anyio.Event]] = {}
+        self.notes: dict[DownloadSession, list[anyio.Event]] = {}
         """What this process notes now, by the session."""
 
     async def claim(
-        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
+        self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether the request may have the file. Raises `SourceUnavailable`."""
         return await self._asked(
             lambda: self._store.claim(session, uses=uses, wants_all=wants_all, now=now, ends=ends, until=until), True
         )
 
-    async def wait_for_notes(self, session: Session) -> None:
+    async def wait_for_notes(self, session: DownloadSession) -> None:
         """Wait until the store has what this process notes of a session now, so that it knows what is complete."""
         with anyio.move_on_after(self._timeout):
             while running := self.notes.get(session):
@@ -58,7 +58,7 @@ class GuardedStore:
         """Return whether one of the ids is revoked. Raises `SourceUnavailable`."""
         return await self._asked(lambda: self._store.is_revoked(identifiers, time.time()), False)
 
-    async def note(self, session: Session, span: ByteRange, size: int) -> None:
+    async def note(self, session: DownloadSession, span: ByteRange, size: int) -> None:
         """Note a part of the file that was sent. If that fails, the session ends by its time."""
         with contextlib.suppress(SourceUnavailable):  # it is logged, and the file has left
             await self._asked(lambda: self._store.note(session, span, size), None)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.policy.stores.base import Session, is_whole, with_span
+from downloadview_async.policy.stores.base import DownloadSession, is_whole, with_span
 
 _SWEPT_EVERY = 60.0  # seconds
 
@@ -36,7 +36,7 @@ class MemoryGrantStore:
         self._sweep_at = 0.0
 
     async def claim(
-        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
+        self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether a request belongs to an open session, or to one that this call has opened."""
         self._sweep(now)
@@ -50,7 +50,7 @@ class MemoryGrantStore:
         link.sessions[session.digest] = _Progress(ends)
         return True
 
-    async def note(self, session: Session, span: ByteRange, size: int) -> None:
+    async def note(self, session: DownloadSession, span: ByteRange, size: int) -> None:
         """Note a part of the file that was sent."""
         link = self._links.get(session.link_id)
         progress = None if link is None else link.sessions.get(session.digest)

@@ -12,7 +12,7 @@ from typing import Any
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.policy.stores.base import Session, is_whole, with_span
+from downloadview_async.policy.stores.base import DownloadSession, is_whole, with_span
 from downloadview_async.sources.per_loop import PerLoop
 
 _MOST_CONNECTIONS = 16  # of one event loop; further calls wait for one
@@ -75,14 +75,14 @@ class RedisGrantStore:
             ) from exc
 
     async def claim(
-        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
+        self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether a request belongs to an open session, or to one that this call has opened."""
         expires = "" if until is None else math.ceil(until)
         values = (session.digest, uses, int(wants_all), repr(now), repr(ends), expires)
         return bool(await self._client().eval(_CLAIM, 1, self._key_of(session), *values))
 
-    async def note(self, session: Session, span: ByteRange, size: int) -> None:
+    async def note(self, session: DownloadSession, span: ByteRange, size: int) -> None:
         """Note a part of the file that was sent."""
         client, key = self._client(), self._key_of(session)
         while (state := await client.hget(key, session.digest)) is not None:
@@ -115,7 +115,7 @@ class RedisGrantStore:
         loop = asyncio.get_running_loop()
         return self._clients.get(loop) or self._clients.set(loop, self._connect())
 
-    def _key_of(self, session: Session) -> str:
+    def _key_of(self, session: DownloadSession) -> str:
         return f"{self._prefix}link:{session.link_id}"
 
     def _revoked(self, identifier: str) -> str:

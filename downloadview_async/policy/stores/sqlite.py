@@ -15,7 +15,7 @@ import anyio
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.policy.stores.base import Session, is_whole, with_span
+from downloadview_async.policy.stores.base import DownloadSession, is_whole, with_span
 from downloadview_async.sources.per_loop import PerLoop
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class SQLiteGrantStore:
         self._sweep_at = 0.0
 
     async def claim(
-        self, session: Session, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
+        self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether a request belongs to an open session, or to one that this call has opened."""
         await self._sweep(now)
@@ -75,7 +75,7 @@ class SQLiteGrantStore:
         # Another request of this client may have opened the session between the two statements.
         return bool(await self._rows(_OPEN, *is_open))
 
-    async def note(self, session: Session, span: ByteRange, size: int) -> None:
+    async def note(self, session: DownloadSession, span: ByteRange, size: int) -> None:
         """Note a part of the file that was sent."""
         while rows := await self._rows(_PROGRESS, session.link_id, session.digest):
             number, sent = rows[0]
