@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
 from starlette.requests import Request
@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async.errors import AccessDenied, ConfigurationError
 from downloadview_async.policy.access import Access
+from downloadview_async.policy.addresses import address_of
 
 ANYONE = "*"
 """The name that stands for every user, and the address that stands for every proxy."""
@@ -105,12 +106,8 @@ class ProxyUsers:
     def _trusts(self, peer: str | None) -> bool:
         if None in self._trusted:
             return True
-        try:
-            address = ip_address(peer or "")
-        except ValueError:  # a Unix socket
-            return False
-        mapped = getattr(address, "ipv4_mapped", None)  # an IPv4 proxy of a server that listens on IPv6
-        return any(network is not None and (mapped or address) in network for network in self._trusted)
+        address = address_of(peer)
+        return address is not None and any(network is not None and address in network for network in self._trusted)
 
 
 def _dashed(name: bytes) -> bytes:

@@ -29,12 +29,13 @@ import time
 from binascii import b2a_base64
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import datetime, timedelta
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from downloadview_async.errors import ConfigurationError, LinkExpired, LinkInvalid
 from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.policy.addresses import address_of
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.stores.base import GrantStore
 from downloadview_async.policy.stores.guarded import GuardedStore, WhenStoreFails
@@ -257,12 +258,8 @@ def _signature(secret: bytes, path: bytes, signed: bytes) -> bytes:
 
 
 def _is_in(client: str | None, network: str) -> bool:
-    try:
-        address = ip_address(client or "")
-    except ValueError:  # a Unix socket, or the client of a test
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)  # an IPv4 client of a server that listens on IPv6
-    return (mapped or address) in ip_network(network)
+    address = address_of(client)
+    return address is not None and address in ip_network(network)
 
 
 def _network(client: str) -> IPv4Network | IPv6Network:

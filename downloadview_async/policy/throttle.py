@@ -5,7 +5,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address, ip_address, ip_network
 
 import anyio
 
@@ -89,17 +88,3 @@ class Throttle:
         failures, last = self._failures.pop(address, (0, 0.0))
         if failures > 1:
             self._failures[address] = failures - 1, last
-
-
-def network_of(client: str | None) -> str:
-    """Return the address whose clients wait for each other: an IPv4 address, or the /64 of an IPv6 address.
-
-    Returns an empty string without an address, as for a Unix socket.
-    """
-    try:
-        address = ip_address((client or "").partition("%")[0])
-    except ValueError:
-        return client or ""
-    if not isinstance(address, IPv6Address):
-        return str(address)
-    return str(address.ipv4_mapped or ip_network((address, 64), strict=False))

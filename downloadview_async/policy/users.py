@@ -16,8 +16,9 @@ from starlette.requests import Request
 
 from downloadview_async.errors import AccessDenied, AuthenticationRequired, ConfigurationError, SourceUnavailable
 from downloadview_async.policy.access import Access
+from downloadview_async.policy.addresses import network_of
 from downloadview_async.policy.htpasswd import PasswordFile
-from downloadview_async.policy.throttle import Throttle, network_of
+from downloadview_async.policy.throttle import Throttle
 from downloadview_async.sources.workers import Workers
 
 ANYONE = "*"
@@ -203,12 +204,15 @@ async def _until_the_client_leaves(request: Request, work: Callable[[], Awaitabl
     async with anyio.create_task_group() as tasks:
 
         async def listen() -> None:
-            unread = 0
+            unread, is_complete = 0, False
             try:
                 while unread <= _MAX_UNREAD_BODY:
                     message = await request.receive()
                     if message["type"] == "http.disconnect":
                         break
+                    if is_complete:  # some middleware repeats the body for ever
+                        return
+                    is_complete = not message.get("more_body", False)
                     unread += len(message.get("body", b""))
             except RuntimeError:  # the request was made without `receive`
                 return

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from ipaddress import ip_address, ip_network
 from secrets import token_hex
 from typing import Any
 
@@ -10,6 +9,7 @@ import anyio
 
 from downloadview_async.errors import LinkUsedUp
 from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.policy.addresses import network_of
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.stores.base import DownloadSession
 from downloadview_async.policy.stores.guarded import GuardedStore
@@ -90,14 +90,7 @@ def client_network(scope: Mapping[str, Any]) -> str:
     A request without an address, as over a Unix socket, is a client by itself.
     """
     client = scope.get("client")
-    if not client or not client[0]:
-        return token_hex(16)
-    try:
-        address = ip_address(client[0].partition("%")[0])
-    except ValueError:  # the client of a test
-        return str(client[0])
-    address = getattr(address, "ipv4_mapped", None) or address
-    return str(address) if address.version == 4 else str(ip_network((address, 64), strict=False))
+    return network_of(client[0]) if client and client[0] else token_hex(16)
 
 
 def _version_of(metadata: FileMetadata) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -27,7 +28,8 @@ from starlette.routing import Route
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.policy import htpasswd, throttle, users
-from downloadview_async.policy.throttle import Throttle, network_of
+from downloadview_async.policy.addresses import network_of
+from downloadview_async.policy.throttle import Throttle
 from tests.live import Answer, ask, live, parse
 
 CHALLENGE = 'Basic realm="downloads", charset="UTF-8"'
@@ -425,6 +427,22 @@ async def test_a_hundred_wrong_passwords_do_not_stop_other_downloads(
             guess.cancel()
         await asyncio.gather(*guesses, return_exceptions=True)
     assert len(checked) == 2
+
+
+@pytest.mark.asyncio
+async def test_a_body_that_is_repeated_for_ever_is_not_read_for_ever(file: Path) -> None:
+    """As by a middleware that has read the body, and gives it again each time."""
+    messages = itertools.count()
+
+    async def receive() -> dict[str, Any]:
+        if next(messages) >= 1000:
+            raise RuntimeError("endless")
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    headers = [(b"authorization", basic("ada", PASSWORDS["ada"])["Authorization"].encode())]
+    request = Request({"type": "http", "method": "GET", "headers": headers, "client": ("192.0.2.1", 1)}, receive)
+    assert await dv.Users(file).authenticate(request) == "ada"
+    assert next(messages) <= 2
 
 
 @pytest.mark.asyncio
