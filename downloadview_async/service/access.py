@@ -92,9 +92,10 @@ def signer_of(settings: Settings, store: GrantStore | None) -> URLSigner | None:
     max_age, session_age = seconds_of(links.max_age), seconds_of(links.session_age)
     assert max_age is not None
     assert session_age is not None  # the settings have been checked
+    keys = _keys(settings, links.keys)
     with settings.blaming("links.keys"):
         return URLSigner(
-            _keys(settings, links.keys),
+            keys,
             max_age=timedelta(seconds=max_age),
             store=store,
             when_store_fails=links.when_store_fails,

@@ -338,5 +338,6 @@ def test_keys_that_are_refused(directory: Path, text: str, problem: str) -> None
     (directory / "links.keys").write_text(text)
     message = refused("sign", "/signed/a.txt")
     assert problem in message
+    assert message.count("links.keys: ") == 1  # the key is named once
     assert SECRET not in message
     assert "short" not in message
