@@ -16,6 +16,7 @@ from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SETTLED
 from downloadview_async.asgi.loan import Loan
+from downloadview_async.asgi.offer import REPLACED, Offer
 from downloadview_async.asgi.transfer import send_in_chunks
 from downloadview_async.errors import FileError
 from downloadview_async.http.metadata import ByteRange
@@ -31,10 +32,12 @@ SMALL = 64 * 1024
 class Offloaded:
     """A proxy sends the file, by the header named `by`, in lower case.
 
-    is_held: whether `OffloadMiddleware` holds the answer back and may still have us send the file. It reports then.
+    offer: the offer that the answer accepts, if `OffloadMiddleware` has made it. is_held: whether the middleware holds
+    the answer back and may still have us send the file. It reports then.
     """
 
     by: str
+    offer: Offer | None = None
     is_held: bool = False
 
 
@@ -175,7 +178,11 @@ async def _send_observed(
             has_left = isinstance(exc, anyio.get_cancelled_exc_class())
             observer(record.outcome(CLIENT_LEFT if has_left else str(exc) or type(exc).__name__))
         raise
-    if not (isinstance(delivery, Offloaded) and delivery.is_held):
+    if isinstance(delivery, Offloaded):
+        if not delivery.is_held:
+            is_replaced = delivery.offer is not None and delivery.offer.is_withdrawn
+            observer(record.outcome(REPLACED if is_replaced else None))
+    else:
         observer(record.outcome(None if record.is_complete else CLIENT_LEFT))
 
 

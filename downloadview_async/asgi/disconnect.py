@@ -88,6 +88,8 @@ def close_after_body(scope: Mapping[str, Any]) -> Headers:
 
     A chunked body is read and dropped, too: it shows its length only when it has arrived.
     """
-    length = dict(scope["headers"]).get(b"content-length", b"0")
+    length = dict(scope["headers"]).get(b"content-length")
+    if length is None:
+        return {}
     is_short = length.isdigit() and len(length) <= 9 and int(length) <= MAX_UNREAD_BODY
     return {} if is_short or not scope.get("http_version", "1.1").startswith("1") else {"connection": "close"}

@@ -29,7 +29,9 @@ class Download:
     key: what `source.resolve` gets. None: the route's only path parameter, or below a `Mount` the rest of the path.
     A string: the name of a path parameter, for a route with several. A function: it gets the request, and returns the
     value. A request whose key cannot be determined fails with `ConfigurationError`.
-    attachment, headers, redirect, offload: as in `DownloadResponse`. cache_control: the Cache-Control header.
+    attachment, headers, redirect: as in `DownloadResponse`. offload: likewise, but by default the answer to a file of a
+    directory does not wait for the application, because the file stays where it is.
+    cache_control: the Cache-Control header.
     access: who may have a file: an async function that gets the request and the key, `SignedLinks`, or a list of them,
     of which one suffices. It is asked before any file is opened. None: everyone. See `Access` and `Grant`.
     hide: patterns as in `fnmatch` for names of files and directories that do not exist for clients, such as `.*` or
@@ -94,7 +96,7 @@ class Download:
             filename, content_type = grant.filename, grant.content_type
             attachment = attachment if grant.attachment is None else grant.attachment
             headers = {**headers, "Cache-Control": grant.cache_control(self._cache_control, time.time())}
-        return DownloadResponse(
+        response = DownloadResponse(
             file,
             filename=filename,
             attachment=attachment,
@@ -103,6 +105,8 @@ class Download:
             redirect=self.redirect,
             offload=self.offload,
         )
+        response.ends_request = True
+        return response
 
     def _key_of(self, scope: Scope) -> Any:
         _check_is_decoded(scope)

@@ -17,9 +17,10 @@ class OffloadMiddleware:
     inside this one changes the status of an offloaded response, its offload header is dropped, because it was made for
     a 200. So put this middleware around all middleware that may change a status.
 
-    An offloaded answer leaves when the application has returned, unless the response has `offload=True`: a background
-    task, or the code after the `yield` of a dependency, may delete the file. The file is held open until then, and we
-    send it ourselves if it has left its path, or if the application takes longer than `holding.PATIENCE` seconds.
+    An offloaded answer leaves when the application has returned, unless the response has `offload=True` or is that of
+    `Download` to a file of a directory. A background task, or the code after the `yield` of a dependency, may delete
+    the file. So the file is held open until then, and we send it ourselves if it has left its path, or if the
+    application takes longer than `holding.PATIENCE` seconds.
 
     pathsend: True has the proxy send the files of other responses too, such as Starlette's `FileResponse`. ASGI's path
     send is then advertised to the application, even if the server does not have it.

@@ -11,6 +11,9 @@ from downloadview_async.offload.base import OffloadBackend, signed
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.local.open_file import OpenLocalFile
 
+REPLACED = "another answer replaced this one"
+"""Why an offloaded answer is incomplete: middleware has sent another one, or has changed the status."""
+
 
 @dataclass(slots=True)
 class Lent:
@@ -58,12 +61,14 @@ class Offer:
     outer: the offer of the next middleware outwards. It drops the headers that no backend has made, so it knows these.
     """
 
-    __slots__ = ("_backend", "lent", "orders")
+    __slots__ = ("_backend", "is_withdrawn", "lent", "orders")
 
     def __init__(self, backend: OffloadBackend, outer: "Offer | None") -> None:
         self._backend = backend
         self.orders: list[Mapping[str, str]] = [] if outer is None else outer.orders
         """The headers of each file that was offloaded for this request."""
+        self.is_withdrawn = False
+        """Whether the headers were removed from an answer, because middleware has changed its status."""
         self.lent: Lent | None = None
         """The open file that the response lends while its answer waits for the application."""
 
@@ -88,6 +93,7 @@ class Offer:
 
     def withdrawn_from(self, start: Message) -> Message:
         """Return the start of a response without the headers that this backend has made: its status has changed."""
+        self.is_withdrawn = True
         made, headers = self.made, start.get("headers", ())
         kept = [(name, value) for name, value in headers if (bytes(name).lower(), value) not in made]
         return {**start, "headers": kept}
@@ -97,7 +103,7 @@ class Offer:
         before, self.lent = self.lent, lent
         if before is not None:
             if before.report is not None:
-                before.report("another answer replaced this one")
+                before.report(REPLACED)
             if before.file is not None:
                 before.file.close()
 

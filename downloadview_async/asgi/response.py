@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import closing
 from functools import lru_cache, partial
 
@@ -97,6 +97,8 @@ class DownloadResponse(Response):
         self.background = background
         self.redirect = redirect if status_code == 200 else None
         self.offload = offload
+        self.ends_request = False
+        """Whether no code that could delete the file runs after the answer: set by `Download`."""
         self.raw_headers = list(checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,7 +112,8 @@ class DownloadResponse(Response):
             finally:
                 await counted.note()
         elif (observer := observer_of(scope)) is None:
-            await self._respond(scope, receive, send)
+            if not await self._answer_nowait(scope, receive, send):
+                await self._answer_or_leave(scope, receive, send)
         else:
             await self._respond_observed(observer, scope, receive, send)
         if self.background is not None:
@@ -119,11 +122,13 @@ class DownloadResponse(Response):
     async def _respond_observed(self, observer: Observer, scope: Scope, receive: Receive, send: Send) -> None:
         with one_outcome(observer) as once:
             extensions = {**(scope.get("extensions") or {}), OBSERVER: once}
-            await self._respond({**scope, "extensions": extensions}, receive, send)
+            scope = {**scope, "extensions": extensions}
+            if not await self._answer_nowait(scope, receive, send):
+                await self._answer_or_leave(scope, receive, send)
 
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not await self._answer_nowait(scope, receive, send):
-            await until_the_client_leaves(partial(self._answer_or_error, scope), receive, send)
+    def _answer_or_leave(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Answer with all the time that it takes, or until the client leaves."""
+        return until_the_client_leaves(partial(self._answer_or_error, scope), receive, send)
 
     async def _answer_nowait(self, scope: Scope, receive: Receive, send: Send) -> bool:
         """Answer if the file can be opened without waiting, and return whether that was so.
@@ -235,8 +240,9 @@ class DownloadResponse(Response):
         else:
             if USE in scope:
                 await claim(scope, opened.metadata)
-            delivery = Offloaded(next(iter(offload)).lower())
-            if not self.offload:
+            offer = scope["extensions"][EXTENSION]
+            delivery = Offloaded(next(iter(offload)).lower(), offer if isinstance(offer, Offer) else None)
+            if not (self.offload or (self.ends_request and keep)):
                 self._lend(opened, delivery, start, scope)
         if answer.head is not None and path_send and PREPARED in path_send and isinstance(delivery, _IN_ONE_MESSAGE):
             start[PREPARED] = answer.head
@@ -260,8 +266,8 @@ class DownloadResponse(Response):
 
     def _lend(self, opened: OpenFile, delivery: Offloaded, start: Message, scope: Scope) -> None:
         """Keep a local file open while the answer waits for the application, which may delete the file."""
-        offer, local = scope["extensions"][EXTENSION], local_of(opened)
-        if local is None or not isinstance(offer, Offer):
+        offer, local = delivery.offer, local_of(opened)
+        if local is None or offer is None:
             return
         delivery.is_held = True
 

@@ -704,7 +704,8 @@ async def test_an_application_that_answers_twice_leaves_nothing_open(root: Path,
     assert descriptors(root) == []
 
 
-async def test_an_answer_whose_file_stays_waits_for_nothing(root: Path) -> None:
+@pytest.mark.parametrize("offload", [None, True], ids=["a Download", "an answer that promises it"])
+async def test_an_answer_whose_file_stays_waits_for_nothing(root: Path, offload: bool | None) -> None:
     sent: list[Message] = []
     answered = asyncio.Event()
 
@@ -717,7 +718,10 @@ async def test_an_answer_whose_file_stays_waits_for_nothing(root: Path) -> None:
         return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
     async def hangs(scope: Scope, receive: Receive, send: Send) -> None:
-        await dv.Download(dv.PathSource(root), offload=True)(scope, receive, send)
+        if offload is None:
+            await dv.Download(dv.PathSource(root))(scope, receive, send)
+        else:
+            await dv.DownloadResponse(dv.LocalFile(root / "file.txt"), offload=offload)(scope, receive, send)
         await never()
 
     scope = {"type": "http", "method": "GET", "path": "/file.txt", "headers": [], "query_string": b""}
@@ -900,8 +904,12 @@ async def test_a_held_answer_that_we_send_describes_the_file_as_its_object_does(
     (tmp_path / "a.bin").write_bytes(b"content")
     os.utime(tmp_path / "a.bin", (1_700_000_000,) * 2)
     source = dv.ObjectSource(get, source=dv.PathSource(tmp_path), file_field="file", mime_type_field="mime")
+
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        await dv.DownloadResponse(await source.resolve("key"))(scope, receive, send)
+
     app = dv.OffloadMiddleware(
-        Deleting(dv.Download(source), (tmp_path / "a.bin").unlink), dv.XAccelRedirect([dv.Rule(str(tmp_path), "/_f/")])
+        Deleting(endpoint, (tmp_path / "a.bin").unlink), dv.XAccelRedirect([dv.Rule(str(tmp_path), "/_f/")])
     )
     answer = await call(app, "/key")
     assert (answer.status, answer.body, answer.headers["content-type"]) == (200, b"content", "application/x-special")

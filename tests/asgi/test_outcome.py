@@ -157,7 +157,7 @@ async def test_an_answer_that_would_be_offloaded_and_whose_file_is_deleted(root:
     )
 
     async def deleting(scope: Scope, receive: Receive, send: Send) -> None:
-        await download(root)(scope, receive, send)
+        await dv.DownloadResponse(dv.LocalFile(root / "large.bin"))(scope, receive, send)
         (root / "large.bin").unlink()
 
     for inner in (deleting, response):
@@ -171,12 +171,13 @@ async def test_an_answer_that_would_be_offloaded_and_whose_file_is_deleted(root:
         make_old(root)
 
 
-async def test_an_offload_that_middleware_replaces_is_aborted(root: Path) -> None:
+@pytest.mark.parametrize("offload", [None, True])
+async def test_an_offload_that_middleware_replaces_is_aborted(root: Path, offload: bool | None) -> None:
     async def forbidding(scope: Scope, receive: Receive, send: Send) -> None:
         async def forbid(message: Any) -> None:
             await send({**message, "status": 403} if "status" in message else message)
 
-        await download(root)(scope, receive, forbid)
+        await dv.DownloadResponse(dv.LocalFile(root / "large.bin"), offload=offload)(scope, receive, forbid)
 
     app = Observed(behind_nginx(forbidding, root))
     async with live(app, http=DownloadProtocol) as port:

@@ -28,36 +28,36 @@ def read_head(
     """
     if version[0] != "1":
         raise Refused(505, "HTTP Version Not Supported")
-    names = [name for name, _ in headers]
+    fields = dict(headers)
+    sent_host = fields.get(b"host")
     # "any HTTP/1.1 request message that lacks a Host header field and [...] any request message that contains more
     # than one Host header field line or a Host header field with an invalid field value" [RFC 9112 3.2]
-    hosts = names.count(b"host")
-    if hosts > 1 or (not hosts and version != "1.0"):
+    is_repeated = len(fields) < len(headers) and [name for name, _ in headers].count(b"host") > 1
+    if is_repeated or (sent_host is None and version != "1.0"):
         raise Refused(400, "Invalid Host header field.")
-    if hosts:
-        field = names.index(b"host")
-        host = headers[field][1].strip(b" \t")  # "excluding any leading or trailing whitespace" [RFC 9110 5.5]
+    if sent_host is not None:
+        host = sent_host.strip(b" \t")  # "excluding any leading or trailing whitespace" [RFC 9110 5.5]
         if is_on_unix_socket and _SOCKET_PATH.fullmatch(host):
             host = b""  # as for any URL without an authority [RFC 9110 7.2]
-        if host is not headers[field][1]:
-            headers[field] = b"host", host
+        if host is not sent_host:
+            headers[headers.index((b"host", sent_host))] = b"host", host
         if not is_host(host):
             raise Refused(400, "Invalid Host header field.")
     if b"://" in target:
         target = _in_origin_form(target, headers)
     length: int | None = 0
-    if b"transfer-encoding" in names:
+    if b"transfer-encoding" in fields:
         length = None
         codings = b",".join([value for name, value in headers if name == b"transfer-encoding"]).lower()
         *others, last = [coding.strip() for coding in codings.split(b",")]
-        if version == "1.0" or last != b"chunked" or b"content-length" in names:
+        if version == "1.0" or last != b"chunked" or b"content-length" in fields:
             raise Refused(400, "Invalid Transfer-Encoding header field.")
         if others:
             raise Refused(501, "Transfer coding not implemented.")
-    elif b"content-length" in names:
-        length = int(next(value for name, value in headers if name == b"content-length"))  # the parser checks it
+    elif b"content-length" in fields:
+        length = int(fields[b"content-length"])  # the parser checks it, and refuses a second one
     # The parser would read the body of such a request as the next request.
-    if length != 0 and is_upgrade and b"upgrade" in names:
+    if length != 0 and is_upgrade and b"upgrade" in fields:
         raise Refused(400, "An upgrade of a request with a body is not supported.")
     return target, length
 

@@ -270,7 +270,7 @@ class DownloadProtocol(HttpToolsProtocol):
                     self._start_head_timer()
             else:
                 self._parse(data, 0)
-            if not self._is_answering() and self._phase in (_BETWEEN, _BODY):
+            if idle_since is not None and not self._is_answering() and self._phase in (_BETWEEN, _BODY):
                 self._idle_since = idle_since  # empty lines and the rest of a body do not begin a request
 
     def _is_answering(self) -> bool:
@@ -281,8 +281,7 @@ class DownloadProtocol(HttpToolsProtocol):
         """Return whether the data is the next head as a whole, as nearly always: then it needs no search for pieces."""
         return (
             self._phase is _BETWEEN
-            and data.endswith(_END_OF_HEAD)
-            and data.find(_END_OF_HEAD) == len(data) - len(_END_OF_HEAD)
+            and 0 <= data.find(_END_OF_HEAD) == len(data) - len(_END_OF_HEAD)
             and self._framing_bytes + len(data) <= MAX_HEAD_BYTES
             and not self._tail
             and not self._is_answering()
