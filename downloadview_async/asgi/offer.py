@@ -46,13 +46,13 @@ class Lent:
 
     def _is_there(self) -> bool:
         assert self.file is not None
-        opened = os.fstat(self.file.descriptor)
         if self.path is None:
-            return opened.st_nlink > 0
+            return os.fstat(self.file.descriptor).st_nlink > 0
         try:
-            return os.path.samestat(os.stat(self.path), opened)
+            there = os.stat(self.path)
         except OSError:
             return False
+        return there.st_ino == self.file.inode and there.st_dev == self.file.device
 
 
 class Offer:

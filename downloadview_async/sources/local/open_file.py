@@ -66,7 +66,7 @@ class OpenLocalFile:
         self.is_quick = quick
         self._users = 1
         self.workers = workers
-        self.device = status.st_dev
+        self.device, self.inode = status.st_dev, status.st_ino
         self._read_cached_pages = _RWF_NOWAIT is not None and self.device not in _reads_of_cached_pages.devices
         self.size = status.st_size
         self._mtime_ns = status.st_mtime_ns
