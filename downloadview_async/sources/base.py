@@ -15,6 +15,7 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
+from downloadview_async.sources.listing import Entry
 
 if TYPE_CHECKING:
     from downloadview_async.sources.local.open_file import OpenLocalFile
@@ -199,6 +200,23 @@ class HasCanonicalNames(Protocol):
 
     def canonical(self, name: str) -> str:
         """Return the one name for `./a//b`, `/a/b` and `a/b`. Raises `FileMissing` for a name no file can have."""
+        ...
+
+
+@runtime_checkable
+class SupportsListing(Protocol):
+    """What a source or a storage may offer besides: it lists the files and folders of a folder."""
+
+    def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield each file and each folder that is directly in a folder, in any order.
+
+        folder: its path, such as `reports/2026`, with or without a slash at its end; the empty string is the top. Only
+        entries that `resolve` (or `open`) would accept are yielded, each once.
+
+        Raises `FileMissing`, before the first entry, if the folder does not exist, and `AccessDenied`,
+        `SourceUnavailable`, `UpstreamError` as `AsyncFile.open` does. Close the iterator (`contextlib.aclosing`) if it
+        is not read to its end.
+        """
         ...
 
 

@@ -18,8 +18,14 @@ class Relay(socketserver.ThreadingTCPServer):
     block_on_close = False
     cuts = 0
 
-    def __init__(self, port: int, length: int, *, resets: bool) -> None:
+    def __init__(self, port: int, length: int, *, resets: bool, holds: bool) -> None:
         super().__init__(("127.0.0.1", 0), _Passing)
+        self.held = threading.Event()
+        """Set when a connection has passed its bytes on, and is about to be cut."""
+        self.release = threading.Event()
+        """Connections are not cut before this is set."""
+        if not holds:
+            self.release.set()
         self.port = port
         self.length = length
         self.resets = resets
@@ -43,6 +49,8 @@ class _Passing(socketserver.BaseRequestHandler):
                     self.request.sendall(block)
                     left -= len(block)
             if not left:
+                relay.held.set()
+                relay.release.wait()
                 relay.cuts += 1
                 if relay.resets and relay.cuts % 2:
                     self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -58,13 +66,17 @@ def _pass(source: socket.socket, target: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def cutting(port: int, length: int, *, resets: bool = True) -> Iterator[Relay]:
-    """Relay to a port of 127.0.0.1, and cut each connection after `length` bytes of what comes from there."""
-    with Relay(port, length, resets=resets) as relay:
+def cutting(port: int, length: int, *, resets: bool = True, holds: bool = False) -> Iterator[Relay]:
+    """Relay to a port of 127.0.0.1, and cut each connection after `length` bytes of what comes from there.
+
+    holds: cut none until `Relay.release` is set.
+    """
+    with Relay(port, length, resets=resets, holds=holds) as relay:
         thread = threading.Thread(target=relay.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
             yield relay
         finally:
+            relay.release.set()
             relay.shutdown()
             thread.join()

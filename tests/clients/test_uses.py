@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.browser import BROWSERS, Browser, running
 from tests.clients.relay import cutting
 from tests.clients.running import digest, run
 from tests.redis_server import RedisServer, redis_server
@@ -121,6 +124,39 @@ def test_a_client_that_pauses(site: Site, tmp_path: Path) -> None:
     run(["curl", "-sSf", "-r", "10000000-", "-o", "rest", f"{site.server.url}{link}"], tmp_path)
     assert digest(tmp_path / "rest") == digest(site.content[10_000_000:])
     assert site.status(link, "127.0.0.1") == 410
+
+
+@pytest.mark.parametrize("name", BROWSERS)
+def test_a_browser_that_pauses(site: Site, tmp_path: Path, name: str) -> None:
+    link = site.link(1)
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    with cutting(int(site.server.address), 9 * MIB, holds=True) as relay, running(name, tmp_path) as browser:
+        browser.download(f"http://127.0.0.1:{relay.address}{link}", downloads)
+        assert relay.held.wait(60)
+        press(browser, "pause", until=lambda: browser.button() == "resume")
+        assert site.status(link, "127.0.0.2") == 410
+        relay.release.set()
+        press(browser, "resume", until=lambda: sizes(downloads) == {"big.bin": len(site.content)})
+        assert relay.cuts >= 2
+    assert digest(downloads / "big.bin") == digest(site.content)
+    assert [site.status(link, f"127.0.0.{number}") for number in (1, 2)] == [410, 410]
+
+
+def press(browser: Browser, text: str, *, until: Callable[[], bool]) -> None:
+    """Press the button of a download whenever it has this text, until something is so."""
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline, browser.button()
+        if browser.button() == text:
+            browser.press()
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """Return the sizes of the files in a directory in which a browser renames some."""
+    while True:
+        with suppress(FileNotFoundError):
+            return {file.name: file.stat().st_size for file in directory.iterdir()}
 
 
 def test_a_revoked_link(site: Site) -> None:

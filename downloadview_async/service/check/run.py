@@ -61,6 +61,9 @@ _LONGEST_TARGET = 3 * _LONGEST_NAME + 256
 _OTHER_FIELDS = 2_048
 """Bytes that the other header fields of an answer may need beside the offload header."""
 
+_ACTIVE = (".htm", ".html", ".pdf", ".svg", ".xhtml", ".xml")
+"""How the names of files end that a browser could run."""
+
 _TRIES, _PAUSE = 10, 0.1
 """How often a file is requested again until the cache has it, and the seconds between the requests."""
 
@@ -195,13 +198,18 @@ class _Run:
         return wanted, unknown
 
     def _found(self, route: RouteSettings) -> list[str]:
-        """Return the first plain name in a route's local directory, and one name that needs percent-encoding."""
+        """Return a plain name in a route's local directory, and one name that needs percent-encoding.
+
+        The plain name is the first one. For an inline route, it is the first name of a file that a browser could run.
+        """
         directory = directory_of(self.site.settings.sources[route.source])
         convertor = PARAMETER.findall(route.path)[0].strip("{}").partition(":")[2]
         if directory is None or convertor not in ("", "str", "path"):
             return []
         names = names_in(Path(directory), convertor == "path")
         plain = [name for name in names if PLAIN.fullmatch(name)]
+        if route.disposition == "inline":  # only such a file shows whether its Content-Security-Policy is lost
+            plain.sort(key=lambda name: not name.lower().endswith(_ACTIVE))
         # a percent sign shows best which encoding the proxy uses
         others = sorted((name for name in names if not PLAIN.fullmatch(name)), key=lambda name: "%" not in name)
         return [*plain[:1], *others[:1]]

@@ -1,0 +1,20 @@
+"""`Entry`: one file or one folder in the listing of a folder."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file or one folder, as `SupportsListing.list` yields it.
+
+    name: the last segment of its path, without a slash. is_folder: whether it can be listed in turn. size: in bytes;
+    None if it is not known. modified: with a time zone; None if it is not known. content_type: the media type that the
+    source stores with the file; None if it stores none.
+    """
+
+    name: str
+    is_folder: bool = False
+    size: int | None = None
+    modified: datetime | None = None
+    content_type: str | None = None
