@@ -236,10 +236,10 @@ class DownloadResponse(Response):
         if offload is None:
             delivery = delivery_of(answer.plan, opened, path_send, is_fresh=keep)
             if USE in scope:
-                await claim(scope, opened.metadata, answer.plan)
+                await claim(scope[USE], opened.metadata, answer.plan)
         else:
             if USE in scope:
-                await claim(scope, opened.metadata)
+                await claim(scope[USE], opened.metadata)
             offer = scope["extensions"][EXTENSION]
             delivery = Offloaded(next(iter(offload)).lower(), offer if isinstance(offer, Offer) else None)
             if not (self.offload or (self.ends_request and keep)):
@@ -261,7 +261,7 @@ class DownloadResponse(Response):
         if headers is None:
             return None
         if USE in scope:
-            await claim(scope, metadata)
+            await claim(scope[USE], metadata)
         return make_redirect_plan(added, headers)
 
     def _lend(self, opened: OpenFile, delivery: Offloaded, start: Message, scope: Scope) -> None:

@@ -1,12 +1,12 @@
 """Counts the answer to a request by a link that allows a number of downloads."""
 
 import anyio
-from starlette.types import Message, Scope, Send
+from starlette.types import Message, Send
 
 from downloadview_async.accounts.outcome import Observer, Outcome
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan
-from downloadview_async.policy.uses import USE, Use
+from downloadview_async.policy.uses import Use
 
 
 class Counted:
@@ -46,14 +46,11 @@ class Counted:
             self._use.close()
 
 
-async def claim(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> None:
-    """Claim a download for a GET that gets bytes of the file.
-
-    scope: one with a `Use`. plan: None if another server sends the file.
+async def claim(use: Use, metadata: FileMetadata, plan: Plan | None = None) -> None:
+    """Claim a download for a GET that gets bytes of the file. plan: None if another server sends the file.
 
     Raises `LinkUsedUp`, or `SourceUnavailable` if the store of links does not answer.
     """
-    use: Use = scope[USE]
     if plan is None:
         await use.claim(metadata, wants_all=True)
     elif plan.body:

@@ -1,7 +1,7 @@
 """`URLSigner`: makes links to files that expire, and checks them. Any process with the same keys can check a link.
 
 The format of a link is that of the path, and of a query with these parameters, in this order. `k`, `i` and `s` are in
-every link:
+every link. If the URL has a query besides, that comes before them, and is signed too:
 
 ===== ======================================================================================
 `k`   the id of the key
@@ -52,6 +52,7 @@ MOST_USES = 1_000_000
 
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_SAFE_IN_QUERY = "%!$&()*+,;=:@/?"  # a client would encode the others
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _VERSION_AND_METHODS = b"".join(len(part).to_bytes(8) + part for part in (b"downloadview 1", b"GET"))
 
@@ -112,6 +113,7 @@ class URLSigner:
         client: str | None = None,
         shareable: bool = False,
         uses: int | None = None,
+        query: str = "",
         base: str = "",
     ) -> str:
         """Return the link to a file: `base`, the path and a query.
@@ -120,8 +122,9 @@ class URLSigner:
         until: how long, or until when, the link is valid; by default for the signer's `max_age`. filename, attachment,
         content_type: take the place of what the file and the application say. client: the address or the network from
         which alone the link is valid. shareable: whether shared caches may keep the answer, until the link expires.
-        uses: how many downloads the link allows; this needs a store. base: the scheme, the host and the prefix that a
-        proxy removes, such as `https://example.org/dl`; they are not signed.
+        uses: how many downloads the link allows; this needs a store. query: what the URL has in its query besides, such
+        as `version=3`. base: the scheme, the host and the prefix that a proxy removes, such as
+        `https://example.org/dl`; they are not signed.
 
         Raises `ValueError` for an argument that is refused.
         """
@@ -138,9 +141,10 @@ class URLSigner:
             "p": "1" if shareable else None,
             "u": None if uses is None else self._checked_uses(uses, shareable=shareable),
         }
-        query = "&".join(f"{name}={quote(value, safe='')}" for name, value in values.items() if value is not None)
-        signature = _signature(self._keys[key_id], checked.encode(), query.encode())
-        return f"{_checked_base(base)}{quote(checked)}?{query}&s={signature.decode()}"
+        pairs = [f"{name}={quote(value, safe='')}" for name, value in values.items() if value is not None]
+        signed = "&".join([*filter(None, [quote(query, safe=_SAFE_IN_QUERY)]), *pairs])
+        signature = _signature(self._keys[key_id], checked.encode(), signed.encode())
+        return f"{_checked_base(base)}{quote(checked)}?{signed}&s={signature.decode()}"
 
     def check(self, path: bytes, query: bytes, client: str | None, now: float) -> Grant:
         """Return what a link grants.
@@ -151,11 +155,12 @@ class URLSigner:
         Raises `LinkInvalid`, or `LinkExpired` if the link was valid until a time before `now`.
         """
         signed, _, signature = query.rpartition(b"&s=")
-        key_id = signed[2 : signed.find(b"&")].decode("latin-1") if signed.startswith(b"k=") else ""
+        link = signed[signed.rfind(b"&k=") + 1 :]  # a value of a link has no `&`, so what precedes is the URL's query
+        key_id = link[2 : link.find(b"&")].decode("latin-1") if link.startswith(b"k=") else ""
         secret = self._keys.get(key_id) if len(query) <= MAX_QUERY_BYTES else None
         if secret is None or not hmac.compare_digest(_signature(secret, path, signed), signature):
             raise LinkInvalid("the link is not signed by one of the keys")
-        values = {pair[0]: pair[2:] for pair in signed.decode("ascii").split("&")}  # as `sign` has made them
+        values = {pair[0]: pair[2:] for pair in link.decode("ascii").split("&")}  # as `sign` has made them
         expires = int(values["e"]) if "e" in values else None
         if expires is not None and expires <= now:
             raise LinkExpired(f"the link {values['i']} has expired")

@@ -341,3 +341,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         dv.RedisGrantStore("redis://127.0.0.1/0")
     with pytest.raises(dv.ConfigurationError, match="aiosqlite"):
         dv.SQLiteGrantStore("links.db")
+
+
+def test_a_process_that_never_closes_its_store_ends(tmp_path: Path) -> None:
+    program = """
+import asyncio, sys
+from downloadview_async import SQLiteGrantStore
+store = SQLiteGrantStore(sys.argv[1])
+asyncio.run(store.check())
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "links.db")]
+    subprocess.run(command, check=True, timeout=60, cwd=PROJECT)

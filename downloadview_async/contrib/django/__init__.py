@@ -14,6 +14,7 @@ from downloadview_async.contrib.django.files import (
     VirtualFile,
 )
 from downloadview_async.contrib.django.io import BytesIteratorIO, TextIteratorIO
+from downloadview_async.contrib.django.links import arevoke_link, link_signer, revoke_link, sign_url
 from downloadview_async.contrib.django.middleware import (
     BaseDownloadMiddleware,
     DownloadDispatcherMiddleware,
@@ -65,11 +66,15 @@ __all__ = [
     "VirtualDownloadView",
     "VirtualFile",
     "_signature_is_valid",
+    "arevoke_link",
     "assert_download_response",
     "content_disposition",
     "get_asgi_application",
+    "link_signer",
+    "revoke_link",
     "sendfile",
     "setup_view",
+    "sign_url",
     "signature_required",
     "temporary_media_root",
 ]

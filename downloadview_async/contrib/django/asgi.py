@@ -30,7 +30,10 @@ from django.urls import set_script_prefix
 from downloadview_async.accounts.outcome import observer_of
 from downloadview_async.asgi.delivery import Delivery, Empty, Offloaded, deliver, delivery_of
 from downloadview_async.asgi.extensions import PATHSEND
+from downloadview_async.asgi.uses import Counted
+from downloadview_async.contrib.django.counting import note
 from downloadview_async.contrib.django.deferral import note_receivers
+from downloadview_async.contrib.django.links import link_of
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.contrib.django.responses import DownloadResponse
 from downloadview_async.http.fields import OFFLOAD_ORDERS
@@ -144,9 +147,16 @@ class DownloadASGIHandler(ASGIHandler):
         cookies = [cookie.output(header="") for cookie in response.cookies.values()]
         headers += [(b"set-cookie", cookie.strip().encode("ascii")) for cookie in cookies]
         start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
+        observer, link = observer_of(request.scope), link_of(request)
+        answer = None if link is None or link.use is None else Counted(link.use, observer, send)
         try:
-            await deliver(delivery, start, send, observer=observer_of(request.scope))
+            if answer is None:
+                await deliver(delivery, start, send, observer=observer)
+            else:
+                await deliver(delivery, start, answer.send, observer=answer.observe)
         finally:
+            if answer is not None:
+                await note(answer)
             if isinstance(response, DownloadResponse):
                 await response.release()
 

@@ -18,6 +18,7 @@ from django.urls import URLPattern, URLResolver, get_resolver
 from django.utils.module_loading import import_string
 
 from downloadview_async.contrib.django.adapters import opens_as_stored, told_of
+from downloadview_async.contrib.django.links import link_signer
 from downloadview_async.contrib.django.middleware import (
     DownloadDispatcher,
     DownloadDispatcherMiddleware,
@@ -40,16 +41,19 @@ _RULES_HINT = (
     '{"source_dir": "/srv/media", "destination_dir": "/srv/media"}.'
 )
 
+_STORE_HINT = 'For example: DOWNLOADVIEW_LINKS = {"STORE": f"sqlite:{BASE_DIR / \'links.db\'}"}.'
+
 
 def check_downloads(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
     """Return the mistakes in the settings and the URLconf.
 
     E001: an unknown backend. E002: a rule that does not fit its backend. W003: a rule that matches no file. W004: a
     middleware for WSGI alone. E005: a `PathDownloadView` that would give out any file of the machine. W006: a
-    `PathDownloadView` that makes a path from the URL itself. W007: a storage whose files no rule offloads.
+    `PathDownloadView` that makes a path from the URL itself. W007: a storage whose files no rule offloads. E008: the
+    settings of signed links. W009: a store of links that processes do not share.
     """
     classes = list(_middlewares())
-    return [*_check_rules(classes), *_check_middlewares(classes), *_check_paths()]
+    return [*_check_rules(classes), *_check_middlewares(classes), *_check_paths(), *_check_links()]
 
 
 def _middlewares() -> Iterator[tuple[str, Any]]:
@@ -216,6 +220,23 @@ def _check_paths() -> Iterator[CheckMessage]:
             )
 
 
+def _check_links() -> Iterator[CheckMessage]:
+    try:
+        link_signer()
+    except ImproperlyConfigured as exc:
+        yield _wrong_links(str(exc))
+        return
+    scheme, _, place = str(getattr(settings, "DOWNLOADVIEW_LINKS", {}).get("STORE")).partition(":")
+    if scheme == "sqlite" and not os.path.isdir(os.path.dirname(os.path.abspath(place))):
+        yield _wrong_links(f"settings.DOWNLOADVIEW_LINKS: the directory of {place!r} does not exist")
+    elif (scheme == "sqlite" and not os.path.isabs(place)) or (scheme == "memory" and not settings.DEBUG):
+        yield CheckWarning(
+            f"settings.DOWNLOADVIEW_LINKS: processes may not share {scheme}:{place}, and then each counts by itself",
+            hint=_STORE_HINT,
+            id="downloadview_async.W009",
+        )
+
+
 def _makes_a_path(get_path: Any, is_in_url: bool) -> bool:
     """Return whether a `get_path` uses the query, or arguments of the URL that may lead out of a directory.
 
@@ -265,6 +286,10 @@ def _views_of(
 
 def _wrong_backend(exc: Exception) -> Error:
     return Error(str(exc), hint=_BACKEND_HINT, id="downloadview_async.E001")
+
+
+def _wrong_links(message: str) -> Error:
+    return Error(message, hint=_STORE_HINT, id="downloadview_async.E008")
 
 
 def _wrong_rule(exc: Exception) -> Error:

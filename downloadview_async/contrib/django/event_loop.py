@@ -9,6 +9,9 @@ from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from django.core.handlers.asgi import ASGIRequest
+from django.http import HttpRequest
+
 from downloadview_async.contrib.django.dual import has_running_loop
 
 T = TypeVar("T")
@@ -85,6 +88,16 @@ class _Apart:
 def run_in_background(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine in the background loop, wait for it, and return its result. Raises what it raises."""
     return asyncio.run_coroutine_threadsafe(coroutine, background_loop()).result()
+
+
+async def for_request(request: HttpRequest, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Await a coroutine that uses connections of the event loop: in a loop that lasts longer than the request.
+
+    Under WSGI, the loop of an asynchronous view ends with it. Then this is the background loop.
+    """
+    if isinstance(request, ASGIRequest) or asyncio.get_running_loop() is background_loop():
+        return await coroutine
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, background_loop()))
 
 
 def iterate_in_background(chunks: AsyncIterator[bytes]) -> Iterator[bytes]:

@@ -20,12 +20,15 @@ from downloadview_async.asgi.answer import age_of
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.errors import failed, note_refusal
 from downloadview_async.asgi.transfer import body_of
+from downloadview_async.asgi.uses import claim
 from downloadview_async.contrib.django.adapters import async_file_of, is_left_by_closing, is_sent_as_stored, name_of
+from downloadview_async.contrib.django.counting import counted
 from downloadview_async.contrib.django.deferral import has_new_receivers, is_deferred
 from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.contrib.django.dual import close_idle_connections, close_own_connections, has_running_loop
-from downloadview_async.contrib.django.event_loop import iterate_in_background, run_in_background
+from downloadview_async.contrib.django.event_loop import for_request, iterate_in_background, run_in_background
 from downloadview_async.contrib.django.files import FileNotFound
+from downloadview_async.contrib.django.links import Link, link_of
 from downloadview_async.contrib.django.offload import is_local
 from downloadview_async.contrib.django.proxied import OrderedWith200, ProxyOffer
 from downloadview_async.errors import FileError, FileMissing
@@ -37,6 +40,7 @@ from downloadview_async.http.plan import Headers, Plan, Presentation, make_offlo
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
+from downloadview_async.policy.uses import Use
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.cache.source import CachedFile
 from downloadview_async.sources.local.open_file import local_of, open_nowait
@@ -61,7 +65,8 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
 
     The file is opened, and Range and If-* are evaluated, when the response is finished, see `finish`. The views, the
     middlewares and the ASGI handler of this package finish it. An unfinished response has the status 200, the whole
-    file and no Content-Length.
+    file and no Content-Length. If `signature_required` has let the request in, what its link says about the name, the
+    disposition and the type of the file wins, and the download of a link with `uses` is counted.
 
     Raises `TypeError` for a path, and `ValueError` for a status without a body.
     """
@@ -99,6 +104,7 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         self.request: HttpRequest | None = None
         self.plan: Plan | None = None
         self._wanted = GET
+        self._link: Link | None = None
         self._resources = AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
         given = {header.lower() for header in headers or ()}
@@ -194,6 +200,7 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         if self.is_finished or self.is_replaced:
             return self
         self.request = request
+        self._follow_link(request)
         try:
             file = async_file_of(self.file, self.get_basename())
             self._wanted = self._wanted_by(request)
@@ -202,6 +209,8 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
             opened = await self._open(file, self._wanted)
             metadata, presentation, headers = self._described(file, opened)
             plan = make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=headers)
+            if self._use is not None:
+                await for_request(request, claim(self._use, metadata, plan))
         except (FileError, FileNotFound) as exc:
             return await self._failed(exc, request)
         self._take_over(plan)
@@ -221,6 +230,7 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         The response is then still unfinished, and the next offer may be accepted.
         """
         was_open = self.opened is not None
+        self._follow_link(request)
         try:
             refused = await self._offload(request, async_file_of(self.file, self.get_basename()), offer)
         except (FileError, FileNotFound, SuspiciousOperation):
@@ -292,6 +302,8 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         if refused is None:
             plan = make_offload_plan(metadata, presentation, {}, headers=headers)
             if (order := await offer.headers(plan.headers["content-type"])) is not None:
+                if self._use is not None:
+                    await for_request(request, claim(self._use, metadata))
                 headers = plan.headers | {header.lower(): value for header, value in order.items()}
                 self._take_over(replace(plan, headers=headers))
                 await self._become(offer.kind)
@@ -302,6 +314,31 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         if not was_open:
             await self.release()
         return refused
+
+    @property
+    def _use(self) -> Use | None:
+        """What counts the download; None if nothing does."""
+        return None if self._link is None else self._link.use
+
+    def _follow_link(self, request: HttpRequest) -> None:
+        """Present the file as the link says by which the request has come, if it has come by one."""
+        link = link_of(request)
+        if self._link is not None or link is None:
+            return
+        self._link, before = link, self.default_headers
+        grant = link.grant
+        if grant.filename is not None:
+            self.basename = grant.filename
+        if grant.attachment is not None:
+            self.attachment = grant.attachment
+        del self.default_headers
+        is_named = grant.filename is not None or grant.attachment is not None
+        for header, value in self.default_headers.items():
+            if self.get(header) == before[header] or (is_named and header == "Content-Disposition"):
+                self.headers[header] = value
+        if grant.content_type is not None:
+            self.headers["Content-Type"] = grant.content_type
+        self.headers["Cache-Control"] = link.cache_control(self.get("Cache-Control"))
 
     def _wanted_by(self, request: HttpRequest) -> DownloadRequest:
         """Return the request as the plan needs it. Conditions and ranges apply only to GET and HEAD."""
@@ -334,10 +371,11 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
             given_headers.pop(header, None)
         # The type that the file gives wins over the type for its name.
         says = None if isinstance(file, VirtualFile) or self.file_mimetype is not None else metadata.content_type
+        granted = None if self._link is None else self._link.grant.content_type
         presentation = Presentation(
             filename=self.get_basename() or file.name,
             attachment=self.attachment,
-            content_type=says or self["Content-Type"],
+            content_type=granted or says or self["Content-Type"],
         )
         given_headers.setdefault("content-disposition", self["Content-Disposition"])
         if opened is not None and (age := age_of(opened)) is not None:
@@ -361,7 +399,13 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         """
         await self.release()
         self.basename = self.get_basename()
-        for name in ("request", "file_not_found_response", "_loop", "_resources"):  # Django's cache pickles the rest
+        for name in (
+            "request",
+            "file_not_found_response",
+            "_link",
+            "_loop",
+            "_resources",
+        ):  # Django's cache pickles the rest
             vars(self).pop(name, None)
         response: Any = self
         response.__class__ = kind
@@ -370,13 +414,11 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
     async def _failed(self, exc: Exception, request: HttpRequest) -> HttpResponseBase:
         await self.release()
         error = exc if isinstance(exc, FileError) else FileMissing(str(exc))
-        headers = failed(error, str(request.method), request.path)
+        response = error_response(error, request)
         if error.status == 404:
             if (answer := self.file_not_found_response) is not None:
                 return await (answer if iscoroutinefunction(answer) else sync_to_async(answer))()
             raise Http404 from None
-        response = HttpResponse(status=error.status, headers={**headers, "Content-Length": "0"})
-        del response["Content-Type"]
         return response
 
     @property
@@ -463,8 +505,19 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
             else:
                 stack.push_async_callback(self.release)
             if opened is not None:
-                async for chunk in await stack.enter_async_context(aclosing(body_of(plan, opened))):
+                body = await stack.enter_async_context(aclosing(body_of(plan, opened)))
+                if self._use is not None:
+                    body = await stack.enter_async_context(aclosing(counted(body, plan, self._use)))
+                async for chunk in body:
                     yield chunk
+
+
+def error_response(exc: FileError, request: HttpRequest) -> HttpResponse:
+    """Return the answer to a request whose file cannot be sent. The reason goes to the log alone."""
+    headers = failed(exc, str(request.method), request.path)
+    response = HttpResponse(status=exc.status, headers={**headers, "Content-Length": "0"})
+    del response["Content-Type"]
+    return response
 
 
 def _check_file(file: Any, basename: str | None) -> None:

@@ -1,37 +1,35 @@
 """Signed links: storages that sign their URLs, and `signature_required`, which refuses URLs without a signature."""
 
+from collections.abc import Awaitable
 from functools import wraps
+from inspect import isawaitable
 from typing import Any, cast
-from urllib.parse import quote, unquote, urlsplit
 
-from django.conf import settings
+from asgiref.sync import iscoroutinefunction
 from django.core.exceptions import PermissionDenied
 from django.core.files.storage import FileSystemStorage
-from django.core.signing import BadSignature, SignatureExpired, TimestampSigner
 from django.http import HttpRequest
+from django.http.response import HttpResponseBase
 
-from downloadview_async.contrib.django.dual import like
+from downloadview_async.contrib.django.dual import DualView, has_running_loop, like
+from downloadview_async.contrib.django.links import PARAMETER, SALT, averify, link_of, sign_url, verify
 from downloadview_async.contrib.django.middleware import View
+from downloadview_async.contrib.django.responses import error_response, is_due
+from downloadview_async.errors import FileError
 
-PARAMETER = "X-Signature"
-"""The query parameter with the signature."""
-
-SALT = "downloadview_async.contrib.django.links"
-"""The salt of links: no other token that the project signs by the same key is accepted as a link."""
+__all__ = ["PARAMETER", "SALT", "SignedFileSystemStorage", "SignedURLMixin", "signature_required"]
 
 
 class SignedURLMixin:
-    """Signs the URLs of any storage, for a view with `signature_required` at the same path.
-
-    `settings.SECRET_KEY` signs the path of the URL and the time, with a salt that only links have.
-    """
+    """Signs the URLs of any storage, for a view with `signature_required` at the same path."""
 
     def url(self, name: str | None, *args: Any, **kwargs: Any) -> str:
         """Return the URL of the storage, with a signature in its query."""
-        url = str(super().url(name, *args, **kwargs))  # type: ignore[misc]
-        signature = quote(TimestampSigner(salt=SALT).sign(urlsplit(url).path), safe="")
-        url, hash_, fragment = url.partition("#")
-        return f"{url}{'&' if '?' in url else '?'}{PARAMETER}={signature}{hash_}{fragment}"
+        return sign_url(str(super().url(name, *args, **kwargs)))  # type: ignore[misc]
+
+    def signed_url(self, name: str | None, **options: Any) -> str:
+        """Return a link that says more than that of `url`: options are those of `sign_url`."""
+        return sign_url(str(super().url(name)), **options)  # type: ignore[misc]
 
 
 class SignedFileSystemStorage(SignedURLMixin, FileSystemStorage):
@@ -39,41 +37,73 @@ class SignedFileSystemStorage(SignedURLMixin, FileSystemStorage):
 
 
 def signature_required(function: View) -> View:
-    """Return a view that answers only the URLs that a signed storage has made. It raises `PermissionDenied` for others.
+    """Return a view that answers only links of `sign_url` and of signed storages, and GET and HEAD alone.
 
-    `settings.DOWNLOADVIEW_URL_EXPIRATION`, seconds or a timedelta, is how long a URL is valid. Default: for ever.
-    With `settings.DOWNLOADVIEW_UNSALTED_LINKS = True`, links that django-downloadview has made are valid too. They have
-    no salt, so any other value that the project signs by a plain `TimestampSigner` is valid as well.
+    A `DownloadResponse` presents the file as the link says, and counts the download of a link with `uses`. For a link
+    that is invalid or revoked, the view raises `PermissionDenied`. A link that has expired or is used up gets 410, and
+    503 if the store of `settings.DOWNLOADVIEW_LINKS` does not answer.
+
+    `settings.DOWNLOADVIEW_URL_EXPIRATION`, seconds or a timedelta, is how long a link is valid at most, and by default.
+    Without it, links are valid for ever.
+
+    Links that an earlier version has made are valid, too. With `settings.DOWNLOADVIEW_UNSALTED_LINKS = True`, so are
+    those that django-downloadview has made. They have no salt, so any other value that the project signs by a plain
+    `TimestampSigner` is valid as well.
     """
 
     @wraps(function)
     def decorated(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-        _signature_is_valid(request)
-        return function(request, *args, **kwargs)
+        if iscoroutinefunction(function) or (isinstance(function, DualView) and has_running_loop()):
+            return on_loop(request, *args, **kwargs)
+        try:
+            verify(request)
+        except FileError as exc:
+            return _refused(exc, request)
+        return _kept(function(request, *args, **kwargs), request)
+
+    async def on_loop(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        try:
+            await averify(request)
+        except FileError as exc:
+            return _refused(exc, request)
+        return await _akept(function(request, *args, **kwargs), request)
 
     return cast("View", like(function, decorated))
 
 
 def _signature_is_valid(request: HttpRequest) -> None:
-    """Check the signature of a request's path in its query. Raises `PermissionDenied` if it is missing or invalid."""
+    """Check the link of a request. Raises `PermissionDenied` if it is missing, invalid or has expired."""
     try:
-        # the signed path is percent-encoded as in the URL, request.path is decoded
-        path = unquote(_unsigned(request.GET.get(PARAMETER) or ""), errors="strict")
-    except SignatureExpired as exc:
-        raise PermissionDenied("the signature has expired") from exc
-    except (BadSignature, ValueError) as exc:
-        raise PermissionDenied("there is no valid signature") from exc
-    if path != request.path:
-        raise PermissionDenied("the signature is of another path")
+        verify(request)
+    except FileError as exc:
+        raise PermissionDenied(str(exc)) from exc
 
 
-def _unsigned(signed: str) -> str:
-    expiration = getattr(settings, "DOWNLOADVIEW_URL_EXPIRATION", None)
-    try:
-        return TimestampSigner(salt=SALT).unsign(signed, max_age=expiration)
-    except SignatureExpired:
-        raise
-    except BadSignature:
-        if getattr(settings, "DOWNLOADVIEW_UNSALTED_LINKS", False) is not True:
-            raise
-    return TimestampSigner().unsign(signed, max_age=expiration)
+def _refused(exc: FileError, request: HttpRequest) -> HttpResponseBase:
+    if exc.status == 403:
+        raise PermissionDenied(str(exc)) from exc
+    return error_response(exc, request)
+
+
+def _kept(response: Any, request: HttpRequest) -> Any:
+    """Return the response of a view, finished: Django's own handler would send all of an unfinished one."""
+    if isawaitable(response):
+        return _akept(response, request)
+    if is_due(response, request) and not has_running_loop():
+        response = response.finish(request)
+    return _uncached(response, request)
+
+
+async def _akept(pending: Awaitable[Any], request: HttpRequest) -> Any:
+    response = await pending
+    if is_due(response, request):
+        response = await response.afinish(request)
+    return _uncached(response, request)
+
+
+def _uncached(response: Any, request: HttpRequest) -> Any:
+    """Return a response that no shared cache keeps, unless the link or the view allows that."""
+    link = link_of(request)
+    if link is not None and isinstance(response, HttpResponseBase) and response.status_code < 400:
+        response.setdefault("Cache-Control", link.cache_control(None))
+    return response

@@ -126,7 +126,10 @@ class SQLiteGrantStore:
 
     async def _opened(self) -> "aiosqlite.Connection":
         _check_place(self._path)
-        connection = await self._connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
+        pending = self._connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
+        # A server without a lifespan, as under WSGI, never closes the store, and a process waits for other threads.
+        vars(pending).get("_thread", pending).daemon = True
+        connection = await pending
         try:
             ((version,),) = await connection.execute_fetchall("PRAGMA user_version")
             if version > _VERSION:

@@ -1,8 +1,8 @@
 """The project as real servers serve it: by our handler, by Django's own, and as a WSGI application.
 
 SERVED_ROOT: the directory of the files. SERVED_PORT: where this is served, for the remote kind. SERVED_DATABASE: the
-file of the database. TABLE_SMALL: how long a file is that goes in one message. SERVED_KEEP: how
-many seconds a file is kept open after a request.
+file of the database. SERVED_LINKS: the store of links, if there is one. TABLE_SMALL: how long a file is that goes in
+one message. SERVED_KEEP: how many seconds a file is kept open after a request.
 """
 
 import os
@@ -42,6 +42,9 @@ def _set_up() -> None:
     project.ROOT_URLCONF = "tests.contrib.django.documents.urls"
     project.MEDIA_ROOT = os.environ["SERVED_ROOT"]
     project.DATABASES["default"]["NAME"] = os.environ["SERVED_DATABASE"]
+    if "SERVED_LINKS" in os.environ:
+        links = {"STORE": os.environ["SERVED_LINKS"], "CLIENT_OF": "tests.contrib.django.served_app.client_of"}
+        vars(project)["DOWNLOADVIEW_LINKS"] = links
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.contrib.django.project"
     django.setup()
 
@@ -59,6 +62,11 @@ def _fill_the_database() -> None:
     for name in os.listdir(os.environ["SERVED_ROOT"]):
         Document.objects.get_or_create(name=name, defaults={"file": name})
     connections.close_all()
+
+
+def client_of(request: Any) -> str:
+    """Return the client of a request, as a test names it."""
+    return str(request.headers.get("X-Client", ""))
 
 
 def ours() -> ASGIApp:
@@ -97,6 +105,12 @@ def wsgi() -> Any:
 
 
 if __name__ == "__main__":
-    from wsgiref.simple_server import make_server
+    from socketserver import ThreadingMixIn
+    from wsgiref.simple_server import WSGIServer, make_server
 
-    make_server("127.0.0.1", int(os.environ["SERVED_PORT"]), wsgi()).serve_forever()
+    class Threads(ThreadingMixIn, WSGIServer):
+        """A thread for each request."""
+
+        daemon_threads = True
+
+    make_server("127.0.0.1", int(os.environ["SERVED_PORT"]), wsgi(), server_class=Threads).serve_forever()

@@ -297,3 +297,32 @@ def test_a_path_from_the_url_needs_a_root(pattern: Any, message: str | None) -> 
 def test_a_urlconf_that_cannot_be_imported_is_not_our_business() -> None:
     assert faults(ROOT_URLCONF="no.such.module") == []
     assert faults(MIDDLEWARE=["no.such.Middleware"]) == []
+
+
+ABSOLUTE = f"sqlite:{settings.MEDIA_ROOT}/links.db"
+
+
+@pytest.mark.parametrize(
+    "changes, fault, message",
+    [
+        ({"DOWNLOADVIEW_LINKS": {"STORE": ABSOLUTE, "WHEN_STORE_FAILS": "allow", "SESSION_SECONDS": 60}}, None, ""),
+        ({"DOWNLOADVIEW_LINKS": {"KEYS": {"2026a": "x" * 32}, "CLIENT_OF": f"{HERE}.new_middleware"}}, None, ""),
+        ({"DOWNLOADVIEW_LINKS": {"STORE": "memory:"}, "DEBUG": True}, None, ""),
+        ({"DOWNLOADVIEW_LINKS": {"STORE": "memory:"}}, "W009", "may not share memory:"),
+        ({"DOWNLOADVIEW_LINKS": {"STORE": "sqlite:links.db"}}, "W009", "may not share sqlite:links.db"),
+        ({"DOWNLOADVIEW_LINKS": {"STORE": "sqlite:/nowhere/links.db"}}, "E008", "'/nowhere/links.db' does not exist"),
+        ({"DOWNLOADVIEW_LINKS": {"STORE": "postgres:x"}}, "E008", "there is no such store"),
+        ({"DOWNLOADVIEW_LINKS": {"STORE": 5}}, "E008", "store is 5: give a GrantStore"),
+        ({"DOWNLOADVIEW_LINKS": {"KEYS": {"2026a": "short"}}}, "E008", "has 5 bytes: give 32 random bytes or more"),
+        ({"DOWNLOADVIEW_LINKS": {"STOER": ABSOLUTE}}, "E008", "some of these keys: CLIENT_OF, KEYS"),
+        ({"DOWNLOADVIEW_LINKS": ABSOLUTE}, "E008", "has to be a dictionary"),
+        ({"DOWNLOADVIEW_LINKS": {"CLIENT_OF": "nowhere.at_all"}}, "E008", "No module named 'nowhere'"),
+        ({"DOWNLOADVIEW_LINKS": {"WHEN_STORE_FAILS": "pray", "STORE": ABSOLUTE}}, "E008", 'give "refuse" or "allow"'),
+        ({"DOWNLOADVIEW_URL_EXPIRATION": 0}, "E008", "give one second or more"),
+        ({"DOWNLOADVIEW_URL_EXPIRATION": "1h"}, "E008", "DOWNLOADVIEW_URL_EXPIRATION"),
+    ],
+)
+def test_links(changes: dict[str, Any], fault: str | None, message: str) -> None:
+    messages = faults(**changes)
+    assert [each.id for each in messages] == ([] if fault is None else [f"downloadview_async.{fault}"])
+    assert all(message in each.msg for each in messages)

@@ -95,6 +95,17 @@ class Tests(TestCase):
             self.assertEqual(Client().get(f"/{path}/{self.document.pk}/").status_code, 302)
         self.assertEqual(Client().get(f"/own/{self.document.pk}/").status_code, 403)
 
+    def test_a_shared_link(self):
+        self.client.force_login(self.ada)
+        link = self.client.get(f"/documents/{self.document.pk}/share/").content.decode()
+        response = Client().get(link, headers={"Range": "bytes=0-8"})
+        assert_download_response(self, response, status=206, basename="a.txt", content=b"012345678")
+        self.assertEqual(response["Cache-Control"], "private, no-store")
+        rest = Client().get(link, headers={"Range": "bytes=9-"})
+        assert_download_response(self, rest, status=206, content=b"9")
+        self.assertEqual(Client().get(link).status_code, 410)
+        self.assertEqual(Client().get(link.partition("?")[0]).status_code, 403)
+
     async def test_async_client(self):
         await self.async_client.aforce_login(self.ada)
         own = [f"/{path}/{self.document.pk}/" for path in ("documents", "own", "mine")]
@@ -104,7 +115,7 @@ class Tests(TestCase):
         self.check(lambda path: responses[links["shared"] if "X-Signature" in path else path])
 """
     )
-    assert "Ran 2 tests" in run(guide, "manage.py", "test", "documents.tests")
+    assert "Ran 3 tests" in run(guide, "manage.py", "test", "documents.tests")
 
 
 def test_the_applications_of_the_guide_answer(guide: Path) -> None:
@@ -291,7 +302,8 @@ def test_the_migration_page_has_every_name_of_django_downloadview() -> None:
 
 
 @pytest.mark.slow
-def test_the_asgi_module_of_the_migration_page_works(tmp_path: Path) -> None:
+def test_the_project_of_the_migration_page_works(tmp_path: Path) -> None:
     make_project(tmp_path, MIGRATION)
+    assert "Ran 1 test" in run(tmp_path, "manage.py", "test")
     run(tmp_path, "-c", "import project.asgi; assert type(project.asgi.application).__name__ == 'DownloadASGIHandler'")
     assert "no issues" in run(tmp_path, "manage.py", "check")

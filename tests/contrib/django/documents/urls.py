@@ -17,13 +17,17 @@ from django.utils.timezone import get_default_timezone
 
 from downloadview_async.contrib.django import (
     BytesIteratorIO,
+    DownloadResponse,
     HTTPDownloadView,
     ObjectDownloadView,
     PathDownloadView,
     StorageDownloadView,
+    StorageFile,
     VirtualDownloadView,
     VirtualFile,
+    signature_required,
 )
+from downloadview_async.contrib.django.nginx import x_accel_redirect
 from tests.contrib.django.documents.models import Document
 from tests.contrib.django.served_app import KINDS
 
@@ -161,11 +165,37 @@ async def _threads(request: HttpRequest) -> JsonResponse:
     return JsonResponse([thread.name for thread in threading.enumerate()], safe=False)
 
 
+def _unfinished(request: HttpRequest, path: str) -> DownloadResponse:
+    return DownloadResponse(StorageFile(FileSystemStorage(location=ROOT), path))
+
+
+async def _async_unfinished(request: HttpRequest, path: str) -> DownloadResponse:
+    return _unfinished(request, path)
+
+
+def _signed() -> dict[str, Any]:
+    plain = _ALL["path"]
+    return {
+        **_ALL,
+        "unfinished": _unfinished,
+        "async-unfinished": _async_unfinished,
+        "nginx": x_accel_redirect(plain, **_BY_NGINX),
+        "nginx-unfinished": x_accel_redirect(_unfinished, **_BY_NGINX),
+        "nginx-async-unfinished": x_accel_redirect(_async_unfinished, **_BY_NGINX),
+    }
+
+
+_BY_NGINX: dict[str, Any] = {"source_dir": ROOT, "destination_url": "/internal/"}
 _MEMORY = _filled(AgedInMemoryStorage())
 _ALL = _views()
 urlpatterns = [
     *(path(f"{kind}/<path:path>", view) for kind, view in _ALL.items()),
     *(path(f"inline-{kind}/<path:path>", view) for kind, view in _views(attachment=False).items()),
+    *(path(f"signed-{kind}/<path:path>", signature_required(view)) for kind, view in _signed().items()),
+    path(
+        "nginx-signed/<path:path>",
+        x_accel_redirect(signature_required(_ALL["path"]), source_dir=ROOT, destination_url="/internal/"),
+    ),
     path("refused/<path:path>", _refused),
     path("threads", _threads),
 ]
