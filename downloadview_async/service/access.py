@@ -33,7 +33,7 @@ logger = logging.getLogger("downloadview_async")
 
 SIGNED = "signed"
 _HOOK = "hook:"
-_USER = "user:"
+USER = "user:"
 _PATIENCE = 5.0  # seconds
 
 
@@ -164,8 +164,8 @@ def _access_of(
         if one == SIGNED:
             assert signer is not None  # the settings have been checked
             yield SignedLinks(signer)
-        elif one.startswith(_USER):
-            names.append(one.removeprefix(_USER))
+        elif one.startswith(USER):
+            names.append(one.removeprefix(USER))
         else:
             yield function_of(settings, f"{key}[{number}]", one.removeprefix(_HOOK))
     if names:  # together, so that a password is checked once

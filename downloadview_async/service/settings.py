@@ -85,7 +85,9 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         _Seconds,
         Meta(description="seconds that a client may receive less than minimum_rate, at most a year; needs http = auto"),
     ] = 60.0
-    minimum_rate: Annotated[int, Meta(ge=1, description="bytes per second that a client must receive")] = 64
+    minimum_rate: Annotated[
+        int, Meta(ge=1, le=10**9, description="bytes per second that a client must receive, 1 to 1000000000")
+    ] = 64
     backlog: Annotated[
         int, Meta(ge=1, le=2**31 - 1, description="connections that may wait to be accepted, 1 or more")
     ] = 2048
@@ -307,7 +309,9 @@ class CorsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
         list[str],
         Meta(min_length=1, description='a list of origins, such as "https://app.example.org", or only "*" for all'),
     ]
-    credentials: Annotated[bool, Meta(description="true to let them send cookies; not with all origins")] = False
+    credentials: Annotated[
+        bool, Meta(description="true to let them send cookies and passwords; not with all origins")
+    ] = False
     max_age: Annotated[
         float | str,
         Meta(description="how long a browser keeps the answer to a preflight: seconds, or such as 90s, 10m, 1h"),
