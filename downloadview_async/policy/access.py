@@ -14,7 +14,7 @@ from downloadview_async.errors import (
     FileError,
     SourceUnavailable,
 )
-from downloadview_async.policy.formats import LINK_FORMATS
+from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.signing import URLSigner
 
@@ -41,8 +41,8 @@ class SignedLinks:
     def __init__(self, signer: URLSigner, *, format: str = "complete") -> None:  # noqa: A002
         if not isinstance(signer, URLSigner):
             raise ConfigurationError(f"SignedLinks takes a URLSigner, not {signer!r}")
-        if format not in LINK_FORMATS:
-            raise ConfigurationError(f"format is {format!r}: give one of {', '.join(LINK_FORMATS)}")
+        if format not in link_formats():
+            raise ConfigurationError(f"format is {format!r}: give one of {', '.join(link_formats())}")
         self._signer = signer
         self._format = format
 

@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from downloadview_async.errors import ConfigurationError, LinkInvalid
 from downloadview_async.http.content_types import valid_content_type
-from downloadview_async.policy.formats import LINK_FORMATS
+from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.formats.base import LinkFormat
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.stores.base import GrantStore
@@ -63,7 +63,7 @@ class URLSigner:
         if max_age is not None and max_age < timedelta(seconds=1):
             raise ConfigurationError(f"max_age is {max_age}: give one second or more, or None for links without an end")
         self._keys = {name: _checked_secret(name, secret) for name, secret in keys.items()}
-        self._formats = {name: format_(self._keys) for name, format_ in LINK_FORMATS.items()}
+        self._formats = {name: format_(self._keys) for name, format_ in link_formats().items()}
         self._max_age = max_age
         if not (store_timeout > 0 and session_seconds > 0):
             raise ConfigurationError("store_timeout and session_seconds are seconds: give numbers above 0")
@@ -96,7 +96,7 @@ class URLSigner:
         which alone the link is valid. shareable: whether shared caches may keep the answer, until the link expires.
         uses: how many downloads the link allows; this needs a store. base: the scheme, the host and the prefix that a
         proxy removes, such as `https://example.org/dl`; they are not signed. format: one of
-        `LINK_FORMATS`; nginx verifies a link of the format `secure_link`, which has fewer options.
+        `link_formats`; nginx verifies a link of the format `secure_link`, which has fewer options.
 
         Raises `ValueError` for an argument that is refused.
         """

@@ -230,7 +230,7 @@ SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSetting
 
 
 class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[links]`: the keys of links, for routes with `access = ["signed"]`."""
+    """`[links]`: the keys of links, for routes with `access = ["signed"]` or `["secure_link"]`."""
 
     keys: Annotated[
         str,
@@ -318,7 +318,7 @@ class CorsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     ] = "10m"
 
 
-_Access = Annotated[str, Meta(pattern=rf"^(signed|user:[^:]+|hook:{_FUNCTION})\Z")]
+_Access = Annotated[str, Meta(pattern=rf"^(signed|secure_link|user:[^:]+|hook:{_FUNCTION})\Z")]
 _Hidden = Annotated[str, Meta(pattern=r"^[^/]+\Z")]
 
 
@@ -344,8 +344,8 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
             list[_Access],
             Meta(
                 min_length=1,
-                description='a list of "signed" (links), "user:NAME" ("user:*": all users) and "hook:module:function", '
-                "of which one suffices; omit it to let everyone have the files",
+                description='a list of "signed" (links), "secure_link" (links for nginx), "user:NAME" ("user:*": all '
+                'users) and "hook:module:function", of which one suffices; omit it to let everyone have the files',
             ),
         ]
         | None

@@ -7,5 +7,9 @@ from downloadview_async.policy.formats.base import LinkFormat
 from downloadview_async.policy.formats.complete import CompleteLinks
 from downloadview_async.policy.formats.secure_link import SecureLinks
 
-LINK_FORMATS: Mapping[str, type[LinkFormat]] = MappingProxyType({"complete": CompleteLinks, "secure_link": SecureLinks})
-"""The formats by the names that `URLSigner.sign` takes."""
+_FORMATS = {"complete": CompleteLinks, "secure_link": SecureLinks}
+
+
+def link_formats() -> Mapping[str, type[LinkFormat]]:
+    """Return the formats of links by the names that `URLSigner.sign` takes; the first is the default."""
+    return MappingProxyType(_FORMATS)

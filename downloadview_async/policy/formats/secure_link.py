@@ -72,6 +72,16 @@ class SecureLinks:
         return Grant(expires=expires, link_id=link_id, key_id=values["key"])
 
 
+def secure_link_secrets(keys: Mapping[str, bytes | str]) -> str:
+    """Return the file that nginx's configuration includes: a `map` from the ids of keys to their secrets.
+
+    Whoever can read it can make links. keys: those of `URLSigner`.
+    """
+    secrets = secrets_of({key_id: key.encode() if isinstance(key, str) else key for key_id, key in keys.items()})
+    lines = (f'    "~^{key_id.replace(".", "[.]")}$" "{secret}";\n' for key_id, secret in secrets.items())
+    return f"map $arg_key $link_secret {{\n{''.join(lines)}}}\n"
+
+
 def secrets_of(keys: Mapping[str, bytes]) -> dict[str, str]:
     """Return the secret that nginx gets for each key. It is derived from the key, and does not reveal it."""
     label = b"downloadview secure_link"
