@@ -7,7 +7,7 @@ from downloadview_async.policy.formats.base import LinkFormat
 from downloadview_async.policy.formats.complete import CompleteLinks
 from downloadview_async.policy.formats.secure_link import SecureLinks
 
-_FORMATS = {"complete": CompleteLinks, "secure_link": SecureLinks}
+_FORMATS: dict[str, type[LinkFormat]] = {"complete": CompleteLinks, "secure_link": SecureLinks}
 
 
 def link_formats() -> Mapping[str, type[LinkFormat]]:
