@@ -89,6 +89,20 @@ GOALS = [
         5,
         8,
     ),
+    _at_least(
+        "10 KiB requests/s of a signed link, against the same route public",
+        ("rps_10k", "ours-signed"),
+        ("rps_10k", "ours"),
+        0.9,
+        0.95,
+    ),
+    _at_least(
+        "10 KiB requests/s behind a function that allows every request, against the same route public",
+        ("rps_10k", "ours-hooked"),
+        ("rps_10k", "ours"),
+        0.85,
+        0.95,
+    ),
     _at_most(
         "CPU per GiB on stock uvicorn, against Starlette's FileResponse",
         ("cpu_per_gib", "ours-chunks"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.load import HOST, LoadError, pinned
+from downloadview_async import URLSigner
 
 _PATIENCE = 30.0  # seconds for a server to listen
 _PROJECT = Path(__file__).parent.parent
@@ -24,6 +25,9 @@ MEGABYTES = tuple(f"1m-{number}.bin" for number in range(32))
 """Files of 1 MiB, each in other pages of the page cache."""
 
 FILE_SIZES = {"10k.bin": 10 << 10, "1m.bin": 1 << 20, "64m.bin": 64 << 20} | dict.fromkeys(MEGABYTES, 1 << 20)
+
+SIGNER = URLSigner({"benchmark": bytes(32)}, max_age=None)
+"""The links of the servers that take only links."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class Server:
     bodies: bool = True
     """Whether it sends bodies; else it answers for a proxy that does."""
     ours: bool = False
+    takes_links: bool = False
+    """Whether it takes only URLs that `SIGNER` has signed."""
 
     @property
     def missing(self) -> list[str]:
@@ -83,8 +89,9 @@ class Running:
         return f"http://{HOST}:{self.port}{self.path(name)}"
 
     def path(self, name: str) -> str:
-        """Return the path of a file's URL."""
-        return self.server.prefix + name
+        """Return the path of a file's URL, with the query of a link."""
+        path = self.server.prefix + name
+        return SIGNER.sign(path) if self.server.takes_links else path
 
 
 @contextlib.contextmanager
@@ -237,6 +244,23 @@ SERVERS = {
             title="downloadview_async, zero-copy",
             commands=_on_its_own(_uvicorn("ours:app", *_ZERO_COPY)),
             measures=EVERYTHING,
+            needs=_UVICORN,
+            ours=True,
+        ),
+        Server(
+            key="ours-signed",
+            title="downloadview_async, zero-copy, a signed link",
+            commands=_on_its_own(_uvicorn("ours:signed", *_ZERO_COPY)),
+            measures=_RPS,
+            needs=_UVICORN,
+            ours=True,
+            takes_links=True,
+        ),
+        Server(
+            key="ours-hooked",
+            title="downloadview_async, zero-copy, behind a function that allows every request",
+            commands=_on_its_own(_uvicorn("ours:hooked", *_ZERO_COPY)),
+            measures=_RPS,
             needs=_UVICORN,
             ours=True,
         ),

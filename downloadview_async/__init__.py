@@ -29,9 +29,12 @@ from downloadview_async.offload.base import OffloadBackend, ProxyKind, ProxyOpti
 from downloadview_async.offload.config import proxy_config
 from downloadview_async.offload.presigned import PresignedRedirect
 from downloadview_async.offload.proxies import proxy_kinds
-from downloadview_async.offload.render import ProxySite
+from downloadview_async.offload.render import LinkLocation, ProxySite
 from downloadview_async.offload.rules import Rule
 from downloadview_async.policy.access import Access, SignedLinks, signed_link
+from downloadview_async.policy.formats import link_formats
+from downloadview_async.policy.formats.base import LinkFormat
+from downloadview_async.policy.formats.secure_link import secure_link_secrets
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.proxy_users import KeepPeer, ProxyUsers
 from downloadview_async.policy.signing import URLSigner
@@ -81,7 +84,9 @@ __all__ = [
     "GrantStore",
     "KeepPeer",
     "LinkExpired",
+    "LinkFormat",
     "LinkInvalid",
+    "LinkLocation",
     "LinkUsedUp",
     "LocalFile",
     "MemoryGrantStore",
@@ -129,8 +134,10 @@ __all__ = [
     "add_content_types",
     "download_error",
     "grant_store_from_url",
+    "link_formats",
     "proxy_config",
     "proxy_kinds",
+    "secure_link_secrets",
     "signed_link",
     "storage_from_url",
 ]

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from downloadview_async import ConfigurationError, FileError, __version__, proxy_kinds
+from downloadview_async import ConfigurationError, FileError, __version__, link_formats, proxy_kinds
 
 try:
     import click
@@ -133,19 +133,31 @@ serve.params += map(_option_of, msgspec.structs.fields(ServerSettings))
     type=click.Path(file_okay=False, path_type=Path),
     help="Write paths relative to this directory, for a proxy that is started in it.",
 )
-def print_config(proxy: Any, config: Path | None, listen: str, service: str | None, relative_to: Path | None) -> None:
+@click.option(
+    "--link-secrets",
+    is_flag=True,
+    help="Print instead the file with the secrets by which nginx verifies links. Keep it from everyone else.",
+)
+def print_config(
+    proxy: Any, config: Path | None, listen: str, service: str | None, relative_to: Path | None, link_secrets: bool
+) -> None:
     """Print the configuration of a proxy, such as nginx.
 
     The proxy sends the files of the settings' rules. The settings are the same as those of `serve`, variables included;
     offload.backend must be this proxy. The proxy can be started with the printed configuration unchanged. "TLS:" marks
     the place for TLS.
     """
+    from downloadview_async.service.access import link_secrets as link_secrets_of
     from downloadview_async.service.proxy_config import config_for
 
+    if link_secrets and not proxy_kinds()[proxy].verifies_links:
+        raise click.UsageError(f"{proxy} does not verify links: --link-secrets is for nginx")
     try:
         _choose(None, config, "no proxy to configure: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         text = config_for(settings, proxy, listen=listen, service=service, relative_to=relative_to)
+        if link_secrets:
+            text = link_secrets_of(settings)
     except ConfigurationError as exc:
         _say(exc)
         sys.exit(_WRONG_SETTINGS)
@@ -232,13 +244,20 @@ def print_key() -> None:
 @click.option("--shareable", is_flag=True, help="Allow shared caches to keep the file until the link expires.")
 @click.option("--uses", type=click.IntRange(min=1), metavar="N", help="How many downloads the link allows.")
 @click.option("--base", default="", metavar="URL", help="The scheme and host of the link, and a prefix.")
+@click.option(
+    "--format",
+    type=click.Choice([*link_formats()]),
+    default=next(iter(link_formats())),
+    show_default=True,
+    help="The format of the link: secure_link is verified by nginx, and has fewer options.",
+)
 def sign(
     path: str, config: Path | None, expires: str | None, until: datetime | None, inline: bool | None, **options: Any
 ) -> None:
     """Print a link to the file at PATH, such as "/files/Q3 report.pdf".
 
     PATH is not percent-encoded. The settings are the same as those of `serve`. The route of PATH must have "signed" in
-    its access.
+    its access, or "secure_link" for this format.
     """
     from downloadview_async.service.access import sign_path
 

@@ -272,6 +272,12 @@ def add_content_types(types: Mapping[str, str]) -> None:
     _added.update({suffix.lower(): content_type for suffix, content_type in types.items()})
 
 
+def content_types() -> dict[str, str]:
+    """Return the Content-Type of each suffix, such as `.txt`, in lower case."""
+    known = {suffix.lower(): kind for suffix, kind in _STANDARD.types_map[True].items()} | _TYPES | _added
+    return {suffix: with_charset(kind) for suffix, kind in known.items()}
+
+
 def content_type_for(name: str) -> str:
     """Return the Content-Type of a file called `name`: text with charset=utf-8, everything else without a charset.
 

@@ -97,6 +97,7 @@ class ProxyKind:
     fetches_urls: whether the proxy can fetch files from other servers, so that the source of a rule may be a URL.
     folds_case: whether two targets that differ only in case are the same for the proxy.
     hides_targets: whether the proxy answers requests below a target itself, so that no route may be there.
+    verifies_links: whether its configuration can verify links of the format `secure_link` and send their files.
     replaced_headers: headers of the service that the proxy replaces when it sends a file.
     has_bare_errors: whether the errors that the proxy makes itself cannot carry headers of the service.
     configuration: returns a whole configuration for a site, see `proxy_config`. None: there is no template.
@@ -118,6 +119,7 @@ class ProxyKind:
     fetches_urls: bool = False
     folds_case: bool = False
     hides_targets: bool = False
+    verifies_links: bool = False
     replaced_headers: tuple[str, ...] = ()
     has_bare_errors: bool = False
     configuration: Callable[[ProxySite], str] | None = None

@@ -9,7 +9,7 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.fields import OF_THE_CONNECTION, OF_THE_FILE, OFFLOAD_HEADERS, TOKEN_CHAR
 from downloadview_async.offload.places import by_http
 from downloadview_async.offload.proxies import proxy_kinds
-from downloadview_async.offload.render import PORTS, ProxySite, RemoteRule, host_and_port
+from downloadview_async.offload.render import PORTS, LinkLocation, ProxySite, RemoteRule, host_and_port
 from downloadview_async.offload.rules import Rule, checked_rules
 from downloadview_async.sources.object_store import ObjectStorage
 
@@ -38,6 +38,7 @@ def proxy_config(
     public: Iterable[str] = (),
     unset: Iterable[str] = (),
     headers: Iterable[str] = (),
+    links: Iterable[LinkLocation] = (),
 ) -> str:
     """Return a whole configuration: the proxy sends the files of the rules, and passes all else to the service.
 
@@ -57,6 +58,9 @@ def proxy_config(
     unset: names of headers, such as X-Remote-User, that the proxy removes from the requests of clients.
     headers: names of further response headers that the application sets, such as X-Robots-Tag. A proxy that would lose
     them gets a line for each, which adds the application's value again.
+
+    links: the paths below which nginx verifies links of the format `secure_link` and sends the files without the
+    application. The configuration includes a file with the secrets: see `secure_link_secrets`.
 
     Raises `ConfigurationError` for rules that the backend refuses, for two rules of which one's target is equal to or
     below the other's, for a header that describes the file or frames the answer, and for values that the proxy's
@@ -99,7 +103,16 @@ def proxy_config(
         private=private,
         public=public,
         headers=_checked_names(headers),
+        links=tuple(links),
     )
+    if site.links and not kind.verifies_links:
+        raise ConfigurationError(f"{kind.title} cannot verify links: remove links, and let the application verify them")
+    for link in site.links:
+        if not re.fullmatch("(/[^/]+)+/", link.prefix) or not link.directory.startswith("/"):
+            raise ConfigurationError(
+                f"links have the prefix {link.prefix!r} and the directory {link.directory!r}: give a path such as "
+                "/files/, with a slash at both ends, and an absolute directory"
+            )
     for rule in rules:
         if private and rule.target.startswith(f"{prefix}{private}") and kind.hides_targets:
             raise ConfigurationError(

@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 
 from downloadview_async.errors import ConfigurationError
@@ -31,7 +31,7 @@ class ProxySite:
 
     rules: the rules for directories. remotes: the rules for files of other servers, if the proxy fetches them.
     host, port: where the proxy listens. idle, stall: seconds. max_body: bytes.
-    service, prefix, relative_to, private, public, headers: as in `proxy_config`.
+    service, prefix, relative_to, private, public, headers, links: as in `proxy_config`.
     """
 
     rules: Sequence[Rule]
@@ -47,6 +47,7 @@ class ProxySite:
     private: str
     public: Sequence[str]
     headers: Sequence[str]
+    links: "Sequence[LinkLocation]" = ()
 
     @property
     def refused(self) -> str:
@@ -90,6 +91,24 @@ class ProxySite:
         if base is None or not path.startswith(base):
             return False, path
         return True, path[len(base) :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLocation:
+    """A path below which a proxy verifies links of the format `secure_link`, and sends the files itself.
+
+    prefix: the path as clients send it, not percent-encoded, such as `/downloads/files/`. directory: where the files
+    are, an absolute path. attachment: whether clients save the files, or show them inline. headers: further headers of
+    the answers. hide: patterns of names that are hidden, as in `Download`. follows_symlinks: whether files may be
+    symbolic links, or below one.
+    """
+
+    prefix: str
+    directory: str
+    attachment: bool = True
+    headers: Mapping[str, str] = field(default_factory=dict)
+    hide: Sequence[str] = ()
+    follows_symlinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

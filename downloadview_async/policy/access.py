@@ -14,6 +14,7 @@ from downloadview_async.errors import (
     FileError,
     SourceUnavailable,
 )
+from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.signing import URLSigner
 
@@ -34,28 +35,35 @@ class Access(Protocol):
 class SignedLinks:
     """Allows the requests whose URL is a valid link of `signer`: `Download(source, access=SignedLinks(signer))`.
 
-    Raises `ConfigurationError` for a signer that is not one.
+    format: as in `URLSigner.sign`. Raises `ConfigurationError` for a signer or a format that is not one.
     """
 
-    def __init__(self, signer: URLSigner) -> None:
+    def __init__(self, signer: URLSigner, *, format: str = "complete") -> None:  # noqa: A002
         if not isinstance(signer, URLSigner):
             raise ConfigurationError(f"SignedLinks takes a URLSigner, not {signer!r}")
+        if format not in link_formats():
+            raise ConfigurationError(f"format is {format!r}: give one of {', '.join(link_formats())}")
         self._signer = signer
+        self._format = format
 
     async def __call__(self, request: Request, name: Any) -> Grant:
         """Return what the link of the request grants. Raises what `URLSigner.verify` raises."""
-        return await self._signer.verify(request.scope)
+        return await self._signer.verify(request.scope, format=self._format)
 
 
-def signed_link(signer: URLSigner) -> Callable[[Request], Awaitable[Grant]]:
+def signed_link(
+    signer: URLSigner,
+    *,
+    format: str = "complete",  # noqa: A002
+) -> Callable[[Request], Awaitable[Grant]]:
     """Return a dependency for FastAPI: `grant: Annotated[Grant, Depends(signed_link(signer))]`.
 
     It raises what `URLSigner.verify` raises, which `download_error` answers. The uses of a link are counted by the
-    `DownloadResponse` that the endpoint returns.
+    `DownloadResponse` that the endpoint returns. format: as in `URLSigner.sign`.
     """
 
     async def verify(request: Request) -> Grant:
-        return await signer.verify(request.scope)
+        return await signer.verify(request.scope, format=format)
 
     return verify
 

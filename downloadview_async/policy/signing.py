@@ -1,41 +1,18 @@
-"""`URLSigner`: makes links to files that expire, and checks them. Any process with the same keys can check a link.
+"""`URLSigner`: makes links to files that expire, and checks them. Any process with the same keys can check a link."""
 
-The format of a link is that of the path, and of a query with these parameters, in this order. `k`, `i` and `s` are in
-every link. If the URL has a query besides, that comes before them, and is signed too:
-
-===== ======================================================================================
-`k`   the id of the key
-`i`   the id of the link
-`e`   when it expires, in seconds since 1970 UTC
-`f`   the name under which the client saves the file
-`d`   `a`: the client saves the file, `i`: it shows the file inline
-`t`   the Content-Type
-`c`   the network of the client, such as `203.0.113.0/24`
-`p`   `1`: shared caches may keep the answer
-`u`   how many downloads the link allows
-`s`   the signature: 43 characters of base64url [RFC 4648 5]
-===== ======================================================================================
-
-The signature is HMAC-SHA256 over four byte strings, each after its length in eight bytes: the version of this format,
-the class of methods (`GET`, which includes HEAD), the path with its percent-encoding decoded, and the query before
-`&s=`. Each value in the query has exactly one percent-encoding. So a parameter that is added, removed, repeated, moved
-or written in another way changes the signed bytes.
-"""
-
-import hmac
 import re
 import secrets
 import time
-from binascii import b2a_base64
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
-from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
-from downloadview_async.errors import ConfigurationError, LinkExpired, LinkInvalid
+from downloadview_async.errors import ConfigurationError, LinkInvalid
 from downloadview_async.http.content_types import valid_content_type
-from downloadview_async.policy.addresses import address_of
+from downloadview_async.policy.formats import link_formats
+from downloadview_async.policy.formats.base import LinkFormat
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.stores.base import GrantStore
 from downloadview_async.policy.stores.guarded import GuardedStore, WhenStoreFails
@@ -44,17 +21,12 @@ from downloadview_async.policy.uses import MARGIN, USE, Use, client_network
 MIN_SECRET_BYTES = 32
 """The shortest secret: as long as the output of the hash function [RFC 2104 3]."""
 
-MAX_QUERY_BYTES = 8192
-"""The longest query that is looked at."""
-
 MOST_USES = 1_000_000
 """The most downloads that a link may be limited to."""
 
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SAFE_IN_QUERY = "%!$&()*+,;=:@/?"  # a client would encode the others
-_URL_SAFE = bytes.maketrans(b"+/", b"-_")
-_VERSION_AND_METHODS = b"".join(len(part).to_bytes(8) + part for part in (b"downloadview 1", b"GET"))
 
 
 class URLSigner:
@@ -92,6 +64,7 @@ class URLSigner:
         if max_age is not None and max_age < timedelta(seconds=1):
             raise ConfigurationError(f"max_age is {max_age}: give one second or more, or None for links without an end")
         self._keys = {name: _checked_secret(name, secret) for name, secret in keys.items()}
+        self._formats = {name: format_(self._keys) for name, format_ in link_formats().items()}
         self._max_age = max_age
         if not (store_timeout > 0 and session_seconds > 0):
             raise ConfigurationError("store_timeout and session_seconds are seconds: give numbers above 0")
@@ -115,6 +88,7 @@ class URLSigner:
         uses: int | None = None,
         query: str = "",
         base: str = "",
+        format: str = "complete",  # noqa: A002
     ) -> str:
         """Return the link to a file: `base`, the path and a query.
 
@@ -124,66 +98,51 @@ class URLSigner:
         which alone the link is valid. shareable: whether shared caches may keep the answer, until the link expires.
         uses: how many downloads the link allows; this needs a store. query: what the URL has in its query besides, such
         as `version=3`. base: the scheme, the host and the prefix that a proxy removes, such as
-        `https://example.org/dl`; they are not signed.
+        `https://example.org/dl`; they are not signed. format: one of `link_formats`; nginx verifies a link of the
+        format `secure_link`, which has fewer options.
 
         Raises `ValueError` for an argument that is refused.
         """
         checked = _checked_path(path)
-        key_id = next(iter(self._keys))
-        values = {
-            "k": key_id,
-            "i": _new_link_id(),
-            "e": self._expiry(expires_in, until),
-            "f": None if filename is None else _checked_filename(filename),
-            "d": None if attachment is None else "a" if attachment else "i",
-            "t": None if content_type is None else _checked_content_type(content_type),
-            "c": None if client is None else str(_network(client)),
-            "p": "1" if shareable else None,
-            "u": None if uses is None else self._checked_uses(uses, shareable=shareable),
-        }
-        pairs = [f"{name}={quote(value, safe='')}" for name, value in values.items() if value is not None]
-        signed = "&".join([*filter(None, [quote(query, safe=_SAFE_IN_QUERY)]), *pairs])
-        signature = _signature(self._keys[key_id], checked.encode(), signed.encode())
-        return f"{_checked_base(base)}{quote(checked)}?{signed}&s={signature.decode()}"
+        network = None if client is None else str(_network(client))
+        grant = Grant(
+            filename=None if filename is None else _checked_filename(filename),
+            attachment=attachment,
+            content_type=None if content_type is None else _checked_content_type(content_type),
+            expires=self._expiry(expires_in, until),
+            is_shareable=shareable,
+            link_id=_new_link_id(),
+            uses=uses,
+        )
+        signed = self._format(format).query(checked, grant, network, quote(query, safe=_SAFE_IN_QUERY))
+        if uses is not None:
+            self._check_uses(uses, shareable=shareable)
+        return f"{_checked_base(base)}{quote(checked)}?{signed}"
 
-    def check(self, path: bytes, query: bytes, client: str | None, now: float) -> Grant:
+    def check(
+        self,
+        path: bytes,
+        query: bytes,
+        client: str | None,
+        now: float,
+        *,
+        format: str = "complete",  # noqa: A002
+    ) -> Grant:
         """Return what a link grants.
 
         path: as the client has sent it, with its percent-encoding decoded. client: the address of the client, if it is
-        known. now: seconds since 1970 UTC. Uses are not counted, and revocations not looked up: `verify` does that.
+        known. now: seconds since 1970 UTC. format: as in `sign`. Uses are not counted, and revocations not looked up:
+        `verify` does that.
 
         Raises `LinkInvalid`, or `LinkExpired` if the link was valid until a time before `now`.
         """
-        signed, _, signature = query.rpartition(b"&s=")
-        link = signed[signed.rfind(b"&k=") + 1 :]  # a value of a link has no `&`, so what precedes is the URL's query
-        key_id = link[2 : link.find(b"&")].decode("latin-1") if link.startswith(b"k=") else ""
-        secret = self._keys.get(key_id) if len(query) <= MAX_QUERY_BYTES else None
-        if secret is None or not hmac.compare_digest(_signature(secret, path, signed), signature):
-            raise LinkInvalid("the link is not signed by one of the keys")
-        values = {pair[0]: pair[2:] for pair in link.decode("ascii").split("&")}  # as `sign` has made them
-        expires = int(values["e"]) if "e" in values else None
-        if expires is not None and expires <= now:
-            raise LinkExpired(f"the link {values['i']} has expired")
-        network = values.get("c")
-        if network is not None and not _is_in(client, unquote(network)):
-            raise LinkInvalid(f"the link {values['i']} is not for this client")
-        filename, disposition, content_type = values.get("f"), values.get("d"), values.get("t")
-        return Grant(
-            filename=None if filename is None else unquote(filename),
-            attachment=None if disposition is None else disposition == "a",
-            content_type=None if content_type is None else unquote(content_type),
-            expires=expires,
-            is_shareable="p" in values,
-            link_id=values["i"],
-            key_id=key_id,
-            uses=int(values["u"]) if "u" in values else None,
-        )
+        return self._format(format).check(path, query, client, now)
 
-    async def verify(self, scope: MutableMapping[str, Any]) -> Grant:
+    async def verify(self, scope: MutableMapping[str, Any], *, format: str = "complete") -> Grant:  # noqa: A002
         """Return what the link of a request grants.
 
         scope: that of ASGI. For a GET of a link with `uses` it gets an entry, by which `DownloadResponse` counts the
-        download when it is about to send the file.
+        download when it is about to send the file. format: as in `sign`.
 
         Raises what `check` raises, `LinkInvalid` for a link that is revoked, and `SourceUnavailable` if the store does
         not answer.
@@ -192,7 +151,8 @@ class URLSigner:
             raise LinkInvalid("a link is for GET and HEAD alone")
         raw_path, client = scope.get("raw_path"), scope.get("client")
         path = scope["path"].encode() if raw_path is None else unquote_to_bytes(raw_path.partition(b"?")[0])
-        grant = self.check(path, scope["query_string"], client[0] if client else None, time.time())
+        address = client[0] if client else None
+        grant = self._format(format).check(path, scope["query_string"], address, time.time())
         if self._store is None:
             if grant.uses is not None:
                 raise LinkInvalid(f"the link {grant.link_id} is for {grant.uses} downloads, and there is no store")
@@ -229,16 +189,21 @@ class URLSigner:
         await self._store.revoke(identifier, until)
         return until
 
-    def _checked_uses(self, uses: int, *, shareable: bool) -> str:
+    def _format(self, name: str) -> LinkFormat:
+        format_ = self._formats.get(name)
+        if format_ is None:
+            raise ConfigurationError(f"format is {name!r}: give one of {', '.join(self._formats)}")
+        return format_
+
+    def _check_uses(self, uses: int, *, shareable: bool) -> None:
         if self._store is None:
             raise ConfigurationError("uses are counted in a store: give URLSigner a store")
         if not 1 <= uses <= MOST_USES:
             raise ValueError(f"uses is {uses}: give a number from 1 to {MOST_USES}")
         if shareable:
             raise ValueError("a link with uses cannot be shareable, because caches do not count")
-        return f"{uses:d}"
 
-    def _expiry(self, expires_in: timedelta | None, until: datetime | None) -> str | None:
+    def _expiry(self, expires_in: timedelta | None, until: datetime | None) -> int | None:
         now = time.time()
         if until is not None:
             if expires_in is not None or until.tzinfo is None:
@@ -254,17 +219,7 @@ class URLSigner:
             raise ValueError(
                 f"the link would be valid for {age}: give a second or more, at most max_age, {self._max_age}"
             )
-        return str(int(now + age.total_seconds()) if until is None else int(until.timestamp()))
-
-
-def _signature(secret: bytes, path: bytes, signed: bytes) -> bytes:
-    message = b"".join((_VERSION_AND_METHODS, len(path).to_bytes(8), path, len(signed).to_bytes(8), signed))
-    return b2a_base64(hmac.digest(secret, message, "sha256"), newline=False)[:-1].translate(_URL_SAFE)
-
-
-def _is_in(client: str | None, network: str) -> bool:
-    address = address_of(client)
-    return address is not None and address in ip_network(network)
+        return int(now + age.total_seconds()) if until is None else int(until.timestamp())
 
 
 def _network(client: str) -> IPv4Network | IPv6Network:

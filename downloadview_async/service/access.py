@@ -23,6 +23,8 @@ from downloadview_async import (
     URLSigner,
     Users,
     grant_store_from_url,
+    link_formats,
+    secure_link_secrets,
 )
 from downloadview_async.service.config_loader import KEY_LINE
 from downloadview_async.service.functions import function_of
@@ -31,9 +33,11 @@ from downloadview_async.service.settings import RouteSettings, Settings, Unavail
 
 logger = logging.getLogger("downloadview_async")
 
-SIGNED = "signed"
+SIGNED = {"signed": "complete", "secure_link": "secure_link"}
+"""The formats of links by the words for them in the access of a route."""
+
 _HOOK = "hook:"
-_USER = "user:"
+USER = "user:"
 _PATIENCE = 5.0  # seconds
 
 
@@ -161,11 +165,11 @@ def _access_of(
 ) -> Iterator[Access]:
     names = []
     for number, one in enumerate(access):
-        if one == SIGNED:
+        if one in SIGNED:
             assert signer is not None  # the settings have been checked
-            yield SignedLinks(signer)
-        elif one.startswith(_USER):
-            names.append(one.removeprefix(_USER))
+            yield SignedLinks(signer, format=SIGNED[one])
+        elif one.startswith(USER):
+            names.append(one.removeprefix(USER))
         else:
             yield function_of(settings, f"{key}[{number}]", one.removeprefix(_HOOK))
     if names:  # together, so that a password is checked once
@@ -200,6 +204,14 @@ def _keys(settings: Settings, keys: str) -> dict[str, str]:
     return secrets
 
 
+def link_secrets(settings: Settings) -> str:
+    """Return the file with the secrets by which nginx verifies links. Raises `ConfigurationError` without keys."""
+    if settings.links is None:
+        raise ConfigurationError("links need keys: add a [links] table with keys")
+    signer_of(settings, None)  # refuses wrong keys
+    return secure_link_secrets(_keys(settings, settings.links.keys))
+
+
 def sign_path(settings: Settings, path: str, **options: Any) -> str:
     """Return a link to a path, which begins with the service's `root_path`. options: those of `URLSigner.sign`.
 
@@ -213,9 +225,14 @@ def sign_path(settings: Settings, path: str, **options: Any) -> str:
     scope = {"type": "http", "method": "GET", "path": path}
     for route in settings.routes:
         if Route(route.path, _nothing).matches(scope)[0] is not Match.NONE:
-            if signer is None or SIGNED not in (route.access or ()):
+            formats = {SIGNED[one]: one for one in route.access or () if one in SIGNED}
+            if signer is None or not formats:
                 raise ConfigurationError(
                     f'the route {route.path} takes no links: add "signed" to its access, and a [links] table'
+                )
+            if options.setdefault("format", next(iter(link_formats()))) not in formats:
+                raise ConfigurationError(
+                    f"the route {route.path} takes links of the format {' or '.join(formats)}: give --format"
                 )
             return signer.sign(settings.server.root_path + path, **options)  # as uvicorn puts it into the scope
     raise ConfigurationError(f"no route serves {path!r}: give a path such as /files/a.txt, not percent-encoded")
@@ -235,7 +252,9 @@ async def grant_of(settings: Settings, url: str, client: str | None) -> dict[str
     if signer is None:
         raise ConfigurationError("links need keys: add a [links] table with keys")
     parts = urlsplit(url)
-    grant = signer.check(unquote_to_bytes(parts.path), parts.query.encode(), client, time.time())
+    path, query = unquote_to_bytes(parts.path), parts.query.encode()
+    format_ = "secure_link" if query.startswith(b"md5=") else "complete"
+    grant = signer.check(path, query, client, time.time(), format=format_)
     async with opened_store(settings, store):
         await signer.refuse_revoked(grant)
     disposition = {True: "attachment", False: "inline", None: None}[grant.attachment]

@@ -36,13 +36,22 @@ from downloadview_async import (
     Storage,
     StorageSource,
     URLSigner,
+    Users,
     VirtualSource,
     add_content_types,
     download_error,
     proxy_kinds,
     storage_from_url,
 )
-from downloadview_async.service.access import access_of, keeping_peers, opened_store, signer_of, store_of, users_of
+from downloadview_async.service.access import (
+    USER,
+    access_of,
+    keeping_peers,
+    opened_store,
+    signer_of,
+    store_of,
+    users_of,
+)
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
@@ -305,13 +314,16 @@ def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner
             hide=route.hide,
         )
         try:
-            yield Route(route.path, endpoint, middleware=_cors(route))
+            yield Route(route.path, endpoint, middleware=_cors(route, isinstance(users, Users)))
         except (AssertionError, ValueError) as exc:
             raise settings.error(f"routes[{index}].path", f"{exc}: write the parameter as {{path:path}}") from exc
 
 
-def _cors(route: RouteSettings) -> list[Middleware]:
+def _cors(route: RouteSettings, has_passwords: bool) -> list[Middleware]:
     """Return the middleware that lets scripts of other web sites read the answers of a route.
+
+    has_passwords: whether the users of the settings have passwords. A script may then send one to a route with users:
+    a browser sends `Authorization` of a script only if the answer to the preflight names it.
 
     It is around `Download`: a preflight has neither cookies nor links, so it is answered before access is decided, and
     the answer to a refused request has the headers too.
@@ -320,12 +332,14 @@ def _cors(route: RouteSettings) -> list[Middleware]:
         return []
     max_age = seconds_of(cors.max_age)
     assert max_age is not None  # the settings have been checked
+    takes_users = any(one.startswith(USER) for one in route.access or ())
+    may_log_in = has_passwords and takes_users and cors.credentials
     return [
         Middleware(
             CORSMiddleware,
             allow_origins=cors.origins,
             allow_methods=["GET", "HEAD"],
-            allow_headers=_CORS_REQUEST_HEADERS,
+            allow_headers=[*_CORS_REQUEST_HEADERS, *(["Authorization"] if may_log_in else [])],
             allow_credentials=cors.credentials,
             expose_headers=_CORS_EXPOSED,
             max_age=int(max_age),

@@ -264,7 +264,7 @@ class _Draft:
         )
         for index, route in enumerate(routes):
             self._check_sending(f"routes[{index}].send", route, settings)
-            if links is None and "signed" in (route.access or ()):
+            if links is None and {"signed", "secure_link"} & {*(route.access or ())}:
                 raise self.error(f"routes[{index}].access", "links need keys: add a [links] table with keys")
             if users is None and any(one.startswith("user:") for one in route.access or ()):
                 raise self.error(

@@ -1,12 +1,21 @@
 """`downloadview config`: the configuration of a proxy that sends the files of the settings."""
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from downloadview_async import ObjectStorage, proxy_config, proxy_kinds
+from downloadview_async import LinkLocation, ObjectStorage, proxy_config, proxy_kinds
 from downloadview_async.service.health import PRIVATE, PUBLIC
-from downloadview_async.service.settings import CORS_HEADERS, Settings, StorageSettings, rules_of
+from downloadview_async.service.settings import (
+    CORS_HEADERS,
+    PathSettings,
+    Settings,
+    StorageSettings,
+    cache_of,
+    directory_of,
+    rules_of,
+)
 
 
 def config_for(
@@ -27,6 +36,7 @@ def config_for(
         ("server.timeout_keep_alive", {"idle_seconds": server.timeout_keep_alive}),
         ("server.stall_timeout", {"stall_seconds": server.stall_timeout}),
         *_headers(settings),
+        *(_links(settings) if proxy_kinds()[proxy].verifies_links else ()),
         ("server.host" if server.uds is None else "server.uds", {} if service else {"service": _address(settings)}),
     ]
     for key, option in steps:  # one option more in each round, so that an error names the right key
@@ -52,6 +62,48 @@ def _headers(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
         if route.headers:
             names += route.headers
             yield f"routes[{index}].headers", {"headers": [*names]}
+
+
+def _links(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the key of each route whose links the proxy can verify, and the locations that are known with this route.
+
+    Raises `ConfigurationError` for a route with such links that the proxy cannot serve as the service does.
+    """
+    locations: list[LinkLocation] = []
+    for index, route in enumerate(settings.routes):
+        if "secure_link" not in (route.access or ()) or route.send == "stream":
+            continue
+        key, source = f"routes[{index}]", settings.sources[route.source]
+        directory = directory_of(source)
+        prefix = re.fullmatch("((?:/[^/{}]+)+/){[^{}]*:path}", route.path)
+        stream = 'or set send = "stream", so that the service verifies the links and sends the files'
+        if route.access != ["secure_link"]:
+            raise settings.error(f"{key}.access", f"the proxy can ask only for secure_link: split the route, {stream}")
+        if directory is None or cache_of(source) is not None:
+            raise settings.error(f"{key}.source", f"the proxy sends only files of a directory: choose one, {stream}")
+        if prefix is None:
+            raise settings.error(
+                f"{key}.path", f"the proxy serves only a path such as /x/{{path:path}}: write one, {stream}"
+            )
+        if route.cors is not None:
+            raise settings.error(f"{key}.cors", f"the proxy cannot decide about origins: remove it, {stream}")
+        for other in settings.routes[:index]:
+            if other.path.startswith(prefix[1]) or (
+                ":path}" in other.path and prefix[1].startswith(other.path.partition("{")[0])
+            ):
+                raise settings.error(
+                    f"{key}.path", f"the proxy would serve paths of {other.path!r} too: choose another path, {stream}"
+                )
+        location = LinkLocation(
+            prefix=settings.server.root_path + prefix[1],
+            directory=directory,
+            attachment=route.disposition == "attachment",
+            headers=route.headers,
+            hide=route.hide,
+            follows_symlinks=isinstance(source, PathSettings) and source.symlinks == "follow",
+        )
+        locations.append(location)
+        yield key, {"links": [*locations]}
 
 
 def _storages(settings: Settings) -> list[ObjectStorage]:

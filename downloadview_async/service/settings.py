@@ -85,7 +85,9 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         _Seconds,
         Meta(description="seconds that a client may receive less than minimum_rate, at most a year; needs http = auto"),
     ] = 60.0
-    minimum_rate: Annotated[int, Meta(ge=1, description="bytes per second that a client must receive")] = 64
+    minimum_rate: Annotated[
+        int, Meta(ge=1, le=10**9, description="bytes per second that a client must receive, 1 to 1000000000")
+    ] = 64
     backlog: Annotated[
         int, Meta(ge=1, le=2**31 - 1, description="connections that may wait to be accepted, 1 or more")
     ] = 2048
@@ -228,7 +230,7 @@ SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSetting
 
 
 class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[links]`: the keys of links, for routes with `access = ["signed"]`."""
+    """`[links]`: the keys of links, for routes with `access = ["signed"]` or `["secure_link"]`."""
 
     keys: Annotated[
         str,
@@ -307,14 +309,16 @@ class CorsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
         list[str],
         Meta(min_length=1, description='a list of origins, such as "https://app.example.org", or only "*" for all'),
     ]
-    credentials: Annotated[bool, Meta(description="true to let them send cookies; not with all origins")] = False
+    credentials: Annotated[
+        bool, Meta(description="true to let them send cookies and passwords; not with all origins")
+    ] = False
     max_age: Annotated[
         float | str,
         Meta(description="how long a browser keeps the answer to a preflight: seconds, or such as 90s, 10m, 1h"),
     ] = "10m"
 
 
-_Access = Annotated[str, Meta(pattern=rf"^(signed|user:[^:]+|hook:{_FUNCTION})\Z")]
+_Access = Annotated[str, Meta(pattern=rf"^(signed|secure_link|user:[^:]+|hook:{_FUNCTION})\Z")]
 _Hidden = Annotated[str, Meta(pattern=r"^[^/]+\Z")]
 
 
@@ -340,8 +344,8 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
             list[_Access],
             Meta(
                 min_length=1,
-                description='a list of "signed" (links), "user:NAME" ("user:*": all users) and "hook:module:function", '
-                "of which one suffices; omit it to let everyone have the files",
+                description='a list of "signed" (links), "secure_link" (links for nginx), "user:NAME" ("user:*": all '
+                'users) and "hook:module:function", of which one suffices; omit it to let everyone have the files',
             ),
         ]
         | None

@@ -40,6 +40,12 @@ path = "/public/{path:path}"
 source = "files"
 hide = [".*"]
 """
+SECURE = """
+[[routes]]
+path = "/secure/{path:path}"
+source = "files"
+access = ["secure_link"]
+"""
 HOOK = """
 async def may_read(request, name):
     return request.headers.get("x-user") == "ada"
@@ -341,3 +347,72 @@ def test_keys_that_are_refused(directory: Path, text: str, problem: str) -> None
     assert message.count("links.keys: ") == 1  # the key is named once
     assert SECRET not in message
     assert "short" not in message
+
+
+# --- links that nginx verifies
+
+
+@pytest.mark.asyncio
+async def test_the_service_takes_the_links_that_nginx_verifies(directory: Path) -> None:
+    (directory / "downloadview.toml").write_text(SETTINGS + SECURE)
+    link = printed("sign", "/secure/Q3 report.pdf", "--format", "secure_link")
+    assert link.startswith("/secure/Q3%20report.pdf?md5=")
+    shown = await asyncio.to_thread(printed, "verify", link)
+    assert {"path: /secure/Q3 report.pdf", "key: 2026b"} <= set(shown.splitlines())
+    async with live(build(load_settings("downloadview.toml", environ={}))) as port:
+        answer = await ask(port, link)
+        assert (answer.status, answer.body, answer.headers["cache-control"]) == (200, b"content", "private, no-store")
+        assert (await ask(port, link.replace("Q3%20report.pdf", "a.txt"))).status == 403
+        assert (await ask(port, link.replace("/secure/", "/signed/"))).status == 403
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["/secure/a.txt"], "takes links of the format secure_link: give --format"),
+        (["/signed/a.txt", "--format", "secure_link"], "takes links of the format complete: give --format"),
+        (["/public/a.txt", "--format", "secure_link"], "takes no links"),
+        (["/secure/a.txt", "--format", "secure_link", "--filename", "b"], "cannot have filename: nginx"),
+        (["/secure/a.txt", "--format", "secure_link", "--inline"], "cannot have attachment: nginx"),
+        (["/secure/a.txt", "--format", "secure_link", "--client", "192.0.2.0/24"], "the client 192.0.2.0/24: nginx"),
+        (["/secure/a.txt", "--format", "secure_link", "--uses", "1"], "links.store: uses are counted"),
+    ],
+)
+def test_links_for_nginx_that_are_not_made(directory: Path, arguments: list[str], problem: str) -> None:
+    (directory / "downloadview.toml").write_text(SETTINGS + SECURE)
+    assert problem in refused("sign", *arguments)
+
+
+@pytest.mark.parametrize(
+    "old, new, problem",
+    [
+        ('["secure_link"]', '["secure_link", "signed"]', "routes[3].access: the proxy can ask only for secure_link"),
+        ("/secure/{path:path}", "/secure-{path:path}", "routes[3].path: the proxy serves only a path such as /x/"),
+        ("/secure/{path:path}", "/secure/{name}", "routes[3].path: the proxy serves only a path such as /x/"),
+        ("/secure/{path:path}", "/signed/{path:path}.txt", "routes[3].path: "),
+        ('["secure_link"]', '["secure_link"]\ncors = { origins = ["*"] }', "routes[3].cors: the proxy cannot decide"),
+        ('["secure_link"]', '["secure_link"]\nhide = ["[ab]"]', "routes[3]: nginx cannot hide '[ab]'"),
+        ('["secure_link"]', '["secure_link"]\nheaders = { X-A = "$x" }', "routes[3]: X-A: nginx cannot send the $"),
+    ],
+)
+def test_routes_that_nginx_cannot_serve(directory: Path, old: str, new: str, problem: str) -> None:
+    assert old in SECURE
+    text = f'{SETTINGS}{SECURE.replace(old, new)}[offload]\nbackend = "nginx"\n'
+    (directory / "downloadview.toml").write_text(text)
+    assert problem in refused("config", "nginx")
+
+
+def test_the_secrets_are_printed_alone(directory: Path) -> None:
+    (directory / "downloadview.toml").write_text(f'{SETTINGS}{SECURE}[offload]\nbackend = "nginx"\n')
+    text = printed("config", "nginx")
+    assert "include downloadview-links.conf;" in text
+    assert "location ^~ /secure/ {" in text
+    secrets = printed("config", "nginx", "--link-secrets").splitlines()
+    assert secrets[0] == "map $arg_key $link_secret {"
+    assert re.fullmatch(r'    "~\^2026b\$" "[A-Za-z0-9_-]{43}";', secrets[1])
+    assert secrets[1] not in text
+    assert SECRET not in "".join(secrets)
+    (directory / "downloadview.toml").write_text(f'{SETTINGS}{SECURE}send = "stream"\n[offload]\nbackend = "nginx"\n')
+    assert "/secure/" not in printed("config", "nginx")
+    result = run("config", "caddy", "--link-secrets")
+    assert "caddy does not verify links" in result.stderr

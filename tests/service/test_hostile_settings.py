@@ -156,7 +156,7 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
             "stall_timeout": ("nan", "inf", "-inf", "1e308", "31536001", "0", "-1", "1979-05-27"),
             "timeout_keep_alive": ("99999999999999999999", "31536001", "1.5", "-1"),
             "timeout_graceful_shutdown": ("99999999999999999999", "31536001", "true"),
-            "minimum_rate": ("0.5", "inf", "[]"),
+            "minimum_rate": ("0.5", "inf", "[]", "0", "1000000001", "99999999999999999999"),
         }.items()
         for value in values
     },

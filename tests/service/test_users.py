@@ -45,6 +45,17 @@ hide = [".*"]
 [[routes]]
 path = "/public/{path:path}"
 source = "files"
+cors = { origins = ["https://app.example.org"], credentials = true }
+[[routes]]
+path = "/script/{path:path}"
+source = "files"
+access = ["user:*"]
+cors = { origins = ["https://app.example.org"], credentials = true }
+[[routes]]
+path = "/reader/{path:path}"
+source = "files"
+access = ["user:*"]
+cors = { origins = ["https://app.example.org"] }
 """
 HEADER = SETTINGS.replace('file = "users.htpasswd"\nrealm = "reports"', 'header = "X-Remote-User"')
 
@@ -204,3 +215,28 @@ def test_users_in_a_variable(directory: Path) -> None:
     environ = {"DOWNLOADVIEW_USERS__FILE": "other.htpasswd"}
     (directory / "users.htpasswd").rename(directory / "other.htpasswd")
     build(load_settings(directory / "downloadview.toml", environ=environ))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "settings, path, is_allowed",
+    [
+        pytest.param(SETTINGS, "/script/a.txt", True, id="passwords and credentials"),
+        pytest.param(SETTINGS, "/reader/a.txt", False, id="no credentials"),
+        pytest.param(SETTINGS, "/public/a.txt", False, id="no users"),
+        pytest.param(HEADER, "/script/a.txt", False, id="users whom a proxy has checked"),
+    ],
+)
+async def test_a_script_of_another_site_may_send_a_password(
+    directory: Path, settings: str, path: str, is_allowed: bool
+) -> None:
+    (directory / "downloadview.toml").write_text(settings)
+    preflight = {
+        "Origin": "https://app.example.org",
+        "Access-Control-Request-Method": "GET",
+        "Access-Control-Request-Headers": "authorization,range",
+    }
+    async with live(build(load_settings(directory / "downloadview.toml", environ={}))) as port:
+        answer = await ask(port, path, method="OPTIONS", headers=preflight)
+    allowed = [name.strip().lower() for name in answer.headers["access-control-allow-headers"].split(",")]
+    assert (answer.status, "authorization" in allowed) == ((200, True) if is_allowed else (400, False))

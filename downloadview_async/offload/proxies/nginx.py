@@ -10,9 +10,11 @@ from types import MappingProxyType
 from typing import Literal
 
 from downloadview_async.errors import ConfigurationError
+from downloadview_async.http.content_types import content_types
+from downloadview_async.http.plan import ACTIVE_POLICY, SVG_POLICY
 from downloadview_async.offload.base import ProxyKind, ProxyOption
 from downloadview_async.offload.places import KEPT, Places, percent_encoded
-from downloadview_async.offload.render import ProxySite, filled, quoted, template
+from downloadview_async.offload.render import LinkLocation, ProxySite, filled, quoted, template
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.object_store import ObjectStorage
@@ -126,6 +128,49 @@ _HIDE = """\
 """
 
 
+_LINK_MAPS = """\
+    # For links that nginx verifies: the address of the client, if the link is for one, the name in the path, and the
+    # secret of the key. The secrets are not in this file. Write them into a file beside it that only nginx can read:
+    #   (umask 077; downloadview config nginx --link-secrets > downloadview-links.conf)
+    map $args $link_client {
+        "~&client=1$" $remote_addr;
+    }
+    map $request_path $link_name {
+        "~/(?<link_name_alone>[^/]*)$" $link_name_alone;
+    }
+    include downloadview-links.conf;
+
+"""
+_LINK_POLICY = """\
+    # A file that is shown inline and could contain scripts: none of them runs.
+    map $sent_http_content_type $link_policy {
+        default "<<active>>";
+        "~^image/svg[+]xml" "<<svg>>";
+        "~^(audio|font|image|video)/(?!.*[+]xml)" "";
+        "~^(text/plain|text/csv|application/json|application/octet-stream)(;|$)" "";
+    }
+"""
+_LINK_ERRORS = """\
+        location @link_invalid {
+            default_type text/plain;
+            add_header X-Content-Type-Options nosniff always;
+            add_header Cache-Control "private, no-store" always;
+            return 403 "Forbidden";
+        }
+
+        location @link_expired {
+            default_type text/plain;
+            add_header X-Content-Type-Options nosniff always;
+            add_header Cache-Control "private, no-store" always;
+            return 410 "Gone";
+        }
+
+"""
+_LINK_HEADER = """\
+            add_header <<name>> <<value>> always;
+"""
+
+
 _IN_TEMPLATES = frozenset(
     {
         "access-control-allow-credentials",
@@ -179,8 +224,13 @@ def _configuration(site: ProxySite) -> str:
         template("nginx-remote-upstream.conf", name=remote.name, address=f"{remote.host}:{remote.port}")
         for remote in site.remotes
     ]
+    shows_inline = any(not location.attachment for location in site.links)
+    policy = filled(_LINK_POLICY, active=ACTIVE_POLICY, svg=SVG_POLICY) if shows_inline else ""
     return template(
         "nginx.conf",
+        link_maps=policy + _LINK_MAPS if site.links else "",
+        links="".join(_links(site, location) for location in site.links),
+        link_errors=_LINK_ERRORS if site.links else "",
         below=filled(_MAP, prefix=re.escape(site.prefix)) if site.prefix else "",
         max_body=f"{site.max_body // 1024}k" if site.max_body % 1024 == 0 else str(site.max_body),
         stall=f"{site.stall}s",
@@ -192,6 +242,41 @@ def _configuration(site: ProxySite) -> str:
         upstreams="".join(upstreams),
         rules="\n".join(blocks).rstrip("\n"),
     )
+
+
+def _links(site: ProxySite, location: LinkLocation) -> str:
+    headers = "" if location.attachment else filled(_LINK_HEADER, name="Content-Security-Policy", value="$link_policy")
+    for name, value in location.headers.items():
+        if "$" in value:
+            raise ConfigurationError(f"{name}: nginx cannot send the $ in {value!r}: remove it")
+        headers += filled(_LINK_HEADER, name=name, value=quoted(value))
+    suffixes: dict[str, list[str]] = {}
+    for suffix, content_type in content_types().items():
+        suffixes.setdefault(content_type, []).append(suffix.removeprefix("."))
+    return template(
+        "nginx-links.conf",
+        prefix=_word(location.prefix),
+        hidden="|".join(
+            ["/$", *(f"(?s)^.{{{len(location.prefix.encode())}}}(.*/)?{_pattern(one)}(/|$)" for one in location.hide)]
+        ),
+        directory=_word(site.seen(location.directory)[1] or "./"),
+        symlinks="" if location.follows_symlinks else "            disable_symlinks on from=$document_root;\n",
+        types="".join(
+            f"                {_word(content_type)} {' '.join(sorted(each))};\n"
+            for content_type, each in sorted(suffixes.items())
+        ),
+        disposition="attachment" if location.attachment else "inline",
+        headers=headers,
+    )
+
+
+def _pattern(pattern: str) -> str:
+    """Return a regular expression for a pattern of `hide`. Raises `ConfigurationError` for one that it cannot have."""
+    if not re.fullmatch(r"[\w.*? ~@+-]+", pattern):
+        raise ConfigurationError(
+            f"nginx cannot hide {pattern!r}: use letters, digits, spaces, *, ?, ., _, ~, @, + and -"
+        )
+    return re.sub("[^\\w -]", lambda match: {"*": "[^/]*", "?": "[^/]"}.get(match[0], f"[{match[0]}]"), pattern)
 
 
 def _upstream(header: str) -> str:
@@ -223,6 +308,7 @@ NGINX = ProxyKind(
     },
     fetches_urls=True,
     hides_targets=True,
+    verifies_links=True,
     configuration=_configuration,
     remedies={
         "not obeyed": "remove `proxy_ignore_headers X-Accel-Redirect;` and `proxy_pass_header X-Accel-Redirect;` from "

@@ -1,0 +1,116 @@
+"""`CompleteLinks`: the default format, which has every option of `URLSigner.sign`.
+
+The query has these parameters, in this order. `k`, `i` and `s` are in every link. If the URL has a query besides, that
+comes before them, and is signed too:
+
+===== ======================================================================================
+`k`   the id of the key
+`i`   the id of the link
+`e`   when it expires, in seconds since 1970 UTC
+`f`   the name under which the client saves the file
+`d`   `a`: the client saves the file, `i`: it shows the file inline
+`t`   the Content-Type
+`c`   the network of the client, such as `203.0.113.0/24`
+`p`   `1`: shared caches may keep the answer
+`u`   how many downloads the link allows
+`s`   the signature: 43 characters of base64url [RFC 4648 5]
+===== ======================================================================================
+
+The signature is HMAC-SHA256 over four byte strings, each after its length in eight bytes: the version of this format,
+the class of methods (`GET`, which includes HEAD), the path with its percent-encoding decoded, and the query before
+`&s=`. Each value in the query has exactly one percent-encoding. So a parameter that is added, removed, repeated, moved
+or written in another way changes the signed bytes.
+"""
+
+import hashlib
+import hmac
+from binascii import b2a_base64
+from collections.abc import Callable, Mapping
+from ipaddress import ip_network
+from urllib.parse import quote, unquote_to_bytes
+
+from downloadview_async.errors import LinkExpired, LinkInvalid
+from downloadview_async.policy.addresses import address_of
+from downloadview_async.policy.formats.base import MAX_QUERY_BYTES
+from downloadview_async.policy.grants import Grant
+
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
+_VERSION_AND_METHODS = b"".join(len(part).to_bytes(8) + part for part in (b"downloadview 1", b"GET"))
+_BLOCK = 64  # bytes of SHA-256
+_INNER, _OUTER = bytes(byte ^ 0x36 for byte in range(256)), bytes(byte ^ 0x5C for byte in range(256))
+
+
+class CompleteLinks:
+    """Links that `URLSigner` verifies."""
+
+    def __init__(self, keys: Mapping[str, bytes]) -> None:
+        self._key_id = next(iter(keys))
+        self._signers = {key_id.encode(): _signer_of(secret) for key_id, secret in keys.items()}
+
+    def query(self, path: str, grant: Grant, client: str | None, others: str = "") -> str:
+        """Return the query of a link to a path."""
+        values = {
+            "k": self._key_id,
+            "i": grant.link_id,
+            "e": None if grant.expires is None else str(grant.expires),
+            "f": grant.filename,
+            "d": None if grant.attachment is None else "a" if grant.attachment else "i",
+            "t": grant.content_type,
+            "c": client,
+            "p": "1" if grant.is_shareable else None,
+            "u": None if grant.uses is None else f"{grant.uses:d}",
+        }
+        pairs = [f"{name}={quote(value, safe='')}" for name, value in values.items() if value is not None]
+        query = "&".join([others, *pairs] if others else pairs)
+        return f"{query}&s={self._signers[self._key_id.encode()](path.encode(), query.encode()).decode()}"
+
+    def check(self, path: bytes, query: bytes, client: str | None, now: float) -> Grant:
+        """Return what a link grants. Raises `LinkInvalid` and `LinkExpired`."""
+        signed, _, signature = query.rpartition(b"&s=")
+        link = signed[signed.rfind(b"&k=") + 1 :]  # a value of a link has no `&`, so what precedes is the URL's query
+        sign = self._signers.get(link[2 : link.find(b"&")]) if link.startswith(b"k=") else None
+        if sign is None or len(query) > MAX_QUERY_BYTES or not hmac.compare_digest(sign(path, signed), signature):
+            raise LinkInvalid("the link is not signed by one of the keys")
+        values = {pair[0]: pair[2:] for pair in link.decode("ascii").split("&")}  # as `query` has made them
+        expires = int(values["e"]) if "e" in values else None
+        if expires is not None and expires <= now:
+            raise LinkExpired(f"the link {values['i']} has expired")
+        if "c" in values and not _is_in(client, _decoded(values["c"])):
+            raise LinkInvalid(f"the link {values['i']} is not for this client")
+        return Grant(
+            filename=_decoded(values["f"]) if "f" in values else None,
+            attachment=values["d"] == "a" if "d" in values else None,
+            content_type=_decoded(values["t"]) if "t" in values else None,
+            expires=expires,
+            is_shareable="p" in values,
+            link_id=values["i"],
+            key_id=values["k"],
+            uses=int(values["u"]) if "u" in values else None,
+        )
+
+
+def _signer_of(secret: bytes) -> Callable[[bytes, bytes], bytes]:
+    """Return a function that signs a path and a query.
+
+    It is HMAC [RFC 2104 2] with the two hashes of the key made once: `hmac.digest` makes them again each time.
+    """
+    key = (hashlib.sha256(secret).digest() if len(secret) > _BLOCK else secret).ljust(_BLOCK, b"\0")
+    keyed_inner = hashlib.sha256(key.translate(_INNER) + _VERSION_AND_METHODS)
+    keyed_outer = hashlib.sha256(key.translate(_OUTER))
+
+    def sign(path: bytes, signed: bytes) -> bytes:
+        inner, outer = keyed_inner.copy(), keyed_outer.copy()
+        inner.update(b"".join((len(path).to_bytes(8), path, len(signed).to_bytes(8), signed)))
+        outer.update(inner.digest())
+        return b2a_base64(outer.digest(), newline=False)[:-1].translate(_URL_SAFE)
+
+    return sign
+
+
+def _decoded(value: str) -> str:
+    return unquote_to_bytes(value).decode()
+
+
+def _is_in(client: str | None, network: str) -> bool:
+    address = address_of(client)
+    return address is not None and address in ip_network(network)
