@@ -3,8 +3,10 @@
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,6 +18,7 @@ from downloadview_async import (
     Cache,
     CachedSource,
     MemoryStorage,
+    ObjectSource,
     ObjectStorage,
     PathSource,
     RemoteSource,
@@ -23,7 +26,9 @@ from downloadview_async import (
     SyncStorage,
     VirtualSource,
 )
-from downloadview_async.errors import AccessDenied, FileMissing, UpstreamError, UpstreamTimeout
+from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing, UpstreamError, UpstreamTimeout
+from downloadview_async.service.database import Documents
+from downloadview_async.service.settings import ObjectSettings
 from downloadview_async.sources.base import ListsNames, SupportsListing
 from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.listing import Entry, closing_entries
@@ -462,3 +467,87 @@ async def test_a_django_storage_may_leave_sizes_and_times_out(tmp_path: Path) ->
     assert [entry.size for entry in described.values()] == [5]
     bare = await entries_of(SyncStorage(FileSystemStorage(tmp_path), describes=False))
     assert bare["one.txt"] == Entry("one.txt")
+
+
+async def rows_of(path: Path, keys: Iterable[str], **options: Any) -> AsyncIterator[Documents]:
+    """Open a table with these keys, whose rows have the size and the time of a row's number."""
+    with closing(sqlite3.connect(path)) as database:
+        kind = options.pop("kind", "TEXT")
+        columns = "file TEXT, size INTEGER, changed TIMESTAMP, type TEXT"
+        database.execute(f"CREATE TABLE rows (key {kind} PRIMARY KEY, {columns})")
+        rows = [(key, f"{key}.bin", len(TREE.get(key, b"")), "2026-03-01 12:00:00", "text/plain") for key in keys]
+        database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", rows)
+        database.commit()
+    named = {"key": "key", "file": "file", "size": "size", "modified": "changed", "content_type": "type"}
+    settings = ObjectSettings(
+        database=f"sqlite+aiosqlite:///{path}", table="rows", source="files", list=True, **(named | options)
+    )
+    documents = Documents(settings, directory=path.parent)
+    async with documents.opened():
+        yield documents
+
+
+def source_of(documents: Documents) -> ObjectSource:
+    return ObjectSource(documents.get, source=StorageSource(MemoryStorage()), list_folder=documents.list_folder)
+
+
+async def test_rows_are_listed_like_files(tmp_path: Path) -> None:
+    async for documents in rows_of(tmp_path / "rows.db", TREE):
+        source = source_of(documents)
+        for folder, names in FOLDERS.items():
+            for spelling in (folder, f"{folder}/", f"/{folder}"):
+                assert set(await entries_of(source, spelling)) == names
+        for folder in MISSING:
+            with pytest.raises(FileMissing):
+                await entries_of(source, folder)
+        modified = datetime(2026, 3, 1, 12, tzinfo=UTC)
+        assert (await entries_of(source))["Case"] == Entry("Case", False, 5, modified, "text/plain")
+
+
+async def test_rows_of_a_large_folder_are_read_batch_by_batch(tmp_path: Path) -> None:
+    folders = ("", "a%_/", "a%_/b/", "axy/", "b/", "b/c/d/")
+    keys = [f"{folder}{number:04}" for folder in folders for number in range(1200)]
+    async for documents in rows_of(tmp_path / "rows.db", keys):
+        source = source_of(documents)
+        plain = {f"{number:04}" for number in range(1200)}
+        assert set(await entries_of(source)) == plain | {"a%_/", "axy/", "b/"}
+        assert set(await entries_of(source, "a%_")) == plain | {"b/"}
+        assert set(await entries_of(source, "b")) == plain | {"c/"}
+        assert set(await entries_of(source, "b/c")) == {"d/"}
+
+
+async def test_rows_may_have_numbers_as_keys_and_no_files(tmp_path: Path) -> None:
+    async for documents in rows_of(tmp_path / "rows.db", ["1", "20", "3"], kind="INTEGER", size=None, modified=None):
+        source = source_of(documents)
+        assert set(await entries_of(source)) == {"1", "20", "3"}
+        with pytest.raises(FileMissing):
+            await entries_of(source, "1")
+    with closing(sqlite3.connect(tmp_path / "rows.db")) as database:
+        database.execute("UPDATE rows SET file = NULL WHERE key = 3")
+        database.execute("UPDATE rows SET file = '', size = 'large', type = 'not a type' WHERE key = 20")
+        database.execute("UPDATE rows SET size = 'large', type = 'not a type' WHERE key = 1")
+        database.commit()
+        settings = documents._settings
+    again = Documents(settings, directory=tmp_path)
+    async with again.opened():
+        assert await entries_of(source_of(again)) == {"1": Entry("1")}
+
+
+async def test_objects_are_listed_by_a_function_of_the_application(tmp_path: Path) -> None:
+    async def get(key: str) -> None:
+        return None
+
+    async def list_folder(folder: str) -> AsyncIterator[Entry]:
+        if folder not in ("", "sub"):
+            raise FileMissing(folder)
+        yield Entry("a.txt", content_type="text/plain")
+        yield Entry("a/b")
+        yield Entry("..", is_folder=True)
+
+    assert not isinstance(ObjectSource(get), SupportsListing)
+    source = ObjectSource(get, list_folder=list_folder)
+    assert set(await entries_of(source)) == set(await entries_of(source, "/sub/")) == {"a.txt"}
+    with pytest.raises(FileMissing):
+        await entries_of(source, "other")
+    with pytest.raises(ConfigurationError, match="list_folder takes a function"):
+        ObjectSource(get, list_folder="no function")  # type: ignore[arg-type]
