@@ -44,10 +44,11 @@ from downloadview_async.policy.stores.memory import MemoryGrantStore
 from downloadview_async.policy.stores.redis import RedisGrantStore
 from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
 from downloadview_async.policy.users import Users
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
+from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage, SupportsListing
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
 from downloadview_async.sources.directory_storage import DirectoryStorage
+from downloadview_async.sources.listing import Entry
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.memory_storage import MemoryStorage
 from downloadview_async.sources.object import ObjectFile, ObjectSource
@@ -77,6 +78,7 @@ __all__ = [
     "DownloadResponse",
     "DownloadSession",
     "ETag",
+    "Entry",
     "FileError",
     "FileMetadata",
     "FileMissing",
@@ -116,6 +118,7 @@ __all__ = [
     "Storage",
     "StorageFile",
     "StorageSource",
+    "SupportsListing",
     "SyncStorage",
     "TransferAborted",
     "URLSigner",

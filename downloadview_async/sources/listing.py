@@ -1,11 +1,12 @@
-"""`Entry`: one file or one folder in the listing of a folder."""
+"""`Entry`: one file or one folder in the listing of a folder. `closing_entries` closes a listing that is left early."""
 
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One file or one folder, as `SupportsListing.list` yields it.
 
     name: the last segment of its path, without a slash. is_folder: whether it can be listed in turn. size: in bytes;
@@ -18,3 +19,13 @@ class Entry:
     size: int | None = None
     modified: datetime | None = None
     content_type: str | None = None
+
+
+@asynccontextmanager
+async def closing_entries(entries: AsyncIterator[Entry]) -> AsyncIterator[AsyncIterator[Entry]]:
+    """Give what `SupportsListing.list` has returned, and close it at the end if it has `aclose`, as a generator has."""
+    try:
+        yield entries
+    finally:
+        if (close := getattr(entries, "aclose", None)) is not None:
+            await close()

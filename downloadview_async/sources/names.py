@@ -1,6 +1,7 @@
 """The names that may be looked up: relative, with checked segments, the same on every operating system."""
 
 import re
+from collections.abc import Callable
 from typing import Literal
 
 from downloadview_async.errors import ConfigurationError, FileMissing
@@ -22,6 +23,12 @@ _FORBIDDEN = {
     "portable": re.compile(rf"{_CONTROL}|[\\:]|(?:^|/)(?:\.{{0,2}}|{DEVICE_NAME})(?:/|\Z)", re.IGNORECASE),
     "any": re.compile(rf"{_CONTROL}|(?:^|/)\.{{0,2}}(?:/|\Z)"),
     "exact": re.compile(rf"{_CONTROL}|(?:^|/)\.\.(?:/|\Z)|^\Z"),
+}
+_NOT_IN_ENTRY = r"\x00-\x1f\x7f/\ud800-\udfff"
+# One match for the name of an entry: a listing may have a million of them.
+_ENTRY = {
+    "portable": re.compile(rf"(?!(?:\.{{1,2}}|(?i:{DEVICE_NAME}))\Z)[^{_NOT_IN_ENTRY}\\:]+"),
+    "any": re.compile(rf"(?!\.{{1,2}}\Z)[^{_NOT_IN_ENTRY}]+"),
 }
 
 
@@ -54,6 +61,28 @@ def canonical_name(name: str, names: Names = "portable") -> str:
         if forbidden.search(name):
             raise FileMissing(f"not a name of a file: {name!r}")
     return name
+
+
+def canonical_folder(folder: str, names: Names = "portable") -> str:
+    """Return the name of a folder without a slash at its end, in the form of `canonical_name`; "" for the top.
+
+    Raises `FileMissing` for a name that no folder has.
+    """
+    if names == "exact":
+        folder = folder.removesuffix("/")
+    else:
+        folder = "/".join(segment for segment in folder.split("/") if segment not in ("", "."))
+    return canonical_name(folder, names) if folder else ""
+
+
+def entry_check(folder: str, names: Names = "portable") -> Callable[[str], bool]:
+    """Return a function that returns whether an entry of a folder may have a name.
+
+    folder: as `canonical_folder` returns it. An entry's name is one that `canonical_name` accepts as the last segment.
+    """
+    longest = MAX_LENGTH - (len(folder.encode()) + 1 if folder else 0)
+    is_name = _ENTRY["portable" if names == "portable" else "any"].fullmatch
+    return lambda name: is_name(name) is not None and (4 * len(name) <= longest or len(name.encode()) <= longest)
 
 
 def has_dot_segment(path: str) -> bool:
