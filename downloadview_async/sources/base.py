@@ -205,7 +205,10 @@ class HasCanonicalNames(Protocol):
 
 @runtime_checkable
 class SupportsListing(Protocol):
-    """What a source or a storage may offer besides: it lists the files and folders of a folder."""
+    """What a source or a storage may offer besides: it lists the files and folders of a folder.
+
+    A wrapper has `list` only if what it wraps has it.
+    """
 
     def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
         """Yield each file and each folder that is directly in a folder, in any order.
@@ -214,8 +217,8 @@ class SupportsListing(Protocol):
         entries that `resolve` (or `open`) would accept are yielded, each once.
 
         Raises `FileMissing`, before the first entry, if the folder does not exist, and `AccessDenied`,
-        `SourceUnavailable`, `UpstreamError` as `AsyncFile.open` does. Close the iterator (`contextlib.aclosing`) if it
-        is not read to its end.
+        `SourceUnavailable`, `UpstreamError` as `AsyncFile.open` does. Close the iterator (`closing_entries`) if it is
+        not read to its end.
         """
         ...
 

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.local.folder import list_folder
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.path import FileBeneath
@@ -41,3 +43,7 @@ class DirectoryStorage:
     async def locate(self, name: str) -> str | None:
         """Return the absolute path of `name`."""
         return self.root.locate(name)
+
+    def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield the files and folders of a folder, as `PathSource.list` does."""
+        return list_folder(self.root, folder, self._workers)

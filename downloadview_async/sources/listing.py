@@ -1,5 +1,7 @@
-"""`Entry`: one file or one folder in the listing of a folder."""
+"""`Entry`: one file or one folder in the listing of a folder. `closing_entries` closes a listing that is left early."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -18,3 +20,13 @@ class Entry:
     size: int | None = None
     modified: datetime | None = None
     content_type: str | None = None
+
+
+@asynccontextmanager
+async def closing_entries(entries: AsyncIterator[Entry]) -> AsyncIterator[AsyncIterator[Entry]]:
+    """Give what `SupportsListing.list` has returned, and close it at the end if it has `aclose`, as a generator has."""
+    try:
+        yield entries
+    finally:
+        if (close := getattr(entries, "aclose", None)) is not None:
+            await close()

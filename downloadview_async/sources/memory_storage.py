@@ -3,12 +3,15 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from hashlib import blake2b
 
 from downloadview_async.errors import FileMissing
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.listing import Entry
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
+from downloadview_async.sources.names import canonical_folder
 
 
 class MemoryStorage:
@@ -43,6 +46,28 @@ class MemoryStorage:
 
     async def locate(self, name: str) -> None:
         """Return None: no proxy can read the memory of this process."""
+
+    async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield the files and folders whose names begin with that of the folder: see `SupportsListing`."""
+        folder = canonical_folder(folder, "exact")
+        prefix = folder and f"{folder}/"
+        folders: set[str] = set()
+        is_empty = True
+        for key, (_, metadata) in list(self._files.items()):
+            if not key.startswith(prefix):
+                continue
+            is_empty = False
+            name, slash, rest = key[len(prefix) :].partition("/")
+            if not name or (slash and not rest):
+                continue
+            if not slash:
+                assert metadata.last_modified is not None
+                yield Entry(name, size=metadata.size, modified=datetime.fromtimestamp(metadata.last_modified, UTC))
+            elif name not in folders:
+                folders.add(name)
+                yield Entry(name, is_folder=True)
+        if is_empty and prefix:
+            raise FileMissing(f"nothing is stored below {prefix!r}")
 
 
 class OpenBytes:

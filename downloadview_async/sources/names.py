@@ -1,6 +1,7 @@
 """The names that may be looked up: relative, with checked segments, the same on every operating system."""
 
 import re
+from collections.abc import Callable
 from typing import Literal
 
 from downloadview_async.errors import ConfigurationError, FileMissing
@@ -54,6 +55,39 @@ def canonical_name(name: str, names: Names = "portable") -> str:
         if forbidden.search(name):
             raise FileMissing(f"not a name of a file: {name!r}")
     return name
+
+
+def canonical_folder(folder: str, names: Names = "portable") -> str:
+    """Return the name of a folder without a slash at its end, in the form of `canonical_name`; "" for the top.
+
+    Raises `FileMissing` for a name that no folder has.
+    """
+    if names == "exact":
+        folder = folder.removesuffix("/")
+    else:
+        folder = "/".join(segment for segment in folder.split("/") if segment not in ("", "."))
+    return canonical_name(folder, names) if folder else ""
+
+
+def entry_check(folder: str, names: Names = "portable") -> Callable[[str], bool]:
+    """Return a function that returns whether a source may have an entry with that name in a folder.
+
+    folder: as `canonical_folder` returns it.
+    """
+    longest = MAX_LENGTH - (len(folder.encode()) + 1 if folder else 0)
+    forbidden = _FORBIDDEN["any" if names == "exact" else names].search
+
+    def is_valid(name: str) -> bool:
+        if forbidden(name) is not None:
+            return False
+        if name.isascii():
+            return len(name) <= longest
+        try:
+            return len(name.encode()) <= longest
+        except UnicodeEncodeError:
+            return False
+
+    return is_valid
 
 
 def has_dot_segment(path: str) -> bool:

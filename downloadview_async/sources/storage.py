@@ -2,16 +2,18 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import OpenFile, Storage
+from downloadview_async.sources.base import OpenFile, Storage, SupportsListing
 from downloadview_async.sources.directory_storage import DirectoryStorage
+from downloadview_async.sources.listing import Entry, closing_entries
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.memory_storage import MemoryStorage
-from downloadview_async.sources.names import Names, canonical_name, check_names_option
+from downloadview_async.sources.names import Names, canonical_folder, canonical_name, check_names_option, entry_check
 from downloadview_async.sources.object_store import SCHEMES, ObjectStorage
 
 
@@ -44,6 +46,8 @@ class StorageSource:
     The default is "any" for an `ObjectStorage` and a `MemoryStorage`, the option `names` of a `DirectoryStorage`, and
     "portable" for others.
 
+    It has a method `list`, and so `SupportsListing`, if the storage has one.
+
     Raises `ConfigurationError` for a storage that is not one.
     """
 
@@ -55,6 +59,8 @@ class StorageSource:
         self.storage = storage
         self.names: Names = _names_of(storage) if names is None else names
         check_names_option(self.names)
+        if isinstance(storage, SupportsListing) and not hasattr(self, "list"):
+            self.list = partial(self._list, storage)
 
     def canonical(self, name: str) -> str:
         """Return the key in the storage for a name from a request: see `HasCanonicalNames`."""
@@ -64,6 +70,15 @@ class StorageSource:
         """Return the file called `name`. Raises `FileMissing` for a name that no file may have."""
         name = self.canonical(name)
         return StorageFile(self.storage, name, location=await self.storage.locate(name))
+
+    async def _list(self, storage: SupportsListing, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield the entries of the storage whose names this source accepts: see `SupportsListing`."""
+        folder = canonical_folder(folder, self.names)
+        is_valid = entry_check(folder, self.names)
+        async with closing_entries(storage.list(folder)) as entries:
+            async for entry in entries:
+                if is_valid(entry.name):
+                    yield entry
 
 
 def _names_of(storage: Storage) -> Names:

@@ -17,7 +17,15 @@ from downloadview_async.errors import (
 )
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, OpenFile, Source, check_source, on_demand_of
+from downloadview_async.sources.base import (
+    AsyncFile,
+    HasCanonicalNames,
+    OpenFile,
+    Source,
+    SupportsListing,
+    check_source,
+    on_demand_of,
+)
 from downloadview_async.sources.cache.entry import Entry
 from downloadview_async.sources.cache.fill import Fill
 from downloadview_async.sources.cache.index import Cache, Kept
@@ -38,6 +46,8 @@ class CachedSource:
     directory get the same files. The default is the URL of a `RemoteSource`, the URL of an `ObjectStorage` with its
     endpoint, or the file and name of a `VirtualSource`'s function. Other sources need a name.
 
+    It has the method `list` of the source, if that has one: listings are not kept in the cache.
+
     Raises `ConfigurationError` if another source in the cache has this name, or if a name is needed.
     """
 
@@ -50,6 +60,8 @@ class CachedSource:
         self.name = _name_of(source) if name is None else name
         self._canonical = source.canonical if isinstance(source, HasCanonicalNames) else None
         cache.enlist(self)
+        if isinstance(source, SupportsListing) and not hasattr(self, "list"):
+            self.list = source.list
 
     async def resolve(self, name: Any, /) -> AsyncFile:
         """Return the file called `name`: from the cache if it is there and fresh, else from the source.

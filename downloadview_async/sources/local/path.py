@@ -10,6 +10,8 @@ from downloadview_async.errors import AccessDenied, ConfigurationError, FileMiss
 from downloadview_async.http.content_types import content_type_for
 from downloadview_async.http.negotiation import preferred_encodings
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.local.folder import list_folder
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.root import Opened, Root, Symlinks, open_trusted
@@ -158,6 +160,7 @@ class PathSource:
             return FileBeneath(beneath, self.canonical(name), workers=workers, precompressed=codings, cache=cache)
 
         self._file = file
+        self._workers = workers
 
     def canonical(self, name: str) -> str:
         """Return the name beneath the root for a name from a request: see `HasCanonicalNames`."""
@@ -170,6 +173,15 @@ class PathSource:
     def file(self, name: str) -> FileBeneath:
         """Do what `resolve` does, without await."""
         return self._file(name)
+
+    def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield the files and folders of a folder that can be downloaded or listed: see `SupportsListing`.
+
+        A link counts as what it leads to. Left out are links that the option `symlinks` refuses, dangling links,
+        files that this process may not read, sockets, devices, and names that are not UTF-8 or that the option `names`
+        refuses.
+        """
+        return list_folder(self.root, folder, self._workers)
 
 
 def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: str) -> None:

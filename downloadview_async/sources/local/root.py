@@ -22,7 +22,10 @@ Symlinks = Literal["deny", "inside", "follow"]
 
 # O_NONBLOCK: opening a FIFO must not wait for its writer.
 _FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | getattr(os, "O_PATH", 0)
+_FOLDER_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
+_DIRECTORY_FLAGS = _FOLDER_FLAGS | getattr(os, "O_PATH", 0)
+# O_PATH does not open the file itself, so looking at a device or a FIFO has no effect on it.
+_STATUS_FLAGS = os.O_PATH | os.O_CLOEXEC if hasattr(os, "O_PATH") else _FILE_FLAGS
 _MAX_LINKS = 40  # as in the kernel
 _MAX_RACES = 8
 
@@ -73,10 +76,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
 
 
-def _openat2(directory: int, name: str, resolve: int) -> int:
+def _openat2(directory: int, name: str, resolve: int, flags: int = _FILE_FLAGS) -> int:
     if "\0" in name:  # C would end the name there
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-    how = _OpenHow(flags=_FILE_FLAGS, mode=0, resolve=resolve)
+    how = _OpenHow(flags=flags, mode=0, resolve=resolve)
     descriptor: int = _libc.syscall(
         ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(directory), os.fsencode(name), ctypes.byref(how), _HOW_SIZE
     )
@@ -166,7 +169,7 @@ class Root:
             # not cached, on another file system, outside the root, or the call is refused: `open` will find out
             if exc.errno == errno.EXDEV or exc.errno not in _ANSWERS:
                 return None
-            raise _file_error(exc) from exc
+            raise file_error(exc) from exc
         opened = _only_regular(descriptor, quick=True, settled=False)
         if self.settles and unsettled_seconds(opened.status.st_mtime_ns, time.time_ns()):
             os.close(descriptor)
@@ -179,20 +182,44 @@ class Root:
         Returns the descriptor, which the caller closes, and its status. Raises `FileMissing`, `AccessDenied` or
         `SourceUnavailable`.
         """
+        return _only_regular(self._open(name, _FILE_FLAGS), settled=self.settles)
+
+    def open_folder(self, name: str) -> int:
+        """Open the directory `name` beneath the root, or the root for an empty name. May block on a disk.
+
+        Returns the descriptor, which the caller closes. Raises `FileMissing`, `AccessDenied` or `SourceUnavailable`.
+        """
+        if name:
+            return self._open(name, _FOLDER_FLAGS)
+        try:
+            return os.open(".", _FOLDER_FLAGS, dir_fd=self.descriptor)
+        except OSError as exc:
+            raise file_error(exc) from exc
+
+    def status(self, name: str) -> os.stat_result:
+        """Return the status of what the links at `name` lead to, as far as the policy follows them. May block.
+
+        Raises `FileMissing`, `AccessDenied` or `SourceUnavailable`.
+        """
+        descriptor = self._open(name, _STATUS_FLAGS)
+        try:
+            return os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, name: str, flags: int) -> int:
         segments = checked_segments(name, self.names)
         try:
-            descriptor = self._open_in_kernel(name) if self.use_openat2 else None
-            if descriptor is None:
-                descriptor = self._open_portably(name, segments)
+            descriptor = self._open_in_kernel(name, flags) if self.use_openat2 else None
+            return self._open_portably(name, segments, flags) if descriptor is None else descriptor
         except OSError as exc:
-            raise _file_error(exc) from exc
-        return _only_regular(descriptor, settled=self.settles)
+            raise file_error(exc) from exc
 
-    def _open_in_kernel(self, name: str) -> int | None:
+    def _open_in_kernel(self, name: str, flags: int) -> int | None:
         """Return a descriptor, or None if the kernel refuses the call, so that other calls have to do its work."""
         for _ in range(_MAX_RACES):
             try:
-                return _openat2(self.descriptor, name, _RESOLVE[self.symlinks])
+                return _openat2(self.descriptor, name, _RESOLVE[self.symlinks], flags)
             except OSError as exc:
                 if exc.errno in _ANSWERS:
                     raise
@@ -202,12 +229,12 @@ class Root:
         self.use_openat2 = has_openat2()
         return None
 
-    def _open_portably(self, name: str, segments: list[str]) -> int:
+    def _open_portably(self, name: str, segments: list[str], flags: int) -> int:
         if self.symlinks == "follow":
-            return os.open(name, _FILE_FLAGS, dir_fd=self.descriptor)
-        return self._open_by_segments(segments)
+            return os.open(name, flags, dir_fd=self.descriptor)
+        return self._open_by_segments(segments, flags)
 
-    def _open_by_segments(self, segments: list[str]) -> int:
+    def _open_by_segments(self, segments: list[str], flags: int) -> int:
         """Walk down with `openat` and O_NOFOLLOW. The target of a link is walked like a name beneath the root."""
         pending = segments[::-1]
         trail = [os.dup(self.descriptor)]  # the open directories from the root down to the current one
@@ -229,9 +256,9 @@ class Root:
                 elif pending:
                     trail.append(os.open(segment, _DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=trail[-1]))
                 else:
-                    return os.open(segment, _FILE_FLAGS | os.O_NOFOLLOW, dir_fd=trail[-1])
-                if not pending:
-                    raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), segment)
+                    return os.open(segment, flags | os.O_NOFOLLOW, dir_fd=trail[-1])
+                if not pending:  # a link to `.`, or to a path that ends with `..`
+                    return os.open(".", flags, dir_fd=trail[-1])
         finally:
             for descriptor in trail:
                 os.close(descriptor)
@@ -245,7 +272,7 @@ def open_trusted(path: str) -> Opened:
     try:
         descriptor = os.open(path, _FILE_FLAGS)
     except OSError as exc:
-        raise _file_error(exc) from exc
+        raise file_error(exc) from exc
     except ValueError as exc:
         raise FileMissing(f"not a valid path of a file: {path!r}") from exc
     return _only_regular(descriptor)
@@ -293,7 +320,8 @@ def _is_quick(descriptor: int) -> bool:
     return ctypes.c_ulong.from_buffer(buffer).value in _QUICK_TYPES
 
 
-def _file_error(exc: OSError) -> FileError:
+def file_error(exc: OSError) -> FileError:
+    """Return our error for an error of the operating system about a file."""
     if exc.errno in _MISSING:
         return FileMissing(str(exc))
     if exc.errno in _DENIED:
