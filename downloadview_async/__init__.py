@@ -6,6 +6,7 @@ from downloadview_async.asgi.middleware import OffloadMiddleware
 from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import (
     AccessDenied,
+    ArchiveTooLarge,
     AuthenticationRequired,
     ConfigurationError,
     DownloadError,
@@ -16,6 +17,7 @@ from downloadview_async.errors import (
     LinkUsedUp,
     PreconditionFailed,
     SourceUnavailable,
+    TooManyArchives,
     TransferAborted,
     UpstreamBusy,
     UpstreamError,
@@ -41,9 +43,11 @@ from downloadview_async.policy.stores.memory import MemoryGrantStore
 from downloadview_async.policy.stores.redis import RedisGrantStore
 from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
 from downloadview_async.policy.users import Users
+from downloadview_async.sources.archive import Archive, ArchiveEntry, ArchiveLimits, ArchiveSource
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
+from downloadview_async.sources.checksums import MemoryChecksums, SQLiteChecksums
 from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.memory_storage import MemoryStorage
@@ -60,6 +64,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Access",
     "AccessDenied",
+    "Archive",
+    "ArchiveEntry",
+    "ArchiveLimits",
+    "ArchiveSource",
+    "ArchiveTooLarge",
     "AsyncFile",
     "AuthenticationRequired",
     "ByteRange",
@@ -84,6 +93,7 @@ __all__ = [
     "LinkInvalid",
     "LinkUsedUp",
     "LocalFile",
+    "MemoryChecksums",
     "MemoryGrantStore",
     "MemoryStorage",
     "ObjectFile",
@@ -104,6 +114,7 @@ __all__ = [
     "RemoteFile",
     "RemoteSource",
     "Rule",
+    "SQLiteChecksums",
     "SQLiteGrantStore",
     "SignedLinks",
     "Source",
@@ -112,6 +123,7 @@ __all__ = [
     "StorageFile",
     "StorageSource",
     "SyncStorage",
+    "TooManyArchives",
     "TransferAborted",
     "URLSigner",
     "Upstream",

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from itertools import count
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f\\\\\ud800-\udfff]")
+_ANY_UNSAFE = re.compile(rf"{_UNSAFE.pattern}|(?:^|/)\.{{0,2}}/|(?:^|/)\.{{1,2}}\Z|^\Z|^[A-Za-z]:")
 _DRIVE = re.compile("^([A-Za-z]):")
 
 
@@ -14,6 +15,8 @@ def safe_name(path: str) -> str:
     An underscore replaces each backslash, control character and lone surrogate, each segment that is empty, `.` or
     `..`, and the colon of a drive at the beginning. A slash at the end, as folders have it, stays.
     """
+    if _ANY_UNSAFE.search(path) is None:
+        return path
     segments = _UNSAFE.sub("_", path.removesuffix("/")).split("/")
     safe = "/".join("_" if segment in ("", ".", "..") else segment for segment in segments)
     return _DRIVE.sub(r"\1_", safe) + "/" * path.endswith("/")

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from struct import Struct, pack
 
 from downloadview_async.http.metadata import ByteRange
@@ -62,22 +63,19 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
-class Descriptor:
-    """A piece of an archive: a span of the data descriptor of a file, from `ZipLayout.descriptor`."""
+class Checked:
+    """A piece of an archive that needs the CRC-32 of a file: a span of a record.
+
+    index: that of the file's `Member`. is_descriptor: whether the record is that of `ZipLayout.descriptor`, after the
+    file, or that of `ZipLayout.entry`, in the central directory.
+    """
 
     index: int
     span: ByteRange
+    is_descriptor: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DirectoryEntry:
-    """A piece of an archive: a span of a file's entry in the central directory, from `ZipLayout.entry`."""
-
-    index: int
-    span: ByteRange
-
-
-Piece = bytes | Content | Descriptor | DirectoryEntry
+Piece = bytes | Content | Checked
 
 
 class ZipLayout:
@@ -123,7 +121,7 @@ class ZipLayout:
                 length = self._length_of_entry(index)
                 if (part := _within(span, start, length)) is not None:
                     if has_checksum(self.members[index]):
-                        yield DirectoryEntry(index, part)
+                        yield Checked(index, part, is_descriptor=False)
                     else:
                         yield self.entry(index, 0)[part.start : part.stop]
         if (part := _within(span, self._end, len(self._end_records))) is not None:
@@ -131,15 +129,21 @@ class ZipLayout:
 
     def _pieces_of_member(self, index: int, span: ByteRange) -> Iterator[Piece]:
         member, position = self.members[index], self._offsets[index]
-        header = self._header(index)
+        header, described = self._header(index), _descriptor_length(member)
+        content = position + len(header)
+        end = content + member.size
+        if span.start <= position and end + described <= span.stop:  # nearly every member: nothing is compared again
+            yield header
+            if described:
+                yield Content(index, ByteRange(0, member.size))
+                yield Checked(index, ByteRange(0, described), is_descriptor=True)
+            return
         if (part := _within(span, position, len(header))) is not None:
             yield header[part.start : part.stop]
-        position += len(header)
-        if (part := _within(span, position, member.size)) is not None:
+        if (part := _within(span, content, member.size)) is not None:
             yield Content(index, part)
-        position += member.size
-        if (part := _within(span, position, _descriptor_length(member))) is not None:
-            yield Descriptor(index, part)
+        if (part := _within(span, end, described)) is not None:
+            yield Checked(index, part, is_descriptor=True)
 
     def _content_offset(self, index: int) -> int:
         """Return the length of the local header."""
@@ -170,6 +174,11 @@ class ZipLayout:
             len(extra),
         )
         return fixed + name + extra
+
+    def checked(self, piece: Checked, crc: int) -> bytes:
+        """Return the bytes of a piece, with the CRC-32 of its file."""
+        record = self.descriptor if piece.is_descriptor else self.entry
+        return record(piece.index, crc)[piece.span.start : piece.span.stop]
 
     def descriptor(self, index: int, crc: int) -> bytes:
         """Return the data descriptor of a file [APPNOTE 4.3.9]. crc: its CRC-32."""
@@ -257,6 +266,7 @@ def _extra(member: Member) -> bytes:
     return pack("<HHBi", 0x5455, 5, 1, modified)
 
 
+@lru_cache(maxsize=1024)
 def _dos_time(modified: int | None) -> tuple[int, int]:
     """Return the time and the date of DOS [APPNOTE 4.4.6], in UTC. A year that it does not have is the nearest."""
     seconds = _DOS_FIRST if modified is None else min(max(modified, _DOS_FIRST), _DOS_LAST)

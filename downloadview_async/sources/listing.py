@@ -1,9 +1,11 @@
 """`Entry`: one file or one folder in the listing of a folder. `closing_entries` closes a listing that is left early."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+
+from downloadview_async.http.metadata import FileMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +14,8 @@ class Entry:
 
     name: the last segment of its path, without a slash. is_folder: whether it can be listed in turn. size: in bytes;
     None if it is not known. modified: with a time zone; None if it is not known. content_type: the media type that the
-    source stores with the file; None if it stores none.
+    source stores with the file; None if it stores none. describe: returns the metadata that opening the file now would
+    give, as far as they tell its version, without any I/O; None if the file has to be opened for them.
     """
 
     name: str
@@ -20,6 +23,7 @@ class Entry:
     size: int | None = None
     modified: datetime | None = None
     content_type: str | None = None
+    describe: Callable[[], FileMetadata] | None = field(default=None, repr=False, compare=False)
 
 
 @asynccontextmanager

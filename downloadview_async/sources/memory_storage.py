@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import blake2b
 
 from downloadview_async.errors import FileMissing
@@ -62,12 +63,17 @@ class MemoryStorage:
                 continue
             if not slash:
                 assert metadata.last_modified is not None
-                yield Entry(name, size=metadata.size, modified=datetime.fromtimestamp(metadata.last_modified, UTC))
+                modified = datetime.fromtimestamp(metadata.last_modified, UTC)
+                yield Entry(name, size=metadata.size, modified=modified, describe=partial(_itself, metadata))
             elif name not in folders:
                 folders.add(name)
                 yield Entry(name, is_folder=True)
         if is_empty and prefix:
             raise FileMissing(f"nothing is stored below {prefix!r}")
+
+
+def _itself(metadata: FileMetadata) -> FileMetadata:
+    return metadata
 
 
 class OpenBytes:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.http.zip_layout import Content, Descriptor, DirectoryEntry, Member, ZipLayout, has_checksum
+from downloadview_async.http.zip_layout import Checked, Content, Member, ZipLayout, has_checksum
 
 GIB = 1 << 30
 MAX_32 = 0xFFFFFFFF
@@ -30,10 +30,8 @@ def rendered(layout: ZipLayout, contents: Mapping[int, bytes], span: ByteRange) 
             case Content(index, part):
                 assert len(part) > 0
                 out += contents[index][part.start : part.stop]
-            case Descriptor(index, part):
-                out += layout.descriptor(index, crcs[index])[part.start : part.stop]
-            case DirectoryEntry(index, part):
-                out += layout.entry(index, crcs[index])[part.start : part.stop]
+            case Checked(index):
+                out += layout.checked(piece, crcs[index])
             case bytes():
                 out += piece
     return bytes(out)
@@ -140,10 +138,8 @@ def records_of(layout: ZipLayout) -> Iterator[Record]:
             match piece:
                 case bytes():
                     out += piece
-                case Descriptor(index, part):
-                    out += layout.descriptor(index, 7)[part.start : part.stop]
-                case DirectoryEntry(index, part):
-                    out += layout.entry(index, 7)[part.start : part.stop]
+                case Checked():
+                    out += layout.checked(piece, 7)
                 case Content():
                     raise AssertionError("a record is where a file should be")
         assert len(out) == length

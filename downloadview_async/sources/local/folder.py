@@ -9,10 +9,12 @@ import stat
 import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 
 from downloadview_async.errors import FileError
 from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.local.open_file import metadata_of
 from downloadview_async.sources.local.root import Root, file_error
 from downloadview_async.sources.names import canonical_folder, entry_check
 from downloadview_async.sources.workers import MID_TRANSFER, Workers
@@ -97,7 +99,9 @@ class FolderReader:
         # most files are readable by everybody, so that the system need not be asked about this process
         if mode & needed != needed and not os.access(name, wish, dir_fd=self._descriptor):
             return None
-        return Entry(name, is_folder, None if is_folder else status.st_size, _time_of(status))
+        if is_folder:
+            return Entry(name, True, None, _time_of(status))
+        return Entry(name, False, status.st_size, _time_of(status), None, partial(metadata_of, status))
 
 
 def _time_of(status: os.stat_result) -> datetime | None:
