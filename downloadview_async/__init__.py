@@ -1,7 +1,8 @@
 """Who may have which file: your application decides, and the fastest thing at hand sends it."""
 
-from downloadview_async.asgi.endpoint import Download
+from downloadview_async.asgi.endpoint import Download, Listing
 from downloadview_async.asgi.errors import download_error
+from downloadview_async.asgi.listing.page import ListingPage, Pages
 from downloadview_async.asgi.middleware import OffloadMiddleware
 from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import (
@@ -41,10 +42,11 @@ from downloadview_async.policy.stores.memory import MemoryGrantStore
 from downloadview_async.policy.stores.redis import RedisGrantStore
 from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
 from downloadview_async.policy.users import Users
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
+from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage, SupportsListing
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
 from downloadview_async.sources.directory_storage import DirectoryStorage
+from downloadview_async.sources.listing import Entry
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.memory_storage import MemoryStorage
 from downloadview_async.sources.object import ObjectFile, ObjectSource
@@ -74,6 +76,7 @@ __all__ = [
     "DownloadResponse",
     "DownloadSession",
     "ETag",
+    "Entry",
     "FileError",
     "FileMetadata",
     "FileMissing",
@@ -83,6 +86,8 @@ __all__ = [
     "LinkExpired",
     "LinkInvalid",
     "LinkUsedUp",
+    "Listing",
+    "ListingPage",
     "LocalFile",
     "MemoryGrantStore",
     "MemoryStorage",
@@ -92,6 +97,7 @@ __all__ = [
     "OffloadBackend",
     "OffloadMiddleware",
     "OpenFile",
+    "Pages",
     "PathSource",
     "PreconditionFailed",
     "PresignedRedirect",
@@ -111,6 +117,7 @@ __all__ = [
     "Storage",
     "StorageFile",
     "StorageSource",
+    "SupportsListing",
     "SyncStorage",
     "TransferAborted",
     "URLSigner",
