@@ -1,7 +1,9 @@
 """Who may have which file: your application decides, and the fastest thing at hand sends it."""
 
-from downloadview_async.asgi.endpoint import Download
+from downloadview_async.asgi.archives import ArchiveOptions
+from downloadview_async.asgi.endpoint import Download, Listing
 from downloadview_async.asgi.errors import download_error
+from downloadview_async.asgi.listing.page import ListingPage, Pages
 from downloadview_async.asgi.middleware import OffloadMiddleware
 from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import (
@@ -44,11 +46,12 @@ from downloadview_async.policy.stores.redis import RedisGrantStore
 from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
 from downloadview_async.policy.users import Users
 from downloadview_async.sources.archive import Archive, ArchiveEntry, ArchiveLimits, ArchiveSource
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
+from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage, SupportsListing
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
 from downloadview_async.sources.checksums import MemoryChecksums, SQLiteChecksums
 from downloadview_async.sources.directory_storage import DirectoryStorage
+from downloadview_async.sources.listing import Entry
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.memory_storage import MemoryStorage
 from downloadview_async.sources.object import ObjectFile, ObjectSource
@@ -67,6 +70,7 @@ __all__ = [
     "Archive",
     "ArchiveEntry",
     "ArchiveLimits",
+    "ArchiveOptions",
     "ArchiveSource",
     "ArchiveTooLarge",
     "AsyncFile",
@@ -83,6 +87,7 @@ __all__ = [
     "DownloadResponse",
     "DownloadSession",
     "ETag",
+    "Entry",
     "FileError",
     "FileMetadata",
     "FileMissing",
@@ -92,6 +97,8 @@ __all__ = [
     "LinkExpired",
     "LinkInvalid",
     "LinkUsedUp",
+    "Listing",
+    "ListingPage",
     "LocalFile",
     "MemoryChecksums",
     "MemoryGrantStore",
@@ -102,6 +109,7 @@ __all__ = [
     "OffloadBackend",
     "OffloadMiddleware",
     "OpenFile",
+    "Pages",
     "PathSource",
     "PreconditionFailed",
     "PresignedRedirect",
@@ -122,6 +130,7 @@ __all__ = [
     "Storage",
     "StorageFile",
     "StorageSource",
+    "SupportsListing",
     "SyncStorage",
     "TooManyArchives",
     "TransferAborted",

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from downloadview_async.errors import ConfigurationError, FileMissing
 
+_SLASH = re.compile(r"[/\\]")
+
 
 class Hidden:
     """Refuses each name that has a segment which matches a pattern.
@@ -28,6 +30,11 @@ class Hidden:
 
     def check(self, name: object) -> None:
         """Raise `FileMissing` for a name that is hidden."""
-        for segment in re.split(r"[/\\]", str(name)):
-            if segment not in ("", ".", "..") and self._pattern.match(segment):
-                raise FileMissing(f"hidden: {name!r}")
+        if self.hides(name):
+            raise FileMissing(f"hidden: {name!r}")
+
+    def hides(self, name: object) -> bool:
+        """Return whether a name is hidden: one of its segments matches a pattern."""
+        return any(
+            segment not in ("", ".", "..") and self._pattern.match(segment) for segment in _SLASH.split(str(name))
+        )

@@ -539,6 +539,7 @@ async def _laid_out(items: list[_Item], limits: ArchiveLimits) -> _LaidOut:
         etag=ETag(f"zip-{digest.hexdigest()}") if is_pinned else None,
         content_type=CONTENT_TYPE,
         accept_ranges=is_pinned,
+        headers=(("cache-control", "no-cache"),),  # a cache asks each time whether the folder has changed
     )
     return _LaidOut(list(kept.values()), layout, metadata, {})
 

@@ -28,7 +28,6 @@ from downloadview_async.sources.archive import (
 )
 from downloadview_async.sources.checksums import Checksums, MemoryChecksums, SQLiteChecksums
 from downloadview_async.sources.listing import Entry
-from tests.live import make_old
 
 pytestmark = pytest.mark.asyncio
 
@@ -45,7 +44,7 @@ def make_tree(root: Path, files: dict[str, bytes] = TREE) -> dv.PathSource:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        make_old(path)
+        os.utime(path, (1_700_000_000,) * 2)
     return dv.PathSource(root)
 
 
