@@ -20,11 +20,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from downloadview_async import (
+    ArchiveLimits,
+    ArchiveOptions,
     Cache,
     CachedSource,
     Download,
     FileError,
     FileMissing,
+    MemoryChecksums,
     ObjectSource,
     ObjectStorage,
     OffloadBackend,
@@ -33,6 +36,7 @@ from downloadview_async import (
     PresignedRedirect,
     RemoteSource,
     Source,
+    SQLiteChecksums,
     Storage,
     StorageSource,
     URLSigner,
@@ -150,7 +154,7 @@ def build(settings: Settings) -> Starlette:
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
-            *_routes(settings, sources, signer),
+            *_routes(settings, sources, signer, caches),
         ],
         middleware=middleware,
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
@@ -289,12 +293,15 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
         return Documents(source, directory=settings.directory)
 
 
-def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner | None) -> Iterator[Route]:
+def _routes(
+    settings: Settings, sources: Mapping[str, Source], signer: URLSigner | None, caches: Mapping[str, Cache]
+) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
     users = users_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
-        endpoint = Download(
+        make = partial(
+            Download,
             sources[route.source],
             attachment=route.disposition == "attachment",
             cache_control=route.cache_control,
@@ -304,10 +311,28 @@ def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner
             headers=route.headers,
             hide=route.hide,
         )
+        if route.archive:
+            with settings.blaming(f"routes[{index}].archive"):
+                endpoint = make(archive=_archive(settings, route.source, sources[route.source], caches))
+        else:
+            endpoint = make()
         try:
             yield Route(route.path, endpoint, middleware=_cors(route))
         except (AssertionError, ValueError) as exc:
             raise settings.error(f"routes[{index}].path", f"{exc}: write the parameter as {{path:path}}") from exc
+
+
+def _archive(settings: Settings, name: str, source: Source, caches: Mapping[str, Cache]) -> ArchiveOptions:
+    """Return the options for the archives of a source. They are kept in the cache of the source, if it has one."""
+    archives = settings.archives
+    assert not isinstance(archives.max_bytes, str)  # the settings have been checked
+    return ArchiveOptions(
+        limits=ArchiveLimits(files=archives.max_files, size=archives.max_bytes, depth=archives.max_depth),
+        checksums=MemoryChecksums() if archives.checksums is None else SQLiteChecksums(archives.checksums),
+        cache=caches.get(name),
+        name=f"{name} {_place_of(settings, name, source)}",
+        per_client=archives.per_client or None,
+    )
 
 
 def _cors(route: RouteSettings) -> list[Middleware]:
@@ -365,13 +390,17 @@ def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBacken
 def _place_of(settings: Settings, name: str, source: Source) -> str:
     """Return the place of a source's files, which is part of the key of its cached copies."""
     match settings.sources[name]:
+        case PathSettings(root=root):
+            return root
+        case ObjectSettings(table=table):
+            return table
         case VirtualSettings(factory=factory):
             return f"{factory} in {settings.directory}"
         case StorageSettings(url=url):
             return getattr(_storage_of(source), "place", None) or url
         case RemoteSettings(url=url):
             return url
-    raise AssertionError("other sources do not have a cache")
+    raise AssertionError("there are no other sources")
 
 
 async def _not_found(request: Request, exc: Exception) -> Response:

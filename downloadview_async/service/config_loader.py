@@ -21,6 +21,7 @@ from msgspec import Struct
 from downloadview_async import ConfigurationError, ProxyKind, proxy_kinds
 from downloadview_async.service.settings import (
     PROXY_OPTIONS,
+    ArchivesSettings,
     CacheSettings,
     ContentTypes,
     CorsSettings,
@@ -68,6 +69,7 @@ _TABLES: dict[str, Any] = {
     "content_types": ContentTypes,
     "links": LinksSettings,
     "users": UsersSettings,
+    "archives": ArchivesSettings,
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # a path parameter, as Starlette parses it
 _Shape = tuple[str, str, str]
@@ -260,6 +262,7 @@ class _Draft:
             offload=self._offload(self._converted("offload", self._table("offload", data), OffloadSettings), sources),
             links=links,
             users=users,
+            archives=self._archives(self._converted("archives", self._table("archives", data), ArchivesSettings)),
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
         )
         for index, route in enumerate(routes):
@@ -404,6 +407,16 @@ class _Draft:
         if users.file is None:
             return users
         return msgspec.structs.replace(users, file=self._absolute(users.file))
+
+    def _archives(self, archives: ArchivesSettings) -> ArchivesSettings:
+        size = None if archives.max_bytes is None else bytes_of(archives.max_bytes)
+        if archives.max_bytes is not None and not size:
+            raise self.error(
+                "archives.max_bytes",
+                f"{archives.max_bytes!r} is not a size: give a number of bytes, or a size such as 10GiB",
+            )
+        checksums = None if archives.checksums is None else self._absolute(archives.checksums)
+        return msgspec.structs.replace(archives, max_bytes=size, checksums=checksums)
 
     def _check_caches(self, sources: Mapping[str, SourceSettings]) -> None:
         first: dict[str, tuple[str, CacheSettings]] = {}

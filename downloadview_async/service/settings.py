@@ -291,6 +291,35 @@ class UsersSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     ) = None
 
 
+class ArchivesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[archives]`: limits of the archives of folders, for routes with `archive = true`."""
+
+    max_files: Annotated[_Count, Meta(description="files and folders in an archive, 1 or more")] = 100_000
+    max_bytes: (
+        Annotated[
+            int | str,
+            Meta(description="the maximum size of an archive: a number of bytes, or a size such as 500MB or 10GiB"),
+        ]
+        | None
+    ) = None
+    max_depth: Annotated[_Count, Meta(description="folders within folders, 1 or more")] = 32
+    per_client: Annotated[
+        int,
+        Meta(ge=0, description="archives that a client may get at the same time from a worker; 0: any number"),
+    ] = 1
+    checksums: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="an SQLite file that keeps the CRC-32s of files over restarts and for all workers, such as "
+                "checksums.db; by default, each worker keeps them in memory",
+            ),
+        ]
+        | None
+    ) = None
+
+
 CORS_HEADERS = (
     "Access-Control-Allow-Origin",
     "Access-Control-Allow-Credentials",
@@ -361,6 +390,7 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         ]
         | None
     ) = None
+    archive: Annotated[bool, Meta(description="true to send folders as ZIP archives, for ?archive=zip")] = False
     send: Annotated[Literal["redirect", "proxy", "stream"], Meta(description="redirect, proxy or stream")] | None = None
     name: Annotated[str, Meta(min_length=1, description="the name of the route on the page at /")] | None = None
     example: Annotated[
@@ -443,6 +473,7 @@ class Settings:
     offload: OffloadSettings
     links: LinksSettings | None = None
     users: UsersSettings | None = None
+    archives: ArchivesSettings = field(default_factory=ArchivesSettings)
     content_types: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, problem: str) -> ConfigurationError:
