@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote, unquote
 
 import msgspec
 from starlette.applications import Starlette
@@ -35,6 +36,7 @@ from downloadview_async import (
     Source,
     Storage,
     StorageSource,
+    SupportsListing,
     URLSigner,
     VirtualSource,
     add_content_types,
@@ -47,7 +49,7 @@ from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
-from downloadview_async.service.pages import IndexPage
+from downloadview_async.service.pages import ErrorPages, IndexPage, ServicePages, favicon, folder_of
 from downloadview_async.service.settings import (
     ObjectSettings,
     PathSettings,
@@ -141,16 +143,18 @@ def build(settings: Settings) -> Starlette:
             yield
 
     health = Health(checks)
-    middleware = [Middleware(OneLineFailures)]
+    pages = ServicePages(settings)
+    middleware = [Middleware(OneLineFailures), Middleware(ErrorPages, pages=pages)]
     if (backend := _backend(settings, sources)) is not None:
         middleware.append(Middleware(OffloadMiddleware, backend=backend))
     app = Starlette(
         routes=[
-            Route("/", IndexPage(settings).answer),
+            *([] if "/" in map(folder_of, settings.routes) else [Route("/", IndexPage(settings, pages).answer)]),
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
             *_routes(settings, sources, signer),
+            Route("/favicon.ico", favicon),
         ],
         middleware=middleware,
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
@@ -294,6 +298,11 @@ def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner
     users = users_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
+        pages = ServicePages(settings, route.name) if route.list else None
+        if pages is not None and not isinstance(sources[route.source], SupportsListing):
+            raise settings.error(
+                f"routes[{index}].list", f"the source {route.source!r} cannot list its folders: remove it"
+            )
         endpoint = Download(
             sources[route.source],
             attachment=route.disposition == "attachment",
@@ -303,11 +312,21 @@ def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner
             access=access_of(settings, index, route, signer, users),
             headers=route.headers,
             hide=route.hide,
+            listing=pages or False,
         )
+        if (folder := folder_of(route)) is not None and len(folder) > 1 and route.access is None:
+            yield Route(unquote(folder[:-1]), _redirect_to_folder)
         try:
             yield Route(route.path, endpoint, middleware=_cors(route))
         except (AssertionError, ValueError) as exc:
             raise settings.error(f"routes[{index}].path", f"{exc}: write the parameter as {{path:path}}") from exc
+
+
+async def _redirect_to_folder(request: Request) -> Response:
+    """Redirect from the URL of the top folder without its slash: /files to /files/."""
+    query = f"?{request.url.query}" if request.url.query else ""
+    location = f"./{quote(request.url.path.rpartition('/')[2], safe='%')}/{query}"
+    return Response(status_code=308, headers={"Location": location, "Cache-Control": "no-cache"})
 
 
 def _cors(route: RouteSettings) -> list[Middleware]:

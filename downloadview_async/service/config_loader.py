@@ -27,6 +27,7 @@ from downloadview_async.service.settings import (
     LinksSettings,
     ObjectSettings,
     OffloadSettings,
+    PagesSettings,
     PathSettings,
     RemoteSettings,
     Routes,
@@ -68,6 +69,7 @@ _TABLES: dict[str, Any] = {
     "content_types": ContentTypes,
     "links": LinksSettings,
     "users": UsersSettings,
+    "pages": PagesSettings,
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # a path parameter, as Starlette parses it
 _Shape = tuple[str, str, str]
@@ -260,6 +262,7 @@ class _Draft:
             offload=self._offload(self._converted("offload", self._table("offload", data), OffloadSettings), sources),
             links=links,
             users=users,
+            pages=self._pages(self._converted("pages", self._table("pages", data), PagesSettings)),
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
         )
         for index, route in enumerate(routes):
@@ -405,6 +408,10 @@ class _Draft:
             return users
         return msgspec.structs.replace(users, file=self._absolute(users.file))
 
+    def _pages(self, pages: PagesSettings) -> PagesSettings:
+        paths = {name: self._absolute(path) for name in ("logo", "templates") if (path := getattr(pages, name))}
+        return msgspec.structs.replace(pages, **paths)
+
     def _check_caches(self, sources: Mapping[str, SourceSettings]) -> None:
         first: dict[str, tuple[str, CacheSettings]] = {}
         for name, source in sources.items():
@@ -451,6 +458,11 @@ class _Draft:
                     f"{key}.path",
                     f"{route.path!r} is not a path with one parameter: begin it with a slash, and write the "
                     "parameter as {path:path} (it matches slashes) or {name} (it does not)",
+                )
+            if route.list and not route.path.endswith(":path}"):
+                raise self.error(
+                    f"{key}.list",
+                    "folders need a path that ends in such as {path:path}: change the path, or do not list",
                 )
             if route.path.startswith("/-/"):
                 raise self.error(f"{key}.path", "/-/ is reserved for the pages of the service: choose another path")

@@ -367,8 +367,10 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         str | list[str], Meta(description="a file, or a list of files, that the page at / links to")
     ] = []
 
+    list: Annotated[bool, Meta(description="true to list the folders, for a path that ends in {path:path}")] = False
+
     @property
-    def examples(self) -> list[str]:
+    def examples(self) -> Sequence[str]:
         """The examples as a list."""
         return [self.example] if isinstance(self.example, str) else self.example
 
@@ -420,6 +422,35 @@ class OffloadSettings(_WithOptions):  # type: ignore[misc]  # the options depend
     """`[offload]`: the proxy that sends the files, if any, and the options of its backend."""
 
 
+class PagesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[pages]`: how the pages for people look."""
+
+    title: Annotated[str, Meta(min_length=1, max_length=200, description="the title of the page at /")] = "Downloads"
+    logo: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="an image of at most 64 KiB, absolute or relative to the settings file; it is sent inside "
+                "each page",
+            ),
+        ]
+        | None
+    ) = None
+    templates: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="a directory with any of page.css, page.js, index.html, listing.html and error.html, which "
+                "replace those of the service",
+            ),
+        ]
+        | None
+    ) = None
+    footer: Annotated[str, Meta(max_length=2000, description="a text at the end of each page")] = ""
+
+
 Routes = Annotated[list[RouteSettings], Meta(description="tables, each written as [[routes]]")]
 ContentTypes = Annotated[
     dict[str, str], Meta(description='a table of suffixes and media types, such as ".gcode" = "text/x-gcode"')
@@ -444,6 +475,7 @@ class Settings:
     links: LinksSettings | None = None
     users: UsersSettings | None = None
     content_types: Mapping[str, str] = field(default_factory=dict)
+    pages: PagesSettings = field(default_factory=PagesSettings)
 
     def error(self, key: str, problem: str) -> ConfigurationError:
         """Return the error for a key such as `sources.files.root`."""
