@@ -45,12 +45,14 @@ from downloadview_async import (
     storage_from_url,
 )
 from downloadview_async.service.access import access_of, keeping_peers, opened_store, signer_of, store_of, users_of
+from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
 from downloadview_async.service.pages import ErrorPages, IndexPage, ServicePages, favicon, folder_of
 from downloadview_async.service.settings import (
+    ChosenSettings,
     ObjectSettings,
     PathSettings,
     RemoteSettings,
@@ -237,6 +239,9 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
             case RemoteSettings():
                 with settings.blaming(f"{key}.url"):
                     sources[name] = RemoteSource(options.pop("url"), **options)
+            case ChosenSettings():
+                with settings.blaming(f"{key}.paths"):
+                    sources[name] = ChosenFiles(source.paths)
             case VirtualSettings():
                 factory = function_of(settings, f"{key}.factory", source.factory)
                 with settings.blaming(f"{key}.factory"):

@@ -22,6 +22,7 @@ from downloadview_async import ConfigurationError, ProxyKind, proxy_kinds
 from downloadview_async.service.settings import (
     PROXY_OPTIONS,
     CacheSettings,
+    ChosenSettings,
     ContentTypes,
     CorsSettings,
     LinksSettings,
@@ -60,6 +61,7 @@ _SOURCE_TYPES: dict[str, type[Struct]] = {
     "object": ObjectSettings,
     "remote": RemoteSettings,
     "virtual": VirtualSettings,
+    "chosen": ChosenSettings,
 }
 _TABLES: dict[str, Any] = {
     "server": ServerSettings,
@@ -334,6 +336,8 @@ class _Draft:
             source = msgspec.structs.replace(source, cache=self._cache(f"{key}.cache", cache))
         if isinstance(source, PathSettings):
             return msgspec.structs.replace(source, root=self._absolute(source.root))
+        if isinstance(source, ChosenSettings):
+            return ChosenSettings(paths=[self._absolute(path) for path in source.paths])
         if isinstance(source, StorageSettings) and re.match("file:[^/]", source.url):
             path = self._absolute(unquote(source.url.removeprefix("file:")))
             source = msgspec.structs.replace(source, url=f"file://{quote(path)}")

@@ -224,7 +224,16 @@ class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
-SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSettings | VirtualSettings
+class ChosenSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="chosen"):
+    """`type = "chosen"`: some files and directories, each under its name."""
+
+    paths: Annotated[
+        list[Annotated[str, Meta(min_length=1)]],
+        Meta(min_length=1, description="a list of files and directories, absolute or relative to the settings file"),
+    ]
+
+
+SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSettings | VirtualSettings | ChosenSettings
 
 
 class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

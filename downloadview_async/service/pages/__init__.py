@@ -31,6 +31,7 @@ _KINDS = {
     "object": "rows of a database",
     "remote": "another server",
     "virtual": "generated on request",
+    "chosen": "chosen files",
 }
 _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path d="M7 1h2v7h3l-4 4-4-4h3zM2 13h12v2H2z" '
