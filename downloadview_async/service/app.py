@@ -24,6 +24,7 @@ from downloadview_async import (
     Cache,
     CachedSource,
     Download,
+    Entry,
     FileError,
     FileMissing,
     ObjectSource,
@@ -88,6 +89,7 @@ class _Database(Protocol):
     """The interface of `service.database.Documents`, which is imported only if needed: SQLAlchemy is optional."""
 
     async def get(self, key: str) -> Any: ...
+    def list_folder(self, folder: str) -> AsyncIterator[Entry]: ...
     async def check(self) -> None: ...
     def opened(self) -> contextlib.AbstractAsyncContextManager[None]: ...
 
@@ -256,6 +258,7 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                 file_field="file",
                 basename_field="filename",
                 mime_type_field="content_type",
+                list_folder=databases[name].list_folder if source.list else None,
             )
     return sources
 

@@ -190,6 +190,13 @@ class ObjectSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     source: Annotated[str, Meta(min_length=1, description="the name of the source that holds the files")]
     filename: Annotated[str, Meta(description="the column with the file name for clients")] | None = None
     content_type: Annotated[str, Meta(description="the column with the media type")] | None = None
+    list: Annotated[bool, Meta(description="true to list the rows, with the slashes in their keys between folders")] = (
+        False
+    )
+    size: Annotated[str, Meta(description="the column with the size in bytes, for listings")] | None = None
+    modified: Annotated[str, Meta(description="the column with the time of the last change, for listings")] | None = (
+        None
+    )
 
 
 class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="remote"):

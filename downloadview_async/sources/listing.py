@@ -2,12 +2,11 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One file or one folder, as `SupportsListing.list` yields it.
 
     name: the last segment of its path, without a slash. is_folder: whether it can be listed in turn. size: in bytes;
