@@ -51,7 +51,7 @@ from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
 from downloadview_async.sources.checksums import MemoryChecksums, SQLiteChecksums
 from downloadview_async.sources.directory_storage import DirectoryStorage
-from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.memory_storage import MemoryStorage
 from downloadview_async.sources.object import ObjectFile, ObjectSource
@@ -80,6 +80,7 @@ __all__ = [
     "CacheCounters",
     "CachedSource",
     "ConfigurationError",
+    "DescribedEntry",
     "DirectoryStorage",
     "Download",
     "DownloadError",

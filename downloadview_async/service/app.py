@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote, unquote
 
 import msgspec
 from starlette.applications import Starlette
@@ -25,6 +26,7 @@ from downloadview_async import (
     Cache,
     CachedSource,
     Download,
+    Entry,
     FileError,
     FileMissing,
     MemoryChecksums,
@@ -39,6 +41,7 @@ from downloadview_async import (
     SQLiteChecksums,
     Storage,
     StorageSource,
+    SupportsListing,
     URLSigner,
     VirtualSource,
     add_content_types,
@@ -47,12 +50,14 @@ from downloadview_async import (
     storage_from_url,
 )
 from downloadview_async.service.access import access_of, keeping_peers, opened_store, signer_of, store_of, users_of
+from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
-from downloadview_async.service.pages import IndexPage
+from downloadview_async.service.pages import ErrorPages, IndexPage, ServicePages, favicon, folder_of
 from downloadview_async.service.settings import (
+    ChosenSettings,
     ObjectSettings,
     PathSettings,
     RemoteSettings,
@@ -88,6 +93,7 @@ class _Database(Protocol):
     """The interface of `service.database.Documents`, which is imported only if needed: SQLAlchemy is optional."""
 
     async def get(self, key: str) -> Any: ...
+    def list_folder(self, folder: str) -> AsyncIterator[Entry]: ...
     async def check(self) -> None: ...
     def opened(self) -> contextlib.AbstractAsyncContextManager[None]: ...
 
@@ -145,16 +151,18 @@ def build(settings: Settings) -> Starlette:
             yield
 
     health = Health(checks)
-    middleware = [Middleware(OneLineFailures)]
+    pages = ServicePages(settings)
+    middleware = [Middleware(OneLineFailures), Middleware(ErrorPages, pages=pages)]
     if (backend := _backend(settings, sources)) is not None:
         middleware.append(Middleware(OffloadMiddleware, backend=backend))
     app = Starlette(
         routes=[
-            Route("/", IndexPage(settings).answer),
+            *([] if "/" in map(folder_of, settings.routes) else [Route("/", IndexPage(settings, pages).answer)]),
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
             *_routes(settings, sources, signer, caches),
+            Route("/favicon.ico", favicon),
         ],
         middleware=middleware,
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
@@ -237,6 +245,9 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
             case RemoteSettings():
                 with settings.blaming(f"{key}.url"):
                     sources[name] = RemoteSource(options.pop("url"), **options)
+            case ChosenSettings():
+                with settings.blaming(f"{key}.paths"):
+                    sources[name] = ChosenFiles(source.paths)
             case VirtualSettings():
                 factory = function_of(settings, f"{key}.factory", source.factory)
                 with settings.blaming(f"{key}.factory"):
@@ -251,6 +262,7 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                 file_field="file",
                 basename_field="filename",
                 mime_type_field="content_type",
+                list_folder=databases[name].list_folder if source.list else None,
             )
     return sources
 
@@ -300,6 +312,11 @@ def _routes(
     users = users_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
+        pages = ServicePages(settings, route.name) if route.list else None
+        if pages is not None and not isinstance(sources[route.source], SupportsListing):
+            raise settings.error(
+                f"routes[{index}].list", f"the source {route.source!r} cannot list its folders: remove it"
+            )
         make = partial(
             Download,
             sources[route.source],
@@ -310,12 +327,15 @@ def _routes(
             access=access_of(settings, index, route, signer, users),
             headers=route.headers,
             hide=route.hide,
+            listing=pages or False,
         )
         if route.archive:
             with settings.blaming(f"routes[{index}].archive"):
                 endpoint = make(archive=_archive(settings, route.source, sources[route.source], caches))
         else:
             endpoint = make()
+        if (folder := folder_of(route)) is not None and len(folder) > 1 and route.access is None:
+            yield Route(unquote(folder[:-1]), _redirect_to_folder)
         try:
             yield Route(route.path, endpoint, middleware=_cors(route))
         except (AssertionError, ValueError) as exc:
@@ -333,6 +353,13 @@ def _archive(settings: Settings, name: str, source: Source, caches: Mapping[str,
         name=f"{name} {_place_of(settings, name, source)}",
         per_client=archives.per_client or None,
     )
+
+
+async def _redirect_to_folder(request: Request) -> Response:
+    """Redirect from the URL of the top folder without its slash: /files to /files/."""
+    query = f"?{request.url.query}" if request.url.query else ""
+    location = f"./{quote(request.url.path.rpartition('/')[2], safe='%')}/{query}"
+    return Response(status_code=308, headers={"Location": location, "Cache-Control": "no-cache"})
 
 
 def _cors(route: RouteSettings) -> list[Middleware]:

@@ -11,13 +11,29 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import BigInteger, Enum, Float, Integer, MetaData, Numeric, Select, Table, literal, null, select
+from sqlalchemy import (
+    BigInteger,
+    Enum,
+    Float,
+    Integer,
+    MetaData,
+    Numeric,
+    Select,
+    String,
+    Table,
+    collate,
+    literal,
+    null,
+    select,
+)
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import InterfaceError, NoSuchTableError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from downloadview_async import ConfigurationError, SourceUnavailable
+from downloadview_async import ConfigurationError, Entry, FileMissing, SourceUnavailable
 from downloadview_async.service.settings import DatabaseUnavailable, ObjectSettings
+
+_BATCH = 500  # rows that one statement of a listing reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +99,21 @@ class Documents:
 
     def _select(self, table: Table) -> Select[Any]:
         settings = self._settings
-        for option in ("key", "file", "filename", "content_type"):
+        for option in ("key", "file", "filename", "content_type", "size", "modified"):
             column = getattr(settings, option)
             if column is not None and column not in table.c:
                 raise ConfigurationError(
                     f"the table {settings.table!r} has no column {column!r}: correct `{option}`, one of "
                     f"{', '.join(table.c.keys())}"
                 )
-        named = [
-            table.c[column].label(label) if column is not None else null().label(label)
-            for label, column in (
-                ("file", settings.file),
-                ("filename", settings.filename),
-                ("content_type", settings.content_type),
-            )
-        ]
-        return select(*named).limit(1)
+        return self._columns(table, "file", "filename", "content_type").limit(1)
+
+    def _columns(self, table: Table, *options: str) -> Select[Any]:
+        """Return a SELECT of the columns that the settings have for these options; NULL where they have none."""
+        columns = {option: getattr(self._settings, option) for option in options}
+        return select(
+            *((null() if column is None else table.c[column]).label(option) for option, column in columns.items())
+        )
 
     async def get(self, key: str) -> Document | None:
         """Return the row for a key, or None. The connection is returned to the pool first.
@@ -112,6 +127,50 @@ class Documents:
         rows = await self._rows(self._statement.where(column == literal(value, _comparable(column.type))))
         return Document(*(None if value is None else str(value) for value in rows[0])) if rows else None
 
+    async def list_folder(self, folder: str) -> AsyncIterator[Entry]:
+        """Yield the rows whose keys begin with that of a folder, and the folders below it: see `SupportsListing`.
+
+        The rows are read in the order of their keys, `_BATCH` at a time. SQLite skips those in the folders below;
+        other databases, whose order of text may be any, read them, too. A row without a file is left out.
+
+        Raises `FileMissing`, `SourceUnavailable`.
+        """
+        column = self._table.c[self._settings.key]
+        prefix = folder and f"{folder}/"
+        is_text = isinstance(column.type, String)
+        skips = is_text and self._engine.dialect.name == "sqlite"
+        ordered = collate(column, "BINARY") if skips else column
+        selected = self._columns(self._table, "key", "file", "size", "modified", "content_type")
+        selected = selected.where(column.is_not(None)).order_by(ordered).limit(_BATCH)
+        if prefix:
+            if not is_text:
+                raise FileMissing(f"there is no row below {prefix!r}")
+            is_below = ordered.between(prefix, f"{folder}0") if skips else column.startswith(prefix, autoescape=True)
+            selected = selected.where(is_below)  # 0 comes after the slash
+        folders: set[str] = set()
+        is_empty = True
+        batch = await self._rows(selected)
+        while batch:
+            for row in batch:
+                key = text_of(column.type, row.key)
+                if key is None or not key.startswith(prefix):  # LIKE may ignore case
+                    continue
+                is_empty = False
+                name, slash, _ = key[len(prefix) :].partition("/")
+                if not row.file:
+                    continue
+                if not slash:
+                    yield Entry(name, False, *_described(row))
+                elif name not in folders:
+                    folders.add(name)
+                    yield Entry(name, is_folder=True)
+            last = batch[-1].key
+            inner, slash, _ = last[len(prefix) :].partition("/") if skips else ("", "", "")
+            following = ordered >= f"{prefix}{inner}0" if slash else ordered > last
+            batch = await self._rows(selected.where(following)) if len(batch) == _BATCH else []
+        if is_empty and prefix:
+            raise FileMissing(f"there is no row below {prefix!r}")
+
     async def check(self) -> None:
         """Read one row of the table. Raises `SourceUnavailable` if that fails."""
         await self._rows(self._statement)  # SQLite would answer SELECT 1 without reading the file
@@ -120,7 +179,7 @@ class Documents:
         try:
             async with self._engine.connect() as connection:
                 return (await connection.execute(statement)).all()
-        except (SQLAlchemyError, OSError) as exc:
+        except (SQLAlchemyError, OSError, ValueError) as exc:  # ValueError: a time that is not one
             raise SourceUnavailable(f"the database failed: {type(exc).__name__}: {exc}") from exc
 
 
@@ -152,6 +211,22 @@ def _comparable(kind: Any) -> Any:
         case Numeric():
             return Numeric()
     return kind
+
+
+def _described(row: Any) -> tuple[int | None, datetime.datetime | None, str | None]:
+    """Return the size, the time and the media type of a row, without values of other types."""
+    modified = row.modified
+    if isinstance(modified, int | float | Decimal):
+        try:
+            modified = datetime.datetime.fromtimestamp(float(modified), datetime.UTC)
+        except (OverflowError, ValueError):
+            modified = None
+    elif isinstance(modified, datetime.datetime):
+        modified = modified if modified.tzinfo else modified.replace(tzinfo=datetime.UTC)
+    else:
+        modified = None
+    size = int(row.size) if isinstance(row.size, int | Decimal) and row.size >= 0 else None
+    return size, modified, row.content_type if isinstance(row.content_type, str) else None
 
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -191,3 +266,9 @@ def key_as(kind: Any, key: str) -> Any:
     if isinstance(value, datetime.datetime | datetime.time) and (value.tzinfo is not None) != kind.timezone:
         return None
     return value
+
+
+def text_of(kind: Any, value: Any) -> str | None:
+    """Return the key in a URL for a value of a column, or None if there is none."""
+    text = ("true" if value else "false") if isinstance(value, bool) else str(value)
+    return text if key_as(kind, text) == value else None

@@ -190,6 +190,13 @@ class ObjectSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     source: Annotated[str, Meta(min_length=1, description="the name of the source that holds the files")]
     filename: Annotated[str, Meta(description="the column with the file name for clients")] | None = None
     content_type: Annotated[str, Meta(description="the column with the media type")] | None = None
+    list: Annotated[bool, Meta(description="true to list the rows, with the slashes in their keys between folders")] = (
+        False
+    )
+    size: Annotated[str, Meta(description="the column with the size in bytes, for listings")] | None = None
+    modified: Annotated[str, Meta(description="the column with the time of the last change, for listings")] | None = (
+        None
+    )
 
 
 class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="remote"):
@@ -224,7 +231,16 @@ class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
-SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSettings | VirtualSettings
+class ChosenSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="chosen"):
+    """`type = "chosen"`: some files and directories, each under its name."""
+
+    paths: Annotated[
+        list[Annotated[str, Meta(min_length=1)]],
+        Meta(min_length=1, description="a list of files and directories, absolute or relative to the settings file"),
+    ]
+
+
+SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSettings | VirtualSettings | ChosenSettings
 
 
 class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -397,8 +413,10 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         str | list[str], Meta(description="a file, or a list of files, that the page at / links to")
     ] = []
 
+    list: Annotated[bool, Meta(description="true to list the folders, for a path that ends in {path:path}")] = False
+
     @property
-    def examples(self) -> list[str]:
+    def examples(self) -> Sequence[str]:
         """The examples as a list."""
         return [self.example] if isinstance(self.example, str) else self.example
 
@@ -450,6 +468,35 @@ class OffloadSettings(_WithOptions):  # type: ignore[misc]  # the options depend
     """`[offload]`: the proxy that sends the files, if any, and the options of its backend."""
 
 
+class PagesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[pages]`: how the pages for people look."""
+
+    title: Annotated[str, Meta(min_length=1, max_length=200, description="the title of the page at /")] = "Downloads"
+    logo: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="an image of at most 64 KiB, absolute or relative to the settings file; it is sent inside "
+                "each page",
+            ),
+        ]
+        | None
+    ) = None
+    templates: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="a directory with any of page.css, page.js, index.html, listing.html and error.html, which "
+                "replace those of the service",
+            ),
+        ]
+        | None
+    ) = None
+    footer: Annotated[str, Meta(max_length=2000, description="a text at the end of each page")] = ""
+
+
 Routes = Annotated[list[RouteSettings], Meta(description="tables, each written as [[routes]]")]
 ContentTypes = Annotated[
     dict[str, str], Meta(description='a table of suffixes and media types, such as ".gcode" = "text/x-gcode"')
@@ -475,6 +522,7 @@ class Settings:
     users: UsersSettings | None = None
     archives: ArchivesSettings = field(default_factory=ArchivesSettings)
     content_types: Mapping[str, str] = field(default_factory=dict)
+    pages: PagesSettings = field(default_factory=PagesSettings)
 
     def error(self, key: str, problem: str) -> ConfigurationError:
         """Return the error for a key such as `sources.files.root`."""

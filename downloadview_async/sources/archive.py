@@ -24,7 +24,7 @@ from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.http.zip_layout import Content, Member, ZipLayout, has_checksum
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, SupportsListing, check_source
 from downloadview_async.sources.checksums import Checksums, MemoryChecksums
-from downloadview_async.sources.listing import Entry, closing_entries
+from downloadview_async.sources.listing import DescribedEntry, Entry, closing_entries
 from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import canonical_folder
 from downloadview_async.sources.workers import MID_TRANSFER, Slots
@@ -236,7 +236,7 @@ class FolderArchive(Archive):
                 items.append(_Item(f"{path}{entry.name}/", None, None, modified))
                 await self._collect(items, name, f"{path}{entry.name}/", depth + 1)
             else:
-                metadata = None if entry.describe is None else entry.describe()
+                metadata = entry.describe() if isinstance(entry, DescribedEntry) else None
                 find = partial(self._source.source.resolve, name)
                 items.append(_Item(f"{path}{entry.name}", find, metadata, modified, name=name))
 
@@ -389,11 +389,14 @@ class OpenArchive:
         is_computed = is_whole and index not in self._crcs
         left, crc = len(span), 0
         async with self._opened(index, GET if is_whole else _request_for(span)) as opened, AsyncExitStack() as stack:
-            chunks = opened.stream(span)
+            # generated content can only be read from its beginning
+            skipped = 0 if is_whole or opened.metadata.accept_ranges else span.start
+            chunks = opened.stream(None if is_whole or skipped else span)
             if isinstance(chunks, AsyncGenerator):
                 await stack.enter_async_context(aclosing(chunks))
             async for received in chunks:
-                chunk = received[:left]
+                chunk = received[skipped : skipped + left]
+                skipped -= min(skipped, len(received))
                 left -= len(chunk)
                 if is_computed:
                     crc = zlib.crc32(chunk, crc)

@@ -7,7 +7,7 @@ more slowly.
 """
 
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -221,6 +221,36 @@ class SupportsListing(Protocol):
         not read to its end.
         """
         ...
+
+
+@runtime_checkable
+class ListsNames(SupportsListing, Protocol):
+    """What a source or a storage that lists may offer besides: its entries by their names only, which takes less time.
+
+    A page that shows a few entries of a large folder in the order of their names describes only those.
+    """
+
+    def list_names(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield what `list` does, without sizes and times. A file that cannot be read may be among them."""
+        ...
+
+    async def describe(self, folder: str, names: Sequence[str], /) -> Sequence[Entry]:
+        """Return the entries of a folder with these names, complete, in their order.
+
+        Those that do not exist any more, and files that cannot be read, are left out. Raises what `list` raises.
+        """
+        ...
+
+
+def pass_listing_on(wrapper: Any, inner: object) -> None:
+    """Give a wrapper the methods of `SupportsListing` and `ListsNames` that what it wraps has: no others.
+
+    They become attributes of the object, so that `isinstance` tells the truth about it. Methods that a subclass of the
+    wrapper defines stay.
+    """
+    for method in ("list", "list_names", "describe"):
+        if not hasattr(wrapper, method) and hasattr(inner, method):
+            setattr(wrapper, method, getattr(inner, method))
 
 
 def check_source(value: object, taker: str) -> None:

@@ -1,12 +1,12 @@
 """`DirectoryStorage`: a local directory as a storage."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.listing import Entry
-from downloadview_async.sources.local.folder import list_folder
+from downloadview_async.sources.local.folder import describe_entries, list_folder
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.path import FileBeneath
@@ -47,3 +47,11 @@ class DirectoryStorage:
     def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
         """Yield the files and folders of a folder, as `PathSource.list` does."""
         return list_folder(self.root, folder, self._workers)
+
+    def list_names(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield what `list` does, without sizes and times: see `ListsNames`."""
+        return list_folder(self.root, folder, self._workers, only_names=True)
+
+    async def describe(self, folder: str, names: Sequence[str], /) -> Sequence[Entry]:
+        """Return the entries of a folder with these names: see `ListsNames`."""
+        return await describe_entries(self.root, folder, names, self._workers)

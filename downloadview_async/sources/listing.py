@@ -2,20 +2,18 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NamedTuple
 
 from downloadview_async.http.metadata import FileMetadata
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One file or one folder, as `SupportsListing.list` yields it.
 
     name: the last segment of its path, without a slash. is_folder: whether it can be listed in turn. size: in bytes;
     None if it is not known. modified: with a time zone; None if it is not known. content_type: the media type that the
-    source stores with the file; None if it stores none. describe: returns the metadata that opening the file now would
-    give, as far as they tell its version, without any I/O; None if the file has to be opened for them.
+    source stores with the file; None if it stores none.
     """
 
     name: str
@@ -23,7 +21,22 @@ class Entry:
     size: int | None = None
     modified: datetime | None = None
     content_type: str | None = None
-    describe: Callable[[], FileMetadata] | None = field(default=None, repr=False, compare=False)
+
+
+class DescribedEntry(Entry):
+    """An entry of a source that knows the version of a file when it lists it, so that it need not be opened for that.
+
+    describe: returns the size and the validators that opening the file now would give, without any I/O.
+    """
+
+    describe: Callable[[], FileMetadata]
+
+    @classmethod
+    def of(cls, entry: Entry, describe: Callable[[], FileMetadata]) -> "DescribedEntry":
+        """Return the entry, with this function."""
+        described = cls(*entry)
+        described.describe = describe
+        return described
 
 
 @asynccontextmanager

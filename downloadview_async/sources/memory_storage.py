@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import blake2b
@@ -10,7 +11,7 @@ from hashlib import blake2b
 from downloadview_async.errors import FileMissing
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.names import canonical_folder
 
@@ -64,16 +65,13 @@ class MemoryStorage:
             if not slash:
                 assert metadata.last_modified is not None
                 modified = datetime.fromtimestamp(metadata.last_modified, UTC)
-                yield Entry(name, size=metadata.size, modified=modified, describe=partial(_itself, metadata))
+                entry = Entry(name, size=metadata.size, modified=modified)
+                yield DescribedEntry.of(entry, partial(replace, metadata))
             elif name not in folders:
                 folders.add(name)
                 yield Entry(name, is_folder=True)
         if is_empty and prefix:
             raise FileMissing(f"nothing is stored below {prefix!r}")
-
-
-def _itself(metadata: FileMetadata) -> FileMetadata:
-    return metadata
 
 
 class OpenBytes:

@@ -24,6 +24,12 @@ _FORBIDDEN = {
     "any": re.compile(rf"{_CONTROL}|(?:^|/)\.{{0,2}}(?:/|\Z)"),
     "exact": re.compile(rf"{_CONTROL}|(?:^|/)\.\.(?:/|\Z)|^\Z"),
 }
+_NOT_IN_ENTRY = r"\x00-\x1f\x7f/\ud800-\udfff"
+# One match for the name of an entry: a listing may have a million of them.
+_ENTRY = {
+    "portable": re.compile(rf"(?!(?:\.{{1,2}}|(?i:{DEVICE_NAME}))\Z)[^{_NOT_IN_ENTRY}\\:]+"),
+    "any": re.compile(rf"(?!\.{{1,2}}\Z)[^{_NOT_IN_ENTRY}]+"),
+}
 
 
 def check_names_option(names: str) -> None:
@@ -70,24 +76,13 @@ def canonical_folder(folder: str, names: Names = "portable") -> str:
 
 
 def entry_check(folder: str, names: Names = "portable") -> Callable[[str], bool]:
-    """Return a function that returns whether a source may have an entry with that name in a folder.
+    """Return a function that returns whether an entry of a folder may have a name.
 
-    folder: as `canonical_folder` returns it.
+    folder: as `canonical_folder` returns it. An entry's name is one that `canonical_name` accepts as the last segment.
     """
     longest = MAX_LENGTH - (len(folder.encode()) + 1 if folder else 0)
-    forbidden = _FORBIDDEN["any" if names == "exact" else names].search
-
-    def is_valid(name: str) -> bool:
-        if forbidden(name) is not None:
-            return False
-        if name.isascii():
-            return len(name) <= longest
-        try:
-            return len(name.encode()) <= longest
-        except UnicodeEncodeError:
-            return False
-
-    return is_valid
+    is_name = _ENTRY["portable" if names == "portable" else "any"].fullmatch
+    return lambda name: is_name(name) is not None and (4 * len(name) <= longest or len(name.encode()) <= longest)
 
 
 def has_dot_segment(path: str) -> bool:

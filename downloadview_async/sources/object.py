@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from downloadview_async.errors import ConfigurationError, FileMissing
@@ -14,9 +16,10 @@ from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source, check_function, check_source
+from downloadview_async.sources.base import AsyncFile, OpenFile, Source, check_function, check_source, pass_listing_on
+from downloadview_async.sources.listing import Entry, closing_entries
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
-from downloadview_async.sources.names import without_empty_segments
+from downloadview_async.sources.names import canonical_folder, entry_check, without_empty_segments
 
 _CODING = re.compile("[0-9A-Za-z._-]+")
 
@@ -33,6 +36,8 @@ class ObjectSource:
     basename_field, mime_type_field, encoding_field (Content-Encoding), charset_field, size_field (bytes, for files
     that do not know their size), modification_time_field (a datetime, or seconds since the epoch, UTC): attributes that
     describe the file. An empty value counts as absent.
+    list_folder: a function that gets a folder, such as `reports/2026`, or the empty string for the top, and returns an
+    asynchronous iterator of its entries: see `SupportsListing`. Without it, the source lists no folders.
 
     Raises `ConfigurationError` for a `get` that cannot be called with one key, and for a `source` that is not one.
     """
@@ -49,6 +54,7 @@ class ObjectSource:
         charset_field: str | None = None,
         size_field: str | None = None,
         modification_time_field: str | None = None,
+        list_folder: Callable[[str], AsyncIterator[Entry]] | None = None,
     ) -> None:
         check_function(get, "ObjectSource takes an asynchronous function of one argument, the key")
         if source is not None:
@@ -64,6 +70,9 @@ class ObjectSource:
             "size": size_field,
             "modified": modification_time_field,
         }
+        if list_folder is not None:
+            check_function(list_folder, "list_folder takes a function of one argument, the folder")
+            pass_listing_on(self, SimpleNamespace(list=partial(self._listed, list_folder)))
 
     async def resolve(self, key: Any, /) -> AsyncFile:
         """Return the file of the object that `get` finds. Raises `FileMissing` if there is no object or no file."""
@@ -90,6 +99,17 @@ class ObjectSource:
             file = await self._source.resolve(os.fspath(file))
         described = {name: getattr(record, field) for name, field in self._fields.items() if field is not None}
         return ObjectFile(file, **{name: value for name, value in described.items() if value not in (None, "")})
+
+    async def _listed(
+        self, list_folder: Callable[[str], AsyncIterator[Entry]], folder: str = "", /
+    ) -> AsyncIterator[Entry]:
+        """Yield what the function of the application lists, without invalid names: see `SupportsListing`."""
+        folder = canonical_folder(folder, "any")
+        is_valid = entry_check(folder, "any")
+        async with closing_entries(list_folder(folder)) as entries:
+            async for entry in entries:
+                if is_valid(entry.name):
+                    yield entry._replace(content_type=valid_content_type(entry.content_type))
 
 
 class ObjectFile:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -45,8 +46,9 @@ from downloadview_async.http.negotiation import content_coding, hides_coding
 from downloadview_async.http.ranges import NEAR, RangeSpec, read_from
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import REFUSALS
+from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
-from downloadview_async.sources.names import checked_segments
+from downloadview_async.sources.names import canonical_folder, checked_segments
 from downloadview_async.sources.workers import Slots, Workers
 
 SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
@@ -106,6 +108,7 @@ _FROM_ENVIRONMENT = (
 )
 
 _AFTERGLOW = 0.05  # seconds
+_LISTING_TIMES = 10  # a listing is many requests: it may take so many times the time of one
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
 _PASSED_HEADERS = ("Content-Encoding", "Content-Language", "Cache-Control")
@@ -120,6 +123,8 @@ _MISCONFIGURED = re.compile(
     "<Code>(AuthorizationHeaderMalformed|ExpiredToken|InvalidAccessKeyId|InvalidToken|NoSuchBucket|RequestTimeTooSkewed"
     "|SignatureDoesNotMatch)</Code>"
 )
+# obstore has a class for this error of a GET, but not for that of a listing.
+_LIST_REFUSED = re.compile("performing list request: .*non-2xx status code: 40[13]")
 _THROTTLED = frozenset({"429", "503"})
 _NON_PARTIAL = "non-partial response"  # obstore's error for a 200 to a range request
 _ERRNO = re.compile(r"\(os error ([0-9]+)\)\Z")
@@ -270,6 +275,44 @@ class ObjectStorage:
             with closing(OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)) as opened:
                 await opened.begin(request)
                 yield opened
+
+    async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield the objects whose keys begin with that of the folder, and the folders below it: see `SupportsListing`.
+
+        The store is asked for 1,000 keys at a time, and obstore collects the answers before the first entry is yielded,
+        which may take ten times as long as `answer_timeout`. There are no keys with empty segments among the entries.
+
+        Raises `UpstreamError` also for a folder with a key that obstore cannot read, such as one with a control
+        character.
+        """
+        import obstore
+
+        folder = canonical_folder(folder, "exact")
+        try:
+            with await self._slots.take(), anyio.fail_after(_LISTING_TIMES * self._answer_timeout):
+                listed = await obstore.list_with_delimiter_async(self.store, prefix=folder or None)
+        except TimeoutError as exc:
+            raise UpstreamTimeout(f"{folder!r} was not listed in time") from exc
+        except FileError:
+            raise
+        except Exception as exc:
+            if type(exc).__name__ == "InvalidPathError":
+                raise UpstreamError(f"{folder!r} has a key that obstore cannot read: {_first_line(exc)}") from exc
+            raise _file_error(exc, folder) from exc
+        folders, objects = listed["common_prefixes"], listed["objects"]
+        if folder and not (folders or objects):
+            raise FileMissing(f"the store has no key below {folder!r}")
+        start = len(folder) + 1 if folder else 0
+        of_disk = urlsplit(self.url).scheme == "file"
+        for path in folders:
+            yield Entry(path[start:], is_folder=True)
+        for meta in objects:
+            # consoles store an empty object under the name of a folder with a slash, which obstore removes
+            if name := meta["path"][start:]:
+                entry = Entry(name, size=meta["size"], modified=meta["last_modified"])
+                tag = None if of_disk else ETag.parse(meta["e_tag"] or "")
+                describe = partial(FileMetadata, size=meta["size"], etag=tag)
+                yield entry if tag is None or tag.weak else DescribedEntry.of(entry, describe)
 
     async def aclose(self) -> None:
         """Close the store and its connections before the process ends. If it is used again, a new one is made."""
@@ -535,6 +578,8 @@ def _file_error(exc: Exception, name: str) -> FileError:
             return FileMissing(reason)
         return AccessDenied(reason) if match[1] in _DENIED else SourceUnavailable(reason)
     status = _STATUS.search(reason)
+    if _LIST_REFUSED.search(reason):
+        return AccessDenied(f"the store denies {reason}")
     if status is not None and status[1] in _THROTTLED:
         return UpstreamBusy(f"the store is throttling: {reason}", status=int(status[1]))
     if status is None and "timed out" in str(exc):

@@ -3,12 +3,13 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import OpenFile, Storage, SupportsListing
+from downloadview_async.sources.base import OpenFile, Storage, SupportsListing, pass_listing_on
 from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.listing import Entry, closing_entries
 from downloadview_async.sources.local.open_file import OpenLocalFile
@@ -46,7 +47,7 @@ class StorageSource:
     The default is "any" for an `ObjectStorage` and a `MemoryStorage`, the option `names` of a `DirectoryStorage`, and
     "portable" for others.
 
-    It has a method `list`, and so `SupportsListing`, if the storage has one.
+    It lists folders if the storage does: see `SupportsListing`.
 
     Raises `ConfigurationError` for a storage that is not one.
     """
@@ -59,8 +60,10 @@ class StorageSource:
         self.storage = storage
         self.names: Names = _names_of(storage) if names is None else names
         check_names_option(self.names)
-        if isinstance(storage, SupportsListing) and not hasattr(self, "list"):
-            self.list = partial(self._list, storage)
+        if isinstance(storage, DirectoryStorage) and storage.root.names == self.names:
+            pass_listing_on(self, storage)
+        elif isinstance(storage, SupportsListing):
+            pass_listing_on(self, SimpleNamespace(list=partial(self._accepted, storage)))
 
     def canonical(self, name: str) -> str:
         """Return the key in the storage for a name from a request: see `HasCanonicalNames`."""
@@ -71,7 +74,7 @@ class StorageSource:
         name = self.canonical(name)
         return StorageFile(self.storage, name, location=await self.storage.locate(name))
 
-    async def _list(self, storage: SupportsListing, folder: str = "", /) -> AsyncIterator[Entry]:
+    async def _accepted(self, storage: SupportsListing, folder: str = "", /) -> AsyncIterator[Entry]:
         """Yield the entries of the storage whose names this source accepts: see `SupportsListing`."""
         folder = canonical_folder(folder, self.names)
         is_valid = entry_check(folder, self.names)

@@ -7,14 +7,23 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, DownloadError, FileMissing, SourceUnavailable
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ETag, FileMetadata, is_telling, unsettled_seconds
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources.base import pass_listing_on
 from downloadview_async.sources.file_objects import Extent, OpenFileObject, close, closing_in_thread, extent_of
-from downloadview_async.sources.workers import Workers
+from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.names import canonical_folder
+from downloadview_async.sources.workers import MID_TRANSFER, Workers
+
+_BATCH = 100  # entries that one call of a worker gets
+_TIMES = ("mtime", "LastModified", "last_modified", "modified")
+"""The keys under which file systems of fsspec have the time of the last change."""
 
 
 class SyncStorage:
@@ -31,13 +40,21 @@ class SyncStorage:
     as `open` gives. A class that overrides `open` and only inherits these methods is not trusted in this: a subclass
     that decrypts would have the encrypted bytes sent. So `path`, `url`, `size` and `info` are not called for it.
     `is_sent_as_stored = True` in a storage declares that the bytes are the same, False that they are not.
+    It lists folders if the object has `listdir(path)`, as Django's storages have, or `ls(path, detail=True)`, as those
+    of fsspec have: see `SupportsListing`.
+
+    describes: whether the files that `listdir` lists get a size and a time, by one call of the storage for each. On a
+    remote storage these are requests: then False may be the better choice.
     """
 
-    def __init__(self, storage: Any, *, threads: int = 40) -> None:
+    def __init__(self, storage: Any, *, threads: int = 40, describes: bool = True) -> None:
         if not callable(getattr(storage, "open", None)):
             raise ConfigurationError(f"{storage!r} is not a storage: it has no method open(name, mode)")
         self._storage = storage
         self._workers = Workers(threads)
+        self._describes = describes
+        if self._has("ls") or self._has("listdir"):
+            pass_listing_on(self, SimpleNamespace(list=self._list))
 
     @asynccontextmanager
     async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[OpenFileObject]:
@@ -103,18 +120,66 @@ class SyncStorage:
             size = info.get("size") if isinstance(info, Mapping) else None
         else:
             size = None
-        return None if size is None or int(size) < 0 else int(size)
+        return _size_of(size)
 
     def _modified(self, name: str) -> float | None:
         """Return the time of the last change in seconds since the epoch, or None if it is not known."""
-        modified = self._ask("modified", name) or self._ask("get_modified_time", name)
-        if isinstance(modified, datetime):
-            return (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
-        try:
-            seconds = float(modified)
-        except (TypeError, ValueError, OverflowError):  # some drivers report what their server has sent
-            return None
-        return seconds if math.isfinite(seconds) else None
+        return _seconds_of(self._ask("modified", name) or self._ask("get_modified_time", name))
+
+    async def _list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield the entries of a folder, which worker threads get from the storage: see `SupportsListing`."""
+        folder = canonical_folder(folder, "exact")
+        entries = self._files_of_info(folder) if self._has("ls") else self._files_of_names(folder)
+        patience = None
+        while batch := await self._workers.run_or_abandon(lambda: list(islice(entries, _BATCH)), patience=patience):
+            patience = MID_TRANSFER
+            for entry in batch:
+                yield entry
+
+    def _files_of_names(self, folder: str) -> Iterator[Entry]:
+        """Yield the entries of a folder of a storage like Django's. Calls the storage between them."""
+        with _as_file_errors(folder):
+            try:
+                folders, files = self._storage.listdir(folder)
+            except (DownloadError, OSError):
+                raise
+            except Exception:  # Django's storage in memory raises an AttributeError
+                if self._ask("exists", folder) is not False:
+                    raise
+                folders, files = [], []
+            # a store of objects lists nothing for a folder that does not exist
+            if folder and not (folders or files) and self._ask("exists", folder) is False:
+                raise FileMissing(f"the storage has no folder {folder!r}")
+        for name in folders:
+            yield Entry(name, is_folder=True)
+        for name in files:
+            key = f"{folder}/{name}" if folder else name
+            try:
+                with _as_file_errors(key):
+                    size, modified = (self._size(key), self._modified(key)) if self._describes else (None, None)
+            except (FileMissing, AccessDenied):  # removed meanwhile, or a link that leads nowhere
+                continue
+            yield Entry(name, size=size, modified=_datetime_of(modified))
+
+    def _files_of_info(self, folder: str) -> Iterator[Entry]:
+        """Yield the entries of a folder of a file system like those of fsspec, which tells all of them at once."""
+        with _as_file_errors(folder):
+            if folder and self._ask("isdir", folder) is False:
+                raise FileMissing(f"the file system has no folder {folder!r}")
+            infos = self._storage.ls(folder, detail=True)
+        for info in infos:
+            path = str(info["name"]).rstrip("/")
+            if path.strip("/") == folder:  # an empty object that stands for the folder
+                continue
+            if info.get("type") == "directory":
+                yield Entry(path.rpartition("/")[2], is_folder=True)
+            elif info.get("type") == "file":
+                modified = next((info[key] for key in _TIMES if info.get(key) is not None), None)
+                size = _size_of(info.get("size"))
+                yield Entry(path.rpartition("/")[2], size=size, modified=_datetime_of(_seconds_of(modified)))
+
+    def _has(self, method: str) -> bool:
+        return callable(getattr(self._storage, method, None))
 
     def _ask(self, method: str, name: str) -> Any:
         """Return what a method of the storage returns for `name`, or None if the storage does not implement it."""
@@ -142,6 +207,28 @@ def tells_of_what_it_opens(storage: Any, method: str, *, opening: tuple[str, ...
     return opens in defining or (opens is not None and bool(defining) and max(defining) < opens)
 
 
+def _size_of(size: Any) -> int | None:
+    return None if size is None or int(size) < 0 else int(size)
+
+
+def _seconds_of(modified: Any) -> float | None:
+    """Return a time of a storage in seconds since the epoch, or None if it is none."""
+    if isinstance(modified, datetime):
+        return (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
+    try:
+        seconds = float(modified)
+    except (TypeError, ValueError, OverflowError):  # some drivers report what their server has sent
+        return None
+    return seconds if math.isfinite(seconds) else None
+
+
+def _datetime_of(seconds: float | None) -> datetime | None:
+    try:
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, ValueError):
+        return None
+
+
 def _unsettled(modified: float | None) -> float:
     return 0.0 if modified is None else unsettled_seconds(int(modified * 1_000_000) * 1000, time.time_ns())
 
@@ -163,7 +250,8 @@ def _as_file_errors(name: str) -> Iterator[None]:
         yield
     except DownloadError:
         raise
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as exc:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError) as exc:
+        # FileExistsError: Django's storage in memory raises it for a name below that of a file
         raise FileMissing(f"the storage has no {name!r}: {exc}") from exc
     except PermissionError as exc:
         raise AccessDenied(f"the storage denies {name!r}: {exc}") from exc

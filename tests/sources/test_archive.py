@@ -81,7 +81,7 @@ def directory_of(content: bytes) -> ByteRange:
 class Counting:
     """A source that counts how often each file is opened."""
 
-    def __init__(self, source: dv.PathSource | dv.StorageSource) -> None:
+    def __init__(self, source: dv.PathSource) -> None:
         self.source = source
         self.opened: list[str] = []
 
@@ -89,8 +89,7 @@ class Counting:
         return _Counted(await self.source.resolve(name), name, self.opened)
 
     def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
-        entries: AsyncIterator[Entry] = self.source.list(folder)
-        return entries
+        return self.source.list(folder)
 
 
 class _Counted:

@@ -1,18 +1,42 @@
 """Listings of folders: the same tree in every source and storage that can list."""
 
+import asyncio
 import os
 import socket
-from collections.abc import Callable
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import obstore
 import pytest
 
-from downloadview_async import Cache, CachedSource, MemoryStorage, PathSource, StorageSource
-from downloadview_async.errors import AccessDenied, FileMissing
-from downloadview_async.sources.base import SupportsListing
+from downloadview_async import (
+    Cache,
+    CachedSource,
+    MemoryStorage,
+    ObjectSource,
+    ObjectStorage,
+    PathSource,
+    RemoteSource,
+    StorageSource,
+    SyncStorage,
+    VirtualSource,
+)
+from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing, UpstreamError, UpstreamTimeout
+from downloadview_async.service.database import Documents
+from downloadview_async.service.settings import ObjectSettings
+from downloadview_async.sources.base import ListsNames, SupportsListing
 from downloadview_async.sources.directory_storage import DirectoryStorage
-from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.listing import Entry, closing_entries
+from downloadview_async.sources.local.folder import BATCH, FolderReader
+from downloadview_async.sources.local.root import Root
+from tests.descriptors import open_paths
+from tests.s3 import BUCKET, DENIED_ID, KEY_ID, REGION, S3, SECRET, serving_store
+from tests.servers import free_port
 
 pytestmark = pytest.mark.asyncio
 LONG = "é" * 125 + "n.txt"  # 255 bytes
@@ -84,16 +108,89 @@ def _of_cache(path: Path) -> Any:
     return CachedSource(StorageSource(MemoryStorage(TREE)), Cache(path / "cache"), name="memory")
 
 
+def _of_sync(storage: Any) -> Any:
+    return StorageSource(SyncStorage(storage), names="any")
+
+
+def _set_django_up() -> None:
+    import django
+
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.contrib.django.project")
+    django.setup()
+
+
+def _of_django_directory(path: Path) -> Any:
+    _set_django_up()
+    from django.core.files.storage import FileSystemStorage
+
+    return _of_sync(FileSystemStorage(directory_with_tree(path)))
+
+
+def _of_django_memory(path: Path) -> Any:
+    _set_django_up()
+    from django.core.files.base import ContentFile
+    from django.core.files.storage import InMemoryStorage
+
+    storage = InMemoryStorage()
+    for name, content in TREE.items():
+        storage.save(name, ContentFile(content))
+    return _of_sync(storage)
+
+
+class FileSystem:
+    """What fsspec's `DirFileSystem` looks like."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, path: str, mode: str) -> Any:
+        return (self.root / path).open(mode)
+
+    def isdir(self, path: str) -> bool:
+        return (self.root / path).is_dir()
+
+    def info(self, path: str) -> dict[str, Any]:
+        status = (self.root / path).stat()
+        kind = "directory" if self.isdir(path) else "file"
+        return {"name": path, "size": status.st_size, "type": kind, "mtime": status.st_mtime}
+
+    def ls(self, path: str, detail: bool) -> list[dict[str, Any]]:
+        assert detail
+        return [self.info(str(inner.relative_to(self.root))) for inner in (self.root / path).iterdir()]
+
+
+def _of_fsspec(path: Path) -> Any:
+    return _of_sync(FileSystem(directory_with_tree(path)))
+
+
+def _of_obstore(path: Path) -> Any:
+    return StorageSource(ObjectStorage(f"file://{quote(str(directory_with_tree(path)))}"))
+
+
 SOURCES: dict[str, Callable[[Path], Any]] = {
     "path": _of_path,
     "directory": _of_directory_storage,
     "memory": _of_memory,
     "cached": _of_cache,
+    "django-directory": _of_django_directory,
+    "django-memory": _of_django_memory,
+    "fsspec": _of_fsspec,
+    "obstore": _of_obstore,
 }
 
 
-@pytest.fixture(params=SOURCES)
+@pytest.fixture(scope="module")
+def bucket(s3: S3) -> ObjectStorage:
+    """The tree below a prefix of a bucket."""
+    for name, content in TREE.items():
+        s3.put(f"a listing/{name}", content)
+    return s3.storage("a listing")
+
+
+@pytest.fixture(params=[*SOURCES, "s3"])
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    if request.param == "s3":
+        return StorageSource(request.getfixturevalue("bucket"))
     return SOURCES[request.param](tmp_path)
 
 
@@ -187,3 +284,270 @@ async def test_what_cannot_be_downloaded_is_left_out(tmp_path: Path) -> None:
     assert set(await entries_of(PathSource(tmp_path, symlinks="follow"))) == {"good", "folder/"}
     any_names = {"good", "folder/", "aux.txt", "back\\slash", "co:lon"}
     assert set(await entries_of(PathSource(tmp_path, names="any"))) == any_names
+
+
+class Sealed:
+    """A storage that cannot list."""
+
+    def __init__(self) -> None:
+        self.open = MemoryStorage({"a.txt": b"a"}).open
+
+    async def locate(self, name: str) -> None:
+        return None
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+async def test_a_source_that_cannot_list_does_not_claim_it(tmp_path: Path, wraps: bool) -> None:
+    inner: list[Any] = [
+        StorageSource(Sealed()),
+        VirtualSource(lambda name: b"made"),
+        RemoteSource("http://127.0.0.1:9/files/"),
+    ]
+    cache = Cache(tmp_path)
+    for number, source in enumerate(inner):
+        asked = CachedSource(source, cache, name=str(number)) if wraps else source
+        assert not isinstance(asked, SupportsListing)
+        assert not isinstance(asked, ListsNames)
+
+
+async def test_a_subclass_may_list_in_another_way(tmp_path: Path) -> None:
+    class Listed(StorageSource):
+        async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+            yield Entry("of-the-subclass")
+
+    assert set(await entries_of(Listed(MemoryStorage(TREE)))) == {"of-the-subclass"}
+    assert set(await entries_of(Listed(DirectoryStorage(tmp_path)))) == {"of-the-subclass"}
+
+
+async def test_names_alone_are_those_of_the_listing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    root = directory_with_tree(tmp_path / "root")
+    (root / "link").symlink_to("reports")
+    (root / "dangling").symlink_to("nothing")
+    (root / "outside").symlink_to("../out")
+    sources: list[Any] = [PathSource(root), StorageSource(DirectoryStorage(root)), DirectoryStorage(root)]
+    sources.append(CachedSource(PathSource(root), Cache(tmp_path / "cache"), name="path"))
+    for source in sources:
+        assert isinstance(source, ListsNames)
+        for folder in ("", "reports"):
+            whole = [entry async for entry in source.list(folder)]
+            named = [entry async for entry in source.list_names(folder)]
+            assert [(entry.name, entry.is_folder) for entry in named] == [(e.name, e.is_folder) for e in whole]
+            assert all((entry.size, entry.modified) == (None, None) for entry in named)
+            assert await source.describe(folder, [entry.name for entry in named]) == whole
+        refused = ("dangling", "outside", "nothing", "../out", "reports/readme.md", "..", "", "a\0", "/etc")
+        assert await source.describe("", refused) == []
+        with pytest.raises(FileMissing):
+            await source.describe("nothing", ["one.txt"])
+
+
+def open_times(path: Path) -> int:
+    """Return how many descriptors of a directory are open: a source keeps one."""
+    return open_paths().count(str(path))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_listing_that_is_left_early_closes_its_directory(tmp_path: Path, fails: bool) -> None:
+    for number in range(BATCH + 1):
+        (tmp_path / f"{number}.txt").touch()
+    source = PathSource(tmp_path)
+    with suppress(ZeroDivisionError):
+        async with closing_entries(source.list()) as entries:
+            async for _ in entries:
+                assert open_times(tmp_path) > 1
+                if fails:
+                    raise ZeroDivisionError
+                break
+    assert open_times(tmp_path) == 1
+
+
+async def test_a_listing_that_is_cancelled_closes_its_directory(tmp_path: Path) -> None:
+    for number in range(4 * BATCH):
+        (tmp_path / f"{number}.txt").touch()
+    source = PathSource(tmp_path)
+
+    async def read(entries: AsyncIterator[Entry], count: int) -> None:
+        async with closing_entries(entries):
+            async for _ in entries:
+                count -= 1
+                if not count:
+                    reached.set()
+
+    for count in (1, BATCH - 1, BATCH, 3 * BATCH):
+        reached = asyncio.Event()
+        task = asyncio.create_task(read(source.list(), count))
+        await reached.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() or task.done()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await read(source.list(), 1)
+    while open_times(tmp_path) != 1:  # a worker that was reading closes it a moment later
+        await asyncio.sleep(0)
+
+
+async def test_a_reader_that_is_closed_while_it_reads_closes_its_directory_at_the_end(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").touch()
+    root = Root(tmp_path)
+    reader = FolderReader(root, "")
+    with reader._in_use:
+        reader.close()
+        assert open_times(tmp_path) > 1
+    assert reader.read() is None
+    reader.close()
+    assert open_times(tmp_path) == 1
+
+
+async def test_a_directory_may_change_while_it_is_listed(tmp_path: Path) -> None:
+    for number in range(3 * BATCH):
+        (tmp_path / f"{number}.txt").touch()
+    listed: list[str] = []
+    async for entry in PathSource(tmp_path).list():
+        if not listed:
+            for number in range(0, 3 * BATCH, 2):
+                (tmp_path / f"{number}.txt").unlink()
+            tmp_path.rename(tmp_path.with_name("renamed"))
+        listed.append(entry.name)
+    assert {f"{number}.txt" for number in range(1, 3 * BATCH, 2)} <= set(listed)
+    assert len(listed) == len(set(listed))
+
+
+async def test_a_marker_of_a_folder_in_a_bucket_is_the_folder_itself(s3: S3) -> None:
+    import botocore.session
+
+    keys = {"aws_access_key_id": KEY_ID, "aws_secret_access_key": SECRET}
+    client = botocore.session.get_session().create_client("s3", region_name=REGION, endpoint_url=s3.url, **keys)
+    for key in ("marked/", "marked/empty/", "marked/full/", "marked/full/x.txt", "marked/both", "marked/both/y.txt"):
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"" if key.endswith("/") else b"x")
+    source = StorageSource(s3.storage())
+    assert set(await entries_of(source, "marked")) == {"empty/", "full/", "both", "both/"}
+    assert set(await entries_of(source, "marked/empty")) == set()
+    assert set(await entries_of(source, "marked/full")) == {"x.txt"}
+
+
+async def test_a_bucket_with_a_key_that_obstore_cannot_read_fails(s3: S3) -> None:
+    import botocore.session
+
+    keys = {"aws_access_key_id": KEY_ID, "aws_secret_access_key": SECRET}
+    client = botocore.session.get_session().create_client("s3", region_name=REGION, endpoint_url=s3.url, **keys)
+    client.put_object(Bucket=BUCKET, Key="unreadable/a\nb", Body=b"x")
+    with pytest.raises(UpstreamError, match="a key that obstore cannot read"):
+        await entries_of(StorageSource(s3.storage()), "unreadable")
+
+
+async def test_a_store_that_does_not_answer_or_refuses_fails(s3: S3) -> None:
+    with pytest.raises(AccessDenied):
+        await entries_of(StorageSource(s3.storage(access_key_id=DENIED_ID)))
+    refusing = ObjectStorage(
+        "s3://nothing/", endpoint=f"http://127.0.0.1:{free_port()}", retry_config={"max_retries": 0}
+    )
+    with pytest.raises(UpstreamError):
+        await entries_of(StorageSource(refusing))
+    async with serving_store(silent=True) as store:
+        with pytest.raises(UpstreamTimeout):
+            await entries_of(StorageSource(store.storage_with(answer_timeout=0.01)))
+
+
+async def test_a_folder_of_a_bucket_may_have_more_keys_than_one_answer(s3: S3) -> None:
+    names = {f"{number}.txt" for number in range(1001)}
+    store = s3.storage("many").store
+    await asyncio.gather(*(obstore.put_async(store, name, b"x") for name in names))
+    assert set(await entries_of(StorageSource(s3.storage()), "many")) == names
+
+
+async def test_a_django_storage_may_leave_sizes_and_times_out(tmp_path: Path) -> None:
+    _set_django_up()
+    from django.core.files.storage import FileSystemStorage
+
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "one.txt").write_bytes(b"12345")
+    described = await entries_of(SyncStorage(FileSystemStorage(tmp_path)))
+    assert [entry.size for entry in described.values()] == [5]
+    bare = await entries_of(SyncStorage(FileSystemStorage(tmp_path), describes=False))
+    assert bare["one.txt"] == Entry("one.txt")
+
+
+async def rows_of(path: Path, keys: Iterable[str], **options: Any) -> AsyncIterator[Documents]:
+    """Open a table with these keys, whose rows have the size and the time of a row's number."""
+    with closing(sqlite3.connect(path)) as database:
+        kind = options.pop("kind", "TEXT")
+        columns = "file TEXT, size INTEGER, changed TIMESTAMP, type TEXT"
+        database.execute(f"CREATE TABLE rows (key {kind} PRIMARY KEY, {columns})")
+        rows = [(key, f"{key}.bin", len(TREE.get(key, b"")), "2026-03-01 12:00:00", "text/plain") for key in keys]
+        database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", rows)
+        database.commit()
+    named = {"key": "key", "file": "file", "size": "size", "modified": "changed", "content_type": "type"}
+    settings = ObjectSettings(
+        database=f"sqlite+aiosqlite:///{path}", table="rows", source="files", list=True, **(named | options)
+    )
+    documents = Documents(settings, directory=path.parent)
+    async with documents.opened():
+        yield documents
+
+
+def source_of(documents: Documents) -> ObjectSource:
+    return ObjectSource(documents.get, source=StorageSource(MemoryStorage()), list_folder=documents.list_folder)
+
+
+async def test_rows_are_listed_like_files(tmp_path: Path) -> None:
+    async for documents in rows_of(tmp_path / "rows.db", TREE):
+        source = source_of(documents)
+        for folder, names in FOLDERS.items():
+            for spelling in (folder, f"{folder}/", f"/{folder}"):
+                assert set(await entries_of(source, spelling)) == names
+        for folder in MISSING:
+            with pytest.raises(FileMissing):
+                await entries_of(source, folder)
+        modified = datetime(2026, 3, 1, 12, tzinfo=UTC)
+        assert (await entries_of(source))["Case"] == Entry("Case", False, 5, modified, "text/plain")
+
+
+async def test_rows_of_a_large_folder_are_read_batch_by_batch(tmp_path: Path) -> None:
+    folders = ("", "a%_/", "a%_/b/", "axy/", "b/", "b/c/d/")
+    keys = [f"{folder}{number:04}" for folder in folders for number in range(1200)]
+    async for documents in rows_of(tmp_path / "rows.db", keys):
+        source = source_of(documents)
+        plain = {f"{number:04}" for number in range(1200)}
+        assert set(await entries_of(source)) == plain | {"a%_/", "axy/", "b/"}
+        assert set(await entries_of(source, "a%_")) == plain | {"b/"}
+        assert set(await entries_of(source, "b")) == plain | {"c/"}
+        assert set(await entries_of(source, "b/c")) == {"d/"}
+
+
+async def test_rows_may_have_numbers_as_keys_and_no_files(tmp_path: Path) -> None:
+    async for documents in rows_of(tmp_path / "rows.db", ["1", "20", "3"], kind="INTEGER", size=None, modified=None):
+        source = source_of(documents)
+        assert set(await entries_of(source)) == {"1", "20", "3"}
+        with pytest.raises(FileMissing):
+            await entries_of(source, "1")
+    with closing(sqlite3.connect(tmp_path / "rows.db")) as database:
+        database.execute("UPDATE rows SET file = NULL WHERE key = 3")
+        database.execute("UPDATE rows SET file = '', size = 'large', type = 'not a type' WHERE key = 20")
+        database.execute("UPDATE rows SET size = 'large', type = 'not a type' WHERE key = 1")
+        database.commit()
+        settings = documents._settings
+    again = Documents(settings, directory=tmp_path)
+    async with again.opened():
+        assert await entries_of(source_of(again)) == {"1": Entry("1")}
+
+
+async def test_objects_are_listed_by_a_function_of_the_application(tmp_path: Path) -> None:
+    async def get(key: str) -> None:
+        return None
+
+    async def list_folder(folder: str) -> AsyncIterator[Entry]:
+        if folder not in ("", "sub"):
+            raise FileMissing(folder)
+        yield Entry("a.txt", content_type="text/plain")
+        yield Entry("a/b")
+        yield Entry("..", is_folder=True)
+
+    assert not isinstance(ObjectSource(get), SupportsListing)
+    source = ObjectSource(get, list_folder=list_folder)
+    assert set(await entries_of(source)) == set(await entries_of(source, "/sub/")) == {"a.txt"}
+    with pytest.raises(FileMissing):
+        await entries_of(source, "other")
+    with pytest.raises(ConfigurationError, match="list_folder takes a function"):
+        ObjectSource(get, list_folder="no function")  # type: ignore[arg-type]

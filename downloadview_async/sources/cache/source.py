@@ -22,9 +22,9 @@ from downloadview_async.sources.base import (
     HasCanonicalNames,
     OpenFile,
     Source,
-    SupportsListing,
     check_source,
     on_demand_of,
+    pass_listing_on,
 )
 from downloadview_async.sources.cache.entry import Entry
 from downloadview_async.sources.cache.fill import Fill
@@ -46,7 +46,7 @@ class CachedSource:
     directory get the same files. The default is the URL of a `RemoteSource`, the URL of an `ObjectStorage` with its
     endpoint, or the file and name of a `VirtualSource`'s function. Other sources need a name.
 
-    It has the method `list` of the source, if that has one: listings are not kept in the cache.
+    It lists folders if the source does: listings are not kept in the cache.
 
     Raises `ConfigurationError` if another source in the cache has this name, or if a name is needed.
     """
@@ -60,8 +60,7 @@ class CachedSource:
         self.name = _name_of(source) if name is None else name
         self._canonical = source.canonical if isinstance(source, HasCanonicalNames) else None
         cache.enlist(self)
-        if isinstance(source, SupportsListing) and not hasattr(self, "list"):
-            self.list = source.list
+        pass_listing_on(self, source)
 
     async def resolve(self, name: Any, /) -> AsyncFile:
         """Return the file called `name`: from the cache if it is there and fresh, else from the source.
