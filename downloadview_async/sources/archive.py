@@ -33,7 +33,7 @@ CONTENT_TYPE = "application/zip"
 SHARED_SECONDS = 1.0
 """For how many seconds a layout is given to other connections, such as those of a client that opens sixteen."""
 
-_ENOUGH = 64 * 1024  # bytes that are sent together: many small files are one chunk
+_ENOUGH = 128 * 1024  # bytes that are sent together: many small files are one chunk
 _LOOKED_UP = 500  # files whose CRC-32s are looked up together
 _NOTED = 64 << 20  # bytes after which the CRC-32s of the files that have passed are stored
 _DESCRIBED = 8  # files that are opened at the same time to describe them
@@ -219,12 +219,16 @@ class FolderArchive(Archive):
         self, items: list[_Item], folder: str, path: str, depth: int, only: set[str] | None = None
     ) -> None:
         entries: list[Entry] = []
-        async with closing_entries(self._source.list(folder)) as listing:
+        leave_out, limit = self._source.leave_out, self._limits.files
+        async with closing_entries(self._source.listing.list(folder)) as listing:
             async for entry in listing:
                 if only and entry.name not in only:
                     continue
+                if leave_out is not None and leave_out(f"{folder}/{entry.name}" if folder else entry.name):
+                    continue
                 entries.append(entry)
-                _check(len(items) + len(entries), self._limits.files, "files and folders")
+                if limit is not None and len(items) + len(entries) > limit:
+                    _check(limit + 1, limit, "files and folders")
         if only and (missing := only - {entry.name for entry in entries}):
             raise FileMissing(f"{folder!r} does not have {sorted(missing)}")
         entries.sort(key=lambda entry: entry.name)
@@ -271,8 +275,8 @@ class ArchiveSource:
         self.limits = limits or ArchiveLimits()
         self.knowledge = _Knowledge(name, checksums or MemoryChecksums())
         self.recent: dict[tuple[str, ...], _Recent] = {}
-        self._listing: SupportsListing = source
-        self._leave_out = leave_out
+        self.listing: SupportsListing = source
+        self.leave_out = leave_out
 
     def canonical(self, name: str) -> str:
         """Return the one key for an archive: see `HasCanonicalNames`."""
@@ -283,14 +287,6 @@ class ArchiveSource:
         """Return the archive of a folder, or of a `selection`. A missing folder is noticed when it is opened."""
         folder, *names = self.canonical(name).split(_SEPARATOR)
         return FolderArchive(self, folder, names)
-
-    async def list(self, folder: str) -> AsyncIterator[Entry]:
-        """Yield the entries of a folder that an archive has."""
-        async with closing_entries(self._listing.list(folder)) as entries:
-            async for entry in entries:
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if self._leave_out is None or not self._leave_out(name):
-                    yield entry
 
 
 def selection(folder: str, names: Iterable[str] = ()) -> str:
@@ -361,7 +357,7 @@ class OpenArchive:
                 await self._store()
 
     async def _small(self, piece: Content) -> bytes | None:
-        """Return the bytes of a span of a local file if they are few and in the page cache; else None.
+        """Return the bytes of a span of a local file if they are few; else None.
 
         Most files of an archive are such, and this costs a third of what `_content` costs.
         """
@@ -372,14 +368,14 @@ class OpenArchive:
         if opened is None or (local := local_of(opened)) is None:
             return None
         with closing(local):
-            self._check(piece.index, opened)
+            self._check(index, opened)
             content = local.read_nowait(span)
-        if (
-            content is not None
-            and len(span) == self._layout.members[piece.index].size
-            and piece.index not in self._crcs
-        ):
-            self._note(piece.index, zlib.crc32(content))
+            if content is None:
+                content = await local.read(span)
+                if len(content) < len(span) or local.is_rewritten():
+                    raise TransferAborted(f"{self._items[index].path!r} changed while it was read")
+        if index not in self._crcs and len(span) == self._layout.members[index].size:
+            self._note(index, zlib.crc32(content))
         return content
 
     async def _content(self, piece: Content) -> AsyncGenerator[bytes, None]:
@@ -415,8 +411,8 @@ class OpenArchive:
 
     def _check(self, index: int, opened: OpenFile) -> None:
         """Raise `TransferAborted` if an open file is not the version in the layout."""
-        item = self._items[index]
-        if _identity(opened.metadata) != _identity(item.metadata):
+        item, metadata = self._items[index], opened.metadata
+        if metadata is not item.metadata and _identity(metadata) != _identity(item.metadata):
             raise TransferAborted(f"{item.path!r} has changed since the archive was laid out")
 
     @asynccontextmanager

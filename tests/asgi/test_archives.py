@@ -282,6 +282,9 @@ async def test_an_archive_is_cached_until_the_folder_changes(root: Path, tmp_pat
         assert (cache.counts["misses"], cache.counts["revalidated"]) == (1, 1)
         part = await ask(port, url, headers={"Range": "bytes=50-99"})
         assert (part.status, part.body) == (206, whole.body[50:100])
+        end = await ask(port, url, headers={"Range": "bytes=-50"})
+        assert (end.status, end.body) == (206, whole.body[-50:])
+        assert cache.counts["passed"] == 0  # the kept archive is confirmed, and has every range
         (root / "reports/new").write_bytes(b"new")
         changed = await ask(port, url)
         assert names_of(changed) == [*REPORTS, "reports/new"]
