@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
+from typing import TypeVar
 from weakref import ref
 
 import anyio
@@ -29,6 +30,8 @@ from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile
 from downloadview_async.sources.names import canonical_folder
 from downloadview_async.sources.workers import MID_TRANSFER, Slots
 
+Key = TypeVar("Key")
+
 CONTENT_TYPE = "application/zip"
 SHARED_SECONDS = 1.0
 """For how many seconds a layout is given to other connections, such as those of a client that opens sixteen."""
@@ -40,6 +43,7 @@ _DESCRIBED = 8  # files that are opened at the same time to describe them
 _READERS = 4  # files that are read at the same time for their CRC-32s alone
 _READ = 16 << 20  # bytes of a local file that one call of a worker reads
 _SEPARATOR = "\0"  # no name has it
+_Chosen = tuple[str, ...]  # a folder, and names in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,26 +98,13 @@ class _LaidOut:
     crcs: dict[int, int]
 
 
-class _Recent:
-    """A layout for connections that begin at about the same time. It is kept only as long as one of them uses it."""
-
-    def __init__(self) -> None:
-        self.lock = anyio.Lock()
-        self.laid_out: Callable[[], _LaidOut | None] = _nothing
-        self.until = 0.0
-
-
-def _nothing() -> None:
-    """Return what a reference to a dropped layout returns."""
-
-
 class _Knowledge:
     """The CRC-32s of one source. source: identifies it in the `Checksums`."""
 
     def __init__(self, source: str, checksums: Checksums) -> None:
         self.checksums = checksums
         self.readers = Slots(_READERS, patience=MID_TRANSFER)
-        self.reading: dict[bytes, anyio.Lock] = {}
+        self.reading: dict[bytes | None, anyio.Lock] = {}
         self._source = source
 
     def key(self, name: str, version: str, size: int) -> bytes:
@@ -193,15 +184,15 @@ class FolderArchive(Archive):
 
     async def _laid_out(self) -> _LaidOut:
         """Return the layout that another connection has made in the last `SHARED_SECONDS`, or a new one."""
-        recent, now = self._source.recent, time.monotonic()
-        for key in [key for key, each in recent.items() if each.until <= now and not each.lock.locked()]:
-            del recent[key]
-        shared = recent.setdefault((self._folder, *sorted(self._names)), _Recent())
-        async with shared.lock:
-            laid_out = shared.laid_out()
-            if laid_out is None or shared.until <= time.monotonic():
+        recent, key = self._source.recent, (self._folder, *sorted(self._names))
+        async with _one_at_a_time(self._source.laying_out, key):
+            now = time.monotonic()
+            for old in [old for old, (until, _) in recent.items() if until <= now]:
+                del recent[old]
+            laid_out = recent[key][1]() if key in recent else None
+            if laid_out is None:
                 laid_out = await super()._laid_out()
-                shared.laid_out, shared.until = ref(laid_out), time.monotonic() + SHARED_SECONDS
+                recent[key] = time.monotonic() + SHARED_SECONDS, ref(laid_out)
             return laid_out
 
     async def _items(self) -> list[_Item]:
@@ -274,7 +265,9 @@ class ArchiveSource:
         self.source = source
         self.limits = limits or ArchiveLimits()
         self.knowledge = _Knowledge(name, checksums or MemoryChecksums())
-        self.recent: dict[tuple[str, ...], _Recent] = {}
+        # Layouts, and until when others get them. They are kept only as long as a connection uses them.
+        self.recent: dict[_Chosen, tuple[float, ref[_LaidOut]]] = {}
+        self.laying_out: dict[_Chosen, anyio.Lock] = {}
         self.listing: SupportsListing = source
         self.leave_out = leave_out
 
@@ -464,20 +457,26 @@ class OpenArchive:
     async def _read(self, index: int) -> None:
         """Read a file for its CRC-32 alone, or wait until another range has."""
         key = self._key(index)
-        reading = self._knowledge.reading
-        lock = anyio.Lock() if key is None else reading.setdefault(key, anyio.Lock())
-        try:
-            async with lock:
-                if key is not None and (known := await self._knowledge.checksums.get([key])):
-                    self._crcs[index] = known[key]
-                    return
-                with await self._knowledge.readers.take():
-                    async with self._opened(index, GET) as opened:
-                        self._note(index, await _crc_of(opened, self._layout.members[index].size))
-                await self._store()
-        finally:
-            if key is not None and not lock.locked():
-                reading.pop(key, None)
+        async with _one_at_a_time(self._knowledge.reading, key):
+            if key is not None and (known := await self._knowledge.checksums.get([key])):
+                self._crcs[index] = known[key]
+                return
+            with await self._knowledge.readers.take():
+                async with self._opened(index, GET) as opened:
+                    self._note(index, await _crc_of(opened, self._layout.members[index].size))
+            await self._store()
+
+
+@asynccontextmanager
+async def _one_at_a_time(locks: dict[Key, anyio.Lock], key: Key) -> AsyncIterator[None]:
+    """Wait until nobody else does this for the key. A lock is kept only while it is used, so each loop has its own."""
+    lock = locks.setdefault(key, anyio.Lock())
+    try:
+        async with lock:
+            yield
+    finally:
+        if not lock.locked() and locks.get(key) is lock:
+            del locks[key]
 
 
 async def _crc_of(opened: OpenFile, size: int) -> int:
