@@ -150,11 +150,15 @@ class Pages:
         body = (
             f"{self.crumbs(page.path, is_file=True)}<main><h1><bdi>{escape(page.name)}</bdi></h1>"
             f"<p class=dim>{' &middot; '.join(details)}"
-            f'<p class=actions><a href="{url}" download>Download</a> '
-            f'<button data-copy="{url}" hidden>Copy link</button>'
-            f"{_shown(page, url)}<nav class=pages aria-label=Files>{''.join(links)}</nav></main>"
+            f"<p class=actions>{self.actions(page)}{_shown(page, url)}"
+            f"<nav class=pages aria-label=Files>{''.join(links)}</nav></main>"
         )
         return self.page(f"{page.name} - {self.title}", body)
+
+    def actions(self, page: ViewPage) -> str:
+        """Return the links and buttons of a view page, as HTML."""
+        url = f"./{quote(page.name)}"
+        return f'<a href="{url}" download>Download</a> <button data-copy="{url}" hidden>Copy link</button>'
 
     def crumbs(self, path: str, *, is_file: bool = False) -> str:
         """Return the links to the folders above. path: of a folder or a file, below the top."""

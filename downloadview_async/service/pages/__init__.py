@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from downloadview_async import ConfigurationError, ListingPage, Pages
+from downloadview_async import ConfigurationError, ListingPage, Pages, ViewPage
 from downloadview_async.service.settings import RouteSettings, Settings
 
 MAX_LOGO = 64 * 1024
@@ -50,11 +50,14 @@ _EXPLANATIONS = {
 class ServicePages(Pages):
     """The pages with what `[pages]` says. The files in its directory `templates` replace those of the service.
 
+    title: instead of that in the settings. shares: whether the pages of files have a link to share them.
+
     Raises `ConfigurationError` for a logo or a directory that cannot be read, and for a template that is not one.
     """
 
-    def __init__(self, settings: Settings, title: str | None = None) -> None:
+    def __init__(self, settings: Settings, title: str | None = None, *, shares: bool = False) -> None:
         pages = settings.pages
+        self._shares = shares
         with settings.blaming("pages.logo"):
             logo = None if pages.logo is None else _image(Path(pages.logo))
         directory = None if pages.templates is None else Path(pages.templates)
@@ -80,6 +83,10 @@ class ServicePages(Pages):
         if template is None:
             return super().listing(page)
         return template.render(page=page, **self._values())
+
+    def actions(self, page: ViewPage) -> str:
+        """Return the links and buttons of a view page."""
+        return super().actions(page) + (' <a href="?share">Share</a>' if self._shares else "")
 
     def error(self, status: int) -> str:
         """Return the page of an error. It depends on the status alone."""
