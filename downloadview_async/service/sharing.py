@@ -79,8 +79,8 @@ class Sharing:
 
         headers = [(name, value) for name, value in scope["headers"] if not name.startswith(b"if-")]
         headers = [(name, value) for name, value in headers if name not in _LEFT_OUT]
-        asked = {**scope, "method": "HEAD", "query_string": b"", "headers": headers, "extensions": {}}
-        await self._download(asked, _ended(), send)
+        probe = {**scope, "method": "HEAD", "query_string": b"", "headers": headers, "extensions": {}}
+        await self._download(probe, _ended(), send)
         return status
 
     def _form(self, scope: Scope, problem: str = "") -> str:
