@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from downloadview_async.asgi.answer import raw
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import send_error
-from downloadview_async.asgi.listing.data import document_of, line_of
+from downloadview_async.asgi.listing.data import Lines, document_of
 from downloadview_async.asgi.listing.order import Window
 from downloadview_async.asgi.listing.page import ListingPage, Pages
 from downloadview_async.asgi.listing.query import FORMATS, ListingQuery
@@ -30,7 +30,7 @@ from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, SupportsListing
 from downloadview_async.sources.listing import Entry, closing_entries
 
-BATCH = 1000
+BATCH = 500
 """Entries that are treated before other requests get their turn."""
 
 MAX_DEEP_FOLDERS = 1000
@@ -268,6 +268,7 @@ class FolderEndpoint:
         is_started = False
         try:
             async with aclosing(self._batches(folder, query)) as batches:
+                write = Lines().line_of
                 lines: list[str] = []
                 length = 0
                 async for batch in batches:
@@ -277,7 +278,7 @@ class FolderEndpoint:
                     if is_head:
                         break
                     for path, entry in zip(batch.paths, batch.entries, strict=True):
-                        lines.append(line_of(path, entry))
+                        lines.append(write(path, entry))
                         length += len(lines[-1]) + 1
                         if length >= _CHUNK:
                             await _send_lines(lines, send)

@@ -10,6 +10,7 @@ from html import escape
 from importlib.resources import files
 from urllib.parse import quote
 
+from downloadview_async.asgi.listing.data import is_plain
 from downloadview_async.asgi.listing.order import type_of
 from downloadview_async.asgi.listing.query import ListingQuery, Sort
 from downloadview_async.asgi.listing.view import ViewPage
@@ -218,13 +219,13 @@ def _shown(page: ViewPage, url: str) -> str:
 def _rows(page: ListingPage) -> Iterator[str]:
     for path, entry in page.entries:
         # a quoted URL needs neither quotes nor escapes in HTML
-        name = path if path.isalnum() else escape(path, quote=False)
+        name, url = (path, path) if is_plain(path) else (escape(path, quote=False), quote(path))
         modified = "" if entry.modified is None else f"<time>{shown_time(entry.modified)}</time>"
         if entry.is_folder:
-            yield f"<tr><td><a href={quote(path)}/>{name}/</a><td><td>{modified}<td>folder"
+            yield f"<tr><td><a href={url}/>{name}/</a><td><td>{modified}<td>folder"
         else:
             size = "" if entry.size is None else shown_size(entry.size)
-            yield f"<tr><td><a href={quote(path)}>{name}</a><td>{size}<td>{modified}<td>{shown_type(type_of(entry))}"
+            yield f"<tr><td><a href={url}>{name}</a><td>{size}<td>{modified}<td>{shown_type(type_of(entry))}"
 
 
 def _table(page: ListingPage) -> str:
