@@ -24,6 +24,9 @@ from downloadview_async.service.settings import RouteSettings, Settings
 MAX_LOGO = 64 * 1024
 """The largest logo, in bytes, because each page has it inside."""
 
+TEMPLATES = ("index.html", "listing.html", "view.html", "error.html")
+"""The pages that a template may replace."""
+
 _PARAMETER = re.compile("{[^}]*}")
 _KINDS = {
     "path": "a directory",
@@ -83,6 +86,13 @@ class ServicePages(Pages):
         if template is None:
             return super().listing(page)
         return template.render(page=page, **self._values())
+
+    def view(self, page: ViewPage) -> str:
+        """Return the view page of a file."""
+        template = self.template("view.html")
+        if template is None:
+            return super().view(page)
+        return template.render(page=page, actions=Markup(self.actions(page)), **self._values())  # noqa: S704
 
     def actions(self, page: ViewPage) -> str:
         """Return the links and buttons of a view page."""
@@ -252,7 +262,7 @@ def _templates(directory: Path | None) -> dict[str, Template]:
         return {}
     environment = Environment(autoescape=True, trim_blocks=True, loader=FileSystemLoader(directory))
     found_templates = {}
-    for name in ("index.html", "listing.html", "error.html"):
+    for name in TEMPLATES:
         if (directory / name).is_file():
             try:
                 found_templates[name] = environment.get_template(name)
