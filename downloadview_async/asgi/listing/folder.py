@@ -30,7 +30,7 @@ from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, SupportsListing
 from downloadview_async.sources.listing import Entry, closing_entries
 
-BATCH = 500
+BATCH = 200
 """Entries that are treated before other requests get their turn."""
 
 MAX_DEEP_FOLDERS = 1000
