@@ -4,6 +4,7 @@ from downloadview_async.asgi.archives import ArchiveOptions
 from downloadview_async.asgi.endpoint import Download, Listing
 from downloadview_async.asgi.errors import download_error
 from downloadview_async.asgi.listing.page import ListingPage, Pages
+from downloadview_async.asgi.listing.view import ViewPage
 from downloadview_async.asgi.middleware import OffloadMiddleware
 from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import (
@@ -141,6 +142,7 @@ __all__ = [
     "UpstreamError",
     "UpstreamTimeout",
     "Users",
+    "ViewPage",
     "VirtualFile",
     "VirtualSource",
     "XAccelRedirect",

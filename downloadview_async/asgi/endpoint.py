@@ -14,12 +14,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async.asgi.archives import ArchiveOptions, Archives
 from downloadview_async.asgi.archives import key_of as archive_key_of
-from downloadview_async.asgi.disconnect import close_after_body
+from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
 from downloadview_async.asgi.listing.page import Pages
+from downloadview_async.asgi.listing.view import PDF_POLICY, view_of
 from downloadview_async.asgi.response import DownloadResponse, checked_headers
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
+from downloadview_async.http.content_types import content_type_for
 from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import Grant
@@ -158,7 +160,7 @@ class Download(_Endpoint):
     hide: patterns as in `fnmatch` for names of files and directories that do not exist for clients, such as `.*` or
     `*.key`. One that matches a segment of the name hides it; upper and lower case are the same.
     listing: True, or `Pages` with a title and more, to answer a URL that ends in a slash as `Listing` does, and to
-    redirect to it from the name of a folder.
+    redirect to it from the name of a folder. A file then has a view page, at its URL with `?view`.
     archive: True, or `ArchiveOptions`, to answer `?archive=zip` with a ZIP archive of the folder, or of those of its
     entries that `name=` chooses. Access decides about the folder, once, and so about all that is below it. Hidden files
     are left out.
@@ -201,8 +203,12 @@ class Download(_Endpoint):
         if (folder := self._folder_of(key, grant, scope)) is not None:
             return folder
         missing = None if self._folders is None else partial(self._missing, key)
+        view = None if self._folders is None else view_of(scope["query_string"])
         try:
-            response = self._response(await self.source.resolve(key), grant)
+            file = await self.source.resolve(key)
+            if view == "page" and isinstance(key, str):
+                return partial(self._view, file, key, grant)
+            response = self._response(file, grant, is_pdf=view == "pdf")
         except FileMissing as exc:
             if missing is None:
                 raise
@@ -211,12 +217,49 @@ class Download(_Endpoint):
         response.missing = missing
         return response
 
-    def _response(self, file: AsyncFile, grant: Grant | None, *, is_archive: bool = False) -> DownloadResponse:
+    async def _view(
+        self, file: AsyncFile, key: str, grant: Grant | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        assert self._folders is not None
+        folders = self._folders
+        is_listed = await self._may_list(key, Request(scope, receive))
+
+        async def answer(send: Send) -> None:
+            try:
+                content_type = None if grant is None else grant.content_type
+                tail = self._tail_of(key, scope)
+                page, headers = await folders.view(file, key, tail, content_type, grant, is_listed=is_listed)
+            except FileMissing as exc:
+                await self._missing(key, exc, scope, send)
+            except FileError as exc:
+                await send_error(exc, scope, send)
+            else:
+                await folders.send_page(page, headers, scope, send)
+
+        await until_the_client_leaves(answer, receive, send)
+
+    async def _may_list(self, key: str, request: Request) -> bool:
+        """Return whether the request may have the listing of the folder that a file is in."""
+        folder, slash, _ = key.rpartition("/")
+        try:
+            if self.access:
+                await allow(self.access, request, folder + slash)
+        except FileError:
+            return False
+        return True
+
+    def _response(
+        self, file: AsyncFile, grant: Grant | None, *, is_pdf: bool = False, is_archive: bool = False
+    ) -> DownloadResponse:
         filename, attachment, content_type, headers = None, self.attachment, None, self.headers
         if grant is not None:
             filename, content_type = grant.filename, grant.content_type
             attachment = attachment if grant.attachment is None else grant.attachment
             headers = {**headers, "Cache-Control": grant.cache_control(self._cache_control, time.time())}
+        if is_pdf and (content_type or content_type_for(file.name)) == "application/pdf":
+            # inside the view page: the type is set, so that nothing else is ever shown without its sandbox
+            attachment, content_type = False, "application/pdf"
+            headers = {**headers, "Content-Security-Policy": PDF_POLICY}
         return DownloadResponse(
             file,
             filename=filename,

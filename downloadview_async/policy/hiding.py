@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from downloadview_async.errors import ConfigurationError, FileMissing
 
+_NOT_NAMES = ("", ".", "..")
 _SLASH = re.compile(r"[/\\]")
 
 
@@ -26,7 +27,7 @@ class Hidden:
                 raise ConfigurationError(
                     f"hide has {pattern!r}: a pattern is for one segment of a path, so remove the slash"
                 )
-        self._pattern = re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)", re.IGNORECASE)
+        self._match = re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)", re.IGNORECASE).match
 
     def check(self, name: object) -> None:
         """Raise `FileMissing` for a name that is hidden."""
@@ -35,6 +36,7 @@ class Hidden:
 
     def hides(self, name: object) -> bool:
         """Return whether a name is hidden: one of its segments matches a pattern."""
-        return any(
-            segment not in ("", ".", "..") and self._pattern.match(segment) for segment in _SLASH.split(str(name))
-        )
+        text = str(name)
+        if "/" not in text and "\\" not in text:  # a name in a listing
+            return text not in _NOT_NAMES and self._match(text) is not None
+        return any(segment not in _NOT_NAMES and self._match(segment) for segment in _SLASH.split(text))

@@ -36,6 +36,7 @@ from downloadview_async import (
     OffloadMiddleware,
     PathSource,
     PresignedRedirect,
+    ProxyUsers,
     RemoteSource,
     Source,
     SQLiteChecksums,
@@ -43,13 +44,22 @@ from downloadview_async import (
     StorageSource,
     SupportsListing,
     URLSigner,
+    Users,
     VirtualSource,
     add_content_types,
     download_error,
     proxy_kinds,
     storage_from_url,
 )
-from downloadview_async.service.access import access_of, keeping_peers, opened_store, signer_of, store_of, users_of
+from downloadview_async.service.access import (
+    SIGNED,
+    access_of,
+    keeping_peers,
+    opened_store,
+    signer_of,
+    store_of,
+    users_of,
+)
 from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.functions import function_of
@@ -73,6 +83,7 @@ from downloadview_async.service.settings import (
     seconds_of,
     source_of_files,
 )
+from downloadview_async.service.sharing import Sharing, users_in
 from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
 
 _CORS_REQUEST_HEADERS = ["If-Modified-Since", "If-None-Match", "If-Range", "Range"]
@@ -312,7 +323,8 @@ def _routes(
     users = users_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
-        pages = ServicePages(settings, route.name) if route.list else None
+        sharers = users_in(route.access or ()) if SIGNED in (route.access or ()) else []
+        pages = ServicePages(settings, route.name, shares=bool(sharers)) if route.list else None
         if pages is not None and not isinstance(sources[route.source], SupportsListing):
             raise settings.error(
                 f"routes[{index}].list", f"the source {route.source!r} cannot list its folders: remove it"
@@ -329,11 +341,14 @@ def _routes(
             hide=route.hide,
             listing=pages or False,
         )
+        endpoint: ASGIApp
         if route.archive:
             with settings.blaming(f"routes[{index}].archive"):
                 endpoint = make(archive=_archive(settings, route.source, sources[route.source], caches))
         else:
             endpoint = make()
+        if pages is not None and sharers:
+            endpoint = _sharing(settings, endpoint, pages, sharers, signer, users)
         if (folder := folder_of(route)) is not None and len(folder) > 1 and route.access is None:
             yield Route(unquote(folder[:-1]), _redirect_to_folder)
         try:
@@ -352,6 +367,30 @@ def _archive(settings: Settings, name: str, source: Source, caches: Mapping[str,
         cache=caches.get(name),
         name=f"{name} {_place_of(settings, name, source)}",
         per_client=archives.per_client or None,
+    )
+
+
+def _sharing(
+    settings: Settings,
+    download: ASGIApp,
+    pages: ServicePages,
+    sharers: list[str],
+    signer: URLSigner | None,
+    users: Users | ProxyUsers | None,
+) -> ASGIApp:
+    """Return the endpoint of a route, wrapped so that its users can make links."""
+    assert signer is not None
+    assert users is not None
+    assert settings.links is not None  # the settings have been checked
+    max_age = seconds_of(settings.links.max_age)
+    assert max_age is not None
+    return Sharing(
+        download,
+        access=users.allow(*sharers),
+        signer=signer,
+        pages=pages,
+        max_age=max_age,
+        counts=settings.links.store is not None,
     )
 
 

@@ -488,8 +488,8 @@ class PagesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
             str,
             Meta(
                 min_length=1,
-                description="a directory with any of page.css, page.js, index.html, listing.html and error.html, which "
-                "replace those of the service",
+                description="a directory with any of page.css, page.js, index.html, listing.html, view.html and "
+                "error.html, which replace those of the service",
             ),
         ]
         | None

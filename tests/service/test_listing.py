@@ -108,6 +108,7 @@ async def test_the_files_of_a_directory_replace_those_of_the_pages(directory: Pa
     (directory / "t" / "listing.html").write_text(
         "<style>{{ style }}</style>{{ title }}{% for path, entry in page.entries %}<p>{{ path }}{% endfor %}"
     )
+    (directory / "t" / "view.html").write_text("{{ page.name }}: {{ page.text }} {{ actions }}")
     (directory / "t" / "error.html").write_text("{{ status }} {{ phrase }} {{ explanation }}")
     (directory / "t" / "index.html").write_text("{% for route in routes %}{{ route.name }}{% endfor %}")
     (directory / "files" / "<b>").touch()
@@ -115,6 +116,8 @@ async def test_the_files_of_a_directory_replace_those_of_the_pages(directory: Pa
     app = service(directory, settings + ROUTE.replace("/files/", "/more/"))
     page = await get(app, "/files/")
     assert page.body == b"<style>body{color:red}</style>Downloads<p>sub<p>&lt;b&gt;<p>a.txt"
+    view = await get(app, "/files/a.txt", query="view")
+    assert view.body.startswith(b'a.txt: a <a href="./a.txt" download>Download</a>')
     assert (await get(app, "/files/none")).body == b"404 Not Found Nothing is here."
     assert (await get(app, "/")).body == b"filesfiles"
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import quote, unquote
 
@@ -16,20 +16,21 @@ from starlette.types import Message, Receive, Scope, Send
 from downloadview_async.asgi.answer import raw
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import send_error
-from downloadview_async.asgi.listing.data import document_of, line_of
+from downloadview_async.asgi.listing.data import Lines, document_of
 from downloadview_async.asgi.listing.order import Window
 from downloadview_async.asgi.listing.page import ListingPage, Pages
 from downloadview_async.asgi.listing.query import FORMATS, ListingQuery
+from downloadview_async.asgi.listing.view import Neighbours, view_page_of
 from downloadview_async.errors import AccessDenied, FileError, FileMissing, LinkInvalid, TransferAborted
 from downloadview_async.http.conditional import failed_precondition
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.hiding import Hidden
-from downloadview_async.sources.base import SupportsListing
+from downloadview_async.sources.base import AsyncFile, SupportsListing
 from downloadview_async.sources.listing import Entry, closing_entries
 
-BATCH = 1000
+BATCH = 200
 """Entries that are treated before other requests get their turn."""
 
 MAX_DEEP_FOLDERS = 1000
@@ -114,7 +115,45 @@ class FolderEndpoint:
             await send_error(exc, scope, send)
             return
         body = self._body(tail.strip("/"), query, window, grant, is_cut=is_cut)
-        await self._send_page(body, query, grant, scope, send)
+        await self.send_page(body, self._headers(query, grant), scope, send)
+
+    async def view(
+        self, file: AsyncFile, key: str, tail: str, content_type: str | None, grant: Grant | None, *, is_listed: bool
+    ) -> tuple[bytes, dict[str, str]]:
+        """Return the view page of a file, and its headers.
+
+        key: what the source resolves. tail: the end of the URL's path that stands for the file, below the top folder.
+        is_listed: whether the files before and after it may be known.
+
+        Raises what `AsyncFile.open` raises.
+        """
+        page = await view_page_of(file, tail, content_type)
+        folder, _, name = key.rpartition("/")
+        if is_listed:
+            neighbours = Neighbours(name)
+            try:
+                async with aclosing(self._batches(folder, ListingQuery())) as batches:
+                    async for batch in batches:
+                        neighbours.add(batch.entries)
+                page = replace(page, previous=neighbours.names[0], next=neighbours.names[1])
+            except FileError:
+                pass  # the file itself may be seen, its folder not
+        headers = self._headers(ListingQuery(), grant, self.pages.view_headers)
+        return self.pages.view(page).encode("utf-8", "replace"), headers
+
+    async def send_page(self, body: bytes, headers: dict[str, str], scope: Scope, send: Send) -> None:
+        """Send a whole page, or 304 or 412 by the preconditions of the request."""
+        tag = ETag(hashlib.sha256(body).hexdigest()[:32], weak=True)
+        headers["etag"] = str(tag)
+        request = DownloadRequest.from_headers(scope["method"], scope["headers"])
+        status = failed_precondition(request, FileMetadata(size=len(body), etag=tag)) or 200
+        if status == 304:
+            kept = ("cache-control", "etag", "vary")
+            await _send_whole(304, {name: headers[name] for name in kept}, b"", scope, send)
+            return
+        if status == 412:
+            body = b""
+        await _send_whole(status, headers | {"content-length": str(len(body))}, body, scope, send)
 
     async def has(self, folder: str) -> bool:
         """Return whether the source has a folder. Raises what `list` raises, apart from `FileMissing`."""
@@ -204,22 +243,10 @@ class FolderEndpoint:
         )
         return self.pages.listing(page).encode("utf-8", "replace")
 
-    async def _send_page(self, body: bytes, query: ListingQuery, grant: Grant | None, scope: Scope, send: Send) -> None:
-        headers = self._headers(query, grant)
-        tag = ETag(hashlib.sha256(body).hexdigest()[:32], weak=True)
-        headers["etag"] = str(tag)
-        request = DownloadRequest.from_headers(scope["method"], scope["headers"])
-        status = failed_precondition(request, FileMetadata(size=len(body), etag=tag)) or 200
-        if status == 304:
-            kept = ("cache-control", "etag", "vary")
-            await _send_whole(304, {name: headers[name] for name in kept}, b"", scope, send)
-            return
-        if status == 412:
-            body = b""
-        await _send_whole(status, headers | {"content-length": str(len(body))}, body, scope, send)
-
-    def _headers(self, query: ListingQuery, grant: Grant | None) -> dict[str, str]:
-        page = {name.lower(): value for name, value in self.pages.headers.items()}
+    def _headers(
+        self, query: ListingQuery, grant: Grant | None, of_page: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        page = {name.lower(): value for name, value in (of_page or self.pages.headers).items()}
         varies = [value for name, value in self.headers.items() if name == "vary"]
         left_out = ("content-disposition", "cache-control", "vary")
         return {
@@ -241,6 +268,7 @@ class FolderEndpoint:
         is_started = False
         try:
             async with aclosing(self._batches(folder, query)) as batches:
+                write = Lines().line_of
                 lines: list[str] = []
                 length = 0
                 async for batch in batches:
@@ -250,7 +278,7 @@ class FolderEndpoint:
                     if is_head:
                         break
                     for path, entry in zip(batch.paths, batch.entries, strict=True):
-                        lines.append(line_of(path, entry))
+                        lines.append(write(path, entry))
                         length += len(lines[-1]) + 1
                         if length >= _CHUNK:
                             await _send_lines(lines, send)

@@ -118,6 +118,8 @@ class Window:
         if len(self._kept) == self._limit and before is None:  # most entries of a large folder end here
             last = self._kept[-1]
             keys = [key for key in keys if (key > last if self._reverse else key < last)]
+        if not keys:
+            return
         self._kept = sorted(self._kept + keys, reverse=self._reverse)
         if len(self._kept) > self._limit:
             self._kept = self._kept[: self._limit] if before is None else self._kept[-self._limit :]

@@ -20,6 +20,15 @@ if (field) field.oninput = () => {
 const text = field.value.trim().toLowerCase();
 for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().includes(text);
 };
+for (const row of rows) {
+const cell = row.cells[3];
+if (!/^(image|video|audio|text|pdf|json|xml)$/.test(cell.textContent)) continue;
+const link = document.createElement("a");
+link.href = row.cells[0].firstChild.getAttribute("href") + "?view";
+link.textContent = cell.textContent;
+link.ariaLabel = "View " + row.cells[0].textContent;
+cell.replaceChildren(link);
+}
 if (bar && rows.length) {
 const boxes = [], [count, button, zip] = bar.children;
 let last = 0;

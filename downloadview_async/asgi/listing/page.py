@@ -10,8 +10,10 @@ from html import escape
 from importlib.resources import files
 from urllib.parse import quote
 
+from downloadview_async.asgi.listing.data import is_plain
 from downloadview_async.asgi.listing.order import type_of
 from downloadview_async.asgi.listing.query import ListingQuery, Sort
+from downloadview_async.asgi.listing.view import ViewPage
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.sources.listing import Entry
 
@@ -51,7 +53,7 @@ class ListingPage:
 
 
 class Pages:
-    """How the pages look. Listings are rendered by `listing`, which a subclass may replace.
+    """How the pages look. A subclass may replace `listing`, the page of a folder, and `view`, that of a file.
 
         Download(PathSource("files"), listing=Pages(title="Releases", footer="Ask Ada for older ones."))
 
@@ -83,11 +85,20 @@ class Pages:
     @cached_property
     def headers(self) -> Mapping[str, str]:
         """The headers of each page: its Content-Security-Policy allows this style and this script alone."""
+        return self._headers()
+
+    @cached_property
+    def view_headers(self) -> Mapping[str, str]:
+        """The headers of a view page, which also loads the file that it shows."""
+        return self._headers(" media-src 'self'; frame-src 'self';", images="'self' data:")
+
+    def _headers(self, more: str = "", images: str = "data:") -> Mapping[str, str]:
         script = f" script-src '{_hash(self.script)}';" if self.script else ""
-        images = "data:" if self.logo is None or self.logo.startswith("data:") else "'self' data: https:"
+        if self.logo is not None and not self.logo.startswith("data:"):
+            images = "'self' data: https:"
         return {
             "Content-Security-Policy": f"default-src 'none'; style-src '{_hash(self.style)}';{script} "
-            f"img-src {images}; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+            f"img-src {images};{more} base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
         }
@@ -122,6 +133,33 @@ class Pages:
             )
         )
         return self.page(title, body)
+
+    def view(self, page: ViewPage) -> str:
+        """Return the view page of a file."""
+        url = f"./{quote(page.name)}"
+        details = [page.content_type.partition(";")[0]]
+        if page.size is not None:
+            details.append(f"{shown_size(page.size)} ({page.size:,} bytes)")
+        if page.modified is not None:
+            stamp = f"{page.modified.isoformat('T', 'seconds')[:19]}Z"
+            details.append(f"<time datetime={stamp}>{shown_time(page.modified)}</time>")
+        links = [
+            f'<a rel={rel} href="./{quote(name)}?view">{text}: <bdi>{escape(name)}</bdi></a>'
+            for rel, name, text in (("prev", page.previous, "Previous"), ("next", page.next, "Next"))
+            if name is not None
+        ]
+        body = (
+            f"{self.crumbs(page.path, is_file=True)}<main><h1><bdi>{escape(page.name)}</bdi></h1>"
+            f"<p class=dim>{' &middot; '.join(details)}"
+            f"<p class=actions>{self.actions(page)}{_shown(page, url)}"
+            f"<nav class=pages aria-label=Files>{''.join(links)}</nav></main>"
+        )
+        return self.page(f"{page.name} - {self.title}", body)
+
+    def actions(self, page: ViewPage) -> str:
+        """Return the links and buttons of a view page, as HTML."""
+        url = f"./{quote(page.name)}"
+        return f'<a href="{url}" download>Download</a> <button data-copy="{url}" hidden>Copy link</button>'
 
     def crumbs(self, path: str, *, is_file: bool = False) -> str:
         """Return the links to the folders above. path: of a folder or a file, below the top."""
@@ -161,16 +199,33 @@ def shown_type(media_type: str) -> str:
     return "" if name == "octet-stream" else escape(name if len(name) <= 16 else name.rpartition(".")[2][:16])
 
 
+def _shown(page: ViewPage, url: str) -> str:
+    """Return the file itself as a part of its page."""
+    name = escape(page.name)
+    match page.kind:
+        case "image":
+            return f'<figure><img src="{url}" alt="{name}"></figure>'
+        case "video" | "audio":
+            return f'<figure><{page.kind} src="{url}" controls preload=metadata></{page.kind}></figure>'
+        case "pdf":
+            return f'<iframe src="{url}?view=pdf" title="{name}"></iframe>'
+        case "text":
+            cut = "<p>Only the first MiB is shown." if page.is_cut else ""
+            return f"<pre tabindex=0>\n{escape(page.text, quote=False)}</pre>{cut}"
+        case _:
+            return "<p>There is no preview of this file."
+
+
 def _rows(page: ListingPage) -> Iterator[str]:
     for path, entry in page.entries:
         # a quoted URL needs neither quotes nor escapes in HTML
-        name = path if path.isalnum() else escape(path, quote=False)
+        name, url = (path, path) if is_plain(path) else (escape(path, quote=False), quote(path))
         modified = "" if entry.modified is None else f"<time>{shown_time(entry.modified)}</time>"
         if entry.is_folder:
-            yield f"<tr><td><a href={quote(path)}/>{name}/</a><td><td>{modified}<td>folder"
+            yield f"<tr><td><a href={url}/>{name}/</a><td><td>{modified}<td>folder"
         else:
             size = "" if entry.size is None else shown_size(entry.size)
-            yield f"<tr><td><a href={quote(path)}>{name}</a><td>{size}<td>{modified}<td>{shown_type(type_of(entry))}"
+            yield f"<tr><td><a href={url}>{name}</a><td>{size}<td>{modified}<td>{shown_type(type_of(entry))}"
 
 
 def _table(page: ListingPage) -> str:

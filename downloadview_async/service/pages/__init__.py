@@ -18,11 +18,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from downloadview_async import ConfigurationError, ListingPage, Pages
+from downloadview_async import ConfigurationError, ListingPage, Pages, ViewPage
 from downloadview_async.service.settings import RouteSettings, Settings
 
 MAX_LOGO = 64 * 1024
 """The largest logo, in bytes, because each page has it inside."""
+
+TEMPLATES = ("index.html", "listing.html", "view.html", "error.html")
+"""The pages that a template may replace."""
 
 _PARAMETER = re.compile("{[^}]*}")
 _KINDS = {
@@ -50,11 +53,14 @@ _EXPLANATIONS = {
 class ServicePages(Pages):
     """The pages with what `[pages]` says. The files in its directory `templates` replace those of the service.
 
+    title: instead of that in the settings. shares: whether the pages of files have a link to share them.
+
     Raises `ConfigurationError` for a logo or a directory that cannot be read, and for a template that is not one.
     """
 
-    def __init__(self, settings: Settings, title: str | None = None) -> None:
+    def __init__(self, settings: Settings, title: str | None = None, *, shares: bool = False) -> None:
         pages = settings.pages
+        self._shares = shares
         with settings.blaming("pages.logo"):
             logo = None if pages.logo is None else _image(Path(pages.logo))
         directory = None if pages.templates is None else Path(pages.templates)
@@ -80,6 +86,17 @@ class ServicePages(Pages):
         if template is None:
             return super().listing(page)
         return template.render(page=page, **self._values())
+
+    def view(self, page: ViewPage) -> str:
+        """Return the view page of a file."""
+        template = self.template("view.html")
+        if template is None:
+            return super().view(page)
+        return template.render(page=page, actions=Markup(self.actions(page)), **self._values())  # noqa: S704
+
+    def actions(self, page: ViewPage) -> str:
+        """Return the links and buttons of a view page."""
+        return super().actions(page) + (' <a href="?share">Share</a>' if self._shares else "")
 
     def error(self, status: int) -> str:
         """Return the page of an error. It depends on the status alone."""
@@ -245,7 +262,7 @@ def _templates(directory: Path | None) -> dict[str, Template]:
         return {}
     environment = Environment(autoescape=True, trim_blocks=True, loader=FileSystemLoader(directory))
     found_templates = {}
-    for name in ("index.html", "listing.html", "error.html"):
+    for name in TEMPLATES:
         if (directory / name).is_file():
             try:
                 found_templates[name] = environment.get_template(name)
