@@ -1,11 +1,15 @@
 """Who may have which file: your application decides, and the fastest thing at hand sends it."""
 
-from downloadview_async.asgi.endpoint import Download
+from downloadview_async.asgi.archives import ArchiveOptions
+from downloadview_async.asgi.endpoint import Download, Listing
 from downloadview_async.asgi.errors import download_error
+from downloadview_async.asgi.listing.page import ListingPage, Pages
+from downloadview_async.asgi.listing.view import ViewPage
 from downloadview_async.asgi.middleware import OffloadMiddleware
 from downloadview_async.asgi.response import DownloadResponse
 from downloadview_async.errors import (
     AccessDenied,
+    ArchiveTooLarge,
     AuthenticationRequired,
     ConfigurationError,
     DownloadError,
@@ -16,6 +20,7 @@ from downloadview_async.errors import (
     LinkUsedUp,
     PreconditionFailed,
     SourceUnavailable,
+    TooManyArchives,
     TransferAborted,
     UpstreamBusy,
     UpstreamError,
@@ -44,11 +49,13 @@ from downloadview_async.policy.stores.memory import MemoryGrantStore
 from downloadview_async.policy.stores.redis import RedisGrantStore
 from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
 from downloadview_async.policy.users import Users
+from downloadview_async.sources.archive import Archive, ArchiveEntry, ArchiveLimits, ArchiveSource
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage, SupportsListing
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
+from downloadview_async.sources.checksums import MemoryChecksums, SQLiteChecksums
 from downloadview_async.sources.directory_storage import DirectoryStorage
-from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.memory_storage import MemoryStorage
 from downloadview_async.sources.object import ObjectFile, ObjectSource
@@ -64,6 +71,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Access",
     "AccessDenied",
+    "Archive",
+    "ArchiveEntry",
+    "ArchiveLimits",
+    "ArchiveOptions",
+    "ArchiveSource",
+    "ArchiveTooLarge",
     "AsyncFile",
     "AuthenticationRequired",
     "ByteRange",
@@ -71,6 +84,7 @@ __all__ = [
     "CacheCounters",
     "CachedSource",
     "ConfigurationError",
+    "DescribedEntry",
     "DirectoryStorage",
     "Download",
     "DownloadError",
@@ -90,7 +104,10 @@ __all__ = [
     "LinkInvalid",
     "LinkLocation",
     "LinkUsedUp",
+    "Listing",
+    "ListingPage",
     "LocalFile",
+    "MemoryChecksums",
     "MemoryGrantStore",
     "MemoryStorage",
     "ObjectFile",
@@ -99,6 +116,7 @@ __all__ = [
     "OffloadBackend",
     "OffloadMiddleware",
     "OpenFile",
+    "Pages",
     "PathSource",
     "PreconditionFailed",
     "PresignedRedirect",
@@ -111,6 +129,7 @@ __all__ = [
     "RemoteFile",
     "RemoteSource",
     "Rule",
+    "SQLiteChecksums",
     "SQLiteGrantStore",
     "SignedLinks",
     "Source",
@@ -120,6 +139,7 @@ __all__ = [
     "StorageSource",
     "SupportsListing",
     "SyncStorage",
+    "TooManyArchives",
     "TransferAborted",
     "URLSigner",
     "Upstream",
@@ -127,6 +147,7 @@ __all__ = [
     "UpstreamError",
     "UpstreamTimeout",
     "Users",
+    "ViewPage",
     "VirtualFile",
     "VirtualSource",
     "XAccelRedirect",

@@ -11,7 +11,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,10 +50,10 @@ _LONGEST_SOCKET_PATH = 107  # bytes; Linux allows 108 with the final NUL
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-class _Directory(click.Path):
+class _Served(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if os.path.isfile(value):
-            self.fail(f"{value!r} is a file: for settings use --config {value}, or else give a directory", param, ctx)
+        if os.path.isfile(value) and str(value).endswith(".toml"):
+            self.fail(f"{value!r} is a file: for settings use --config {value}, or else give its directory", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -64,25 +64,48 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("path", required=False, type=_Directory(exists=True, file_okay=False, path_type=Path))
+@click.argument("paths", nargs=-1, metavar="[PATH]...", type=_Served(exists=True))
 @click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
 @click.option("--hidden", is_flag=True, help="With PATH, serve names that begin with a dot, too.")
+@click.option("--title", help="With PATH, the title of the pages.")
+@click.option(
+    "--user", "users", multiple=True, metavar="NAME[:PASSWORD]", help="With PATH, ask for this name and password."
+)
+@click.option("--share", metavar="TIME", help="With PATH, print signed links, such as for 2h, and serve nothing else.")
+@click.option("--qr", is_flag=True, help="With PATH, show the last URL as a QR code, on a terminal.")
 @click.pass_context
-def serve(context: click.Context, /, path: Path | None, config: Path | None, hidden: bool, **options: Any) -> None:
-    """Serve the routes in the settings, or the files of a directory.
+def serve(
+    context: click.Context,
+    /,
+    paths: tuple[str, ...],
+    config: Path | None,
+    hidden: bool,
+    title: str | None,
+    users: tuple[str, ...],
+    share: str | None,
+    qr: bool,
+    **options: Any,
+) -> None:
+    """Serve the routes in the settings, or files and directories.
 
-    With PATH, only the files of this directory are served, at /files/, without those whose path has a name that begins
-    with a dot. The settings file is given by --config or
+    With PATH, only these files and directories are served and listed, at /files/, without those whose path has a name
+    that begins with a dot; the URLs that work are printed. The settings file is given by --config or
     DOWNLOADVIEW_CONFIG; the default is downloadview.toml in the current directory. Variables such as
     DOWNLOADVIEW_SERVER__PORT override the file, and options override both. The options are those of uvicorn. The page
     at / lists the routes; /-/livez and /-/readyz answer health probes.
     """
-    if path is not None and config is not None:
-        raise click.UsageError("PATH and --config exclude each other: PATH serves a directory without settings")
-    if hidden and path is None:
+    if paths and config is not None:
+        raise click.UsageError("PATH and --config exclude each other: PATH serves files without settings")
+    if hidden and not paths:
         raise click.UsageError("--hidden needs PATH; in the settings, a route hides what its `hide` says")
+    for option, value in {"--title": title, "--user": users, "--share": share, "--qr": qr}.items():
+        if value and not paths:
+            raise click.UsageError(f"{option} needs PATH; write it into the settings")
     try:
-        _choose(path, config, "nothing to serve: give a directory, or ", hide=[] if hidden else [".*"])
+        if paths:
+            _choose_paths(paths, hidden=hidden, title=title, users=[*map(_with_password, users)], share=share)
+        else:
+            _choose(config, "nothing to serve: give files or directories, or ")
         given = {
             name: value
             for name, value in options.items()
@@ -91,10 +114,47 @@ def serve(context: click.Context, /, path: Path | None, config: Path | None, hid
         if given.keys() & {"host", "port"} and not given.keys() & {"uds", "fd"}:
             given |= {"uds": None, "fd": None}  # uvicorn would prefer those in the file
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=given)
-        run(settings)
+        if not paths:
+            run(settings)
+            return
+        if settings.server.port == 0 and settings.server.uds is None and settings.server.fd is None:
+            from downloadview_async.service.serve_paths import free_port
+
+            given["port"] = free_port(settings.server.host)
+            settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=given)
+        run(settings, announce=lambda: _announce(settings, paths, share=share is not None, qr=qr))
     except ConfigurationError as exc:
         _say(exc)
         sys.exit(_STARTUP_FAILURE if isinstance(exc, Unavailable) else _WRONG_SETTINGS)
+
+
+def _with_password(user: str) -> str:
+    """Return NAME:PASSWORD, and prompt for a password that is missing."""
+    if ":" in user:
+        return user
+    return f"{user}:{click.prompt(f'Password of {user}', hide_input=True, confirmation_prompt=True, err=True)}"
+
+
+def _choose_paths(paths: Sequence[str], **options: Any) -> None:
+    """Write the settings for files and directories into the environment. Raises `ConfigurationError`."""
+    from downloadview_async.service.serve_paths import variables_of
+
+    variables = variables_of(paths, **options)
+    os.environ.pop(CONFIG, None)
+    os.environ.update(variables)
+
+
+def _announce(settings: Settings, paths: Sequence[str], *, share: bool, qr: bool) -> None:
+    """Print the URLs that work, one on a line."""
+    from downloadview_async.service.serve_paths import urls_of
+
+    urls = urls_of(settings, paths, share=share)
+    for url in urls:
+        click.echo(url)
+    if qr and urls and sys.stdout.isatty():
+        import segno
+
+        segno.make(urls[-1], error="l", micro=False).terminal(compact=True)
 
 
 def _flag(name: str) -> str:
@@ -153,7 +213,7 @@ def print_config(
     if link_secrets and not proxy_kinds()[proxy].verifies_links:
         raise click.UsageError(f"{proxy} does not verify links: --link-secrets is for nginx")
     try:
-        _choose(None, config, "no proxy to configure: give ")
+        _choose(config, "no proxy to configure: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         text = config_for(settings, proxy, listen=listen, service=service, relative_to=relative_to)
         if link_secrets:
@@ -200,7 +260,7 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
     lines: list[Line] = []
 
     async def run_checks() -> None:
-        _choose(None, config, "nothing to check: give ")
+        _choose(config, "nothing to check: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         async with contextlib.aclosing(checks(settings, url=url, **options)) as new_lines:
             async for line in new_lines:
@@ -265,7 +325,7 @@ def sign(
         raise click.UsageError("--expires and --until exclude each other")
     attachment = None if inline is None else not inline
     try:
-        _choose(None, config, "no keys: give ")
+        _choose(config, "no keys: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         options |= {"expires_in": _life(expires), "until": until and until.replace(tzinfo=UTC)}
         link = sign_path(settings, path, attachment=attachment, **options)
@@ -295,7 +355,7 @@ def verify(url: str, config: Path | None, client: str | None) -> None:
     from downloadview_async.service.access import grant_of
 
     try:
-        _choose(None, config, "no keys: give ")
+        _choose(config, "no keys: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         grant = anyio.run(grant_of, settings, url, client)
     except ConfigurationError as exc:
@@ -322,7 +382,7 @@ def revoke(identifier: str, config: Path | None) -> None:
     from downloadview_async.service.access import revoke as revoke_in_store
 
     try:
-        _choose(None, config, "no store: give ")
+        _choose(config, "no store: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         until = anyio.run(revoke_in_store, settings, identifier)
     except (ValueError, FileError) as exc:  # ConfigurationError is a ValueError
@@ -336,19 +396,14 @@ def _say(exc: Exception) -> None:
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
 
 
-def _choose(path: Path | None, config: Path | None, lacking: str, *, hide: Sequence[str] = ()) -> None:
+def _choose(config: Path | None, lacking: str) -> None:
     """Write the chosen settings into the environment, where worker processes also read them.
 
-    lacking: how the error begins if no settings are given. hide: what the route of `path` hides.
+    lacking: how the error begins if no settings are given.
 
     Raises `ConfigurationError`.
     """
-    if path is not None:
-        os.environ.pop(CONFIG, None)
-        os.environ["DOWNLOADVIEW_SOURCES"] = json.dumps({"files": {"type": "path", "root": str(path.absolute())}})
-        route = {"path": "/files/{path:path}", "source": "files", "hide": [*hide]}
-        os.environ["DOWNLOADVIEW_ROUTES"] = json.dumps([route])
-    elif config is not None:
+    if config is not None:
         os.environ[CONFIG] = str(config)
     elif CONFIG not in os.environ:
         if not os.path.exists(_DEFAULT_CONFIG):
@@ -358,8 +413,10 @@ def _choose(path: Path | None, config: Path | None, lacking: str, *, hide: Seque
         os.environ[CONFIG] = _DEFAULT_CONFIG
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGINT or SIGTERM; then running downloads have `timeout_graceful_shutdown` seconds to finish.
+
+    announce: called when nothing that can be checked before stands in the way of the server.
 
     Raises `ConfigurationError`.
     """
@@ -391,6 +448,7 @@ def run(settings: Settings) -> None:
     if outermost is not main_app:
         options["proxy_headers"] = False
         _pass_to_workers(server)
+    announce()
     vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run looks up this name
     uvicorn.run(
         outermost if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",

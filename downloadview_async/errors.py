@@ -9,6 +9,8 @@
     │   ├── LinkInvalid            403  the link is not one, was changed, or is not for this client
     │   ├── LinkExpired            410  the link was valid until some time ago
     │   ├── LinkUsedUp             410  the link was valid for fewer downloads
+    │   ├── ArchiveTooLarge        413  the archive of a folder would have too many files, bytes or folders
+    │   ├── TooManyArchives        429  this client already gets as many archives as it may get at once
     │   ├── PreconditionFailed     412  the origin of a remote file refused If-Match or If-Unmodified-Since
     │   ├── SourceUnavailable      503  the disk, the storage or this process is overloaded; try again
     │   │   └── UpstreamBusy       503  or 429: as a remote server answered; its Retry-After is passed on
@@ -16,7 +18,7 @@
     │       └── UpstreamTimeout    504  a remote server did not answer in time
     └── TransferAborted            bytes have left already: the connection is aborted, never ended cleanly
 
-The message of an error is for the log. No response ever shows it.
+The message of an error is for the log. No response ever shows it; what the client may know is in `detail`.
 """
 
 from http import HTTPStatus
@@ -38,6 +40,8 @@ class FileError(DownloadError):
     """The value of Retry-After that the client gets: seconds, or an HTTP date."""
     challenge: str | None = None
     """The value of WWW-Authenticate that the client gets."""
+    detail: str | None = None
+    """What the client reads besides the status. It must not tell what the client may not see."""
 
 
 class FileMissing(FileError):
@@ -87,6 +91,26 @@ class PreconditionFailed(FileError):
     """The origin server of a remote file answered 412 to the client's own preconditions."""
 
     status = HTTPStatus.PRECONDITION_FAILED
+
+
+class ArchiveTooLarge(FileError):
+    """The archive of a folder would have too many files, bytes or folders within folders. Nothing has been read.
+
+    detail: the limit, for the client.
+    """
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+class TooManyArchives(FileError):
+    """The client already gets as many archives as it may get at the same time."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    retry_after = "10"
 
 
 class SourceUnavailable(FileError):

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -26,6 +27,31 @@ APPS: dict[str, Callable[[Path], ASGIApp]] = {
 
 def _blocks() -> "itertools.repeat[bytes]":
     return itertools.repeat(CONTENT[:100_000], 3)
+
+
+@pytest.mark.parametrize("order", [("asyncio", "trio", "asyncio"), ("trio", "asyncio", "trio")])
+def test_archives_in_one_loop_after_another(tmp_path: Path, order: tuple[str, ...]) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "big.bin").write_bytes(CONTENT)
+    checksums = dv.SQLiteChecksums(tmp_path / "checksums.db")
+    options = dv.ArchiveOptions(checksums=checksums, name="files")
+    bodies = []
+
+    async def fetch(app: ASGIApp, **headers: str) -> None:
+        answer = await call(app, "/a/", query="archive=zip", headers=headers)
+        bodies.append(answer.body[-100:])
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(5):  # they wait for one listing, and for one reading
+                group.start_soon(partial(fetch, app, Range="bytes=-100"))
+        await fetch(app)
+
+    app = dv.Download(dv.PathSource(tmp_path), archive=options)
+    for backend in order:
+        anyio.run(main, backend=backend)
+    assert len(bodies) == 18
+    assert len({*bodies}) == 1
 
 
 @pytest.mark.parametrize("order", [("asyncio", "trio", "asyncio"), ("trio", "asyncio", "trio")])

@@ -1,29 +1,154 @@
-"""`Download`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
+"""`Download` and `Listing`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
+from starlette.convertors import PathConvertor
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Host, Mount, Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from downloadview_async.asgi.disconnect import close_after_body
+from downloadview_async.asgi.archives import ArchiveOptions, Archives
+from downloadview_async.asgi.archives import key_of as archive_key_of
+from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
+from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
+from downloadview_async.asgi.listing.page import Pages
+from downloadview_async.asgi.listing.view import PDF_POLICY, view_of
 from downloadview_async.asgi.response import DownloadResponse, checked_headers
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
+from downloadview_async.http.content_types import content_type_for
 from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.hiding import Hidden
-from downloadview_async.sources.base import AsyncFile, Source, check_source
+from downloadview_async.sources.base import AsyncFile, Source, SupportsListing, check_source
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
 
-class Download:
+class _Endpoint:
+    """What `Download` and `Listing` have in common: the methods, and the decision about a request, made once."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        headers: Mapping[str, str] | None,
+        key: str | Callable[[Request], Any] | None,
+        access: Access | Sequence[Access] | None,
+        hide: Sequence[str],
+        listing: Pages | None,
+    ) -> None:
+        check_source(source, type(self).__name__)
+        self.source = source
+        self.headers = dict(headers or {})
+        checked_headers(tuple(self.headers.items()))
+        self.access = access_of(access)
+        self._hidden = Hidden(hide) if hide else None
+        self._key = key
+        self._folders = None if listing is None else self._folders_of(source, listing)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
+        if scope["type"] != "http":
+            await refuse_websocket(scope, send)
+            return
+        if scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers=_ALLOW | close_after_body(scope))(scope, receive, send)
+            return
+        if scope["method"] not in ("GET", "HEAD"):
+            response = Response("Method Not Allowed", 405, _ALLOW | close_after_body(scope), "text/plain")
+            await response(scope, receive, send)
+            return
+        try:
+            key = self._key_of(scope)
+            if self._hidden is not None:
+                self._hidden.check(key)
+            grant = await allow(self.access, Request(scope, receive), key) if self.access else None
+            answer = await self._answer_to(key, grant, scope)
+        except FileError as exc:
+            await send_error(exc, scope, send)
+            return
+        await answer(scope, receive, send)
+
+    async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
+        """Return what answers a request that is allowed. Raises `FileError`."""
+        raise NotImplementedError
+
+    def _folders_of(self, source: Source, pages: Pages) -> FolderEndpoint:
+        if not isinstance(source, SupportsListing):
+            raise ConfigurationError(f"{source!r} cannot list its folders: use another source, or no listing")
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        return FolderEndpoint(
+            source=source, pages=pages, hidden=self._hidden, headers=headers, has_access=bool(self.access)
+        )
+
+    def _folder_of(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp | None:
+        """Return what answers with the listing of a folder, or None if the key is not that of a folder."""
+        if self._folders is None or not isinstance(key, str) or (key and not key.endswith("/")):
+            return None
+        sent = scope["path"] if scope.get("raw_path") is None else unquote(scope["raw_path"].partition(b"?")[0])
+        if not sent.endswith("/"):
+            return partial(self._redirect_to_folder, scope)
+        return partial(self._folders.answer, key, self._tail_of(key, scope), grant)
+
+    async def _missing(self, key: Any, exc: FileMissing, scope: Scope, send: Send) -> None:
+        """Redirect to the folder whose URL lacks only the slash at its end, or send the error."""
+        try:
+            if self._folders is None or not isinstance(key, str) or not await self._folders.has(key):
+                raise exc
+        except FileError as error:
+            await send_error(error, scope, send)
+            return
+        route = scope.get("route")
+        if isinstance(route, Route) and route.endpoint is self:
+            kinds = route.param_convertors.values()
+            if kinds and not any(isinstance(kind, PathConvertor) for kind in kinds):
+                raise ConfigurationError(
+                    f"the parameter of {route.path!r} matches no slashes, so folders have no URL: write it as "
+                    "{path:path}"
+                )
+        await self._folders.redirect(folder_place(scope), scope, send)
+
+    async def _redirect_to_folder(self, scope: Scope, _: Scope, receive: Receive, send: Send) -> None:
+        assert self._folders is not None
+        await self._folders.redirect(folder_place(scope), scope, send)
+
+    def _tail_of(self, key: str, scope: Scope) -> str:
+        """Return the end of the URL's path that stands for a folder."""
+        parameters = [str(value) for value in reversed((scope.get("path_params") or {}).values())]
+        below = path_below(scope).removeprefix("/")
+        candidates = [*parameters, below, key] if callable(self._key) else [key, *parameters, below]
+        return next((tail for tail in candidates if scope["path"].endswith(f"/{tail}")), "")
+
+    def _key_of(self, scope: Scope) -> Any:
+        _check_is_decoded(scope)
+        if callable(self._key):
+            return self._key(Request(scope))
+        parameters = scope.get("path_params") or {}
+        if self._key is not None:
+            if self._key not in parameters:
+                names = f"use one of {', '.join(parameters)}" if parameters else "the route has none"
+                raise ConfigurationError(
+                    f"{type(self).__name__} has key={self._key!r}, which is not a path parameter: {names}"
+                )
+            return str(parameters[self._key])
+        if not parameters:
+            return path_below(scope).removeprefix("/")
+        names_of_route = _parameters_of_route(scope, parameters)
+        if len(names_of_route) > 1:
+            raise ConfigurationError(
+                f"{type(self).__name__} needs key=, one of the route's parameters: {', '.join(names_of_route)}"
+            )
+        return str(parameters[names_of_route[0]]) if names_of_route else path_below(scope).removeprefix("/")
+
+
+class Download(_Endpoint):
     """Answers GET and HEAD with the file that `source` resolves, OPTIONS with 204, and every other method with 405.
 
     key: what `source.resolve` gets. None: the route's only path parameter, or below a `Mount` the rest of the path.
@@ -36,9 +161,14 @@ class Download:
     of which one suffices. It is asked before any file is opened. None: everyone. See `Access` and `Grant`.
     hide: patterns as in `fnmatch` for names of files and directories that do not exist for clients, such as `.*` or
     `*.key`. One that matches a segment of the name hides it; upper and lower case are the same.
+    listing: True, or `Pages` with a title and more, to answer a URL that ends in a slash as `Listing` does, and to
+    redirect to it from the name of a folder. A file then has a view page, at its URL with `?view`.
+    archive: True, or `ArchiveOptions`, to answer `?archive=zip` with a ZIP archive of the folder, or of those of its
+    entries that `name=` chooses. Access decides about the folder, once, and so about all that is below it. Hidden files
+    are left out.
 
-    Raises `ConfigurationError` for a source, an access or a pattern that is not one, and `ValueError` for a header that
-    is refused.
+    Raises `ConfigurationError` for a source, an access or a pattern that is not one, and for a listing or an archive of
+    a source that cannot list; `ValueError` for a header that is refused.
     """
 
     def __init__(
@@ -53,77 +183,140 @@ class Download:
         offload: bool | None = None,
         access: Access | Sequence[Access] | None = None,
         hide: Sequence[str] = (),
+        listing: bool | Pages = False,
+        archive: bool | ArchiveOptions = False,
     ) -> None:
-        check_source(source, "Download")
-        self.source = source
-        self.attachment = attachment
-        self.headers = dict(headers or {})
+        all_headers = dict(headers or {})
         if cache_control is not None:
-            self.headers["Cache-Control"] = cache_control
-        checked_headers(tuple(self.headers.items()))
+            all_headers["Cache-Control"] = cache_control
+        pages = _pages_of(listing) if listing else None
+        super().__init__(source, headers=all_headers, key=key, access=access, hide=hide, listing=pages)
+        self.attachment = attachment
         self.redirect = redirect
         self.offload = offload
-        self.access = access_of(access)
-        self._hidden = Hidden(hide) if hide else None
+        options = ArchiveOptions() if archive is True else archive
+        self._archives = Archives(source, options, hide) if options else None
         self._cache_control = {name.lower(): value for name, value in self.headers.items()}.get("cache-control")
-        self._key = key
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
-        if scope["type"] != "http":
-            await refuse_websocket(scope, send)
-            return
-        response: Response
-        if scope["method"] == "OPTIONS":
-            response = Response(status_code=204, headers=_ALLOW | close_after_body(scope))
-        elif scope["method"] not in ("GET", "HEAD"):
-            response = Response("Method Not Allowed", 405, _ALLOW | close_after_body(scope), "text/plain")
-        else:
+    async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
+        if self._archives is not None and (name := archive_key_of(key, scope)) is not None:
+            archive = self._response(await self._archives.resolve(name), grant, is_archive=True)
+            return self._archives.counted(name, archive)
+        if (folder := self._folder_of(key, grant, scope)) is not None:
+            return folder
+        missing = None if self._folders is None else partial(self._missing, key)
+        view = None if self._folders is None else view_of(scope["query_string"])
+        try:
+            file = await self.source.resolve(key)
+            if view == "page" and isinstance(key, str):
+                return partial(self._view, file, key, grant)
+            response = self._response(file, grant, is_pdf=view == "pdf")
+        except FileMissing as exc:
+            if missing is None:
+                raise
+            error = exc
+            return lambda scope, receive, send: missing(error, scope, send)
+        response.missing = missing
+        return response
+
+    async def _view(
+        self, file: AsyncFile, key: str, grant: Grant | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        assert self._folders is not None
+        folders = self._folders
+        is_listed = await self._may_list(key, Request(scope, receive))
+
+        async def answer(send: Send) -> None:
             try:
-                key = self._key_of(scope)
-                if self._hidden is not None:
-                    self._hidden.check(key)
-                grant = await allow(self.access, Request(scope, receive), key) if self.access else None
-                response = self._response(await self.source.resolve(key), grant)
+                content_type = None if grant is None else grant.content_type
+                tail = self._tail_of(key, scope)
+                page, headers = await folders.view(file, key, tail, content_type, grant, is_listed=is_listed)
+            except FileMissing as exc:
+                await self._missing(key, exc, scope, send)
             except FileError as exc:
                 await send_error(exc, scope, send)
-                return
-        await response(scope, receive, send)
+            else:
+                await folders.send_page(page, headers, scope, send)
 
-    def _response(self, file: AsyncFile, grant: Grant | None) -> DownloadResponse:
+        await until_the_client_leaves(answer, receive, send)
+
+    async def _may_list(self, key: str, request: Request) -> bool:
+        """Return whether the request may have the listing of the folder that a file is in."""
+        folder, slash, _ = key.rpartition("/")
+        try:
+            if self.access:
+                await allow(self.access, request, folder + slash)
+        except FileError:
+            return False
+        return True
+
+    def _response(
+        self, file: AsyncFile, grant: Grant | None, *, is_pdf: bool = False, is_archive: bool = False
+    ) -> DownloadResponse:
         filename, attachment, content_type, headers = None, self.attachment, None, self.headers
         if grant is not None:
             filename, content_type = grant.filename, grant.content_type
             attachment = attachment if grant.attachment is None else grant.attachment
             headers = {**headers, "Cache-Control": grant.cache_control(self._cache_control, time.time())}
+        if is_pdf and (content_type or content_type_for(file.name)) == "application/pdf":
+            # inside the view page: the type is set, so that nothing else is ever shown without its sandbox
+            attachment, content_type = False, "application/pdf"
+            headers = {**headers, "Content-Security-Policy": PDF_POLICY}
         response = DownloadResponse(
             file,
             filename=filename,
-            attachment=attachment,
+            attachment=attachment or is_archive,
             content_type=content_type,
             headers=headers,
-            redirect=self.redirect,
+            redirect=None if is_archive else self.redirect,
             offload=self.offload,
         )
         response.ends_request = True
         return response
 
-    def _key_of(self, scope: Scope) -> Any:
-        _check_is_decoded(scope)
-        if callable(self._key):
-            return self._key(Request(scope))
-        parameters = scope.get("path_params") or {}
-        if self._key is not None:
-            if self._key not in parameters:
-                names = f"use one of {', '.join(parameters)}" if parameters else "the route has none"
-                raise ConfigurationError(f"Download has key={self._key!r}, which is not a path parameter: {names}")
-            return str(parameters[self._key])
-        if not parameters:
-            return path_below(scope).removeprefix("/")
-        names_of_route = _parameters_of_route(scope, parameters)
-        if len(names_of_route) > 1:
-            raise ConfigurationError(f"Download needs key=, one of the route's parameters: {', '.join(names_of_route)}")
-        return str(parameters[names_of_route[0]]) if names_of_route else path_below(scope).removeprefix("/")
+
+class Listing(_Endpoint):
+    """Answers GET and HEAD of a folder's URL, which ends in a slash, with the files and folders in it.
+
+        Route("/files/{path:path}", Listing(PathSource("files"), hide=[".*"]))
+
+    source: one that lists, such as `PathSource`; see `SupportsListing`. The answer is HTML, or with
+    `Accept: application/json` or `?format=json` JSON, or with `application/x-ndjson` or `?format=ndjson` a line of JSON
+    for each entry, in any order. The name of a folder without the slash is redirected, and everything else gives 404:
+    `Download(source, listing=True)` sends the files, too.
+
+    pages: how the pages look. key, headers, access, hide: as in `Download`; the key of a folder ends in a slash, or is
+    empty. A hidden entry is not listed. Access decides about a folder as about a file, once, before it is read; it is
+    not asked about each entry. A signed link lists one folder alone, and only if it does not count its uses.
+
+    Raises `ConfigurationError` for a source that cannot list, an access or a pattern that is not one, and `ValueError`
+    for a header that is refused.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        pages: Pages | None = None,
+        headers: Mapping[str, str] | None = None,
+        key: str | Callable[[Request], Any] | None = None,
+        access: Access | Sequence[Access] | None = None,
+        hide: Sequence[str] = (),
+    ) -> None:
+        super().__init__(source, headers=headers, key=key, access=access, hide=hide, listing=pages or Pages())
+
+    async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
+        folder = self._folder_of(key, grant, scope)
+        error = FileMissing(f"not a folder: {key!r}")
+        return folder or (lambda scope, receive, send: self._missing(key, error, scope, send))
+
+
+def _pages_of(listing: object) -> Pages:
+    if listing is True:
+        return Pages()
+    if not isinstance(listing, Pages):
+        raise ConfigurationError(f"listing is {listing!r}: give True, False or Pages(...)")
+    return listing
 
 
 def _check_is_decoded(scope: Mapping[str, Any]) -> None:

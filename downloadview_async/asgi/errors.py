@@ -37,7 +37,7 @@ def failed(exc: FileError, method: str, path: str) -> Headers:
 
 
 def error_response(exc: FileError, scope: Scope) -> Response:
-    """Return the answer to a request whose file cannot be sent. The reason goes to the log alone.
+    """Return the answer to a request whose file cannot be sent. The reason goes to the log, `detail` to the client.
 
     A file that the client may not see and a file that does not exist give exactly the same 404.
     """
@@ -45,7 +45,8 @@ def error_response(exc: FileError, scope: Scope) -> Response:
     headers = {**failed(exc, scope["method"], scope["path"]), **close_after_body(scope)}
     if status == 412:
         return Response(status_code=status, headers=headers)  # as if the condition had failed here: no body
-    return Response(status.phrase, status_code=status, headers=headers, media_type="text/plain")
+    text = status.phrase if exc.detail is None else f"{status.phrase}: {exc.detail}"
+    return Response(text, status_code=status, headers=headers, media_type="text/plain")
 
 
 async def send_error(exc: FileError, scope: Scope, send: Send) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from functools import lru_cache, partial
 
@@ -99,6 +99,8 @@ class DownloadResponse(Response):
         self.offload = offload
         self.ends_request = False
         """Whether no code that could delete the file runs after the answer: set by `Download`."""
+        self.missing: Callable[[FileMissing, Scope, Send], Awaitable[None]] | None = None
+        """Answers instead of the 404 of a file that is missing, if it is set."""
         self.raw_headers = list(checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -146,6 +148,8 @@ class DownloadResponse(Response):
         try:
             opened = open_nowait(self.file, request)
         except FileMissing as exc:
+            if self.missing is not None:
+                return False
             await send_error(exc, scope, send)
             return True
         except FileError:
@@ -167,7 +171,10 @@ class DownloadResponse(Response):
         try:
             await self._answer(scope, send)
         except FileError as exc:
-            await send_error(exc, scope, send)
+            if self.missing is not None and isinstance(exc, FileMissing):
+                await self.missing(exc, scope, send)
+            else:
+                await send_error(exc, scope, send)
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         # An endpoint may answer a POST with a file too: conditions and ranges do not apply to that.

@@ -1,10 +1,11 @@
-"""Accept-Encoding, RFC 9110 section 12.5.3: which stored encoding of a file a client accepts."""
+"""Accept-Encoding and Accept, RFC 9110 section 12.5: which encoding and which media type a client prefers."""
 
 import re
 
 from downloadview_async.http.fields import TOKEN_CHAR
 
 _ITEM = re.compile(rf"[ \t]*+({TOKEN_CHAR}++)" r"(?:[ \t]*+;[ \t]*+[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?[ \t]*+")
+_QUALITY = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 
 
 def preferred_encodings(accept_encoding: str | None, available: tuple[str, ...]) -> list[str]:
@@ -25,6 +26,26 @@ def preferred_encodings(accept_encoding: str | None, available: tuple[str, ...])
     accepted = [(weights.get(name, others), name) for name in available]
     accepted = [item for item in accepted if item[0] > 0 and item[0] >= identity]
     return [name for _, name in sorted(accepted, key=lambda item: -item[0])]
+
+
+def preferred_type(accept: str | None, available: tuple[str, ...]) -> str:
+    """Return which of the media types `available` the client prefers; equal weights keep the order of `available`.
+
+    It is the first for a client that accepts none of them, or has no preference. Parameters other than `q` and elements
+    that do not parse are ignored.
+    """
+    weights: dict[str, float] = {}
+    for element in (accept or "").split(","):
+        name, *parameters = element.split(";")
+        quality = next((value for value in parameters if value.strip().lower().startswith("q=")), "q=1").strip()[2:]
+        if _QUALITY.fullmatch(quality):
+            weights.setdefault(name.strip().lower(), float(quality))
+
+    def weight(media_type: str) -> float:
+        ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
+        return next((weights[name] for name in ranges if name in weights), 0.0)
+
+    return max(available, key=weight)
 
 
 # Values of Content-Encoding that no client can decode: the way a body was sent to its store (aws-chunked), words for

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from downloadview_async.errors import ConfigurationError, FileMissing
 
+_NOT_NAMES = ("", ".", "..")
+_SLASH = re.compile(r"[/\\]")
+
 
 class Hidden:
     """Refuses each name that has a segment which matches a pattern.
@@ -24,10 +27,16 @@ class Hidden:
                 raise ConfigurationError(
                     f"hide has {pattern!r}: a pattern is for one segment of a path, so remove the slash"
                 )
-        self._pattern = re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)", re.IGNORECASE)
+        self._match = re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)", re.IGNORECASE).match
 
     def check(self, name: object) -> None:
         """Raise `FileMissing` for a name that is hidden."""
-        for segment in re.split(r"[/\\]", str(name)):
-            if segment not in ("", ".", "..") and self._pattern.match(segment):
-                raise FileMissing(f"hidden: {name!r}")
+        if self.hides(name):
+            raise FileMissing(f"hidden: {name!r}")
+
+    def hides(self, name: object) -> bool:
+        """Return whether a name is hidden: one of its segments matches a pattern."""
+        text = str(name)
+        if "/" not in text and "\\" not in text:  # a name in a listing
+            return text not in _NOT_NAMES and self._match(text) is not None
+        return any(segment not in _NOT_NAMES and self._match(segment) for segment in _SLASH.split(text))

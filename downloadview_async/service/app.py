@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote, unquote
 
 import msgspec
 from starlette.applications import Starlette
@@ -20,22 +21,28 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from downloadview_async import (
+    ArchiveLimits,
+    ArchiveOptions,
     Cache,
     CachedSource,
     Download,
     Entry,
     FileError,
     FileMissing,
+    MemoryChecksums,
     ObjectSource,
     ObjectStorage,
     OffloadBackend,
     OffloadMiddleware,
     PathSource,
     PresignedRedirect,
+    ProxyUsers,
     RemoteSource,
     Source,
+    SQLiteChecksums,
     Storage,
     StorageSource,
+    SupportsListing,
     URLSigner,
     Users,
     VirtualSource,
@@ -45,6 +52,7 @@ from downloadview_async import (
     storage_from_url,
 )
 from downloadview_async.service.access import (
+    SIGNED,
     USER,
     access_of,
     keeping_peers,
@@ -53,12 +61,14 @@ from downloadview_async.service.access import (
     store_of,
     users_of,
 )
+from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
-from downloadview_async.service.pages import IndexPage
+from downloadview_async.service.pages import ErrorPages, IndexPage, ServicePages, favicon, folder_of
 from downloadview_async.service.settings import (
+    ChosenSettings,
     ObjectSettings,
     PathSettings,
     RemoteSettings,
@@ -74,6 +84,7 @@ from downloadview_async.service.settings import (
     seconds_of,
     source_of_files,
 )
+from downloadview_async.service.sharing import Sharing, users_in
 from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
 
 _CORS_REQUEST_HEADERS = ["If-Modified-Since", "If-None-Match", "If-Range", "Range"]
@@ -152,16 +163,18 @@ def build(settings: Settings) -> Starlette:
             yield
 
     health = Health(checks)
-    middleware = [Middleware(OneLineFailures)]
+    pages = ServicePages(settings)
+    middleware = [Middleware(OneLineFailures), Middleware(ErrorPages, pages=pages)]
     if (backend := _backend(settings, sources)) is not None:
         middleware.append(Middleware(OffloadMiddleware, backend=backend))
     app = Starlette(
         routes=[
-            Route("/", IndexPage(settings).answer),
+            *([] if "/" in map(folder_of, settings.routes) else [Route("/", IndexPage(settings, pages).answer)]),
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
-            *_routes(settings, sources, signer),
+            *_routes(settings, sources, signer, caches),
+            Route("/favicon.ico", favicon),
         ],
         middleware=middleware,
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
@@ -244,6 +257,9 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
             case RemoteSettings():
                 with settings.blaming(f"{key}.url"):
                     sources[name] = RemoteSource(options.pop("url"), **options)
+            case ChosenSettings():
+                with settings.blaming(f"{key}.paths"):
+                    sources[name] = ChosenFiles(source.paths)
             case VirtualSettings():
                 factory = function_of(settings, f"{key}.factory", source.factory)
                 with settings.blaming(f"{key}.factory"):
@@ -301,12 +317,21 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
         return Documents(source, directory=settings.directory)
 
 
-def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner | None) -> Iterator[Route]:
+def _routes(
+    settings: Settings, sources: Mapping[str, Source], signer: URLSigner | None, caches: Mapping[str, Cache]
+) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
     users = users_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
-        endpoint = Download(
+        sharers = users_in(route.access or ()) if SIGNED in (route.access or ()) else []
+        pages = ServicePages(settings, route.name, shares=bool(sharers)) if route.list else None
+        if pages is not None and not isinstance(sources[route.source], SupportsListing):
+            raise settings.error(
+                f"routes[{index}].list", f"the source {route.source!r} cannot list its folders: remove it"
+            )
+        make = partial(
+            Download,
             sources[route.source],
             attachment=route.disposition == "attachment",
             cache_control=route.cache_control,
@@ -315,11 +340,66 @@ def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner
             access=access_of(settings, index, route, signer, users),
             headers=route.headers,
             hide=route.hide,
+            listing=pages or False,
         )
+        endpoint: ASGIApp
+        if route.archive:
+            with settings.blaming(f"routes[{index}].archive"):
+                endpoint = make(archive=_archive(settings, route.source, sources[route.source], caches))
+        else:
+            endpoint = make()
+        if pages is not None and sharers:
+            endpoint = _sharing(settings, endpoint, pages, sharers, signer, users)
+        if (folder := folder_of(route)) is not None and len(folder) > 1 and route.access is None:
+            yield Route(unquote(folder[:-1]), _redirect_to_folder)
         try:
             yield Route(route.path, endpoint, middleware=_cors(route, isinstance(users, Users)))
         except (AssertionError, ValueError) as exc:
             raise settings.error(f"routes[{index}].path", f"{exc}: write the parameter as {{path:path}}") from exc
+
+
+def _archive(settings: Settings, name: str, source: Source, caches: Mapping[str, Cache]) -> ArchiveOptions:
+    """Return the options for the archives of a source. They are kept in the cache of the source, if it has one."""
+    archives = settings.archives
+    assert not isinstance(archives.max_bytes, str)  # the settings have been checked
+    return ArchiveOptions(
+        limits=ArchiveLimits(files=archives.max_files, size=archives.max_bytes, depth=archives.max_depth),
+        checksums=MemoryChecksums() if archives.checksums is None else SQLiteChecksums(archives.checksums),
+        cache=caches.get(name),
+        name=f"{name} {_place_of(settings, name, source)}",
+        per_client=archives.per_client or None,
+    )
+
+
+def _sharing(
+    settings: Settings,
+    download: ASGIApp,
+    pages: ServicePages,
+    sharers: list[str],
+    signer: URLSigner | None,
+    users: Users | ProxyUsers | None,
+) -> ASGIApp:
+    """Return the endpoint of a route, wrapped so that its users can make links."""
+    assert signer is not None
+    assert users is not None
+    assert settings.links is not None  # the settings have been checked
+    max_age = seconds_of(settings.links.max_age)
+    assert max_age is not None
+    return Sharing(
+        download,
+        access=users.allow(*sharers),
+        signer=signer,
+        pages=pages,
+        max_age=max_age,
+        counts=settings.links.store is not None,
+    )
+
+
+async def _redirect_to_folder(request: Request) -> Response:
+    """Redirect from the URL of the top folder without its slash: /files to /files/."""
+    query = f"?{request.url.query}" if request.url.query else ""
+    location = f"./{quote(request.url.path.rpartition('/')[2], safe='%')}/{query}"
+    return Response(status_code=308, headers={"Location": location, "Cache-Control": "no-cache"})
 
 
 def _cors(route: RouteSettings, has_passwords: bool) -> list[Middleware]:
@@ -382,13 +462,17 @@ def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBacken
 def _place_of(settings: Settings, name: str, source: Source) -> str:
     """Return the place of a source's files, which is part of the key of its cached copies."""
     match settings.sources[name]:
+        case PathSettings(root=root):
+            return root
+        case ObjectSettings(table=table):
+            return table
         case VirtualSettings(factory=factory):
             return f"{factory} in {settings.directory}"
         case StorageSettings(url=url):
             return getattr(_storage_of(source), "place", None) or url
         case RemoteSettings(url=url):
             return url
-    raise AssertionError("other sources do not have a cache")
+    raise AssertionError("there are no other sources")
 
 
 async def _not_found(request: Request, exc: Exception) -> Response:

@@ -21,12 +21,15 @@ from msgspec import Struct
 from downloadview_async import ConfigurationError, ProxyKind, proxy_kinds
 from downloadview_async.service.settings import (
     PROXY_OPTIONS,
+    ArchivesSettings,
     CacheSettings,
+    ChosenSettings,
     ContentTypes,
     CorsSettings,
     LinksSettings,
     ObjectSettings,
     OffloadSettings,
+    PagesSettings,
     PathSettings,
     RemoteSettings,
     Routes,
@@ -59,6 +62,7 @@ _SOURCE_TYPES: dict[str, type[Struct]] = {
     "object": ObjectSettings,
     "remote": RemoteSettings,
     "virtual": VirtualSettings,
+    "chosen": ChosenSettings,
 }
 _TABLES: dict[str, Any] = {
     "server": ServerSettings,
@@ -68,6 +72,8 @@ _TABLES: dict[str, Any] = {
     "content_types": ContentTypes,
     "links": LinksSettings,
     "users": UsersSettings,
+    "archives": ArchivesSettings,
+    "pages": PagesSettings,
 }
 _PARAMETER = re.compile(r"{([a-zA-Z_]\w*)(:[a-zA-Z_]\w*)?}")  # a path parameter, as Starlette parses it
 _Shape = tuple[str, str, str]
@@ -260,6 +266,8 @@ class _Draft:
             offload=self._offload(self._converted("offload", self._table("offload", data), OffloadSettings), sources),
             links=links,
             users=users,
+            archives=self._archives(self._converted("archives", self._table("archives", data), ArchivesSettings)),
+            pages=self._pages(self._converted("pages", self._table("pages", data), PagesSettings)),
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
         )
         for index, route in enumerate(routes):
@@ -331,6 +339,8 @@ class _Draft:
             source = msgspec.structs.replace(source, cache=self._cache(f"{key}.cache", cache))
         if isinstance(source, PathSettings):
             return msgspec.structs.replace(source, root=self._absolute(source.root))
+        if isinstance(source, ChosenSettings):
+            return ChosenSettings(paths=[self._absolute(path) for path in source.paths])
         if isinstance(source, StorageSettings) and re.match("file:[^/]", source.url):
             path = self._absolute(unquote(source.url.removeprefix("file:")))
             source = msgspec.structs.replace(source, url=f"file://{quote(path)}")
@@ -405,6 +415,20 @@ class _Draft:
             return users
         return msgspec.structs.replace(users, file=self._absolute(users.file))
 
+    def _archives(self, archives: ArchivesSettings) -> ArchivesSettings:
+        size = None if archives.max_bytes is None else bytes_of(archives.max_bytes)
+        if archives.max_bytes is not None and not size:
+            raise self.error(
+                "archives.max_bytes",
+                f"{archives.max_bytes!r} is not a size: give a number of bytes, or a size such as 10GiB",
+            )
+        checksums = None if archives.checksums is None else self._absolute(archives.checksums)
+        return msgspec.structs.replace(archives, max_bytes=size, checksums=checksums)
+
+    def _pages(self, pages: PagesSettings) -> PagesSettings:
+        paths = {name: self._absolute(path) for name in ("logo", "templates") if (path := getattr(pages, name))}
+        return msgspec.structs.replace(pages, **paths)
+
     def _check_caches(self, sources: Mapping[str, SourceSettings]) -> None:
         first: dict[str, tuple[str, CacheSettings]] = {}
         for name, source in sources.items():
@@ -451,6 +475,11 @@ class _Draft:
                     f"{key}.path",
                     f"{route.path!r} is not a path with one parameter: begin it with a slash, and write the "
                     "parameter as {path:path} (it matches slashes) or {name} (it does not)",
+                )
+            if route.list and not route.path.endswith(":path}"):
+                raise self.error(
+                    f"{key}.list",
+                    "folders need a path that ends in such as {path:path}: change the path, or do not list",
                 )
             if route.path.startswith("/-/"):
                 raise self.error(f"{key}.path", "/-/ is reserved for the pages of the service: choose another path")

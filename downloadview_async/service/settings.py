@@ -233,7 +233,16 @@ class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
-SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSettings | VirtualSettings
+class ChosenSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="chosen"):
+    """`type = "chosen"`: some files and directories, each under its name."""
+
+    paths: Annotated[
+        list[Annotated[str, Meta(min_length=1)]],
+        Meta(min_length=1, description="a list of files and directories, absolute or relative to the settings file"),
+    ]
+
+
+SourceSettings = PathSettings | StorageSettings | ObjectSettings | RemoteSettings | VirtualSettings | ChosenSettings
 
 
 class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -294,6 +303,35 @@ class UsersSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
                 pattern=r"^[A-Za-z0-9]+(-[A-Za-z0-9]+)*\Z",
                 description="the header with the name that a proxy in forwarded_allow_ips has checked, such as "
                 "X-Remote-User",
+            ),
+        ]
+        | None
+    ) = None
+
+
+class ArchivesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[archives]`: limits of the archives of folders, for routes with `archive = true`."""
+
+    max_files: Annotated[_Count, Meta(description="files and folders in an archive, 1 or more")] = 100_000
+    max_bytes: (
+        Annotated[
+            int | str,
+            Meta(description="the maximum size of an archive: a number of bytes, or a size such as 500MB or 10GiB"),
+        ]
+        | None
+    ) = None
+    max_depth: Annotated[_Count, Meta(description="folders within folders, 1 or more")] = 32
+    per_client: Annotated[
+        int,
+        Meta(ge=0, description="archives that a client may get at the same time from a worker; 0: any number"),
+    ] = 1
+    checksums: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="an SQLite file that keeps the CRC-32s of files over restarts and for all workers, such as "
+                "checksums.db; by default, each worker keeps them in memory",
             ),
         ]
         | None
@@ -372,14 +410,17 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         ]
         | None
     ) = None
+    archive: Annotated[bool, Meta(description="true to send folders as ZIP archives, for ?archive=zip")] = False
     send: Annotated[Literal["redirect", "proxy", "stream"], Meta(description="redirect, proxy or stream")] | None = None
     name: Annotated[str, Meta(min_length=1, description="the name of the route on the page at /")] | None = None
     example: Annotated[
         str | list[str], Meta(description="a file, or a list of files, that the page at / links to")
     ] = []
 
+    list: Annotated[bool, Meta(description="true to list the folders, for a path that ends in {path:path}")] = False
+
     @property
-    def examples(self) -> list[str]:
+    def examples(self) -> Sequence[str]:
         """The examples as a list."""
         return [self.example] if isinstance(self.example, str) else self.example
 
@@ -431,6 +472,35 @@ class OffloadSettings(_WithOptions):  # type: ignore[misc]  # the options depend
     """`[offload]`: the proxy that sends the files, if any, and the options of its backend."""
 
 
+class PagesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[pages]`: how the pages for people look."""
+
+    title: Annotated[str, Meta(min_length=1, max_length=200, description="the title of the page at /")] = "Downloads"
+    logo: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="an image of at most 64 KiB, absolute or relative to the settings file; it is sent inside "
+                "each page",
+            ),
+        ]
+        | None
+    ) = None
+    templates: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="a directory with any of page.css, page.js, index.html, listing.html, view.html and "
+                "error.html, which replace those of the service",
+            ),
+        ]
+        | None
+    ) = None
+    footer: Annotated[str, Meta(max_length=2000, description="a text at the end of each page")] = ""
+
+
 Routes = Annotated[list[RouteSettings], Meta(description="tables, each written as [[routes]]")]
 ContentTypes = Annotated[
     dict[str, str], Meta(description='a table of suffixes and media types, such as ".gcode" = "text/x-gcode"')
@@ -454,7 +524,9 @@ class Settings:
     offload: OffloadSettings
     links: LinksSettings | None = None
     users: UsersSettings | None = None
+    archives: ArchivesSettings = field(default_factory=ArchivesSettings)
     content_types: Mapping[str, str] = field(default_factory=dict)
+    pages: PagesSettings = field(default_factory=PagesSettings)
 
     def error(self, key: str, problem: str) -> ConfigurationError:
         """Return the error for a key such as `sources.files.root`."""

@@ -1,9 +1,11 @@
 """`Entry`: one file or one folder in the listing of a folder. `closing_entries` closes a listing that is left early."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import NamedTuple
+
+from downloadview_async.http.metadata import FileMetadata
 
 
 class Entry(NamedTuple):
@@ -19,6 +21,22 @@ class Entry(NamedTuple):
     size: int | None = None
     modified: datetime | None = None
     content_type: str | None = None
+
+
+class DescribedEntry(Entry):
+    """An entry of a source that knows the version of a file when it lists it, so that it need not be opened for that.
+
+    describe: returns the size and the validators that opening the file now would give, without any I/O.
+    """
+
+    describe: Callable[[], FileMetadata]
+
+    @classmethod
+    def of(cls, entry: Entry, describe: Callable[[], FileMetadata]) -> "DescribedEntry":
+        """Return the entry, with this function."""
+        described = cls(*entry)
+        described.describe = describe
+        return described
 
 
 @asynccontextmanager

@@ -3,13 +3,15 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import blake2b
 
 from downloadview_async.errors import FileMissing
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.names import canonical_folder
 
@@ -62,7 +64,9 @@ class MemoryStorage:
                 continue
             if not slash:
                 assert metadata.last_modified is not None
-                yield Entry(name, size=metadata.size, modified=datetime.fromtimestamp(metadata.last_modified, UTC))
+                modified = datetime.fromtimestamp(metadata.last_modified, UTC)
+                entry = Entry(name, size=metadata.size, modified=modified)
+                yield DescribedEntry.of(entry, partial(replace, metadata))
             elif name not in folders:
                 folders.add(name)
                 yield Entry(name, is_folder=True)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -45,7 +46,7 @@ from downloadview_async.http.negotiation import content_coding, hides_coding
 from downloadview_async.http.ranges import NEAR, RangeSpec, read_from
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import REFUSALS
-from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.names import canonical_folder, checked_segments
 from downloadview_async.sources.workers import Slots, Workers
@@ -302,12 +303,16 @@ class ObjectStorage:
         if folder and not (folders or objects):
             raise FileMissing(f"the store has no key below {folder!r}")
         start = len(folder) + 1 if folder else 0
+        of_disk = urlsplit(self.url).scheme == "file"
         for path in folders:
             yield Entry(path[start:], is_folder=True)
         for meta in objects:
             # consoles store an empty object under the name of a folder with a slash, which obstore removes
             if name := meta["path"][start:]:
-                yield Entry(name, size=meta["size"], modified=meta["last_modified"])
+                entry = Entry(name, size=meta["size"], modified=meta["last_modified"])
+                tag = None if of_disk else ETag.parse(meta["e_tag"] or "")
+                describe = partial(FileMetadata, size=meta["size"], etag=tag)
+                yield entry if tag is None or tag.weak else DescribedEntry.of(entry, describe)
 
     async def aclose(self) -> None:
         """Close the store and its connections before the process ends. If it is used again, a new one is made."""

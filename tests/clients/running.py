@@ -16,8 +16,10 @@ TRANSPORTS = ["direct", "remote", "cached", "TLS", "nginx"]
 PLAIN = ["direct", "remote", "cached", "nginx"]
 """Those without TLS."""
 PACKAGES = {
+    "7z": "p7zip-full",
     "apt-get": "apt",
     "aria2c": "aria2",
+    "bsdtar": "libarchive-tools",
     "dpkg-deb": "dpkg",
     "ffprobe": "ffmpeg",
     "gdal_translate": "gdal-bin",

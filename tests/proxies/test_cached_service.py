@@ -2,10 +2,12 @@
 
 import asyncio
 import grp
+import io
 import json
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ max_age = "1d"
 path = "/lake/{{path:path}}"
 source = "lake"
 cache_control = "private"
+archive = true
 [offload]
 backend = "{backend}"
 [[offload.rules]]
@@ -68,9 +71,9 @@ class Running:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return asyncio.run(ask(self.service if direct else self.port, path, headers=named))
 
-    def fill(self) -> Answer:
+    def fill(self, path: str = "/lake/a.txt") -> Answer:
         """Ask for the file for the first time, and return the answer when the file is kept."""
-        first = self.get("/lake/a.txt")
+        first = self.get(path)
         deadline = time.monotonic() + 30
         while not list((self.directory / "cache").glob("*.meta")):
             assert time.monotonic() < deadline, "nothing is kept"
@@ -137,6 +140,35 @@ def test_a_store_behind_a_cache_behind_a_proxy(kind: str, s3: S3) -> None:
 
         for path in (f"/_cache/{kept.name}", f"/cache/{kept.name}", f"/{kept.name}", f"/lake/{kept.name}"):
             assert site.get(path).status == 404
+
+
+@pytest.mark.parametrize("kind", list(CONFIGURED))
+def test_an_archive_behind_a_cache_behind_a_proxy(kind: str, s3: S3) -> None:
+    folder = f"archive-{kind}"
+    s3.put(f"cached/{folder}/a.txt", CONTENT)
+    s3.put(f"cached/{folder}/b/c.txt", b"c")
+    url = f"/lake/{folder}/?archive=zip"
+    with serving(kind, s3, "022") as site:
+        first = site.fill(url)
+        assert (first.status, first.complete) == (200, True)
+        with zipfile.ZipFile(io.BytesIO(first.body)) as archive:
+            assert archive.testzip() is None
+            assert archive.namelist() == [f"{folder}/", f"{folder}/a.txt", f"{folder}/b/", f"{folder}/b/c.txt"]
+        direct = site.get(url, direct=True)
+        assert (direct.status, direct.body) == (200, b"")
+        assert len(OFFLOAD_HEADERS & {*direct.headers}) == 1
+        whole = site.get(url)
+        assert (whole.status, whole.body == first.body, whole.complete) == (200, True, True)
+        for answer in (first, whole):
+            assert answer.headers["content-type"] == "application/zip"
+            assert answer.headers["content-disposition"] == f'attachment; filename="{folder}.zip"'
+        part = site.get(url, Range="bytes=-1000", If_Range=whole.headers["etag"])
+        assert (part.status, part.body == first.body[-1000:]) == (206, True)
+        s3.put(f"cached/{folder}/b/c.txt", b"changed")
+        changed = site.get(url, If_None_Match=whole.headers["etag"])
+        assert changed.status == 200
+        with zipfile.ZipFile(io.BytesIO(changed.body)) as archive:
+            assert archive.read(f"{folder}/b/c.txt") == b"changed"
 
 
 @pytest.mark.slow

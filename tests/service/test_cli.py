@@ -1,3 +1,4 @@
+import base64
 import contextlib
 import os
 import re
@@ -8,6 +9,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +21,14 @@ from click.testing import CliRunner
 
 from downloadview_async import __version__
 from downloadview_async.cli import main, serve
-from downloadview_async.service.config_loader import CONFIG
+from downloadview_async.service.config_loader import CONFIG, load_settings
+from downloadview_async.service.serve_paths import urls_of, variables_of
 from downloadview_async.service.settings import ServerSettings, description_of
 from tests.servers import PROJECT, Server, demo, free_port, serving
 
 COMMAND = [sys.executable, "-m", "downloadview_async.cli", "serve"]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
+PATH_OPTIONS = ("paths", "config", "hidden", "title", "users", "share", "qr")
 WORKERS = ["1", pytest.param("2", marks=pytest.mark.slow)]
 
 
@@ -52,7 +56,10 @@ def get_over(connection: socket.socket, path: str) -> bytes:
 
 def refused(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, command: str = "serve") -> str:
     """Call the command here, which must end with 2 and print nothing; return what it writes to standard error."""
-    known = {CONFIG, "DOWNLOADVIEW_SOURCES", "DOWNLOADVIEW_ROUTES"}  # the command sets them
+    known = {
+        CONFIG,
+        *(f"DOWNLOADVIEW_{name}" for name in ("SOURCES", "ROUTES", "PAGES", "LINKS", "USERS")),
+    }  # the command sets them
     known |= {name for name in os.environ if name.startswith("DOWNLOADVIEW_")}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -91,12 +98,92 @@ def test_serve_a_directory(directory: Path, number: int) -> None:
     with serving(command, port, log=directory / "log") as server:
         assert get(f"{server.url}/files/a.txt") == b"0123456789"
         page = get(f"{server.url}/")
-        assert b"/files/{path:path}" in page
-        assert b"a.txt" not in page  # nobody has asked for a list of what is in there
+        assert b"<title>files</title>" in page
+        assert b">a.txt</a>" in page
+        server.wait_for_log(f"{server.url}/files/\n")
         assert get(f"{server.url}/-/readyz") == b"ready\n"
         assert server.stop(number) == 0
         assert "Traceback" not in server.log
         assert "Finished server process" in server.log
+
+
+def test_serve_some_files_and_directories(directory: Path) -> None:
+    (directory / "more").mkdir()
+    (directory / "more" / "b c.txt").write_text("inside")
+    port = free_port()
+    command = [*COMMAND, "files", "more/b c.txt", "--port", str(port), "--title", "Ours & yours"]
+    with serving(command, port, log=directory / "log", cwd=directory) as server:
+        page = get(f"{server.url}/")
+        assert b"<title>Ours &amp; yours</title>" in page
+        assert b">b c.txt</a>" in page
+        assert get(f"{server.url}/files/b%20c.txt") == b"inside"
+        assert b">a.txt</a>" in get(f"{server.url}/files/files/")
+        assert get(f"{server.url}/files/files/a.txt") == b"0123456789"
+        for missing in ("downloadview.toml", "more/b%20c.txt", "files", "b%20c.txt/x", "files/none", "nothing/"):
+            with contextlib.suppress(urllib.error.HTTPError):
+                assert get(f"{server.url}/files/{missing}").startswith(b"<!doctype html>"), missing
+                assert missing == "files"  # which redirects to the folder
+        server.wait_for_log(f"{server.url}/files/\n")
+
+
+def test_serve_signed_links_alone(directory: Path) -> None:
+    port = free_port()
+    command = [*COMMAND, "files/a.txt", "--port", str(port), "--share", "2h", "--qr"]
+    with serving(command, port, log=directory / "log", cwd=directory) as server:
+        link = re.search(rf"^{re.escape(server.url)}/files/a\.txt\?\S+$", server.log, re.MULTILINE)
+        assert link is not None
+        assert get(link[0]) == b"0123456789"
+        for path in ("/files/a.txt", "/files/", f"/files/?{link[0].partition('?')[2]}"):
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                get(server.url + path)
+
+
+def test_serve_to_users_alone(directory: Path) -> None:
+    port = free_port()
+    command = [*COMMAND, "files", "--port", str(port), "--user", "ada:correct horse"]
+    with serving(command, port, log=directory / "log", cwd=directory) as server:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(f"{server.url}/files/")
+        credentials = base64.b64encode(b"ada:correct horse").decode()
+        request = urllib.request.Request(f"{server.url}/files/", headers={"Authorization": f"Basic {credentials}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert b">a.txt</a>" in answer.read()
+        assert "correct horse" not in server.log
+
+
+@pytest.mark.parametrize(
+    "host, paths, share, expected",
+    [
+        ("127.0.0.1", ["files"], False, ["http://127.0.0.1:8000/files/"]),
+        ("::1", ["files"], False, ["http://[::1]:8000/files/"]),
+        ("127.0.0.1", ["files/a.txt"], False, ["http://127.0.0.1:8000/files/a.txt"]),
+        ("127.0.0.1", ["files/a.txt", "files"], False, ["http://127.0.0.1:8000/files/"]),
+        ("0.0.0.0", ["files"], False, ["http://127.0.0.1:8000/files/", r"http://[0-9.]+:8000/files/"]),
+        ("127.0.0.1", ["files/a.txt"], True, [r"http://127.0.0.1:8000/files/a.txt\?k=share&i=.+&e=[0-9]+&s=.+"]),
+    ],
+)
+def test_the_urls_that_work(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, host: str, paths: list[str], share: bool, expected: list[str]
+) -> None:
+    monkeypatch.chdir(directory)
+    variables = variables_of(paths, hidden=False, title=None, users=[], share="1h" if share else None)
+    urls = urls_of(load_settings(None, environ=variables, options={"host": host}), paths, share=share)
+    assert len(urls) in {len(expected), 1 if host == "0.0.0.0" else len(expected)}  # a machine without a network
+    for url, pattern in zip(urls, expected, strict=False):
+        assert url == pattern or re.fullmatch(pattern, url)
+
+
+def test_mistakes_with_paths_are_refused(directory: Path) -> None:
+    (directory / "more").mkdir()
+    (directory / "more" / "a.txt").touch()
+    (directory / ".env").touch()
+    assert "'a.txt': rename one" in refused("files/a.txt", "more/a.txt", cwd=directory)
+    assert "'.env' begins with a dot: add --hidden" in refused(".env", cwd=directory)
+    assert "--share makes links to files" in refused("files", "--share", "2h", cwd=directory)
+    assert "--share is 'soon'" in refused("files/a.txt", "--share", "soon", cwd=directory)
+    assert "--user takes NAME:PASSWORD" in refused("files", "--user", "ada:", cwd=directory)
+    for option in (["--title", "x"], ["--user", "ada:x"], ["--share", "2h"], ["--qr"], ["--hidden"]):
+        assert f"{option[0]} needs PATH" in refused(*option, cwd=directory)
 
 
 @pytest.mark.parametrize(
@@ -296,11 +383,11 @@ def test_a_refused_start_is_one_line_and_status_2(directory: Path) -> None:
     assert refused_by_a_process("--config", "bad.toml", cwd=directory) == (
         "downloadview: bad.toml: server.prot: unknown key: did you mean 'port'?\n"
     )
-    assert "nothing to serve: give a directory, or settings with --config" in refused(cwd=directory / "files")
+    assert "nothing to serve: give files or directories, or settings with --config" in refused(cwd=directory / "files")
     assert "the command line: server.port: expected int <= 65535" in refused("--port", "65536", cwd=directory)
     assert "the command line: server.log_level" in refused("--log-level", "loud", cwd=directory)
     assert "server.uds: the directory of" in refused("--uds", "gone/socket", cwd=directory)
-    assert "Directory 'gone' does not exist" in refused("gone", cwd=directory)
+    assert "Path 'gone' does not exist" in refused("gone", cwd=directory)
     assert "is a file: for settings use --config bad.toml" in refused("bad.toml", cwd=directory)
     assert "'abc' is not a valid integer" in refused("--port", "abc", cwd=directory)
     assert "exclude each other" in refused("files", "--config", "downloadview.toml", cwd=directory)
@@ -490,7 +577,7 @@ def test_uvicorn_app_main_serves_the_settings_of_the_environment(directory: Path
 
 def test_every_server_setting_is_an_option() -> None:
     assert set(ServerSettings.__struct_fields__) == {
-        parameter.name for parameter in serve.params if parameter.name not in ("path", "config", "hidden")
+        parameter.name for parameter in serve.params if parameter.name not in PATH_OPTIONS
     }
 
 

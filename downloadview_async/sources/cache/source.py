@@ -231,11 +231,12 @@ class CachedFile:
         """Open the file of the source itself if the cache does not help, else give None.
 
         It does not help with a HEAD of a file that is not being fetched, with an uncacheable file, and with a range
-        that begins far after the bytes that have arrived, if the source has ranges.
+        that begins far after the bytes that have arrived, if the source has ranges and nothing is kept.
         """
         cache, source, key, inner = self._cache, self._source, self._key, self._inner
         fetch = cache.fetch(source, key, None, None)
-        is_far = on_demand_of(inner) is None and _is_far(request, fetch)
+        # a kept file that the source confirms has any range
+        is_far = self._stale is None and on_demand_of(inner) is None and _is_far(request, fetch)
         if not (is_far or (fetch is None and (request.method == "HEAD" or cache.is_refused(source, key)))):
             yield None
             return

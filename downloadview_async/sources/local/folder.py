@@ -10,10 +10,12 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 
 from downloadview_async.errors import FileError
-from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.listing import DescribedEntry, Entry
+from downloadview_async.sources.local.open_file import metadata_of
 from downloadview_async.sources.local.root import Root, file_error
 from downloadview_async.sources.names import canonical_folder, entry_check
 from downloadview_async.sources.workers import MID_TRANSFER, Workers
@@ -107,7 +109,7 @@ class FolderReader:
             except OSError:  # it has been removed
                 continue
             if status.st_mode & _KIND_AND_READABLE == _READABLE_FILE:
-                entries.append(Entry(name, False, status.st_size, _time_of(status)))
+                entries.append(_file(name, status))
             elif (entry := self._entry(name, status)) is not None:
                 entries.append(entry)
         return entries
@@ -158,7 +160,14 @@ class FolderReader:
         # most are readable by everybody, and then the system need not be asked about this process
         if status.st_mode & readable != readable and not os.access(name, access, dir_fd=self._descriptor):
             return None
-        return Entry(name, is_folder, None if is_folder else status.st_size, _time_of(status))
+        if is_folder:
+            return Entry(name, True, None, _time_of(status))
+        return _file(name, status)
+
+
+def _file(name: str, status: os.stat_result) -> Entry:
+    entry = Entry(name, False, status.st_size, _time_of(status))
+    return DescribedEntry.of(entry, partial(metadata_of, status))
 
 
 def _time_of(status: os.stat_result) -> datetime | None:

@@ -55,6 +55,11 @@ def _is_telling(status: os.stat_result) -> bool:
     return is_telling(status.st_mtime_ns, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
 
 
+def metadata_of(status: os.stat_result) -> FileMetadata:
+    """Return the metadata of a file with this status."""
+    return _metadata(status.st_size, status.st_mtime_ns, _is_telling(status))
+
+
 class OpenLocalFile:
     """An open descriptor, from which both the metadata and the bytes come. The caller that opened the file closes it.
 

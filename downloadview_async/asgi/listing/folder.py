@@ -1,0 +1,339 @@
+"""Answers a request for a folder: it reads the entries in batches, and sends a page or a stream of lines."""
+
+import hashlib
+import re
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from urllib.parse import quote, unquote
+
+from anyio.lowlevel import checkpoint
+from starlette.types import Message, Receive, Scope, Send
+
+from downloadview_async.asgi.answer import raw
+from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
+from downloadview_async.asgi.errors import send_error
+from downloadview_async.asgi.listing.data import Lines, document_of
+from downloadview_async.asgi.listing.order import Window
+from downloadview_async.asgi.listing.page import ListingPage, Pages
+from downloadview_async.asgi.listing.query import FORMATS, ListingQuery
+from downloadview_async.asgi.listing.view import Neighbours, view_page_of
+from downloadview_async.errors import AccessDenied, FileError, FileMissing, LinkInvalid, TransferAborted
+from downloadview_async.http.conditional import failed_precondition
+from downloadview_async.http.metadata import ETag, FileMetadata
+from downloadview_async.http.request import DownloadRequest
+from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.hiding import Hidden
+from downloadview_async.sources.base import AsyncFile, SupportsListing
+from downloadview_async.sources.listing import Entry, closing_entries
+
+BATCH = 200
+"""Entries that are treated before other requests get their turn."""
+
+MAX_DEEP_FOLDERS = 1000
+"""Folders that a search below a folder reads."""
+
+MAX_DEEP_ENTRIES = 100_000
+"""Entries that a search below a folder looks at."""
+
+_CHUNK = 64 * 1024
+_BAD_NAME = re.compile(r"[/\x00-\x1f\x7f\ud800-\udfff]|^\.{0,2}\Z")
+_BAD_LINE = re.compile(r"[/\x00-\x09\x0b-\x1f\x7f\ud800-\udfff]|(?:^|\n)\.{0,2}(?:\n|\Z)")
+_CONTENT_TYPES = {name: media_type for media_type, name in FORMATS.items()} | {"html": "text/html; charset=utf-8"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some entries and their paths below the folder. is_cut: whether a search below has ended at its limits."""
+
+    paths: list[str]
+    entries: list[Entry]
+    is_cut: bool = False
+
+    @classmethod
+    def of(cls, prefix: str, entries: list[Entry], text: str) -> "_Batch":
+        """Return the batch of the entries of a folder whose names contain a text."""
+        if text:
+            folded = text.casefold()
+            entries = [entry for entry in entries if folded in entry.name.casefold()]
+        return cls([prefix + entry.name for entry in entries], entries)
+
+
+async def _in_batches(entries: AsyncIterator[Entry]) -> AsyncIterator[list[Entry]]:
+    """Yield the entries in lists; at least one list, which may be empty."""
+    batch: list[Entry] = []
+    async for entry in entries:
+        batch.append(entry)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    yield batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderEndpoint:
+    """Answers requests for the folders of a source.
+
+    headers: further headers, by their names in lower case. has_access: whether an access decides about requests, so
+    that no shared cache may keep the answers.
+    """
+
+    source: SupportsListing
+    pages: Pages
+    hidden: Hidden | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    has_access: bool = False
+
+    async def answer(
+        self, folder: str, tail: str, grant: Grant | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer a GET or a HEAD that access has allowed.
+
+        folder: what the source lists. tail: the end of the URL's path that stands for it, below the top folder; it is
+        empty or ends with a slash.
+        """
+        await until_the_client_leaves(partial(self._answer, folder, tail, grant, scope), receive, send)
+
+    async def _answer(self, folder: str, tail: str, grant: Grant | None, scope: Scope, send: Send) -> None:
+        try:
+            if (place := _canonical_place(scope, tail)) is not None:
+                await self.redirect(place, scope, send)
+                return
+            query = self._query(grant, scope)
+            if query.format == "ndjson":
+                await self._stream(folder, query, grant, scope, send)
+                return
+            async with aclosing(self._batches(folder, query)) as batches:
+                window, is_cut = Window(query), False
+                async for batch in batches:
+                    window.add(batch.paths, batch.entries)
+                    is_cut = is_cut or batch.is_cut
+        except FileError as exc:
+            await send_error(exc, scope, send)
+            return
+        body = self._body(tail.strip("/"), query, window, grant, is_cut=is_cut)
+        await self.send_page(body, self._headers(query, grant), scope, send)
+
+    async def view(
+        self, file: AsyncFile, key: str, tail: str, content_type: str | None, grant: Grant | None, *, is_listed: bool
+    ) -> tuple[bytes, dict[str, str]]:
+        """Return the view page of a file, and its headers.
+
+        key: what the source resolves. tail: the end of the URL's path that stands for the file, below the top folder.
+        is_listed: whether the files before and after it may be known.
+
+        Raises what `AsyncFile.open` raises.
+        """
+        page = await view_page_of(file, tail, content_type)
+        folder, _, name = key.rpartition("/")
+        if is_listed:
+            neighbours = Neighbours(name)
+            try:
+                async with aclosing(self._batches(folder, ListingQuery())) as batches:
+                    async for batch in batches:
+                        neighbours.add(batch.entries)
+                page = replace(page, previous=neighbours.names[0], next=neighbours.names[1])
+            except FileError:
+                pass  # the file itself may be seen, its folder not
+        headers = self._headers(ListingQuery(), grant, self.pages.view_headers)
+        return self.pages.view(page).encode("utf-8", "replace"), headers
+
+    async def send_page(self, body: bytes, headers: dict[str, str], scope: Scope, send: Send) -> None:
+        """Send a whole page, or 304 or 412 by the preconditions of the request."""
+        tag = ETag(hashlib.sha256(body).hexdigest()[:32], weak=True)
+        headers["etag"] = str(tag)
+        request = DownloadRequest.from_headers(scope["method"], scope["headers"])
+        status = failed_precondition(request, FileMetadata(size=len(body), etag=tag)) or 200
+        if status == 304:
+            kept = ("cache-control", "etag", "vary")
+            await _send_whole(304, {name: headers[name] for name in kept}, b"", scope, send)
+            return
+        if status == 412:
+            body = b""
+        await _send_whole(status, headers | {"content-length": str(len(body))}, body, scope, send)
+
+    async def has(self, folder: str) -> bool:
+        """Return whether the source has a folder. Raises what `list` raises, apart from `FileMissing`."""
+        try:
+            async with closing_entries(self.source.list(folder)) as entries:
+                async for _ in entries:
+                    break
+        except (FileMissing, AccessDenied):
+            return False
+        return True
+
+    async def redirect(self, place: str, scope: Scope, send: Send) -> None:
+        """Redirect to a relative URL, with the query of the request."""
+        query = scope["query_string"].decode("latin-1")
+        headers = {
+            "location": f"{place}?{query}" if query else place,
+            "cache-control": self._cache_control(None),
+            "content-length": "0",
+            "x-content-type-options": "nosniff",
+        }
+        await _send_whole(308, headers, b"", scope, send)
+
+    def _query(self, grant: Grant | None, scope: Scope) -> ListingQuery:
+        accept = ", ".join(value.decode("latin-1") for name, value in scope["headers"] if name == b"accept")
+        if grant is None or grant.link_id is None:
+            return ListingQuery.of(scope["query_string"], accept)
+        if grant.uses is not None:
+            raise LinkInvalid(f"the link {grant.link_id} counts downloads, and a listing is not a download")
+        return ListingQuery.of(b"", accept)  # the query is that of the link
+
+    async def _batches(self, folder: str, query: ListingQuery) -> AsyncGenerator[_Batch, None]:
+        """Yield the entries in batches. Raises what `SupportsListing.list` raises."""
+        top = folder.strip("/")
+        left = deque([""])  # paths of folders below the top, each with a slash at its end
+        read_folders = read_entries = 0
+        while left:
+            prefix = left.popleft()
+            read_folders += 1
+            try:
+                async with closing_entries(self.source.list(f"{top}/{prefix}".strip("/"))) as entries:
+                    async for batch in _in_batches(entries):
+                        read_entries += len(batch)
+                        shown = self._shown(batch)
+                        if query.is_deep:
+                            left.extend(f"{prefix}{entry.name}/" for entry in shown if entry.is_folder)
+                        yield _Batch.of(prefix, shown, query.text)
+                        await checkpoint()
+                        if query.is_deep and read_entries >= MAX_DEEP_ENTRIES:
+                            yield _Batch([], [], is_cut=True)
+                            return
+            except FileError as exc:
+                if not prefix or exc.status >= 500:
+                    raise  # any other folder was removed meanwhile, or may not be read
+            if left and read_folders >= MAX_DEEP_FOLDERS:
+                yield _Batch([], [], is_cut=True)
+                return
+
+    def _shown(self, entries: list[Entry]) -> list[Entry]:
+        """Return the entries whose names can be in a URL, and are not hidden."""
+        lines = "\n".join([entry.name for entry in entries])  # one search for all of them takes a fifth of the time
+        if lines.count("\n") != len(entries) - 1 or _BAD_LINE.search(lines):
+            entries = [entry for entry in entries if not _BAD_NAME.search(entry.name)]
+        if self.hidden is None:
+            return entries
+        return [entry for entry in entries if not self.hidden.hides(entry.name)]
+
+    def _body(self, path: str, query: ListingQuery, window: Window, grant: Grant | None, *, is_cut: bool) -> bytes:
+        entries = window.entries
+        following = query.link(after=window.last_place()) if window.following and entries else None
+        if query.format == "json":
+            return document_of(path, entries, following).encode()
+        previous = query.link(before=window.first_place()) if window.preceding and entries else None
+        can_reorder = grant is None or grant.link_id is None
+        page = ListingPage(
+            path=path,
+            query=query,
+            entries=entries,
+            files=window.files,
+            folders=window.folders,
+            size=window.size,
+            preceding=window.preceding,
+            following=window.following,
+            previous=previous,
+            next=following,
+            is_cut=is_cut,
+            can_reorder=can_reorder,
+        )
+        return self.pages.listing(page).encode("utf-8", "replace")
+
+    def _headers(
+        self, query: ListingQuery, grant: Grant | None, of_page: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        page = {name.lower(): value for name, value in (of_page or self.pages.headers).items()}
+        varies = [value for name, value in self.headers.items() if name == "vary"]
+        left_out = ("content-disposition", "cache-control", "vary")
+        return {
+            **{name: value for name, value in self.headers.items() if name not in left_out},
+            **page,
+            "content-type": _CONTENT_TYPES[query.format],
+            "cache-control": self._cache_control(grant),
+            "vary": ", ".join(["Accept", *varies]),
+        }
+
+    def _cache_control(self, grant: Grant | None) -> str:
+        if grant is not None and grant.link_id is not None:
+            return grant.cache_control(None, time.time())
+        return "private, no-cache" if self.has_access else "no-cache"
+
+    async def _stream(self, folder: str, query: ListingQuery, grant: Grant | None, scope: Scope, send: Send) -> None:
+        start = _start(200, self._headers(query, grant), scope)
+        is_head = scope["method"] == "HEAD"
+        is_started = False
+        try:
+            async with aclosing(self._batches(folder, query)) as batches:
+                write = Lines().line_of
+                lines: list[str] = []
+                length = 0
+                async for batch in batches:
+                    if not is_started:
+                        await send(start)
+                        is_started = True
+                    if is_head:
+                        break
+                    for path, entry in zip(batch.paths, batch.entries, strict=True):
+                        lines.append(write(path, entry))
+                        length += len(lines[-1]) + 1
+                        if length >= _CHUNK:
+                            await _send_lines(lines, send)
+                            lines, length = [], 0
+                if lines:
+                    await _send_lines(lines, send)
+        except FileError as exc:
+            if not is_started:
+                await send_error(exc, scope, send)
+                return
+            raise TransferAborted(f"the rest of the listing cannot be read: {exc}") from exc
+        await send({"type": "http.response.body", "body": b""})
+
+
+def _start(status: int, headers: Mapping[str, str], scope: Scope) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": raw({**headers, **close_after_body(scope)})}
+
+
+async def _send_whole(status: int, headers: Mapping[str, str], body: bytes, scope: Scope, send: Send) -> None:
+    await send(_start(status, headers, scope))
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+async def _send_lines(lines: list[str], send: Send) -> None:
+    body = "\n".join(lines).encode() + b"\n"
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def folder_place(scope: Scope) -> str:
+    """Return the URL of the same path with a slash at its end, relative to the URL of the request.
+
+    It has the last segment of the path alone, so it keeps each prefix that a proxy or a mount has removed, and it never
+    names another host. A `./` before it keeps a colon in it from ending a scheme.
+    """
+    sent = scope.get("raw_path")
+    path = quote(scope["path"]) if sent is None else sent.partition(b"?")[0].decode("latin-1")
+    last = unquote(path.rpartition("/")[2])
+    return f"./{quote(last, safe='')}/" if last else "./"
+
+
+def _canonical_place(scope: Scope, tail: str) -> str | None:
+    """Return the relative URL of a folder whose URL is written in another way, such as `/files//a/`; None if it is not.
+
+    Links in a page are relative, so each folder has exactly one URL.
+    """
+    segments = [segment for segment in tail.split("/") if segment not in ("", ".")]
+    canonical = "".join(f"{segment}/" for segment in segments)
+    sent = scope.get("raw_path")
+    if sent is None:
+        return None
+    parts = sent.partition(b"?")[0].decode("latin-1").split("/")
+    count = tail.count("/") + 1
+    if canonical == tail and unquote("/".join(parts[-count:])) == tail:
+        return None
+    for count in range(1, len(parts)):
+        if unquote("/".join(parts[-count:])) == tail:
+            return "../" * (count - 1) + quote(canonical) or "./"
+    return None

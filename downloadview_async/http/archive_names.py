@@ -1,0 +1,61 @@
+"""The names of files in an archive: safe to unpack, and different from each other."""
+
+import re
+from collections.abc import Iterable
+from itertools import count
+
+_UNSAFE = re.compile("[\x00-\x1f\x7f\\\\\ud800-\udfff]")
+_ANY_UNSAFE = re.compile(rf"{_UNSAFE.pattern}|(?:^|/)\.{{0,2}}/|(?:^|/)\.{{1,2}}\Z|^\Z|^[A-Za-z]:")
+_DRIVE = re.compile("^([A-Za-z]):")
+
+
+def safe_name(path: str) -> str:
+    """Return a path that stays in the directory in which an archive is unpacked, on every system.
+
+    An underscore replaces each backslash, control character and lone surrogate, each segment that is empty, `.` or
+    `..`, and the colon of a drive at the beginning. A slash at the end, as folders have it, stays.
+    """
+    if _ANY_UNSAFE.search(path) is None:
+        return path
+    segments = _UNSAFE.sub("_", path.removesuffix("/")).split("/")
+    safe = "/".join("_" if segment in ("", ".", "..") else segment for segment in segments)
+    return _DRIVE.sub(r"\1_", safe) + "/" * path.endswith("/")
+
+
+def distinct_names(paths: Iterable[str]) -> list[str]:
+    """Return each path, with a number for a file whose path another file or a folder has: `a.txt`, `a (2).txt`.
+
+    A path that ends with a slash is a folder, and stays as it is. Paths that differ in upper and lower case differ.
+    """
+    paths = list(paths)
+    folders = {parent for path in paths for parent in _parents(path)}
+    # A file keeps its path if it is the first with it, whatever numbers other files get.
+    firsts = {path: index for index, path in reversed([*enumerate(paths)]) if path not in folders}
+    taken = folders | firsts.keys()
+    names = []
+    for index, path in enumerate(paths):
+        if path.endswith("/") or firsts.get(path) == index:
+            names.append(path)
+        else:
+            names.append(_numbered(path, taken))
+            taken.add(names[-1])
+    return names
+
+
+def _parents(path: str) -> Iterable[str]:
+    """Yield the folders that a path needs, without a last slash; a folder needs itself."""
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
+def _numbered(path: str, taken: set[str]) -> str:
+    folder, slash, name = path.rpartition("/")
+    stem, dot, extension = name.rpartition(".")
+    if not stem:
+        stem, dot, extension = name, "", ""
+    return next(
+        numbered
+        for number in count(2)
+        if (numbered := f"{folder}{slash}{stem} ({number}){dot}{extension}") not in taken
+    )

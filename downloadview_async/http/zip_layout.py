@@ -1,0 +1,286 @@
+"""`ZipLayout`: where each byte of a ZIP archive is, from the names, the sizes and the times of its files alone.
+
+The files are stored without compression, so the length of the archive and the place of each file are known before any
+file is read. The layout is a pure function: the same files give the same bytes in each process and after each restart.
+The CRC-32 of a file is not part of it. It stands in 4 bytes of the data descriptor, which follows the file, and in 4
+bytes of the central directory at the end. APPNOTE is https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT.
+"""
+
+import stat
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from struct import Struct, pack
+
+from downloadview_async.http.metadata import ByteRange
+
+_LOCAL_HEADER = Struct("<IHHHHHIIIHH")
+_DIRECTORY_ENTRY = Struct("<IHHHHHHIIIHHHHHII")
+_DESCRIPTOR = Struct("<IIII")
+_DESCRIPTOR_64 = Struct("<IIQQ")
+_END = Struct("<IHHHHIIH")
+_END_64 = Struct("<IQHHIIQQQQ")
+_LOCATOR_64 = Struct("<IIQI")
+
+_UNIX = 3 << 8  # "version made by": tells that the external attributes have a Unix mode
+_VERSION, _VERSION_64 = 20, 45  # "version needed to extract", for folders and for Zip64
+_UTF8, _HAS_DESCRIPTOR = 1 << 11, 1 << 3  # general purpose bit flags
+_MAX_16, _MAX_32 = 0xFFFF, 0xFFFFFFFF  # these values mean: it is in the Zip64 field
+_DOS_FOLDER = 0x10
+_DOS_FIRST = int(datetime(1980, 1, 1, tzinfo=UTC).timestamp())
+_DOS_LAST = int(datetime(2107, 12, 31, 23, 59, 58, tzinfo=UTC).timestamp())
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file or a folder of an archive.
+
+    name: its path, with `/` between the segments; that of a folder ends with `/`. size: bytes, 0 for a folder.
+    modified: seconds since the epoch, UTC; None if unknown. mode: the permissions; None is 0o755 for a folder, and
+    0o644 for a file.
+    """
+
+    name: str
+    size: int = 0
+    modified: int | None = None
+    mode: int | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder."""
+        return self.name.endswith("/")
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A piece of an archive: a span of a file, which is not empty. index: that of the file's `Member`."""
+
+    index: int
+    span: ByteRange
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A piece of an archive that needs the CRC-32 of a file: a span of a record.
+
+    index: that of the file's `Member`. is_descriptor: whether the record is that of `ZipLayout.descriptor`, after the
+    file, or that of `ZipLayout.entry`, in the central directory.
+    """
+
+    index: int
+    span: ByteRange
+    is_descriptor: bool
+
+
+Piece = bytes | Content | Checked
+
+
+class ZipLayout:
+    """The layout of an archive with `members`, in their order. Names are taken as they are, and should be distinct.
+
+    size: the length of the archive in bytes.
+
+    Raises `ValueError` for a name that is empty or longer than 65,535 bytes of UTF-8.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = members
+        self._offsets = array("Q")
+        self._entries = array("Q")  # offsets of the entries of the central directory
+        position = 0
+        for index, member in enumerate(members):
+            length = len(member.name.encode())
+            if not 0 < length <= _MAX_16:
+                raise ValueError(f"an archive has no place for a name of {length} bytes: {member.name[:80]!r}")
+            self._offsets.append(position)
+            position += self._content_offset(index) + member.size + _descriptor_length(member)
+        self._directory = position
+        for index, member in enumerate(members):
+            self._entries.append(position)
+            extra = len(_extra(member)) + len(self._zip64_of_entry(index))
+            position += _DIRECTORY_ENTRY.size + len(member.name.encode()) + extra
+        self._end = position
+        self._end_records = self._make_end_records()
+        self.size = position + len(self._end_records)
+
+    def pieces(self, span: ByteRange) -> Iterator[Piece]:
+        """Yield the pieces of a span of the archive, in order."""
+        if span.start < self._directory:
+            for index in range(_index_of(self._offsets, span.start), len(self.members)):
+                if self._offsets[index] >= span.stop:
+                    return
+                yield from self._pieces_of_member(index, span)
+        if span.start < self._end:
+            for index in range(_index_of(self._entries, span.start), len(self.members)):
+                start = self._entries[index]
+                if start >= span.stop:
+                    return
+                length = self._length_of_entry(index)
+                if (part := _within(span, start, length)) is not None:
+                    if has_checksum(self.members[index]):
+                        yield Checked(index, part, is_descriptor=False)
+                    else:
+                        yield self.entry(index, 0)[part.start : part.stop]
+        if (part := _within(span, self._end, len(self._end_records))) is not None:
+            yield self._end_records[part.start : part.stop]
+
+    def _pieces_of_member(self, index: int, span: ByteRange) -> Iterator[Piece]:
+        member, position = self.members[index], self._offsets[index]
+        header, described = self._header(index), _descriptor_length(member)
+        content = position + len(header)
+        end = content + member.size
+        if span.start <= position and end + described <= span.stop:  # nearly every member: nothing is compared again
+            yield header
+            if described:
+                yield Content(index, ByteRange(0, member.size))
+                yield Checked(index, ByteRange(0, described), is_descriptor=True)
+            return
+        if (part := _within(span, position, len(header))) is not None:
+            yield header[part.start : part.stop]
+        if (part := _within(span, content, member.size)) is not None:
+            yield Content(index, part)
+        if (part := _within(span, end, described)) is not None:
+            yield Checked(index, part, is_descriptor=True)
+
+    def _content_offset(self, index: int) -> int:
+        """Return the length of the local header."""
+        member = self.members[index]
+        zip64 = 20 if _is_large(member) else 0
+        return _LOCAL_HEADER.size + len(member.name.encode()) + zip64 + len(_extra(member))
+
+    def _header(self, index: int) -> bytes:
+        """Return the local header [APPNOTE 4.3.7].
+
+        Its CRC-32 and sizes are 0, because a descriptor follows [4.4.4, bit 3] or the file is empty.
+        """
+        member = self.members[index]
+        name, is_large = member.name.encode(), _is_large(member)
+        # A reader that meets this field knows that the descriptor has sizes of 8 bytes [4.3.9.2].
+        extra = (pack("<HHQQ", 1, 16, 0, 0) if is_large else b"") + _extra(member)
+        size = _MAX_32 if is_large else 0
+        fixed = _LOCAL_HEADER.pack(
+            0x04034B50,
+            _VERSION_64 if is_large else _VERSION,
+            _flags(member),
+            0,
+            *_dos_time(member.modified),
+            0,
+            size,
+            size,
+            len(name),
+            len(extra),
+        )
+        return fixed + name + extra
+
+    def checked(self, piece: Checked, crc: int) -> bytes:
+        """Return the bytes of a piece, with the CRC-32 of its file."""
+        record = self.descriptor if piece.is_descriptor else self.entry
+        return record(piece.index, crc)[piece.span.start : piece.span.stop]
+
+    def descriptor(self, index: int, crc: int) -> bytes:
+        """Return the data descriptor of a file [APPNOTE 4.3.9]. crc: its CRC-32."""
+        size = self.members[index].size
+        layout = _DESCRIPTOR_64 if _is_large(self.members[index]) else _DESCRIPTOR
+        return layout.pack(0x08074B50, crc, size, size)
+
+    def entry(self, index: int, crc: int) -> bytes:
+        """Return the entry of a file in the central directory [APPNOTE 4.3.12]. crc: its CRC-32."""
+        member, offset = self.members[index], self._offsets[index]
+        name, zip64 = member.name.encode(), self._zip64_of_entry(index)
+        extra = zip64 + _extra(member)
+        mode = (0o755 if member.is_folder else 0o644) if member.mode is None else member.mode
+        kind = stat.S_IFDIR if member.is_folder else stat.S_IFREG
+        size = min(member.size, _MAX_32)
+        fixed = _DIRECTORY_ENTRY.pack(
+            0x02014B50,
+            _UNIX | _VERSION_64,
+            _VERSION_64 if zip64 else _VERSION,
+            _flags(member),
+            0,
+            *_dos_time(member.modified),
+            crc,
+            size,
+            size,
+            len(name),
+            len(extra),
+            0,
+            0,
+            0,
+            (kind | stat.S_IMODE(mode)) << 16 | (_DOS_FOLDER if member.is_folder else 0),
+            min(offset, _MAX_32),
+        )
+        return fixed + name + extra
+
+    def _length_of_entry(self, index: int) -> int:
+        following = index + 1
+        return (self._entries[following] if following < len(self._entries) else self._end) - self._entries[index]
+
+    def _zip64_of_entry(self, index: int) -> bytes:
+        """Return the Zip64 field, with the values that do not fit into 32 bits, or nothing [APPNOTE 4.5.3]."""
+        member, offset = self.members[index], self._offsets[index]
+        values = [member.size] * 2 if _is_large(member) else []
+        if offset >= _MAX_32:
+            values.append(offset)
+        return pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+
+    def _make_end_records(self) -> bytes:
+        """Return what follows the central directory [APPNOTE 4.3.14 to 4.3.16]."""
+        count, length, offset = len(self.members), self._end - self._directory, self._directory
+        zip64 = b""
+        if count >= _MAX_16 or length >= _MAX_32 or offset >= _MAX_32:
+            record_length = _END_64.size - 12  # without the signature and this field
+            versions = (_UNIX | _VERSION_64, _VERSION_64)
+            zip64 = _END_64.pack(0x06064B50, record_length, *versions, 0, 0, count, count, length, offset)
+            zip64 += _LOCATOR_64.pack(0x07064B50, 0, self._end, 1)
+        count = min(count, _MAX_16)
+        return zip64 + _END.pack(0x06054B50, 0, 0, count, count, min(length, _MAX_32), min(offset, _MAX_32), 0)
+
+
+def has_checksum(member: Member) -> bool:
+    """Return whether a member has a CRC-32 that depends on its content. That of an empty file, or of a folder, is 0."""
+    return member.size > 0
+
+
+def _is_large(member: Member) -> bool:
+    return member.size >= _MAX_32
+
+
+def _flags(member: Member) -> int:
+    return _UTF8 | (_HAS_DESCRIPTOR if has_checksum(member) else 0)
+
+
+def _descriptor_length(member: Member) -> int:
+    if not has_checksum(member):
+        return 0
+    return _DESCRIPTOR_64.size if _is_large(member) else _DESCRIPTOR.size
+
+
+def _extra(member: Member) -> bytes:
+    """Return the extended timestamp: the time in UTC, which the time of DOS does not tell."""
+    modified = member.modified
+    if modified is None or not -(2**31) <= modified < 2**31:
+        return b""
+    return pack("<HHBi", 0x5455, 5, 1, modified)
+
+
+@lru_cache(maxsize=1024)
+def _dos_time(modified: int | None) -> tuple[int, int]:
+    """Return the time and the date of DOS [APPNOTE 4.4.6], in UTC. A year that it does not have is the nearest."""
+    seconds = _DOS_FIRST if modified is None else min(max(modified, _DOS_FIRST), _DOS_LAST)
+    moment = datetime.fromtimestamp(seconds, UTC)
+    time = moment.hour << 11 | moment.minute << 5 | moment.second // 2
+    return time, moment.year - 1980 << 9 | moment.month << 5 | moment.day
+
+
+def _index_of(offsets: "array[int]", position: int) -> int:
+    """Return the index of the record in which a position is; the first record begins at or before it."""
+    return max(bisect_right(offsets, position) - 1, 0)
+
+
+def _within(span: ByteRange, position: int, length: int) -> ByteRange | None:
+    """Return which bytes of a record at a position are in a span; None if none is."""
+    start, stop = max(span.start - position, 0), min(span.stop - position, length)
+    return ByteRange(start, stop) if start < stop else None

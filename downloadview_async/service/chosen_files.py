@@ -1,0 +1,57 @@
+"""`ChosenFiles`: some files and directories, each under its name, as the folders and files of one source."""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+
+from downloadview_async import AsyncFile, ConfigurationError, Entry, FileError, FileMissing, PathSource
+
+
+class ChosenFiles:
+    """A source that has the given files and directories at its top, and nothing else.
+
+    Raises `ConfigurationError` for a path that does not exist, and for two with the same name.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._directories: dict[str, PathSource] = {}
+        self._files: dict[str, PathSource] = {}
+        for path in paths:
+            parent, name = os.path.split(os.path.abspath(path))
+            if name in self._directories or name in self._files:
+                raise ConfigurationError(f"two of the paths have the name {name!r}: rename one, or leave it out")
+            if os.path.isdir(path):
+                self._directories[name] = PathSource(path)
+            elif os.path.isfile(path):
+                self._files[name] = PathSource(parent)
+            else:
+                raise ConfigurationError(f"{path!r} is neither a file nor a directory: correct it")
+
+    async def resolve(self, name: str) -> AsyncFile:
+        """Return the file with a name, such as `notes.txt` or `photos/one.jpg`. Raises `FileMissing`."""
+        first, slash, rest = name.removeprefix("/").partition("/")
+        if slash and first in self._directories:
+            return await self._directories[first].resolve(rest)
+        if not slash and first in self._files:
+            return await self._files[first].resolve(first)
+        raise FileMissing(f"not one of the files that are served: {name!r}")
+
+    async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Yield the entries of a folder: see `SupportsListing`."""
+        first, _, rest = folder.strip("/").partition("/")
+        if first:
+            if first not in self._directories:
+                raise FileMissing(f"not one of the directories that are served: {folder!r}")
+            async for entry in self._directories[first].list(rest):
+                yield entry
+            return
+        for name in self._directories:
+            yield Entry(name, is_folder=True)
+        for name, source in self._files.items():
+            try:
+                async with (await source.resolve(name)).open() as opened:
+                    metadata = opened.metadata
+            except FileError:  # it has been removed, or nobody may read it
+                continue
+            modified = None if metadata.last_modified is None else datetime.fromtimestamp(metadata.last_modified, UTC)
+            yield Entry(name, size=metadata.size, modified=modified)

@@ -1,0 +1,589 @@
+"""ZIP archives that are made while they are sent: `Archive` has given files, `ArchiveSource` those of a folder.
+
+The names, sizes and tags of the files give the length, the tag and the place of each byte (`http.zip_layout`), so an
+archive has ranges like a file. Only the CRC-32s come from the content. They are computed while a file passes through,
+and kept in a `Checksums`. If a range needs one that is not known, it waits until a worker has read that file.
+"""
+
+import os
+import time
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from typing import TypeVar
+from weakref import ref
+
+import anyio
+
+from downloadview_async.errors import ArchiveTooLarge, ConfigurationError, FileMissing, TransferAborted
+from downloadview_async.http.archive_names import distinct_names, safe_name
+from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.request import GET, HEAD, DownloadRequest
+from downloadview_async.http.zip_layout import Content, Member, ZipLayout, has_checksum
+from downloadview_async.sources.base import AsyncFile, OpenFile, Source, SupportsListing, check_source
+from downloadview_async.sources.checksums import Checksums, MemoryChecksums
+from downloadview_async.sources.listing import DescribedEntry, Entry, closing_entries
+from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile, local_of, open_nowait
+from downloadview_async.sources.names import canonical_folder
+from downloadview_async.sources.workers import MID_TRANSFER, Slots
+
+Key = TypeVar("Key")
+
+CONTENT_TYPE = "application/zip"
+SHARED_SECONDS = 1.0
+"""For how many seconds a layout is given to other connections, such as those of a client that opens sixteen."""
+
+_ENOUGH = 128 * 1024  # bytes that are sent together: many small files are one chunk
+_LOOKED_UP = 500  # files whose CRC-32s are looked up together
+_NOTED = 64 << 20  # bytes after which the CRC-32s of the files that have passed are stored
+_DESCRIBED = 8  # files that are opened at the same time to describe them
+_READERS = 4  # files that are read at the same time for their CRC-32s alone
+_READ = 16 << 20  # bytes of a local file that one call of a worker reads
+_SEPARATOR = "\0"  # no name has it
+_Chosen = tuple[str, ...]  # a folder, and names in it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveLimits:
+    """What an archive may hold at most. None: any number.
+
+    files: files and folders. size: bytes of the archive. depth: folders within folders, which ends a loop of links too.
+    """
+
+    files: int | None = 100_000
+    size: int | None = None
+    depth: int | None = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveEntry:
+    """A file or an empty folder for an `Archive`.
+
+    path: where it is in the archive, such as `reports/2026/june.pdf`; that of a folder ends with a slash. A path is
+    made safe: see `safe_name`. file: None for a folder. modified: seconds since the epoch, UTC; None is the time of the
+    file. mode: the permissions; None is 0o644, or 0o755 for a folder.
+    """
+
+    path: str
+    file: AsyncFile | None = None
+    modified: int | None = None
+    mode: int | None = None
+
+
+@dataclass(slots=True)
+class _Item:
+    """A file or a folder on its way into an archive.
+
+    find: returns the file; None for a folder. name: identifies the file in its source; empty: its name in the archive.
+    """
+
+    path: str
+    find: Callable[[], Awaitable[AsyncFile]] | None
+    metadata: FileMetadata | None
+    modified: int | None
+    mode: int | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class _LaidOut:
+    """An archive whose files have been described. crcs: the CRC-32s that are known, by the index of the file."""
+
+    items: Sequence[_Item]
+    layout: ZipLayout
+    metadata: FileMetadata
+    crcs: dict[int, int]
+
+
+class _Knowledge:
+    """The CRC-32s of one source. source: identifies it in the `Checksums`."""
+
+    def __init__(self, source: str, checksums: Checksums) -> None:
+        self.checksums = checksums
+        self.readers = Slots(_READERS, patience=MID_TRANSFER)
+        self.reading: dict[bytes | None, anyio.Lock] = {}
+        self._source = source
+
+    def key(self, name: str, version: str, size: int) -> bytes:
+        """Return the key of a version of a file."""
+        return blake2b(repr((self._source, name, version, size)).encode(), digest_size=16).digest()
+
+
+class Archive:
+    """A ZIP archive of files, which is made while it is sent.
+
+    entries: `ArchiveEntry` objects, or pairs of a path and a file. name: what the client calls the archive. limits:
+    what it may hold. name_in_checksums: identifies the files by their paths in `checksums`, which keeps their CRC-32s
+    for other archives with this name; without a name they are kept with this object.
+
+    Two entries with the same path get different names: see `distinct_names`. Opening the archive opens each file once,
+    to describe it. It has a strong tag, and ranges, if each file has a strong validator. Without, it can only be sent
+    as a whole.
+
+    Opening raises `ArchiveTooLarge`, also for a file whose size is not known, and what opening a file raises.
+    """
+
+    location: str | None = None
+
+    def __init__(
+        self,
+        entries: Iterable[ArchiveEntry | tuple[str, AsyncFile]],
+        *,
+        name: str = "archive.zip",
+        limits: ArchiveLimits | None = None,
+        checksums: Checksums | None = None,
+        name_in_checksums: str | None = None,
+    ) -> None:
+        self.name = name
+        self._limits = limits or ArchiveLimits()
+        self._entries = [entry if isinstance(entry, ArchiveEntry) else ArchiveEntry(*entry) for entry in entries]
+        for entry in self._entries:
+            if (entry.file is None) != entry.path.endswith("/"):
+                raise ConfigurationError(
+                    f"{entry.path!r} is in an archive: give it a file, or a slash at its end for a folder"
+                )
+        is_shared = checksums is not None and name_in_checksums is not None
+        kept = checksums if is_shared and checksums is not None else MemoryChecksums()
+        self._knowledge = _Knowledge(name_in_checksums or "", kept)
+
+    async def _items(self) -> list[_Item]:
+        return [
+            _Item(
+                entry.path,
+                None if entry.file is None else partial(_itself, entry.file),
+                None,
+                entry.modified,
+                entry.mode,
+            )
+            for entry in self._entries
+        ]
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator["OpenArchive"]:
+        """Describe the files and lay the archive out. No file is read before its part is streamed."""
+        yield OpenArchive(await self._laid_out(), self._knowledge)
+
+    async def _laid_out(self) -> _LaidOut:
+        return await _laid_out(await self._items(), self._limits)
+
+
+class FolderArchive(Archive):
+    """An archive of a folder of a source, or of some of its entries. `ArchiveSource` makes it."""
+
+    def __init__(self, source: "ArchiveSource", folder: str, names: Sequence[str]) -> None:
+        last = folder.rpartition("/")[2]
+        self.name = f"{last or 'archive'}.zip"
+        self._source = source
+        self._limits = source.limits
+        self._knowledge = source.knowledge
+        self._folder = folder
+        self._names = {*names}
+
+    async def _laid_out(self) -> _LaidOut:
+        """Return the layout that another connection has made in the last `SHARED_SECONDS`, or a new one."""
+        recent, key = self._source.recent, (self._folder, *sorted(self._names))
+        async with _one_at_a_time(self._source.laying_out, key):
+            now = time.monotonic()
+            for old in [old for old, (until, _) in recent.items() if until <= now]:
+                del recent[old]
+            laid_out = recent[key][1]() if key in recent else None
+            if laid_out is None:
+                laid_out = await super()._laid_out()
+                recent[key] = time.monotonic() + SHARED_SECONDS, ref(laid_out)
+            return laid_out
+
+    async def _items(self) -> list[_Item]:
+        """Return what is below the folder, in the order of the names."""
+        items: list[_Item] = []
+        last = self._folder.rpartition("/")[2]
+        if self._names or not last:
+            await self._collect(items, self._folder, "", 0, only=self._names)
+        else:
+            items.append(_Item(f"{last}/", None, None, None))
+            await self._collect(items, self._folder, f"{last}/", 0)
+        return items
+
+    async def _collect(
+        self, items: list[_Item], folder: str, path: str, depth: int, only: set[str] | None = None
+    ) -> None:
+        entries: list[Entry] = []
+        leave_out, limit = self._source.leave_out, self._limits.files
+        async with closing_entries(self._source.listing.list(folder)) as listing:
+            async for entry in listing:
+                if only and entry.name not in only:
+                    continue
+                if leave_out is not None and leave_out(f"{folder}/{entry.name}" if folder else entry.name):
+                    continue
+                entries.append(entry)
+                if limit is not None and len(items) + len(entries) > limit:
+                    _check(limit + 1, limit, "files and folders")
+        if only and (missing := only - {entry.name for entry in entries}):
+            raise FileMissing(f"{folder!r} does not have {sorted(missing)}")
+        entries.sort(key=lambda entry: entry.name)
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            modified = None if entry.modified is None else int(entry.modified.timestamp() // 1)
+            if entry.is_folder:
+                _check(depth + 1, self._limits.depth, "folders within folders")
+                items.append(_Item(f"{path}{entry.name}/", None, None, modified))
+                await self._collect(items, name, f"{path}{entry.name}/", depth + 1)
+            else:
+                metadata = entry.describe() if isinstance(entry, DescribedEntry) else None
+                find = partial(self._source.source.resolve, name)
+                items.append(_Item(f"{path}{entry.name}", find, metadata, modified, name=name))
+
+
+class ArchiveSource:
+    """The folders of another source as ZIP archives: `resolve("reports/2026")` gives `2026.zip`.
+
+    The archive of a folder has that folder at its top: `2026/june.pdf`. That of the whole source is `archive.zip`, and
+    has the files and folders at its top, as an archive of a selection does: see `selection`.
+
+    source: one that lists its folders: see `SupportsListing`. limits: what an archive may hold. checksums: keeps the
+    CRC-32s of the files, by default in memory. name: identifies the source in `checksums`; only a `Checksums` that
+    several sources share needs it. leave_out: returns whether a file or folder is left out; it gets the name in the
+    source.
+
+    Raises `ConfigurationError` for a source that does not list folders.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        limits: ArchiveLimits | None = None,
+        checksums: Checksums | None = None,
+        name: str = "",
+        leave_out: Callable[[str], bool] | None = None,
+    ) -> None:
+        check_source(source, "ArchiveSource")
+        if not isinstance(source, SupportsListing):
+            raise ConfigurationError(f"ArchiveSource takes a source that lists its folders, which {source!r} does not")
+        self.source = source
+        self.limits = limits or ArchiveLimits()
+        self.knowledge = _Knowledge(name, checksums or MemoryChecksums())
+        # Layouts, and until when others get them. They are kept only as long as a connection uses them.
+        self.recent: dict[_Chosen, tuple[float, ref[_LaidOut]]] = {}
+        self.laying_out: dict[_Chosen, anyio.Lock] = {}
+        self.listing: SupportsListing = source
+        self.leave_out = leave_out
+
+    def canonical(self, name: str) -> str:
+        """Return the one key for an archive: see `HasCanonicalNames`."""
+        folder, *names = name.split(_SEPARATOR)
+        return selection(folder, names)
+
+    async def resolve(self, name: str, /) -> FolderArchive:
+        """Return the archive of a folder, or of a `selection`. A missing folder is noticed when it is opened."""
+        folder, *names = self.canonical(name).split(_SEPARATOR)
+        return FolderArchive(self, folder, names)
+
+
+def selection(folder: str, names: Iterable[str] = ()) -> str:
+    """Return the name in an `ArchiveSource` for an archive of some entries of a folder; without names, of all.
+
+    Raises `FileMissing` for a name that no folder has.
+    """
+    return _SEPARATOR.join([canonical_folder(folder, "any"), *sorted({*names})])
+
+
+class OpenArchive:
+    """An archive whose files have been described. Each file is opened when its part is streamed."""
+
+    def __init__(self, laid_out: _LaidOut, knowledge: _Knowledge) -> None:
+        self._laid_out = laid_out  # as long as this exists, others get it too
+        self.metadata = laid_out.metadata
+        self._items = laid_out.items
+        self._layout = laid_out.layout
+        self._crcs = laid_out.crcs
+        self._knowledge = knowledge
+        self._unstored: dict[bytes, int] = {}
+        self._looked_up = range(0)
+
+    async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        """Yield the bytes of a span. Raises `TransferAborted` if a file is not that which was described."""
+        parts: list[bytes] = []
+        length = passed = 0
+        try:
+            for piece in self._layout.pieces(ByteRange(0, self._layout.size) if span is None else span):
+                if isinstance(piece, Content):
+                    await self._look_up(piece.index)
+                    if (content := await self._small(piece)) is not None:
+                        parts.append(content)
+                        length += len(content)
+                        passed += len(content)
+                        if length >= _ENOUGH:
+                            yield b"".join(parts)
+                            parts, length = [], 0
+                        continue
+                    async with aclosing(self._content(piece)) as chunks:
+                        async for chunk in chunks:
+                            parts.append(chunk)
+                            length += len(chunk)
+                            if length >= _ENOUGH:
+                                passed += length
+                                yield b"".join(parts) if len(parts) > 1 else chunk
+                                parts, length = [], 0
+                    if passed >= _NOTED:
+                        passed = 0
+                        await self._store()
+                    continue
+                if not isinstance(piece, bytes):
+                    if not await self._is_known(piece.index):
+                        if parts:
+                            yield b"".join(parts)  # the client need not wait for these
+                            parts, length = [], 0
+                        await self._read(piece.index)
+                    piece = self._layout.checked(piece, self._crcs[piece.index])
+                parts.append(piece)
+                length += len(piece)
+                if length >= _ENOUGH:
+                    yield b"".join(parts)
+                    parts, length = [], 0
+            if parts:
+                yield b"".join(parts)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._store()
+
+    async def _small(self, piece: Content) -> bytes | None:
+        """Return the bytes of a span of a local file if they are few; else None.
+
+        Most files of an archive are such, and this costs a third of what `_content` costs.
+        """
+        index, span = piece.index, piece.span
+        if len(span) > CHUNK_SIZE:
+            return None
+        opened = open_nowait(await self._find(index), GET)
+        if opened is None or (local := local_of(opened)) is None:
+            return None
+        with closing(local):
+            self._check(index, opened)
+            content = local.read_nowait(span)
+            if content is None:
+                content = await local.read(span)
+                if len(content) < len(span) or local.is_rewritten():
+                    raise TransferAborted(f"{self._items[index].path!r} changed while it was read")
+        if index not in self._crcs and len(span) == self._layout.members[index].size:
+            self._note(index, zlib.crc32(content))
+        return content
+
+    async def _content(self, piece: Content) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a span of a file, and compute its CRC-32 if that is not known and all bytes pass."""
+        index, span = piece.index, piece.span
+        is_whole = len(span) == self._layout.members[index].size
+        is_computed = is_whole and index not in self._crcs
+        left, crc = len(span), 0
+        async with self._opened(index, GET if is_whole else _request_for(span)) as opened, AsyncExitStack() as stack:
+            # generated content can only be read from its beginning
+            skipped = 0 if is_whole or opened.metadata.accept_ranges else span.start
+            chunks = opened.stream(None if is_whole or skipped else span)
+            if isinstance(chunks, AsyncGenerator):
+                await stack.enter_async_context(aclosing(chunks))
+            async for received in chunks:
+                chunk = received[skipped : skipped + left]
+                skipped -= min(skipped, len(received))
+                left -= len(chunk)
+                if is_computed:
+                    crc = zlib.crc32(chunk, crc)
+                yield chunk
+                if not left:
+                    break
+        if left:
+            raise TransferAborted(f"{self._items[index].path!r} ended {left} bytes before its end")
+        if is_computed:
+            self._note(index, crc)
+
+    async def _find(self, index: int) -> AsyncFile:
+        find = self._items[index].find
+        assert find is not None
+        return await find()
+
+    def _check(self, index: int, opened: OpenFile) -> None:
+        """Raise `TransferAborted` if an open file is not the version in the layout."""
+        item, metadata = self._items[index], opened.metadata
+        if metadata is not item.metadata and _identity(metadata) != _identity(item.metadata):
+            raise TransferAborted(f"{item.path!r} has changed since the archive was laid out")
+
+    @asynccontextmanager
+    async def _opened(self, index: int, request: DownloadRequest) -> AsyncIterator[OpenFile]:
+        """Give the open file. Raises `TransferAborted` if it is not the version in the layout."""
+        file = await self._find(index)
+        async with file.open(request) as opened:
+            self._check(index, opened)
+            yield opened
+
+    def _note(self, index: int, crc: int) -> None:
+        self._crcs[index] = crc
+        if (key := self._key(index)) is not None:
+            self._unstored[key] = crc
+
+    async def _store(self) -> None:
+        if self._unstored:
+            unstored, self._unstored = self._unstored, {}
+            await self._knowledge.checksums.put(unstored)
+
+    def _key(self, index: int) -> bytes | None:
+        """Return the key of a file in the `Checksums`; None for a file that may change without a sign."""
+        item = self._items[index]
+        size, version = _identity(item.metadata)
+        assert size is not None
+        return self._knowledge.key(item.name or self._layout.members[index].name, version, size) if version else None
+
+    async def _look_up(self, index: int) -> None:
+        """Look up the CRC-32s of a file and of those after it."""
+        if index in self._looked_up:
+            return
+        self._looked_up = range(index, min(index + _LOOKED_UP, len(self._items)))
+        keys = {
+            key: each
+            for each in self._looked_up
+            if each not in self._crcs
+            and has_checksum(self._layout.members[each])
+            and (key := self._key(each)) is not None
+        }
+        if keys:
+            for key, crc in (await self._knowledge.checksums.get(list(keys))).items():
+                self._crcs[keys[key]] = crc
+
+    async def _is_known(self, index: int) -> bool:
+        if index not in self._crcs:
+            await self._look_up(index)
+        return index in self._crcs
+
+    async def _read(self, index: int) -> None:
+        """Read a file for its CRC-32 alone, or wait until another range has."""
+        key = self._key(index)
+        async with _one_at_a_time(self._knowledge.reading, key):
+            if key is not None and (known := await self._knowledge.checksums.get([key])):
+                self._crcs[index] = known[key]
+                return
+            with await self._knowledge.readers.take():
+                async with self._opened(index, GET) as opened:
+                    self._note(index, await _crc_of(opened, self._layout.members[index].size))
+            await self._store()
+
+
+@asynccontextmanager
+async def _one_at_a_time(locks: dict[Key, anyio.Lock], key: Key) -> AsyncIterator[None]:
+    """Wait until nobody else does this for the key. A lock is kept only while it is used, so each loop has its own."""
+    lock = locks.setdefault(key, anyio.Lock())
+    try:
+        async with lock:
+            yield
+    finally:
+        if not lock.locked() and locks.get(key) is lock:
+            del locks[key]
+
+
+async def _crc_of(opened: OpenFile, size: int) -> int:
+    """Return the CRC-32 of a file. Raises `TransferAborted` if it is shorter than `size`."""
+    crc = position = 0
+    local = local_of(opened)
+    while local is not None and position < size:
+        length = min(_READ, size - position)
+        crc, count = await local.workers.run(_crc_of_span, local, position, length, crc, patience=MID_TRANSFER)
+        if not count or local.is_rewritten():
+            raise TransferAborted("a file changed while it was read for its CRC-32")
+        position += count
+    if local is None:
+        async for chunk in opened.stream(None):
+            crc = zlib.crc32(chunk, crc)
+            position += len(chunk)
+    if position != size:
+        raise TransferAborted("a file changed while it was read for its CRC-32")
+    return crc
+
+
+def _crc_of_span(local: OpenLocalFile, position: int, length: int, crc: int) -> tuple[int, int]:
+    """Return the CRC-32 that continues with a span, and how many bytes of it there are. Runs in a worker thread."""
+    count = 0
+    while count < length and (chunk := os.pread(local.descriptor, min(1 << 20, length - count), position + count)):
+        crc = zlib.crc32(chunk, crc)
+        count += len(chunk)
+    return crc, count
+
+
+async def _laid_out(items: list[_Item], limits: ArchiveLimits) -> _LaidOut:
+    """Return the archive of these items. Raises `ArchiveTooLarge`."""
+    _check(len(items), limits.files, "files and folders")
+    await _describe(items)
+    names = distinct_names([safe_name(item.path) for item in items])
+    kept: dict[str, _Item] = {}
+    members: list[Member] = []
+    digest = blake2b(digest_size=16)
+    is_pinned = True
+    for item, name in zip(items, names, strict=True):
+        if name in kept:
+            continue  # the same folder again
+        kept[name] = item
+        size, version = (0, "") if item.find is None else _identity(item.metadata)
+        if size is None:
+            raise ArchiveTooLarge(f"the size of {item.path!r} is not known", "a file has no known size")
+        modified = item.modified
+        if modified is None and item.metadata is not None:
+            modified = item.metadata.last_modified
+        member = Member(name, size, modified, item.mode)
+        members.append(member)
+        is_pinned = is_pinned and (bool(version) or not has_checksum(member))
+        digest.update(repr((name, size, modified, item.mode, version)).encode())
+    layout = ZipLayout(members)
+    _check(layout.size, limits.size, "bytes")
+    metadata = FileMetadata(
+        size=layout.size,
+        etag=ETag(f"zip-{digest.hexdigest()}") if is_pinned else None,
+        content_type=CONTENT_TYPE,
+        accept_ranges=is_pinned,
+        headers=(("cache-control", "no-cache"),),  # a cache asks each time whether the folder has changed
+    )
+    return _LaidOut(list(kept.values()), layout, metadata, {})
+
+
+async def _describe(items: Iterable[_Item]) -> None:
+    """Open each file that has not been described, and describe it."""
+    pending = iter([item for item in items if item.find is not None and item.metadata is None])
+    failures: list[Exception] = []
+
+    async def work() -> None:
+        try:
+            for item in pending:
+                assert item.find is not None
+                file = await item.find()
+                async with file.open(HEAD) as opened:
+                    item.metadata = opened.metadata
+        except Exception as exc:  # raised as it is, and not in a group
+            failures.append(exc)
+            group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for _ in range(_DESCRIBED):
+            group.start_soon(work)
+    if failures:
+        raise failures[0]
+
+
+def _identity(metadata: FileMetadata | None) -> tuple[int | None, str]:
+    """Return the size and the validator of a version of a file; an empty text without a strong validator."""
+    if metadata is None:
+        return None, ""
+    if metadata.etag is not None and not metadata.etag.weak:
+        return metadata.size, str(metadata.etag)
+    return metadata.size, "" if metadata.changed_at is None else f"{metadata.changed_at}"
+
+
+def _request_for(span: ByteRange) -> DownloadRequest:
+    return DownloadRequest(range=f"bytes={span.start}-{span.stop - 1}")
+
+
+async def _itself(file: AsyncFile) -> AsyncFile:
+    return file
+
+
+def _check(number: int, limit: int | None, what: str) -> None:
+    if limit is not None and number > limit:
+        raise ArchiveTooLarge(
+            f"an archive of {number} or more {what}", f"it would have more than {limit} {what}, the limit"
+        )

@@ -1,0 +1,113 @@
+"""Listings in a real browser: they fit each window, and their script and style are all that runs."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import downloadview_async as dv
+from tests.browser import CHROMIUM, browse
+from tests.live import live
+
+pytestmark = [
+    pytest.mark.asyncio,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium"),
+]
+
+PROBE = """
+addEventListener("load", () => setTimeout(() => {
+const q = (s) => [...document.querySelectorAll(s)];
+const field = document.querySelector("[name=q]");
+const boxes = q("td input");
+const facts = {wide: document.documentElement.scrollWidth, window: innerWidth,
+rows: q("tbody tr").length, boxes: boxes.length, bar: document.querySelector(".bar").hidden,
+times: q("time").every((t) => t.dateTime.endsWith("Z") && t.title && !t.textContent.includes("Z")),
+background: getComputedStyle(document.body).backgroundColor,
+requests: performance.getEntriesByType("resource").length};
+boxes[0].click();
+boxes[3].dispatchEvent(new MouseEvent("click", {bubbles: true, shiftKey: true}));
+facts.selected = boxes.filter((b) => b.checked).length;
+facts.shown = !document.querySelector(".bar").hidden;
+field.value = "FILE1"; field.dispatchEvent(new Event("input"));
+facts.left = q("tbody tr").filter((r) => !r.hidden).length;
+console.log("facts " + JSON.stringify(facts));
+}, 50));
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    directory = tmp_path / "files"
+    (directory / "folder").mkdir(parents=True)
+    names = [*(f"file{number}.txt" for number in range(20)), "x" * 250, "שלום עולם.pdf", "\u202egpj.exe", "a b 😀.png"]
+    for name in names:
+        (directory / name).write_bytes(b"0" * 12345)
+    return directory
+
+
+class Framed:
+    """Shows an application in a frame of a width: a window of Chromium is at least 500 pixels wide.
+
+    paths: of the requests to the application.
+    """
+
+    def __init__(self, app: ASGIApp, width: int) -> None:
+        self.paths: list[str] = []
+        self._app = app
+        self._page = HTMLResponse(
+            f'<link rel="icon" href="data:,"><iframe src="/listing/" style="width:{width}px;height:800px;border:0">'
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_framed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    (name, value.replace(b"frame-ancestors 'none'", b"frame-ancestors 'self'"))
+                    for name, value in message["headers"]
+                ]
+            await send(message)
+
+        if scope["path"] == "/":
+            await self._page(scope, receive, send)
+        else:
+            self.paths.append(scope["path"])
+            await self._app(scope, receive, send_framed)
+
+
+async def browsed(url: str, profile: Path, *flags: str) -> str:
+    return await anyio.to_thread.run_sync(browse, url, profile, *flags)
+
+
+def facts_of(output: str) -> dict[str, Any]:
+    match = re.search(r'"facts (\{.*\})"', output)
+    assert match is not None, output[-2000:]
+    facts: dict[str, Any] = json.loads(match[1])
+    return facts
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [320, 800, 1600])
+async def test_a_page_fits_the_window(root: Path, tmp_path: Path, width: int, is_dark: bool) -> None:
+    pages = dv.Pages(script=dv.Pages().script + PROBE)
+    download = dv.Download(dv.PathSource(root), listing=pages)
+    app = Framed(Starlette(routes=[Mount("/listing", download)]), width)
+    flags = [f"--blink-settings=preferredColorScheme={int(not is_dark)}", f"--window-size={width + 200},900"]
+    flags += [f"--screenshot={tmp_path / 'page.png'}", "--enable-logging=stderr", "--virtual-time-budget=3000"]
+    async with live(app) as port:
+        output = await browsed(f"http://127.0.0.1:{port}/", tmp_path / "profile", *flags)
+    facts = facts_of(output)
+    assert facts["window"] == width
+    assert facts["wide"] <= width
+    assert facts["rows"] == facts["boxes"] == 25
+    assert facts["times"]
+    assert (facts["selected"], facts["shown"], facts["left"]) == (4, True, 11)
+    assert facts["background"] == ("rgb(22, 25, 29)" if is_dark else "rgb(253, 253, 252)")
+    assert app.paths == ["/listing/"]

@@ -1,0 +1,107 @@
+"""The service's `archive = true` and `[archives]`: what is read, what is refused, and what is served."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from downloadview_async import ConfigurationError
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
+from downloadview_async.service.settings import Settings
+
+TEXT = """
+[sources.files]
+type = "path"
+root = "files"
+[[routes]]
+path = "/files/{path:path}"
+source = "files"
+hide = [".*"]
+archive = true
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "files/d/.git").mkdir(parents=True)
+    (tmp_path / "files/d/a.txt").write_bytes(b"a" * 999)
+    (tmp_path / "files/d/.git/config").write_bytes(b"secret")
+    return tmp_path
+
+
+def load(directory: Path, text: str, **environ: str) -> Settings:
+    file = directory / "downloadview.toml"
+    file.write_text(text)
+    return load_settings(file, environ=environ)
+
+
+def names_of(content: bytes) -> list[str]:
+    return zipfile.ZipFile(io.BytesIO(content)).namelist()
+
+
+def test_a_folder_is_sent(directory: Path) -> None:
+    with TestClient(build(load(directory, TEXT))) as client:
+        answer = client.get("/files/d/?archive=zip")
+        assert names_of(answer.content) == ["d/", "d/a.txt"]
+        assert client.get("/files/d/.git/?archive=zip").status_code == 404
+        part = client.get("/files/d/?archive=zip", headers={"Range": "bytes=-9"})
+        assert (part.status_code, part.content) == (206, answer.content[-9:])
+
+
+def test_without_the_setting_there_is_none(directory: Path) -> None:
+    with TestClient(build(load(directory, TEXT.replace("archive = true", "")))) as client:
+        assert client.get("/files/d/?archive=zip").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "limit, status", [("max_files = 1", 413), ("max_bytes = '1kB'", 413), ("max_bytes = '2kB'", 200), ("", 200)]
+)
+def test_limits(directory: Path, limit: str, status: int) -> None:
+    with TestClient(build(load(directory, f"{TEXT}[archives]\n{limit}\n"))) as client:
+        assert client.get("/files/d/?archive=zip").status_code == status
+
+
+def test_checksums_are_kept_in_a_file_beside_the_settings(directory: Path) -> None:
+    settings = load(directory, f"{TEXT}[archives]\nchecksums = 'crc.db'\nper_client = 0\n")
+    assert settings.archives.checksums == str(directory / "crc.db")
+    with TestClient(build(settings)) as client:
+        assert client.get("/files/d/?archive=zip").status_code == 200
+    assert (directory / "crc.db").is_file()
+
+
+def test_the_cache_of_a_source_keeps_its_archives(directory: Path) -> None:
+    text = TEXT.replace('type = "path"\nroot = "files"', f'type = "storage"\nurl = "file://{directory}/files"')
+    text += '[sources.files.cache]\npath = "cache"\n'
+    with TestClient(build(load(directory, text))) as client:
+        first = client.get("/files/d/?archive=zip").content
+        assert names_of(first) == ["d/", "d/a.txt"]
+        assert client.get("/files/d/?archive=zip").content == first
+        assert client.get("/-/cache").json()["files"]["misses"] >= 1
+
+
+@pytest.mark.parametrize(
+    "text, key, remedy",
+    [
+        (f"{TEXT}[archives]\nmax_bytes = 'much'\n", "archives.max_bytes", "is not a size"),
+        (f"{TEXT}[archives]\nmax_bytes = 0\n", "archives.max_bytes", "is not a size"),
+        (f"{TEXT}[archives]\nmax_files = 0\n", "archives.max_files", "files and folders in an archive, 1 or more"),
+        (f"{TEXT}[archives]\nper_client = -1\n", "archives.per_client", "archives that a client may get"),
+        (f"{TEXT}[archives]\nfiles = 1\n", "archives.files", "unknown key"),
+        (TEXT.replace("true", "'zip'"), "routes[0].archive", "true to send folders as ZIP archives"),
+    ],
+)
+def test_mistakes(directory: Path, text: str, key: str, remedy: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        load(directory, text)
+    assert f": {key}: " in str(refused.value)
+    assert remedy in str(refused.value)
+
+
+def test_a_source_that_does_not_list_is_refused(directory: Path) -> None:
+    (directory / "made.py").write_text("def make(name): ...")
+    text = TEXT.replace('type = "path"\nroot = "files"', 'type = "virtual"\nfactory = "made:make"')
+    with pytest.raises(ConfigurationError, match=r"routes\[0\]\.archive: .*lists its folders"):
+        build(load(directory, text))

@@ -1,0 +1,168 @@
+"""Users make signed links to files in a browser: what a link grants, and who may not make one."""
+
+import base64
+import html
+import re
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit
+
+import bcrypt
+import pytest
+from starlette.types import ASGIApp
+
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
+from downloadview_async.testing import Recording, call
+from tests.browser import CHROMIUM, browse
+from tests.live import live
+
+pytestmark = pytest.mark.asyncio
+SETTINGS = f"""
+[links]
+keys = "2026a {"s" * 32}"
+max_age = "2d"
+STORE
+[users]
+file = "users"
+[sources.files]
+type = "path"
+root = "files"
+[[routes]]
+path = "/files/{{path:path}}"
+source = "files"
+hide = [".*"]
+list = true
+access = ["signed", "user:ada"]
+[[routes]]
+path = "/unshared/{{path:path}}"
+source = "files"
+list = true
+access = ["user:ada"]
+"""
+
+
+def auth(name: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"{name}:secret".encode()).decode()}
+
+
+ADA = auth("ada")
+OURS = {"Sec-Fetch-Site": "same-origin", "Content-Type": "application/x-www-form-urlencoded", "Host": "x.example"}
+
+
+@pytest.fixture
+def app(tmp_path: Path, request: pytest.FixtureRequest) -> ASGIApp:
+    store = getattr(request, "param", "")
+    (tmp_path / "files" / "sub").mkdir(parents=True)
+    for name in ("a <b>.txt", ".env"):
+        (tmp_path / "files" / name).write_text("content")
+    hashed = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
+    (tmp_path / "users").write_text(f"ada:{hashed}\nbob:{hashed}\n")
+    (tmp_path / "downloadview.toml").write_text(SETTINGS.replace("STORE", store))
+    return build(load_settings(tmp_path / "downloadview.toml", environ={}))
+
+
+async def post(app: ASGIApp, path: str, headers: dict[str, str], **fields: str) -> Recording:
+    body = urlencode(fields).encode()
+    return await call(app, path, method="POST", query="share", headers=headers, body=body)
+
+
+def link_of(page: Recording) -> str:
+    match = re.search(r'readonly value="([^"]+)"', page.body.decode())
+    assert match is not None, page.body
+    return html.unescape(match[1])
+
+
+async def opened(app: ASGIApp, link: str) -> Recording:
+    parts = urlsplit(link)
+    return await call(app, parts.path.replace("%20", " ").replace("%3C", "<").replace("%3E", ">"), query=parts.query)
+
+
+async def test_a_user_makes_a_link(app: ASGIApp) -> None:
+    view = await call(app, "/files/a <b>.txt", query="view", headers=ADA)
+    assert b'<a href="?share">Share</a>' in view.body
+    form = await call(app, "/files/a <b>.txt", query="share", headers=ADA)
+    assert form.status == 200
+    assert re.findall("<option value=([0-9]+)>", form.body.decode()) == ["3600", "86400", "172800"]
+    assert b"name=uses" not in form.body  # there is no store that counts them
+    made = await post(app, "/files/a <b>.txt", ADA | OURS, expires="3600", name="Für Bob.txt")
+    assert made.status == 200
+    assert made.headers["cache-control"] == "private, no-store"
+    assert made.body.count(b"<svg") == 1
+    link = link_of(made)
+    assert link.startswith("http://x.example/files/a%20%3Cb%3E.txt?k=2026a&")
+    answer = await opened(app, link)
+    assert (answer.status, answer.body) == (200, b"content")
+    assert "F%C3%BCr%20Bob.txt" in answer.headers["content-disposition"]
+
+
+@pytest.mark.parametrize("app", ['store = "memory:"'], indirect=True)
+async def test_a_link_for_one_download(app: ASGIApp) -> None:
+    made = await post(app, "/files/a <b>.txt", ADA | OURS, expires="3600", uses="1", name="")
+    assert b"for 1 download." in made.body
+    assert "&u=1&" in link_of(made)
+    assert (await opened(app, link_of(made))).status == 200
+    for uses in ("0", "-1", "x", "9" * 30, "٣"):
+        refused = await post(app, "/files/a <b>.txt", ADA | OURS, expires="3600", uses=uses)
+        assert b"Give a number of downloads" in refused.body, uses
+
+
+async def test_nobody_else_makes_links(app: ASGIApp) -> None:
+    for method in ("GET", "POST", "HEAD"):
+        for headers, status in (({}, 401), (auth("eve"), 401), (auth("bob"), 404)):
+            answer = await call(app, "/files/a <b>.txt", method=method, query="share", headers=OURS | headers)
+            assert answer.status == status
+            assert b"<form" not in answer.body
+    for path in ("/files/none", "/files/.env"):
+        answer = await call(app, path, query="share", headers=ADA)
+        assert (answer.status, answer.body) == (404, b"Not Found")
+        assert (await post(app, path, ADA | OURS, expires="3600")).status == 404
+    assert (await call(app, "/files/sub", query="share", headers=ADA)).status == 308
+    assert (await post(app, "/unshared/a <b>.txt", ADA | OURS, expires="3600")).status == 405
+    assert b"?share" not in (await call(app, "/unshared/a <b>.txt", query="view", headers=ADA)).body
+
+
+async def test_a_link_makes_no_links(app: ASGIApp) -> None:
+    link = urlsplit(link_of(await post(app, "/files/a <b>.txt", ADA | OURS, expires="3600")))
+    for query in (f"{link.query}&share", "share"):
+        assert (await call(app, "/files/a <b>.txt", method="POST", query=query, headers=OURS)).status in (401, 405)
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "none"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://x.example"}, 403),
+        ({"Origin": "http://x.example"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://x.example.evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({}, 403),
+    ],
+)
+async def test_a_form_of_another_site_is_refused(app: ASGIApp, headers: dict[str, str], status: int) -> None:
+    answer = await post(app, "/files/a <b>.txt", {**ADA, "Host": "x.example", **headers}, expires="3600")
+    assert answer.status == status
+    assert (b"readonly" in answer.body) == (status == 200)
+
+
+async def test_wrong_fields_show_the_form_again(app: ASGIApp) -> None:
+    for fields in ({}, {"expires": "1"}, {"expires": "99999999"}, {"expires": "3600", "name": "a\nb"}):
+        answer = await post(app, "/files/a <b>.txt", ADA | OURS, **fields)
+        assert (answer.status, b"role=alert" in answer.body) == (200, True)
+    large = await call(app, "/files/a <b>.txt", method="POST", query="share", headers=ADA | OURS, body=b"x" * 10_000)
+    assert large.status == 413
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium")
+async def test_in_a_browser(app: ASGIApp, tmp_path: Path) -> None:
+    import anyio
+
+    async with live(app) as port:
+        url = f"http://ada:secret@127.0.0.1:{port}/files/a%20%3Cb%3E.txt?share"
+        seen = await anyio.to_thread.run_sync(browse, url, tmp_path / "p", "--dump-dom", "--enable-logging=stderr")
+    assert "Content Security Policy" not in seen
+    assert '<form method="post">' in seen

@@ -1,0 +1,523 @@
+"""Archives of folders and of given files: any span of them, their tags, and the CRC-32s that are not computed again."""
+
+import io
+import logging
+import os
+import sqlite3
+import zipfile
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import downloadview_async as dv
+from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.sources import archive as archive_module
+from downloadview_async.sources.archive import (
+    Archive,
+    ArchiveEntry,
+    ArchiveLimits,
+    ArchiveSource,
+    OpenArchive,
+    selection,
+)
+from downloadview_async.sources.checksums import Checksums, MemoryChecksums, SQLiteChecksums
+from downloadview_async.sources.listing import Entry
+
+pytestmark = pytest.mark.asyncio
+
+TREE = {"reports/2026/june.pdf": b"june" * 999, "reports/2026/none": b"", "reports/a.txt": b"a", "b.txt": b"bb"}
+
+
+@pytest.fixture(autouse=True)
+def no_layout_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "SHARED_SECONDS", 0.0)
+
+
+def make_tree(root: Path, files: dict[str, bytes] = TREE) -> dv.PathSource:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        os.utime(path, (1_700_000_000,) * 2)
+    return dv.PathSource(root)
+
+
+async def read(file: Archive, span: ByteRange | None = None) -> bytes:
+    async with file.open() as opened:
+        return await stream(opened, span)
+
+
+async def stream(opened: OpenArchive, span: ByteRange | None = None) -> bytes:
+    async with aclosing(chunks_of(opened, span)) as chunks:
+        return b"".join([chunk async for chunk in chunks])
+
+
+def chunks_of(opened: OpenArchive, span: ByteRange | None = None) -> AsyncGenerator[bytes, None]:
+    chunks = opened.stream(span)
+    assert isinstance(chunks, AsyncGenerator)
+    return chunks
+
+
+def unpacked(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.testzip() is None
+        names = archive.namelist()
+        assert len(names) == len({*names})
+        return {name: archive.read(name) for name in names}
+
+
+def directory_of(content: bytes) -> ByteRange:
+    """The span of what follows the files."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return ByteRange(archive.start_dir, len(content))
+
+
+class Counting:
+    """A source that counts how often each file is opened."""
+
+    def __init__(self, source: dv.PathSource) -> None:
+        self.source = source
+        self.opened: list[str] = []
+
+    async def resolve(self, name: str, /) -> dv.AsyncFile:
+        return _Counted(await self.source.resolve(name), name, self.opened)
+
+    def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        return self.source.list(folder)
+
+
+class _Counted:
+    location = None
+
+    def __init__(self, file: dv.AsyncFile, name: str, opened: list[str]) -> None:
+        self.name = name
+        self.file = file
+        self.opened = opened
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[dv.OpenFile]:
+        self.opened.append(f"{self.name} {request.range}" if request.range else self.name)
+        async with self.file.open(request) as opened:
+            yield opened
+
+
+async def test_a_folder(tmp_path: Path) -> None:
+    file = await ArchiveSource(make_tree(tmp_path)).resolve("reports")
+    assert file.name == "reports.zip"
+    assert file.location is None
+    async with file.open() as opened:
+        assert opened.metadata.content_type == "application/zip"
+        assert opened.metadata.accept_ranges
+        content = await stream(opened)
+        assert opened.metadata.size == len(content)
+    names = ["reports/", "reports/2026/", "reports/2026/june.pdf", "reports/2026/none", "reports/a.txt"]
+    assert unpacked(content) == {name: TREE.get(name, b"") for name in names}
+    assert [*unpacked(content)] == names
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        expected = int((tmp_path / "reports/a.txt").stat().st_mtime)
+        assert int.from_bytes(archive.getinfo("reports/a.txt").extra[5:9], "little") == expected
+
+
+async def test_an_inner_folder_has_its_last_name(tmp_path: Path) -> None:
+    file = await ArchiveSource(make_tree(tmp_path)).resolve("reports/2026/")
+    assert file.name == "2026.zip"
+    assert [*unpacked(await read(file))] == ["2026/", "2026/june.pdf", "2026/none"]
+
+
+@pytest.mark.parametrize("name", ["", "/", "./"])
+async def test_the_whole_source(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    file = await ArchiveSource(make_tree(tmp_path)).resolve(name)
+    assert file.name == "archive.zip"
+    names = [*unpacked(await read(file))]
+    assert names == ["b.txt", "empty/", "reports/", "reports/2026/", *names[4:]]
+
+
+async def test_a_selection(tmp_path: Path) -> None:
+    source = ArchiveSource(make_tree(tmp_path))
+    file = await source.resolve(selection("reports", ["2026", "a.txt", "a.txt"]))
+    assert file.name == "reports.zip"
+    assert [*unpacked(await read(file))] == ["2026/", "2026/june.pdf", "2026/none", "a.txt"]
+    assert source.canonical(selection("/reports//", ["b", "a"])) == selection("reports", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "folder, names",
+    [("nothing", []), ("reports/a.txt", []), ("reports", ["a.txt", "b.txt"]), ("reports", ["../b.txt"]), ("", [".."])],
+)
+async def test_what_is_not_there(tmp_path: Path, folder: str, names: list[str]) -> None:
+    source = ArchiveSource(make_tree(tmp_path))
+    with pytest.raises(dv.FileMissing):
+        await read(await source.resolve(selection(folder, names)))
+
+
+@pytest.mark.parametrize("folder", ["..", "../x", "reports/../../x", "a\x01b"])
+async def test_a_name_that_no_folder_has(tmp_path: Path, folder: str) -> None:
+    source = ArchiveSource(make_tree(tmp_path))
+    with pytest.raises(dv.FileMissing):
+        await read(await source.resolve(folder))
+
+
+async def test_what_is_left_out(tmp_path: Path) -> None:
+    source = make_tree(tmp_path, {"d/.git/config": b"x", "d/.env": b"x", "d/a": b"a", "d/e/.env": b"x"})
+    hidden = ArchiveSource(source, leave_out=lambda name: "/." in name)
+    assert [*unpacked(await read(await hidden.resolve("d")))] == ["d/", "d/a", "d/e/"]
+    with pytest.raises(dv.FileMissing):
+        await read(await hidden.resolve(selection("d", [".env"])))
+
+
+async def test_links_obey_the_policy_of_the_source(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    make_tree(root, {"d/a": b"a"})
+    (tmp_path / "secret").write_bytes(b"secret")
+    (root / "d/outside").symlink_to(tmp_path / "secret")
+    (root / "d/inside").symlink_to("a")
+    for symlinks, names in (("deny", ["d/", "d/a"]), ("inside", ["d/", "d/a", "d/inside"])):
+        source = ArchiveSource(dv.PathSource(root, symlinks=symlinks))  # type: ignore[arg-type]
+        assert [*unpacked(await read(await source.resolve("d")))] == names
+
+
+async def test_a_loop_of_links_is_too_deep(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"d/a": b"a"})
+    (tmp_path / "d/loop").symlink_to("../d")
+    with pytest.raises(dv.ArchiveTooLarge):
+        await read(await ArchiveSource(dv.PathSource(tmp_path)).resolve("d"))
+
+
+@pytest.mark.parametrize(
+    "limits, detail",
+    [
+        (ArchiveLimits(files=4), "it would have more than 4 files and folders, the limit"),
+        (ArchiveLimits(size=4000), "it would have more than 4000 bytes, the limit"),
+        (ArchiveLimits(depth=1), None),
+        (ArchiveLimits(depth=0), "it would have more than 0 folders within folders, the limit"),
+        (ArchiveLimits(files=5, size=6000), None),
+        (ArchiveLimits(files=None, size=None, depth=None), None),
+    ],
+)
+async def test_limits(tmp_path: Path, limits: ArchiveLimits, detail: str | None) -> None:
+    source = Counting(make_tree(tmp_path))
+    file = await ArchiveSource(source, limits=limits).resolve("reports")
+    if detail is None:
+        assert unpacked(await read(file))
+        return
+    with pytest.raises(dv.ArchiveTooLarge) as refused:
+        await read(file)
+    assert refused.value.detail == detail
+    assert refused.value.status == 413
+    assert source.opened == []
+
+
+async def test_the_tag_is_that_of_the_names_the_sizes_and_the_tags_of_the_files(tmp_path: Path) -> None:
+    async def tag() -> str:
+        file = await ArchiveSource(dv.PathSource(tmp_path)).resolve("")
+        async with file.open() as opened:
+            assert opened.metadata.etag is not None
+            assert not opened.metadata.etag.weak
+            return opened.metadata.etag.value
+
+    make_tree(tmp_path, {"d/a": b"a", "d/b": b"b"})
+    tags = [await tag()]
+    assert await tag() == tags[0]
+    os.utime(tmp_path / "d/a", (1_600_000_000,) * 2)
+    tags.append(await tag())
+    (tmp_path / "d/a").rename(tmp_path / "d/c")
+    tags.append(await tag())
+    (tmp_path / "d/b").unlink()
+    tags.append(await tag())
+    (tmp_path / "d/empty").mkdir()
+    os.utime(tmp_path / "d", (1_600_000_000,) * 2)
+    tags.append(await tag())
+    assert len({*tags}) == len(tags)
+
+
+names = st.text("ab.", min_size=1, max_size=2).filter(lambda name: name not in (".", ".."))
+trees = st.dictionaries(st.lists(names, min_size=1, max_size=3).map("/".join), st.binary(max_size=40), max_size=6)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(trees, st.data())
+async def test_any_span_is_that_slice_of_the_whole(tree: dict[str, bytes], data: st.DataObject) -> None:
+    storage = dv.MemoryStorage(tree)
+    whole = await read(await ArchiveSource(dv.StorageSource(storage)).resolve(""))
+    contents = [content for name, content in unpacked(whole).items() if not name.endswith("/")]
+    assert sorted(contents) == sorted(tree.values())
+    source = ArchiveSource(dv.StorageSource(storage))  # as after a restart
+    for _ in range(3):
+        start = data.draw(st.integers(0, len(whole)))
+        stop = data.draw(st.integers(start, len(whole)))
+        assert await read(await source.resolve(""), ByteRange(start, stop)) == whole[start:stop]
+
+
+async def test_large_files_pass_in_chunks(tmp_path: Path) -> None:
+    content = os.urandom(3 << 20)
+    file = await ArchiveSource(make_tree(tmp_path, {"large": content, "small": b"x"})).resolve("")
+    async with file.open() as opened:
+        chunks = [chunk async for chunk in opened.stream(None)]
+        assert max(map(len, chunks)) < 400_000
+        whole = b"".join(chunks)
+        assert unpacked(whole) == {"large": content, "small": b"x"}
+        middle = ByteRange(1 << 20, (2 << 20) + 5)
+        assert await stream(opened, middle) == whole[middle.start : middle.stop]
+
+
+async def test_a_range_opens_only_the_files_that_it_has_parts_of(tmp_path: Path) -> None:
+    source = Counting(make_tree(tmp_path))
+    archives = ArchiveSource(source)
+    whole = await read(await archives.resolve("reports"))
+    assert source.opened == ["reports/2026/june.pdf", "reports/a.txt"]
+    source.opened.clear()
+    # the directory at the end, and the descriptors, need no second reading
+    at = whole.index(TREE["reports/2026/june.pdf"])
+    for span in (directory_of(whole), ByteRange(at + 3996, at + 3996 + 16)):
+        assert await read(await archives.resolve("reports"), span) == whole[span.start : span.stop]
+    assert source.opened == []
+    assert await read(await archives.resolve("reports"), ByteRange(at, at + 10)) == whole[at : at + 10]
+    assert source.opened == ["reports/2026/june.pdf bytes=0-9"]
+
+
+async def test_ranges_that_need_the_same_checksum_read_the_file_once(tmp_path: Path) -> None:
+    whole = await read(await ArchiveSource(make_tree(tmp_path)).resolve("reports"))
+    source = Counting(dv.PathSource(tmp_path))
+    archives = ArchiveSource(source)
+    parts: dict[int, bytes] = {}
+
+    async def fetch(number: int) -> None:
+        parts[number] = await read(await archives.resolve("reports"), directory_of(whole))
+
+    async with anyio.create_task_group() as group:
+        for number in range(16):
+            group.start_soon(fetch, number)
+    assert {*parts.values()} == {whole[directory_of(whole).start :]}
+    assert sorted(source.opened) == ["reports/2026/june.pdf", "reports/a.txt"]
+
+
+async def test_files_with_the_same_name_size_and_time_in_two_folders_are_two_files(tmp_path: Path) -> None:
+    """The tag of a local file is its size and its time."""
+    files = {"a/d/f": b"one", "b/d/f": b"two"}
+    archives = ArchiveSource(make_tree(tmp_path, files))
+    for folder in ("a/d", "b/d"):
+        assert unpacked(await read(await archives.resolve(folder))) == {"d/": b"", "d/f": files[f"{folder}/f"]}
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+async def test_a_file_that_changes_aborts_the_archive(tmp_path: Path, is_described: bool) -> None:
+    path_source = make_tree(tmp_path)
+    source = path_source if is_described else Counting(path_source)
+    for change in (b"other, longer", b"z", None):
+        make_tree(tmp_path)
+        file = await ArchiveSource(source).resolve("reports")
+        async with file.open() as opened:
+            if change is None:
+                (tmp_path / "reports/a.txt").unlink()
+            else:
+                (tmp_path / "reports/a.txt").write_bytes(change)
+            with pytest.raises((dv.TransferAborted, dv.FileMissing)):
+                await stream(opened)
+            size = opened.metadata.size
+            assert size is not None
+            with pytest.raises((dv.TransferAborted, dv.FileMissing)):
+                await stream(opened, ByteRange(size - 100, size))
+
+
+class Fixed:
+    """A file that is described as a test says, and has the content that it says."""
+
+    location = None
+    name = "fixed"
+
+    def __init__(self, metadata: FileMetadata, content: bytes) -> None:
+        self.metadata = metadata
+        self.content = content
+
+    @asynccontextmanager
+    async def open(self, request: DownloadRequest = GET) -> AsyncIterator[dv.OpenFile]:
+        yield self
+
+    async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+        yield self.content if span is None else self.content[span.start : span.stop]
+
+
+async def test_a_file_that_is_shorter_than_described_aborts_the_archive() -> None:
+    file = Archive([("a", Fixed(FileMetadata(size=9, etag=ETag("x")), b"short"))])
+    async with file.open() as opened:
+        for span in (None, ByteRange(31 + 9, 31 + 9 + 16)):
+            with pytest.raises(dv.TransferAborted):
+                await stream(opened, span)
+
+
+@pytest.mark.parametrize(
+    "metadata, has_ranges",
+    [
+        (FileMetadata(size=4), False),
+        (FileMetadata(size=4, etag=ETag("x", weak=True)), False),
+        (FileMetadata(size=4, last_modified=1), False),
+        (FileMetadata(size=4, last_modified=1_700_000_001), True),
+        (FileMetadata(size=4, etag=ETag("x")), True),
+    ],
+)
+async def test_without_a_strong_validator_of_each_file_there_are_no_ranges(
+    metadata: FileMetadata, has_ranges: bool
+) -> None:
+    file = Archive([("a", Fixed(metadata, b"1234")), ("b", Fixed(FileMetadata(size=1, etag=ETag("y")), b"5"))])
+    async with file.open() as opened:
+        assert (opened.metadata.etag is not None) == opened.metadata.accept_ranges == has_ranges
+        whole = await stream(opened)
+        assert unpacked(whole) == {"a": b"1234", "b": b"5"}
+        assert await stream(opened, ByteRange(5, 90)) == whole[5:90]
+    async with file.open() as opened:  # a caller may stream a part nevertheless
+        assert await stream(opened, ByteRange(len(whole) - 150, len(whole))) == whole[-150:]
+
+
+async def test_a_file_without_a_size_has_no_place() -> None:
+    file = Archive([("a", dv.VirtualFile(iter([b"a"]), name="a"))])
+    with pytest.raises(dv.ArchiveTooLarge) as refused:
+        await read(file)
+    assert refused.value.detail == "a file has no known size"
+
+
+async def test_given_files(tmp_path: Path) -> None:
+    made = dv.VirtualFile(lambda: iter([b"ge", b"nerated"]), name="x", size=9, etag=ETag("v1"))
+    make_tree(tmp_path)
+    local = dv.LocalFile(tmp_path / "b.txt")
+    file = Archive(
+        [
+            ("made/x", made),
+            ArchiveEntry("run.sh", local, modified=1_600_000_000, mode=0o755),
+            ("run.sh", local),
+            ("../../etc/passwd", local),
+            ArchiveEntry("empty/"),
+            ArchiveEntry("empty/"),
+            ("made", local),
+        ],
+        name="everything.zip",
+    )
+    assert file.name == "everything.zip"
+    content = await read(file)
+    assert unpacked(content) == {
+        "made/x": b"generated",
+        "run.sh": b"bb",
+        "run (2).sh": b"bb",
+        "_/_/etc/passwd": b"bb",
+        "empty/": b"",
+        "made (2)": b"bb",
+    }
+    info = zipfile.ZipFile(io.BytesIO(content)).getinfo("run.sh")
+    assert info.external_attr >> 16 == 0o100755
+    assert info.date_time == (2020, 9, 13, 12, 26, 40)
+
+
+@pytest.mark.parametrize("entry", [ArchiveEntry("a"), ("a/", dv.VirtualFile(b"x", name="x"))])
+async def test_a_file_is_needed_except_for_a_folder(entry: ArchiveEntry | tuple[str, dv.AsyncFile]) -> None:
+    with pytest.raises(dv.ConfigurationError, match="give it a file, or a slash"):
+        Archive([entry])
+
+
+async def test_a_source_that_lists_nothing_is_refused() -> None:
+    with pytest.raises(dv.ConfigurationError, match="lists its folders"):
+        ArchiveSource(dv.VirtualSource(lambda name: b"x"))
+
+
+async def test_the_first_error_of_a_file_that_cannot_be_described_is_raised_as_it_is(tmp_path: Path) -> None:
+    files = [(f"{number}", dv.LocalFile(tmp_path / f"{number}")) for number in range(30)]
+    with pytest.raises(dv.FileMissing):
+        await read(Archive(files))
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_checksums_that_are_kept_elsewhere_serve_another_archive(tmp_path: Path, kind: str) -> None:
+    checksums: Checksums = MemoryChecksums() if kind == "memory" else SQLiteChecksums(tmp_path / "crc.db")
+    make_tree(tmp_path / "t")
+    whole = await read(await ArchiveSource(dv.PathSource(tmp_path / "t"), checksums=checksums, name="t").resolve(""))
+    again: Checksums = checksums if kind == "memory" else SQLiteChecksums(tmp_path / "crc.db")
+    for name, count in (("t", 0), ("other", 3)):
+        source = Counting(dv.PathSource(tmp_path / "t"))
+        file = await ArchiveSource(source, checksums=again, name=name).resolve("")
+        assert await read(file, directory_of(whole)) == whole[directory_of(whole).start :]
+        assert len(source.opened) == count
+
+
+async def test_given_files_keep_their_checksums_under_a_name() -> None:
+    checksums = MemoryChecksums()
+    metadata = FileMetadata(size=4, etag=ETag("x"))
+    opened: list[str] = []
+    for _ in range(2):
+        counted = _Counted(Fixed(metadata, b"1234"), "a", opened)
+        file = Archive([("a", counted)], checksums=checksums, name_in_checksums="fixed")
+        async with file.open() as archive:
+            size = archive.metadata.size
+            assert size is not None
+            await stream(archive, ByteRange(size - 60, size))
+    assert opened == ["a", "a", "a"]  # described twice, read once
+
+
+async def test_checksums_in_memory_are_bounded() -> None:
+    checksums = MemoryChecksums(max_entries=2)
+    await checksums.put({b"a": 1, b"b": 2})
+    await checksums.put({b"c": 3})
+    assert await checksums.get([b"a", b"b", b"c"]) == {b"b": 2, b"c": 3}
+
+
+async def test_checksums_in_sqlite_are_bounded(tmp_path: Path) -> None:
+    checksums = SQLiteChecksums(tmp_path / "crc.db", max_entries=700)
+    keys = [number.to_bytes(2, "big") for number in range(1200)]
+    await checksums.put(dict.fromkeys(keys, 2**32 - 1))
+    kept = await SQLiteChecksums(tmp_path / "crc.db").get(keys)
+    assert len(kept) == 700
+    assert {*kept.values()} == {2**32 - 1}
+
+
+async def test_a_file_of_checksums_that_cannot_be_used_costs_time_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "crc.db").write_bytes(b"not a database" * 99)
+    with pytest.raises(sqlite3.DatabaseError):
+        sqlite3.connect(tmp_path / "crc.db").execute("CREATE TABLE x (y)")
+    archives = ArchiveSource(make_tree(tmp_path / "t"), checksums=SQLiteChecksums(tmp_path / "crc.db"), name="t")
+    with caplog.at_level(logging.WARNING):
+        assert unpacked(await read(await archives.resolve("")))
+    assert {record.message.partition(" CRC-32s")[0] for record in caplog.records} == {"reading", "writing"}
+    assert "crc.db" in caplog.text
+
+
+async def test_connections_that_begin_together_share_a_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "SHARED_SECONDS", 60.0)
+    listed: list[str] = []
+
+    class Listing(Counting):
+        def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+            listed.append(folder)
+            return super().list(folder)
+
+    archives = ArchiveSource(Listing(make_tree(tmp_path)))
+    async with (
+        (await archives.resolve("reports")).open() as first,
+        (await archives.resolve("reports/")).open() as second,
+    ):
+        assert first.metadata is second.metadata
+        await read(await archives.resolve("reports/2026"))
+    assert listed == ["reports", "reports/2026", "reports/2026"]
+    del first, second
+    await read(await archives.resolve("reports"))  # nothing keeps a layout that no connection uses
+    assert listed[3:] == ["reports", "reports/2026"]
+
+
+async def test_a_client_that_leaves_does_not_lose_the_checksums(tmp_path: Path) -> None:
+    source = Counting(make_tree(tmp_path, {"a": b"a" * 300_000, "b": b"b"}))
+    archives = ArchiveSource(source)
+    whole = await read(await ArchiveSource(dv.PathSource(tmp_path)).resolve(""))
+    async with (await archives.resolve("")).open() as opened, aclosing(chunks_of(opened)) as chunks:
+        received = 0
+        async for chunk in chunks:
+            received += len(chunk)
+            if received > 300_050:
+                break
+    source.opened.clear()
+    assert await read(await archives.resolve(""), ByteRange(300_040, len(whole))) == whole[300_040:]
+    assert source.opened == ["b"]
