@@ -217,4 +217,4 @@ def _qr_code(link: str) -> str:
         code = segno.make(link, error="m", micro=False)
     except segno.DataOverflowError:
         return ""
-    return f"<figure>{code.svg_inline(scale=4, light='#fff', title='QR code of the link')}</figure>"
+    return f"<figure>{code.svg_inline(omitsize=True, light='#fff', title='QR code of the link')}</figure>"

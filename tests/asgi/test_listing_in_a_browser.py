@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import downloadview_async as dv
 from tests.browser import CHROMIUM, browse
 from tests.live import live
+from tests.servers import PROJECT
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -59,11 +60,12 @@ class Framed:
     paths: of the requests to the application.
     """
 
-    def __init__(self, app: ASGIApp, width: int) -> None:
+    def __init__(self, app: ASGIApp, width: int, path: str = "") -> None:
         self.paths: list[str] = []
         self._app = app
         self._page = HTMLResponse(
-            f'<link rel="icon" href="data:,"><iframe src="/listing/" style="width:{width}px;height:800px;border:0">'
+            f'<link rel="icon" href="data:,"><iframe src="/listing/{path}" '
+            f'style="width:{width}px;height:800px;border:0">'
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,3 +113,21 @@ async def test_a_page_fits_the_window(root: Path, tmp_path: Path, width: int, is
     assert (facts["selected"], facts["shown"], facts["left"]) == (4, True, 11)
     assert facts["background"] == ("rgb(22, 25, 29)" if is_dark else "rgb(253, 253, 252)")
     assert app.paths == ["/listing/"]
+
+
+@pytest.mark.parametrize("name", ["wide.txt", "picture.png", "x" * 250])
+async def test_a_view_page_fits_a_small_window(root: Path, tmp_path: Path, name: str) -> None:
+    (root / "wide.txt").write_text("x" * 5000 + "\n" + "<b>bold</b> " * 500)
+    (root / "picture.png").write_bytes((PROJECT / "app" / "files" / "picture.png").read_bytes())
+    probe = "\naddEventListener('load', () => console.log('facts ' + JSON.stringify({wide: "
+    probe += (
+        "document.documentElement.scrollWidth, window: innerWidth, bold: document.querySelectorAll('b').length})));"
+    )
+    download = dv.Download(dv.PathSource(root), listing=dv.Pages(script=dv.Pages().script + probe))
+    app = Framed(Starlette(routes=[Mount("/listing", download)]), 320, f"{name}?view")
+    flags = [f"--screenshot={tmp_path / 'page.png'}", "--enable-logging=stderr", "--virtual-time-budget=3000"]
+    async with live(app) as port:
+        output = await browsed(f"http://127.0.0.1:{port}/", tmp_path / "profile", *flags)
+    seen = facts_of(output)
+    assert (seen["window"], seen["bold"]) == (320, 0)
+    assert seen["wide"] <= 320

@@ -88,6 +88,7 @@ async def test_a_user_makes_a_link(app: ASGIApp) -> None:
     assert made.status == 200
     assert made.headers["cache-control"] == "private, no-store"
     assert made.body.count(b"<svg") == 1
+    assert b"viewBox=" in made.body  # so that a small window shows all of it
     link = link_of(made)
     assert link.startswith("http://x.example/files/a%20%3Cb%3E.txt?k=2026a&")
     answer = await opened(app, link)
