@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from downloadview_async.http.content_types import valid_content_type
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
@@ -11,6 +13,8 @@ class Grant:
     content_type: the whole Content-Type. expires: until when, in seconds since 1970 UTC; a download that has begun by
     then goes on. is_shareable: whether shared caches may keep the answer until it expires. link_id, key_id: of the link
     that grants this, and of the key that has signed it. uses: how many downloads the link allows in all.
+
+    Raises `ValueError` for a filename that is not text and a content type that is not one.
     """
 
     filename: str | None = None
@@ -21,6 +25,15 @@ class Grant:
     link_id: str | None = None
     key_id: str | None = None
     uses: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse here, where the decision is made, what could not be sent once it is made."""
+        if self.filename is not None and not isinstance(self.filename, str):
+            raise ValueError(f"filename is {self.filename!r}: give text")
+        if self.content_type is not None and valid_content_type(self.content_type) is None:
+            raise ValueError(
+                f"{self.content_type!r} is not a content type: write one such as 'text/html; charset=utf-8'"
+            )
 
     def cache_control(self, chosen: str | None, now: float) -> str:
         """Return the Cache-Control of the answer.

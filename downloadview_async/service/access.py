@@ -28,6 +28,7 @@ from downloadview_async import (
 )
 from downloadview_async.service.config_loader import KEY_LINE
 from downloadview_async.service.functions import function_of
+from downloadview_async.service.health import PRIVATE
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.settings import RouteSettings, Settings, Unavailable, seconds_of
 
@@ -223,7 +224,8 @@ def sign_path(settings: Settings, path: str, **options: Any) -> str:
     if options.get("uses") is not None and signer is not None and settings.links and settings.links.store is None:
         raise settings.error("links.store", "uses are counted in a store: set it, such as sqlite:links.db")
     scope = {"type": "http", "method": "GET", "path": path}
-    for route in settings.routes:
+    is_page = path == "/" or path.startswith(PRIVATE)
+    for route in () if is_page else settings.routes:
         if Route(route.path, _nothing).matches(scope)[0] is not Match.NONE:
             formats = {SIGNED[one]: one for one in route.access or () if one in SIGNED}
             if signer is None or not formats:

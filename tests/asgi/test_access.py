@@ -144,6 +144,15 @@ async def test_what_a_hook_says(root: Path, verdict: Any, status: int) -> None:
         assert (answer.body, answer.headers["retry-after"]) == (b"Service Unavailable", "5")
 
 
+@pytest.mark.parametrize("wrong", [{"content_type": "text/html\r\nX: y"}, {"filename": 3}])
+async def test_a_hook_whose_grant_cannot_be_sent_has_failed(root: Path, wrong: dict[str, Any]) -> None:
+    async def hook(request: Request, name: str) -> dv.Grant:
+        return dv.Grant(**wrong)
+
+    async with live(application(dv.PathSource(root), hook)) as port:
+        assert [(await ask(port, f"/files/{name}")).status for name in ("a.txt", "missing.txt")] == [503, 503]
+
+
 async def test_a_missing_await_allows_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def decide() -> bool:
         return False

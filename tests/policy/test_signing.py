@@ -211,6 +211,7 @@ def test_keys_that_are_refused(keys: dict[str, bytes | str], message: str) -> No
         ("files/a.txt", {}, "does not begin with a slash"),
         ("https://example.org/a", {}, "does not begin with a slash"),
         ("/files/../a", {}, "'..'"),
+        ("//example.org/a", {}, "would name another host"),
         ("/\udc80", {}, "not valid UTF-8"),
         ("/a", {"filename": ""}, "filename is ''"),
         ("/a", {"filename": "a\r\nb"}, "filename is"),

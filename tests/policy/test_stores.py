@@ -271,6 +271,24 @@ async def test_a_cancelled_claim_leaves_no_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_file_that_is_replaced_is_used_and_one_that_is_removed_fails(tmp_path: Path) -> None:
+    path = tmp_path / "links.db"
+    store, other = dv.SQLiteGrantStore(path), dv.SQLiteGrantStore(path)
+    try:
+        await store.revoke("one", None)
+        for file in tmp_path.iterdir():
+            file.unlink()
+        with pytest.raises(sqlite3.OperationalError, match="has been removed"):
+            await store.is_revoked(["one"], NOW)
+        await other.revoke("two", None)  # as the command does
+        assert await asyncio.gather(*(store.is_revoked(["two"], NOW) for _ in range(5))) == [True] * 5
+        assert await store.claim(session(), uses=1, wants_all=True, now=NOW, ends=NOW + 9, until=None)
+    finally:
+        await store.aclose()
+        await other.aclose()
+
+
+@pytest.mark.asyncio
 async def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "links.db")) as connection:
         connection.execute("PRAGMA user_version = 2")

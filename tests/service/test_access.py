@@ -295,6 +295,14 @@ def test_links_that_are_not_made(directory: Path, arguments: list[str], problem:
     assert problem in refused("sign", *arguments)
 
 
+@pytest.mark.parametrize("path", ["/", "/-/livez", "/-/readyz"])
+def test_the_pages_of_the_service_take_no_links(directory: Path, path: str) -> None:
+    with (directory / "downloadview.toml").open("a") as file:
+        file.write('\n[[routes]]\npath = "/{path:path}"\nsource = "files"\naccess = ["signed"]\n')
+    assert printed("sign", "/a.txt").startswith("/a.txt?")
+    assert f"no route serves '{path}'" in refused("sign", path)
+
+
 # --- settings that are refused
 
 

@@ -45,7 +45,9 @@ _REVOKE = "INSERT OR REPLACE INTO revoked (id, until) VALUES (?, ?)"
 class SQLiteGrantStore:
     """Keeps the uses and revocations of links in an SQLite file, for any number of processes on one machine.
 
-    path: the file, which is created when it is missing. It must be on a local file system. Needs the package aiosqlite.
+    path: the file, which is created when it is missing. It must be on a local file system. If it is replaced while it
+    is used, as by a backup, the new one is used from then on. If it is removed, the store fails until there is a file
+    again. Needs the package aiosqlite.
 
     Raises `ConfigurationError` if aiosqlite is missing, and later if the file is of a newer version of this library.
     """
@@ -56,8 +58,8 @@ class SQLiteGrantStore:
         except ModuleNotFoundError as exc:
             raise ConfigurationError(f"SQLiteGrantStore needs {exc.name}: install it") from exc
         self._connect = aiosqlite.connect
-        self._path = os.fspath(path)
-        self._connections: PerLoop[aiosqlite.Connection] = PerLoop()
+        self._path = os.path.abspath(path)
+        self._connections: PerLoop[tuple[aiosqlite.Connection, tuple[int, int] | None]] = PerLoop()
         self._opening: PerLoop[asyncio.Lock] = PerLoop()
         self._sweep_at = 0.0
 
@@ -101,10 +103,10 @@ class SQLiteGrantStore:
     async def aclose(self) -> None:
         """Close the connection of the running event loop."""
         loop = asyncio.get_running_loop()
-        if (connection := self._connections.get(loop)) is not None:
+        if (kept := self._connections.get(loop)) is not None:
             self._connections.drop(loop)
             with anyio.CancelScope(shield=True):
-                await connection.close()
+                await kept[0].close()
 
     async def _sweep(self, now: float) -> None:
         if now >= self._sweep_at:
@@ -118,11 +120,30 @@ class SQLiteGrantStore:
 
     async def _connection(self) -> "aiosqlite.Connection":
         loop = asyncio.get_running_loop()
-        if (connection := self._connections.get(loop)) is not None:
+        if (connection := self._current(loop)) is not None:
             return connection
         opening = self._opening.get(loop) or self._opening.set(loop, asyncio.Lock())
         async with opening:
-            return self._connections.get(loop) or self._connections.set(loop, await self._opened())
+            if (connection := self._current(loop)) is not None:
+                return connection
+            await self.aclose()
+            identity = _identity(self._path)  # before it is opened: one that replaces it meanwhile is noticed
+            connection = await self._opened()
+            self._connections.set(loop, (connection, identity or _identity(self._path)))
+            return connection
+
+    def _current(self, loop: asyncio.AbstractEventLoop) -> "aiosqlite.Connection | None":
+        """Return the connection to the file that is at the path now, or None.
+
+        A revocation that another process writes into a new file would never be read from the old one.
+
+        Raises `sqlite3.OperationalError` if the file has been removed: in a new one, no link is used up or revoked.
+        """
+        if (kept := self._connections.get(loop)) is None:
+            return None
+        if (identity := _identity(self._path)) is None:
+            raise sqlite3.OperationalError(f"{self._path!r} has been removed: restore it, or restart the service")
+        return kept[0] if kept[1] == identity else None
 
     async def _opened(self) -> "aiosqlite.Connection":
         _check_place(self._path)
@@ -143,6 +164,15 @@ class SQLiteGrantStore:
                 await connection.close()
             raise
         return connection
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return the device and the number of a file, or None if it is missing."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _check_place(path: str) -> None:
