@@ -54,7 +54,7 @@ class Archives:
             limits=options.limits,
             checksums=options.checksums,
             name=options.name,
-            leave_out=lambda name: hidden.hides(name.rpartition("/")[2]),
+            leave_out=(lambda name: hidden.hides(name.rpartition("/")[2])) if hide else None,
         )
         self._source: Source = archives
         if options.cache is not None:
