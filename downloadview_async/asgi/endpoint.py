@@ -43,6 +43,7 @@ class _Endpoint:
         access: Access | Sequence[Access] | None,
         hide: Sequence[str],
         listing: Pages | None,
+        has_archives: bool = False,
     ) -> None:
         check_source(source, type(self).__name__)
         self.source = source
@@ -51,7 +52,7 @@ class _Endpoint:
         self.access = access_of(access)
         self._hidden = Hidden(hide) if hide else None
         self._key = key
-        self._folders = None if listing is None else self._folders_of(source, listing)
+        self._folders = None if listing is None else self._folders_of(source, listing, has_archives)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
@@ -80,12 +81,17 @@ class _Endpoint:
         """Return what answers a request that is allowed. Raises `FileError`."""
         raise NotImplementedError
 
-    def _folders_of(self, source: Source, pages: Pages) -> FolderEndpoint:
+    def _folders_of(self, source: Source, pages: Pages, has_archives: bool) -> FolderEndpoint:
         if not isinstance(source, SupportsListing):
             raise ConfigurationError(f"{source!r} cannot list its folders: use another source, or no listing")
         headers = {name.lower(): value for name, value in self.headers.items()}
         return FolderEndpoint(
-            source=source, pages=pages, hidden=self._hidden, headers=headers, has_access=bool(self.access)
+            source=source,
+            pages=pages,
+            hidden=self._hidden,
+            headers=headers,
+            has_access=bool(self.access),
+            has_archives=has_archives,
         )
 
     def _folder_of(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp | None:
@@ -190,7 +196,15 @@ class Download(_Endpoint):
         if cache_control is not None:
             all_headers["Cache-Control"] = cache_control
         pages = _pages_of(listing) if listing else None
-        super().__init__(source, headers=all_headers, key=key, access=access, hide=hide, listing=pages)
+        super().__init__(
+            source,
+            headers=all_headers,
+            key=key,
+            access=access,
+            hide=hide,
+            listing=pages,
+            has_archives=bool(archive),
+        )
         self.attachment = attachment
         self.redirect = redirect
         self.offload = offload

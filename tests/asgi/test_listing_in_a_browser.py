@@ -1,9 +1,12 @@
 """Listings in a real browser: they fit each window, and their script and style are all that runs."""
 
+import io
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import pytest
@@ -14,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
 from tests.browser import CHROMIUM, browse
-from tests.live import live
+from tests.live import ask, live
 from tests.servers import PROJECT
 
 pytestmark = [
@@ -131,3 +134,38 @@ async def test_a_view_page_fits_a_small_window(root: Path, tmp_path: Path, name:
     seen = facts_of(output)
     assert (seen["window"], seen["bold"]) == (320, 0)
     assert seen["wide"] <= 320
+
+
+async def test_the_entries_that_are_selected_are_in_the_archive(tmp_path: Path) -> None:
+    names = ["a+b.txt", "a&name=c.txt", "100%.txt", "a b 😀.txt", "--x", "#1?.txt", "left.txt"]
+    for name in names:
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / name).write_text(name)
+    probe = """
+    navigation.addEventListener("navigate", (event) => {
+    event.preventDefault();  // headless Chromium may hang in a download
+    console.log("facts " + JSON.stringify({url: event.destination.url}));
+    });
+    addEventListener("load", () => {
+    for (const box of document.querySelectorAll("td input"))
+        if (box.nextElementSibling.textContent !== "left.txt") box.click();
+    document.querySelector("[data-archive]").click();
+    });
+    """
+    pages = dv.Pages(script=dv.Pages().script + probe)
+    download = dv.Download(dv.PathSource(tmp_path / "files"), listing=pages, archive=True)
+    async with live(Starlette(routes=[Mount("/files", download)])) as port:
+        page = await ask(port, "/files/")
+        assert b'<a href="?archive=zip" download>Download as zip</a>' in page.body
+        flags = ["--enable-logging=stderr", "--virtual-time-budget=3000"]
+        output = await browsed(f"http://127.0.0.1:{port}/files/", tmp_path / "profile", *flags)
+        archive = await ask(port, f"/files/?{urlsplit(facts_of(output)['url']).query}")
+    with zipfile.ZipFile(io.BytesIO(archive.body)) as opened:
+        assert sorted(opened.namelist()) == sorted(name for name in names if name != "left.txt")
+
+
+@pytest.mark.parametrize("query", ["q=a&deep=1", "format=json"])
+async def test_what_offers_no_archive(root: Path, query: str) -> None:
+    download = dv.Download(dv.PathSource(root), listing=True, archive=True)
+    async with live(Starlette(routes=[Mount("/files", download)])) as port:
+        assert b"archive=" not in (await ask(port, f"/files/?{query}")).body

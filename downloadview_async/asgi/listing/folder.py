@@ -78,7 +78,8 @@ class FolderEndpoint:
     """Answers requests for the folders of a source.
 
     headers: further headers, by their names in lower case. has_access: whether an access decides about requests, so
-    that no shared cache may keep the answers.
+    that no shared cache may keep the answers. has_archives: whether the URL of a folder with `?archive=zip` gives its
+    archive.
     """
 
     source: SupportsListing
@@ -86,6 +87,7 @@ class FolderEndpoint:
     hidden: Hidden | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     has_access: bool = False
+    has_archives: bool = False
 
     async def answer(
         self, folder: str, tail: str, grant: Grant | None, scope: Scope, receive: Receive, send: Send
@@ -240,6 +242,7 @@ class FolderEndpoint:
             next=following,
             is_cut=is_cut,
             can_reorder=can_reorder,
+            archive="?archive=zip" if self.has_archives and can_reorder and not query.is_deep else None,
         )
         return self.pages.listing(page).encode("utf-8", "replace")
 

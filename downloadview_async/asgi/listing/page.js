@@ -51,6 +51,6 @@ boxes.push(box);
 row.cells[0].prepend(box);
 });
 button.onclick = () => copy(show().map((link) => link.href).join("\n"), button);
-if (zip) zip.onclick = () => { location = zip.dataset.archive + show().map((link) => "&name=" + link.getAttribute("href").replace(/\/$/, "")).join(""); };
+if (zip) zip.onclick = () => { location = zip.dataset.archive + show().map((link) => "&name=" + encodeURIComponent(decodeURIComponent(link.getAttribute("href").replace(/^\.\//, "").replace(/\/$/, "")))).join(""); };
 onpageshow = show;
 }
