@@ -164,8 +164,10 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                 text = subprocess.run(
                     [sys.executable, "-m", *words[:2], "--help"], capture_output=True, text=True
                 ).stdout
-            case "mypy" | "pytest" | "sphinx-build" | "python" | "python3" | "pip" | "apt-get" | "git" | "cd" | "nginx":
+            case "mypy" | "pytest" | "sphinx-build" | "python" | "python3" | "pip" | "apt-get" | "git" | "nginx":
                 assert not options, f"nobody checks the options of {words}"
+                continue
+            case "cd" | "umask":
                 continue
             case "htpasswd":
                 assert arguments[0] in ("-cB", "-B"), f"no hash of bcrypt: {words}"
