@@ -72,10 +72,9 @@ def serve(context: click.Context, /, path: Path | None, config: Path | None, hid
     """Serve the routes in the settings, or the files of a directory.
 
     With PATH, only the files of this directory are served, at /files/, without those whose path has a name that begins
-    with a dot. The settings file is given by --config or
-    DOWNLOADVIEW_CONFIG; the default is downloadview.toml in the current directory. Variables such as
-    DOWNLOADVIEW_SERVER__PORT override the file, and options override both. The options are those of uvicorn. The page
-    at / lists the routes; /-/livez and /-/readyz answer health probes.
+    with a dot. The settings file is given by --config or DOWNLOADVIEW_CONFIG; the default is downloadview.toml in the
+    current directory. Variables such as DOWNLOADVIEW_SERVER__PORT override the file, and options override both. The
+    options are those of uvicorn. The page at / lists the routes; /-/livez and /-/readyz answer health probes.
     """
     if path is not None and config is not None:
         raise click.UsageError("PATH and --config exclude each other: PATH serves a directory without settings")
@@ -247,17 +246,16 @@ def print_key() -> None:
 @click.option(
     "--format",
     type=click.Choice([*link_formats()]),
-    default=next(iter(link_formats())),
-    show_default=True,
-    help="The format of the link: secure_link is verified by nginx, and has fewer options.",
+    help="The format of the link: secure_link is verified by nginx, and has fewer options.  [default: what the route "
+    "takes]",
 )
 def sign(
     path: str, config: Path | None, expires: str | None, until: datetime | None, inline: bool | None, **options: Any
 ) -> None:
     """Print a link to the file at PATH, such as "/files/Q3 report.pdf".
 
-    PATH is not percent-encoded. The settings are the same as those of `serve`. The route of PATH must have "signed" in
-    its access, or "secure_link" for this format.
+    PATH is not percent-encoded. The settings are the same as those of `serve`. The route of PATH must have "signed" or
+    "secure_link" in its access.
     """
     from downloadview_async.service.access import sign_path
 
@@ -288,8 +286,12 @@ def _life(expires: str | None) -> timedelta | None:
 @click.argument("url")
 @click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
 @click.option("--client", metavar="ADDRESS", help="The address of the client, for a link that is bound to one.")
-def verify(url: str, config: Path | None, client: str | None) -> None:
-    """Print what a link grants. The exit status is 0 for a valid link, 1 for another, 2 if nothing can be checked."""
+@click.option("--base", default="", metavar="URL", help="That of `sign`, if it has a prefix that a proxy removes.")
+def verify(url: str, config: Path | None, client: str | None, base: str) -> None:
+    """Print what a link grants, whether or not its uses are taken.
+
+    The exit status is 0 for a valid link, 1 for another, 2 if nothing can be checked.
+    """
     import anyio
 
     from downloadview_async.service.access import grant_of
@@ -297,7 +299,7 @@ def verify(url: str, config: Path | None, client: str | None) -> None:
     try:
         _choose(None, config, "no keys: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        grant = anyio.run(grant_of, settings, url, client)
+        grant = anyio.run(grant_of, settings, url, client, base)
     except ConfigurationError as exc:
         _say(exc)
         sys.exit(_WRONG_SETTINGS)

@@ -223,6 +223,9 @@ async def test_a_route_without_a_known_file_is_said_not_to_be_checked(directory:
     assert "example" in line.remedy
     with pytest.raises(ConfigurationError, match="no file to request"):
         await checked(load(directory, virtual), direct=nobody)
+    refusing = FILES + 'access = ["hook:made_here:make"]\n'
+    with pytest.raises(ConfigurationError, match="of a route without `access`"):
+        await checked(load(directory, refusing), direct=nobody)
 
 
 @pytest.mark.asyncio

@@ -131,9 +131,10 @@ class _Run:
     async def lines(self, files: Sequence[str], only: bool) -> AsyncGenerator[Line, None]:
         wanted, unknown = await anyio.to_thread.run_sync(self._wanted, files, only)
         if not wanted:
-            raise ConfigurationError(
-                "there is no file to request: give each route an `example` in the settings, or give paths with --file"
-            )
+            remedy = "give each route an `example` in the settings, or give paths with --file"
+            if any(route.access is not None for route in self.site.settings.routes):
+                remedy += ", of a route without `access`: the others are not checked"
+            raise ConfigurationError(f"there is no file to request: {remedy}")
         for line in unknown:
             yield line
         files_to_check: list[File] = []
@@ -178,7 +179,7 @@ class _Run:
             before, after = (quote(part) for part in PARAMETER.split(route.path))
             if route.access is not None and not only:
                 outcome = "not checked: the route has an `access`"
-                remedy = "download a file of this route as those do who may have it"
+                remedy = "download a file of this route yourself, as a user who may have it"
                 unknown.append(
                     Line(
                         result="skip", step="source", route=route.path, request="a file", outcome=outcome, remedy=remedy
