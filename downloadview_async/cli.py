@@ -180,8 +180,15 @@ def print_config(
     show_default=True,
     help="Seconds for each request.",
 )
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="'NAME: VALUE'",
+    help="A header of every request, such as that of a user who may have the files; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -> None:
+def check(url: str | None, config: Path | None, as_json: bool, headers: Sequence[str], **options: Any) -> None:
     """Check a running service, and the proxy in front of it.
 
     The service is checked against its settings, and with URL the proxy too. URL is the address at which clients reach
@@ -197,11 +204,14 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
     from downloadview_async.service.check.run import check as checks
 
     lines: list[Line] = []
+    if not all(re.fullmatch(r"[\w-]+:[\t -~]*", header, re.ASCII) for header in headers):
+        raise click.UsageError("--header is NAME: VALUE, such as 'Authorization: Basic YWRhOnNlY3JldA=='")
+    sent = {name: value.strip() for name, _, value in (header.partition(":") for header in headers)}
 
     async def run_checks() -> None:
         _choose(None, config, "nothing to check: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        async with contextlib.aclosing(checks(settings, url=url, **options)) as new_lines:
+        async with contextlib.aclosing(checks(settings, url=url, headers=sent, **options)) as new_lines:
             async for line in new_lines:
                 lines.append(line)
                 if not as_json:
