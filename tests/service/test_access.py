@@ -317,6 +317,7 @@ def test_links_that_are_not_made(directory: Path, arguments: list[str], problem:
         ('keys = "links.keys"', 'keys = "links.keys"\nkey = "x"', "links.key: unknown key: did you mean 'keys'?"),
         ('keys = "links.keys"', 'keys = "links.keys"\nstore = "links.db"', "links.store: the text has the wrong form"),
         ('keys = "links.keys"', 'keys = "links.keys"\nstore = "sqlite:"', "links.store: the text has the wrong form"),
+        ('keys = "links.keys"', 'keys = "links.keys"\nstore = "sqlite:///links.db"', "links.store: the text has"),
         ('keys = "links.keys"', 'keys = "links.keys"\nwhen_store_fails = "no"', "links.when_store_fails"),
         ('keys = "links.keys"', 'keys = "links.keys"\nsession_age = 0', "links.session_age: 0.0 is not a time"),
         ("[links]", '[server]\nworkers = 2\n[links]\nstore = "memory:"', "links.store: memory: is for one worker"),
