@@ -41,6 +41,7 @@ from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.formats.base import LinkFormat
 from downloadview_async.policy.formats.secure_link import secure_link_secrets
 from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.hiding import Hidden
 from downloadview_async.policy.proxy_users import KeepPeer, ProxyUsers
 from downloadview_async.policy.signing import URLSigner
 from downloadview_async.policy.stores.base import DownloadSession, GrantStore
@@ -98,6 +99,7 @@ __all__ = [
     "FileMissing",
     "Grant",
     "GrantStore",
+    "Hidden",
     "KeepPeer",
     "LinkExpired",
     "LinkFormat",

@@ -241,8 +241,15 @@ def print_config(
     show_default=True,
     help="Seconds for each request.",
 )
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="'NAME: VALUE'",
+    help="A header of every request, such as that of a user who may have the files; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -> None:
+def check(url: str | None, config: Path | None, as_json: bool, headers: Sequence[str], **options: Any) -> None:
     """Check a running service, and the proxy in front of it.
 
     The service is checked against its settings, and with URL the proxy too. URL is the address at which clients reach
@@ -258,11 +265,14 @@ def check(url: str | None, config: Path | None, as_json: bool, **options: Any) -
     from downloadview_async.service.check.run import check as checks
 
     lines: list[Line] = []
+    if not all(re.fullmatch(r"[\w-]+:[\t -~]*", header, re.ASCII) for header in headers):
+        raise click.UsageError("--header is NAME: VALUE, such as 'Authorization: Basic YWRhOnNlY3JldA=='")
+    sent = {name: value.strip() for name, _, value in (header.partition(":") for header in headers)}
 
     async def run_checks() -> None:
         _choose(config, "nothing to check: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        async with contextlib.aclosing(checks(settings, url=url, **options)) as new_lines:
+        async with contextlib.aclosing(checks(settings, url=url, headers=sent, **options)) as new_lines:
             async for line in new_lines:
                 lines.append(line)
                 if not as_json:
@@ -307,17 +317,16 @@ def print_key() -> None:
 @click.option(
     "--format",
     type=click.Choice([*link_formats()]),
-    default=next(iter(link_formats())),
-    show_default=True,
-    help="The format of the link: secure_link is verified by nginx, and has fewer options.",
+    help="The format of the link: secure_link is verified by nginx, and has fewer options.  [default: what the route "
+    "takes]",
 )
 def sign(
     path: str, config: Path | None, expires: str | None, until: datetime | None, inline: bool | None, **options: Any
 ) -> None:
     """Print a link to the file at PATH, such as "/files/Q3 report.pdf".
 
-    PATH is not percent-encoded. The settings are the same as those of `serve`. The route of PATH must have "signed" in
-    its access, or "secure_link" for this format.
+    PATH is not percent-encoded. The settings are the same as those of `serve`. The route of PATH must have "signed" or
+    "secure_link" in its access.
     """
     from downloadview_async.service.access import sign_path
 
@@ -348,8 +357,12 @@ def _life(expires: str | None) -> timedelta | None:
 @click.argument("url")
 @click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
 @click.option("--client", metavar="ADDRESS", help="The address of the client, for a link that is bound to one.")
-def verify(url: str, config: Path | None, client: str | None) -> None:
-    """Print what a link grants. The exit status is 0 for a valid link, 1 for another, 2 if nothing can be checked."""
+@click.option("--base", default="", metavar="URL", help="That of `sign`, if it has a prefix that a proxy removes.")
+def verify(url: str, config: Path | None, client: str | None, base: str) -> None:
+    """Print what a link grants, whether or not its uses are taken.
+
+    The exit status is 0 for a valid link, 1 for another, 2 if nothing can be checked.
+    """
     import anyio
 
     from downloadview_async.service.access import grant_of
@@ -357,7 +370,7 @@ def verify(url: str, config: Path | None, client: str | None) -> None:
     try:
         _choose(config, "no keys: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        grant = anyio.run(grant_of, settings, url, client)
+        grant = anyio.run(grant_of, settings, url, client, base)
     except ConfigurationError as exc:
         _say(exc)
         sys.exit(_WRONG_SETTINGS)

@@ -183,7 +183,7 @@ class URLSigner:
         if self._store is None:
             raise ConfigurationError("links are revoked in a store: give URLSigner a store")
         if not _KEY_ID.fullmatch(identifier):
-            raise ValueError(f"{identifier!r} is not the id of a link or of a key")
+            raise ValueError(f"{identifier!r} is not the id of a link or of a key: `downloadview verify` prints both")
         until = None
         if self._max_age is not None and identifier not in self._keys:
             until = time.time() + self._max_age.total_seconds() + MARGIN

@@ -16,7 +16,9 @@ from starlette.types import ASGIApp
 from downloadview_async import (
     Access,
     ConfigurationError,
+    FileMissing,
     GrantStore,
+    Hidden,
     KeepPeer,
     ProxyUsers,
     SignedLinks,
@@ -216,7 +218,7 @@ def link_secrets(settings: Settings) -> str:
 def sign_path(settings: Settings, path: str, **options: Any) -> str:
     """Return a link to a path, which begins with the service's `root_path`. options: those of `URLSigner.sign`.
 
-    path: without the `root_path`, as in `routes`.
+    path: without the `root_path`, as in `routes`. format: by default one that the route takes.
 
     Raises `ConfigurationError` if no route that takes links serves the path, and `ValueError` for a wrong option.
     """
@@ -226,16 +228,23 @@ def sign_path(settings: Settings, path: str, **options: Any) -> str:
     scope = {"type": "http", "method": "GET", "path": path}
     is_page = path == "/" or path.startswith(PRIVATE)
     for route in () if is_page else settings.routes:
-        if Route(route.path, _nothing).matches(scope)[0] is not Match.NONE:
+        match, matched = Route(route.path, _nothing).matches(scope)
+        if match is not Match.NONE:
             formats = {SIGNED[one]: one for one in route.access or () if one in SIGNED}
             if signer is None or not formats:
                 raise ConfigurationError(
                     f'the route {route.path} takes no links: add "signed" to its access, and a [links] table'
                 )
-            if options.setdefault("format", next(iter(link_formats()))) not in formats:
+            if options.get("format") is None:
+                options["format"] = next(name for name in link_formats() if name in formats)
+            if options["format"] not in formats:
                 raise ConfigurationError(
                     f"the route {route.path} takes links of the format {' or '.join(formats)}: give --format"
                 )
+            try:
+                Hidden(route.hide).check(*matched["path_params"].values())
+            except FileMissing as exc:
+                raise ConfigurationError(f"the route {route.path} hides {path!r}: correct the path, or `hide`") from exc
             return signer.sign(settings.server.root_path + path, **options)  # as uvicorn puts it into the scope
     raise ConfigurationError(f"no route serves {path!r}: give a path such as /files/a.txt, not percent-encoded")
 
@@ -244,8 +253,8 @@ def _nothing(request: object) -> None:
     """Stand for the endpoint of a route whose path alone is compared."""
 
 
-async def grant_of(settings: Settings, url: str, client: str | None) -> dict[str, str]:
-    """Return what a link grants, as texts by their names. client: the address of the client.
+async def grant_of(settings: Settings, url: str, client: str | None, base: str = "") -> dict[str, str]:
+    """Return what a link grants, as texts by their names. client: the address of the client. base: that of `sign`.
 
     Raises `LinkInvalid`, for a link that is revoked too, and `LinkExpired`; `ConfigurationError` without keys.
     """
@@ -254,14 +263,15 @@ async def grant_of(settings: Settings, url: str, client: str | None) -> dict[str
     if signer is None:
         raise ConfigurationError("links need keys: add a [links] table with keys")
     parts = urlsplit(url)
-    path, query = unquote_to_bytes(parts.path), parts.query.encode()
+    sent = parts.path.removeprefix(urlsplit(base).path.rstrip("/"))
+    path, query = unquote_to_bytes(sent), parts.query.encode()
     format_ = "secure_link" if query.startswith(b"md5=") else "complete"
     grant = signer.check(path, query, client, time.time(), format=format_)
     async with opened_store(settings, store):
         await signer.refuse_revoked(grant)
     disposition = {True: "attachment", False: "inline", None: None}[grant.attachment]
     values = {
-        "path": unquote(parts.path),
+        "path": unquote(sent),
         "link": grant.link_id,
         "key": grant.key_id,
         "expires": _date(grant.expires) or "never",

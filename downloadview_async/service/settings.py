@@ -262,7 +262,7 @@ class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         Annotated[
             str,
             Meta(
-                pattern=r"^(memory:|sqlite:.*[^/].*|(redis|rediss|unix)://.+)\Z",
+                pattern=r"^(memory:|sqlite:(?!//).*[^/].*|(redis|rediss|unix)://.+)\Z",
                 description="where uses and revocations are kept: sqlite:links.db, redis://127.0.0.1:6379/0, or "
                 "memory: for one worker",
             ),

@@ -1,11 +1,13 @@
-"""`Entry`: one file or one folder in the listing of a folder. `closing_entries` closes a listing that is left early."""
+"""`Entry`: one file or one folder in the listing of a folder. `accepted_entries` checks what other code lists."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import NamedTuple
 
+from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.sources.names import Names, canonical_folder, entry_check
 
 
 class Entry(NamedTuple):
@@ -47,3 +49,16 @@ async def closing_entries(entries: AsyncIterator[Entry]) -> AsyncIterator[AsyncI
     finally:
         if (close := getattr(entries, "aclose", None)) is not None:
             await close()
+
+
+async def accepted_entries(
+    list_folder: Callable[[str], AsyncIterator[Entry]], names: Names, folder: str = "", /
+) -> AsyncIterator[Entry]:
+    """Yield what a function lists, without the entries whose names a source refuses: see `SupportsListing`."""
+    folder = canonical_folder(folder, names)
+    is_valid = entry_check(folder, names)
+    async with closing_entries(list_folder(folder)) as entries:
+        async for entry in entries:
+            if is_valid(entry.name):
+                content_type = valid_content_type(entry.content_type)
+                yield entry if content_type == entry.content_type else entry._replace(content_type=content_type)

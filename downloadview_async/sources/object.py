@@ -17,9 +17,9 @@ from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, check_function, check_source, pass_listing_on
-from downloadview_async.sources.listing import Entry, closing_entries
+from downloadview_async.sources.listing import Entry, accepted_entries
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
-from downloadview_async.sources.names import canonical_folder, entry_check, without_empty_segments
+from downloadview_async.sources.names import without_empty_segments
 
 _CODING = re.compile("[0-9A-Za-z._-]+")
 
@@ -72,7 +72,7 @@ class ObjectSource:
         }
         if list_folder is not None:
             check_function(list_folder, "list_folder takes a function of one argument, the folder")
-            pass_listing_on(self, SimpleNamespace(list=partial(self._listed, list_folder)))
+            pass_listing_on(self, SimpleNamespace(list=partial(accepted_entries, list_folder, "any")))
 
     async def resolve(self, key: Any, /) -> AsyncFile:
         """Return the file of the object that `get` finds. Raises `FileMissing` if there is no object or no file."""
@@ -99,17 +99,6 @@ class ObjectSource:
             file = await self._source.resolve(os.fspath(file))
         described = {name: getattr(record, field) for name, field in self._fields.items() if field is not None}
         return ObjectFile(file, **{name: value for name, value in described.items() if value not in (None, "")})
-
-    async def _listed(
-        self, list_folder: Callable[[str], AsyncIterator[Entry]], folder: str = "", /
-    ) -> AsyncIterator[Entry]:
-        """Yield what the function of the application lists, without invalid names: see `SupportsListing`."""
-        folder = canonical_folder(folder, "any")
-        is_valid = entry_check(folder, "any")
-        async with closing_entries(list_folder(folder)) as entries:
-            async for entry in entries:
-                if is_valid(entry.name):
-                    yield entry._replace(content_type=valid_content_type(entry.content_type))
 
 
 class ObjectFile:

@@ -11,10 +11,10 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import OpenFile, Storage, SupportsListing, pass_listing_on
 from downloadview_async.sources.directory_storage import DirectoryStorage
-from downloadview_async.sources.listing import Entry, closing_entries
+from downloadview_async.sources.listing import accepted_entries
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.memory_storage import MemoryStorage
-from downloadview_async.sources.names import Names, canonical_folder, canonical_name, check_names_option, entry_check
+from downloadview_async.sources.names import Names, canonical_name, check_names_option
 from downloadview_async.sources.object_store import SCHEMES, ObjectStorage
 
 
@@ -63,7 +63,7 @@ class StorageSource:
         if isinstance(storage, DirectoryStorage) and storage.root.names == self.names:
             pass_listing_on(self, storage)
         elif isinstance(storage, SupportsListing):
-            pass_listing_on(self, SimpleNamespace(list=partial(self._accepted, storage)))
+            pass_listing_on(self, SimpleNamespace(list=partial(accepted_entries, storage.list, self.names)))
 
     def canonical(self, name: str) -> str:
         """Return the key in the storage for a name from a request: see `HasCanonicalNames`."""
@@ -73,15 +73,6 @@ class StorageSource:
         """Return the file called `name`. Raises `FileMissing` for a name that no file may have."""
         name = self.canonical(name)
         return StorageFile(self.storage, name, location=await self.storage.locate(name))
-
-    async def _accepted(self, storage: SupportsListing, folder: str = "", /) -> AsyncIterator[Entry]:
-        """Yield the entries of the storage whose names this source accepts: see `SupportsListing`."""
-        folder = canonical_folder(folder, self.names)
-        is_valid = entry_check(folder, self.names)
-        async with closing_entries(storage.list(folder)) as entries:
-            async for entry in entries:
-                if is_valid(entry.name):
-                    yield entry
 
 
 def _names_of(storage: Storage) -> Names:

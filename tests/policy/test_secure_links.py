@@ -11,6 +11,8 @@ from urllib.parse import unquote_to_bytes
 import pytest
 
 from downloadview_async import ConfigurationError, Grant, LinkExpired, LinkInvalid, SignedLinks, URLSigner
+from downloadview_async.offload.render import template
+from downloadview_async.policy.formats.secure_link import QUERY
 
 KEYS = {"2026b": bytes(range(32)), "2026a": b"x" * 32}
 SIGNER = URLSigner(KEYS)
@@ -20,6 +22,11 @@ def check(link: str, client: str | None = None, now: float | None = None, signer
     path, _, query = link.partition("?")
     at = time.time() if now is None else now
     return signer.check(unquote_to_bytes(path), query.encode(), client, at, format="secure_link")
+
+
+def test_nginx_accepts_the_same_queries() -> None:
+    fields = dict.fromkeys(("prefix", "hidden", "directory", "symlinks", "types", "disposition", "headers"), "")
+    assert f'($args !~ "^{QUERY}$")' in template("nginx-links.conf", **fields)
 
 
 def test_the_text_is_what_nginx_hashes() -> None:

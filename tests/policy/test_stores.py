@@ -332,7 +332,9 @@ def test_what_is_whole(sent: str, size: int, expected: bool) -> None:
     assert is_whole(sent, size) is expected
 
 
-@pytest.mark.parametrize("url", ["", "memory", "memory:x", "sqlite:", "sqlite:///", "redis", "mysql://u:secret@h/1"])
+@pytest.mark.parametrize(
+    "url", ["", "memory", "memory:x", "sqlite:", "sqlite:///", "sqlite:///links.db", "redis", "mysql://u:secret@h/1"]
+)
 def test_urls_that_are_refused(url: str) -> None:
     with pytest.raises(dv.ConfigurationError) as error:
         dv.grant_store_from_url(url)

@@ -267,6 +267,14 @@ async def test_a_once_only_link_of_the_service(directory: Path, monkeypatch: pyt
         assert (await ask(port, other)).status == 403
 
 
+def test_a_link_whose_base_has_a_prefix(directory: Path) -> None:
+    link = printed("sign", "/signed/a.txt", "--base", "https://example.org/dl/")
+    assert link.startswith("https://example.org/dl/signed/a.txt?")
+    assert "403 Forbidden" in refused("verify", link, status=1)
+    assert "path: /signed/a.txt" in printed("verify", link, "--base", "https://example.org/dl/").splitlines()
+    assert "403 Forbidden" in refused("verify", link, "--base", "https://example.org/d", status=1)
+
+
 def test_a_link_of_either_key_is_valid_and_that_of_another_is_not(directory: Path) -> None:
     link = printed("sign", "/signed/a.txt", "--base", "https://example.org")
     assert link.startswith("https://example.org/signed/a.txt?k=2026b&")
@@ -282,6 +290,7 @@ def test_a_link_of_either_key_is_valid_and_that_of_another_is_not(directory: Pat
         (["signed/a.txt"], "no route serves 'signed/a.txt'"),
         (["/public/a.txt"], "the route /public/{path:path} takes no links"),
         (["/signed/../a.txt"], "has a segment '.' or '..'"),
+        (["/hooked/.git/config"], "the route /hooked/{path:path} hides '/hooked/.git/config'"),
         (["/signed/a.txt", "--expires", "8d"], "at most max_age, 7 days"),
         (["/signed/a.txt", "--expires", "soon"], "--expires is 'soon'"),
         (["/signed/a.txt", "--until", "2020-01-01"], "give a second or more"),
@@ -318,6 +327,7 @@ def test_the_pages_of_the_service_take_no_links(directory: Path, path: str) -> N
         ('keys = "links.keys"', 'keys = "links.keys"\nkey = "x"', "links.key: unknown key: did you mean 'keys'?"),
         ('keys = "links.keys"', 'keys = "links.keys"\nstore = "links.db"', "links.store: the text has the wrong form"),
         ('keys = "links.keys"', 'keys = "links.keys"\nstore = "sqlite:"', "links.store: the text has the wrong form"),
+        ('keys = "links.keys"', 'keys = "links.keys"\nstore = "sqlite:///links.db"', "links.store: the text has"),
         ('keys = "links.keys"', 'keys = "links.keys"\nwhen_store_fails = "no"', "links.when_store_fails"),
         ('keys = "links.keys"', 'keys = "links.keys"\nsession_age = 0', "links.session_age: 0.0 is not a time"),
         ("[links]", '[server]\nworkers = 2\n[links]\nstore = "memory:"', "links.store: memory: is for one worker"),
@@ -365,7 +375,7 @@ def test_keys_that_are_refused(directory: Path, text: str, problem: str) -> None
 @pytest.mark.asyncio
 async def test_the_service_takes_the_links_that_nginx_verifies(directory: Path) -> None:
     (directory / "downloadview.toml").write_text(SETTINGS + SECURE)
-    link = printed("sign", "/secure/Q3 report.pdf", "--format", "secure_link")
+    link = printed("sign", "/secure/Q3 report.pdf")
     assert link.startswith("/secure/Q3%20report.pdf?md5=")
     shown = await asyncio.to_thread(printed, "verify", link)
     assert {"path: /secure/Q3 report.pdf", "key: 2026b"} <= set(shown.splitlines())
@@ -379,7 +389,7 @@ async def test_the_service_takes_the_links_that_nginx_verifies(directory: Path) 
 @pytest.mark.parametrize(
     "arguments, problem",
     [
-        (["/secure/a.txt"], "takes links of the format secure_link: give --format"),
+        (["/secure/a.txt", "--format", "complete"], "takes links of the format secure_link: give --format"),
         (["/signed/a.txt", "--format", "secure_link"], "takes links of the format complete: give --format"),
         (["/public/a.txt", "--format", "secure_link"], "takes no links"),
         (["/secure/a.txt", "--format", "secure_link", "--filename", "b"], "cannot have filename: nginx"),

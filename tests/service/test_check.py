@@ -223,6 +223,29 @@ async def test_a_route_without_a_known_file_is_said_not_to_be_checked(directory:
     assert "example" in line.remedy
     with pytest.raises(ConfigurationError, match="no file to request"):
         await checked(load(directory, virtual), direct=nobody)
+    refusing = FILES + 'access = ["hook:made_here:make"]\n'
+    with pytest.raises(ConfigurationError, match="or the headers of a user with --header"):
+        await checked(load(directory, refusing), direct=nobody)
+
+
+@pytest.mark.asyncio
+async def test_a_route_with_a_hook_is_checked_with_the_headers_of_a_user(directory: Path) -> None:
+    (directory / "for_ada.py").write_text(
+        'async def may(request, name):\n    return request.headers.get("x-user") == "ada"\n'
+    )
+    settings = load(directory, FILES + 'access = ["hook:for_ada:may"]\nexample = "a.txt"\n')
+    async with live(build(settings)) as port:
+        direct = f"http://127.0.0.1:{port}"
+        lines = await checked(settings, direct=direct, headers={"X-User": "ada"})
+        assert [(line.step, line.result) for line in lines] == [
+            ("source", "pass"),
+            ("application", "pass"),
+            ("proxy", "skip"),
+        ]
+        line, *_ = await checked(settings, direct=direct, headers={"X-User": "bob"})
+        assert line.result == "FAIL"
+        assert "the answer is 404" in line.outcome
+        assert "--header" in line.remedy
 
 
 @pytest.mark.asyncio
@@ -605,6 +628,7 @@ def test_the_command_fails_where_something_does(served: tuple[Path, str]) -> Non
         (["nowhere"], "not a server URL"),
         (["--direct", "nowhere"], "not a server URL"),
         (["--timeout", "0"], "timeout"),
+        (["--header", "X-User"], "--header is NAME: VALUE"),
     ],
 )
 def test_the_command_cannot_check(served: tuple[Path, str], arguments: list[str], message: str) -> None:

@@ -5,9 +5,6 @@ from typing import Protocol
 
 from downloadview_async.policy.grants import Grant
 
-MAX_QUERY_BYTES = 8192
-"""The longest query that is looked at."""
-
 
 class LinkFormat(Protocol):
     """Writes and reads the links of some keys: the first key signs, and all of them verify."""

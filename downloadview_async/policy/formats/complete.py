@@ -31,9 +31,9 @@ from urllib.parse import quote, unquote_to_bytes
 
 from downloadview_async.errors import LinkExpired, LinkInvalid
 from downloadview_async.policy.addresses import address_of
-from downloadview_async.policy.formats.base import MAX_QUERY_BYTES
 from downloadview_async.policy.grants import Grant
 
+_MAX_QUERY = 8192  # bytes that are looked at
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _VERSION_AND_METHODS = b"".join(len(part).to_bytes(8) + part for part in (b"downloadview 1", b"GET"))
 _BLOCK = 64  # bytes of SHA-256
@@ -69,7 +69,7 @@ class CompleteLinks:
         signed, _, signature = query.rpartition(b"&s=")
         link = signed[signed.rfind(b"&k=") + 1 :]  # a value of a link has no `&`, so what precedes is the URL's query
         sign = self._signers.get(link[2 : link.find(b"&")]) if link.startswith(b"k=") else None
-        if sign is None or len(query) > MAX_QUERY_BYTES or not hmac.compare_digest(sign(path, signed), signature):
+        if sign is None or len(query) > _MAX_QUERY or not hmac.compare_digest(sign(path, signed), signature):
             raise LinkInvalid("the link is not signed by one of the keys")
         values = {pair[0]: pair[2:] for pair in link.decode("ascii").split("&")}  # as `query` has made them
         expires = int(values["e"]) if "e" in values else None

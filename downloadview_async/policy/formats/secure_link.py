@@ -19,7 +19,7 @@ from downloadview_async.policy.addresses import address_of
 from downloadview_async.policy.grants import Grant
 
 QUERY = "md5=[A-Za-z0-9_-]{21}[AQgw]&expires=[1-9][0-9]{0,11}&key=[A-Za-z0-9_.-]{1,64}(&client=1)?"
-"""A regular expression for the whole query, for nginx too.
+"""A regular expression for the whole query. The template `nginx-links.conf` has the same.
 
 nginx by itself would ignore everything else in a query, and the four bits of `md5` that are not part of the hash.
 """

@@ -8,14 +8,15 @@ from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
 
 
 def grant_store_from_url(url: str) -> GrantStore:
-    """Return a store of uses and revocations: `sqlite:links.db`, `redis://127.0.0.1:6379/0` or `memory:`.
+    """Return a store of uses and revocations: `sqlite:` and a path, `redis://127.0.0.1:6379/0` or `memory:`.
 
     Raises `ConfigurationError` for another URL, and if the package that the store needs is missing.
     """
     scheme, _, rest = url.partition(":")
     if url == "memory:":
         return MemoryGrantStore()
-    if scheme == "sqlite" and rest.strip("/"):
+    # For SQLAlchemy, three slashes are before a relative path: such a URL would be misread here.
+    if scheme == "sqlite" and rest.strip("/") and not rest.startswith("//"):
         return SQLiteGrantStore(rest)
     if scheme in ("redis", "rediss", "unix"):
         return RedisGrantStore(url)

@@ -44,7 +44,7 @@ class GuardedStore:
         self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether the request may have the file. Raises `SourceUnavailable`."""
-        return await self._asked(
+        return await self._ask(
             lambda: self._store.claim(session, uses=uses, wants_all=wants_all, now=now, ends=ends, until=until), True
         )
 
@@ -56,18 +56,18 @@ class GuardedStore:
 
     async def is_revoked(self, identifiers: Sequence[str]) -> bool:
         """Return whether one of the ids is revoked. Raises `SourceUnavailable`."""
-        return await self._asked(lambda: self._store.is_revoked(identifiers, time.time()), False)
+        return await self._ask(lambda: self._store.is_revoked(identifiers, time.time()), False)
 
     async def note(self, session: DownloadSession, span: ByteRange, size: int) -> None:
         """Note a part of the file that was sent. If that fails, the session ends by its time."""
         with contextlib.suppress(SourceUnavailable):  # it is logged, and the file has left
-            await self._asked(lambda: self._store.note(session, span, size), None)
+            await self._ask(lambda: self._store.note(session, span, size), None)
 
     async def revoke(self, identifier: str, until: float | None) -> None:
         """Revoke a link or a key. Raises `SourceUnavailable` if the store fails, whatever is allowed then."""
-        await self._asked(lambda: self._store.revoke(identifier, until), None, is_allowed=False)
+        await self._ask(lambda: self._store.revoke(identifier, until), None, is_allowed=False)
 
-    async def _asked(self, call: Callable[[], Awaitable[T]], otherwise: T, *, is_allowed: bool | None = None) -> T:
+    async def _ask(self, call: Callable[[], Awaitable[T]], otherwise: T, *, is_allowed: bool | None = None) -> T:
         is_allowed = self._is_allowed if is_allowed is None else is_allowed
         try:
             with anyio.fail_after(self._timeout):

@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 import anyio
@@ -61,25 +62,31 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A server, or an application in this process. Redirects are not followed; HTTP_PROXY and the like are ignored."""
+    """A server, or an application in this process. Redirects are not followed; HTTP_PROXY and the like are ignored.
+
+    headers: of every request, such as the name and password of a user.
+    """
 
     client: httpx2.AsyncClient
     base: str
     path: str
     timeout: float
+    headers: Mapping[str, str]
     is_here: bool = False
 
     @classmethod
     @asynccontextmanager
-    async def in_process(cls, app: Starlette, timeout: float) -> AsyncIterator["Peer"]:
+    async def in_process(cls, app: Starlette, timeout: float, headers: Mapping[str, str]) -> AsyncIterator["Peer"]:
         """Yield a peer that calls an application in this process."""
         transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx2.AsyncClient(transport=transport, trust_env=False) as client:
-            yield cls(client, "http://localhost", "", timeout, is_here=True)
+            yield cls(client, "http://localhost", "", timeout, headers, is_here=True)
 
     @classmethod
     @asynccontextmanager
-    async def at(cls, url: str, timeout: float, *, uds: str | None = None) -> AsyncIterator["Peer"]:
+    async def at(
+        cls, url: str, timeout: float, headers: Mapping[str, str] = MappingProxyType({}), *, uds: str | None = None
+    ) -> AsyncIterator["Peer"]:
         """Yield a peer for the server at a URL, or behind a Unix socket. timeout: seconds for each whole answer.
 
         Raises `ConfigurationError` if `url` is not a server URL.
@@ -92,7 +99,7 @@ class Peer:
         if not good or parts.query or parts.fragment:
             raise ConfigurationError(f"{url!r} is not a server URL: give one such as http://127.0.0.1:8080")
         async with _client(parts.scheme, timeout, uds) as client:
-            yield cls(client, f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), timeout)
+            yield cls(client, f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), timeout, headers)
 
     async def ask(
         self, target: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, root: bool = False
@@ -108,6 +115,7 @@ class Peer:
             method,
             self.base + path.replace("../", "%2e%2e/") if self.is_here else self.base,
             headers={"Accept-Encoding": "identity", "User-Agent": f"downloadview-check/{__version__}"}
+            | dict(self.headers)
             | dict(headers or {}),
             # the client would normalise a URL, and so remove /../ from it
             extensions=None if self.is_here else {"target": path.encode("ascii")},

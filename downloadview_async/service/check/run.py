@@ -7,7 +7,7 @@ with the same settings, in this process, gives the expected answers. Of a large 
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -76,13 +76,15 @@ async def check(
     files: Sequence[str] = (),
     only: bool = False,
     timeout: float = 10.0,
+    headers: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[Line, None]:
     """Make the checks, and yield each result as soon as it is known.
 
     url: the URL at which clients reach the proxy; without it, no proxy is checked. direct: the URL at which the service
     itself listens; by default the address in the settings. files: paths to request, such as /files/a%20b.txt. only:
     request no others; by default a route without a path in `files` is checked with its examples, or with files from
-    its local directory. timeout: seconds for opening a source's file, and for each request.
+    its local directory. timeout: seconds for opening a source's file, and for each request. headers: of every request;
+    with them, routes for users with passwords and those with a hook are checked too.
 
     Raises `ConfigurationError` for wrong settings and URLs, and if there is no file to request.
     """
@@ -94,13 +96,14 @@ async def check(
             remedy = "start the database, or correct its URL"
             yield Line(result="FAIL", step="source", route="", request="the database", outcome=str(exc), remedy=remedy)
             return
-        in_process = await stack.enter_async_context(Peer.in_process(app, timeout))
+        sent = headers or {}
+        in_process = await stack.enter_async_context(Peer.in_process(app, timeout, sent))
         running = proxy = None
         uds = settings.server.uds if direct is None else None
         if (service := _service_of(settings, direct)) is not None:
-            running = await stack.enter_async_context(Peer.at(service, timeout, uds=uds))
+            running = await stack.enter_async_context(Peer.at(service, timeout, sent, uds=uds))
         if url is not None:
-            proxy = await stack.enter_async_context(Peer.at(url, timeout))
+            proxy = await stack.enter_async_context(Peer.at(url, timeout, sent))
         where = f"http://unix:{uds}" if uds else shown_url(service or "http://HOST:PORT")
         site = Site(settings, app, in_process, running, proxy, timeout, where)
         async with aclosing(_Run(site).lines(files, only)) as lines:
@@ -131,9 +134,10 @@ class _Run:
     async def lines(self, files: Sequence[str], only: bool) -> AsyncGenerator[Line, None]:
         wanted, unknown = await anyio.to_thread.run_sync(self._wanted, files, only)
         if not wanted:
-            raise ConfigurationError(
-                "there is no file to request: give each route an `example` in the settings, or give paths with --file"
-            )
+            remedy = "give each route an `example` in the settings, or give paths with --file"
+            if any(route.access is not None for route in self.site.settings.routes):
+                remedy += ", of a route without `access`, or the headers of a user with --header"
+            raise ConfigurationError(f"there is no file to request: {remedy}")
         for line in unknown:
             yield line
         files_to_check: list[File] = []
@@ -176,9 +180,11 @@ class _Run:
         unknown: list[Line] = []
         for route in self.site.settings.routes:
             before, after = (quote(part) for part in PARAMETER.split(route.path))
-            if route.access is not None and not only:
+            if route.access is not None and not only and not self._may_ask(route.access):
                 outcome = "not checked: the route has an `access`"
-                remedy = "download a file of this route as those do who may have it"
+                remedy = "download a file of this route yourself, as a user who may have it"
+                if not self.site.in_process.headers:
+                    remedy += ", or give the headers of such a user with --header"
                 unknown.append(
                     Line(
                         result="skip", step="source", route=route.path, request="a file", outcome=outcome, remedy=remedy
@@ -196,6 +202,14 @@ class _Run:
                 )
                 unknown.append(line)
         return wanted, unknown
+
+    def _may_ask(self, access: Sequence[str]) -> bool:
+        """Return whether the headers of the command may let it have the files of a route."""
+        users = self.site.settings.users
+        has_passwords = users is not None and users.file is not None
+        return bool(self.site.in_process.headers) and any(
+            one.startswith("hook:") or (has_passwords and one.startswith("user:")) for one in access
+        )
 
     def _found(self, route: RouteSettings) -> list[str]:
         """Return a plain name in a route's local directory, and one name that needs percent-encoding.
@@ -239,6 +253,8 @@ class _Run:
                 outcome = "of unknown size" if content.size is None else f"{content.size} bytes"
                 return passed("source", wanted, request, outcome), File(wanted, file, metadata, content, expected)
             outcome = f"with these settings the answer is {expected.status}"
+            if wanted.route.access is not None:
+                remedy = "give the headers of a user who may have this file with --header"
         except FileMissing as exc:
             outcome, remedy = f"missing: {exc}", "give a file that exists, by the route's `example` or by --file"
             if bucket:
