@@ -1,6 +1,5 @@
 """`Download`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
@@ -16,7 +15,7 @@ from downloadview_async.asgi.response import DownloadResponse, checked_headers
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
-from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.grants import GRANT
 from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, Source, check_source
 
@@ -65,7 +64,6 @@ class Download:
         self.offload = offload
         self.access = access_of(access)
         self._hidden = Hidden(hide) if hide else None
-        self._cache_control = {name.lower(): value for name, value in self.headers.items()}.get("cache-control")
         self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,27 +81,17 @@ class Download:
                 key = self._key_of(scope)
                 if self._hidden is not None:
                     self._hidden.check(key)
-                grant = await allow(self.access, Request(scope, receive), key) if self.access else None
-                response = self._response(await self.source.resolve(key), grant)
+                if self.access:
+                    scope[GRANT] = await allow(self.access, Request(scope, receive), key)
+                response = self._response(await self.source.resolve(key))
             except FileError as exc:
                 await send_error(exc, scope, send)
                 return
         await response(scope, receive, send)
 
-    def _response(self, file: AsyncFile, grant: Grant | None) -> DownloadResponse:
-        filename, attachment, content_type, headers = None, self.attachment, None, self.headers
-        if grant is not None:
-            filename, content_type = grant.filename, grant.content_type
-            attachment = attachment if grant.attachment is None else grant.attachment
-            headers = {**headers, "Cache-Control": grant.cache_control(self._cache_control, time.time())}
+    def _response(self, file: AsyncFile) -> DownloadResponse:
         response = DownloadResponse(
-            file,
-            filename=filename,
-            attachment=attachment,
-            content_type=content_type,
-            headers=headers,
-            redirect=self.redirect,
-            offload=self.offload,
+            file, attachment=self.attachment, headers=self.headers, redirect=self.redirect, offload=self.offload
         )
         response.ends_request = True
         return response

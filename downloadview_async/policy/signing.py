@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 from downloadview_async.errors import ConfigurationError, LinkInvalid
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.formats.base import LinkFormat
-from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.stores.base import GrantStore
 from downloadview_async.policy.stores.guarded import GuardedStore, WhenStoreFails
 from downloadview_async.policy.uses import MARGIN, USE, Use, client_network
@@ -142,8 +142,9 @@ class URLSigner:
     async def verify(self, scope: MutableMapping[str, Any], *, format: str = "complete") -> Grant:  # noqa: A002
         """Return what the link of a request grants.
 
-        scope: that of ASGI. For a GET of a link with `uses` it gets an entry, by which `DownloadResponse` counts the
-        download when it is about to send the file. format: as in `sign`.
+        scope: that of ASGI. It gets an entry, by which `DownloadResponse` presents the file as the link says, and for a
+        GET of a link with `uses` another, by which it counts the download when it is about to send the file. format: as
+        in `sign`.
 
         Raises what `check` raises, `LinkInvalid` for a link that is revoked, and `SourceUnavailable` if the store does
         not answer.
@@ -157,9 +158,10 @@ class URLSigner:
         if self._store is None:
             if grant.uses is not None:
                 raise LinkInvalid(f"the link {grant.link_id} is for {grant.uses} downloads, and there is no store")
-            return grant
-        await self.refuse_revoked(grant)
-        if grant.uses is not None and scope["method"] == "GET":
+        else:
+            await self.refuse_revoked(grant)
+        scope[GRANT] = grant
+        if self._store is not None and grant.uses is not None and scope["method"] == "GET":
             scope[USE] = Use(self._store, grant, self._client_of(scope), self._session_seconds)
         return grant
 
