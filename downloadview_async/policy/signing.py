@@ -24,6 +24,7 @@ MOST_USES = 1_000_000
 """The most downloads that a link may be limited to."""
 
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_LINK_ID = re.compile(r"[A-Za-z0-9_-]{12}|[0-9a-f]{16}")  # the second: of a link that nginx verifies
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SAFE_IN_QUERY = "%!$&()*+,;=:@/?"  # a client would encode the others
 
@@ -176,8 +177,9 @@ class URLSigner:
     async def revoke(self, identifier: str) -> float | None:
         """Revoke a link, or all links of a key, by its id: from the next request on, in every process with this store.
 
-        Returns until when the entry is kept, in seconds since 1970 UTC: until every link that can exist now has
-        expired. None: for ever, as for a key.
+        Returns until when the entry is kept, in seconds since 1970 UTC: for a link, until every link of this `max_age`
+        has expired. If a link was made with a longer one, revoke its key. None: for ever, as for a key, which other
+        processes may have, whose links live longer.
 
         Raises `ConfigurationError` without a store, `ValueError` for what cannot be an id, and `SourceUnavailable` if
         the store does not answer.
@@ -187,7 +189,7 @@ class URLSigner:
         if not _KEY_ID.fullmatch(identifier):
             raise ValueError(f"{identifier!r} is not the id of a link or of a key")
         until = None
-        if self._max_age is not None and identifier not in self._keys:
+        if self._max_age is not None and identifier not in self._keys and _LINK_ID.fullmatch(identifier):
             until = time.time() + self._max_age.total_seconds() + MARGIN
         await self._store.revoke(identifier, until)
         return until
