@@ -1,7 +1,7 @@
 """`Download` and `Listing`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
@@ -24,7 +24,7 @@ from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.http.content_types import content_type_for
 from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
-from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, Source, SupportsListing, check_source
 
@@ -71,6 +71,8 @@ class _Endpoint:
             if self._hidden is not None:
                 self._hidden.check(key)
             grant = await allow(self.access, Request(scope, receive), key) if self.access else None
+            if grant is not None:
+                scope[GRANT] = grant
             answer = await self._answer_to(key, grant, scope)
         except FileError as exc:
             await send_error(exc, scope, send)
@@ -210,11 +212,10 @@ class Download(_Endpoint):
         self.offload = offload
         options = ArchiveOptions() if archive is True else archive
         self._archives = Archives(source, options, hide) if options else None
-        self._cache_control = {name.lower(): value for name, value in self.headers.items()}.get("cache-control")
 
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
         if self._archives is not None and (name := archive_key_of(key, scope)) is not None:
-            archive = self._response(await self._archives.resolve(name), grant, is_archive=True)
+            archive = self._response(await self._archives.resolve(name), grant, scope, is_archive=True)
             return self._archives.counted(name, archive)
         if (folder := self._folder_of(key, grant, scope)) is not None:
             return folder
@@ -224,7 +225,7 @@ class Download(_Endpoint):
             file = await self.source.resolve(key)
             if view == "page" and isinstance(key, str):
                 return partial(self._view, file, key, grant)
-            response = self._response(file, grant, is_pdf=view == "pdf")
+            response = self._response(file, grant, scope, is_pdf=view == "pdf")
         except FileMissing as exc:
             if missing is None:
                 raise
@@ -265,21 +266,25 @@ class Download(_Endpoint):
         return True
 
     def _response(
-        self, file: AsyncFile, grant: Grant | None, *, is_pdf: bool = False, is_archive: bool = False
+        self,
+        file: AsyncFile,
+        grant: Grant | None,
+        scope: Scope,
+        *,
+        is_pdf: bool = False,
+        is_archive: bool = False,
     ) -> DownloadResponse:
-        filename, attachment, content_type, headers = None, self.attachment, None, self.headers
-        if grant is not None:
-            filename, content_type = grant.filename, grant.content_type
-            attachment = attachment if grant.attachment is None else grant.attachment
-            headers = {**headers, "Cache-Control": grant.cache_control(self._cache_control, time.time())}
-        if is_pdf and (content_type or content_type_for(file.name)) == "application/pdf":
+        attachment, content_type, headers = self.attachment or is_archive, None, self.headers
+        type_of_link = None if grant is None else grant.content_type
+        if is_pdf and (type_of_link or content_type_for(file.name)) == "application/pdf":
             # inside the view page: the type is set, so that nothing else is ever shown without its sandbox
             attachment, content_type = False, "application/pdf"
             headers = {**headers, "Content-Security-Policy": PDF_POLICY}
+        if grant is not None and grant.attachment is not None and (is_archive or content_type is not None):
+            scope[GRANT] = replace(grant, attachment=None)
         response = DownloadResponse(
             file,
-            filename=filename,
-            attachment=attachment or is_archive,
+            attachment=attachment,
             content_type=content_type,
             headers=headers,
             redirect=None if is_archive else self.redirect,

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from functools import lru_cache, partial
@@ -34,6 +35,7 @@ from downloadview_async.http.plan import Plan, Presentation, describe, make_redi
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
+from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.uses import USE
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.local.open_file import local_of, open_nowait
@@ -61,7 +63,8 @@ class DownloadResponse(Response):
     task, and only after the application has returned, since both may delete the file before the proxy has opened it.
     True: the file stays where it is, so the answer does not wait. False: no proxy sends it.
 
-    If the request has come by a link that allows a number of downloads, it is counted before the first byte is sent.
+    If the request has come by a link, what that says about the name, the disposition, the type and Cache-Control wins.
+    If the link allows a number of downloads, it is counted before the first byte is sent.
 
     The file is opened when the response is sent. If it is missing then, the answer is that of `error_response`: a 404.
 
@@ -105,6 +108,8 @@ class DownloadResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request: with an offload, or by its method, conditions and ranges. A WebSocket is refused."""
+        if (grant := scope.get(GRANT)) is not None:
+            self._follow(grant)
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
         elif (use := scope.get(USE)) is not None:
@@ -120,6 +125,19 @@ class DownloadResponse(Response):
             await self._respond_observed(observer, scope, receive, send)
         if self.background is not None:
             await self.background()
+
+    def _follow(self, grant: Grant) -> None:
+        """Present the file as the grant says, by which the request has come."""
+        shown, before = self.presentation, self.raw_headers
+        self.presentation = _presentation(
+            shown.filename if grant.filename is None else grant.filename,
+            shown.attachment if grant.attachment is None else grant.attachment,
+            grant.content_type or shown.content_type,
+        )
+        chosen = next((value.decode("latin-1") for name, value in before if name == b"cache-control"), None)
+        cache_control = grant.cache_control(chosen, time.time()).encode("latin-1")
+        self.raw_headers = [field for field in before if field[0] != b"cache-control"]
+        self.raw_headers.append((b"cache-control", cache_control))
 
     async def _respond_observed(self, observer: Observer, scope: Scope, receive: Receive, send: Send) -> None:
         with one_outcome(observer) as once:

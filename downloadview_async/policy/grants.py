@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from downloadview_async.http.content_types import valid_content_type
 
+GRANT = "downloadview_async.grant"
+"""The key of a `Grant` in an ASGI scope: `DownloadResponse` presents the file like that."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:

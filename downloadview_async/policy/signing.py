@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 from downloadview_async.errors import ConfigurationError, LinkInvalid
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.formats.base import LinkFormat
-from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.stores.base import GrantStore
 from downloadview_async.policy.stores.guarded import GuardedStore, WhenStoreFails
 from downloadview_async.policy.uses import MARGIN, USE, Use, client_network
@@ -24,6 +24,7 @@ MOST_USES = 1_000_000
 """The most downloads that a link may be limited to."""
 
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_LINK_ID = re.compile(r"[A-Za-z0-9_-]{12}|[0-9a-f]{16}")  # the second: of a link that nginx verifies
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SAFE_IN_QUERY = "%!$&()*+,;=:@/?"  # a client would encode the others
 
@@ -142,8 +143,9 @@ class URLSigner:
     async def verify(self, scope: MutableMapping[str, Any], *, format: str = "complete") -> Grant:  # noqa: A002
         """Return what the link of a request grants.
 
-        scope: that of ASGI. For a GET of a link with `uses` it gets an entry, by which `DownloadResponse` counts the
-        download when it is about to send the file. format: as in `sign`.
+        scope: that of ASGI. It gets an entry, by which `DownloadResponse` presents the file as the link says, and for a
+        GET of a link with `uses` another, by which it counts the download when it is about to send the file. format: as
+        in `sign`.
 
         Raises what `check` raises, `LinkInvalid` for a link that is revoked, and `SourceUnavailable` if the store does
         not answer.
@@ -157,9 +159,10 @@ class URLSigner:
         if self._store is None:
             if grant.uses is not None:
                 raise LinkInvalid(f"the link {grant.link_id} is for {grant.uses} downloads, and there is no store")
-            return grant
-        await self.refuse_revoked(grant)
-        if grant.uses is not None and scope["method"] == "GET":
+        else:
+            await self.refuse_revoked(grant)
+        scope[GRANT] = grant
+        if self._store is not None and grant.uses is not None and scope["method"] == "GET":
             scope[USE] = Use(self._store, grant, self._client_of(scope), self._session_seconds)
         return grant
 
@@ -174,8 +177,9 @@ class URLSigner:
     async def revoke(self, identifier: str) -> float | None:
         """Revoke a link, or all links of a key, by its id: from the next request on, in every process with this store.
 
-        Returns until when the entry is kept, in seconds since 1970 UTC: until every link that can exist now has
-        expired. None: for ever, as for a key.
+        Returns until when the entry is kept, in seconds since 1970 UTC: for a link, until every link of this `max_age`
+        has expired. If a link was made with a longer one, revoke its key. None: for ever, as for a key, which other
+        processes may have, whose links live longer.
 
         Raises `ConfigurationError` without a store, `ValueError` for what cannot be an id, and `SourceUnavailable` if
         the store does not answer.
@@ -185,7 +189,7 @@ class URLSigner:
         if not _KEY_ID.fullmatch(identifier):
             raise ValueError(f"{identifier!r} is not the id of a link or of a key: `downloadview verify` prints both")
         until = None
-        if self._max_age is not None and identifier not in self._keys:
+        if self._max_age is not None and identifier not in self._keys and _LINK_ID.fullmatch(identifier):
             until = time.time() + self._max_age.total_seconds() + MARGIN
         await self._store.revoke(identifier, until)
         return until

@@ -1,6 +1,7 @@
 """The keys of links, the users, and the access of routes, as the settings give them."""
 
 import logging
+import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -188,6 +189,12 @@ def _keys(settings: Settings, keys: str) -> dict[str, str]:
             with open(keys, encoding="utf-8") as file:
                 keys = file.read()
         except OSError as exc:
+            if re.search(r"\s", keys):  # it may be a wrong secret, so it is not shown
+                raise settings.error(
+                    "links.keys",
+                    f"it is neither a file that can be read ({exc.strerror}) nor a line `id secret`, with a secret of "
+                    "32 characters or more: correct it",
+                ) from None
             raise settings.error(
                 "links.keys",
                 f"{keys!r} cannot be read ({exc.strerror}): create it with `downloadview keys >> {keys}`",

@@ -245,6 +245,28 @@ async def test_a_dependency_of_fastapi(root: Path) -> None:
         assert (await ask(port, "/files/a.txt")).status == 403
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_an_answer_of_an_endpoint_is_as_its_link_says(root: Path, method: str) -> None:
+    app = FastAPI(exception_handlers={dv.FileError: dv.download_error})
+    source = dv.PathSource(root)
+
+    @app.api_route("/files/{name}", methods=["GET", "HEAD"], dependencies=[Depends(dv.signed_link(SIGNER))])
+    async def download(name: str) -> dv.DownloadResponse:
+        return dv.DownloadResponse(await source.resolve(name), filename="c.txt", headers={"Cache-Control": "public"})
+
+    links = [
+        SIGNER.sign("/files/a.txt"),
+        SIGNER.sign("/files/a.txt", filename="b.txt", attachment=False, content_type="application/pdf", shareable=True),
+    ]
+    async with live(app) as port:
+        plain, shared = [(await ask(port, link, method=method)).headers for link in links]
+    assert plain["cache-control"] == "private, no-store"
+    assert plain["content-disposition"] == 'attachment; filename="c.txt"'
+    assert shared["cache-control"].startswith("public, max-age=")
+    assert shared["content-disposition"] == 'inline; filename="b.txt"'
+    assert shared["content-type"] == "application/pdf"
+
+
 @pytest.mark.parametrize("access", [[], ["signed"], "signed", 3])
 async def test_an_access_that_is_refused(root: Path, access: Any) -> None:
     with pytest.raises(dv.ConfigurationError, match="give an async function"):

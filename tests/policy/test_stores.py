@@ -345,6 +345,9 @@ def test_a_url_of_redis_that_is_refused() -> None:
     pytest.importorskip("redis")
     with pytest.raises(dv.ConfigurationError, match="give such as redis:"):
         dv.RedisGrantStore("http://127.0.0.1")
+    with pytest.raises(dv.ConfigurationError, match="percent-encoded") as caught:
+        dv.RedisGrantStore("redis://:pass/word@127.0.0.1:6379/0")
+    assert "pass" not in str(caught.value).replace("password", "")
 
 
 def test_importing_the_library_imports_no_client_of_a_store() -> None:

@@ -178,6 +178,11 @@ async def test_a_revoked_link_and_a_revoked_key() -> None:
         with pytest.raises(dv.LinkInvalid, match="revoked"):
             await one.verify(scope_of(first, method))
     await one.verify(scope_of(second))
+    # what may be a key of another process, whose links may live longer
+    assert [await one.revoke(identifier) for identifier in ("2025z", "20261129-41cf", "ada_key_2026a")] == [None] * 3
+    secure = await one.verify(scope_of(one.sign("/a", format="secure_link")), format="secure_link")
+    assert secure.link_id is not None
+    assert await one.revoke(secure.link_id) is not None
     assert await one.revoke("2026b") is None
     with pytest.raises(dv.LinkInvalid, match="revoked"):
         await one.verify(scope_of(second))

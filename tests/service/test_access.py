@@ -179,6 +179,14 @@ def test_the_keys_may_be_in_a_variable(directory: Path, variable: str, monkeypat
     assert "?k=2026b&" in printed("sign", "/signed/a.txt")
 
 
+@pytest.mark.parametrize("keys", ["2026b too/short", "2026b a secret with spaces\n2026a and another one"])
+def test_a_wrong_key_in_a_variable_is_not_shown(directory: Path, keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOWNLOADVIEW_LINKS__KEYS", keys)
+    problem = refused("sign", "/signed/a.txt")
+    assert "nor a line `id secret`" in problem
+    assert not any(word in problem for word in ("short", "spaces", "another"))
+
+
 def test_what_is_signed_is_what_verify_prints(directory: Path) -> None:
     until = f"{datetime.now(UTC) + timedelta(days=1):%Y-%m-%dT%H:%M:%S}"
     link = printed(

@@ -69,10 +69,11 @@ class RedisGrantStore:
         self._prefix = f"{prefix}:1:"
         try:
             self._connect()
-        except ValueError as exc:
+        except ValueError:  # its text may have a part of the password
             raise ConfigurationError(
-                f"the URL of Redis cannot be used ({exc}): give such as redis://127.0.0.1:6379/0"
-            ) from exc
+                "the URL of Redis cannot be used: give such as redis://127.0.0.1:6379/0, with the password "
+                "percent-encoded"
+            ) from None
 
     async def claim(
         self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
