@@ -44,6 +44,8 @@ from downloadview_async.policy.users import Users
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
+from downloadview_async.sources.digests.known import Digests
+from downloadview_async.sources.digests.store import DigestStore
 from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.local.path import LocalFile, PathSource
 from downloadview_async.sources.memory_storage import MemoryStorage
@@ -67,6 +69,8 @@ __all__ = [
     "CacheCounters",
     "CachedSource",
     "ConfigurationError",
+    "DigestStore",
+    "Digests",
     "DirectoryStorage",
     "Download",
     "DownloadError",

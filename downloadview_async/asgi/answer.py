@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from downloadview_async.asgi.prepared_head import PreparedHead
+from downloadview_async.http.digest import preferred_digest
 from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import (
@@ -59,6 +60,9 @@ def answer_to(
     headers: those of the application; Set-Cookie is left out. offload: the headers by which a proxy sends the file.
     keep: whether the answer may come from, and go to, the cache of answers.
     """
+    if request.want_repr_digest is not None and metadata.digests:
+        # Answers are kept by the digest, which is one of few, not by the text of the client.
+        metadata = replace(metadata, digests=preferred_digest(metadata.digests, request.want_repr_digest))
     added = tuple(header for header in headers if header[0] != b"set-cookie") if headers else ()
     offered = None if offload is None else tuple(offload.items())
     if not keep or status != 200 or not is_shown_for_good(metadata.last_modified, time.time()):

@@ -19,6 +19,7 @@ from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, Source, check_source
+from downloadview_async.sources.digests.known import Digests
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
@@ -36,6 +37,7 @@ class Download:
     of which one suffices. It is asked before any file is opened. None: everyone. See `Access` and `Grant`.
     hide: patterns as in `fnmatch` for names of files and directories that do not exist for clients, such as `.*` or
     `*.key`. One that matches a segment of the name hides it; upper and lower case are the same.
+    digests: the digests of the source's files, for Repr-Digest.
 
     Raises `ConfigurationError` for a source, an access or a pattern that is not one, and `ValueError` for a header that
     is refused.
@@ -53,6 +55,7 @@ class Download:
         offload: bool | None = None,
         access: Access | Sequence[Access] | None = None,
         hide: Sequence[str] = (),
+        digests: Digests | None = None,
     ) -> None:
         check_source(source, "Download")
         self.source = source
@@ -67,6 +70,7 @@ class Download:
         self._hidden = Hidden(hide) if hide else None
         self._cache_control = {name.lower(): value for name, value in self.headers.items()}.get("cache-control")
         self._key = key
+        self.digests = digests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
@@ -84,13 +88,13 @@ class Download:
                 if self._hidden is not None:
                     self._hidden.check(key)
                 grant = await allow(self.access, Request(scope, receive), key) if self.access else None
-                response = self._response(await self.source.resolve(key), grant)
+                response = self._response(await self.source.resolve(key), grant, key)
             except FileError as exc:
                 await send_error(exc, scope, send)
                 return
         await response(scope, receive, send)
 
-    def _response(self, file: AsyncFile, grant: Grant | None) -> DownloadResponse:
+    def _response(self, file: AsyncFile, grant: Grant | None, key: Any) -> DownloadResponse:
         filename, attachment, content_type, headers = None, self.attachment, None, self.headers
         if grant is not None:
             filename, content_type = grant.filename, grant.content_type
@@ -106,6 +110,8 @@ class Download:
             offload=self.offload,
         )
         response.ends_request = True
+        if self.digests is not None and isinstance(key, str):
+            response.digests, response.digest_name = self.digests, key
         return response
 
     def _key_of(self, scope: Scope) -> Any:

@@ -6,10 +6,10 @@ from base64 import b64encode
 from collections.abc import Mapping
 
 Digests = tuple[tuple[str, bytes], ...]
-"""Digests of a whole file: pairs of an algorithm, one of `ALGORITHMS`, and its value."""
+"""Digests of a whole file: pairs of an algorithm and its value, in the order of `ALGORITHMS`. The first is sent."""
 
 ALGORITHMS: Mapping[str, int] = {"sha-256": 32, "sha-512": 64}
-"""The algorithms whose status is "Active" [7.2], with the length of their values in bytes. The first is the default."""
+"""The algorithms whose status is "Active" [7.2], with the length of their values in bytes."""
 
 # Structured fields, RFC 9651. A field that does not parse as a whole is ignored.
 _KEY = r"[a-z*][a-z0-9_.*-]*+"
@@ -49,15 +49,14 @@ def preferred_digest(digests: Digests, want: str | None) -> Digests:
     """Return the digest to send to a client, or nothing if there is none that it accepts.
 
     want: the value of Want-Repr-Digest [4], or None. The weights are integers from 1 to 10; 0 means "not acceptable".
-    A member with another value counts as not sent. If the client prefers none of `digests`, it gets the default unless
-    that is not acceptable: a server may send another algorithm than those in the field [C.2].
+    A member with another value counts as not sent. If the client prefers none of `digests`, it gets the first that is
+    acceptable: a server may send another algorithm than those in the field [C.2].
     """
-    weights = {} if want is None else _weights(want)
-    best = max(digests, key=lambda digest: weights.get(digest[0], 0), default=None)
-    if best is not None and weights.get(best[0], 0) > 0:
-        return (best,)
-    default = next(iter(ALGORITHMS))
-    return tuple(digest for digest in digests if digest[0] == default and default not in weights)
+    if want is None:
+        return digests[:1]
+    weights = _weights(want)
+    acceptable = [digest for digest in digests if weights.get(digest[0]) != 0]
+    return tuple(sorted(acceptable, key=lambda digest: -weights.get(digest[0], 0))[:1])
 
 
 def _weights(want: str) -> dict[str, int]:

@@ -115,9 +115,10 @@ def test_the_client_gets_the_digest_that_it_prefers(want: str | None, sent: list
     [
         ((), None, ()),
         ((), "sha-256=10", ()),
-        ((SHA512,), None, ()),
+        ((SHA512,), None, (SHA512,)),
         ((SHA512,), "sha-512=1", (SHA512,)),
-        ((SHA512,), "sha-256=10", ()),
+        ((SHA512,), "sha-256=10", (SHA512,)),
+        ((SHA512,), "sha-256=10, sha-512=0", ()),
         ((SHA256,), "sha-512=10", (SHA256,)),
         ((SHA256,), "sha-512=10, sha-256=0", ()),
         ((SHA256,), "sha-512=10, sha-256=1", (SHA256,)),
