@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from downloadview_async import (
     Cache,
     CachedSource,
+    Digests,
     Download,
     FileError,
     FileMissing,
@@ -44,6 +45,7 @@ from downloadview_async import (
 )
 from downloadview_async.service.access import access_of, keeping_peers, opened_store, signer_of, store_of, users_of
 from downloadview_async.service.config_loader import CONFIG, load_settings
+from downloadview_async.service.digests import digests_of
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
@@ -66,7 +68,7 @@ from downloadview_async.service.settings import (
 )
 from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
 
-_CORS_REQUEST_HEADERS = ["If-Modified-Since", "If-None-Match", "If-Range", "Range"]
+_CORS_REQUEST_HEADERS = ["If-Modified-Since", "If-None-Match", "If-Range", "Range", "Want-Repr-Digest"]
 _CORS_EXPOSED = [
     "Accept-Ranges",
     "Content-Range",
@@ -76,6 +78,8 @@ _CORS_EXPOSED = [
     "Last-Modified",
     "Repr-Digest",
 ]
+
+_NOT_OF_THE_SOURCE = frozenset({"cache", "digests", "sidecars"})
 
 _logger = logging.getLogger("downloadview_async")
 
@@ -101,6 +105,7 @@ def build(settings: Settings) -> Starlette:
     databases = _databases(settings)
     caches = _caches(settings)
     sources = _sources(settings, databases, caches)
+    digests = digests_of(settings, sources)
     checks: dict[str, Callable[[], Awaitable[None]]] = {}
     for name, source in settings.sources.items():
         if (directory := directory_of(source)) is not None:
@@ -138,6 +143,8 @@ def build(settings: Settings) -> Starlette:
                 stack.push_async_callback(cache.aclose)
             await stack.enter_async_context(_opened(settings, databases))
             await stack.enter_async_context(opened_store(settings, store))
+            for known in digests.values():
+                await stack.enter_async_context(known.running())
             yield
 
     health = Health(checks)
@@ -150,7 +157,7 @@ def build(settings: Settings) -> Starlette:
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
-            *_routes(settings, sources, signer),
+            *_routes(settings, sources, signer, digests),
         ],
         middleware=middleware,
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
@@ -223,7 +230,9 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
     sources: dict[str, Source] = {}
     for name, source in settings.sources.items():
         key = f"sources.{name}"
-        options = {field: value for field, value in msgspec.structs.asdict(source).items() if field != "cache"}
+        options = {
+            field: value for field, value in msgspec.structs.asdict(source).items() if field not in _NOT_OF_THE_SOURCE
+        }
         match source:
             case PathSettings():
                 with settings.blaming(f"{key}.root"):
@@ -289,7 +298,9 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
         return Documents(source, directory=settings.directory)
 
 
-def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner | None) -> Iterator[Route]:
+def _routes(
+    settings: Settings, sources: Mapping[str, Source], signer: URLSigner | None, digests: Mapping[str, Digests]
+) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
     users = users_of(settings)
     for index, route in enumerate(settings.routes):
@@ -303,6 +314,7 @@ def _routes(settings: Settings, sources: Mapping[str, Source], signer: URLSigner
             access=access_of(settings, index, route, signer, users),
             headers=route.headers,
             hide=route.hide,
+            digests=digests.get(route.source),
         )
         try:
             yield Route(route.path, endpoint, middleware=_cors(route))

@@ -191,7 +191,7 @@ def test_a_storage_may_be_beside_the_settings(directory: Path, url: str, expecte
 
 REFUSED = [
     # what is written, the key, and words of the remedy
-    ("port = 8000", "port", "unknown key: use one of content_types, links, offload, routes, server, sources"),
+    ("port = 8000", "port", "unknown key: use one of content_types, digests, links, offload, routes, server, sources"),
     ("[servre]", "servre", "did you mean 'server'?"),
     ("[server]\nprot = 1", "server.prot", "did you mean 'port'?"),
     ('[server]\nport = "x"', "server.port", "give a TCP port, 0 to 65535"),
