@@ -113,7 +113,15 @@ def test_settings_load(page: Path, tmp_path: Path) -> None:
         file = tmp_path / f"{number}.toml"
         file.write_text(text)
         loaded = load_settings(file, environ={})
-        assert set(tomllib.loads(text)) <= {"server", "sources", "routes", "offload", "content_types", "links", "digests"}
+        assert set(tomllib.loads(text)) <= {
+            "server",
+            "sources",
+            "routes",
+            "offload",
+            "content_types",
+            "links",
+            "digests",
+        }
         assert loaded.content_types or (loaded.sources and loaded.routes)
 
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Host, Mount, Route
 from starlette.types import Receive, Scope, Send
 
+from downloadview_async.asgi.checksum import checksum_response, wanted_checksum
 from downloadview_async.asgi.disconnect import close_after_body
 from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.response import DownloadResponse, checked_headers
@@ -37,7 +38,8 @@ class Download:
     of which one suffices. It is asked before any file is opened. None: everyone. See `Access` and `Grant`.
     hide: patterns as in `fnmatch` for names of files and directories that do not exist for clients, such as `.*` or
     `*.key`. One that matches a segment of the name hides it; upper and lower case are the same.
-    digests: the digests of the source's files, for Repr-Digest.
+    digests: the digests of the source's files, for Repr-Digest, and for `?checksum=sha256`, whose answer is the line of
+    `sha256sum` about the file.
 
     Raises `ConfigurationError` for a source, an access or a pattern that is not one, and `ValueError` for a header that
     is refused.
@@ -88,7 +90,13 @@ class Download:
                 if self._hidden is not None:
                     self._hidden.check(key)
                 grant = await allow(self.access, Request(scope, receive), key) if self.access else None
-                response = self._response(await self.source.resolve(key), grant, key)
+                file = await self.source.resolve(key)
+                wanted = None if self.digests is None else wanted_checksum(scope["query_string"])
+                if wanted is None or not isinstance(key, str):
+                    response = self._response(file, grant, key)
+                else:
+                    assert self.digests is not None
+                    response = await checksum_response(wanted, self.digests, key, file, scope)
             except FileError as exc:
                 await send_error(exc, scope, send)
                 return

@@ -1,8 +1,10 @@
 """Repr-Digest of downloads, over real servers: whoever sends the bytes, and whichever part of them."""
 
+import asyncio
 import base64
 import gzip
 import hashlib
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import downloadview_async as dv
+from downloadview_async.asgi import checksum
 from downloadview_async.asgi.server import DownloadProtocol
 from tests.live import ask, live, make_old
 
@@ -154,3 +157,76 @@ async def test_a_source_may_know_the_digests_itself(served: Served) -> None:
     source = dv.StorageSource(Hashed({"a.bin": CONTENT}))
     async with served(Starlette(routes=[Route("/{path:path}", dv.Download(source))])) as port:
         assert (await ask(port, "/a.bin")).headers["repr-digest"] == field("sha-256")
+
+
+@pytest.mark.parametrize("query, algorithm", [("checksum=sha256", "sha256"), ("a=b&checksum=sha512", "sha512")])
+async def test_a_checksum_is_a_line_for_sha256sum(served: Served, root: Path, query: str, algorithm: str) -> None:
+    source = dv.PathSource(root)
+    digests = dv.Digests(source, background=True, algorithms=["sha-256", "sha-512"])
+    async with served(application(source, digests)) as port, digests.running():
+        for _ in range(2):
+            answer = await ask(port, f"/files/a.bin?{query}")
+            assert (answer.status, answer.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+            assert answer.headers["cache-control"] == "private, no-store"
+            checked = subprocess.run([f"{algorithm}sum", "-c"], input=answer.body, cwd=root, capture_output=True)
+            assert checked.stdout == b"a.bin: OK\n"
+        head = await ask(port, f"/files/a.bin?{query}", method="HEAD")
+        assert (head.status, head.headers["content-length"], head.body) == (200, str(len(answer.body)), b"")
+
+
+async def test_checksums_that_cannot_be_given(served: Served, root: Path) -> None:
+    (root / "ä \\.bin").write_bytes(CONTENT)
+    source = dv.PathSource(root, names="any")
+    digests = dv.Digests(source, background=True)
+
+    async def secret(request: Any, key: str) -> dv.Grant | None:
+        return None if key == "secret" else dv.Grant()
+
+    async with served(application(source, digests, access=secret)) as port:
+        for path, status in [
+            ("a.bin?checksum=sha256", 404),  # nothing runs in the background
+            ("a.bin?checksum=md5", 400),
+            ("a.bin?checksum=", 400),
+            ("missing?checksum=sha256", 404),
+            ("a.bin?checksum=sha256&checksum=sha256", 200),
+            ("a.bin?xchecksum=sha256", 200),
+        ]:
+            answer = await ask(port, f"/files/{path}")
+            assert answer.status == status, path
+            assert (answer.body == CONTENT) == (status == 200)
+        hidden = await ask(port, "/files/secret?checksum=sha256")
+        assert (hidden.status, hidden.body) == (404, b"Not Found")
+        await digests.compute("ä \\.bin")
+        answer = await ask(port, "/files/%C3%A4%20%5C.bin?checksum=sha256")
+        assert answer.body.decode() == f"\\{hashlib.sha256(CONTENT).hexdigest()}  ä \\\\.bin\n"
+        assert (await ask(port, "/files/a.bin?checksum=sha512")).status == 404
+    plain = dv.Download(source)
+    async with served(Starlette(routes=[Route("/{path:path}", plain)])) as port:
+        assert (await ask(port, "/a.bin?checksum=sha256")).body == CONTENT
+
+
+async def test_the_checksum_of_a_file_that_takes_long_is_for_later(
+    served: Served, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = asyncio.Event()
+
+    class Slow(dv.MemoryStorage):
+        """A storage whose files can be described at once, but read only later."""
+
+        @asynccontextmanager
+        async def open(self, name: str, request: dv.DownloadRequest | None = None) -> AsyncIterator[Any]:
+            request = request or dv.DownloadRequest()
+            if request.method == "GET":
+                await go_on.wait()
+            async with super().open(name, request) as opened:
+                yield opened
+
+    monkeypatch.setattr(checksum, "_PATIENCE", 0.05)
+    source = dv.StorageSource(Slow({"a.bin": CONTENT}))
+    digests = dv.Digests(source, background=True)
+    async with served(application(source, digests)) as port, digests.running():
+        answer = await ask(port, "/files/a.bin?checksum=sha256")
+        assert (answer.status, "retry-after" in answer.headers) == (202, True)
+        go_on.set()
+        assert await digests.computed("a.bin", 10)
+        assert (await ask(port, "/files/a.bin?checksum=sha256")).status == 200

@@ -144,7 +144,12 @@ class Digests:
         return self._keep(name, metadata, values, math.inf)
 
     async def computed(self, name: str, seconds: float) -> bool:
-        """Have a digest computed in the background; return whether that has ended within some seconds."""
+        """Have a digest computed in the background, and return whether that has ended within some seconds.
+
+        It ends at once if `running` is not open. If too many files are waiting, it does not begin.
+        """
+        if self._wake is None:
+            return True
         done = self._want(self._plain(name))
         if done is None:
             return False
