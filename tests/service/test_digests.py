@@ -1,13 +1,18 @@
 """The digests of files in the service: the settings that are refused, and the answers."""
 
 import base64
+import contextlib
 import hashlib
+import os
+import sqlite3
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from starlette.applications import Starlette
 
 from downloadview_async import ConfigurationError
+from downloadview_async.cli import main
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.proxy_config import config_for
@@ -81,3 +86,49 @@ def test_the_configuration_of_nginx_keeps_the_header(directory: Path) -> None:
         settings = load_settings("downloadview.toml", environ={})
         text = config_for(settings, "nginx", listen="127.0.0.1:8080", service=None, relative_to=None)
         assert ("add_header Repr-Digest $upstream_http_repr_digest always;" in text) == is_kept
+
+
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["digest", *arguments])
+
+
+def test_the_command_fills_the_store(directory: Path) -> None:
+    (directory / "files" / "below").mkdir()
+    (directory / "files" / "below" / "b.txt").write_bytes(b"below")
+    (directory / "files" / "zero.txt").write_bytes(b"")
+    make_old(directory)
+    (directory / "files" / "old.txt").write_bytes(b"x")
+    os.utime(directory / "files" / "old.txt", (0, 0))  # without a strong tag
+    os.symlink("/etc/passwd", directory / "files" / "outside")
+    Path("downloadview.toml").write_text(STORE + SOURCE + 'digests = "known"\n' + ROUTE)
+    one = command("files/below")
+    assert (one.exit_code, one.stdout) == (0, "digests: 1 of 1 files\n")
+    everything = command()
+    assert (everything.exit_code, everything.stdout) == (0, "digests: 3 of 5 files\n")
+    assert "no digest: old.txt" in everything.stderr
+    assert "no digest: outside" in everything.stderr
+    with contextlib.closing(sqlite3.connect("digests.db")) as store:
+        rows = store.execute("SELECT source, name, value FROM digests ORDER BY name").fetchall()
+    assert rows == [
+        ("files", name, hashlib.sha256((directory / "files" / name).read_bytes()).digest())
+        for name in ("a.txt", "below/b.txt", "zero.txt")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, arguments, status, problem",
+    [
+        (STORE + SOURCE + 'digests = "known"\n' + ROUTE, ["."], 2, "has '.'"),
+        (STORE + SOURCE + ROUTE, [], 2, "no local directory with digests"),
+        (STORE + SOURCE + 'digests = "known"\n', [], 2, "no local directory with digests"),
+        (STORE + SOURCE + 'digests = "known"\n' + ROUTE, ["missing"], 2, "does not exist"),
+        ('[digests]\nstore = "no/where.db"\n' + SOURCE + 'digests = "known"\n' + ROUTE, [], 3, "no/where.db"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    directory: Path, text: str, arguments: list[str], status: int, problem: str
+) -> None:
+    Path("downloadview.toml").write_text(text)
+    result = command(*arguments)
+    assert result.exit_code == status
+    assert problem in result.stderr
