@@ -1,7 +1,7 @@
 """What is known about one version of a file: `FileMetadata`, its entity tag (`ETag`), a span of it (`ByteRange`)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.digest import Digests
@@ -76,7 +76,7 @@ class FileMetadata:
     accept_ranges: bool = True
     max_reads: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
-    digests: Digests = ()
+    digests: Digests = field(default=(), hash=False)  # the hash is needed for each answer that is kept
 
     @property
     def is_pinned(self) -> bool:

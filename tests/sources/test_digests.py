@@ -244,6 +244,9 @@ async def test_hashing_leaves_the_page_cache_as_it_was(root: Path) -> None:
         os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         await dv.Digests(dv.PathSource(root)).compute("a.bin")
         assert not is_cached(middle)
+        file.read_bytes()
+        await dv.Digests(dv.PathSource(root)).compute("a.bin")
+        assert is_cached(middle)
 
 
 @pytest.mark.parametrize("algorithms", [[], ["md5"], "sha-256", ["sha-256", "crc32"]])

@@ -6,7 +6,6 @@ content that is made on demand, has none.
 
 import hashlib
 import logging
-import math
 import os
 import sqlite3
 import time
@@ -35,6 +34,7 @@ _LOOK_UP_SECONDS = 1.0  # no download waits longer for the store
 _LOOKED_UP_AGAIN = 60.0  # seconds: another process may have computed it, or a sidecar may have been written
 _PART = 16 << 20  # bytes that are hashed before a cancellation is noticed
 _READ = 1 << 20  # bytes of one read
+_PROBE = 128 * 1024  # bytes that a disk usually reads at once
 
 _logger = logging.getLogger("downloadview_async")
 
@@ -79,23 +79,24 @@ class Digests:
         self._canonical: Callable[[str], str] | None = (
             source.canonical if isinstance(source, HasCanonicalNames) else None
         )
-        # by name: metadata of the last version, the same with its digests, and until when that holds
-        self._kept: dict[str, tuple[FileMetadata, FileMetadata, float]] = {}
+        # by name: metadata of the last version, the same with its digests, and until when that holds; None: for good
+        self._kept: dict[str, tuple[FileMetadata, FileMetadata, float | None]] = {}
         self._waiting: dict[str, anyio.Event] = {}
         self._wake: anyio.Event | None = None
 
     def kept(self, name: str, metadata: FileMetadata) -> FileMetadata | None:
         """Return the metadata with the digests of this version from memory; None: `find` has to be called first."""
-        if (known := self._kept.get(name)) is None or known[2] <= time.monotonic():
+        if (known := self._kept.get(name)) is None:
             return None if _is_version(metadata) else metadata
-        before, described, _ = known
-        if before is metadata:
+        before, described, until = known
+        if before is metadata and until is None:
             return described
         if not _is_version(metadata):
             return metadata
-        if before.etag != metadata.etag or before.size != metadata.size:
+        is_over = until is not None and until <= time.monotonic()
+        if is_over or before.etag != metadata.etag or before.size != metadata.size:
             return None
-        return replace(metadata, digests=described.digests)
+        return described if before is metadata else replace(metadata, digests=described.digests)
 
     async def find(self, name: str, opened: OpenFile) -> FileMetadata:
         """Return the metadata of an open file with the digests of this version, where they are known.
@@ -105,7 +106,8 @@ class Digests:
         metadata = opened.metadata
         if (kept := self.kept(name, metadata)) is not None:
             return kept
-        values, until = metadata.digests, math.inf
+        until: float | None = None
+        values = metadata.digests
         with anyio.move_on_after(_LOOK_UP_SECONDS):
             if not values and self.store is not None:
                 values = await self._stored(name, metadata)
@@ -141,7 +143,7 @@ class Digests:
                 values = tuple((algorithm, value.digest()) for algorithm, value in hashes.items())
                 if self.store is not None:
                     await self.store.put(self.name, name, metadata, values)
-        return self._keep(name, metadata, values, math.inf)
+        return self._keep(name, metadata, values, None)
 
     async def computed(self, name: str, seconds: float) -> bool:
         """Have a digest computed in the background, and return whether that has ended within some seconds.
@@ -218,7 +220,7 @@ class Digests:
     def _plain(self, name: str) -> str:
         return name if self._canonical is None else self._canonical(name)
 
-    def _keep(self, name: str, metadata: FileMetadata, values: Values, until: float) -> FileMetadata:
+    def _keep(self, name: str, metadata: FileMetadata, values: Values, until: float | None) -> FileMetadata:
         described = replace(metadata, digests=values) if values != metadata.digests else metadata
         if len(self._kept) >= _KEPT and name not in self._kept:
             self._kept.pop(next(iter(self._kept)))
@@ -243,7 +245,7 @@ async def _hash(opened: OpenFile, hashes: list[Any], progress: Callable[[int], o
         try:
             for start in range(0, size, _PART):
                 part = ByteRange(start, min(start + _PART, size))
-                hash_part = partial(_hash_part, local, descriptor, part, hashes)
+                hash_part = partial(_hash_part, descriptor, part, hashes)
                 if not await anyio.to_thread.run_sync(hash_part, limiter=unlimited()):
                     return False
                 progress(len(part))
@@ -273,7 +275,7 @@ def _reopened(local: OpenLocalFile) -> int:
     return descriptor
 
 
-def _hash_part(local: OpenLocalFile, descriptor: int, part: ByteRange, hashes: list[Any]) -> bool:
+def _hash_part(descriptor: int, part: ByteRange, hashes: list[Any]) -> bool:
     """Update the hashes with a part of a file, and return whether the file still had all of it. Blocks.
 
     Pages that were not in the page cache before are dropped again, as no client has requested them.
@@ -282,7 +284,7 @@ def _hash_part(local: OpenLocalFile, descriptor: int, part: ByteRange, hashes: l
     position = part.start
     while position < part.stop:
         wanted = min(_READ, part.stop - position)
-        was_cached = local.is_cached(position, wanted)
+        was_cached = _is_cached(descriptor, position, wanted)
         count = os.preadv(descriptor, [buffer[:wanted]], position)
         if not count:
             return False
@@ -290,6 +292,19 @@ def _hash_part(local: OpenLocalFile, descriptor: int, part: ByteRange, hashes: l
         if not was_cached and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
         position += count
+    return True
+
+
+def _is_cached(descriptor: int, offset: int, length: int) -> bool:
+    """Return whether the page cache has a span, judged by one byte of every `_PROBE`; True if nobody can tell."""
+    nowait = getattr(os, "RWF_NOWAIT", None)
+    if nowait is None:
+        return True
+    try:
+        for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
+            os.preadv(descriptor, [bytearray(1)], position, nowait)
+    except OSError:
+        return False
     return True
 
 
