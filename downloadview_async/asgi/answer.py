@@ -68,7 +68,7 @@ def answer_to(
     if not keep or status != 200 or not is_shown_for_good(metadata.last_modified, time.time()):
         plan = _plan(request, metadata, presentation, added, offered, status=status)
         return Answer(plan, raw(plan.headers))
-    whole = _kept_answer(request.method, metadata, presentation, added, offered)
+    whole = _kept_answer(request.method, metadata, presentation, added, offered, len(metadata.digests))
     if offered is not None or request.unconditional:
         return whole
     plan = narrowed(whole.plan, request, metadata)
@@ -96,8 +96,13 @@ def _kept_answer(
     presentation: Presentation,
     added: tuple[tuple[bytes, bytes], ...],
     offload: tuple[tuple[str, str], ...] | None,
+    digests: int,
 ) -> Answer:
-    """Return the answer to a request without conditions and ranges."""
+    """Return the answer to a request without conditions and ranges.
+
+    digests: how many there are in `metadata`, whose hash does not tell. With it, the answers before and after a digest
+    became known have different keys, which need no slow comparison.
+    """
     plan = _plan(DownloadRequest(method=method), metadata, presentation, added, offload)
     headers = raw(plan.headers)
     return Answer(plan, headers, PreparedHead.of(headers))

@@ -91,12 +91,13 @@ class Download:
                     self._hidden.check(key)
                 grant = await allow(self.access, Request(scope, receive), key) if self.access else None
                 file = await self.source.resolve(key)
-                wanted = None if self.digests is None else wanted_checksum(scope["query_string"])
-                if wanted is None or not isinstance(key, str):
-                    response = self._response(file, grant, key)
-                else:
-                    assert self.digests is not None
-                    response = await checksum_response(wanted, self.digests, key, file, scope)
+                response = self._response(file, grant, key)
+                if (
+                    response.digests is not None
+                    and scope["query_string"]
+                    and (wanted := wanted_checksum(scope["query_string"])) is not None
+                ):
+                    response = await checksum_response(wanted, response.digests, key, file, scope)
             except FileError as exc:
                 await send_error(exc, scope, send)
                 return
