@@ -55,6 +55,8 @@ from downloadview_async.sources.base import AsyncFile, OpenFile, Source, Storage
 from downloadview_async.sources.cache.index import Cache, CacheCounters
 from downloadview_async.sources.cache.source import CachedSource
 from downloadview_async.sources.checksums import MemoryChecksums, SQLiteChecksums
+from downloadview_async.sources.digests.known import Digests
+from downloadview_async.sources.digests.store import DigestStore
 from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.path import LocalFile, PathSource
@@ -86,6 +88,8 @@ __all__ = [
     "CachedSource",
     "ConfigurationError",
     "DescribedEntry",
+    "DigestStore",
+    "Digests",
     "DirectoryStorage",
     "Download",
     "DownloadError",

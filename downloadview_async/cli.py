@@ -404,6 +404,40 @@ def revoke(identifier: str, config: Path | None) -> None:
     click.echo(f"revoked: {identifier}\nkept until: {until or 'for ever'}")
 
 
+@main.command("digest")
+@click.argument("path", required=False, type=click.Path(exists=True))
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+def digest(path: str | None, config: Path | None) -> None:
+    """Compute the digests of the files at PATH, or of all files, for the sources that have `digests`.
+
+    What the store has already is not computed again. PATH is a file or a directory below the root of a source.
+    """
+    import sqlite3
+
+    import anyio
+
+    from downloadview_async.service.app import build
+    from downloadview_async.service.digests import fill_store, local_files
+
+    try:
+        _choose(config, "no store: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        files = local_files(build(settings), settings, path)
+        with click.progressbar(
+            length=sum(file.size for file in files), label=f"{len(files)} files", file=sys.stderr
+        ) as bar:
+            without = anyio.run(fill_store, files, bar.update)
+    except ConfigurationError as exc:
+        _say(exc)
+        sys.exit(_WRONG_SETTINGS)
+    except (OSError, sqlite3.Error) as exc:
+        _say(exc)
+        sys.exit(_STARTUP_FAILURE)
+    for name in without:
+        click.echo(f"downloadview: no digest: {one_line(name)}", err=True)
+    click.echo(f"digests: {len(files) - len(without)} of {len(files)} files")
+
+
 def _say(exc: Exception) -> None:
     """Print the error on one line, whatever characters the settings contain."""
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from downloadview_async.asgi.prepared_head import PreparedHead
+from downloadview_async.http.digest import preferred_digest
 from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import (
@@ -59,12 +60,15 @@ def answer_to(
     headers: those of the application; Set-Cookie is left out. offload: the headers by which a proxy sends the file.
     keep: whether the answer may come from, and go to, the cache of answers.
     """
+    if request.want_repr_digest is not None and metadata.digests:
+        # Answers are kept by the digest, which is one of few, not by the text of the client.
+        metadata = replace(metadata, digests=preferred_digest(metadata.digests, request.want_repr_digest))
     added = tuple(header for header in headers if header[0] != b"set-cookie") if headers else ()
     offered = None if offload is None else tuple(offload.items())
     if not keep or status != 200 or not is_shown_for_good(metadata.last_modified, time.time()):
         plan = _plan(request, metadata, presentation, added, offered, status=status)
         return Answer(plan, raw(plan.headers))
-    whole = _kept_answer(request.method, metadata, presentation, added, offered)
+    whole = _kept_answer(request.method, metadata, presentation, added, offered, len(metadata.digests))
     if offered is not None or request.unconditional:
         return whole
     plan = narrowed(whole.plan, request, metadata)
@@ -92,8 +96,13 @@ def _kept_answer(
     presentation: Presentation,
     added: tuple[tuple[bytes, bytes], ...],
     offload: tuple[tuple[str, str], ...] | None,
+    digests: int,
 ) -> Answer:
-    """Return the answer to a request without conditions and ranges."""
+    """Return the answer to a request without conditions and ranges.
+
+    digests: how many there are in `metadata`, whose hash does not tell. With it, the answers before and after a digest
+    became known have different keys, which need no slow comparison.
+    """
     plan = _plan(DownloadRequest(method=method), metadata, presentation, added, offload)
     headers = raw(plan.headers)
     return Answer(plan, headers, PreparedHead.of(headers))

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async.asgi.archives import ArchiveOptions, Archives
 from downloadview_async.asgi.archives import key_of as archive_key_of
+from downloadview_async.asgi.checksum import checksum_response, wanted_checksum
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
@@ -27,6 +28,7 @@ from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, Source, SupportsListing, check_source
+from downloadview_async.sources.digests.known import Digests
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
@@ -174,6 +176,8 @@ class Download(_Endpoint):
     archive: True, or `ArchiveOptions`, to answer `?archive=zip` with a ZIP archive of the folder, or of those of its
     entries that `name=` chooses. Access decides about the folder, once, and so about all that is below it. Hidden files
     are left out.
+    digests: the digests of the source's files, for Repr-Digest, and for `?checksum=sha256`, whose answer is the line of
+    `sha256sum` about the file.
 
     Raises `ConfigurationError` for a source, an access or a pattern that is not one, and for a listing or an archive of
     a source that cannot list; `ValueError` for a header that is refused.
@@ -193,6 +197,7 @@ class Download(_Endpoint):
         hide: Sequence[str] = (),
         listing: bool | Pages = False,
         archive: bool | ArchiveOptions = False,
+        digests: Digests | None = None,
     ) -> None:
         all_headers = dict(headers or {})
         if cache_control is not None:
@@ -212,10 +217,11 @@ class Download(_Endpoint):
         self.offload = offload
         options = ArchiveOptions() if archive is True else archive
         self._archives = Archives(source, options, hide) if options else None
+        self.digests = digests
 
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
         if self._archives is not None and (name := archive_key_of(key, scope)) is not None:
-            archive = self._response(await self._archives.resolve(name), grant, scope, is_archive=True)
+            archive = self._response(await self._archives.resolve(name), key, grant, scope, is_archive=True)
             return self._archives.counted(name, archive)
         if (folder := self._folder_of(key, grant, scope)) is not None:
             return folder
@@ -225,7 +231,14 @@ class Download(_Endpoint):
             file = await self.source.resolve(key)
             if view == "page" and isinstance(key, str):
                 return partial(self._view, file, key, grant)
-            response = self._response(file, grant, scope, is_pdf=view == "pdf")
+            if (
+                self.digests is not None
+                and isinstance(key, str)
+                and scope["query_string"]
+                and (wanted := wanted_checksum(scope["query_string"])) is not None
+            ):
+                return await checksum_response(wanted, self.digests, key, file, scope)
+            response = self._response(file, key, grant, scope, is_pdf=view == "pdf")
         except FileMissing as exc:
             if missing is None:
                 raise
@@ -268,6 +281,7 @@ class Download(_Endpoint):
     def _response(
         self,
         file: AsyncFile,
+        key: Any,
         grant: Grant | None,
         scope: Scope,
         *,
@@ -291,6 +305,8 @@ class Download(_Endpoint):
             offload=self.offload,
         )
         response.ends_request = True
+        if self.digests is not None and isinstance(key, str):
+            response.digests, response.digest_name = self.digests, key
         return response
 
 

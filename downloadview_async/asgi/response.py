@@ -31,6 +31,7 @@ from downloadview_async.asgi.uses import Counted, claim
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import TOKEN_CHAR
+from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import Plan, Presentation, describe, make_redirect_plan
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
@@ -38,6 +39,7 @@ from downloadview_async.offload.decision import Refusal, is_remote_order, refusa
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.uses import USE
 from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.local.open_file import local_of, open_nowait
 
 Order = Mapping[str, str]
@@ -104,6 +106,9 @@ class DownloadResponse(Response):
         """Whether no code that could delete the file runs after the answer: set by `Download`."""
         self.missing: Callable[[FileMissing, Scope, Send], Awaitable[None]] | None = None
         """Answers instead of the 404 of a file that is missing, if it is set."""
+        self.digests: Digests | None = None
+        """The digests of the files of `Download`, where this one is called `digest_name`."""
+        self.digest_name = ""
         self.raw_headers = list(checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -177,10 +182,16 @@ class DownloadResponse(Response):
         with closing(local):
             if offload is not None and self._refusal(opened, request, offload, scope) is not None:
                 return False
+            metadata = opened.metadata
+            if self.digests is not None:
+                described = self.digests.kept(self.digest_name, metadata)
+                if described is None:
+                    return False  # they have to be looked up
+                metadata = described
             if isinstance(order, Refusal):
                 note_refusal(order, scope["method"], scope["path"])
             try:
-                await self._deliver(opened, request, offload, scope, send, receive)
+                await self._deliver(opened, metadata, request, offload, scope, send, receive)
             except FileError as exc:
                 await send_error(exc, scope, send)
         return True
@@ -225,7 +236,7 @@ class DownloadResponse(Response):
                     return
             if refused is not None:
                 note_refusal(refused, scope["method"], scope["path"])
-            await self._deliver(opened, request, None, scope, send)
+            await self._deliver(opened, await self._described(opened), request, None, scope, send)
 
     async def _hand_over(self, opened: OpenFile, request: DownloadRequest, scope: Scope, send: Send) -> Refusal | None:
         """Answer with headers for the proxy and return None, or return why no proxy may send the open file."""
@@ -236,12 +247,17 @@ class DownloadResponse(Response):
         if (refused := self._refusal(opened, request, order, scope)) is not None:
             return refused
         offload = await signed(scope["extensions"][EXTENSION], self.file, order)
-        await self._deliver(opened, HEAD, offload, scope, send)
+        await self._deliver(opened, await self._described(opened), HEAD, offload, scope, send)
         return None
+
+    async def _described(self, opened: OpenFile) -> FileMetadata:
+        """Return the metadata of the open file, with its digests where they are known."""
+        return opened.metadata if self.digests is None else await self.digests.find(self.digest_name, opened)
 
     async def _deliver(
         self,
         opened: OpenFile,
+        metadata: FileMetadata,
         request: DownloadRequest,
         offload: Order | None,
         scope: Scope,
@@ -250,8 +266,10 @@ class DownloadResponse(Response):
     ) -> None:
         """Send the answer to a request for the open file. receive: given if nothing listens for the client to leave."""
         keep = receive is not None
+        if metadata.digests and offload is not None and _wants_a_digest(scope):
+            request = DownloadRequest.from_headers("HEAD", scope["headers"])  # the proxy evaluates the rest of it
         answer = answer_to(
-            request, opened.metadata, self.presentation, self.raw_headers, offload, status=self.status_code, keep=keep
+            request, metadata, self.presentation, self.raw_headers, offload, status=self.status_code, keep=keep
         )
         if (age := age_of(opened)) is not None:
             answer = answer.aged(age)
@@ -268,7 +286,7 @@ class DownloadResponse(Response):
             offer = scope["extensions"][EXTENSION]
             delivery = Offloaded(next(iter(offload)).lower(), offer if isinstance(offer, Offer) else None)
             if not (self.offload or (self.ends_request and keep)):
-                self._lend(opened, delivery, start, scope)
+                self._lend(opened, metadata, delivery, start, scope)
         if answer.head is not None and path_send and PREPARED in path_send and isinstance(delivery, _IN_ONE_MESSAGE):
             start[PREPARED] = answer.head
         await deliver(delivery, start, send, receive=receive, observer=observer_of(scope))
@@ -289,7 +307,9 @@ class DownloadResponse(Response):
             await claim(scope[USE], metadata)
         return make_redirect_plan(added, headers)
 
-    def _lend(self, opened: OpenFile, delivery: Offloaded, start: Message, scope: Scope) -> None:
+    def _lend(
+        self, opened: OpenFile, metadata: FileMetadata, delivery: Offloaded, start: Message, scope: Scope
+    ) -> None:
         """Keep a local file open while the answer waits for the application, which may delete the file."""
         offer, local = delivery.offer, local_of(opened)
         if local is None or offer is None:
@@ -298,7 +318,7 @@ class DownloadResponse(Response):
 
         async def stream(receive: Receive, send: Send) -> None:
             request = DownloadRequest.from_headers(scope["method"], scope["headers"])
-            answer = answer_to(request, opened.metadata, self.presentation, self.raw_headers)
+            answer = answer_to(request, metadata, self.presentation, self.raw_headers)
             if (age := age_of(opened)) is not None:
                 answer = answer.aged(age)
             start = self._start(answer, scope)
@@ -344,6 +364,10 @@ class DownloadResponse(Response):
         if self.raw_headers:
             headers += [header for header in self.raw_headers if header[0] == b"set-cookie"]
         return {"type": "http.response.start", "status": answer.plan.status, "headers": headers}
+
+
+def _wants_a_digest(scope: Scope) -> bool:
+    return b"want-repr-digest" in dict(scope["headers"])
 
 
 def _not_a_file(value: object) -> ConfigurationError:

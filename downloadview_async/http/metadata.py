@@ -1,9 +1,10 @@
 """What is known about one version of a file: `FileMetadata`, its entity tag (`ETag`), a span of it (`ByteRange`)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from downloadview_async.http.dates import http_seconds
+from downloadview_async.http.digest import Digests
 
 # etagc = %x21 / %x23-7E / obs-text [RFC 9110 8.8.3]; header text is latin-1.
 _VALUE = re.compile(r"[\x21\x23-\x7e\x80-\xff]*+")
@@ -65,6 +66,7 @@ class FileMetadata:
     accept_ranges: whether a part of the file can be sent; only a file of known size has parts.
     max_reads: how many separate reads one answer may cost, if each is a request or a long seek; None: any number.
     headers: further headers that describe this version, such as Content-Encoding or Vary, names in lower case.
+    digests: of the whole of this version, as it is without a Content-Encoding.
     """
 
     size: int | None = None
@@ -74,6 +76,7 @@ class FileMetadata:
     accept_ranges: bool = True
     max_reads: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
+    digests: Digests = field(default=(), hash=False)  # the hash is needed for each answer that is kept
 
     @property
     def is_pinned(self) -> bool:

@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from downloadview_async.http.conditional import failed_precondition, range_applies
 from downloadview_async.http.content_types import content_type_for, is_active
 from downloadview_async.http.dates import format_http_date
+from downloadview_async.http.digest import preferred_digest, repr_digest
 from downloadview_async.http.disposition import content_disposition
 from downloadview_async.http.fields import OF_THE_CONTENT
 from downloadview_async.http.metadata import ByteRange, FileMetadata, is_meaningful
 from downloadview_async.http.multipart import multipart_body, new_boundary
 from downloadview_async.http.ranges import in_order_of_the_file, reads_of, select_ranges
 from downloadview_async.http.request import DownloadRequest
+
+_OF_THE_ANSWER = frozenset({"age", "expires", "repr-digest"})
+"""Headers of an answer with the file, which do not hold for an error or a redirect in its place."""
 
 Headers = dict[str, str]
 """Header names in lower case, and their values."""
@@ -51,11 +55,17 @@ class Presentation:
 
 
 def describe(
-    metadata: FileMetadata, presentation: Presentation, headers: Headers | None = None, *, now: float | None = None
+    metadata: FileMetadata,
+    presentation: Presentation,
+    headers: Headers | None = None,
+    *,
+    now: float | None = None,
+    want: str | None = None,
 ) -> Headers:
     """Return the headers of a 200 with this file, except those of the framing: they do not depend on the sender.
 
     `headers` are the application's own and win over those that describe the file. `now` is in seconds, UTC.
+    `want` is the Want-Repr-Digest of the request: see `preferred_digest`.
     """
     shown = _last_modified_shown(metadata.last_modified, time.time() if now is None else now)
     given = headers or {}
@@ -71,6 +81,10 @@ def describe(
         described["last-modified"] = format_http_date(shown)
     described |= metadata.headers
     described |= given
+    # Repr-Digest is about the bytes after the content coding [RFC 9530 3], and these digests about those before it.
+    is_coded = "content-encoding" in described
+    if metadata.digests and not is_coded and (digest := preferred_digest(metadata.digests, want)):
+        described.setdefault("repr-digest", repr_digest(digest))
     # The application's Vary is added to ours, as a cache has to consider both [12.5.5].
     if varies := [value for name, value in (*metadata.headers, *given.items()) if name == "vary"]:
         described["vary"] = ", ".join(dict.fromkeys(varies))
@@ -102,7 +116,8 @@ def make_plan(
     200 has the whole file: preconditions and ranges apply only to a 200 [13.2.1, 14.2]. `now` is in seconds, UTC.
     """
     now = time.time() if now is None else now
-    whole = _whole(request, metadata, describe(metadata, presentation, headers, now=now), status)
+    described = describe(metadata, presentation, headers, now=now, want=request.want_repr_digest)
+    whole = _whole(request, metadata, described, status)
     return whole if status != 200 else narrowed(whole, request, metadata, now=now)
 
 
@@ -158,7 +173,7 @@ def make_redirect_plan(headers: Headers, redirect: Mapping[str, str]) -> Plan:
     `headers` are the application's own; those in `redirect` win over them. Headers that describe the file are left
     out: the server that sends the file sets them.
     """
-    kept = {name: value for name, value in headers.items() if name not in OF_THE_CONTENT | {"age", "expires"}}
+    kept = {name: value for name, value in headers.items() if name not in OF_THE_CONTENT | _OF_THE_ANSWER}
     safe = {"x-content-type-options": "nosniff", "content-length": "0"}
     return Plan(307, kept | safe | dict(redirect), ())
 
@@ -206,8 +221,8 @@ def _partial(parts: list[ByteRange], size: int, whole: Headers) -> Plan:
 def _without_file(status: int, headers: Headers, extra: Headers | None = None) -> Plan:
     kept = {name: value for name, value in headers.items() if name not in OF_THE_CONTENT} | (extra or {})
     if status != 304:
-        # The freshness lifetime of the file does not hold for an error, which is for this request alone.
-        for name in ("age", "expires"):
+        # The freshness lifetime and the digest of the file do not hold for an error, which is for this request alone.
+        for name in _OF_THE_ANSWER:
             kept.pop(name, None)
         kept |= {"cache-control": "private, no-store", "content-length": "0"}
     return Plan(status, kept, ())

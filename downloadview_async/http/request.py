@@ -6,7 +6,12 @@ from typing import Literal
 
 from downloadview_async.http.ranges import RangeSpec, parse_range
 
-_LISTS = {b"if-match": "if_match", b"if-none-match": "if_none_match", b"accept-encoding": "accept_encoding"}
+_LISTS = {
+    b"if-match": "if_match",
+    b"if-none-match": "if_none_match",
+    b"accept-encoding": "accept_encoding",
+    b"want-repr-digest": "want_repr_digest",
+}
 _SINGLE = {
     b"if-unmodified-since": "if_unmodified_since",
     b"if-modified-since": "if_modified_since",
@@ -35,6 +40,7 @@ class DownloadRequest:
     if_range: str | None = None
     range: str | None = None
     accept_encoding: str | None = None
+    want_repr_digest: str | None = None
     _ranges: list[RangeSpec] | Literal["unread"] | None = field(default="unread", init=False, repr=False, compare=False)
 
     @property

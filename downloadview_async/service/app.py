@@ -25,6 +25,7 @@ from downloadview_async import (
     ArchiveOptions,
     Cache,
     CachedSource,
+    Digests,
     Download,
     Entry,
     FileError,
@@ -63,6 +64,7 @@ from downloadview_async.service.access import (
 )
 from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.config_loader import CONFIG, load_settings
+from downloadview_async.service.digests import digests_of
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
@@ -87,7 +89,7 @@ from downloadview_async.service.settings import (
 from downloadview_async.service.sharing import Sharing, users_in
 from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
 
-_CORS_REQUEST_HEADERS = ["If-Modified-Since", "If-None-Match", "If-Range", "Range"]
+_CORS_REQUEST_HEADERS = ["If-Modified-Since", "If-None-Match", "If-Range", "Range", "Want-Repr-Digest"]
 _CORS_EXPOSED = [
     "Accept-Ranges",
     "Content-Range",
@@ -97,6 +99,8 @@ _CORS_EXPOSED = [
     "Last-Modified",
     "Repr-Digest",
 ]
+
+_NOT_OF_THE_SOURCE = frozenset({"cache", "digests", "sidecars"})
 
 _logger = logging.getLogger("downloadview_async")
 
@@ -123,6 +127,7 @@ def build(settings: Settings) -> Starlette:
     databases = _databases(settings)
     caches = _caches(settings)
     sources = _sources(settings, databases, caches)
+    digests = digests_of(settings, sources)
     checks: dict[str, Callable[[], Awaitable[None]]] = {}
     for name, source in settings.sources.items():
         if (directory := directory_of(source)) is not None:
@@ -160,6 +165,8 @@ def build(settings: Settings) -> Starlette:
                 stack.push_async_callback(cache.aclose)
             await stack.enter_async_context(_opened(settings, databases))
             await stack.enter_async_context(opened_store(settings, store))
+            for known in digests.values():
+                await stack.enter_async_context(known.running())
             yield
 
     health = Health(checks)
@@ -173,7 +180,7 @@ def build(settings: Settings) -> Starlette:
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
-            *_routes(settings, sources, signer, caches),
+            *_routes(settings, sources, signer, caches, digests),
             Route("/favicon.ico", favicon),
         ],
         middleware=middleware,
@@ -247,7 +254,9 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
     sources: dict[str, Source] = {}
     for name, source in settings.sources.items():
         key = f"sources.{name}"
-        options = {field: value for field, value in msgspec.structs.asdict(source).items() if field != "cache"}
+        options = {
+            field: value for field, value in msgspec.structs.asdict(source).items() if field not in _NOT_OF_THE_SOURCE
+        }
         match source:
             case PathSettings():
                 with settings.blaming(f"{key}.root"):
@@ -318,7 +327,11 @@ def _database(settings: Settings, name: str, source: ObjectSettings) -> _Databas
 
 
 def _routes(
-    settings: Settings, sources: Mapping[str, Source], signer: URLSigner | None, caches: Mapping[str, Cache]
+    settings: Settings,
+    sources: Mapping[str, Source],
+    signer: URLSigner | None,
+    caches: Mapping[str, Cache],
+    digests: Mapping[str, Digests],
 ) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
     users = users_of(settings)
@@ -341,6 +354,7 @@ def _routes(
             headers=route.headers,
             hide=route.hide,
             listing=pages or False,
+            digests=digests.get(route.source),
         )
         endpoint: ASGIApp
         if route.archive:

@@ -26,6 +26,7 @@ from downloadview_async.service.settings import (
     ChosenSettings,
     ContentTypes,
     CorsSettings,
+    DigestsSettings,
     LinksSettings,
     ObjectSettings,
     OffloadSettings,
@@ -45,6 +46,7 @@ from downloadview_async.service.settings import (
     cache_of,
     configuration_error,
     description_of,
+    digests_mode,
     directory_of,
     options_of,
     parts_of,
@@ -71,6 +73,7 @@ _TABLES: dict[str, Any] = {
     "offload": OffloadSettings,
     "content_types": ContentTypes,
     "links": LinksSettings,
+    "digests": DigestsSettings,
     "users": UsersSettings,
     "archives": ArchivesSettings,
     "pages": PagesSettings,
@@ -256,6 +259,7 @@ class _Draft:
             if "users" in data
             else None
         )
+        digests = self._digests(data, sources)
         settings = Settings(
             file=self.file,
             directory=self.directory,
@@ -268,6 +272,7 @@ class _Draft:
             users=users,
             archives=self._archives(self._converted("archives", self._table("archives", data), ArchivesSettings)),
             pages=self._pages(self._converted("pages", self._table("pages", data), PagesSettings)),
+            digests=digests,
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
         )
         for index, route in enumerate(routes):
@@ -407,6 +412,19 @@ class _Draft:
             store = f"sqlite:{self._absolute(store.removeprefix('sqlite:'))}"
         keys = links.keys if KEY_LINE.search(links.keys) else self._absolute(links.keys)
         return msgspec.structs.replace(links, keys=keys, store=store, **ages)
+
+    def _digests(self, data: Mapping[str, Any], sources: Mapping[str, SourceSettings]) -> DigestsSettings | None:
+        digests: DigestsSettings | None = None
+        if "digests" in data:
+            digests = self._converted("digests", self._table("digests", data), DigestsSettings)
+            digests = msgspec.structs.replace(digests, store=self._absolute(digests.store))
+        for name, source in sources.items():
+            sidecars, mode = getattr(source, "sidecars", False), digests_mode(source)
+            if mode != "off" and digests is None and not (sidecars and mode == "known"):
+                raise self.error(f"sources.{name}.digests", "there is no store: add a [digests] table with a store")
+            if sidecars and mode == "off":
+                raise self.error(f"sources.{name}.sidecars", 'digests are off: set digests = "known" too')
+        return digests
 
     def _users(self, users: UsersSettings) -> UsersSettings:
         if (users.file is None) == (users.header is None):

@@ -13,8 +13,10 @@ from downloadview_async.service.settings import (
     Settings,
     StorageSettings,
     cache_of,
+    digests_mode,
     directory_of,
     rules_of,
+    source_of_files,
 )
 
 
@@ -53,12 +55,15 @@ def config_for(
 
 
 def _headers(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the key of each route that sets further headers, and the names that are known with this route."""
+    """Yield the key of each route that sends further headers, and the names that are known with this route."""
     names: list[str] = []
     for index, route in enumerate(settings.routes):
         if route.cors is not None:
             names += CORS_HEADERS
             yield f"routes[{index}].cors", {"headers": [*names]}
+        if digests_mode(source_of_files(route.source, settings.sources)[1]) != "off":
+            names.append("Repr-Digest")
+            yield f"routes[{index}].source", {"headers": [*names]}
         if route.headers:
             names += route.headers
             yield f"routes[{index}].headers", {"headers": [*names]}

@@ -114,6 +114,9 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
+DigestMode = Annotated[Literal["off", "known", "background"], Meta(description="off, known or background")]
+
+
 class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="path"):
     """`type = "path"`: a directory."""
 
@@ -123,6 +126,8 @@ class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     precompressed: Annotated[
         list[Literal["br", "zstd", "gzip"]], Meta(description='a list of "br", "zstd" and "gzip"')
     ] = []
+    digests: DigestMode = "off"
+    sidecars: Annotated[bool, Meta(description="true to read digests from files NAME.sha256")] = False
 
 
 class PresignSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -179,6 +184,7 @@ class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
         Annotated[_Count, Meta(description="concurrent requests to an object store, by default 100")] | None
     ) = None
     names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] | None = None
+    digests: DigestMode = "off"
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
@@ -217,6 +223,7 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 10.0
     read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 30.0
     names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] = "portable"
+    digests: DigestMode = "off"
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
@@ -276,6 +283,12 @@ class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         float | str,
         Meta(description="how long one download of a link may take with its pauses: seconds, or such as 2h, 1d"),
     ] = "1d"
+
+
+class DigestsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[digests]`: where the digests of files are kept."""
+
+    store: Annotated[str, Meta(min_length=1, description="an SQLite file, absolute or relative to the settings file")]
 
 
 class UsersSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -525,6 +538,7 @@ class Settings:
     links: LinksSettings | None = None
     users: UsersSettings | None = None
     archives: ArchivesSettings = field(default_factory=ArchivesSettings)
+    digests: DigestsSettings | None = None
     content_types: Mapping[str, str] = field(default_factory=dict)
     pages: PagesSettings = field(default_factory=PagesSettings)
 
@@ -602,6 +616,11 @@ def cache_of(source: SourceSettings) -> CacheSettings | None:
     """Return the cache of a source, or None."""
     cache: CacheSettings | None = getattr(source, "cache", None)
     return cache
+
+
+def digests_mode(source: SourceSettings) -> Literal["off", "known", "background"]:
+    """Return whether the digests of a source's files are sent and computed. Some kinds of source have none."""
+    return source.digests if isinstance(source, PathSettings | StorageSettings | RemoteSettings) else "off"
 
 
 def directory_of(source: SourceSettings) -> str | None:

@@ -548,3 +548,52 @@ def test_many_parts_of_a_file_that_is_far_away(metadata: dict[str, Any], value: 
     else:
         assert plan.status == 206
         assert [piece.start for piece in plan.body if isinstance(piece, ByteRange)] == starts
+
+
+DIGESTS = (("sha-256", bytes(32)), ("sha-512", bytes(64)))
+IN_256 = f"sha-256=:{'A' * 43}=:"
+IN_512 = f"sha-512=:{'A' * 86}==:"
+HASHED = replace(FILE, digests=DIGESTS)
+
+
+@pytest.mark.parametrize(
+    "fields, status, digest",
+    [
+        ([], 200, IN_256),
+        ([("Want-Repr-Digest", "sha-512=1")], 200, IN_512),
+        ([("Want-Repr-Digest", "sha-512=1"), ("Want-Repr-Digest", "sha-256=2")], 200, IN_256),
+        ([("Want-Repr-Digest", "sha-256=0, sha-512=0")], 200, None),
+        # the digest is that of the whole representation, whatever part of it is sent
+        ([("Range", "bytes=2-3")], 206, IN_256),
+        ([("Range", "bytes=0-0,9-9")], 206, IN_256),
+        ([("If-None-Match", '"v1"')], 304, IN_256),
+        ([("If-Match", '"v2"')], 412, None),
+        ([("Range", "bytes=10-")], 416, None),
+    ],
+)
+def test_the_digest_is_sent_with_the_file(fields: Fields, status: int, digest: str | None) -> None:
+    for method in ("GET", "HEAD") if status in (200, 304, 412) else ("GET",):
+        plan = answer(fields, method=method, metadata=HASHED)
+        assert (plan.status, plan.headers.get("repr-digest")) == (status, digest)
+
+
+@pytest.mark.parametrize(
+    "metadata, headers, digest",
+    [
+        (FILE, {}, None),
+        (HASHED, {"repr-digest": "sha-256=:b3du:"}, "sha-256=:b3du:"),
+        (HASHED, {"content-encoding": "gzip"}, None),
+        (replace(HASHED, headers=(("content-encoding", "br"),)), {}, None),
+        (replace(HASHED, headers=(("vary", "accept-encoding"),)), {}, IN_256),
+    ],
+)
+def test_only_the_digest_of_the_bytes_that_are_sent(
+    metadata: FileMetadata, headers: dict[str, str], digest: str | None
+) -> None:
+    assert answer(metadata=metadata, headers=headers).headers.get("repr-digest") == digest
+    offloaded = make_offload_plan(metadata, Presentation(filename="a"), {"x-accel-redirect": "/a"}, headers=headers)
+    assert offloaded.headers.get("repr-digest") == digest
+
+
+def test_a_redirect_has_no_digest() -> None:
+    assert "repr-digest" not in make_redirect_plan(answer(metadata=HASHED).headers, {"location": "/x"}).headers

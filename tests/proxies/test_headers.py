@@ -1,6 +1,8 @@
 """What the application says of a download is what the client gets, behind each proxy."""
 
 import asyncio
+import base64
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -122,9 +124,20 @@ async def site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
             "streamed": dv.Download(dv.PathSource(files), headers=said, offload=False),
             "gone": dv.Download(_Gone(files), headers=said, offload=True),
         }
+        hashed: dict[str, dv.Download] = {}
+        local = dv.PathSource(files)
+        for name, origin_of, offload in (
+            ("hashed", local, None),
+            ("hashed-remote", remote, None),
+            ("hashed-streamed", local, False),
+        ):
+            digests = dv.Digests(origin_of, algorithms=["sha-256", "sha-512"])
+            await digests.compute("a.txt")
+            hashed[name] = dv.Download(origin_of, digests=digests, offload=offload)
         app = Starlette(
             routes=[
                 *(Route(f"/{name}/{{path:path}}", _Cookies(download)) for name, download in routes.items()),
+                *(Route(f"/{name}/{{path:path}}", download) for name, download in hashed.items()),
                 Route("/silent/{path:path}", dv.Download(dv.PathSource(files))),
                 Route("/silent-remote/{path:path}", dv.Download(remote)),
             ]
@@ -157,6 +170,18 @@ async def test_each_header_reaches_the_client_once(site: Site, route: str, wante
         del expected["content-language"]  # it describes the content, so a 304 of the service leaves it out
     assert {name: headers.get(name) for name in expected} == expected
     assert headers["set-cookie"] == COOKIES
+
+
+@pytest.mark.parametrize("route", ["hashed", "hashed-remote", "hashed-streamed"])
+async def test_the_digest_of_the_whole_file_comes_with_each_part_of_it(site: Site, route: str) -> None:
+    for fields, status in (({}, 200), ({"Range": "bytes=0-3"}, 206), ({"Range": "bytes=-1"}, 206)):
+        for want, algorithm in ((None, "sha256"), ("sha-512=1", "sha512")):
+            asked = fields if want is None else {**fields, "Want_Repr_Digest": want}
+            for method in ("GET", "HEAD"):
+                answered, headers = await site.ask(f"/{route}/a.txt", method, **asked)
+                assert method == "HEAD" or answered == status
+                value = base64.b64encode(hashlib.new(algorithm, CONTENT).digest()).decode()
+                assert headers["repr-digest"] == [f"sha-{algorithm[3:]}=:{value}:"]
 
 
 @pytest.mark.parametrize("route", ["silent", "silent-remote"])

@@ -1,0 +1,313 @@
+"""`Digests`: what is known about the digests of a source's files, and computing them in the background.
+
+A digest belongs to one version of a file, which its strong entity tag and its size identify. A file without both, and
+content that is made on demand, has none.
+"""
+
+import hashlib
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from downloadview_async.errors import ConfigurationError, DownloadError
+from downloadview_async.http.digest import ALGORITHMS
+from downloadview_async.http.digest import Digests as Values
+from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.sources.base import HasCanonicalNames, OpenFile, Source, check_source, on_demand_of
+from downloadview_async.sources.digests.sidecar import SUFFIX, read_sidecar
+from downloadview_async.sources.digests.store import DigestStore
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of
+from downloadview_async.sources.workers import unlimited
+
+_KEPT = 16_384  # names with what is known of them; each takes about 1 KiB
+_WAITING = 1_000  # names of files to hash
+_LOOK_UP_SECONDS = 1.0  # no download waits longer for the store
+_LOOKED_UP_AGAIN = 60.0  # seconds: another process may have computed it, or a sidecar may have been written
+_PART = 16 << 20  # bytes that are hashed before a cancellation is noticed
+_READ = 1 << 20  # bytes of one read
+_PROBE = 128 * 1024  # bytes that a disk usually reads at once
+
+_logger = logging.getLogger("downloadview_async")
+
+
+class Digests:
+    """The digests of a source's files, for `Download(digests=...)`.
+
+    source: the same source as that of the `Download`.
+    store: keeps digests over restarts. Needs aiosqlite and asyncio.
+    name: identifies the source in the store.
+    sidecars: whether `NAME.sha256` beside a local file NAME has its digest, as `sha256sum NAME > NAME.sha256` writes
+    it. A sidecar that is older than the file is ignored.
+    background: whether the digest of a file that was requested is computed if it is not known, one file at a time,
+    while `running` is open.
+    algorithms: those that are computed, of "sha-256" and "sha-512".
+    max_bytes: a file with more bytes is not hashed in the background.
+
+    Raises `ConfigurationError` for a source or an algorithm that is not one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        store: DigestStore | None = None,
+        *,
+        name: str = "files",
+        sidecars: bool = False,
+        background: bool = False,
+        algorithms: Sequence[str] = ("sha-256",),
+        max_bytes: int | None = None,
+    ) -> None:
+        check_source(source, "Digests")
+        if not algorithms or isinstance(algorithms, str) or (set(algorithms) - set(ALGORITHMS)):
+            raise ConfigurationError(f"algorithms takes some of {', '.join(ALGORITHMS)}, not {algorithms!r}")
+        self.source = source
+        self.store = store
+        self.name = name
+        self.sidecars = sidecars
+        self.background = background
+        self.algorithms = tuple(algorithm for algorithm in ALGORITHMS if algorithm in algorithms)
+        self.max_bytes = max_bytes
+        self._canonical: Callable[[str], str] | None = (
+            source.canonical if isinstance(source, HasCanonicalNames) else None
+        )
+        # by name: metadata of the last version, the same with its digests, and until when that holds; None: for good
+        self._kept: dict[str, tuple[FileMetadata, FileMetadata, float | None]] = {}
+        self._waiting: dict[str, anyio.Event] = {}
+        self._wake: anyio.Event | None = None
+
+    def kept(self, name: str, metadata: FileMetadata) -> FileMetadata | None:
+        """Return the metadata with the digests of this version from memory; None: `find` has to be called first."""
+        if (known := self._kept.get(name)) is None:
+            return None if _is_version(metadata) else metadata
+        before, described, until = known
+        if before is metadata and until is None:
+            return described
+        if not _is_version(metadata):
+            return metadata
+        is_over = until is not None and until <= time.monotonic()
+        if is_over or before.etag != metadata.etag or before.size != metadata.size:
+            return None
+        return described if before is metadata else replace(metadata, digests=described.digests)
+
+    async def find(self, name: str, opened: OpenFile) -> FileMetadata:
+        """Return the metadata of an open file with the digests of this version, where they are known.
+
+        If they are not, they may be computed in the background. A store that fails is logged, and nothing is known.
+        """
+        metadata = opened.metadata
+        if (kept := self.kept(name, metadata)) is not None:
+            return kept
+        until: float | None = None
+        values = metadata.digests
+        with anyio.move_on_after(_LOOK_UP_SECONDS):
+            if not values and self.store is not None:
+                values = await self._stored(name, metadata)
+            if not values and self.sidecars:
+                values, until = await self._from_sidecar(name, opened), time.monotonic() + _LOOKED_UP_AGAIN
+        if not values:
+            until = time.monotonic() + _LOOKED_UP_AGAIN
+            if self.background and (self.max_bytes is None or (metadata.size or 0) <= self.max_bytes):
+                self._want(self._plain(name))
+        return self._keep(name, metadata, values, until)
+
+    async def compute(self, name: str, *, progress: Callable[[int], object] = lambda size: None) -> FileMetadata | None:
+        """Return the metadata of a file with its digests, from the store or from its bytes, and keep the digests.
+
+        None: they cannot be those of a version, or the file has changed meanwhile. progress: gets numbers of bytes that
+        have been hashed. Raises `FileError`, and `sqlite3.Error` of the store.
+        """
+        name = self._plain(name)
+        file = await self.source.resolve(name)
+        if on_demand_of(file) is not None:
+            return None
+        async with file.open() as opened:
+            metadata = opened.metadata
+            if not _is_version(metadata):
+                return None
+            values = await self.store.get(self.name, name, metadata) if self.store is not None else ()
+            if {algorithm for algorithm, _ in values}.issuperset(self.algorithms):
+                progress(metadata.size or 0)
+            else:
+                hashes = {algorithm: hashlib.new(algorithm.replace("-", "")) for algorithm in self.algorithms}
+                if not await _hash(opened, list(hashes.values()), progress):
+                    return None
+                values = tuple((algorithm, value.digest()) for algorithm, value in hashes.items())
+                if self.store is not None:
+                    await self.store.put(self.name, name, metadata, values)
+        return self._keep(name, metadata, values, None)
+
+    async def computed(self, name: str, seconds: float) -> bool:
+        """Have a digest computed in the background, and return whether that has ended within some seconds.
+
+        It ends at once if `running` is not open. If too many files are waiting, it does not begin.
+        """
+        if self._wake is None:
+            return True
+        done = self._want(self._plain(name))
+        if done is None:
+            return False
+        with anyio.move_on_after(seconds):
+            await done.wait()
+        return done.is_set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Compute digests in the background while the context is open, and close the store at its end."""
+        self._wake = anyio.Event()
+        try:
+            async with anyio.create_task_group() as group:
+                if self.background:
+                    group.start_soon(self._work)
+                yield
+                group.cancel_scope.cancel()
+        finally:
+            self._wake = None
+            self._waiting.clear()
+            if self.store is not None:
+                await self.store.aclose()
+
+    async def _work(self) -> None:
+        while True:
+            while not self._waiting:
+                self._wake = anyio.Event()
+                await self._wake.wait()
+            name = next(iter(self._waiting))
+            try:
+                await self.compute(name)
+            except Exception as exc:
+                _logger.warning("The digest of %r in %r is not known: %s", name, self.name, exc)
+            finally:
+                self._waiting.pop(name).set()
+
+    def _want(self, name: str) -> anyio.Event | None:
+        """Return the event that ends the computation of a digest, or None if too many are waiting."""
+        if self._wake is None or (name not in self._waiting and len(self._waiting) >= _WAITING):
+            return None
+        done = self._waiting.setdefault(name, anyio.Event())
+        self._wake.set()
+        return done
+
+    async def _stored(self, name: str, metadata: FileMetadata) -> Values:
+        assert self.store is not None
+        try:
+            return await self.store.get(self.name, self._plain(name), metadata)
+        except (OSError, sqlite3.Error, ConfigurationError) as exc:
+            _logger.warning("The store of digests fails: %s", exc)
+            return ()
+
+    async def _from_sidecar(self, name: str, opened: OpenFile) -> Values:
+        if (local := local_of(opened)) is None:
+            return ()
+        plain = self._plain(name)
+        try:
+            async with (await self.source.resolve(plain + SUFFIX)).open() as sidecar:
+                if (beside := local_of(sidecar)) is None:
+                    return ()
+                basename = plain.rpartition("/")[2]
+                return await local.workers.run(read_sidecar, beside.descriptor, local.descriptor, basename)
+        except (DownloadError, OSError):
+            return ()
+
+    def _plain(self, name: str) -> str:
+        return name if self._canonical is None else self._canonical(name)
+
+    def _keep(self, name: str, metadata: FileMetadata, values: Values, until: float | None) -> FileMetadata:
+        described = replace(metadata, digests=values) if values != metadata.digests else metadata
+        if len(self._kept) >= _KEPT and name not in self._kept:
+            self._kept.pop(next(iter(self._kept)))
+        self._kept[name] = metadata, described, until
+        return described
+
+
+def _is_version(metadata: FileMetadata) -> bool:
+    """Return whether the metadata identifies bytes that a digest can be about: a coded file has other bytes."""
+    etag = metadata.etag
+    is_coded = any(name == "content-encoding" for name, _ in metadata.headers)
+    return etag is not None and not etag.weak and metadata.size is not None and not is_coded
+
+
+async def _hash(opened: OpenFile, hashes: list[Any], progress: Callable[[int], object]) -> bool:
+    """Update the hashes with the whole file, and return whether it was read as one version. Raises `FileError`."""
+    size = opened.metadata.size
+    assert size is not None
+    if (local := local_of(opened)) is not None:
+        before = os.fstat(local.descriptor)
+        descriptor = await anyio.to_thread.run_sync(_reopened, local, limiter=unlimited())
+        try:
+            for start in range(0, size, _PART):
+                part = ByteRange(start, min(start + _PART, size))
+                hash_part = partial(_hash_part, descriptor, part, hashes)
+                if not await anyio.to_thread.run_sync(hash_part, limiter=unlimited()):
+                    return False
+                progress(len(part))
+        finally:
+            os.close(descriptor)
+        after = os.fstat(local.descriptor)
+        return all(getattr(before, name) == getattr(after, name) for name in ("st_size", "st_mtime_ns", "st_ctime_ns"))
+    done = 0
+    async for chunk in opened.stream(ByteRange(0, size)):
+        await anyio.to_thread.run_sync(partial(_update, hashes, chunk), limiter=unlimited())
+        done += len(chunk)
+        progress(len(chunk))
+    return done == size
+
+
+def _reopened(local: OpenLocalFile) -> int:
+    """Return a new descriptor of a file, which the caller closes. Blocks.
+
+    On Linux it does not read ahead: the pages after a read are then cached only if others have read them. A duplicate
+    of the descriptor, which is used elsewhere, would switch that off for downloads too.
+    """
+    try:
+        descriptor = os.open(f"/proc/self/fd/{local.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return os.dup(local.descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    return descriptor
+
+
+def _hash_part(descriptor: int, part: ByteRange, hashes: list[Any]) -> bool:
+    """Update the hashes with a part of a file, and return whether the file still had all of it. Blocks.
+
+    Pages that were not in the page cache before are dropped again, as no client has requested them.
+    """
+    buffer = memoryview(bytearray(_READ))
+    position = part.start
+    while position < part.stop:
+        wanted = min(_READ, part.stop - position)
+        was_cached = _is_cached(descriptor, position, wanted)
+        count = os.preadv(descriptor, [buffer[:wanted]], position)
+        if not count:
+            return False
+        _update(hashes, buffer[:count])
+        if not was_cached and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
+        position += count
+    return True
+
+
+def _is_cached(descriptor: int, offset: int, length: int) -> bool:
+    """Return whether the page cache has a span, judged by one byte of every `_PROBE`; True if nobody can tell."""
+    nowait = getattr(os, "RWF_NOWAIT", None)
+    if nowait is None:
+        return True
+    try:
+        for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
+            os.preadv(descriptor, [bytearray(1)], position, nowait)
+    except OSError:
+        return False
+    return True
+
+
+def _update(hashes: list[Any], chunk: bytes | memoryview) -> None:
+    for value in hashes:
+        value.update(chunk)

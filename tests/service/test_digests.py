@@ -1,0 +1,134 @@
+"""The digests of files in the service: the settings that are refused, and the answers."""
+
+import base64
+import contextlib
+import hashlib
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from starlette.applications import Starlette
+
+from downloadview_async import ConfigurationError
+from downloadview_async.cli import main
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
+from downloadview_async.service.proxy_config import config_for
+from tests.live import ask, live, make_old
+
+CONTENT = b"content"
+FIELD = f"sha-256=:{base64.b64encode(hashlib.sha256(CONTENT).digest()).decode()}:"
+ROUTE = '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\n'
+SOURCE = '[sources.files]\ntype = "path"\nroot = "files"\n'
+STORE = '[digests]\nstore = "digests.db"\n'
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.txt").write_bytes(CONTENT)
+    make_old(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DOWNLOADVIEW_CONFIG", raising=False)
+    return tmp_path
+
+
+def app_of(text: str) -> Starlette:
+    Path("downloadview.toml").write_text(text)
+    return build(load_settings("downloadview.toml", environ={}))
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        (SOURCE + 'digests = "known"\n', r"sources.files.digests: there is no store: add a \[digests\] table"),
+        (SOURCE + 'digests = "background"\nsidecars = true\n', "sources.files.digests: there is no store"),
+        (SOURCE + 'digests = "yes"\n', "sources.files.digests: .*off, known or background"),
+        (SOURCE + "sidecars = true\n", "sources.files.sidecars: digests are off"),
+        (STORE + SOURCE + "sidecars = 1\n", "sources.files.sidecars: .*true"),
+        ("[digests]\n" + SOURCE, "digests.store"),
+        ('[digests]\nstore = ""\n' + SOURCE, "digests.store"),
+        ('[sources.v]\ntype = "virtual"\nfactory = "a:b"\ndigests = "known"\n', "sources.v.digests: unknown key"),
+    ],
+)
+def test_settings_that_are_refused(text: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        app_of(text + (ROUTE if "sources.files" in text else ""))
+
+
+@pytest.mark.asyncio
+async def test_a_digest_is_computed_once_and_survives_a_restart(directory: Path) -> None:
+    text = STORE + SOURCE + 'digests = "background"\n' + ROUTE
+    for expected in ([None, FIELD], [FIELD, FIELD]):
+        app = app_of(text)
+        download = app.routes[-1].endpoint  # type: ignore[attr-defined]
+        async with app.router.lifespan_context(app), live(app) as port:
+            digests = [(await ask(port, "/files/a.txt")).headers.get("repr-digest")]
+            assert await download.digests.computed("a.txt", 10)
+            digests.append((await ask(port, "/files/a.txt")).headers.get("repr-digest"))
+        assert digests == expected
+
+
+@pytest.mark.asyncio
+async def test_a_sidecar_needs_no_store(directory: Path) -> None:
+    (directory / "files" / "a.txt.sha256").write_text(f"{hashlib.sha256(CONTENT).hexdigest()}  a.txt\n")
+    app = app_of(SOURCE + 'digests = "known"\nsidecars = true\n' + ROUTE)
+    async with app.router.lifespan_context(app), live(app) as port:
+        assert (await ask(port, "/files/a.txt")).headers["repr-digest"] == FIELD
+
+
+def test_the_configuration_of_nginx_keeps_the_header(directory: Path) -> None:
+    offload = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+    for mode, is_kept in (("known", True), ("off", False)):
+        Path("downloadview.toml").write_text(STORE + SOURCE + f'digests = "{mode}"\n' + ROUTE + offload)
+        settings = load_settings("downloadview.toml", environ={})
+        text = config_for(settings, "nginx", listen="127.0.0.1:8080", service=None, relative_to=None)
+        assert ("add_header Repr-Digest $upstream_http_repr_digest always;" in text) == is_kept
+
+
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["digest", *arguments])
+
+
+def test_the_command_fills_the_store(directory: Path) -> None:
+    (directory / "files" / "below").mkdir()
+    (directory / "files" / "below" / "b.txt").write_bytes(b"below")
+    (directory / "files" / "zero.txt").write_bytes(b"")
+    make_old(directory)
+    (directory / "files" / "old.txt").write_bytes(b"x")
+    os.utime(directory / "files" / "old.txt", (0, 0))  # without a strong tag
+    os.symlink("/etc/passwd", directory / "files" / "outside")
+    Path("downloadview.toml").write_text(STORE + SOURCE + 'digests = "known"\n' + ROUTE)
+    one = command("files/below")
+    assert (one.exit_code, one.stdout) == (0, "digests: 1 of 1 files\n")
+    everything = command()
+    assert (everything.exit_code, everything.stdout) == (0, "digests: 3 of 5 files\n")
+    assert "no digest: old.txt" in everything.stderr
+    assert "no digest: outside" in everything.stderr
+    with contextlib.closing(sqlite3.connect("digests.db")) as store:
+        rows = store.execute("SELECT source, name, value FROM digests ORDER BY name").fetchall()
+    assert rows == [
+        ("files", name, hashlib.sha256((directory / "files" / name).read_bytes()).digest())
+        for name in ("a.txt", "below/b.txt", "zero.txt")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, arguments, status, problem",
+    [
+        (STORE + SOURCE + 'digests = "known"\n' + ROUTE, ["."], 2, "has '.'"),
+        (STORE + SOURCE + ROUTE, [], 2, "no local directory with digests"),
+        (STORE + SOURCE + 'digests = "known"\n', [], 2, "no local directory with digests"),
+        (STORE + SOURCE + 'digests = "known"\n' + ROUTE, ["missing"], 2, "does not exist"),
+        ('[digests]\nstore = "no/where.db"\n' + SOURCE + 'digests = "known"\n' + ROUTE, [], 3, "no/where.db"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    directory: Path, text: str, arguments: list[str], status: int, problem: str
+) -> None:
+    Path("downloadview.toml").write_text(text)
+    result = command(*arguments)
+    assert result.exit_code == status
+    assert problem in result.stderr
