@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async.asgi.archives import ArchiveOptions, Archives
 from downloadview_async.asgi.archives import key_of as archive_key_of
-from downloadview_async.asgi.checksum import checksum_response, wanted_checksum
+from downloadview_async.asgi.checksum import checksum_response, send_checksums, wanted_checksum
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
@@ -177,7 +177,7 @@ class Download(_Endpoint):
     entries that `name=` chooses. Access decides about the folder, once, and so about all that is below it. Hidden files
     are left out.
     digests: the digests of the source's files, for Repr-Digest, and for `?checksum=sha256`, whose answer is the line of
-    `sha256sum` about the file.
+    `sha256sum` about the file, or with `listing` about each file of a folder whose digest is known.
 
     Raises `ConfigurationError` for a source, an access or a pattern that is not one, and for a listing or an archive of
     a source that cannot list; `ValueError` for a header that is refused.
@@ -223,20 +223,16 @@ class Download(_Endpoint):
         if self._archives is not None and (name := archive_key_of(key, scope)) is not None:
             archive = self._response(await self._archives.resolve(name), key, grant, scope, is_archive=True)
             return self._archives.counted(name, archive)
+        wanted = None if self.digests is None or not isinstance(key, str) else wanted_checksum(scope["query_string"])
         if (folder := self._folder_of(key, grant, scope)) is not None:
-            return folder
+            return folder if wanted is None else partial(self._send_checksums, wanted, key)
         missing = None if self._folders is None else partial(self._missing, key)
         view = None if self._folders is None else view_of(scope["query_string"])
         try:
             file = await self.source.resolve(key)
             if view == "page" and isinstance(key, str):
                 return partial(self._view, file, key, grant)
-            if (
-                self.digests is not None
-                and isinstance(key, str)
-                and scope["query_string"]
-                and (wanted := wanted_checksum(scope["query_string"])) is not None
-            ):
+            if wanted is not None and self.digests is not None:
                 return await checksum_response(wanted, self.digests, key, file, scope)
             response = self._response(file, key, grant, scope, is_pdf=view == "pdf")
         except FileMissing as exc:
@@ -246,6 +242,19 @@ class Download(_Endpoint):
             return lambda scope, receive, send: missing(error, scope, send)
         response.missing = missing
         return response
+
+    async def _send_checksums(self, wanted: str, folder: str, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.digests is not None
+        assert self._folders is not None
+        digests, files = self.digests, self._folders.files(folder)
+
+        async def answer(send: Send) -> None:
+            try:
+                await send_checksums(wanted, digests, folder, files, scope, send)
+            except FileError as exc:
+                await send_error(exc, scope, send)
+
+        await until_the_client_leaves(answer, receive, send)
 
     async def _view(
         self, file: AsyncFile, key: str, grant: Grant | None, scope: Scope, receive: Receive, send: Send

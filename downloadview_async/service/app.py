@@ -53,7 +53,6 @@ from downloadview_async import (
     storage_from_url,
 )
 from downloadview_async.service.access import (
-    SIGNED,
     USER,
     access_of,
     keeping_peers,
@@ -337,7 +336,7 @@ def _routes(
     users = users_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
-        sharers = users_in(route.access or ()) if SIGNED in (route.access or ()) else []
+        sharers = users_in(route.access or ()) if "signed" in (route.access or ()) else []
         pages = ServicePages(settings, route.name, shares=bool(sharers)) if route.list else None
         if pages is not None and not isinstance(sources[route.source], SupportsListing):
             raise settings.error(

@@ -174,6 +174,41 @@ async def test_a_checksum_is_a_line_for_sha256sum(served: Served, root: Path, qu
         assert (head.status, head.headers["content-length"], head.body) == (200, str(len(answer.body)), b"")
 
 
+async def test_the_checksums_of_a_folder_are_those_that_are_known(
+    served: Served, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksum, "_LINES", 1)
+    (root / "folder").mkdir()
+    for name in ("b.bin", "c.bin", ".hidden"):
+        (root / "folder" / name).write_bytes(CONTENT)
+    make_old(root)
+    source = dv.PathSource(root)
+    digests = dv.Digests(source)
+    async with served(application(source, digests, listing=True, hide=[".*"])) as port:
+        assert (await ask(port, "/files/folder/?checksum=sha256")).body == b""
+        for name in ("a.bin", "folder/b.bin", "folder/.hidden"):
+            await digests.compute(name)
+        line = f"{hashlib.sha256(CONTENT).hexdigest()}  b.bin\n".encode()
+        answer = await ask(port, "/files/folder/?checksum=sha256")
+        assert (answer.status, answer.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+        assert (answer.body, answer.headers["cache-control"]) == (line, "private, no-store")
+        await digests.compute("folder/c.bin")
+        answer = await ask(port, "/files/folder/?checksum=sha256")
+        assert sorted(answer.body.splitlines(True)) == [line, line.replace(b"b.bin", b"c.bin")]
+        assert b"  a.bin\n" in (await ask(port, "/files/?checksum=sha256")).body
+        head = await ask(port, "/files/folder/?checksum=sha256", method="HEAD")
+        assert (head.status, head.body) == (200, b"")
+        for path, status in [("folder/?checksum=md5", 400), ("none/?checksum=sha256", 404)]:
+            assert (await ask(port, f"/files/{path}")).status == status
+        assert (await ask(port, "/files/folder?checksum=sha256")).status == 308
+    async with served(application(source, digests, listing=True, access=nobody)) as port:
+        assert (await ask(port, "/files/folder/?checksum=sha256")).body == b"Not Found"
+
+
+async def nobody(request: Any, key: str) -> bool:
+    return False
+
+
 async def test_checksums_that_cannot_be_given(served: Served, root: Path) -> None:
     (root / "ä \\.bin").write_bytes(CONTENT)
     source = dv.PathSource(root, names="any")

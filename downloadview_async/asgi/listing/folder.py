@@ -186,6 +186,14 @@ class FolderEndpoint:
             raise LinkInvalid(f"the link {grant.link_id} counts downloads, and a listing is not a download")
         return ListingQuery.of(b"", accept)  # the query is that of the link
 
+    async def files(self, folder: str) -> AsyncGenerator[str, None]:
+        """Yield the name of each file in a folder that is listed. Raises what `SupportsListing.list` raises."""
+        async with aclosing(self._batches(folder, ListingQuery())) as batches:
+            async for batch in batches:
+                for entry in batch.entries:
+                    if not entry.is_folder:
+                        yield entry.name
+
     async def _batches(self, folder: str, query: ListingQuery) -> AsyncGenerator[_Batch, None]:
         """Yield the entries in batches. Raises what `SupportsListing.list` raises."""
         top = folder.strip("/")
