@@ -498,6 +498,33 @@ async def test_500_entries_fit_into_60_kib() -> None:
     assert len((await call(app(Many(top=entries)), "/files/")).body) <= 60 * 1024
 
 
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_a_large_folder_has_the_same_pages_without_its_total_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    for number in range(7):
+        (tmp_path / f"file{number}.txt").write_bytes(b"0" * number)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".hidden").write_bytes(b"")
+    endpoint = app(dv.PathSource(tmp_path), hide=[".*"])
+    monkeypatch.setattr(Window.__init__, "__defaults__", (3,))
+    pages = []
+    for most in (5000, 5):
+        monkeypatch.setattr(folders, "MAX_DESCRIBED", most)
+        link: str | None = f"?order={order}&format=json"
+        documents = []
+        while link is not None:
+            documents.append(json.loads((await call(endpoint, "/files/", query=link.removeprefix("?"))).body))
+            link = documents[-1].pop("next")
+            link = link and f"{link}&format=json"
+        pages.append([document["entries"] for document in documents])
+        page = (await call(endpoint, "/files/")).body
+        assert b"1 folder, 7 files" in page
+        assert (b"21 bytes" in page or b"21 B" in page) == (most == 5000)
+    assert pages[0] == pages[1]
+    assert [len(page) for page in pages[0]] == [3, 3, 2]
+
+
 async def test_natural_order() -> None:
     names = ["b", "File10", "file2", "a", "file", "file02", "2", "10", "1"]
     ordered = [name for _, name in sorted(zip(natural_keys(names), names, strict=True))]

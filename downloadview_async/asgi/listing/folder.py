@@ -27,7 +27,7 @@ from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.hiding import Hidden
-from downloadview_async.sources.base import AsyncFile, SupportsListing
+from downloadview_async.sources.base import AsyncFile, ListsNames, SupportsListing
 from downloadview_async.sources.listing import Entry, closing_entries
 
 BATCH = 200
@@ -38,6 +38,9 @@ MAX_DEEP_FOLDERS = 1000
 
 MAX_DEEP_ENTRIES = 100_000
 """Entries that a search below a folder looks at."""
+
+MAX_DESCRIBED = 5000
+"""Entries of a folder up to which each is described for a page in the order of names, so that it has the total size."""
 
 _CHUNK = 64 * 1024
 _BAD_NAME = re.compile(r"[/\x00-\x1f\x7f\ud800-\udfff]|^\.{0,2}\Z")
@@ -108,16 +111,35 @@ class FolderEndpoint:
             if query.format == "ndjson":
                 await self._stream(folder, query, grant, scope, send)
                 return
-            async with aclosing(self._batches(folder, query)) as batches:
-                window, is_cut = Window(query), False
-                async for batch in batches:
-                    window.add(batch.paths, batch.entries)
-                    is_cut = is_cut or batch.is_cut
+            window = await self._window(folder, query)
         except FileError as exc:
             await send_error(exc, scope, send)
             return
-        body = self._body(tail.strip("/"), query, window, grant, is_cut=is_cut)
+        body = self._body(tail.strip("/"), query, window, grant)
         await self.send_page(body, self._headers(query, grant), scope, send)
+
+    async def _window(self, folder: str, query: ListingQuery) -> Window:
+        """Return the entries of a page. In the order of names, those of a large folder are read by their names first.
+
+        To describe each file takes most of the time. Raises what `SupportsListing.list` raises.
+        """
+        source = self.source
+        if isinstance(source, ListsNames) and query.sort == "name" and not query.is_deep:
+            window = await self._filled(folder, query, names_only=True)
+            if window.total > MAX_DESCRIBED:
+                top = folder.strip("/")
+                window.complete(await source.describe(top, [entry.name for _, entry in window.entries]))
+                window.has_sizes = False
+                return window
+        return await self._filled(folder, query)
+
+    async def _filled(self, folder: str, query: ListingQuery, *, names_only: bool = False) -> Window:
+        window = Window(query)
+        async with aclosing(self._batches(folder, query, names_only=names_only)) as batches:
+            async for batch in batches:
+                window.add(batch.paths, batch.entries)
+                window.is_cut = window.is_cut or batch.is_cut
+        return window
 
     async def view(
         self, file: AsyncFile, key: str, tail: str, content_type: str | None, grant: Grant | None, *, is_listed: bool
@@ -134,7 +156,7 @@ class FolderEndpoint:
         if is_listed:
             neighbours = Neighbours(name)
             try:
-                async with aclosing(self._batches(folder, ListingQuery())) as batches:
+                async with aclosing(self._batches(folder, ListingQuery(), names_only=True)) as batches:
                     async for batch in batches:
                         neighbours.add(batch.entries)
                 page = replace(page, previous=neighbours.names[0], next=neighbours.names[1])
@@ -188,14 +210,21 @@ class FolderEndpoint:
 
     async def files(self, folder: str) -> AsyncGenerator[str, None]:
         """Yield the name of each file in a folder that is listed. Raises what `SupportsListing.list` raises."""
-        async with aclosing(self._batches(folder, ListingQuery())) as batches:
+        async with aclosing(self._batches(folder, ListingQuery(), names_only=True)) as batches:
             async for batch in batches:
                 for entry in batch.entries:
                     if not entry.is_folder:
                         yield entry.name
 
-    async def _batches(self, folder: str, query: ListingQuery) -> AsyncGenerator[_Batch, None]:
-        """Yield the entries in batches. Raises what `SupportsListing.list` raises."""
+    async def _batches(
+        self, folder: str, query: ListingQuery, *, names_only: bool = False
+    ) -> AsyncGenerator[_Batch, None]:
+        """Yield the entries in batches. names_only: without sizes and times, if that saves time.
+
+        Raises what `SupportsListing.list` raises.
+        """
+        source = self.source
+        listed = source.list_names if names_only and isinstance(source, ListsNames) else source.list
         top = folder.strip("/")
         left = deque([""])  # paths of folders below the top, each with a slash at its end
         read_folders = read_entries = 0
@@ -203,7 +232,7 @@ class FolderEndpoint:
             prefix = left.popleft()
             read_folders += 1
             try:
-                async with closing_entries(self.source.list(f"{top}/{prefix}".strip("/"))) as entries:
+                async with closing_entries(listed(f"{top}/{prefix}".strip("/"))) as entries:
                     async for batch in _in_batches(entries):
                         read_entries += len(batch)
                         shown = self._shown(batch)
@@ -230,7 +259,7 @@ class FolderEndpoint:
             return entries
         return [entry for entry in entries if not self.hidden.hides(entry.name)]
 
-    def _body(self, path: str, query: ListingQuery, window: Window, grant: Grant | None, *, is_cut: bool) -> bytes:
+    def _body(self, path: str, query: ListingQuery, window: Window, grant: Grant | None) -> bytes:
         entries = window.entries
         following = query.link(after=window.last_place()) if window.following and entries else None
         if query.format == "json":
@@ -243,12 +272,12 @@ class FolderEndpoint:
             entries=entries,
             files=window.files,
             folders=window.folders,
-            size=window.size,
+            size=window.size if window.has_sizes else None,
             preceding=window.preceding,
             following=window.following,
             previous=previous,
             next=following,
-            is_cut=is_cut,
+            is_cut=window.is_cut,
             can_reorder=can_reorder,
             archive="?archive=zip" if self.has_archives and can_reorder and not query.is_deep else None,
         )

@@ -5,7 +5,7 @@ what is beyond the page is dropped. So a page costs the memory of a page, and no
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -78,6 +78,10 @@ class Window:
 
     def __init__(self, query: ListingQuery, limit: int = PAGE_SIZE) -> None:
         self.files = self.folders = self.size = 0
+        self.has_sizes = True
+        """Whether the entries that were added had their sizes."""
+        self.is_cut = False
+        """Whether a search has ended at its limits, so that entries may be missing."""
         self._limit = limit
         self._value = _VALUES[query.sort]
         self._reverse = query.is_descending
@@ -123,6 +127,11 @@ class Window:
         self._kept = sorted(self._kept + keys, reverse=self._reverse)
         if len(self._kept) > self._limit:
             self._kept = self._kept[: self._limit] if before is None else self._kept[-self._limit :]
+
+    def complete(self, described: Iterable[Entry]) -> None:
+        """Replace the entries, which have only names, by complete ones. Those that are missing are dropped."""
+        by_name = {entry.name: entry for entry in described}
+        self._kept = [(*key[:-1], by_name[key[-1].name]) for key in self._kept if key[-1].name in by_name]
 
     def first_place(self) -> str:
         """Return the place of the first entry of the page."""

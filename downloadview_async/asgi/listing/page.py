@@ -31,10 +31,10 @@ class ListingPage:
 
     path: of the folder below the top, without slashes around it; empty for the top. entries: in their order, each with
     its path relative to the folder. files, folders, size: the totals of the whole folder, or of what the query selects;
-    size is in bytes, of the files whose size is known. preceding, following: how many entries are on the pages before
-    and after. previous, next: their relative URLs, or None. is_cut: whether a search below has ended at its limits.
-    can_reorder: whether the URL may have another query, which that of a signed link may not. archive: the relative URL
-    of the folder as an archive, or None.
+    size is in bytes, of the files whose size is known, or None for a large folder. preceding, following: how many
+    entries are on the pages before and after. previous, next: their relative URLs, or None. is_cut: whether a search
+    below has ended at its limits. can_reorder: whether the URL may have another query, which that of a signed link may
+    not. archive: the relative URL of the folder as an archive, or None.
     """
 
     path: str
@@ -42,7 +42,7 @@ class ListingPage:
     entries: Sequence[tuple[str, Entry]]
     files: int
     folders: int
-    size: int
+    size: int | None
     preceding: int = 0
     following: int = 0
     previous: str | None = None
@@ -268,7 +268,9 @@ def _counted(number: int, thing: str) -> str:
 def _totals(page: ListingPage) -> str:
     parts = [_counted(page.folders, "folder")] if page.folders else []
     if page.files:
-        parts.append(f"{_counted(page.files, 'file')}, {shown_size(page.size)}")
+        parts.append(_counted(page.files, "file"))
+        if page.size is not None:
+            parts.append(shown_size(page.size))
     text = ", ".join(parts) or "0 files"
     if page.query.text:
         text += f" match <q><bdi>{escape(page.query.text)}</bdi></q>"
