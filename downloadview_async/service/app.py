@@ -175,7 +175,11 @@ def build(settings: Settings) -> Starlette:
         middleware.append(Middleware(OffloadMiddleware, backend=backend))
     app = Starlette(
         routes=[
-            *([] if "/" in map(folder_of, settings.routes) else [Route("/", IndexPage(settings, pages).answer)]),
+            *(
+                []
+                if "/" in map(folder_of, settings.routes)
+                else [Route("/", IndexPage(settings, pages, sources).answer)]
+            ),
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),

@@ -78,6 +78,25 @@ async def test_the_first_page_has_the_names_of_several_routes(directory: Path) -
     assert "&lt;ask&gt;" in page
 
 
+async def test_the_first_page_counts_what_everyone_may_list(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = 'access = ["hook:tests.service.test_listing:nobody"]\n'
+    routes = [
+        ROUTE.replace("/files/", f"/{number}/") + f'name = "{number}"\nlist = {flag}\n{more}'
+        for number, (flag, more) in enumerate([("true", ""), ("false", ""), ("true", hook)])
+    ]
+    app = service(directory, SOURCE + "".join(routes))
+    assert (await get(app, "/")).body.count(b"<span>a directory: 1 file, 1 folder</span>") == 1
+    monkeypatch.setattr("downloadview_async.service.pages.MOST_COUNTED", 1)
+    assert b"a directory: more than 1 files and folders" in (await get(app, "/")).body
+    (directory / "files" / "a.txt").unlink()
+    (directory / "files" / "sub").rmdir()
+    assert b"<span>a directory: empty</span>" in (await get(app, "/")).body
+
+
+async def nobody(request: Any, name: str) -> bool:
+    return False
+
+
 async def test_browsers_get_errors_as_pages_and_others_as_text(directory: Path) -> None:
     app = service(directory, SOURCE + ROUTE + "list = true\n")
     paths = ("/files/none", "/files/none/", "/files/.env", "/files/.git/", "/none", "/files/%00", "/files/a.txt/")

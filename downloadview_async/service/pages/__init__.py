@@ -5,11 +5,12 @@ import hashlib
 import mimetypes
 import re
 from collections.abc import Mapping
+from contextlib import aclosing
 from functools import lru_cache
 from http import HTTPStatus
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, Template, TemplateError
@@ -18,11 +19,23 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from downloadview_async import ConfigurationError, ListingPage, Pages, ViewPage
+from downloadview_async import (
+    ConfigurationError,
+    FileError,
+    Hidden,
+    ListingPage,
+    Pages,
+    Source,
+    SupportsListing,
+    ViewPage,
+)
 from downloadview_async.service.settings import RouteSettings, Settings
 
 MAX_LOGO = 64 * 1024
 """The largest logo, in bytes, because each page has it inside."""
+
+MOST_COUNTED = 1000
+"""Files and folders up to which those of a route are counted for the page at `/`."""
 
 TEMPLATES = ("index.html", "listing.html", "view.html", "error.html")
 """The pages that a template may replace."""
@@ -121,7 +134,7 @@ class ServicePages(Pages):
 class IndexPage:
     """Answers with a list of the routes, and links to their folders or examples; with one listing, it redirects."""
 
-    def __init__(self, settings: Settings, pages: ServicePages) -> None:
+    def __init__(self, settings: Settings, pages: ServicePages, sources: Mapping[str, Source]) -> None:
         style = files(__name__).joinpath("index.css").read_text(encoding="utf-8")
         template = files(__name__).joinpath("index.html").read_text(encoding="utf-8")
         self._template = pages.template("index.html") or Environment(autoescape=True, trim_blocks=True).from_string(
@@ -129,6 +142,7 @@ class IndexPage:
         )
         self._style = Markup(style)  # noqa: S704 - a file of this package
         self._pages = pages
+        self._sources = sources
         self._routes = [(route, _KINDS[_type_of(settings, route)]) for route in settings.routes]
         self._folder = folder_of(settings.routes[0]) if len(settings.routes) == 1 else None
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -151,6 +165,7 @@ class IndexPage:
                 "path": route.path,
                 "parameter": _PARAMETER.findall(route.path)[0],
                 "kind": kind,
+                "count": await _count(self._sources[route.source], route),
                 "folder": None if (folder := folder_of(route)) is None else root + folder,
                 # without an access: a link that is not signed would be refused
                 "links": [
@@ -168,6 +183,25 @@ class IndexPage:
             footer=self._pages.footer,
         )
         return HTMLResponse(page, headers=self._headers)
+
+
+async def _count(source: Source, route: RouteSettings) -> str | None:
+    """Return how many files and folders the top folder of a route has; None if that is not for everyone to know."""
+    if not route.list or route.access is not None or not isinstance(source, SupportsListing):
+        return None
+    hidden, folders, total = Hidden(route.hide), 0, 0
+    try:
+        async with aclosing(cast("Any", source.list())) as entries:
+            async for entry in entries:
+                if not hidden.hides(entry.name):
+                    total += 1
+                    folders += entry.is_folder
+                if total > MOST_COUNTED:
+                    return f"more than {MOST_COUNTED:,} files and folders"
+    except FileError:
+        return None
+    counts = [(total - folders, "file"), (folders, "folder")]
+    return ", ".join(f"{number:,} {thing}{'' if number == 1 else 's'}" for number, thing in counts if number) or "empty"
 
 
 class ErrorPages:
