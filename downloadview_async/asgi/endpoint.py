@@ -46,6 +46,7 @@ class _Endpoint:
         hide: Sequence[str],
         listing: Pages | None,
         has_archives: bool = False,
+        digests: Digests | None = None,
     ) -> None:
         check_source(source, type(self).__name__)
         self.source = source
@@ -54,6 +55,7 @@ class _Endpoint:
         self.access = access_of(access)
         self._hidden = Hidden(hide) if hide else None
         self._key = key
+        self.digests = digests
         self._folders = None if listing is None else self._folders_of(source, listing, has_archives)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,6 +98,7 @@ class _Endpoint:
             headers=headers,
             has_access=bool(self.access),
             has_archives=has_archives,
+            digests=self.digests,
         )
 
     def _folder_of(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp | None:
@@ -211,13 +214,13 @@ class Download(_Endpoint):
             hide=hide,
             listing=pages,
             has_archives=bool(archive),
+            digests=digests,
         )
         self.attachment = attachment
         self.redirect = redirect
         self.offload = offload
         options = ArchiveOptions() if archive is True else archive
         self._archives = Archives(source, options, hide) if options else None
-        self.digests = digests
 
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
         if self._archives is not None and (name := archive_key_of(key, scope)) is not None:
@@ -314,7 +317,7 @@ class Download(_Endpoint):
             offload=self.offload,
         )
         response.ends_request = True
-        if self.digests is not None and isinstance(key, str):
+        if self.digests is not None and isinstance(key, str) and not is_archive:
             response.digests, response.digest_name = self.digests, key
         return response
 

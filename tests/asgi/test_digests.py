@@ -205,6 +205,19 @@ async def test_the_checksums_of_a_folder_are_those_that_are_known(
         assert (await ask(port, "/files/folder/?checksum=sha256")).body == b"Not Found"
 
 
+async def test_an_archive_has_no_digest_and_the_view_page_of_a_file_has(served: Served, root: Path) -> None:
+    source = dv.PathSource(root)
+    digests = dv.Digests(source, background=True)
+    async with served(application(source, digests, listing=True, archive=True)) as port, digests.running():
+        assert b"SHA-256" not in (await ask(port, "/files/small.txt?view")).body
+        await digests.compute("small.txt")
+        shown = f"SHA-256 <code>{hashlib.sha256(b'0123456789').hexdigest()}</code>"
+        assert shown.encode() in (await ask(port, "/files/small.txt?view")).body
+        for _ in range(2):
+            archive = await ask(port, "/files/?archive=zip")
+            assert (archive.status, "repr-digest" in archive.headers) == (200, False)
+
+
 async def nobody(request: Any, key: str) -> bool:
     return False
 

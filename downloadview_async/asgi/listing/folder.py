@@ -28,6 +28,7 @@ from downloadview_async.http.request import DownloadRequest
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, ListsNames, SupportsListing
+from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.listing import Entry, closing_entries
 
 BATCH = 200
@@ -82,7 +83,7 @@ class FolderEndpoint:
 
     headers: further headers, by their names in lower case. has_access: whether an access decides about requests, so
     that no shared cache may keep the answers. has_archives: whether the URL of a folder with `?archive=zip` gives its
-    archive.
+    archive. digests: those of the files, for their view pages.
     """
 
     source: SupportsListing
@@ -91,6 +92,7 @@ class FolderEndpoint:
     headers: Mapping[str, str] = field(default_factory=dict)
     has_access: bool = False
     has_archives: bool = False
+    digests: Digests | None = None
 
     async def answer(
         self, folder: str, tail: str, grant: Grant | None, scope: Scope, receive: Receive, send: Send
@@ -151,7 +153,7 @@ class FolderEndpoint:
 
         Raises what `AsyncFile.open` raises.
         """
-        page = await view_page_of(file, tail, content_type)
+        page = await view_page_of(file, tail, content_type, self.digests, key)
         folder, _, name = key.rpartition("/")
         if is_listed:
             neighbours = Neighbours(name)

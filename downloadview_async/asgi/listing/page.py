@@ -143,6 +143,8 @@ class Pages:
         if page.modified is not None:
             stamp = f"{page.modified.isoformat('T', 'seconds')[:19]}Z"
             details.append(f"<time datetime={stamp}>{shown_time(page.modified)}</time>")
+        if page.digest is not None:
+            details.append(f"SHA-256 <code>{page.digest}</code>")
         links = [
             f'<a rel={rel} href="./{quote(name)}?view">{text}: <bdi>{escape(name)}</bdi></a>'
             for rel, name, text in (("prev", page.previous, "Previous"), ("next", page.next, "Next"))

@@ -15,6 +15,7 @@ from downloadview_async.asgi.listing.query import ListingQuery, fields_of
 from downloadview_async.http.content_types import content_type_for, is_active
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.listing import Entry
 
 MAX_TEXT_BYTES = 1 << 20
@@ -38,7 +39,8 @@ class ViewPage:
 
     path: of the file below the top. kind: how it is shown. content_type: its media type. size: in bytes, or None.
     modified: None if it is not known. text: of a file of the kind `text`, at most its first MiB. is_cut: whether the
-    text is only a part of the file. previous, next: the names of the files before and after it, or None.
+    text is only a part of the file. digest: its SHA-256 in hexadecimal, if that is known. previous, next: the names of
+    the files before and after it, or None.
     """
 
     path: str
@@ -48,6 +50,7 @@ class ViewPage:
     modified: datetime | None = None
     text: str = ""
     is_cut: bool = False
+    digest: str | None = None
     previous: str | None = None
     next: str | None = None
 
@@ -80,13 +83,17 @@ def kind_of(content_type: str) -> Kind:
     return "other"
 
 
-async def view_page_of(file: AsyncFile, path: str, content_type: str | None) -> ViewPage:
-    """Return the view page of a file without its neighbours. content_type: instead of that of the file.
+async def view_page_of(
+    file: AsyncFile, path: str, content_type: str | None, digests: Digests | None = None, key: str = ""
+) -> ViewPage:
+    """Return the view page of a file without its neighbours.
+
+    content_type: instead of that of the file. digests: those of the source, in which the file is called `key`.
 
     Raises what `AsyncFile.open` raises, and `FileError` if the text cannot be read.
     """
     async with file.open() as opened:
-        metadata = opened.metadata
+        metadata = opened.metadata if digests is None else await digests.find(key, opened)
         media_type = content_type or metadata.content_type or content_type_for(file.name)
         kind = kind_of(media_type)
         content = bytearray()
@@ -109,6 +116,7 @@ async def view_page_of(file: AsyncFile, path: str, content_type: str | None) -> 
         modified=modified,
         text=_decoded(bytes(content[:MAX_TEXT_BYTES]), media_type) if kind == "text" else "",
         is_cut=is_cut and kind == "text",
+        digest=next((value.hex() for name, value in metadata.digests if name == "sha-256"), None),
     )
 
 
