@@ -408,9 +408,10 @@ def revoke(identifier: str, config: Path | None) -> None:
 @click.argument("path", required=False, type=click.Path(exists=True))
 @click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
 def digest(path: str | None, config: Path | None) -> None:
-    """Compute the digests of the files at PATH, or of all files, for the sources that have `digests`.
+    """Compute the digests of files, and keep them in the store.
 
-    What the store has already is not computed again. PATH is a file or a directory below the root of a source.
+    They are computed for the files at PATH, or for all files, of the sources that have `digests`. What the store has
+    already is not computed again. PATH is a file or a directory below the root of a source.
     """
     import sqlite3
 

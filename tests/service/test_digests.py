@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from starlette.applications import Starlette
 
-from downloadview_async import ConfigurationError
+from downloadview_async import ConfigurationError, Download
 from downloadview_async.cli import main
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
@@ -63,9 +63,11 @@ async def test_a_digest_is_computed_once_and_survives_a_restart(directory: Path)
     text = STORE + SOURCE + 'digests = "background"\n' + ROUTE
     for expected in ([None, FIELD], [FIELD, FIELD]):
         app = app_of(text)
-        download = app.routes[-1].endpoint  # type: ignore[attr-defined]
+        endpoints = [getattr(route, "endpoint", None) for route in app.routes]
+        (download,) = [endpoint for endpoint in endpoints if isinstance(endpoint, Download)]
         async with app.router.lifespan_context(app), live(app) as port:
             digests = [(await ask(port, "/files/a.txt")).headers.get("repr-digest")]
+            assert download.digests is not None
             assert await download.digests.computed("a.txt", 10)
             digests.append((await ask(port, "/files/a.txt")).headers.get("repr-digest"))
         assert digests == expected
