@@ -21,7 +21,6 @@ from downloadview_async.asgi.listing import folder as folders
 from downloadview_async.asgi.listing.order import Window, natural_keys
 from downloadview_async.asgi.listing.page import shown_size
 from downloadview_async.asgi.listing.query import ListingQuery
-from downloadview_async.http.negotiation import preferred_type
 from downloadview_async.testing import call
 from tests.live import ask, live
 
@@ -538,24 +537,3 @@ async def test_natural_order() -> None:
 )
 async def test_sizes(size: int, text: str) -> None:
     assert shown_size(size) == text
-
-
-@pytest.mark.parametrize(
-    "accept, expected",
-    [
-        (None, "a/x"),
-        ("", "a/x"),
-        ("*/*", "a/x"),
-        ("b/y", "b/y"),
-        ("a/x;q=0.5, b/y", "b/y"),
-        ("a/*;q=0.1, b/y;q=0.2", "b/y"),
-        ("b/y;q=0", "a/x"),
-        ("*/*;q=0.8, a/x;q=0.1", "b/y"),
-        ("b/y;charset=utf-8", "b/y"),
-        ("b/y;q=2", "a/x"),
-        (";;,,q=1", "a/x"),
-        ("text/html,application/xhtml+xml,*/*;q=0.8", "a/x"),
-    ],
-)
-async def test_the_preferred_type(accept: str | None, expected: str) -> None:
-    assert preferred_type(accept, ("a/x", "b/y")) == expected

@@ -266,3 +266,9 @@ def test_a_type_that_cannot_be_added_is_refused_with_what_to_write(
     with pytest.raises(ValueError, match=problem):
         add_content_types({".fine": "text/plain", suffix: content_type})
     assert content_type_for("a.fine") == OCTETS, "nothing of a table with a mistake is taken"
+
+
+def test_the_table_of_types_by_their_suffixes() -> None:
+    table = content_types.content_types()
+    assert (table[".txt"], table[".png"]) == ("text/plain; charset=utf-8", "image/png")
+    assert all(content_types.content_type_for(f"a{suffix}") == kind for suffix, kind in table.items())

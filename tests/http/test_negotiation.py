@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downloadview_async.http.negotiation import content_coding, hides_coding, preferred_encodings
+from downloadview_async.http.negotiation import content_coding, hides_coding, preferred_encodings, preferred_type
 from tests.http.asking import LARGE
 
 ALL = ("br", "zstd", "gzip")
@@ -129,3 +129,24 @@ def test_codings_that_no_client_can_decode(value: str, coding: str | None, hides
 
 def test_no_content_encoding_hides_nothing() -> None:
     assert not hides_coding(None)
+
+
+@pytest.mark.parametrize(
+    "accept, expected",
+    [
+        (None, "a/x"),
+        ("", "a/x"),
+        ("*/*", "a/x"),
+        ("b/y", "b/y"),
+        ("a/x;q=0.5, b/y", "b/y"),
+        ("a/*;q=0.1, b/y;q=0.2", "b/y"),
+        ("b/y;q=0", "a/x"),
+        ("*/*;q=0.8, a/x;q=0.1", "b/y"),
+        ("b/y;charset=utf-8", "b/y"),
+        ("b/y;q=2", "a/x"),
+        (";;,,q=1", "a/x"),
+        ("text/html,application/xhtml+xml,*/*;q=0.8", "a/x"),
+    ],
+)
+def test_the_preferred_type(accept: str | None, expected: str) -> None:
+    assert preferred_type(accept, ("a/x", "b/y")) == expected
