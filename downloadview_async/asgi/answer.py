@@ -63,7 +63,7 @@ def answer_to(
     if request.want_repr_digest is not None and metadata.digests:
         # Answers are kept by the digest, which is one of few, not by the text of the client.
         metadata = replace(metadata, digests=preferred_digest(metadata.digests, request.want_repr_digest))
-    added = tuple(header for header in headers if header[0] != b"set-cookie") if headers else ()
+    added = tuple([header for header in headers if header[0] != b"set-cookie"]) if headers else ()
     offered = None if offload is None else tuple(offload.items())
     if not keep or status != 200 or not is_shown_for_good(metadata.last_modified, time.time()):
         plan = _plan(request, metadata, presentation, added, offered, status=status)

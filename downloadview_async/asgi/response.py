@@ -134,14 +134,17 @@ class DownloadResponse(Response):
     def _follow(self, grant: Grant) -> None:
         """Present the file as the grant says, by which the request has come."""
         shown, before = self.presentation, self.raw_headers
-        self.presentation = _presentation(
-            shown.filename if grant.filename is None else grant.filename,
-            shown.attachment if grant.attachment is None else grant.attachment,
-            grant.content_type or shown.content_type,
-        )
-        chosen = next((value.decode("latin-1") for name, value in before if name == b"cache-control"), None)
+        if not (grant.filename is None and grant.attachment is None and grant.content_type is None):
+            self.presentation = _presentation(
+                shown.filename if grant.filename is None else grant.filename,
+                shown.attachment if grant.attachment is None else grant.attachment,
+                grant.content_type or shown.content_type,
+            )
+        chosen = None
+        if before:
+            chosen = next((value.decode("latin-1") for name, value in before if name == b"cache-control"), None)
+            self.raw_headers = [field for field in before if field[0] != b"cache-control"]
         cache_control = grant.cache_control(chosen, time.time()).encode("latin-1")
-        self.raw_headers = [field for field in before if field[0] != b"cache-control"]
         self.raw_headers.append((b"cache-control", cache_control))
 
     async def _respond_observed(self, observer: Observer, scope: Scope, receive: Receive, send: Send) -> None:

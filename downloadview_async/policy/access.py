@@ -20,6 +20,8 @@ from downloadview_async.policy.signing import URLSigner
 
 logger = logging.getLogger("downloadview_async")
 
+_PLAIN = Grant()
+
 
 class Access(Protocol):
     """An async function, or an object, that decides whether a request may have a file."""
@@ -99,7 +101,7 @@ async def allow(access: tuple[Access, ...], request: Request, name: Any) -> Gran
         if isinstance(verdict, Grant):
             return verdict
         if verdict is True:
-            return Grant()
+            return _PLAIN
         if verdict is not False and verdict is not None:
             # Such as a coroutine that was not awaited, which `if` would take for True.
             raise SourceUnavailable(f"access gave {verdict!r} instead of True, False or a Grant: is an await missing?")

@@ -36,6 +36,7 @@ from downloadview_async.policy.grants import Grant
 _MAX_QUERY = 8192  # bytes that are looked at
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _VERSION_AND_METHODS = b"".join(len(part).to_bytes(8) + part for part in (b"downloadview 1", b"GET"))
+_KEPT = 1024  # valid links
 _BLOCK = 64  # bytes of SHA-256
 _INNER, _OUTER = bytes(byte ^ 0x36 for byte in range(256)), bytes(byte ^ 0x5C for byte in range(256))
 
@@ -46,6 +47,8 @@ class CompleteLinks:
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         self._key_id = next(iter(keys))
         self._signers = {key_id.encode(): _signer_of(secret) for key_id, secret in keys.items()}
+        # Valid links by path and query. A player that seeks and a download in parts use the same link again and again.
+        self._verified: dict[tuple[bytes, bytes], tuple[Grant, str | None]] = {}
 
     def query(self, path: str, grant: Grant, client: str | None, others: str = "") -> str:
         """Return the query of a link to a path."""
@@ -66,27 +69,37 @@ class CompleteLinks:
 
     def check(self, path: bytes, query: bytes, client: str | None, now: float) -> Grant:
         """Return what a link grants. Raises `LinkInvalid` and `LinkExpired`."""
+        if (verified := self._verified.get((path, query))) is None:
+            verified = self._verify(path, query)
+            if len(self._verified) >= _KEPT:
+                self._verified.pop(next(iter(self._verified)), None)  # another thread may have removed it
+            self._verified[path, query] = verified
+        grant, network = verified
+        if grant.expires is not None and grant.expires <= now:
+            raise LinkExpired(f"the link {grant.link_id} has expired")
+        if network is not None and not _is_in(client, network):
+            raise LinkInvalid(f"the link {grant.link_id} is not for this client")
+        return grant
+
+    def _verify(self, path: bytes, query: bytes) -> tuple[Grant, str | None]:
+        """Return what a link grants, whenever and to whom, and the network of its client. Raises `LinkInvalid`."""
         signed, _, signature = query.rpartition(b"&s=")
         link = signed[signed.rfind(b"&k=") + 1 :]  # a value of a link has no `&`, so what precedes is the URL's query
         sign = self._signers.get(link[2 : link.find(b"&")]) if link.startswith(b"k=") else None
         if sign is None or len(query) > _MAX_QUERY or not hmac.compare_digest(sign(path, signed), signature):
             raise LinkInvalid("the link is not signed by one of the keys")
         values = {pair[0]: pair[2:] for pair in link.decode("ascii").split("&")}  # as `query` has made them
-        expires = int(values["e"]) if "e" in values else None
-        if expires is not None and expires <= now:
-            raise LinkExpired(f"the link {values['i']} has expired")
-        if "c" in values and not _is_in(client, _decoded(values["c"])):
-            raise LinkInvalid(f"the link {values['i']} is not for this client")
-        return Grant(
+        grant = Grant(
             filename=_decoded(values["f"]) if "f" in values else None,
             attachment=values["d"] == "a" if "d" in values else None,
             content_type=_decoded(values["t"]) if "t" in values else None,
-            expires=expires,
+            expires=int(values["e"]) if "e" in values else None,
             is_shareable="p" in values,
             link_id=values["i"],
             key_id=values["k"],
             uses=int(values["u"]) if "u" in values else None,
         )
+        return grant, _decoded(values["c"]) if "c" in values else None
 
 
 def _signer_of(secret: bytes) -> Callable[[bytes, bytes], bytes]:
