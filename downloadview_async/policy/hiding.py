@@ -27,7 +27,8 @@ class Hidden:
                 raise ConfigurationError(
                     f"hide has {pattern!r}: a pattern is for one segment of a path, so remove the slash"
                 )
-        self._match = re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)", re.IGNORECASE).match
+        self.matches = re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)", re.IGNORECASE).match
+        """Returns a match for one segment that is hidden. It must not be empty, `.` or `..`, or have a backslash."""
 
     def check(self, name: object) -> None:
         """Raise `FileMissing` for a name that is hidden."""
@@ -37,6 +38,4 @@ class Hidden:
     def hides(self, name: object) -> bool:
         """Return whether a name is hidden: one of its segments matches a pattern."""
         text = str(name)
-        if "/" not in text and "\\" not in text:  # a name in a listing
-            return text not in _NOT_NAMES and self._match(text) is not None
-        return any(segment not in _NOT_NAMES and self._match(segment) for segment in _SLASH.split(text))
+        return any(segment not in _NOT_NAMES and self.matches(segment) for segment in _SLASH.split(text))

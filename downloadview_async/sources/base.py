@@ -224,14 +224,18 @@ class SupportsListing(Protocol):
 
 
 @runtime_checkable
-class ListsNames(SupportsListing, Protocol):
-    """What a source or a storage that lists may offer besides: its entries by their names only, which takes less time.
+class ListsBatches(SupportsListing, Protocol):
+    """What a source or a storage that lists may offer besides: its entries in batches, which take less time.
 
     A page that shows a few entries of a large folder in the order of their names describes only those.
     """
 
-    def list_names(self, folder: str = "", /) -> AsyncIterator[Entry]:
-        """Yield what `list` does, without sizes and times. A file that cannot be read may be among them."""
+    def list_batches(self, folder: str = "", /, *, described: int | None = None) -> AsyncIterator[Sequence[Entry]]:
+        """Yield what `list` does, in batches.
+
+        described: a batch before which so many entries have been yielded has neither sizes nor times, and a file that
+        cannot be read may be in it. None: all have them.
+        """
         ...
 
     async def describe(self, folder: str, names: Sequence[str], /) -> Sequence[Entry]:
@@ -243,12 +247,12 @@ class ListsNames(SupportsListing, Protocol):
 
 
 def pass_listing_on(wrapper: Any, inner: object) -> None:
-    """Give a wrapper the methods of `SupportsListing` and `ListsNames` that what it wraps has: no others.
+    """Give a wrapper the methods of `SupportsListing` and `ListsBatches` that what it wraps has: no others.
 
     They become attributes of the object, so that `isinstance` tells the truth about it. Methods that a subclass of the
     wrapper defines stay.
     """
-    for method in ("list", "list_names", "describe"):
+    for method in ("list", "list_batches", "describe"):
         if not hasattr(wrapper, method) and hasattr(inner, method):
             setattr(wrapper, method, getattr(inner, method))
 

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.listing import Entry
-from downloadview_async.sources.local.folder import describe_entries, list_folder
+from downloadview_async.sources.local.folder import describe_entries, list_batches, list_folder
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.path import FileBeneath
@@ -48,10 +48,10 @@ class DirectoryStorage:
         """Yield the files and folders of a folder, as `PathSource.list` does."""
         return list_folder(self.root, folder, self._workers)
 
-    def list_names(self, folder: str = "", /) -> AsyncIterator[Entry]:
-        """Yield what `list` does, without sizes and times: see `ListsNames`."""
-        return list_folder(self.root, folder, self._workers, only_names=True)
+    def list_batches(self, folder: str = "", /, *, described: int | None = None) -> AsyncIterator[Sequence[Entry]]:
+        """Yield what `list` does, in batches: see `ListsBatches`."""
+        return list_batches(self.root, folder, self._workers, described=described)
 
     async def describe(self, folder: str, names: Sequence[str], /) -> Sequence[Entry]:
-        """Return the entries of a folder with these names: see `ListsNames`."""
+        """Return the entries of a folder with these names: see `ListsBatches`."""
         return await describe_entries(self.root, folder, names, self._workers)

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import FileMetadata
@@ -41,8 +41,11 @@ class DescribedEntry(Entry):
         return described
 
 
+T = TypeVar("T")
+
+
 @asynccontextmanager
-async def closing_entries(entries: AsyncIterator[Entry]) -> AsyncIterator[AsyncIterator[Entry]]:
+async def closing_entries(entries: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
     """Give what `SupportsListing.list` has returned, and close it at the end if it has `aclose`, as a generator has."""
     try:
         yield entries

@@ -4,7 +4,7 @@ import hashlib
 import re
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,11 +27,11 @@ from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.hiding import Hidden
-from downloadview_async.sources.base import AsyncFile, ListsNames, SupportsListing
+from downloadview_async.sources.base import AsyncFile, ListsBatches, SupportsListing
 from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.listing import Entry, closing_entries
 
-BATCH = 200
+BATCH = 250
 """Entries that are treated before other requests get their turn."""
 
 MAX_DEEP_FOLDERS = 1000
@@ -41,40 +41,52 @@ MAX_DEEP_ENTRIES = 100_000
 """Entries that a search below a folder looks at."""
 
 MAX_DESCRIBED = 5000
-"""Entries of a folder up to which each is described for a page in the order of names, so that it has the total size."""
+"""Entries up to which each is described for a page in the order of names, so that it has the total size."""
 
 _CHUNK = 64 * 1024
-_BAD_NAME = re.compile(r"[/\x00-\x1f\x7f\ud800-\udfff]|^\.{0,2}\Z")
-_BAD_LINE = re.compile(r"[/\x00-\x09\x0b-\x1f\x7f\ud800-\udfff]|(?:^|\n)\.{0,2}(?:\n|\Z)")
+_NOT_NAMES = frozenset({"", ".", ".."})
+_BAD_CHARACTER = re.compile(r"[/\x00-\x1f\x7f\ud800-\udfff]")
+_BAD_IN_LINES = re.compile(r"[/\x00-\x09\x0b-\x1f\x7f\ud800-\udfff]")  # all but the line feed between them
 _CONTENT_TYPES = {name: media_type for media_type, name in FORMATS.items()} | {"html": "text/html; charset=utf-8"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Some entries and their paths below the folder. is_cut: whether a search below has ended at its limits."""
+    """Some entries and their paths below the folder.
+
+    is_described: whether sizes and times are among them. is_cut: whether a search below has ended at its limits.
+    """
 
     paths: list[str]
     entries: list[Entry]
+    is_described: bool = True
     is_cut: bool = False
 
     @classmethod
-    def of(cls, prefix: str, entries: list[Entry], text: str) -> "_Batch":
+    def of(cls, prefix: str, entries: list[Entry], text: str, *, is_described: bool) -> "_Batch":
         """Return the batch of the entries of a folder whose names contain a text."""
         if text:
             folded = text.casefold()
-            entries = [entry for entry in entries if folded in entry.name.casefold()]
-        return cls([prefix + entry.name for entry in entries], entries)
+            entries = [entry for entry in entries if folded in entry[0].casefold()]
+        paths = [prefix + entry[0] for entry in entries] if prefix else [entry[0] for entry in entries]
+        return cls(paths, entries, is_described)
 
 
-async def _in_batches(entries: AsyncIterator[Entry]) -> AsyncIterator[list[Entry]]:
-    """Yield the entries in lists; at least one list, which may be empty."""
-    batch: list[Entry] = []
-    async for entry in entries:
-        batch.append(entry)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    yield batch
+async def _in_batches(source: SupportsListing, folder: str, described: int | None) -> AsyncGenerator[Sequence[Entry], None]:
+    """Yield the entries of a folder in lists; see `ListsBatches`."""
+    if isinstance(source, ListsBatches):
+        async with closing_entries(source.list_batches(folder, described=described)) as batches:
+            async for batch in batches:
+                yield batch
+        return
+    async with closing_entries(source.list(folder)) as entries:
+        listed: list[Entry] = []
+        async for entry in entries:
+            listed.append(entry)
+            if len(listed) == BATCH:
+                yield listed
+                listed = []
+        yield listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,27 +133,38 @@ class FolderEndpoint:
         await self.send_page(body, self._headers(query, grant), scope, send)
 
     async def _window(self, folder: str, query: ListingQuery) -> Window:
-        """Return the entries of a page. In the order of names, those of a large folder are read by their names first.
+        """Return the entries of a page. Of a large folder, only those of the page are described, if that suffices.
 
         To describe each file takes most of the time. Raises what `SupportsListing.list` raises.
         """
-        source = self.source
-        if isinstance(source, ListsNames) and query.sort == "name" and not query.is_deep:
-            window = await self._filled(folder, query, names_only=True)
-            if window.total > MAX_DESCRIBED:
-                top = folder.strip("/")
-                window.complete(await source.describe(top, [entry.name for _, entry in window.entries]))
-                window.has_sizes = False
-                return window
-        return await self._filled(folder, query)
-
-    async def _filled(self, folder: str, query: ListingQuery, *, names_only: bool = False) -> Window:
         window = Window(query)
-        async with aclosing(self._batches(folder, query, names_only=names_only)) as batches:
+        described = MAX_DESCRIBED if query.sort in ("name", "type") else None
+        async with aclosing(self._batches(folder, query, described=described)) as batches:
             async for batch in batches:
                 window.add(batch.paths, batch.entries)
                 window.is_cut = window.is_cut or batch.is_cut
+                window.has_sizes = window.has_sizes and (batch.is_described or not batch.entries)
+        if not window.has_sizes:
+            await self._complete(window, folder)
         return window
+
+    async def _complete(self, window: Window, folder: str) -> None:
+        """Describe the entries of a page, folder by folder. Those that do not exist any more are dropped."""
+        source, top = self.source, folder.strip("/")
+        assert isinstance(source, ListsBatches)
+        by_prefix: dict[str, list[str]] = {}
+        for path, entry in window.entries:
+            by_prefix.setdefault(path.removesuffix(entry.name), []).append(entry.name)
+        described: dict[str, Entry] = {}
+        for prefix, names in by_prefix.items():
+            try:
+                entries = await source.describe(f"{top}/{prefix}".strip("/"), names)
+            except FileError as exc:
+                if not prefix or exc.status >= 500:
+                    raise
+                continue
+            described |= {prefix + entry.name: entry for entry in entries}
+        window.complete(described)
 
     async def view(
         self, file: AsyncFile, key: str, tail: str, content_type: str | None, grant: Grant | None, *, is_listed: bool
@@ -158,7 +181,7 @@ class FolderEndpoint:
         if is_listed:
             neighbours = Neighbours(name)
             try:
-                async with aclosing(self._batches(folder, ListingQuery(), names_only=True)) as batches:
+                async with aclosing(self._batches(folder, ListingQuery(), described=0)) as batches:
                     async for batch in batches:
                         neighbours.add(batch.entries)
                 page = replace(page, previous=neighbours.names[0], next=neighbours.names[1])
@@ -212,54 +235,63 @@ class FolderEndpoint:
 
     async def files(self, folder: str) -> AsyncGenerator[str, None]:
         """Yield the name of each file in a folder that is listed. Raises what `SupportsListing.list` raises."""
-        async with aclosing(self._batches(folder, ListingQuery(), names_only=True)) as batches:
+        async with aclosing(self._batches(folder, ListingQuery(), described=0)) as batches:
             async for batch in batches:
                 for entry in batch.entries:
                     if not entry.is_folder:
                         yield entry.name
 
     async def _batches(
-        self, folder: str, query: ListingQuery, *, names_only: bool = False
+        self, folder: str, query: ListingQuery, *, described: int | None = None
     ) -> AsyncGenerator[_Batch, None]:
-        """Yield the entries in batches. names_only: without sizes and times, if that saves time.
+        """Yield the entries in batches of at most `BATCH`.
+
+        described: after so many entries, the others have no sizes and times if that saves time.
 
         Raises what `SupportsListing.list` raises.
         """
-        source = self.source
-        listed = source.list_names if names_only and isinstance(source, ListsNames) else source.list
         top = folder.strip("/")
         left = deque([""])  # paths of folders below the top, each with a slash at its end
         read_folders = read_entries = 0
         while left:
             prefix = left.popleft()
             read_folders += 1
+            more = None if described is None else max(described - read_entries, 0)
+            read_here = 0
             try:
-                async with closing_entries(listed(f"{top}/{prefix}".strip("/"))) as entries:
-                    async for batch in _in_batches(entries):
-                        read_entries += len(batch)
-                        shown = self._shown(batch)
-                        if query.is_deep:
-                            left.extend(f"{prefix}{entry.name}/" for entry in shown if entry.is_folder)
-                        yield _Batch.of(prefix, shown, query.text)
-                        await checkpoint()
-                        if query.is_deep and read_entries >= MAX_DEEP_ENTRIES:
+                async with aclosing(_in_batches(self.source, f"{top}/{prefix}".strip("/"), more)) as batches:
+                    async for batch in batches:
+                        is_described = more is None or read_here < more or not isinstance(self.source, ListsBatches)
+                        read_here += len(batch)
+                        for start in range(0, len(batch) or 1, BATCH):
+                            shown = self._shown(batch[start : start + BATCH])
+                            if query.is_deep:
+                                left.extend([f"{prefix}{entry.name}/" for entry in shown if entry.is_folder])
+                            yield _Batch.of(prefix, shown, query.text, is_described=is_described)
+                            await checkpoint()
+                        if query.is_deep and read_entries + read_here >= MAX_DEEP_ENTRIES:
                             yield _Batch([], [], is_cut=True)
                             return
             except FileError as exc:
                 if not prefix or exc.status >= 500:
                     raise  # any other folder was removed meanwhile, or may not be read
+            read_entries += read_here
             if left and read_folders >= MAX_DEEP_FOLDERS:
                 yield _Batch([], [], is_cut=True)
                 return
 
-    def _shown(self, entries: list[Entry]) -> list[Entry]:
+    def _shown(self, entries: Sequence[Entry]) -> list[Entry]:
         """Return the entries whose names can be in a URL, and are not hidden."""
-        lines = "\n".join([entry.name for entry in entries])  # one search for all of them takes a fifth of the time
-        if lines.count("\n") != len(entries) - 1 or _BAD_LINE.search(lines):
-            entries = [entry for entry in entries if not _BAD_NAME.search(entry.name)]
+        names = [entry[0] for entry in entries]
+        lines = "\n".join(names)  # one search for all of them takes a fifth of the time
+        if lines.count("\n") >= len(names) or _BAD_IN_LINES.search(lines) or not _NOT_NAMES.isdisjoint(names):
+            entries = [entry for entry in entries if entry[0] not in _NOT_NAMES and not _BAD_CHARACTER.search(entry[0])]
         if self.hidden is None:
-            return entries
-        return [entry for entry in entries if not self.hidden.hides(entry.name)]
+            return list(entries)
+        if "\\" in lines:
+            return [entry for entry in entries if not self.hidden.hides(entry.name)]
+        matches = self.hidden.matches  # takes a third of the time of `hides`
+        return [entry for entry in entries if matches(entry[0]) is None]
 
     def _body(self, path: str, query: ListingQuery, window: Window, grant: Grant | None) -> bytes:
         entries = window.entries

@@ -5,7 +5,7 @@ what is beyond the page is dropped. So a page costs the memory of a page, and no
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -128,10 +128,9 @@ class Window:
         if len(self._kept) > self._limit:
             self._kept = self._kept[: self._limit] if before is None else self._kept[-self._limit :]
 
-    def complete(self, described: Iterable[Entry]) -> None:
-        """Replace the entries, which have only names, by complete ones. Those that are missing are dropped."""
-        by_name = {entry.name: entry for entry in described}
-        self._kept = [(*key[:-1], by_name[key[-1].name]) for key in self._kept if key[-1].name in by_name]
+    def complete(self, described: Mapping[str, Entry]) -> None:
+        """Replace the entries by those that are given by their paths. Those that are missing are dropped."""
+        self._kept = [(*key[:-1], described[key[-3]]) for key in self._kept if key[-3] in described]
 
     def first_place(self) -> str:
         """Return the place of the first entry of the page."""
