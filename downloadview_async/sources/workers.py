@@ -2,7 +2,6 @@
 
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,15 +27,6 @@ def unlimited() -> anyio.CapacityLimiter:
 
 MID_TRANSFER = 60.0
 """Seconds that a transfer which has begun waits for a worker: a slow transfer is better than an aborted one."""
-
-
-def let_others_run() -> None:
-    """Let other threads run Python code. A worker that computes calls it every half millisecond or so.
-
-    Otherwise the event loop waits up to 5 ms for the interpreter (`sys.getswitchinterval`) each time it wakes up. To
-    release the lock for an instant is not enough, because a thread needs some time to wake up.
-    """
-    time.sleep(1e-6)
 
 
 class Slots:

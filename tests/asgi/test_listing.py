@@ -508,7 +508,7 @@ async def test_a_large_folder_has_the_same_pages_without_its_total_size(
     endpoint = app(dv.PathSource(tmp_path), hide=[".*"])
     monkeypatch.setattr(Window.__init__, "__defaults__", (3,))
     pages = []
-    for most in (5000, 5):
+    for most in (5000, 0):
         monkeypatch.setattr(folders, "MAX_DESCRIBED", most)
         link: str | None = f"?order={order}&format=json"
         documents = []
@@ -522,6 +522,25 @@ async def test_a_large_folder_has_the_same_pages_without_its_total_size(
         assert (b"21 bytes" in page or b"21 B" in page) == (most == 5000)
     assert pages[0] == pages[1]
     assert [len(page) for page in pages[0]] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("query", ["q=FILE", "q=file&sort=type", "q=file&deep=1", "q=file&deep=1&order=desc"])
+async def test_a_search_in_a_large_folder_describes_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str
+) -> None:
+    for folder in ("a", "b/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / folder / f"file{number}.txt").write_bytes(b"0" * number)
+    (tmp_path / "file9.txt").write_bytes(b"0" * 9)
+    (tmp_path / "z\\file.txt").write_bytes(b"")
+    endpoint = app(dv.PathSource(tmp_path, names="any"), hide=["*2.txt", "Z*"])
+    whole = await json_of(endpoint, "/files/", query)
+    assert len(whole["entries"]) == (7 if "deep" in query else 1)
+    assert all(entry["size"] == int(entry["name"][-5]) for entry in whole["entries"])
+    for most in (0, 1, 3):
+        monkeypatch.setattr(folders, "MAX_DESCRIBED", most)
+        assert await json_of(endpoint, "/files/", query) == whole
 
 
 async def test_natural_order() -> None:

@@ -29,10 +29,10 @@ from downloadview_async import (
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing, UpstreamError, UpstreamTimeout
 from downloadview_async.service.database import Documents
 from downloadview_async.service.settings import ObjectSettings
-from downloadview_async.sources.base import ListsNames, SupportsListing
+from downloadview_async.sources.base import ListsBatches, SupportsListing
 from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.listing import Entry, closing_entries
-from downloadview_async.sources.local.folder import BATCH, FolderReader
+from downloadview_async.sources.local.folder import BATCH, NAMES, FolderReader
 from downloadview_async.sources.local.root import Root
 from tests.descriptors import open_paths
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, REGION, S3, SECRET, serving_store
@@ -307,7 +307,7 @@ async def test_a_source_that_cannot_list_does_not_claim_it(tmp_path: Path, wraps
     for number, source in enumerate(inner):
         asked = CachedSource(source, cache, name=str(number)) if wraps else source
         assert not isinstance(asked, SupportsListing)
-        assert not isinstance(asked, ListsNames)
+        assert not isinstance(asked, ListsBatches)
 
 
 async def test_a_subclass_may_list_in_another_way(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ async def test_a_subclass_may_list_in_another_way(tmp_path: Path) -> None:
     assert set(await entries_of(Listed(DirectoryStorage(tmp_path)))) == {"of-the-subclass"}
 
 
-async def test_names_alone_are_those_of_the_listing(tmp_path: Path) -> None:
+async def test_batches_have_the_entries_of_the_listing(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     root = directory_with_tree(tmp_path / "root")
     (root / "link").symlink_to("reports")
@@ -328,10 +328,12 @@ async def test_names_alone_are_those_of_the_listing(tmp_path: Path) -> None:
     sources: list[Any] = [PathSource(root), StorageSource(DirectoryStorage(root)), DirectoryStorage(root)]
     sources.append(CachedSource(PathSource(root), Cache(tmp_path / "cache"), name="path"))
     for source in sources:
-        assert isinstance(source, ListsNames)
+        assert isinstance(source, ListsBatches)
         for folder in ("", "reports"):
             whole = [entry async for entry in source.list(folder)]
-            named = [entry async for entry in source.list_names(folder)]
+            batches = [batch async for batch in source.list_batches(folder)]
+            assert [entry for batch in batches for entry in batch] == whole
+            named = [entry async for batch in source.list_batches(folder, described=0) for entry in batch]
             assert [(entry.name, entry.is_folder) for entry in named] == [(e.name, e.is_folder) for e in whole]
             assert all((entry.size, entry.modified) == (None, None) for entry in named)
             assert await source.describe(folder, [entry.name for entry in named]) == whole
@@ -339,6 +341,17 @@ async def test_names_alone_are_those_of_the_listing(tmp_path: Path) -> None:
         assert await source.describe("", refused) == []
         with pytest.raises(FileMissing):
             await source.describe("nothing", ["one.txt"])
+
+
+async def test_the_first_entries_of_a_large_folder_are_described(tmp_path: Path) -> None:
+    expected = [f"{number}.txt" for number in range(2 * BATCH + NAMES + 10)]
+    for name in (*expected, "aux.txt", "back\\slash", "new\nline"):
+        (tmp_path / name).touch()
+    names: list[str] = []
+    async for batch in PathSource(tmp_path).list_batches("", described=BATCH + 1):
+        assert {entry.size is None for entry in batch} == {len(names) > BATCH}
+        names += [entry.name for entry in batch]
+    assert sorted(names) == sorted(expected)
 
 
 def open_times(path: Path) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 import downloadview_async as dv
 from downloadview_async import Download
-from downloadview_async.sources.names import Names, canonical_name, entry_check, without_empty_segments
+from downloadview_async.sources.names import Names, canonical_name, entries_check, entry_check, without_empty_segments
 from downloadview_async.testing import call
 
 CONTENT = b"0123456789"
@@ -81,7 +81,7 @@ async def test_a_row_whose_key_has_empty_segments_is_found_by_its_key() -> None:
 
 @pytest.mark.parametrize("names", ["portable", "any", "exact"])
 def test_an_entry_has_a_name_that_is_accepted(names: Names) -> None:
-    is_valid = entry_check("", names)
+    is_valid, are_valid = entry_check("", names), entries_check("", names)
     parts = ["", ".", "..", "a", "a.b", "c:", "b\\", "\n", "\x7f", "\x85", "\u2028", "\udc80", "😀", "é", "NUL", "com1"]
     parts += ["con", "cOn.txt", "lpt²", "aux ", "conin$", "com", "x.con", "console", " ", "x/y"]
     for name in (first + second for first in parts for second in parts):
@@ -90,9 +90,14 @@ def test_an_entry_has_a_name_that_is_accepted(names: Names) -> None:
         except dv.FileMissing:
             expected = False
         assert is_valid(name) is expected, name
+        for all_of_them in ([name], ["a", name], [name, "b"]):
+            assert are_valid(all_of_them) is expected, name
 
 
 def test_an_entry_has_a_path_of_limited_length() -> None:
     assert entry_check("a" * 4000)("é" * 47)
     assert not entry_check("a" * 4000)("é" * 47 + "n")
     assert not entry_check("a" * 4094)("n")
+    assert entries_check("a" * 3074)(["é" * 255])
+    assert not entries_check("")(["n" * 256])
+    assert not entries_check("a" * 3075)(["n"])

@@ -72,7 +72,9 @@ class _Batch:
         return cls(paths, entries, is_described)
 
 
-async def _in_batches(source: SupportsListing, folder: str, described: int | None) -> AsyncGenerator[Sequence[Entry], None]:
+async def _in_batches(
+    source: SupportsListing, folder: str, described: int | None
+) -> AsyncGenerator[Sequence[Entry], None]:
     """Yield the entries of a folder in lists; see `ListsBatches`."""
     if isinstance(source, ListsBatches):
         async with closing_entries(source.list_batches(folder, described=described)) as batches:
@@ -364,6 +366,8 @@ class FolderEndpoint:
                 await send_error(exc, scope, send)
                 return
             raise TransferAborted(f"the rest of the listing cannot be read: {exc}") from exc
+        if not is_started:
+            await send(start)
         await send({"type": "http.response.body", "body": b""})
 
 

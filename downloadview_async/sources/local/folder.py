@@ -17,14 +17,19 @@ from downloadview_async.errors import FileError
 from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.open_file import metadata_of
 from downloadview_async.sources.local.root import Root, file_error
-from downloadview_async.sources.names import canonical_folder, entry_check
-from downloadview_async.sources.workers import MID_TRANSFER, Workers, let_others_run
+from downloadview_async.sources.names import canonical_folder, entries_check, entry_check
+from downloadview_async.sources.workers import MID_TRANSFER, Workers
 
-BATCH = 1000
-"""Entries that one call of a worker reads: it takes some milliseconds, and others run in between."""
+BATCH = 250
+"""Entries that one call of a worker reads with their sizes and times.
+
+It takes about a millisecond. While a worker computes, the event loop has to wait for the interpreter.
+"""
+
+NAMES = 1000
+"""Entries that one call of a worker reads by their names, which takes as long."""
 
 _entry = partial(tuple.__new__, Entry)  # takes half the time of `Entry(...)`
-_SLICES = {True: 100, False: 500}  # entries that are read, with and without a description, before others get a turn
 _READABLE = 0o444  # by everybody
 _KIND_AND_READABLE = 0o170_000 | _READABLE
 _READABLE_FILE = stat.S_IFREG | _READABLE
@@ -80,6 +85,7 @@ class FolderReader:
         self._root = root
         self._prefix = f"{name}/" if name else ""
         self._is_valid = entry_check(name, root.names)
+        self._are_valid = entries_check(name, root.names)
         self._descriptor = root.open_folder(name)
         try:
             self._items = os.scandir(self._descriptor)  # it reads a duplicate of the descriptor
@@ -94,48 +100,35 @@ class FolderReader:
 
         has_versions: whether files are `DescribedEntry` objects.
         """
-        return self._read(partial(self._described, _file_with_version if has_versions else _file), _SLICES[True])
+        return self._read(partial(self._described, _file_with_version if has_versions else _file), BATCH)
 
     def read_names(self) -> list[Entry] | None:
         """Return what `read` does, without sizes and times, and without asking whether a file can be read."""
-        return self._read(self._named, _SLICES[False])
+        return self._read(self._named, NAMES)
 
     def describe(self, names: Sequence[str]) -> list[Entry]:
         """Return the entries with these names that exist, with sizes and times."""
-        entries: list[Entry] = []
-        for number, name in enumerate(names):
-            if number % _SLICES[True] == 0:
-                let_others_run()
-            if self._is_valid(name) and (entry := self._entry(name)) is not None:
-                entries.append(entry)
-        return entries
+        entries = (self._entry(name) for name in names if self._is_valid(name))
+        return [entry for entry in entries if entry is not None]
 
-    def _read(self, entries_of: Callable[[list[os.DirEntry[str]]], list[Entry]], at_once: int) -> list[Entry] | None:
-        entries: list[Entry] = []
-        count = 0
+    def _read(self, entries_of: Callable[[list[os.DirEntry[str]]], list[Entry]], count: int) -> list[Entry] | None:
         with self._in_use:
-            while count < BATCH and not self._is_closing:
-                try:
-                    items = list(islice(self._items, at_once))
-                except OSError as exc:
-                    raise file_error(exc) from exc
-                if not items:
-                    break
-                if count:
-                    let_others_run()
-                count += len(items)
-                entries += entries_of(items)
+            try:
+                items = [] if self._is_closing else list(islice(self._items, count))
+            except OSError as exc:
+                raise file_error(exc) from exc
+            if items and not self._are_valid([item.name for item in items]):
+                entries = entries_of([item for item in items if self._is_valid(item.name)])
+            else:
+                entries = entries_of(items)
         if self._is_closing:
             self.close()
-        return entries if count else None
+        return entries if items else None
 
     def _described(self, file_of: Callable[[str, os.stat_result], Entry], items: list[os.DirEntry[str]]) -> list[Entry]:
         entries: list[Entry] = []
-        is_valid = self._is_valid
         for item in items:
             name = item.name
-            if not is_valid(name):
-                continue
             try:
                 status = item.stat(follow_symlinks=False)
             except OSError:  # it has been removed
@@ -148,15 +141,11 @@ class FolderReader:
 
     def _named(self, items: list[os.DirEntry[str]]) -> list[Entry]:
         entries: list[Entry] = []
-        is_valid = self._is_valid
         for item in items:
-            name = item.name
-            if not is_valid(name):
-                continue
             if item.is_file(follow_symlinks=False):
-                entries.append(_entry((name, False, None, None, None)))
-            elif (entry := self._entry(name)) is not None:
-                entries.append(Entry(name, entry.is_folder))
+                entries.append(_entry((item.name, False, None, None, None)))
+            elif (entry := self._entry(item.name)) is not None:
+                entries.append(Entry(item.name, entry.is_folder))
         return entries
 
     def close(self) -> None:
