@@ -112,6 +112,48 @@ class Chromium:
         """Go to a URL."""
         self._call("Page.navigate", self._page, url=url)
 
+    def visit(self, url: str) -> None:
+        """Go to a URL, and return when the page has loaded."""
+        self.follow(f"location.href = {json.dumps(url)}")
+
+    def follow(self, script: str) -> None:
+        """Run a script that leads to another page, and return when that has loaded."""
+        self._call("Page.enable", self._page)
+        self._call("Runtime.evaluate", self._page, expression=script, userGesture=True)
+        while self._read().get("method") != "Page.loadEventFired":
+            pass
+
+    def look(self, width: int, *, is_dark: bool = False, medium: str = "screen", height: int = 900) -> None:
+        """Show the page in a window of this size, in a light or a dark theme, on the screen or in print."""
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            self._page,
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        theme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self._call("Emulation.setEmulatedMedia", self._page, media=medium, features=[theme])
+
+    def evaluate(self, script: str) -> Any:
+        """Return the value of an expression in the page, or what its promise resolves to."""
+        answer = self._call("Runtime.evaluate", self._page, expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def key(self, name: str, *, shift: bool = False) -> None:
+        """Press and release a key: "Tab", " ", "ArrowUp" or "ArrowDown"."""
+        code = {"Tab": 9, " ": 32, "ArrowUp": 38, "ArrowDown": 40}[name]
+        key = {"key": name, "modifiers": 8 * shift, "windowsVirtualKeyCode": code, "text": name if name == " " else ""}
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", self._page, type=kind, **key)
+
+    def screenshot(self, *, is_whole: bool = False) -> bytes:
+        """Return a PNG of what is shown, or of the whole page."""
+        answer = self._call("Page.captureScreenshot", self._page, captureBeyondViewport=is_whole)
+        return base64.b64decode(answer["data"])
+
     def picture(self) -> Picture:
         """Return what is shown now. Raises `RefusedError` while there is nothing to show."""
         clip = {"x": 0, "y": 0, "width": _SIZE, "height": _SIZE, "scale": 1}
@@ -243,7 +285,16 @@ def running(name: str, directory: Path) -> Iterator[Browser]:
 
 
 @contextmanager
-def _chromium(profile: Path, log: Path) -> Iterator[Browser]:
+def running_chromium(directory: Path) -> Iterator[Chromium]:
+    """Run Chromium with a new profile in a directory."""
+    profile = directory / "profile"
+    profile.mkdir(parents=True)
+    with _chromium(profile, directory / "log") as browser:
+        yield browser
+
+
+@contextmanager
+def _chromium(profile: Path, log: Path) -> Iterator[Chromium]:
     assert CHROMIUM is not None
     commands, writer = os.pipe()
     reader, answers = os.pipe()

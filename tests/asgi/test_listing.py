@@ -486,7 +486,9 @@ async def test_every_hostile_name_leads_to_its_file(tmp_path: Path) -> None:
             target = urlsplit(urljoin(f"http://127.0.0.1:{port}/files/", href))
             assert (target.netloc, target.query, target.fragment) == (f"127.0.0.1:{port}", "", "")
             answer = await ask(port, target.path)
-            assert (answer.status, answer.body.decode()) == (200, expected.pop(text))
+            # what turns the direction of a text is not shown
+            name = {"\ufffdgpj.exe": "\u202egpj.exe"}.get(text[:8], text[:8]) + text[8:]
+            assert (answer.status, answer.body.decode()) == (200, expected.pop(name))
         assert not expected
         lines = (await ask(port, "/files/?format=ndjson")).body.decode().splitlines()
         assert {json.loads(line)["name"] for line in lines} == {*names, "<b>dir'\""}

@@ -21,11 +21,11 @@ const text = field.value.trim().toLowerCase();
 for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().includes(text);
 };
 for (const row of rows) {
-const cell = row.cells[3];
-if (!/^(image|video|audio|text|pdf|json|xml)$/.test(cell.textContent)) continue;
+const cell = row.cells[3], type = cell.textContent.trim();
+if (!/^(image|video|audio|text|pdf|json|xml)$/.test(type)) continue;
 const link = document.createElement("a");
 link.href = row.cells[0].firstChild.getAttribute("href") + "?view";
-link.textContent = cell.textContent;
+link.textContent = type;
 link.ariaLabel = "View " + row.cells[0].textContent;
 cell.replaceChildren(link);
 }
@@ -45,6 +45,18 @@ box.ariaLabel = "Select " + link.textContent;
 box.onclick = (event) => {
 if (event.shiftKey) for (let i = Math.min(index, last); i <= Math.max(index, last); i++) if (!rows[i].hidden) boxes[i].checked = box.checked;
 last = index;
+show();
+};
+box.onkeydown = (event) => {
+const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+let next = index + step;
+while (rows[next]?.hidden) next += step;
+if (!rows[next]) return;
+event.preventDefault();
+boxes[next].focus();
+if (!event.shiftKey) return;
+box.checked = boxes[next].checked = true;
+last = next;
 show();
 };
 boxes.push(box);

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.sources.listing import Entry
 
 _HEADS: dict[Sort, str] = {"name": "Name", "size": "Size", "modified": "Modified", "type": "Type"}
+_TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M7 1h2v7h3l-4 4-4-4h"
@@ -121,13 +123,13 @@ class Pages:
         title = f"{name} - {self.title}" if name else self.title
         body = "".join(
             (
-                self.crumbs(page.path),
-                f"<main><h1><bdi>{escape(name or self.title)}</bdi></h1>",
+                self.crumbs(page.path) if page.path else "",
+                f"<main><h1><bdi>{shown_name(name or self.title)}</bdi></h1>",
                 _search(page.query) if page.can_reorder else "",
                 f"<p class=dim>{_totals(page)}",
                 "" if page.archive is None else f'<p><a href="{escape(page.archive)}" download>Download as zip</a>',
-                _bar(page.archive),
                 _table(page) if page.entries else f"<p>{_nothing(page)}",
+                _bar(page.archive),
                 _neighbours(page),
                 "</main>",
             )
@@ -146,12 +148,12 @@ class Pages:
         if page.digest is not None:
             details.append(f"SHA-256 <code>{page.digest}</code>")
         links = [
-            f'<a rel={rel} href="./{quote(name)}?view">{text}: <bdi>{escape(name)}</bdi></a>'
+            f'<a rel={rel} href="./{quote(name)}?view">{text}: <bdi>{shown_name(name)}</bdi></a>'
             for rel, name, text in (("prev", page.previous, "Previous"), ("next", page.next, "Next"))
             if name is not None
         ]
         body = (
-            f"{self.crumbs(page.path, is_file=True)}<main><h1><bdi>{escape(page.name)}</bdi></h1>"
+            f"{self.crumbs(page.path, is_file=True)}<main><h1><bdi>{shown_name(page.name)}</bdi></h1>"
             f"<p class=dim>{' &middot; '.join(details)}"
             f"<p class=actions>{self.actions(page)}{_shown(page, url)}"
             f"<nav class=pages aria-label=Files>{''.join(links)}</nav></main>"
@@ -168,11 +170,16 @@ class Pages:
         names = [self.title, *(path.split("/") if path else [])]
         up = len(names) - 1 - is_file
         items = [
-            f'<li><a href="{"../" * (up - depth) or "./"}"><bdi>{escape(name)}</bdi></a>'
+            f'<li><a href="{"../" * (up - depth) or "./"}"><bdi>{shown_name(name)}</bdi></a>'
             for depth, name in enumerate(names[:-1])
         ]
-        items.append(f"<li aria-current=page><bdi>{escape(names[-1])}</bdi>")
+        items.append(f"<li aria-current=page><bdi>{shown_name(names[-1])}</bdi>")
         return f"<nav aria-label=Folders><ol>{''.join(items)}</ol></nav>"
+
+
+def shown_name(name: str) -> str:
+    """Return a name as HTML. What turns the direction of a text is replaced: it makes `exe.jpg` of `gpj.exe`."""
+    return escape(_TURNS.sub("\ufffd", name), quote=False)
 
 
 def shown_size(size: int) -> str:
@@ -198,7 +205,7 @@ def shown_type(media_type: str) -> str:
     if kind != "application":
         return escape(kind)
     name = name.removeprefix("x-").removeprefix("vnd.")
-    return "" if name == "octet-stream" else escape(name if len(name) <= 16 else name.rpartition(".")[2][:16])
+    return "" if name == "octet-stream" else escape(name if len(name) <= 20 else name.rpartition(".")[2][:20])
 
 
 def _shown(page: ViewPage, url: str) -> str:
@@ -221,7 +228,7 @@ def _shown(page: ViewPage, url: str) -> str:
 def _rows(page: ListingPage) -> Iterator[str]:
     for path, entry in page.entries:
         # a quoted URL needs neither quotes nor escapes in HTML
-        name, url = (path, path) if is_plain(path) else (escape(path, quote=False), quote(path))
+        name, url = (path, path) if is_plain(path) else (shown_name(path), quote(path))
         modified = "" if entry.modified is None else f"<time>{shown_time(entry.modified)}</time>"
         if entry.is_folder:
             yield f"<tr><td><a href={url}/>{name}/</a><td><td>{modified}<td>folder"
@@ -252,8 +259,8 @@ def _search(query: ListingQuery) -> str:
     clear = '<a href="./">Show all</a>' if query.text else ""
     return (
         f'<form role=search>{hidden}<input type=search name=q value="{escape(query.text)}" placeholder="Filter" '
-        f'aria-label="Filter by name"><label><input type=checkbox name=deep value=1{checked}> in the folders below'
-        f"</label><button>Search</button>{clear}</form>"
+        f'aria-label="Filter by name"><button>Search</button><label><input type=checkbox name=deep value=1{checked}> '
+        f"in the folders below</label>{clear}</form>"
     )
 
 
