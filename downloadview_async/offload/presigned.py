@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from downloadview_async.errors import ConfigurationError, SourceUnavailable
-from downloadview_async.offload.signers.sigv4 import MAX_SECONDS, Credentials, presigned_url
+from downloadview_async.http.sigv4 import MAX_SECONDS, Credentials, presigned_url
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.names import has_dot_segment
 from downloadview_async.sources.object_store import ObjectStorage

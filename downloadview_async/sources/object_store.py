@@ -8,8 +8,8 @@ import math
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -45,7 +45,9 @@ from downloadview_async.http.metadata import (
 from downloadview_async.http.negotiation import content_coding, hides_coding
 from downloadview_async.http.ranges import NEAR, RangeSpec, read_from
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.http.sigv4 import Credentials
 from downloadview_async.http.upstream import REFUSALS
+from downloadview_async.sources.bucket_listing import BucketListing
 from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.names import canonical_folder, checked_segments
@@ -91,6 +93,12 @@ _ALIASES = {
     "bucket_name": "bucket",
 }
 _ENDPOINTS = frozenset({"endpoint", "base_url"})
+_PAGED_OPTIONS = frozenset(
+    {"access_key_id", "secret_access_key", "session_token", "region", "skip_signature", "endpoint", "base_url"}
+) | {"virtual_hosted_style_request", "bucket"}
+_PAGED_CLIENT = frozenset({"allow_http", "timeout", "connect_timeout", "read_timeout"})
+"""Options of a store whose folders are read page by page, with a client that has no others."""
+
 _PLACING = _ENDPOINTS | {"virtual_hosted_style_request"}
 _HTTP_URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]+)?(/[!-~]*)?\Z", re.ASCII | re.IGNORECASE)
 _MAX_BELOW = 64  # stores, each with its own connections
@@ -279,15 +287,21 @@ class ObjectStorage:
     async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
         """Yield the objects whose keys begin with that of the folder, and the folders below it: see `SupportsListing`.
 
-        The store is asked for 1,000 keys at a time, and obstore collects the answers before the first entry is yielded,
-        which may take ten times as long as `answer_timeout`. There are no keys with empty segments among the entries.
+        A bucket of S3 with a known key is read page by page. Of other stores, obstore collects all entries before the
+        first is yielded, which may take ten times as long as `answer_timeout`. There are no keys with empty segments
+        among the entries.
 
         Raises `UpstreamError` also for a folder with a key that obstore cannot read, such as one with a control
         character.
         """
+        folder = canonical_folder(folder, "exact")
+        if (bucket := self._bucket()) is not None:
+            async with aclosing(self._listed_by_pages(bucket, folder)) as entries:
+                async for entry in entries:
+                    yield entry
+            return
         import obstore
 
-        folder = canonical_folder(folder, "exact")
         try:
             with await self._slots.take(), anyio.fail_after(_LISTING_TIMES * self._answer_timeout):
                 listed = await obstore.list_with_delimiter_async(self.store, prefix=folder or None)
@@ -309,10 +323,54 @@ class ObjectStorage:
         for meta in objects:
             # consoles store an empty object under the name of a folder with a slash, which obstore removes
             if name := meta["path"][start:]:
-                entry = Entry(name, size=meta["size"], modified=meta["last_modified"])
-                tag = None if of_disk else ETag.parse(meta["e_tag"] or "")
-                describe = partial(FileMetadata, size=meta["size"], etag=tag)
-                yield entry if tag is None or tag.weak else DescribedEntry.of(entry, describe)
+                tag = "" if of_disk else meta["e_tag"] or ""
+                yield _entry(name, meta["size"], meta["last_modified"], tag)
+
+    def _bucket(self) -> BucketListing | None:
+        """Return what reads the bucket page by page, or None if only obstore knows how to reach it."""
+        config, parts = self.config, urlsplit(self.url)
+        base = self.url_of("")
+        is_known = (
+            base is not None
+            and _PAGED_OPTIONS.issuperset(config)
+            and self._arguments["client_options"].keys() <= _PAGED_CLIENT
+            and self.credential_provider is None
+            and not parts.netloc.endswith("--x-s3")  # these buckets want another signature
+        )
+        if not is_known or base is None:
+            return None
+        credentials = None
+        if config.get("skip_signature", "").lower() not in ("true", "1"):
+            if not {"access_key_id", "secret_access_key"}.issubset(config):
+                return None
+            token = config.get("session_token")
+            credentials = Credentials(config["access_key_id"], config["secret_access_key"], token)
+        prefix = unquote(parts.path).strip("/")
+        return BucketListing(
+            base.removesuffix(f"/{quote(prefix)}") if prefix else base,
+            region=config.get("region", "us-east-1"),
+            credentials=credentials,
+            error_for=lambda text, name: _file_error(RuntimeError(text), name),
+            slots=self._slots,
+            workers=self._makers,
+            timeout=self._answer_timeout,
+        )
+
+    async def _listed_by_pages(self, bucket: BucketListing, folder: str) -> AsyncGenerator[Entry, None]:
+        top = unquote(urlsplit(self.url).path).strip("/")
+        prefix = "".join(f"{part}/" for part in (top, folder) if part)
+        is_empty = True
+        async with aclosing(bucket.pages(prefix)) as pages:
+            async for page in pages:
+                is_empty = is_empty and not page.objects
+                for listed in page.objects:
+                    if listed.size is None:
+                        if listed.key != "/":  # an empty segment
+                            yield Entry(listed.key.removesuffix("/"), is_folder=True)
+                    elif listed.key:  # not the empty object that stands for the folder itself
+                        yield _entry(listed.key, listed.size, listed.modified, listed.etag)
+        if folder and is_empty:
+            raise FileMissing(f"the store has no key below {folder!r}")
 
     async def aclose(self) -> None:
         """Close the store and its connections before the process ends. If it is used again, a new one is made."""
@@ -322,6 +380,13 @@ class ObjectStorage:
         # they abort it.
         with anyio.CancelScope(shield=True):
             await anyio.sleep(_AFTERGLOW)
+
+
+def _entry(name: str, size: int, modified: datetime | None, etag: str) -> Entry:
+    entry, tag = Entry(name, size=size, modified=modified), ETag.parse(etag)
+    if tag is None or tag.weak:
+        return entry
+    return DescribedEntry.of(entry, partial(FileMetadata, size=size, etag=tag))
 
 
 class OpenObject:

@@ -454,7 +454,7 @@ async def test_the_real_server_by_another_name(s3: S3) -> None:
 
 
 async def test_an_expired_url_is_refused_by_the_real_server(s3: S3) -> None:
-    from downloadview_async.offload.signers.sigv4 import Credentials, presigned_url
+    from downloadview_async.http.sigv4 import Credentials, presigned_url
 
     s3.put("signed/a.txt", b"a")
     url = presigned_url(

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.http.fields import OFFLOAD_HEADERS, OFFLOAD_TARGET
-from downloadview_async.offload.signers.sigv4 import Credentials, presigned_url
+from downloadview_async.http.sigv4 import Credentials, presigned_url
 from downloadview_async.sources.names import MAX_LENGTH
 from tests.live import Answer, ask, ask_raw, live, resumes_only_what_was_begun
 from tests.proxies.conftest import DRESS, HOSTILE_NAMES, content_of, make_checkout

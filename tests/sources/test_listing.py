@@ -9,10 +9,12 @@ from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 import obstore
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from downloadview_async import (
     Cache,
@@ -30,11 +32,13 @@ from downloadview_async.errors import AccessDenied, ConfigurationError, FileMiss
 from downloadview_async.service.database import Documents
 from downloadview_async.service.settings import ObjectSettings
 from downloadview_async.sources.base import ListsBatches, SupportsListing
+from downloadview_async.sources.bucket_listing import ListedObject, page_of
 from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.listing import Entry, closing_entries
 from downloadview_async.sources.local.folder import BATCH, NAMES, FolderReader
 from downloadview_async.sources.local.root import Root
 from tests.descriptors import open_paths
+from tests.live import live
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, REGION, S3, SECRET, serving_store
 from tests.servers import free_port
 
@@ -187,10 +191,16 @@ def bucket(s3: S3) -> ObjectStorage:
     return s3.storage("a listing")
 
 
-@pytest.fixture(params=[*SOURCES, "s3"])
+BY_OBSTORE: dict[str, Any] = {"user_agent": "a client with this option is that of obstore"}
+
+
+@pytest.fixture(params=[*SOURCES, "s3", "s3-by-obstore"])
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    if request.param == "s3":
-        return StorageSource(request.getfixturevalue("bucket"))
+    if request.param.startswith("s3"):
+        bucket = request.getfixturevalue("bucket")
+        if request.param == "s3":
+            return StorageSource(bucket)
+        return StorageSource(request.getfixturevalue("s3").storage("a listing", **BY_OBSTORE))
     return SOURCES[request.param](tmp_path)
 
 
@@ -434,40 +444,134 @@ async def test_a_marker_of_a_folder_in_a_bucket_is_the_folder_itself(s3: S3) -> 
     client = botocore.session.get_session().create_client("s3", region_name=REGION, endpoint_url=s3.url, **keys)
     for key in ("marked/", "marked/empty/", "marked/full/", "marked/full/x.txt", "marked/both", "marked/both/y.txt"):
         client.put_object(Bucket=BUCKET, Key=key, Body=b"" if key.endswith("/") else b"x")
-    source = StorageSource(s3.storage())
-    assert set(await entries_of(source, "marked")) == {"empty/", "full/", "both", "both/"}
-    assert set(await entries_of(source, "marked/empty")) == set()
-    assert set(await entries_of(source, "marked/full")) == {"x.txt"}
+    for options in ({}, BY_OBSTORE):
+        source = StorageSource(s3.storage(**options))
+        assert set(await entries_of(source, "marked")) == {"empty/", "full/", "both", "both/"}
+        assert set(await entries_of(source, "marked/empty")) == set()
+        assert set(await entries_of(source, "marked/full")) == {"x.txt"}
 
 
-async def test_a_bucket_with_a_key_that_obstore_cannot_read_fails(s3: S3) -> None:
+async def test_a_key_with_a_control_character_is_left_out_or_fails_obstore(s3: S3) -> None:
     import botocore.session
 
     keys = {"aws_access_key_id": KEY_ID, "aws_secret_access_key": SECRET}
     client = botocore.session.get_session().create_client("s3", region_name=REGION, endpoint_url=s3.url, **keys)
-    client.put_object(Bucket=BUCKET, Key="unreadable/a\nb", Body=b"x")
+    for key in ("unreadable/a\nb", "unreadable/c+d e%20.txt"):
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"x")
+    assert set(await entries_of(StorageSource(s3.storage()), "unreadable")) == {"c+d e%20.txt"}
     with pytest.raises(UpstreamError, match="a key that obstore cannot read"):
-        await entries_of(StorageSource(s3.storage()), "unreadable")
+        await entries_of(StorageSource(s3.storage(**BY_OBSTORE)), "unreadable")
+
+
+class Pages:
+    """A store whose bucket has a folder with any number of keys, of which each answer has two. It counts its answers.
+
+    failures: how many answers are errors before the first page.
+    """
+
+    def __init__(self, *, failures: int = 0) -> None:
+        self.queries: list[dict[str, str]] = []
+        self.failures = failures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        query = dict(parse_qsl(scope["query_string"].decode()))
+        self.queries.append(query)
+        number = int(query.get("continuation-token", "0"))
+        keys = "".join(
+            f"<Contents><Key>{query['prefix']}{number}{letter}</Key><LastModified>2026-01-02T03:04:05.000Z"
+            f"</LastModified><ETag>&quot;e{number}&quot;</ETag><Size>{number}</Size></Contents>"
+            for letter in "ab"
+        )
+        body = (
+            f'<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{keys}'
+            f"<CommonPrefixes><Prefix>{query['prefix']}sub{number}/</Prefix></CommonPrefixes><IsTruncated>true"
+            f"</IsTruncated><NextContinuationToken>{number + 1}</NextContinuationToken></ListBucketResult>"
+        )
+        self.failures -= 1
+        await Response(body, 500 if self.failures >= 0 else 200)(scope, receive, send)
+
+
+async def test_a_folder_of_a_bucket_is_read_page_by_page() -> None:
+    pages = Pages(failures=1)
+    async with live(pages) as port:
+        storage = ObjectStorage(
+            f"s3://{BUCKET}/top", endpoint=f"http://127.0.0.1:{port}", access_key_id=KEY_ID, secret_access_key=SECRET
+        )
+        names = []
+        source: Any = StorageSource(storage)
+        async with closing_entries(source.list("folder")) as entries:
+            async for entry in entries:
+                names.append(entry.name)
+                if len(names) == 7:
+                    break
+    assert names == ["0a", "0b", "sub0", "1a", "1b", "sub1", "2a"]
+    assert [query.get("continuation-token") for query in pages.queries] == [None, None, "1", "2"]
+    assert {(query["prefix"], query["delimiter"]) for query in pages.queries} == {("top/folder/", "/")}
+    assert {"X-Amz-Signature"} < set(pages.queries[0])
+
+
+async def test_a_store_that_keeps_failing_is_asked_three_times() -> None:
+    pages = Pages(failures=100)
+    async with live(pages) as port:
+        storage = ObjectStorage(f"s3://{BUCKET}/", endpoint=f"http://127.0.0.1:{port}", skip_signature="true")
+        with pytest.raises(UpstreamError, match="status code: 500"):
+            await entries_of(StorageSource(storage))
+    assert len(pages.queries) == 3
+    assert not any("X-Amz-Signature" in query for query in pages.queries)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<html>",
+        b"<Error/>",
+        b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>",
+        b"<ListBucketResult><Contents><Key>a</Key></Contents></ListBucketResult>",
+        b"<ListBucketResult><Contents><Key>a</Key><Size>x</Size><LastModified>y</LastModified></Contents>"
+        b"</ListBucketResult>",
+    ],
+)
+async def test_an_answer_that_is_not_a_listing_fails(content: bytes) -> None:
+    with pytest.raises(UpstreamError, match="does not answer with a listing"):
+        page_of(content, "")
+
+
+@pytest.mark.parametrize("is_encoded", [False, True])
+async def test_keys_are_decoded_if_the_store_has_encoded_them(is_encoded: bool) -> None:
+    encoding = "<EncodingType>url</EncodingType>" if is_encoded else ""
+    page = page_of(
+        f"<ListBucketResult>{encoding}<Contents><Key>f/a+b%2B.txt</Key><LastModified>2026-01-02T03:04:05Z</LastModified>"
+        "<Size>3</Size></Contents></ListBucketResult>".encode(),
+        "f/",
+    )
+    modified = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert page.objects == [ListedObject("a b+.txt" if is_encoded else "a+b%2B.txt", 3, modified)]
+    assert page.following is None
 
 
 async def test_a_store_that_does_not_answer_or_refuses_fails(s3: S3) -> None:
-    with pytest.raises(AccessDenied):
-        await entries_of(StorageSource(s3.storage(access_key_id=DENIED_ID)))
-    refusing = ObjectStorage(
-        "s3://nothing/", endpoint=f"http://127.0.0.1:{free_port()}", retry_config={"max_retries": 0}
-    )
-    with pytest.raises(UpstreamError):
-        await entries_of(StorageSource(refusing))
-    async with serving_store(silent=True) as store:
-        with pytest.raises(UpstreamTimeout):
-            await entries_of(StorageSource(store.storage_with(answer_timeout=0.01)))
+    keys: dict[str, Any] = {"access_key_id": KEY_ID, "secret_access_key": SECRET}
+    for options in ({}, BY_OBSTORE):
+        with pytest.raises(AccessDenied):
+            await entries_of(StorageSource(s3.storage(access_key_id=DENIED_ID, **options)))
+        endpoint = f"http://127.0.0.1:{free_port()}"
+        refusing = ObjectStorage(
+            "s3://nothing/", endpoint=endpoint, retry_config={"max_retries": 0}, **(keys | options)
+        )
+        with pytest.raises(UpstreamError):
+            await entries_of(StorageSource(refusing))
+        async with serving_store(silent=True) as store:
+            with pytest.raises(UpstreamTimeout):
+                await entries_of(StorageSource(store.storage_with(answer_timeout=0.01, **options)))
 
 
 async def test_a_folder_of_a_bucket_may_have_more_keys_than_one_answer(s3: S3) -> None:
     names = {f"{number}.txt" for number in range(1001)}
     store = s3.storage("many").store
     await asyncio.gather(*(obstore.put_async(store, name, b"x") for name in names))
-    assert set(await entries_of(StorageSource(s3.storage()), "many")) == names
+    for options in ({}, BY_OBSTORE):
+        assert set(await entries_of(StorageSource(s3.storage(**options)), "many")) == names
 
 
 async def test_a_django_storage_may_leave_sizes_and_times_out(tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""The signatures of stores and CDNs, without I/O: one module for each."""
