@@ -36,15 +36,35 @@ class ChosenFiles:
             return await self._files[first].resolve(first)
         raise FileMissing(f"not one of the files that are served: {name!r}")
 
-    async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
-        """Yield the entries of a folder: see `SupportsListing`."""
-        first, _, rest = folder.strip("/").partition("/")
-        if first:
-            if first not in self._directories:
-                raise FileMissing(f"not one of the directories that are served: {folder!r}")
-            async for entry in self._directories[first].list(rest):
-                yield entry
-            return
+    def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+        """Return the entries of a folder: see `SupportsListing`."""
+        directory, rest = self._place_of(folder)
+        return self._top() if directory is None else directory.list(rest)
+
+    def list_batches(self, folder: str = "", /, *, described: int | None = None) -> AsyncIterator[Sequence[Entry]]:
+        """Return the entries of a folder in batches, as `PathSource` does."""
+        directory, rest = self._place_of(folder)
+        return self._top_batch() if directory is None else directory.list_batches(rest, described=described)
+
+    async def describe(self, folder: str, names: Sequence[str], /) -> Sequence[Entry]:
+        """Return the entries of a folder with these names, as `PathSource` does."""
+        directory, rest = self._place_of(folder)
+        if directory is not None:
+            return await directory.describe(rest, names)
+        entries = {entry.name: entry async for entry in self._top()}
+        return [entries[name] for name in names if name in entries]
+
+    def _place_of(self, folder: str) -> tuple[PathSource | None, str]:
+        """Return the source of a folder, or None for the top, and the name of the folder in it."""
+        first, _, rest = "/".join(part for part in folder.split("/") if part not in ("", ".")).partition("/")
+        if first and first not in self._directories:
+            raise FileMissing(f"not one of the directories that are served: {folder!r}")
+        return self._directories.get(first), rest
+
+    async def _top_batch(self) -> AsyncIterator[Sequence[Entry]]:
+        yield [entry async for entry in self._top()]
+
+    async def _top(self) -> AsyncIterator[Entry]:
         for name in self._directories:
             yield Entry(name, is_folder=True)
         for name, source in self._files.items():

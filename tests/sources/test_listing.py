@@ -29,6 +29,7 @@ from downloadview_async import (
     VirtualSource,
 )
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing, UpstreamError, UpstreamTimeout
+from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.database import Documents
 from downloadview_async.service.settings import ObjectSettings
 from downloadview_async.sources.base import ListsBatches, SupportsListing
@@ -167,6 +168,11 @@ def _of_fsspec(path: Path) -> Any:
     return _of_sync(FileSystem(directory_with_tree(path)))
 
 
+def _of_chosen(path: Path) -> Any:
+    directory_with_tree(path)
+    return ChosenFiles([str(inner) for inner in path.iterdir()])
+
+
 def _of_obstore(path: Path) -> Any:
     return StorageSource(ObjectStorage(f"file://{quote(str(directory_with_tree(path)))}"))
 
@@ -180,6 +186,7 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "django-memory": _of_django_memory,
     "fsspec": _of_fsspec,
     "obstore": _of_obstore,
+    "chosen": _of_chosen,
 }
 
 
@@ -367,6 +374,17 @@ async def test_the_first_entries_of_a_large_folder_are_described(tmp_path: Path)
 def open_times(path: Path) -> int:
     """Return how many descriptors of a directory are open: a source keeps one."""
     return open_paths().count(str(path))
+
+
+async def test_chosen_files_have_batches(tmp_path: Path) -> None:
+    source = _of_chosen(tmp_path)
+    for folder in FOLDERS:
+        whole = [entry async for entry in source.list(folder)]
+        assert [entry async for batch in source.list_batches(folder) for entry in batch] == whole
+        named = [entry.name async for batch in source.list_batches(folder, described=0) for entry in batch]
+        assert list(await source.describe(folder, [*named, "nothing"])) == whole
+    with pytest.raises(FileMissing):
+        await source.describe("nothing", [])
 
 
 @pytest.mark.parametrize("fails", [False, True])
