@@ -268,7 +268,7 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                 sources[name] = StorageSource(_storage(settings, name, source), names=source.names)
             case RemoteSettings():
                 with settings.blaming(f"{key}.url"):
-                    sources[name] = RemoteSource(options.pop("url"), **options)
+                    sources[name] = RemoteSource(options.pop("url"), lists=options.pop("list"), **options)
             case ChosenSettings():
                 with settings.blaming(f"{key}.paths"):
                     sources[name] = ChosenFiles(source.paths)

@@ -223,6 +223,7 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 10.0
     read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 30.0
     names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] = "portable"
+    list: Annotated[bool, Meta(description="true if the other server is such a service, and lists its folders")] = False
     digests: DigestMode = "off"
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 

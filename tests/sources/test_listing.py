@@ -13,12 +13,16 @@ from urllib.parse import parse_qsl, quote
 
 import obstore
 import pytest
+import pytest_asyncio
+from starlette.applications import Starlette
 from starlette.responses import Response
+from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from downloadview_async import (
     Cache,
     CachedSource,
+    Download,
     MemoryStorage,
     ObjectSource,
     ObjectStorage,
@@ -28,7 +32,14 @@ from downloadview_async import (
     SyncStorage,
     VirtualSource,
 )
-from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing, UpstreamError, UpstreamTimeout
+from downloadview_async.errors import (
+    AccessDenied,
+    ConfigurationError,
+    FileMissing,
+    TransferAborted,
+    UpstreamError,
+    UpstreamTimeout,
+)
 from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.database import Documents
 from downloadview_async.service.settings import ObjectSettings
@@ -201,8 +212,19 @@ def bucket(s3: S3) -> ObjectStorage:
 BY_OBSTORE: dict[str, Any] = {"user_agent": "a client with this option is that of obstore"}
 
 
-@pytest.fixture(params=[*SOURCES, "s3", "s3-by-obstore"])
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+@pytest_asyncio.fixture(params=[*SOURCES, "s3", "s3-by-obstore", "remote"])
+async def source(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
+    if request.param == "remote":
+        async with live(Starlette(routes=[Mount("/up", Download(_of_path(tmp_path), listing=True))])) as port:
+            url = f"http://127.0.0.1:{port}/up"
+            remote = RemoteSource(url, allow_hosts=["127.0.0.1"], names="any", lists=True)
+            yield remote
+            await remote.aclose()
+    else:
+        yield _source_of(request, tmp_path)
+
+
+def _source_of(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param.startswith("s3"):
         bucket = request.getfixturevalue("bucket")
         if request.param == "s3":
@@ -301,6 +323,57 @@ async def test_what_cannot_be_downloaded_is_left_out(tmp_path: Path) -> None:
     assert set(await entries_of(PathSource(tmp_path, symlinks="follow"))) == {"good", "folder/"}
     any_names = {"good", "folder/", "aux.txt", "back\\slash", "co:lon"}
     assert set(await entries_of(PathSource(tmp_path, names="any"))) == any_names
+
+
+class Upstream:
+    """A server that answers with these bytes, and may break off before the end."""
+
+    def __init__(
+        self, body: bytes, *, status: int = 200, media_type: str = "application/x-ndjson", more: int = 0
+    ) -> None:
+        self.response = Response(body, status, media_type=media_type)
+        self.response.headers["content-length"] = str(len(body) + more)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["query_string"] == b"format=ndjson"
+        await self.response(scope, receive, send)
+
+
+LINE = b'{"name":"a.txt","kind":"file","size":3,"modified":"2026-01-02T03:04:05Z","type":"text/plain","url":"x"}'
+
+
+@pytest.mark.parametrize(
+    ("upstream", "error"),
+    [
+        (Upstream(b"", status=404), FileMissing),
+        (Upstream(b"", status=403), FileMissing),
+        (Upstream(b"", status=500), UpstreamError),
+        (Upstream(b"[]", media_type="application/json"), UpstreamError),
+        (Upstream(b"[]\n"), UpstreamError),
+        (Upstream(b"null\n"), UpstreamError),
+        (Upstream(b"not JSON\n"), UpstreamError),
+        (Upstream(LINE.replace(b'"file"', b'"device"')), UpstreamError),
+        (Upstream(LINE.replace(b"2026", b"year")), UpstreamError),
+        (Upstream(b" " * 100_000), UpstreamError),
+        (Upstream(LINE + b"\n", more=10), TransferAborted),
+    ],
+)
+async def test_an_upstream_that_does_not_list_fails(upstream: Upstream, error: type[Exception]) -> None:
+    async with live(upstream) as port:
+        remote = RemoteSource(f"http://127.0.0.1:{port}/", allow_hosts=["127.0.0.1"], lists=True)
+        with pytest.raises(error):
+            await entries_of(remote)
+        await remote.aclose()
+
+
+async def test_an_upstream_cannot_add_names_that_are_refused() -> None:
+    names = [b"../up", b"..", b"", b"a/b", b"c:", b"\\u0000", b"\\ud800"]
+    lines = [LINE.replace(b"a.txt", name) for name in names]
+    async with live(Upstream(b"\n".join([*lines, LINE]))) as port:
+        remote = RemoteSource(f"http://127.0.0.1:{port}/", allow_hosts=["127.0.0.1"], lists=True)
+        modified = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+        assert await entries_of(remote) == {"a.txt": Entry("a.txt", False, 3, modified, "text/plain")}
+        await remote.aclose()
 
 
 class Sealed:

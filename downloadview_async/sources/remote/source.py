@@ -7,6 +7,8 @@ request. Bytes are passed on undecoded.
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -26,8 +28,11 @@ from downloadview_async.http.upstream import (
     joined_fields,
     version_of,
 )
+from downloadview_async.sources.base import pass_listing_on
+from downloadview_async.sources.listing import Entry, accepted_entries
 from downloadview_async.sources.names import Names, canonical_name, check_names_option, has_dot_segment
 from downloadview_async.sources.remote.client import Upstream, client_error, is_host, settle
+from downloadview_async.sources.remote.listing import list_upstream
 
 
 class RemoteSource:
@@ -38,6 +43,7 @@ class RemoteSource:
     names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
     accepts them; with "exact" a name is appended unchanged, with a slash at its beginning and empty segments. A name
     with a segment `.` is then missing, because an HTTP client would request another URL.
+    lists: whether the server has this library and lists its folders, so that this source lists them, too.
 
     Raises `ConfigurationError` for an invalid URL, and for one with a user, a query or a fragment.
     """
@@ -52,6 +58,7 @@ class RemoteSource:
         connect_timeout: float = 10.0,
         read_timeout: float = 30.0,
         names: Names = "portable",
+        lists: bool = False,
     ) -> None:
         check_names_option(names)
         self.names: Names = names
@@ -64,6 +71,12 @@ class RemoteSource:
             connect_timeout=connect_timeout,
             read_timeout=read_timeout,
         )
+        if lists:
+            pass_listing_on(self, SimpleNamespace(list=partial(accepted_entries, self._list, names)))
+
+    def _list(self, folder: str) -> AsyncIterator[Entry]:
+        path = quote(self.canonical(folder)) if folder else ""
+        return list_upstream(self._upstream, f"{self.url}{path}{'/' if path else ''}")
 
     def canonical(self, name: str) -> str:
         """Return the name below the URL for a name from a request: see `HasCanonicalNames`.

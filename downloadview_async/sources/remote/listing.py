@@ -1,0 +1,72 @@
+"""Listings of another server that has this library: the lines of JSON that it sends for `?format=ndjson`."""
+
+import json
+from collections.abc import AsyncGenerator
+from datetime import datetime
+from typing import Any
+
+from downloadview_async.errors import FileMissing, TransferAborted, UpstreamError
+from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.remote.client import Upstream, client_error, close
+
+_MEDIA_TYPE = "application/x-ndjson"
+_MAX_LINE = 1 << 16  # bytes; a name of 255 bytes, escaped, and its URL have a small part of that
+_MISSING = (401, 403, 404, 410)  # a listing that our service may not read is not there for its clients either
+
+
+async def list_upstream(upstream: Upstream, url: str) -> AsyncGenerator[Entry, None]:
+    """Yield the entries of the folder at a URL, which ends with a slash. Only some lines are in memory.
+
+    Raises `FileMissing` for a folder that does not exist or may not be listed, `UpstreamError`, `SourceUnavailable`,
+    and `TransferAborted` if the rest cannot be read.
+    """
+    async with upstream.slot():
+        response = await upstream.send("GET", f"{url}?format=ndjson", {"accept": _MEDIA_TYPE})
+        try:
+            if response.status_code in _MISSING:
+                raise FileMissing(f"{url!r} answered {response.status_code}")
+            media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if response.status_code != 200 or media_type != _MEDIA_TYPE:
+                raise UpstreamError(
+                    f"{url!r} does not list: it answered {response.status_code} with {media_type or 'no type'!r}"
+                )
+            rest = b""
+            async for chunk in _chunks_of(response, url):
+                *lines, rest = (rest + chunk).split(b"\n")
+                if len(rest) > _MAX_LINE:
+                    raise UpstreamError(f"{url!r} sent a line of more than {_MAX_LINE} bytes")
+                for line in lines:
+                    yield entry_of(line)
+            if rest:
+                yield entry_of(rest)
+        finally:
+            await close(response)
+
+
+async def _chunks_of(response: Any, url: str) -> AsyncGenerator[bytes, None]:
+    try:
+        async for chunk in response.aiter_raw():
+            yield chunk
+    except Exception as exc:
+        if (error := client_error(exc)) is None:
+            raise
+        raise TransferAborted(f"{url!r} broke off: {error}") from exc
+
+
+def entry_of(line: bytes) -> Entry:
+    """Return the entry that a line describes. Raises `UpstreamError` for a line that describes none."""
+    try:
+        fields = json.loads(line)
+        name, size, modified, content_type = (fields[key] for key in ("name", "size", "modified", "type"))
+        if not isinstance(name, str) or fields["kind"] not in ("file", "folder"):
+            raise ValueError("it has neither a name nor a kind")
+        is_folder = fields["kind"] == "folder"
+        return Entry(
+            name,
+            is_folder,
+            size if isinstance(size, int) and size >= 0 and not is_folder else None,
+            None if modified is None else datetime.fromisoformat(modified),
+            content_type if isinstance(content_type, str) else None,
+        )
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        raise UpstreamError(f"the line {line[:200]!r} of a listing cannot be read: {exc}") from exc
