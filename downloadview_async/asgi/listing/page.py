@@ -278,7 +278,7 @@ def _totals(page: ListingPage) -> str:
         text += f" match <q><bdi>{escape(page.query.text)}</bdi></q>"
     if page.is_cut:
         text += "; the search has ended early, because there are too many folders and files"
-    if page.preceding or page.following:
+    if page.entries and (page.preceding or page.following):
         first = page.preceding + 1
         text += f"; {first:,} to {page.preceding + len(page.entries):,} are shown"
     return text
