@@ -16,7 +16,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, Template, TemplateError
 from markupsafe import Markup
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async import (
@@ -156,9 +156,9 @@ class IndexPage:
 
     async def answer(self, request: Request) -> Response:
         """Answer GET and HEAD."""
-        root = quote(request.scope.get("root_path", ""))
+        root = "."  # relative, so that a proxy may remove a prefix that this service does not know
         if self._folder is not None:
-            return RedirectResponse(root + self._folder, headers={"Cache-Control": "no-cache"})
+            return Response(status_code=307, headers={"Location": root + self._folder, "Cache-Control": "no-cache"})
         routes = [
             {
                 "name": route.name or route.source,
