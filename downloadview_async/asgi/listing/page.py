@@ -3,7 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from html import escape
@@ -38,7 +38,7 @@ class ListingPage:
     """
 
     path: str
-    query: ListingQuery
+    query: ListingQuery = field(default_factory=ListingQuery)
     entries: Sequence[tuple[str, Entry]]
     files: int
     folders: int
@@ -139,7 +139,7 @@ class Pages:
         url = f"./{quote(page.name)}"
         details = [page.content_type.partition(";")[0]]
         if page.size is not None:
-            details.append(f"{shown_size(page.size)} ({page.size:,} bytes)")
+            details.append(f"{shown_size(page.size)} ({_counted(page.size, 'byte')})")
         if page.modified is not None:
             stamp = f"{page.modified.isoformat('T', 'seconds')[:19]}Z"
             details.append(f"<time datetime={stamp}>{shown_time(page.modified)}</time>")
