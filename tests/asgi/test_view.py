@@ -156,6 +156,8 @@ async def test_a_long_text_is_cut(root: Path) -> None:
         (b"a\xff", "text/plain", "a\ufffd"),
         (b"abc", "text/plain; charset=base64", "abc"),
         (b"abc", "text/plain; charset=nothing", "abc"),
+        (b"a" * (1 << 18) + b"-d", "text/plain; charset=punycode", "a" * (1 << 18) + "-d"),
+        (rb"\x41", "text/plain; charset=Unicode_Escape", r"\x41"),
         (b"", "text/plain", ""),
         (b'{"a": 1}', "application/json", '{"a": 1}'),
     ],

@@ -33,6 +33,8 @@ _TEXTS = frozenset(
     f"application/{name}"
     for name in ("json", "xml", "javascript", "x-sh", "x-yaml", "yaml", "toml", "x-ndjson", "sql", "x-httpd-php")
 )
+_NOT_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
+"""Codecs of Python for other things than files: punycode takes half a minute for a MiB."""
 _IMAGES = frozenset(f"image/{name}" for name in ("png", "jpeg", "gif", "webp", "avif", "bmp", "x-icon", "svg+xml"))
 
 
@@ -139,7 +141,8 @@ def _decoded(content: bytes, media_type: str) -> str:
         names.insert(0, "utf-16")
     for name in names:
         try:
-            return content.decode(name, "replace")
+            if codecs.lookup(name).name not in _NOT_CHARSETS:
+                return content.decode(name, "replace")
         except (LookupError, UnicodeError, ValueError):  # LookupError: `base64` and other codecs are not of texts
             continue
     return ""
