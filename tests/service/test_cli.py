@@ -143,6 +143,16 @@ def test_serve_files_with_any_name(directory: Path) -> None:
         assert get(f"{server.url}/files/12%3A30.txt") == b"0123456789"
 
 
+def test_a_current_directory_that_was_removed(directory: Path) -> None:
+    (directory / "gone").mkdir()
+    script = "import os; from downloadview_async.cli import main; os.rmdir('../gone'); main()"
+    command = [sys.executable, "-c", script, "serve", str(directory / "files")]
+    run = subprocess.run(command, cwd=directory / "gone", capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert "the current directory has been removed" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 @pytest.mark.parametrize("share", [[], ["--share", "2h"]])
 def test_the_url_of_a_server_below_a_root_path_works(directory: Path, share: list[str]) -> None:
     port = free_port()
@@ -209,6 +219,7 @@ def test_mistakes_with_paths_are_refused(directory: Path) -> None:
     assert "--share makes links to files" in refused("files", "--share", "2h", cwd=directory)
     assert "--share is 'soon'" in refused("files/a.txt", "--share", "soon", cwd=directory)
     assert "--user takes NAME:PASSWORD" in refused("files", "--user", "ada:", cwd=directory)
+    assert "--user takes NAME:PASSWORD" in refused("files", "--user", "", cwd=directory)
     for name in ("#ada", "ada ", "a\nda"):
         assert f"--user has the name {name!r}" in refused("files", "--user", f"{name}:x", cwd=directory)
     assert "--user has the name 'ada' twice" in refused("files", "--user", "ada:x", "--user", "ada:y", cwd=directory)
