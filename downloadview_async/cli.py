@@ -94,6 +94,10 @@ def serve(
     DOWNLOADVIEW_SERVER__PORT override the file, and options override both. The options are those of uvicorn. The page
     at / lists the routes; /-/livez and /-/readyz answer health probes.
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise click.UsageError("the current directory has been removed: change to another") from None
     if paths and config is not None:
         raise click.UsageError("PATH and --config exclude each other: PATH serves files without settings")
     if hidden and not paths:
@@ -129,8 +133,8 @@ def serve(
 
 
 def _with_password(user: str) -> str:
-    """Return NAME:PASSWORD, and prompt for a password that is missing."""
-    if ":" in user:
+    """Return NAME:PASSWORD, and prompt for a password that is missing; a text without a name is refused later."""
+    if ":" in user or not user:
         return user
     return f"{user}:{click.prompt(f'Password of {user}', hide_input=True, confirmation_prompt=True, err=True)}"
 

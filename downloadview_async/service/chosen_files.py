@@ -10,7 +10,10 @@ from downloadview_async import AsyncFile, ConfigurationError, Entry, FileError, 
 class ChosenFiles:
     """A source that has the given files and directories at its top, and nothing else.
 
-    Raises `ConfigurationError` for a path that does not exist, and for two with the same name.
+    A file may be given by a link to it, wherever that leads.
+
+    Raises `ConfigurationError` for a path that does not exist or whose name no URL can have, and for two with the same
+    name.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -21,15 +24,24 @@ class ChosenFiles:
             if name in self._directories or name in self._files:
                 raise ConfigurationError(f"two of the paths have the name {name!r}: rename one, or leave it out")
             if os.path.isdir(path):
-                self._directories[name] = PathSource(path)
+                source = self._directories[name] = PathSource(path, names="any")
             elif os.path.isfile(path):
-                self._files[name] = PathSource(parent)
+                source = self._files[name] = PathSource(parent, names="any", symlinks="follow")
             else:
                 raise ConfigurationError(f"{path!r} is neither a file nor a directory: correct it")
+            self._canonical = source.canonical
+            try:
+                self._canonical(name)
+            except FileMissing:
+                raise ConfigurationError(f"no URL can have the name {name!r}: rename it") from None
+
+    def canonical(self, name: str) -> str:
+        """Return the one name for `./a//b`, `/a/b` and `a/b`. Raises `FileMissing` for a name no file can have."""
+        return self._canonical(name)
 
     async def resolve(self, name: str) -> AsyncFile:
         """Return the file with a name, such as `notes.txt` or `photos/one.jpg`. Raises `FileMissing`."""
-        first, slash, rest = name.removeprefix("/").partition("/")
+        first, slash, rest = self.canonical(name).partition("/")
         if slash and first in self._directories:
             return await self._directories[first].resolve(rest)
         if not slash and first in self._files:

@@ -30,7 +30,7 @@ def variables_of(
     directory = paths[0] if len(paths) == 1 and os.path.isdir(paths[0]) else None
     names = [os.path.basename(os.path.abspath(path)) for path in paths]
     if directory is not None:
-        source: dict[str, object] = {"type": "path", "root": os.path.abspath(directory)}
+        source: dict[str, object] = {"type": "path", "root": os.path.abspath(directory), "names": "any"}
     else:
         source = {"type": "chosen", "paths": [os.path.abspath(path) for path in paths]}
         if not hidden and (dotted := [name for name in names if name.startswith(".")]):
@@ -69,16 +69,23 @@ def _password_file(users: Sequence[str]) -> str:
         import bcrypt
     except ModuleNotFoundError as exc:
         raise ConfigurationError("--user needs bcrypt: install downloadview_async with its extra `auth`") from exc
-    lines = []
+    lines: dict[str, str] = {}
     for user in users:
         name, _, password = user.partition(":")
-        if not name or not password or len(password.encode()) > 72:
+        if not name or not password or len(os.fsencode(password)) > 72:
             raise ConfigurationError("--user takes NAME:PASSWORD, with a password of at most 72 bytes")
-        lines.append(f"{name}:{bcrypt.hashpw(password.encode(), bcrypt.gensalt(10)).decode()}\n")
+        if not name.isprintable() or name != name.strip() or name.startswith("#"):
+            raise ConfigurationError(
+                f"--user has the name {name!r}: give one of printable characters that begins neither with # nor with a "
+                "space, and does not end with a space"
+            )
+        if name in lines:
+            raise ConfigurationError(f"--user has the name {name!r} twice: leave one out")
+        lines[name] = f"{name}:{bcrypt.hashpw(os.fsencode(password), bcrypt.gensalt(10)).decode()}\n"
     descriptor, path = tempfile.mkstemp(prefix="downloadview-")
     atexit.register(os.unlink, path)
     with open(descriptor, "w", encoding="utf-8") as file:
-        file.writelines(lines)
+        file.writelines(lines.values())
     return path
 
 
@@ -99,6 +106,8 @@ def free_port(host: str) -> int:
 def urls_of(settings: Settings, paths: Sequence[str], *, share: bool) -> list[str]:
     """Return the URLs at which the files can be reached: those of the loopback before those of the network.
 
+    They do not have the `root_path`, which only a proxy in front knows and removes.
+
     share: whether they are signed links to the files. Nothing is returned for a Unix socket or a descriptor.
     """
     server = settings.server
@@ -108,11 +117,11 @@ def urls_of(settings: Settings, paths: Sequence[str], *, share: bool) -> list[st
     bases = [f"{scheme}://{host}:{server.port}" for host in _hosts(server.host)]
     names = [os.path.basename(os.path.abspath(path)) for path in paths]
     if share:
-        links = [sign_path(settings, f"{_PREFIX}{name}") for name in names]
+        links = [sign_path(settings, f"{_PREFIX}{name}").removeprefix(server.root_path) for name in names]
     elif len(paths) == 1 and os.path.isfile(paths[0]):
-        links = [f"{server.root_path}{_PREFIX}{quote(names[0])}"]
+        links = [f"{_PREFIX}{quote(names[0])}"]
     else:
-        links = [f"{server.root_path}{_PREFIX}"]
+        links = [_PREFIX]
     return [base + link for base in bases for link in links]
 
 

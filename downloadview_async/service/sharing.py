@@ -62,10 +62,7 @@ class Sharing:
             # the answer that a download gets, which tells nothing about links
             await self._download({**scope, "method": "GET", "query_string": b""}, receive, send)
             return
-        if scope["method"] == "POST":
-            page = self._made(request, dict(parse_qsl(body.decode("latin-1"), max_num_fields=20)))
-        else:
-            page = self._form(scope)
+        page = self._made(request, _fields_of(body)) if scope["method"] == "POST" else self._form(scope)
         headers = {**self._pages.headers, "Cache-Control": "private, no-store", "Referrer-Policy": "same-origin"}
         await HTMLResponse(page, headers=headers)(scope, receive, send)
 
@@ -105,7 +102,7 @@ class Sharing:
         age = fields.get("expires", "")
         uses = fields.get("uses", "").strip() if self._counts else ""
         filename = fields.get("name", "").strip()
-        if not age.isascii() or not age.isdigit() or int(age) not in self._lives.values():
+        if age not in map(str, self._lives.values()):
             return self._form(scope, "Choose for how long the link is valid.")
         if uses and not (uses.isascii() and uses.isdigit() and 1 <= int(uses[:8]) <= 1_000_000 and len(uses) < 8):
             return self._form(scope, "Give a number of downloads from 1 to 1000000, or none.")
@@ -170,6 +167,14 @@ async def _body_of(receive: Receive) -> bytes | None:
             return body
 
 
+def _fields_of(body: bytes) -> dict[str, str]:
+    """Return the fields of a form; none at all of a form with more than ours can have."""
+    try:
+        return dict(parse_qsl(body.decode("latin-1"), max_num_fields=20))
+    except ValueError:
+        return {}
+
+
 def _ended(receive: Receive | None = None) -> Receive:
     """Return the `receive` of a request whose body has been read. receive: tells when the client leaves."""
     is_read = False
@@ -188,9 +193,9 @@ def _ended(receive: Receive | None = None) -> Receive:
 
 
 def _path_of(scope: Scope) -> str:
-    """Return the path as `URLSigner.verify` reads it."""
+    """Return the path as `URLSigner.verify` reads it. One that is not UTF-8 gets the 404 of `Download`."""
     sent = scope.get("raw_path")
-    return str(scope["path"]) if sent is None else unquote_to_bytes(sent.partition(b"?")[0]).decode()
+    return str(scope["path"]) if sent is None else unquote_to_bytes(sent.partition(b"?")[0]).decode(errors="replace")
 
 
 def _name_of(scope: Scope) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from html import unescape
 from html.parser import HTMLParser
@@ -91,7 +91,7 @@ def app(source: dv.Source, **options: Any) -> ASGIApp:
 
 def resolved(path: str, reference: str) -> str:
     """Return the path of a relative reference as RFC 3986 says: `urljoin` drops empty segments, browsers do not."""
-    segments = path.split("/")[:-1]
+    segments = [segment for segment in path.split("/")[:-1] if segment not in (".", "%2e")]
     for segment in reference.split("/"):
         if segment == "..":
             segments.pop()
@@ -136,6 +136,13 @@ async def test_a_page_has_the_entries_and_links_that_lead_to_them(root: Path) ->
         ("/files/sub%2Fdeeper/", "../sub/deeper/"),
         ("/files/sub%2Fdeeper", "./sub%2Fdeeper/"),
         ("/files/sub%2F", "sub/"),
+        ("/files/sub/./", "../sub/"),
+        ("/files/./sub/deeper/", "../../sub/deeper/"),
+        ("/files/sub/%2e//deeper/", "../../../sub/deeper/"),
+        ("/files/sub/.", "././"),
+        ("/files/..%2F", None),
+        ("/files/sub%2F..%2F", None),
+        (f"/files/{'/' * 4096}", None),
     ],
 )
 async def test_each_folder_has_one_url(root: Path, path: str, location: str | None) -> None:
@@ -543,6 +550,30 @@ async def test_a_search_in_a_large_folder_describes_what_it_shows(
     for most in (0, 1, 3):
         monkeypatch.setattr(folders, "MAX_DESCRIBED", most)
         assert await json_of(endpoint, "/files/", query) == whole
+
+
+async def test_a_page_whose_entries_have_all_vanished_leads_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unreadable(dv.PathSource):
+        async def describe(self, folder: str, names: Sequence[str], /) -> list[dv.Entry]:
+            return [entry for entry in await super().describe(folder, names) if entry.name >= "file4"]
+
+    for number in range(9):
+        (tmp_path / f"file{number}.txt").touch()
+    monkeypatch.setattr(Window.__init__, "__defaults__", (3,))
+    monkeypatch.setattr(folders, "MAX_DESCRIBED", 0)
+    endpoint = app(Unreadable(tmp_path))
+    page = (await call(endpoint, "/files/")).body
+    assert b"There is nothing on this page." in page
+    assert b" are shown" not in page
+    names, link = [], "?format=json"
+    for _ in range(3):
+        document = json.loads((await call(endpoint, "/files/", query=link.removeprefix("?"))).body)
+        names.append([entry["name"] for entry in document["entries"]])
+        link = document["next"]
+    assert names == [[], ["file4.txt", "file5.txt"], ["file6.txt", "file7.txt", "file8.txt"]]
+    assert link is None
 
 
 async def test_natural_order() -> None:

@@ -1,6 +1,7 @@
 """The view page of a file: what it shows, what it does not tell, and that nothing in the file runs."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -86,6 +87,17 @@ async def test_the_files_before_and_after(root: Path) -> None:
     assert '<a href="./"><bdi>sub</bdi></a>' in alone
 
 
+async def test_files_that_cannot_be_read_are_not_before_or_after(root: Path) -> None:
+    class Unreadable(dv.PathSource):
+        async def describe(self, folder: str, names: Sequence[str], /) -> list[dv.Entry]:
+            unreadable = ("d.pdf", "e10.txt")
+            return [entry for entry in await super().describe(folder, names) if entry.name not in unreadable]
+
+    page = await page_of(app(Unreadable(root), hide=[".*"]), "/files/e9.html")
+    assert '<a rel=prev href="./c.mp3?view">' in page
+    assert '<a rel=next href="./f.bin?view">' in page
+
+
 async def test_the_folder_of_a_file_that_may_not_be_listed_is_not_told(root: Path) -> None:
     async def access(request: Request, name: str) -> bool:
         return name == "e9.html"
@@ -144,6 +156,8 @@ async def test_a_long_text_is_cut(root: Path) -> None:
         (b"a\xff", "text/plain", "a\ufffd"),
         (b"abc", "text/plain; charset=base64", "abc"),
         (b"abc", "text/plain; charset=nothing", "abc"),
+        (b"a" * (1 << 18) + b"-d", "text/plain; charset=punycode", "a" * (1 << 18) + "-d"),
+        (rb"\x41", "text/plain; charset=Unicode_Escape", r"\x41"),
         (b"", "text/plain", ""),
         (b'{"a": 1}', "application/json", '{"a": 1}'),
     ],

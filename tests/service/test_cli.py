@@ -126,6 +126,43 @@ def test_serve_some_files_and_directories(directory: Path) -> None:
         server.wait_for_log(f"{server.url}/files/\n")
 
 
+def test_serve_files_with_any_name(directory: Path) -> None:
+    (directory / "target.txt").write_text("0123456789")
+    (directory / "named").mkdir()
+    (directory / "named" / "con").write_text("0123456789")
+    (directory / "named" / "12:30.log").symlink_to("../target.txt")
+    port = free_port()
+    command = [*COMMAND, "named/12:30.log", "named/con", "--port", str(port)]
+    with serving(command, port, log=directory / "log", cwd=directory) as server:
+        for path in ("12%3A30.log", "con", ".//con"):
+            assert get(f"{server.url}/files/{path}") == b"0123456789"
+    command = [*COMMAND, "named", "--port", str(port)]
+    (directory / "named" / "12:30.txt").write_text("0123456789")
+    with serving(command, port, log=directory / "log2", cwd=directory) as server:
+        assert b"12:30.txt" in get(f"{server.url}/files/")
+        assert get(f"{server.url}/files/12%3A30.txt") == b"0123456789"
+
+
+def test_a_current_directory_that_was_removed(directory: Path) -> None:
+    (directory / "gone").mkdir()
+    script = "import os; from downloadview_async.cli import main; os.rmdir('../gone'); main()"
+    command = [sys.executable, "-c", script, "serve", str(directory / "files")]
+    run = subprocess.run(command, cwd=directory / "gone", capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert "the current directory has been removed" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("share", [[], ["--share", "2h"]])
+def test_the_url_of_a_server_below_a_root_path_works(directory: Path, share: list[str]) -> None:
+    port = free_port()
+    command = [*COMMAND, "files/a.txt", "--port", str(port), "--root-path", "/below", *share]
+    with serving(command, port, log=directory / "log", cwd=directory) as server:
+        url = re.search(rf"^{re.escape(server.url)}/files/\S+$", server.log, re.MULTILINE)
+        assert url is not None
+        assert get(url[0]) == b"0123456789"
+
+
 def test_serve_signed_links_alone(directory: Path) -> None:
     port = free_port()
     command = [*COMMAND, "files/a.txt", "--port", str(port), "--share", "2h", "--qr"]
@@ -182,6 +219,13 @@ def test_mistakes_with_paths_are_refused(directory: Path) -> None:
     assert "--share makes links to files" in refused("files", "--share", "2h", cwd=directory)
     assert "--share is 'soon'" in refused("files/a.txt", "--share", "soon", cwd=directory)
     assert "--user takes NAME:PASSWORD" in refused("files", "--user", "ada:", cwd=directory)
+    assert "--user takes NAME:PASSWORD" in refused("files", "--user", "", cwd=directory)
+    for name in ("#ada", "ada ", "a\nda"):
+        assert f"--user has the name {name!r}" in refused("files", "--user", f"{name}:x", cwd=directory)
+    assert "--user has the name 'ada' twice" in refused("files", "--user", "ada:x", "--user", "ada:y", cwd=directory)
+    not_text = os.fsdecode(b"a\xff.txt")
+    (directory / not_text).touch()
+    assert r"no URL can have the name 'a\udcff.txt': rename it" in refused(not_text, cwd=directory)
     for option in (["--title", "x"], ["--user", "ada:x"], ["--share", "2h"], ["--qr"], ["--hidden"]):
         assert f"{option[0]} needs PATH" in refused(*option, cwd=directory)
 

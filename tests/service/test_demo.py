@@ -134,7 +134,7 @@ def test_every_route_of_the_settings_has_links_on_the_page_and_each_link_works(s
     settings = tomllib.loads((PROJECT / "app" / "downloadview.toml").read_text(encoding="utf-8"))
     _, _, body = fetch(f"{server.url}/")
     page = body.decode()
-    links = re.findall('href="([^"]*)"', page)
+    links = re.findall(r'href="\.([^"]*)"', page)
     for route in settings["routes"]:
         prefix = route["path"].partition("{")[0]
         of_this_route = [link for link in links if link.startswith(prefix)]
@@ -149,7 +149,7 @@ def test_every_route_of_the_settings_has_links_on_the_page_and_each_link_works(s
 @pytest.mark.slow
 @curl
 def test_all_links_of_the_page_can_be_saved_into_one_directory(server: Server, tmp_path: Path) -> None:
-    links = re.findall('<li><a href="([^"]*)"', fetch(f"{server.url}/")[2].decode())
+    links = re.findall(r'<li><a href="\.([^"]*)"', fetch(f"{server.url}/")[2].decode())
     for link in links:
         subprocess.run(["curl", "-sSf", "-OJ", server.url + link], cwd=tmp_path, check=True)
     saved = {entry.name for entry in tmp_path.iterdir()}

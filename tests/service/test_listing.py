@@ -1,5 +1,6 @@
 """Listings, the page at `/` and the pages of errors, as the settings make them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ async def test_a_route_lists(directory: Path) -> None:
         answer = await get(app, path, query="q=1")
         assert (answer.status, answer.headers["location"]) == (308, f"./{path.rpartition('/')[2]}/?q=1")
     start = await get(app, "/", scope={"root_path": "/dl", "path": "/dl/"})
-    assert (start.status, start.headers["location"]) == (307, "/dl/files/")
+    assert (start.status, start.headers["location"]) == (307, "./files/")
 
 
 async def test_a_route_does_not_list_by_itself(directory: Path) -> None:
@@ -72,7 +73,7 @@ async def test_the_first_page_has_the_names_of_several_routes(directory: Path) -
     second = '[[routes]]\npath = "/more/{path:path}"\nsource = "files"\nname = "More"\n'
     pages = '[pages]\ntitle = "All & sundry"\nfooter = "<ask>"\n'
     page = (await get(service(directory, pages + SOURCE + ROUTE + "list = true\n" + second), "/")).body.decode()
-    assert '<h2><a href="/files/">files</a></h2>' in page
+    assert '<h2><a href="./files/">files</a></h2>' in page
     assert "<h2>More</h2>" in page
     assert "<title>All &amp; sundry</title>" in page
     assert "&lt;ask&gt;" in page
@@ -129,7 +130,9 @@ async def test_the_files_of_a_directory_replace_those_of_the_pages(directory: Pa
     )
     (directory / "t" / "view.html").write_text("{{ page.name }}: {{ page.text }} {{ actions }}")
     (directory / "t" / "error.html").write_text("{{ status }} {{ phrase }} {{ explanation }}")
-    (directory / "t" / "index.html").write_text("{% for route in routes %}{{ route.name }}{% endfor %}")
+    (directory / "t" / "index.html").write_text(
+        "{% for route in routes %}{{ route.name }}{% endfor %}{{ quote('?') }}{{ script }}"
+    )
     (directory / "files" / "<b>").touch()
     settings = '[pages]\ntemplates = "t"\n' + SOURCE + ROUTE + "list = true\n"
     app = service(directory, settings + ROUTE.replace("/files/", "/more/"))
@@ -138,7 +141,36 @@ async def test_the_files_of_a_directory_replace_those_of_the_pages(directory: Pa
     view = await get(app, "/files/a.txt", query="view")
     assert view.body.startswith(b'a.txt: a <a href="./a.txt" download>Download</a>')
     assert (await get(app, "/files/none")).body == b"404 Not Found Nothing is here."
-    assert (await get(app, "/")).body == b"filesfiles"
+    assert (await get(app, "/")).body == b"filesfiles%3F"
+
+
+@pytest.mark.parametrize(
+    "name, text, problem",
+    [
+        ("listing.html", b"{{ page.nothing.here }}", "UndefinedError: .* has no attribute 'nothing'"),
+        ("listing.html", b'{% include "none.html" %}', "TemplateNotFound: 'none.html' not found"),
+        ("view.html", b"{{ page.entries[0] }}", "UndefinedError: "),
+        ("error.html", b"{{ 1 // 0 }}", "ZeroDivisionError: "),
+        ("index.html", b"{{ routes[0].name() }}", "TypeError: 'str' object is not callable"),
+    ],
+)
+async def test_a_template_that_fails_is_refused_at_the_start(
+    directory: Path, name: str, text: bytes, problem: str
+) -> None:
+    (directory / "t").mkdir()
+    (directory / "t" / name).write_bytes(text)
+    with pytest.raises(
+        ConfigurationError, match=rf"pages\.templates: {re.escape(name)} cannot be rendered \({problem}"
+    ):
+        service(directory, '[pages]\ntemplates = "t"\n' + SOURCE + ROUTE)
+
+
+@pytest.mark.parametrize("name", ["listing.html", "page.css"])
+async def test_a_template_that_is_not_utf_8_is_named(directory: Path, name: str) -> None:
+    (directory / "t").mkdir()
+    (directory / "t" / name).write_bytes(b"\xff")
+    with pytest.raises(ConfigurationError, match=rf"pages\.templates: {re.escape(name)} is not UTF-8"):
+        service(directory, '[pages]\ntemplates = "t"\n' + SOURCE + ROUTE)
 
 
 async def test_the_logo_is_inside_each_page(directory: Path) -> None:

@@ -122,6 +122,14 @@ async def test_nobody_else_makes_links(app: ASGIApp) -> None:
     assert b"?share" not in (await call(app, "/unshared/a <b>.txt", query="view", headers=ADA)).body
 
 
+async def test_a_path_that_is_not_utf_8(app: ASGIApp) -> None:
+    scope = {"path": "/files/\ufffd", "raw_path": b"/files/%ff"}
+    for headers, status in ((OURS, 401), (ADA | OURS, 404)):
+        for method in ("GET", "POST"):
+            answer = await call(app, "/", method=method, query="share", headers=headers, scope=scope)
+            assert answer.status == status
+
+
 async def test_a_link_makes_no_links(app: ASGIApp) -> None:
     link = urlsplit(link_of(await post(app, "/files/a <b>.txt", ADA | OURS, expires="3600")))
     for query in (f"{link.query}&share", "share"):
@@ -152,6 +160,9 @@ async def test_a_form_of_another_site_is_refused(app: ASGIApp, headers: dict[str
 async def test_wrong_fields_show_the_form_again(app: ASGIApp) -> None:
     for fields in ({}, {"expires": "1"}, {"expires": "99999999"}, {"expires": "3600", "name": "a\nb"}):
         answer = await post(app, "/files/a <b>.txt", ADA | OURS, **fields)
+        assert (answer.status, b"role=alert" in answer.body) == (200, True)
+    for body in (b"expires=" + b"9" * 5000, b"&".join(b"a=1" for _ in range(50))):
+        answer = await call(app, "/files/a <b>.txt", method="POST", query="share", headers=ADA | OURS, body=body)
         assert (answer.status, b"role=alert" in answer.body) == (200, True)
     large = await call(app, "/files/a <b>.txt", method="POST", query="share", headers=ADA | OURS, body=b"x" * 10_000)
     assert large.status == 413

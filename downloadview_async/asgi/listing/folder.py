@@ -30,6 +30,7 @@ from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, ListsBatches, SupportsListing
 from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.listing import Entry, closing_entries
+from downloadview_async.sources.names import MAX_LENGTH
 
 BATCH = 250
 """Entries that are treated before other requests get their turn."""
@@ -186,7 +187,13 @@ class FolderEndpoint:
                 async with aclosing(self._batches(folder, ListingQuery(), described=0)) as batches:
                     async for batch in batches:
                         neighbours.add(batch.entries)
-                page = replace(page, previous=neighbours.names[0], next=neighbours.names[1])
+                previous, following = neighbours.names
+                if isinstance(self.source, ListsBatches):  # its names are also those of files that cannot be read
+                    described = await self.source.describe(folder, [*previous, *following])
+                    readable = {entry.name for entry in described}
+                    previous = [name for name in previous if name in readable]
+                    following = [name for name in following if name in readable]
+                page = replace(page, previous=next(iter(previous), None), next=next(iter(following), None))
             except FileError:
                 pass  # the file itself may be seen, its folder not
         headers = self._headers(ListingQuery(), grant, self.pages.view_headers)
@@ -297,10 +304,11 @@ class FolderEndpoint:
 
     def _body(self, path: str, query: ListingQuery, window: Window, grant: Grant | None) -> bytes:
         entries = window.entries
-        following = query.link(after=window.last_place()) if window.following and entries else None
+        first, last = window.places()
+        following = query.link(after=last) if window.following and last else None
         if query.format == "json":
             return document_of(path, entries, following).encode()
-        previous = query.link(before=window.first_place()) if window.preceding and entries else None
+        previous = query.link(before=first) if window.preceding and first else None
         can_reorder = grant is None or grant.link_id is None
         page = ListingPage(
             path=path,
@@ -400,18 +408,24 @@ def folder_place(scope: Scope) -> str:
 def _canonical_place(scope: Scope, tail: str) -> str | None:
     """Return the relative URL of a folder whose URL is written in another way, such as `/files//a/`; None if it is not.
 
-    Links in a page are relative, so each folder has exactly one URL.
+    Links in a page are relative, so each folder has exactly one URL. Raises `FileMissing` for a path that is too long.
     """
+    if len(tail) > MAX_LENGTH:
+        raise FileMissing(f"the name of the folder is too long: {len(tail)} characters")
     segments = [segment for segment in tail.split("/") if segment not in ("", ".")]
     canonical = "".join(f"{segment}/" for segment in segments)
     sent = scope.get("raw_path")
-    if sent is None:
+    if sent is None or ".." in segments:  # which no source lists
         return None
     parts = sent.partition(b"?")[0].decode("latin-1").split("/")
     count = tail.count("/") + 1
     if canonical == tail and unquote("/".join(parts[-count:])) == tail:
         return None
-    for count in range(1, len(parts)):
-        if unquote("/".join(parts[-count:])) == tail:
-            return "../" * (count - 1) + quote(canonical) or "./"
+    left, levels = len(tail), -1
+    for part in map(unquote, reversed(parts)):
+        left -= len(part)
+        levels += part != "."  # a client removes such a segment before it counts the levels [RFC 3986 5.2.4]
+        if left <= 0:
+            return None if left < 0 else "../" * levels + quote(canonical) or "./"
+        left -= 1  # the slash before it
     return None

@@ -89,11 +89,12 @@ class Window:
         self._before = self._key_at(query.before) if self._after is None else None
         self._beyond = 0  # entries on the other side of the place
         self._kept: list[_Key] = []
+        self._complete: list[_Key] | None = None  # those of `_kept` that still exist
 
     @property
     def entries(self) -> list[tuple[str, Entry]]:
         """The entries of the page, each with its path."""
-        return [(key[-3], key[-1]) for key in self._kept]
+        return [(key[-3], key[-1]) for key in (self._kept if self._complete is None else self._complete)]
 
     @property
     def total(self) -> int:
@@ -129,16 +130,15 @@ class Window:
             self._kept = self._kept[: self._limit] if before is None else self._kept[-self._limit :]
 
     def complete(self, described: Mapping[str, Entry]) -> None:
-        """Replace the entries by those that are given by their paths. Those that are missing are dropped."""
-        self._kept = [(*key[:-1], described[key[-3]]) for key in self._kept if key[-3] in described]
+        """Replace the entries by those that are given by their paths. Those that are missing are dropped.
 
-    def first_place(self) -> str:
-        """Return the place of the first entry of the page."""
-        return self._place_of(self._kept[0])
+        The places stay, so that the pages after this one can be reached even if all of its entries are missing.
+        """
+        self._complete = [(*key[:-1], described[key[-3]]) for key in self._kept if key[-3] in described]
 
-    def last_place(self) -> str:
-        """Return the place of the last entry of the page."""
-        return self._place_of(self._kept[-1])
+    def places(self) -> tuple[str | None, str | None]:
+        """Return the places of the first and the last entry of the page; None for a page beyond all entries."""
+        return (self._place_of(self._kept[0]), self._place_of(self._kept[-1])) if self._kept else (None, None)
 
     def _keys(self, paths: Sequence[str], entries: Sequence[Entry]) -> list[_Key]:
         """Return what the entries are sorted by: kind, value, natural name, path. Then follow a number and the entry.

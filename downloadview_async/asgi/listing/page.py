@@ -4,7 +4,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from html import escape
@@ -40,7 +40,7 @@ class ListingPage:
     """
 
     path: str
-    query: ListingQuery
+    query: ListingQuery = field(default_factory=ListingQuery)
     entries: Sequence[tuple[str, Entry]]
     files: int
     folders: int
@@ -141,7 +141,7 @@ class Pages:
         url = f"./{quote(page.name)}"
         details = [page.content_type.partition(";")[0]]
         if page.size is not None:
-            details.append(f"{shown_size(page.size)} ({page.size:,} bytes)")
+            details.append(f"{shown_size(page.size)} ({_counted(page.size, 'byte')})")
         if page.modified is not None:
             stamp = f"{page.modified.isoformat('T', 'seconds')[:19]}Z"
             details.append(f"<time datetime={stamp}>{shown_time(page.modified)}</time>")
@@ -285,7 +285,7 @@ def _totals(page: ListingPage) -> str:
         text += f" match <q><bdi>{escape(page.query.text)}</bdi></q>"
     if page.is_cut:
         text += "; the search has ended early, because there are too many folders and files"
-    if page.preceding or page.following:
+    if page.entries and (page.preceding or page.following):
         first = page.preceding + 1
         text += f"; {first:,} to {page.preceding + len(page.entries):,} are shown"
     return text

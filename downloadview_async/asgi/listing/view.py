@@ -21,6 +21,9 @@ from downloadview_async.sources.listing import Entry
 MAX_TEXT_BYTES = 1 << 20
 """Bytes of a text that are shown."""
 
+NEIGHBOURS = 100
+"""Files on each side of one among which the previous and the next that can be read are searched for."""
+
 PDF_POLICY = "default-src 'none'; object-src 'self'; style-src 'unsafe-inline'"
 """The Content-Security-Policy of a PDF in a view page: a sandbox would keep the viewer of Chromium from starting."""
 
@@ -30,6 +33,8 @@ _TEXTS = frozenset(
     f"application/{name}"
     for name in ("json", "xml", "javascript", "x-sh", "x-yaml", "yaml", "toml", "x-ndjson", "sql", "x-httpd-php")
 )
+_NOT_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
+"""Codecs of Python for other things than files: punycode takes half a minute for a MiB."""
 _IMAGES = frozenset(f"image/{name}" for name in ("png", "jpeg", "gif", "webp", "avif", "bmp", "x-icon", "svg+xml"))
 
 
@@ -136,19 +141,23 @@ def _decoded(content: bytes, media_type: str) -> str:
         names.insert(0, "utf-16")
     for name in names:
         try:
-            return content.decode(name, "replace")
+            if codecs.lookup(name).name not in _NOT_CHARSETS:
+                return content.decode(name, "replace")
         except (LookupError, UnicodeError, ValueError):  # LookupError: `base64` and other codecs are not of texts
             continue
     return ""
 
 
 class Neighbours:
-    """The names of the files before and after one in natural order. The entries of the folder are added in batches."""
+    """The names of the files before and after one in natural order. The entries of the folder are added in batches.
+
+    There are up to `NEIGHBOURS` on each side, because some may turn out to be unreadable.
+    """
 
     def __init__(self, name: str) -> None:
         place = f"f,,{name}"
-        self._before = Window(ListingQuery(before=place), limit=1)
-        self._after = Window(ListingQuery(after=place), limit=1)
+        self._before = Window(ListingQuery(before=place), limit=NEIGHBOURS)
+        self._after = Window(ListingQuery(after=place), limit=NEIGHBOURS)
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Take a batch of entries."""
@@ -158,7 +167,6 @@ class Neighbours:
         self._after.add(names, files)
 
     @property
-    def names(self) -> tuple[str | None, str | None]:
-        """The name of the file before, and that of the file after; None if there is none."""
-        before, after = self._before.entries, self._after.entries
-        return before[0][0] if before else None, after[0][0] if after else None
+    def names(self) -> tuple[list[str], list[str]]:
+        """The names of the files before, and those of the files after; the nearest is the first."""
+        return [name for name, _ in reversed(self._before.entries)], [name for name, _ in self._after.entries]

@@ -6,6 +6,7 @@ import mimetypes
 import re
 from collections.abc import Mapping
 from contextlib import aclosing
+from datetime import UTC, datetime
 from functools import lru_cache
 from http import HTTPStatus
 from importlib.resources import files
@@ -16,11 +17,12 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, Template, TemplateError
 from markupsafe import Markup
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async import (
     ConfigurationError,
+    Entry,
     FileError,
     Hidden,
     ListingPage,
@@ -53,6 +55,30 @@ _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path d="M7 1h2v7h3l-4 4-4-4h3zM2 13h12v2H2z" '
     'fill="#0b5cad"/></svg>'
 )
+_TIME = datetime(2026, 1, 31, tzinfo=UTC)
+_ROUTE = {"name": "Files", "path": "/files/{path:path}", "parameter": "{path:path}", "kind": "a directory"}
+_SAMPLES: dict[str, dict[str, Any]] = {
+    "index.html": {
+        "root": ".",
+        "routes": [_ROUTE | {"count": "1 file", "folder": "./files/", "links": [{"name": "a", "href": "./files/a"}]}],
+    },
+    "listing.html": {
+        "page": ListingPage(
+            path="2026",
+            entries=[("more", Entry("more", is_folder=True)), ("a.txt", Entry("a.txt", size=1, modified=_TIME))],
+            files=1,
+            folders=1,
+            size=1,
+        )
+    },
+    "view.html": {
+        "page": ViewPage(path="2026/a.txt", kind="text", content_type="text/plain", size=1, modified=_TIME, text="a"),
+        "actions": "",
+    },
+    "error.html": {"status": 404, "phrase": "Not Found", "explanation": "Nothing is here."},
+}
+"""What the templates are tried with when the service starts, besides the values of each template."""
+
 _EXPLANATIONS = {
     401: "You need a name and a password.",
     403: "This link is not valid. Ask for a new one.",
@@ -68,7 +94,8 @@ class ServicePages(Pages):
 
     title: instead of that in the settings. shares: whether the pages of files have a link to share them.
 
-    Raises `ConfigurationError` for a logo or a directory that cannot be read, and for a template that is not one.
+    Raises `ConfigurationError` for a logo or a directory that cannot be read, and for a template that is not one or
+    fails.
     """
 
     def __init__(self, settings: Settings, title: str | None = None, *, shares: bool = False) -> None:
@@ -88,6 +115,7 @@ class ServicePages(Pages):
                 script=_text(directory, "page.js"),
             )
             self._templates = _templates(directory)
+            self._try_templates()
 
     def template(self, name: str) -> Template | None:
         """Return the template that replaces a page of the service, or None."""
@@ -98,14 +126,14 @@ class ServicePages(Pages):
         template = self.template("listing.html")
         if template is None:
             return super().listing(page)
-        return template.render(page=page, **self._values())
+        return template.render(page=page, **self.values())
 
     def view(self, page: ViewPage) -> str:
         """Return the view page of a file."""
         template = self.template("view.html")
         if template is None:
             return super().view(page)
-        return template.render(page=page, actions=Markup(self.actions(page)), **self._values())  # noqa: S704
+        return template.render(page=page, actions=Markup(self.actions(page)), **self.values())  # noqa: S704
 
     def actions(self, page: ViewPage) -> str:
         """Return the links and buttons of a view page."""
@@ -117,10 +145,20 @@ class ServicePages(Pages):
         explanation = _EXPLANATIONS.get(status, "")
         template = self.template("error.html")
         if template is not None:
-            return template.render(status=status, phrase=phrase, explanation=explanation, **self._values())
+            return template.render(status=status, phrase=phrase, explanation=explanation, **self.values())
         return self.page(phrase, f"<main><h1>{phrase}</h1><p>{explanation}</main>")
 
-    def _values(self) -> dict[str, Any]:
+    def _try_templates(self) -> None:
+        """Render each template once. Raises `ConfigurationError` for one that fails."""
+        for name, template in self._templates.items():
+            try:
+                template.render(_SAMPLES[name] | self.values())
+            except Exception as exc:  # a template may call anything
+                problem = f"{type(exc).__name__}: {exc}"
+                raise ConfigurationError(f"{name} cannot be rendered ({problem}): correct it") from exc
+
+    def values(self) -> dict[str, Any]:
+        """Return the values that each template gets."""
         return {
             "title": self.title,
             "logo": self.logo,
@@ -156,9 +194,9 @@ class IndexPage:
 
     async def answer(self, request: Request) -> Response:
         """Answer GET and HEAD."""
-        root = quote(request.scope.get("root_path", ""))
+        root = "."  # relative, so that a proxy may remove a prefix that this service does not know
         if self._folder is not None:
-            return RedirectResponse(root + self._folder, headers={"Cache-Control": "no-cache"})
+            return Response(status_code=307, headers={"Location": root + self._folder, "Cache-Control": "no-cache"})
         routes = [
             {
                 "name": route.name or route.source,
@@ -174,14 +212,8 @@ class IndexPage:
             }
             for route, kind in self._routes
         ]
-        page = self._template.render(
-            routes=routes,
-            style=self._style,
-            root=root,
-            title=self._pages.title,
-            logo=self._pages.logo,
-            footer=self._pages.footer,
-        )
+        values = self._pages.values() | {"style": self._style, "script": ""}
+        page = self._template.render(values, routes=routes, root=root)
         return HTMLResponse(page, headers=self._headers)
 
 
@@ -288,7 +320,10 @@ def _image(path: Path) -> str:
 def _text(directory: Path | None, name: str) -> str | None:
     if directory is None or not (directory / name).is_file():
         return None
-    return (directory / name).read_text(encoding="utf-8").strip()
+    try:
+        return (directory / name).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{name} is not UTF-8: save it as such") from None
 
 
 def _templates(directory: Path | None) -> dict[str, Template]:
@@ -300,6 +335,8 @@ def _templates(directory: Path | None) -> dict[str, Template]:
         if (directory / name).is_file():
             try:
                 found_templates[name] = environment.get_template(name)
+            except UnicodeDecodeError:
+                raise ConfigurationError(f"{name} is not UTF-8: save it as such") from None
             except TemplateError as exc:
                 raise ConfigurationError(f"{name} is not a template of Jinja: {exc}: correct it") from exc
     return found_templates
