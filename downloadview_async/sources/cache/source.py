@@ -59,6 +59,8 @@ class CachedSource:
         self.cache = cache
         self.name = _name_of(source) if name is None else name
         self._canonical = source.canonical if isinstance(source, HasCanonicalNames) else None
+        if self._canonical is not None:
+            self.canonical = self._canonical  # as an attribute of the object: see `pass_listing_on`
         cache.enlist(self)
         pass_listing_on(self, source)
 
