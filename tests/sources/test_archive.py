@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import sqlite3
+import threading
 import zipfile
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -506,6 +507,59 @@ async def test_connections_that_begin_together_share_a_layout(tmp_path: Path, mo
     del first, second
     await read(await archives.resolve("reports"))  # nothing keeps a layout that no connection uses
     assert listed[3:] == ["reports", "reports/2026"]
+
+
+async def test_only_some_archives_are_laid_out_at_the_same_time(tmp_path: Path) -> None:
+    running, most, others = 0, 0, anyio.Event()
+
+    class Listing(Counting):
+        async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            if running == archive_module._LAID_OUT:
+                others.set()
+            await others.wait()
+            async for entry in super().list(folder):
+                yield entry
+            running -= 1
+
+    make_tree(tmp_path, {f"{number}/file": b"x" for number in range(20)})
+    archives = ArchiveSource(Listing(dv.PathSource(tmp_path)))
+    tags = set()
+
+    async def describe(folder: str) -> None:
+        async with (await archives.resolve(folder)).open() as opened:
+            tags.add(opened.metadata.etag)
+
+    async with anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(describe, str(number))
+    assert len(tags) == 20
+    assert most == archive_module._LAID_OUT
+
+
+async def test_the_layout_of_many_files_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
+    entries = [ArchiveEntry(f"{number}/") for number in range(archive_module._MANY)]
+    seen: list[tuple[str, int]] = []
+
+    class Seen(ArchiveLimits):
+        """Limits that notice in which thread the size of the archive is compared with them."""
+
+        def __getattribute__(self, name: str) -> object:
+            seen.append((name, threading.get_ident()))
+            return super().__getattribute__(name)
+
+    async with Archive(entries, limits=Seen()).open() as opened:
+        assert opened.metadata.size
+    assert ("size", threading.get_ident()) not in seen
+    assert "size" in {name for name, _ in seen}
+
+
+async def test_a_path_that_is_too_long_for_an_archive() -> None:
+    with pytest.raises(dv.ArchiveTooLarge) as refused:
+        await read(Archive([("a" * 65_536, dv.VirtualFile(b"x", name="x"))]))
+    assert refused.value.detail == "a path would be too long"
 
 
 async def test_a_client_that_leaves_does_not_lose_the_checksums(tmp_path: Path) -> None:
