@@ -19,7 +19,13 @@ from weakref import ref
 import anyio
 import anyio.to_thread
 
-from downloadview_async.errors import ArchiveTooLarge, ConfigurationError, FileMissing, TransferAborted
+from downloadview_async.errors import (
+    ArchiveTooLarge,
+    ConfigurationError,
+    DownloadError,
+    FileMissing,
+    TransferAborted,
+)
 from downloadview_async.http.archive_names import distinct_names, safe_name
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
@@ -91,14 +97,18 @@ class _Item:
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(slots=True, weakref_slot=True)
 class _LaidOut:
-    """An archive whose files have been described. crcs: the CRC-32s that are known, by the index of the file."""
+    """An archive whose files have been described.
+
+    crcs: the CRC-32s that are known, by the index of the file. is_stale: whether a file may have changed meanwhile.
+    """
 
     items: Sequence[_Item]
     layout: ZipLayout
     metadata: FileMetadata
     crcs: dict[int, int]
+    is_stale: bool = False
 
 
 class _Knowledge:
@@ -193,7 +203,7 @@ class FolderArchive(Archive):
             for old in [old for old, (until, _) in recent.items() if until <= now]:
                 del recent[old]
             laid_out = recent[key][1]() if key in recent else None
-            if laid_out is None:
+            if laid_out is None or laid_out.is_stale:
                 with await self._source.layouts.take():
                     laid_out = await super()._laid_out()
                 recent[key] = time.monotonic() + SHARED_SECONDS, ref(laid_out)
@@ -350,6 +360,9 @@ class OpenArchive:
                     parts, length = [], 0
             if parts:
                 yield b"".join(parts)
+        except DownloadError:
+            self._laid_out.is_stale = True  # a file may have changed: the next request looks at the folder again
+            raise
         finally:
             with anyio.CancelScope(shield=True):
                 await self._store()

@@ -509,6 +509,24 @@ async def test_connections_that_begin_together_share_a_layout(tmp_path: Path, mo
     assert listed[3:] == ["reports", "reports/2026"]
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("change", ["other bytes", "removed"])
+async def test_a_layout_is_not_shared_after_a_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: str
+) -> None:
+    monkeypatch.setattr(archive_module, "SHARED_SECONDS", 60.0)
+    archives = ArchiveSource(make_tree(tmp_path, {"a": b"a" * 300_000, "b": b"b"}))
+    async with (await archives.resolve("")).open() as opened:  # it is being sent all the time
+        if change == "removed":
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes(b"other")
+        with pytest.raises(dv.DownloadError):
+            await read(await archives.resolve(""))
+        assert unpacked(await read(await archives.resolve(""))).get(name) == (None if change == "removed" else b"other")
+        assert opened.metadata.size
+
+
 async def test_only_some_archives_are_laid_out_at_the_same_time(tmp_path: Path) -> None:
     running, most, others = 0, 0, anyio.Event()
 
