@@ -4,7 +4,6 @@ A digest belongs to one version of a file, which its strong entity tag and its s
 content that is made on demand, has none.
 """
 
-import hashlib
 import logging
 import os
 import sqlite3
@@ -19,7 +18,7 @@ import anyio
 import anyio.to_thread
 
 from downloadview_async.errors import ConfigurationError, DownloadError
-from downloadview_async.http.digest import ALGORITHMS
+from downloadview_async.http.digest import ALGORITHMS, check_algorithms, digests_of, new_hashes
 from downloadview_async.http.digest import Digests as Values
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.sources.base import HasCanonicalNames, OpenFile, Source, check_source, on_demand_of
@@ -67,8 +66,7 @@ class Digests:
         max_bytes: int | None = None,
     ) -> None:
         check_source(source, "Digests")
-        if not algorithms or isinstance(algorithms, str) or (set(algorithms) - set(ALGORITHMS)):
-            raise ConfigurationError(f"algorithms takes some of {', '.join(ALGORITHMS)}, not {algorithms!r}")
+        check_algorithms(algorithms or "none", "algorithms")
         self.source = source
         self.store = store
         self.name = name
@@ -96,6 +94,8 @@ class Digests:
         is_over = until is not None and until <= time.monotonic()
         if is_over or before.etag != metadata.etag or before.size != metadata.size:
             return None
+        if metadata.digests and metadata.digests != before.digests:
+            return None  # the source has learnt them meanwhile
         return described if before is metadata else replace(metadata, digests=described.digests)
 
     async def find(self, name: str, opened: OpenFile) -> FileMetadata:
@@ -133,14 +133,14 @@ class Digests:
             metadata = opened.metadata
             if not _is_version(metadata):
                 return None
-            values = await self._stored(name, metadata)
+            values = metadata.digests or await self._stored(name, metadata)
             if {algorithm for algorithm, _ in values}.issuperset(self.algorithms):
                 progress(metadata.size or 0)
             else:
-                hashes = {algorithm: hashlib.new(algorithm.replace("-", "")) for algorithm in self.algorithms}
+                hashes = new_hashes(self.algorithms)
                 if not await _hash(opened, list(hashes.values()), progress):
                     return None
-                values = tuple((algorithm, value.digest()) for algorithm, value in hashes.items())
+                values = digests_of(hashes)
                 # before it is stored: while the store fails, the file is not hashed again for each request
                 described = self._keep(name, metadata, values, None)
                 if self.store is not None:
