@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import zipfile
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing
 from pathlib import Path
 
 import anyio
@@ -19,6 +19,7 @@ import downloadview_async as dv
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources import archive as archive_module
+from downloadview_async.sources import checksums as checksums_module
 from downloadview_async.sources.archive import (
     Archive,
     ArchiveEntry,
@@ -485,6 +486,23 @@ async def test_a_file_of_checksums_that_cannot_be_used_costs_time_only(
         assert unpacked(await read(await archives.resolve("")))
     assert {record.message.partition(" CRC-32s")[0] for record in caplog.records} == {"reading", "writing"}
     assert "crc.db" in caplog.text
+
+
+async def test_a_file_of_checksums_that_is_locked_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checksums_module, "_BUSY_SECONDS", 0.05)
+    checksums = dv.SQLiteChecksums(tmp_path / "crc.db")
+    await checksums.put({b"a": 1})
+    with closing(sqlite3.connect(tmp_path / "crc.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for _ in range(20):
+            assert await checksums.get([b"a"]) == {}
+            await checksums.put({b"a": 2})
+    assert sorted(record.message.partition(" CRC-32s")[0] for record in caplog.records) == ["reading", "writing"]
+    assert await checksums.get([b"a"]) == {}
+    monkeypatch.setattr(checksums, "_resume_at", {"reading": 0.0, "writing": 0.0})
+    assert await checksums.get([b"a"]) == {b"a": 1}
 
 
 async def test_connections_that_begin_together_share_a_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
