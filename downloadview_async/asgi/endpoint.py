@@ -27,7 +27,7 @@ from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
-from downloadview_async.sources.base import AsyncFile, Source, SupportsListing, check_source
+from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, Source, SupportsListing, check_source
 from downloadview_async.sources.digests.known import Digests
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
@@ -50,6 +50,7 @@ class _Endpoint:
     ) -> None:
         check_source(source, type(self).__name__)
         self.source = source
+        self._canonical = source.canonical if isinstance(source, HasCanonicalNames) else None
         self.headers = dict(headers or {})
         checked_headers(tuple(self.headers.items()))
         self.access = access_of(access)
@@ -74,14 +75,32 @@ class _Endpoint:
             key = self._key_of(scope)
             if self._hidden is not None:
                 self._hidden.check(key)
-            grant = await allow(self.access, Request(scope, receive), key) if self.access else None
-            if grant is not None:
+            if self.access:
+                grant = await self._allow(Request(scope, receive), key, is_folder=self._is_archive(key, scope))
                 scope[GRANT] = grant
+            else:
+                grant = None
             answer = await self._answer_to(key, grant, scope)
         except FileError as exc:
             await send_error(exc, scope, send)
             return
         await answer(scope, receive, send)
+
+    async def _allow(self, request: Request, key: Any, *, is_folder: bool = False) -> Grant:
+        """Return the grant for a file or a folder. Raises `FileError`.
+
+        Access decides about the one name that all spellings of a key stand for. A source may look up a name that begins
+        with a slash without it, so both have to be allowed. is_folder: also if no slash is at the end of the key.
+        """
+        name = _name_of(self._canonical, key, is_folder=is_folder) if isinstance(key, str) else key
+        grant = await allow(self.access, request, name)
+        if isinstance(name, str) and name.startswith("/"):
+            await allow(self.access, request, name.lstrip("/"))
+        return grant
+
+    def _is_archive(self, key: Any, scope: Scope) -> bool:
+        """Return whether a request asks for the archive of a folder. Raises `FileMissing`."""
+        return False
 
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
         """Return what answers a request that is allowed. Raises `FileError`."""
@@ -115,6 +134,8 @@ class _Endpoint:
         try:
             if self._folders is None or not isinstance(key, str) or not await self._folders.has(key):
                 raise exc
+            if self.access:
+                await self._allow(Request(scope), key, is_folder=True)
         except FileError as error:
             await send_error(error, scope, send)
             return
@@ -222,6 +243,9 @@ class Download(_Endpoint):
         options = ArchiveOptions() if archive is True else archive
         self._archives = Archives(source, options, hide) if options else None
 
+    def _is_archive(self, key: Any, scope: Scope) -> bool:
+        return self._archives is not None and archive_key_of(key, scope) is not None
+
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
         if self._archives is not None and (name := archive_key_of(key, scope)) is not None:
             archive = self._response(await self._archives.resolve(name), key, grant, scope, is_archive=True)
@@ -285,7 +309,7 @@ class Download(_Endpoint):
         folder, slash, _ = key.rpartition("/")
         try:
             if self.access:
-                await allow(self.access, request, folder + slash)
+                await self._allow(request, folder + slash)
         except FileError:
             return False
         return True
@@ -364,6 +388,22 @@ def _pages_of(listing: object) -> Pages:
     if not isinstance(listing, Pages):
         raise ConfigurationError(f"listing is {listing!r}: give True, False or Pages(...)")
     return listing
+
+
+def _name_of(canonical: Callable[[str], str] | None, key: str, *, is_folder: bool) -> str:
+    """Return the one name in a source for a key; that of a folder, which is not empty, ends in a slash.
+
+    A key that no file can have is returned as it is.
+    """
+    if is_folder and key and not key.endswith("/"):
+        key += "/"
+    if canonical is None or not key:
+        return key
+    try:
+        # a folder has the canonical name of a file in it, without that file
+        return canonical(f"{key}x")[:-1] if key.endswith("/") else canonical(key)
+    except FileMissing:
+        return key
 
 
 def _check_is_decoded(scope: Mapping[str, Any]) -> None:

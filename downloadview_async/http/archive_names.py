@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Iterable
-from itertools import count
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f\\\\\ud800-\udfff]")
 _ANY_UNSAFE = re.compile(rf"{_UNSAFE.pattern}|(?:^|/)\.{{0,2}}/|(?:^|/)\.{{1,2}}\Z|^\Z|^[A-Za-z]:")
 _DRIVE = re.compile("^([A-Za-z]):")
+_LONGEST = 255  # bytes of a name in the usual file systems
 
 
 def safe_name(path: str) -> str:
@@ -32,13 +32,18 @@ def distinct_names(paths: Iterable[str]) -> list[str]:
     # A file keeps its path if it is the first with it, whatever numbers other files get.
     firsts = {path: index for index, path in reversed([*enumerate(paths)]) if path not in folders}
     taken = folders | firsts.keys()
+    numbers: dict[str, int] = {}  # the next number of a path: many names may become the same safe one
     names = []
     for index, path in enumerate(paths):
         if path.endswith("/") or firsts.get(path) == index:
             names.append(path)
         else:
-            names.append(_numbered(path, taken))
-            taken.add(names[-1])
+            number = numbers.get(path, 2)
+            while (name := _numbered(path, number)) in taken:
+                number += 1
+            numbers[path] = number + 1
+            names.append(name)
+            taken.add(name)
     return names
 
 
@@ -49,13 +54,13 @@ def _parents(path: str) -> Iterable[str]:
         yield path
 
 
-def _numbered(path: str, taken: set[str]) -> str:
+def _numbered(path: str, number: int) -> str:
     folder, slash, name = path.rpartition("/")
     stem, dot, extension = name.rpartition(".")
     if not stem:
         stem, dot, extension = name, "", ""
-    return next(
-        numbered
-        for number in count(2)
-        if (numbered := f"{folder}{slash}{stem} ({number}){dot}{extension}") not in taken
-    )
+    end = f" ({number}){dot}{extension}"
+    if len(name.encode()) <= _LONGEST:  # it can be unpacked, so the other name has to be no longer
+        while len(f"{stem}{end}".encode()) > _LONGEST and len(stem) > 1:
+            stem = stem[:-1]
+    return f"{folder}{slash}{stem}{end}"

@@ -1,15 +1,36 @@
 """Repr-Digest and Want-Repr-Digest, RFC 9530: digests of the whole file, and which of them a client prefers."""
 
 import binascii
+import hashlib
 import re
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from downloadview_async.errors import ConfigurationError
 
 Digests = tuple[tuple[str, bytes], ...]
 """Digests of a whole file: pairs of an algorithm and its value, in the order of `ALGORITHMS`. The first is sent."""
 
 ALGORITHMS: Mapping[str, int] = {"sha-256": 32, "sha-512": 64}
 """The algorithms whose status is "Active" [7.2], with the length of their values in bytes."""
+
+
+def check_algorithms(algorithms: Sequence[str], option: str) -> None:
+    """Raise `ConfigurationError` if the value of an option is not a list of algorithms."""
+    if isinstance(algorithms, str) or not set(algorithms) <= ALGORITHMS.keys():
+        raise ConfigurationError(f"{option} takes some of {', '.join(ALGORITHMS)}, not {algorithms!r}")
+
+
+def new_hashes(algorithms: Sequence[str]) -> dict[str, Any]:
+    """Return a new object of hashlib for each algorithm, in the order of `ALGORITHMS`."""
+    return {name: hashlib.new(name.replace("-", "")) for name in ALGORITHMS if name in algorithms}
+
+
+def digests_of(hashes: Mapping[str, Any]) -> Digests:
+    """Return the digests of what the objects of hashlib have got."""
+    return tuple((name, value.digest()) for name, value in hashes.items())
+
 
 # Structured fields, RFC 9651. A field that does not parse as a whole is ignored.
 _KEY = r"[a-z*][a-z0-9_.*-]*+"

@@ -12,6 +12,7 @@ from downloadview_async.errors import FileMissing, PreconditionFailed, UpstreamB
 from downloadview_async.http.conditional import failed_precondition, parse_etag_list, range_applies
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import parse_delta_seconds, parse_http_date
+from downloadview_async.http.digest import Digests, parse_repr_digest
 from downloadview_async.http.fields import OFFLOAD_ORDERS
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata, is_meaningful
 from downloadview_async.http.negotiation import content_coding
@@ -158,7 +159,7 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
     """
     status, fields, sent = answer.status, answer.fields, answer.sent
     pinning = validators(answer)
-    metadata = _with_representation_fields(pinning, fields)
+    metadata = replace(_with_representation_fields(pinning, fields), digests=_digests(answer))
     has_content = answer.method != "HEAD"
     match status:
         case 200 | 203:  # a proxy has changed what the origin sent [RFC 9110 15.3.4]
@@ -346,6 +347,20 @@ def _with_representation_fields(metadata: FileMetadata, fields: Mapping[str, str
     if age is not None:
         passed["age"] = str(age)
     return replace(metadata, content_type=valid_content_type(fields.get("content-type")), headers=tuple(passed.items()))
+
+
+def _digests(answer: Answer) -> Digests:
+    """Return the digests of the whole file that an upstream tells.
+
+    They are about the bytes after a content coding [RFC 9530 3], so there must be none. Content-Digest is about the
+    content of one message [2], which is the whole file in a 200 to a GET. A 203 has other bytes than the origin sent.
+    """
+    fields = answer.fields
+    if answer.status == 203 or fields.get("content-encoding", "").strip(" \t").lower() not in ("", "identity"):
+        return ()
+    is_whole = answer.status == 200 and answer.method == "GET"
+    content_digest = fields.get("content-digest", "") if is_whole else ""
+    return parse_repr_digest(fields.get("repr-digest", "")) or parse_repr_digest(content_digest)
 
 
 def _not_modified(metadata: FileMetadata, request: DownloadRequest) -> FileMetadata:

@@ -29,8 +29,9 @@ class Access(Protocol):
     async def __call__(self, request: Request, name: Any, /) -> bool | Grant | None:
         """Return True or a `Grant` to allow it, False or None to refuse it.
 
-        name: what the source of `Download` gets, usually the file's name. May raise a `FileError`, whose status the
-        client gets. After any other error, the client gets a 503.
+        name: the one name in the source of `Download` that all spellings in URLs stand for: `secret/x` for `//secret/x`
+        too. That of a folder ends in a slash. A source that does not tell which names are the same gets what the URL
+        has. May raise a `FileError`, whose status the client gets. After any other error, the client gets a 503.
         """
 
 

@@ -79,6 +79,7 @@ from downloadview_async.service.settings import (
     VirtualSettings,
     bytes_of,
     cache_of,
+    digests_mode,
     directory_of,
     options_of,
     rules_of,
@@ -277,7 +278,12 @@ def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Map
                 with settings.blaming(f"{key}.factory"):
                     sources[name] = VirtualSource(factory)
     for name, cache in caches.items():
-        sources[name] = CachedSource(sources[name], cache, name=f"{name} {_place_of(settings, name, sources[name])}")
+        sources[name] = CachedSource(
+            sources[name],
+            cache,
+            name=f"{name} {_place_of(settings, name, sources[name])}",
+            digests=["sha-256"] if digests_mode(settings.sources[name]) == "background" else [],
+        )
     for name, source in settings.sources.items():
         if isinstance(source, ObjectSettings):
             sources[name] = ObjectSource(

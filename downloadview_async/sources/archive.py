@@ -17,8 +17,15 @@ from typing import TypeVar
 from weakref import ref
 
 import anyio
+import anyio.to_thread
 
-from downloadview_async.errors import ArchiveTooLarge, ConfigurationError, FileMissing, TransferAborted
+from downloadview_async.errors import (
+    ArchiveTooLarge,
+    ConfigurationError,
+    DownloadError,
+    FileMissing,
+    TransferAborted,
+)
 from downloadview_async.http.archive_names import distinct_names, safe_name
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
@@ -28,7 +35,7 @@ from downloadview_async.sources.checksums import Checksums, MemoryChecksums
 from downloadview_async.sources.listing import DescribedEntry, Entry, closing_entries
 from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import canonical_folder
-from downloadview_async.sources.workers import MID_TRANSFER, Slots
+from downloadview_async.sources.workers import MID_TRANSFER, Slots, unlimited
 
 Key = TypeVar("Key")
 
@@ -42,6 +49,8 @@ _NOTED = 64 << 20  # bytes after which the CRC-32s of the files that have passed
 _DESCRIBED = 8  # files that are opened at the same time to describe them
 _READERS = 4  # files that are read at the same time for their CRC-32s alone
 _READ = 16 << 20  # bytes of a local file that one call of a worker reads
+_LAID_OUT = 4  # archives of a source that are laid out at the same time: each file takes about 1 KiB
+_MANY = 1_000  # files whose layout takes too long for the event loop
 _SEPARATOR = "\0"  # no name has it
 _Chosen = tuple[str, ...]  # a folder, and names in it
 
@@ -88,14 +97,18 @@ class _Item:
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(slots=True, weakref_slot=True)
 class _LaidOut:
-    """An archive whose files have been described. crcs: the CRC-32s that are known, by the index of the file."""
+    """An archive whose files have been described.
+
+    crcs: the CRC-32s that are known, by the index of the file. is_stale: whether a file may have changed meanwhile.
+    """
 
     items: Sequence[_Item]
     layout: ZipLayout
     metadata: FileMetadata
     crcs: dict[int, int]
+    is_stale: bool = False
 
 
 class _Knowledge:
@@ -190,8 +203,9 @@ class FolderArchive(Archive):
             for old in [old for old, (until, _) in recent.items() if until <= now]:
                 del recent[old]
             laid_out = recent[key][1]() if key in recent else None
-            if laid_out is None:
-                laid_out = await super()._laid_out()
+            if laid_out is None or laid_out.is_stale:
+                with await self._source.layouts.take():
+                    laid_out = await super()._laid_out()
                 recent[key] = time.monotonic() + SHARED_SECONDS, ref(laid_out)
             return laid_out
 
@@ -268,6 +282,7 @@ class ArchiveSource:
         # Layouts, and until when others get them. They are kept only as long as a connection uses them.
         self.recent: dict[_Chosen, tuple[float, ref[_LaidOut]]] = {}
         self.laying_out: dict[_Chosen, anyio.Lock] = {}
+        self.layouts = Slots(_LAID_OUT, patience=MID_TRANSFER)
         self.listing: SupportsListing = source
         self.leave_out = leave_out
 
@@ -345,6 +360,9 @@ class OpenArchive:
                     parts, length = [], 0
             if parts:
                 yield b"".join(parts)
+        except DownloadError:
+            self._laid_out.is_stale = True  # a file may have changed: the next request looks at the folder again
+            raise
         finally:
             with anyio.CancelScope(shield=True):
                 await self._store()
@@ -511,6 +529,13 @@ async def _laid_out(items: list[_Item], limits: ArchiveLimits) -> _LaidOut:
     """Return the archive of these items. Raises `ArchiveTooLarge`."""
     _check(len(items), limits.files, "files and folders")
     await _describe(items)
+    if len(items) < _MANY:
+        return _arranged(items, limits)
+    return await anyio.to_thread.run_sync(_arranged, items, limits, limiter=unlimited())
+
+
+def _arranged(items: list[_Item], limits: ArchiveLimits) -> _LaidOut:
+    """Return the archive of items that have been described. Raises `ArchiveTooLarge`."""
     names = distinct_names([safe_name(item.path) for item in items])
     kept: dict[str, _Item] = {}
     members: list[Member] = []
@@ -530,7 +555,10 @@ async def _laid_out(items: list[_Item], limits: ArchiveLimits) -> _LaidOut:
         members.append(member)
         is_pinned = is_pinned and (bool(version) or not has_checksum(member))
         digest.update(repr((name, size, modified, item.mode, version)).encode())
-    layout = ZipLayout(members)
+    try:
+        layout = ZipLayout(members)
+    except ValueError as exc:
+        raise ArchiveTooLarge(str(exc), "a path would be too long") from exc
     _check(layout.size, limits.size, "bytes")
     metadata = FileMetadata(
         size=layout.size,

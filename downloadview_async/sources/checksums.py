@@ -7,12 +7,15 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from downloadview_async.errors import SourceUnavailable
 from downloadview_async.sources.workers import Workers
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 logger = logging.getLogger("downloadview_async")
 
@@ -26,7 +29,9 @@ _TRIM = """DELETE FROM crc32 WHERE key IN
     (SELECT key FROM crc32 ORDER BY stored LIMIT max(0, (SELECT count(*) FROM crc32) - ?))"""
 _TRIMMED_EVERY = 60.0  # seconds
 _KEYS_AT_ONCE = 500
+_WHERE = {"reading": "from", "writing": "to"}
 _BUSY_SECONDS = 5.0
+_REST_SECONDS = 10.0  # without a call after one has failed: an archive of many files makes hundreds
 
 
 class Checksums(Protocol):
@@ -65,7 +70,8 @@ class SQLiteChecksums:
     path: the file, which is created when it is missing. It must be on a local file system. max_entries: those stored
     first are removed beyond it, once a minute.
 
-    A file that cannot be used costs time only: the error is logged, and the CRC-32s are computed again.
+    A file that cannot be used costs time only: the error is logged, the CRC-32s are computed again, and the file is
+    tried again after 10 seconds.
     """
 
     def __init__(self, path: str | os.PathLike[str], max_entries: int = 10_000_000) -> None:
@@ -73,21 +79,26 @@ class SQLiteChecksums:
         self._max_entries = max_entries
         self._workers = Workers(4)
         self._trim_at = 0.0
+        self._resume_at = {"reading": 0.0, "writing": 0.0}
 
     async def get(self, keys: Sequence[bytes], /) -> Mapping[bytes, int]:
         """Return the CRC-32s that are known of these keys."""
-        try:
-            return await self._workers.run(self._get, keys)
-        except (OSError, sqlite3.Error, SourceUnavailable) as exc:
-            logger.warning("reading CRC-32s from %r failed: %s", self._path, exc)
-            return {}
+        return await self._attempt("reading", self._get, keys) or {}
 
     async def put(self, known: Mapping[bytes, int], /) -> None:
         """Keep CRC-32s by their keys."""
+        await self._attempt("writing", self._put, known)
+
+    async def _attempt(self, what: str, function: Callable[[A], T], argument: A) -> T | None:
+        """Return what a function returns; None if the file cannot be used, or if that has just failed."""
+        if time.monotonic() < self._resume_at[what]:
+            return None
         try:
-            await self._workers.run(self._put, known)
+            return await self._workers.run(function, argument)
         except (OSError, sqlite3.Error, SourceUnavailable) as exc:
-            logger.warning("writing CRC-32s to %r failed: %s", self._path, exc)
+            self._resume_at[what] = time.monotonic() + _REST_SECONDS
+            logger.warning("%s CRC-32s %s %r failed: %s", what, _WHERE[what], self._path, exc)
+            return None
 
     # Each call opens the file anew: a connection belongs to one thread, and this takes less than a millisecond.
 

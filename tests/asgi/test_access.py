@@ -267,6 +267,64 @@ async def test_an_answer_of_an_endpoint_is_as_its_link_says(root: Path, method: 
     assert shared["content-type"] == "application/pdf"
 
 
+@pytest.mark.parametrize("kind", ["path", "cached", "virtual"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "secret/x",
+        "/secret/x",
+        "./secret/x",
+        "secret//x",
+        "//secret/x",
+        "/./secret/x",
+        "secret/./x",
+        "secret/x?checksum=sha256",
+        "/secret/x?view",
+        "/secret/x?checksum=sha256",
+        "secret?archive=zip",
+        "/secret?archive=zip",
+        "secret/?archive=zip",
+        "./secret//?archive=zip",
+        "secret/.?archive=zip",
+        "secret",
+        "/secret",
+        "secret/",
+        "/secret/",
+        "./secret//",
+        "secret/./",
+    ],
+)
+async def test_access_decides_about_each_spelling_of_a_name(tmp_path: Path, kind: str, path: str) -> None:
+    root = tmp_path / "root"
+    (root / "secret").mkdir(parents=True)
+    (root / "secret/x").write_bytes(b"secret")
+    (root / "x").write_bytes(b"x")
+    files = dv.PathSource(root)
+
+    async def make(name: str) -> dv.AsyncFile:
+        if name.startswith("/"):
+            raise dv.FileMissing(name)
+        return await files.resolve(name)
+
+    async def allow(request: Request, name: str) -> bool:
+        return not name.startswith("secret/")
+
+    cache = dv.Cache(tmp_path / "cache")
+    source: Any = {
+        "path": files,
+        "cached": dv.CachedSource(dv.StorageSource(dv.DirectoryStorage(root)), cache, name="x"),
+        "virtual": dv.VirtualSource(make),
+    }[kind]
+    options = {} if kind == "virtual" else {"listing": True, "archive": True}
+    async with live(application(source, allow, digests=dv.Digests(source), **options)) as port:
+        missing = await ask(port, "/files/missing")
+        for prefix in ("/files/", "/mounted/"):
+            answer = await ask(port, prefix + path)
+            assert (answer.status, answer.body) == (404, missing.body)
+        assert (await ask(port, "/files//x")).body == b"x"
+    await cache.aclose()
+
+
 @pytest.mark.parametrize("access", [[], ["signed"], "signed", 3])
 async def test_an_access_that_is_refused(root: Path, access: Any) -> None:
     with pytest.raises(dv.ConfigurationError, match="give an async function"):

@@ -61,6 +61,10 @@ def test_every_name_is_relative_and_stays_as_it_is(path: str) -> None:
         (["d/", "d"], ["d/", "d (2)"]),
         (["d/", "d/"], ["d/", "d/"]),
         (["README", "readme"], ["README", "readme"]),
+        # a name of 255 bytes does not become longer than file systems allow
+        (["d/" + "é" * 125 + ".tar"] * 2, ["d/" + "é" * 125 + ".tar", "d/" + "é" * 123 + " (2).tar"]),
+        (["a" * 255] * 2, ["a" * 255, "a" * 251 + " (2)"]),
+        (["a" * 256] * 2, ["a" * 256, "a" * 256 + " (2)"]),
         ([], []),
     ],
 )
@@ -74,3 +78,19 @@ def test_no_two_files_have_the_same_name_or_that_of_a_folder(paths: list[str]) -
     assert len({*names}) == len(names) == len(paths)
     folders = {"/".join(name.split("/")[:depth]) for name in names for depth in range(1, name.count("/") + 1)}
     assert folders.isdisjoint(names)
+
+
+def test_the_work_for_equal_names_grows_with_their_number() -> None:
+    class Path(str):
+        """A path that counts how often it is split into a stem and an extension."""
+
+        splits = 0
+
+        def rpartition(self, separator: str, /) -> tuple[str, str, str]:
+            Path.splits += separator == "/"
+            return super().rpartition(separator)
+
+    names = distinct_names([Path("a.txt")] * 1000)
+    assert len({*names}) == 1000
+    assert names[-1] == "a (1000).txt"
+    assert Path.splits < 2000

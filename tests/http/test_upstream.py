@@ -1,11 +1,14 @@
 """What an upstream is asked, what it refuses, and what its answer says of a file, as tables."""
 
+import hashlib
+from base64 import b64encode
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from downloadview_async.errors import FileError, FileMissing, PreconditionFailed, UpstreamBusy, UpstreamError
+from downloadview_async.http.digest import Digests
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.http.upstream import (
@@ -121,6 +124,7 @@ def test_what_refuses_more_than_a_plain_get_asks_for(of: Answer, refused: bool) 
 
 GET_PART = DownloadRequest(range="bytes=2-5")
 GET = DownloadRequest()
+HEAD = DownloadRequest(method="HEAD")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,42 @@ def test_the_fields_of_an_error_page_do_not_describe_the_file() -> None:
     of = answer(416, {"content-range": "bytes */1"} | page | TAG, **RANGED)
     metadata = described(of, GET_PART, URL).metadata
     assert (metadata.content_type, metadata.headers, metadata.etag) == (None, (), ETag("one"))
+
+
+KNOWN = ("sha-256", hashlib.sha256(b"0123456789").digest())
+REPR = {"repr-digest": f"sha-256=:{b64encode(KNOWN[1]).decode()}:"}
+CONTENT = {"content-digest": REPR["repr-digest"]}
+OTHER = {"content-digest": f"sha-256=:{b64encode(bytes(32)).decode()}:"}
+
+
+@pytest.mark.parametrize(
+    "of, request_, digests",
+    [
+        (answer(200, TAG | REPR), GET, (KNOWN,)),
+        (answer(200, REPR), GET, (KNOWN,)),
+        (answer(200, REPR | OTHER), GET, (KNOWN,)),
+        (answer(200, CONTENT), GET, (KNOWN,)),
+        (answer(200, REPR | {"content-encoding": "identity"}), GET, (KNOWN,)),
+        (answer(200, TAG | REPR, method="HEAD"), HEAD, (KNOWN,)),
+        (answer(206, PART | REPR, **RANGED), GET_PART, (KNOWN,)),
+        (answer(304, TAG | REPR, if_none_match='"one"'), DownloadRequest(if_none_match='"one"'), (KNOWN,)),
+        # of this message alone, or of other bytes
+        (answer(200, CONTENT, method="HEAD"), HEAD, ()),
+        (answer(206, PART | CONTENT, **RANGED), GET_PART, ()),
+        (answer(203, REPR), GET, ()),
+        (answer(200, REPR | {"content-encoding": "gzip"}), GET, ()),
+        (answer(200, REPR | {"content-encoding": "aws-chunked"}), GET, ()),
+        (answer(200, CONTENT | {"content-encoding": "gzip"}), GET, ()),
+        (answer(416, {"content-range": "bytes */1"} | REPR, **RANGED), GET_PART, ()),
+        # what does not parse, or has another length
+        (answer(200, {"repr-digest": "sha-256=:AAAA:"}), GET, ()),
+        (answer(200, {"repr-digest": "sha-256=:" + "A" * 43 + "=:, md5=:AAAA:"}), GET, (("sha-256", bytes(32)),)),
+        (answer(200, {"repr-digest": f"{REPR['repr-digest']}\r\nX-Accel-Redirect: /x"}), GET, ()),
+        (answer(200, {"digest": "SHA-256=" + b64encode(KNOWN[1]).decode()}), GET, ()),
+    ],
+)
+def test_the_digests_of_the_whole_file(of: Answer, request_: DownloadRequest, digests: Digests) -> None:
+    assert described(of, request_, URL).metadata.digests == digests
 
 
 def test_representation_fields_pass_an_allow_list() -> None:

@@ -4,9 +4,10 @@ import io
 import logging
 import os
 import sqlite3
+import threading
 import zipfile
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing
 from pathlib import Path
 
 import anyio
@@ -18,6 +19,7 @@ import downloadview_async as dv
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources import archive as archive_module
+from downloadview_async.sources import checksums as checksums_module
 from downloadview_async.sources.archive import (
     Archive,
     ArchiveEntry,
@@ -486,6 +488,23 @@ async def test_a_file_of_checksums_that_cannot_be_used_costs_time_only(
     assert "crc.db" in caplog.text
 
 
+async def test_a_file_of_checksums_that_is_locked_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checksums_module, "_BUSY_SECONDS", 0.05)
+    checksums = dv.SQLiteChecksums(tmp_path / "crc.db")
+    await checksums.put({b"a": 1})
+    with closing(sqlite3.connect(tmp_path / "crc.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for _ in range(20):
+            assert await checksums.get([b"a"]) == {}
+            await checksums.put({b"a": 2})
+    assert sorted(record.message.partition(" CRC-32s")[0] for record in caplog.records) == ["reading", "writing"]
+    assert await checksums.get([b"a"]) == {}
+    monkeypatch.setattr(checksums, "_resume_at", {"reading": 0.0, "writing": 0.0})
+    assert await checksums.get([b"a"]) == {b"a": 1}
+
+
 async def test_connections_that_begin_together_share_a_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive_module, "SHARED_SECONDS", 60.0)
     listed: list[str] = []
@@ -506,6 +525,77 @@ async def test_connections_that_begin_together_share_a_layout(tmp_path: Path, mo
     del first, second
     await read(await archives.resolve("reports"))  # nothing keeps a layout that no connection uses
     assert listed[3:] == ["reports", "reports/2026"]
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("change", ["other bytes", "removed"])
+async def test_a_layout_is_not_shared_after_a_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: str
+) -> None:
+    monkeypatch.setattr(archive_module, "SHARED_SECONDS", 60.0)
+    archives = ArchiveSource(make_tree(tmp_path, {"a": b"a" * 300_000, "b": b"b"}))
+    async with (await archives.resolve("")).open() as opened:  # it is being sent all the time
+        if change == "removed":
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes(b"other")
+        with pytest.raises(dv.DownloadError):
+            await read(await archives.resolve(""))
+        assert unpacked(await read(await archives.resolve(""))).get(name) == (None if change == "removed" else b"other")
+        assert opened.metadata.size
+
+
+async def test_only_some_archives_are_laid_out_at_the_same_time(tmp_path: Path) -> None:
+    running, most, others = 0, 0, anyio.Event()
+
+    class Listing(Counting):
+        async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            if running == archive_module._LAID_OUT:
+                others.set()
+            await others.wait()
+            async for entry in super().list(folder):
+                yield entry
+            running -= 1
+
+    make_tree(tmp_path, {f"{number}/file": b"x" for number in range(20)})
+    archives = ArchiveSource(Listing(dv.PathSource(tmp_path)))
+    tags = set()
+
+    async def describe(folder: str) -> None:
+        async with (await archives.resolve(folder)).open() as opened:
+            tags.add(opened.metadata.etag)
+
+    async with anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(describe, str(number))
+    assert len(tags) == 20
+    assert most == archive_module._LAID_OUT
+
+
+async def test_the_layout_of_many_files_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
+    entries = [ArchiveEntry(f"{number}/") for number in range(archive_module._MANY)]
+    seen: list[tuple[str, int]] = []
+
+    class Seen(ArchiveLimits):
+        """Limits that notice in which thread the size of the archive is compared with them."""
+
+        def __getattribute__(self, name: str) -> object:
+            seen.append((name, threading.get_ident()))
+            return super().__getattribute__(name)
+
+    async with Archive(entries, limits=Seen()).open() as opened:
+        assert opened.metadata.size
+    assert ("size", threading.get_ident()) not in seen
+    assert "size" in {name for name, _ in seen}
+
+
+async def test_a_path_that_is_too_long_for_an_archive() -> None:
+    with pytest.raises(dv.ArchiveTooLarge) as refused:
+        await read(Archive([("a" * 65_536, dv.VirtualFile(b"x", name="x"))]))
+    assert refused.value.detail == "a path would be too long"
 
 
 async def test_a_client_that_leaves_does_not_lose_the_checksums(tmp_path: Path) -> None:

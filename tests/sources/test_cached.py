@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import hashlib
 import logging
 import os
 import resource
@@ -24,6 +25,7 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async import Cache, CachedSource, ConfigurationError, Download, ETag, RemoteSource, VirtualFile
+from downloadview_async.http.digest import repr_digest
 from downloadview_async.sources.cache import index
 from downloadview_async.sources.cache import source as cached
 from downloadview_async.sources.cache.directory import CacheDirectory
@@ -1068,3 +1070,74 @@ async def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
     used = sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
     assert int((tmp_path / "usage").read_bytes().split()[0]) == used <= 4_000_000
     assert no_parts(str(tmp_path))
+
+
+# Digests
+
+
+SHA256 = ("sha-256", hashlib.sha256(BIG).digest())
+SHA512 = ("sha-512", hashlib.sha512(BIG).digest())
+
+
+async def test_a_digest_of_the_upstream_is_passed_on_and_kept(origin: Origin, served: Served) -> None:
+    field = repr_digest((SHA256,))
+    origin.headers.append(f"Repr-Digest: {field}")
+    for _ in range(2):
+        assert (await served.get()).headers["repr-digest"] == field
+        assert (await served.get(Range="bytes=1-5")).headers["repr-digest"] == field
+        await served.settled()
+    assert len(origin.requests) == 1
+    async with serving(remote(origin), Path(served.cache.path).with_name("another")) as other:
+        assert (await other.get(method="HEAD")).headers["repr-digest"] == field  # without a fill
+        served.cache.kept.clear()
+        assert (await served.get()).headers["repr-digest"] == field  # from the file K.meta
+
+
+async def test_digests_are_computed_while_a_file_is_fetched(origin: Origin, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    source = CachedSource(remote(origin), cache, name="x", digests=["sha-256", "sha-512"])
+    digests = dv.Digests(source, background=True, algorithms=["sha-512", "sha-256"])
+    app = Starlette(routes=[Route("/{path:path}", Download(source, digests=digests))])
+    async with live(app) as port:
+        served = Served(source, port)
+        first = await served.get()
+        assert (first.body, "repr-digest" in first.headers) == (BIG, False)
+        await served.settled()
+        assert (await served.get()).headers["repr-digest"] == repr_digest((SHA256,))
+        described = await digests.compute("a.bin", progress=lambda size: None)
+        assert described is not None
+        assert described.digests == (SHA256, SHA512)
+        cache.kept.clear()
+        assert (await served.get(Want_Repr_Digest="sha-512=5")).headers["repr-digest"] == repr_digest((SHA512,))
+    assert len(origin.requests) == 1
+    await source.aclose()
+    await cache.aclose()
+
+
+@pytest.mark.parametrize("coding", ["gzip", None])
+async def test_a_file_with_another_digest_is_not_kept(
+    origin: Origin, tmp_path: Path, coding: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    origin.headers.append(f"Repr-Digest: {repr_digest((('sha-256', bytes(32)),))}")
+    if coding is not None:  # it is about the coded bytes then, and is not passed on
+        origin.headers.append(f"Content-Encoding: {coding}")
+    cache = Cache(tmp_path / "cache")
+    source = CachedSource(remote(origin), cache, name="x", digests=["sha-256"])
+    async with live(Starlette(routes=[Route("/{path:path}", Download(source))])) as port:
+        served = Served(source, port)
+        answer = await served.get()
+        assert (answer.body, "repr-digest" in answer.headers) == (BIG, coding is None)
+        await served.settled()
+        assert bool(served.data()) == (coding is not None)
+        assert ("sha-256 digest" in caplog.text) == (coding is None)
+        assert (await served.get()).body == BIG
+        await served.settled()
+        assert len(origin.requests) == (2 if coding is None else 1)
+    await source.aclose()
+    await cache.aclose()
+
+
+@pytest.mark.parametrize("digests", ["sha-256", ["md5"], ["sha-256", "sha256"]])
+async def test_algorithms_that_are_refused(origin: Origin, tmp_path: Path, digests: Any) -> None:
+    with pytest.raises(ConfigurationError, match="digests takes some of sha-256, sha-512"):
+        CachedSource(remote(origin), Cache(tmp_path), name="x", digests=digests)

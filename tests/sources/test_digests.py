@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import sqlite3
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ import pytest
 import downloadview_async as dv
 from downloadview_async.http.digest import ALGORITHMS
 from downloadview_async.http.digest import Digests as Values
+from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.digests.sidecar import checksum_line, parse_sidecar
 from tests.live import make_old
 
@@ -222,6 +224,54 @@ async def test_a_store_that_fails_hides_no_file(root: Path, caplog: pytest.LogCa
         (root / "a.bin.sha256").write_text(f"{HEX}  a.bin\n")
         assert await found_for(dv.Digests(dv.PathSource(root), store, sidecars=True)) == (SHA256,)
     assert "The store of digests fails" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["removed", "corrupt", "read-only", "locked"])
+async def test_a_digest_that_cannot_be_stored_is_kept_in_memory(
+    root: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    path = root.parent / "digests.db"
+    async with stored(root) as store, contextlib.AsyncExitStack() as stack:
+        digests = dv.Digests(dv.PathSource(root), store, background=True)
+        await stack.enter_async_context(digests.running())
+        if damage == "corrupt":
+            path.write_bytes(b"not a database" * 100)
+        else:
+            assert await found_for(dv.Digests(dv.PathSource(root), store)) == ()  # the store is in use
+        if damage == "removed":
+            path.unlink()
+        elif damage == "locked":
+            other = stack.enter_context(contextlib.closing(sqlite3.connect(path)))
+            other.execute("BEGIN IMMEDIATE")
+        elif damage == "read-only":
+            await store._file.rows("PRAGMA query_only = ON")
+        assert await digests.computed("a.bin", 20)
+        assert "The digest of 'a.bin' in 'files' is not " in caplog.text
+        assert await found_for(digests) == await found_for(digests, "./a.bin") == (SHA256,)
+
+
+async def test_a_file_that_has_changed_since_it_was_opened_has_no_digest(root: Path) -> None:
+    file = root / "a.bin"
+    for changed in (CONTENT[::-1], CONTENT * 2):
+        file.write_bytes(CONTENT)
+        make_old(root)
+
+        class Changing:
+            """A source whose file changes after it was opened."""
+
+            async def resolve(self, name: str, /) -> dv.AsyncFile:
+                return self
+
+            name = "a.bin"
+            location = None
+
+            @asynccontextmanager
+            async def open(self, request: DownloadRequest = GET) -> AsyncIterator[dv.OpenFile]:
+                async with (await dv.PathSource(root).resolve("a.bin")).open(request) as opened:
+                    file.write_bytes(changed)  # noqa: B023
+                    yield opened
+
+        assert await dv.Digests(Changing()).compute("a.bin") is None
 
 
 async def test_hashing_leaves_the_page_cache_as_it_was(root: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from downloadview_async.http.content_types import valid_content_type
+from downloadview_async.http.digest import parse_repr_digest, repr_digest
 from downloadview_async.http.fields import NAME_CHAR
 from downloadview_async.http.metadata import ETag, FileMetadata
 
@@ -86,6 +87,7 @@ def dump_entry(source: str, key: str, entry: Entry) -> bytes:
             "last_modified": metadata.last_modified,
             "content_type": metadata.content_type,
             "headers": metadata.headers,
+            "digests": repr_digest(metadata.digests),
         }
     ).encode()
     return blake2b(body, digest_size=20).hexdigest().encode() + b"\n" + body
@@ -112,6 +114,7 @@ def load_entry(content: bytes, source: str, key: str) -> Entry | None:
                 last_modified=loaded["last_modified"],
                 content_type=loaded["content_type"],
                 headers=tuple((name, value) for name, value in loaded["headers"]),
+                digests=parse_repr_digest(loaded.get("digests", "")),
             ),
         )
         return entry if _is_sound(entry, key_hash(source, key)) else None

@@ -5,10 +5,10 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -19,6 +19,7 @@ from downloadview_async.errors import (
     TransferAborted,
 )
 from downloadview_async.http.conditional import failed_precondition
+from downloadview_async.http.digest import ALGORITHMS, digests_of, new_hashes
 from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
@@ -51,6 +52,7 @@ class Fill:
         inner: AsyncFile,
         stale: Entry | None,
         before: "Fill | None" = None,
+        algorithms: Sequence[str] = (),
     ) -> None:
         self.source = source
         self.key = key
@@ -75,6 +77,7 @@ class Fill:
         self._entry: Entry | None = None
         """The entry of the file that arrives, once the source has described it."""
         self._fresh_until = math.inf
+        self._algorithms = algorithms
         self._clients = 0
         self._is_given = False
         self._is_wanted = False
@@ -300,11 +303,13 @@ class Fill:
                 metadata = replace(metadata, etag=ETag(secrets.token_hex(16)))
             self._entry = replace(self._entry, metadata=metadata)
             await self._describe(part, file, metadata)
-            await self._take_all(opened, metadata.size)
+            is_coded = any(name == "content-encoding" for name, _ in metadata.headers)
+            hashes = new_hashes(() if is_coded else self._algorithms)
+            await self._take_all(opened, metadata.size, hashes)
             if not self.arriving.is_on_disk:
                 return
             assert self.arriving.metadata is not None
-            complete = self.arriving.metadata
+            complete = self._with_digests(self.arriving.metadata, hashes)
             entry = replace(self._entry, data=data_name(part.key, complete), metadata=complete)
             if self._on_demand is not None:
                 entry = replace(entry, validated=time.time())  # its `max_age` counts from its completion
@@ -312,6 +317,20 @@ class Fill:
                 self.result = await self._cache.commit(part, self.source, self.key, entry)
         finally:
             self.is_kept = self.result is not None
+
+    def _with_digests(self, metadata: FileMetadata, hashes: Mapping[str, Any]) -> FileMetadata:
+        """Return the metadata with the digests that have been computed, if a K.meta has room for them.
+
+        Raises `SourceUnavailable` if the source has told another digest.
+        """
+        computed = dict(digests_of(hashes))
+        if wrong := [name for name, value in metadata.digests if computed.get(name, value) != value]:
+            problem = f"the bytes of {shown(self._inner.name)} do not have the {wrong[0]} digest that its source tells"
+            logger.warning("%s: they are not kept in the cache", problem)
+            raise SourceUnavailable(problem)
+        known = dict(metadata.digests) | computed
+        described = replace(metadata, digests=tuple((name, known[name]) for name in ALGORITHMS if name in known))
+        return described if self._is_describable(described) else metadata
 
     def _is_describable(self, metadata: FileMetadata) -> bool:
         entry = Entry(data=data_name("", metadata), name=self._inner.name, metadata=metadata, validated=0.0)
@@ -338,14 +357,17 @@ class Fill:
 
         self.arriving.describe(metadata, file=file.shared(), write=write, reserve=reserve, complain=complain)
 
-    async def _take_all(self, opened: OpenFile, size: int | None) -> None:
-        """Take exactly the promised bytes. Raises `TransferAborted` if there are fewer."""
+    async def _take_all(self, opened: OpenFile, size: int | None, hashes: Mapping[str, Any] | None = None) -> None:
+        """Take exactly the promised bytes, and update the hashes. Raises `TransferAborted` if there are fewer."""
         arriving, left = self.arriving, size
         async with arriving.writing():
             if size != 0:
                 async with _closing(opened.stream(None if size is None else ByteRange(0, size))) as chunks:
                     async for chunk in chunks:
-                        await arriving.take(chunk if left is None else chunk[:left])
+                        taken = chunk if left is None else chunk[:left]
+                        for value in (hashes or {}).values():
+                            value.update(taken)
+                        await arriving.take(taken)
                         if not arriving.is_on_disk:
                             self._cache.withdraw(self)
                             if not self._clients or arriving.is_given_up:

@@ -317,7 +317,9 @@ class Cache:
             before = fill.arrives
             fill = None
         if fill is None and inner is not None:
-            fill = self._fetches[place] = Fill(self, source, key, inner, stale, before)
+            enlisted = self._names.get(source)
+            algorithms = () if enlisted is None else enlisted.digests
+            fill = self._fetches[place] = Fill(self, source, key, inner, stale, before, algorithms)
             self._running.add(fill)
             fill.start()
             fill.task.add_done_callback(partial(self._ended, fill))

@@ -6,7 +6,7 @@ missing file is fetched once (single-flight) by a separate task, and all clients
 
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from inspect import isfunction
 from typing import Any
@@ -15,6 +15,7 @@ from downloadview_async.errors import (
     ConfigurationError,
     SourceUnavailable,
 )
+from downloadview_async.http.digest import check_algorithms
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import (
@@ -46,19 +47,27 @@ class CachedSource:
     directory get the same files. The default is the URL of a `RemoteSource`, the URL of an `ObjectStorage` with its
     endpoint, or the file and name of a `VirtualSource`'s function. Other sources need a name.
 
+    digests: algorithms, such as "sha-256". The digests of a file are computed while it is fetched, and kept with it, so
+    that it is not read again for them. A file whose bytes do not have the digest that its source tells is not kept.
+
     It lists folders if the source does: listings are not kept in the cache.
 
-    Raises `ConfigurationError` if another source in the cache has this name, or if a name is needed.
+    Raises `ConfigurationError` if another source in the cache has this name, if a name is needed, or for an algorithm
+    that is not one.
     """
 
-    def __init__(self, source: Source, cache: Cache, *, name: str | None = None) -> None:
+    def __init__(self, source: Source, cache: Cache, *, name: str | None = None, digests: Sequence[str] = ()) -> None:
         check_source(source, "CachedSource")
+        check_algorithms(digests, "digests")
         if not isinstance(cache, Cache):
             raise ConfigurationError(f"CachedSource takes a cache, such as Cache('cache'), not {cache!r}")
         self.source = source
         self.cache = cache
+        self.digests = tuple(digests)
         self.name = _name_of(source) if name is None else name
         self._canonical = source.canonical if isinstance(source, HasCanonicalNames) else None
+        if self._canonical is not None:
+            self.canonical = self._canonical  # as an attribute of the object: see `pass_listing_on`
         cache.enlist(self)
         pass_listing_on(self, source)
 

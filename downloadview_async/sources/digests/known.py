@@ -4,7 +4,6 @@ A digest belongs to one version of a file, which its strong entity tag and its s
 content that is made on demand, has none.
 """
 
-import hashlib
 import logging
 import os
 import sqlite3
@@ -19,7 +18,7 @@ import anyio
 import anyio.to_thread
 
 from downloadview_async.errors import ConfigurationError, DownloadError
-from downloadview_async.http.digest import ALGORITHMS
+from downloadview_async.http.digest import ALGORITHMS, check_algorithms, digests_of, new_hashes
 from downloadview_async.http.digest import Digests as Values
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.sources.base import HasCanonicalNames, OpenFile, Source, check_source, on_demand_of
@@ -67,8 +66,7 @@ class Digests:
         max_bytes: int | None = None,
     ) -> None:
         check_source(source, "Digests")
-        if not algorithms or isinstance(algorithms, str) or (set(algorithms) - set(ALGORITHMS)):
-            raise ConfigurationError(f"algorithms takes some of {', '.join(ALGORITHMS)}, not {algorithms!r}")
+        check_algorithms(algorithms or "none", "algorithms")
         self.source = source
         self.store = store
         self.name = name
@@ -96,6 +94,8 @@ class Digests:
         is_over = until is not None and until <= time.monotonic()
         if is_over or before.etag != metadata.etag or before.size != metadata.size:
             return None
+        if metadata.digests and metadata.digests != before.digests:
+            return None  # the source has learnt them meanwhile
         return described if before is metadata else replace(metadata, digests=described.digests)
 
     async def find(self, name: str, opened: OpenFile) -> FileMetadata:
@@ -104,12 +104,12 @@ class Digests:
         If they are not, they may be computed in the background. A store that fails is logged, and nothing is known.
         """
         metadata = opened.metadata
-        if (kept := self.kept(name, metadata)) is not None:
+        if (kept := self.kept(name, metadata) or self.kept(self._plain(name), metadata)) is not None:
             return kept
         until: float | None = None
         values = metadata.digests
         with anyio.move_on_after(_LOOK_UP_SECONDS):
-            if not values and self.store is not None:
+            if not values:
                 values = await self._stored(name, metadata)
             if not values and self.sidecars:
                 values, until = await self._from_sidecar(name, opened), time.monotonic() + _LOOKED_UP_AGAIN
@@ -133,16 +133,19 @@ class Digests:
             metadata = opened.metadata
             if not _is_version(metadata):
                 return None
-            values = await self.store.get(self.name, name, metadata) if self.store is not None else ()
+            values = metadata.digests or await self._stored(name, metadata)
             if {algorithm for algorithm, _ in values}.issuperset(self.algorithms):
                 progress(metadata.size or 0)
             else:
-                hashes = {algorithm: hashlib.new(algorithm.replace("-", "")) for algorithm in self.algorithms}
+                hashes = new_hashes(self.algorithms)
                 if not await _hash(opened, list(hashes.values()), progress):
                     return None
-                values = tuple((algorithm, value.digest()) for algorithm, value in hashes.items())
+                values = digests_of(hashes)
+                # before it is stored: while the store fails, the file is not hashed again for each request
+                described = self._keep(name, metadata, values, None)
                 if self.store is not None:
                     await self.store.put(self.name, name, metadata, values)
+                return described
         return self._keep(name, metadata, values, None)
 
     async def computed(self, name: str, seconds: float) -> bool:
@@ -197,7 +200,8 @@ class Digests:
         return done
 
     async def _stored(self, name: str, metadata: FileMetadata) -> Values:
-        assert self.store is not None
+        if self.store is None:
+            return ()
         try:
             return await self.store.get(self.name, self._plain(name), metadata)
         except (OSError, sqlite3.Error, ConfigurationError) as exc:
@@ -241,6 +245,8 @@ async def _hash(opened: OpenFile, hashes: list[Any], progress: Callable[[int], o
     assert size is not None
     if (local := local_of(opened)) is not None:
         before = os.fstat(local.descriptor)
+        if before.st_size != size or local.is_rewritten():  # since it was opened, which may be a second ago
+            return False
         descriptor = await anyio.to_thread.run_sync(_reopened, local, limiter=unlimited())
         try:
             for start in range(0, size, _PART):
