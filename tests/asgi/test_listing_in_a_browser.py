@@ -136,6 +136,32 @@ async def test_a_view_page_fits_a_small_window(root: Path, tmp_path: Path, name:
     assert seen["wide"] <= 320
 
 
+async def test_names_of_spaces_alone_can_be_clicked(tmp_path: Path) -> None:
+    names = [" ", "\u200b", "a b", "a  b"]
+    for name in names:
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / name).touch()
+    probe = """
+    addEventListener("load", () => {
+    const links = [...document.querySelectorAll("td a")].filter((link) => link.closest("td").cellIndex === 0);
+    const width = (link) => link.getBoundingClientRect().width;
+    const clicked = (link) => { const {x, y, width, height} = link.getBoundingClientRect();
+    return document.elementFromPoint(x + width / 2, y + height / 2) === link; };
+    console.log("facts " + JSON.stringify(links.map((link) => [link.textContent, width(link), clicked(link)])));
+    });
+    """
+    download = dv.Download(dv.PathSource(tmp_path / "files"), listing=dv.Pages(script=dv.Pages().script + probe))
+    async with live(Starlette(routes=[Mount("/files", download)])) as port:
+        flags = ["--enable-logging=stderr", "--virtual-time-budget=3000"]
+        output = await browsed(f"http://127.0.0.1:{port}/files/", tmp_path / "profile", *flags)
+    match = re.search(r'"facts (\[.*\])"', output)
+    assert match is not None, output[-2000:]
+    links = {name: (width, is_clicked) for name, width, is_clicked in json.loads(match[1])}
+    assert links.keys() == {*names}
+    assert all(width >= 3 and is_clicked for width, is_clicked in links.values()), links
+    assert links["a  b"][0] > links["a b"][0]
+
+
 async def test_the_entries_that_are_selected_are_in_the_archive(tmp_path: Path) -> None:
     names = ["a+b.txt", "a&name=c.txt", "100%.txt", "a b 😀.txt", "--x", "#1?.txt", "left.txt"]
     for name in names:

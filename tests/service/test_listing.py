@@ -1,15 +1,20 @@
 """Listings, the page at `/` and the pages of errors, as the settings make them."""
 
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from downloadview_async import ConfigurationError
+from downloadview_async import ConfigurationError, Entry, PathSource
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
+from downloadview_async.service.pages import IndexPage, ServicePages
 from downloadview_async.testing import Recording, call
 
 pytestmark = pytest.mark.asyncio
@@ -92,6 +97,29 @@ async def test_the_first_page_counts_what_everyone_may_list(directory: Path, mon
     (directory / "files" / "a.txt").unlink()
     (directory / "files" / "sub").rmdir()
     assert b"<span>a directory: empty</span>" in (await get(app, "/")).body
+
+
+async def test_the_first_page_does_not_wait_for_a_source_that_hangs(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hanging(PathSource):
+        async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+            await anyio.sleep_forever()
+            yield Entry("")
+
+    file = directory / "downloadview.toml"
+    second = ROUTE.replace("/files/", "/more/").replace('"files"', '"more"')
+    file.write_text(SOURCE + SOURCE.replace("sources.files", "sources.more") + ROUTE + "list = true\n" + second)
+    settings = load_settings(file, environ={})
+    monkeypatch.setattr("downloadview_async.service.pages.COUNT_SECONDS", 0.01)
+    page = IndexPage(
+        settings,
+        ServicePages(settings),
+        {"files": Hanging(directory / "files"), "more": PathSource(directory / "files")},
+    )
+    with anyio.fail_after(10):
+        answer = await call(Starlette(routes=[Route("/", page.answer)]), "/")
+    assert (answer.status, answer.body.count(b"<span>a directory</span>")) == (200, 2)
 
 
 async def nobody(request: Any, name: str) -> bool:

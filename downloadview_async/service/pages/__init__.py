@@ -10,10 +10,12 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from http import HTTPStatus
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
+import anyio
 from jinja2 import Environment, FileSystemLoader, Template, TemplateError
 from markupsafe import Markup
 from starlette.requests import Request
@@ -35,6 +37,9 @@ from downloadview_async.service.settings import RouteSettings, Settings
 
 MAX_LOGO = 64 * 1024
 """The largest logo, in bytes, because each page has it inside."""
+
+COUNT_SECONDS = 1.0
+"""How long the page at `/` waits for the numbers of all routes: it has none of a source that does not answer."""
 
 MOST_COUNTED = 1000
 """Files and folders up to which those of a route are counted for the page at `/`."""
@@ -197,20 +202,24 @@ class IndexPage:
         root = "."  # relative, so that a proxy may remove a prefix that this service does not know
         if self._folder is not None:
             return Response(status_code=307, headers={"Location": root + self._folder, "Cache-Control": "no-cache"})
+        counts: list[str | None] = []
+        with anyio.move_on_after(COUNT_SECONDS):
+            for route, _ in self._routes:
+                counts.append(await _count(self._sources[route.source], route))
         routes = [
             {
                 "name": route.name or route.source,
                 "path": route.path,
                 "parameter": _PARAMETER.findall(route.path)[0],
                 "kind": kind,
-                "count": await _count(self._sources[route.source], route),
+                "count": count,
                 "folder": None if (folder := folder_of(route)) is None else root + folder,
                 # without an access: a link that is not signed would be refused
                 "links": [
                     {"name": name, "href": root + _link(route, name)} for name in route.examples if route.access is None
                 ],
             }
-            for route, kind in self._routes
+            for (route, kind), count in zip_longest(self._routes, counts)
         ]
         values = self._pages.values() | {"style": self._style, "script": ""}
         page = self._template.render(values, routes=routes, root=root)
