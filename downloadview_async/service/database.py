@@ -3,8 +3,8 @@
 import datetime
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +22,7 @@ from sqlalchemy import (
     String,
     Table,
     collate,
+    func,
     literal,
     null,
     select,
@@ -99,13 +100,18 @@ class Documents:
 
     def _select(self, table: Table) -> Select[Any]:
         settings = self._settings
-        for option in ("key", "file", "filename", "content_type", "size", "modified"):
+        for option in ("key", "file", "filename", "content_type", "size", "modified", "parent"):
             column = getattr(settings, option)
             if column is not None and column not in table.c:
                 raise ConfigurationError(
                     f"the table {settings.table!r} has no column {column!r}: correct `{option}`, one of "
                     f"{', '.join(table.c.keys())}"
                 )
+        if settings.parent is not None and not isinstance(table.c[settings.parent].type, String):
+            raise ConfigurationError(
+                f"the column {settings.parent!r} of {settings.table!r} has no text: `parent` is the path of a folder, "
+                "such as reports/2026"
+            )
         return self._columns(table, "file", "filename", "content_type").limit(1)
 
     def _columns(self, table: Table, *options: str) -> Select[Any]:
@@ -118,13 +124,21 @@ class Documents:
     async def get(self, key: str) -> Document | None:
         """Return the row for a key, or None. The connection is returned to the pool first.
 
+        key: after the folder of the row and a slash, if the settings have a `parent`.
+
         Raises `SourceUnavailable` if the database does not answer.
         """
         column = self._table.c[self._settings.key]
+        statement = self._statement
+        if self._settings.parent is not None:
+            folder, slash, key = key.rpartition("/")
+            if (slash and not folder) or "\0" in folder or _SURROGATES.search(folder):
+                return None
+            statement = statement.where(func.coalesce(self._table.c[self._settings.parent], "") == folder)
         value = key_as(column.type, key)
         if value is None:
             return None
-        rows = await self._rows(self._statement.where(column == literal(value, _comparable(column.type))))
+        rows = await self._rows(statement.where(column == literal(value, _comparable(column.type))))
         return Document(*(None if value is None else str(value) for value in rows[0])) if rows else None
 
     async def list_folder(self, folder: str) -> AsyncIterator[Entry]:
@@ -133,8 +147,15 @@ class Documents:
         The rows are read in the order of their keys, `_BATCH` at a time. SQLite skips those in the folders below;
         other databases, whose order of text may be any, read them, too. A row without a file is left out.
 
+        With a `parent`, they are the rows and the folders in which that column puts them.
+
         Raises `FileMissing`, `SourceUnavailable`.
         """
+        if self._settings.parent is not None:
+            async with aclosing(self._children(folder, self._table.c[self._settings.parent])) as entries:
+                async for entry in entries:
+                    yield entry
+            return
         column = self._table.c[self._settings.key]
         prefix = folder and f"{folder}/"
         is_text = isinstance(column.type, String)
@@ -170,6 +191,36 @@ class Documents:
             batch = await self._rows(selected.where(following)) if len(batch) == _BATCH else []
         if is_empty and prefix:
             raise FileMissing(f"there is no row below {prefix!r}")
+
+    async def _children(self, folder: str, parent: Any) -> AsyncGenerator[Entry, None]:
+        key = self._table.c[self._settings.key]
+        is_empty = True
+        selected = self._columns(self._table, "key", "file", "size", "modified", "content_type")
+        selected = selected.where(func.coalesce(parent, "") == folder, key.is_not(None)).order_by(key).limit(_BATCH)
+        batch = await self._rows(selected)
+        while batch:
+            is_empty = False
+            for row in batch:
+                name = text_of(key.type, row.key)
+                if name is not None and row.file and "/" not in name:
+                    yield Entry(name, False, *_described(row))
+            batch = await self._rows(selected.where(key > batch[-1].key)) if len(batch) == _BATCH else []
+        prefix = folder and f"{folder}/"
+        below = select(parent.label("parent")).distinct().where(parent != "").order_by(parent).limit(_BATCH)
+        if prefix:
+            below = below.where(parent.startswith(prefix, autoescape=True))
+        folders: set[str] = set()
+        batch = await self._rows(below)
+        while batch:
+            for row in batch:
+                name = row.parent[len(prefix) :].partition("/")[0]
+                if row.parent.startswith(prefix) and name and name not in folders:  # LIKE may ignore case
+                    is_empty = False
+                    folders.add(name)
+                    yield Entry(name, is_folder=True)
+            batch = await self._rows(below.where(parent > batch[-1].parent)) if len(batch) == _BATCH else []
+        if is_empty and folder:
+            raise FileMissing(f"there is no row in {folder!r}")
 
     async def check(self) -> None:
         """Read one row of the table. Raises `SourceUnavailable` if that fails."""

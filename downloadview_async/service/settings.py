@@ -201,6 +201,7 @@ class ObjectSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     list: Annotated[bool, Meta(description="true to list the rows, with the slashes in their keys between folders")] = (
         False
     )
+    parent: Annotated[str, Meta(description="the column with the folder before the key in the URL")] | None = None
     size: Annotated[str, Meta(description="the column with the size in bytes, for listings")] | None = None
     modified: Annotated[str, Meta(description="the column with the time of the last change, for listings")] | None = (
         None

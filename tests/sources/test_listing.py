@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
+import msgspec
 import obstore
 import pytest
 import pytest_asyncio
@@ -722,6 +723,50 @@ async def test_rows_of_a_large_folder_are_read_batch_by_batch(tmp_path: Path) ->
         assert set(await entries_of(source, "a%_")) == plain | {"b/"}
         assert set(await entries_of(source, "b")) == plain | {"c/"}
         assert set(await entries_of(source, "b/c")) == {"d/"}
+
+
+async def test_rows_are_in_the_folders_of_a_column(tmp_path: Path) -> None:
+    folders = ["reports/2026", "reports", "reports/2026/a%_", "reports2", "Reports/x", "reports/2025/deep/er", "", None]
+    folders += [f"reports/many/{number:04}" for number in range(1200)]
+    with closing(sqlite3.connect(tmp_path / "rows.db")) as database:
+        database.execute("CREATE TABLE rows (id INTEGER PRIMARY KEY, folder TEXT, file TEXT)")
+        database.executemany("INSERT INTO rows (folder, file) VALUES (?, 'f')", [(folder,) for folder in folders])
+        database.executemany("INSERT INTO rows (folder, file) VALUES ('large', 'f')", [()] * 1200)
+        database.execute("INSERT INTO rows (folder, file) VALUES ('reports', NULL)")
+        database.commit()
+    settings = ObjectSettings(
+        database=f"sqlite+aiosqlite:///{tmp_path / 'rows.db'}",
+        table="rows",
+        key="id",
+        file="file",
+        source="files",
+        parent="folder",
+        list=True,
+    )
+    documents = Documents(settings, directory=tmp_path)
+    async with documents.opened():
+        source = source_of(documents)
+        for folder, names in {
+            "": {"7", "8", "reports/", "reports2/", "Reports/", "large/"},
+            "reports": {"2", "2025/", "2026/", "many/"},
+            "reports/2026": {"1", "a%_/"},
+            "reports/2026/a%_": {"3"},
+            "reports/2025": {"deep/"},
+            "reports/many": {f"{number:04}/" for number in range(1200)},
+            "large": {str(number) for number in range(1209, 2409)},
+        }.items():
+            assert set(await entries_of(source, folder)) == names
+        for folder in ("report", "reports/20", "nothing", "2", "reports/2026/a"):
+            with pytest.raises(FileMissing):
+                await entries_of(source, folder)
+        for key in ("7", "8", "reports/2", "reports/2026/1", "reports/2026/a%_/3"):
+            assert await documents.get(key) is not None
+        for key in ("1", "reports/1", "REPORTS/2", "reports/x", "reports2/2", "reports/\udcff/1", "/7"):
+            assert await documents.get(key) is None
+    for parent, problem in (("none", "no column 'none'"), ("id", "has no text")):
+        with pytest.raises(ConfigurationError, match=problem):
+            async with Documents(msgspec.structs.replace(settings, parent=parent), directory=tmp_path).opened():
+                pass
 
 
 async def test_rows_may_have_numbers_as_keys_and_no_files(tmp_path: Path) -> None:
