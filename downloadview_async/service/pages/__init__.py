@@ -53,6 +53,7 @@ _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path d="M7 1h2v7h3l-4 4-4-4h3zM2 13h12v2H2z" '
     'fill="#0b5cad"/></svg>'
 )
+_SHARE = ' <a href="?share">Share</a>'
 _EXPLANATIONS = {
     401: "You need a name and a password.",
     403: "This link is not valid. Ask for a new one.",
@@ -66,7 +67,7 @@ _EXPLANATIONS = {
 class ServicePages(Pages):
     """The pages with what `[pages]` says. The files in its directory `templates` replace those of the service.
 
-    title: instead of that in the settings. shares: whether the pages of files have a link to share them.
+    title: instead of that in the settings. shares: whether the pages have a link to share files and folders.
 
     Raises `ConfigurationError` for a logo or a directory that cannot be read, and for a template that is not one.
     """
@@ -98,7 +99,7 @@ class ServicePages(Pages):
         template = self.template("listing.html")
         if template is None:
             return super().listing(page)
-        return template.render(page=page, **self._values())
+        return template.render(page=page, actions=Markup(self.folder_actions(page)), **self._values())  # noqa: S704
 
     def view(self, page: ViewPage) -> str:
         """Return the view page of a file."""
@@ -109,7 +110,12 @@ class ServicePages(Pages):
 
     def actions(self, page: ViewPage) -> str:
         """Return the links and buttons of a view page."""
-        return super().actions(page) + (' <a href="?share">Share</a>' if self._shares else "")
+        return super().actions(page) + (_SHARE if self._shares and not page.link else "")
+
+    def folder_actions(self, page: ListingPage) -> str:
+        """Return the links above the entries of a folder."""
+        is_of_user = self._shares and page.can_reorder and not page.query.link
+        return super().folder_actions(page) + (_SHARE if is_of_user else "")
 
     def error(self, status: int) -> str:
         """Return the page of an error. It depends on the status alone."""
