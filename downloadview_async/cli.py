@@ -317,6 +317,7 @@ def print_key() -> None:
 @click.option("--client", metavar="CIDR", help="The address or network from which alone the link is valid.")
 @click.option("--shareable", is_flag=True, help="Allow shared caches to keep the file until the link expires.")
 @click.option("--uses", type=click.IntRange(min=1), metavar="N", help="How many downloads the link allows.")
+@click.option("--below", is_flag=True, help="Make the link to a folder one to all that is below it.")
 @click.option("--base", default="", metavar="URL", help="The scheme and host of the link, and a prefix.")
 @click.option(
     "--format",
@@ -327,7 +328,7 @@ def print_key() -> None:
 def sign(
     path: str, config: Path | None, expires: str | None, until: datetime | None, inline: bool | None, **options: Any
 ) -> None:
-    """Print a link to the file at PATH, such as "/files/Q3 report.pdf".
+    """Print a link to the file at PATH, such as "/files/Q3 report.pdf", or to a folder, such as /files/2026/.
 
     PATH is not percent-encoded. The settings are the same as those of `serve`. The route of PATH must have "signed" or
     "secure_link" in its access.

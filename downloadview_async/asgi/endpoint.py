@@ -288,13 +288,12 @@ class Download(_Endpoint):
     ) -> None:
         assert self._folders is not None
         folders = self._folders
-        is_listed = await self._may_list(key, Request(scope, receive))
+        is_listed = await self._may_list(key, grant, Request(scope, receive))
 
         async def answer(send: Send) -> None:
             try:
-                content_type = None if grant is None else grant.content_type
                 tail = self._tail_of(key, scope)
-                page, headers = await folders.view(file, key, tail, content_type, grant, is_listed=is_listed)
+                page, headers = await folders.view(file, key, tail, grant, scope, is_listed=is_listed)
             except FileMissing as exc:
                 await self._missing(key, exc, scope, send)
             except FileError as exc:
@@ -304,8 +303,10 @@ class Download(_Endpoint):
 
         await until_the_client_leaves(answer, receive, send)
 
-    async def _may_list(self, key: str, request: Request) -> bool:
+    async def _may_list(self, key: str, grant: Grant | None, request: Request) -> bool:
         """Return whether the request may have the listing of the folder that a file is in."""
+        if grant is not None and grant.link_id is not None:
+            return grant.folder is not None  # a link to the file is not one to its folder
         folder, slash, _ = key.rpartition("/")
         try:
             if self.access:

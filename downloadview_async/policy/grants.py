@@ -15,7 +15,8 @@ class Grant:
     filename: the name under which the client saves the file. attachment: whether the client saves the file or shows it.
     content_type: the whole Content-Type. expires: until when, in seconds since 1970 UTC; a download that has begun by
     then goes on. is_shareable: whether shared caches may keep the answer until it expires. link_id, key_id: of the link
-    that grants this, and of the key that has signed it. uses: how many downloads the link allows in all.
+    that grants this, and of the key that has signed it. uses: how many downloads the link allows in all. folder: the
+    path of the folder that the link grants with all that is below it, such as `/files/2026/`; None: it grants one URL.
 
     Raises `ValueError` for a filename that is not text and a content type that is not one.
     """
@@ -28,6 +29,7 @@ class Grant:
     link_id: str | None = None
     key_id: str | None = None
     uses: int | None = None
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse here, where the decision is made, what could not be sent once it is made."""

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from downloadview_async.errors import ConfigurationError, LinkInvalid
+from downloadview_async.policy.folders import MAX_FOLDER
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.formats.base import LinkFormat
 from downloadview_async.policy.grants import GRANT, Grant
@@ -86,6 +87,7 @@ class URLSigner:
         client: str | None = None,
         shareable: bool = False,
         uses: int | None = None,
+        below: bool = False,
         query: str = "",
         base: str = "",
         format: str = "complete",  # noqa: A002
@@ -96,7 +98,9 @@ class URLSigner:
         until: how long, or until when, the link is valid; by default for the signer's `max_age`. filename, attachment,
         content_type: take the place of what the file and the application say. client: the address or the network from
         which alone the link is valid. shareable: whether shared caches may keep the answer, until the link expires.
-        uses: how many downloads the link allows; this needs a store. query: what the URL has in its query besides, such
+        uses: how many downloads the link allows; this needs a store. below: whether a link to a folder, whose path ends
+        with a slash, is also one to all that is below it; such a link has no filename, content_type, shareable, uses
+        and query. query: what the URL has in its query besides, such
         as `version=3`. base: the scheme, the host and the prefix that a proxy removes, such as
         `https://example.org/dl`; they are not signed. format: one of `link_formats`; nginx verifies a link of the
         format `secure_link`, which has fewer options.
@@ -115,7 +119,10 @@ class URLSigner:
             is_shareable=shareable,
             link_id=_new_link_id(),
             uses=uses,
+            folder=_checked_folder(checked) if below else None,
         )
+        if below:
+            _check_options_of_folder(filename, content_type, uses, query, shareable=shareable)
         signed = self._format(format).query(checked, grant, network, quote(query, safe=_SAFE_IN_QUERY))
         if uses is not None:
             self._check_uses(uses, shareable=shareable)
@@ -153,9 +160,12 @@ class URLSigner:
         if scope["method"] not in ("GET", "HEAD"):
             raise LinkInvalid("a link is for GET and HEAD alone")
         raw_path, client = scope.get("raw_path"), scope.get("client")
-        path = scope["path"].encode() if raw_path is None else unquote_to_bytes(raw_path.partition(b"?")[0])
+        sent = scope["path"].encode() if raw_path is None else raw_path.partition(b"?")[0]
+        path = sent if raw_path is None else unquote_to_bytes(sent)
         address = client[0] if client else None
         grant = self._format(format).check(path, scope["query_string"], address, time.time())
+        if grant.folder is not None and path.count(b"/") > sent.count(b"/"):
+            raise LinkInvalid("a path below the folder of a link has no encoded slash: it may mean another folder")
         if self._store is None:
             if grant.uses is not None:
                 raise LinkInvalid(f"the link {grant.link_id} is for {grant.uses} downloads, and there is no store")
@@ -262,6 +272,29 @@ def _checked_path(path: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"the path {path!r} is not valid UTF-8") from None
     return path
+
+
+def _checked_folder(path: str) -> str:
+    if not path.endswith("/") or "//" in path or "\0" in path or len(path.encode()) > MAX_FOLDER:
+        raise ValueError(
+            f"the path {path!r} is not that of a folder: give one such as /files/2026/, with a slash at its end and no "
+            f"empty segment, of at most {MAX_FOLDER} bytes"
+        )
+    return path
+
+
+def _check_options_of_folder(
+    filename: str | None, content_type: str | None, uses: int | None, query: str, *, shareable: bool
+) -> None:
+    for option, is_given, reason in (
+        ("filename", filename is not None, "each file has its name"),
+        ("content_type", content_type is not None, "each file has its type"),
+        ("uses", uses is not None, "its pages and files are many requests, of which each would count"),
+        ("shareable", shareable, "caches would still answer when it has been revoked"),
+        ("query", bool(query), "its pages have their parameters there"),
+    ):
+        if is_given:
+            raise ValueError(f"a link to all that is below a folder cannot have {option}: {reason}")
 
 
 def _checked_filename(filename: str) -> str:

@@ -3,12 +3,11 @@
 import logging
 import re
 import sqlite3
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import anyio
 from starlette.routing import Match, Route
@@ -271,14 +270,19 @@ async def grant_of(settings: Settings, url: str, client: str | None, base: str =
         raise ConfigurationError("links need keys: add a [links] table with keys")
     parts = urlsplit(url)
     sent = parts.path.removeprefix(urlsplit(base).path.rstrip("/"))
-    path, query = unquote_to_bytes(sent), parts.query.encode()
-    format_ = "secure_link" if query.startswith(b"md5=") else "complete"
-    grant = signer.check(path, query, client, time.time(), format=format_)
+    scope = {
+        "method": "GET",
+        "path": unquote(sent),
+        "raw_path": sent.encode(),
+        "query_string": parts.query.encode(),
+        "client": (client, 0),
+    }
     async with opened_store(settings, store):
-        await signer.refuse_revoked(grant)
+        grant = await signer.verify(scope, format="secure_link" if parts.query.startswith("md5=") else "complete")
     disposition = {True: "attachment", False: "inline", None: None}[grant.attachment]
     values = {
         "path": unquote(sent),
+        "folder": grant.folder,
         "link": grant.link_id,
         "key": grant.key_id,
         "expires": _date(grant.expires) or "never",

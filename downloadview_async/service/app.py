@@ -487,6 +487,8 @@ def _place_of(settings: Settings, name: str, source: Source) -> str:
     match settings.sources[name]:
         case PathSettings(root=root):
             return root
+        case ChosenSettings(paths=paths):
+            return "\n".join(paths)
         case ObjectSettings(table=table):
             return table
         case VirtualSettings(factory=factory):

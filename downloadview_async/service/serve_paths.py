@@ -42,14 +42,13 @@ def variables_of(
         "name": title,
         "hide": [] if hidden else [".*"],
         "list": True,
+        "archive": True,
     }
     variables: dict[str, object] = {"SOURCES": {"files": source}, "PAGES": {"title": title}}
     access = []
     if share is not None:
         if not seconds_of(share):
             raise ConfigurationError(f"--share is {share!r}: give a time such as 90s, 10m, 2h or 7d")
-        if any(os.path.isdir(path) for path in paths):
-            raise ConfigurationError("--share makes links to files: give files, or give a directory with --user")
         access.append("signed")
         variables["LINKS"] = {"keys": f"share {secrets.token_urlsafe(32)}", "max_age": share}
     if users:
@@ -108,7 +107,8 @@ def urls_of(settings: Settings, paths: Sequence[str], *, share: bool) -> list[st
 
     They do not have the `root_path`, which only a proxy in front knows and removes.
 
-    share: whether they are signed links to the files. Nothing is returned for a Unix socket or a descriptor.
+    share: whether they are signed links, each to a file, or to a directory and all that is below it. Nothing is
+    returned for a Unix socket or a descriptor.
     """
     server = settings.server
     if server.uds is not None or server.fd is not None:
@@ -116,8 +116,14 @@ def urls_of(settings: Settings, paths: Sequence[str], *, share: bool) -> list[st
     scheme = "https" if server.ssl_certfile else "http"
     bases = [f"{scheme}://{host}:{server.port}" for host in _hosts(server.host)]
     names = [os.path.basename(os.path.abspath(path)) for path in paths]
-    if share:
-        links = [sign_path(settings, f"{_PREFIX}{name}").removeprefix(server.root_path) for name in names]
+    if share and len(paths) == 1 and os.path.isdir(paths[0]):
+        links = [sign_path(settings, _PREFIX, below=True).removeprefix(server.root_path)]
+    elif share:
+        folders = [os.path.isdir(path) for path in paths]
+        links = [
+            sign_path(settings, f"{_PREFIX}{name}{'/' * is_folder}", below=is_folder).removeprefix(server.root_path)
+            for name, is_folder in zip(names, folders, strict=True)
+        ]
     elif len(paths) == 1 and os.path.isfile(paths[0]):
         links = [f"{_PREFIX}{quote(names[0])}"]
     else:

@@ -1,4 +1,4 @@
-"""`Sharing`: a user of a route makes a signed link to a file, at the URL of the file with `?share`."""
+"""`Sharing`: a user of a route makes a signed link to a file or a folder, at its URL with `?share`."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -24,8 +24,9 @@ _LEFT_OUT = (b"accept", b"content-length", b"content-type", b"range", b"transfer
 class Sharing:
     """Answers `?share` for the users of a route, and passes all other requests on to its `Download`.
 
-    The link is made only if the same user may have the file, as `download` decides. access: of the users alone.
-    max_age: seconds that a link may be valid. counts: whether the store of links can count uses.
+    The link is made only if the same user may have the file, as `download` decides. That to a folder leads to all that
+    is below it. access: of the users alone. max_age: seconds that a link may be valid. counts: whether the store of
+    links can count uses.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Sharing:
         await HTMLResponse(page, headers=headers)(scope, receive, send)
 
     async def _status(self, scope: Scope) -> int:
-        """Return the status of the file for this user, as `Download` decides about it."""
+        """Return the status of the file or folder for this user, as `Download` decides about it."""
         status = 0
 
         async def send(message: Message) -> None:
@@ -88,20 +89,24 @@ class Sharing:
             if self._counts
             else ""
         )
+        of_file = (
+            f'{uses}<p><label>Name of the saved file <input name=name value="{escape(name)}" maxlength=255></label>'
+        )
+        of_folder = "<p class=dim>The link leads to this folder and to everything below it."
         return self._page(
-            name,
+            scope,
             f"<p role=alert>{escape(problem)}</p>"
             * bool(problem)
-            + f"<form method=post><p><label>Valid for <select name=expires>{lives}</select></label>{uses}"
-            f'<p><label>Name of the saved file <input name=name value="{escape(name)}" maxlength=255></label>'
-            '<p><button>Make a link</button> <a href="?view">Back</a></form>',
+            + f"<form method=post><p><label>Valid for <select name=expires>{lives}</select></label>"
+            f"{of_folder if _is_folder(scope) else of_file}<p><button>Make a link</button> {_back(scope)}</form>",
         )
 
     def _made(self, request: Request, fields: dict[str, str]) -> str:
         scope = request.scope
         age = fields.get("expires", "")
-        uses = fields.get("uses", "").strip() if self._counts else ""
-        filename = fields.get("name", "").strip()
+        is_folder = _is_folder(scope)
+        uses = fields.get("uses", "").strip() if self._counts and not is_folder else ""
+        filename = "" if is_folder else fields.get("name", "").strip()
         if age not in map(str, self._lives.values()):
             return self._form(scope, "Choose for how long the link is valid.")
         if uses and not (uses.isascii() and uses.isdigit() and 1 <= int(uses[:8]) <= 1_000_000 and len(uses) < 8):
@@ -112,6 +117,7 @@ class Sharing:
                 expires_in=timedelta(seconds=int(age)),
                 uses=int(uses) if uses else None,
                 filename=filename if filename and filename != _name_of(scope) else None,
+                below=is_folder,
                 base=_base_of(request),
             )
         except ValueError as exc:
@@ -120,14 +126,15 @@ class Sharing:
         until = datetime.fromtimestamp(int(values["e"][0])).astimezone().isoformat(" ", "minutes")
         counted = f", for {uses} download{'' if uses == '1' else 's'}" if uses else ""
         return self._page(
-            _name_of(scope),
+            scope,
             f'<p><label>Link <input readonly value="{escape(link)}" size=60></label> '
             f'<button data-copy="{escape(link)}" hidden>Copy link</button>'
             f"<p class=dim>Valid until {until}{counted}. Its id is <code>{escape(values['i'][0])}</code>.</p>"
-            f'{_qr_code(link)}<p><a href="?view">Back</a>',
+            f"{_qr_code(link)}<p>{_back(scope)}",
         )
 
-    def _page(self, name: str, body: str) -> str:
+    def _page(self, scope: Scope, body: str) -> str:
+        name = _name_of(scope) or self._pages.title
         title = f"Share {name}"
         return self._pages.page(title, f"<main><h1>Share <bdi>{escape(name)}</bdi></h1>{body}</main>")
 
@@ -198,8 +205,16 @@ def _path_of(scope: Scope) -> str:
     return str(scope["path"]) if sent is None else unquote_to_bytes(sent.partition(b"?")[0]).decode(errors="replace")
 
 
+def _is_folder(scope: Scope) -> bool:
+    return _path_of(scope).endswith("/")
+
+
 def _name_of(scope: Scope) -> str:
-    return _path_of(scope).rpartition("/")[2]
+    return _path_of(scope).removesuffix("/").rpartition("/")[2]
+
+
+def _back(scope: Scope) -> str:
+    return f'<a href="{"./" if _is_folder(scope) else "?view"}">Back</a>'
 
 
 def _base_of(request: Request) -> str:

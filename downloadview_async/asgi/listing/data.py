@@ -18,9 +18,13 @@ is_plain = re.compile(r"[A-Za-z0-9_.-]++").fullmatch
 
 
 class Lines:
-    """Writes entries as JSON objects, each on one line, in ASCII. It keeps the types of the suffixes of one listing."""
+    """Writes entries as JSON objects, each on one line, in ASCII. It keeps the types of the suffixes of one listing.
 
-    def __init__(self) -> None:
+    query: the end of each URL, such as `?k=2026a&...`, in ASCII.
+    """
+
+    def __init__(self, query: str = "") -> None:
+        self._end = f'{query}"}}'
         self._types: dict[str, str] = {}
 
     def line_of(self, path: str, entry: Entry) -> str:
@@ -31,10 +35,13 @@ class Lines:
             name, url = _text(path), quote(path)  # a quoted URL has nothing that JSON would escape
         modified = "null" if entry.modified is None else f'"{_time(entry.modified)}"'
         if entry.is_folder:
-            return f'{{"name":{name},"kind":"folder","size":null,"modified":{modified},"type":null,"url":"{url}/"}}'
+            kind = '"kind":"folder","size":null'
+            return f'{{"name":{name},{kind},"modified":{modified},"type":null,"url":"{url}/{self._end}'
         size = "null" if entry.size is None else entry.size
         kind = self._type_of(entry.name) if entry.content_type is None else _text(entry.content_type)
-        return f'{{"name":{name},"kind":"file","size":{size},"modified":{modified},"type":{kind},"url":"{url}"}}'
+        return (
+            f'{{"name":{name},"kind":"file","size":{size},"modified":{modified},"type":{kind},"url":"{url}{self._end}'
+        )
 
     def _type_of(self, name: str) -> str:
         stem, _, suffix = name.rpartition(".")
@@ -48,9 +55,9 @@ class Lines:
         return kind
 
 
-def document_of(path: str, entries: Iterable[tuple[str, Entry]], following: str | None) -> str:
-    """Return a page of a listing as one JSON object. following: the URL of the next page, relative to this one."""
-    lines_of = Lines()
+def document_of(path: str, entries: Iterable[tuple[str, Entry]], following: str | None, query: str = "") -> str:
+    """Return a page of a listing as one JSON object. following: the URL of the next page. query: as in `Lines`."""
+    lines_of = Lines(query)
     lines = ",\n".join(lines_of.line_of(*entry) for entry in entries)
     return f'{{"path":{_text(path)},"entries":[{lines}],"next":{json.dumps(following)}}}\n'
 

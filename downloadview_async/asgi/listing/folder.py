@@ -19,13 +19,14 @@ from downloadview_async.asgi.errors import send_error
 from downloadview_async.asgi.listing.data import Lines, document_of
 from downloadview_async.asgi.listing.order import Window
 from downloadview_async.asgi.listing.page import ListingPage, Pages
-from downloadview_async.asgi.listing.query import FORMATS, ListingQuery
+from downloadview_async.asgi.listing.query import FORMATS, ListingQuery, query_of
 from downloadview_async.asgi.listing.view import Neighbours, view_page_of
 from downloadview_async.errors import AccessDenied, FileError, FileMissing, LinkInvalid, TransferAborted
 from downloadview_async.http.conditional import failed_precondition
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
-from downloadview_async.policy.grants import Grant
+from downloadview_async.policy.folders import carried
+from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, ListsBatches, SupportsListing
 from downloadview_async.sources.digests.known import Digests
@@ -132,7 +133,7 @@ class FolderEndpoint:
         except FileError as exc:
             await send_error(exc, scope, send)
             return
-        body = self._body(tail.strip("/"), query, window, grant)
+        body = self._body(tail.strip("/"), query, window, grant, _above(tail, grant, scope))
         await self.send_page(body, self._headers(query, grant), scope, send)
 
     async def _window(self, folder: str, query: ListingQuery) -> Window:
@@ -170,7 +171,7 @@ class FolderEndpoint:
         window.complete(described)
 
     async def view(
-        self, file: AsyncFile, key: str, tail: str, content_type: str | None, grant: Grant | None, *, is_listed: bool
+        self, file: AsyncFile, key: str, tail: str, grant: Grant | None, scope: Scope, *, is_listed: bool
     ) -> tuple[bytes, dict[str, str]]:
         """Return the view page of a file, and its headers.
 
@@ -179,7 +180,9 @@ class FolderEndpoint:
 
         Raises what `AsyncFile.open` raises.
         """
+        content_type = None if grant is None else grant.content_type
         page = await view_page_of(file, tail, content_type, self.digests, key)
+        page = replace(page, link=_link_of(grant, scope), above=_above(tail, grant, scope))
         folder, _, name = key.rpartition("/")
         if is_listed:
             neighbours = Neighbours(name)
@@ -228,7 +231,7 @@ class FolderEndpoint:
         query = scope["query_string"].decode("latin-1")
         headers = {
             "location": f"{place}?{query}" if query else place,
-            "cache-control": self._cache_control(None),
+            "cache-control": self._cache_control(scope.get(GRANT)),
             "content-length": "0",
             "x-content-type-options": "nosniff",
         }
@@ -236,8 +239,8 @@ class FolderEndpoint:
 
     def _query(self, grant: Grant | None, scope: Scope) -> ListingQuery:
         accept = ", ".join(value.decode("latin-1") for name, value in scope["headers"] if name == b"accept")
-        if grant is None or grant.link_id is None:
-            return ListingQuery.of(scope["query_string"], accept)
+        if grant is None or grant.link_id is None or grant.folder is not None:
+            return ListingQuery.of(scope["query_string"], accept, _link_of(grant, scope))
         if grant.uses is not None:
             raise LinkInvalid(f"the link {grant.link_id} counts downloads, and a listing is not a download")
         return ListingQuery.of(b"", accept)  # the query is that of the link
@@ -302,14 +305,15 @@ class FolderEndpoint:
         matches = self.hidden.matches  # takes a third of the time of `hides`
         return [entry for entry in entries if matches(entry[0]) is None]
 
-    def _body(self, path: str, query: ListingQuery, window: Window, grant: Grant | None) -> bytes:
+    def _body(self, path: str, query: ListingQuery, window: Window, grant: Grant | None, above: int) -> bytes:
         entries = window.entries
         first, last = window.places()
-        following = query.link(after=last) if window.following and last else None
+        following = query.url(after=last) if window.following and last else None
         if query.format == "json":
-            return document_of(path, entries, following).encode()
-        previous = query.link(before=first) if window.preceding and first else None
-        can_reorder = grant is None or grant.link_id is None
+            return document_of(path, entries, following, query_of(query.link)).encode()
+        previous = query.url(before=first) if window.preceding and first else None
+        can_reorder = grant is None or grant.link_id is None or grant.folder is not None
+        has_archive = self.has_archives and can_reorder and not query.is_deep
         page = ListingPage(
             path=path,
             query=query,
@@ -323,7 +327,8 @@ class FolderEndpoint:
             next=following,
             is_cut=window.is_cut,
             can_reorder=can_reorder,
-            archive="?archive=zip" if self.has_archives and can_reorder and not query.is_deep else None,
+            archive=query_of("archive=zip", query.link) if has_archive else None,
+            above=above,
         )
         return self.pages.listing(page).encode("utf-8", "replace")
 
@@ -352,7 +357,7 @@ class FolderEndpoint:
         is_started = False
         try:
             async with aclosing(self._batches(folder, query)) as batches:
-                write = Lines().line_of
+                write = Lines(query_of(query.link)).line_of
                 lines: list[str] = []
                 length = 0
                 async for batch in batches:
@@ -403,6 +408,21 @@ def folder_place(scope: Scope) -> str:
     path = quote(scope["path"]) if sent is None else sent.partition(b"?")[0].decode("latin-1")
     last = unquote(path.rpartition("/")[2])
     return f"./{quote(last, safe='')}/" if last else "./"
+
+
+def _link_of(grant: Grant | None, scope: Scope) -> str:
+    """Return the parameters of the link to a folder by which a request has come, or an empty text."""
+    is_link = grant is not None and grant.link_id is not None and grant.folder is not None
+    return carried(scope["query_string"]).decode("ascii") if is_link else ""
+
+
+def _above(tail: str, grant: Grant | None, scope: Scope) -> int:
+    """Return how many folders of a tail are above the folder of the link by which a request has come."""
+    if grant is None or grant.folder is None:
+        return 0
+    sent = scope.get("raw_path")
+    path = scope["path"] if sent is None else unquote(sent.partition(b"?")[0].decode("latin-1"))
+    return max(0, tail.count("/") - path.removeprefix(grant.folder).count("/"))
 
 
 def _canonical_place(scope: Scope, tail: str) -> str | None:

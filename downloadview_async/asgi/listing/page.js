@@ -24,7 +24,7 @@ for (const row of rows) {
 const cell = row.cells[3], type = cell.textContent.trim();
 if (!/^(image|video|audio|text|pdf|json|xml)$/.test(type)) continue;
 const link = document.createElement("a");
-link.href = row.cells[0].firstChild.getAttribute("href") + "?view";
+link.href = row.cells[0].firstChild.getAttribute("href").replace(/\?|$/, (mark) => "?view" + (mark && "&"));
 link.textContent = type;
 link.ariaLabel = "View " + row.cells[0].textContent;
 cell.replaceChildren(link);
@@ -63,6 +63,6 @@ boxes.push(box);
 row.cells[0].prepend(box);
 });
 button.onclick = () => copy(show().map((link) => link.href).join("\n"), button);
-if (zip) zip.onclick = () => { location = zip.dataset.archive + show().map((link) => "&name=" + encodeURIComponent(decodeURIComponent(link.getAttribute("href").replace(/^\.\//, "").replace(/\/$/, "")))).join(""); };
+if (zip) zip.onclick = () => { location = zip.dataset.archive + show().map((link) => "&name=" + encodeURIComponent(decodeURIComponent(link.getAttribute("href").replace(/\?.*/, "").replace(/^\.\//, "").replace(/\/$/, "")))).join(""); };
 onpageshow = show;
 }

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from html import escape
 from importlib.resources import files
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 from downloadview_async.asgi.listing.data import is_plain
 from downloadview_async.asgi.listing.order import type_of
-from downloadview_async.asgi.listing.query import ListingQuery, Sort
+from downloadview_async.asgi.listing.query import ListingQuery, Sort, query_of
 from downloadview_async.asgi.listing.view import ViewPage
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.sources.listing import Entry
@@ -36,7 +36,8 @@ class ListingPage:
     size is in bytes, of the files whose size is known, or None for a large folder. preceding, following: how many
     entries are on the pages before and after. previous, next: their relative URLs, or None. is_cut: whether a search
     below has ended at its limits. can_reorder: whether the URL may have another query, which that of a signed link may
-    not. archive: the relative URL of the folder as an archive, or None.
+    not. archive: the relative URL of the folder as an archive, or None. above: how many folders of the path the reader
+    may not open, because a link leads only to those below.
     """
 
     path: str
@@ -52,6 +53,12 @@ class ListingPage:
     is_cut: bool = False
     can_reorder: bool = True
     archive: str | None = None
+    above: int = 0
+
+    @property
+    def suffix(self) -> str:
+        """The end of the URL of each entry: the parameters of a link to the folder, or nothing."""
+        return query_of(self.query.link)
 
 
 class Pages:
@@ -121,13 +128,14 @@ class Pages:
         """Return the page of a folder."""
         name = page.path.rpartition("/")[2]
         title = f"{name} - {self.title}" if name else self.title
+        is_below = bool(name) and page.path.count("/") + 1 > page.above  # there are folders above
         body = "".join(
             (
-                self.crumbs(page.path) if page.path else "",
+                self.crumbs(page.path, above=page.above, suffix=page.suffix) if is_below else "",
                 f"<main><h1><bdi>{shown_name(name or self.title)}</bdi></h1>",
                 _search(page.query) if page.can_reorder else "",
                 f"<p class=dim>{_totals(page)}",
-                "" if page.archive is None else f'<p><a href="{escape(page.archive)}" download>Download as zip</a>',
+                f"<p class=actions>{actions}" if (actions := self.folder_actions(page)) else "",
                 _table(page) if page.entries else f"<p>{_nothing(page)}",
                 _bar(page.archive),
                 _neighbours(page),
@@ -139,6 +147,7 @@ class Pages:
     def view(self, page: ViewPage) -> str:
         """Return the view page of a file."""
         url = f"./{quote(page.name)}"
+        shown = query_of("view", page.link)
         details = [page.content_type.partition(";")[0]]
         if page.size is not None:
             details.append(f"{shown_size(page.size)} ({_counted(page.size, 'byte')})")
@@ -148,12 +157,13 @@ class Pages:
         if page.digest is not None:
             details.append(f"SHA-256 <code>{page.digest}</code>")
         links = [
-            f'<a rel={rel} href="./{quote(name)}?view">{text}: <bdi>{shown_name(name)}</bdi></a>'
+            f'<a rel={rel} href="./{quote(name)}{shown}">{text}: <bdi>{shown_name(name)}</bdi></a>'
             for rel, name, text in (("prev", page.previous, "Previous"), ("next", page.next, "Next"))
             if name is not None
         ]
         body = (
-            f"{self.crumbs(page.path, is_file=True)}<main><h1><bdi>{shown_name(page.name)}</bdi></h1>"
+            f"{self.crumbs(page.path, is_file=True, above=page.above, suffix=page.suffix)}"
+            f"<main><h1><bdi>{shown_name(page.name)}</bdi></h1>"
             f"<p class=dim>{' &middot; '.join(details)}"
             f"<p class=actions>{self.actions(page)}{_shown(page, url)}"
             f"<nav class=pages aria-label=Files>{''.join(links)}</nav></main>"
@@ -162,15 +172,22 @@ class Pages:
 
     def actions(self, page: ViewPage) -> str:
         """Return the links and buttons of a view page, as HTML."""
-        url = f"./{quote(page.name)}"
+        url = f"./{quote(page.name)}{page.suffix}"
         return f'<a href="{url}" download>Download</a> <button data-copy="{url}" hidden>Copy link</button>'
 
-    def crumbs(self, path: str, *, is_file: bool = False) -> str:
-        """Return the links to the folders above. path: of a folder or a file, below the top."""
-        names = [self.title, *(path.split("/") if path else [])]
+    def folder_actions(self, page: ListingPage) -> str:
+        """Return the links above the entries of a folder, as HTML."""
+        return "" if page.archive is None else f'<a href="{escape(page.archive)}" download>Download as zip</a>'
+
+    def crumbs(self, path: str, *, is_file: bool = False, above: int = 0, suffix: str = "") -> str:
+        """Return the links to the folders above.
+
+        path: of a folder or a file, below the top. above, suffix: as in `ListingPage`.
+        """
+        names = [self.title, *(path.split("/") if path else [])][above:]
         up = len(names) - 1 - is_file
         items = [
-            f'<li><a href="{"../" * (up - depth) or "./"}"><bdi>{shown_name(name)}</bdi></a>'
+            f'<li><a href="{"../" * (up - depth) or "./"}{suffix}"><bdi>{shown_name(name)}</bdi></a>'
             for depth, name in enumerate(names[:-1])
         ]
         items.append(f"<li aria-current=page><bdi>{shown_name(names[-1])}</bdi>")
@@ -209,15 +226,16 @@ def shown_type(media_type: str) -> str:
 
 
 def _shown(page: ViewPage, url: str) -> str:
-    """Return the file itself as a part of its page."""
-    name = escape(page.name)
+    """Return the file itself as a part of its page. url: that of the file, without a query."""
+    name, pdf = escape(page.name), url + query_of("view=pdf", page.link)
+    url += page.suffix
     match page.kind:
         case "image":
             return f'<figure><img src="{url}" alt="{name}"></figure>'
         case "video" | "audio":
             return f'<figure><{page.kind} src="{url}" controls preload=metadata></{page.kind}></figure>'
         case "pdf":
-            return f'<iframe src="{url}?view=pdf" title="{name}"></iframe>'
+            return f'<iframe src="{pdf}" title="{name}"></iframe>'
         case "text":
             cut = "<p>Only the first MiB is shown." if page.is_cut else ""
             return f"<pre tabindex=0>\n{escape(page.text, quote=False)}</pre>{cut}"
@@ -226,15 +244,16 @@ def _shown(page: ViewPage, url: str) -> str:
 
 
 def _rows(page: ListingPage) -> Iterator[str]:
+    # a quoted URL and the parameters of a link need no escapes in HTML; without parameters there are no quotes either
+    start, end = ('"', f'{page.suffix}">') if page.suffix else ("", ">")
     for path, entry in page.entries:
-        # a quoted URL needs neither quotes nor escapes in HTML
         name, url = (path, path) if is_plain(path) else (shown_name(path), quote(path))
         modified = "" if entry.modified is None else f"<time>{shown_time(entry.modified)}</time>"
         if entry.is_folder:
-            yield f"<tr><td><a href={url}/>{name}/</a><td><td>{modified}<td>folder"
+            yield f"<tr><td><a href={start}{url}/{end}{name}/</a><td><td>{modified}<td>folder"
         else:
             size = "" if entry.size is None else shown_size(entry.size)
-            yield f"<tr><td><a href={url}>{name}</a><td>{size}<td>{modified}<td>{shown_type(type_of(entry))}"
+            yield f"<tr><td><a href={start}{url}{end}{name}</a><td>{size}<td>{modified}<td>{shown_type(type_of(entry))}"
 
 
 def _table(page: ListingPage) -> str:
@@ -248,15 +267,16 @@ def _head(page: ListingPage, sort: Sort, text: str) -> str:
     if is_current:
         state = f" aria-sort={'descending' if query.is_descending else 'ascending'}"
     if page.can_reorder:
-        link = query.link(sort=sort, is_descending=is_current and not query.is_descending)
-        text = f'<a href="{escape("./" if link == "?" else link)}">{text}</a>'
+        url = query.url(sort=sort, is_descending=is_current and not query.is_descending)
+        text = f'<a href="{escape(url)}">{text}</a>'
     return f"<th scope=col{state}>{text}"
 
 
 def _search(query: ListingQuery) -> str:
-    hidden = "".join(f"<input type=hidden name={name} value={value}>" for name, value in query.order_fields())
+    fields = [*query.order_fields(), *parse_qsl(query.link)]
+    hidden = "".join(f'<input type=hidden name={name} value="{escape(value)}">' for name, value in fields)
     checked = " checked" if query.is_deep else ""
-    clear = '<a href="./">Show all</a>' if query.text else ""
+    clear = f'<a href="./{query_of(query.link)}">Show all</a>' if query.text else ""
     return (
         f'<form role=search>{hidden}<input type=search name=q value="{escape(query.text)}" placeholder="Filter" '
         f'aria-label="Filter by name"><button>Search</button><label><input type=checkbox name=deep value=1{checked}> '

@@ -27,7 +27,8 @@ class ListingQuery:
 
     text: only names that contain it are listed; upper and lower case are the same. is_deep: whether entries of the
     folders below are listed too. is_descending: the order; folders are always before files. after, before: the place of
-    an entry, after or before which the page begins or ends; see `order.place_of`.
+    an entry, after or before which the page begins or ends; see `order.place_of`. link: the parameters of the link to
+    a folder by which the reader has come; each URL of the page carries them.
     """
 
     format: Format = "html"
@@ -37,9 +38,10 @@ class ListingQuery:
     is_descending: bool = False
     after: str | None = None
     before: str | None = None
+    link: str = ""
 
     @classmethod
-    def of(cls, query_string: bytes, accept: str | None) -> "ListingQuery":
+    def of(cls, query_string: bytes, accept: str | None, link: str = "") -> "ListingQuery":
         """Return what a query string and an Accept header ask for; `format` in the query wins over the header."""
         values = fields_of(query_string)
         text = values.get("q", "").strip()
@@ -54,12 +56,13 @@ class ListingQuery:
             is_descending=values.get("order") == "desc",
             after=values.get("after"),
             before=values.get("before"),
+            link=link,
         )
 
-    def link(self, *, sort: Sort | None = None, is_descending: bool | None = None, **place: str) -> str:
+    def url(self, *, sort: Sort | None = None, is_descending: bool | None = None, **place: str) -> str:
         """Return the relative URL of this listing in another order, or at another place: `after=`, `before=`."""
         order = (sort or self.sort, self.is_descending if is_descending is None else is_descending)
-        return f"?{urlencode([*self.filters(), *_order_fields(*order), *place.items()])}"
+        return query_of(urlencode([*self.filters(), *_order_fields(*order), *place.items()]), self.link) or "./"
 
     def filters(self) -> list[tuple[str, str]]:
         """Return the parameters that choose the entries and their format."""
@@ -71,6 +74,12 @@ class ListingQuery:
     def order_fields(self) -> list[tuple[str, str]]:
         """Return the parameters of the order, without those that are the default."""
         return _order_fields(self.sort, self.is_descending)
+
+
+def query_of(*parameters: str) -> str:
+    """Return the query with some parameters, and with the question mark before them; nothing if all are empty."""
+    query = "&".join(filter(None, parameters))
+    return f"?{query}" if query else ""
 
 
 def _order_fields(sort: Sort, is_descending: bool) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from downloadview_async.asgi.listing.order import Window
-from downloadview_async.asgi.listing.query import ListingQuery, fields_of
+from downloadview_async.asgi.listing.query import ListingQuery, fields_of, query_of
 from downloadview_async.http.content_types import content_type_for, is_active
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.sources.base import AsyncFile
@@ -45,7 +45,8 @@ class ViewPage:
     path: of the file below the top. kind: how it is shown. content_type: its media type. size: in bytes, or None.
     modified: None if it is not known. text: of a file of the kind `text`, at most its first MiB. is_cut: whether the
     text is only a part of the file. digest: its SHA-256 in hexadecimal, if that is known. previous, next: the names of
-    the files before and after it, or None.
+    the files before and after it, or None. link: the parameters of the link to a folder by which the reader has come.
+    above: how many folders of the path that link does not lead to.
     """
 
     path: str
@@ -58,6 +59,13 @@ class ViewPage:
     digest: str | None = None
     previous: str | None = None
     next: str | None = None
+    link: str = ""
+    above: int = 0
+
+    @property
+    def suffix(self) -> str:
+        """The end of the URL of the file: the parameters of a link to a folder, or nothing."""
+        return query_of(self.link)
 
     @property
     def name(self) -> str:

@@ -42,6 +42,7 @@ class SecureLinks:
             ("content_type", grant.content_type, "nginx takes it from the name in the path"),
             ("shareable", grant.is_shareable or None, "nginx sends `private, no-store` for each link"),
             ("uses", grant.uses, "nginx does not count downloads"),
+            ("below", grant.folder, "nginx compares the whole path"),
             ("query", others or None, "nginx accepts the query of the link alone"),
         ):
             if value is not None:

@@ -74,7 +74,8 @@ _SAMPLES: dict[str, dict[str, Any]] = {
             files=1,
             folders=1,
             size=1,
-        )
+        ),
+        "actions": "",
     },
     "view.html": {
         "page": ViewPage(path="2026/a.txt", kind="text", content_type="text/plain", size=1, modified=_TIME, text="a"),
@@ -84,6 +85,7 @@ _SAMPLES: dict[str, dict[str, Any]] = {
 }
 """What the templates are tried with when the service starts, besides the values of each template."""
 
+_SHARE = ' <a href="?share">Share</a>'
 _EXPLANATIONS = {
     401: "You need a name and a password.",
     403: "This link is not valid. Ask for a new one.",
@@ -97,7 +99,7 @@ _EXPLANATIONS = {
 class ServicePages(Pages):
     """The pages with what `[pages]` says. The files in its directory `templates` replace those of the service.
 
-    title: instead of that in the settings. shares: whether the pages of files have a link to share them.
+    title: instead of that in the settings. shares: whether the pages have a link to share files and folders.
 
     Raises `ConfigurationError` for a logo or a directory that cannot be read, and for a template that is not one or
     fails.
@@ -131,7 +133,7 @@ class ServicePages(Pages):
         template = self.template("listing.html")
         if template is None:
             return super().listing(page)
-        return template.render(page=page, **self.values())
+        return template.render(page=page, actions=Markup(self.folder_actions(page)), **self.values())  # noqa: S704
 
     def view(self, page: ViewPage) -> str:
         """Return the view page of a file."""
@@ -142,7 +144,12 @@ class ServicePages(Pages):
 
     def actions(self, page: ViewPage) -> str:
         """Return the links and buttons of a view page."""
-        return super().actions(page) + (' <a href="?share">Share</a>' if self._shares else "")
+        return super().actions(page) + (_SHARE if self._shares and not page.link else "")
+
+    def folder_actions(self, page: ListingPage) -> str:
+        """Return the links above the entries of a folder."""
+        is_of_user = self._shares and page.can_reorder and not page.query.link
+        return super().folder_actions(page) + (_SHARE if is_of_user else "")
 
     def error(self, status: int) -> str:
         """Return the page of an error. It depends on the status alone."""
