@@ -110,12 +110,21 @@ async def site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
             rules.append(dv.Rule(source, f"/_{name}/" if kind.targets == "uri" else source))
         make_old(directory)
         files = directory / "files"
-        origin = Starlette(routes=[Route("/{path:path}", dv.Download(dv.PathSource(files), headers=NOT_FOR_CLIENTS))])
+        known = dv.Digests(dv.PathSource(files))
+        await known.compute("a.txt")
+        origin = Starlette(
+            routes=[
+                Route("/known/{path:path}", dv.Download(known.source, digests=known)),
+                Route("/{path:path}", dv.Download(dv.PathSource(files), headers=NOT_FOR_CLIENTS)),
+            ]
+        )
         url = f"http://127.0.0.1:{await stack.enter_async_context(live(origin))}/"
         if kind.fetches_urls:
             rules.append(dv.Rule(url, "/_remote/"))
         remote = dv.RemoteSource(url, allow_hosts=["127.0.0.1"])
         stack.push_async_callback(remote.aclose)
+        knowing = dv.RemoteSource(f"{url}known/", allow_hosts=["127.0.0.1"])
+        stack.push_async_callback(knowing.aclose)
         said = UNUSUAL | CORS
         routes = {
             "local": dv.Download(dv.PathSource(files), headers=said),
@@ -138,6 +147,7 @@ async def site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
             routes=[
                 *(Route(f"/{name}/{{path:path}}", _Cookies(download)) for name, download in routes.items()),
                 *(Route(f"/{name}/{{path:path}}", download) for name, download in hashed.items()),
+                Route("/known/{path:path}", dv.Download(knowing)),
                 Route("/silent/{path:path}", dv.Download(dv.PathSource(files))),
                 Route("/silent-remote/{path:path}", dv.Download(remote)),
             ]
@@ -182,6 +192,15 @@ async def test_the_digest_of_the_whole_file_comes_with_each_part_of_it(site: Sit
                 assert method == "HEAD" or answered == status
                 value = base64.b64encode(hashlib.new(algorithm, CONTENT).digest()).decode()
                 assert headers["repr-digest"] == [f"sha-{algorithm[3:]}=:{value}:"]
+
+
+async def test_a_digest_of_another_server_comes_once(site: Site) -> None:
+    digest = f"sha-256=:{base64.b64encode(hashlib.sha256(CONTENT).digest()).decode()}:"
+    for method in ("GET", "HEAD"):
+        for fields, status in (({}, 200), ({"Range": "bytes=0-3"}, 206)):
+            answered, headers = await site.ask("/known/a.txt", method, **fields)
+            assert method == "HEAD" or answered == status
+            assert headers["repr-digest"] == [digest]
 
 
 @pytest.mark.parametrize("route", ["silent", "silent-remote"])
