@@ -270,7 +270,7 @@ def _described(row: Any) -> tuple[int | None, datetime.datetime | None, str | No
     if isinstance(modified, int | float | Decimal):
         try:
             modified = datetime.datetime.fromtimestamp(float(modified), datetime.UTC)
-        except (OverflowError, ValueError):
+        except (OSError, OverflowError, ValueError):
             modified = None
     elif isinstance(modified, datetime.datetime):
         modified = modified if modified.tzinfo else modified.replace(tzinfo=datetime.UTC)

@@ -225,7 +225,7 @@ def _seconds_of(modified: Any) -> float | None:
 def _datetime_of(seconds: float | None) -> datetime | None:
     try:
         return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
-    except (OverflowError, ValueError):
+    except (OSError, OverflowError, ValueError):
         return None
 
 

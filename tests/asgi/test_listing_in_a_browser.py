@@ -190,6 +190,31 @@ async def test_the_entries_that_are_selected_are_in_the_archive(tmp_path: Path) 
         assert sorted(opened.namelist()) == sorted(name for name in names if name != "left.txt")
 
 
+async def test_a_whole_folder_that_is_selected_needs_no_names(tmp_path: Path) -> None:
+    names = [f"{number:03}{'x' * 200}" for number in range(400)]
+    for name in names:
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / name).touch()
+    probe = """
+    navigation.addEventListener("navigate", (event) => {
+    event.preventDefault();
+    console.log("facts " + JSON.stringify({url: event.destination.url}));
+    });
+    addEventListener("load", () => {
+    for (const box of document.querySelectorAll("td input")) box.checked = true;
+    document.querySelector("[data-archive]").click();
+    });
+    """
+    pages = dv.Pages(script=dv.Pages().script + probe)
+    download = dv.Download(dv.PathSource(tmp_path / "files"), listing=pages, archive=True)
+    async with live(Starlette(routes=[Mount("/files", download)])) as port:
+        flags = ["--enable-logging=stderr", "--virtual-time-budget=3000"]
+        for query, expected in (("", "?archive=zip"), ("?q=000", f"?archive=zip&name={names[0]}")):
+            profile = tmp_path / f"profile{len(query)}"
+            output = await browsed(f"http://127.0.0.1:{port}/files/{query}", profile, *flags)
+            assert facts_of(output)["url"] == f"http://127.0.0.1:{port}/files/{expected}"
+
+
 @pytest.mark.parametrize("query", ["q=a&deep=1", "format=json"])
 async def test_what_offers_no_archive(root: Path, query: str) -> None:
     download = dv.Download(dv.PathSource(root), listing=True, archive=True)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 import sqlite3
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import closing, suppress
 from datetime import UTC, datetime
@@ -784,6 +785,26 @@ async def test_rows_may_have_numbers_as_keys_and_no_files(tmp_path: Path) -> Non
     again = Documents(settings, directory=tmp_path)
     async with again.opened():
         assert await entries_of(source_of(again)) == {"1": Entry("1")}
+
+
+@pytest.mark.parametrize("seconds", [253_402_300_800, 67_768_036_191_676_799, 2**62])
+async def test_a_time_that_no_calendar_has_is_left_out(seconds: int, tmp_path: Path) -> None:
+    class Late(FileSystem):
+        def info(self, path: str) -> dict[str, Any]:
+            return super().info(path) | {"mtime": seconds}
+
+    memory = Path("/dev/shm")  # a file system that keeps any time
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as directory:
+        (Path(directory) / "late").touch()
+        os.utime(Path(directory) / "late", (0, seconds))
+        if (Path(directory) / "late").stat().st_mtime >= seconds:
+            assert await entries_of(PathSource(directory)) == {"late": Entry("late", size=0)}
+        assert await entries_of(StorageSource(SyncStorage(Late(Path(directory))))) == {"late": Entry("late", size=0)}
+    async for documents in rows_of(tmp_path / "rows.db", ["late"], size=None, content_type=None, modified="size"):
+        with closing(sqlite3.connect(tmp_path / "rows.db")) as database:
+            database.execute("UPDATE rows SET size = ?", (seconds,))
+            database.commit()
+        assert await entries_of(source_of(documents)) == {"late": Entry("late")}
 
 
 async def test_objects_are_listed_by_a_function_of_the_application(tmp_path: Path) -> None:

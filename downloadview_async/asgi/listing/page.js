@@ -63,6 +63,10 @@ boxes.push(box);
 row.cells[0].prepend(box);
 });
 button.onclick = () => copy(show().map((link) => link.href).join("\n"), button);
-if (zip) zip.onclick = () => { location = zip.dataset.archive + show().map((link) => "&name=" + encodeURIComponent(decodeURIComponent(link.getAttribute("href").replace(/\?.*/, "").replace(/^\.\//, "").replace(/\/$/, "")))).join(""); };
+const whole = !document.querySelector("main .pages") && !new URLSearchParams(location.search).get("q");
+if (zip) zip.onclick = () => {
+const chosen = show();
+location = zip.dataset.archive + (whole && chosen.length === rows.length ? "" : chosen.map((link) => "&name=" + encodeURIComponent(decodeURIComponent(link.getAttribute("href").replace(/\?.*/, "").replace(/^\.\//, "").replace(/\/$/, "")))).join(""));
+};
 onpageshow = show;
 }

@@ -202,5 +202,5 @@ def _file_with_version(name: str, status: os.stat_result) -> Entry:
 def _time_of(status: os.stat_result) -> datetime | None:
     try:
         return datetime.fromtimestamp(status.st_mtime, UTC)
-    except (OverflowError, ValueError):  # some file systems have times after the year 9999
+    except (OSError, OverflowError, ValueError):  # some file systems have times after the year 9999
         return None
