@@ -17,6 +17,12 @@ from struct import Struct, pack
 
 from downloadview_async.http.metadata import ByteRange
 
+LAYOUT = 1
+"""Part of the entity tag of an archive: increase it if the same members give other bytes than in an earlier version.
+
+A download that began before an update of this library could otherwise be resumed with other bytes.
+"""
+
 _LOCAL_HEADER = Struct("<IHHHHHIIIHH")
 _DIRECTORY_ENTRY = Struct("<IHHHHHHIIIHHHHHII")
 _DESCRIPTOR = Struct("<IIII")

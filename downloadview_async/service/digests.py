@@ -87,7 +87,7 @@ async def fill_store(files: Sequence[LocalFile], progress: Callable[[int], objec
             done: list[int] = []
             try:
                 described = await file.digests.compute(file.name, progress=_both(done.append, progress))
-            except FileError:
+            except (FileError, OSError):  # a disk that fails in one file may have the others
                 described = None
             if described is None:
                 without.append(file.name)

@@ -29,7 +29,7 @@ from downloadview_async.errors import (
 from downloadview_async.http.archive_names import distinct_names, safe_name
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.http.zip_layout import Content, Member, ZipLayout, has_checksum
+from downloadview_async.http.zip_layout import LAYOUT, Content, Member, ZipLayout, has_checksum
 from downloadview_async.sources.base import AsyncFile, OpenFile, Source, SupportsListing, check_source
 from downloadview_async.sources.checksums import Checksums, MemoryChecksums
 from downloadview_async.sources.listing import DescribedEntry, Entry, closing_entries
@@ -562,7 +562,7 @@ def _arranged(items: list[_Item], limits: ArchiveLimits) -> _LaidOut:
     _check(layout.size, limits.size, "bytes")
     metadata = FileMetadata(
         size=layout.size,
-        etag=ETag(f"zip-{digest.hexdigest()}") if is_pinned else None,
+        etag=ETag(f"zip{LAYOUT}-{digest.hexdigest()}") if is_pinned else None,
         content_type=CONTENT_TYPE,
         accept_ranges=is_pinned,
         headers=(("cache-control", "no-cache"),),  # a cache asks each time whether the folder has changed

@@ -1,5 +1,6 @@
 """The layout of ZIP archives: record by record, as zipfile reads them, and any span of them."""
 
+import hashlib
 import io
 import stat
 import struct
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.http.zip_layout import Checked, Content, Member, ZipLayout, has_checksum
+from downloadview_async.http.zip_layout import LAYOUT, Checked, Content, Member, ZipLayout, has_checksum
 
 GIB = 1 << 30
 MAX_32 = 0xFFFFFFFF
@@ -264,3 +265,25 @@ def test_pieces_of_large_archives_have_the_length_of_their_span(sizes: list[int]
     pieces = [*layout.pieces(ByteRange(start, stop))]
     assert sum(len(piece if isinstance(piece, bytes) else piece.span) for piece in pieces) == stop - start
     assert all(has_checksum(layout.members[piece.index]) for piece in pieces if not isinstance(piece, bytes))
+
+
+def test_other_bytes_for_the_same_members_need_another_layout_number() -> None:
+    members = [
+        Member("folder/", 0, NEW_YEAR),
+        Member("folder/empty", 0, None),
+        Member("folder/é", 5, NEW_YEAR + 1, 0o600),
+        Member("1970", 1, -1),
+        Member("large", 5 * GIB, 2**31),
+        Member("behind", 3, NEW_YEAR),
+    ]
+    layout = ZipLayout(members)
+    digest = hashlib.sha256()
+    for piece in layout.pieces(ByteRange(0, layout.size)):
+        match piece:
+            case Content(index, part):
+                digest.update(f"{index}: {part}".encode())
+            case Checked(index):
+                digest.update(layout.checked(piece, index))
+            case bytes():
+                digest.update(piece)
+    assert (LAYOUT, digest.hexdigest()) == (1, "531cd2c7d1bb76cc9efdeaf571a5b390b3fd0ef147ad932d19c3dd7b1ecc7c58")

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import hashlib
 import os
 import sqlite3
@@ -11,10 +12,12 @@ import pytest
 from click.testing import CliRunner, Result
 from starlette.applications import Starlette
 
+import downloadview_async as dv
 from downloadview_async import ConfigurationError, Download
 from downloadview_async.cli import main
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
+from downloadview_async.service.digests import LocalFile, fill_store
 from downloadview_async.service.proxy_config import config_for
 from tests.live import ask, live, make_old
 
@@ -115,6 +118,27 @@ def test_the_command_fills_the_store(directory: Path) -> None:
         ("files", name, hashlib.sha256((directory / "files" / name).read_bytes()).digest())
         for name in ("a.txt", "below/b.txt", "zero.txt")
     ]
+
+
+@pytest.mark.asyncio
+async def test_a_disk_that_fails_in_one_file_does_not_end_the_command(directory: Path) -> None:
+    class Damaged:
+        """A source with one file that cannot be read."""
+
+        def __init__(self) -> None:
+            self._source = dv.PathSource(directory / "files")
+
+        async def resolve(self, name: str, /) -> dv.AsyncFile:
+            if name == "damaged":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return await self._source.resolve(name)
+
+    digests = dv.Digests(Damaged())
+    size = (directory / "files" / "a.txt").stat().st_size
+    files = [LocalFile(digests, "damaged", 5), LocalFile(digests, "a.txt", size)]
+    done: list[int] = []
+    assert await fill_store(files, done.append) == ["damaged"]
+    assert sum(done) == 5 + size
 
 
 @pytest.mark.parametrize(
