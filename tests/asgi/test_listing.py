@@ -1,5 +1,6 @@
 """Listings of folders: what is on a page, in which order and form, and what must not be listed."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -443,8 +444,6 @@ async def test_lines_of_many_entries_take_the_memory_of_a_few() -> None:
     async def receive() -> Any:
         await never.wait()
 
-    import asyncio
-
     never = asyncio.Event()
     scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"format=ndjson", "headers": []}
     await dv.Listing(Million())(scope, receive, send)
@@ -531,6 +530,39 @@ async def test_a_large_folder_has_the_same_pages_without_its_total_size(
         assert (b"21 bytes" in page or b"21 B" in page) == (most == 5000)
     assert pages[0] == pages[1]
     assert [len(page) for page in pages[0]] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("query", ["", "sort=size", "sort=type", "q=9", "q=9&deep=1", "format=ndjson"])
+@pytest.mark.parametrize("is_local", [True, False])
+async def test_other_requests_get_their_turn_between_the_batches_of_a_large_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str, is_local: bool
+) -> None:
+    names = [f"file{number}.txt" for number in range(8 * folders.BATCH)]
+    if is_local:
+        for name in names:
+            (tmp_path / name).touch()
+    source = dv.PathSource(tmp_path) if is_local else Many(top=[dv.Entry(name) for name in names])
+    turn = 0
+    steps: list[tuple[int, int]] = []
+    shown = folders.FolderEndpoint._shown
+
+    def recorded(endpoint: folders.FolderEndpoint, entries: Sequence[dv.Entry]) -> list[dv.Entry]:
+        steps.append((turn, len(entries)))
+        return shown(endpoint, entries)
+
+    async def take_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(folders.FolderEndpoint, "_shown", recorded)
+    others = asyncio.create_task(take_turns())
+    assert (await call(app(source), "/files/", query=query)).status == 200
+    others.cancel()
+    assert sum(count for _, count in steps) == len(names)
+    assert max(count for _, count in steps) <= folders.BATCH
+    assert len({turn for turn, _ in steps}) == len(steps)
 
 
 @pytest.mark.parametrize("query", ["q=FILE", "q=file&sort=type", "q=file&deep=1", "q=file&deep=1&order=desc"])

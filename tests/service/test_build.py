@@ -1,6 +1,7 @@
 import asyncio
 import datetime
 import decimal
+import gc
 import logging
 import os
 import sqlite3
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 from downloadview_async import ConfigurationError, TransferAborted
 from downloadview_async.http.fields import OFFLOAD_HEADERS
@@ -21,6 +23,7 @@ from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.database import key_as
 from downloadview_async.service.logs import log_aborts_in_one_line
+from downloadview_async.service.shutdown import EndsInTime
 
 TEXT = """
 [sources.files]
@@ -446,3 +449,34 @@ def test_the_page_escapes_what_the_settings_say_and_links_below_the_root_path(di
     assert '<a href="./files/a.txt">a.txt</a>' in page.text
     assert '<a href="./files/x%3Fy%23z/%3Ci%3E.txt">x?y#z/&lt;i&gt;.txt</a>' in page.text
     assert "<script" not in page.text
+
+
+def test_the_objects_of_the_start_are_not_looked_through_again(directory: Path) -> None:
+    (directory / "downloadview.toml").write_text(TEXT)
+    gc.unfreeze()
+    app = EndsInTime(build(load_settings(directory / "downloadview.toml", environ={})))
+
+    async def start_and_leave() -> None:
+        async def receive() -> Message:
+            if not is_started.is_set():
+                return {"type": "lifespan.startup"}
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            kinds.append(message["type"])
+            is_started.set()
+
+        is_started = asyncio.Event()
+        running = asyncio.create_task(app({"type": "lifespan"}, receive, send))
+        await is_started.wait()
+        running.cancel()
+        await asyncio.wait([running])
+
+    kinds: list[str] = []
+    try:
+        asyncio.run(start_and_leave())
+        assert kinds[0] == "lifespan.startup.complete"
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
