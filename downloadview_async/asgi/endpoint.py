@@ -29,6 +29,7 @@ from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, Source, SupportsListing, check_source
 from downloadview_async.sources.digests.known import Digests
+from downloadview_async.sources.names import without_empty_segments
 
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
@@ -89,13 +90,14 @@ class _Endpoint:
     async def _allow(self, request: Request, key: Any, *, is_folder: bool = False) -> Grant:
         """Return the grant for a file or a folder. Raises `FileError`.
 
-        Access decides about the one name that all spellings of a key stand for. A source may look up a name that begins
-        with a slash without it, so both have to be allowed. is_folder: also if no slash is at the end of the key.
+        Access decides about the one name that all spellings of a key stand for. A source may look up a name without the
+        slash at its beginning and without its empty segments, so both have to be allowed. is_folder: also if the key
+        does not end in a slash.
         """
         name = _name_of(self._canonical, key, is_folder=is_folder) if isinstance(key, str) else key
         grant = await allow(self.access, request, name)
-        if isinstance(name, str) and name.startswith("/"):
-            await allow(self.access, request, name.lstrip("/"))
+        if isinstance(name, str) and (plain := without_empty_segments(name).lstrip("/")) != name:
+            await allow(self.access, request, plain)
         return grant
 
     def _is_archive(self, key: Any, scope: Scope) -> bool:

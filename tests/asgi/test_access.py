@@ -4,6 +4,7 @@ import logging
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
@@ -267,7 +268,7 @@ async def test_an_answer_of_an_endpoint_is_as_its_link_says(root: Path, method: 
     assert shared["content-type"] == "application/pdf"
 
 
-@pytest.mark.parametrize("kind", ["path", "cached", "virtual"])
+@pytest.mark.parametrize("kind", ["path", "cached", "virtual", "object"])
 @pytest.mark.parametrize(
     "path",
     [
@@ -306,6 +307,9 @@ async def test_access_decides_about_each_spelling_of_a_name(tmp_path: Path, kind
             raise dv.FileMissing(name)
         return await files.resolve(name)
 
+    async def get(key: str) -> Any:
+        return SimpleNamespace(file=key) if (root / key).is_file() and not key.startswith((".", "/")) else None
+
     async def allow(request: Request, name: str) -> bool:
         return not name.startswith("secret/")
 
@@ -314,8 +318,9 @@ async def test_access_decides_about_each_spelling_of_a_name(tmp_path: Path, kind
         "path": files,
         "cached": dv.CachedSource(dv.StorageSource(dv.DirectoryStorage(root)), cache, name="x"),
         "virtual": dv.VirtualSource(make),
+        "object": dv.ObjectSource(get, source=files),
     }[kind]
-    options = {} if kind == "virtual" else {"listing": True, "archive": True}
+    options = {} if kind in ("virtual", "object") else {"listing": True, "archive": True}
     async with live(application(source, allow, digests=dv.Digests(source), **options)) as port:
         missing = await ask(port, "/files/missing")
         for prefix in ("/files/", "/mounted/"):
