@@ -49,6 +49,7 @@ _NOTED = 64 << 20  # bytes after which the CRC-32s of the files that have passed
 _DESCRIBED = 8  # files that are opened at the same time to describe them
 _READERS = 4  # files that are read at the same time for their CRC-32s alone
 _READ = 16 << 20  # bytes of a local file that one call of a worker reads
+_BEGUN = 1_000  # files of which is kept how far they have been read
 _LAID_OUT = 4  # archives of a source that are laid out at the same time: each file takes about 1 KiB
 _MANY = 1_000  # files whose layout takes too long for the event loop
 _SEPARATOR = "\0"  # no name has it
@@ -111,6 +112,14 @@ class _LaidOut:
     is_stale: bool = False
 
 
+@dataclass(slots=True)
+class _Begun:
+    """How far a file has been read for its CRC-32 alone."""
+
+    crc: int = 0
+    position: int = 0
+
+
 class _Knowledge:
     """The CRC-32s of one source. source: identifies it in the `Checksums`."""
 
@@ -118,11 +127,18 @@ class _Knowledge:
         self.checksums = checksums
         self.readers = Slots(_READERS, patience=MID_TRANSFER)
         self.reading: dict[bytes | None, anyio.Lock] = {}
+        self.begun: dict[bytes, _Begun] = {}
         self._source = source
 
     def key(self, name: str, version: str, size: int) -> bytes:
         """Return the key of a version of a file."""
         return blake2b(repr((self._source, name, version, size)).encode(), digest_size=16).digest()
+
+    def keep(self, key: bytes, begun: _Begun) -> None:
+        """Keep how far a file has been read, and forget the oldest beyond `_BEGUN`."""
+        self.begun[key] = begun
+        while len(self.begun) > _BEGUN:
+            del self.begun[next(iter(self.begun))]
 
 
 class Archive:
@@ -480,8 +496,14 @@ class OpenArchive:
                 self._crcs[index] = known[key]
                 return
             with await self._knowledge.readers.take():
-                async with self._opened(index, GET) as opened:
-                    self._note(index, await _crc_of(opened, self._layout.members[index].size))
+                begun = _Begun() if key is None else self._knowledge.begun.pop(key, _Begun())
+                try:
+                    async with self._opened(index, GET) as opened:
+                        self._note(index, await _crc_of(opened, self._layout.members[index].size, begun))
+                except anyio.get_cancelled_exc_class():
+                    if key is not None:
+                        self._knowledge.keep(key, begun)  # the client has given up: the next one goes on from here
+                    raise
             await self._store()
 
 
@@ -497,23 +519,28 @@ async def _one_at_a_time(locks: dict[Key, anyio.Lock], key: Key) -> AsyncIterato
             del locks[key]
 
 
-async def _crc_of(opened: OpenFile, size: int) -> int:
-    """Return the CRC-32 of a file. Raises `TransferAborted` if it is shorter than `size`."""
-    crc = position = 0
+async def _crc_of(opened: OpenFile, size: int, begun: _Begun) -> int:
+    """Return the CRC-32 of a file, which has been read as far as `begun` says.
+
+    Raises `TransferAborted` if it is shorter than `size`.
+    """
     local = local_of(opened)
-    while local is not None and position < size:
-        length = min(_READ, size - position)
-        crc, count = await local.workers.run(_crc_of_span, local, position, length, crc, patience=MID_TRANSFER)
+    while local is not None and begun.position < size:
+        length = min(_READ, size - begun.position)
+        crc, count = await local.workers.run(
+            _crc_of_span, local, begun.position, length, begun.crc, patience=MID_TRANSFER
+        )
         if not count or local.is_rewritten():
             raise TransferAborted("a file changed while it was read for its CRC-32")
-        position += count
+        begun.crc, begun.position = crc, begun.position + count
     if local is None:
-        async for chunk in opened.stream(None):
-            crc = zlib.crc32(chunk, crc)
-            position += len(chunk)
-    if position != size:
+        if not opened.metadata.accept_ranges:  # it can only be read from its beginning
+            begun.crc = begun.position = 0
+        async for chunk in opened.stream(ByteRange(begun.position, size) if begun.position else None):
+            begun.crc, begun.position = zlib.crc32(chunk, begun.crc), begun.position + len(chunk)
+    if begun.position != size:
         raise TransferAborted("a file changed while it was read for its CRC-32")
-    return crc
+    return begun.crc
 
 
 def _crc_of_span(local: OpenLocalFile, position: int, length: int, crc: int) -> tuple[int, int]:

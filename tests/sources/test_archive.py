@@ -6,11 +6,13 @@ import os
 import sqlite3
 import threading
 import zipfile
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, closing
 from pathlib import Path
 
 import anyio
+import anyio.from_thread
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,6 +32,7 @@ from downloadview_async.sources.archive import (
 )
 from downloadview_async.sources.checksums import Checksums, MemoryChecksums, SQLiteChecksums
 from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.local.open_file import OpenLocalFile
 
 pytestmark = pytest.mark.asyncio
 
@@ -543,6 +546,59 @@ async def test_a_layout_is_not_shared_after_a_file_has_changed(
             await read(await archives.resolve(""))
         assert unpacked(await read(await archives.resolve(""))).get(name) == (None if change == "removed" else b"other")
         assert opened.metadata.size
+
+
+@pytest.mark.parametrize("kind", ["local", "ranges", "no ranges"])
+async def test_a_client_that_gives_up_leaves_how_far_a_file_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    content = bytes(range(256)) * 4096
+    half = len(content) // 2
+    monkeypatch.setattr(archive_module, "_READ", quarter := half // 2)
+    read_from: list[int] = []
+    waits, scope = True, anyio.CancelScope()
+    crc_of_span = archive_module._crc_of_span
+
+    def counted(local: OpenLocalFile, position: int, length: int, crc: int) -> tuple[int, int]:
+        read_from.append(position)
+        if position and waits:
+            anyio.from_thread.run_sync(scope.cancel)
+        return crc_of_span(local, position, length, crc)
+
+    class Half:
+        """A file whose second half waits for ever at first."""
+
+        metadata = FileMetadata(size=len(content), etag=ETag("x"), accept_ranges=kind == "ranges")
+        name = "x"
+        location = None
+
+        @asynccontextmanager
+        async def open(self, request: DownloadRequest = GET) -> AsyncIterator[dv.OpenFile]:
+            yield self
+
+        async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
+            start = 0 if span is None else span.start
+            read_from.append(start)
+            if start < half:
+                yield content[start:half]
+                if waits:
+                    scope.cancel()
+                    await anyio.sleep_forever()
+            yield content[max(start, half) :]
+
+    monkeypatch.setattr(archive_module, "_crc_of_span", counted)
+    (tmp_path / "x").write_bytes(content)
+    file = await dv.PathSource(tmp_path).resolve("x") if kind == "local" else Half()
+    archive = Archive([("x", file)])
+    async with archive.open() as opened:
+        end = ByteRange(opened.metadata.size - 70, opened.metadata.size) if opened.metadata.size else None
+        with scope:
+            await stream(opened, end)
+    assert scope.cancelled_caught
+    waits = False
+    told = await read(archive, end)
+    assert zlib.crc32(content).to_bytes(4, "little") in told
+    assert read_from == {"local": [0, quarter, half, half + quarter], "ranges": [0, half], "no ranges": [0, 0]}[kind]
 
 
 async def test_only_some_archives_are_laid_out_at_the_same_time(tmp_path: Path) -> None:
