@@ -178,6 +178,7 @@ class IndexPage:
             routes=routes,
             style=self._style,
             root=root,
+            icon=f"data:image/svg+xml,{quote(_ICON)}",
             title=self._pages.title,
             logo=self._pages.logo,
             footer=self._pages.footer,
