@@ -17,6 +17,7 @@ from anyio.lowlevel import checkpoint
 
 from downloadview_async.errors import UpstreamError, UpstreamTimeout
 from downloadview_async.http.sigv4 import Credentials, presigned_url
+from downloadview_async.sources.listing import aware_time
 from downloadview_async.sources.workers import Slots, Workers
 
 _VALID_SECONDS = 300  # of the signature of a request
@@ -149,7 +150,7 @@ async def page_of(content: bytes, prefix: str) -> ListingPage:
     parser: ElementTree.XMLPullParser[Any] = ElementTree.XMLPullParser(("start", "end"))
     names: list[str] = []
     fields: dict[str, str] = {}
-    found: list[dict[str, str]] = []
+    listed: list[dict[str, str]] = []
     try:
         for start in range(0, len(content), _PARSED_AT_ONCE):
             parser.feed(content[start : start + _PARSED_AT_ONCE])
@@ -163,7 +164,7 @@ async def page_of(content: bytes, prefix: str) -> ListingPage:
                 if len(names) == 1:
                     parts = {_name_of(part): part.text or "" for part in element}
                     if name in ("Contents", "CommonPrefixes"):
-                        found.append(parts)
+                        listed.append(parts)
                     else:
                         fields[name] = element.text or ""
                     element.clear()
@@ -172,7 +173,7 @@ async def page_of(content: bytes, prefix: str) -> ListingPage:
             await checkpoint()
         parser.close()
         decoded: Callable[[str], str] = unquote_plus if fields.get("EncodingType") == "url" else str
-        objects = [_object_of(parts, decoded, prefix) for parts in found]
+        objects = [_object_of(parts, decoded, prefix) for parts in listed]
         following = fields["NextContinuationToken"] if fields.get("IsTruncated") == "true" else None
     except (ElementTree.ParseError, KeyError, ValueError) as exc:
         raise UpstreamError(f"the store does not answer with a listing: {type(exc).__name__}: {exc}") from exc
@@ -182,7 +183,7 @@ async def page_of(content: bytes, prefix: str) -> ListingPage:
 def _object_of(parts: dict[str, str], decoded: Callable[[str], str], prefix: str) -> ListedObject:
     if "Key" not in parts:
         return ListedObject(decoded(parts["Prefix"]).removeprefix(prefix))
-    modified = datetime.fromisoformat(parts["LastModified"])
+    modified = aware_time(parts["LastModified"])
     return ListedObject(decoded(parts["Key"]).removeprefix(prefix), int(parts["Size"]), modified, parts.get("ETag", ""))
 
 

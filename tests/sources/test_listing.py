@@ -355,6 +355,7 @@ LINE = b'{"name":"a.txt","kind":"file","size":3,"modified":"2026-01-02T03:04:05Z
         (Upstream(b"not JSON\n"), UpstreamError),
         (Upstream(LINE.replace(b'"file"', b'"device"')), UpstreamError),
         (Upstream(LINE.replace(b"2026", b"year")), UpstreamError),
+        (Upstream(LINE.replace(b"05Z", b"05")), UpstreamError),
         (Upstream(b" " * 100_000), UpstreamError),
         (Upstream(LINE + b"\n", more=10), TransferAborted),
     ],
