@@ -5,21 +5,24 @@ https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
 
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote_plus, urlencode
 from xml.etree import ElementTree
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from downloadview_async.errors import UpstreamError, UpstreamTimeout
 from downloadview_async.http.sigv4 import Credentials, presigned_url
+from downloadview_async.sources.listing import aware_time
 from downloadview_async.sources.workers import Slots, Workers
 
 _VALID_SECONDS = 300  # of the signature of a request
 _MAX_PAGE = 8 << 20  # bytes; 1,000 keys of 1,024 bytes, each byte percent-encoded, have less
+_PARSED_AT_ONCE = 1 << 15  # bytes, of some hundred keys
 _TRIES = 3
 _PAUSE = 0.2  # seconds before the second try
 
@@ -82,7 +85,7 @@ class BucketListing:
         try:
             token: str | None = ""
             while token is not None:
-                page = page_of(await self._content(client, prefix, token), prefix)
+                page = await page_of(await self._content(client, prefix, token), prefix)
                 yield page
                 token = page.following
         finally:
@@ -139,28 +142,49 @@ class BucketListing:
         )
 
 
-def page_of(content: bytes, prefix: str) -> ListingPage:
-    """Return the page that an answer holds. Raises `UpstreamError` for one that is not a listing."""
+async def page_of(content: bytes, prefix: str) -> ListingPage:
+    """Return the page that an answer holds. Other tasks get their turn meanwhile, as this takes some milliseconds.
+
+    Raises `UpstreamError` for an answer that is not a listing.
+    """
+    parser: ElementTree.XMLPullParser[Any] = ElementTree.XMLPullParser(("start", "end"))
+    names: list[str] = []
+    fields: dict[str, str] = {}
+    listed: list[dict[str, str]] = []
     try:
-        root = ElementTree.fromstring(content)  # noqa: S314 - by the operator's store; expat limits entities
-        if _name_of(root) != "ListBucketResult":
-            raise ValueError(f"the answer is {_name_of(root)}")
-        fields = {_name_of(element): element.text or "" for element in root if len(element) == 0}
+        for start in range(0, len(content), _PARSED_AT_ONCE):
+            parser.feed(content[start : start + _PARSED_AT_ONCE])
+            events = cast("Iterator[tuple[str, ElementTree.Element]]", parser.read_events())
+            for event, element in events:
+                name = _name_of(element)
+                if event == "start":
+                    names.append(name)
+                    continue
+                names.pop()
+                if len(names) == 1:
+                    parts = {_name_of(part): part.text or "" for part in element}
+                    if name in ("Contents", "CommonPrefixes"):
+                        listed.append(parts)
+                    else:
+                        fields[name] = element.text or ""
+                    element.clear()
+                elif not names and name != "ListBucketResult":
+                    raise ValueError(f"the answer is {name}")
+            await checkpoint()
+        parser.close()
         decoded: Callable[[str], str] = unquote_plus if fields.get("EncodingType") == "url" else str
-        objects = []
-        for element in root:
-            inner = {_name_of(part): part.text or "" for part in element}
-            match _name_of(element):
-                case "Contents":
-                    key = decoded(inner["Key"]).removeprefix(prefix)
-                    modified = datetime.fromisoformat(inner["LastModified"])
-                    objects.append(ListedObject(key, int(inner["Size"]), modified, inner.get("ETag", "")))
-                case "CommonPrefixes":
-                    objects.append(ListedObject(decoded(inner["Prefix"]).removeprefix(prefix)))
+        objects = [_object_of(parts, decoded, prefix) for parts in listed]
         following = fields["NextContinuationToken"] if fields.get("IsTruncated") == "true" else None
     except (ElementTree.ParseError, KeyError, ValueError) as exc:
         raise UpstreamError(f"the store does not answer with a listing: {type(exc).__name__}: {exc}") from exc
     return ListingPage(objects, following)
+
+
+def _object_of(parts: dict[str, str], decoded: Callable[[str], str], prefix: str) -> ListedObject:
+    if "Key" not in parts:
+        return ListedObject(decoded(parts["Prefix"]).removeprefix(prefix))
+    modified = aware_time(parts["LastModified"])
+    return ListedObject(decoded(parts["Key"]).removeprefix(prefix), int(parts["Size"]), modified, parts.get("ETag", ""))
 
 
 def _name_of(element: ElementTree.Element) -> str:

@@ -44,6 +44,14 @@ class DescribedEntry(Entry):
 T = TypeVar("T")
 
 
+def aware_time(text: str) -> datetime:
+    """Return a time of ISO 8601 with a time zone, as entries have it. Raises `ValueError` for any other text."""
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return time
+
+
 @asynccontextmanager
 async def closing_entries(entries: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
     """Give what `SupportsListing.list` has returned, and close it at the end if it has `aclose`, as a generator has."""

@@ -74,6 +74,8 @@ PATHS = [
     "/files/sound.mp3?view",
     "/files/film.mp4?view",
     f"/files/{'x' * 255}?view",
+    "/files/%3Cb%3E%26amp;.html?view",
+    "/files/%D7%A9%D7%9C%D7%95%D7%9D%20%D7%A2%D7%95%D7%9C%D7%9D.pdf?view",
     "/shared/note.txt?view",
     "/shared/note.txt?share",
     "/files/missing",
@@ -106,6 +108,8 @@ def problems_of(browser: Chromium, path: str) -> list[str]:
             browser.look(width, is_dark=is_dark)
             problems += [f"{path}, {width}, dark={is_dark}: {text}" for text in browser.evaluate(CHECK)]
             facts = browser.evaluate(FACTS)
+            if facts["requests"] and "?view" not in path:
+                problems.append(f"{path}: {facts['requests']} further requests")
             if facts["wide"] > width:
                 problems.append(f"{path}: {facts['wide']} pixels in a window of {width}")
     return problems

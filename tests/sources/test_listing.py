@@ -356,6 +356,7 @@ LINE = b'{"name":"a.txt","kind":"file","size":3,"modified":"2026-01-02T03:04:05Z
         (Upstream(b"not JSON\n"), UpstreamError),
         (Upstream(LINE.replace(b'"file"', b'"device"')), UpstreamError),
         (Upstream(LINE.replace(b"2026", b"year")), UpstreamError),
+        (Upstream(LINE.replace(b"05Z", b"05")), UpstreamError),
         (Upstream(b" " * 100_000), UpstreamError),
         (Upstream(LINE + b"\n", more=10), TransferAborted),
     ],
@@ -627,13 +628,13 @@ async def test_a_store_that_keeps_failing_is_asked_three_times() -> None:
 )
 async def test_an_answer_that_is_not_a_listing_fails(content: bytes) -> None:
     with pytest.raises(UpstreamError, match="does not answer with a listing"):
-        page_of(content, "")
+        await page_of(content, "")
 
 
 @pytest.mark.parametrize("is_encoded", [False, True])
 async def test_keys_are_decoded_if_the_store_has_encoded_them(is_encoded: bool) -> None:
     encoding = "<EncodingType>url</EncodingType>" if is_encoded else ""
-    page = page_of(
+    page = await page_of(
         f"<ListBucketResult>{encoding}<Contents><Key>f/a+b%2B.txt</Key><LastModified>2026-01-02T03:04:05Z</LastModified>"
         "<Size>3</Size></Contents></ListBucketResult>".encode(),
         "f/",

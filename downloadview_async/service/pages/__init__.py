@@ -178,6 +178,7 @@ class ServicePages(Pages):
             "style": Markup(self.style),  # noqa: S704 - from a file of the service or its administrator
             "script": Markup(self.script),  # noqa: S704
             "quote": quote,
+            "icon": f"data:image/svg+xml,{quote(_ICON)}",
         }
 
 

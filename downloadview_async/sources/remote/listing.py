@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import AsyncGenerator
-from datetime import datetime
 from typing import Any
 
 from downloadview_async.errors import FileMissing, TransferAborted, UpstreamError
-from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.listing import Entry, aware_time
 from downloadview_async.sources.remote.client import Upstream, client_error, close
 
 _MEDIA_TYPE = "application/x-ndjson"
@@ -65,7 +64,7 @@ def entry_of(line: bytes) -> Entry:
             name,
             is_folder,
             size if isinstance(size, int) and size >= 0 and not is_folder else None,
-            None if modified is None else datetime.fromisoformat(modified),
+            None if modified is None else aware_time(modified),
             content_type if isinstance(content_type, str) else None,
         )
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
