@@ -22,10 +22,10 @@ for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().inc
 };
 for (const row of rows) {
 const cell = row.cells[3];
-if (!/^(image|video|audio|text|pdf|json|xml)$/.test(cell.textContent)) continue;
+if (!/^(image|video|audio|text|pdf|json|xml)$/.test(cell.textContent.trim())) continue;
 const link = document.createElement("a");
 link.href = row.cells[0].firstChild.getAttribute("href").replace(/\?|$/, (mark) => "?view" + (mark && "&"));
-link.textContent = cell.textContent;
+link.textContent = cell.textContent.trim();
 link.ariaLabel = "View " + row.cells[0].textContent;
 cell.replaceChildren(link);
 }
