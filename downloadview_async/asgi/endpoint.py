@@ -361,7 +361,8 @@ class Listing(_Endpoint):
 
     pages: how the pages look. key, headers, access, hide: as in `Download`; the key of a folder ends in a slash, or is
     empty. A hidden entry is not listed. Access decides about a folder as about a file, once, before it is read; it is
-    not asked about each entry. A signed link lists one folder alone, and only if it does not count its uses.
+    not asked about each entry. A signed link lists one folder alone, and only if it does not count its uses. If it was
+    made with `below=True`, it lists the folders below, too.
 
     Raises `ConfigurationError` for a source that cannot list, an access or a pattern that is not one, and `ValueError`
     for a header that is refused.

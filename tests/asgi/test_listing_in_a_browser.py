@@ -215,6 +215,39 @@ async def test_a_whole_folder_that_is_selected_needs_no_names(tmp_path: Path) ->
             assert facts_of(output)["url"] == f"http://127.0.0.1:{port}/files/{expected}"
 
 
+async def test_the_script_keeps_the_link_to_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "files" / "sub").mkdir(parents=True)
+    names = ["a b.txt", "what?.txt", "k=2026a&b.txt"]
+    for name in names:
+        (tmp_path / "files" / name).write_text(name)
+    probe = """
+    navigation.addEventListener("navigate", (event) => {
+    event.preventDefault();
+    const q = (s) => [...document.querySelectorAll(s)];
+    const views = q("td:nth-child(4) a").map((a) => a.href);
+    console.log("facts " + JSON.stringify({archive: event.destination.url, views}));
+    });
+    addEventListener("load", () => {
+    for (const box of document.querySelectorAll("td input")) box.click();
+    document.querySelector("[data-archive]").click();
+    });
+    """
+    signer = dv.URLSigner({"2026a": bytes(range(32))})
+    pages = dv.Pages(script=dv.Pages().script + probe)
+    source = dv.PathSource(tmp_path / "files")
+    download = dv.Download(source, listing=pages, archive=True, access=dv.SignedLinks(signer))
+    async with live(Starlette(routes=[Mount("/files", download)])) as port:
+        link = signer.sign("/files/", below=True, base=f"http://127.0.0.1:{port}")
+        flags = ["--enable-logging=stderr", "--virtual-time-budget=3000"]
+        facts = facts_of(await browsed(link, tmp_path / "profile", *flags))
+        archive = await ask(port, f"/files/?{urlsplit(facts['archive']).query}")
+        views = [await ask(port, f"{urlsplit(url).path}?{urlsplit(url).query}") for url in facts["views"]]
+    with zipfile.ZipFile(io.BytesIO(archive.body)) as opened:
+        assert sorted(opened.namelist()) == sorted([*names, "sub/"])
+    assert [view.status for view in views] == [200, 200, 200]
+    assert all(b"<pre tabindex=0>" in view.body for view in views)
+
+
 @pytest.mark.parametrize("query", ["q=a&deep=1", "format=json"])
 async def test_what_offers_no_archive(root: Path, query: str) -> None:
     download = dv.Download(dv.PathSource(root), listing=True, archive=True)

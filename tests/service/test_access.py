@@ -187,6 +187,21 @@ def test_a_wrong_key_in_a_variable_is_not_shown(directory: Path, keys: str, monk
     assert not any(word in problem for word in ("short", "spaces", "another"))
 
 
+def test_a_link_to_a_folder(directory: Path) -> None:
+    link = printed("sign", "/signed/sub/", "--below", "--base", "https://example.org/dl")
+    for name in ("", "a.txt", "deeper/"):
+        url = link.replace("/sub/?", f"/sub/{name}?sort=size&")
+        shown = dict(
+            line.split(": ") for line in printed("verify", url, "--base", "https://example.org/dl").splitlines()
+        )
+        assert (shown["path"], shown["folder"]) == (f"/signed/sub/{name}", "/signed/sub/")
+    for wrong in ("/signed/a.txt", "/signed/sub/..%2Fa.txt", "/signed/sub%2Fa.txt", "/signed/sub"):
+        url = link.replace("/signed/sub/", wrong)
+        assert "403 Forbidden" in refused("verify", url, "--base", "https://example.org/dl", status=1)
+    assert "folder:" not in printed("verify", printed("sign", "/signed/sub/"))
+    assert "is not that of a folder" in refused("sign", "/signed/a.txt", "--below")
+
+
 def test_what_is_signed_is_what_verify_prints(directory: Path) -> None:
     until = f"{datetime.now(UTC) + timedelta(days=1):%Y-%m-%dT%H:%M:%S}"
     link = printed(

@@ -1,5 +1,6 @@
 import base64
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,32 @@ def test_serve_signed_links_alone(directory: Path) -> None:
                 get(server.url + path)
 
 
+def test_serve_a_signed_link_to_a_directory(directory: Path) -> None:
+    (directory / "files" / "sub").mkdir()
+    (directory / "files" / "sub" / "b.txt").write_text("b")
+    (directory / "files" / ".env").write_text("secret")
+    port = free_port()
+    command = [*COMMAND, "files", "--port", str(port), "--share", "2h", "--qr"]
+    with serving(command, port, log=directory / "log", cwd=directory) as server:
+        match = re.search(rf"^{re.escape(server.url)}/files/(\?\S+)$", server.log, re.MULTILINE)
+        assert match is not None
+        link = match[1]
+        page = get(f"{server.url}/files/{link}").decode()
+        assert f'<a href="a.txt{link}">' in page
+        assert ".env" not in page
+        assert get(f"{server.url}/files/a.txt{link}") == b"0123456789"
+        assert get(f"{server.url}/files/sub/b.txt{link}&view").startswith(b"<!doctype html>")
+        with zipfile.ZipFile(io.BytesIO(get(f"{server.url}/files/{link}&archive=zip"))) as archive:
+            assert archive.read("sub/b.txt") == b"b"
+            assert ".env" not in archive.namelist()
+        for path, status in (("/files/", 403), ("/files/a.txt", 403), (f"/files/.env{link}", 404), (f"/{link}", 403)):
+            with pytest.raises(urllib.error.HTTPError, match=str(status)):
+                get(server.url + path)
+        server.wait_for_log("/files/sub/b.txt HTTP")
+        logged = server.log.replace(match[0], "")
+        assert link.rpartition("&s=")[2] not in logged
+
+
 def test_serve_to_users_alone(directory: Path) -> None:
     port = free_port()
     command = [*COMMAND, "files", "--port", str(port), "--user", "ada:correct horse"]
@@ -197,6 +225,16 @@ def test_serve_to_users_alone(directory: Path) -> None:
         ("127.0.0.1", ["files/a.txt", "files"], False, ["http://127.0.0.1:8000/files/"]),
         ("0.0.0.0", ["files"], False, ["http://127.0.0.1:8000/files/", r"http://[0-9.]+:8000/files/"]),
         ("127.0.0.1", ["files/a.txt"], True, [r"http://127.0.0.1:8000/files/a.txt\?k=share&i=.+&e=[0-9]+&s=.+"]),
+        ("127.0.0.1", ["files"], True, [r"http://127.0.0.1:8000/files/\?k=share&i=.+&e=[0-9]+&b=7&s=.+"]),
+        (
+            "127.0.0.1",
+            ["files/a.txt", "files"],
+            True,
+            [
+                r"http://127.0.0.1:8000/files/a.txt\?k=.+&e=[0-9]+&s=.+",
+                r"http://127.0.0.1:8000/files/files/\?k=.+&b=13&s=.+",
+            ],
+        ),
     ],
 )
 def test_the_urls_that_work(
@@ -216,7 +254,6 @@ def test_mistakes_with_paths_are_refused(directory: Path) -> None:
     (directory / ".env").touch()
     assert "'a.txt': rename one" in refused("files/a.txt", "more/a.txt", cwd=directory)
     assert "'.env' begins with a dot: add --hidden" in refused(".env", cwd=directory)
-    assert "--share makes links to files" in refused("files", "--share", "2h", cwd=directory)
     assert "--share is 'soon'" in refused("files/a.txt", "--share", "soon", cwd=directory)
     assert "--user takes NAME:PASSWORD" in refused("files", "--user", "ada:", cwd=directory)
     assert "--user takes NAME:PASSWORD" in refused("files", "--user", "", cwd=directory)

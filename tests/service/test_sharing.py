@@ -107,6 +107,40 @@ async def test_a_link_for_one_download(app: ASGIApp) -> None:
         assert b"Give a number of downloads" in refused.body, uses
 
 
+@pytest.mark.parametrize("app", ['store = "memory:"'], indirect=True)
+async def test_a_user_makes_a_link_to_a_folder(app: ASGIApp, tmp_path: Path) -> None:
+    (tmp_path / "files" / "sub" / "b.txt").write_text("b")
+    listing = (await call(app, "/files/sub/", headers=ADA)).body
+    assert b'<a href="?share">Share</a>' in listing
+    form = (await call(app, "/files/sub/", query="share", headers=ADA)).body
+    assert b"Share <bdi>sub</bdi>" in form
+    assert b"name=uses" not in form
+    assert b"name=name" not in form
+    assert b'<a href="./">Back</a>' in form
+    made = await post(app, "/files/sub/", ADA | OURS, expires="3600", uses="1", name="x")  # which are not of folders
+    link = link_of(made)
+    assert link.startswith("http://x.example/files/sub/?k=2026a&")
+    assert made.body.count(b"<svg") == 1
+    page = await opened(app, link)
+    assert page.status == 200
+    assert b"?share" not in page.body
+    assert b"b.txt?k=2026a&" in page.body
+    assert (await opened(app, link.replace("?", "b.txt?"))).body == b"b"
+    view = await opened(app, link.replace("?", "b.txt?view&"))
+    assert b"?share" not in view.body
+    for path in ("/files/", "/files/a <b>.txt", "/unshared/sub/"):
+        assert (await call(app, path, query=urlsplit(link).query)).status in (401, 403)
+    for path in ("/files/", "/files/sub/"):  # a link makes no other link
+        refused = await post(app, f"{path}", OURS, expires="3600")
+        assert refused.status == 401
+        for query in (f"share&{urlsplit(link).query}", f"{urlsplit(link).query}&share"):
+            answer = await call(app, path, method="POST", query=query, headers=OURS, body=b"expires=3600")
+            assert answer.status == 405
+            assert (await call(app, path, query=query)).status == 403
+    assert b"Share <bdi>files</bdi>" in (await call(app, "/files/", query="share", headers=ADA)).body
+    assert (await call(app, "/files/none/", query="share", headers=ADA)).status == 404
+
+
 async def test_nobody_else_makes_links(app: ASGIApp) -> None:
     for method in ("GET", "POST", "HEAD"):
         for headers, status in (({}, 401), (auth("eve"), 401), (auth("bob"), 404)):

@@ -302,6 +302,25 @@ def test_a_link_for_a_network(address: str, valid: bool) -> None:
             view(request)
 
 
+def test_a_link_to_all_that_is_below_a_folder() -> None:
+    link = sign_url("/files/2026/", below=True)
+    path, _, query = link.partition("?")
+    assert query.startswith("X-Signature=")
+    for name in ("", "a.txt", "sub/b.txt"):
+        for more in (query, f"sort=size&{query}", f"{query}&q=a"):
+            assert is_valid(f"{path}{name}?{more}")
+    for other in (
+        "/files/a.txt",
+        "/files/2026",
+        "/files/2026-secret/a.txt",
+        "/files/2026/../a.txt",
+        "/files/2026//a.txt",
+    ):
+        assert not is_valid(f"{other}?{query}")
+    assert not is_valid(f"{path}?{query}&x=1")
+    assert not is_valid(f"{path}a.txt?{sign_url('/files/2026/').partition('?')[2]}")
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
 def test_a_link_is_for_get_and_head(method: str) -> None:
     with pytest.raises(PermissionDenied):
