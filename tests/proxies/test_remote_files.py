@@ -216,6 +216,8 @@ async def remote(request: pytest.FixtureRequest, s3: S3) -> AsyncIterator[Remote
         make_text = partial(_text, kind.name, rules, [lake, other])
         log = stack.enter_context(readable_directory()) / "log"
         port = stack.enter_context(proxy(kind, checkout, service, text=make_text, log=log))
+        while "last-modified" not in (await ask(service, "/lake/page.html")).headers:
+            pass  # the last object has been stored in this second: only later, all answers tell the time
         yield Remote(kind, port, service, origin, origin_port, log)
 
 
