@@ -326,8 +326,8 @@ def sign(
 ) -> None:
     """Print a link to the file or folder at PATH.
 
-    PATH is such as "/files/Q3 report.pdf" or /files/2026/, and not percent-encoded. The settings are the same as those of `serve`. The route of PATH must have "signed" or
-    "secure_link" in its access.
+    PATH is not percent-encoded, such as "/files/Q3 report.pdf" or /files/2026/. The settings are the same as those
+    of `serve`. The route of PATH must have "signed" or "secure_link" in its access.
     """
     from downloadview_async.service.access import sign_path
 
