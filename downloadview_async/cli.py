@@ -328,10 +328,10 @@ def print_key() -> None:
 def sign(
     path: str, config: Path | None, expires: str | None, until: datetime | None, inline: bool | None, **options: Any
 ) -> None:
-    """Print a link to the file at PATH, such as "/files/Q3 report.pdf", or to a folder, such as /files/2026/.
+    """Print a link to the file or folder at PATH.
 
-    PATH is not percent-encoded. The settings are the same as those of `serve`. The route of PATH must have "signed" or
-    "secure_link" in its access.
+    PATH is not percent-encoded, such as "/files/Q3 report.pdf" or /files/2026/. The settings are the same as those
+    of `serve`. The route of PATH must have "signed" or "secure_link" in its access.
     """
     from downloadview_async.service.access import sign_path
 
