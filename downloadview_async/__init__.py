@@ -1,5 +1,8 @@
 """Who may have which file: your application decides, and the fastest thing at hand sends it."""
 
+from downloadview_async.accounts.facts import note_facts, request_id_of
+from downloadview_async.accounts.outcome import Outcome
+from downloadview_async.asgi.accounts import Accounts
 from downloadview_async.asgi.archives import ArchiveOptions
 from downloadview_async.asgi.endpoint import Download, Listing
 from downloadview_async.asgi.errors import download_error
@@ -74,6 +77,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Access",
     "AccessDenied",
+    "Accounts",
     "Archive",
     "ArchiveEntry",
     "ArchiveLimits",
@@ -122,6 +126,7 @@ __all__ = [
     "OffloadBackend",
     "OffloadMiddleware",
     "OpenFile",
+    "Outcome",
     "Pages",
     "PathSource",
     "PreconditionFailed",
@@ -165,8 +170,10 @@ __all__ = [
     "download_error",
     "grant_store_from_url",
     "link_formats",
+    "note_facts",
     "proxy_config",
     "proxy_kinds",
+    "request_id_of",
     "secure_link_secrets",
     "signed_link",
     "storage_from_url",

@@ -21,7 +21,12 @@
 The message of an error is for the log. No response ever shows it; what the client may know is in `detail`.
 """
 
+import errno
 from http import HTTPStatus
+from typing import Literal
+
+AbortReason = Literal["file-changed", "upstream-failed", "source-failed"]
+"""Why the promised bytes cannot be delivered: the file has changed, a remote server failed, or another source did."""
 
 
 class DownloadError(Exception):
@@ -149,3 +154,23 @@ class TransferAborted(DownloadError):
     The ASGI application raises it so that the server aborts the connection: the client must not take what it has
     received for the whole file.
     """
+
+    def __init__(self, message: str, *, reason: AbortReason | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def abort_reason(exc: BaseException) -> AbortReason | None:
+    """Return why a transfer was aborted by an error; None if that is not an error about a file."""
+    chain: BaseException | None = exc
+    for _ in range(20):
+        if isinstance(chain, TransferAborted) and chain.reason is not None:
+            return chain.reason
+        if isinstance(chain, UpstreamError | UpstreamBusy):
+            return "upstream-failed"
+        if isinstance(chain, OSError) and chain.errno == errno.ESTALE:
+            return "file-changed"
+        if chain is None or chain.__cause__ is None:
+            break
+        chain = chain.__cause__
+    return "source-failed" if isinstance(exc, TransferAborted | FileError) else None

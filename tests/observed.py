@@ -2,7 +2,7 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from downloadview_async.accounts.outcome import OBSERVER, Outcome
+from downloadview_async import Accounts, Outcome
 
 
 class Observed:
@@ -10,11 +10,10 @@ class Observed:
 
     def __init__(self, app: ASGIApp) -> None:
         self.outcomes: list[Outcome] = []
-        self._app = app
+        self._app = Accounts(app, observers=[self.outcomes.append])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        extensions = {**(scope.get("extensions") or {}), OBSERVER: self.outcomes.append}
-        await self._app({**scope, "extensions": extensions}, receive, send)
+        await self._app(scope, receive, send)
 
     def only(self) -> Outcome:
         """Return the one outcome since the last call."""

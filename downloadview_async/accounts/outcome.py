@@ -1,84 +1,96 @@
-"""`Outcome`: what became of one answer with a file, reported once, when the answer has ended."""
+"""`Outcome`: what became of one answer. It is made once for each request, when the answer has ended."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Literal
 
 from downloadview_async.http.metadata import ByteRange
 
-OBSERVER = "downloadview_async.outcome"
-"""The key of an `Observer` among the extensions of an ASGI scope. Answers to a request without one report nothing."""
+Result = Literal["completed", "delegated", "not-modified", "refused", "aborted"]
+"""How an answer ended.
 
-CLIENT_LEFT = "the client left"
-"""Why an answer is incomplete whose client has disconnected, or whose task has been cancelled."""
+completed: all bytes that it promised have left the process. delegated: a proxy or another server sends the file.
+not-modified: 304. refused: a status of 400 or more, sent as a whole. aborted: it is incomplete, see `Reason`.
+"""
 
-How = Literal["offloaded", "redirected", "inline", "descriptor", "path", "chunks", "empty"]
-"""How an answer left: by a proxy, by another server, in one message, by the kernel, by a path, in chunks, bodiless."""
+Reason = Literal[
+    "client-left", "stalled", "file-changed", "upstream-failed", "source-failed", "server-stopped", "failed"
+]
+"""Why an answer is incomplete.
+
+client-left: the client has closed the connection. stalled: the client took too little, and the server has reset the
+connection. file-changed: the file has fewer bytes than were promised, or was written to. upstream-failed: a remote
+server or a store failed. source-failed: another source, such as a disk, failed. server-stopped: the server has shut
+down. failed: the application raised another error, or returned before the end of its answer.
+"""
+
+Header = tuple[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One ended answer.
+    """One ended answer to an HTTP request.
 
-    status: of the answer; 0 if none was begun. how: see `How`. spans: the parts of the file that were to be sent; None
-    for a file of unknown size. sent: bytes of the body that the server took; with `path`, which the server does not
-    confirm, all of them. seconds: from the decision how to send the answer to its end. delegated_to: the header field
-    by which a proxy or the client gets the file elsewhere, in lower case. aborted: why the answer is incomplete, or
-    None if it is complete.
+    request_id: of the request, see `Accounts`. time: when the answer ended, in seconds since 1970 UTC.
+    method, path, http_version: of the request. The path has no query, and no percent-encoding.
+    client: the address of the client, None if the server does not know it.
+    route, source: the path of the route, and the name of the source, if they are known.
+    name: what the source was asked for, or the name of the file. etag, size: of the file, if it was opened; the ETag is
+    that of the header, the size is in bytes.
+    user, link_id: of the grant by which the request was allowed.
+    status: of the answer; 0 if none was begun.
+    kind: how the answer left. For files: `offloaded:` and the name of the proxy, `redirected`, `zero-copy` by the
+    kernel, `path` by a server that does not say what it has sent, `chunks`, `inline` in one message, `archive`. For
+    others: `listing`, `view`, `checksum`, `empty` without a body, `error` for a file that cannot be sent, and `other`
+    for all answers of an application that are not ours.
+    spans: the parts of the file that were to be sent; None for a file of unknown size.
+    sent: the bytes of the body that the server took. If the connection was reset, and the server is uvicorn with
+    `DownloadProtocol`, without those that the client's machine has not acknowledged.
+    first_byte: seconds from the request to the head of the answer; None if there was none. seconds: to its end.
+    result, reason: see `Result` and `Reason`; `reason` is None unless the answer was aborted. detail: the text of the
+    error that ended the answer, for logs alone.
+    delegated_to: the header field, in lower case, by which a proxy or the client gets the file elsewhere.
     """
 
-    status: int
-    how: How
+    request_id: str
+    time: float
+    method: str
+    path: str
+    http_version: str
+    client: str | None = None
+    route: str | None = None
+    source: str | None = None
+    name: str | None = None
+    etag: str | None = None
+    size: int | None = None
+    user: str | None = None
+    link_id: str | None = None
+    status: int = 0
+    kind: str = "other"
     spans: tuple[ByteRange | None, ...] = ()
     sent: int = 0
+    first_byte: float | None = None
     seconds: float = 0.0
+    result: Result = "aborted"
+    reason: Reason | None = None
+    detail: str | None = None
     delegated_to: str | None = None
-    aborted: str | None = None
+    headers: tuple[Header, ...] | list[Header] = field(default=(), repr=False)
+    """The header fields of the request, as in its ASGI scope. Among them are passwords and cookies: never log them."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether the whole answer was sent. For an offloaded answer: whether the proxy has its headers."""
-        return self.aborted is None
+        """Whether the whole answer was sent. For a delegated answer: whether the proxy has its headers."""
+        return self.result != "aborted"
 
+    def header(self, name: str) -> str | None:
+        """Return the value of a header field of the request, such as "user-agent"; None if it does not have it."""
+        wanted = name.lower().encode("latin-1")
+        return next((value.decode("latin-1") for field, value in self.headers if field.lower() == wanted), None)
+
+
+Listener = Callable[[Outcome], Awaitable[None] | None]
+"""An async or plain function that gets each `Outcome`, after the answer, in its own task or thread."""
 
 Observer = Callable[[Outcome], None]
-"""Called with each `Outcome`, in the event loop: it must neither block nor raise."""
-
-
-class Once:
-    """An observer of one answer: it passes on the first outcome alone.
-
-    is_held: whether the answer is held back, so that its outcome comes later.
-    """
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-        self._is_reported = False
-        self.is_held = False
-
-    def __call__(self, outcome: Outcome) -> None:
-        """Pass on an outcome if it is the first."""
-        if not self._is_reported:
-            self._is_reported = True
-            self._observer(outcome)
-
-
-@contextmanager
-def one_outcome(observer: Observer) -> Iterator[Once]:
-    """Give an observer for one answer. If the context ends without an outcome, the answer is reported as aborted."""
-    once, aborted = Once(observer), CLIENT_LEFT
-    try:
-        yield once
-    except Exception as exc:
-        aborted = str(exc) or type(exc).__name__
-        raise
-    finally:
-        if not once.is_held:
-            once(Outcome(status=0, how="empty", aborted=aborted))
-
-
-def observer_of(scope: Mapping[str, Any]) -> Observer | None:
-    """Return the observer in the scope of a request, or None if there is none."""
-    extensions: Mapping[str, Any] = scope.get("extensions") or {}
-    return extensions.get(OBSERVER)
+"""A function that gets each `Outcome` at once, in the event loop: it must neither block nor raise."""

@@ -1,24 +1,20 @@
-"""How an answer leaves: one `Delivery`, made by `delivery_of`, sent by `deliver`, and ended by one `Outcome`."""
+"""How an answer leaves: one `Delivery`, made by `delivery_of`, sent by `deliver`, and noted for its `Outcome`."""
 
 import threading
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import anyio
 from starlette.types import Message, Receive, Send
 
-from downloadview_async.accounts.outcome import CLIENT_LEFT, How, Observer, Outcome
+from downloadview_async.accounts.facts import Facts
 from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SETTLED
 from downloadview_async.asgi.loan import Loan
-from downloadview_async.asgi.offer import REPLACED, Offer
 from downloadview_async.asgi.transfer import send_in_chunks
-from downloadview_async.errors import FileError
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.sources.base import OpenFile
@@ -30,15 +26,9 @@ SMALL = 64 * 1024
 
 @dataclass(slots=True)
 class Offloaded:
-    """A proxy sends the file, by the header named `by`, in lower case.
-
-    offer: the offer that the answer accepts, if `OffloadMiddleware` has made it. is_held: whether the middleware holds
-    the answer back and may still have us send the file. It reports then.
-    """
+    """A proxy sends the file, by the header named `by`, in lower case."""
 
     by: str
-    offer: Offer | None = None
-    is_held: bool = False
 
 
 @dataclass(slots=True)
@@ -91,12 +81,11 @@ class Chunks:
 Delivery = Offloaded | Redirected | Empty | Inline | Descriptor | Path | Chunks
 """Each way in which an answer can leave."""
 
-_HOW: dict[type[Any], How] = {
-    Offloaded: "offloaded",
+_KINDS: dict[type[Any], str] = {
     Redirected: "redirected",
     Empty: "empty",
     Inline: "inline",
-    Descriptor: "descriptor",
+    Descriptor: "zero-copy",
     Path: "path",
     Chunks: "chunks",
 }
@@ -146,44 +135,20 @@ def deliver(
     send: Send,
     *,
     receive: Receive | None = None,
-    observer: Observer | None = None,
+    facts: Facts | None = None,
     status: int = 200,
 ) -> Awaitable[None]:
     """Send an answer, which begins with `start`; None: its start has been sent already, with `status`.
 
     receive: given if nothing else listens for the client to leave; sending then stops when it does.
-    observer: gets the outcome, unless the answer can still be another one: it is held, or failed before its start.
+    facts: those of the request, in which the delivery is noted.
 
     Raises `SourceUnavailable` if the file cannot be read and nothing has been sent yet, so that another status can
     still be sent; else `TransferAborted`, and the server has to abort the connection.
     """
-    if observer is None:
-        return _send(delivery, start, send, receive)
-    return _send_observed(delivery, start, send, receive, observer, status)
-
-
-async def _send_observed(
-    delivery: Delivery,
-    start: Message | None,
-    send: Send,
-    receive: Receive | None,
-    observer: Observer,
-    status: int,
-) -> None:
-    record = _Record(delivery, send, status if start is None else start["status"], is_unsent=start is not None)
-    try:
-        await _send(delivery, start, record.send, receive)
-    except BaseException as exc:
-        if not (isinstance(exc, FileError) and record.is_unsent):
-            has_left = isinstance(exc, anyio.get_cancelled_exc_class())
-            observer(record.outcome(CLIENT_LEFT if has_left else str(exc) or type(exc).__name__))
-        raise
-    if isinstance(delivery, Offloaded):
-        if not delivery.is_held:
-            is_replaced = delivery.offer is not None and delivery.offer.is_withdrawn
-            observer(record.outcome(REPLACED if is_replaced else None))
-    else:
-        observer(record.outcome(None if record.is_complete else CLIENT_LEFT))
+    if facts is not None:
+        facts.deliver(delivery, status if start is None else start["status"])
+    return _send(delivery, start, send, receive)
 
 
 async def _send(delivery: Delivery, start: Message | None, send: Send, receive: Receive | None) -> None:
@@ -223,67 +188,13 @@ async def _listening(work: Callable[[Send], Awaitable[None]], send: Send, receiv
         await until_the_client_leaves(work, receive, send)
 
 
-def report_of(delivery: Delivery, start: Message, observer: Observer | None) -> Callable[[str | None], None] | None:
-    """Return a function that reports an answer that is held back, once it has left or failed (then: why)."""
-    if observer is None:
-        return None
-    record = _Record(delivery, _nowhere, start["status"])
-    return lambda aborted: observer(record.outcome(aborted))
+def kind_of(delivery: Delivery) -> str:
+    """Return the name of the way in which an answer leaves, as in `Outcome`."""
+    return _KINDS[type(delivery)]
 
 
-async def _nowhere(message: Message) -> None:
-    """Send nothing."""
-
-
-class _Record:
-    """Counts what is sent of an answer, for its outcome."""
-
-    def __init__(self, delivery: Delivery, send: Send, status: int, *, is_unsent: bool = True) -> None:
-        self._delivery = delivery
-        self._status = status
-        self._send = send
-        self._began = time.perf_counter()
-        self._sent = 0
-        self._in_chunks = False
-        self._loan: Loan | None = None
-        self.is_unsent = is_unsent
-        self.is_complete = False
-
-    async def send(self, message: Message) -> None:
-        """Send a message and count its bytes."""
-        await self._send(message)
-        self.is_unsent = False
-        if message["type"] == "http.response.body":
-            self._sent += len(message.get("body", b""))
-            self._in_chunks = True
-            self.is_complete = not message.get("more_body", False)
-        elif message["type"] == PATHSEND:
-            if (lent := message.get("descriptor")) is not None:
-                self._loan = lent.loan
-            elif isinstance(self._delivery, Path):
-                self._sent, self.is_complete = self._delivery.size or 0, True
-
-    def outcome(self, aborted: str | None) -> Outcome:
-        """Return the outcome of the answer, which has ended now. aborted: why it is incomplete."""
-        delivery, sent, how = self._delivery, self._sent, _HOW[type(self._delivery)]
-        if isinstance(delivery, Path) and self._in_chunks:
-            how = "chunks"
-        if isinstance(delivery, Descriptor) and self._loan is not None:
-            sent += self._loan.sent
-            how = "chunks" if self._loan.is_dropped else how
-            aborted = None if self._loan.sent == len(delivery.span) else aborted
-        return Outcome(
-            status=self._status,
-            how=how,
-            spans=_spans_of(delivery),
-            sent=sent,
-            seconds=time.perf_counter() - self._began,
-            delegated_to=_delegated_to(delivery),
-            aborted=aborted,
-        )
-
-
-def _spans_of(delivery: Delivery) -> tuple[ByteRange | None, ...]:
+def spans_of(delivery: Delivery) -> tuple[ByteRange | None, ...]:
+    """Return the parts of the file that an answer has; None for a file of unknown size."""
     match delivery:
         case Descriptor():
             return (delivery.span,)
@@ -295,13 +206,3 @@ def _spans_of(delivery: Delivery) -> tuple[ByteRange | None, ...]:
             return tuple(piece for piece in delivery.plan.body if not isinstance(piece, bytes))
         case _:
             return ()
-
-
-def _delegated_to(delivery: Delivery) -> str | None:
-    match delivery:
-        case Offloaded():
-            return delivery.by
-        case Redirected():
-            return "location"
-        case _:
-            return None

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Host, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from downloadview_async.accounts.facts import ACCOUNT, Facts, note_facts
 from downloadview_async.asgi.archives import ArchiveOptions, Archives
 from downloadview_async.asgi.archives import key_of as archive_key_of
 from downloadview_async.asgi.checksum import checksum_response, send_checksums, wanted_checksum
@@ -48,10 +49,12 @@ class _Endpoint:
         listing: Pages | None,
         has_archives: bool = False,
         digests: Digests | None = None,
+        source_name: str | None = None,
     ) -> None:
         check_source(source, type(self).__name__)
         self.source = source
         self._canonical = source.canonical if isinstance(source, HasCanonicalNames) else None
+        self.source_name = type(source).__name__ if source_name is None else source_name
         self.headers = dict(headers or {})
         checked_headers(tuple(self.headers.items()))
         self.access = access_of(access)
@@ -81,6 +84,11 @@ class _Endpoint:
                 scope[GRANT] = grant
             else:
                 grant = None
+            facts: Facts | None = scope.get(ACCOUNT)
+            if facts is not None:
+                facts.find(self.source_name, key)
+                if grant is not None:
+                    facts.allow(grant.user, grant.link_id)
             answer = await self._answer_to(key, grant, scope)
         except FileError as exc:
             await send_error(exc, scope, send)
@@ -129,6 +137,7 @@ class _Endpoint:
         sent = scope["path"] if scope.get("raw_path") is None else unquote(scope["raw_path"].partition(b"?")[0])
         if not sent.endswith("/"):
             return partial(self._redirect_to_folder, scope)
+        note_facts(scope, kind="listing")
         return partial(self._folders.answer, key, self._tail_of(key, scope), grant)
 
     async def _missing(self, key: Any, exc: FileMissing, scope: Scope, send: Send) -> None:
@@ -204,6 +213,7 @@ class Download(_Endpoint):
     are left out.
     digests: the digests of the source's files, for Repr-Digest, and for `?checksum=sha256`, whose answer is the line of
     `sha256sum` about the file, or with `listing` about each file of a folder whose digest is known.
+    source_name: the name of the source in the `Outcome` of each answer. Default: the name of its class.
 
     Raises `ConfigurationError` for a source, an access or a pattern that is not one, and for a listing or an archive of
     a source that cannot list; `ValueError` for a header that is refused.
@@ -224,6 +234,7 @@ class Download(_Endpoint):
         listing: bool | Pages = False,
         archive: bool | ArchiveOptions = False,
         digests: Digests | None = None,
+        source_name: str | None = None,
     ) -> None:
         all_headers = dict(headers or {})
         if cache_control is not None:
@@ -238,6 +249,7 @@ class Download(_Endpoint):
             listing=pages,
             has_archives=bool(archive),
             digests=digests,
+            source_name=source_name,
         )
         self.attachment = attachment
         self.redirect = redirect
@@ -250,9 +262,12 @@ class Download(_Endpoint):
 
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
         if self._archives is not None and (name := archive_key_of(key, scope)) is not None:
+            note_facts(scope, kind="archive")
             archive = self._response(await self._archives.resolve(name), key, grant, scope, is_archive=True)
             return self._archives.counted(name, archive)
         wanted = None if self.digests is None or not isinstance(key, str) else wanted_checksum(scope["query_string"])
+        if wanted is not None:
+            note_facts(scope, kind="checksum")
         if (folder := self._folder_of(key, grant, scope)) is not None:
             return folder if wanted is None else partial(self._send_checksums, wanted, key)
         missing = None if self._folders is None else partial(self._missing, key)
@@ -260,6 +275,7 @@ class Download(_Endpoint):
         try:
             file = await self.source.resolve(key)
             if view == "page" and isinstance(key, str):
+                note_facts(scope, kind="view")
                 return partial(self._view, file, key, grant)
             if wanted is not None and self.digests is not None:
                 return await checksum_response(wanted, self.digests, key, file, scope)
@@ -359,10 +375,10 @@ class Listing(_Endpoint):
     for each entry, in any order. The name of a folder without the slash is redirected, and everything else gives 404:
     `Download(source, listing=True)` sends the files, too.
 
-    pages: how the pages look. key, headers, access, hide: as in `Download`; the key of a folder ends in a slash, or is
-    empty. A hidden entry is not listed. Access decides about a folder as about a file, once, before it is read; it is
-    not asked about each entry. A signed link lists one folder alone, and only if it does not count its uses. If it was
-    made with `below=True`, it lists the folders below, too.
+    pages: how the pages look. key, headers, access, hide, source_name: as in `Download`; the key of a folder ends in a
+    slash, or is empty. A hidden entry is not listed. Access decides about a folder as about a file, once, before it is
+    read; it is not asked about each entry. A signed link lists one folder alone, and only if it does not count its
+    uses. If it was made with `below=True`, it lists the folders below, too.
 
     Raises `ConfigurationError` for a source that cannot list, an access or a pattern that is not one, and `ValueError`
     for a header that is refused.
@@ -377,8 +393,17 @@ class Listing(_Endpoint):
         key: str | Callable[[Request], Any] | None = None,
         access: Access | Sequence[Access] | None = None,
         hide: Sequence[str] = (),
+        source_name: str | None = None,
     ) -> None:
-        super().__init__(source, headers=headers, key=key, access=access, hide=hide, listing=pages or Pages())
+        super().__init__(
+            source,
+            headers=headers,
+            key=key,
+            access=access,
+            hide=hide,
+            listing=pages or Pages(),
+            source_name=source_name,
+        )
 
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
         folder = self._folder_of(key, grant, scope)

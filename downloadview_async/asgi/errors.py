@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope, Send
 
-from downloadview_async.accounts.outcome import observer_of
+from downloadview_async.accounts.facts import ACCOUNT, request_id_of
 from downloadview_async.asgi.delivery import Empty, Inline, deliver
 from downloadview_async.asgi.disconnect import close_after_body
 from downloadview_async.errors import DownloadError, FileError
@@ -25,11 +25,12 @@ def note_refusal(refused: Refusal, method: str, path: str) -> None:
         logger.debug("%s %s: sent without the proxy, %s", escaped(method), shown(path), refused.value)
 
 
-def failed(exc: FileError, method: str, path: str) -> Headers:
+def failed(exc: FileError, method: str, path: str, request_id: str | None = None) -> Headers:
     """Log why a file cannot be sent, and return the headers of the answer, which does not tell the reason."""
     level = logging.INFO if exc.status < 500 else logging.WARNING
     if logger.isEnabledFor(level):
-        logger.log(level, "%s %s: %d, %s", escaped(method), shown(path), exc.status, escaped(str(exc)))
+        end = "" if request_id is None else f" (request {request_id})"
+        logger.log(level, "%s %s: %d, %s%s", escaped(method), shown(path), exc.status, escaped(str(exc)), end)
     headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
     if exc.challenge is not None:
         headers["WWW-Authenticate"] = exc.challenge
@@ -42,7 +43,7 @@ def error_response(exc: FileError, scope: Scope) -> Response:
     A file that the client may not see and a file that does not exist give exactly the same 404.
     """
     status = exc.status
-    headers = {**failed(exc, scope["method"], scope["path"]), **close_after_body(scope)}
+    headers = {**failed(exc, scope["method"], scope["path"], request_id_of(scope)), **close_after_body(scope)}
     if status == 412:
         return Response(status_code=status, headers=headers)  # as if the condition had failed here: no body
     text = status.phrase if exc.detail is None else f"{status.phrase}: {exc.detail}"
@@ -54,7 +55,7 @@ async def send_error(exc: FileError, scope: Scope, send: Send) -> None:
     response = error_response(exc, scope)
     start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
     delivery = Empty() if scope["method"] == "HEAD" else Inline(bytes(response.body))
-    await deliver(delivery, start, send, observer=observer_of(scope))
+    await deliver(delivery, start, send, facts=scope.get(ACCOUNT))
 
 
 async def download_error(request: Request, exc: Exception) -> Response:

@@ -6,6 +6,9 @@ PATHSEND = "http.response.pathsend"
 PREPARED = "downloadview_async.prepared"
 """The key of a `PreparedHead` in the start of a response, for a server that wants it. The whole body follows."""
 
+CONNECTION = "downloadview_async.connection"
+"""The extension by which a server that knows what its client has taken gives its connection: see `asgi.accounts`."""
+
 FOREIGN = "downloadview_async.foreign"
 """Marks a path-send offer in the scope that `OffloadMiddleware` made for responses that are not ours."""
 

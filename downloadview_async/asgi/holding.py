@@ -12,8 +12,8 @@ from contextlib import suppress
 import anyio
 from starlette.types import Message, Receive, Send
 
-from downloadview_async.accounts.outcome import CLIENT_LEFT
 from downloadview_async.asgi.offer import Lent, Offer
+from downloadview_async.errors import TransferAborted
 from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.offload.decision import refusal
 from downloadview_async.sources.per_loop import PerLoop
@@ -87,16 +87,15 @@ class Holding:
             if self._deciding is not None:
                 self._deciding.cancel()
                 await asyncio.wait([self._deciding])
-            if self._lent is not None and self._lent.report is not None:
-                self._lent.report(CLIENT_LEFT)
+            if self._lent is not None:
+                self._end_accounts(asyncio.CancelledError())
             await self._close()  # a task that is cancelled before its first step does not close it
 
     async def _decide(self, has_returned: bool) -> None:
         assert self._lent is not None
         try:
             if len(self._held) < 2:
-                if self._lent.report is not None:
-                    self._lent.report(_UNSENT)
+                self._end_accounts(TransferAborted(_UNSENT))
                 return  # the application ended before its answer did: the server handles that
             refused = refusal(has_returned=has_returned or self._lent.file is None)
             if refused is None and self._lent.file is not None:
@@ -104,22 +103,32 @@ class Holding:
             if refused is None:
                 await self._send_held()
             else:
-                merging = _Merging(self._lent.headers, self._held[0]["headers"], self._send)
-                # use our own `receive`: a middleware inside may report a disconnect once its application has returned
-                await self._lent.stream(self._receive, merging.send)
+                send: Send = _Merging(self._lent.headers, self._held[0]["headers"], self._send).send
+                for account in reversed(self._lent.accounts):
+                    send = account.restarted(send)
+                try:
+                    # use our own `receive`: a middleware inside may report a disconnect once its application returned
+                    await self._lent.stream(self._receive, send)
+                except BaseException as exc:
+                    self._end_accounts(exc)
+                    raise
+                self._end_accounts()
         finally:
             await self._close()
 
     async def _send_held(self) -> None:
-        assert self._lent is not None
-        aborted: str | None = _UNSENT
         try:
             for message in self._held:
                 await self._send(message)
-            aborted = None
-        finally:
-            if self._lent.report is not None:
-                self._lent.report(aborted)
+        except BaseException as exc:
+            self._end_accounts(exc)
+            raise
+        self._end_accounts()
+
+    def _end_accounts(self, exc: BaseException | None = None) -> None:
+        assert self._lent is not None
+        for account in self._lent.accounts:
+            account.end(exc)
 
     async def _close(self) -> None:
         lent, self._lent = self._lent, None

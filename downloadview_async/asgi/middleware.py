@@ -2,6 +2,7 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.asgi.extensions import FOREIGN, PATHSEND
 from downloadview_async.asgi.holding import Holding
 from downloadview_async.asgi.offer import Offer
@@ -33,10 +34,15 @@ class OffloadMiddleware:
     - Any offload header that no backend has made for this request is dropped, with a warning in the log: an
       application cannot set X-Accel-Redirect itself.
 
+    proxy: the name of the proxy in outcomes, such as "caddy". Default: that of the best-known proxy that obeys the
+    header of the backend, such as "nginx".
+
     Raises `ConfigurationError` for a backend that is not one.
     """
 
-    def __init__(self, app: ASGIApp, backend: OffloadBackend, pathsend: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, backend: OffloadBackend, pathsend: bool = False, *, proxy: str | None = None
+    ) -> None:
         if not hasattr(backend, "headers_for") or isinstance(backend, type):
             raise ConfigurationError(
                 "OffloadMiddleware takes a backend, such as XAccelRedirect([Rule('/srv/files', '/_files/')]), not "
@@ -45,6 +51,7 @@ class OffloadMiddleware:
         self.app = app
         self.backend = backend
         self.pathsend = pathsend
+        self.proxy = proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, with the offer in its scope."""
@@ -54,16 +61,17 @@ class OffloadMiddleware:
         extensions = dict(scope.get("extensions") or {})
         outer = extensions.get(EXTENSION)
         outer = outer if isinstance(outer, Offer) else None
-        offer = Offer(self.backend, outer)
+        facts: Facts | None = scope.get(ACCOUNT)
+        if facts is not None and self.proxy is not None:
+            facts.proxy = self.proxy
+        offer = Offer(self.backend, outer, facts)
         extensions[EXTENSION] = offer
         holding = Holding(offer, receive, send, outer)
         foreign = None
         if self.pathsend:
             has_path_send = PATHSEND in extensions
             is_outermost = FOREIGN not in (extensions.get(PATHSEND) or {})
-            foreign = ForeignResponse(
-                scope, receive, holding.send, offer, path_send=has_path_send, is_outermost=is_outermost
-            )
+            foreign = ForeignResponse(scope, receive, holding.send, offer, path_send=has_path_send)
             if not (has_path_send and is_outermost):
                 extensions[PATHSEND] = {FOREIGN: True}
         try:

@@ -1,12 +1,15 @@
 """`Offer`: a backend that is offered for one request. `Lent`: the open file behind the offloaded answer."""
 
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import anyio.to_thread
 from starlette.types import Message, Receive, Send
 
+from downloadview_async.accounts.facts import Facts
+from downloadview_async.errors import TransferAborted
 from downloadview_async.offload.base import OffloadBackend, signed
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.local.open_file import OpenLocalFile
@@ -15,21 +18,31 @@ REPLACED = "another answer replaced this one"
 """Why an offloaded answer is incomplete: middleware has sent another one, or has changed the status."""
 
 
+class Held(Protocol):
+    """The account of an answer that waits in an `OffloadMiddleware` further out."""
+
+    def restarted(self, send: Send) -> Send:
+        """Return a function that sends another answer in place of the one that was held, and counts that."""
+
+    def end(self, exc: BaseException | None = None) -> None:
+        """Make the outcome: the answer has left, or has failed with `exc`."""
+
+
 @dataclass(slots=True)
 class Lent:
     """The open file behind an offloaded answer.
 
     file: shared, so the code that takes this object closes it. None if only the proxy can open the file.
     path: the path at which the proxy finds the file, as this process sees it.
-    start: the first message of the offloaded answer. stream: sends the file without the proxy. report: called when the
-    offloaded answer has left, or has failed: then with the reason. `stream` reports for itself.
+    start: the first message of the offloaded answer. stream: sends the file without the proxy. accounts: those that
+    have counted the answer before it was held, the innermost first.
     """
 
     file: OpenLocalFile | None
     path: str | None
     start: Message
     stream: Callable[[Receive, Send], Awaitable[None]]
-    report: Callable[[str | None], None] | None = None
+    accounts: Sequence[Held] = ()
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)
     """The headers of `start` as it was made: middleware may change the message."""
 
@@ -59,12 +72,14 @@ class Offer:
     """A backend that is offered for one request, and that remembers the headers that it has made for it.
 
     outer: the offer of the next middleware outwards. It drops the headers that no backend has made, so it knows these.
+    facts: those of the request outside of the outermost middleware.
     """
 
-    __slots__ = ("_backend", "is_withdrawn", "lent", "orders")
+    __slots__ = ("_backend", "facts", "is_withdrawn", "lent", "orders")
 
-    def __init__(self, backend: OffloadBackend, outer: "Offer | None") -> None:
+    def __init__(self, backend: OffloadBackend, outer: "Offer | None", facts: Facts | None = None) -> None:
         self._backend = backend
+        self.facts: Facts | None = facts if outer is None else outer.facts
         self.orders: list[Mapping[str, str]] = [] if outer is None else outer.orders
         """The headers of each file that was offloaded for this request."""
         self.is_withdrawn = False
@@ -102,8 +117,8 @@ class Offer:
         """Lend a file for the next answer, and close the one that was lent before."""
         before, self.lent = self.lent, lent
         if before is not None:
-            if before.report is not None:
-                before.report(REPLACED)
+            for account in before.accounts:
+                account.end(TransferAborted(REPLACED))
             if before.file is not None:
                 before.file.close()
 

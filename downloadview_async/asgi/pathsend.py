@@ -9,9 +9,10 @@ from functools import partial
 import anyio.to_thread
 from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.accounts.outcome import OBSERVER, Once, observer_of, one_outcome
+from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.asgi.accounts import hold_accounts
 from downloadview_async.asgi.answer import RawHeaders
-from downloadview_async.asgi.delivery import Empty, Offloaded, Path, deliver, delivery_of, report_of
+from downloadview_async.asgi.delivery import Empty, Offloaded, Path, deliver, delivery_of
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, send_error
 from downloadview_async.asgi.extensions import PATHSEND, SETTLED
@@ -54,20 +55,16 @@ class _Named:
 class ForeignResponse:
     """One response that is not ours. Its start waits until it is known how its file is sent.
 
-    path_send: whether the server, or the middleware further out, takes a path send. is_outermost: whether it is not
-    such a middleware, which would report the outcome.
+    path_send: whether the server, or the middleware further out, takes a path send.
     """
 
-    def __init__(
-        self, scope: Scope, receive: Receive, send: Send, offer: Offer, *, path_send: bool, is_outermost: bool
-    ) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, offer: Offer, *, path_send: bool) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._offer = offer
         self._path_send = path_send
-        self._is_outermost = is_outermost
-        self._observer: Once | None = None  # while an answer with a file is sent
+        self._facts: Facts | None = scope.get(ACCOUNT)
         self._held: Message | None = None
         self._status = 200
         """The status of the last start that has been passed on."""
@@ -82,12 +79,7 @@ class ForeignResponse:
                 return
         elif message["type"] == PATHSEND and "descriptor" not in message:
             start, self._held = self._held, None
-            if (observer := observer_of(self._scope)) is None:
-                await self._send_file(start, os.fsdecode(message["path"]), message)
-                return
-            with one_outcome(observer) as self._observer:
-                self._scope = {**self._scope, "extensions": {**self._scope["extensions"], OBSERVER: self._observer}}
-                await self._send_file(start, os.fsdecode(message["path"]), message)
+            await self._send_file(start, os.fsdecode(message["path"]), message)
             return
         await self.end()
         self._status = message.get("status", self._status)
@@ -135,12 +127,10 @@ class ForeignResponse:
     async def _lend(self, lent: Lent) -> None:
         made = self._offer.made
         order = next(name for name, value in lent.start["headers"] if (name.lower(), value) in made)
-        delivery = Offloaded(order.lower().decode("latin-1"), is_held=True)
-        if self._observer is not None:
-            self._observer.is_held = True
-            lent.report = report_of(delivery, lent.start, self._observer)
+        delivery = Offloaded(order.lower().decode("latin-1"))
+        lent.accounts = hold_accounts(self._facts, self._offer.facts)
         self._offer.lend(lent)
-        await deliver(delivery, lent.start, self._send, observer=self._observer)
+        await deliver(delivery, lent.start, self._send, facts=self._facts)
 
     def _without_orders(self, start: Message) -> Message:
         """Return the start of a response with only those offload headers that a backend has made for this 200."""
@@ -167,19 +157,15 @@ class ForeignResponse:
             await self._offer_and_lend(offloaded, start, path)
             return
         if self._scope["method"] == "HEAD":
-            await deliver(Empty(), start, self._send, observer=self._observer, status=self._status)
+            await deliver(Empty(), start, self._send, facts=self._facts, status=self._status)
             return
         if not os.path.isabs(path):
             path = os.path.join(os.getcwd(), path)
         if not is_plain(path):
             path = await anyio.to_thread.run_sync(os.path.realpath, path)  # resolve it, as the kernel does
         if self._path_send:
-            observer = self._observer
-            if observer is not None and (SETTLED in message or not self._is_outermost):
-                observer.is_held = True  # another one reports it
-                observer = None
             size = None if start is None else _length_of(start)
-            await deliver(Path(nullcontext(path), size), start, self._send, observer=observer, status=self._status)
+            await deliver(Path(nullcontext(path), size), start, self._send, facts=self._facts, status=self._status)
             return
         try:
             await self._stream_named(start, path, self._receive, self._send)
@@ -226,7 +212,7 @@ class ForeignResponse:
         assert length is not None
         body = (ByteRange(0, length),) if length and self._scope["method"] != "HEAD" else ()
         delivery = delivery_of(Plan(200, {}, body), opened)
-        await deliver(delivery, start, send, receive=receive, observer=self._observer, status=self._status)
+        await deliver(delivery, start, send, receive=receive, facts=self._facts, status=self._status)
 
 
 def _length_of(start: Message) -> int | None:

@@ -4,14 +4,17 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from functools import lru_cache, partial
 
 from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.accounts.outcome import OBSERVER, Observer, Once, observer_of, one_outcome
+from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.accounts.listeners import Listeners
+from downloadview_async.accounts.outcome import Listener
+from downloadview_async.asgi.accounts import Account, hold_accounts
 from downloadview_async.asgi.answer import Answer, RawHeaders, age_of, answer_to, is_reserved, raw, text_of
 from downloadview_async.asgi.delivery import (
     Delivery,
@@ -21,7 +24,6 @@ from downloadview_async.asgi.delivery import (
     Redirected,
     deliver,
     delivery_of,
-    report_of,
 )
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
@@ -64,6 +66,9 @@ class DownloadResponse(Response):
     offload: whether a proxy may send the file, if one is offered. None: it may, but not if there is a `background`
     task, and only after the application has returned, since both may delete the file before the proxy has opened it.
     True: the file stays where it is, so the answer does not wait. False: no proxy sends it.
+    background: runs after the answer, as in Starlette: also if the client has left meanwhile, but not after an error.
+    on_outcome: gets the `Outcome` of this answer, like a listener of `Accounts`, with or without one around the
+    application.
 
     If the request has come by a link, what that says about the name, the disposition, the type and Cache-Control wins.
     If the link allows a number of downloads, it is counted before the first byte is sent.
@@ -87,6 +92,7 @@ class DownloadResponse(Response):
         background: BackgroundTask | None = None,
         redirect: Redirect | None = None,
         offload: bool | None = None,
+        on_outcome: Listener | None = None,
     ) -> None:
         if not hasattr(file, "open") or hasattr(file, "__fspath__"):
             raise _not_a_file(file)
@@ -102,6 +108,7 @@ class DownloadResponse(Response):
         self.background = background
         self.redirect = redirect if status_code == 200 else None
         self.offload = offload
+        self._listeners = None if on_outcome is None else Listeners([on_outcome])
         self.ends_request = False
         """Whether no code that could delete the file runs after the answer: set by `Download`."""
         self.missing: Callable[[FileMissing, Scope, Send], Awaitable[None]] | None = None
@@ -115,19 +122,14 @@ class DownloadResponse(Response):
         """Answer the request: with an offload, or by its method, conditions and ranges. A WebSocket is refused."""
         if (grant := scope.get(GRANT)) is not None:
             self._follow(grant)
+            if ACCOUNT in scope:
+                scope[ACCOUNT].allow(grant.user, grant.link_id)
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
-        elif (use := scope.get(USE)) is not None:
-            counted = Counted(use, observer_of(scope), send)
-            try:
-                await self._respond_observed(counted.observe, scope, receive, counted.send)
-            finally:
-                await counted.note()
-        elif (observer := observer_of(scope)) is None:
-            if not await self._answer_nowait(scope, receive, send):
-                await self._answer_or_leave(scope, receive, send)
-        else:
-            await self._respond_observed(observer, scope, receive, send)
+        elif self._listeners is not None or USE in scope:
+            await self._respond_and_count(scope, receive, send)
+        elif not await self._answer_nowait(scope, receive, send):
+            await self._answer_or_leave(scope, receive, send)
         if self.background is not None:
             await self.background()
 
@@ -147,10 +149,14 @@ class DownloadResponse(Response):
         cache_control = grant.cache_control(chosen, time.time()).encode("latin-1")
         self.raw_headers.append((b"cache-control", cache_control))
 
-    async def _respond_observed(self, observer: Observer, scope: Scope, receive: Receive, send: Send) -> None:
-        with one_outcome(observer) as once:
-            extensions = {**(scope.get("extensions") or {}), OBSERVER: once}
-            scope = {**scope, "extensions": extensions}
+    async def _respond_and_count(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with AsyncExitStack() as stack:
+            if self._listeners is not None:
+                account = stack.enter_context(Account.within(scope, send, self._listeners.put))
+                scope, send = {**scope, ACCOUNT: account}, account.send
+            if USE in scope:
+                counted = await stack.enter_async_context(Counted(scope[USE], scope, send))
+                scope, send = counted.scope, counted.send
             if not await self._answer_nowait(scope, receive, send):
                 await self._answer_or_leave(scope, receive, send)
 
@@ -219,7 +225,7 @@ class DownloadResponse(Response):
             and (plan := await self._redirection(scope)) is not None
         ):
             start = self._start(Answer(plan, raw(plan.headers)), scope)
-            await deliver(Redirected(), start, send, observer=observer_of(scope))
+            await deliver(Redirected(), start, send, facts=scope.get(ACCOUNT))
             return
         order = self._order(scope)
         refused = order if isinstance(order, Refusal) else None
@@ -287,12 +293,15 @@ class DownloadResponse(Response):
             if USE in scope:
                 await claim(scope[USE], opened.metadata)
             offer = scope["extensions"][EXTENSION]
-            delivery = Offloaded(next(iter(offload)).lower(), offer if isinstance(offer, Offer) else None)
-            if not (self.offload or (self.ends_request and keep)):
-                self._lend(opened, metadata, delivery, start, scope)
+            delivery = Offloaded(next(iter(offload)).lower())
+            if isinstance(offer, Offer) and not (self.offload or (self.ends_request and keep)):
+                self._lend(opened, metadata, offer, start, scope)
         if answer.head is not None and path_send and PREPARED in path_send and isinstance(delivery, _IN_ONE_MESSAGE):
             start[PREPARED] = answer.head
-        await deliver(delivery, start, send, receive=receive, observer=observer_of(scope))
+        facts: Facts | None = scope.get(ACCOUNT)
+        if facts is not None:
+            facts.describe(self.file.name, metadata.etag, metadata.size)
+        await deliver(delivery, start, send, receive=receive, facts=facts)
 
     async def _redirection(self, scope: Scope) -> Plan | None:
         """Return the answer that redirects the client, or None: send the file. Raises `FileError`."""
@@ -303,6 +312,8 @@ class DownloadResponse(Response):
             if getattr(opened, "hides_coding", False):
                 described.setdefault("content-encoding", "identity")  # else the store sends a useless coding
             metadata = opened.metadata
+        if ACCOUNT in scope:
+            scope[ACCOUNT].describe(self.file.name, metadata.etag, metadata.size)
         headers = await self.redirect.headers_for(self.file, described)
         if headers is None:
             return None
@@ -310,14 +321,11 @@ class DownloadResponse(Response):
             await claim(scope[USE], metadata)
         return make_redirect_plan(added, headers)
 
-    def _lend(
-        self, opened: OpenFile, metadata: FileMetadata, delivery: Offloaded, start: Message, scope: Scope
-    ) -> None:
+    def _lend(self, opened: OpenFile, metadata: FileMetadata, offer: Offer, start: Message, scope: Scope) -> None:
         """Keep a local file open while the answer waits for the application, which may delete the file."""
-        offer, local = delivery.offer, local_of(opened)
-        if local is None or offer is None:
+        local = local_of(opened)
+        if local is None:
             return
-        delivery.is_held = True
 
         async def stream(receive: Receive, send: Send) -> None:
             request = DownloadRequest.from_headers(scope["method"], scope["headers"])
@@ -326,18 +334,13 @@ class DownloadResponse(Response):
                 answer = answer.aged(age)
             start = self._start(answer, scope)
             try:
-                await deliver(
-                    delivery_of(answer.plan, local), start, send, receive=receive, observer=observer_of(scope)
-                )
+                await deliver(delivery_of(answer.plan, local), start, send, receive=receive, facts=scope.get(ACCOUNT))
             except FileError as exc:
                 await send_error(exc, scope, send)
 
         path = self.file.location
         path = path if path is not None and os.path.isabs(path) else None
-        observer = observer_of(scope)
-        if isinstance(observer, Once):
-            observer.is_held = True
-        offer.lend(Lent(local.shared(), path, start, stream, report_of(delivery, start, observer)))
+        offer.lend(Lent(local.shared(), path, start, stream, hold_accounts(scope.get(ACCOUNT), offer.facts)))
 
     def _order(self, scope: Scope) -> Order | Refusal | None:
         """Return the headers that have a proxy send the file, or why none may; None if no proxy is offered."""

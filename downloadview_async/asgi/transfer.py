@@ -68,4 +68,6 @@ async def _exactly(span: ByteRange | None, file: OpenFile) -> AsyncGenerator[byt
         if isinstance(chunks, AsyncGenerator):
             await chunks.aclose()
     if left:
-        raise TransferAborted(f"the file ended {left} bytes before the end of the promised content")
+        raise TransferAborted(
+            f"the file ended {left} bytes before the end of the promised content", reason="file-changed"
+        )

@@ -1,49 +1,69 @@
 """Counts the answer to a request by a link that allows a number of downloads."""
 
-import anyio
-from starlette.types import Message, Send
+from types import TracebackType
+from typing import Self
 
-from downloadview_async.accounts.outcome import Observer, Outcome
+import anyio
+from starlette.types import Message, Scope, Send
+
+from downloadview_async.accounts.facts import ACCOUNT
+from downloadview_async.accounts.outcome import Outcome
+from downloadview_async.asgi.accounts import Account
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan
 from downloadview_async.policy.uses import Use
 
 
 class Counted:
-    """Passes on the outcome of one answer, and notes what was sent once the answer has ended.
+    """Counts what is sent of one answer, and notes it once the answer has ended. Answer with its `scope` and `send`.
 
-    The next request of a client may come before the outcome: servers begin with it as soon as they have the last bytes.
-    It has to wait for the note, or it would belong to a download that is complete.
+    The next request of a client may come before the answer has ended: servers begin with it as soon as they have the
+    last bytes. It has to wait for the note, or it would belong to a download that is complete.
     """
 
-    def __init__(self, use: Use, observer: Observer | None, send: Send) -> None:
+    def __init__(self, use: Use, scope: Scope, send: Send) -> None:
         self._use = use
-        self._observer = observer
-        self._send = send
-        self._outcome: Outcome | None = None
+        self._account = Account.within(scope, send, self._end)
+        self.scope: Scope = {**scope, ACCOUNT: self._account}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.note(exc)
 
     async def send(self, message: Message) -> None:
         """Send a message. After the last one, further requests of the session wait for the note."""
-        await self._send(message)
+        await self._account.send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._use.end()
 
-    def observe(self, outcome: Outcome) -> None:
-        """Keep the outcome, and pass it on."""
-        self._outcome = outcome
+    def _end(self, outcome: Outcome) -> None:
         self._use.end()
-        if self._observer is not None:
-            self._observer(outcome)
 
-    async def note(self) -> None:
-        """Note what was sent, also when the client has left. The store's timeout limits how long this takes."""
-        try:
-            if self._outcome is not None:  # else the answer is held: a proxy sends it
-                with anyio.CancelScope(shield=True):
-                    for span in _spans_sent(self._outcome):
-                        await self._use.note(span, is_whole=self._outcome.spans == (None,))
-        finally:
-            self._use.close()
+    async def note(self, exc: BaseException | None = None) -> None:
+        """Note what was sent, also when the client has left. The store's timeout limits how long this takes.
+
+        exc: the error that has ended the answer.
+        """
+        self._account.leave(exc)
+        spans, taken, is_complete = self._account.progress()
+        await note_sent(self._use, spans, taken, is_complete=is_complete)
+
+
+async def note_sent(use: Use, spans: tuple[ByteRange | None, ...], sent: int, *, is_complete: bool) -> None:
+    """Note what was sent of an answer that has ended, also if this task is cancelled.
+
+    spans: the parts of the file that it was to have. sent: bytes of its body.
+    """
+    try:
+        with anyio.CancelScope(shield=True):
+            for span in _spans_sent(spans, sent, is_complete=is_complete):
+                await use.note(span, is_whole=spans == (None,))
+    finally:
+        use.close()
 
 
 async def claim(use: Use, metadata: FileMetadata, plan: Plan | None = None) -> None:
@@ -57,12 +77,12 @@ async def claim(use: Use, metadata: FileMetadata, plan: Plan | None = None) -> N
         await use.claim(metadata, wants_all=plan.status != 206 or plan.body == (ByteRange(0, metadata.size or 0),))
 
 
-def _spans_sent(outcome: Outcome) -> list[ByteRange]:
+def _spans_sent(spans: tuple[ByteRange | None, ...], sent: int, *, is_complete: bool) -> list[ByteRange]:
     """Return the parts of the file that the server took of an answer."""
-    match outcome.spans:
+    match spans:
         case (ByteRange() as span,):
-            return [ByteRange(span.start, span.start + min(outcome.sent, len(span)))]
+            return [ByteRange(span.start, span.start + min(sent, len(span)))]
         case (None,):
-            return [ByteRange(0, outcome.sent)] if outcome.is_complete else []
+            return [ByteRange(0, sent)] if is_complete else []
     # Framing is between several parts, so of an incomplete answer nobody knows which bytes were sent.
-    return [span for span in outcome.spans if span is not None] if outcome.is_complete else []
+    return [span for span in spans if span is not None] if is_complete else []

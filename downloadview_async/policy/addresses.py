@@ -1,6 +1,17 @@
 """The addresses of clients and proxies, as decisions about access compare them."""
 
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any
+
+from downloadview_async.errors import ConfigurationError
+
+ANYONE = "*"
+"""The address that stands for every proxy."""
+
+PEER = "downloadview_async.peer"
+"""The key of the address of the peer in an ASGI scope, which `KeepPeer` keeps."""
 
 
 def address_of(client: str | None) -> IPv4Address | IPv6Address | None:
@@ -24,3 +35,47 @@ def network_of(client: str | None) -> str:
     if address is None:
         return client or ""
     return str(ip_network((address, 64), strict=False) if isinstance(address, IPv6Address) else address)
+
+
+class TrustedAddresses:
+    """The proxies that are trusted: their addresses and networks; `*` stands for all.
+
+    Raises `ConfigurationError` for one that is not an address.
+    """
+
+    def __init__(self, addresses: Iterable[str]) -> None:
+        if isinstance(addresses, str):
+            raise ConfigurationError(f"trusted is {addresses!r}: give a list of addresses and networks")
+        self._networks = []
+        self._has_all = False
+        for address in addresses:
+            try:
+                if address == ANYONE:
+                    self._has_all = True
+                else:
+                    self._networks.append(ip_network(address))
+            except ValueError as exc:
+                raise ConfigurationError(
+                    f"{address!r} is not a trusted address ({exc}): give one such as 10.0.0.7 or 10.0.0.0/8"
+                ) from exc
+        self._is_in = lru_cache(maxsize=1024)(self._is_in_a_network)
+
+    def __bool__(self) -> bool:
+        return self._has_all or bool(self._networks)
+
+    def has(self, peer: str | None) -> bool:
+        """Return whether a peer is trusted."""
+        return self._has_all or (bool(self._networks) and self._is_in(peer))
+
+    def _is_in_a_network(self, peer: str | None) -> bool:
+        address = address_of(peer)
+        return address is not None and any(address in network for network in self._networks)
+
+
+def peer_of(scope: Mapping[str, Any]) -> str | None:
+    """Return the address from which a request comes directly, which a proxy may have; None if nobody knows it."""
+    if PEER in scope:
+        peer: str | None = scope[PEER]
+        return peer
+    client = scope.get("client")
+    return client[0] if client else None

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
 from starlette.requests import Request
@@ -10,12 +9,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async.errors import AccessDenied, ConfigurationError
 from downloadview_async.policy.access import Access
-from downloadview_async.policy.addresses import address_of
+from downloadview_async.policy.addresses import ANYONE, PEER, TrustedAddresses
+from downloadview_async.policy.grants import Grant
 
-ANYONE = "*"
-"""The name that stands for every user, and the address that stands for every proxy."""
-
-_PEER = "downloadview_async.peer"  # the key in the scope
 _HEADER = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 _NOT_A_NAME = re.compile(r"[\x00-\x1f\x7f,]")
 
@@ -36,7 +32,7 @@ class KeepPeer:
         """Pass a request on with the address of the peer. One of another `KeepPeer` around this stays."""
         if scope["type"] == "http":
             client = scope.get("client")
-            scope.setdefault(_PEER, client[0] if client else None)
+            scope.setdefault(PEER, client[0] if client else None)
         await self.app(scope, receive, send)
 
 
@@ -57,10 +53,8 @@ class ProxyUsers:
     def __init__(self, header: str, *, trusted: Iterable[str]) -> None:
         if not _HEADER.fullmatch(header):
             raise ConfigurationError(f"header is {header!r}: give the name of a header, such as X-Remote-User")
-        if isinstance(trusted, str):
-            raise ConfigurationError(f"trusted is {trusted!r}: give a list of addresses and networks")
         self._header = header.lower().encode()
-        self._trusted = [None if address == ANYONE else _network(address) for address in trusted]
+        self._trusted = TrustedAddresses(trusted)
         if not self._trusted:
             raise ConfigurationError("trusted is empty: give the addresses of the proxies")
 
@@ -70,11 +64,11 @@ class ProxyUsers:
             raise ConfigurationError("users.allow needs a name, or '*' for all users")
         allowed = frozenset(names)
 
-        async def access(request: Request, name: Any) -> bool:
+        async def access(request: Request, name: Any) -> Grant:
             user = self.user_of(request)
             if ANYONE not in allowed and user not in allowed:
                 raise AccessDenied(f"the user {user!r} is not allowed")
-            return True
+            return Grant(user=user)
 
         return access
 
@@ -84,13 +78,13 @@ class ProxyUsers:
         Raises `AccessDenied` without a name that is believed, and `ConfigurationError` if no `KeepPeer` is around the
         application.
         """
-        if _PEER not in request.scope:
+        if PEER not in request.scope:
             raise ConfigurationError(
                 "ProxyUsers cannot know where a request is from: put KeepPeer around the application, or start the "
                 "service with `downloadview serve`"
             )
-        peer = request.scope[_PEER]
-        if not self._trusts(peer):
+        peer = request.scope[PEER]
+        if not self._trusted.has(peer):
             raise AccessDenied(f"{peer!r} is not the address of a trusted proxy")
         headers = [(name, value) for name, value in request.scope["headers"] if _dashed(name) == self._header]
         if len(headers) != 1 or headers[0][0].lower() != self._header:
@@ -103,21 +97,6 @@ class ProxyUsers:
             raise AccessDenied(f"{user!r} is not the name of a user")
         return user
 
-    def _trusts(self, peer: str | None) -> bool:
-        if None in self._trusted:
-            return True
-        address = address_of(peer)
-        return address is not None and any(network is not None and address in network for network in self._trusted)
-
 
 def _dashed(name: bytes) -> bytes:
     return name.lower().replace(b"_", b"-")
-
-
-def _network(address: str) -> IPv4Network | IPv6Network:
-    try:
-        return ip_network(address)
-    except ValueError as exc:
-        raise ConfigurationError(
-            f"{address!r} is not a trusted address ({exc}): give one such as 10.0.0.7 or 10.0.0.0/8"
-        ) from exc

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from downloadview_async.errors import AccessDenied, AuthenticationRequired, ConfigurationError, SourceUnavailable
 from downloadview_async.policy.access import Access
 from downloadview_async.policy.addresses import network_of
+from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.htpasswd import PasswordFile
 from downloadview_async.policy.throttle import Throttle
 from downloadview_async.sources.workers import Workers
@@ -97,11 +98,11 @@ class Users:
             raise ConfigurationError("users.allow needs a name, or '*' for all users")
         allowed = frozenset(names)
 
-        async def access(request: Request, name: Any) -> bool:
+        async def access(request: Request, name: Any) -> Grant:
             user = await self.authenticate(request)
             if ANYONE not in allowed and user not in allowed:
                 raise AccessDenied(f"the user {user!r} is not allowed")
-            return True
+            return Grant(user=user)
 
         return access
 

@@ -364,6 +364,7 @@ def _routes(
             hide=route.hide,
             listing=pages or False,
             digests=digests.get(route.source),
+            source_name=route.source,
         )
         endpoint: ASGIApp
         if route.archive:

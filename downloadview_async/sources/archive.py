@@ -400,7 +400,9 @@ class OpenArchive:
             if content is None:
                 content = await local.read(span)
                 if len(content) < len(span) or local.is_rewritten():
-                    raise TransferAborted(f"{self._items[index].path!r} changed while it was read")
+                    raise TransferAborted(
+                        f"{self._items[index].path!r} changed while it was read", reason="file-changed"
+                    )
         if index not in self._crcs and len(span) == self._layout.members[index].size:
             self._note(index, zlib.crc32(content))
         return content
@@ -427,7 +429,9 @@ class OpenArchive:
                 if not left:
                     break
         if left:
-            raise TransferAborted(f"{self._items[index].path!r} ended {left} bytes before its end")
+            raise TransferAborted(
+                f"{self._items[index].path!r} ended {left} bytes before its end", reason="file-changed"
+            )
         if is_computed:
             self._note(index, crc)
 
@@ -440,7 +444,7 @@ class OpenArchive:
         """Raise `TransferAborted` if an open file is not the version in the layout."""
         item, metadata = self._items[index], opened.metadata
         if metadata is not item.metadata and _identity(metadata) != _identity(item.metadata):
-            raise TransferAborted(f"{item.path!r} has changed since the archive was laid out")
+            raise TransferAborted(f"{item.path!r} has changed since the archive was laid out", reason="file-changed")
 
     @asynccontextmanager
     async def _opened(self, index: int, request: DownloadRequest) -> AsyncIterator[OpenFile]:
@@ -531,7 +535,7 @@ async def _crc_of(opened: OpenFile, size: int, begun: _Begun) -> int:
             _crc_of_span, local, begun.position, length, begun.crc, patience=MID_TRANSFER
         )
         if not count or local.is_rewritten():
-            raise TransferAborted("a file changed while it was read for its CRC-32")
+            raise TransferAborted("a file changed while it was read for its CRC-32", reason="file-changed")
         begun.crc, begun.position = crc, begun.position + count
     if local is None:
         if not opened.metadata.accept_ranges:  # it can only be read from its beginning
@@ -539,7 +543,7 @@ async def _crc_of(opened: OpenFile, size: int, begun: _Begun) -> int:
         async for chunk in opened.stream(ByteRange(begun.position, size) if begun.position else None):
             begun.crc, begun.position = zlib.crc32(chunk, begun.crc), begun.position + len(chunk)
     if begun.position != size:
-        raise TransferAborted("a file changed while it was read for its CRC-32")
+        raise TransferAborted("a file changed while it was read for its CRC-32", reason="file-changed")
     return begun.crc
 
 

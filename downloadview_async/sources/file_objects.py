@@ -316,7 +316,7 @@ class OpenIterator:
 
 def longer_than(size: int | None) -> TransferAborted:
     """Return what to raise where there is more content than its size."""
-    return TransferAborted(f"there is more content than its size says, which is {size} bytes")
+    return TransferAborted(f"there is more content than its size says, which is {size} bytes", reason="file-changed")
 
 
 def _is_pipe(file: Any) -> bool:

@@ -492,7 +492,9 @@ class OpenObject:
             except Exception as exc:
                 self.close()
                 if reopened_for_nothing or (has_begun and not self.metadata.is_pinned):
-                    raise TransferAborted(f"{self._name!r} broke off at byte {left.start}: {_first_line(exc)}") from exc
+                    raise TransferAborted(
+                        f"{self._name!r} broke off at byte {left.start}: {_first_line(exc)}", reason="upstream-failed"
+                    ) from exc
                 reopened_for_nothing = True
                 continue
             before, wanted = self._span.start, chunk[max(left.start - self._span.start, 0) :]
@@ -522,11 +524,13 @@ class OpenObject:
         try:
             options, answer = await self._ask(options)
         except FileError as exc:
-            raise TransferAborted(f"{self._name!r} cannot be read on from byte {span.start}: {exc}") from exc
+            raise TransferAborted(
+                f"{self._name!r} cannot be read on from byte {span.start}: {exc}", reason="upstream-failed"
+            ) from exc
         is_whole = "range" not in options and "head" not in options
         expected = (0, self.metadata.size) if is_whole else (span.start, span.stop)
         if _version(answer.meta) != self._version or tuple(answer.range) != expected or "head" in options:
-            raise TransferAborted(f"{self._name!r} changed while it was sent")
+            raise TransferAborted(f"{self._name!r} changed while it was sent", reason="file-changed")
         self._take(answer)
 
     def close(self) -> None:

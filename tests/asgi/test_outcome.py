@@ -77,13 +77,13 @@ async def test_answers_in_one_message(root: Path, http: Any, case: str) -> None:
     async with live(app, http=http) as port:
         await ask(port, path, headers=headers, method=method)
     outcome = app.only()
-    assert (outcome.status, outcome.how, outcome.spans, outcome.sent) == (status, how, spans, sent)
+    assert (outcome.status, outcome.kind, outcome.spans, outcome.sent) == (status, how, spans, sent)
     assert (outcome.is_complete, outcome.delegated_to) == (True, None)
 
 
 @pytest.mark.parametrize("case", LARGE_ONES)
 @pytest.mark.parametrize(
-    "http, how", [("httptools", "chunks"), (DownloadProtocol, "descriptor")], ids=["uvicorn", "ours"]
+    "http, how", [("httptools", "chunks"), (DownloadProtocol, "zero-copy")], ids=["uvicorn", "ours"]
 )
 async def test_large_answers(root: Path, http: Any, how: str, case: str) -> None:
     path, headers, (status, spans, sent) = LARGE_ONES[case]
@@ -92,7 +92,7 @@ async def test_large_answers(root: Path, http: Any, how: str, case: str) -> None
         answer = await ask(port, path, headers=headers)
         assert len(answer.body) == sent
     outcome = app.only()
-    assert (outcome.status, outcome.how, outcome.spans, outcome.sent) == (status, how, spans, sent)
+    assert (outcome.status, outcome.kind, outcome.spans, outcome.sent) == (status, how, spans, sent)
     assert outcome.is_complete
 
 
@@ -101,7 +101,7 @@ async def test_several_parts(root: Path) -> None:
     async with live(app, http=DownloadProtocol) as port:
         answer = await ask(port, "/large.bin", headers={"Range": "bytes=0-1,1000-1002"})
     outcome = app.only()
-    assert (outcome.status, outcome.how, outcome.sent) == (206, "chunks", len(answer.body))
+    assert (outcome.status, outcome.kind, outcome.sent) == (206, "chunks", len(answer.body))
     assert outcome.spans == (ByteRange(0, 2), ByteRange(1000, 1003))
 
 
@@ -118,7 +118,7 @@ async def test_a_client_that_leaves(root: Path, http: Any) -> None:
                 await asyncio.sleep(0.01)
     outcome = app.only()
     assert outcome.status == 200
-    assert outcome.aborted
+    assert outcome.reason
     assert 1 << 19 < outcome.sent < HUGE
 
 
@@ -136,7 +136,7 @@ async def test_a_file_that_shrinks_is_an_aborted_answer(root: Path, http: Any) -
     async with live(app, http=http) as port:
         assert not (await ask(port, "/huge.bin")).complete
     outcome = app.only()
-    assert outcome.aborted
+    assert outcome.reason
     assert outcome.sent <= 1 << 20
 
 
@@ -147,7 +147,7 @@ async def test_an_offloaded_answer(root: Path, offload: bool | None) -> None:
         answer = await ask(port, "/large.bin", headers={"Range": "bytes=1-2"})
         assert answer.headers[NGINX] == "/_files/large.bin"
     outcome = app.only()
-    assert (outcome.status, outcome.how, outcome.delegated_to, outcome.sent) == (200, "offloaded", NGINX, 0)
+    assert (outcome.status, outcome.kind, outcome.delegated_to, outcome.sent) == (200, "offloaded", NGINX, 0)
     assert outcome.is_complete
 
 
@@ -166,7 +166,7 @@ async def test_an_answer_that_would_be_offloaded_and_whose_file_is_deleted(root:
             assert (await ask(port, "/large.bin")).body == LARGE
         outcome = app.only()
         assert (outcome.status, outcome.sent, outcome.delegated_to) == (200, len(LARGE), None)
-        assert outcome.how in ("chunks", "descriptor")
+        assert outcome.kind in ("chunks", "zero-copy")
         (root / "large.bin").write_bytes(LARGE)
         make_old(root)
 
@@ -184,7 +184,7 @@ async def test_an_offload_that_middleware_replaces_is_aborted(root: Path, offloa
         answer = await ask(port, "/large.bin")
         assert (answer.status, NGINX in answer.headers) == (403, False)
     outcome = app.only()
-    assert (outcome.status, outcome.how, outcome.aborted) == (200, "offloaded", "another answer replaced this one")
+    assert (outcome.status, outcome.kind, outcome.reason) == (200, "offloaded", "another answer replaced this one")
 
 
 async def test_a_redirect(root: Path) -> None:
@@ -192,7 +192,7 @@ async def test_a_redirect(root: Path) -> None:
     async with live(app, http=DownloadProtocol) as port:
         assert (await ask(port, "/large.bin")).status == 307
     outcome = app.only()
-    assert (outcome.status, outcome.how, outcome.delegated_to, outcome.sent) == (307, "redirected", "location", 0)
+    assert (outcome.status, outcome.kind, outcome.delegated_to, outcome.sent) == (307, "redirected", "location", 0)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ async def test_responses_of_others(root: Path, http: Any, rule: bool, how: str) 
             answer = await ask(port, "/")
             assert (answer.body == LARGE) == (how != "offloaded")
             outcome = app.only()
-            assert (outcome.status, outcome.how, outcome.sent) == (200, how, len(answer.body))
+            assert (outcome.status, outcome.kind, outcome.sent) == (200, how, len(answer.body))
             assert outcome.is_complete
             await ask(port, "/", method="HEAD")
             assert app.outcomes == []  # Starlette answers that without a path send, so no file is known
@@ -230,7 +230,7 @@ async def test_a_remote_file_and_generated_content(root: Path) -> None:
         async with live(app, http=DownloadProtocol) as port:
             assert (await ask(port, "/large.bin")).body == LARGE
             outcome = app.only()
-            assert (outcome.how, outcome.spans, outcome.sent) == ("chunks", WHOLE, len(LARGE))
+            assert (outcome.kind, outcome.spans, outcome.sent) == ("chunks", WHOLE, len(LARGE))
             assert (await ask(port, "/none")).status == 404
             assert app.only().status == 404
         await source.aclose()
@@ -240,7 +240,7 @@ async def test_a_remote_file_and_generated_content(root: Path) -> None:
     async with live(app, http=DownloadProtocol) as port:
         await ask(port, "/")
     outcome = app.only()
-    assert (outcome.how, outcome.spans, outcome.sent, outcome.aborted) == ("chunks", (None,), 3 * len(LARGE), None)
+    assert (outcome.kind, outcome.spans, outcome.sent, outcome.reason) == ("chunks", (None,), 3 * len(LARGE), None)
 
 
 class Slow:
@@ -274,7 +274,7 @@ async def test_a_client_that_leaves_before_its_answer_has_begun(http: Any) -> No
             while not app.outcomes:
                 await asyncio.sleep(0.01)
     outcome = app.only()
-    assert (outcome.status, outcome.sent, outcome.aborted) == (0, 0, "the client left")
+    assert (outcome.status, outcome.sent, outcome.reason) == (0, 0, "the client left")
 
 
 async def test_middleware_that_fails_after_an_offloaded_answer_has_left(root: Path) -> None:
@@ -302,7 +302,7 @@ async def test_the_status_of_a_response_of_others_without_a_length(root: Path) -
         async with live(app, http=http) as port:
             assert (await ask(port, "/")).body == LARGE
         outcome = app.only()
-        assert (outcome.status, outcome.how, outcome.sent) == (201, how, sent)
+        assert (outcome.status, outcome.kind, outcome.sent) == (201, how, sent)
 
 
 async def test_a_path_that_is_sent_in_chunks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,4 +315,4 @@ async def test_a_path_that_is_sent_in_chunks(root: Path, monkeypatch: pytest.Mon
     async with live(app, http="httptools") as port:
         assert (await ask(port, "/large.bin")).body == LARGE
     outcome = app.only()
-    assert (outcome.how, outcome.sent, outcome.is_complete) == ("chunks", len(LARGE), True)
+    assert (outcome.kind, outcome.sent, outcome.is_complete) == ("chunks", len(LARGE), True)

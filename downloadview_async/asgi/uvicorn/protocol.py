@@ -83,13 +83,14 @@ path send, and the application gets `http.disconnect`.
 """
 
 import asyncio
+from collections.abc import Callable
 from enum import Enum
 from time import monotonic
 from typing import Any
 from weakref import WeakSet
 
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
-from downloadview_async.asgi.extensions import PATHSEND, PREPARED
+from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
 from downloadview_async.asgi.uvicorn.heads import Refused, read_head
 from downloadview_async.asgi.uvicorn.internals import (
@@ -99,8 +100,9 @@ from downloadview_async.asgi.uvicorn.internals import (
     RequestResponseCycle,
     ServerState,
 )
-from downloadview_async.asgi.uvicorn.sendfile import end_flush
+from downloadview_async.asgi.uvicorn.sendfile import end_flush, flush
 from downloadview_async.asgi.uvicorn.sockets import (
+    acknowledged_bytes,
     has_hung_up,
     has_socket,
     has_unread_bytes,
@@ -134,7 +136,9 @@ GRACE_SECONDS = 0.5
 
 _END_OF_HEAD = b"\r\n\r\n"
 
-_PATH_SEND: dict[object, object] = {"descriptor": True, PREPARED: True}  # what this server's path send takes
+_FEW_HELD = 4096  # up to so many bytes in the transport, asking the kernel costs more than it tells
+
+_PATH_SEND: Any = {"descriptor": True, PREPARED: True}  # what this server's path send takes
 
 
 class _Phase(Enum):
@@ -191,19 +195,24 @@ class DownloadProtocol(HttpToolsProtocol):
         "_framing_bytes",
         "_has_plain_socket",
         "_head_timer",
+        "_held",
         "_idle_since",
         "_is_half_closed",
         "_is_on_unix_socket",
         "_is_shutting_down",
+        "_paused",
         "_phase",
         "_tail",
         "_unparsed",
         "_unparsed_from",
         "_untaken_since",
+        "file_sent",
         "flushed",
         "is_lost",
+        "is_stalled",
         "minimum_rate",
         "stall_seconds",
+        "untaken_at_loss",
     )
 
     def __init__(
@@ -215,6 +224,11 @@ class DownloadProtocol(HttpToolsProtocol):
         self.stall_seconds = stall_seconds
         self.minimum_rate = minimum_rate
         self.is_lost = False
+        self.is_stalled = False
+        self.untaken_at_loss = 0
+        self.file_sent = 0
+        self._paused: tuple[int, int] | None = None  # the untaken bytes, and those acknowledged, when writing paused
+        self._held = 0  # bytes in the transport when writing paused
         self.flushed: asyncio.Future[None] | None = None
         self._has_plain_socket = False
         self._is_on_unix_socket = False
@@ -364,7 +378,8 @@ class DownloadProtocol(HttpToolsProtocol):
             return
         scope = self.scope
         if self._has_plain_socket:
-            scope["extensions"] = {PATHSEND: _PATH_SEND}
+            extensions: Any = {PATHSEND: _PATH_SEND, CONNECTION: self}
+            scope["extensions"] = extensions
         super().on_headers_complete()  # an invalid target raises an error here, while the phase is still HEAD
         self._phase = _BODY
         self._framing_bytes = 0
@@ -535,6 +550,7 @@ class DownloadProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the timers and the path send of the connection."""
         self._stop_timers()
+        self._note_untaken_bytes()
         self.is_lost = True
         end_flush(self)
         super().connection_lost(exc)
@@ -549,10 +565,15 @@ class DownloadProtocol(HttpToolsProtocol):
         """Watch the client while the transport waits for it."""
         super().pause_writing()
         start_watching(self)
+        held = self.transport.get_write_buffer_size()
+        self._held = held
+        if held > _FEW_HELD:
+            self._paused = untaken_bytes(self), acknowledged_bytes(self)
 
     def resume_writing(self) -> None:
         """Stop watching: the client has taken what the transport held."""
         super().resume_writing()
+        self._paused, self._held = None, 0
         stop_watching(self)
         end_flush(self)
 
@@ -578,6 +599,36 @@ class DownloadProtocol(HttpToolsProtocol):
             else:
                 self._untaken_since = None
                 self._set_idle_timer(0)
+
+    def _note_untaken_bytes(self) -> None:
+        """Note how many bytes the end of the connection drops.
+
+        A transport that is aborted drops its bytes before it tells. So while it waited for the client, their number is
+        that at the beginning of the wait, without what the client has acknowledged since.
+        """
+        self.untaken_at_loss = untaken_bytes(self)
+        if self._paused is not None:
+            untaken, acknowledged = self._paused
+            untaken -= acknowledged_bytes(self) - acknowledged
+            self.untaken_at_loss = max(self.untaken_at_loss, untaken)
+        elif not self.transport.get_write_buffer_size():
+            self.untaken_at_loss += self._held  # so few bytes go at once or not at all
+
+    def when_flushed(self, callback: Callable[[], None]) -> bool:
+        """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
+        if self.is_lost or not self.transport.get_write_buffer_size():
+            return True
+        if self.flow.write_paused:
+            flush(self).add_done_callback(lambda _: callback())
+        else:  # uvloop writes after this turn of the loop, and tells no more than `pause_writing` does
+            self.loop.call_soon(self._look_at_buffer, callback)
+        return False
+
+    def _look_at_buffer(self, callback: Callable[[], None]) -> None:
+        if self.is_lost or not self.transport.get_write_buffer_size():
+            callback()
+        else:
+            flush(self).add_done_callback(lambda _: callback())
 
     def _stop_timers(self) -> None:
         stop_watching(self)

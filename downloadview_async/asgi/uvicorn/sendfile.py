@@ -28,11 +28,12 @@ class Sending(Connection, Protocol):
     """A connection over which a file can be sent.
 
     flushed: a future that is done when the transport has sent all that it holds, or the connection is lost. None
-    unless something waits for that.
+    unless something waits for that. file_sent: the bytes of the last file that were sent.
     """
 
     loop: asyncio.AbstractEventLoop
     flushed: "asyncio.Future[None] | None"
+    file_sent: int
 
 
 class Answer(Protocol):
@@ -73,6 +74,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
         return  # the body follows
     file = lent.take()
     first = offset = message.get("offset", 0)
+    connection.file_sent = 0
     few = _FEW
     try:
         if cycle.disconnected:
@@ -83,7 +85,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
         if cycle.scope["method"] == "HEAD":
             pass
         elif cycle.chunked_encoding or cycle.is_unframed:
-            await _send_in_chunks(lent, file, offset, message.get("count"), cycle)
+            await _send_in_chunks(connection, lent, file, offset, message.get("count"), cycle)
         else:
             count = message.get("count", cycle.expected_content_length)
             if count > cycle.expected_content_length:
@@ -91,11 +93,11 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
             cycle.expected_content_length -= count  # uvicorn counts down only what it sends itself
         while count and not connection.is_lost:
             if transport.get_write_buffer_size():
-                await _flush(connection)
+                await flush(connection)
                 await turn(loop)
                 continue
             if file.is_rewritten():
-                raise TransferAborted(REWRITTEN)
+                raise TransferAborted(REWRITTEN, reason="file-changed")
             length, by_transport = min(count, _WINDOW), 0
             if file.device in _refusals.devices:
                 by_transport = length
@@ -130,7 +132,9 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 if sent > _FEW:
                     await turn(loop)
             if sent == 0:
-                raise TransferAborted(f"the file ended {count} bytes before the end of the promised content")
+                raise TransferAborted(
+                    f"the file ended {count} bytes before the end of the promised content", reason="file-changed"
+                )
             offset += sent
             count -= sent
         if connection.is_lost:
@@ -140,15 +144,19 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     except (OSError, FileError) as exc:
         raise TransferAborted(f"sending a file failed: {exc}") from exc
     finally:
+        connection.file_sent += offset - first
         lent.give_back(offset - first)
 
 
-async def _send_in_chunks(lent: LentFile, file: OpenLocalFile, offset: int, count: int | None, cycle: Answer) -> None:
+async def _send_in_chunks(
+    connection: Sending, lent: LentFile, file: OpenLocalFile, offset: int, count: int | None, cycle: Answer
+) -> None:
     """Send a file without a Content-Length: uvicorn frames its chunks."""
     size = file.metadata.size or 0
     async for chunk in file.stream(ByteRange(min(offset, size), size if count is None else offset + count)):
         await cycle.send({"type": "http.response.body", "body": chunk, "more_body": True})
         lent.loan.sent += len(chunk)
+        connection.file_sent += len(chunk)
 
 
 async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: int, length: int) -> int:
@@ -160,11 +168,13 @@ async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: 
         os.close(number)
 
 
-def _flush(connection: Sending) -> "asyncio.Future[None]":
-    """Return a future that is done when the transport has sent everything that it holds.
+def flush(connection: Sending) -> "asyncio.Future[None]":
+    """Return a future that is done when the transport has sent everything that it holds, or the connection is lost.
 
-    The kernel may send the file only after that.
+    The kernel may send a file only after that.
     """
+    if connection.flushed is not None and not connection.flushed.done():
+        return connection.flushed
     connection.flushed = connection.loop.create_future()
     # The transport calls `pause_writing` now, and `resume_writing` when it holds nothing any more.
     connection.transport.set_write_buffer_limits(high=0)

@@ -11,6 +11,8 @@ import termios
 from contextlib import suppress
 from typing import Protocol
 
+_ACKNOWLEDGED = 120  # where `tcpi_bytes_acked` is in Linux' `tcp_info`
+
 
 class Connection(Protocol):
     """A connection, as the functions of this module need it.
@@ -61,6 +63,21 @@ def untaken_bytes(connection: Connection) -> int:
     with suppress(OSError):
         in_kernel = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0]
     return in_kernel + connection.transport.get_write_buffer_size()
+
+
+def acknowledged_bytes(connection: Connection) -> int:
+    """Return how many bytes the client's machine has acknowledged on this connection; 0 if the kernel does not tell."""
+    try:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, socket_number(connection))
+    except OSError:
+        return 0
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED + 8)
+    except OSError:  # a Unix socket
+        return 0
+    finally:
+        sock.detach()  # the number belongs to the transport
+    return int(struct.unpack_from("Q", told, _ACKNOWLEDGED)[0]) if len(told) >= _ACKNOWLEDGED + 8 else 0
 
 
 def has_unread_bytes(connection: Connection) -> bool:

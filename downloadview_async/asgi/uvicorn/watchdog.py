@@ -23,11 +23,12 @@ class Watched(Connection, Protocol):
     """A connection that can be watched.
 
     stall_seconds, minimum_rate (bytes per second): the connection is reset if the client takes less than this rate on
-    the average of so many seconds.
+    the average of so many seconds. is_stalled: whether that has happened.
     """
 
     loop: asyncio.AbstractEventLoop
     logger: logging.Logger
+    is_stalled: bool
     stall_seconds: float
     minimum_rate: int
 
@@ -88,4 +89,5 @@ def has_stalled(connection: Watched, untaken_then: int) -> bool:
 def drop_client(connection: Watched) -> None:
     """Reset the connection of a client that takes too little, and log that."""
     connection.logger.warning("Transfer aborted: the client took less than %d bytes a second", connection.minimum_rate)
+    connection.is_stalled = True
     reset(connection)

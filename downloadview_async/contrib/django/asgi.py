@@ -27,13 +27,13 @@ from django.http import HttpRequest, HttpResponse, HttpResponseNotModified
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
-from downloadview_async.accounts.outcome import observer_of
+from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.asgi.delivery import Delivery, Empty, Offloaded, deliver, delivery_of
 from downloadview_async.asgi.extensions import PATHSEND
 from downloadview_async.asgi.uses import Counted
-from downloadview_async.contrib.django.counting import note
+from downloadview_async.contrib.django.counting import shielded
 from downloadview_async.contrib.django.deferral import note_receivers
-from downloadview_async.contrib.django.links import link_of
+from downloadview_async.contrib.django.links import Link, link_of
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.contrib.django.responses import DownloadResponse
 from downloadview_async.http.fields import OFFLOAD_ORDERS
@@ -147,16 +147,19 @@ class DownloadASGIHandler(ASGIHandler):
         cookies = [cookie.output(header="") for cookie in response.cookies.values()]
         headers += [(b"set-cookie", cookie.strip().encode("ascii")) for cookie in cookies]
         start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
-        observer, link = observer_of(request.scope), link_of(request)
-        answer = None if link is None or link.use is None else Counted(link.use, observer, send)
+        facts: Facts | None = request.scope.get(ACCOUNT)
+        link = link_of(request)
+        if facts is not None:
+            _note_file(facts, response, link)
+        answer = None if link is None or link.use is None else Counted(link.use, dict(request.scope), send)
         try:
             if answer is None:
-                await deliver(delivery, start, send, observer=observer)
+                await deliver(delivery, start, send, facts=facts)
             else:
-                await deliver(delivery, start, answer.send, observer=answer.observe)
+                await deliver(delivery, start, answer.send, facts=answer.scope[ACCOUNT])
         finally:
             if answer is not None:
-                await note(answer)
+                await shielded(answer.note())
             if isinstance(response, DownloadResponse):
                 await response.release()
 
@@ -177,6 +180,14 @@ class DownloadASGIHandler(ASGIHandler):
             with suppress(Exception):
                 close()
         response.closed = True
+
+
+def _note_file(facts: Facts, response: HttpResponseBase, link: Link | None) -> None:
+    """Note which file a response sends, and by which link."""
+    size = response.opened.metadata.size if isinstance(response, DownloadResponse) and response.opened else None
+    facts.describe(getattr(response, "basename", None), response.headers.get("ETag"), size)
+    if link is not None:
+        facts.allow(link.grant.user, link.grant.link_id)
 
 
 def _leave(answering: "asyncio.Task[HttpResponseBase]", leaving: "asyncio.Task[None]") -> None:

@@ -1,22 +1,19 @@
 """Notes what Django's servers have taken of a download that is counted, because its link has `uses`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any
 
-from starlette.types import Message
-
-from downloadview_async.accounts.outcome import CLIENT_LEFT, Outcome
-from downloadview_async.asgi.uses import Counted
+from downloadview_async.asgi.uses import note_sent
 from downloadview_async.http.plan import Plan
 from downloadview_async.policy.uses import Use
 
 _notes: set[asyncio.Task[Any]] = set()
 
 
-async def note(answer: Counted) -> None:
-    """Note what was sent of an answer, also if this task is cancelled: Django does that when the client has left."""
-    task = asyncio.ensure_future(answer.note())
+async def shielded(work: Coroutine[Any, Any, None]) -> None:
+    """Do some work, also if this task is cancelled: Django does that when the client has left."""
+    task = asyncio.ensure_future(work)
     _notes.add(task)  # the event loop has only a weak reference
     task.add_done_callback(_notes.discard)
     await asyncio.shield(task)
@@ -24,7 +21,7 @@ async def note(answer: Counted) -> None:
 
 async def counted(body: AsyncIterator[bytes], plan: Plan, use: Use) -> AsyncGenerator[bytes]:
     """Yield the chunks of a body to a server that takes one after the other, and note at the end what it has taken."""
-    answer, sent, aborted = Counted(use, None, _nowhere), 0, CLIENT_LEFT
+    sent, is_complete = 0, False
     try:
         async for chunk in body:
             if sent + len(chunk) == plan.length:
@@ -32,12 +29,8 @@ async def counted(body: AsyncIterator[bytes], plan: Plan, use: Use) -> AsyncGene
             yield chunk
             await asyncio.sleep(0)  # lets Django cancel this, since servers drop what is sent after the client has left
             sent += len(chunk)
-        aborted = ""
+        is_complete = True
     finally:
         spans = tuple(piece for piece in plan.body if not isinstance(piece, bytes))
-        answer.observe(Outcome(status=plan.status, how="chunks", spans=spans, sent=sent, aborted=aborted or None))
-        await note(answer)
-
-
-async def _nowhere(message: Message) -> None:
-    """Send nothing."""
+        use.end()
+        await shielded(note_sent(use, spans, sent, is_complete=is_complete))

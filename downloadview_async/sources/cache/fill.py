@@ -171,7 +171,9 @@ class Fill:
         """Yield a span of the version that arrives, by another read of the source."""
         async with self._inner.open(DownloadRequest(range=f"bytes={span.start}-{span.stop - 1}")) as opened:
             if self._described_as is None or not _is_same_version(opened.metadata, self._described_as):
-                raise TransferAborted(f"{self._inner.name!r} can no longer be shown to be the same version")
+                raise TransferAborted(
+                    f"{self._inner.name!r} can no longer be shown to be the same version", reason="file-changed"
+                )
             async with _closing(opened.stream(span)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -375,7 +377,7 @@ class Fill:
                         if left is not None and (left := left - len(chunk)) <= 0:
                             break
             if left is not None and left > 0:
-                raise TransferAborted(f"the file ended {left} bytes before its promised size")
+                raise TransferAborted(f"the file ended {left} bytes before its promised size", reason="file-changed")
         arriving.finish()
 
 

@@ -1,0 +1,109 @@
+"""`Facts`: what the parts of an application know of one request, for its `Outcome`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from downloadview_async.http.metadata import ETag
+
+ACCOUNT = "downloadview_async.account"
+"""The key of the `Facts` of a request in its ASGI scope. Without it, no outcome is made."""
+
+
+class Facts:
+    """The facts about one request, and the file that answers it.
+
+    outer: the facts of another `Accounts` further out, which get each fact, too. kind: overrides what the delivery
+    says. delivery, status_of_delivery: what our own answer was sent by, and its status: another answer may replace it.
+    """
+
+    __slots__ = (
+        "delivery",
+        "etag",
+        "kind",
+        "link_id",
+        "name",
+        "outer",
+        "proxy",
+        "request_id",
+        "route",
+        "size",
+        "source",
+        "status_of_delivery",
+        "user",
+    )
+
+    def __init__(self, request_id: str, outer: "Facts | None" = None) -> None:
+        self.request_id = request_id
+        self.outer = outer
+        self.route: str | None = None
+        self.source: str | None = None
+        self.name: str | None = None
+        self.user: str | None = None
+        self.link_id: str | None = None
+        self.kind: str | None = None
+        self.proxy: str | None = None
+        self.etag: ETag | str | None = None
+        self.size: int | None = None
+        self.delivery: Any = None
+        self.status_of_delivery = 0
+
+    def know(self, other: "Facts") -> None:
+        """Take over what other facts about the same request say."""
+        for name in (*_NAMES, "proxy"):
+            setattr(self, name, getattr(other, name))
+
+    def deliver(self, delivery: object, status: int) -> None:
+        """Note how our answer is sent."""
+        facts: Facts | None = self
+        while facts is not None:
+            facts.delivery, facts.status_of_delivery = delivery, status
+            facts = facts.outer
+
+    def describe(self, name: str | None, etag: ETag | str | None, size: int | None) -> None:
+        """Note which version of a file is sent. The name stays, if it is known what the source was asked for."""
+        facts: Facts | None = self
+        while facts is not None:
+            facts.name, facts.etag, facts.size = facts.name or name, etag, size
+            facts = facts.outer
+
+    def find(self, source: str, key: object) -> None:
+        """Note what a source is asked for."""
+        facts: Facts | None = self
+        while facts is not None:
+            facts.source, facts.name = source, str(key)
+            facts = facts.outer
+
+    def allow(self, user: str | None, link_id: str | None) -> None:
+        """Note by what the request is allowed."""
+        facts: Facts | None = self
+        while facts is not None:
+            facts.user, facts.link_id = user or facts.user, link_id or facts.link_id
+            facts = facts.outer
+
+
+def note_facts(scope: Mapping[str, Any], **facts: str | None) -> None:
+    """Note facts about a request for its `Outcome`; do nothing if no `Accounts` is around the application.
+
+    facts: `route`, `source`, `name`, `user`, `link_id` and `kind`, as in `Outcome`. A fact that is noted again is
+    replaced. Call this at any time before the answer ends, with the scope of the request or a copy of it:
+
+        note_facts(request.scope, user="ada")
+
+    Raises `TypeError` for another name.
+    """
+    if not facts.keys() <= _NAMES:
+        raise TypeError(f"note_facts takes {', '.join(sorted(_NAMES))}, not {', '.join(sorted(facts.keys() - _NAMES))}")
+    account: Facts | None = scope.get(ACCOUNT)
+    while account is not None:
+        for name, value in facts.items():
+            setattr(account, name, value)
+        account = account.outer
+
+
+def request_id_of(scope: Mapping[str, Any]) -> str | None:
+    """Return the id of a request, by its ASGI scope; None if no `Accounts` is around the application."""
+    account: Facts | None = scope.get(ACCOUNT)
+    return None if account is None else account.request_id
+
+
+_NAMES = frozenset({"route", "source", "name", "user", "link_id", "kind"})

@@ -1,0 +1,213 @@
+"""`Listeners`: gives outcomes to listeners, which may be slow, hang or raise without any effect on answers."""
+
+import asyncio
+import contextvars
+import logging
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from inspect import iscoroutinefunction
+from math import inf
+from time import monotonic
+from typing import Any
+
+import anyio
+
+from downloadview_async.accounts.outcome import Listener, Outcome
+from downloadview_async.errors import ConfigurationError
+
+logger = logging.getLogger("downloadview_async")
+
+MAX_WAITING = 10_000
+"""Outcomes that wait for one listener at most. Further ones are dropped and counted."""
+
+LOG_SECONDS = 60.0
+"""Seconds between two log lines about the same listener."""
+
+_BATCH_SECONDS = 0.05  # a thread is started for the outcomes of this time
+_TURN = 20  # outcomes after which other tasks get their turn
+
+
+class _Waiting:
+    """The outcomes that wait for one listener. They are delivered in order, one after the other.
+
+    An async listener runs in a task of the event loop in which the outcomes arise; a plain one in a thread. Both exist
+    only while outcomes wait.
+    """
+
+    def __init__(self, listener: Listener, size: int) -> None:
+        self._listener: Callable[[Outcome], Any] = listener
+        self._is_async = iscoroutinefunction(listener) or iscoroutinefunction(getattr(listener, "__call__", None))  # noqa: B004
+        self._size = size
+        self._outcomes: deque[Outcome] = deque()
+        self._is_awake = False
+        self._is_delivering = False
+        self._lock = threading.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._dropped = _Count("%d outcomes were dropped, because %s is too slow", listener)
+        self._failed = _Count("%d outcomes were lost, because %s has raised", listener)
+
+    def put(self, outcome: Outcome) -> None:
+        """Have an outcome delivered; drop it if too many wait."""
+        if len(self._outcomes) >= self._size:
+            self._dropped.add()
+            return
+        self._outcomes.append(outcome)
+        if not self._is_awake:
+            self._wake()
+
+    @property
+    def count(self) -> int:
+        """How many outcomes have not been delivered."""
+        return len(self._outcomes) + self._is_delivering
+
+    def hurry(self) -> None:
+        """Start the thread now, if it is to be started soon."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._start_thread()
+
+    def end(self) -> None:
+        """Give up what has not been delivered, and log how much that is."""
+        if self.count:
+            logger.warning("%d outcomes were not delivered to %s before the end", self.count, _name_of(self._listener))
+            self._outcomes.clear()
+        if self._task is not None:
+            self._task.cancel()
+        self._dropped.log()
+        self._failed.log()
+
+    def _wake(self) -> None:
+        with self._lock:
+            if self._is_awake:
+                return
+            self._is_awake = True
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a server without asyncio
+            self._start_thread()
+            return
+        if self._is_async:
+            # in an empty context: that of the request would stay as long as the task
+            self._task = loop.create_task(self._deliver_in_task(), context=contextvars.Context())
+        else:
+            self._timer = loop.call_later(_BATCH_SECONDS, self._start_thread)
+
+    def _start_thread(self) -> None:
+        self._timer = None
+        try:
+            threading.Thread(target=self._deliver_in_thread, name="downloadview outcomes", daemon=True).start()
+        except RuntimeError:  # no thread can be started now: the next outcome tries it again
+            self._is_awake = False
+
+    def _goes_on(self) -> bool:
+        """Return whether outcomes wait. If none do, the next one wakes this again."""
+        if self._outcomes:
+            return True
+        self._is_awake = False
+        if not self._outcomes:
+            return False
+        with self._lock:  # one has come between the two looks, and perhaps woken another thread
+            was_awake, self._is_awake = self._is_awake, True
+        return not was_awake
+
+    def _deliver_in_thread(self) -> None:
+        while self._goes_on():
+            outcome = self._take()
+            try:
+                result = self._listener(outcome)
+                if isinstance(result, Awaitable):
+                    asyncio.run(_waiting_for(result))
+            except Exception as exc:
+                self._failed.add(exc)
+            self._is_delivering = False
+
+    async def _deliver_in_task(self) -> None:
+        number = 0
+        try:
+            while self._goes_on():
+                outcome = self._take()
+                try:
+                    await self._listener(outcome)
+                except Exception as exc:
+                    self._failed.add(exc)
+                self._is_delivering = False
+                if (number := number + 1) % _TURN == 0:
+                    await asyncio.sleep(0)
+        finally:  # cancelled with its event loop, perhaps
+            self._is_delivering = False
+            self._task = None
+            if self._outcomes:
+                self._is_awake = False
+
+    def _take(self) -> Outcome:
+        self._is_delivering = True
+        return self._outcomes.popleft()
+
+
+class Listeners:
+    """Gives each outcome to some listeners. Each has a queue of at most `size` outcomes."""
+
+    def __init__(self, listeners: Sequence[Listener], size: int = MAX_WAITING) -> None:
+        if not all(callable(listener) for listener in listeners):
+            raise ConfigurationError(f"listeners is {listeners!r}: give a list of functions that take an Outcome")
+        self._waiting = [_Waiting(listener, size) for listener in listeners]
+        self.put: Callable[[Outcome], None] = (
+            self._waiting[0].put if len(self._waiting) == 1 else partial(_put_into, self._waiting)
+        )
+        """Has an outcome delivered to each listener, without waiting."""
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until all outcomes have been delivered, at most for some seconds."""
+        for waiting in self._waiting:
+            waiting.hurry()
+        deadline = monotonic() + seconds
+        while any(waiting.count for waiting in self._waiting) and monotonic() < deadline:  # noqa: ASYNC110
+            await anyio.sleep(0.005)  # a thread may deliver them, so no event of this loop tells
+
+    def end(self) -> None:
+        """Give up what has not been delivered, with a line in the log for each listener."""
+        for waiting in self._waiting:
+            waiting.end()
+
+
+def _put_into(queues: list[_Waiting], outcome: Outcome) -> None:
+    for waiting in queues:
+        waiting.put(outcome)
+
+
+class _Count:
+    """Counts events, and logs their number at most once in `LOG_SECONDS`."""
+
+    def __init__(self, text: str, listener: object) -> None:
+        self._text = text
+        self._name = _name_of(listener)
+        self._count = 0
+        self._logged_at = -inf
+        self._last: Exception | None = None
+
+    def add(self, exc: Exception | None = None) -> None:
+        """Count one. The first one is logged at once."""
+        self._count += 1
+        self._last = exc
+        if monotonic() - self._logged_at >= LOG_SECONDS:
+            self.log()
+
+    def log(self) -> None:
+        """Log how many there were since the last line."""
+        if self._count:
+            self._logged_at = monotonic()
+            count, self._count = self._count, 0
+            exc, self._last = self._last, None
+            logger.warning(self._text, count, self._name, exc_info=exc)
+
+
+def _name_of(listener: object) -> str:
+    name: str = getattr(listener, "__qualname__", None) or type(listener).__qualname__
+    return f"the listener {name}"
+
+
+async def _waiting_for(result: Awaitable[Any]) -> None:
+    await result

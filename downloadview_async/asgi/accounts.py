@@ -1,0 +1,482 @@
+"""`Accounts`: counts what is sent of each answer, and gives its `Outcome` to listeners."""
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from time import monotonic
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import anyio
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.accounts.listeners import MAX_WAITING, Listeners
+from downloadview_async.accounts.outcome import Listener, Observer, Outcome, Reason
+from downloadview_async.asgi.delivery import Descriptor, Offloaded, Path, Redirected, kind_of, spans_of
+from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED
+from downloadview_async.asgi.loan import Loan
+from downloadview_async.errors import ConfigurationError, abort_reason
+from downloadview_async.http.metadata import ByteRange
+from downloadview_async.policy.addresses import TrustedAddresses, peer_of
+
+REQUEST_ID = b"x-request-id"
+
+DRAIN_SECONDS = 5.0
+"""Seconds that the shutdown waits for answers that are ending, and then for listeners, at most."""
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
+_RANDOM_BYTES = 4096
+_SIZE_OF_ID = 16
+_PROXIES = {
+    "x-accel-redirect": "nginx",
+    "x-sendfile": "apache",
+    "x-reproxy-url": "h2o",
+    "x-litespeed-location": "litespeed",
+}
+
+logger = logging.getLogger("downloadview_async")
+
+
+class Connection(Protocol):
+    """What a server that knows its connection puts into the scope, under `CONNECTION`.
+
+    is_lost: whether the connection has ended. is_stalled: whether the server has ended it, because the client took too
+    little. untaken_at_loss: the bytes that the client had not taken when it ended. file_sent: the bytes of the last
+    file that the kernel has sent.
+    """
+
+    transport: asyncio.Transport
+    is_lost: bool
+    is_stalled: bool
+    untaken_at_loss: int
+    file_sent: int
+
+    def when_flushed(self, callback: Callable[[], None]) -> bool:
+        """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
+
+
+class Account(Facts):
+    """Counts what is sent of one answer, and makes its `Outcome`.
+
+    is_held: whether the answer waits in an `OffloadMiddleware` further out, which ends this account.
+    """
+
+    __slots__ = (
+        "_began",
+        "_connection",
+        "_dropped",
+        "_first",
+        "_headers",
+        "_is_ended",
+        "_is_head",
+        "_loan",
+        "_on_end",
+        "_scope",
+        "_send",
+        "_sends_id",
+        "is_complete",
+        "is_held",
+        "sent",
+        "status",
+    )
+
+    def __init__(
+        self,
+        scope: Scope,
+        send: Send,
+        on_end: Observer,
+        *,
+        request_id: str,
+        sends_id: bool = False,
+        outer: Facts | None = None,
+    ) -> None:
+        super().__init__(request_id, outer)
+        self._scope = scope
+        self._send = send
+        self._on_end = on_end
+        self._sends_id = sends_id
+        self._connection: Connection | None = (scope.get("extensions") or {}).get(CONNECTION)
+        self._is_head = scope["method"] == "HEAD"
+        self._began = monotonic()
+        self._first: float | None = None
+        self._headers: Any = ()
+        self._loan: Loan | None = None
+        self._dropped = False
+        self._is_ended = False
+        self.status = 0
+        self.sent = 0
+        self.is_complete = False
+        self.is_held = False
+
+    def send(self, message: Message) -> Awaitable[None]:  # not `async`: another coroutine would cost every message
+        """Pass a message on, and count what the server takes."""
+        kind = message["type"]
+        if kind == "http.response.body":
+            return self._send_body(message)
+        if kind == "http.response.start":
+            self.status = message["status"]
+            self._first = monotonic()
+            if self._sends_id:
+                message = self._with_id(message)
+            self._headers = message.get("headers", ())
+        elif kind == PATHSEND:
+            return self._send_file(message)
+        return self._send(message)
+
+    async def _send_body(self, message: Message) -> None:
+        connection = self._connection
+        was_open = connection is None or not connection.transport.is_closing()
+        await self._send(message)
+        if not was_open or (connection is not None and connection.is_lost):
+            self._dropped = True
+            return
+        if not self._is_head:
+            self.sent += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            self._complete()
+
+    async def _send_file(self, message: Message) -> None:
+        if "descriptor" in message:
+            loan = self._loan = message["descriptor"].loan
+            await self._send(message)
+            if loan.is_taken and loan.sent == message["count"]:
+                self._complete()
+            return
+        try:
+            await self._send(message)
+        finally:
+            if self._connection is not None:
+                self.sent += self._connection.file_sent
+        if self._connection is None:
+            self.sent += self._length() or 0  # the server does not tell how much it sends
+        elif self._connection.is_lost:
+            self._dropped = True
+            return
+        self._complete()
+
+    def _length(self) -> int | None:
+        values = [bytes(value) for name, value in self._headers if bytes(name).lower() == b"content-length"]
+        return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 20 else None
+
+    def _with_id(self, start: Message) -> Message:
+        field = (REQUEST_ID, self.request_id.encode("latin-1"))
+        made = start.get("headers", ())
+        headers = [header for header in made if bytes(header[0]).lower() != REQUEST_ID]
+        changed = {**start, "headers": [*headers, field]}
+        if (head := start.get(PREPARED)) is not None:
+            if len(headers) == len(made):
+                changed[PREPARED] = head.with_field(field)
+            else:
+                del changed[PREPARED]
+        return changed
+
+    def _complete(self) -> None:
+        """Note that the server has the whole answer, and end once it has left the process."""
+        self.is_complete = True
+        if not self.is_held and (self._connection is None or self._connection.when_flushed(self._flushed)):
+            self.end()
+
+    def _flushed(self) -> None:
+        connection = self._connection
+        assert connection is not None
+        if connection.is_lost and connection.untaken_at_loss:
+            self.is_complete = False
+        self.end()
+
+    @classmethod
+    def within(cls, scope: Scope, send: Send, on_end: Observer) -> Self:
+        """Return a further account of a request, which knows what another one around it knows."""
+        outer: Facts | None = scope.get(ACCOUNT)
+        if outer is None:
+            return cls(scope, send, on_end, request_id=new_request_id())
+        account = cls(scope, send, on_end, request_id=outer.request_id, outer=outer)
+        account.know(outer)
+        return account
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave(exc)
+
+    @property
+    def _taken(self) -> int:
+        """Bytes of the body that the server has taken, without those that the end of the connection has dropped."""
+        sent = self.sent if self._loan is None else self.sent + self._loan.sent
+        connection = self._connection
+        if self.is_complete or connection is None or not connection.is_lost:
+            return sent
+        return max(0, sent - connection.untaken_at_loss)
+
+    def progress(self) -> tuple[tuple[ByteRange | None, ...], int, bool]:
+        """Return the parts of a file that our answer has, the bytes that were taken, and whether these are all."""
+        delivery = self.delivery if self.status == self.status_of_delivery else None
+        return () if delivery is None else spans_of(delivery), self._taken, self.is_complete
+
+    def restarted(self, send: Send) -> Send:
+        """Return a function that sends another answer in place of the one that was held, and counts that."""
+        self._send = send
+        self.sent, self.is_held, self.is_complete = 0, False, False
+        return self.send
+
+    def leave(self, exc: BaseException | None = None) -> None:
+        """End, unless the answer is complete or held: the application has returned, or raised `exc`."""
+        if not self._is_ended and not self.is_complete and not self.is_held:
+            loan = self._loan
+            if loan is not None and exc is None and loan.is_taken and loan.sent:
+                count = self._length_of_span()
+                if loan.sent == count:
+                    self._complete()
+                    return
+            self.end(exc)
+
+    def _length_of_span(self) -> int | None:
+        delivery = self.delivery
+        return len(delivery.span) if isinstance(delivery, Descriptor) else None
+
+    def end(self, exc: BaseException | None = None) -> None:
+        """Make the outcome, once. exc: the error that has ended the answer, if one has."""
+        if self._is_ended:
+            return
+        self._is_ended = True
+        outcome = self._outcome(exc)
+        try:
+            self._on_end(outcome)
+        except Exception:
+            logger.exception("an observer of outcomes has raised")
+
+    def _outcome(self, exc: BaseException | None) -> Outcome:
+        scope, status, now = self._scope, self.status, monotonic()
+        delivery = self.delivery if status == self.status_of_delivery else None
+        kind, delegated_to = self.kind, None
+        spans: tuple[ByteRange | None, ...] = ()
+        if delivery is not None:
+            if isinstance(delivery, Offloaded):
+                by = delivery.by.encode("latin-1")
+                if status == 200 and any(bytes(name).lower() == by for name, _ in self._headers):
+                    delegated_to = delivery.by
+                    kind = f"offloaded:{self.proxy or _PROXIES.get(delegated_to, delegated_to)}"
+            elif isinstance(delivery, Redirected):
+                kind, delegated_to = "redirected", "location"
+            else:
+                spans = spans_of(delivery)
+                if kind is None:
+                    is_kernel = isinstance(delivery, Descriptor | Path) and self._connection is not None
+                    by_chunks = isinstance(delivery, Descriptor) and self._loan is None
+                    kind = "chunks" if by_chunks else "zero-copy" if is_kernel else kind_of(delivery)
+        detail: str | None = None
+        reason: Reason | None = None
+        if not self.is_complete:
+            reason, detail = self._why(exc)
+            if status == 0 and reason == "failed" and exc is not None:
+                status, reason = 500, None  # so answers the server
+        if status >= 400:
+            kind = "error" if delivery is not None or kind is not None else "other"
+        client = scope.get("client")
+        route = self.route or getattr(scope.get("route"), "path", None)
+        etag = self.etag
+        return Outcome(
+            request_id=self.request_id,
+            time=time.time(),
+            method=scope["method"],
+            path=scope["path"],
+            http_version=scope.get("http_version", "1.1"),
+            client=client[0] if client else None,
+            route=route,
+            source=self.source,
+            name=self.name,
+            etag=None if etag is None else str(etag),
+            size=self.size,
+            user=self.user,
+            link_id=self.link_id,
+            status=status,
+            kind=kind or "other",
+            spans=spans,
+            sent=self._taken,
+            first_byte=None if self._first is None else self._first - self._began,
+            seconds=now - self._began,
+            result=(
+                "aborted"
+                if reason is not None
+                else "refused"
+                if status >= 400
+                else "not-modified"
+                if status == 304
+                else "delegated"
+                if delegated_to is not None
+                else "completed"
+            ),
+            reason=reason,
+            detail=detail,
+            delegated_to=delegated_to,
+            headers=scope["headers"],
+        )
+
+    def _why(self, exc: BaseException | None) -> tuple[Reason, str | None]:
+        """Return why the answer is incomplete."""
+        connection = self._connection
+        is_lost = self._dropped or (
+            connection is not None and (connection.is_lost or connection.transport.is_closing())
+        )
+        if connection is not None and connection.is_stalled:
+            return "stalled", None
+        if exc is not None and not isinstance(exc, Exception):  # cancelled
+            return ("client-left" if is_lost else "server-stopped"), None
+        if exc is None or isinstance(exc, ClientDisconnect | OSError):
+            # DownloadResponse and Starlette return when the client has left, and only then
+            return ("client-left" if is_lost or exc is not None or connection is None else "failed"), None
+        reason = abort_reason(exc)
+        return ("client-left" if is_lost and reason is None else reason or "failed"), str(exc) or type(exc).__name__
+
+
+def hold_accounts(facts: Facts | None, outside: Facts | None) -> list[Account]:
+    """Hold the accounts of an answer that waits in an `OffloadMiddleware`, and return them, the innermost first.
+
+    facts: those of the request where it is answered. outside: those outside of the middleware, which count later.
+    """
+    held = []
+    while facts is not None and facts is not outside:
+        if isinstance(facts, Account):
+            facts.is_held = True
+            held.append(facts)
+        facts = facts.outer
+    return held
+
+
+class Accounts:
+    """Gives the `Outcome` of each HTTP request that `app` answers to listeners: exactly one, however the answer ends.
+
+        async def note(outcome):
+            print(outcome.name, outcome.result, outcome.sent)
+
+        app = Accounts(app, listeners=[note])
+
+    Put it around all other middleware, `OffloadMiddleware` too, so that it sees what leaves.
+
+    listeners: async or plain functions. Each gets the outcomes in order, one after the other: an async one in a task, a
+    plain one in a thread. A listener that is slow, hangs or raises delays no answer and no other listener.
+    observers: plain functions that are called at once, in the event loop, when the answer has ended. They must neither
+    block nor raise.
+    max_waiting: how many outcomes wait for one listener. Further ones are dropped, and a line in the log tells how
+    many, at most once a minute.
+    trusted_proxies: the addresses and networks whose `X-Request-Id` is the id of the request; `*` for all. Other
+    requests get a random id.
+    sends_request_id: whether each answer gets the id as its `X-Request-Id`.
+
+    When the server shuts down, `Accounts` waits up to 5 seconds for the answers that are ending and for the listeners,
+    before the application shuts down. Without a lifespan, outcomes that wait then are lost.
+
+    Raises `ConfigurationError` for listeners that are not functions, and for an address that is not one.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        listeners: Sequence[Listener] = (),
+        *,
+        observers: Sequence[Observer] = (),
+        max_waiting: int = MAX_WAITING,
+        trusted_proxies: Iterable[str] = (),
+        sends_request_id: bool = False,
+    ) -> None:
+        if not all(callable(observer) for observer in observers):
+            raise ConfigurationError(f"observers is {observers!r}: give a list of functions that take an Outcome")
+        self.app = app
+        self.in_progress = 0
+        """How many requests are being answered."""
+        self._idle: anyio.Event | None = None
+        """Set when nothing is answered any more, while the server shuts down."""
+        self._listeners = Listeners(listeners, max_waiting)
+        self._trusted = TrustedAddresses(trusted_proxies)
+        self._sends_id = sends_request_id
+        ends: list[Observer] = [*observers, *([self._listeners.put] if listeners else [])]
+        self._on_end: Observer = ends[0] if len(ends) == 1 else _All(ends)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and report its outcome."""
+        if scope["type"] != "http":
+            await (self._live(scope, receive, send) if scope["type"] == "lifespan" else self.app(scope, receive, send))
+            return
+        outer: Facts | None = scope.get(ACCOUNT)
+        scope = {**scope}
+        request_id = self._request_id(scope) if outer is None else outer.request_id
+        account = Account(scope, send, self._on_end, request_id=request_id, sends_id=self._sends_id, outer=outer)
+        scope[ACCOUNT] = account
+        self.in_progress += 1
+        try:
+            await self.app(scope, receive, account.send)
+        except BaseException as exc:
+            if isinstance(exc, Exception):
+                exc.add_note(f"request {request_id}")
+            account.leave(exc)
+            raise
+        else:
+            account.leave()
+        finally:
+            self.in_progress -= 1
+            if self._idle is not None and not self.in_progress:
+                self._idle.set()
+
+    def _request_id(self, scope: Scope) -> str:
+        for name, value in scope["headers"]:
+            if name == REQUEST_ID and _REQUEST_ID.fullmatch(value) and self._trusted.has(peer_of(scope)):
+                return str(value, "ascii")
+        return new_request_id()
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_and_drain() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                if self.in_progress:
+                    self._idle = anyio.Event()
+                    with anyio.move_on_after(DRAIN_SECONDS):
+                        await self._idle.wait()
+                await self._listeners.drain(DRAIN_SECONDS)
+            return message
+
+        async def end_and_send(message: Message) -> None:
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self._listeners.drain(1)
+                self._listeners.end()
+            await send(message)
+
+        await self.app(scope, receive_and_drain, end_and_send)
+
+
+class _All:
+    """Calls several observers, each even if another raises."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = observers
+
+    def __call__(self, outcome: Outcome) -> None:
+        for observer in self._observers:
+            try:
+                observer(outcome)
+            except Exception:
+                logger.exception("an observer of outcomes has raised")
+
+
+class _Ids:
+    """Random bytes for ids, read in blocks: each id is as hard to guess as one that is read alone."""
+
+    def __init__(self) -> None:
+        self._random, self._position, self._process = b"", 0, 0
+
+    def new(self) -> str:
+        position = self._position
+        if position >= len(self._random) or self._process != os.getpid():
+            self._random, self._process, position = os.urandom(_RANDOM_BYTES), os.getpid(), 0
+        self._position = position + _SIZE_OF_ID
+        return self._random[position : position + _SIZE_OF_ID].hex()
+
+
+new_request_id = _Ids().new
+"""Returns a new random id: 32 hexadecimal digits."""
