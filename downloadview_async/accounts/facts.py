@@ -16,36 +16,22 @@ class Facts:
     says. delivery, status_of_delivery: what our own answer was sent by, and its status: another answer may replace it.
     """
 
-    __slots__ = (
-        "delivery",
-        "etag",
-        "kind",
-        "link_id",
-        "name",
-        "outer",
-        "proxy",
-        "request_id",
-        "route",
-        "size",
-        "source",
-        "status_of_delivery",
-        "user",
-    )
+    # values of the class, because most of them stay as they are for most requests
+    route: str | None = None
+    source: str | None = None
+    name: str | None = None
+    user: str | None = None
+    link_id: str | None = None
+    kind: str | None = None
+    proxy: str | None = None
+    etag: ETag | str | None = None
+    size: int | None = None
+    delivery: Any = None
+    status_of_delivery = 0
 
     def __init__(self, request_id: str, outer: "Facts | None" = None) -> None:
         self.request_id = request_id
         self.outer = outer
-        self.route: str | None = None
-        self.source: str | None = None
-        self.name: str | None = None
-        self.user: str | None = None
-        self.link_id: str | None = None
-        self.kind: str | None = None
-        self.proxy: str | None = None
-        self.etag: ETag | str | None = None
-        self.size: int | None = None
-        self.delivery: Any = None
-        self.status_of_delivery = 0
 
     def know(self, other: "Facts") -> None:
         """Take over what other facts about the same request say."""

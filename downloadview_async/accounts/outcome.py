@@ -27,9 +27,9 @@ down. failed: the application raised another error, or returned before the end o
 Header = tuple[bytes, bytes]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)  # not frozen: that would cost each answer four times as much
 class Outcome:
-    """One ended answer to an HTTP request.
+    """One ended answer to an HTTP request. All listeners get the same object, so none may change it.
 
     request_id: of the request, see `Accounts`. time: when the answer ended, in seconds since 1970 UTC.
     method, path, http_version: of the request. The path has no query, and no percent-encoding.

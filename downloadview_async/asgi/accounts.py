@@ -45,16 +45,19 @@ logger = logging.getLogger("downloadview_async")
 class Connection(Protocol):
     """What a server that knows its connection puts into the scope, under `CONNECTION`.
 
-    is_lost: whether the connection has ended. is_stalled: whether the server has ended it, because the client took too
-    little. untaken_at_loss: the bytes that the client had not taken when it ended. file_sent: the bytes of the last
+    is_lost: whether the connection has ended. is_broken: whether it has ended, or is about to, although an answer is not
+    complete. is_stalled: whether the server has ended it, because the client took too little. untaken_at_loss: the bytes that the client had not taken when it ended. file_sent: the bytes of the last
     file that the kernel has sent.
     """
 
-    transport: asyncio.Transport
     is_lost: bool
     is_stalled: bool
     untaken_at_loss: int
     file_sent: int
+
+    @property
+    def is_broken(self) -> bool:
+        """See the class."""
 
     def when_flushed(self, callback: Callable[[], None]) -> bool:
         """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
@@ -66,24 +69,16 @@ class Account(Facts):
     is_held: whether the answer waits in an `OffloadMiddleware` further out, which ends this account.
     """
 
-    __slots__ = (
-        "_began",
-        "_connection",
-        "_dropped",
-        "_first",
-        "_headers",
-        "_is_ended",
-        "_is_head",
-        "_loan",
-        "_on_end",
-        "_scope",
-        "_send",
-        "_sends_id",
-        "is_complete",
-        "is_held",
-        "sent",
-        "status",
-    )
+    status = 0
+    sent = 0
+    is_complete = False
+    is_held = False
+    _first: float | None = None
+    _headers: Any = ()
+    _loan: Loan | None = None
+    _is_dropped = False
+    _is_path_send = False
+    _is_ended = False
 
     def __init__(
         self,
@@ -95,23 +90,15 @@ class Account(Facts):
         sends_id: bool = False,
         outer: Facts | None = None,
     ) -> None:
-        super().__init__(request_id, outer)
+        self.request_id = request_id
+        self.outer = outer
         self._scope = scope
         self._send = send
         self._on_end = on_end
         self._sends_id = sends_id
-        self._connection: Connection | None = (scope.get("extensions") or {}).get(CONNECTION)
-        self._is_head = scope["method"] == "HEAD"
+        extensions = scope.get("extensions")
+        self._connection: Connection | None = extensions.get(CONNECTION) if extensions else None
         self._began = monotonic()
-        self._first: float | None = None
-        self._headers: Any = ()
-        self._loan: Loan | None = None
-        self._dropped = False
-        self._is_ended = False
-        self.status = 0
-        self.sent = 0
-        self.is_complete = False
-        self.is_held = False
 
     def send(self, message: Message) -> Awaitable[None]:  # not `async`: another coroutine would cost every message
         """Pass a message on, and count what the server takes."""
@@ -129,18 +116,17 @@ class Account(Facts):
         return self._send(message)
 
     async def _send_body(self, message: Message) -> None:
-        connection = self._connection
-        was_open = connection is None or not connection.transport.is_closing()
         await self._send(message)
-        if not was_open or (connection is not None and connection.is_lost):
-            self._dropped = True
+        if (connection := self._connection) is not None and connection.is_broken:
+            self._is_dropped = True
             return
-        if not self._is_head:
+        if self._scope["method"] != "HEAD":
             self.sent += len(message.get("body", b""))
         if not message.get("more_body", False):
             self._complete()
 
     async def _send_file(self, message: Message) -> None:
+        self._is_path_send = True
         if "descriptor" in message:
             loan = self._loan = message["descriptor"].loan
             await self._send(message)
@@ -155,7 +141,7 @@ class Account(Facts):
         if self._connection is None:
             self.sent += self._length() or 0  # the server does not tell how much it sends
         elif self._connection.is_lost:
-            self._dropped = True
+            self._is_dropped = True
             return
         self._complete()
 
@@ -268,9 +254,7 @@ class Account(Facts):
             else:
                 spans = spans_of(delivery)
                 if kind is None:
-                    is_kernel = isinstance(delivery, Descriptor | Path) and self._connection is not None
-                    by_chunks = isinstance(delivery, Descriptor) and self._loan is None
-                    kind = "chunks" if by_chunks else "zero-copy" if is_kernel else kind_of(delivery)
+                    kind = self._kind_of_path() if isinstance(delivery, Descriptor | Path) else kind_of(delivery)
         detail: str | None = None
         reason: Reason | None = None
         if not self.is_complete:
@@ -296,7 +280,7 @@ class Account(Facts):
             size=self.size,
             user=self.user,
             link_id=self.link_id,
-            status=status,
+            status=int(status),
             kind=kind or "other",
             spans=spans,
             sent=self._taken,
@@ -319,12 +303,16 @@ class Account(Facts):
             headers=scope["headers"],
         )
 
+    def _kind_of_path(self) -> str:
+        """Return how a file left that was to be sent by its descriptor or its path: middleware may drop such a message."""
+        if not self._is_path_send or (self._loan is not None and not self._loan.is_taken):
+            return "chunks"
+        return "path" if self._connection is None else "zero-copy"
+
     def _why(self, exc: BaseException | None) -> tuple[Reason, str | None]:
         """Return why the answer is incomplete."""
         connection = self._connection
-        is_lost = self._dropped or (
-            connection is not None and (connection.is_lost or connection.transport.is_closing())
-        )
+        is_lost = self._is_dropped or (connection is not None and connection.is_broken)
         if connection is not None and connection.is_stalled:
             return "stalled", None
         if exc is not None and not isinstance(exc, Exception):  # cancelled

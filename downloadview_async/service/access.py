@@ -137,11 +137,13 @@ def trusted_proxies(settings: Settings) -> list[str]:
 
 
 def keeping_peers(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """Return what uvicorn has to run, without `proxy_headers`, if a proxy sends the names of users; else `app` itself.
+    """Return what uvicorn has to run, without `proxy_headers`, if a proxy sends names of users or ids of requests.
+
+    Else return `app` itself.
 
     uvicorn's `proxy_headers` would replace the address of the peer before any application sees it.
     """
-    if settings.users is None or settings.users.header is None:
+    if not settings.listens and (settings.users is None or settings.users.header is None):
         return app
     if settings.server.proxy_headers:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware

@@ -61,6 +61,7 @@ from downloadview_async.service.access import (
     store_of,
     users_of,
 )
+from downloadview_async.service.accounts import Service
 from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.digests import digests_of
@@ -173,8 +174,9 @@ def build(settings: Settings) -> Starlette:
     pages = ServicePages(settings)
     middleware = [Middleware(OneLineFailures), Middleware(ErrorPages, pages=pages)]
     if (backend := _backend(settings, sources)) is not None:
-        middleware.append(Middleware(OffloadMiddleware, backend=backend))
-    app = Starlette(
+        middleware.append(Middleware(OffloadMiddleware, backend=backend, proxy=settings.offload.backend))
+    app = Service(
+        settings,
         routes=[
             *(
                 []

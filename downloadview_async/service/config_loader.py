@@ -21,6 +21,7 @@ from msgspec import Struct
 from downloadview_async import ConfigurationError, ProxyKind, proxy_kinds
 from downloadview_async.service.settings import (
     PROXY_OPTIONS,
+    AccountsSettings,
     ArchivesSettings,
     CacheSettings,
     ChosenSettings,
@@ -75,6 +76,7 @@ _TABLES: dict[str, Any] = {
     "links": LinksSettings,
     "digests": DigestsSettings,
     "users": UsersSettings,
+    "accounts": AccountsSettings,
     "archives": ArchivesSettings,
     "pages": PagesSettings,
 }
@@ -271,6 +273,7 @@ class _Draft:
             links=links,
             users=users,
             archives=self._archives(self._converted("archives", self._table("archives", data), ArchivesSettings)),
+            accounts=self._converted("accounts", self._table("accounts", data), AccountsSettings),
             pages=self._pages(self._converted("pages", self._table("pages", data), PagesSettings)),
             digests=digests,
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),

@@ -108,6 +108,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     if isinstance(exc, TransferAborted | asyncio.CancelledError):
         reason = str(exc) if isinstance(exc, TransferAborted) else "the server stops"
         record.levelno, record.levelname = logging.WARNING, "WARNING"
+        reason = " ".join([reason, *(f"({note})" for note in getattr(exc, "__notes__", ()))])
         record.msg, record.args = "Transfer aborted: %s", (one_line(reason.encode("unicode_escape").decode()),)
         record.exc_info = record.exc_text = None
     return True

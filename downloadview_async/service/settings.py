@@ -324,6 +324,15 @@ class UsersSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     ) = None
 
 
+class AccountsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[accounts]`: what is told about each answer."""
+
+    listeners: Annotated[
+        list[Annotated[str, Meta(pattern=rf"^hook:{_FUNCTION}\Z")]],
+        Meta(description='a list of "hook:module:function", each of which gets the outcome of each answer'),
+    ] = []
+
+
 class ArchivesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """`[archives]`: limits of the archives of folders, for routes with `archive = true`."""
 
@@ -541,8 +550,14 @@ class Settings:
     users: UsersSettings | None = None
     archives: ArchivesSettings = field(default_factory=ArchivesSettings)
     digests: DigestsSettings | None = None
+    accounts: AccountsSettings = field(default_factory=AccountsSettings)
     content_types: Mapping[str, str] = field(default_factory=dict)
     pages: PagesSettings = field(default_factory=PagesSettings)
+
+    @property
+    def listens(self) -> bool:
+        """Whether something listens to the outcomes of answers."""
+        return bool(self.accounts.listeners)
 
     def error(self, key: str, problem: str) -> ConfigurationError:
         """Return the error for a key such as `sources.files.root`."""

@@ -228,7 +228,7 @@ async def test_the_outcome_is_that_of_a_file(root: Path) -> None:
     async with live(app, http=DownloadProtocol) as port:
         answer = await ask(port, "/files/reports/?archive=zip")
     outcome = app.only()
-    assert (outcome.status, outcome.sent, outcome.aborted) == (200, len(answer.body), None)
+    assert (outcome.status, outcome.sent, outcome.reason) == (200, len(answer.body), None)
 
 
 async def test_a_file_that_changes_ends_the_connection(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

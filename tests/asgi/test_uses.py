@@ -11,11 +11,12 @@ import pytest
 from fastapi import Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from tests.live import Answer, ask, live, make_old
+from tests.observed import Observed
 
 pytestmark = pytest.mark.asyncio
 SIZE = 300_000
@@ -241,18 +242,12 @@ async def test_a_dependency_of_fastapi_counts(served: Served, root: Path, signer
 
 
 async def test_outcomes_are_still_reported(served: Served, root: Path, signer: dv.URLSigner) -> None:
-    reported: list[Any] = []
-    app = application(dv.PathSource(root), signer)
-
-    async def observed(scope: Scope, receive: Receive, send: Send) -> None:
-        extensions = {**(scope.get("extensions") or {}), "downloadview_async.outcome": reported.append}
-        await app({**scope, "extensions": extensions}, receive, send)
-
+    observed = Observed(application(dv.PathSource(root), signer))
     link = signer.sign("/files/small.txt", uses=1)
     async with served(observed) as port:
         await get(port, link)
         await get(port, link)
-    assert [(outcome.status, outcome.sent, outcome.aborted) for outcome in reported] == [
+    assert [(outcome.status, outcome.sent, outcome.reason) for outcome in observed.outcomes] == [
         (200, 10, None),
         (410, 4, None),
     ]

@@ -614,6 +614,11 @@ class DownloadProtocol(HttpToolsProtocol):
         elif not self.transport.get_write_buffer_size():
             self.untaken_at_loss += self._held  # so few bytes go at once or not at all
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the connection has ended, or is about to, but not because its last answer is complete."""
+        return self.is_lost or (self.transport.is_closing() and self._phase is not _CLOSING)
+
     def when_flushed(self, callback: Callable[[], None]) -> bool:
         """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
         if self.is_lost or not self.transport.get_write_buffer_size():

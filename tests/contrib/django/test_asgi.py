@@ -186,17 +186,17 @@ async def test_each_answer_ends_in_one_outcome(root: Path) -> None:
         async with live(app) as port:
             whole = await ask(port, "/async/a.txt")
             outcome = app.only()
-            assert (outcome.status, outcome.how, outcome.sent, outcome.is_complete) == (200, "chunks", size, True)
+            assert (outcome.status, outcome.kind, outcome.sent, outcome.is_complete) == (200, "chunks", size, True)
             await ask(port, "/async/a.txt", headers={"Range": "bytes=2-5"})
             outcome = app.only()
-            assert (outcome.status, outcome.how, outcome.spans) == (206, "inline", (ByteRange(2, 6),))
+            assert (outcome.status, outcome.kind, outcome.spans) == (206, "inline", (ByteRange(2, 6),))
             assert outcome.sent == 4
             await ask(port, "/async/a.txt", headers={"If-None-Match": whole.headers["etag"]})
             assert (outcome := app.only()).status == 304
-            assert outcome.how == "empty"
+            assert outcome.kind == "empty"
         backend = XAccelRedirect([Rule(str(root), "/_files/")])
         app = Observed(OffloadMiddleware(get_asgi_application(), backend))
         async with live(app) as port:
             assert "x-accel-redirect" in (await ask(port, "/async/a.txt")).headers
         outcome = app.only()
-        assert (outcome.status, outcome.how, outcome.delegated_to) == (200, "offloaded", "x-accel-redirect")
+        assert (outcome.status, outcome.kind, outcome.delegated_to) == (200, "offloaded:nginx", "x-accel-redirect")

@@ -1,0 +1,49 @@
+"""The application with `Accounts` around it, if something listens to outcomes."""
+
+from collections.abc import Iterator
+from ipaddress import ip_network
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
+
+from downloadview_async import Accounts
+from downloadview_async.service.access import trusted_proxies
+from downloadview_async.service.functions import function_of
+from downloadview_async.service.settings import Settings
+
+_HOOK = "hook:"
+
+
+class Service(Starlette):
+    """The service as an ASGI application. Its outermost middleware is `Accounts`, so each error is accounted for too.
+
+    Raises `ConfigurationError` for a listener that cannot be imported.
+    """
+
+    def __init__(self, settings: Settings, **options: Any) -> None:
+        self._settings = settings
+        self._listeners = [
+            function_of(settings, f"accounts.listeners[{index}]", name.removeprefix(_HOOK))
+            for index, name in enumerate(settings.accounts.listeners)
+        ]
+        super().__init__(**options)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return the application with its middleware around it."""
+        app = super().build_middleware_stack()
+        if not self._settings.listens:
+            return app
+        trusted = list(_addresses_of(self._settings))
+        return Accounts(app, self._listeners, trusted_proxies=trusted, sends_request_id=True)
+
+
+def _addresses_of(settings: Settings) -> Iterator[str]:
+    """Yield the trusted proxies, without the names by which uvicorn knows other peers."""
+    for address in trusted_proxies(settings):
+        try:
+            if address != "*":
+                ip_network(address)
+        except ValueError:
+            continue
+        yield address
