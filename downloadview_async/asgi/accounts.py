@@ -1,6 +1,5 @@
 """`Accounts`: counts what is sent of each answer, and gives its `Outcome` to listeners."""
 
-import asyncio
 import logging
 import os
 import re
@@ -8,15 +7,16 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import anyio
+from anyio.lowlevel import checkpoint
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.accounts.listeners import MAX_WAITING, Listeners
-from downloadview_async.accounts.outcome import Listener, Observer, Outcome, Reason
+from downloadview_async.accounts.outcome import Header, Listener, Observer, Outcome, Reason
 from downloadview_async.asgi.delivery import Descriptor, Offloaded, Path, Redirected, kind_of, spans_of
 from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED
 from downloadview_async.asgi.loan import Loan
@@ -45,9 +45,9 @@ logger = logging.getLogger("downloadview_async")
 class Connection(Protocol):
     """What a server that knows its connection puts into the scope, under `CONNECTION`.
 
-    is_lost: whether the connection has ended. is_broken: whether it has ended, or is about to, although an answer is not
-    complete. is_stalled: whether the server has ended it, because the client took too little. untaken_at_loss: the bytes that the client had not taken when it ended. file_sent: the bytes of the last
-    file that the kernel has sent.
+    is_lost: whether the connection has ended. is_broken: whether it has ended, or is about to, although an answer is
+    not complete. is_stalled: whether the server has ended it, because the client took too little. untaken_at_loss: the
+    bytes that the client had not taken when it ended. file_sent: the bytes of the last file that the kernel has sent.
     """
 
     is_lost: bool
@@ -74,7 +74,7 @@ class Account(Facts):
     is_complete = False
     is_held = False
     _first: float | None = None
-    _headers: Any = ()
+    _headers: Iterable[Header] = ()
     _loan: Loan | None = None
     _is_dropped = False
     _is_path_send = False
@@ -106,18 +106,40 @@ class Account(Facts):
         if kind == "http.response.body":
             return self._send_body(message)
         if kind == "http.response.start":
-            self.status = message["status"]
-            self._first = monotonic()
             if self._sends_id:
                 message = self._with_id(message)
-            self._headers = message.get("headers", ())
+            self.begin(message["status"], message.get("headers", ()))
         elif kind == PATHSEND:
             return self._send_file(message)
         return self._send(message)
 
+    def receiving(self, receive: Receive) -> Receive:
+        """Return a function that receives messages, and notes that the client has left."""
+
+        async def receive_and_note() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not self.is_complete:
+                self._is_dropped = True
+            return message
+
+        return receive if self._connection is not None else receive_and_note
+
+    def begin(self, status: int, headers: Iterable[Header]) -> None:
+        """Note the head of the answer, which leaves now."""
+        self.status, self._headers, self._first = status, headers, monotonic()
+
+    def count(self, length: int) -> None:
+        """Count bytes of the body that the server has taken."""
+        self.sent += length
+
     async def _send_body(self, message: Message) -> None:
         await self._send(message)
-        if (connection := self._connection) is not None and connection.is_broken:
+        if (connection := self._connection) is None:
+            if message.get("more_body", False):
+                await checkpoint()  # lets `receive` tell that the client has left: most servers drop the message then
+            if self._is_dropped:
+                return
+        elif connection.is_broken:
             self._is_dropped = True
             return
         if self._scope["method"] != "HEAD":
@@ -259,6 +281,8 @@ class Account(Facts):
         reason: Reason | None = None
         if not self.is_complete:
             reason, detail = self._why(exc)
+            if reason == "client-left" and scope["method"] == "HEAD" and self._first is not None:
+                reason = None  # the client has the head, and wanted no more
             if status == 0 and reason == "failed" and exc is not None:
                 status, reason = 500, None  # so answers the server
         if status >= 400:
@@ -304,7 +328,7 @@ class Account(Facts):
         )
 
     def _kind_of_path(self) -> str:
-        """Return how a file left that was to be sent by its descriptor or its path: middleware may drop such a message."""
+        """Return how a file left that was to be sent by its descriptor or path: middleware may drop such a message."""
         if not self._is_path_send or (self._loan is not None and not self._loan.is_taken):
             return "chunks"
         return "path" if self._connection is None else "zero-copy"
@@ -399,7 +423,7 @@ class Accounts:
         scope[ACCOUNT] = account
         self.in_progress += 1
         try:
-            await self.app(scope, receive, account.send)
+            await self.app(scope, account.receiving(receive), account.send)
         except BaseException as exc:
             if isinstance(exc, Exception):
                 exc.add_note(f"request {request_id}")

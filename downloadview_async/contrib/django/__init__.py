@@ -4,6 +4,7 @@ The middlewares and decorators for a single proxy are in `nginx`, `apache` and `
 """
 
 from downloadview_async.contrib.django import legacy as _legacy  # noqa: F401 - its import paths
+from downloadview_async.contrib.django.accounts import AccountsMiddleware, download_finished
 from downloadview_async.contrib.django.asgi import get_asgi_application
 from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.contrib.django.files import (
@@ -43,6 +44,7 @@ from downloadview_async.contrib.django.views import (
 StringIteratorIO = TextIteratorIO
 
 __all__ = [
+    "AccountsMiddleware",
     "BaseDownloadMiddleware",
     "BaseDownloadView",
     "BytesIteratorIO",
@@ -69,6 +71,7 @@ __all__ = [
     "arevoke_link",
     "assert_download_response",
     "content_disposition",
+    "download_finished",
     "get_asgi_application",
     "link_signer",
     "revoke_link",

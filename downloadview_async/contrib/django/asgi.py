@@ -31,9 +31,10 @@ from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.asgi.delivery import Delivery, Empty, Offloaded, deliver, delivery_of
 from downloadview_async.asgi.extensions import PATHSEND
 from downloadview_async.asgi.uses import Counted
+from downloadview_async.contrib.django.accounts import account_of, mark_counted, note_response
 from downloadview_async.contrib.django.counting import shielded
 from downloadview_async.contrib.django.deferral import note_receivers
-from downloadview_async.contrib.django.links import Link, link_of
+from downloadview_async.contrib.django.links import link_of
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.contrib.django.responses import DownloadResponse
 from downloadview_async.http.fields import OFFLOAD_ORDERS
@@ -59,6 +60,15 @@ class DownloadASGIHandler(ASGIHandler):
         """Answer one request."""
         if scope["type"] != "http":
             raise ValueError(f"Django answers only HTTP, not {scope['type']}")
+        if (account := account_of(scope, send)) is None:
+            await self._handle_in_context(scope, receive, send)
+            return
+        scope = {**scope, ACCOUNT: account}
+        mark_counted(scope)
+        with account:
+            await self._handle_in_context(scope, account.receiving(receive), account.send)
+
+    async def _handle_in_context(self, scope: Any, receive: Any, send: Any) -> None:
         async with ThreadSensitiveContext() as context:
             try:
                 await self._handle(scope, receive, send, context)
@@ -129,6 +139,9 @@ class DownloadASGIHandler(ASGIHandler):
 
     async def _send(self, request: ASGIRequest, response: HttpResponseBase, send: Any) -> None:
         """Send a response. A download, a 304 and an answer that has a proxy send a file end in an `Outcome`."""
+        facts: Facts | None = request.scope.get(ACCOUNT)
+        if facts is not None:
+            note_response(facts, request, response)
         delivery: Delivery | None = None
         if isinstance(response, DownloadResponse) and not response.is_replaced and response.plan is not None:
             assert response.opened is not None
@@ -147,10 +160,7 @@ class DownloadASGIHandler(ASGIHandler):
         cookies = [cookie.output(header="") for cookie in response.cookies.values()]
         headers += [(b"set-cookie", cookie.strip().encode("ascii")) for cookie in cookies]
         start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
-        facts: Facts | None = request.scope.get(ACCOUNT)
         link = link_of(request)
-        if facts is not None:
-            _note_file(facts, response, link)
         answer = None if link is None or link.use is None else Counted(link.use, dict(request.scope), send)
         try:
             if answer is None:
@@ -180,14 +190,6 @@ class DownloadASGIHandler(ASGIHandler):
             with suppress(Exception):
                 close()
         response.closed = True
-
-
-def _note_file(facts: Facts, response: HttpResponseBase, link: Link | None) -> None:
-    """Note which file a response sends, and by which link."""
-    size = response.opened.metadata.size if isinstance(response, DownloadResponse) and response.opened else None
-    facts.describe(getattr(response, "basename", None), response.headers.get("ETag"), size)
-    if link is not None:
-        facts.allow(link.grant.user, link.grant.link_id)
 
 
 def _leave(answering: "asyncio.Task[HttpResponseBase]", leaving: "asyncio.Task[None]") -> None:

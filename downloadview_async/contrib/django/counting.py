@@ -1,9 +1,12 @@
-"""Notes what Django's servers have taken of a download that is counted, because its link has `uses`."""
+"""Counts what Django's servers have taken of a body: for an `Outcome`, and for a link that has `uses`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Generator, Iterable, Iterator
 from typing import Any
 
+from asgiref.sync import sync_to_async
+
+from downloadview_async.asgi.accounts import Account
 from downloadview_async.asgi.uses import note_sent
 from downloadview_async.http.plan import Plan
 from downloadview_async.policy.uses import Use
@@ -17,6 +20,53 @@ async def shielded(work: Coroutine[Any, Any, None]) -> None:
     _notes.add(task)  # the event loop has only a weak reference
     task.add_done_callback(_notes.discard)
     await asyncio.shield(task)
+
+
+def each_counted(chunks: Iterable[bytes], account: Account) -> Iterator[bytes]:
+    """Yield the chunks of a body, and count each of them when the server asks for the next one.
+
+    A body that is not taken as a whole ends the account: Django does not close the response after an error in it.
+    """
+    try:
+        for chunk in chunks:
+            yield chunk
+            account.count(len(chunk))
+        account.is_complete = True
+    except GeneratorExit:  # the server wants no more
+        account.end()
+        raise
+    except BaseException as exc:
+        account.end(exc)
+        raise
+    finally:
+        if isinstance(chunks, Generator):
+            chunks.close()
+
+
+async def each_counted_async(chunks: AsyncIterable[bytes], account: Account) -> AsyncIterator[bytes]:
+    """Do what `each_counted` does, asynchronously."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+            await asyncio.sleep(0)  # lets Django cancel this, since servers drop what is sent after the client has left
+            account.count(len(chunk))
+        account.is_complete = True
+    except (GeneratorExit, asyncio.CancelledError):
+        account.end()
+        raise
+    except BaseException as exc:
+        account.end(exc)
+        raise
+    finally:
+        if isinstance(chunks, AsyncGenerator):
+            await chunks.aclose()
+
+
+async def in_threads(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """Yield the chunks of a body that is iterated in Django's thread, one after the other."""
+    iterator = iter(chunks)
+    while (chunk := await sync_to_async(lambda: next(iterator, None))()) is not None:
+        yield chunk
 
 
 async def counted(body: AsyncIterator[bytes], plan: Plan, use: Use) -> AsyncGenerator[bytes]:

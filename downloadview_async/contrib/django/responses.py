@@ -16,13 +16,14 @@ from django.core.handlers.asgi import ASGIRequest
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 
+from downloadview_async.asgi.accounts import Account
 from downloadview_async.asgi.answer import age_of
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.errors import failed, note_refusal
 from downloadview_async.asgi.transfer import body_of
 from downloadview_async.asgi.uses import claim
 from downloadview_async.contrib.django.adapters import async_file_of, is_left_by_closing, is_sent_as_stored, name_of
-from downloadview_async.contrib.django.counting import counted
+from downloadview_async.contrib.django.counting import counted, each_counted, each_counted_async
 from downloadview_async.contrib.django.deferral import has_new_receivers, is_deferred
 from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.contrib.django.dual import close_idle_connections, close_own_connections, has_running_loop
@@ -74,6 +75,9 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
     opened: OpenFile | None = None  # a class attribute, for `__del__` after a constructor that raised
     ignores_modified_since = False
     """Whether If-Modified-Since has been evaluated already."""
+
+    counter: Account | None = None
+    """Counts what a server takes that iterates over the response: set by `AccountsMiddleware`."""
 
     file_not_found_response: Callable[[], HttpResponseBase] | None = None
     """Makes the response if the file is missing. None: a plain 404. It may raise `Http404`."""
@@ -484,11 +488,14 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         self._set_streaming_content(value)  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[bytes]:
-        return super().__iter__() if self.is_replaced else iter(_Content(self))
+        chunks: Iterator[bytes] = super().__iter__() if self.is_replaced else iter(_Content(self))
+        return chunks if self.counter is None else each_counted(chunks, self.counter)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         await close_idle_connections()
         chunks: Any = super().__aiter__() if self.is_replaced else self.chunks()
+        if self.counter is not None:
+            chunks = each_counted_async(chunks, self.counter)
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield chunk

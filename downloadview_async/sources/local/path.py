@@ -1,10 +1,11 @@
 """Local files: `PathSource` finds them beneath a root, `LocalFile` is one of them."""
 
 import os
+import weakref
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing
 from downloadview_async.http.content_types import content_type_for
@@ -29,19 +30,41 @@ class LocalFile:
     """A file on a local disk, by a path that the application's own code has chosen.
 
     Never pass a name from a request: `PathSource` opens those beneath a root.
+
+    delete: True removes a temporary file as soon as it is open, so that it is gone however the answer ends. Its bytes
+    stay until this object is freed. No proxy sends such a file. A file that is never opened is not removed, nor is a
+    symbolic link, or another file that has taken the path.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
-        self.location: str | None = os.path.abspath(path)
-        self.name = os.path.basename(self.location) if name is None else name
+    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None, delete: bool = False) -> None:
+        self._path = os.path.abspath(path)
+        self.location: str | None = None if delete else self._path
+        self.name = os.path.basename(self._path) if name is None else name
+        self._delete = delete
+        self._kept: int | None = None  # the descriptor of a file that has been removed
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
         """Open the file, following links. Raises `FileMissing`, `AccessDenied` or `SourceUnavailable`."""
-        assert self.location is not None
-        opened = await _trusted_workers.run_or_abandon(open_trusted, self.location, discard=_close)
+        opening = self._open_and_remove if self._delete else partial(open_trusted, self._path)
+        opened = await _trusted_workers.run_or_abandon(opening, discard=_close)
         async with aclosing(OpenLocalFile(*opened, workers=_trusted_workers)) as file:
             yield file
+
+    def _open_and_remove(self) -> Opened:
+        if self._kept is not None:
+            return open_trusted(f"/dev/fd/{self._kept}")
+        opened = open_trusted(self._path)
+        try:
+            with suppress(OSError):
+                if os.path.samestat(os.lstat(self._path), opened.status):
+                    os.unlink(self._path)
+            self._kept = os.dup(opened.descriptor)
+            weakref.finalize(self, os.close, self._kept)
+        except BaseException:
+            _close(opened)
+            raise
+        return opened
 
 
 class FileBeneath:
