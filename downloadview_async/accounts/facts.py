@@ -49,7 +49,8 @@ class Facts:
         """Note which version of a file is sent. The name stays, if it is known what the source was asked for."""
         facts: Facts | None = self
         while facts is not None:
-            facts.name, facts.etag, facts.size = facts.name or name, etag, size
+            facts.name = name if facts.name is None else facts.name
+            facts.etag, facts.size = etag, size
             facts = facts.outer
 
     def find(self, source: str, key: object) -> None:

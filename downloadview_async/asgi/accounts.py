@@ -133,18 +133,21 @@ class Account(Facts):
         self.sent += length
 
     async def _send_body(self, message: Message) -> None:
-        await self._send(message)
-        if (connection := self._connection) is None:
-            if message.get("more_body", False):
-                await checkpoint()  # lets `receive` tell that the client has left: most servers drop the message then
-            if self._is_dropped:
-                return
-        elif connection.is_broken:
+        length, is_last = len(message.get("body", b"")), not message.get("more_body", False)  # middleware may change it
+        try:
+            await self._send(message)
+        except OSError:  # ASGI 2.4: the client has left
             self._is_dropped = True
+            raise
+        if (connection := self._connection) is not None:
+            self._is_dropped = connection.is_broken
+        elif not is_last:
+            await checkpoint()  # lets `receive` tell that the client has left: most servers drop the message then
+        if self._is_dropped:
             return
         if self._scope["method"] != "HEAD":
-            self.sent += len(message.get("body", b""))
-        if not message.get("more_body", False):
+            self.sent += length
+        if is_last:
             self._complete()
 
     async def _send_file(self, message: Message) -> None:
@@ -341,11 +344,17 @@ class Account(Facts):
             return "stalled", None
         if exc is not None and not isinstance(exc, Exception):  # cancelled
             return ("client-left" if is_lost else "server-stopped"), None
-        if exc is None or isinstance(exc, ClientDisconnect | OSError):
-            # DownloadResponse and Starlette return when the client has left, and only then
-            return ("client-left" if is_lost or exc is not None or connection is None else "failed"), None
-        reason = abort_reason(exc)
-        return ("client-left" if is_lost and reason is None else reason or "failed"), str(exc) or type(exc).__name__
+        if isinstance(exc, ClientDisconnect) or (exc is None and connection is None):
+            return "client-left", None  # DownloadResponse and Starlette return when the client has left, and only then
+        detail = None if exc is None else str(exc) or type(exc).__name__
+        if is_lost and (exc is None or isinstance(exc, OSError)):
+            return "client-left", detail
+        if exc is None:
+            return "failed", None
+        reason = "source-failed" if isinstance(exc, OSError) else abort_reason(exc)
+        if is_lost and reason in (None, "source-failed"):
+            return "client-left", detail
+        return reason or "failed", detail
 
 
 def hold_accounts(facts: Facts | None, outside: Facts | None) -> list[Account]:

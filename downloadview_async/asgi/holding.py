@@ -13,7 +13,7 @@ import anyio
 from starlette.types import Message, Receive, Send
 
 from downloadview_async.asgi.offer import Lent, Offer
-from downloadview_async.errors import TransferAborted
+from downloadview_async.errors import DownloadError
 from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.offload.decision import refusal
 from downloadview_async.sources.per_loop import PerLoop
@@ -95,7 +95,7 @@ class Holding:
         assert self._lent is not None
         try:
             if len(self._held) < 2:
-                self._end_accounts(TransferAborted(_UNSENT))
+                self._end_accounts(DownloadError(_UNSENT))
                 return  # the application ended before its answer did: the server handles that
             refused = refusal(has_returned=has_returned or self._lent.file is None)
             if refused is None and self._lent.file is not None:

@@ -9,7 +9,7 @@ import anyio.to_thread
 from starlette.types import Message, Receive, Send
 
 from downloadview_async.accounts.facts import Facts
-from downloadview_async.errors import TransferAborted
+from downloadview_async.errors import DownloadError
 from downloadview_async.offload.base import OffloadBackend, signed
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.local.open_file import OpenLocalFile
@@ -118,7 +118,7 @@ class Offer:
         before, self.lent = self.lent, lent
         if before is not None:
             for account in before.accounts:
-                account.end(TransferAborted(REPLACED))
+                account.end(DownloadError(REPLACED))
             if before.file is not None:
                 before.file.close()
 

@@ -1,0 +1,561 @@
+"""`Accounts`: who gets an outcome, when, and what is in it; listeners that are slow, hang or raise."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import downloadview_async as dv
+from downloadview_async.accounts import listeners as module
+from downloadview_async.accounts.listeners import Listeners
+from downloadview_async.asgi.accounts import new_request_id
+from downloadview_async.asgi.server import DownloadProtocol
+from tests.live import ask, live, make_old
+from tests.observed import Observed
+
+pytestmark = pytest.mark.asyncio
+
+LARGE = os.urandom(300_000)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    (tmp_path / "large.bin").write_bytes(LARGE)
+    (tmp_path / "folder").mkdir()
+    make_old(tmp_path)
+    return tmp_path
+
+
+def application(root: Path, **options: Any) -> Starlette:
+    download = dv.Download(dv.PathSource(root), listing=True, archive=True, source_name="mine", **options)
+    return Starlette(routes=[Mount("/mount", Starlette(routes=[Route("/files/{path:path}", download)]))])
+
+
+KINDS = [
+    ("/mount/files/a.txt", "GET", 200, "inline", "completed"),
+    ("/mount/files/large.bin", "GET", 200, "zero-copy", "completed"),
+    ("/mount/files/large.bin", "HEAD", 200, "empty", "completed"),
+    ("/mount/files/", "GET", 200, "listing", "completed"),
+    ("/mount/files/?archive=zip", "GET", 200, "archive", "completed"),
+    ("/mount/files/a.txt?view", "GET", 200, "view", "completed"),
+    ("/mount/files/folder", "GET", 308, "other", "completed"),
+    ("/mount/files/none", "GET", 404, "error", "refused"),
+    ("/mount/files/none/", "GET", 404, "error", "refused"),
+    ("/mount/files/a.txt", "PUT", 405, "other", "refused"),
+    ("/elsewhere", "GET", 404, "other", "refused"),
+]
+
+
+async def test_the_kinds_of_answers(root: Path) -> None:
+    app = Observed(application(root))
+    async with live(app, http=DownloadProtocol) as port:
+        for target, method, status, kind, result in KINDS:
+            answer = await ask(port, target, method=method)
+            outcome = app.only()
+            assert (outcome.status, outcome.kind, outcome.result) == (status, kind, result), target
+            assert outcome.sent == len(answer.body) or "transfer-encoding" in answer.headers
+            if target.startswith("/mount") and method != "PUT":
+                key = target.removeprefix("/mount/files/").partition("?")[0]
+                assert (outcome.route, outcome.source) == ("/files/{path:path}", "mine")
+                assert outcome.name == key
+            if kind in ("inline", "zero-copy"):
+                assert (outcome.etag, outcome.size) == (answer.headers["etag"], len(answer.body))
+            assert outcome.first_byte is not None
+            assert 0 <= outcome.first_byte <= outcome.seconds
+
+
+@pytest.mark.parametrize(
+    "between", [GZipMiddleware, None], ids=["a middleware that drops descriptors", "BaseHTTPMiddleware"]
+)
+async def test_facts_pass_middleware(root: Path, between: Any) -> None:
+    async def dispatch(request: Request, call_next: Any) -> Any:
+        dv.note_facts(request.scope, user="ada")
+        return await call_next(request)
+
+    inner = [Middleware(between)] if between else [Middleware(BaseHTTPMiddleware, dispatch=dispatch)]
+    download = dv.Download(dv.PathSource(root))
+    app = Observed(Starlette(routes=[Route("/{path:path}", download)], middleware=inner))
+    async with live(app, http=DownloadProtocol) as port:
+        assert (await ask(port, "/large.bin")).body == LARGE
+    outcome = app.only()
+    assert (outcome.result, outcome.sent, outcome.name) == ("completed", len(LARGE), "large.bin")
+    assert outcome.user == (None if between else "ada")
+
+
+async def test_facts_of_other_names_are_refused() -> None:
+    with pytest.raises(TypeError, match="note_facts takes kind, link_id, name, route, source, user, not password"):
+        dv.note_facts({}, password="x")
+    dv.note_facts({}, user="ada")  # nobody listens
+
+
+async def test_the_user_and_the_link(root: Path) -> None:
+    signer = dv.URLSigner({"k": "0123456789abcdef0123456789abcdef"})
+
+    async def user(request: Request, name: Any) -> dv.Grant | None:
+        return dv.Grant(user="ada") if "x-user" in request.headers else None
+
+    app = Observed(application(root, access=[dv.SignedLinks(signer), user]))
+    async with live(app, http=DownloadProtocol) as port:
+        await ask(port, signer.sign("/mount/files/a.txt"))
+        link_id = (outcome := app.only()).link_id
+        assert link_id
+        assert outcome.user is None
+        assert "?" not in outcome.path
+        await ask(port, "/mount/files/a.txt", headers={"X-User": "1"})
+        assert ((outcome := app.only()).user, outcome.link_id) == ("ada", None)
+        await ask(port, "/mount/files/a.txt")
+        assert ((outcome := app.only()).status, outcome.result) == (404, "refused")
+
+
+async def test_one_counted_link_has_one_outcome_with_what_was_sent(root: Path) -> None:
+    signer = dv.URLSigner({"k": "0123456789abcdef0123456789abcdef"}, store=dv.MemoryGrantStore())
+    inner: list[dv.Outcome] = []
+
+    async def endpoint(request: Request) -> dv.DownloadResponse:
+        await signer.verify(request.scope)
+        return dv.DownloadResponse(dv.LocalFile(root / "large.bin"), on_outcome=inner.append)
+
+    errors = {dv.FileError: dv.download_error}
+    app = Observed(Starlette(routes=[Route("/file", endpoint)], exception_handlers=errors))
+    async with live(app, http=DownloadProtocol) as port:
+        await ask(port, signer.sign("/file", uses=1))
+        outer = app.only()
+        await until(inner)
+    assert (outer.sent, outer.result, outer.kind) == (len(LARGE), "completed", "zero-copy")
+    assert [(one.sent, one.result, one.request_id) for one in inner] == [(len(LARGE), "completed", outer.request_id)]
+
+
+async def until(outcomes: list[dv.Outcome], count: int = 1) -> None:
+    async with asyncio.timeout(20):
+        while len(outcomes) < count:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_on_outcome_without_accounts(root: Path, is_async: bool) -> None:
+    outcomes: list[dv.Outcome] = []
+
+    async def listen(outcome: dv.Outcome) -> None:
+        outcomes.append(outcome)
+
+    response = dv.DownloadResponse(
+        dv.LocalFile(root / "a.txt"), on_outcome=listen if is_async else outcomes.append, filename="b.txt"
+    )
+    async with live(response, http=DownloadProtocol) as port:
+        await ask(port, "/", headers={"Range": "bytes=2-3"})
+        await until(outcomes)
+    assert [(one.status, one.sent, one.name) for one in outcomes] == [(206, 2, "a.txt")]
+
+
+async def test_nested_accounts_both_get_one(root: Path) -> None:
+    inner: list[dv.Outcome] = []
+    app = Observed(GZipMiddleware(dv.Accounts(application(root), observers=[inner.append]), minimum_size=5))
+    async with live(app, http=DownloadProtocol) as port:
+        answer = await ask(port, "/mount/files/a.txt", headers={"Accept-Encoding": "gzip"})
+        assert answer.headers["content-encoding"] == "gzip"
+    outer = app.only()
+    assert [(one.sent, one.name, one.request_id) for one in inner] == [(10, "a.txt", outer.request_id)]
+    assert (outer.sent, outer.name) == (len(answer.body), "a.txt")
+
+
+@pytest.mark.parametrize("outcome_of", ["the proxy", "us", "another answer"])
+async def test_accounts_inside_an_offload(root: Path, outcome_of: str) -> None:
+    """Middleware in the wrong order: the answer is held outside of `Accounts`, and may still become another one."""
+    outcomes: list[dv.Outcome] = []
+
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        await dv.DownloadResponse(dv.LocalFile(root / "large.bin"))(scope, receive, send)
+        if outcome_of == "us":
+            (root / "large.bin").unlink()
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        async def forbid(message: Message) -> None:
+            if outcome_of == "another answer" and message["type"] == "http.response.start":
+                message = {**message, "status": 403}
+            await send(message)
+
+        await dv.Accounts(endpoint, observers=[outcomes.append])(scope, receive, forbid)
+
+    app = dv.OffloadMiddleware(middleware, dv.XAccelRedirect([dv.Rule(str(root), "/_files/")]), proxy="caddy")
+    async with live(app, http=DownloadProtocol) as port:
+        answer = await ask(port, "/")
+    (outcome,) = outcomes
+    if outcome_of == "the proxy":
+        assert (outcome.kind, outcome.result, outcome.sent) == ("offloaded:nginx", "delegated", 0)
+    elif outcome_of == "us":
+        assert answer.body == LARGE
+        assert (outcome.kind, outcome.result, outcome.sent) == ("chunks", "completed", len(LARGE))
+    else:
+        assert (outcome.result, outcome.reason) == ("aborted", "failed")
+
+
+async def test_the_name_of_the_proxy(root: Path) -> None:
+    offload = dv.OffloadMiddleware(
+        application(root), dv.XAccelRedirect([dv.Rule(str(root), "/_files/")]), proxy="caddy"
+    )
+    app = Observed(offload)
+    async with live(app, http=DownloadProtocol) as port:
+        await ask(port, "/mount/files/a.txt")
+    assert ((outcome := app.only()).kind, outcome.result) == ("offloaded:caddy", "delegated")
+    assert outcome.size == 10
+
+
+async def answer_nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    raise ValueError("boom")
+
+
+async def answer_a_part(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"10")]})
+    await send({"type": "http.response.body", "body": b"12345", "more_body": True})
+    raise ValueError("boom")
+
+
+async def return_early(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"10")]})
+    await send({"type": "http.response.body", "body": b"12345", "more_body": True})
+
+
+async def fail_afterwards(scope: Scope, receive: Receive, send: Send) -> None:
+    await PlainTextResponse("all of it")(scope, receive, send)
+    raise ValueError("boom")
+
+
+@pytest.mark.parametrize(
+    "app, wanted",
+    [
+        (answer_nothing, (500, "refused", None, 0, "boom")),
+        (answer_a_part, (200, "aborted", "failed", 5, "boom")),
+        (return_early, (200, "aborted", "failed", 5, None)),
+        (fail_afterwards, (200, "completed", None, 9, None)),
+    ],
+)
+async def test_errors(app: ASGIApp, wanted: tuple[Any, ...], caplog: pytest.LogCaptureFixture) -> None:
+    observed = Observed(app)
+    async with live(observed, http=DownloadProtocol) as port:
+        await ask(port, "/")
+    outcome = observed.only()
+    assert (outcome.status, outcome.result, outcome.reason, outcome.sent, outcome.detail) == wanted
+
+
+async def test_a_source_that_fails_in_the_middle() -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield b"a" * 100
+        raise OSError("the disk")
+
+    app = Observed(dv.DownloadResponse(dv.VirtualFile(content, name="a.bin")))
+    async with live(app, http=DownloadProtocol) as port:
+        assert not (await ask(port, "/")).complete
+    outcome = app.only()
+    assert (outcome.result, outcome.reason, outcome.sent) == ("aborted", "source-failed", 100)
+
+
+async def test_an_upstream_that_breaks_off() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000000")]})
+        await send({"type": "http.response.body", "body": b"1" * 1000, "more_body": True})
+        raise dv.TransferAborted("broken")
+
+    async with live(broken, http=DownloadProtocol) as upstream:
+        source = dv.RemoteSource(f"http://127.0.0.1:{upstream}/", allow_hosts=["127.0.0.1"])
+        app = Observed(dv.Download(source))
+        async with live(app, http=DownloadProtocol) as port:
+            assert not (await ask(port, "/a.bin")).complete
+        await source.aclose()
+    outcome = app.only()
+    assert (outcome.result, outcome.reason, outcome.sent) == ("aborted", "upstream-failed", 1000)
+
+
+@pytest.mark.parametrize("http", ["httptools", DownloadProtocol], ids=["uvicorn", "ours"])
+async def test_a_server_that_stops(http: Any) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"1234"
+            await asyncio.sleep(0.01)
+
+    app = Observed(StreamingResponse(endless()))
+    async with live(app, http=http, timeout_graceful_shutdown=0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b"1234")
+    async with asyncio.timeout(20):
+        while not app.outcomes:
+            await asyncio.sleep(0.01)
+    outcome = app.only()
+    assert (outcome.status, outcome.result, outcome.reason) == (200, "aborted", "server-stopped")
+    assert outcome.sent >= 4
+    writer.close()
+
+
+async def test_a_client_that_stalls(root: Path) -> None:
+    import functools
+
+    with (root / "huge.bin").open("wb") as file:
+        file.truncate(64 << 20)
+    app = Observed(dv.Download(dv.PathSource(root)))
+    async with live(app, http=functools.partial(DownloadProtocol, stall_seconds=0.2)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(b"GET /huge.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readexactly(1000)
+        async with asyncio.timeout(20):
+            while not app.outcomes:
+                await asyncio.sleep(0.01)
+        writer.close()
+    outcome = app.only()
+    assert (outcome.result, outcome.reason) == ("aborted", "stalled")
+    assert 1000 <= outcome.sent < 64 << 20
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_background_runs_after_the_answer_and_after_a_client_that_left(root: Path, leaves: bool) -> None:
+    ran = asyncio.Event()
+    order: list[str] = []
+
+    async def background() -> None:
+        order.append("background")
+        ran.set()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"1" * 100
+        while leaves:
+            await asyncio.sleep(0.01)
+            yield b"1"
+
+    response = dv.DownloadResponse(dv.VirtualFile(endless, name="a"), background=BackgroundTask(background))
+    app = dv.Accounts(response, observers=[lambda outcome: order.append(outcome.result)])
+    async with live(app, http=DownloadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b"1" * 100)
+        writer.close()
+        await asyncio.wait_for(ran.wait(), 20)
+    assert sorted(order) == sorted(["background", "aborted" if leaves else "completed"])
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("http", ["httptools", DownloadProtocol], ids=["uvicorn", "ours"])
+async def test_a_temporary_file_is_removed(root: Path, leaves: bool, http: Any) -> None:
+    path = root / "temporary.bin"
+    path.write_bytes(b"1" * (16 << 20))
+    is_open = asyncio.Event()
+
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
+            assert not path.exists()
+            is_open.set()
+            await send(message)
+
+        await dv.DownloadResponse(dv.LocalFile(path, delete=True))(scope, receive, note)
+
+    app = Observed(dv.OffloadMiddleware(endpoint, dv.XAccelRedirect([dv.Rule(str(root), "/_files/")])))
+    async with live(app, http=http) as port:
+        if leaves:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await is_open.wait()
+            writer.transport.abort()
+            async with asyncio.timeout(20):
+                while not app.outcomes:
+                    await asyncio.sleep(0.01)
+        else:
+            assert len((await ask(port, "/")).body) == 16 << 20
+            assert (await ask(port, "/")).status == 404  # another `LocalFile`
+    assert app.outcomes[0].result == ("aborted" if leaves else "completed")
+
+
+async def test_a_temporary_file_can_be_opened_again_and_others_stay(root: Path) -> None:
+    file = dv.LocalFile(root / "a.txt", delete=True)
+    assert file.location is None
+    for _ in range(2):
+        async with file.open() as opened:
+            assert not (root / "a.txt").exists()
+            assert [chunk async for chunk in opened.stream(None)] == [b"0123456789"]
+    (root / "link").symlink_to(root / "large.bin")
+    async with dv.LocalFile(root / "link", delete=True).open():
+        pass
+    assert (root / "large.bin").exists()
+    assert (root / "link").is_symlink()
+
+
+# --- ids of requests
+
+
+@pytest.mark.parametrize(
+    "trusted, sent, believed",
+    [
+        (["127.0.0.1"], "abc-1", True),
+        (["127.0.0.0/8"], "abc-1", True),
+        (["*"], "abc-1", True),
+        ([], "abc-1", False),
+        (["10.0.0.1"], "abc-1", False),
+        (["*"], "a b", False),
+        (["*"], "x" * 129, False),
+        (["*"], 'a"b', False),
+    ],
+)
+async def test_the_id_of_a_request(
+    root: Path, trusted: list[str], sent: str, believed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes: list[dv.Outcome] = []
+    app = dv.Accounts(application(root), observers=[outcomes.append], trusted_proxies=trusted, sends_request_id=True)
+    caplog.set_level(logging.INFO, logger="downloadview_async")
+    async with live(app, http=DownloadProtocol) as port:
+        for name in ("a.txt", "a.txt", "large.bin", "none"):
+            answer = await ask(port, f"/mount/files/{name}", headers={"X-Request-Id": sent})
+            request_id = outcomes[-1].request_id
+            assert answer.headers["x-request-id"] == request_id
+            assert (request_id == sent) == believed
+            assert believed or re.fullmatch("[0-9a-f]{32}", request_id)
+    assert f"(request {outcomes[-1].request_id})" in caplog.text
+
+
+async def test_an_address_that_is_not_one_is_refused() -> None:
+    with pytest.raises(dv.ConfigurationError, match=r"'example\.org' is not a trusted address"):
+        dv.Accounts(answer_nothing, trusted_proxies=["example.org"])
+    listeners: Any = [1]
+    with pytest.raises(dv.ConfigurationError, match="give a list of functions"):
+        dv.Accounts(answer_nothing, listeners)
+    with pytest.raises(dv.ConfigurationError, match="give a list of functions"):
+        dv.Accounts(answer_nothing, observers=listeners)
+
+
+async def test_ids_are_all_different() -> None:
+    assert len({new_request_id() for _ in range(1000)}) == 1000
+
+
+# --- listeners
+
+
+def outcome(number: int = 0) -> dv.Outcome:
+    return dv.Outcome(request_id=str(number), time=0, method="GET", path="/", http_version="1.1")
+
+
+async def test_listeners_get_all_outcomes_in_order() -> None:
+    of_async: list[str] = []
+    of_plain: list[str] = []
+
+    async def listen(one: dv.Outcome) -> None:
+        await asyncio.sleep(0)
+        of_async.append(one.request_id)
+
+    listeners = Listeners([listen, lambda one: of_plain.append(one.request_id)])
+    for number in range(500):
+        listeners.put(outcome(number))
+        if number % 100 == 0:
+            await asyncio.sleep(0.03)
+    await listeners.drain(20)
+    assert of_async == of_plain == [str(number) for number in range(500)]
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_listener_that_hangs_loses_only_its_own(is_async: bool, caplog: pytest.LogCaptureFixture) -> None:
+    release, got = threading.Event(), list[str]()
+
+    async def hang(one: dv.Outcome) -> None:
+        await asyncio.Event().wait()
+
+    def block(one: dv.Outcome) -> None:
+        release.wait(20)
+
+    listeners = Listeners([hang if is_async else block, lambda one: got.append(one.request_id)], 50)
+    for number in range(200):
+        listeners.put(outcome(number))
+        if number % 20 == 0:
+            await asyncio.sleep(0.06)
+    await listeners.drain(0.2)
+    listeners.end()
+    release.set()
+    assert len(got) == 200
+    messages = [record.getMessage() for record in caplog.records]
+    dropped = [int(message.split()[0]) for message in messages if "were dropped" in message]
+    assert len(dropped) == 2  # the first one at once, the others at the end, and none of them in between
+    undelivered = [int(message.split()[0]) for message in messages if "not delivered" in message]
+    assert sum(dropped) + sum(undelivered) == 200
+    assert sum(undelivered) <= 51
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_listener_that_raises_gets_the_next_one(is_async: bool, caplog: pytest.LogCaptureFixture) -> None:
+    got: list[str] = []
+
+    def fail(one: dv.Outcome) -> None:
+        got.append(one.request_id)
+        raise ValueError("boom")
+
+    async def fail_too(one: dv.Outcome) -> None:
+        fail(one)
+
+    listeners = Listeners([fail_too if is_async else fail])
+    for number in range(10):
+        listeners.put(outcome(number))
+    await listeners.drain(20)
+    assert len(got) == 10
+    listeners.end()
+    lines = [record for record in caplog.records if "has raised" in record.getMessage()]
+    assert [record.getMessage().split()[0] for record in lines] == ["1", "9"]
+    assert all(record.exc_info for record in lines)
+
+
+async def test_an_observer_that_raises_changes_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(one: dv.Outcome) -> None:
+        raise ValueError("boom")
+
+    outcomes: list[dv.Outcome] = []
+    for observers in ([fail], [fail, outcomes.append]):
+        async with live(dv.Accounts(application(root), observers=observers), http=DownloadProtocol) as port:
+            assert (await ask(port, "/mount/files/a.txt")).complete
+    assert len(outcomes) == 1
+    assert caplog.text.count("an observer of outcomes has raised") == 2
+
+
+async def test_the_shutdown_waits_for_listeners_before_the_application_ends() -> None:
+    order: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        order.append("shutdown")
+
+    async def listen(one: dv.Outcome) -> None:
+        await anyio.sleep(0.05)
+        order.append("outcome")
+
+    def check() -> None:
+        app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("a"))], lifespan=lifespan)
+        with TestClient(dv.Accounts(app, [listen])) as client:
+            for _ in range(3):
+                client.get("/")
+
+    await asyncio.to_thread(check)
+    assert order == ["outcome", "outcome", "outcome", "shutdown"]
+
+
+async def test_the_numbers_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    now = 100.0
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "monotonic", lambda: now)
+        count = module._Count("%d lost, because %s", print)
+        for seconds in (0, 1, 59, 61, 62, 122):
+            now = 100.0 + seconds
+            count.add()
+        count.log()
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["1", "3", "2"]
