@@ -39,6 +39,8 @@ _PROXIES = {
     "x-litespeed-location": "litespeed",
 }
 
+_NO_SCOPE: Scope = {"method": ""}
+
 logger = logging.getLogger("downloadview_async")
 
 
@@ -258,6 +260,7 @@ class Account(Facts):
             return
         self._is_ended = True
         outcome = self._outcome(exc)
+        self._scope = _NO_SCOPE  # it refers to this account: without this, only the garbage collector would free both
         try:
             self._on_end(outcome)
         except Exception:

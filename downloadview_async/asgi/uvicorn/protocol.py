@@ -206,6 +206,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "_unparsed",
         "_unparsed_from",
         "_untaken_since",
+        "_writes_at_once",
         "file_sent",
         "flushed",
         "is_lost",
@@ -243,6 +244,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._idle_since: float | None = None
         self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
         self._is_half_closed = False
+        self._writes_at_once = True
         self._is_shutting_down = False
 
     @property
@@ -266,6 +268,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self.flow: _Flow = _Flow(transport)
         self._has_plain_socket = has_socket(self) and not transport.get_extra_info("sslcontext")
         self._is_on_unix_socket = is_on_unix_socket(self)
+        self._writes_at_once = not type(transport).__module__.startswith("uvloop")
         self._is_shutting_down = self.server_state in _shutting_down
         self._start_head_timer()
 
@@ -620,20 +623,14 @@ class DownloadProtocol(HttpToolsProtocol):
         return self.is_lost or (self.transport.is_closing() and self._phase is not _CLOSING)
 
     def when_flushed(self, callback: Callable[[], None]) -> bool:
-        """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
-        if self.is_lost or not self.transport.get_write_buffer_size():
-            return True
-        if self.flow.write_paused:
-            flush(self).add_done_callback(lambda _: callback())
-        else:  # uvloop writes after this turn of the loop, and tells no more than `pause_writing` does
-            self.loop.call_soon(self._look_at_buffer, callback)
-        return False
+        """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost.
 
-    def _look_at_buffer(self, callback: Callable[[], None]) -> None:
-        if self.is_lost or not self.transport.get_write_buffer_size():
-            callback()
-        else:
-            flush(self).add_done_callback(lambda _: callback())
+        uvloop writes at the end of each turn of the loop, so there only a paused transport counts as one that waits.
+        """
+        if self.is_lost or not (self.flow.write_paused or (self._writes_at_once and self.transport.get_write_buffer_size())):
+            return True
+        flush(self).add_done_callback(lambda _: callback())
+        return False
 
     def _stop_timers(self) -> None:
         stop_watching(self)
