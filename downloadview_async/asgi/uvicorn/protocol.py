@@ -627,7 +627,9 @@ class DownloadProtocol(HttpToolsProtocol):
 
         uvloop writes at the end of each turn of the loop, so there only a paused transport counts as one that waits.
         """
-        if self.is_lost or not (self.flow.write_paused or (self._writes_at_once and self.transport.get_write_buffer_size())):
+        if self.is_lost or not (
+            self.flow.write_paused or (self._writes_at_once and self.transport.get_write_buffer_size())
+        ):
             return True
         flush(self).add_done_callback(lambda _: callback())
         return False

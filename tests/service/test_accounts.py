@@ -1,0 +1,145 @@
+"""The service's `[accounts]`: listeners of the settings, ids of requests, and a running service that is stopped."""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from downloadview_async import ConfigurationError
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
+from downloadview_async.service.settings import Settings
+from tests.servers import free_port, serving
+
+SETTINGS = """
+[server]
+http = "auto"
+[sources.files]
+type = "path"
+root = "files"
+[[routes]]
+path = "/files/{path:path}"
+source = "files"
+list = true
+[accounts]
+listeners = ["hook:outcomes:note"]
+"""
+OUTCOMES = """
+import json
+
+async def note(outcome):
+    with open("outcomes.jsonl", "a") as file:
+        names = "request_id", "client", "route", "source", "name", "status", "kind", "result", "reason", "sent"
+        print(json.dumps({name: getattr(outcome, name) for name in names}), file=file)
+"""
+
+
+def load(directory: Path, text: str) -> Settings:
+    file = directory / "downloadview.toml"
+    file.write_text(text)
+    return load_settings(file, environ={})
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/a.txt").write_bytes(b"0123456789")
+    with (tmp_path / "files/huge.bin").open("wb") as file:
+        file.truncate(64 << 20)
+    (tmp_path / "outcomes.py").write_text(OUTCOMES)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("outcomes", None)
+    if str(tmp_path) in sys.path:
+        sys.path.remove(str(tmp_path))
+
+
+def lines_of(directory: Path) -> list[dict[str, Any]]:
+    file = directory / "outcomes.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_each_answer_is_told(directory: Path) -> None:
+    with TestClient(build(load(directory, SETTINGS)), raise_server_exceptions=False) as client:
+        answer = client.get("/files/a.txt")
+        assert len(answer.headers["x-request-id"]) == 32
+        client.get("/files/")
+        client.get("/files/none")
+        client.get("/-/livez")
+    first, listing, missing, page = lines_of(directory)
+    assert first == {
+        "request_id": answer.headers["x-request-id"],
+        "client": "testclient",
+        "route": "/files/{path:path}",
+        "source": "files",
+        "name": "a.txt",
+        "status": 200,
+        "kind": "inline",
+        "result": "completed",
+        "reason": None,
+        "sent": 10,
+    }
+    assert (listing["kind"], missing["result"], page["route"]) == ("listing", "refused", "/-/livez")
+
+
+def test_without_a_listener_nothing_is_added(directory: Path) -> None:
+    with TestClient(build(load(directory, SETTINGS.partition("[accounts]")[0]))) as client:
+        assert "x-request-id" not in client.get("/files/a.txt").headers
+
+
+@pytest.mark.parametrize(
+    "listeners, problem",
+    [
+        (
+            '["outcomes:note"]',
+            'accounts.listeners[0]: the text has the wrong form: give a list of "hook:module:function"',
+        ),
+        ('["hook:outcomes:none"]', "accounts.listeners[0]: 'outcomes:none' cannot be imported"),
+        ('"hook:outcomes:note"', "accounts.listeners: expected array, got str: give a list of"),
+    ],
+)
+def test_wrong_listeners_are_refused(directory: Path, listeners: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        build(load(directory, SETTINGS.replace('["hook:outcomes:note"]', listeners)))
+    assert problem in str(refused.value)
+
+
+def ask(port: int, target: str, *fields: str) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port))
+    client.settimeout(20)
+    client.sendall("\r\n".join([f"GET {target} HTTP/1.1", "Host: x", *fields, "", ""]).encode())
+    return client
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_running_service_tells_all_before_it_ends(directory: Path, workers: int) -> None:
+    load(directory, SETTINGS)
+    port = free_port()
+    command = [sys.executable, "-m", "downloadview_async.cli", "serve", "--config", "downloadview.toml"]
+    env = {
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        "DOWNLOADVIEW_SERVER__TIMEOUT_GRACEFUL_SHUTDOWN": "1",
+        "DOWNLOADVIEW_SERVER__WORKERS": str(workers),
+        "DOWNLOADVIEW_SERVER__PORT": str(port),
+    }
+    with serving(command, port, log=directory / "log", env=env, cwd=directory) as server:
+        proxied = ("X-Request-Id: from-the-proxy", "X-Forwarded-For: 192.0.2.7", "Connection: close")
+        with ask(port, "/files/a.txt", *proxied) as client:
+            assert b"x-request-id: from-the-proxy" in client.recv(1 << 16)
+        with ask(port, "/files/huge.bin") as slow:
+            assert slow.recv(1)
+            time.sleep(0.2)
+            server.stop()
+    of_proxy = [line for line in lines_of(directory) if line["request_id"] == "from-the-proxy"]
+    assert [(line["client"], line["sent"], line["kind"]) for line in of_proxy] == [("192.0.2.7", 10, "inline")]
+    of_slow = [line for line in lines_of(directory) if line["name"] == "huge.bin"]
+    assert [(line["result"], line["reason"]) for line in of_slow] == [("aborted", "server-stopped")]
+    assert "Traceback" not in server.log
