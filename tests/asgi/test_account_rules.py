@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import downloadview_async as dv
 from downloadview_async.accounts import listeners as module
 from downloadview_async.accounts.listeners import Listeners
+from downloadview_async.asgi import accounts
 from downloadview_async.asgi.accounts import new_request_id
 from downloadview_async.asgi.server import DownloadProtocol
 from tests.live import ask, live, make_old
@@ -559,3 +560,45 @@ async def test_the_numbers_are_logged_once_a_minute(caplog: pytest.LogCaptureFix
             count.add()
         count.log()
     assert [record.getMessage().split()[0] for record in caplog.records] == ["1", "3", "2"]
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_an_answer_that_waits_in_the_transport_ends_when_it_has_left(
+    is_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The application has returned, but the client does not read. The shutdown ends such an answer."""
+    size = 32 << 20
+    has_returned = asyncio.Event()
+
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        await PlainTextResponse(b"1" * size)(scope, receive, send)
+        has_returned.set()
+
+    monkeypatch.setattr(accounts, "DRAIN_SECONDS", 0.05)
+    outcomes: list[dv.Outcome] = []
+    app = dv.Accounts(endpoint, observers=[outcomes.append])
+    async with live(app, http=DownloadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await has_returned.wait()
+        assert (outcomes, app.in_progress) == ([], 1)
+        if is_read:
+            await reader.readexactly(size)
+            await until(outcomes)
+        else:
+
+            async def receive() -> Message:
+                return {"type": "lifespan.shutdown"}
+
+            async def send(message: Message) -> None:
+                pass
+
+            await app({"type": "lifespan"}, receive, send)
+        writer.transport.abort()
+    assert app.in_progress == 0
+    (outcome,) = outcomes
+    assert (outcome.result, outcome.reason) == (("completed", None) if is_read else ("aborted", "server-stopped"))
