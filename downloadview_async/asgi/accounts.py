@@ -119,7 +119,9 @@ class Account(Facts):
         return self._send(message)
 
     def receiving(self, receive: Receive) -> Receive:
-        """Return a function that receives messages, and notes that the client has left."""
+        """Return a function that receives messages, and notes that the client has left, if the server does not."""
+        if self._connection is not None:
+            return receive
 
         async def receive_and_note() -> Message:
             message = await receive()
@@ -127,7 +129,7 @@ class Account(Facts):
                 self._is_dropped = True
             return message
 
-        return receive if self._connection is not None else receive_and_note
+        return receive_and_note
 
     def begin(self, status: int, headers: Iterable[Header]) -> None:
         """Note the head of the answer, which leaves now."""
@@ -497,12 +499,16 @@ class _Ids:
     """Random bytes for ids, read in blocks: each id is as hard to guess as one that is read alone."""
 
     def __init__(self) -> None:
-        self._random, self._position, self._process = b"", 0, 0
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)  # else both processes would give the same ids
+
+    def _forget(self) -> None:
+        self._random, self._position = b"", 0
 
     def new(self) -> str:
         position = self._position
-        if position >= len(self._random) or self._process != os.getpid():
-            self._random, self._process, position = os.urandom(_RANDOM_BYTES), os.getpid(), 0
+        if position >= len(self._random):
+            self._random, position = os.urandom(_RANDOM_BYTES), 0
         self._position = position + _SIZE_OF_ID
         return self._random[position : position + _SIZE_OF_ID].hex()
 
