@@ -27,7 +27,7 @@ down. failed: the application raised another error, or returned before the end o
 Header = tuple[bytes, bytes]
 
 
-@dataclass(slots=True, kw_only=True, eq=False)  # not frozen: that would cost each answer four times as much
+@dataclass(slots=True, eq=False)  # frozen, it would cost each answer four times as much
 class Outcome:
     """One ended answer to an HTTP request. All listeners get the same object, so none may change it.
 

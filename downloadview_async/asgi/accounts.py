@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.accounts.listeners import MAX_WAITING, Listeners
-from downloadview_async.accounts.outcome import Header, Listener, Observer, Outcome, Reason
+from downloadview_async.accounts.outcome import Header, Listener, Observer, Outcome, Reason, Result
 from downloadview_async.asgi.delivery import Descriptor, Offloaded, Path, Redirected, kind_of, spans_of
 from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED
 from downloadview_async.asgi.loan import Loan
@@ -31,6 +31,7 @@ DRAIN_SECONDS = 5.0
 """Seconds that the shutdown waits for answers that are ending, and then for listeners, at most."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
+_CONTENT_RANGE = re.compile(rb"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _RANDOM_BYTES = 4096
 _SIZE_OF_ID = 16
 _PROXIES = {
@@ -159,6 +160,8 @@ class Account(Facts):
 
     async def _send_file(self, message: Message) -> None:
         self._is_path_send = True
+        if self.name is None:
+            self.name = os.path.basename(os.fsdecode(message["path"]))
         if "descriptor" in message:
             loan = self._loan = message["descriptor"].loan
             await self._send(message)
@@ -290,6 +293,10 @@ class Account(Facts):
                 spans = spans_of(delivery)
                 if kind is None:
                     kind = self._kind_of_path() if isinstance(delivery, Descriptor | Path) else kind_of(delivery)
+        elif self.etag is None and (self._is_path_send or status in (200, 206)):
+            spans = self._look_at_head()
+            if self._is_path_send:
+                kind = self._kind_of_path()
         detail: str | None = None
         reason: Reason | None = None
         if not self.is_complete:
@@ -300,45 +307,59 @@ class Account(Facts):
                 status, reason = 500, None  # so answers the server
         if status >= 400:
             kind = "error" if delivery is not None or kind is not None else "other"
+        result: Result = "completed"
+        if reason is not None:
+            result = "aborted"
+        elif status >= 400:
+            result = "refused"
+        elif status == 304:
+            result = "not-modified"
+        elif delegated_to is not None:
+            result = "delegated"
         client = scope.get("client")
         route = self.route or getattr(scope.get("route"), "path", None)
         etag = self.etag
-        return Outcome(
-            request_id=self.request_id,
-            time=time.time(),
-            method=scope["method"],
-            path=scope["path"],
-            http_version=scope.get("http_version", "1.1"),
-            client=client[0] if client else None,
-            route=route,
-            source=self.source,
-            name=self.name,
-            etag=None if etag is None else str(etag),
-            size=self.size,
-            user=self.user,
-            link_id=self.link_id,
-            status=int(status),
-            kind=kind or "other",
-            spans=spans,
-            sent=self._taken,
-            first_byte=None if self._first is None else self._first - self._began,
-            seconds=now - self._began,
-            result=(
-                "aborted"
-                if reason is not None
-                else "refused"
-                if status >= 400
-                else "not-modified"
-                if status == 304
-                else "delegated"
-                if delegated_to is not None
-                else "completed"
-            ),
-            reason=reason,
-            detail=detail,
-            delegated_to=delegated_to,
-            headers=scope["headers"],
+        return Outcome(  # by position, in the order of the class: keywords take three times as long
+            self.request_id,
+            time.time(),
+            scope["method"],
+            scope["path"],
+            scope.get("http_version", "1.1"),
+            client[0] if client else None,
+            route,
+            self.source,
+            self.name,
+            None if etag is None else str(etag),
+            self.size,
+            self.user,
+            self.link_id,
+            int(status),
+            kind or "other",
+            spans,
+            self._taken,
+            None if self._first is None else self._first - self._began,
+            now - self._began,
+            result,
+            reason,
+            detail,
+            delegated_to,
+            scope["headers"],
         )
+
+    def _look_at_head(self) -> tuple[ByteRange | None, ...]:
+        """Note the file of an answer that is not ours, if its head has an ETag, and return which part of it is sent."""
+        fields = {bytes(name).lower(): bytes(value) for name, value in self._headers}
+        if b"etag" not in fields:
+            return ()
+        self.etag = fields[b"etag"].decode("latin-1")
+        length = self._length()
+        if self.status == 206 and (match := _CONTENT_RANGE.fullmatch(fields.get(b"content-range", b""))) is not None:
+            start, last, self.size = (int(number) for number in match.groups())
+            return (ByteRange(start, last + 1),) if start <= last else ()
+        if self.status != 200 or length is None:
+            return ()
+        self.size = length
+        return (ByteRange(0, length),) if self._scope["method"] != "HEAD" else ()
 
     def _kind_of_path(self) -> str:
         """Return how a file left that was to be sent by its descriptor or path: middleware may drop such a message."""

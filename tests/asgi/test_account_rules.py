@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.responses import FileResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -100,6 +100,25 @@ async def test_facts_pass_middleware(root: Path, between: Any) -> None:
     outcome = app.only()
     assert (outcome.result, outcome.sent, outcome.name) == ("completed", len(LARGE), "large.bin")
     assert outcome.user == (None if between else "ada")
+
+
+@pytest.mark.parametrize(
+    "http, kind", [("httptools", "other"), (DownloadProtocol, "zero-copy")], ids=["uvicorn", "ours"]
+)
+async def test_the_file_of_a_response_of_others(root: Path, http: Any, kind: str) -> None:
+    app = Observed(FileResponse(root / "large.bin"))
+    async with live(app, http=http) as port:
+        answer = await ask(port, "/")
+        outcome = app.only()
+        assert (outcome.kind, outcome.result, outcome.sent) == (kind, "completed", len(LARGE))
+        assert (outcome.etag, outcome.size, outcome.spans) == (
+            answer.headers["etag"],
+            len(LARGE),
+            (dv.ByteRange(0, len(LARGE)),),
+        )
+        assert outcome.name == ("large.bin" if kind == "zero-copy" else None)
+        await ask(port, "/", headers={"Range": "bytes=5-9"})
+        assert ((outcome := app.only()).spans, outcome.size, outcome.sent) == ((dv.ByteRange(5, 10),), len(LARGE), 5)
 
 
 async def test_facts_of_other_names_are_refused() -> None:
