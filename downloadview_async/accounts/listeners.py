@@ -29,6 +29,9 @@ _BATCH_SECONDS = 0.05  # a thread is started for the outcomes of this time
 _TURN = 20  # outcomes after which other tasks get their turn
 
 
+_awake: "set[_Waiting]" = set()  # those in this process whose outcomes are being delivered
+
+
 class _Waiting:
     """The outcomes that wait for one listener. They are delivered in order, one after the other.
 
@@ -84,6 +87,7 @@ class _Waiting:
             if self._is_awake:
                 return
             self._is_awake = True
+        _awake.add(self)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # a server without asyncio
@@ -101,16 +105,19 @@ class _Waiting:
             threading.Thread(target=self._deliver_in_thread, name="downloadview outcomes", daemon=True).start()
         except RuntimeError:  # no thread can be started now: the next outcome tries it again
             self._is_awake = False
+            _awake.discard(self)
 
     def _goes_on(self) -> bool:
         """Return whether outcomes wait. If none do, the next one wakes this again."""
         if self._outcomes:
             return True
+        _awake.discard(self)  # before the next line: from there on, another thread may be woken, which adds it
         self._is_awake = False
         if not self._outcomes:
             return False
         with self._lock:  # one has come between the two looks, and perhaps woken another thread
             was_awake, self._is_awake = self._is_awake, True
+        _awake.add(self)
         return not was_awake
 
     def _deliver_in_thread(self) -> None:
@@ -141,6 +148,7 @@ class _Waiting:
             self._task = None
             if self._outcomes:
                 self._is_awake = False
+                _awake.discard(self)
 
     def _take(self) -> Outcome:
         self._is_delivering = True
@@ -160,11 +168,14 @@ class Listeners:
         """Has an outcome delivered to each listener, without waiting."""
 
     async def drain(self, seconds: float) -> None:
-        """Wait until all outcomes have been delivered, at most for some seconds."""
-        for waiting in self._waiting:
+        """Wait until all outcomes have been delivered, at most for some seconds.
+
+        This waits for all other listeners of the process, too, such as those of single answers.
+        """
+        for waiting in list(_awake):
             waiting.hurry()
         deadline = monotonic() + seconds
-        while any(waiting.count for waiting in self._waiting) and monotonic() < deadline:  # noqa: ASYNC110
+        while any(waiting.count for waiting in list(_awake)) and monotonic() < deadline:  # noqa: ASYNC110
             await anyio.sleep(0.005)  # a thread may deliver them, so no event of this loop tells
 
     def end(self) -> None:

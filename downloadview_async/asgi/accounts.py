@@ -82,6 +82,7 @@ class Account(Facts):
     _first: float | None = None
     _headers: Iterable[Header] = ()
     _loan: Loan | None = None
+    _promised = 0  # bytes of the file that is lent
     _is_dropped = False
     _is_path_send = False
     _is_ended = False
@@ -164,8 +165,9 @@ class Account(Facts):
             self.name = os.path.basename(os.fsdecode(message["path"]))
         if "descriptor" in message:
             loan = self._loan = message["descriptor"].loan
+            self._promised = message["count"]
             await self._send(message)
-            if loan.is_taken and loan.sent == message["count"]:
+            if loan.is_taken and loan.sent == self._promised:
                 self._complete()
             return
         try:
@@ -250,17 +252,11 @@ class Account(Facts):
     def leave(self, exc: BaseException | None = None) -> None:
         """End, unless the answer is complete or held: the application has returned, or raised `exc`."""
         if not self._is_ended and not self.is_complete and not self.is_held:
-            loan = self._loan
-            if loan is not None and exc is None and loan.is_taken and loan.sent:
-                count = self._length_of_span()
-                if loan.sent == count:
-                    self._complete()
-                    return
-            self.end(exc)
-
-    def _length_of_span(self) -> int | None:
-        delivery = self.delivery
-        return len(delivery.span) if isinstance(delivery, Descriptor) else None
+            # a middleware further out may have kept the path send, and passed it on later
+            if self._loan is not None and self._loan.is_taken and self._loan.sent == self._promised:
+                self._complete()
+            else:
+                self.end(exc)
 
     def end(self, exc: BaseException | None = None) -> None:
         """Make the outcome, once. exc: the error that has ended the answer, if one has."""
@@ -463,7 +459,7 @@ class Accounts:
         try:
             await self.app(scope, account.receiving(receive), account.send)
         except BaseException as exc:
-            if isinstance(exc, Exception):
+            if isinstance(exc, Exception) and outer is None:
                 exc.add_note(f"request {request_id}")
             account.leave(exc)
             raise

@@ -558,14 +558,21 @@ async def test_the_shutdown_waits_for_listeners_before_the_application_ends() ->
         await anyio.sleep(0.05)
         order.append("outcome")
 
+    def note(one: dv.Outcome) -> None:
+        order.append("of the answer")
+
+    async def endpoint(request: Request) -> dv.DownloadResponse:
+        return dv.DownloadResponse(dv.VirtualFile(b"a", name="a"), on_outcome=note)
+
     def check() -> None:
-        app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("a"))], lifespan=lifespan)
+        app = Starlette(routes=[Route("/", endpoint)], lifespan=lifespan)
         with TestClient(dv.Accounts(app, [listen])) as client:
             for _ in range(3):
                 client.get("/")
 
     await asyncio.to_thread(check)
-    assert order == ["outcome", "outcome", "outcome", "shutdown"]
+    assert order[-1] == "shutdown"
+    assert sorted(order[:-1]) == ["of the answer"] * 3 + ["outcome"] * 3
 
 
 async def test_the_numbers_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:

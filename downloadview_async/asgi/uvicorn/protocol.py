@@ -570,8 +570,8 @@ class DownloadProtocol(HttpToolsProtocol):
         start_watching(self)
         held = self.transport.get_write_buffer_size()
         self._held = held
-        if held > _FEW_HELD:
-            self._paused = untaken_bytes(self), acknowledged_bytes(self)
+        if held > _FEW_HELD and (acknowledged := acknowledged_bytes(self)):
+            self._paused = untaken_bytes(self), acknowledged
 
     def resume_writing(self) -> None:
         """Stop watching: the client has taken what the transport held."""
@@ -615,7 +615,7 @@ class DownloadProtocol(HttpToolsProtocol):
             untaken -= acknowledged_bytes(self) - acknowledged
             self.untaken_at_loss = max(self.untaken_at_loss, untaken)
         elif not self.transport.get_write_buffer_size():
-            self.untaken_at_loss += self._held  # so few bytes go at once or not at all
+            self.untaken_at_loss += self._held  # few bytes, which go at once or not at all; a Unix socket does not tell
 
     @property
     def is_broken(self) -> bool:
