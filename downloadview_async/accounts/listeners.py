@@ -47,6 +47,7 @@ class _Waiting:
         self._is_awake = False
         self._is_delivering = False
         self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one that is to deliver, or to start a thread
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._dropped = _Count("%d outcomes were dropped, because %s is too slow", listener)
@@ -58,6 +59,8 @@ class _Waiting:
             self._dropped.add()
             return
         self._outcomes.append(outcome)
+        if self._loop is not None and self._loop.is_closed():
+            self._loop, self._is_awake = None, False  # it has ended before it could deliver
         if not self._is_awake:
             self._wake()
 
@@ -89,7 +92,7 @@ class _Waiting:
             self._is_awake = True
         _awake.add(self)
         try:
-            loop = asyncio.get_running_loop()
+            self._loop = loop = asyncio.get_running_loop()
         except RuntimeError:  # a server without asyncio
             self._start_thread()
             return
@@ -100,7 +103,7 @@ class _Waiting:
             self._timer = loop.call_later(_BATCH_SECONDS, self._start_thread)
 
     def _start_thread(self) -> None:
-        self._timer = None
+        self._timer = self._loop = None
         try:
             threading.Thread(target=self._deliver_in_thread, name="downloadview outcomes", daemon=True).start()
         except RuntimeError:  # no thread can be started now: the next outcome tries it again
@@ -145,7 +148,7 @@ class _Waiting:
                     await asyncio.sleep(0)
         finally:  # cancelled with its event loop, perhaps
             self._is_delivering = False
-            self._task = None
+            self._task = self._loop = None
             if self._outcomes:
                 self._is_awake = False
                 _awake.discard(self)

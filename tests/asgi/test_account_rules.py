@@ -628,3 +628,26 @@ async def test_an_answer_that_waits_in_the_transport_ends_when_it_has_left(
     assert app.in_progress == 0
     (outcome,) = outcomes
     assert (outcome.result, outcome.reason) == (("completed", None) if is_read else ("aborted", "server-stopped"))
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_outcomes_of_a_loop_that_has_ended_are_delivered_with_the_next_one(is_async: bool) -> None:
+    got: list[str] = []
+
+    async def listen(one: dv.Outcome) -> None:
+        got.append(one.request_id)
+
+    listeners = Listeners([listen if is_async else lambda one: got.append(one.request_id)])
+
+    def put(number: int, *, drains: bool) -> None:
+        async def run() -> None:
+            listeners.put(outcome(number))
+            if drains:
+                await listeners.drain(20)
+
+        with asyncio.Runner() as runner:
+            runner.run(run())
+
+    await asyncio.to_thread(put, 1, drains=False)
+    await asyncio.to_thread(put, 2, drains=True)
+    assert got == ["1", "2"]
