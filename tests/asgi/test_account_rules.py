@@ -5,9 +5,12 @@ import contextlib
 import logging
 import os
 import re
+import socket
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import anyio
@@ -651,3 +654,32 @@ async def test_outcomes_of_a_loop_that_has_ended_are_delivered_with_the_next_one
     await asyncio.to_thread(put, 1, drains=False)
     await asyncio.to_thread(put, 2, drains=True)
     assert got == ["1", "2"]
+
+
+@pytest.mark.parametrize("options", [{}, {"trusted_proxies": ["127.0.0.1"], "sends_request_id": True}])
+async def test_a_small_file_still_leaves_in_one_write(root: Path, options: dict[str, Any]) -> None:
+    outcomes: list[dv.Outcome] = []
+    app = dv.Accounts(dv.Download(dv.PathSource(root)), observers=[outcomes.append], **options)
+    sends: list[int] = []
+
+    def count(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "c_call" and arg.__name__ == "send" and isinstance(arg.__self__, socket.socket):
+            sends.append(1)
+
+    def download() -> None:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /a.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = b""
+            while not received.endswith(b"0123456789"):
+                received += client.recv(1 << 16)
+
+    async with live(app, http=DownloadProtocol) as port:
+        await asyncio.to_thread(download)  # keeps the head
+        outcomes.clear()
+        sys.setprofile(count)
+        try:
+            await asyncio.to_thread(download)
+        finally:
+            sys.setprofile(None)
+    assert len(outcomes) == 1
+    assert len(sends) == 1
