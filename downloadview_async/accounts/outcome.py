@@ -41,8 +41,8 @@ class Outcome:
     status: of the answer; 0 if none was begun.
     kind: how the answer left. For files: `offloaded:` and the name of the proxy, `redirected`, `zero-copy` by the
     kernel, `path` by a server that does not say what it has sent, `chunks`, `inline` in one message, `archive`. For
-    others: `listing`, `view`, `checksum`, `empty` without a body, `error` for a file that cannot be sent, and `other`
-    for all answers of an application that are not ours.
+    others: `listing`, `view`, `share`, `checksum`, `empty` without a body, `error` for a file that cannot be sent, and
+    `other` for all answers of an application that are not ours.
     spans: the parts of the file that were to be sent; None for a file of unknown size.
     sent: the bytes of the body that the server took. If the connection was reset, and the server is uvicorn with
     `DownloadProtocol`, without those that the client's machine has not acknowledged.

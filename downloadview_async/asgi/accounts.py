@@ -297,8 +297,8 @@ class Account(Facts):
         reason: Reason | None = None
         if not self.is_complete:
             reason, detail = self._why(exc)
-            if reason == "client-left" and scope["method"] == "HEAD" and self._first is not None:
-                reason = None  # the client has the head, and wanted no more
+            if reason == "client-left" and self._has_all():
+                reason = detail = None
             if status == 0 and reason == "failed" and exc is not None:
                 status, reason = 500, None  # so answers the server
         if status >= 400:
@@ -341,6 +341,12 @@ class Account(Facts):
             delegated_to,
             scope["headers"],
         )
+
+    def _has_all(self) -> bool:
+        """Return whether a client that has left before the end of the application has its whole answer."""
+        if self._first is None:
+            return False
+        return self._scope["method"] == "HEAD" or (self.sent > 0 and self._taken == self._length())
 
     def _look_at_head(self) -> tuple[ByteRange | None, ...]:
         """Note the file of an answer that is not ours, if its head has an ETag, and return which part of it is sent."""

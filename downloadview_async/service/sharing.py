@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from downloadview_async import Access, FileError, URLSigner, download_error
+from downloadview_async import Access, FileError, URLSigner, download_error, note_facts
 from downloadview_async.service.pages import ServicePages
 
 MAX_BODY = 8192
@@ -59,11 +59,12 @@ class Sharing:
         except FileError as exc:
             await (await download_error(request, exc))(scope, receive, send)
             return
-        if allowed is not True or await self._status(scope) != 200:
+        if not allowed or await self._status(scope) != 200:
             # the answer that a download gets, which tells nothing about links
             await self._download({**scope, "method": "GET", "query_string": b""}, receive, send)
             return
         page = self._made(request, _fields_of(body)) if scope["method"] == "POST" else self._form(scope)
+        note_facts(scope, kind="share")  # `_status` has noted how the file would be sent
         headers = {**self._pages.headers, "Cache-Control": "private, no-store", "Referrer-Policy": "same-origin"}
         await HTMLResponse(page, headers=headers)(scope, receive, send)
 

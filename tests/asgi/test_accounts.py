@@ -260,5 +260,6 @@ def test_each_request_has_one_outcome_although_clients_leave(served: tuple[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_each_of_20_000_requests_has_one_outcome(served: tuple[str, Server, Path]) -> None:
     stress(served, 20_000)

@@ -568,8 +568,9 @@ class DownloadProtocol(HttpToolsProtocol):
         """Watch the client while the transport waits for it."""
         super().pause_writing()
         start_watching(self)
-        held = self.transport.get_write_buffer_size()
-        self._held = held
+        if not self._has_plain_socket:
+            return
+        self._held = held = self.transport.get_write_buffer_size()
         if held > _FEW_HELD and (acknowledged := acknowledged_bytes(self)):
             self._paused = untaken_bytes(self), acknowledged
 
@@ -614,7 +615,7 @@ class DownloadProtocol(HttpToolsProtocol):
             untaken, acknowledged = self._paused
             untaken -= acknowledged_bytes(self) - acknowledged
             self.untaken_at_loss = max(self.untaken_at_loss, untaken)
-        elif not self.transport.get_write_buffer_size():
+        elif self._held and not self.transport.get_write_buffer_size():
             self.untaken_at_loss += self._held  # few bytes, which go at once or not at all; a Unix socket does not tell
 
     @property
