@@ -189,13 +189,13 @@ class Account(Facts):
     def _with_id(self, start: Message) -> Message:
         field = (REQUEST_ID, self.request_id.encode("latin-1"))
         made = start.get("headers", ())
+        if (head := start.get(PREPARED)) is not None and REQUEST_ID not in head.lines:
+            made.append(field)  # the message of `DownloadResponse`, which is made for this answer alone
+            start[PREPARED] = head.with_field(field)
+            return start
         headers = [header for header in made if bytes(header[0]).lower() != REQUEST_ID]
         changed = {**start, "headers": [*headers, field]}
-        if (head := start.get(PREPARED)) is not None:
-            if len(headers) == len(made):
-                changed[PREPARED] = head.with_field(field)
-            else:
-                del changed[PREPARED]
+        changed.pop(PREPARED, None)
         return changed
 
     def _complete(self) -> None:
