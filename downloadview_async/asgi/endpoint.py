@@ -266,9 +266,10 @@ class Download(_Endpoint):
             archive = self._response(await self._archives.resolve(name), key, grant, scope, is_archive=True)
             return self._archives.counted(name, archive)
         wanted = None if self.digests is None or not isinstance(key, str) else wanted_checksum(scope["query_string"])
+        folder = self._folder_of(key, grant, scope)
         if wanted is not None:
             note_facts(scope, kind="checksum")
-        if (folder := self._folder_of(key, grant, scope)) is not None:
+        if folder is not None:
             return folder if wanted is None else partial(self._send_checksums, wanted, key)
         missing = None if self._folders is None else partial(self._missing, key)
         view = None if self._folders is None else view_of(scope["query_string"])
