@@ -147,7 +147,7 @@ async def test_everything_in_the_folder_can_be_clicked_and_nothing_leads_out_of_
 async def test_the_pages_begin_at_the_folder(root: Path) -> None:
     async with live(application(root)) as port:
         for folder, path, crumbs in [
-            ("/files/2026/", "", ["2026"]),
+            ("/files/2026/", "", []),  # nothing is above it
             ("/files/2026/", "sub/deeper/", ["2026", "sub", "deeper"]),
             ("/files/2026/sub/", "deeper/", ["sub", "deeper"]),
             ("/files/2026/sub/", "b.txt", ["sub", "b.txt"]),
