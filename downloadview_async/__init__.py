@@ -18,6 +18,7 @@ from downloadview_async.errors import (
     DownloadError,
     FileError,
     FileMissing,
+    LimitExceeded,
     LinkExpired,
     LinkInvalid,
     LinkUsedUp,
@@ -45,6 +46,8 @@ from downloadview_async.policy.formats.base import LinkFormat
 from downloadview_async.policy.formats.secure_link import secure_link_secrets
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.hiding import Hidden
+from downloadview_async.policy.limits.limits import Limits
+from downloadview_async.policy.limits.source import SourceLimit
 from downloadview_async.policy.proxy_users import KeepPeer, ProxyUsers
 from downloadview_async.policy.signing import URLSigner
 from downloadview_async.policy.stores.base import DownloadSession, GrantStore
@@ -109,6 +112,8 @@ __all__ = [
     "GrantStore",
     "Hidden",
     "KeepPeer",
+    "LimitExceeded",
+    "Limits",
     "LinkExpired",
     "LinkFormat",
     "LinkInvalid",
@@ -144,6 +149,7 @@ __all__ = [
     "SQLiteGrantStore",
     "SignedLinks",
     "Source",
+    "SourceLimit",
     "SourceUnavailable",
     "Storage",
     "StorageFile",

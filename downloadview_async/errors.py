@@ -11,6 +11,7 @@
     │   ├── LinkUsedUp             410  the link was valid for fewer downloads
     │   ├── ArchiveTooLarge        413  the archive of a folder would have too many files, bytes or folders
     │   ├── TooManyArchives        429  this client already gets as many archives as it may get at once
+    │   ├── LimitExceeded          429  this client has had what its limits allow for now
     │   ├── PreconditionFailed     412  the origin of a remote file refused If-Match or If-Unmodified-Since
     │   ├── SourceUnavailable      503  the disk, the storage or this process is overloaded; try again
     │   │   └── UpstreamBusy       503  or 429: as a remote server answered; its Retry-After is passed on
@@ -23,6 +24,7 @@ The message of an error is for the log. No response ever shows it; what the clie
 
 import errno
 from http import HTTPStatus
+from math import ceil
 from typing import Literal
 
 AbortReason = Literal["file-changed", "upstream-failed", "source-failed"]
@@ -116,6 +118,20 @@ class TooManyArchives(FileError):
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     retry_after = "10"
+
+
+class LimitExceeded(FileError):
+    """The client has had what its limits allow for now.
+
+    detail: the limit, for the client. wait: seconds after which the request may succeed.
+    """
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+    def __init__(self, detail: str, *, wait: float) -> None:
+        super().__init__(f"the limit is {detail}")
+        self.detail = detail
+        self.retry_after = str(max(1, ceil(wait)))
 
 
 class SourceUnavailable(FileError):

@@ -1,6 +1,7 @@
 """`Download` and `Listing`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from downloadview_async.asgi.archives import key_of as archive_key_of
 from downloadview_async.asgi.checksum import checksum_response, send_checksums, wanted_checksum
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
+from downloadview_async.asgi.limiting import Limiting, admit, limits_of
 from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
 from downloadview_async.asgi.listing.page import Pages
 from downloadview_async.asgi.listing.view import PDF_POLICY, view_of
@@ -28,10 +30,12 @@ from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
+from downloadview_async.policy.limits.limits import Transfers
 from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, Source, SupportsListing, check_source
 from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.names import without_empty_segments
 
+_UNLIMITED: AbstractContextManager[None] = nullcontext()
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
 
@@ -46,6 +50,7 @@ class _Endpoint:
         key: str | Callable[[Request], Any] | None,
         access: Access | Sequence[Access] | None,
         hide: Sequence[str],
+        limits: Limiting | Sequence[Limiting] | None,
         listing: Pages | None,
         has_archives: bool = False,
         digests: Digests | None = None,
@@ -58,6 +63,7 @@ class _Endpoint:
         self.headers = dict(headers or {})
         checked_headers(tuple(self.headers.items()))
         self.access = access_of(access)
+        self.limits = limits_of(limits)
         self._hidden = Hidden(hide) if hide else None
         self._key = key
         self.digests = digests
@@ -75,25 +81,28 @@ class _Endpoint:
             response = Response("Method Not Allowed", 405, _ALLOW | close_after_body(scope), "text/plain")
             await response(scope, receive, send)
             return
-        try:
-            key = self._key_of(scope)
-            if self._hidden is not None:
-                self._hidden.check(key)
-            if self.access:
-                grant = await self._allow(Request(scope, receive), key, is_folder=self._is_archive(key, scope))
-                scope[GRANT] = grant
-            else:
-                grant = None
-            facts: Facts | None = scope.get(ACCOUNT)
-            if facts is not None:
-                facts.find(self.source_name, key)
-                if grant is not None:
-                    facts.allow(grant.user, grant.link_id)
-            answer = await self._answer_to(key, grant, scope)
-        except FileError as exc:
-            await send_error(exc, scope, send)
-            return
-        await answer(scope, receive, send)
+        with Transfers() if self.limits else _UNLIMITED as transfers:
+            try:
+                key = self._key_of(scope)
+                if self._hidden is not None:
+                    self._hidden.check(key)
+                if self.access:
+                    grant = await self._allow(Request(scope, receive), key, is_folder=self._is_archive(key, scope))
+                    scope[GRANT] = grant
+                else:
+                    grant = None
+                facts: Facts | None = scope.get(ACCOUNT)
+                if facts is not None:
+                    facts.find(self.source_name, key)
+                    if grant is not None:
+                        facts.allow(grant.user, grant.link_id)
+                if transfers is not None and not await admit(self.limits, transfers, key, scope, receive, send):
+                    return
+                answer = await self._answer_to(key, grant, scope)
+            except FileError as exc:
+                await send_error(exc, scope, send)
+                return
+            await answer(scope, receive, send)
 
     async def _allow(self, request: Request, key: Any, *, is_folder: bool = False) -> Grant:
         """Return the grant for a file or a folder. Raises `FileError`.
@@ -204,6 +213,8 @@ class Download(_Endpoint):
     cache_control: the Cache-Control header.
     access: who may have a file: an async function that gets the request and the key, `SignedLinks`, or a list of them,
     of which one suffices. It is asked before any file is opened. None: everyone. See `Access` and `Grant`.
+    limits: how much each client may have, and how much the source: `Limits`, `SourceLimit`, or a list of them, all of
+    which hold. They are asked after `access`.
     hide: patterns as in `fnmatch` for names of files and directories that do not exist for clients, such as `.*` or
     `*.key`. One that matches a segment of the name hides it; upper and lower case are the same.
     listing: True, or `Pages` with a title and more, to answer a URL that ends in a slash as `Listing` does, and to
@@ -230,6 +241,7 @@ class Download(_Endpoint):
         redirect: Redirect | None = None,
         offload: bool | None = None,
         access: Access | Sequence[Access] | None = None,
+        limits: Limiting | Sequence[Limiting] | None = None,
         hide: Sequence[str] = (),
         listing: bool | Pages = False,
         archive: bool | ArchiveOptions = False,
@@ -246,6 +258,7 @@ class Download(_Endpoint):
             key=key,
             access=access,
             hide=hide,
+            limits=limits,
             listing=pages,
             has_archives=bool(archive),
             digests=digests,
@@ -376,10 +389,10 @@ class Listing(_Endpoint):
     for each entry, in any order. The name of a folder without the slash is redirected, and everything else gives 404:
     `Download(source, listing=True)` sends the files, too.
 
-    pages: how the pages look. key, headers, access, hide, source_name: as in `Download`; the key of a folder ends in a
-    slash, or is empty. A hidden entry is not listed. Access decides about a folder as about a file, once, before it is
-    read; it is not asked about each entry. A signed link lists one folder alone, and only if it does not count its
-    uses. If it was made with `below=True`, it lists the folders below, too.
+    pages: how the pages look. key, headers, access, limits, hide, source_name: as in `Download`; the key of a folder
+    ends in a slash, or is empty. A hidden entry is not listed. Access decides about a folder as about a file, once,
+    before it is read; it is not asked about each entry. A signed link lists one folder alone, and only if it does not
+    count its uses. If it was made with `below=True`, it lists the folders below, too.
 
     Raises `ConfigurationError` for a source that cannot list, an access or a pattern that is not one, and `ValueError`
     for a header that is refused.
@@ -393,6 +406,7 @@ class Listing(_Endpoint):
         headers: Mapping[str, str] | None = None,
         key: str | Callable[[Request], Any] | None = None,
         access: Access | Sequence[Access] | None = None,
+        limits: Limiting | Sequence[Limiting] | None = None,
         hide: Sequence[str] = (),
         source_name: str | None = None,
     ) -> None:
@@ -402,6 +416,7 @@ class Listing(_Endpoint):
             key=key,
             access=access,
             hide=hide,
+            limits=limits,
             listing=pages or Pages(),
             source_name=source_name,
         )

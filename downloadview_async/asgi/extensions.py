@@ -12,5 +12,8 @@ CONNECTION = "downloadview_async.connection"
 FOREIGN = "downloadview_async.foreign"
 """Marks a path-send offer in the scope that `OffloadMiddleware` made for responses that are not ours."""
 
+PACE = "downloadview_async.pace"
+"""The key of a `Paced` in the extensions of a scope: the connection, whose rate holds until the next request."""
+
 SETTLED = "downloadview_async.settled"
 """Marks a path-send message whose file no proxy may send: that has been decided already."""

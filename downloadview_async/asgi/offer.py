@@ -10,7 +10,7 @@ from starlette.types import Message, Receive, Send
 
 from downloadview_async.accounts.facts import Facts
 from downloadview_async.errors import DownloadError
-from downloadview_async.offload.base import OffloadBackend, signed
+from downloadview_async.offload.base import OffloadBackend, rated, signed
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.local.open_file import OpenLocalFile
 
@@ -97,6 +97,12 @@ class Offer:
     async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
         """Return the headers as the backend signs them, and remember them."""
         headers = await signed(self._backend, file, headers)
+        self.orders.append(headers)
+        return headers
+
+    def rated(self, headers: Mapping[str, str], rate: int) -> Mapping[str, str]:
+        """Return the headers with a rate in bytes per second, if the proxy can limit it, and remember them."""
+        headers = rated(self._backend, headers, rate)
         self.orders.append(headers)
         return headers
 

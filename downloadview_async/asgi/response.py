@@ -28,6 +28,7 @@ from downloadview_async.asgi.delivery import (
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
 from downloadview_async.asgi.extensions import PATHSEND, PREPARED
+from downloadview_async.asgi.limiting import deliver_limited, path_send_for, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.uses import Counted, claim
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
@@ -36,9 +37,10 @@ from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import Plan, Presentation, describe, make_redirect_plan
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, signed
+from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, rated, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.policy.grants import GRANT, Grant
+from downloadview_async.policy.limits.limits import TRANSFERS
 from downloadview_async.policy.uses import USE
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.digests.known import Digests
@@ -286,10 +288,14 @@ class DownloadResponse(Response):
         path_send = (scope.get("extensions") or {}).get(PATHSEND)
         delivery: Delivery
         if offload is None:
-            delivery = delivery_of(answer.plan, opened, path_send, is_fresh=keep)
+            delivery = delivery_of(answer.plan, opened, path_send_for(scope, path_send), is_fresh=keep)
+            if TRANSFERS in scope:
+                await spend(scope, opened.metadata, answer.plan)
             if USE in scope:
                 await claim(scope[USE], opened.metadata, answer.plan)
         else:
+            if TRANSFERS in scope:
+                await spend(scope, opened.metadata)
             if USE in scope:
                 await claim(scope[USE], opened.metadata)
             offer = scope["extensions"][EXTENSION]
@@ -301,7 +307,7 @@ class DownloadResponse(Response):
         facts: Facts | None = scope.get(ACCOUNT)
         if facts is not None:
             facts.describe(self.file.name, metadata.etag, metadata.size)
-        await deliver(delivery, start, send, receive=receive, facts=facts)
+        await _deliver_in(scope)(delivery, start, send, receive=receive, facts=facts)
 
     async def _redirection(self, scope: Scope) -> Plan | None:
         """Return the answer that redirects the client, or None: send the file. Raises `FileError`."""
@@ -317,6 +323,8 @@ class DownloadResponse(Response):
         headers = await self.redirect.headers_for(self.file, described)
         if headers is None:
             return None
+        if TRANSFERS in scope:
+            await spend(scope, metadata)
         if USE in scope:
             await claim(scope[USE], metadata)
         return make_redirect_plan(added, headers)
@@ -334,7 +342,9 @@ class DownloadResponse(Response):
                 answer = answer.aged(age)
             start = self._start(answer, scope)
             try:
-                await deliver(delivery_of(answer.plan, local), start, send, receive=receive, facts=scope.get(ACCOUNT))
+                await _deliver_in(scope)(
+                    delivery_of(answer.plan, local), start, send, receive=receive, facts=scope.get(ACCOUNT)
+                )
             except FileError as exc:
                 await send_error(exc, scope, send)
 
@@ -349,7 +359,9 @@ class DownloadResponse(Response):
             return None
         is_permitted = self.background is None if self.offload is None else self.offload
         refused = refusal(status=self.status_code, method=scope["method"], is_permitted=is_permitted)
-        return refused or backend.headers_for(self.file) or Refusal.RULE
+        if refused is not None or (order := backend.headers_for(self.file)) is None:
+            return refused or Refusal.RULE
+        return rated(backend, order, scope[TRANSFERS].rate) if TRANSFERS in scope else order
 
     def _refusal(self, opened: OpenFile, request: DownloadRequest, order: Order, scope: Scope) -> Refusal | None:
         """Return why the proxy that obeys `order` may not send the open file, or None: it may."""
@@ -370,6 +382,11 @@ class DownloadResponse(Response):
         if self.raw_headers:
             headers += [header for header in self.raw_headers if header[0] == b"set-cookie"]
         return {"type": "http.response.start", "status": answer.plan.status, "headers": headers}
+
+
+def _deliver_in(scope: Scope) -> Callable[..., Awaitable[None]]:
+    """Return what delivers the answer to a request: `deliver`, or if it has limits `deliver_limited`."""
+    return partial(deliver_limited, scope=scope) if TRANSFERS in scope else deliver
 
 
 def _wants_a_digest(scope: Scope) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.fields import OFFLOAD_TARGET, reserve_offload_headers
-from downloadview_async.offload.places import Encode, LocalFiles
+from downloadview_async.offload.places import Encode, LocalFiles, RateHeader
 from downloadview_async.offload.render import ProxySite
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile
@@ -59,6 +59,17 @@ async def signed(backend: OffloadBackend, file: AsyncFile, headers: Mapping[str,
     return with_signature
 
 
+def rated(backend: OffloadBackend, headers: Mapping[str, str], rate: int | None) -> Mapping[str, str]:
+    """Return the headers of a backend with a rate for the answer, in bytes per second; None: without one.
+
+    A backend whose proxy can limit the rate has a method `rated`.
+    """
+    if rate is None or (limit := getattr(backend, "rated", None)) is None:
+        return headers
+    with_rate: Mapping[str, str] = limit(headers, rate)
+    return with_rate
+
+
 @dataclass(frozen=True, slots=True)
 class ProxyOption:
     """An option of a proxy's backend. In the service's settings it is a key of `[offload]`.
@@ -86,6 +97,7 @@ class ProxyKind:
     header: the response header that the proxy obeys, in its usual spelling.
     further_orders, controls: other headers that it obeys. Orders name a file, controls say how to send it. Once the
     `ProxyKind` exists, only backends may set an order, and `DownloadResponse` refuses all of these headers.
+    rate_header: the header, also among `controls`, by which it limits how fast it sends an answer. None: it cannot.
     targets: what the target of a rule is. "uri": an internal URI that begins and ends with a slash. "directory": a
     directory as the proxy sees it, by default the source itself.
     encode: writes a path into the header. It returns None for a path that the proxy would read as another one: that
@@ -114,6 +126,7 @@ class ProxyKind:
     encode: Encode
     further_orders: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
+    rate_header: RateHeader | None = None
     backend: Callable[..., OffloadBackend] | None = None
     options: Mapping[str, ProxyOption] = field(default_factory=dict)
     fetches_urls: bool = False
@@ -150,7 +163,14 @@ class ProxyKind:
         Raises `ConfigurationError`.
         """
         if self.backend is None:
-            return LocalFiles(rules, title=self.title, header=self.header, targets=self.targets, encode=self.encode)
+            return LocalFiles(
+                rules,
+                title=self.title,
+                header=self.header,
+                targets=self.targets,
+                encode=self.encode,
+                rate_header=self.rate_header,
+            )
         given = {name: option.default for name, option in self.options.items()}
         given |= {name: value for name, value in options.items() if value is not None}
         if self.fetches_urls:

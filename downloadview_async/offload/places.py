@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
@@ -48,13 +49,27 @@ def plain(path: str) -> str | None:
     return None if "%" in encoded else encoded
 
 
+@dataclass(frozen=True, slots=True)
+class RateHeader:
+    """The header by which a proxy limits how fast it sends one answer. unit: bytes per second of the number 1."""
+
+    name: str
+    unit: int = 1
+
+    def added_to(self, headers: Mapping[str, str], rate: int) -> Mapping[str, str]:
+        """Return headers with a rate in bytes per second, unless they have a lower one already."""
+        name, value = self.name.lower(), max(1, rate // self.unit)
+        before = int(headers.get(name, "0"))
+        return headers if 0 < before <= value else {**headers, name: str(value)}
+
+
 class LocalFiles:
     """The backend of a proxy that sends local files and obeys one header.
 
     rules: their sources are directories. Their targets are internal URIs that begin and end with a slash, or
     directories as the proxy sees them: see `targets`.
     title, hint: the name of the proxy in messages, and the end of the message about a source that is not a directory.
-    header, targets, encode: as in `ProxyKind`.
+    header, targets, encode, rate_header: as in `ProxyKind`.
 
     Raises `ConfigurationError` for another source or target.
     """
@@ -68,8 +83,10 @@ class LocalFiles:
         targets: Literal["uri", "directory"],
         encode: Encode,
         hint: str = "",
+        rate_header: RateHeader | None = None,
     ) -> None:
         rules = checked_rules(rules)
+        self._rate_header = rate_header
         for rule in rules:
             if targets == "directory":
                 _check_directories(rule, title)
@@ -91,6 +108,10 @@ class LocalFiles:
         """Return the header, or None for a file that no rule covers, or that the header cannot name."""
         location = file.location
         return None if location is None else self._kept(location)
+
+    def rated(self, headers: Mapping[str, str], rate: int) -> Mapping[str, str]:
+        """Return the headers with a rate in bytes per second, if the proxy can limit it."""
+        return headers if self._rate_header is None else self._rate_header.added_to(headers, rate)
 
     def _headers(self, location: str) -> Mapping[str, str] | None:
         if (match := self._table.match(location)) is None:

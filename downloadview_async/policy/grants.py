@@ -17,7 +17,7 @@ class Grant:
     then goes on. is_shareable: whether shared caches may keep the answer until it expires. link_id, key_id: of the link
     that grants this, and of the key that has signed it. uses: how many downloads the link allows in all. folder: the
     path of the folder that the link grants with all that is below it, such as `/files/2026/`; None: it grants one URL.
-    user: the name of the user who gets the file, for accounts.
+    user: the name of the user who sends the request.
 
     Raises `ValueError` for a filename that is not text and a content type that is not one.
     """

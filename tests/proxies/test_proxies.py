@@ -614,10 +614,12 @@ async def test_the_options_of_nginx_reach_nginx_and_nobody_else() -> None:
             assert OFFLOAD_HEADERS - {*(await ask(site.service, f"/path/{NAME}")).headers} == {
                 "x-sendfile",
                 "x-sendfile2",
+                "x-lighttpd-kbytes-per-second",
                 "x-lighttpd-send-file",
                 "x-litespeed-location",
                 "x-offload-target",
                 "x-reproxy-url",
+                "x-traffic",
             }
             answer = await ask(site.port, f"/path/{NAME}")
             assert (answer.status, answer.body) == (200, CONTENT)

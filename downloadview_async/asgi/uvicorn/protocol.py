@@ -83,6 +83,7 @@ path send, and the application gets `http.disconnect`.
 """
 
 import asyncio
+import sys
 from collections.abc import Callable
 from enum import Enum
 from time import monotonic
@@ -90,7 +91,7 @@ from typing import Any
 from weakref import WeakSet
 
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
-from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED
+from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
 from downloadview_async.asgi.uvicorn.heads import Refused, read_head
 from downloadview_async.asgi.uvicorn.internals import (
@@ -108,6 +109,7 @@ from downloadview_async.asgi.uvicorn.sockets import (
     has_unread_bytes,
     is_on_unix_socket,
     reset,
+    set_pace,
     untaken_bytes,
 )
 from downloadview_async.asgi.uvicorn.watchdog import (
@@ -199,7 +201,9 @@ class DownloadProtocol(HttpToolsProtocol):
         "_idle_since",
         "_is_half_closed",
         "_is_on_unix_socket",
+        "_is_paced",
         "_is_shutting_down",
+        "_may_be_paced",
         "_paused",
         "_phase",
         "_tail",
@@ -246,6 +250,8 @@ class DownloadProtocol(HttpToolsProtocol):
         self._is_half_closed = False
         self._writes_at_once = True
         self._is_shutting_down = False
+        self._is_paced = False
+        self._may_be_paced = False
 
     @property
     def cycle(self) -> Any:
@@ -268,6 +274,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self.flow: _Flow = _Flow(transport)
         self._has_plain_socket = has_socket(self) and not transport.get_extra_info("sslcontext")
         self._is_on_unix_socket = is_on_unix_socket(self)
+        self._may_be_paced = has_socket(self) and not self._is_on_unix_socket and sys.platform == "linux"
         self._writes_at_once = not type(transport).__module__.startswith("uvloop")
         self._is_shutting_down = self.server_state in _shutting_down
         self._start_head_timer()
@@ -380,8 +387,13 @@ class DownloadProtocol(HttpToolsProtocol):
             self._refuse(refused.status, refused.text)
             return
         scope = self.scope
-        if self._has_plain_socket:
-            extensions: Any = {PATHSEND: _PATH_SEND, CONNECTION: self}
+        extensions: Any = {PATHSEND: _PATH_SEND, CONNECTION: self} if self._has_plain_socket else {}
+        if self._may_be_paced:
+            extensions[PACE] = self
+            if self._is_paced and not untaken_bytes(self):
+                self._is_paced = False
+                set_pace(self, None)
+        if extensions:
             scope["extensions"] = extensions
         super().on_headers_complete()  # an invalid target raises an error here, while the phase is still HEAD
         self._phase = _BODY
@@ -393,6 +405,15 @@ class DownloadProtocol(HttpToolsProtocol):
         self.headers = _TRAILERS
         if self._is_shutting_down:
             self._cycle.keep_alive = False
+
+    def pace(self, rate: int) -> None:
+        """Have the kernel send at a rate, in bytes per second, until the next request."""
+        self._is_paced = True
+        set_pace(self, rate)
+
+    def acknowledged(self) -> int:
+        """Return how many bytes the client has taken since the connection began."""
+        return acknowledged_bytes(self)
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body, which allows for what surrounds it: even a chunk of one byte needs six more."""

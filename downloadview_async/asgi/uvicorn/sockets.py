@@ -11,6 +11,8 @@ import termios
 from contextlib import suppress
 from typing import Protocol
 
+_SO_MAX_PACING_RATE = 47  # of Linux; the module socket has no name for it
+_UNPACED = 2 ** (8 * struct.calcsize("N")) - 1
 _ACKNOWLEDGED = 120  # where `tcpi_bytes_acked` is in Linux' `tcp_info`
 
 
@@ -93,6 +95,16 @@ def has_hung_up(connection: Connection) -> bool:
     poll = select.poll()
     poll.register(socket_number(connection), 0)  # a hang-up and an error are reported without being asked for
     return bool(poll.poll(0))
+
+
+def set_pace(connection: Connection, rate: int | None) -> None:
+    """Limit how fast the kernel sends, in bytes per second. None: no limit. A kernel that refuses that sends on."""
+    if not connection.is_lost:
+        with suppress(OSError):
+            sock: socket.socket = connection.transport.get_extra_info("socket")
+            sock.setsockopt(
+                socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("N", _UNPACED if rate is None else rate)
+            )
 
 
 def reset(connection: Connection) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.base import ProxyKind, ProxyOption
-from downloadview_async.offload.places import LocalFiles, percent_encoded, raw
+from downloadview_async.offload.places import LocalFiles, RateHeader, percent_encoded, raw
 from downloadview_async.offload.render import (
     OF_ERRORS,
     ProxySite,
@@ -19,6 +19,7 @@ from downloadview_async.offload.render import (
 )
 from downloadview_async.offload.rules import Rule
 
+LIGHTTPD_RATE = RateHeader("X-LIGHTTPD-KBytes-per-second", 1024)
 ENCODING = ProxyOption(
     Literal["raw", "percent"], takes="raw or percent", default="raw", lacking="no choice of encodings"
 )
@@ -31,11 +32,14 @@ class XSendfile(LocalFiles):
     rules: their targets are directories as the proxy sees them.
     encoding: "raw" for mod_xsendfile before 1.0, which takes the bytes of the path as they are. "percent" for
     mod_xsendfile 1.0 and lighttpd, which percent-decode the path.
+    limits_rate: whether the proxy is lighttpd, which takes the rate of `Limits` for each answer. Apache does not.
 
     Raises `ConfigurationError` for a target that is not an absolute directory, and for an unknown encoding.
     """
 
-    def __init__(self, rules: Iterable[Rule], *, encoding: Literal["raw", "percent"]) -> None:
+    def __init__(
+        self, rules: Iterable[Rule], *, encoding: Literal["raw", "percent"], limits_rate: bool = False
+    ) -> None:
         if encoding not in ("raw", "percent"):
             raise ConfigurationError(f"encoding has to be 'raw' (Apache) or 'percent' (lighttpd), not {encoding!r}")
         super().__init__(
@@ -44,6 +48,7 @@ class XSendfile(LocalFiles):
             header="x-sendfile",
             targets="directory",
             encode=raw if encoding == "raw" else percent_encoded,
+            rate_header=LIGHTTPD_RATE if limits_rate else None,
         )
 
 

@@ -5,6 +5,7 @@ See https://caddyserver.com/docs/caddyfile/directives/reverse_proxy#intercepting
 
 import itertools
 import re
+from functools import partial
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.base import ProxyKind
@@ -98,7 +99,7 @@ CADDY = ProxyKind(
     header="X-Accel-Redirect",
     targets="uri",
     encode=percent_encoded,
-    backend=XAccelRedirect,
+    backend=partial(XAccelRedirect, limits_rate=False),
     fetches_urls=True,
     folds_case=True,
     configuration=_configuration,

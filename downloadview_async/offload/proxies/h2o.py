@@ -4,10 +4,11 @@ from collections.abc import Iterable
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.base import ProxyKind
-from downloadview_async.offload.places import LocalFiles, percent_encoded
+from downloadview_async.offload.places import LocalFiles, RateHeader, percent_encoded
 from downloadview_async.offload.render import ProxySite, filled, quoted, template
 from downloadview_async.offload.rules import Rule
 
+_RATE = RateHeader("X-Traffic")
 _WHOLE = "/_whole/"  # below this path, the configuration makes H2O send requests to itself
 
 
@@ -28,6 +29,7 @@ class XReproxyURL(LocalFiles):
             header="x-reproxy-url",
             targets="uri",
             encode=percent_encoded,
+            rate_header=_RATE,
             hint="H2O breaks off a file of another server if the client is slower than that server. Keep these files "
             "in a cache, and write the directory of the cache in the rule",
         )
@@ -103,6 +105,8 @@ H2O = ProxyKind(
     header="X-Reproxy-URL",
     targets="uri",
     encode=percent_encoded,
+    controls=("x-traffic",),
+    rate_header=_RATE,
     backend=XReproxyURL,
     hides_targets=True,
     replaced_headers=("Content-Type",),  # H2O makes it from the name of the file

@@ -6,10 +6,11 @@ See https://redmine.lighttpd.net/projects/lighttpd/wiki/X-LIGHTTPD-send-file.
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 from downloadview_async.offload.base import ProxyKind
 from downloadview_async.offload.places import percent_encoded
-from downloadview_async.offload.proxies.apache import ENCODING, XSendfile
+from downloadview_async.offload.proxies.apache import ENCODING, LIGHTTPD_RATE, XSendfile
 from downloadview_async.offload.render import ProxySite, directories, filled, template
 
 _OUTSIDE = """\
@@ -62,7 +63,9 @@ LIGHTTPD = ProxyKind(
     further_orders=("x-sendfile2", "x-lighttpd-send-file"),
     targets="directory",
     encode=percent_encoded,
-    backend=XSendfile,
+    controls=("x-lighttpd-kbytes-per-second",),
+    rate_header=LIGHTTPD_RATE,
+    backend=partial(XSendfile, limits_rate=True),
     options={"encoding": replace(ENCODING, default="percent")},
     has_bare_errors=True,
     configuration=_configuration,

@@ -13,12 +13,13 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.content_types import content_types
 from downloadview_async.http.plan import ACTIVE_POLICY, SVG_POLICY
 from downloadview_async.offload.base import ProxyKind, ProxyOption
-from downloadview_async.offload.places import KEPT, Places, percent_encoded
+from downloadview_async.offload.places import KEPT, Places, RateHeader, percent_encoded
 from downloadview_async.offload.render import LinkLocation, ProxySite, filled, quoted, template
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.object_store import ObjectStorage
 
+_RATE = RateHeader("X-Accel-Limit-Rate")
 _CHARSET = re.compile("[A-Za-z0-9_.:-]+")
 
 
@@ -35,6 +36,7 @@ class XAccelRedirect:
     buffering, charset, expires ("off", or a number of seconds), limit_rate (bytes per second): how nginx handles this
     answer, see https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_ignore_headers. None leaves it to
     nginx's configuration. Caddy has none of these.
+    limits_rate: whether the proxy takes the rate of `Limits` for each answer, as nginx does, and Caddy does not.
 
     Raises `ConfigurationError` for a target or an option that nginx would refuse, and for a store without a key.
     """
@@ -48,8 +50,10 @@ class XAccelRedirect:
         charset: str | None = None,
         expires: int | Literal["off"] | None = None,
         limit_rate: int | None = None,
+        limits_rate: bool = True,
     ) -> None:
         self._places = Places(rules, storages)
+        self._limits_rate = limits_rate
         self._options: dict[str, str] = {}
         self._kept = lru_cache(KEPT)(self._headers)
         if buffering is not None:
@@ -73,6 +77,10 @@ class XAccelRedirect:
         """Return X-Accel-Redirect and the options, or None for a file that no rule covers: send it yourself."""
         location = file.location
         return None if location is None else self._kept(location)
+
+    def rated(self, headers: Mapping[str, str], rate: int) -> Mapping[str, str]:
+        """Return the headers with a rate in bytes per second, if the proxy can limit it."""
+        return _RATE.added_to(headers, rate) if self._limits_rate else headers
 
     async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
         """Return the headers with a signed X-Offload-Target if a store has the file. Raises `SourceUnavailable`."""
@@ -297,6 +305,7 @@ NGINX = ProxyKind(
     title="nginx",
     header="X-Accel-Redirect",
     controls=("x-accel-buffering", "x-accel-charset", "x-accel-expires", "x-accel-limit-rate"),
+    rate_header=_RATE,
     targets="uri",
     encode=percent_encoded,
     backend=XAccelRedirect,

@@ -1,0 +1,197 @@
+"""Keeps the answers of `Download` within its limits: what they count, what they wait for, and how fast they leave."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import anyio
+from starlette.types import Message, Receive, Scope, Send
+
+from downloadview_async.accounts.facts import Facts
+from downloadview_async.asgi.delivery import Chunks, Delivery, Descriptor, Inline, Path, deliver
+from downloadview_async.asgi.disconnect import until_the_client_leaves
+from downloadview_async.asgi.extensions import PACE, PATHSEND
+from downloadview_async.asgi.loan import Loan
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.plan import Plan
+from downloadview_async.policy.limits.limits import TRANSFERS, Limits, Transfers
+from downloadview_async.policy.limits.pace import Pace, Paced
+from downloadview_async.policy.limits.source import SourceLimit
+
+_CONDITIONS = frozenset({b"if-none-match", b"if-modified-since", b"if-match", b"if-unmodified-since"})
+
+
+Limiting = Limits | SourceLimit
+"""What an application gives as `limits=`, or a sequence of them."""
+
+
+def limits_of(limits: Limiting | Sequence[Limiting] | None) -> tuple[Limiting, ...]:
+    """Return what an application gives as `limits=`, as a tuple. Raises `ConfigurationError` for anything else."""
+    each = tuple(limits) if isinstance(limits, list | tuple) else () if limits is None else (limits,)
+    if not all(isinstance(one, Limits | SourceLimit) for one in each):
+        raise ConfigurationError(f"limits is {limits!r}: give Limits(...), SourceLimit(...), or a list of them")
+    return each
+
+
+async def admit(
+    limits: Sequence[Limiting], transfers: Transfers, key: Any, scope: Scope, receive: Receive, send: Send
+) -> bool:
+    """Count a request in all limits, and hold a lease for its transfer. Return False if the client left meanwhile.
+
+    A request that may be answered without a transfer, such as one with conditions or one for a folder, gets its lease
+    when the file is open. Raises `LimitExceeded` and `SourceUnavailable`.
+    """
+    if scope["method"] != "GET":
+        await transfers.begin(limits, scope, receive, is_transfer=False)
+        return True
+    await transfers.begin(limits, scope, receive, is_transfer=_is_for_a_file(key, scope))
+    scope[TRANSFERS] = transfers
+    if not transfers.waits:
+        return True
+    has_left = True
+
+    async def wait(_: Send) -> None:
+        nonlocal has_left
+        await transfers.hold()
+        has_left = False
+
+    await until_the_client_leaves(wait, receive, send)
+    return not has_left
+
+
+def _is_for_a_file(key: Any, scope: Scope) -> bool:
+    if isinstance(key, str) and (not key or key.endswith("/")):
+        return False
+    query: bytes = scope["query_string"]
+    if query and (b"view" in query or b"checksum" in query):
+        return False
+    return _CONDITIONS.isdisjoint([name for name, _ in scope["headers"]])
+
+
+async def spend(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> None:
+    """Hold the lease of an answer that has bytes of the file, and add it to the quotas.
+
+    plan: None if another server sends the file. Raises `LimitExceeded` and `SourceUnavailable`.
+    """
+    transfers: Transfers = scope[TRANSFERS]
+    if plan is None:
+        await transfers.hold()
+        if transfers.counts_bytes:
+            await transfers.spend(scope["path"], metadata, metadata.size, wants_all=True)
+            transfers.sent(None, ())
+    elif plan.body:
+        if not transfers.is_held:
+            await transfers.hold()
+        if transfers.counts_bytes:
+            wants_all = plan.status != 206 or plan.body == (ByteRange(0, metadata.size or 0),)
+            await transfers.spend(scope["path"], metadata, plan.length, wants_all=wants_all)
+
+
+def path_send_for(scope: Scope, path_send: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the server's path send, or None where its rate could not be limited."""
+    transfers: Transfers | None = scope.get(TRANSFERS)
+    is_free = transfers is None or not transfers.rates
+    return path_send if is_free or PACE in (scope.get("extensions") or {}) else None
+
+
+async def deliver_limited(
+    delivery: Delivery,
+    start: Message | None,
+    send: Send,
+    *,
+    scope: Scope,
+    receive: Receive | None = None,
+    facts: Facts | None = None,
+) -> None:
+    """Send an answer as `deliver` does, at the rate of its client, and note what was sent."""
+    transfers: Transfers = scope[TRANSFERS]
+    if isinstance(delivery, Inline):
+        seconds = 0.0
+        for shared in transfers.rates:
+            seconds = max(seconds, shared.take(len(delivery.body)))
+        if not seconds:
+            await deliver(delivery, start, send, receive=receive, facts=facts)
+        elif receive is None:
+            await anyio.sleep(seconds)
+            await deliver(delivery, start, send, facts=facts)
+        else:
+
+            async def wait_and_deliver(send: Send) -> None:
+                await anyio.sleep(seconds)
+                await deliver(delivery, start, send, facts=facts)
+
+            await until_the_client_leaves(wait_and_deliver, receive, send)
+        if transfers.counts_bytes and delivery.span is not None:
+            transfers.sent(len(delivery.body), (delivery.span,))
+        return
+    if not isinstance(delivery, Descriptor | Path | Chunks):
+        await deliver(delivery, start, send, receive=receive, facts=facts)
+        return
+    with ExitStack() as stack:
+        if transfers.counts_bytes:
+            send = stack.enter_context(_Counting(transfers, delivery, send)).send
+        if transfers.rates:
+            connection: Paced | None = (scope.get("extensions") or {}).get(PACE)
+            pace = stack.enter_context(Pace(transfers.rates, connection))
+            send = send if connection is not None else _Pausing(pace, send).send
+        await deliver(delivery, start, send, receive=receive, facts=facts)
+
+
+class _Counting:
+    """Counts what the server takes of an answer, and notes it at the end."""
+
+    def __init__(self, transfers: Transfers, delivery: Descriptor | Path | Chunks, send: Send) -> None:
+        self._transfers = transfers
+        self._delivery = delivery
+        self._send = send
+        self._sent = 0
+        self._loan: Loan | None = None
+        self._is_complete = False
+
+    def __enter__(self) -> "_Counting":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sent = self._sent + (0 if self._loan is None else self._loan.sent)
+        delivery, spans = self._delivery, list[ByteRange | None]()
+        match delivery:
+            case Descriptor(span=span):
+                spans = [span] if sent == len(span) else []
+            case Path(size=size):
+                spans = [None if size is None else ByteRange(0, size)] if self._is_complete else []
+            case Chunks(plan=plan):
+                spans = [one for one in plan.body if not isinstance(one, bytes)] if self._is_complete else []
+        self._transfers.sent(sent, spans)
+
+    async def send(self, message: Message) -> None:
+        """Send a message and count its bytes."""
+        await self._send(message)
+        if message["type"] == "http.response.body":
+            self._sent += len(message.get("body", b""))
+            self._is_complete = not message.get("more_body", False)
+        elif message["type"] == PATHSEND:
+            lent = message.get("descriptor")
+            if lent is not None:
+                self._loan = lent.loan
+            elif isinstance(self._delivery, Path):
+                self._sent, self._is_complete = self._delivery.size or 0, True
+
+
+class _Pausing:
+    """Sends the messages of an answer at a rate, where the server cannot do that."""
+
+    def __init__(self, pace: Pace, send: Send) -> None:
+        self._pace = pace
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        """Send a message, a body in pieces."""
+        body: bytes = message.get("body", b"")
+        while len(body) > (piece := self._pace.piece):
+            await self._send({**message, "body": body[:piece], "more_body": True})
+            await self._pace.wait(piece)
+            body = body[piece:]
+        await self._send({**message, "body": body} if "body" in message else message)
+        if message.get("more_body"):
+            await self._pace.wait(len(body))

@@ -1,0 +1,111 @@
+"""`GuardedLimitStore`: a store with a circuit breaker, and what holds while it does not answer."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeVar
+
+from downloadview_async.errors import SourceUnavailable
+from downloadview_async.http.log_text import escaped
+from downloadview_async.policy.limits.amounts import Quota, Window
+from downloadview_async.policy.limits.redis import RedisLimitStore
+from downloadview_async.policy.limits.store import ALLOWED, Costs, Verdict
+
+logger = logging.getLogger("downloadview_async")
+
+WhenStoreFails = Literal["refuse", "allow"]
+T = TypeVar("T")
+
+PAUSE = 1.0
+"""Seconds between two checks, by a task for which no request waits, whether a store that has failed works again."""
+
+
+class GuardedLimitStore:
+    """Asks a store, and decides what holds while it does not answer.
+
+    when_it_fails: "refuse" raises `SourceUnavailable`; "allow" counts nothing. After a failure no request waits for the
+    store until it has answered a check.
+    """
+
+    def __init__(self, store: RedisLimitStore, *, when_it_fails: WhenStoreFails) -> None:
+        self._store = store
+        self.followers = store.followers
+        self._is_allowed = when_it_fails == "allow"
+        self._has_failed = False
+        self._check_at = 0.0
+        self._checking: asyncio.Task[None] | None = None
+        self._held: set[str] = set()  # the leases that the store has given
+
+    async def admit(self, client: str, *, window: Window | None, most: int | None, lease: str | None) -> Verdict:
+        """Count a request, and hold a lease for its transfer. Raises `SourceUnavailable`."""
+        verdict = await self._ask(
+            lambda: self._store.admit(client, window=window, most=most, lease=lease), Verdict("requests", -1.0)
+        )
+        if verdict.wait < 0:
+            return ALLOWED
+        if lease is not None and verdict.refused is None:
+            self._held.add(lease)
+        return verdict
+
+    async def spend(self, client: str, costs: Costs, *, session: str, wants_all: bool, now: float) -> Quota | None:
+        """Add the costs to their quotas, or return a quota that is used up. Raises `SourceUnavailable`."""
+        return await self._ask(
+            lambda: self._store.spend(client, costs, session=session, wants_all=wants_all, now=now), None
+        )
+
+    def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, complete: str | None) -> None:
+        """End a lease, and give back what was not sent, unless the store has failed."""
+        held = lease if lease in self._held else None
+        self._held.discard(lease or "")
+        if held is not None or ((refunds or complete) and not self._has_failed):
+            self._store.release(client, held, refunds, spent_at=spent_at, complete=complete)
+
+    def transfers(self, client: str) -> int:
+        """Return how many leases the client holds in all processes, as far as this process knows."""
+        return self._store.transfers(client)
+
+    async def check(self) -> None:
+        """Return if the store answers."""
+        await self._store.check()
+
+    async def aclose(self) -> None:
+        """Close the connections of the running event loop."""
+        if self._checking is not None:
+            self._checking.cancel()
+        await self._store.aclose()
+
+    async def _ask(self, call: Callable[[], Awaitable[T]], otherwise: T) -> T:
+        if not self._has_failed:
+            try:
+                return await call()
+            except Exception as exc:  # whatever the library of the store raises
+                self._break(exc)
+        elif time.monotonic() >= self._check_at and self._checking is None:
+            self._checking = asyncio.get_running_loop().create_task(self._look())
+        if self._is_allowed:
+            return otherwise
+        raise SourceUnavailable("the store of limits has failed")
+
+    def _break(self, exc: Exception) -> None:
+        self._check_at = time.monotonic()
+        if self._has_failed:
+            self._check_at += PAUSE
+        else:
+            self._has_failed = True
+            verdict = "nothing is limited until it works again" if self._is_allowed else "requests get 503 until then"
+            logger.warning(
+                "the store of limits has failed (%s: %s): %s", type(exc).__name__, escaped(str(exc)), verdict
+            )
+
+    async def _look(self) -> None:
+        """Ask whether the store works again."""
+        try:
+            await self._store.check()
+        except Exception as exc:
+            self._break(exc)
+        else:
+            self._has_failed = False
+            logger.warning("the store of limits works again")
+        finally:
+            self._checking = None

@@ -1,0 +1,414 @@
+"""`Limits`: what each client may have. `Transfer`: what one request takes of it."""
+
+import hashlib
+import inspect
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import count
+from secrets import token_hex
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+from weakref import WeakValueDictionary
+
+import anyio
+from starlette.requests import Request
+from starlette.types import Receive, Scope
+
+from downloadview_async.errors import ConfigurationError, LimitExceeded, SourceUnavailable
+from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.policy.addresses import network_of
+from downloadview_async.policy.limits.amounts import Quota, Window, quota_of, rate_of, window_of
+from downloadview_async.policy.limits.clients import ClientOf, address_client, client_function
+from downloadview_async.policy.limits.guarded import GuardedLimitStore, WhenStoreFails
+from downloadview_async.policy.limits.memory import MAX_CLIENTS, MemoryLimitStore
+from downloadview_async.policy.limits.pace import SharedRate
+from downloadview_async.policy.limits.redis import Follower, RedisLimitStore
+from downloadview_async.policy.limits.store import Costs, LimitStore, Verdict, seconds_left
+
+if TYPE_CHECKING:
+    from downloadview_async.policy.limits.source import SourceLimit
+
+TRANSFERS = "downloadview_async.transfers"
+"""The key of the `Transfers` of a request in its ASGI scope: `DownloadResponse` keeps to them."""
+
+QUEUE_SECONDS = 10.0
+"""Seconds that a request waits for a transfer of its client to end, with `mode="queue"`."""
+
+MAX_WAITING = 32
+"""How many requests of one client may wait."""
+
+_POLL_SECONDS = 0.25  # how often the first one asks a store that other processes use
+
+logger = logging.getLogger("downloadview_async")
+
+_process = token_hex(8)
+_numbers = count()
+_names = count()
+_stores: WeakValueDictionary[tuple[str, str], GuardedLimitStore] = WeakValueDictionary()
+
+
+class Limits:
+    """What each client may have: `Download(source, limits=Limits(concurrent=8, rate="20MB/s"))`.
+
+    client: what counts as one: "address" (of IPv6, the /64), "user", "link", "header:NAME" as a proxy in `trusted`
+    sends it, or a function, sync or async, that gets the request and returns a text. A request without a user, a link,
+    or a header that is trusted, and one for which the function returns None, counts by its address.
+    concurrent: transfers at once. requests: such as "600/minute". rate: bytes per second of all transfers of a client
+    together, such as "20MB/s". quota: amounts such as "50GB/day" and "1000 downloads/day"; days begin at 00:00 UTC.
+    total_rate: bytes per second of all clients together, in this process.
+    mode: "refuse" answers 429 to a client that has `concurrent` transfers. "queue" lets at most 32 requests of a client
+    wait for `queue_seconds` at most, in their order.
+    store: "memory", for this process alone, or a URL such as "redis://127.0.0.1:6379/0", for all that use it.
+    when_store_fails: "allow" or "refuse" (503), while the store does not answer.
+    name: tells these limits from others in the same store. The processes of one application give the same name.
+
+    One object may limit several `Download` applications together. Sizes are decimal: 1MB is 1,000,000 bytes.
+
+    Raises `ConfigurationError` for a value that is not one, and if Redis is used without its package.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: str | ClientOf = "address",
+        concurrent: int | None = None,
+        rate: str | None = None,
+        requests: str | None = None,
+        quota: str | Sequence[str] = (),
+        total_rate: str | None = None,
+        mode: Literal["refuse", "queue"] = "refuse",
+        queue_seconds: float = QUEUE_SECONDS,
+        store: str = "memory",
+        when_store_fails: WhenStoreFails = "allow",
+        trusted: Iterable[str] = ("127.0.0.1", "::1"),
+        name: str = "",
+    ) -> None:
+        if concurrent is not None and (not isinstance(concurrent, int) or isinstance(concurrent, bool)):
+            raise ConfigurationError(f"concurrent is {concurrent!r}: give a number of transfers")
+        if concurrent is not None and concurrent < 1:
+            raise ConfigurationError(f"concurrent is {concurrent}: give 1 or more")
+        if mode not in ("refuse", "queue"):
+            raise ConfigurationError(f'mode is {mode!r}: give "refuse" or "queue"')
+        if mode == "queue" and concurrent is None:
+            raise ConfigurationError('mode is "queue": give concurrent, which is what requests wait for')
+        if not queue_seconds > 0:
+            raise ConfigurationError(f"queue_seconds is {queue_seconds!r}: give more than 0")
+        if when_store_fails not in ("refuse", "allow"):
+            raise ConfigurationError(f'when_store_fails is {when_store_fails!r}: give "refuse" or "allow"')
+        self._client_of = client_function(client, trusted)
+        self._most = concurrent
+        self._window: Window | None = None if requests is None else window_of(requests)
+        self._quotas: tuple[Quota, ...] = tuple(map(quota_of, [quota] if isinstance(quota, str) else quota))
+        if len({(one.unit, one.seconds) for one in self._quotas}) < len(self._quotas):
+            raise ConfigurationError("quota has two amounts of the same unit and period: remove one")
+        self._counts_downloads = any(one.unit == "downloads" for one in self._quotas)
+        self.rate = None if rate is None else rate_of(rate)
+        self.total = None if total_rate is None else SharedRate(rate_of(total_rate))
+        self.counts_bytes = bool(self._quotas)
+        """Whether the bytes that were sent, or their end, have to be known."""
+        self.is_paced = rate is not None or total_rate is not None
+        """Whether transfers have a rate."""
+        self.queues = mode == "queue"
+        self._queue_seconds = queue_seconds
+        self._holds_leases = concurrent is not None or (rate is not None and store != "memory")
+        self._name = name or f"{next(_names)}"
+        self._key_of = lru_cache(maxsize=4096)(lambda address: f"{self._name} address {network_of(address)}")
+        self._rates: OrderedDict[str, SharedRate] = OrderedDict()
+        self._queues: dict[str, deque[_Place]] = {}
+        self.is_shared = store != "memory"
+        """Whether other processes use the store too."""
+        self._store: LimitStore = MemoryLimitStore() if store == "memory" else _in_redis(store, when_store_fails, self)
+
+    async def client_of(self, request: Request) -> str:
+        """Return the key of the client that sends a request. If a function fails, that raises `SourceUnavailable`."""
+        try:
+            client = self._client_of(request)
+            if inspect.isawaitable(client):
+                client = await client
+            if client is not None and not isinstance(client, str):
+                raise TypeError(f"the function for the client gave {client!r}, not a text")
+        except ConfigurationError:
+            raise
+        except Exception as exc:
+            logger.exception("the function for the client of limits has failed")
+            raise SourceUnavailable("the function for the client of limits has failed") from exc
+        peer = request.scope.get("client")
+        return self._key_of(peer[0] if peer else None) if client is None else f"{self._name} {client}"
+
+    async def begin(self, scope: Scope, receive: Receive, *, is_transfer: bool) -> "Transfer":
+        """Count a request, and return what it takes. `is_transfer`: it holds a lease, unless it has to wait for one.
+
+        Raises `LimitExceeded`, and `SourceUnavailable` if the store has failed.
+        """
+        if self._client_of is address_client:
+            peer = scope.get("client")
+            client = self._key_of(peer[0] if peer else None)
+        else:
+            client = await self.client_of(Request(scope, receive))
+        transfer = Transfer(self, client)
+        transfer.is_held = not self._holds_leases
+        lease = transfer.lease if is_transfer and self._holds_leases else None
+        if self._window is None and lease is None:
+            return transfer
+        if lease is not None and self._queues.get(client):
+            lease, transfer.waits = None, True  # behind those that wait already
+        verdict = await self._store.admit(client, window=self._window, most=self._most, lease=lease)
+        if verdict.refused == "concurrent" and self.queues:
+            transfer.waits = True
+        elif verdict.refused is not None:
+            raise self._refusal(verdict)
+        elif lease is not None:
+            transfer.is_held = True
+        return transfer
+
+    async def hold(self, transfer: "Transfer") -> None:
+        """Hold a lease for a transfer that has none. It waits in the queue, if there is one.
+
+        Raises `LimitExceeded` and `SourceUnavailable`.
+        """
+        if not (self.queues and (transfer.waits or self._queues.get(transfer.client))):
+            verdict = await self._take(transfer)
+            if verdict.refused is None:
+                return
+            if not self.queues:
+                raise self._refusal(verdict)
+        await self._wait(transfer)
+
+    async def _take(self, transfer: "Transfer") -> Verdict:
+        verdict = await self._store.admit(transfer.client, window=None, most=self._most, lease=transfer.lease)
+        transfer.is_held = verdict.refused is None
+        return verdict
+
+    async def _wait(self, transfer: "Transfer") -> None:
+        queue = self._queues.setdefault(transfer.client, deque())
+        if len(queue) >= MAX_WAITING:
+            raise self._refusal(Verdict("concurrent", 1.0))
+        place = _Place()
+        queue.append(place)
+        try:
+            with anyio.move_on_after(self._queue_seconds):
+                while queue[0] is not place:
+                    await place.wait(self._queue_seconds)
+                while (await self._take(transfer)).refused is not None:
+                    await place.wait(_POLL_SECONDS if self.is_shared else self._queue_seconds)
+        finally:
+            queue.remove(place)
+            if queue:
+                queue[0].wake()
+            else:
+                self._queues.pop(transfer.client, None)
+        if not transfer.is_held:
+            raise self._refusal(Verdict("concurrent", 1.0))
+
+    async def spend(self, transfer: "Transfer", session: str, size: int | None, *, wants_all: bool) -> None:
+        """Add the bytes and the download to the quotas of the client.
+
+        session: the path and the version of the file. size: of the body in bytes, None if it is not known before it
+        ends. Raises `LimitExceeded` and `SourceUnavailable`.
+        """
+        if not self._quotas:
+            return
+        now = time.time()
+        costs = [(quota, (size or 0) if quota.unit == "bytes" else 1) for quota in self._quotas]
+        transfer.session = _short(session) if self._counts_downloads else ""
+        transfer.spent, transfer.spent_at = size or 0, now
+        transfer.is_charged = True  # also if this is cancelled: the store has the call all the same
+        try:
+            used_up = await self._store.spend(
+                transfer.client, costs, session=transfer.session, wants_all=wants_all, now=now
+            )
+        except Exception:
+            transfer.is_charged = False
+            raise
+        if used_up is not None:
+            transfer.is_charged = False
+            raise LimitExceeded(used_up.text, wait=seconds_left(used_up, now))
+
+    def end(self, transfer: "Transfer", sent: int | None, *, is_complete: bool) -> None:
+        """Give back what a transfer holds. sent: bytes of its body, None if all of what it was to have."""
+        refunds: Costs = ()
+        if transfer.is_charged and sent is not None and sent != transfer.spent:
+            refunds = [(quota, transfer.spent - sent) for quota in self._quotas if quota.unit == "bytes"]
+        lease = transfer.lease if transfer.is_held and self._holds_leases else None
+        complete = (transfer.session or None) if is_complete else None
+        transfer.is_held = False
+        if lease is not None or refunds or complete is not None:
+            self._store.release(transfer.client, lease, refunds, spent_at=transfer.spent_at, complete=complete)
+        if queue := self._queues.get(transfer.client):
+            queue[0].wake()
+
+    def rates_of(self, transfer: "Transfer") -> tuple[SharedRate, ...]:
+        """Return the rates that a transfer shares with others."""
+        total = () if self.total is None else (self.total,)
+        if self.rate is None:
+            return total
+        client = transfer.client
+        shared = self._rates.get(client)
+        if shared is None:
+            store = self._store
+
+            def elsewhere() -> int:
+                return max(0, store.transfers(client) - len(created.paces))
+
+            shared = created = SharedRate(self.rate, elsewhere if self.is_shared else lambda: 0)
+            self._rates[client] = shared
+            self._forget_rates()
+        return (shared, *total)
+
+    def _forget_rates(self) -> None:
+        """Forget rates that nothing uses, those of the clients that came first before all."""
+        for client in list(self._rates)[:2]:
+            if self._rates[client].is_idle and len(self._rates) > 1:
+                del self._rates[client]
+        while len(self._rates) > MAX_CLIENTS and not next(iter(self._rates.values())).paces:
+            self._rates.popitem(last=False)
+
+    def follow(self, client: str) -> None:
+        """Set the rates of the client's transfers: other processes have begun or ended some."""
+        if (shared := self._rates.get(client)) is not None:
+            shared.change()
+
+    def _refusal(self, verdict: Verdict) -> LimitExceeded:
+        if verdict.refused == "requests":
+            assert self._window is not None
+            return LimitExceeded(self._window.text, wait=verdict.wait)
+        transfers = "1 transfer" if self._most == 1 else f"{self._most} transfers"
+        return LimitExceeded(f"at most {transfers} at once", wait=verdict.wait)
+
+    async def check(self) -> None:
+        """Return if the store answers. Raises whatever the library of the store raises."""
+        await self._store.check()
+
+    async def aclose(self) -> None:
+        """Close the connections of the store in the running event loop."""
+        await self._store.aclose()
+
+
+class _Place:
+    """A place in a queue. It is woken when a transfer has ended, or when it is the first one."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = anyio.Event()
+
+    def wake(self) -> None:
+        self._event.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Return when `wake` is called, or was called since the last wait, or after some seconds."""
+        with anyio.move_on_after(seconds):
+            await self._event.wait()
+        self._event = anyio.Event()
+
+
+class Transfer:
+    """What one request takes of some `Limits`.
+
+    client: its key. is_held: whether it holds a lease. waits: whether it has to wait for one in the queue. spent,
+    spent_at, session: the bytes that its quotas were charged with, when, and the download that it belongs to.
+    is_charged: whether they were.
+    """
+
+    __slots__ = ("client", "is_charged", "is_held", "lease", "limits", "session", "spent", "spent_at", "waits")
+
+    def __init__(self, limits: "Limits | SourceLimit", client: str) -> None:
+        self.limits = limits
+        self.client = client
+        self.lease = f"{_process}.{next(_numbers)}"
+        self.is_held = False
+        self.waits = False
+        self.spent = 0
+        self.spent_at = 0.0
+        self.session = ""
+        self.is_charged = False
+
+
+class Transfers:
+    """What one request takes of all the limits that hold for it. A context manager, which gives it back."""
+
+    __slots__ = ("_all", "_is_complete", "_sent", "_size", "counts_bytes", "is_held", "rates", "waits")
+
+    def __init__(self) -> None:
+        self._all: list[Transfer] = []
+        self._sent: int | None = None
+        self._size: int | None = None
+        self._is_complete = False
+        self.counts_bytes = False
+        self.rates: tuple[SharedRate, ...] = ()
+        """The rates that the transfer shares with others."""
+        self.waits = False
+        """Whether a lease may have to be waited for."""
+        self.is_held = True
+        """Whether all leases are held."""
+
+    def __enter__(self) -> "Transfers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for transfer in self._all:
+            transfer.limits.end(transfer, self._sent, is_complete=self._is_complete)
+
+    async def begin(
+        self, limits: "Sequence[Limits | SourceLimit]", scope: Scope, receive: Receive, *, is_transfer: bool
+    ) -> None:
+        """Count a request in all limits that hold for it. Raises `LimitExceeded` and `SourceUnavailable`."""
+        for one in limits:
+            transfer = await one.begin(scope, receive, is_transfer=is_transfer)
+            self._all.append(transfer)
+            if transfer.waits:
+                self.waits = True
+            if not transfer.is_held:
+                self.is_held = False
+            if one.counts_bytes:
+                self.counts_bytes = True
+            if one.is_paced:
+                self.rates += one.rates_of(transfer)
+
+    async def hold(self) -> None:
+        """Hold the leases that are not held yet. Raises `LimitExceeded` and `SourceUnavailable`."""
+        for transfer in self._all:
+            if not transfer.is_held:
+                await transfer.limits.hold(transfer)
+
+    async def spend(self, path: str, metadata: FileMetadata, size: int | None, *, wants_all: bool) -> None:
+        """Add an answer to the quotas. Until `sent` is called, none of it counts as sent. Raises `LimitExceeded`.
+
+        path: of the URL. size: of the body in bytes, None if it is not known.
+        """
+        self._sent, self._size = 0, metadata.size
+        version = metadata.etag if metadata.etag is not None else f"{metadata.last_modified} {metadata.size}"
+        for transfer in self._all:
+            await transfer.limits.spend(transfer, f"{path} {version}", size, wants_all=wants_all)
+
+    def sent(self, size: int | None, spans: Iterable[ByteRange | None]) -> None:
+        """Note the bytes that were sent, None: all. spans: the parts of the file that are complete, None: all of it."""
+        self._sent = size
+        self._is_complete = any(span is None or span.stop == self._size for span in spans)
+
+    @property
+    def rate(self) -> int | None:
+        """The least rate of a client, in bytes per second, for a proxy that sends the file; None: there is none."""
+        return min((one.limits.rate for one in self._all if one.limits.rate is not None), default=None)
+
+
+def _in_redis(url: str, when_it_fails: WhenStoreFails, follower: Follower) -> LimitStore:
+    """Return the store at a URL. All limits with the same URL share one, and the knowledge that it has failed."""
+    if not isinstance(url, str) or url.partition("://")[0] not in ("redis", "rediss", "unix"):
+        # the URL may have a password, so it is not shown
+        raise ConfigurationError('store is not a store: give "memory" or a URL such as redis://127.0.0.1:6379/0')
+    guarded = _stores.get((url, when_it_fails))
+    if guarded is None:
+        guarded = _stores[url, when_it_fails] = GuardedLimitStore(RedisLimitStore(url), when_it_fails=when_it_fails)
+    guarded.followers.add(follower)
+    return guarded
+
+
+@lru_cache(maxsize=1024)
+def _short(session: str) -> str:
+    return hashlib.sha256(session.encode()).hexdigest()[:32]

@@ -1,0 +1,61 @@
+"""`SourceLimit`: how many requests may use a source at once."""
+
+import math
+from contextlib import ExitStack
+
+from starlette.types import Receive, Scope
+
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.policy.limits.limits import Transfer
+from downloadview_async.policy.limits.pace import SharedRate
+from downloadview_async.sources.workers import Slots
+
+
+class SourceLimit:
+    """How many requests may use a source at once: `Download(source, limits=SourceLimit(200))`.
+
+    It counts requests from before the file is opened until the answer has ended, of all clients together, in this
+    process. Further requests wait in a queue for `queue_seconds` at most, and get 503 with Retry-After after that. So a
+    disk or a server that hangs takes so many requests, and no more. One object may limit several applications together.
+
+    Raises `ConfigurationError` for a number that is not one.
+    """
+
+    counts_bytes = False
+    is_paced = False
+    rate: int | None = None
+
+    def __init__(self, requests: int, *, queue_seconds: float = 2.0) -> None:
+        if not isinstance(requests, int) or isinstance(requests, bool) or requests < 1:
+            raise ConfigurationError(f"SourceLimit takes a number of requests, 1 or more, not {requests!r}")
+        if not 0 < queue_seconds < math.inf:
+            raise ConfigurationError(f"queue_seconds is {queue_seconds!r}: give more than 0")
+        self._slots = Slots(requests, patience=queue_seconds)
+
+    async def begin(self, scope: Scope, receive: Receive, *, is_transfer: bool) -> Transfer:
+        """Take a slot, also for a request without a transfer: it opens the file. Raises `SourceUnavailable`."""
+        return _Slot(self, await self._slots.take())
+
+    async def hold(self, transfer: Transfer) -> None:
+        """Return: the slot is held."""
+
+    async def spend(self, transfer: Transfer, session: str, size: int | None, *, wants_all: bool) -> None:
+        """Return: there is no quota."""
+
+    def rates_of(self, transfer: Transfer) -> tuple[SharedRate, ...]:
+        """Return nothing: there is no rate."""
+        return ()
+
+    def end(self, transfer: Transfer, sent: int | None, *, is_complete: bool) -> None:
+        """Free the slot."""
+        assert isinstance(transfer, _Slot)
+        transfer.slot.close()
+
+
+class _Slot(Transfer):
+    __slots__ = ("slot",)
+
+    def __init__(self, limit: SourceLimit, slot: ExitStack) -> None:
+        super().__init__(limit, "")
+        self.is_held = True
+        self.slot = slot

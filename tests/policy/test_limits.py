@@ -1,0 +1,630 @@
+"""Limits: how amounts are written, what the stores count, and who waits for whom."""
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.requests import Request
+
+import downloadview_async as dv
+from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.policy.grants import GRANT
+from downloadview_async.policy.limits import memory
+from downloadview_async.policy.limits import redis as redis_module
+from downloadview_async.policy.limits.amounts import Quota, Window, quota_of, rate_of, window_of
+from downloadview_async.policy.limits.guarded import GuardedLimitStore
+from downloadview_async.policy.limits.limits import Transfers
+from downloadview_async.policy.limits.memory import MemoryLimitStore
+from downloadview_async.policy.limits.pace import Pace, SharedRate
+from downloadview_async.policy.limits.redis import LEASE_SECONDS, RedisLimitStore
+from downloadview_async.policy.limits.store import LimitStore, window_wait
+from tests.redis_server import RedisServer
+from tests.servers import PROJECT
+
+NOW = 1_900_000_000.0
+MINUTE = Window(3, 60, "at most 3 requests per minute")
+BYTES = Quota(100, "bytes", 86_400, "at most 100B per day")
+DOWNLOADS = Quota(2, "downloads", 86_400, "at most 2 downloads per day")
+
+
+@pytest.mark.parametrize(
+    "text, rate",
+    [("20MB/s", 20_000_000), ("20 MB/s", 20_000_000), ("500kB/s", 500_000), ("1.5GB/second", 1_500_000_000),
+     ("1000B/s", 1000), ("0.0015MB/s", 1500)],
+)  # fmt: skip
+def test_rates(text: str, rate: int) -> None:
+    assert rate_of(text) == rate
+
+
+@pytest.mark.parametrize(
+    "text, advice",
+    [("20mb/s", "160 Mbit/s"), ("20MiB/s", "did you mean MB?"), ("20Mbit/s", "160 Mbit/s"), ("20Mb/s", "160"),
+     ("20MB", "give bytes per second"), ("20MB/m", "give bytes per second"), ("", "give"), ("MB/s", "give"),
+     ("-1MB/s", "give"), ("1e3MB/s", "is not a rate"), ("999B/s", "1kB/s or more"), ("0MB/s", "1kB/s or more"),
+     ("1000.5B/s", "whole bytes"), ("٣MB/s", "give"), ("999999999999TB/s", "out of range"), ("20MB/s\n", "give")],
+)  # fmt: skip
+def test_rates_that_are_refused(text: str, advice: str) -> None:
+    with pytest.raises(dv.ConfigurationError, match=advice):
+        rate_of(text)
+
+
+def test_requests() -> None:
+    assert window_of("600/minute") == Window(600, 60, "at most 600 requests per minute")
+    assert window_of("1 request/second") == Window(1, 1, "at most 1 request per second")
+
+
+@pytest.mark.parametrize(
+    "text, advice",
+    [("600", "such as 600/minute"), ("0/minute", "allows no request"), ("600/min", "did you mean minute?"),
+     ("600/hours", "did you mean hour?"), ("600/fortnight", "use one of second, minute, hour, day"),
+     ("1.5/second", "such as"), ("600 per minute", "such as")],
+)  # fmt: skip
+def test_requests_that_are_refused(text: str, advice: str) -> None:
+    with pytest.raises(dv.ConfigurationError, match=advice):
+        window_of(text)
+
+
+def test_quotas() -> None:
+    assert quota_of("50GB/day") == Quota(50 * 10**9, "bytes", 86_400, "at most 50GB per day")
+    assert quota_of("1000 downloads/day") == Quota(1000, "downloads", 86_400, "at most 1000 downloads per day")
+    assert quota_of("1 download/hour") == Quota(1, "downloads", 3600, "at most 1 download per hour")
+
+
+@pytest.mark.parametrize(
+    "text, advice",
+    [("50GB", "such as 50GB/day"), ("50gb/day", "did you mean GB?"), ("10 download s/day", "such as"),
+     ("10 downloades/day", "did you mean downloads?"), ("1.5 downloads/day", "out of range"),
+     ("0GB/day", "1 or more"), ("50GB/month", "use one of"), ("1000/day", "use one of B, kB, MB, GB, TB, downloads")],
+)  # fmt: skip
+def test_quotas_that_are_refused(text: str, advice: str) -> None:
+    with pytest.raises(dv.ConfigurationError, match=advice):
+        quota_of(text)
+
+
+@given(st.text(max_size=30) | st.from_regex(r"[0-9. ]{0,9}[A-Za-z ]{0,9}/?[a-z]{0,7}", fullmatch=True))
+def test_no_text_raises_another_error(text: str) -> None:
+    for parse in (rate_of, window_of, quota_of):
+        with contextlib.suppress(dv.ConfigurationError):
+            parse(text)
+
+
+@given(st.integers(1, 1000), st.floats(0, 60, exclude_max=True), st.integers(0, 1000), st.integers(0, 1000))
+def test_the_wait_is_long_enough_and_not_longer(amount: int, elapsed: float, current: int, previous: int) -> None:
+    window = Window(amount, 60, "")
+    wait = window_wait(window, elapsed, current, previous)
+    assert 0 <= wait <= 120
+
+    def used(at: float) -> float:
+        if at < 60:
+            return previous * (1 - at / 60) + current
+        return current * (1 - (at - 60) / 60)
+
+    assert used(elapsed + wait) <= amount - 1 + 1e-6
+    if wait > 0.01:
+        assert used(elapsed + wait - 0.01) > amount - 1 - 1e-6
+
+
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"concurrent": 0}, "concurrent is 0"),
+    ({"concurrent": True}, "concurrent is True"),
+    ({"concurrent": "8"}, "concurrent is '8'"),
+    ({"mode": "wait", "concurrent": 1}, "mode is 'wait'"),
+    ({"mode": "queue"}, "give concurrent"),
+    ({"mode": "queue", "concurrent": 1, "queue_seconds": 0}, "queue_seconds"),
+    ({"when_store_fails": "maybe"}, "when_store_fails"),
+    ({"client": "adress"}, "client is 'adress'"),
+    ({"client": "header:X Y"}, "the name of a header"),
+    ({"store": "sqlite:limits.db"}, 'give "memory"'),
+    ({"store": "http://:secret@host/"}, 'give "memory"'),
+    ({"quota": ["1GB/day", "2GB/day"]}, "same unit and period"),
+]
+
+
+@pytest.mark.parametrize("options, problem", OPTIONS)
+def test_options_that_are_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(dv.ConfigurationError, match=problem) as raised:
+        dv.Limits(**options)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_download_takes_only_limits() -> None:
+    with pytest.raises(dv.ConfigurationError, match="give Limits"):
+        dv.Download(dv.PathSource("."), limits="10MB/s")  # type: ignore[arg-type]
+
+
+@pytest_asyncio.fixture(params=["memory", "redis"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[LimitStore]:
+    store: LimitStore
+    if request.param == "memory":
+        store = MemoryLimitStore()
+    else:
+        store = RedisLimitStore(request.getfixturevalue("redis").url, timeout=5.0)
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+def a_client() -> str:
+    return uuid.uuid4().hex
+
+
+async def spend(
+    store: LimitStore, client: str, *costs: tuple[Quota, int], session: str = "v1", whole: bool = True, now: float = NOW
+) -> Quota | None:
+    return await store.spend(client, costs, session=session, wants_all=whole, now=now)
+
+
+@pytest.mark.asyncio
+async def test_requests_of_a_window(store: LimitStore) -> None:
+    client, other = a_client(), a_client()
+    verdicts = [await store.admit(client, window=MINUTE, most=None, lease=None) for _ in range(5)]
+    assert [verdict.refused for verdict in verdicts] == [None, None, None, "requests", "requests"]
+    assert 59 < verdicts[-1].wait <= 81
+    assert (await store.admit(other, window=MINUTE, most=None, lease=None)).refused is None
+
+
+@pytest.mark.asyncio
+async def test_leases(store: LimitStore) -> None:
+    client = a_client()
+    assert (await store.admit(client, window=None, most=2, lease="a")).refused is None
+    assert (await store.admit(client, window=None, most=2, lease="b")).refused is None
+    refused = await store.admit(client, window=None, most=2, lease="c")
+    assert (refused.refused, refused.wait, store.transfers(client)) == ("concurrent", 1.0, 2)
+    store.release(client, "a", (), spent_at=0.0, complete=None)
+    store.release(client, "a", (), spent_at=0.0, complete=None)  # once more changes nothing
+    assert (await store.admit(client, window=None, most=2, lease="c")).refused is None
+    assert (await store.admit(client, window=None, most=2, lease="d")).refused == "concurrent"
+    assert (await store.admit(client, window=None, most=None, lease="e")).refused is None
+
+
+@pytest.mark.asyncio
+async def test_a_quota_is_exceeded_by_one_transfer_at_most(store: LimitStore) -> None:
+    client = a_client()
+    assert await spend(store, client, (BYTES, 99)) is None
+    assert await spend(store, client, (BYTES, 60)) is None
+    assert await spend(store, client, (BYTES, 1)) is BYTES
+    store.release(client, None, [(BYTES, 60)], spent_at=NOW, complete=None)  # none of it was sent
+    assert await spend(store, client, (BYTES, 1)) is None
+    assert await spend(store, client, (BYTES, 0)) is BYTES
+    tomorrow = NOW + 86_400
+    assert await spend(store, client, (BYTES, 100), now=tomorrow) is None
+    store.release(client, None, [(BYTES, 50)], spent_at=NOW, complete=None)  # that was yesterday
+    assert await spend(store, client, (BYTES, 1), now=tomorrow) is BYTES
+
+
+@pytest.mark.asyncio
+async def test_a_refused_quota_leaves_the_others_as_they_are(store: LimitStore) -> None:
+    client = a_client()
+    assert await spend(store, client, (BYTES, 100)) is None
+    assert await spend(store, client, (DOWNLOADS, 1), (BYTES, 1), session="v2") is BYTES
+    assert await spend(store, client, (DOWNLOADS, 1), session="v2") is None
+    assert await spend(store, client, (DOWNLOADS, 1), session="v3") is None
+    assert await spend(store, client, (DOWNLOADS, 1), session="v4") is DOWNLOADS
+
+
+@pytest.mark.asyncio
+async def test_the_requests_of_one_download_count_once(store: LimitStore) -> None:
+    client = a_client()
+    for whole in (True, False, False, True):  # it breaks off, is resumed, and is begun again
+        assert await spend(store, client, (DOWNLOADS, 1), whole=whole) is None
+    store.release(client, None, (), spent_at=NOW, complete="v1")
+    assert await spend(store, client, (DOWNLOADS, 1), whole=False) is None  # a part of what it has
+    assert await spend(store, client, (DOWNLOADS, 1)) is None  # all of it again: the second download
+    assert await spend(store, client, (DOWNLOADS, 1)) is None
+    assert await spend(store, client, (DOWNLOADS, 1), session="v2", whole=False) is DOWNLOADS
+
+
+@pytest.mark.asyncio
+async def test_leases_of_a_dead_process_end(redis: RedisServer) -> None:
+    code = (
+        "import asyncio, os, sys\n"
+        "from downloadview_async.policy.limits import redis\n"
+        "redis.LEASE_SECONDS = 0.3\n"
+        "async def main():\n"
+        "    store = redis.RedisLimitStore(sys.argv[1], timeout=5.0)\n"
+        "    await store.admit(sys.argv[2], window=None, most=1, lease='dead')\n"
+        "    os._exit(1)\n"
+        "asyncio.run(main())\n"
+    )
+    client = a_client()
+    subprocess.run([sys.executable, "-c", code, redis.url, client], cwd=PROJECT, check=False)
+    store = RedisLimitStore(redis.url, timeout=5.0)
+    with anyio.fail_after(20):
+        while (await store.admit(client, window=None, most=1, lease="new")).refused is not None:
+            await asyncio.sleep(0.02)
+    await store.aclose()
+
+
+@pytest.mark.asyncio
+async def test_leases_are_renewed(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("downloadview_async.policy.limits.redis.LEASE_SECONDS", 0.4)
+    redis_module._terms.cache_clear()
+    monkeypatch.setattr("downloadview_async.policy.limits.redis._RENEW_SECONDS", 0.1)
+    one, other, client = RedisLimitStore(redis.url, timeout=5.0), RedisLimitStore(redis.url, timeout=5.0), a_client()
+    followed: list[str] = []
+
+    class Noting:
+        def follow(self, client: str) -> None:
+            followed.append(client)
+
+    noting = Noting()
+    one.followers.add(noting)
+    assert (await one.admit(client, window=None, most=2, lease="a")).refused is None
+    assert (await other.admit(client, window=None, most=2, lease="b")).refused is None
+    with anyio.fail_after(20):
+        while not followed:
+            await asyncio.sleep(0.05)
+    assert (one.transfers(client), other.transfers(client)) == (2, 2)
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:  # longer than a lease
+        assert (await other.admit(client, window=None, most=2, lease="c")).refused == "concurrent"
+        await asyncio.sleep(0.05)
+    await one.aclose()
+    await other.aclose()
+    redis_module._terms.cache_clear()
+    assert LEASE_SECONDS == 30
+
+
+@pytest.mark.asyncio
+async def test_redis_may_forget_its_scripts(redis: RedisServer) -> None:
+    from redis import asyncio as library
+
+    store, client = RedisLimitStore(redis.url, timeout=5.0), a_client()
+    assert (await store.admit(client, window=MINUTE, most=None, lease=None)).refused is None
+    server = library.Redis.from_url(redis.url)
+    await server.script_flush()
+    await server.aclose()
+    verdicts = await asyncio.gather(*[store.admit(client, window=MINUTE, most=None, lease=None) for _ in range(20)])
+    assert [verdict.refused for verdict in verdicts].count(None) == 2
+    await store.aclose()
+
+
+@pytest.mark.asyncio
+async def test_keys_expire_and_do_not_show_the_client(redis: RedisServer) -> None:
+    from redis import asyncio as library
+
+    store, client = RedisLimitStore(redis.url, prefix=f"test-{a_client()}", timeout=5.0), "address 203.0.113.7"
+    await store.admit(client, window=MINUTE, most=2, lease="a")
+    await spend(store, client, (BYTES, 1), (DOWNLOADS, 1))
+    server = library.Redis.from_url(redis.url, decode_responses=True)
+    keys = [key async for key in server.scan_iter(f"{store._prefix}*")]
+    assert len(keys) == 5
+    for key in keys:
+        assert "203" not in key.removeprefix(store._prefix)[:6]
+        assert 0 < await server.ttl(key) <= 2 * 86_400
+    await server.aclose()
+    await store.aclose()
+
+
+@pytest.mark.asyncio
+async def test_memory_forgets_clients_but_not_their_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MAX_CLIENTS", 3)
+    store = MemoryLimitStore()
+    await store.admit("busy", window=MINUTE, most=1, lease="a")
+    for number in range(10):
+        await store.admit(str(number), window=MINUTE, most=1, lease=None)
+    assert (store.transfers("busy"), len(store._clients)) == (1, 3)
+    assert (await store.admit("busy", window=MINUTE, most=1, lease="b")).refused == "concurrent"
+
+
+@contextlib.contextmanager
+def a_hung_server() -> Any:
+    """Accept connections, and never answer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("verdict", ["allow", "refuse"])
+async def test_a_hung_server_is_asked_once(verdict: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("downloadview_async.policy.limits.guarded.PAUSE", 3600.0)
+    with a_hung_server() as url:
+        guarded = GuardedLimitStore(RedisLimitStore(url), when_it_fails=verdict)
+        asked = 0
+        ask = guarded._store.admit
+
+        async def counting(*arguments: Any, **options: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            return await ask(*arguments, **options)
+
+        monkeypatch.setattr(guarded._store, "admit", counting)
+        for _ in range(50):
+            refused = contextlib.nullcontext() if verdict == "allow" else pytest.raises(dv.SourceUnavailable)
+            with refused:
+                answer = await guarded.admit("a", window=MINUTE, most=1, lease="x")
+                assert answer.refused is None
+            guarded.release("a", "x", (), spent_at=0.0, complete=None)
+        assert asked == 1
+        await guarded.aclose()
+
+
+@pytest.mark.asyncio
+async def test_the_store_is_used_again_when_it_is_back(
+    redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("downloadview_async.policy.limits.guarded.PAUSE", 0.05)
+    server = RedisServer(tmp_path)
+    server.start()
+    guarded = GuardedLimitStore(RedisLimitStore(server.url, timeout=1.0), when_it_fails="allow")
+    once = Window(1, 60, "")
+    assert (await guarded.admit("a", window=once, most=None, lease=None)).refused is None
+    assert (await guarded.admit("a", window=once, most=None, lease=None)).refused == "requests"
+    server.stop()
+    assert (await guarded.admit("a", window=once, most=None, lease=None)).refused is None
+    server.start()
+    try:
+        with anyio.fail_after(20):
+            while (await guarded.admit("a", window=once, most=None, lease=None)).refused is None:
+                await asyncio.sleep(0.02)
+    finally:
+        await guarded.aclose()
+        server.stop()
+
+
+def request_from(client: str | None = "192.0.2.1", headers: dict[str, str] | None = None, **scope: Any) -> Request:
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    peer = None if client is None else (client, 1)
+    return Request({"type": "http", "method": "GET", "path": "/", "client": peer, "headers": raw, **scope})
+
+
+def _granted(grant: dv.Grant) -> dict[str, Any]:
+    return {GRANT: grant}
+
+
+async def by_a_hook(request: Request) -> str | None:
+    return request.headers.get("x-plan")
+
+
+@pytest.mark.asyncio
+async def test_who_counts_as_one_client() -> None:
+    async def same(limits: dv.Limits, one: Request, other: Request) -> bool:
+        return await limits.client_of(one) == await limits.client_of(other)
+
+    address = dv.Limits()
+    assert await same(address, request_from("2001:db8::1"), request_from("2001:db8::ffff:1"))
+    assert not await same(address, request_from("2001:db8::1"), request_from("2001:db8:0:1::1"))
+    assert not await same(address, request_from("192.0.2.1"), request_from("192.0.2.2"))
+    assert await same(address, request_from(None), request_from(None))
+    ada, bob = (_granted(dv.Grant(user=name)) for name in ("ada", "bob"))
+    user = dv.Limits(client="user")
+    assert await same(user, request_from("192.0.2.1", **ada), request_from("192.0.2.2", **ada))
+    assert not await same(user, request_from(**ada), request_from(**bob))
+    assert await same(user, request_from(), request_from())
+    link = dv.Limits(client="link")
+    assert not await same(link, request_from(**_granted(dv.Grant(link_id="a"))), request_from())
+    hook = dv.Limits(client=by_a_hook)
+    assert await same(hook, request_from("192.0.2.1", {"X-Plan": "a"}), request_from("192.0.2.2", {"X-Plan": "a"}))
+    assert not await same(hook, request_from("192.0.2.1"), request_from("192.0.2.2"))
+    plain = dv.Limits(client=lambda request: "all")
+    assert await same(plain, request_from("192.0.2.1"), request_from("192.0.2.2"))
+
+
+@pytest.mark.asyncio
+async def test_a_header_counts_if_a_trusted_proxy_sends_it() -> None:
+    limits = dv.Limits(client="header:X-Tenant", trusted=["10.0.0.0/8"])
+
+    def behind(peer: str) -> dict[str, Any]:
+        return {"downloadview_async.peer": peer}
+
+    tenant = request_from("192.0.2.1", {"X-Tenant": "a"}, **behind("10.0.0.1"))
+    again = request_from("192.0.2.9", {"X-Tenant": "a"}, **behind("10.0.0.2"))
+    forged = request_from("192.0.2.9", {"X-Tenant": "a"}, **behind("192.0.2.9"))
+    assert await limits.client_of(tenant) == await limits.client_of(again)
+    assert await limits.client_of(forged) == await limits.client_of(request_from("192.0.2.9", **behind("192.0.2.9")))
+    assert "X-Tenant a" not in await limits.client_of(forged)
+
+
+def raises(request: Request) -> str:
+    raise RuntimeError
+
+
+def gives_a_number(request: Request) -> Any:
+    return 7
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("hook", [raises, gives_a_number])
+async def test_a_function_that_fails_refuses_the_request(hook: Callable[[Request], Any]) -> None:
+    with pytest.raises(dv.SourceUnavailable):
+        await dv.Limits(client=hook).client_of(request_from())
+
+
+async def begun(limits: dv.Limits) -> Transfers:
+    transfers = Transfers()
+    request = request_from()
+    await transfers.begin([limits], request.scope, request.receive, is_transfer=True)
+    return transfers
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+async def test_those_who_wait_get_their_turn_in_order(kind: str, request: pytest.FixtureRequest) -> None:
+    url = "memory" if kind == "memory" else request.getfixturevalue("redis").url
+    limits = dv.Limits(concurrent=1, mode="queue", store=url, name=a_client(), when_store_fails="refuse")
+    await limits.check()
+    first = await begun(limits)
+    ended: list[int] = []
+
+    async def one(number: int) -> None:
+        transfers = await begun(limits)
+        with transfers:
+            assert transfers.waits
+            await transfers.hold()
+            ended.append(number)
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(5):
+            task = tasks.create_task(one(number))
+            while not limits._queues or len(next(iter(limits._queues.values()))) <= number:
+                await asyncio.sleep(0)
+                assert not task.done()
+        with first:
+            pass
+    assert ended == [0, 1, 2, 3, 4]
+    assert not limits._queues
+    with await begun(limits) as last:
+        assert not last.waits
+    await limits.aclose()
+
+
+@pytest.mark.asyncio
+async def test_a_wait_is_bounded_by_time_and_by_number() -> None:
+    limits = dv.Limits(concurrent=1, mode="queue", queue_seconds=0.2)
+    with await begun(limits):
+        async with asyncio.TaskGroup() as tasks:
+            waiting = [tasks.create_task(held(limits)) for _ in range(40)]
+        refused = [str(task.result()) for task in waiting]
+    assert refused == ["the limit is at most 1 transfer at once"] * 40
+    assert not limits._queues
+    with await begun(limits) as transfers:
+        assert not transfers.waits
+
+
+async def held(limits: dv.Limits) -> Exception | None:
+    with await begun(limits) as transfers:
+        try:
+            await transfers.hold()
+        except dv.LimitExceeded as exc:
+            return exc
+    return None
+
+
+@pytest.mark.asyncio
+async def test_one_who_is_cancelled_while_waiting_leaves_nothing_behind() -> None:
+    limits = dv.Limits(concurrent=1, mode="queue")
+    with await begun(limits):
+        tasks = [asyncio.create_task(held(limits)) for _ in range(3)]
+        while not limits._queues or len(next(iter(limits._queues.values()))) < 3:
+            await asyncio.sleep(0)
+        tasks[0].cancel()
+        tasks[1].cancel()
+        await asyncio.wait(tasks[:2])
+    assert await tasks[2] is None
+    assert not limits._queues
+
+
+@pytest.mark.asyncio
+async def test_quotas_of_an_answer_and_what_was_not_sent() -> None:
+    limits = dv.Limits(quota="1kB/day")
+    metadata = FileMetadata(size=600)
+
+    async def take(sent: int | None) -> None:
+        with await begun(limits) as transfers:
+            await transfers.spend("/a", metadata, 600, wants_all=True)
+            transfers.sent(sent, ())
+
+    await take(0)
+    await take(10)
+    await take(600)
+    await take(None)
+    with pytest.raises(dv.LimitExceeded, match="1kB per day") as raised:
+        await take(1)
+    assert 0 < int(raised.value.retry_after or 0) <= 86_400
+
+
+class Connection:
+    """A connection of a client that takes what it is sent, or at most `most` bytes per second."""
+
+    def __init__(self, most: float = float("inf")) -> None:
+        self.most = most
+        self.rates: list[int] = []
+        self.taken = 0.0
+
+    def pace(self, rate: int) -> None:
+        self.rates.append(rate)
+
+    def acknowledged(self) -> int:
+        return int(self.taken)
+
+    def go_on(self, seconds: float) -> None:
+        self.taken += seconds * min(self.rates[-1], self.most)
+
+
+def test_transfers_share_a_rate_as_they_come_and_go() -> None:
+    shared = SharedRate(8_000_000)
+    connections = [Connection() for _ in range(4)]
+    paces = [Pace((shared,), connection) for connection in connections]
+    with paces[0]:
+        assert connections[0].rates == [8_000_000]
+        with paces[1], paces[2], paces[3]:
+            assert [one.rates[-1] for one in connections] == [2_000_000] * 4
+        assert connections[0].rates[-1] == 8_000_000
+    assert shared.is_idle
+
+
+def test_a_transfer_has_the_least_of_its_rates() -> None:
+    total, client = SharedRate(9_000_000), SharedRate(5_000_000)
+    one, other = Pace((client, total), None), Pace((total,), None)
+    with one, other:
+        assert (one.rate, other.rate) == (4_500_000, 4_500_000)
+    with one:
+        assert one.rate == 5_000_000
+
+
+def test_many_transfers_follow_when_their_number_has_changed_enough() -> None:
+    shared, connection = SharedRate(10**9), Connection()
+    with contextlib.ExitStack() as stack:
+        paces = [stack.enter_context(Pace((shared,), connection)) for _ in range(1000)]
+        assert sum(one.rate for one in paces) <= 1.06 * 10**9
+    assert len(connection.rates) < 60_000  # 20 or so for each, not 1000
+
+
+def test_transfers_of_other_processes_share_a_rate_too() -> None:
+    shared = SharedRate(9_000_000, lambda: 2)
+    with Pace((shared,), None) as one:
+        assert one.rate == 3_000_000
+
+
+@pytest.mark.asyncio
+async def test_what_slow_clients_leave_is_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    shared = SharedRate(9_000_000)
+    slow, stalled, fast = Connection(500_000), Connection(0), Connection()
+    connections = [slow, stalled, fast]
+
+    def go_on() -> list[int]:
+        clock[0] += 0.5
+        for one in connections:
+            one.go_on(0.5)
+        shared._look()
+        rates = [one.rates[-1] for one in connections]
+        assert sum(rates) <= 9_000_000
+        return rates
+
+    with Pace((shared,), slow), Pace((shared,), stalled):
+        with Pace((shared,), fast):
+            assert [one.rates[-1] for one in connections] == [3_000_000] * 3
+            assert go_on() == [625_000, 300_000, 8_075_000]
+            assert go_on()[2] > 7_000_000  # the slow one may have become faster, and gets the room for it
+            stalled.most = float("inf")
+            for _ in range(4):
+                rates = go_on()
+            assert rates[1] > 4_000_000
+            assert rates[2] > 4_000_000
+        connections.remove(fast)
+        slow.most = float("inf")
+        go_on()
+        assert go_on() == [4_500_000, 4_500_000]
+    assert shared.is_idle
+
+
+def test_small_answers_may_be_ahead_of_the_rate_by_a_second() -> None:
+    shared = SharedRate(1_000_000)
+    assert [shared.take(10_000) for _ in range(100)] == [0.0] * 100
+    assert 0.3 < shared.take(500_000) <= 0.5
+    assert not shared.is_idle
