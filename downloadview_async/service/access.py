@@ -137,13 +137,16 @@ def trusted_proxies(settings: Settings) -> list[str]:
 
 
 def keeping_peers(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """Return what uvicorn has to run, without `proxy_headers`, if a proxy sends names of users or ids of requests.
+    """Return what uvicorn has to run, without `proxy_headers`, if a proxy sends users, clients or ids of requests.
 
     Else return `app` itself.
 
     uvicorn's `proxy_headers` would replace the address of the peer before any application sees it.
     """
-    if not settings.listens and (settings.users is None or settings.users.header is None):
+    limits = [settings.limits, *(route.limits for route in settings.routes)]
+    has_header = settings.users is not None and settings.users.header is not None
+    has_clients = any(one is not None and one.client.startswith("header:") for one in limits)
+    if not settings.listens and not has_header and not has_clients:
         return app
     if settings.server.proxy_headers:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware

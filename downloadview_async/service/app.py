@@ -67,6 +67,7 @@ from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.digests import digests_of
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
+from downloadview_async.service.limits import ServiceLimits, opened_limits, service_limits
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
 from downloadview_async.service.pages import ErrorPages, IndexPage, ServicePages, favicon, folder_of
 from downloadview_async.service.settings import (
@@ -101,7 +102,7 @@ _CORS_EXPOSED = [
     "Repr-Digest",
 ]
 
-_NOT_OF_THE_SOURCE = frozenset({"cache", "digests", "sidecars"})
+_NOT_OF_THE_SOURCE = frozenset({"cache", "digests", "sidecars", "max_requests", "queue_timeout"})
 
 _logger = logging.getLogger("downloadview_async")
 
@@ -146,6 +147,9 @@ def build(settings: Settings) -> Starlette:
     signer = signer_of(settings, store)
     if store is not None and settings.links is not None and settings.links.when_store_fails == "refuse":
         checks["links.store"] = store.check
+    limits = service_limits(settings)
+    if limits.common is not None and settings.limits is not None and settings.limits.when_store_fails == "refuse":
+        checks["limits.store"] = limits.common.check
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -166,6 +170,7 @@ def build(settings: Settings) -> Starlette:
                 stack.push_async_callback(cache.aclose)
             await stack.enter_async_context(_opened(settings, databases))
             await stack.enter_async_context(opened_store(settings, store))
+            await stack.enter_async_context(opened_limits(settings, limits))
             for known in digests.values():
                 await stack.enter_async_context(known.running())
             yield
@@ -186,7 +191,7 @@ def build(settings: Settings) -> Starlette:
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
-            *_routes(settings, sources, signer, caches, digests),
+            *_routes(settings, sources, signer, caches, digests, limits),
             Route("/favicon.ico", favicon),
         ],
         middleware=middleware,
@@ -214,11 +219,15 @@ def worker_app() -> ASGIApp:
 
 
 async def check_databases(settings: Settings) -> None:
-    """Open and close each database and the store of links, so that errors show before the server and its workers start.
+    """Open and close each database and store, so that errors show before the server and its workers start.
 
     Raises `ConfigurationError`, as the start of the application would.
     """
-    async with _opened(settings, _databases(settings)), opened_store(settings, store_of(settings)):
+    async with (
+        _opened(settings, _databases(settings)),
+        opened_store(settings, store_of(settings)),
+        opened_limits(settings, service_limits(settings)),
+    ):
         pass
 
 
@@ -343,6 +352,7 @@ def _routes(
     signer: URLSigner | None,
     caches: Mapping[str, Cache],
     digests: Mapping[str, Digests],
+    limits: ServiceLimits,
 ) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
     users = users_of(settings)
@@ -363,6 +373,7 @@ def _routes(
             offload=route.send != "stream",
             access=access_of(settings, index, route, signer, users),
             headers=route.headers,
+            limits=limits.of(index, route.source),
             hide=route.hide,
             listing=pages or False,
             digests=digests.get(route.source),

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 import msgspec
 from msgspec import Struct
 
-from downloadview_async import ConfigurationError, ProxyKind, proxy_kinds
+from downloadview_async import ConfigurationError, Limits, ProxyKind, proxy_kinds
 from downloadview_async.service.settings import (
     PROXY_OPTIONS,
     AccountsSettings,
@@ -28,12 +28,14 @@ from downloadview_async.service.settings import (
     ContentTypes,
     CorsSettings,
     DigestsSettings,
+    LimitsSettings,
     LinksSettings,
     ObjectSettings,
     OffloadSettings,
     PagesSettings,
     PathSettings,
     RemoteSettings,
+    RouteLimitsSettings,
     Routes,
     RouteSettings,
     RuleSettings,
@@ -76,6 +78,7 @@ _TABLES: dict[str, Any] = {
     "links": LinksSettings,
     "digests": DigestsSettings,
     "users": UsersSettings,
+    "limits": LimitsSettings,
     "accounts": AccountsSettings,
     "archives": ArchivesSettings,
     "pages": PagesSettings,
@@ -261,6 +264,10 @@ class _Draft:
             if "users" in data
             else None
         )
+        limits: LimitsSettings | None = None
+        if "limits" in data:
+            limits = self._converted("limits", self._table("limits", data), LimitsSettings)
+            self._check_limits("limits", limits)
         digests = self._digests(data, sources)
         settings = Settings(
             file=self.file,
@@ -272,6 +279,7 @@ class _Draft:
             offload=self._offload(self._converted("offload", self._table("offload", data), OffloadSettings), sources),
             links=links,
             users=users,
+            limits=limits,
             archives=self._archives(self._converted("archives", self._table("archives", data), ArchivesSettings)),
             accounts=self._converted("accounts", self._table("accounts", data), AccountsSettings),
             pages=self._pages(self._converted("pages", self._table("pages", data), PagesSettings)),
@@ -436,6 +444,17 @@ class _Draft:
             return users
         return msgspec.structs.replace(users, file=self._absolute(users.file))
 
+    def _check_limits(self, key: str, limits: RouteLimitsSettings) -> None:
+        """Refuse an amount that is not one, and a queue for nothing."""
+        for name in ("rate", "requests", "quota", "total_rate"):
+            amount: Any = {name: getattr(limits, name)}
+            try:
+                Limits(**amount)
+            except ConfigurationError as exc:
+                raise self.error(f"{key}.{name}", str(exc)) from exc
+        if limits.mode == "queue" and limits.concurrent is None:
+            raise self.error(f"{key}.mode", "requests wait for `concurrent`: set it, or remove mode")
+
     def _archives(self, archives: ArchivesSettings) -> ArchivesSettings:
         size = None if archives.max_bytes is None else bytes_of(archives.max_bytes)
         if archives.max_bytes is not None and not size:
@@ -518,6 +537,8 @@ class _Draft:
                     )
             shapes.append(shape)
             self._check_headers(f"{key}.headers", route.headers)
+            if route.limits is not None:
+                self._check_limits(f"{key}.limits", route.limits)
         return [
             route
             if route.cors is None

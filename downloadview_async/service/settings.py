@@ -114,6 +114,8 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
+_MaxRequests = Annotated[_Count, Meta(description="requests that may use the source at once in a worker")] | None
+_QueueTimeout = Annotated[_Seconds, Meta(description="seconds that further requests wait before they get 503")]
 DigestMode = Annotated[Literal["off", "known", "background"], Meta(description="off, known or background")]
 
 
@@ -123,6 +125,9 @@ class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     root: Annotated[str, Meta(min_length=1, description="a directory, absolute or relative to the settings file")]
     symlinks: Annotated[Literal["deny", "inside", "follow"], Meta(description="deny, inside or follow")] = "inside"
     names: Annotated[Literal["portable", "any"], Meta(description="portable or any")] = "portable"
+    threads: Annotated[_Count, Meta(description="calls that may wait for the disk at once, 1 or more")] = 40
+    max_requests: _MaxRequests = None
+    queue_timeout: _QueueTimeout = 2.0
     precompressed: Annotated[
         list[Literal["br", "zstd", "gzip"]], Meta(description='a list of "br", "zstd" and "gzip"')
     ] = []
@@ -184,6 +189,8 @@ class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
         Annotated[_Count, Meta(description="concurrent requests to an object store, by default 100")] | None
     ) = None
     names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] | None = None
+    max_requests: _MaxRequests = None
+    queue_timeout: _QueueTimeout = 2.0
     digests: DigestMode = "off"
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
@@ -206,6 +213,8 @@ class ObjectSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     modified: Annotated[str, Meta(description="the column with the time of the last change, for listings")] | None = (
         None
     )
+    max_requests: _MaxRequests = None
+    queue_timeout: _QueueTimeout = 2.0
 
 
 class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="remote"):
@@ -223,6 +232,8 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     max_connections: Annotated[_Count, Meta(description="concurrent upstream requests, 1 or more")] = 100
     connect_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 10.0
     read_timeout: Annotated[_Seconds, Meta(description="seconds, more than 0 and at most a year")] = 30.0
+    max_requests: _MaxRequests = None
+    queue_timeout: _QueueTimeout = 2.0
     names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] = "portable"
     list: Annotated[bool, Meta(description="true if the other server is such a service, and lists its folders")] = False
     digests: DigestMode = "off"
@@ -239,6 +250,8 @@ class VirtualSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
             description='"module:function"; the directory of the settings file is on the import path',
         ),
     ]
+    max_requests: _MaxRequests = None
+    queue_timeout: _QueueTimeout = 2.0
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
 
@@ -362,6 +375,53 @@ class ArchivesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     ) = None
 
 
+_Client = Annotated[
+    str,
+    Meta(
+        pattern=rf"^(address|user|link|header:[A-Za-z0-9]+(-[A-Za-z0-9]+)*|hook:{_FUNCTION})\Z",
+        description='what counts as one client: "address", "user", "link", "header:NAME" from forwarded_allow_ips, or '
+        '"hook:module:function"',
+    ),
+]
+
+
+class RouteLimitsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`limits` of a route: they hold beside those in `[limits]`."""
+
+    client: _Client = "address"
+    concurrent: Annotated[_Count, Meta(description="transfers of a client at once, 1 or more")] | None = None
+    rate: (
+        Annotated[str, Meta(description="bytes per second of a client, all its transfers together, such as 20MB/s")]
+        | None
+    ) = None
+    requests: Annotated[str, Meta(description="requests of a client, such as 600/minute")] | None = None
+    quota: Annotated[
+        list[str], Meta(description='a list of amounts for a client, such as "50GB/day" and "1000 downloads/day"')
+    ] = []
+    total_rate: (
+        Annotated[str, Meta(description="bytes per second of all clients together in one worker, such as 1GB/s")] | None
+    ) = None
+    mode: Annotated[
+        Literal["refuse", "queue"], Meta(description="refuse (429) or queue: what is beyond `concurrent`")
+    ] = "refuse"
+    queue_timeout: Annotated[_Seconds, Meta(description="seconds that a request may wait in the queue")] = 10.0
+
+
+class LimitsSettings(RouteLimitsSettings, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[limits]`: what each client may have of all routes together, and where that is counted."""
+
+    store: Annotated[
+        str,
+        Meta(
+            pattern=r"^(memory|(redis|rediss|unix)://.+)\Z",
+            description="where clients are counted: memory, for each worker by itself, or redis://127.0.0.1:6379/0",
+        ),
+    ] = "memory"
+    when_store_fails: Annotated[
+        Literal["refuse", "allow"], Meta(description="refuse (503) or allow, while the store does not answer")
+    ] = "allow"
+
+
 CORS_HEADERS = (
     "Access-Control-Allow-Origin",
     "Access-Control-Allow-Credentials",
@@ -431,6 +491,13 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         Annotated[
             CorsSettings,
             Meta(description='a table, such as { origins = ["https://app.example.org"] }; omit it to allow none'),
+        ]
+        | None
+    ) = None
+    limits: (
+        Annotated[
+            RouteLimitsSettings,
+            Meta(description='a table of limits for this route, such as { rate = "5MB/s" }, beside those in [limits]'),
         ]
         | None
     ) = None
@@ -548,6 +615,7 @@ class Settings:
     offload: OffloadSettings
     links: LinksSettings | None = None
     users: UsersSettings | None = None
+    limits: LimitsSettings | None = None
     archives: ArchivesSettings = field(default_factory=ArchivesSettings)
     digests: DigestsSettings | None = None
     accounts: AccountsSettings = field(default_factory=AccountsSettings)
