@@ -234,6 +234,32 @@ async def test_a_queue(files: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_request_that_waits_takes_nothing_of_the_other_limits(files: Path) -> None:
+    common, queue, source = dv.Limits(concurrent=2), dv.Limits(concurrent=1, mode="queue"), dv.SourceLimit(2)
+    app = Starlette(
+        routes=[
+            Route("/queue/{name}", dv.Download(dv.PathSource(files), limits=[common, queue, source])),
+            Route("/free/{name}", dv.Download(dv.PathSource(files), limits=[common, source])),
+        ]
+    )
+    async with live(app) as port:
+        async with held(port, "/queue/big.bin") as first:
+            waiting = [asyncio.create_task(ask(port, "/queue/small.bin")) for _ in range(4)]
+            with anyio.fail_after(20):
+                while not queue._queues or len(next(iter(queue._queues.values()))) < 4:
+                    await asyncio.sleep(0.01)
+            assert transfers_of(common) == 1
+            assert (await ask(port, "/free/small.bin")).status == 200
+            assert (await first.rest()).body == BIG
+        assert [(await one).status for one in waiting] == [200] * 4
+        with anyio.fail_after(20):
+            while transfers_of(common):
+                await asyncio.sleep(0.01)
+        async with held(port, "/free/big.bin"):
+            assert (await ask(port, "/free/small.bin")).status == 200  # both slots of the source were free
+
+
+@pytest.mark.asyncio
 async def test_folders_and_their_pages_are_requests_and_not_transfers(files: Path) -> None:
     limits = dv.Limits(concurrent=1, requests="6/minute")
     download = dv.Download(dv.PathSource(files), listing=True, archive=True, limits=limits)

@@ -227,6 +227,12 @@ class Limits:
             transfer.is_charged = False
             raise LimitExceeded(used_up.text, wait=seconds_left(used_up, now))
 
+    def let_go(self, transfer: "Transfer") -> None:
+        """Give back the lease of a transfer that waits for another one first. `hold` takes it again."""
+        if transfer.is_held and self._holds_leases:
+            transfer.is_held = False
+            self._store.release(transfer.client, transfer.lease, (), spent_at=0.0, complete=None)
+
     def end(self, transfer: "Transfer", sent: int | None, *, is_complete: bool) -> None:
         """Give back what a transfer holds. sent: bytes of its body, None if all of what it was to have."""
         refunds: Costs = ()
@@ -369,12 +375,19 @@ class Transfers:
                 self.counts_bytes = True
             if one.is_paced:
                 self.rates += one.rates_of(transfer)
+        if self.waits:  # while it does, others may have what it does not use
+            for transfer in self._all:
+                transfer.limits.let_go(transfer)
 
     async def hold(self) -> None:
-        """Hold the leases that are not held yet. Raises `LimitExceeded` and `SourceUnavailable`."""
-        for transfer in self._all:
-            if not transfer.is_held:
-                await transfer.limits.hold(transfer)
+        """Hold the leases that are not held yet: first those that have to be waited for.
+
+        Raises `LimitExceeded` and `SourceUnavailable`.
+        """
+        for is_waiting in (True, False):
+            for transfer in self._all:
+                if transfer.waits is is_waiting and not transfer.is_held:
+                    await transfer.limits.hold(transfer)
 
     async def spend(self, path: str, metadata: FileMetadata, size: int | None, *, wants_all: bool) -> None:
         """Add an answer to the quotas. Until `sent` is called, none of it counts as sent. Raises `LimitExceeded`.

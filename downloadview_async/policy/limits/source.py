@@ -37,7 +37,16 @@ class SourceLimit:
         return _Slot(self, await self._slots.take())
 
     async def hold(self, transfer: Transfer) -> None:
-        """Return: the slot is held."""
+        """Take the slot again. Raises `SourceUnavailable`."""
+        assert isinstance(transfer, _Slot)
+        transfer.slot = await self._slots.take()
+        transfer.is_held = True
+
+    def let_go(self, transfer: Transfer) -> None:
+        """Free the slot of a request that waits for something else first."""
+        assert isinstance(transfer, _Slot)
+        transfer.is_held = False
+        transfer.slot.close()
 
     async def spend(self, transfer: Transfer, session: str, size: int | None, *, wants_all: bool) -> None:
         """Return: there is no quota."""
