@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.accounts.listeners import MAX_WAITING, Listeners
 from downloadview_async.accounts.outcome import Header, Listener, Observer, Outcome, Reason, Result
-from downloadview_async.asgi.delivery import Descriptor, Offloaded, Path, Redirected, kind_of, spans_of
+from downloadview_async.asgi.delivery import Descriptor, Offloaded, Path, Pieces, Redirected, kind_of, spans_of
 from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED
 from downloadview_async.asgi.loan import Loan
 from downloadview_async.errors import ConfigurationError, abort_reason
@@ -288,7 +288,10 @@ class Account(Facts):
             else:
                 spans = spans_of(delivery)
                 if kind is None:
-                    kind = self._kind_of_path() if isinstance(delivery, Descriptor | Path) else kind_of(delivery)
+                    by_path = isinstance(delivery, Descriptor | Pieces | Path)
+                    kind = self._kind_of_path() if by_path else kind_of(delivery)
+                    if isinstance(delivery, Pieces) and not (self._loan is not None and self._loan.has_files):
+                        kind = "chunks"
         elif self.etag is None and (self._is_path_send or status in (200, 206)):
             spans = self._look_at_head()
             if self._is_path_send:

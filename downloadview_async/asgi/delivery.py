@@ -1,8 +1,8 @@
 """How an answer leaves: one `Delivery`, made by `delivery_of`, sent by `deliver`, and noted for its `Outcome`."""
 
 import threading
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +13,12 @@ from downloadview_async.accounts.facts import Facts
 from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SETTLED
-from downloadview_async.asgi.loan import Loan
+from downloadview_async.asgi.loan import Batches, Loan
 from downloadview_async.asgi.transfer import send_in_chunks
+from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
-from downloadview_async.sources.base import OpenFile
+from downloadview_async.sources.base import OpenFile, Piece, pieces_of
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of
 
 SMALL = 64 * 1024
@@ -59,6 +60,18 @@ class Descriptor:
 
 
 @dataclass(slots=True)
+class Pieces:
+    """The server sends a span of a file that consists of bytes and of local files: see `InPieces`.
+
+    batches: the pieces. The file leaves otherwise if there are none, or if a middleware drops their message.
+    """
+
+    batches: AsyncGenerator[Sequence[Piece], None]
+    span: ByteRange
+    otherwise: "Chunks"
+
+
+@dataclass(slots=True)
 class Path:
     """The server sends a whole file by a path. size: bytes, None if unknown.
 
@@ -78,7 +91,7 @@ class Chunks:
     file: OpenFile
 
 
-Delivery = Offloaded | Redirected | Empty | Inline | Descriptor | Path | Chunks
+Delivery = Offloaded | Redirected | Empty | Inline | Descriptor | Pieces | Path | Chunks
 """Each way in which an answer can leave."""
 
 _KINDS: dict[type[Any], str] = {
@@ -86,6 +99,7 @@ _KINDS: dict[type[Any], str] = {
     Empty: "empty",
     Inline: "inline",
     Descriptor: "zero-copy",
+    Pieces: "zero-copy",
     Path: "path",
     Chunks: "chunks",
 }
@@ -107,13 +121,19 @@ def delivery_of(
     """Return how the body of a plan leaves when no proxy sends the file.
 
     path_send: the server's entry for path sends in the scope, None if it has none. With "descriptor" in it, the server
-    takes an open descriptor, an offset and a count. Without, it takes a path, and only whole files are sent that way.
+    takes an open descriptor, an offset and a count, or pieces. Without, it takes a path, and only whole files are sent
+    that way.
     is_fresh: whether the file has been opened just now, so that nobody can have written to it since.
     """
     if not plan.body:
         return Empty()
     span, local = plan.body[0], local_of(opened)
-    if local is None or not isinstance(span, ByteRange) or len(plan.body) > 1:
+    if not isinstance(span, ByteRange) or len(plan.body) > 1:
+        return Chunks(plan, opened)
+    takes_descriptors = path_send is not None and FOREIGN not in path_send and path_send.get("descriptor")
+    if local is None:
+        if takes_descriptors and len(span) > SMALL and (batches := pieces_of(opened, span)) is not None:
+            return Pieces(batches, span, Chunks(plan, opened))
         return Chunks(plan, opened)
     if len(span) <= SMALL:
         body = local.read_nowait(span)
@@ -122,7 +142,7 @@ def delivery_of(
         return Inline(body, span)
     if path_send is None or FOREIGN in path_send:
         return Chunks(plan, opened)
-    if path_send.get("descriptor"):
+    if takes_descriptors:
         return Descriptor(local, span, Chunks(plan, opened))
     if len(span) == opened.metadata.size:
         return Path(_of_thread.lasting_paths.path_of(local.descriptor), len(span), Chunks(plan, opened))
@@ -167,6 +187,20 @@ async def _send(delivery: Delivery, start: Message | None, send: Send, receive: 
                 if not loan.is_dropped:
                     return
             await _send(delivery.otherwise, None, send, receive)
+        case Pieces():
+            async with aclosing(delivery.batches) as batches:
+                first = await _first(batches)
+                if first is not None:
+                    if start is not None:
+                        await send(start)
+                        start = None
+                    async with Loan(Batches(first, batches)) as loan:
+                        await send(loan.message(delivery.span))
+                        if not loan.is_settled:
+                            await _listening(lambda _: loan.wait(), send, receive)
+                        if not loan.is_dropped:
+                            return
+            await _send(delivery.otherwise, start, send, receive)
         case Path():
             with delivery.path as path:
                 if path is not None:
@@ -179,6 +213,14 @@ async def _send(delivery: Delivery, start: Message | None, send: Send, receive: 
             await _send(delivery.otherwise, start, send, receive)
         case Chunks():
             await _listening(partial(send_in_chunks, delivery.plan, delivery.file, start=start), send, receive)
+
+
+async def _first(batches: AsyncGenerator[Sequence[Piece], None]) -> Sequence[Piece] | None:
+    """Return the first pieces, or None without any. Raises `FileError`, since nothing has been sent yet."""
+    try:
+        return await anext(batches, None)
+    except TransferAborted as exc:
+        raise SourceUnavailable(str(exc)) from exc
 
 
 async def _listening(work: Callable[[Send], Awaitable[None]], send: Send, receive: Receive | None) -> None:
@@ -196,7 +238,7 @@ def kind_of(delivery: Delivery) -> str:
 def spans_of(delivery: Delivery) -> tuple[ByteRange | None, ...]:
     """Return the parts of the file that an answer has; None for a file of unknown size."""
     match delivery:
-        case Descriptor():
+        case Descriptor() | Pieces():
             return (delivery.span,)
         case Inline():
             return () if delivery.span is None else (delivery.span,)

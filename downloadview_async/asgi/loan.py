@@ -1,5 +1,8 @@
-"""`Loan`: lends an open file to the server, which sends it by its descriptor and gives it back."""
+"""`Loan`: lends open files to the server, which sends them by their descriptors and gives them back."""
 
+import os
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -9,33 +12,53 @@ from starlette.types import Message
 from downloadview_async.asgi.extensions import PATHSEND
 from downloadview_async.errors import TransferAborted
 from downloadview_async.http.metadata import ByteRange
+from downloadview_async.sources.base import Piece
 from downloadview_async.sources.local.open_file import OpenLocalFile
 
 _PATIENCE = 5.0
 """Seconds that a middleware may keep a path send before it counts as dropped."""
 
 
+@dataclass(slots=True)
+class Batches:
+    """A body in pieces: see `InPieces`. first: the pieces that are there already. rest: yields the others."""
+
+    first: Sequence[Piece]
+    rest: AsyncGenerator[Sequence[Piece], None]
+
+
+Lendable = OpenLocalFile | Batches
+
+
 class LentFile:
-    """An open file in a path send. The server takes it, and gives it back after sending it.
+    """An open file in a path send, or a body in pieces. The server takes it, and gives it back after sending it.
 
     Only the message refers to this object. So if a middleware drops the message, the loan ends too.
     """
 
-    __slots__ = ("_file", "loan")
+    __slots__ = ("_lent", "loan")
 
-    def __init__(self, file: OpenLocalFile, loan: "Loan | None" = None) -> None:
-        self._file = file
-        self.loan = Loan(file) if loan is None else loan
+    def __init__(self, lent: Lendable, loan: "Loan | None" = None) -> None:
+        self._lent = lent
+        self.loan = Loan(lent) if loan is None else loan
 
-    def take(self) -> OpenLocalFile:
-        """Return the file, which has to be given back. Raises `TransferAborted` if the response has already ended."""
+    @property
+    def is_in_pieces(self) -> bool:
+        """Whether it is a body in pieces."""
+        return isinstance(self._lent, Batches)
+
+    def take(self) -> Lendable:
+        """Return the file or the pieces, which have to be given back.
+
+        Raises `TransferAborted` if the response has already ended.
+        """
         if self.loan.is_over:
             raise TransferAborted("the response ended before its file was sent")
         self.loan.is_taken = True
-        return self._file
+        return self._lent
 
     def give_back(self, sent: int) -> None:
-        """Let the file be closed. sent: the bytes of it that the kernel has taken from it."""
+        """Let the file be closed. sent: the bytes that the kernel has taken."""
         self.loan.sent += sent
         self.loan.settle()
 
@@ -44,18 +67,33 @@ class LentFile:
 
 
 class Loan:
-    """Lends an open file to the server for a path send. The context ends when the server has given the file back.
+    """Lends an open file, or a body in pieces, to the server for a path send.
+
+    The context ends when the server has given it back; the server is told to stop waiting for more pieces.
 
     is_taken: whether the server has taken the file. is_settled: whether it has given the file back, or will never take
     it. is_over: whether the context has ended, so that the file cannot be taken any more. is_recalled: whether the path
     send has been kept for so long that the body is sent without it. sent: the bytes that the server says it has sent.
+    has_files: whether the kernel has sent some of them from a file. scope: cancels the server's wait for more pieces.
     """
 
-    __slots__ = ("_file", "_settled", "is_over", "is_recalled", "is_settled", "is_taken", "sent")
+    __slots__ = (
+        "_lent",
+        "_settled",
+        "has_files",
+        "is_over",
+        "is_recalled",
+        "is_settled",
+        "is_taken",
+        "scope",
+        "sent",
+    )
 
-    def __init__(self, file: OpenLocalFile) -> None:
-        self._file = file
+    def __init__(self, lent: Lendable) -> None:
+        self._lent = lent
         self._settled: anyio.Event | None = None
+        self.has_files = False
+        self.scope: anyio.CancelScope | None = None
         self.is_over = False
         self.is_recalled = False
         self.is_settled = False
@@ -70,6 +108,8 @@ class Loan:
     ) -> None:
         self.is_over = True
         if self.is_taken:
+            if self.scope is not None and not self.is_settled:
+                self.scope.cancel()
             with anyio.CancelScope(shield=True):
                 await self._wait()
 
@@ -104,11 +144,12 @@ class Loan:
             await self._settled.wait()
 
     def message(self, span: ByteRange) -> Message:
-        """Return the path-send message for a span of the file. Call this once."""
+        """Return the path-send message for a span of the file, which is that of the pieces. Call this once."""
         return {
             "type": PATHSEND,
-            "path": f"/dev/fd/{self._file.descriptor}",
-            "descriptor": LentFile(self._file, self),
+            # pieces have no path: a server that opens this one sends too few bytes, and never wrong ones
+            "path": f"/dev/fd/{self._lent.descriptor}" if isinstance(self._lent, OpenLocalFile) else os.devnull,
+            "descriptor": LentFile(self._lent, self),
             "offset": span.start,
             "count": len(span),
         }

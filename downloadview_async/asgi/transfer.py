@@ -1,6 +1,6 @@
 """Sends the body of a plan in chunks: exactly the promised bytes."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 from anyio.lowlevel import checkpoint
@@ -9,7 +9,7 @@ from starlette.types import Message, Send
 from downloadview_async.errors import FileError, SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
-from downloadview_async.sources.base import OpenFile
+from downloadview_async.sources.base import OpenFile, Piece
 
 
 async def send_in_chunks(plan: Plan, file: OpenFile, send: Send, start: Message | None = None) -> None:
@@ -50,12 +50,12 @@ async def body_of(plan: Plan, file: OpenFile) -> AsyncGenerator[bytes, None]:
         if isinstance(piece, bytes):
             yield piece
             continue
-        async with aclosing(_exactly(piece, file)) as chunks:
+        async with aclosing(exactly(piece, file)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
 
-async def _exactly(span: ByteRange | None, file: OpenFile) -> AsyncGenerator[bytes, None]:
+async def exactly(span: ByteRange | None, file: OpenFile) -> AsyncGenerator[bytes, None]:
     """Yield exactly the bytes of a span. Raises `TransferAborted` if the file shrank."""
     left = None if span is None else len(span)
     chunks = file.stream(span)
@@ -71,3 +71,17 @@ async def _exactly(span: ByteRange | None, file: OpenFile) -> AsyncGenerator[byt
         raise TransferAborted(
             f"the file ended {left} bytes before the end of the promised content", reason="file-changed"
         )
+
+
+async def chunks_of(first: Sequence[Piece], rest: AsyncIterator[Sequence[Piece]]) -> AsyncGenerator[bytes, None]:
+    """Yield the bytes of pieces: see `InPieces`. Raises `TransferAborted` if one of their files shrank."""
+    batch: Sequence[Piece] | None = first
+    while batch is not None:
+        for piece in batch:
+            if isinstance(piece, bytes):
+                yield piece
+                continue
+            async with aclosing(exactly(piece[1], piece[0])) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        batch = await anext(rest, None)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f\\\\\ud800-\udfff]")
-_ANY_UNSAFE = re.compile(rf"{_UNSAFE.pattern}|(?:^|/)\.{{0,2}}/|(?:^|/)\.{{1,2}}\Z|^\Z|^[A-Za-z]:")
 _DRIVE = re.compile("^([A-Za-z]):")
 _LONGEST = 255  # bytes of a name in the usual file systems
 
@@ -15,8 +14,9 @@ def safe_name(path: str) -> str:
     An underscore replaces each backslash, control character and lone surrogate, each segment that is empty, `.` or
     `..`, and the colon of a drive at the beginning. A slash at the end, as folders have it, stays.
     """
-    if _ANY_UNSAFE.search(path) is None:
-        return path
+    is_ordinary = "/." not in path and "//" not in path and path[:1] not in "./" and path[1:2] != ":"
+    if is_ordinary and _UNSAFE.search(path) is None:
+        return path  # nearly every name
     segments = _UNSAFE.sub("_", path.removesuffix("/")).split("/")
     safe = "/".join("_" if segment in ("", ".", "..") else segment for segment in segments)
     return _DRIVE.sub(r"\1_", safe) + "/" * path.endswith("/")
@@ -28,7 +28,8 @@ def distinct_names(paths: Iterable[str]) -> list[str]:
     A path that ends with a slash is a folder, and stays as it is. Paths that differ in upper and lower case differ.
     """
     paths = list(paths)
-    folders = {parent for path in paths for parent in _parents(path)}
+    inner = {path.rpartition("/")[0] for path in paths} - {""}
+    folders = {parent for folder in inner for parent in _parents(f"{folder}/")}
     # A file keeps its path if it is the first with it, whatever numbers other files get.
     firsts = {path: index for index, path in reversed([*enumerate(paths)]) if path not in folders}
     taken = folders | firsts.keys()

@@ -84,6 +84,13 @@ class FileMetadata:
         return (self.etag is not None and not self.etag.weak) or self.changed_at is not None
 
     @property
+    def version(self) -> str:
+        """Other bytes have another text; empty without a strong validator."""
+        if self.etag is not None and not self.etag.weak:
+            return str(self.etag)
+        return "" if self.changed_at is None else f"{self.changed_at}"
+
+    @property
     def changed_at(self) -> int | None:
         """`last_modified` where it can be the time of a change, else None: see `is_meaningful`."""
         return self.last_modified if self.last_modified is not None and is_meaningful(self.last_modified) else None
@@ -142,4 +149,13 @@ def stat_validators(size: int, mtime_ns: int) -> tuple[ETag, int | None]:
     The tag is the same on every replica that keeps mtimes, as it does not contain the inode. It has nanoseconds, so a
     file that is replaced within one second gets another tag. Only for a time that `is_telling`.
     """
-    return ETag(f"{mtime_ns:x}-{size:x}"), http_seconds(mtime_ns // _SECOND)
+    return ETag(_stat_tag(size, mtime_ns)), http_seconds(mtime_ns // _SECOND)
+
+
+def stat_version(size: int, mtime_ns: int) -> str:
+    """Return `FileMetadata.version` of a stored file with the validators of `stat_validators`."""
+    return f'"{_stat_tag(size, mtime_ns)}"'
+
+
+def _stat_tag(size: int, mtime_ns: int) -> str:
+    return f"{mtime_ns:x}-{size:x}"

@@ -9,11 +9,13 @@ bytes of the central directory at the end. APPNOTE is https://pkware.cachefly.ne
 import stat
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from struct import Struct, pack
+from time import gmtime
+from types import MappingProxyType
 
 from downloadview_async.http.metadata import ByteRange
 
@@ -23,10 +25,12 @@ LAYOUT = 1
 A download that began before an update of this library could otherwise be resumed with other bytes.
 """
 
-_LOCAL_HEADER = Struct("<IHHHHHIIIHH")
-_DIRECTORY_ENTRY = Struct("<IHHHHHHIIIHHHHHII")
+_LOCAL_HEADER = Struct("<IHHHIIIIHH")
+_DIRECTORY_ENTRY = Struct("<IHHHHIIIIHHHHHII")
 _DESCRIPTOR = Struct("<IIII")
 _DESCRIPTOR_64 = Struct("<IIQQ")
+_EXTRA = Struct("<HHBi")
+_EXTRA_64 = 20  # bytes of the Zip64 field in a local header
 _END = Struct("<IHHHHIIH")
 _END_64 = Struct("<IQHHIIQQQQ")
 _LOCATOR_64 = Struct("<IIQI")
@@ -36,11 +40,15 @@ _VERSION, _VERSION_64 = 20, 45  # "version needed to extract", for folders and f
 _UTF8, _HAS_DESCRIPTOR = 1 << 11, 1 << 3  # general purpose bit flags
 _MAX_16, _MAX_32 = 0xFFFF, 0xFFFFFFFF  # these values mean: it is in the Zip64 field
 _DOS_FOLDER = 0x10
+_ORDINARY_FILE = (stat.S_IFREG | 0o644) << 16
+_ORDINARY_FOLDER = (stat.S_IFDIR | 0o755) << 16 | _DOS_FOLDER
 _DOS_FIRST = int(datetime(1980, 1, 1, tzinfo=UTC).timestamp())
 _DOS_LAST = int(datetime(2107, 12, 31, 23, 59, 58, tzinfo=UTC).timestamp())
 
+_NOTHING: Mapping[int, int] = MappingProxyType({})
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Member:
     """A file or a folder of an archive.
 
@@ -60,7 +68,7 @@ class Member:
         return self.name.endswith("/")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Content:
     """A piece of an archive: a span of a file, which is not empty. index: that of the file's `Member`."""
 
@@ -68,7 +76,7 @@ class Content:
     span: ByteRange
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Checked:
     """A piece of an archive that needs the CRC-32 of a file: a span of a record.
 
@@ -97,39 +105,66 @@ class ZipLayout:
         self._offsets = array("Q")
         self._entries = array("Q")  # offsets of the entries of the central directory
         position = 0
-        for index, member in enumerate(members):
+        lengths = array("I")  # of the name and the extra field that both records of a member have
+        for member in members:
             length = len(member.name.encode())
             if not 0 < length <= _MAX_16:
                 raise ValueError(f"an archive has no place for a name of {length} bytes: {member.name[:80]!r}")
+            if _has_extra(member.modified):
+                length += _EXTRA.size
             self._offsets.append(position)
-            position += self._content_offset(index) + member.size + _descriptor_length(member)
+            lengths.append(length)
+            size = member.size
+            position += _LOCAL_HEADER.size + length + size
+            if size >= _MAX_32:
+                position += _EXTRA_64 + _DESCRIPTOR_64.size
+            elif size:
+                position += _DESCRIPTOR.size
         self._directory = position
-        for index, member in enumerate(members):
+        for index, length in enumerate(lengths):
             self._entries.append(position)
-            extra = len(_extra(member)) + len(self._zip64_of_entry(index))
-            position += _DIRECTORY_ENTRY.size + len(member.name.encode()) + extra
+            position += _DIRECTORY_ENTRY.size + length
+            if self._offsets[index] >= _MAX_32 or members[index].size >= _MAX_32:
+                position += len(self._zip64_of_entry(index))
         self._end = position
         self._end_records = self._make_end_records()
         self.size = position + len(self._end_records)
 
-    def pieces(self, span: ByteRange) -> Iterator[Piece]:
-        """Yield the pieces of a span of the archive, in order."""
+    def pieces(self, span: ByteRange, crcs: Mapping[int, int] = _NOTHING) -> Iterator[Piece]:
+        """Yield the pieces of a span of the archive, in order.
+
+        crcs: the CRC-32s that are known by the time at which they are needed. The others are needed for `Checked`.
+        """
+        count = len(self.members)
         if span.start < self._directory:
-            for index in range(_index_of(self._offsets, span.start), len(self.members)):
-                if self._offsets[index] >= span.stop:
+            for index in range(_index_of(self._offsets, span.start), count):
+                position, following = self._offsets[index], index + 1
+                if position >= span.stop:
                     return
-                yield from self._pieces_of_member(index, span)
+                stop = self._offsets[following] if following < count else self._directory
+                if position < span.start or span.stop < stop:
+                    yield from self._pieces_of_member(index, span)
+                    continue
+                yield self._header(index)  # of a whole member, as nearly all are
+                if size := self.members[index].size:
+                    yield Content(index, ByteRange(0, size))
+                    crc = crcs.get(index)
+                    if crc is None:
+                        yield Checked(index, ByteRange(0, _descriptor_length(self.members[index])), is_descriptor=True)
+                    else:
+                        yield self.descriptor(index, crc)
         if span.start < self._end:
-            for index in range(_index_of(self._entries, span.start), len(self.members)):
+            for index in range(_index_of(self._entries, span.start), count):
                 start = self._entries[index]
                 if start >= span.stop:
                     return
-                length = self._length_of_entry(index)
-                if (part := _within(span, start, length)) is not None:
-                    if has_checksum(self.members[index]):
-                        yield Checked(index, part, is_descriptor=False)
-                    else:
-                        yield self.entry(index, 0)[part.start : part.stop]
+                crc = crcs.get(index) if has_checksum(self.members[index]) else 0
+                if crc is not None:
+                    entry = self.entry(index, crc)
+                    is_whole = span.start <= start and start + len(entry) <= span.stop
+                    yield entry if is_whole else entry[max(span.start - start, 0) : span.stop - start]
+                elif (part := _within(span, start, self._length_of_entry(index))) is not None:
+                    yield Checked(index, part, is_descriptor=False)
         if (part := _within(span, self._end, len(self._end_records))) is not None:
             yield self._end_records[part.start : part.stop]
 
@@ -138,12 +173,6 @@ class ZipLayout:
         header, described = self._header(index), _descriptor_length(member)
         content = position + len(header)
         end = content + member.size
-        if span.start <= position and end + described <= span.stop:  # nearly every member: nothing is compared again
-            yield header
-            if described:
-                yield Content(index, ByteRange(0, member.size))
-                yield Checked(index, ByteRange(0, described), is_descriptor=True)
-            return
         if (part := _within(span, position, len(header))) is not None:
             yield header[part.start : part.stop]
         if (part := _within(span, content, member.size)) is not None:
@@ -151,35 +180,22 @@ class ZipLayout:
         if (part := _within(span, end, described)) is not None:
             yield Checked(index, part, is_descriptor=True)
 
-    def _content_offset(self, index: int) -> int:
-        """Return the length of the local header."""
-        member = self.members[index]
-        zip64 = 20 if _is_large(member) else 0
-        return _LOCAL_HEADER.size + len(member.name.encode()) + zip64 + len(_extra(member))
-
     def _header(self, index: int) -> bytes:
         """Return the local header [APPNOTE 4.3.7].
 
         Its CRC-32 and sizes are 0, because a descriptor follows [4.4.4, bit 3] or the file is empty.
         """
         member = self.members[index]
-        name, is_large = member.name.encode(), _is_large(member)
-        # A reader that meets this field knows that the descriptor has sizes of 8 bytes [4.3.9.2].
-        extra = (pack("<HHQQ", 1, 16, 0, 0) if is_large else b"") + _extra(member)
-        size = _MAX_32 if is_large else 0
-        fixed = _LOCAL_HEADER.pack(
-            0x04034B50,
-            _VERSION_64 if is_large else _VERSION,
-            _flags(member),
-            0,
-            *_dos_time(member.modified),
-            0,
-            size,
-            size,
-            len(name),
-            len(extra),
+        name, extra, modified = member.name.encode(), _extra(member), member.modified
+        version, size = _VERSION, 0
+        if _is_large(member):
+            # A reader that meets this field knows that the descriptor has sizes of 8 bytes [4.3.9.2].
+            extra = pack("<HHQQ", 1, 16, 0, 0) + extra
+            version, size = _VERSION_64, _MAX_32
+        flags, time = _flags(member), _dos_time(modified)
+        return (
+            _LOCAL_HEADER.pack(0x04034B50, version, flags, 0, time, 0, size, size, len(name), len(extra)) + name + extra
         )
-        return fixed + name + extra
 
     def checked(self, piece: Checked, crc: int) -> bytes:
         """Return the bytes of a piece, with the CRC-32 of its file."""
@@ -195,18 +211,18 @@ class ZipLayout:
     def entry(self, index: int, crc: int) -> bytes:
         """Return the entry of a file in the central directory [APPNOTE 4.3.12]. crc: its CRC-32."""
         member, offset = self.members[index], self._offsets[index]
-        name, zip64 = member.name.encode(), self._zip64_of_entry(index)
-        extra = zip64 + _extra(member)
-        mode = (0o755 if member.is_folder else 0o644) if member.mode is None else member.mode
-        kind = stat.S_IFDIR if member.is_folder else stat.S_IFREG
-        size = min(member.size, _MAX_32)
+        name, extra, size = member.name.encode(), _extra(member), member.size
+        version = _VERSION
+        if size >= _MAX_32 or offset >= _MAX_32:
+            extra = self._zip64_of_entry(index) + extra
+            version, size, offset = _VERSION_64, min(size, _MAX_32), min(offset, _MAX_32)
         fixed = _DIRECTORY_ENTRY.pack(
             0x02014B50,
             _UNIX | _VERSION_64,
-            _VERSION_64 if zip64 else _VERSION,
+            version,
             _flags(member),
             0,
-            *_dos_time(member.modified),
+            _dos_time(member.modified),
             crc,
             size,
             size,
@@ -215,8 +231,8 @@ class ZipLayout:
             0,
             0,
             0,
-            (kind | stat.S_IMODE(mode)) << 16 | (_DOS_FOLDER if member.is_folder else 0),
-            min(offset, _MAX_32),
+            _attributes(member),
+            offset,
         )
         return fixed + name + extra
 
@@ -254,6 +270,15 @@ def _is_large(member: Member) -> bool:
     return member.size >= _MAX_32
 
 
+def _attributes(member: Member) -> int:
+    """Return the Unix mode, and the attributes of DOS."""
+    mode, is_folder = member.mode, member.is_folder
+    if mode is None:
+        return _ORDINARY_FOLDER if is_folder else _ORDINARY_FILE
+    kind = stat.S_IFDIR if is_folder else stat.S_IFREG
+    return (kind | stat.S_IMODE(mode)) << 16 | (_DOS_FOLDER if is_folder else 0)
+
+
 def _flags(member: Member) -> int:
     return _UTF8 | (_HAS_DESCRIPTOR if has_checksum(member) else 0)
 
@@ -267,18 +292,26 @@ def _descriptor_length(member: Member) -> int:
 def _extra(member: Member) -> bytes:
     """Return the extended timestamp: the time in UTC, which the time of DOS does not tell."""
     modified = member.modified
-    if modified is None or not -(2**31) <= modified < 2**31:
-        return b""
-    return pack("<HHBi", 0x5455, 5, 1, modified)
+    return _EXTRA.pack(0x5455, 5, 1, modified) if _has_extra(modified) else b""
+
+
+def _has_extra(modified: int | None) -> bool:
+    return modified is not None and -(2**31) <= modified < 2**31
+
+
+def _dos_time(modified: int | None) -> int:
+    """Return the time and the date of DOS [APPNOTE 4.4.6], in UTC. A year that it does not have is the nearest."""
+    seconds = _DOS_FIRST if modified is None else min(max(modified, _DOS_FIRST), _DOS_LAST)
+    day, second = divmod(seconds, 86_400)
+    minute = second // 60
+    return _dos_date(day) << 16 | minute // 60 << 11 | minute % 60 << 5 | second % 60 // 2
 
 
 @lru_cache(maxsize=1024)
-def _dos_time(modified: int | None) -> tuple[int, int]:
-    """Return the time and the date of DOS [APPNOTE 4.4.6], in UTC. A year that it does not have is the nearest."""
-    seconds = _DOS_FIRST if modified is None else min(max(modified, _DOS_FIRST), _DOS_LAST)
-    moment = datetime.fromtimestamp(seconds, UTC)
-    time = moment.hour << 11 | moment.minute << 5 | moment.second // 2
-    return time, moment.year - 1980 << 9 | moment.month << 5 | moment.day
+def _dos_date(day: int) -> int:
+    """Return the date of DOS for a number of days since 1970-01-01."""
+    year, month, day_of_month, *_ = gmtime(day * 86_400)
+    return year - 1980 << 9 | month << 5 | day_of_month
 
 
 def _index_of(offsets: "array[int]", position: int) -> int:

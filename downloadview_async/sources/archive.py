@@ -8,11 +8,11 @@ and kept in a `Checksums`. If a range needs one that is not known, it waits unti
 import os
 import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
+from operator import itemgetter
 from typing import TypeVar
 from weakref import ref
 
@@ -29,21 +29,34 @@ from downloadview_async.errors import (
 from downloadview_async.http.archive_names import distinct_names, safe_name
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.http.zip_layout import LAYOUT, Content, Member, ZipLayout, has_checksum
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source, SupportsListing, check_source
+from downloadview_async.http.zip_layout import LAYOUT, Checked, Content, Member, ZipLayout, has_checksum
+from downloadview_async.sources.base import (
+    AsyncFile,
+    OpenFile,
+    OpensByName,
+    Piece,
+    Source,
+    SupportsListing,
+    check_source,
+)
 from downloadview_async.sources.checksums import Checksums, MemoryChecksums
 from downloadview_async.sources.listing import DescribedEntry, Entry, closing_entries
-from downloadview_async.sources.local.open_file import CHUNK_SIZE, OpenLocalFile, local_of, open_nowait
+from downloadview_async.sources.local.open_file import CHUNK_SIZE, REWRITTEN, OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import canonical_folder
 from downloadview_async.sources.workers import MID_TRANSFER, Slots, unlimited
 
 Key = TypeVar("Key")
+
+SMALL = 64 * 1024
+"""Up to this many bytes, reading a file is less work than having the kernel send it."""
 
 CONTENT_TYPE = "application/zip"
 SHARED_SECONDS = 1.0
 """For how many seconds a layout is given to other connections, such as those of a client that opens sixteen."""
 
 _ENOUGH = 128 * 1024  # bytes that are sent together: many small files are one chunk
+_ENOUGH_LENT = 256 * 1024  # bytes that are sent together by a server that takes files, too
+_LENT = 4  # files that are open at the same time for one answer
 _LOOKED_UP = 500  # files whose CRC-32s are looked up together
 _NOTED = 64 << 20  # bytes after which the CRC-32s of the files that have passed are stored
 _DESCRIBED = 8  # files that are opened at the same time to describe them
@@ -84,28 +97,34 @@ class ArchiveEntry:
 
 
 @dataclass(slots=True)
-class _Item:
-    """A file or a folder on its way into an archive.
+class _Item(Member):
+    """A file or a folder of an archive.
 
-    find: returns the file; None for a folder. name: identifies the file in its source; empty: its name in the archive.
+    version: see `FileMetadata.version`; None until the file is described. file: None for a folder, and for a file that
+    the source of the archive has as `source_name`.
     """
 
-    path: str
-    find: Callable[[], Awaitable[AsyncFile]] | None
-    metadata: FileMetadata | None
-    modified: int | None
-    mode: int | None = None
-    name: str = ""
+    version: str | None = ""
+    file: AsyncFile | None = None
+    source_name: str = ""
+
+    def describe(self, size: int | None, version: str) -> None:
+        """Note the size and the version of the file. Raises `ArchiveTooLarge` if the size is not known."""
+        if size is None:
+            raise ArchiveTooLarge(f"the size of {self.name!r} is not known", "a file has no known size")
+        self.size, self.version = size, version
 
 
 @dataclass(slots=True, weakref_slot=True)
 class _LaidOut:
     """An archive whose files have been described.
 
-    crcs: the CRC-32s that are known, by the index of the file. is_stale: whether a file may have changed meanwhile.
+    source: that of the files which have a name in it. crcs: the CRC-32s that are known, by the index of the file.
+    is_stale: whether a file may have changed meanwhile.
     """
 
     items: Sequence[_Item]
+    source: Source | None
     layout: ZipLayout
     metadata: FileMetadata
     crcs: dict[int, int]
@@ -132,7 +151,7 @@ class _Knowledge:
 
     def key(self, name: str, version: str, size: int) -> bytes:
         """Return the key of a version of a file."""
-        return blake2b(repr((self._source, name, version, size)).encode(), digest_size=16).digest()
+        return blake2b(f"{self._source}\0{name}\0{version}\0{size}".encode(), digest_size=16).digest()
 
     def keep(self, key: bytes, begun: _Begun) -> None:
         """Keep how far a file has been read, and forget the oldest beyond `_BEGUN`."""
@@ -180,13 +199,7 @@ class Archive:
 
     async def _items(self) -> list[_Item]:
         return [
-            _Item(
-                entry.path,
-                None if entry.file is None else partial(_itself, entry.file),
-                None,
-                entry.modified,
-                entry.mode,
-            )
+            _Item(entry.path, 0, entry.modified, entry.mode, "" if entry.file is None else None, entry.file)
             for entry in self._entries
         ]
 
@@ -196,7 +209,7 @@ class Archive:
         yield OpenArchive(await self._laid_out(), self._knowledge)
 
     async def _laid_out(self) -> _LaidOut:
-        return await _laid_out(await self._items(), self._limits)
+        return await _laid_out(await self._items(), None, self._limits)
 
 
 class FolderArchive(Archive):
@@ -221,7 +234,7 @@ class FolderArchive(Archive):
             laid_out = recent[key][1]() if key in recent else None
             if laid_out is None or laid_out.is_stale:
                 with await self._source.layouts.take():
-                    laid_out = await super()._laid_out()
+                    laid_out = await _laid_out(await self._items(), self._source.source, self._limits)
                 recent[key] = time.monotonic() + SHARED_SECONDS, ref(laid_out)
             return laid_out
 
@@ -232,7 +245,7 @@ class FolderArchive(Archive):
         if self._names or not last:
             await self._collect(items, self._folder, "", 0, only=self._names)
         else:
-            items.append(_Item(f"{last}/", None, None, None))
+            items.append(_Item(f"{last}/"))
             await self._collect(items, self._folder, f"{last}/", 0)
         return items
 
@@ -252,18 +265,19 @@ class FolderArchive(Archive):
                     _check(limit + 1, limit, "files and folders")
         if only and (missing := only - {entry.name for entry in entries}):
             raise FileMissing(f"{folder!r} does not have {sorted(missing)}")
-        entries.sort(key=lambda entry: entry.name)
+        entries.sort(key=itemgetter(0))  # the name
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             modified = None if entry.modified is None else int(entry.modified.timestamp() // 1)
             if entry.is_folder:
                 _check(depth + 1, self._limits.depth, "folders within folders")
-                items.append(_Item(f"{path}{entry.name}/", None, None, modified))
+                items.append(_Item(f"{path}{entry.name}/", modified=modified))
                 await self._collect(items, name, f"{path}{entry.name}/", depth + 1)
             else:
-                metadata = entry.describe() if isinstance(entry, DescribedEntry) else None
-                find = partial(self._source.source.resolve, name)
-                items.append(_Item(f"{path}{entry.name}", find, metadata, modified, name=name))
+                item = _Item(f"{path}{entry.name}", 0, modified, None, None, None, name)
+                if isinstance(entry, DescribedEntry):
+                    item.describe(*entry.identity())
+                items.append(item)
 
 
 class ArchiveSource:
@@ -331,89 +345,121 @@ class OpenArchive:
         self._layout = laid_out.layout
         self._crcs = laid_out.crcs
         self._knowledge = knowledge
+        source = laid_out.source
+        self._opens = source.open_nowait if source is not None and isinstance(source, OpensByName) else None
         self._unstored: dict[bytes, int] = {}
+        self._passed = 0  # bytes of files whose CRC-32s are not stored yet
         self._looked_up = range(0)
+        self._keys: dict[int, bytes] = {}  # those of the files whose CRC-32s have been looked up last
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of a span. Raises `TransferAborted` if a file is not that which was described."""
-        parts: list[bytes] = []
-        length = passed = 0
+        span = ByteRange(0, self._layout.size) if span is None else span
+        async with aclosing(self._batches(span, is_lending=False)) as batches:
+            async for batch in batches:
+                for piece in batch:
+                    assert isinstance(piece, bytes)
+                    yield piece
+
+    def pieces(self, span: ByteRange) -> AsyncGenerator[Sequence[Piece], None]:
+        """Yield the pieces of a span: see `InPieces`. A local file that need not be read for its CRC-32 is lent.
+
+        There are none if the span does not begin in a local file.
+        """
+        return self._batches(span, is_lending=True)
+
+    async def _batches(self, span: ByteRange, *, is_lending: bool) -> AsyncGenerator[Sequence[Piece], None]:
+        items, crcs, opens = self._items, self._crcs, self._opens
+        is_first = True
+        batch = _Batch(is_lending=is_lending)
         try:
-            for piece in self._layout.pieces(ByteRange(0, self._layout.size) if span is None else span):
-                if isinstance(piece, Content):
-                    await self._look_up(piece.index)
-                    if (content := await self._small(piece)) is not None:
-                        parts.append(content)
-                        length += len(content)
-                        passed += len(content)
-                        if length >= _ENOUGH:
-                            yield b"".join(parts)
-                            parts, length = [], 0
-                        continue
-                    async with aclosing(self._content(piece)) as chunks:
-                        async for chunk in chunks:
-                            parts.append(chunk)
-                            length += len(chunk)
-                            if length >= _ENOUGH:
-                                passed += length
-                                yield b"".join(parts) if len(parts) > 1 else chunk
-                                parts, length = [], 0
-                    if passed >= _NOTED:
-                        passed = 0
-                        await self._store()
-                    continue
-                if not isinstance(piece, bytes):
+            for piece in self._layout.pieces(span, crcs):
+                if isinstance(piece, bytes):
+                    batch.add(piece)
+                elif isinstance(piece, Checked):
                     if not await self._is_known(piece.index):
-                        if parts:
-                            yield b"".join(parts)  # the client need not wait for these
-                            parts, length = [], 0
+                        if batch.length:
+                            yield batch.take()  # the client need not wait for these
+                            await batch.release()
                         await self._read(piece.index)
-                    piece = self._layout.checked(piece, self._crcs[piece.index])
-                parts.append(piece)
-                length += len(piece)
-                if length >= _ENOUGH:
-                    yield b"".join(parts)
-                    parts, length = [], 0
-            if parts:
-                yield b"".join(parts)
+                    batch.add(self._layout.checked(piece, self._crcs[piece.index]))
+                else:
+                    index, part = piece.index, piece.span
+                    if index not in self._looked_up:
+                        await self._look_up(index)
+                    item, length = items[index], part.stop - part.start
+                    is_whole = length == item.size
+                    is_lent = is_lending and length > SMALL and (index in crcs or not is_whole)
+                    local: OpenLocalFile | None = None
+                    if is_lent or length <= CHUNK_SIZE:
+                        if opens is not None and item.source_name:
+                            local = opens(item.source_name)
+                            is_same = local is None or (local.size == item.size and local.version == item.version)
+                        else:
+                            opened = open_nowait(await self._find(index), GET)
+                            local = None if opened is None else local_of(opened)
+                            is_same = opened is None or _is_same(item, opened.metadata)
+                        if local is not None and not is_same:
+                            local.close()
+                            raise self._has_changed(index)
+                    if local is None:
+                        if is_lending and is_first and not await self._is_local(index):
+                            return
+                        async with self._opened(index, GET if is_whole else _request_for(part)) as opened:
+                            local = local_of(opened)
+                            if is_lent and local is not None:
+                                batch.lend(local.shared(), part)
+                            else:
+                                async with aclosing(self._content(opened, piece)) as chunks:
+                                    async for chunk in chunks:
+                                        batch.add(chunk)
+                                        if batch.is_full:
+                                            yield batch.take()
+                                            await batch.release()
+                    elif is_lent:
+                        batch.lend(local, part)
+                    else:
+                        with closing(local):
+                            batch.add(await self._content_of_small(local, piece), is_joined=not is_lending)
+                    is_first = False
+                    if self._passed >= _NOTED:
+                        await self._store()
+                if batch.is_full:
+                    yield batch.take()
+                    await batch.release()
+            if batch.length:
+                yield batch.take()
+                await batch.release()
         except DownloadError:
             self._laid_out.is_stale = True  # a file may have changed: the next request looks at the folder again
             raise
         finally:
             with anyio.CancelScope(shield=True):
+                await batch.close()
                 await self._store()
 
-    async def _small(self, piece: Content) -> bytes | None:
-        """Return the bytes of a span of a local file if they are few; else None.
+    async def _is_local(self, index: int) -> bool:
+        """Return whether a file may have a local file with its bytes, as far as that is known before it is opened."""
+        location = (await self._find(index)).location
+        return location is not None and os.path.isabs(location)
 
-        Most files of an archive are such, and this costs a third of what `_content` costs.
-        """
+    async def _content_of_small(self, local: OpenLocalFile, piece: Content) -> bytes:
+        """Return a short span of a local file."""
         index, span = piece.index, piece.span
-        if len(span) > CHUNK_SIZE:
-            return None
-        opened = open_nowait(await self._find(index), GET)
-        if opened is None or (local := local_of(opened)) is None:
-            return None
-        with closing(local):
-            self._check(index, opened)
-            content = local.read_nowait(span)
-            if content is None:
-                content = await local.read(span)
-                if len(content) < len(span) or local.is_rewritten():
-                    raise TransferAborted(
-                        f"{self._items[index].path!r} changed while it was read", reason="file-changed"
-                    )
-        if index not in self._crcs and len(span) == self._layout.members[index].size:
+        content = await local.read(span)
+        if len(content) < len(span) or not local.is_same():
+            raise self._has_changed(index)
+        if index not in self._crcs and len(span) == self._items[index].size:
             self._note(index, zlib.crc32(content))
         return content
 
-    async def _content(self, piece: Content) -> AsyncGenerator[bytes, None]:
+    async def _content(self, opened: OpenFile, piece: Content) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of a span of a file, and compute its CRC-32 if that is not known and all bytes pass."""
         index, span = piece.index, piece.span
-        is_whole = len(span) == self._layout.members[index].size
+        is_whole = len(span) == self._items[index].size
         is_computed = is_whole and index not in self._crcs
         left, crc = len(span), 0
-        async with self._opened(index, GET if is_whole else _request_for(span)) as opened, AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:
             # generated content can only be read from its beginning
             skipped = 0 if is_whole or opened.metadata.accept_ranges else span.start
             chunks = opened.stream(None if is_whole or skipped else span)
@@ -430,36 +476,35 @@ class OpenArchive:
                     break
         if left:
             raise TransferAborted(
-                f"{self._items[index].path!r} ended {left} bytes before its end", reason="file-changed"
+                f"{self._items[index].name!r} ended {left} bytes before its end", reason="file-changed"
             )
         if is_computed:
             self._note(index, crc)
 
     async def _find(self, index: int) -> AsyncFile:
-        find = self._items[index].find
-        assert find is not None
-        return await find()
+        return await _find(self._items[index], self._laid_out.source)
 
-    def _check(self, index: int, opened: OpenFile) -> None:
-        """Raise `TransferAborted` if an open file is not the version in the layout."""
-        item, metadata = self._items[index], opened.metadata
-        if metadata is not item.metadata and _identity(metadata) != _identity(item.metadata):
-            raise TransferAborted(f"{item.path!r} has changed since the archive was laid out", reason="file-changed")
+    def _has_changed(self, index: int) -> TransferAborted:
+        name = self._items[index].name
+        return TransferAborted(f"{name!r} has changed since the archive was laid out", reason="file-changed")
 
     @asynccontextmanager
     async def _opened(self, index: int, request: DownloadRequest) -> AsyncIterator[OpenFile]:
         """Give the open file. Raises `TransferAborted` if it is not the version in the layout."""
-        file = await self._find(index)
-        async with file.open(request) as opened:
-            self._check(index, opened)
+        item = self._items[index]
+        async with (await self._find(index)).open(request) as opened:
+            if not _is_same(item, opened.metadata):
+                raise self._has_changed(index)
             yield opened
 
     def _note(self, index: int, crc: int) -> None:
         self._crcs[index] = crc
-        if (key := self._key(index)) is not None:
+        self._passed += self._items[index].size
+        if (key := self._keys.get(index) or self._key(index)) is not None:
             self._unstored[key] = crc
 
     async def _store(self) -> None:
+        self._passed = 0
         if self._unstored:
             unstored, self._unstored = self._unstored, {}
             await self._knowledge.checksums.put(unstored)
@@ -467,25 +512,21 @@ class OpenArchive:
     def _key(self, index: int) -> bytes | None:
         """Return the key of a file in the `Checksums`; None for a file that may change without a sign."""
         item = self._items[index]
-        size, version = _identity(item.metadata)
-        assert size is not None
-        return self._knowledge.key(item.name or self._layout.members[index].name, version, size) if version else None
+        return self._knowledge.key(item.source_name or item.name, item.version, item.size) if item.version else None
 
     async def _look_up(self, index: int) -> None:
         """Look up the CRC-32s of a file and of those after it."""
         if index in self._looked_up:
             return
         self._looked_up = range(index, min(index + _LOOKED_UP, len(self._items)))
-        keys = {
-            key: each
+        self._keys = {
+            each: key
             for each in self._looked_up
-            if each not in self._crcs
-            and has_checksum(self._layout.members[each])
-            and (key := self._key(each)) is not None
+            if each not in self._crcs and has_checksum(self._items[each]) and (key := self._key(each)) is not None
         }
-        if keys:
-            for key, crc in (await self._knowledge.checksums.get(list(keys))).items():
-                self._crcs[keys[key]] = crc
+        if self._keys:
+            known = await self._knowledge.checksums.get(list(self._keys.values()))
+            self._crcs.update({each: known[key] for each, key in self._keys.items() if key in known})
 
     async def _is_known(self, index: int) -> bool:
         if index not in self._crcs:
@@ -503,12 +544,73 @@ class OpenArchive:
                 begun = _Begun() if key is None else self._knowledge.begun.pop(key, _Begun())
                 try:
                     async with self._opened(index, GET) as opened:
-                        self._note(index, await _crc_of(opened, self._layout.members[index].size, begun))
+                        self._note(index, await _crc_of(opened, self._items[index].size, begun))
                 except anyio.get_cancelled_exc_class():
                     if key is not None:
                         self._knowledge.keep(key, begun)  # the client has given up: the next one goes on from here
                     raise
             await self._store()
+
+
+class _Batch:
+    """The pieces that are yielded next, and the files among them, which are open until the batch is released."""
+
+    __slots__ = ("_bytes", "_enough", "_files", "_pieces", "is_full", "length")
+
+    def __init__(self, *, is_lending: bool) -> None:
+        self._enough = _ENOUGH_LENT if is_lending else _ENOUGH
+        self._pieces: list[Piece] = []
+        self._bytes: list[bytes] = []  # those after the last file
+        self._files: list[OpenLocalFile] = []
+        self.length = 0
+        self.is_full = False
+        """Whether the batch has to be yielded now."""
+
+    def add(self, content: bytes, *, is_joined: bool = True) -> None:
+        """Add bytes. is_joined: whether they are in the same piece as the bytes around them, even if they are many."""
+        if not is_joined and len(content) > SMALL:
+            self._join()
+            self._pieces.append(content)
+        else:
+            self._bytes.append(content)
+        self.length = length = self.length + len(content)
+        if length >= self._enough:
+            self.is_full = True
+
+    def lend(self, file: OpenLocalFile, span: ByteRange) -> None:
+        """Add a span of a file, which is closed with the batch."""
+        self._files.append(file)
+        self._join()
+        self._pieces.append((file, span))
+        self.length = length = self.length + span.stop - span.start
+        self.is_full = length >= self._enough or len(self._files) >= _LENT
+
+    def take(self) -> Sequence[Piece]:
+        """Return the pieces, and begin anew."""
+        self._join()
+        pieces, self._pieces, self.length, self.is_full = self._pieces, [], 0, False
+        return pieces
+
+    async def release(self) -> None:
+        """Close the files, which have been sent. Raises `TransferAborted` if one has changed meanwhile."""
+        for file in self._files:
+            if not file.is_same():
+                raise TransferAborted(REWRITTEN, reason="file-changed")
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the files, whether they have been sent or not."""
+        while self._files:
+            file = self._files.pop()
+            if file.is_quick:
+                file.close()
+            else:
+                await file.aclose()
+
+    def _join(self) -> None:
+        if self._bytes:
+            self._pieces.append(self._bytes[0] if len(self._bytes) == 1 else b"".join(self._bytes))
+            self._bytes = []
 
 
 @asynccontextmanager
@@ -556,36 +658,29 @@ def _crc_of_span(local: OpenLocalFile, position: int, length: int, crc: int) -> 
     return crc, count
 
 
-async def _laid_out(items: list[_Item], limits: ArchiveLimits) -> _LaidOut:
+async def _laid_out(items: list[_Item], source: Source | None, limits: ArchiveLimits) -> _LaidOut:
     """Return the archive of these items. Raises `ArchiveTooLarge`."""
     _check(len(items), limits.files, "files and folders")
-    await _describe(items)
+    await _describe(items, source)
     if len(items) < _MANY:
-        return _arranged(items, limits)
-    return await anyio.to_thread.run_sync(_arranged, items, limits, limiter=unlimited())
+        return _arranged(items, source, limits)
+    return await anyio.to_thread.run_sync(_arranged, items, source, limits, limiter=unlimited())
 
 
-def _arranged(items: list[_Item], limits: ArchiveLimits) -> _LaidOut:
+def _arranged(items: list[_Item], source: Source | None, limits: ArchiveLimits) -> _LaidOut:
     """Return the archive of items that have been described. Raises `ArchiveTooLarge`."""
-    names = distinct_names([safe_name(item.path) for item in items])
+    names = distinct_names([safe_name(item.name) for item in items])
     kept: dict[str, _Item] = {}
-    members: list[Member] = []
     digest = blake2b(digest_size=16)
     is_pinned = True
     for item, name in zip(items, names, strict=True):
         if name in kept:
             continue  # the same folder again
         kept[name] = item
-        size, version = (0, "") if item.find is None else _identity(item.metadata)
-        if size is None:
-            raise ArchiveTooLarge(f"the size of {item.path!r} is not known", "a file has no known size")
-        modified = item.modified
-        if modified is None and item.metadata is not None:
-            modified = item.metadata.last_modified
-        member = Member(name, size, modified, item.mode)
-        members.append(member)
-        is_pinned = is_pinned and (bool(version) or not has_checksum(member))
-        digest.update(repr((name, size, modified, item.mode, version)).encode())
+        item.name = name
+        is_pinned = is_pinned and (bool(item.version) or not item.size)
+        digest.update(f"{name}\0{item.size}\0{item.modified}\0{item.mode}\0{item.version}\0".encode())
+    members = list(kept.values())
     try:
         layout = ZipLayout(members)
     except ValueError as exc:
@@ -598,21 +693,32 @@ def _arranged(items: list[_Item], limits: ArchiveLimits) -> _LaidOut:
         accept_ranges=is_pinned,
         headers=(("cache-control", "no-cache"),),  # a cache asks each time whether the folder has changed
     )
-    return _LaidOut(list(kept.values()), layout, metadata, {})
+    return _LaidOut(members, source, layout, metadata, {})
 
 
-async def _describe(items: Iterable[_Item]) -> None:
+def _is_same(item: _Item, metadata: FileMetadata) -> bool:
+    return metadata.size == item.size and metadata.version == item.version
+
+
+async def _find(item: _Item, source: Source | None) -> AsyncFile:
+    if item.file is not None:
+        return item.file
+    assert source is not None
+    return await source.resolve(item.source_name)
+
+
+async def _describe(items: Iterable[_Item], source: Source | None) -> None:
     """Open each file that has not been described, and describe it."""
-    pending = iter([item for item in items if item.find is not None and item.metadata is None])
+    pending = iter([item for item in items if item.version is None])
     failures: list[Exception] = []
 
     async def work() -> None:
         try:
             for item in pending:
-                assert item.find is not None
-                file = await item.find()
-                async with file.open(HEAD) as opened:
-                    item.metadata = opened.metadata
+                async with (await _find(item, source)).open(HEAD) as opened:
+                    item.describe(opened.metadata.size, opened.metadata.version)
+                    if item.modified is None:
+                        item.modified = opened.metadata.last_modified
         except Exception as exc:  # raised as it is, and not in a group
             failures.append(exc)
             group.cancel_scope.cancel()
@@ -624,21 +730,8 @@ async def _describe(items: Iterable[_Item]) -> None:
         raise failures[0]
 
 
-def _identity(metadata: FileMetadata | None) -> tuple[int | None, str]:
-    """Return the size and the validator of a version of a file; an empty text without a strong validator."""
-    if metadata is None:
-        return None, ""
-    if metadata.etag is not None and not metadata.etag.weak:
-        return metadata.size, str(metadata.etag)
-    return metadata.size, "" if metadata.changed_at is None else f"{metadata.changed_at}"
-
-
 def _request_for(span: ByteRange) -> DownloadRequest:
     return DownloadRequest(range=f"bytes={span.start}-{span.stop - 1}")
-
-
-async def _itself(file: AsyncFile) -> AsyncFile:
-    return file
 
 
 def _check(number: int, limit: int | None, what: str) -> None:

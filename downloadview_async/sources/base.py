@@ -1,15 +1,15 @@
 """The seams between the rooms: `Source`, `AsyncFile`, `OpenFile` and `Storage`, and what a file may offer besides.
 
-`Local`, `Aged`, `Dated`, `Recoded`, `Unframed` and `ReadsOver` are optional for an open file, `OpensNowait` and
-`MadeOnDemand` are optional for a file. No class has to inherit from them: an attribute with that name is enough. A
+`Local`, `InPieces`, `Aged`, `Dated`, `Recoded`, `Unframed` and `ReadsOver` are optional for an open file, `OpensNowait`
+and `MadeOnDemand` are optional for a file. No class has to inherit from them: an attribute with that name is enough. A
 wrapper around a file should pass on those that still hold for what it sends; without them, it is sent correctly, but
 more slowly.
 """
 
 import inspect
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import ByteRange, FileMetadata
@@ -49,6 +49,22 @@ class Local(Protocol):
 
         A server that can send from a descriptor sends from this one, and `stream` is not called. A wrapper that changes
         the bytes must not offer it. The headers come from the metadata of the wrapper, which must have the same size.
+        """
+        ...
+
+
+Piece: TypeAlias = "bytes | tuple[OpenLocalFile, ByteRange]"
+"""A part of a body: bytes, or a span of an open local file, for the kernel to send."""
+
+
+class InPieces(Protocol):
+    """What an open file may offer besides: its body as bytes and as spans of local files, for the kernel to send."""
+
+    def pieces(self, span: ByteRange) -> AsyncGenerator[Sequence[Piece], None]:
+        """Yield the pieces of a span, some at a time, in order. Without any, `stream` has to be called instead.
+
+        The local files among them are open until the generator goes on, or is closed. It may go on in another task than
+        the one in which it has begun. Raises what `stream` does.
         """
         ...
 
@@ -181,6 +197,12 @@ class MadeOnDemand(Protocol):
         ...
 
 
+def pieces_of(opened: OpenFile, span: ByteRange) -> AsyncGenerator[Sequence[Piece], None] | None:
+    """Return the pieces of a span of an open file, which the caller closes; None if it has none: see `InPieces`."""
+    pieces: Callable[[ByteRange], AsyncGenerator[Sequence[Piece], None]] | None = getattr(opened, "pieces", None)
+    return None if pieces is None else pieces(span)
+
+
 def on_demand_of(file: AsyncFile) -> OnDemand | None:
     """Return what is known about content that is made on demand; None for other files: see `MadeOnDemand`."""
     return getattr(file, "on_demand", None)
@@ -200,6 +222,18 @@ class HasCanonicalNames(Protocol):
 
     def canonical(self, name: str) -> str:
         """Return the one name for `./a//b`, `/a/b` and `a/b`. Raises `FileMissing` for a name no file can have."""
+        ...
+
+
+@runtime_checkable
+class OpensByName(Protocol):
+    """What a source may offer besides: opening many files, of which each is sent once."""
+
+    def open_nowait(self, name: str, /) -> "OpenLocalFile | None":
+        """Open the file that `resolve` would return for a name from a listing, or return None: see `OpensNowait`.
+
+        Nothing is kept about it, and no encoded form of it is opened.
+        """
         ...
 
 

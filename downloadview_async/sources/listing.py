@@ -33,6 +33,11 @@ class DescribedEntry(Entry):
 
     describe: Callable[[], FileMetadata]
 
+    def identity(self) -> tuple[int | None, str]:
+        """Return the size and the version (`FileMetadata.version`), which `describe` tells too."""
+        metadata = self.describe()
+        return metadata.size, metadata.version
+
     @classmethod
     def of(cls, entry: Entry, describe: Callable[[], FileMetadata]) -> "DescribedEntry":
         """Return the entry, with this function."""

@@ -124,8 +124,13 @@ def without_empty_segments(name: str) -> str:
     return "/" * name.startswith("/") + "/".join([*kept, "" if last == "." else last])
 
 
-def checked_segments(name: str, names: Names = "portable") -> list[str]:
-    """Return the segments of a canonical name. Raises `FileMissing` for any other name."""
+def check_canonical(name: str, names: Names = "portable") -> None:
+    """Raise `FileMissing` for a name that `canonical_name` does not return unchanged."""
     if canonical_name(name, names) != name:
         raise FileMissing(f"not a name of a file: {name!r}")
+
+
+def checked_segments(name: str, names: Names = "portable") -> list[str]:
+    """Return the segments of a canonical name. Raises `FileMissing` for any other name."""
+    check_canonical(name, names)
     return name.split("/")

@@ -1,24 +1,32 @@
 """`?archive=zip`: archives of folders and selections, for the clients that may have them."""
 
 import asyncio
+import contextlib
 import io
 import os
+import socket
+import struct
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.uvicorn import sendfile as sendfile_module
+from downloadview_async.asgi.uvicorn.turns import turn
 from downloadview_async.sources import archive as archive_module
-from tests.live import Answer, ask, live
+from tests.descriptors import open_paths
+from tests.live import Answer, Watched, ask, ask_raw, live, parse
 from tests.observed import Observed
 
 pytestmark = pytest.mark.asyncio
@@ -309,3 +317,309 @@ async def test_sixteen_connections_of_one_client_get_one_file(root: Path) -> Non
                 group.start_soon(fetch, number)
         whole = await ask(port, url)
     assert b"".join(parts[number] for number in range(16)) == whole.body
+
+
+# --- by the kernel, where the server takes descriptors
+
+LARGE = {"d/a.bin": 300_000, "d/b.txt": 10, "d/c.bin": 70_000, "d/e.bin": 5_000_000, "d/f.txt": 40_000}
+ALL = "/files/d/?archive=zip"
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    for name, size in LARGE.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(os.urandom(size))
+        os.utime(path, (1_700_000_000,) * 2)
+    return tmp_path
+
+
+class Sendfile:
+    """Counts the bytes that `sendfile` sends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent = 0
+        self._sendfile = os.sendfile
+        monkeypatch.setattr(os, "sendfile", self._counted)
+
+    def _counted(self, out: int, file: int, offset: int, count: int) -> int:
+        sent = self._sendfile(out, file, offset, count)
+        self.sent += sent
+        return sent
+
+    def since(self) -> int:
+        sent, self.sent = self.sent, 0
+        return sent
+
+
+def application_of(root: Path, kind: str) -> Observed:
+    """An application whose archives are of a folder that is opened by its names, of another one, or of given files."""
+    if kind == "folder":
+        return Observed(application(root))
+    if kind == "storage":
+        download: Any = dv.Download(dv.StorageSource(dv.DirectoryStorage(root)), archive=True)
+        return Observed(Starlette(routes=[Route("/files/{path:path}", download)]))
+    archive = dv.Archive([(name, dv.LocalFile(root / name)) for name in LARGE], name="d.zip")
+    return Observed(dv.DownloadResponse(archive))
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("kind", ["folder", "storage", "given"])
+async def test_the_kernel_sends_the_files_whose_crcs_are_known(
+    large: Path, kind: str, loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, sendfile = application_of(large, kind), Sendfile(monkeypatch)
+    async with live(app, http=DownloadProtocol, loop=loop) as port:
+        whole = await ask(port, ALL)
+        assert (app.only().result, sendfile.since()) == ("completed", 0)  # it computes them
+        with zipfile.ZipFile(io.BytesIO(whole.body)) as archive:
+            assert archive.testzip() is None
+            assert {name: archive.getinfo(name).file_size for name in LARGE} == LARGE
+        size = len(whole.body)
+        for start, stop in ((0, size), (1000, size), (31, size - 1), (400_000, 4_000_000), (300_000, 5_400_000)):
+            headers = {"Range": f"bytes={start}-{stop - 1}"} if (start, stop) != (0, size) else {}
+            answer = await ask(port, ALL, headers=headers)
+            assert answer.body == whole.body[start:stop]
+            outcome = app.only()
+            assert (outcome.sent, outcome.result) == (stop - start, "completed")
+            assert outcome.kind == ("zero-copy" if kind == "given" else "archive")
+            assert sum(span.stop - span.start for span in outcome.spans if span) == stop - start
+            assert sendfile.since() > 0.8 * (stop - start)  # the rest, when the socket was full, by the transport
+        several = await ask(port, ALL, headers={"Range": "bytes=0-99999, 400000-499999"})
+        assert (several.status, several.complete, app.only().result, sendfile.since()) == (206, True, "completed", 0)
+        small = await ask(port, ALL, headers={"Range": "bytes=400000-409999"})
+        assert small.body == whole.body[400_000:410_000]
+        assert (app.only().result, sendfile.since()) == ("completed", 0)
+        head = await ask(port, ALL, method="HEAD")
+        assert (head.headers["content-length"], app.only().sent) == (str(size), 0)
+    async with live(app, loop=loop) as port:  # a server that takes no descriptors
+        assert (await ask(port, ALL)).body == whole.body
+        assert (app.only().result, sendfile.since()) == ("completed", 0)
+
+
+async def test_a_part_of_a_file_needs_no_crc(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, sendfile = Observed(application(large)), Sendfile(monkeypatch)
+    async with live(app, http=DownloadProtocol) as port:
+        part = await ask(port, ALL, headers={"Range": "bytes=400000-4999999"})
+        assert (app.only().result, part.complete) == ("completed", True)
+        assert sendfile.since() > 4_000_000
+        whole = await ask(port, ALL)
+    assert part.body == whole.body[400_000:5_000_000]
+
+
+async def test_a_length_that_is_dropped_on_the_way(large: Path) -> None:
+    app = application(large)
+
+    async def without_length(scope: Any, receive: Any, send: Any) -> None:
+        async def dropping(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                kept = [header for header in message["headers"] if header[0] != b"content-length"]
+                message = {**message, "headers": kept}
+            await send(message)
+
+        await app(scope, receive, dropping)
+
+    async with live(without_length, http=DownloadProtocol) as port:
+        answers = [await ask(port, ALL) for _ in range(2)]
+        old = await ask_raw(port, f"GET {ALL} HTTP/1.0\r\nHost: test\r\n\r\n".encode())
+    assert all(answer.complete and "content-length" not in answer.headers for answer in answers)
+    assert answers[0].body == answers[1].body == old.body
+
+
+class Paused:
+    """A client that reads the beginning of an archive whose CRC-32s are known, and then waits."""
+
+    def __init__(self, port: int, size: int = 50_000) -> None:
+        self._port = port
+        self._size = size
+
+    async def __aenter__(self) -> "Paused":
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # so that little is on its way
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self._port))
+        self._reader, self._writer = await asyncio.open_connection(sock=sock, limit=1 << 16)
+        self._writer.write(f"GET {ALL} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n".encode())
+        self._received = bytearray(await self._reader.readexactly(self._size))
+        return self
+
+    async def rest(self) -> Answer:
+        """Read what is left, up to the end of the connection."""
+        with contextlib.suppress(ConnectionError):
+            while block := await self._reader.read(1 << 16):
+                self._received += block
+        return parse(bytes(self._received))
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+
+def opened(root: Path) -> list[str]:
+    return [os.path.basename(path.removesuffix(" (deleted)")) for path in open_paths() if path.startswith(f"{root}/")]
+
+
+HUGE = 12_000_000  # more than the buffers of both sockets take
+
+
+def _grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def _rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"changed")
+
+
+def _replace(path: Path) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(bytes(path.stat().st_size))
+    other.replace(path)
+
+
+def _shrink(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _make_a_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "grows": _grow,
+    "shrinks": _shrink,
+    "rewritten": _rewrite,
+    "replaced": _replace,
+    "deleted": Path.unlink,
+    "a folder": _make_a_folder,
+    "a link": _make_a_link,
+}
+
+
+@pytest.mark.parametrize("name", ["d/huge.bin", "d/z.bin"])
+@pytest.mark.parametrize("change", CHANGES)
+async def test_a_file_that_changes_before_or_while_the_kernel_sends_it(large: Path, change: str, name: str) -> None:
+    os.truncate(large / "d/a.bin", HUGE)  # while it is sent, the others are not yet open
+    (large / "d/huge.bin").write_bytes(b"h" * HUGE)
+    (large / "d/z.bin").write_bytes(b"z" * 200_000)
+    is_under_way = name == "d/huge.bin"
+    if is_under_way:
+        (large / "d/a.bin").unlink()
+    app = Observed(application(large))
+    async with live(app, http=DownloadProtocol) as port:
+        whole = await ask(port, ALL)
+        assert whole.complete
+        app.outcomes.clear()
+        skipped = whole.body.index(b"h" * 99) + 99 if is_under_way else 50_000
+        async with Paused(port, skipped) as client:
+            assert opened(large) == (["huge.bin"] if is_under_way else ["a.bin"])
+            CHANGES[change](large / name)
+            answer = await client.rest()
+    is_harmless = is_under_way and change in ("replaced", "deleted", "a folder", "a link")  # the open file is the same
+    assert answer.complete == is_harmless
+    assert whole.body.startswith(answer.body) or change in ("rewritten", "shrinks")
+    assert app.only().result == ("completed" if is_harmless else "aborted")
+    assert not opened(large)
+
+
+async def test_a_slow_client_keeps_few_files_open_and_none_after_it_has_left(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for number in range(300):
+        (tmp_path / f"d/{number:03}").write_bytes(os.urandom(100_000))
+    app = application(tmp_path)
+    async with live(app, http=DownloadProtocol) as port:
+        assert (await ask(port, ALL)).complete
+        assert not opened(tmp_path)
+        async with Paused(port):
+            assert 1 <= len(opened(tmp_path)) <= 4
+    for inner in (app, BaseHTTPMiddleware(app, dispatch=_passed_on)):  # in its own task, and in that of a middleware
+        watched = Watched(inner)
+        async with live(watched, http=DownloadProtocol) as port:
+            await watched.ends_when_the_client_leaves(port, ALL)
+            assert not opened(tmp_path)
+
+
+async def _passed_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    return await call_next(request)
+
+
+async def test_a_client_that_leaves_ends_the_wait_for_a_crc_in_the_task_of_a_middleware(large: Path) -> None:
+    waiting, left = anyio.Event(), anyio.Event()
+
+    class Waiting(dv.MemoryChecksums):
+        """Knows the CRC-32s of the first files, and is asked for the others until the client has left."""
+
+        async def get(self, keys: Sequence[bytes], /) -> Mapping[bytes, int]:
+            if len(keys) == 1:
+                waiting.set()
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    left.set()
+            return await super().get(keys)
+
+    archives = dv.ArchiveOptions(checksums=Waiting(), name="files")
+    app = BaseHTTPMiddleware(application(large, archives), dispatch=_passed_on)
+    async with live(app, http=DownloadProtocol) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        # the descriptor after a file, of which only the end is asked for, needs its CRC-32
+        writer.write(f"GET {ALL} HTTP/1.1\r\nHost: test\r\nRange: bytes=100000-\r\n\r\n".encode())
+        await asyncio.wait_for(waiting.wait(), 20)
+        assert not left.is_set()
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset: it reads no more
+        writer.close()
+        await asyncio.wait_for(left.wait(), 20)
+    assert not opened(large)
+
+
+async def test_other_work_gets_its_turn_while_crcs_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d").mkdir()
+    for number in range(200):
+        (tmp_path / f"d/{number:03}").write_bytes(os.urandom(100_000))
+    turns = 0
+
+    def counted(loop: asyncio.AbstractEventLoop) -> Any:
+        nonlocal turns
+        turns += 1
+        return turn(loop)
+
+    monkeypatch.setattr(sendfile_module, "turn", counted)
+
+    def fetch(port: int) -> int:  # in a thread: a client that is always ready for more
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(f"GET {ALL} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n".encode())
+            received = 0
+            while block := client.recv(1 << 20):
+                received += len(block)
+        return received
+
+    async with live(application(tmp_path), http=DownloadProtocol) as port:
+        received = await asyncio.to_thread(fetch, port)
+    assert received > 20_000_000
+    assert turns >= received // (512 << 10)
+
+
+@pytest.mark.parametrize("change, status", [("deleted", 404), ("grows", 503)])
+async def test_a_first_file_that_cannot_be_sent_gives_a_status(
+    large: Path, monkeypatch: pytest.MonkeyPatch, change: str, status: int
+) -> None:
+    monkeypatch.setattr(archive_module, "SHARED_SECONDS", 60.0)
+    app = application(large)
+    async with live(app, http=DownloadProtocol) as port:
+        assert (await ask(port, ALL)).complete
+        async with Paused(port):  # others share its layout
+            CHANGES[change](large / "d/a.bin")
+            assert (await ask(port, ALL)).status == status
+            assert (await ask(port, ALL)).complete  # the folder has been looked at again

@@ -1,7 +1,9 @@
 """Middleware of others between a download and its server: one that drops messages, and one that raises."""
 
 import asyncio
+import io
 import os
+import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,29 @@ async def test_a_path_send_that_is_dropped_is_sent_in_chunks(
             small = await ask(port, "/small.bin", headers=headers)
             assert decoded(small) == CONTENT[:1000]
     assert str(root / "big.bin") not in open_paths() or kind == "path"  # which keeps it for a second
+
+
+@pytest.mark.parametrize("name", list(STACKS))
+async def test_an_archive_is_the_same_whatever_is_between(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loan, "_PATIENCE", 0.2)
+    archives = dv.Download(dv.PathSource(root), archive=True)
+    app = Starlette(routes=[Route("/{path:path}", archives)], middleware=STACKS[name])
+    headers = {"Accept-Encoding": "br"}
+    async with live(app, http=DownloadProtocol) as port:
+        async with asyncio.timeout(60):
+            first = decoded(await ask(port, "/?archive=zip", headers=headers))  # it computes the CRC-32s
+            with zipfile.ZipFile(io.BytesIO(first)) as archive:
+                assert {name: archive.read(name) for name in archive.namelist()} == {
+                    "big.bin": CONTENT,
+                    "small.bin": CONTENT[:1000],
+                }
+            again = await ask(port, "/?archive=zip", headers=headers)
+            assert (again.status, decoded(again) == first) == (200, True)
+            part = await ask(port, "/?archive=zip", headers={**headers, "Range": "bytes=7-900000"})
+            assert (part.status, decoded(part) == first[7:900_001]) == (206, True)
+    assert not [path for path in open_paths() if path.startswith(f"{root}/")]
 
 
 class _Trusted:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.from_thread
@@ -33,6 +34,7 @@ from downloadview_async.sources.archive import (
 from downloadview_async.sources.checksums import Checksums, MemoryChecksums, SQLiteChecksums
 from downloadview_async.sources.listing import Entry
 from downloadview_async.sources.local.open_file import OpenLocalFile
+from tests.descriptors import open_paths
 
 pytestmark = pytest.mark.asyncio
 
@@ -667,3 +669,63 @@ async def test_a_client_that_leaves_does_not_lose_the_checksums(tmp_path: Path) 
     source.opened.clear()
     assert await read(await archives.resolve(""), ByteRange(300_040, len(whole))) == whole[300_040:]
     assert source.opened == ["b"]
+
+
+async def test_pieces_are_the_bytes_of_the_stream_and_their_files_are_open_until_the_next_ones(tmp_path: Path) -> None:
+    sizes = [70_000, 3, 65_537, 65_536, 900_000, 0, *[100_000] * 9]
+    files = {f"d/{number:02}": os.urandom(size) for number, size in enumerate(sizes)}
+    source = ArchiveSource(make_tree(tmp_path, files))
+    whole = await read(await source.resolve("d"))
+    async with (await source.resolve("d")).open() as opened:
+        for start, stop in ((0, len(whole)), (9, len(whole) - 9), (69_000, 70_100), (300_000, 1_200_000)):
+            content, lent = b"", 0
+            async with aclosing(opened.pieces(ByteRange(start, stop))) as batches:
+                async for batch in batches:
+                    names = [path for path in open_paths() if path.startswith(f"{tmp_path}/d/")]
+                    assert len(names) == sum(not isinstance(piece, bytes) for piece in batch) <= 4
+                    for piece in batch:
+                        if isinstance(piece, bytes):
+                            content += piece
+                        else:
+                            file, span = piece
+                            assert len(span) > 65_536
+                            content += os.pread(file.descriptor, len(span), span.start)
+                            lent += len(span)
+            assert content == whole[start:stop]
+            assert (lent > 0.8 * (stop - start)) == (stop - start > 2000)
+            assert not [path for path in open_paths() if path.startswith(f"{tmp_path}/d/")]
+
+
+async def test_a_file_that_grows_while_it_is_lent_ends_the_pieces(tmp_path: Path) -> None:
+    source = ArchiveSource(make_tree(tmp_path, {"d/a": bytes(100_000), "d/b": bytes(600_000)}))
+    await read(await source.resolve("d"))
+    async with (await source.resolve("d")).open() as opened:
+        async with aclosing(opened.pieces(ByteRange(0, opened.metadata.size or 0))) as batches:
+            assert [type(piece) for piece in await anext(batches)] == [bytes, tuple, bytes, tuple]
+            with (tmp_path / "d/a").open("ab") as file:
+                file.write(b"more")
+            with pytest.raises(dv.TransferAborted):
+                await anext(batches)
+        assert not [path for path in open_paths() if path.startswith(f"{tmp_path}/d/")]
+
+
+async def test_an_archive_that_does_not_begin_in_a_local_file_has_no_pieces(tmp_path: Path) -> None:
+    (tmp_path / "b").write_bytes(bytes(100_000))
+    made = dv.VirtualFile(b"x" * 100_000, name="a")
+    local: dv.AsyncFile = dv.LocalFile(tmp_path / "b")
+    for files in ([ArchiveEntry("a", made)], [ArchiveEntry("a", made), ArchiveEntry("b", local)]):
+        async with Archive(files).open() as opened, aclosing(opened.pieces(ByteRange(0, 100_030))) as batches:
+            assert [batch async for batch in batches] == []
+
+
+async def test_a_subclass_of_a_path_source_that_returns_other_files_is_asked_for_them(tmp_path: Path) -> None:
+    class Other(dv.PathSource):
+        async def resolve(self, name: str, /) -> Any:
+            return await super().resolve(name + ".real")
+
+        async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+            yield Entry("a")
+
+    (tmp_path / "a").write_bytes(b"wrong")
+    (tmp_path / "a.real").write_bytes(b"right")
+    assert unpacked(await read(await ArchiveSource(Other(tmp_path)).resolve(""))) == {"a": b"right"}

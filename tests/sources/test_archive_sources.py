@@ -1,5 +1,6 @@
 """Archives of files of each kind of source: an S3 bucket, other HTTP servers, and generated content."""
 
+import asyncio
 import io
 import os
 import zipfile
@@ -10,8 +11,10 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
+from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.sources import archive as archive_module
 from tests.live import ask, live
+from tests.observed import Observed
 from tests.s3 import S3
 
 pytestmark = pytest.mark.asyncio
@@ -136,3 +139,33 @@ async def test_generated_content_with_a_size() -> None:
     names = ["tables/one.csv", "tables/two.csv"]
     files = {name: "".join(f"{name},{number:08}\n" for number in range(3000)).encode() for name in names}
     await check(Generated(), "/tables/?archive=zip", {"tables/": b""} | files)
+
+
+async def test_the_kernel_sends_cached_files_of_another_server(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "files" / name).write_bytes(LARGE)
+        os.utime(tmp_path / "files" / name, (1_700_000_000,) * 2)
+    cache, checksums = dv.Cache(tmp_path / "cache", max_age=3600), dv.MemoryChecksums()
+    async with live(dv.Download(dv.PathSource(tmp_path / "files"))) as upstream:
+        remote = dv.RemoteSource(f"http://127.0.0.1:{upstream}/", allow_hosts=["127.0.0.1"])
+        source = dv.CachedSource(remote, cache, name="remote")
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            chosen = [(name, await source.resolve(name)) for name in ("a", "b")]
+            archive = dv.Archive(chosen, name="d.zip", checksums=checksums, name_in_checksums="remote")
+            await dv.DownloadResponse(archive)(scope, receive, send)
+
+        async with live(dv.Download(source)) as port:
+            for name in ("a", "b"):
+                assert (await ask(port, f"/{name}")).body == LARGE
+            while fetches := list(cache._running):
+                await asyncio.wait([fetch.task for fetch in fetches])
+        app = Observed(answer)
+        async with live(app, http=DownloadProtocol) as port:
+            bodies = [(await ask(port, "/")).body for _ in range(2)]
+        await source.aclose()
+    await cache.aclose()
+    assert unpacked(bodies[0]) == {"a": LARGE, "b": LARGE}
+    assert bodies[0] == bodies[1]
+    assert [outcome.kind for outcome in app.outcomes] == ["chunks", "zero-copy"]

@@ -1,5 +1,6 @@
 """`DownloadCycle`: one request and its answer, which may be a prepared head with its body, or a file."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.types import Message
@@ -8,7 +9,7 @@ from downloadview_async.asgi.disconnect import close_after_body
 from downloadview_async.asgi.extensions import PATHSEND, PREPARED
 from downloadview_async.asgi.prepared_head import PreparedHead, is_ordinary
 from downloadview_async.asgi.uvicorn.internals import STATUS_LINE, RequestResponseCycle, protocol_of
-from downloadview_async.asgi.uvicorn.sendfile import send_file, send_path
+from downloadview_async.asgi.uvicorn.sendfile import send_file, send_path, send_pieces
 from downloadview_async.asgi.uvicorn.sockets import Connection, reset
 
 CONNECTION_CLOSE = (b"connection", b"close")
@@ -44,7 +45,7 @@ class DownloadCycle(RequestResponseCycle):
         if not self.keep_alive or self.closes:
             message = self._prepare_last_answer(message)
         if message["type"] == PATHSEND:
-            return (send_file if "descriptor" in message else send_path)(protocol_of(self), self, message)
+            return _path_send_of(message)(protocol_of(self), self, message)
         return super().send(message)
 
     def _leaves_the_body(self) -> bool:
@@ -134,6 +135,13 @@ class _UnframedTransport:
     def close(self) -> None:
         """Reset the connection: uvicorn calls this for answers that fail."""
         reset(self._connection)
+
+
+def _path_send_of(message: Message) -> Callable[..., Awaitable[None]]:
+    """Return the function that sends what a path send names, or lends."""
+    if (lent := message.get("descriptor")) is None:
+        return send_path
+    return send_pieces if lent.is_in_pieces else send_file
 
 
 async def _done() -> None:

@@ -15,8 +15,8 @@ dropped.
 Output. The application sends messages to its `DownloadCycle`. A prepared head waits for its body, and one write sends
 both. A path send makes the kernel copy a file to the socket (`sendfile`); it first waits until the transport has sent
 all that it holds. The scope offers these two where the socket is plain: to Starlette path sends, to `DownloadResponse`
-also a descriptor with an offset and a count, and prepared heads. Everything else is sent by uvicorn: by Content-Length,
-in chunks, or, to HTTP/1.0 without a length, until the connection ends.
+also a descriptor with an offset and a count, a body in pieces of which some are files, and prepared heads. Everything
+else is sent by uvicorn: by Content-Length, in chunks, or, to HTTP/1.0 without a length, until the connection ends.
 
 The end. The protocol closes the connection, not uvicorn's cycle: after a refusal, and after the last answer. An answer
 is the last one if the client or the application says so, if the request is HTTP/1.0, if the server shuts down, if the

@@ -2,15 +2,21 @@
 
 import asyncio
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
+import anyio
 from starlette.types import Message
 
-from downloadview_async.asgi.loan import LentFile
+from downloadview_async.asgi.loan import Batches, Lendable, LentFile
+from downloadview_async.asgi.transfer import chunks_of, exactly
 from downloadview_async.asgi.uvicorn.sockets import Connection, socket_number
 from downloadview_async.asgi.uvicorn.turns import turn
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
+from downloadview_async.sources.base import Piece
 from downloadview_async.sources.local.open_file import REWRITTEN, OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile
 from downloadview_async.sources.local.refused_calls import Refusals
@@ -20,6 +26,8 @@ _WINDOW = 256 << 10  # bytes that are sent in one turn, while other clients wait
 # Bytes that go through the transport when the socket is full: the transport then waits for the client. Where `sendfile`
 # goes on answering EAGAIN although the transport sends all, they double each time.
 _FEW = 128
+
+_MORE = getattr(socket, "MSG_MORE", 0)
 
 _refusals = Refusals("sendfile")
 
@@ -62,101 +70,175 @@ async def send_path(connection: Sending, cycle: Answer, message: Message) -> Non
         raise TransferAborted(f"opening a file failed: {exc}") from exc
 
 
-async def send_file(connection: Sending, cycle: Answer, message: Message) -> None:
-    """Send the span of the open file that the message lends.
+async def send_pieces(connection: Sending, cycle: Answer, message: Message) -> None:
+    """Send the pieces that the message lends. The end of the loan ends the wait for more pieces."""
+    with anyio.CancelScope() as message["descriptor"].loan.scope:
+        await send_file(connection, cycle, message)
 
-    This is one coroutine and not several, because thousands of clients may wait in it. Raises `TransferAborted` if the
-    file has fewer bytes than promised, or cannot be read.
+
+async def send_file(connection: Sending, cycle: Answer, message: Message) -> None:
+    """Send the span of the open file that the message lends, or the pieces.
+
+    This is one coroutine and not several, because thousands of clients may wait in it. Raises `TransferAborted` if
+    there are fewer bytes than promised, or a file cannot be read.
     """
     loop, transport = connection.loop, connection.transport
     lent: LentFile = message["descriptor"]
     if lent.loan.is_recalled:
         return  # the body follows
-    file = lent.take()
-    first = offset = message.get("offset", 0)
+    body = lent.take()
+    source, offset = None if isinstance(body, OpenLocalFile) else body, message.get("offset", 0)
+    promised = given = in_turn = 0  # in_turn: bytes since the last turn
     connection.file_sent = 0
     few = _FEW
+    socket_of_pieces: socket.socket | None = None
     try:
         if cycle.disconnected:
             return
         if not cycle.response_started:
             raise RuntimeError("the application sent a path send before the start of its response")
-        count = 0
+        pieces: Iterator[Piece] = iter(())
         if cycle.scope["method"] == "HEAD":
-            pass
+            source = None
         elif cycle.chunked_encoding or cycle.is_unframed:
-            await _send_in_chunks(connection, lent, file, offset, message.get("count"), cycle)
+            await _send_in_chunks(connection, lent, body, offset, message.get("count"), cycle)
+            source = None
         else:
-            count = message.get("count", cycle.expected_content_length)
-            if count > cycle.expected_content_length:
+            promised = message.get("count", cycle.expected_content_length)
+            if promised > cycle.expected_content_length:
                 raise RuntimeError("the application sent a path send of more bytes than Content-Length promises")
-            cycle.expected_content_length -= count  # uvicorn counts down only what it sends itself
-        while count and not connection.is_lost:
-            if transport.get_write_buffer_size():
-                await flush(connection)
-                await turn(loop)
-                continue
-            if file.is_rewritten():
-                raise TransferAborted(REWRITTEN, reason="file-changed")
-            length, by_transport = min(count, _WINDOW), 0
-            if file.device in _refusals.devices:
-                by_transport = length
+            cycle.expected_content_length -= promised  # uvicorn counts down only what it sends itself
+            if isinstance(body, OpenLocalFile):
+                pieces = iter([(body, ByteRange(offset, offset + promised))])
             else:
-                try:
-                    if file.is_cached(offset, length):
-                        sent = os.sendfile(socket_number(connection), file.descriptor, offset, length)
-                        if sent < count:
-                            await turn(loop)
-                    else:
-                        sent = await _sendfile_in_worker(connection, file, offset, length)
-                    few = _FEW
-                except BlockingIOError:
-                    by_transport = min(count, few)  # only the transport may wait for its socket
-                    few = min(2 * few, _WINDOW)
-                except ConnectionError:
-                    if not connection.is_lost:  # a worker thread may see this before uvicorn does
-                        connection.flushed = loop.create_future()
-                        transport.abort()
-                        # Until uvicorn knows that the client has left, it would log the answer as a broken one.
-                        await connection.flushed
+                pieces = iter(body.first)
+                with suppress(OSError):  # without one more descriptor, the transport writes all bytes
+                    socket_of_pieces = socket.socket(fileno=os.dup(socket_number(connection)))
+        while not connection.is_lost:
+            piece = next(pieces, None)
+            if piece is None:
+                if source is None or (batch := await anext(source.rest, None)) is None:
                     break
-                except OSError as exc:
-                    _refusals.note(file.device, exc)
-                    by_transport = length
-            if by_transport:
-                chunk = await file.read(ByteRange(offset, offset + by_transport))
-                if transport.is_closing():
-                    break
-                transport.write(chunk)
-                sent = len(chunk)
-                if sent > _FEW:
+                pieces = iter(batch)
+                continue
+            count = len(piece if isinstance(piece, bytes) else piece[1])
+            if count > promised - given:
+                raise TransferAborted(f"the body has more than the {promised} bytes of the promised content")
+            if isinstance(piece, bytes):
+                while transport.get_write_buffer_size() and not connection.is_lost:
+                    await flush(connection)
+                    in_turn = _WINDOW
+                if not connection.is_lost:
+                    given += count
+                    in_turn += count
+                    _write(connection, socket_of_pieces, piece, _MORE if given < promised else 0)
+                    if in_turn >= _WINDOW and given < promised:
+                        await turn(loop)
+                        in_turn = 0
+                continue
+            file, offset = piece[0], piece[1].start
+            lent.loan.has_files = True
+            is_new = source is not None  # it has been opened and checked just now
+            while count and not connection.is_lost:
+                if transport.get_write_buffer_size():
+                    await flush(connection)
                     await turn(loop)
-            if sent == 0:
-                raise TransferAborted(
-                    f"the file ended {count} bytes before the end of the promised content", reason="file-changed"
-                )
-            offset += sent
-            count -= sent
+                    in_turn = 0
+                    continue
+                if not is_new and file.is_rewritten():
+                    raise TransferAborted(REWRITTEN, reason="file-changed")
+                is_new = False
+                length, by_transport = min(count, _WINDOW), 0
+                if file.device in _refusals.devices:
+                    by_transport = length
+                else:
+                    try:
+                        if file.is_cached(offset, length):
+                            sent = os.sendfile(socket_number(connection), file.descriptor, offset, length)
+                            in_turn += sent
+                        else:
+                            sent = await _sendfile_in_worker(connection, file, offset, length)
+                        few = _FEW
+                    except BlockingIOError:
+                        by_transport = min(count, few)  # only the transport may wait for its socket
+                        few = min(2 * few, _WINDOW)
+                    except ConnectionError:
+                        if not connection.is_lost:  # a worker thread may see this before uvicorn does
+                            connection.flushed = loop.create_future()
+                            transport.abort()
+                            # Until uvicorn knows that the client has left, it would log the answer as a broken one.
+                            await connection.flushed
+                        break
+                    except OSError as exc:
+                        _refusals.note(file.device, exc)
+                        by_transport = length
+                if by_transport:
+                    chunk = await file.read(ByteRange(offset, offset + by_transport))
+                    if transport.is_closing():
+                        break
+                    transport.write(chunk)
+                    sent = len(chunk)
+                    if sent > _FEW:
+                        in_turn += _WINDOW
+                if sent == 0:
+                    raise TransferAborted(
+                        f"the file ended {count} bytes before the end of the promised content", reason="file-changed"
+                    )
+                offset += sent
+                given += sent
+                count -= sent
+                if in_turn >= _WINDOW and given < promised:
+                    await turn(loop)
+                    in_turn = 0
+            if count:
+                break
         if connection.is_lost:
             cycle.disconnected = True  # uvicorn sets this only for the cycle that it has read last
             return
+        if given < promised and not transport.is_closing():
+            raise TransferAborted(f"the body ended {promised - given} bytes before the end of the promised content")
         await cycle.send({"type": "http.response.body", "body": b""})
     except (OSError, FileError) as exc:
         raise TransferAborted(f"sending a file failed: {exc}") from exc
     finally:
-        connection.file_sent += offset - first
-        lent.give_back(offset - first)
+        if socket_of_pieces is not None:
+            socket_of_pieces.close()
+        try:
+            if isinstance(body, Batches):
+                await body.rest.aclose()
+        finally:
+            connection.file_sent += given
+            lent.give_back(given)
+
+
+def _write(connection: Sending, sock: socket.socket | None, text: bytes, flags: int) -> None:
+    """Write bytes: the kernel takes what it has room for, and the transport the rest.
+
+    sock: the socket of the connection, whose transport holds nothing. flags: with MSG_MORE, the kernel may send the
+    bytes together with those that follow.
+    """
+    sent = 0
+    if sock is not None:
+        with suppress(OSError):  # the transport gets the same error, where it can be handled
+            sent = sock.send(text, flags)
+    if sent < len(text):
+        connection.transport.write(text[sent:])
 
 
 async def _send_in_chunks(
-    connection: Sending, lent: LentFile, file: OpenLocalFile, offset: int, count: int | None, cycle: Answer
+    connection: Sending, lent: LentFile, body: Lendable, offset: int, count: int | None, cycle: Answer
 ) -> None:
-    """Send a file without a Content-Length: uvicorn frames its chunks."""
-    size = file.metadata.size or 0
-    async for chunk in file.stream(ByteRange(min(offset, size), size if count is None else offset + count)):
-        await cycle.send({"type": "http.response.body", "body": chunk, "more_body": True})
-        lent.loan.sent += len(chunk)
-        connection.file_sent += len(chunk)
+    """Send a body without a Content-Length: uvicorn frames its chunks."""
+    if isinstance(body, OpenLocalFile):
+        size = body.metadata.size or 0
+        chunks = exactly(ByteRange(min(offset, size), size if count is None else offset + count), body)
+    else:
+        chunks = chunks_of(body.first, body.rest)
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            await cycle.send({"type": "http.response.body", "body": chunk, "more_body": True})
+            lent.loan.sent += len(chunk)
+            connection.file_sent += len(chunk)
 
 
 async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: int, length: int) -> int:

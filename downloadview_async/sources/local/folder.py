@@ -14,8 +14,9 @@ from functools import partial
 from itertools import islice
 
 from downloadview_async.errors import FileError
+from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.sources.listing import DescribedEntry, Entry
-from downloadview_async.sources.local.open_file import metadata_of
+from downloadview_async.sources.local.open_file import metadata_of, version_of
 from downloadview_async.sources.local.root import Root, file_error
 from downloadview_async.sources.names import canonical_folder, entries_check, entry_check
 from downloadview_async.sources.workers import MID_TRANSFER, Workers
@@ -196,7 +197,21 @@ def _file(name: str, status: os.stat_result) -> Entry:
 
 
 def _file_with_version(name: str, status: os.stat_result) -> Entry:
-    return DescribedEntry.of(_file(name, status), partial(metadata_of, status))
+    entry = _LocalFileEntry(name, False, status.st_size, _time_of(status))
+    entry.status = status
+    return entry
+
+
+class _LocalFileEntry(DescribedEntry):
+    """The entry of a file with a status."""
+
+    status: os.stat_result
+
+    def describe(self) -> FileMetadata:
+        return metadata_of(self.status)
+
+    def identity(self) -> tuple[int | None, str]:
+        return self.status.st_size, version_of(self.status)
 
 
 def _time_of(status: os.stat_result) -> datetime | None:

@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 
 from downloadview_async.errors import SourceUnavailable, TransferAborted
-from downloadview_async.http.metadata import ByteRange, FileMetadata, is_telling, stat_validators
+from downloadview_async.http.metadata import ByteRange, FileMetadata, is_telling, stat_validators, stat_version
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile, OpenLocalBytes
 from downloadview_async.sources.local.refused_calls import Refusals
@@ -26,7 +26,9 @@ _SECOND = 1_000_000_000
 REWRITTEN = "the file was written to while it was sent"
 """Why a transfer is aborted: its bytes may come from two versions of a file."""
 
+_COPIED = 32 * 1024  # up to so many bytes, one more copy of them costs less than a probe
 _PROBE = 128 * 1024  # bytes that a disk usually reads at once
+_ONE_BYTE = [bytearray(1)]  # nobody looks at it
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 _reads_of_cached_pages = Refusals("preadv2 with RWF_NOWAIT")
 
@@ -60,6 +62,11 @@ def metadata_of(status: os.stat_result) -> FileMetadata:
     return _metadata(status.st_size, status.st_mtime_ns, _is_telling(status))
 
 
+def version_of(status: os.stat_result) -> str:
+    """Return `metadata_of(status).version`, in less time."""
+    return stat_version(status.st_size, status.st_mtime_ns) if _is_telling(status) else ""
+
+
 class OpenLocalFile:
     """An open descriptor, from which both the metadata and the bytes come. The caller that opened the file closes it.
 
@@ -79,7 +86,25 @@ class OpenLocalFile:
         """Set for a file from a cache: see `Aged`."""
         self.is_telling = _is_telling(status)
         """Whether other bytes would have another modification time. A proxy makes validators of this time."""
-        self.metadata = _metadata(status.st_size, status.st_mtime_ns, self.is_telling)
+        self._described: FileMetadata | None = None
+
+    @property
+    def metadata(self) -> FileMetadata:
+        """What is known about this version: see `OpenFile`."""
+        if self._described is None:
+            self._described = _metadata(self.size, self._mtime_ns, self.is_telling)
+        return self._described
+
+    @metadata.setter
+    def metadata(self, described: FileMetadata) -> None:
+        self._described = described
+
+    @property
+    def version(self) -> str:
+        """`metadata.version`, in less time if nothing else needs the metadata."""
+        if self._described is not None:
+            return self._described.version
+        return stat_version(self.size, self._mtime_ns) if self.is_telling else ""
 
     @property
     def local(self) -> "OpenLocalFile":
@@ -120,6 +145,16 @@ class OpenLocalFile:
         """
         return self.is_quick and self._has_other_times()
 
+    def is_same(self) -> bool:
+        """Return whether the file has the size and the time with which it was opened: not even a log may grow.
+
+        On file systems like NFS and FUSE this is not checked, as that may wait.
+        """
+        if not self.is_quick:
+            return True
+        now = os.fstat(self.descriptor)
+        return now.st_mtime_ns == self._mtime_ns and now.st_size == self.size
+
     def _has_other_times(self) -> bool:
         now = os.fstat(self.descriptor)
         return now.st_mtime_ns != self._mtime_ns and now.st_size == self.size
@@ -128,13 +163,21 @@ class OpenLocalFile:
         """Return whether a span can be read without waiting for a disk, judged by one byte of every `_PROBE`."""
         if not self._read_cached_pages:
             return False
-        for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
-            if self._cached(1, position) is None:
-                return False
+        assert _RWF_NOWAIT is not None
+        try:
+            for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
+                os.preadv(self.descriptor, _ONE_BYTE, position, _RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            self._refuse_nowait(exc)
+            return False
         return True
 
     async def read(self, span: ByteRange) -> bytes:
         """Return the bytes of a short span during a transfer; fewer only if the file ends there."""
+        if len(span) > _COPIED and self.is_cached(span.start, len(span)):
+            return os.pread(self.descriptor, len(span), span.start)
         chunk = self.read_nowait(span)
         if chunk is None:
             chunk = await self.workers.run(os.pread, self.descriptor, len(span), span.start, patience=MID_TRANSFER)
@@ -178,11 +221,14 @@ class OpenLocalFile:
         except BlockingIOError:
             return None
         except OSError as exc:
-            # tmpfs, FUSE and others do not support the flag, or the call is not allowed here: from now on a worker
-            # reads. After any other error, the worker gets the same error, where it can be handled.
-            self._read_cached_pages = False
-            _reads_of_cached_pages.note(self.device, exc)
+            self._refuse_nowait(exc)
             return None
+
+    def _refuse_nowait(self, exc: OSError) -> None:
+        # tmpfs, FUSE and others do not support the flag, or the call is not allowed here: from now on a worker reads.
+        # After any other error, the worker gets the same error, where it can be handled.
+        self._read_cached_pages = False
+        _reads_of_cached_pages.note(self.device, exc)
 
 
 def local_of(opened: OpenFile) -> OpenLocalFile | None:

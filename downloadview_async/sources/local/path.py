@@ -197,6 +197,13 @@ class PathSource:
         """Do what `resolve` does, without await."""
         return self._file(name)
 
+    def open_nowait(self, name: str, /) -> OpenLocalFile | None:
+        """Open a file without waiting, or return None: see `OpensByName`."""
+        if type(self).resolve is not PathSource.resolve:  # a subclass may return other files
+            return None
+        opened = self.root.open_nowait(name)
+        return None if opened is None else OpenLocalFile(*opened, workers=self._workers)
+
     def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
         """Yield the files and folders of a folder that can be downloaded or listed: see `SupportsListing`.
 
