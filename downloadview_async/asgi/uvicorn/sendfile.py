@@ -129,9 +129,11 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     await flush(connection)
                     in_turn = _WINDOW
                 if not connection.is_lost:
-                    given += count
-                    in_turn += count
-                    _write(connection, socket_of_pieces, piece, _MORE if given < promised else 0)
+                    sent = _write(connection, socket_of_pieces, piece, _MORE if given + count < promised else 0)
+                    given += sent
+                    in_turn += sent
+                    if sent < count:
+                        break
                     if in_turn >= _WINDOW and given < promised:
                         await turn(loop)
                         in_turn = 0
@@ -174,10 +176,9 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         by_transport = length
                 if by_transport:
                     chunk = await file.read(ByteRange(offset, offset + by_transport))
-                    if transport.is_closing():
+                    sent = _write(connection, None, chunk, 0)
+                    if sent < len(chunk):
                         break
-                    transport.write(chunk)
-                    sent = len(chunk)
                     if sent > _FEW:
                         in_turn += _WINDOW
                 if sent == 0:
@@ -211,8 +212,11 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
             lent.give_back(given)
 
 
-def _write(connection: Sending, sock: socket.socket | None, text: bytes, flags: int) -> None:
+def _write(connection: Sending, sock: socket.socket | None, text: bytes, flags: int) -> int:
     """Write bytes: the kernel takes what it has room for, and the transport the rest.
+
+    Returns how many bytes they have taken: fewer than all if the connection has failed, since a transport then drops
+    what it is given.
 
     sock: the socket of the connection, whose transport holds nothing. flags: with MSG_MORE, the kernel may send the
     bytes together with those that follow.
@@ -223,6 +227,9 @@ def _write(connection: Sending, sock: socket.socket | None, text: bytes, flags: 
             sent = sock.send(text, flags)
     if sent < len(text):
         connection.transport.write(text[sent:])
+        if connection.transport.is_closing():
+            return sent
+    return len(text)
 
 
 async def _send_in_chunks(
