@@ -574,7 +574,7 @@ class DownloadProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the timers and the path send of the connection."""
         self._stop_timers()
-        self._note_untaken_bytes()
+        self.note_untaken_bytes()
         self.is_lost = True
         end_flush(self)
         super().connection_lost(exc)
@@ -625,13 +625,14 @@ class DownloadProtocol(HttpToolsProtocol):
                 self._untaken_since = None
                 self._set_idle_timer(0)
 
-    def _note_untaken_bytes(self) -> None:
+    def note_untaken_bytes(self) -> None:
         """Note how many bytes the end of the connection drops.
 
         A transport that is aborted drops its bytes before it tells. So while it waited for the client, their number is
-        that at the beginning of the wait, without what the client has acknowledged since.
+        that at the beginning of the wait, without what the client has acknowledged since. uvloop has closed the socket
+        then, too: whoever notices the end before the transport does can call this.
         """
-        self.untaken_at_loss = untaken_bytes(self)
+        self.untaken_at_loss = max(self.untaken_at_loss, untaken_bytes(self))
         if self._paused is not None:
             untaken, acknowledged = self._paused
             untaken -= acknowledged_bytes(self) - acknowledged

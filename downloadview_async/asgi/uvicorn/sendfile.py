@@ -43,6 +43,9 @@ class Sending(Connection, Protocol):
     flushed: "asyncio.Future[None] | None"
     file_sent: int
 
+    def note_untaken_bytes(self) -> None:
+        """Note how many bytes the end of the connection, which has failed, drops."""
+
 
 class Answer(Protocol):
     """uvicorn's request and response, as far as a path send uses it.
@@ -166,6 +169,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         few = min(2 * few, _WINDOW)
                     except ConnectionError:
                         if not connection.is_lost:  # a worker thread may see this before uvicorn does
+                            connection.note_untaken_bytes()
                             connection.flushed = loop.create_future()
                             transport.abort()
                             # Until uvicorn knows that the client has left, it would log the answer as a broken one.
