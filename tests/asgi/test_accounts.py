@@ -253,8 +253,8 @@ def problem_of(received: Received, outcome: dict[str, Any], *, is_ours: bool) ->
         return "the server has aborted the answer"
     if outcome["result"] == "completed":  # it has left the process
         return None if sent >= body else "the client has received more"
-    # What has arrived but was not acknowledged counts as not sent. What the send buffer of the socket holds may count, if
-    # the loop closes the socket before it tells. Other servers do not tell what they still hold.
+    # What has arrived but was not acknowledged counts as not sent. If the loop closes the socket before it tells, what
+    # its send buffer holds may count. Other servers do not tell what they still hold.
     more, less = 2 * RECEIVE_BUFFER, SEND_BUFFER + 2 * RECEIVE_BUFFER if is_ours else 16 << 20
     return None if -more <= sent - body <= less else f"{sent - body} bytes off"
 
