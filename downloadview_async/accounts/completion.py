@@ -1,0 +1,185 @@
+"""What a completed download is: a version of a file, every byte of which was delivered to one client.
+
+The bytes may come in one answer or in many, in any order, from several processes and over several days. For each client
+and file version, a *session* holds which bytes were delivered once, twice and so on, as layers of spans: the first
+layer has the bytes that were delivered at least once, the second those that were delivered at least twice. A layer that
+has the whole file is a completed download. So the number of downloads does not depend on the order of the answers, and
+two clients that look the same, as behind one address, count as two downloads even if their parts are mixed.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+from downloadview_async.accounts.outcome import Outcome
+from downloadview_async.http.log_text import cut
+from downloadview_async.http.metadata import ByteRange
+from downloadview_async.policy.addresses import network_of
+
+Span = tuple[int, int]
+"""Where a part of a file begins, and the position after its last byte."""
+
+Layer = tuple[Span, ...]
+"""Spans in order, which neither overlap nor touch."""
+
+MAX_LAYERS = 32
+"""How often the same byte counts. A client that asks for the same part again and again makes no more layers."""
+
+MAX_SPANS = 1000
+"""Spans of a layer. If there are more, the shortest are forgotten: a client may ask for single bytes."""
+
+_NOT_FILES = frozenset({"checksum", "error", "listing", "other", "redirected", "view"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """What one answer has delivered of a file, and to whom.
+
+    session: the same for all answers that may be parts of one download. time: seconds since 1970 UTC. request_id,
+    source, file, route, user, link, client: as in `Outcome`, without characters that a database refuses; empty if
+    unknown. file: without a source, the path of the request. size: of the file, None if it is unknown. spans: what was
+    delivered. is_whole: whether that is all of the file. sent: bytes of the body. by: the header field by which a proxy
+    sends the file; it is empty unless the answer was delegated.
+    """
+
+    session: str
+    time: float
+    request_id: str
+    source: str
+    file: str
+    route: str
+    user: str
+    link: str
+    client: str
+    size: int | None
+    spans: tuple[Span, ...] = ()
+    is_whole: bool = False
+    sent: int = 0
+    by: str = ""
+
+    def sent_as(self, spans: tuple[Span, ...], sent: int) -> "Delivered":
+        """Return what a proxy has delivered of a delegated answer: parts of the file, and bytes of the body."""
+        return replace(self, spans=spans, sent=sent, is_whole=self.size == 0 or spans == ((0, self.size),), by="")
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What one client has of one file version. counted: how many of the layers are counted as downloads."""
+
+    layers: tuple[Layer, ...] = ()
+    counted: int = 0
+
+    def after(self, spans: tuple[Span, ...], size: int, min_share: float = 1.0) -> "tuple[int, Session]":
+        """Return how many downloads some further spans complete, and the session after them.
+
+        size: of the file, in bytes. min_share: the share of it that makes a download, more than 0 and at most 1.
+        """
+        layers = self.layers
+        for span in spans:
+            layers = _with_span(layers, span)
+        complete = sum(_length(layer) >= min_share * size for layer in layers)
+        rest = tuple(layer for layer in layers if layer != ((0, size),))
+        return complete - self.counted, Session(rest, complete - (len(layers) - len(rest)))
+
+
+def delivered(outcome: Outcome) -> Delivered | None:
+    """Return what an answer has delivered of a file, or is going to by a proxy; None if it has no bytes of a file.
+
+    Answers to HEAD, 304, 416, pages and redirects have none.
+    """
+    if outcome.method != "GET" or outcome.kind in _NOT_FILES or outcome.status not in (200, 206):
+        return None
+    is_delegated = outcome.result == "delegated"
+    is_complete = outcome.result == "completed"
+    size = outcome.size
+    spans = () if is_delegated else _spans_sent(outcome.spans, outcome.sent, is_complete=is_complete)
+    is_whole = is_complete and (size == 0 or outcome.spans == (None,) or spans == ((0, size),))
+    if not (is_delegated or is_whole or (spans and size)):
+        return None
+    file = outcome.path if outcome.source is None or outcome.name is None else outcome.name
+    source, link, user, client = outcome.source or "", outcome.link_id or "", outcome.user or "", outcome.client or ""
+    identity: tuple[str, ...]
+    if user:
+        identity = ("user", user)
+    elif link:
+        identity = ("link", link, network_of(client))
+    else:
+        identity = ("client", network_of(client), outcome.header("user-agent") or "")
+    version = (source, file, outcome.etag or "", str(size))
+    return Delivered(
+        session=digest_of(*identity, *version),
+        time=outcome.time,
+        request_id=outcome.request_id,
+        source=stored(source),
+        file=stored(file),
+        route=stored(outcome.route or ""),
+        user=stored(user),
+        link=stored(link),
+        client=stored(client),
+        size=size,
+        spans=spans,
+        is_whole=is_whole,
+        sent=outcome.sent,
+        by=(outcome.delegated_to or "") if is_delegated else "",
+    )
+
+
+def digest_of(*texts: str) -> str:
+    """Return 32 hexadecimal digits that stand for some texts."""
+    joined = "\0".join(f"{len(text)} {text}" for text in texts)
+    return blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def stored(text: str) -> str:
+    """Return a text as a database keeps it: with escapes for what it refuses, and not longer than its columns."""
+    return cut(text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00"))
+
+
+def _spans_sent(spans: tuple[ByteRange | None, ...], sent: int, *, is_complete: bool) -> tuple[Span, ...]:
+    """Return the parts of a file that an answer has delivered. spans: what it was to have. sent: bytes of its body."""
+    if len(spans) == 1:
+        (span,) = spans
+        if span is None:
+            return ()
+        stop = min(span.start + sent, span.stop)
+        return ((span.start, stop),) if stop > span.start else ()
+    # Framing is between several parts, so of an incomplete answer nobody knows which bytes were sent.
+    return tuple((span.start, span.stop) for span in spans if span is not None) if is_complete else ()
+
+
+def _with_span(layers: tuple[Layer, ...], span: Span) -> tuple[Layer, ...]:
+    deeper = []
+    left = [span] if span[0] < span[1] else []
+    for layer in layers:
+        further: list[Span] = []
+        for one in left:
+            layer, overlaps = _union(layer, one)
+            further += overlaps
+        left = further
+        deeper.append(layer)
+    if left and len(deeper) < MAX_LAYERS:
+        deeper.append(tuple(left))
+    return tuple(deeper)
+
+
+def _union(layer: Layer, span: Span) -> tuple[Layer, list[Span]]:
+    """Return a layer with a further span, and those parts of the span that the layer had before."""
+    start, stop = span
+    first = bisect_left(layer, start, key=lambda one: one[1])  # the first one that does not end before the span
+    last = bisect_left(layer, stop + 1, key=lambda one: one[0])  # the first one that begins behind the span
+    met = layer[first:last]
+    if not met:
+        made = (*layer[:first], span, *layer[first:])
+        return (made if len(made) <= MAX_SPANS else _without_shortest(made)), []
+    overlaps = [(max(start, one[0]), min(stop, one[1])) for one in met]
+    joined = (min(start, met[0][0]), max(stop, met[-1][1]))
+    return (*layer[:first], joined, *layer[last:]), [one for one in overlaps if one[0] < one[1]]
+
+
+def _without_shortest(layer: Layer) -> Layer:
+    shortest = min(range(len(layer)), key=lambda index: layer[index][1] - layer[index][0])
+    return layer[:shortest] + layer[shortest + 1 :]
+
+
+def _length(layer: Layer) -> int:
+    return sum(stop - start for start, stop in layer)

@@ -1,0 +1,149 @@
+"""`Completions`: counts completed downloads from the outcomes of answers."""
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+from collections import deque
+from math import inf
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+import anyio
+
+from downloadview_async.accounts.completion import Delivered, delivered
+from downloadview_async.accounts.completion_store import Batch, CompletionStore, database_errors
+from downloadview_async.accounts.outcome import Outcome
+from downloadview_async.errors import ConfigurationError
+
+logger = logging.getLogger("downloadview_async")
+
+_DELAY = 0.5  # seconds; what arrives in them is written in one transaction
+_RETRY_SECONDS = 1.0
+_LOG_SECONDS = 60.0
+_CLOSE_SECONDS = 10.0
+
+
+class Completions:
+    """A listener that counts completed downloads: see `accounts/completion.py` for what one is.
+
+        completions = Completions(CompletionStore("sqlite+aiosqlite:///accounts.db"))
+        app = Accounts(app, [completions])
+
+    It keeps what answers have delivered for half a second, and a thread writes that. So a process that is killed loses
+    less than a second, and a slow database delays no answer. `close` writes what is left; it is also called when the
+    process exits. It may be an observer of `Accounts`, too: it neither blocks nor raises.
+
+    store: a `CompletionStore`, or the URL for one.
+    max_waiting: how many answers wait while the database fails. Further ones are not counted, and a line in the log
+    tells how many, at most once a minute.
+
+    Raises `ConfigurationError` for a URL that cannot be used.
+    """
+
+    def __init__(self, store: CompletionStore | str, *, max_waiting: int = 100_000) -> None:
+        if max_waiting < 1:
+            raise ConfigurationError(f"max_waiting is {max_waiting!r}: give 1 or more")
+        self.store = CompletionStore(store) if isinstance(store, str) else store
+        self._max_waiting = max_waiting
+        self._waiting: deque[Delivered] = deque()
+        self._lost = 0
+        self._logged_at = -inf
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._process = 0
+        self._has_some = threading.Event()
+        self._is_closing = threading.Event()
+
+    def __call__(self, outcome: Outcome) -> None:
+        """Count what an answer has delivered, soon."""
+        part = delivered(outcome)
+        if part is None:
+            return
+        if len(self._waiting) >= self._max_waiting:
+            self._lost += 1
+            return
+        self._waiting.append(part)
+        if not self._has_some.is_set():
+            self._wake()
+
+    async def __aenter__(self) -> Self:
+        await self.store.check()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.close)
+            await self.store.aclose()
+
+    def close(self) -> None:
+        """Write what is left, and end the thread. What comes later starts it again."""
+        with self._lock:
+            thread = self._thread if self._process == os.getpid() else None
+            if thread is None:
+                return
+            self._is_closing.set()
+            self._has_some.set()
+        thread.join(_CLOSE_SECONDS)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._has_some.set()
+            if self._thread is not None and self._process == os.getpid():
+                return
+            self._is_closing.clear()
+            if self._process == 0:
+                atexit.register(self.close)
+            self._process = os.getpid()  # a process that was forked has no threads of its parent
+            self._thread = threading.Thread(target=self._run, name="downloadview completions", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # no thread can be started now: the next answer tries it again
+                self._thread = None
+                self._has_some.clear()
+
+    def _run(self) -> None:
+        with asyncio.Runner() as runner:
+            delay = _DELAY
+            while True:
+                self._has_some.wait()
+                is_last = self._is_closing.wait(delay)
+                self._has_some.clear()
+                is_written = runner.run(self._write())
+                delay = _DELAY if is_written else _RETRY_SECONDS
+                with self._lock:
+                    if is_last and not (is_written and self._waiting):
+                        self._thread = None
+                        break
+                    if self._waiting:
+                        self._has_some.set()
+            runner.run(self.store.aclose())
+        if self._waiting:
+            logger.warning("%d answers were not counted before the end", len(self._waiting))
+
+    async def _write(self) -> bool:
+        """Write what waits, and return whether that succeeded."""
+        batch, taken = Batch(), []
+        for _ in range(len(self._waiting)):
+            taken.append(self._waiting.popleft())
+            batch.add(taken[-1])
+        try:
+            if taken:
+                await self.store.write(batch)
+        except (ConfigurationError, *database_errors()) as exc:
+            self._log("Downloads cannot be counted now: %s", f"{type(exc).__name__}: {getattr(exc, 'orig', exc)}")
+            self._waiting.extendleft(reversed(taken))
+            return False
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            logger.warning("%d answers were not counted, because the database failed", lost)
+        return True
+
+    def _log(self, text: str, reason: str) -> None:
+        if monotonic() - self._logged_at >= _LOG_SECONDS:
+            self._logged_at = monotonic()
+            logger.warning(text, reason)

@@ -1,0 +1,99 @@
+"""`ProxyLog`: counts what a proxy has sent of delegated answers, by the log of the proxy."""
+
+import fcntl
+import logging
+import os
+import time
+from math import inf
+
+import anyio
+
+from downloadview_async.accounts.completion_store import CompletionStore, database_errors
+from downloadview_async.accounts.proxy_log import LogLine
+from downloadview_async.accounts.rotated_log import RotatedLog
+from downloadview_async.errors import ConfigurationError
+
+logger = logging.getLogger("downloadview_async")
+
+_POLL = 0.25  # seconds between two looks
+_PATIENCE = 2.0  # seconds; the processes of the application write about a delegated answer some time after it
+_LOG_SECONDS = 60.0
+
+
+class ProxyLog:
+    """Adds the lines of a proxy's log to a store: what the proxy has sent of answers that were delegated to it.
+
+        await ProxyLog("/var/log/nginx/downloads.log", store).add()
+
+    Each answer is counted once, however often its line is read, by however many processes. The store also keeps up to
+    where the log was read, so that the next time only what follows is read, in renamed files too. Lines of answers that
+    were not delegated are left out.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], store: CompletionStore) -> None:
+        self.path = os.path.abspath(path)
+        self.store = store
+
+    async def add(self) -> int:
+        """Add all lines up to now, and return how many answers were counted.
+
+        Raises `OSError` if the log cannot be read, and what the database raises.
+        """
+        log = RotatedLog(self.path, await self.store.places(self.path))
+        try:
+            written_at = log.look()
+            if written_at is not None:
+                await anyio.sleep(min(_PATIENCE, max(0.0, written_at + _PATIENCE - time.time())))
+            return await self._add(log)
+        finally:
+            log.close()
+
+    async def follow(self) -> None:
+        """Add the lines as they are written, until this is cancelled.
+
+        Of the processes of one machine that follow the same log, one reads it. A log that is missing or cannot be read,
+        and a database that fails, are tried again; a line in the log tells that, at most once a minute.
+        """
+        logged_at = -inf
+        while True:
+            try:
+                log = RotatedLog(self.path, await self.store.places(self.path))
+                try:
+                    await self._follow(log)
+                finally:
+                    log.close()
+            except (ConfigurationError, *database_errors()) as exc:
+                if time.monotonic() - logged_at >= _LOG_SECONDS:
+                    logged_at = time.monotonic()
+                    logger.warning("The log of the proxy cannot be counted now: %s: %s", type(exc).__name__, exc)
+            await anyio.sleep(1)
+
+    async def _follow(self, log: RotatedLog) -> None:
+        """Follow the log. Return if another process follows it."""
+        locked = None
+        while True:
+            written_at = log.look()
+            if log.current is not None and log.current != locked:
+                if not _lock(log.current):
+                    return
+                locked = log.current
+            if written_at is None:
+                await anyio.sleep(_POLL)
+                continue
+            await anyio.sleep(_PATIENCE)
+            await self._add(log)
+
+    async def _add(self, log: RotatedLog) -> int:
+        count = 0
+        for lines, place in log.read():
+            parsed = [line for line in map(LogLine.parse, lines) if line is not None]
+            count += len(await self.store.close_delegated(parsed, place))
+        return count
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,86 @@
+"""The lines in which a proxy logs what it has sent of delegated answers: `LogLine`. Pure, without I/O.
+
+The printed configurations have the same format for all proxies: a JSON object in each line, with the id of the request,
+the status, the bytes of the body, the Content-Range of the answer, and the Range of the request.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from downloadview_async.accounts.completion import Delivered, Span
+from downloadview_async.http.ranges import parse_range, select_ranges
+
+LONGEST = 65_536
+"""Bytes of a line. A longer one is not of a proxy that the library has configured."""
+
+_HEX = re.compile(r"\\x([0-9A-Fa-f]{2})")  # how proxies escape a byte for which JSON has another way
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine:
+    """What a proxy has sent of one answer.
+
+    request_id: that of the `Outcome`. sent: bytes of the body. content_range: of the answer. requested: the Range of
+    the request, which tells the parts of an answer with several.
+    """
+
+    request_id: str
+    status: int
+    sent: int
+    content_range: str = ""
+    requested: str = ""
+
+    @classmethod
+    def parse(cls, line: str) -> "LogLine | None":
+        """Return what a line says, or None for another line."""
+        begin = line.find("{")
+        if begin < 0 or len(line) > LONGEST:
+            return None
+        text = _HEX.sub(r"\\u00\1", line[begin:].strip())
+        try:
+            said: Any = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(said, dict):
+            return None
+        request_id, status, sent = said.get("request_id"), _number(said.get("status")), _number(said.get("bytes"))
+        if not isinstance(request_id, str) or not 1 <= len(request_id) <= 128 or status is None or sent is None:
+            return None
+        texts = {name: said.get(name) for name in ("content_range", "range")}
+        content_range, requested = (text if isinstance(text, str) else "" for text in texts.values())
+        return cls(request_id=request_id, status=status, sent=sent, content_range=content_range, requested=requested)
+
+    def spans(self, size: int | None) -> tuple[Span, ...]:
+        """Return the parts of the file that were sent. size: of the file, in bytes; None: only the proxy knows it."""
+        if self.status == 200 and size is not None:
+            return _begun((0, size), self.sent)
+        if self.status != 206 or size is None:
+            return ()
+        if (match := _CONTENT_RANGE.fullmatch(self.content_range)) is not None:
+            first, last, length = map(int, match.groups())
+            return _begun((first, last + 1), self.sent) if first <= last < length == size else ()
+        specs = parse_range(self.requested)
+        parts = "whole" if specs is None else select_ranges(specs, size)
+        if isinstance(parts, str) or sum(map(len, parts)) > self.sent:
+            return ()  # of an incomplete answer with several parts, nobody knows which were sent
+        return tuple((part.start, part.stop) for part in parts)
+
+    def closing(self, delegated: Delivered) -> Delivered | None:
+        """Return what the proxy has delivered of a delegated answer; None for a 304, a 416 or an error."""
+        return delegated.sent_as(self.spans(delegated.size), self.sent) if self.status in (200, 206) else None
+
+
+def _begun(span: Span, sent: int) -> tuple[Span, ...]:
+    stop = min(span[1], span[0] + sent)
+    return ((span[0], stop),) if stop > span[0] else ()
+
+
+def _number(value: object) -> int | None:
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+        return int(value)
+    if value in ("", "-"):
+        return 0  # no bytes
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18 else None

@@ -1,0 +1,172 @@
+"""`RotatedLog`: reads the lines of a log that is renamed or truncated now and then, each once."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from downloadview_async.accounts.completion_store import Place
+
+_BLOCK = 1 << 20
+_HEAD = 256
+_GRACE = 60.0  # seconds; the processes of a proxy write to a renamed log for a while
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(slots=True)
+class _File:
+    """One file of the log. offset: up to where it was read. size: up to where it is read next."""
+
+    descriptor: int
+    device: int
+    inode: int
+    offset: int = 0
+    size: int = 0
+    is_current: bool = True
+    grew_at: float = field(default_factory=time.monotonic)
+
+
+class RotatedLog:
+    """The log at a path, and the files that it was renamed to: those in its directory whose names begin with its own.
+
+    places: up to where they were read. A file that is read for the first time is read from its beginning; renamed files
+    are read only if there are places, and if they were changed after those. Compressed files are not read.
+
+    A log that is copied and truncated, instead of renamed, is read as well, but lines that were written between the
+    last look and the copy are lost.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], places: Sequence[Place] = ()) -> None:
+        self.path = os.path.abspath(path)
+        self._places = {(place.device, place.inode): place for place in places}
+        self._oldest = min((place.time for place in places), default=None)
+        self._files: list[_File] = []
+        self._is_open = False
+
+    def look(self) -> float | None:
+        """Find out what there is to read, and return when the last of it was written; None if there is nothing.
+
+        The time is in seconds since 1970 UTC. Raises `OSError` if a file cannot be read.
+        """
+        if not self._is_open:
+            self._open_renamed()
+            self._is_open = True
+        self._open_current()
+        written_at = None
+        for file in [*self._files]:
+            status = os.fstat(file.descriptor)
+            if status.st_size < file.offset or (
+                status.st_size > file.size and not self._has_head(file, self._place_of(file))
+            ):
+                file.offset = 0  # it was truncated
+            if status.st_size != file.size:
+                file.grew_at = time.monotonic()
+            file.size = status.st_size
+            if file.size > file.offset:
+                written_at = max(written_at or 0.0, status.st_mtime)
+            elif not file.is_current and time.monotonic() - file.grew_at > _GRACE:
+                self._close(file)
+        return written_at
+
+    def read(self) -> Iterator[tuple[list[str], Place]]:
+        """Yield the lines that the last look has found, and the place after them.
+
+        They are read again later if the caller stops at them, as by an exception. A line without its end is not read.
+        """
+        for file in [*self._files]:
+            while file.offset < file.size:
+                block = os.pread(file.descriptor, min(_BLOCK, file.size - file.offset), file.offset)
+                whole = block.rfind(b"\n") + 1
+                if not whole:
+                    if len(block) < _BLOCK:
+                        break
+                    whole = len(block)  # a line so long is not of a proxy
+                before, file.offset = file.offset, file.offset + whole
+                is_taken = False
+                try:
+                    yield block[:whole].decode("utf-8", "replace").split("\n")[:-1] or [""], self._place_of(file)
+                    is_taken = True
+                finally:
+                    if not is_taken:
+                        file.offset = before
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in [*self._files]:
+            self._close(file)
+
+    @property
+    def current(self) -> int | None:
+        """The descriptor of the file at the path, None if there is none."""
+        return next((file.descriptor for file in self._files if file.is_current), None)
+
+    def _open_renamed(self) -> None:
+        if self._oldest is None:
+            return
+        directory, name = os.path.split(self.path)
+        found = []
+        for entry in os.scandir(directory):
+            if entry.name.startswith(name) and entry.name != name and not entry.name.endswith(_PACKED):
+                status = entry.stat()
+                if (status.st_dev, status.st_ino) in self._places or status.st_mtime >= self._oldest:
+                    found.append((status.st_mtime, entry.path))
+        for _, path in sorted(found):
+            if os.path.isfile(path):
+                self._open(path).is_current = False
+
+    def _open_current(self) -> None:
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            if not self._files:
+                raise
+            return
+        current = next((file for file in self._files if file.is_current), None)
+        if current is not None:
+            if (current.device, current.inode) == (status.st_dev, status.st_ino):
+                return
+            current.is_current = False
+            current.grew_at = time.monotonic()
+        self._open(self.path)
+
+    def _open(self, path: str) -> _File:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+        file = _File(descriptor, status.st_dev, status.st_ino)
+        place = self._places.get((status.st_dev, status.st_ino))
+        if place is not None and place.offset <= status.st_size and self._has_head(file, place):
+            file.offset = file.size = place.offset
+        self._files.append(file)
+        return file
+
+    def _close(self, file: _File) -> None:
+        os.close(file.descriptor)
+        self._files.remove(file)
+
+    def _place_of(self, file: _File) -> Place:
+        """Return the place at the offset of a file, and keep it."""
+        count = min(_HEAD, file.offset)
+        known = self._places.get((file.device, file.inode))
+        if known is not None and known.offset == file.offset:
+            return known
+        head = f"{count} {_digest(os.pread(file.descriptor, count, 0))}"
+        place = Place(
+            path=self.path,
+            device=file.device,
+            inode=file.inode,
+            offset=file.offset,
+            head=head,
+            time=time.time(),
+        )
+        self._places[file.device, file.inode] = place
+        return place
+
+    def _has_head(self, file: _File, place: Place) -> bool:
+        """Return whether a file begins as it did when it was read up to a place."""
+        count, _, digest = place.head.partition(" ")
+        return _digest(os.pread(file.descriptor, int(count), 0)) == digest
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()
