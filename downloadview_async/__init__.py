@@ -1,6 +1,9 @@
 """Who may have which file: your application decides, and the fastest thing at hand sends it."""
 
+from downloadview_async.accounts.completion_store import CompletionStore
+from downloadview_async.accounts.completions import Completions
 from downloadview_async.accounts.facts import note_facts, request_id_of
+from downloadview_async.accounts.followed_log import ProxyLog
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.asgi.accounts import Accounts
 from downloadview_async.asgi.archives import ArchiveOptions
@@ -93,6 +96,8 @@ __all__ = [
     "Cache",
     "CacheCounters",
     "CachedSource",
+    "CompletionStore",
+    "Completions",
     "ConfigurationError",
     "DescribedEntry",
     "DigestStore",
@@ -137,6 +142,7 @@ __all__ = [
     "PreconditionFailed",
     "PresignedRedirect",
     "ProxyKind",
+    "ProxyLog",
     "ProxyOption",
     "ProxySite",
     "ProxyUsers",

@@ -349,12 +349,12 @@ def sign(
     click.echo(link)
 
 
-def _life(expires: str | None) -> timedelta | None:
+def _life(expires: str | None, option: str = "--expires") -> timedelta | None:
     if expires is None:
         return None
     seconds = seconds_of(expires)
     if seconds is None:
-        raise ConfigurationError(f"--expires is {expires!r}: give a time such as 90s, 10m, 2h or 7d")
+        raise ConfigurationError(f"{option} is {expires!r}: give a time such as 90s, 10m, 2h or 7d")
     return timedelta(seconds=seconds)
 
 
@@ -442,6 +442,78 @@ def digest(path: str | None, config: Path | None) -> None:
     for name in without:
         click.echo(f"downloadview: no digest: {one_line(name)}", err=True)
     click.echo(f"digests: {len(files) - len(without)} of {len(files)} files")
+
+
+@main.command("account")
+@click.argument("log", required=False, type=click.Path(path_type=Path))
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@click.option("--follow", is_flag=True, help="Go on with the lines that are written, until Ctrl-C.")
+def account(log: Path | None, config: Path | None, follow: bool) -> None:
+    """Count what the proxy has sent, by its LOG.
+
+    LOG is the log of downloads that the printed configuration of the proxy writes; the default is accounts.proxy_log.
+    Each answer is counted once, however often its line is read. What was read before is not read again, and renamed
+    logs are read to their end.
+    """
+    import anyio
+
+    from downloadview_async.service.accounts import account as account_log
+
+    try:
+        _choose(config, "no database: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        path = str(log) if log is not None else settings.accounts.proxy_log
+        if path is None:
+            raise click.UsageError("no log: give LOG, or accounts.proxy_log in the settings")
+        count = anyio.run(functools.partial(account_log, settings, path, follow=follow))
+    except ConfigurationError as exc:
+        _say(exc)
+        sys.exit(_STARTUP_FAILURE if isinstance(exc, Unavailable) else _WRONG_SETTINGS)
+    except KeyboardInterrupt:
+        return
+    click.echo(f"counted: {count}")
+
+
+@main.command("report")
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@click.option("--since", metavar="TIME", help="Only the days of the last time (UTC), such as 7d or 24h.")
+@click.option(
+    "--by",
+    type=click.Choice(["file", "route", "user", "client", "link", "day"]),
+    default="file",
+    show_default=True,
+    help="What is counted.",
+)
+@click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, help="How many rows.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+    help="How the rows are printed.",
+)
+def print_report(config: Path | None, since: str | None, by: str, top: int, form: str) -> None:
+    """Print how often files were downloaded.
+
+    A download is a version of a file that was delivered whole to a client. The bytes are all that were sent, in the
+    answers that are counted beside them.
+    """
+    import anyio
+
+    from downloadview_async.service.accounts import csv_of, report, table_of
+
+    try:
+        _choose(config, "no database: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        rows = anyio.run(functools.partial(report, settings, by=by, since=_life(since, "--since"), top=top))
+    except ConfigurationError as exc:
+        _say(exc)
+        sys.exit(_STARTUP_FAILURE if isinstance(exc, Unavailable) else _WRONG_SETTINGS)
+    if form == "json":
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        click.echo((csv_of if form == "csv" else table_of)(rows, by), nl=False)
 
 
 def _say(exc: Exception) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -87,6 +88,7 @@ class CompletionStore:
 
     url: an SQLAlchemy URL with an asynchronous driver: sqlite+aiosqlite or postgresql+asyncpg. The tables are created
     when they are missing; their names begin with `downloadview_`.
+    directory: where the path of an SQLite file begins; by default, the current directory.
     min_share: the share of a file that makes a download, more than 0 and at most 1.
     keep: how long the totals of a day are kept. An unfinished download, and one whose proxy has not logged it, is kept
     for a week after its last answer, or for `keep`, if that is shorter.
@@ -99,6 +101,7 @@ class CompletionStore:
         self,
         url: str,
         *,
+        directory: str | os.PathLike[str] = ".",
         min_share: float = 1.0,
         keep: timedelta = timedelta(days=400),
         max_rows: int = 1_000_000,
@@ -128,6 +131,8 @@ class CompletionStore:
             )
         if self._dialect == "sqlite" and self._url.database in (None, "", ":memory:"):
             raise ConfigurationError("an SQLite database has to be a file, such as sqlite+aiosqlite:///accounts.db")
+        if self._dialect == "sqlite":
+            self._url = self._url.set(database=os.path.abspath(os.path.join(directory, self._url.database or "")))
         self.min_share = min_share
         self.keep = keep
         self.max_rows = max_rows
@@ -135,6 +140,11 @@ class CompletionStore:
         self._engines: PerLoop[AsyncEngine] = PerLoop()
         self._is_created = False
         self._trimmed_at = -_TRIM_SECONDS
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the database is a server, which may answer later if it does not answer now."""
+        return not self._is_sqlite
 
     async def check(self) -> None:
         """Open the database, and create the tables that are missing. Raises `ConfigurationError`."""
@@ -447,10 +457,10 @@ def day_of(seconds: float) -> str:
 
 
 def database_errors() -> tuple[type[Exception], ...]:
-    """Return the classes of the errors that a database raises."""
+    """Return the classes of the errors that the methods of a `CompletionStore` raise."""
     from sqlalchemy.exc import SQLAlchemyError
 
-    return SQLAlchemyError, OSError
+    return SQLAlchemyError, OSError, ConfigurationError
 
 
 def _prepare(connection: Any, record: object) -> None:

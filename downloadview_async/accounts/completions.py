@@ -134,7 +134,7 @@ class Completions:
         try:
             if taken:
                 await self.store.write(batch)
-        except (ConfigurationError, *database_errors()) as exc:
+        except database_errors() as exc:
             self._log("Downloads cannot be counted now: %s", f"{type(exc).__name__}: {getattr(exc, 'orig', exc)}")
             self._waiting.extendleft(reversed(taken))
             return False

@@ -11,7 +11,6 @@ import anyio
 from downloadview_async.accounts.completion_store import CompletionStore, database_errors
 from downloadview_async.accounts.proxy_log import LogLine
 from downloadview_async.accounts.rotated_log import RotatedLog
-from downloadview_async.errors import ConfigurationError
 
 logger = logging.getLogger("downloadview_async")
 
@@ -62,7 +61,7 @@ class ProxyLog:
                     await self._follow(log)
                 finally:
                     log.close()
-            except (ConfigurationError, *database_errors()) as exc:
+            except database_errors() as exc:
                 if time.monotonic() - logged_at >= _LOG_SECONDS:
                     logged_at = time.monotonic()
                     logger.warning("The log of the proxy cannot be counted now: %s: %s", type(exc).__name__, exc)

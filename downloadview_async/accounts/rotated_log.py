@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 from downloadview_async.accounts.completion_store import Place
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 17
 _HEAD = 256
 _GRACE = 60.0  # seconds; the processes of a proxy write to a renamed log for a while
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -28,7 +28,9 @@ class _File:
 
 
 class RotatedLog:
-    """The log at a path, and the files that it was renamed to: those in its directory whose names begin with its own.
+    """The log at a path, and the files that it was renamed to: those beside it with names such as its own.
+
+    Beside `downloads.log` these are `downloads.log.1` and `downloads-2026-11-29.log`, for example.
 
     places: up to where they were read. A file that is read for the first time is read from its beginning; renamed files
     are read only if there are places, and if they were changed after those. Compressed files are not read.
@@ -105,9 +107,11 @@ class RotatedLog:
         if self._oldest is None:
             return
         directory, name = os.path.split(self.path)
+        stem, suffix = os.path.splitext(name)
         found = []
         for entry in os.scandir(directory):
-            if entry.name.startswith(name) and entry.name != name and not entry.name.endswith(_PACKED):
+            is_like = entry.name.startswith(stem) and suffix in entry.name and not entry.name.endswith(_PACKED)
+            if is_like and entry.name != name:
                 status = entry.stat()
                 if (status.st_dev, status.st_ino) in self._places or status.st_mtime >= self._oldest:
                     found.append((status.st_mtime, entry.path))

@@ -15,6 +15,7 @@ from downloadview_async.sources.object_store import ObjectStorage
 
 _PREFIX = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)*")
 _PRIVATE = re.compile("(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*)+/")
+_LOG = re.compile("/[A-Za-z0-9_./@-]*[A-Za-z0-9_@-]")
 _HEADER = re.compile("[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 _UNSET = "X-Accel-Mapping"  # each template has a line that removes this header of a request
 _PUBLIC = re.compile("[A-Za-z0-9_.~-]+")
@@ -39,6 +40,7 @@ def proxy_config(
     unset: Iterable[str] = (),
     headers: Iterable[str] = (),
     links: Iterable[LinkLocation] = (),
+    log: str = "",
 ) -> str:
     """Return a whole configuration: the proxy sends the files of the rules, and passes all else to the service.
 
@@ -61,6 +63,8 @@ def proxy_config(
 
     links: the paths below which nginx verifies links of the format `secure_link` and sends the files without the
     application. The configuration includes a file with the secrets: see `secure_link_secrets`.
+    log: the absolute path of a file into which the proxy writes a line about each answer, for `ProxyLog`. The
+    application has to send X-Request-Id with its answers: write this name in `headers`, too.
 
     Raises `ConfigurationError` for rules that the backend refuses, for two rules of which one's target is equal to or
     below the other's, for a header that describes the file or frames the answer, and for values that the proxy's
@@ -104,7 +108,13 @@ def proxy_config(
         public=public,
         headers=_checked_names(headers),
         links=tuple(links),
+        log=log,
     )
+    if log and not _LOG.fullmatch(log):
+        raise ConfigurationError(
+            f"{log!r} cannot be written into the configuration: give an absolute path of letters, digits and _.@/-, "
+            "such as /var/log/nginx/downloads.log"
+        )
     if site.links and not kind.verifies_links:
         raise ConfigurationError(f"{kind.title} cannot verify links: remove links, and let the application verify them")
     for link in site.links:

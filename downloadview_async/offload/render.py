@@ -31,7 +31,7 @@ class ProxySite:
 
     rules: the rules for directories. remotes: the rules for files of other servers, if the proxy fetches them.
     host, port: where the proxy listens. idle, stall: seconds. max_body: bytes.
-    service, prefix, relative_to, private, public, headers, links: as in `proxy_config`.
+    service, prefix, relative_to, private, public, headers, links, log: as in `proxy_config`.
     """
 
     rules: Sequence[Rule]
@@ -48,6 +48,7 @@ class ProxySite:
     public: Sequence[str]
     headers: Sequence[str]
     links: "Sequence[LinkLocation]" = ()
+    log: str = ""
 
     @property
     def refused(self) -> str:
@@ -135,6 +136,17 @@ def template(file: str, /, **values: str) -> str:
 def filled(text: str, /, **values: str) -> str:
     """Return a text with each <<name>> replaced. `$name` and `{name}` mean something to proxies."""
     return re.sub("<<([a-z_]+)>>", lambda match: values[match[1]], text)
+
+
+def log_line(*, request_id: str, status: str, sent: str, content_range: str, requested: str) -> str:
+    """Return a line of the log that `accounts/proxy_log.py` reads. Each value is the name that the proxy has for it.
+
+    All proxies have the same line. They escape the values in ways that differ from JSON at most for control characters.
+    """
+    return (
+        f'{{"request_id":"{request_id}","status":{status},"bytes":{sent},"content_range":"{content_range}",'
+        f'"range":"{requested}"}}'
+    )
 
 
 def literal(text: str) -> str:

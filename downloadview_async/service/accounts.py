@@ -1,27 +1,39 @@
 """The application with `Accounts` around it, if something listens to outcomes."""
 
-from collections.abc import Iterator
+import asyncio
+import contextlib
+import csv
+import io
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
 from ipaddress import ip_network
 from typing import Any
 
+import anyio
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from downloadview_async import Accounts
+from downloadview_async import Accounts, Completions, CompletionStore, ConfigurationError, Outcome, ProxyLog
 from downloadview_async.service.access import trusted_proxies
 from downloadview_async.service.functions import function_of
-from downloadview_async.service.settings import Settings
+from downloadview_async.service.logs import one_line
+from downloadview_async.service.settings import DatabaseUnavailable, Settings
 
 _HOOK = "hook:"
+_COUNTS = ("downloads", "answers", "bytes")
 
 
 class Service(Starlette):
     """The service as an ASGI application. Its outermost middleware is `Accounts`, so each error is accounted for too.
 
+    observers: those of `Accounts`.
+
     Raises `ConfigurationError` for a listener that cannot be imported.
     """
 
-    def __init__(self, settings: Settings, **options: Any) -> None:
+    def __init__(self, settings: Settings, observers: Sequence[Callable[[Outcome], None]] = (), **options: Any) -> None:
+        self._observers = observers
         self._settings = settings
         self._listeners = [
             function_of(settings, f"accounts.listeners[{index}]", name.removeprefix(_HOOK))
@@ -35,7 +47,7 @@ class Service(Starlette):
         if not self._settings.listens:
             return app
         trusted = list(_addresses_of(self._settings))
-        return Accounts(app, self._listeners, trusted_proxies=trusted, sends_request_id=True)
+        return Accounts(app, self._listeners, observers=self._observers, trusted_proxies=trusted, sends_request_id=True)
 
 
 def _addresses_of(settings: Settings) -> Iterator[str]:
@@ -47,3 +59,120 @@ def _addresses_of(settings: Settings) -> Iterator[str]:
         except ValueError:
             continue
         yield address
+
+
+def store_of_completions(settings: Settings) -> CompletionStore | None:
+    """Return the store in which downloads are counted; None if they are not.
+
+    Raises `ConfigurationError` for a URL that cannot be used, and for a missing package.
+    """
+    accounts = settings.accounts
+    if accounts.database is None:
+        return None
+    assert not isinstance(accounts.keep, str)  # the settings have been checked
+    with settings.blaming("accounts.database"):
+        return CompletionStore(
+            accounts.database,
+            directory=settings.directory,
+            min_share=accounts.min_share,
+            keep=timedelta(seconds=accounts.keep),
+            max_rows=accounts.max_rows,
+        )
+
+
+def completions_of(settings: Settings) -> Completions | None:
+    """Return what counts downloads; None if nothing does. Raises `ConfigurationError` as `store_of_completions`."""
+    store = store_of_completions(settings)
+    return None if store is None else Completions(store)
+
+
+@asynccontextmanager
+async def opened_completions(settings: Settings, completions: Completions | None) -> AsyncIterator[None]:
+    """Open the database in which downloads are counted, and follow the log of the proxy meanwhile.
+
+    Raises `ConfigurationError` if the database can never be used, and `DatabaseUnavailable` if it does not answer.
+    """
+    if completions is None:
+        yield
+        return
+    await check_completions(settings, completions.store)
+    async with completions:
+        if settings.accounts.proxy_log is None:
+            yield
+            return
+        task = asyncio.create_task(ProxyLog(settings.accounts.proxy_log, completions.store).follow())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def check_completions(settings: Settings, store: CompletionStore) -> None:
+    """Raise `ConfigurationError` if the database cannot be used; `DatabaseUnavailable` if that may change."""
+    try:
+        await store.check()
+    except ConfigurationError as exc:
+        error = settings.error("accounts.database", str(exc))
+        raise (DatabaseUnavailable(str(error)) if store.is_remote else error) from exc
+    finally:
+        await store.aclose()
+
+
+def _store(settings: Settings) -> CompletionStore:
+    store = store_of_completions(settings)
+    if store is None:
+        raise settings.error("accounts.database", "downloads are counted in a database: set it")
+    return store
+
+
+async def account(settings: Settings, log: str, *, follow: bool) -> int:
+    """Count what a log of the proxy says, and return how many answers that were. follow: go on until this is cancelled.
+
+    Raises `ConfigurationError` if the log cannot be read, or the database cannot be used.
+    """
+    store = _store(settings)
+    await check_completions(settings, store)
+    try:
+        proxy_log = ProxyLog(log, store)
+        if follow:
+            await proxy_log.follow()
+        try:
+            return await proxy_log.add()
+        except OSError as exc:
+            raise ConfigurationError(
+                f"{log}: the log cannot be read ({exc.strerror}): give a file that exists"
+            ) from exc
+    finally:
+        with anyio.CancelScope(shield=True):
+            await store.aclose()
+
+
+async def report(settings: Settings, *, by: Any, since: timedelta | None, top: int | None) -> list[dict[str, Any]]:
+    """Return the rows of `CompletionStore.report`. Raises `ConfigurationError` if the database cannot be used."""
+    store = _store(settings)
+    await check_completions(settings, store)
+    try:
+        return await store.report(by, since=since, top=top)
+    finally:
+        await store.aclose()
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], by: str) -> str:
+    """Return the rows of a report as a table for people, a line each."""
+    cells = [[*_COUNTS, by], *([*(str(row[name]) for name in _COUNTS), one_line(row[by] or "-")] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "".join(
+        "  ".join([*(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False)), line[-1]]) + "\n"
+        for line in cells
+    )
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]], by: str) -> str:
+    """Return the rows of a report as CSV [RFC 4180], with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [by, *_COUNTS])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -61,7 +61,13 @@ from downloadview_async.service.access import (
     store_of,
     users_of,
 )
-from downloadview_async.service.accounts import Service
+from downloadview_async.service.accounts import (
+    Service,
+    check_completions,
+    completions_of,
+    opened_completions,
+    store_of_completions,
+)
 from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.digests import digests_of
@@ -145,6 +151,7 @@ def build(settings: Settings) -> Starlette:
     checks |= {name: database.check for name, database in databases.items()}
     store = store_of(settings)
     signer = signer_of(settings, store)
+    completions = completions_of(settings)
     if store is not None and settings.links is not None and settings.links.when_store_fails == "refuse":
         checks["links.store"] = store.check
     limits = service_limits(settings)
@@ -171,6 +178,7 @@ def build(settings: Settings) -> Starlette:
             await stack.enter_async_context(_opened(settings, databases))
             await stack.enter_async_context(opened_store(settings, store))
             await stack.enter_async_context(opened_limits(settings, limits))
+            await stack.enter_async_context(opened_completions(settings, completions))
             for known in digests.values():
                 await stack.enter_async_context(known.running())
             yield
@@ -182,6 +190,7 @@ def build(settings: Settings) -> Starlette:
         middleware.append(Middleware(OffloadMiddleware, backend=backend, proxy=settings.offload.backend))
     app = Service(
         settings,
+        [] if completions is None else [completions],
         routes=[
             *(
                 []
@@ -228,7 +237,8 @@ async def check_databases(settings: Settings) -> None:
         opened_store(settings, store_of(settings)),
         opened_limits(settings, service_limits(settings)),
     ):
-        pass
+        if (counted := store_of_completions(settings)) is not None:
+            await check_completions(settings, counted)
 
 
 @asynccontextmanager

@@ -281,7 +281,7 @@ class _Draft:
             users=users,
             limits=limits,
             archives=self._archives(self._converted("archives", self._table("archives", data), ArchivesSettings)),
-            accounts=self._converted("accounts", self._table("accounts", data), AccountsSettings),
+            accounts=self._accounts(self._converted("accounts", self._table("accounts", data), AccountsSettings)),
             pages=self._pages(self._converted("pages", self._table("pages", data), PagesSettings)),
             digests=digests,
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
@@ -488,6 +488,16 @@ class _Draft:
                     key,
                     f"the cache {cache.path!r} of {known!r} has different limits: give both the same, or another path",
                 )
+
+    def _accounts(self, accounts: AccountsSettings) -> AccountsSettings:
+        keep = seconds_of(accounts.keep)
+        if not keep:
+            raise self.error("accounts.keep", f"{accounts.keep!r} is not a time: give such as 90d or 24h")
+        if accounts.proxy_log is None:
+            return msgspec.structs.replace(accounts, keep=keep)
+        if accounts.database is None:
+            raise self.error("accounts.database", "missing: the log of the proxy is counted in a database")
+        return msgspec.structs.replace(accounts, keep=keep, proxy_log=self._absolute(accounts.proxy_log))
 
     def _absolute(self, path: str) -> str:
         return os.path.normpath(self.directory / path)

@@ -38,6 +38,7 @@ def config_for(
         ("server.timeout_keep_alive", {"idle_seconds": server.timeout_keep_alive}),
         ("server.stall_timeout", {"stall_seconds": server.stall_timeout}),
         *_headers(settings),
+        ("accounts.proxy_log", {} if settings.accounts.proxy_log is None else {"log": settings.accounts.proxy_log}),
         *(_links(settings) if proxy_kinds()[proxy].verifies_links else ()),
         ("server.host" if server.uds is None else "server.uds", {} if service else {"service": _address(settings)}),
     ]
@@ -57,6 +58,9 @@ def config_for(
 def _headers(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the key of each route that sends further headers, and the names that are known with this route."""
     names: list[str] = []
+    if settings.listens:
+        names.append("X-Request-Id")
+        yield "accounts", {"headers": [*names]}
     for index, route in enumerate(settings.routes):
         if route.cors is not None:
             names += CORS_HEADERS

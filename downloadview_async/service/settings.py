@@ -344,6 +344,35 @@ class AccountsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         list[Annotated[str, Meta(pattern=rf"^hook:{_FUNCTION}\Z")]],
         Meta(description='a list of "hook:module:function", each of which gets the outcome of each answer'),
     ] = []
+    database: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="where downloads are counted: an SQLAlchemy URL, such as sqlite+aiosqlite:///accounts.db "
+                "or postgresql+asyncpg://host/name",
+            ),
+        ]
+        | None
+    ) = None
+    min_share: Annotated[
+        float, Meta(gt=0, le=1, description="the share of a file that makes a download, above 0 and at most 1")
+    ] = 1.0
+    keep: Annotated[float | str, Meta(description="how long the counts of a day are kept: seconds, or such as 90d")] = (
+        "400d"
+    )
+    max_rows: Annotated[_Count, Meta(description="rows of each table in the database, 1 or more")] = 1_000_000
+    proxy_log: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="the log in which the proxy writes what it has sent, absolute or relative to the settings "
+                "file",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class ArchivesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -625,7 +654,7 @@ class Settings:
     @property
     def listens(self) -> bool:
         """Whether something listens to the outcomes of answers."""
-        return bool(self.accounts.listeners)
+        return bool(self.accounts.listeners or self.accounts.database)
 
     def error(self, key: str, problem: str) -> ConfigurationError:
         """Return the error for a key such as `sources.files.root`."""

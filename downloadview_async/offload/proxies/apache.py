@@ -14,6 +14,7 @@ from downloadview_async.offload.render import (
     escaped,
     filled,
     literal,
+    log_line,
     quoted,
     template,
 )
@@ -70,6 +71,18 @@ _ALWAYS = """\
 Header note <<header>> downloadview-<<header>>
 Header always set <<header>> "expr=%{note:downloadview-<<header>>}" "expr=-n note('downloadview-<<header>>')"
 """
+_LOG = """\
+# By this the service counts what Apache has sent. To rotate it, rename it, and restart Apache gracefully.
+LogFormat <<line>> downloads
+CustomLog <<path>> downloads
+"""
+_LINE = log_line(
+    request_id="%{X-Request-Id}o",
+    status="%>s",
+    sent="%B",
+    content_range="%{Content-Range}o",
+    requested="%{Range}i",
+)
 _ALIAS = "LoadModule alias_module ${modules}/mod_alias.so\n"
 
 
@@ -82,6 +95,7 @@ def _configuration(site: ProxySite) -> str:
         stall=str(site.stall),
         max_body=str(site.max_body),
         prefix=site.prefix,
+        log=filled(_LOG, path=site.log, line=quoted(_LINE)) if site.log else "",
         service=f"unix:{site.socket}|http://localhost" if site.socket else f"http://{site.authority}",
         idle=str(site.idle),
         outside=filled(_OUTSIDE, prefix=re.escape(site.prefix)) if site.prefix else "",

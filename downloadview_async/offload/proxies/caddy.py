@@ -33,6 +33,24 @@ _PRIVATE = """\
 \t}
 
 """
+_LOG = """\
+\t# By this the service counts what Caddy has sent. Caddy rotates it.
+\tlog_append request_id {http.response.header.X-Request-Id}
+\tlog_append bytes {http.response.size}
+\tlog_append content_range {http.response.header.Content-Range}
+\tlog_append range {http.request.header.Range}
+\tlog downloads {
+\t\toutput file <<path>> {
+\t\t\tmode 644
+\t\t\troll_uncompressed
+\t\t}
+\t\tformat filter {
+\t\t\twrap json
+\t\t\trequest delete
+\t\t\tresp_headers delete
+\t\t}
+\t}
+"""
 _PUBLIC = "\t\tnot path <<paths>>\n"
 
 
@@ -63,6 +81,7 @@ def _configuration(site: ProxySite) -> str:
         host=site.host.strip("[]"),
         port=str(site.port),
         max_body=str(site.max_body),
+        log=filled(_LOG, path=site.log) if site.log else "",
         private=filled(
             _PRIVATE,
             prefix=site.prefix,

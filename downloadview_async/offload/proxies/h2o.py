@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.base import ProxyKind
 from downloadview_async.offload.places import LocalFiles, RateHeader, percent_encoded
-from downloadview_async.offload.render import ProxySite, filled, quoted, template
+from downloadview_async.offload.render import ProxySite, filled, log_line, quoted, template
 from downloadview_async.offload.rules import Rule
 
 _RATE = RateHeader("X-Traffic")
@@ -46,6 +46,20 @@ _DIRECTORY = """\
         file.dir: <<directory>>
         file.etag: OFF
 """
+_LOG = """\
+    # By this the service counts what H2O has sent. To rotate it, rename it, and restart H2O.
+    access-log:
+      path: <<path>>
+      escape: json
+      format: '<<line>>'
+"""
+_LINE = log_line(
+    request_id="%{x-request-id}o",
+    status="%>s",
+    sent="%b",
+    content_range="%{content-range}o",
+    requested="%{range}i",
+)
 _PRIVATE = """\
       # Pages of the application that are not for clients.
       <<prefix>><<private>>:
@@ -78,6 +92,7 @@ def _configuration(site: ProxySite) -> str:
     return template(
         "h2o.conf",
         max_body=str(site.max_body),
+        log=filled(_LOG, path=site.log, line=_LINE) if site.log else "",
         idle=str(1000 * site.idle),
         host=quoted(site.host.strip("[]")),
         port=str(site.port),

@@ -11,7 +11,7 @@ from functools import partial
 from downloadview_async.offload.base import ProxyKind
 from downloadview_async.offload.places import percent_encoded
 from downloadview_async.offload.proxies.apache import ENCODING, LIGHTTPD_RATE, XSendfile
-from downloadview_async.offload.render import ProxySite, directories, filled, template
+from downloadview_async.offload.render import ProxySite, directories, filled, log_line, quoted, template
 
 _OUTSIDE = """\
 $HTTP["url"] !~ "^<<prefix_pattern>>/" {
@@ -26,6 +26,20 @@ $HTTP["url"] =~ "<<refused>>" {
 }
 """
 
+_LOG = """\
+# By this the service counts what lighttpd has sent. To rotate it, rename it, and send lighttpd the signal HUP.
+accesslog.filename = "<<path>>"
+accesslog.format = <<line>>
+
+"""
+_LINE = log_line(
+    request_id="%{X-Request-Id}o",
+    status="%s",
+    sent="%B",
+    content_range="%{Content-Range}o",
+    requested="%{Range}i",
+)
+
 
 def _configuration(site: ProxySite) -> str:
     paths = [_word(site, path) for path in directories(site)]
@@ -39,6 +53,8 @@ def _configuration(site: ProxySite) -> str:
         "lighttpd.conf",
         modules='"mod_access", ' if site.prefix or site.private else "",
         private=filled(_PRIVATE, refused=site.refused) if site.private else "",
+        modules_last=', "mod_accesslog"' if site.log else "",
+        log=filled(_LOG, path=site.log, line=quoted(_LINE)) if site.log else "",
         host=site.host,
         port=str(site.port),
         root=paths[0],

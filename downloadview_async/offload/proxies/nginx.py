@@ -14,7 +14,7 @@ from downloadview_async.http.content_types import content_types
 from downloadview_async.http.plan import ACTIVE_POLICY, SVG_POLICY
 from downloadview_async.offload.base import ProxyKind, ProxyOption
 from downloadview_async.offload.places import KEPT, Places, RateHeader, percent_encoded
-from downloadview_async.offload.render import LinkLocation, ProxySite, filled, quoted, template
+from downloadview_async.offload.render import LinkLocation, ProxySite, filled, log_line, quoted, template
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.object_store import ObjectStorage
@@ -125,6 +125,18 @@ _TLS = """\
             proxy_ssl_verify on;
             proxy_ssl_trusted_certificate /etc/ssl/certs/ca-certificates.crt;
 """
+_LOG = """\
+    # By this the service counts what nginx has sent. To rotate it, rename it, and send nginx the signal USR1.
+    log_format downloads escape=json '<<line>>';
+    access_log <<path>> downloads;
+"""
+_LINE = log_line(
+    request_id="$sent_http_x_request_id",
+    status="$status",
+    sent="$body_bytes_sent",
+    content_range="$sent_http_content_range",
+    requested="$http_range",
+)
 _ADD = """\
             add_header <<header>> $<<value>> always;
 """
@@ -239,6 +251,7 @@ def _configuration(site: ProxySite) -> str:
         link_maps=policy + _LINK_MAPS if site.links else "",
         links="".join(_links(site, location) for location in site.links),
         link_errors=_LINK_ERRORS if site.links else "",
+        log=filled(_LOG, path=site.log, line=_LINE) if site.log else "",
         below=filled(_MAP, prefix=re.escape(site.prefix)) if site.prefix else "",
         max_body=f"{site.max_body // 1024}k" if site.max_body % 1024 == 0 else str(site.max_body),
         stall=f"{site.stall}s",
