@@ -1,7 +1,9 @@
 """The lines in which a proxy logs what it has sent of delegated answers: `LogLine`. Pure, without I/O.
 
 The printed configurations have the same format for all proxies: a JSON object in each line, with the id of the request,
-the status, the bytes of the body, the Content-Range of the answer, and the Range of the request.
+its method, the status, the bytes that were sent, the Content-Range of the answer, and the Range of the request. There
+is no path in it, and no query. A proxy whose bytes include the head of the answer also says "connection": "X" if the
+client left.
 """
 
 import json
@@ -23,8 +25,8 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 class LogLine:
     """What a proxy has sent of one answer.
 
-    request_id: that of the `Outcome`. sent: bytes of the body. content_range: of the answer. requested: the Range of
-    the request, which tells the parts of an answer with several.
+    request_id: that of the `Outcome`. sent: bytes. content_range: of the answer. requested: the Range of the request,
+    which tells the parts of an answer with several. is_cut: whether the client left before the end.
     """
 
     request_id: str
@@ -32,10 +34,11 @@ class LogLine:
     sent: int
     content_range: str = ""
     requested: str = ""
+    is_cut: bool = False
 
     @classmethod
     def parse(cls, line: str) -> "LogLine | None":
-        """Return what a line says, or None for another line."""
+        """Return what a line says of an answer to a GET, or None for another line."""
         begin = line.find("{")
         if begin < 0 or len(line) > LONGEST:
             return None
@@ -44,38 +47,45 @@ class LogLine:
             said: Any = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(said, dict):
+        if not isinstance(said, dict) or said.get("method") != "GET":
             return None
         request_id, status, sent = said.get("request_id"), _number(said.get("status")), _number(said.get("bytes"))
         if not isinstance(request_id, str) or not 1 <= len(request_id) <= 128 or status is None or sent is None:
             return None
         texts = {name: said.get(name) for name in ("content_range", "range")}
         content_range, requested = (text if isinstance(text, str) else "" for text in texts.values())
-        return cls(request_id=request_id, status=status, sent=sent, content_range=content_range, requested=requested)
+        return cls(
+            request_id=request_id,
+            status=status,
+            sent=sent,
+            content_range=content_range,
+            requested=requested,
+            is_cut=said.get("connection") == "X",
+        )
 
     def spans(self, size: int | None) -> tuple[Span, ...]:
         """Return the parts of the file that were sent. size: of the file, in bytes; None: only the proxy knows it."""
         if self.status == 200 and size is not None:
-            return _begun((0, size), self.sent)
+            return self._begun((0, size))
         if self.status != 206 or size is None:
             return ()
         if (match := _CONTENT_RANGE.fullmatch(self.content_range)) is not None:
             first, last, length = map(int, match.groups())
-            return _begun((first, last + 1), self.sent) if first <= last < length == size else ()
+            return self._begun((first, last + 1)) if first <= last < length == size else ()
         specs = parse_range(self.requested)
         parts = "whole" if specs is None else select_ranges(specs, size)
-        if isinstance(parts, str) or sum(map(len, parts)) > self.sent:
+        if isinstance(parts, str) or self.is_cut or sum(map(len, parts)) > self.sent:
             return ()  # of an incomplete answer with several parts, nobody knows which were sent
         return tuple((part.start, part.stop) for part in parts)
 
     def closing(self, delegated: Delivered) -> Delivered | None:
         """Return what the proxy has delivered of a delegated answer; None for a 304, a 416 or an error."""
-        return delegated.sent_as(self.spans(delegated.size), self.sent) if self.status in (200, 206) else None
+        is_file = self.status in (200, 206) and (self.sent > 0 or not delegated.size)
+        return delegated.sent_as(self.spans(delegated.size), self.sent) if is_file else None
 
-
-def _begun(span: Span, sent: int) -> tuple[Span, ...]:
-    stop = min(span[1], span[0] + sent)
-    return ((span[0], stop),) if stop > span[0] else ()
+    def _begun(self, span: Span) -> tuple[Span, ...]:
+        stop = min(span[1] - self.is_cut, span[0] + self.sent)
+        return ((span[0], stop),) if stop > span[0] else ()
 
 
 def _number(value: object) -> int | None:

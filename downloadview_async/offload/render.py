@@ -138,14 +138,17 @@ def filled(text: str, /, **values: str) -> str:
     return re.sub("<<([a-z_]+)>>", lambda match: values[match[1]], text)
 
 
-def log_line(*, request_id: str, status: str, sent: str, content_range: str, requested: str) -> str:
+def log_line(
+    *, request_id: str, method: str, status: str, sent: str, content_range: str, requested: str, connection: str = ""
+) -> str:
     """Return a line of the log that `accounts/proxy_log.py` reads. Each value is the name that the proxy has for it.
 
     All proxies have the same line. They escape the values in ways that differ from JSON at most for control characters.
     """
     return (
-        f'{{"request_id":"{request_id}","status":{status},"bytes":{sent},"content_range":"{content_range}",'
-        f'"range":"{requested}"}}'
+        f'{{"request_id":"{request_id}","method":"{method}","status":{status},"bytes":{sent},'
+        f'"content_range":"{content_range}","range":"{requested}"'
+        + (f',"connection":"{connection}"}}' if connection else "}")
     )
 
 

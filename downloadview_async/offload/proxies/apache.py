@@ -72,14 +72,19 @@ Header note <<header>> downloadview-<<header>>
 Header always set <<header>> "expr=%{note:downloadview-<<header>>}" "expr=-n note('downloadview-<<header>>')"
 """
 _LOG = """\
+<IfModule !logio_module>
+    LoadModule logio_module ${modules}/mod_logio.so
+</IfModule>
 # By this the service counts what Apache has sent. To rotate it, rename it, and restart Apache gracefully.
 LogFormat <<line>> downloads
 CustomLog <<path>> downloads
 """
 _LINE = log_line(
+    method="%m",
     request_id="%{X-Request-Id}o",
     status="%>s",
-    sent="%B",
+    sent="%O",  # with the head of the answer, but %B has the whole file even if the client has left
+    connection="%X",
     content_range="%{Content-Range}o",
     requested="%{Range}i",
 )

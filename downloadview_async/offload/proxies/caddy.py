@@ -34,9 +34,9 @@ _PRIVATE = """\
 
 """
 _LOG = """\
-\t# By this the service counts what Caddy has sent. Caddy rotates it.
+\t# By this the service counts what Caddy has sent. Caddy rotates it. `mode` needs Caddy 2.9.
 \tlog_append request_id {http.response.header.X-Request-Id}
-\tlog_append bytes {http.response.size}
+\tlog_append method {http.request.method}
 \tlog_append content_range {http.response.header.Content-Range}
 \tlog_append range {http.request.header.Range}
 \tlog downloads {
@@ -48,6 +48,7 @@ _LOG = """\
 \t\t\twrap json
 \t\t\trequest delete
 \t\t\tresp_headers delete
+\t\t\tsize rename bytes
 \t\t}
 \t}
 """

@@ -54,6 +54,7 @@ _LOG = """\
       format: '<<line>>'
 """
 _LINE = log_line(
+    method="%m",
     request_id="%{x-request-id}o",
     status="%>s",
     sent="%b",

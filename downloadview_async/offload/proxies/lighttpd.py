@@ -33,6 +33,7 @@ accesslog.format = <<line>>
 
 """
 _LINE = log_line(
+    method="%m",
     request_id="%{X-Request-Id}o",
     status="%s",
     sent="%B",

@@ -131,6 +131,7 @@ _LOG = """\
     access_log <<path>> downloads;
 """
 _LINE = log_line(
+    method="$request_method",
     request_id="$sent_http_x_request_id",
     status="$status",
     sent="$body_bytes_sent",
