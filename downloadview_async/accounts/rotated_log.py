@@ -24,6 +24,7 @@ class _File:
     offset: int = 0
     size: int = 0
     is_current: bool = True
+    written_at: int = 0
     grew_at: float = field(default_factory=time.monotonic)
 
 
@@ -58,12 +59,11 @@ class RotatedLog:
         written_at = None
         for file in [*self._files]:
             status = os.fstat(file.descriptor)
-            if status.st_size < file.offset or (
-                status.st_size > file.size and not self._has_head(file, self._place_of(file))
-            ):
-                file.offset = 0  # it was truncated
-            if status.st_size != file.size:
+            if status.st_mtime_ns != file.written_at:
+                file.written_at = status.st_mtime_ns
                 file.grew_at = time.monotonic()
+                if status.st_size < file.offset or not self._has_head(file, self._place_of(file)):
+                    file.offset = 0  # it was truncated
             file.size = status.st_size
             if file.size > file.offset:
                 written_at = max(written_at or 0.0, status.st_mtime)

@@ -1,0 +1,201 @@
+"""The lines of proxies, as a table, and logs that are renamed, truncated and read again."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from downloadview_async.accounts.completion import Delivered, Span, delivered
+from downloadview_async.accounts.completion_store import Place
+from downloadview_async.accounts.proxy_log import LogLine
+from downloadview_async.accounts.rotated_log import RotatedLog
+from tests.accounts.test_completion import outcome
+
+
+def line(**changes: Any) -> str:
+    values = {
+        "request_id": '"a1"',
+        "method": '"GET"',
+        "status": "200",
+        "bytes": "100",
+        "content_range": '""',
+        "range": '""',
+    }
+    values |= {name: value for name, value in changes.items() if value is not None}
+    return (
+        "{" + ",".join(f'"{name}":{value}' for name, value in values.items() if changes.get(name, "") is not None) + "}"
+    )
+
+
+SPANS: dict[str, tuple[dict[str, str], tuple[Span, ...]]] = {
+    "whole": ({}, ((0, 100),)),
+    "cut": ({"bytes": "60"}, ((0, 60),)),
+    "a part": (
+        {"status": "206", "bytes": "10", "content_range": '"bytes 10-19/100"', "range": '"bytes=10-19"'},
+        ((10, 20),),
+    ),
+    "a part that was cut": ({"status": "206", "bytes": "3", "content_range": '"bytes 10-19/100"'}, ((10, 13),)),
+    "parts": ({"status": "206", "bytes": "300", "range": '"bytes=0-9,50-59"'}, ((0, 10), (50, 60))),
+    "parts of which bytes are missing": ({"status": "206", "bytes": "19", "range": '"bytes=0-9,50-59"'}, ()),
+    "of another size": ({"status": "206", "bytes": "10", "content_range": '"bytes 10-19/101"'}, ()),
+    "nothing": ({"bytes": "0"}, ()),
+    "more than there is": ({"bytes": "1000"}, ((0, 100),)),
+    "with the head, and the client left": ({"bytes": "140", "connection": '"X"'}, ((0, 99),)),
+    "with the head": ({"bytes": "540", "connection": '"-"'}, ((0, 100),)),
+    "a Range with quotes": ({"range": r'"bytes=\"0\\-\x7f\xc3\xa9"'}, ((0, 100),)),
+    "a dash for no value": ({"content_range": '"-"', "range": '"-"'}, ((0, 100),)),
+    "null for no value": ({"content_range": "null", "range": "null"}, ((0, 100),)),
+}
+NOT_LINES = [
+    *("", "{", "{}", "[]", "127.0.0.1 - - GET", "{" * 5000, '"a"', '{"request_id":"a1"}'),
+    *(line(status='"x"'), line(bytes="-1"), line(bytes="1e3"), line(bytes="true"), line(request_id='""')),
+    *(line(request_id="5"), line(method='"HEAD"'), line(method=None), line(range=r'"\q"'), line(bytes="1" * 30)),
+    *(line(request_id=f'"{"a" * 129}"'), line(range=f'"{"a" * 70_000}"')),
+]
+
+
+@pytest.mark.parametrize(("changes", "spans"), SPANS.values(), ids=SPANS)
+def test_what_a_line_says(changes: dict[str, str], spans: tuple[Span, ...]) -> None:
+    parsed = LogLine.parse(line(**changes) + "\n")
+    assert parsed is not None
+    assert (parsed.request_id, parsed.spans(100)) == ("a1", spans)
+
+
+@pytest.mark.parametrize("text", NOT_LINES, ids=range(len(NOT_LINES)))
+def test_other_lines_are_left_out(text: str) -> None:
+    assert LogLine.parse(text) is None
+
+
+def delegated(size: int | None = 100) -> Delivered:
+    part = delivered(outcome(size=size, spans=(), sent=0, result="delegated", delegated_to="x-accel-redirect"))
+    assert part is not None
+    return part
+
+
+def test_what_closes_a_delegated_answer() -> None:
+    whole = LogLine(request_id="1", status=200, sent=100)
+    assert whole.closing(delegated()) == replace(delegated(), spans=((0, 100),), sent=100, is_whole=True, by="")
+    empty = replace(whole, sent=0).closing(delegated(0))
+    assert empty is not None
+    assert empty.is_whole
+    for refused in (
+        replace(whole, sent=0),
+        replace(whole, status=304),
+        replace(whole, status=416),
+        replace(whole, status=404),
+    ):
+        assert refused.closing(delegated()) is None
+
+
+class Reading:
+    """Reads a log, and remembers the places as a store does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[tuple[int, int], Place] = {}
+        self.again()
+
+    def again(self) -> None:
+        """Forget all but the places, as another process would."""
+        self.log = RotatedLog(self.path, sorted(self.places.values(), key=lambda place: place.time))
+
+    def lines(self) -> list[str]:
+        """Return the new lines."""
+        found: list[str] = []
+        if self.log.look() is not None:
+            for lines, place in self.log.read():
+                found += lines
+                self.places[place.device, place.inode] = place
+        return found
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "downloads.log"
+    path.write_text("1\n2\n")
+    return path
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+def test_a_log_is_read_once(log: Path) -> None:
+    reading = Reading(log)
+    assert reading.lines() == ["1", "2"]
+    append(log, "3\nhal")
+    assert reading.lines() == ["3"]
+    append(log, "f\n")
+    assert reading.lines() == ["half"]
+    reading.again()
+    assert reading.lines() == []
+    append(log, "5\n")
+    assert reading.lines() == ["5"]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+@pytest.mark.parametrize("name", ["downloads.log.1", "downloads-2026-11-29T00-00-00.000.log"])
+def test_a_renamed_log_is_read_to_its_end(log: Path, name: str, is_running: bool) -> None:
+    reading = Reading(log)
+    assert reading.lines() == ["1", "2"]
+    append(log, "3\n")
+    renamed = log.rename(log.with_name(name))
+    append(renamed, "4\n")
+    log.write_text("5\n")
+    if not is_running:
+        reading.again()
+    assert sorted(reading.lines()) == ["3", "4", "5"]
+    append(renamed, "6\n")  # of a worker that has not opened the new one
+    append(log, "7\n")
+    assert sorted(reading.lines()) == ["6", "7"]
+    reading.again()
+    assert reading.lines() == []
+
+
+def test_a_log_that_was_renamed_twice_meanwhile(log: Path) -> None:
+    reading = Reading(log)
+    log.with_name("downloads.log.0").write_text("of long ago\n")
+    os.utime(log.with_name("downloads.log.0"), (1_700_000_000,) * 2)
+    log.with_name("downloads.log.3.gz").write_text("packed\n")
+    assert reading.lines() == ["1", "2"]
+    append(log, "3\n")
+    log.rename(log.with_name("downloads.log.2"))
+    log.write_text("4\n")
+    log.rename(log.with_name("downloads.log.1"))
+    log.write_text("5\n")
+    reading.again()
+    assert sorted(reading.lines()) == ["3", "4", "5"]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+@pytest.mark.parametrize("text", ["a\n", "a\nb\n", "a\nbcd\nefg\n"])
+def test_a_truncated_log_is_read_from_its_beginning(log: Path, text: str, is_running: bool) -> None:
+    reading = Reading(log)
+    assert reading.lines() == ["1", "2"]
+    with log.open("w") as file:  # the same inode
+        file.write(text)
+    if not is_running:
+        reading.again()
+    assert reading.lines() == text.split()
+
+
+def test_lines_that_could_not_be_counted_are_read_again(log: Path) -> None:
+    reading = Reading(log)
+    reading.log.look()
+    for lines, _ in reading.log.read():
+        assert lines == ["1", "2"]
+        break
+    assert reading.lines() == ["1", "2"]
+
+
+def test_a_line_without_an_end_does_not_stop_the_reading(log: Path) -> None:
+    append(log, "x" * 1_000_000 + "\n3\n")
+    assert Reading(log).lines()[-1] == "3"
+
+
+def test_a_log_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Reading(tmp_path / "none.log").lines()
