@@ -14,6 +14,7 @@ from downloadview_async.accounts.completion import Delivered, Layer, Session, di
 from downloadview_async.accounts.proxy_log import LogLine
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.sources.per_loop import PerLoop
+from downloadview_async.sources.sqlite_file import check_place
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -153,7 +154,7 @@ class CompletionStore:
             try:
                 async with self._writing():
                     return
-            except database_errors() as exc:
+            except Exception as exc:  # whatever the driver raises
                 # SQLite does not wait for another process that begins to use the write-ahead log
                 if not self._is_sqlite or "locked" not in str(exc) or time.monotonic() > deadline:
                     raise ConfigurationError(
@@ -237,6 +238,11 @@ class CompletionStore:
                 rows = await connection.execute(selected.where(table.c.file_id.in_(ids)))
                 counts |= {names[file_id]: int(count) for file_id, count in rows if count}
         return counts
+
+    async def trim(self) -> None:
+        """Remove rows that are too old, and the oldest ones if a table has too many; `write` does it in 10 minutes."""
+        async with self._writing() as connection:
+            await self._trim(connection)
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
@@ -355,6 +361,8 @@ class CompletionStore:
         """Give a connection in a transaction. One writes after the other, so that what they read stays true."""
         from sqlalchemy import text
 
+        if self._is_sqlite and not self._is_created:
+            check_place(self._url.database or "")
         async with self._engine().connect() as connection:
             await connection.execution_options(**{_WRITES: True})
             async with connection.begin():
@@ -454,13 +462,6 @@ class _Tables:
 def day_of(seconds: float) -> str:
     """Return the day (UTC) of a time in seconds since 1970, such as 2026-11-29."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
-
-
-def database_errors() -> tuple[type[Exception], ...]:
-    """Return the classes of the errors that the methods of a `CompletionStore` raise."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return SQLAlchemyError, OSError, ConfigurationError
 
 
 def _prepare(connection: Any, record: object) -> None:

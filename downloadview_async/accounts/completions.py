@@ -14,7 +14,7 @@ from typing import Self
 import anyio
 
 from downloadview_async.accounts.completion import Delivered, delivered
-from downloadview_async.accounts.completion_store import Batch, CompletionStore, database_errors
+from downloadview_async.accounts.completion_store import Batch, CompletionStore
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.errors import ConfigurationError
 
@@ -134,7 +134,7 @@ class Completions:
         try:
             if taken:
                 await self.store.write(batch)
-        except database_errors() as exc:
+        except Exception as exc:  # whatever the driver raises: the thread has to go on
             self._log("Downloads cannot be counted now: %s", f"{type(exc).__name__}: {getattr(exc, 'orig', exc)}")
             self._waiting.extendleft(reversed(taken))
             return False

@@ -8,7 +8,7 @@ from math import inf
 
 import anyio
 
-from downloadview_async.accounts.completion_store import CompletionStore, database_errors
+from downloadview_async.accounts.completion_store import CompletionStore
 from downloadview_async.accounts.proxy_log import LogLine
 from downloadview_async.accounts.rotated_log import RotatedLog
 
@@ -61,7 +61,7 @@ class ProxyLog:
                     await self._follow(log)
                 finally:
                     log.close()
-            except database_errors() as exc:
+            except Exception as exc:  # whatever the driver raises
                 if time.monotonic() - logged_at >= _LOG_SECONDS:
                     logged_at = time.monotonic()
                     logger.warning("The log of the proxy cannot be counted now: %s: %s", type(exc).__name__, exc)

@@ -86,7 +86,7 @@ class SQLiteFile:
         return kept[0] if kept[1] == identity else None
 
     async def _opened(self) -> "aiosqlite.Connection":
-        _check_place(self._path)
+        check_place(self._path)
         pending = self._connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
         # A server without a lifespan, as under WSGI, never closes the file, and a process waits for other threads.
         vars(pending).get("_thread", pending).daemon = True
@@ -115,7 +115,7 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _check_place(path: str) -> None:
+def check_place(path: str) -> None:
     """Raise `sqlite3.OperationalError` if the file can certainly not be opened.
 
     If the opening fails in aiosqlite, its thread may end after the event loop, and with an error. Opening the file here
