@@ -33,8 +33,9 @@ class RotatedLog:
 
     Beside `downloads.log` these are `downloads.log.1` and `downloads-2026-11-29.log`, for example.
 
-    places: up to where they were read. A file that is read for the first time is read from its beginning; renamed files
-    are read only if there are places, and if they were changed after those. Compressed files are not read.
+    places: up to where they were read. A file that is read for the first time is read from its beginning. Renamed files
+    are read if they were changed after the places, or, without places, within the last day. Compressed files are not
+    read.
 
     A log that is copied and truncated, instead of renamed, is read as well, but lines that were written between the
     last look and the copy are lost.
@@ -43,7 +44,7 @@ class RotatedLog:
     def __init__(self, path: str | os.PathLike[str], places: Sequence[Place] = ()) -> None:
         self.path = os.path.abspath(path)
         self._places = {(place.device, place.inode): place for place in places}
-        self._oldest = min((place.time for place in places), default=None)
+        self._oldest = min((place.time for place in places), default=time.time() - 86_400)
         self._files: list[_File] = []
         self._is_open = False
 
@@ -104,8 +105,6 @@ class RotatedLog:
         return next((file.descriptor for file in self._files if file.is_current), None)
 
     def _open_renamed(self) -> None:
-        if self._oldest is None:
-            return
         directory, name = os.path.split(self.path)
         stem, suffix = os.path.splitext(name)
         found = []

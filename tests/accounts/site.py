@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import os
+import re
+import signal
 import socket
 import struct
 import subprocess
@@ -48,11 +50,19 @@ class Site:
     database: str
     port: int
     services: list[Server]
+    configuration: str = ""
+    """That of the proxy."""
 
     @property
     def log(self) -> Path:
         """The log of the proxy."""
         return self.directory / "logs" / "downloads.log"
+
+    def reopen_log(self) -> None:
+        """Have nginx begin a new log."""
+        match = re.search(r"^pid (.*);$", self.configuration, re.MULTILINE)
+        assert match is not None
+        os.kill(int(Path(match[1]).read_text()), signal.SIGUSR1)
 
     def put(self, name: str, content: bytes) -> str:
         """Make a file of long ago, and return its URL."""
@@ -107,18 +117,16 @@ class Site:
 
 
 @contextmanager
-def site_of(
-    directory: Path, kind: str | None = None, *, services: int = 1, database: str | None = None, further: str = ""
-) -> Iterator[Site]:
-    """Run the service in an empty directory, behind a proxy of this kind."""
+def site_of(directory: Path, kind: str | None = None, *, services: int = 1, reads_log: bool = True) -> Iterator[Site]:
+    """Run the service in an empty directory, behind a proxy of this kind. reads_log: whether it has proxy_log."""
     for name in ("files", "logs"):
         (directory / name).mkdir()
     (directory / "logs").chmod(0o777)  # the proxies' workers are not root
-    place = database or f"sqlite+aiosqlite:///{directory / 'accounts.db'}"
+    place = f"sqlite+aiosqlite:///{directory / 'accounts.db'}"
     port, outside = free_port(), free_port()
-    rule = ""
+    rule = further = ""
     if kind is not None:
-        further = f'proxy_log = "logs/downloads.log"\n{further}'
+        further = 'proxy_log = "logs/downloads.log"' if reads_log else ""
         target = 'target = "/_files/"' if dv.proxy_kinds()[kind].targets == "uri" else ""
         rule = f'[offload]\nbackend = "{kind}"\n[[offload.rules]]\nsource = "files"\n{target}'
     settings = directory / "downloadview.toml"
@@ -137,7 +145,15 @@ def site_of(
         site = Site(directory, place, port, running)
         if kind is not None:
             command = [*COMMAND, "config", kind, "--config", str(settings), "--listen", f"127.0.0.1:{outside}"]
-            text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-            stack.enter_context(proxy(KINDS[kind], directory, port, port=outside, text=lambda service, listen: text))
+            environ = {**os.environ, "DOWNLOADVIEW_ACCOUNTS__PROXY_LOG": str(site.log)}
+            text = subprocess.run(command, capture_output=True, check=True, text=True, env=environ).stdout
+
+            def note(text: str) -> str:
+                site.configuration = text
+                return text
+
+            stack.enter_context(
+                proxy(KINDS[kind], directory, port, port=outside, text=lambda service, listen: text, edit=note)
+            )
             site.port = outside
         yield site
