@@ -44,15 +44,15 @@ class LogLine:
             return None
         text = _HEX.sub(r"\\u00\1", line[begin:].strip())
         try:
-            said: Any = json.loads(text)
+            fields: Any = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(said, dict) or said.get("method") != "GET":
+        if not isinstance(fields, dict) or fields.get("method") != "GET":
             return None
-        request_id, status, sent = said.get("request_id"), _number(said.get("status")), _number(said.get("bytes"))
+        request_id, status, sent = fields.get("request_id"), _number(fields.get("status")), _number(fields.get("bytes"))
         if not isinstance(request_id, str) or not 1 <= len(request_id) <= 128 or status is None or sent is None:
             return None
-        texts = {name: said.get(name) for name in ("content_range", "range")}
+        texts = {name: fields.get(name) for name in ("content_range", "range")}
         content_range, requested = (text if isinstance(text, str) else "" for text in texts.values())
         return cls(
             request_id=request_id,
@@ -60,7 +60,7 @@ class LogLine:
             sent=sent,
             content_range=content_range,
             requested=requested,
-            is_cut=said.get("connection") == "X",
+            is_cut=fields.get("connection") == "X",
         )
 
     def spans(self, size: int | None) -> tuple[Span, ...]:

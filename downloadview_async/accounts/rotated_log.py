@@ -107,14 +107,14 @@ class RotatedLog:
     def _open_renamed(self) -> None:
         directory, name = os.path.split(self.path)
         stem, suffix = os.path.splitext(name)
-        found = []
+        renamed: list[tuple[float, str]] = []
         for entry in os.scandir(directory):
             is_like = entry.name.startswith(stem) and suffix in entry.name and not entry.name.endswith(_PACKED)
             if is_like and entry.name != name:
                 status = entry.stat()
                 if (status.st_dev, status.st_ino) in self._places or status.st_mtime >= self._oldest:
-                    found.append((status.st_mtime, entry.path))
-        for _, path in sorted(found):
+                    renamed.append((status.st_mtime, entry.path))
+        for _, path in sorted(renamed):
             if os.path.isfile(path):
                 self._open(path).is_current = False
 
