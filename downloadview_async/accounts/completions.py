@@ -27,14 +27,17 @@ _CLOSE_SECONDS = 10.0
 
 
 class Completions:
-    """A listener that counts completed downloads: see `accounts/completion.py` for what one is.
+    """Counts completed downloads, as an observer or a listener of `Accounts`.
 
         completions = Completions(CompletionStore("sqlite+aiosqlite:///accounts.db"))
-        app = Accounts(app, [completions])
+        app = Accounts(app, observers=[completions])
+
+    A download is a version of a file, every byte of which was delivered to one client, in one answer or in many. Enter
+    this in the lifespan of the application: `async with completions`.
 
     It keeps what answers have delivered for half a second, and a thread writes that. So a process that is killed loses
-    less than a second, and a slow database delays no answer. `close` writes what is left; it is also called when the
-    process exits. It may be an observer of `Accounts`, too: it neither blocks nor raises.
+    less than a second, and a slow database delays no answer. `close` writes what is left; it is also called at the end
+    of the context, and when the process exits.
 
     store: a `CompletionStore`, or the URL for one.
     max_waiting: how many answers wait while the database fails. Further ones are not counted, and a line in the log
