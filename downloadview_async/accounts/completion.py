@@ -13,7 +13,6 @@ from hashlib import blake2b
 
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.http.log_text import cut
-from downloadview_async.http.metadata import ByteRange
 from downloadview_async.policy.addresses import network_of
 
 Span = tuple[int, int]
@@ -82,18 +81,39 @@ class Session:
         return complete - self.counted, Session(rest, complete - (len(layers) - len(rest)))
 
 
-def delivered(outcome: Outcome) -> Delivered | None:
-    """Return what an answer has delivered of a file, or is going to by a proxy; None if it has no bytes of a file.
+Whole = tuple[int, str | None, str, str | None, str | None, str | None, str | None]
+"""By what a whole file counts: the day since 1970 UTC, source, file, route, user, link and client."""
 
-    Answers to HEAD, 304, 416, pages and redirects have none.
-    """
-    if outcome.method != "GET" or outcome.kind in _NOT_FILES or outcome.status not in (200, 206):
+
+def has_file(outcome: Outcome) -> bool:
+    """Return whether an answer may have bytes of a file: those to HEAD, 304, 416, pages and redirects have none."""
+    return outcome.method == "GET" and outcome.status in (200, 206) and outcome.kind not in _NOT_FILES
+
+
+def whole(outcome: Outcome) -> Whole | None:
+    """Return by what an answer counts that has delivered a whole file; None for another one. See `has_file`."""
+    if outcome.result != "completed":
         return None
-    is_delegated = outcome.result == "delegated"
-    is_complete = outcome.result == "completed"
+    spans, size = outcome.spans, outcome.size
+    if len(spans) == 1:
+        (span,) = spans
+        if span is not None and (span.start or span.stop != size):
+            return None
+    elif spans or size != 0:
+        return None
+    source = outcome.source
+    file = outcome.path if source is None or outcome.name is None else outcome.name
+    day = int(outcome.time // 86_400)
+    return day, source, file, outcome.route, outcome.user, outcome.link_id, outcome.client
+
+
+def delivered(outcome: Outcome) -> Delivered | None:
+    """Return what an answer has delivered of a file, or is going to by a proxy; None if that is nothing."""
+    if not has_file(outcome):
+        return None
+    is_delegated, is_whole = outcome.result == "delegated", whole(outcome) is not None
     size = outcome.size
-    spans = () if is_delegated else _spans_sent(outcome.spans, outcome.sent, is_complete=is_complete)
-    is_whole = is_complete and (size == 0 or outcome.spans == (None,) or spans == ((0, size),))
+    spans = () if is_delegated else _spans_sent(outcome)
     if not (is_delegated or is_whole or (spans and size)):
         return None
     file = outcome.path if outcome.source is None or outcome.name is None else outcome.name
@@ -135,15 +155,17 @@ def stored(text: str) -> str:
     return cut(text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00"))
 
 
-def _spans_sent(spans: tuple[ByteRange | None, ...], sent: int, *, is_complete: bool) -> tuple[Span, ...]:
-    """Return the parts of a file that an answer has delivered. spans: what it was to have. sent: bytes of its body."""
+def _spans_sent(outcome: Outcome) -> tuple[Span, ...]:
+    """Return the parts of a file that an answer has delivered."""
+    spans = outcome.spans
     if len(spans) == 1:
         (span,) = spans
         if span is None:
             return ()
-        stop = min(span.start + sent, span.stop)
+        stop = min(span.start + outcome.sent, span.stop)
         return ((span.start, stop),) if stop > span.start else ()
     # Framing is between several parts, so of an incomplete answer nobody knows which bytes were sent.
+    is_complete = outcome.result == "completed"
     return tuple((span.start, span.stop) for span in spans if span is not None) if is_complete else ()
 
 

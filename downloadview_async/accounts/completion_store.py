@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from downloadview_async.accounts.completion import Delivered, Layer, Session, digest_of, stored
+from downloadview_async.accounts.completion import Delivered, Layer, Session, Whole, digest_of, stored
 from downloadview_async.accounts.proxy_log import LogLine
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.sources.per_loop import PerLoop
@@ -70,16 +70,22 @@ class Batch:
         else:
             self.parts.append(delivered)
 
+    def add_whole(self, key: Whole, answers: int, sent: int) -> None:
+        """Count answers that have delivered a whole file each."""
+        day, *texts = key
+        source, file, route, user, link, client = (stored(text or "") for text in texts)
+        self._count((day_of(day * _DAY), source, file, route, user, link), client, (answers, answers, sent))
+
     def count(self, delivered: Delivered, downloads: int) -> None:
         """Count one answer, and the downloads that it completes."""
-        day = day_of(delivered.time)
-        key = day, delivered.source, delivered.file, delivered.route, delivered.user, delivered.link
-        for counted, by in ((self.totals, key), (self.clients, (day, delivered.client))):
-            before = counted.get(by, (0, 0, 0))
-            counted[by] = before[0] + downloads, before[1] + 1, before[2] + delivered.sent
+        one = delivered
+        key = day_of(one.time), one.source, one.file, one.route, one.user, one.link
+        self._count(key, one.client, (downloads, 1, one.sent))
 
-    def __len__(self) -> int:
-        return len(self.parts) + len(self.delegated) + len(self.totals)
+    def _count(self, key: tuple[str, ...], client: str, counts: Counts) -> None:
+        for counted, by in ((self.totals, key), (self.clients, (key[0], client))):
+            before = counted.get(by, (0, 0, 0))
+            counted[by] = before[0] + counts[0], before[1] + counts[1], before[2] + counts[2]
 
 
 class CompletionStore:

@@ -5,7 +5,6 @@ import atexit
 import logging
 import os
 import threading
-from collections import deque
 from math import inf
 from time import monotonic
 from types import TracebackType
@@ -13,7 +12,7 @@ from typing import Self
 
 import anyio
 
-from downloadview_async.accounts.completion import Delivered, delivered
+from downloadview_async.accounts.completion import Whole, delivered, has_file, whole
 from downloadview_async.accounts.completion_store import Batch, CompletionStore
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.errors import ConfigurationError
@@ -40,8 +39,8 @@ class Completions:
     of the context, and when the process exits.
 
     store: a `CompletionStore`, or the URL for one.
-    max_waiting: how many answers wait while the database fails. Further ones are not counted, and a line in the log
-    tells how many, at most once a minute.
+    max_waiting: how many answers wait while the database fails; whole files with the same facts are one. Further ones
+    are not counted, and a line in the log tells how many.
 
     Raises `ConfigurationError` for a URL that cannot be used.
     """
@@ -51,7 +50,10 @@ class Completions:
             raise ConfigurationError(f"max_waiting is {max_waiting!r}: give 1 or more")
         self.store = CompletionStore(store) if isinstance(store, str) else store
         self._max_waiting = max_waiting
-        self._waiting: deque[Delivered] = deque()
+        self._outcomes: list[Outcome] = []
+        self._whole: dict[Whole, tuple[int, int]] = {}
+        """How many answers have delivered a whole file, and their bytes."""
+        self._adding = threading.Lock()
         self._lost = 0
         self._logged_at = -inf
         self._lock = threading.Lock()
@@ -62,13 +64,20 @@ class Completions:
 
     def __call__(self, outcome: Outcome) -> None:
         """Count what an answer has delivered, soon."""
-        part = delivered(outcome)
-        if part is None:
+        if not has_file(outcome):
             return
-        if len(self._waiting) >= self._max_waiting:
-            self._lost += 1
-            return
-        self._waiting.append(part)
+        key = whole(outcome)
+        with self._adding:
+            if key in self._whole:
+                answers, sent = self._whole[key]
+                self._whole[key] = answers + 1, sent + outcome.sent
+            elif len(self._outcomes) + len(self._whole) >= self._max_waiting:
+                self._lost += 1
+                return
+            elif key is None:
+                self._outcomes.append(outcome)
+            else:
+                self._whole[key] = 1, outcome.sent
         if not self._has_some.is_set():
             self._wake()
 
@@ -119,27 +128,38 @@ class Completions:
                 is_written = runner.run(self._write())
                 delay = _DELAY if is_written else _RETRY_SECONDS
                 with self._lock:
-                    if is_last and not (is_written and self._waiting):
+                    has_some = self._outcomes or self._whole
+                    if is_last and not (is_written and has_some):
                         self._thread = None
                         break
-                    if self._waiting:
+                    if has_some:
                         self._has_some.set()
             runner.run(self.store.aclose())
-        if self._waiting:
-            logger.warning("%d answers were not counted before the end", len(self._waiting))
+        if has_some:
+            count = len(self._outcomes) + sum(answers for answers, _ in self._whole.values())
+            logger.warning("%d answers were not counted before the end", count)
 
     async def _write(self) -> bool:
         """Write what waits, and return whether that succeeded."""
-        batch, taken = Batch(), []
-        for _ in range(len(self._waiting)):
-            taken.append(self._waiting.popleft())
-            batch.add(taken[-1])
+        with self._adding:
+            outcomes, self._outcomes = self._outcomes, []
+            counts, self._whole = self._whole, {}
+        batch = Batch()
+        for outcome in outcomes:
+            if (part := delivered(outcome)) is not None:
+                batch.add(part)
+        for key, (answers, sent) in counts.items():
+            batch.add_whole(key, answers, sent)
         try:
-            if taken:
+            if outcomes or counts:
                 await self.store.write(batch)
         except Exception as exc:  # whatever the driver raises: the thread has to go on
             self._log("Downloads cannot be counted now: %s", f"{type(exc).__name__}: {getattr(exc, 'orig', exc)}")
-            self._waiting.extendleft(reversed(taken))
+            with self._adding:
+                self._outcomes[:0] = outcomes
+                for key, (answers, sent) in counts.items():
+                    more = self._whole.get(key, (0, 0))
+                    self._whole[key] = answers + more[0], sent + more[1]
             return False
         if self._lost:
             lost, self._lost = self._lost, 0

@@ -328,14 +328,14 @@ def test_while_the_database_fails_answers_wait_and_then_count(
         while "cannot be counted now" not in caplog.text:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        for _ in range(3):
-            completions(now_and())
+        for name in ("a.bin", "0", "1", "2", "a.bin"):
+            completions(now_and(name=name))
         other.execute("ROLLBACK")
     monkeypatch.undo()
     while not counted(url):
         assert time.monotonic() < deadline
     completions.close()
-    assert counted(url) == {"files/a.bin": (2, 2, 200)}
+    assert counted(url) == {"files/a.bin": (3, 3, 300), "files/0": (1, 1, 100)}
     assert "2 answers were not counted" in caplog.text
 
 
