@@ -25,6 +25,7 @@ from downloadview_async import (
     ArchiveOptions,
     Cache,
     CachedSource,
+    Completions,
     Digests,
     Download,
     Entry,
@@ -200,7 +201,7 @@ def build(settings: Settings) -> Starlette:
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
-            *_routes(settings, sources, signer, caches, digests, limits),
+            *_routes(settings, sources, signer, caches, digests, limits, completions),
             Route("/favicon.ico", favicon),
         ],
         middleware=middleware,
@@ -363,13 +364,16 @@ def _routes(
     caches: Mapping[str, Cache],
     digests: Mapping[str, Digests],
     limits: ServiceLimits,
+    completions: Completions | None,
 ) -> Iterator[Route]:
     redirects = {name: _redirect(settings, name, source) for name, source in sources.items()}
     users = users_of(settings)
     for index, route in enumerate(settings.routes):
         where, _ = source_of_files(route.source, settings.sources)
         sharers = users_in(route.access or ()) if "signed" in (route.access or ()) else []
-        pages = ServicePages(settings, route.name, shares=bool(sharers)) if route.list else None
+        counts = completions.store if route.downloads and completions is not None else None
+        shown = None if counts is None else partial(counts.downloads_of, route.source)
+        pages = ServicePages(settings, route.name, shares=bool(sharers), downloads=shown) if route.list else None
         if pages is not None and not isinstance(sources[route.source], SupportsListing):
             raise settings.error(
                 f"routes[{index}].list", f"the source {route.source!r} cannot list its folders: remove it"

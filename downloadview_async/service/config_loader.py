@@ -290,6 +290,12 @@ class _Draft:
             self._check_sending(f"routes[{index}].send", route, settings)
             if links is None and {"signed", "secure_link"} & {*(route.access or ())}:
                 raise self.error(f"routes[{index}].access", "links need keys: add a [links] table with keys")
+            if route.downloads and not route.list:
+                raise self.error(f"routes[{index}].downloads", "listings show them: set list, or remove it")
+            if route.downloads and settings.accounts.database is None:
+                raise self.error(
+                    f"routes[{index}].downloads", "no downloads are counted: set accounts.database, or remove it"
+                )
             if users is None and any(one.startswith("user:") for one in route.access or ()):
                 raise self.error(
                     f"routes[{index}].access", "there are no users: add a [users] table with a file or a header"

@@ -538,6 +538,9 @@ class RouteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     ] = []
 
     list: Annotated[bool, Meta(description="true to list the folders, for a path that ends in {path:path}")] = False
+    downloads: Annotated[
+        bool, Meta(description="true to show in listings how often files were downloaded; needs accounts.database")
+    ] = False
 
     @property
     def examples(self) -> Sequence[str]:

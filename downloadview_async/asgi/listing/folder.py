@@ -1,6 +1,7 @@
 """Answers a request for a folder: it reads the entries in batches, and sends a page or a stream of lines."""
 
 import hashlib
+import logging
 import re
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import quote, unquote
 
+import anyio
 from anyio.lowlevel import checkpoint
 from starlette.types import Message, Receive, Scope, Send
 
@@ -33,6 +35,8 @@ from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.listing import Entry, closing_entries
 from downloadview_async.sources.names import MAX_LENGTH
 
+logger = logging.getLogger("downloadview_async")
+
 BATCH = 250
 """Entries that are treated before other requests get their turn."""
 
@@ -44,6 +48,9 @@ MAX_DEEP_ENTRIES = 100_000
 
 MAX_DESCRIBED = 5000
 """Entries up to which each is described for a page in the order of names, so that it has the total size."""
+
+DOWNLOADS_SECONDS = 1.0
+"""How long a page waits for the numbers of downloads: it is sent without them if their database does not answer."""
 
 _CHUNK = 64 * 1024
 _NOT_NAMES = frozenset({"", ".", ".."})
@@ -130,10 +137,12 @@ class FolderEndpoint:
                 await self._stream(folder, query, grant, scope, send)
                 return
             window = await self._window(folder, query)
+            files = [path for path, entry in window.entries if not entry.is_folder] if query.format == "html" else []
+            downloads = await self._downloads(folder, files)
         except FileError as exc:
             await send_error(exc, scope, send)
             return
-        body = self._body(tail.strip("/"), query, window, grant, _above(tail, grant, scope))
+        body = self._body(tail.strip("/"), query, window, grant, _above(tail, grant, scope), downloads)
         await self.send_page(body, self._headers(query, grant), scope, send)
 
     async def _window(self, folder: str, query: ListingQuery) -> Window:
@@ -184,6 +193,8 @@ class FolderEndpoint:
         page = await view_page_of(file, tail, content_type, self.digests, key)
         page = replace(page, link=_link_of(grant, scope), above=_above(tail, grant, scope))
         folder, _, name = key.rpartition("/")
+        if (downloads := await self._downloads(folder, [name])) is not None:
+            page = replace(page, downloads=downloads.get(name, 0))
         if is_listed:
             neighbours = Neighbours(name)
             try:
@@ -305,7 +316,28 @@ class FolderEndpoint:
         matches = self.hidden.matches  # takes a third of the time of `hides`
         return [entry for entry in entries if matches(entry[0]) is None]
 
-    def _body(self, path: str, query: ListingQuery, window: Window, grant: Grant | None, above: int) -> bytes:
+    async def _downloads(self, folder: str, paths: Sequence[str]) -> dict[str, int] | None:
+        """Return how often some files of a folder were downloaded, by their paths; None if that cannot be said."""
+        if self.pages.downloads is None or not paths:
+            return None
+        top = f"{folder.strip('/')}/".lstrip("/")
+        try:
+            with anyio.fail_after(DOWNLOADS_SECONDS):
+                counts = await self.pages.downloads([top + path for path in paths])
+        except Exception as exc:  # a database may raise anything, and the page is useful without it
+            logger.warning("The downloads of a page cannot be read: %s", type(exc).__name__)
+            return None
+        return {name.removeprefix(top): count for name, count in counts.items()}
+
+    def _body(
+        self,
+        path: str,
+        query: ListingQuery,
+        window: Window,
+        grant: Grant | None,
+        above: int,
+        downloads: Mapping[str, int] | None,
+    ) -> bytes:
         entries = window.entries
         first, last = window.places()
         following = query.url(after=last) if window.following and last else None
@@ -329,6 +361,7 @@ class FolderEndpoint:
             can_reorder=can_reorder,
             archive=query_of("archive=zip", query.link) if has_archive else None,
             above=above,
+            downloads=downloads,
         )
         return self.pages.listing(page).encode("utf-8", "replace")
 

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
@@ -17,6 +17,9 @@ from downloadview_async.asgi.listing.query import ListingQuery, Sort, query_of
 from downloadview_async.asgi.listing.view import ViewPage
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.sources.listing import Entry
+
+Downloads = Callable[[Sequence[str]], Awaitable[Mapping[str, int]]]
+"""Returns how often files were downloaded, by their names in the source. Those that never were may be left out."""
 
 _HEADS: dict[Sort, str] = {"name": "Name", "size": "Size", "modified": "Modified", "type": "Type"}
 _TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
@@ -37,7 +40,8 @@ class ListingPage:
     entries are on the pages before and after. previous, next: their relative URLs, or None. is_cut: whether a search
     below has ended at its limits. can_reorder: whether the URL may have another query, which that of a signed link may
     not. archive: the relative URL of the folder as an archive, or None. above: how many folders of the path the reader
-    may not open, because a link leads only to those below.
+    may not open, because a link leads only to those below. downloads: how often the files were downloaded, by their
+    paths, or None if that is not shown.
     """
 
     path: str
@@ -54,6 +58,7 @@ class ListingPage:
     can_reorder: bool = True
     archive: str | None = None
     above: int = 0
+    downloads: Mapping[str, int] | None = None
 
     @property
     def suffix(self) -> str:
@@ -68,7 +73,8 @@ class Pages:
 
     title: the name of the top folder. logo: the URL of an image, such as `data:image/png;base64,...` or `/logo.png`.
     footer: a text below each page. style, script: text that replaces the style sheet and the script of the library; an
-    empty script leaves it out.
+    empty script leaves it out. downloads: an async function that returns how often files were downloaded, such as
+    `CompletionStore.downloads_of`; the pages then show it. They do not if it raises, or takes more than a second.
 
     Raises `ConfigurationError` for a style or a script that could end its element.
     """
@@ -81,8 +87,10 @@ class Pages:
         footer: str | None = None,
         style: str | None = None,
         script: str | None = None,
+        downloads: Downloads | None = None,
     ) -> None:
         self.title = title
+        self.downloads = downloads
         self.logo = logo
         self.footer = footer
         self.style = _resource("page.css") if style is None else style
@@ -154,6 +162,8 @@ class Pages:
         if page.modified is not None:
             stamp = f"{page.modified.isoformat('T', 'seconds')[:19]}Z"
             details.append(f"<time datetime={stamp}>{shown_time(page.modified)}</time>")
+        if page.downloads is not None:
+            details.append(_counted(page.downloads, "download"))
         if page.digest is not None:
             details.append(f"SHA-256 <code>{page.digest}</code>")
         links = [
@@ -246,18 +256,24 @@ def _shown(page: ViewPage, url: str) -> str:
 def _rows(page: ListingPage) -> Iterator[str]:
     # a quoted URL and the parameters of a link need no escapes in HTML; without parameters there are no quotes either
     start, end = ('"', f'{page.suffix}">') if page.suffix else ("", ">")
+    downloads, count = page.downloads, ""
     for path, entry in page.entries:
+        if downloads is not None:
+            count = "<td>" if entry.is_folder else f"<td class=num>{downloads.get(path, 0):,}"
         name, url = (path, path) if is_plain(path) else (shown_name(path), quote(path))
         modified = "" if entry.modified is None else f"<time>{shown_time(entry.modified)}</time>"
         if entry.is_folder:
-            yield f"<tr><td><a href={start}{url}/{end}{name}/</a><td><td>{modified}<td>folder"
+            yield f"<tr><td><a href={start}{url}/{end}{name}/</a><td><td>{modified}<td>folder{count}"
         else:
             size = "" if entry.size is None else shown_size(entry.size)
-            yield f"<tr><td><a href={start}{url}{end}{name}</a><td>{size}<td>{modified}<td>{shown_type(type_of(entry))}"
+            kind = shown_type(type_of(entry))
+            yield f"<tr><td><a href={start}{url}{end}{name}</a><td>{size}<td>{modified}<td>{kind}{count}"
 
 
 def _table(page: ListingPage) -> str:
     heads = "".join(_head(page, sort, text) for sort, text in _HEADS.items())
+    if page.downloads is not None:
+        heads += "<th scope=col class=num>Downloads"
     return f"<table><thead><tr>{heads}<tbody>{chr(10).join(_rows(page))}</table>"
 
 

@@ -46,7 +46,8 @@ class ViewPage:
     modified: None if it is not known. text: of a file of the kind `text`, at most its first MiB. is_cut: whether the
     text is only a part of the file. digest: its SHA-256 in hexadecimal, if that is known. previous, next: the names of
     the files before and after it, or None. link: the parameters of the link to a folder by which the reader has come.
-    above: how many folders of the path that link does not lead to.
+    above: how many folders of the path that link does not lead to. downloads: how often the file was downloaded, or
+    None if that is not shown.
     """
 
     path: str
@@ -61,6 +62,7 @@ class ViewPage:
     next: str | None = None
     link: str = ""
     above: int = 0
+    downloads: int | None = None
 
     @property
     def suffix(self) -> str:

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import mimetypes
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -99,13 +99,21 @@ _EXPLANATIONS = {
 class ServicePages(Pages):
     """The pages with what `[pages]` says. The files in its directory `templates` replace those of the service.
 
-    title: instead of that in the settings. shares: whether the pages have a link to share files and folders.
+    title: instead of that in the settings. shares: whether the pages have a link to share files and folders. downloads:
+    as in `Pages`.
 
     Raises `ConfigurationError` for a logo or a directory that cannot be read, and for a template that is not one or
     fails.
     """
 
-    def __init__(self, settings: Settings, title: str | None = None, *, shares: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        title: str | None = None,
+        *,
+        shares: bool = False,
+        downloads: Callable[[Sequence[str]], Awaitable[Mapping[str, int]]] | None = None,
+    ) -> None:
         pages = settings.pages
         self._shares = shares
         with settings.blaming("pages.logo"):
@@ -120,6 +128,7 @@ class ServicePages(Pages):
                 footer=pages.footer or None,
                 style=_text(directory, "page.css"),
                 script=_text(directory, "page.js"),
+                downloads=downloads,
             )
             self._templates = _templates(directory)
             self._try_templates()
