@@ -58,6 +58,11 @@ class Site:
         """The log of the proxy."""
         return self.directory / "logs" / "downloads.log"
 
+    @property
+    def environ(self) -> dict[str, str]:
+        """The variables for a command that has to know the log."""
+        return {**os.environ, "DOWNLOADVIEW_ACCOUNTS__PROXY_LOG": str(self.log)}
+
     def reopen_log(self) -> None:
         """Have nginx begin a new log."""
         match = re.search(r"^pid (.*);$", self.configuration, re.MULTILINE)
@@ -117,7 +122,9 @@ class Site:
 
 
 @contextmanager
-def site_of(directory: Path, kind: str | None = None, *, services: int = 1, reads_log: bool = True) -> Iterator[Site]:
+def site_of(
+    directory: Path, kind: str | None = None, *, services: int = 1, workers: int = 1, reads_log: bool = True
+) -> Iterator[Site]:
     """Run the service in an empty directory, behind a proxy of this kind. reads_log: whether it has proxy_log."""
     for name in ("files", "logs"):
         (directory / name).mkdir()
@@ -135,7 +142,7 @@ def site_of(directory: Path, kind: str | None = None, *, services: int = 1, read
         running = [
             stack.enter_context(
                 serving(
-                    [*COMMAND, "serve", "--config", str(settings), "--port", str(one)],
+                    [*COMMAND, "serve", "--config", str(settings), "--port", str(one), "--workers", str(workers)],
                     one,
                     log=directory / f"service{number}.log",
                 )
@@ -145,8 +152,7 @@ def site_of(directory: Path, kind: str | None = None, *, services: int = 1, read
         site = Site(directory, place, port, running)
         if kind is not None:
             command = [*COMMAND, "config", kind, "--config", str(settings), "--listen", f"127.0.0.1:{outside}"]
-            environ = {**os.environ, "DOWNLOADVIEW_ACCOUNTS__PROXY_LOG": str(site.log)}
-            text = subprocess.run(command, capture_output=True, check=True, text=True, env=environ).stdout
+            text = subprocess.run(command, capture_output=True, check=True, text=True, env=site.environ).stdout
 
             def note(text: str) -> str:
                 site.configuration = text

@@ -148,6 +148,37 @@ def test_nginx_whose_log_is_rotated_while_it_is_followed() -> None:
         assert site.counts() == {"file": (told, told), "part": (0, 20)}
 
 
+def test_of_two_followers_one_reads_and_the_other_takes_over() -> None:
+    """The service has two workers, and there is another follower. Each in turn is killed."""
+    with readable_directory() as directory, site_of(directory, "nginx", workers=2) as site:
+        site.put("file", CONTENT[:100_000])
+        command = [*COMMAND, "account", "--config", str(directory / "downloadview.toml"), "--follow"]
+        told = 0
+        with contextlib.ExitStack() as stack:
+            followers = []
+            for _ in range(2):
+                followers.append(stack.enter_context(subprocess.Popen(command, env=site.environ)))
+                stack.enter_context(killed_at_the_end(followers[-1]))
+            for follower in (None, *followers):
+                if follower is not None:
+                    follower.kill()
+                for _ in range(5):
+                    site.get("file")
+                told += 5
+                site.wait_for({"file": (told, told)})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_loses_nothing(number: signal.Signals) -> None:
+    with readable_directory() as directory, site_of(directory) as site:
+        site.put("file", CONTENT)
+        part = len(CONTENT) // 2
+        site.get("file", f"Range: bytes=0-{part - 1}\r\n")
+        site.get("file", f"Range: bytes={part}-\r\n")
+        site.services[0].stop(number)
+        assert site.counts() == {"file": (1, 2)}
+
+
 def test_three_replicas_and_one_database() -> None:
     """A manager takes 16 pieces from three processes, some of which are killed on the way."""
     with readable_directory() as directory, site_of(directory, services=3) as site:
