@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.accounts.site import COMMAND, Site, site_of
+from tests.browser import BROWSERS, running
 from tests.clients.relay import cutting
 from tests.clients.running import digest, run
 from tests.proxies.servers import readable_directory
@@ -110,6 +111,21 @@ def test_a_player_that_seeks(site: Site) -> None:
     for start in range(0, size, size // 7):
         site.get("video", f"Range: bytes={start}-{start + size // 7}\r\n")
     wait_for_downloads(site, {"video": 1, "preview": 0})
+
+
+@pytest.mark.parametrize("name", BROWSERS)
+def test_a_browser_that_saves_a_file(name: str, site: Site, tmp_path: Path) -> None:
+    file = tmp_path / "downloads" / f"{name}.bin"
+    file.parent.mkdir()
+    url = site.put(file.name, CONTENT)
+    with running(name, tmp_path) as browser:
+        browser.download(url, file.parent)
+        deadline = time.monotonic() + 60
+        while not file.exists() or file.stat().st_size < len(CONTENT):
+            assert time.monotonic() < deadline, [*file.parent.iterdir()]
+            time.sleep(0.05)
+    assert digest(file) == digest(CONTENT)
+    wait_for_downloads(site, {file.name: 1})
 
 
 @contextlib.contextmanager
