@@ -393,9 +393,12 @@ class CompletionStore:
     def _new_engine(self) -> "AsyncEngine":
         from sqlalchemy import event
         from sqlalchemy.ext.asyncio import create_async_engine
+        from sqlalchemy.pool import AsyncAdaptedQueuePool  # some versions have another one for SQLite
 
         options: Mapping[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS}} if self._is_sqlite else {}
-        engine = create_async_engine(self._url, pool_size=2, pool_pre_ping=not self._is_sqlite, **options)
+        engine = create_async_engine(
+            self._url, poolclass=AsyncAdaptedQueuePool, pool_size=2, pool_pre_ping=not self._is_sqlite, **options
+        )
         if self._is_sqlite:
             event.listen(engine.sync_engine, "connect", _prepare)
             event.listen(engine.sync_engine, "begin", _begin)
