@@ -418,7 +418,7 @@ BUILD_REFUSED = [
     (f"{FILES}{object_source(database='sqlite:///demo.db')}", "sources.documents", "sqlite+aiosqlite:///"),
     (f"{FILES}{object_source(database='sqlite+aiosqlite:///gone.db')}", "sources.documents", "gone.db' cannot be read"),
     (f"{FILES}{object_source(database='nonsense')}", "sources.documents", "asynchronous driver"),
-    (f"{FILES}{object_source(database='postgresql+asyncpg://h/n')}", "sources.documents", "needs asyncpg: install it"),
+    (f"{FILES}{object_source(database='postgresql+psycopg://h/n')}", "sources.documents", "needs psycopg: install it"),
     (
         f"{FILES}[offload]\nbackend = 'nginx'\n[[offload.rules]]\nsource = 'files'\ntarget = '_files'",
         "offload",
