@@ -422,13 +422,13 @@ def digest(path: str | None, config: Path | None) -> None:
 
     import anyio
 
-    from downloadview_async.service.app import build
-    from downloadview_async.service.digests import fill_store, local_files
+    from downloadview_async.service.app import sources_of
+    from downloadview_async.service.digests import digests_of, fill_store, local_files
 
     try:
         _choose(config, "no store: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        files = local_files(build(settings), settings, path)
+        files = local_files(digests_of(settings, sources_of(settings)), settings, path)
         with click.progressbar(
             length=sum(file.size for file in files), label=f"{len(files)} files", file=sys.stderr
         ) as bar:

@@ -265,6 +265,11 @@ def _caches(settings: Settings) -> dict[str, Cache]:
     return caches
 
 
+def sources_of(settings: Settings) -> dict[str, Source]:
+    """Return the sources in the settings by their names. Raises `ConfigurationError`, as `build` does."""
+    return _sources(settings, _databases(settings), _caches(settings))
+
+
 def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Mapping[str, Cache]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     for name, source in settings.sources.items():
