@@ -14,7 +14,7 @@ from downloadview_async.asgi.listing.order import Window
 from downloadview_async.asgi.listing.query import ListingQuery, fields_of, query_of
 from downloadview_async.http.content_types import content_type_for, is_active
 from downloadview_async.http.metadata import ByteRange, FileMetadata
-from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.base import AsyncFile, closing_stream
 from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.listing import Entry
 
@@ -114,11 +114,11 @@ async def view_page_of(
         if kind == "text" and is_coded:
             kind = "other"
         if kind == "text" and metadata.size != 0:
-            stream = opened.stream(_beginning(metadata))
-            async for chunk in stream:
-                content += chunk
-                if len(content) > MAX_TEXT_BYTES:
-                    break
+            async with closing_stream(opened.stream(_beginning(metadata))) as chunks:
+                async for chunk in chunks:
+                    content += chunk
+                    if len(content) > MAX_TEXT_BYTES:
+                        break
     modified = None if metadata.last_modified is None else datetime.fromtimestamp(metadata.last_modified, UTC)
     is_cut = len(content) > MAX_TEXT_BYTES or (metadata.size or 0) > MAX_TEXT_BYTES
     return ViewPage(

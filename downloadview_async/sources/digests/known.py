@@ -21,7 +21,14 @@ from downloadview_async.errors import ConfigurationError, DownloadError
 from downloadview_async.http.digest import ALGORITHMS, check_algorithms, digests_of, new_hashes
 from downloadview_async.http.digest import Digests as Values
 from downloadview_async.http.metadata import ByteRange, FileMetadata
-from downloadview_async.sources.base import HasCanonicalNames, OpenFile, Source, check_source, on_demand_of
+from downloadview_async.sources.base import (
+    HasCanonicalNames,
+    OpenFile,
+    Source,
+    check_source,
+    closing_stream,
+    on_demand_of,
+)
 from downloadview_async.sources.digests.sidecar import SUFFIX, read_sidecar
 from downloadview_async.sources.digests.store import DigestStore
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of
@@ -260,10 +267,11 @@ async def _hash(opened: OpenFile, hashes: list[Any], progress: Callable[[int], o
         after = os.fstat(local.descriptor)
         return all(getattr(before, name) == getattr(after, name) for name in ("st_size", "st_mtime_ns", "st_ctime_ns"))
     done = 0
-    async for chunk in opened.stream(ByteRange(0, size)):
-        await anyio.to_thread.run_sync(partial(_update, hashes, chunk), limiter=unlimited())
-        done += len(chunk)
-        progress(len(chunk))
+    async with closing_stream(opened.stream(ByteRange(0, size))) as chunks:
+        async for chunk in chunks:
+            await anyio.to_thread.run_sync(partial(_update, hashes, chunk), limiter=unlimited())
+            done += len(chunk)
+            progress(len(chunk))
     return done == size
 
 
