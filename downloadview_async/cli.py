@@ -104,7 +104,7 @@ def serve(
         raise click.UsageError("--hidden needs PATH; in the settings, a route hides what its `hide` says")
     for option, value in {"--title": title, "--user": users, "--share": share, "--qr": qr}.items():
         if value and not paths:
-            raise click.UsageError(f"{option} needs PATH; write it into the settings")
+            raise click.UsageError(f"{option} needs PATH: it is for files without settings")
     try:
         if paths:
             _choose_paths(paths, hidden=hidden, title=title, users=[*map(_with_password, users)], share=share)

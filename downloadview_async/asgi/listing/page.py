@@ -128,6 +128,10 @@ class Pages:
         """Return the page of a folder."""
         name = page.path.rpartition("/")[2]
         title = f"{name} - {self.title}" if name else self.title
+        links = [
+            None if url is None else (url, text)
+            for url, text in ((page.previous, "Previous page"), (page.next, "Next page"))
+        ]
         is_below = bool(name) and page.path.count("/") + 1 > page.above  # there are folders above
         body = "".join(
             (
@@ -138,7 +142,7 @@ class Pages:
                 f"<p class=actions>{actions}" if (actions := self.folder_actions(page)) else "",
                 _table(page) if page.entries else f"<p>{_nothing(page)}",
                 _bar(page.archive),
-                _neighbours(page),
+                _neighbours("Pages", *links),
                 "</main>",
             )
         )
@@ -157,16 +161,14 @@ class Pages:
         if page.digest is not None:
             details.append(f"SHA-256 <code>{page.digest}</code>")
         links = [
-            f'<a rel={rel} href="./{quote(name)}{shown}">{text}: <bdi>{shown_name(name)}</bdi></a>'
-            for rel, name, text in (("prev", page.previous, "Previous"), ("next", page.next, "Next"))
-            if name is not None
+            None if name is None else (f"./{quote(name)}{shown}", f"{text}: <bdi>{shown_name(name)}</bdi>")
+            for name, text in ((page.previous, "Previous"), (page.next, "Next"))
         ]
         body = (
             f"{self.crumbs(page.path, is_file=True, above=page.above, suffix=page.suffix)}"
             f"<main><h1><bdi>{shown_name(page.name)}</bdi></h1>"
             f"<p class=dim>{' &middot; '.join(details)}"
-            f"<p class=actions>{self.actions(page)}{_shown(page, url)}"
-            f"<nav class=pages aria-label=Files>{''.join(links)}</nav></main>"
+            f"<p class=actions>{self.actions(page)}{_shown(page, url)}{_neighbours('Files', *links)}</main>"
         )
         return self.page(f"{page.name} - {self.title}", body)
 
@@ -317,13 +319,14 @@ def _nothing(page: ListingPage) -> str:
     return "There is nothing on this page." if page.preceding or page.following else "This folder is empty."
 
 
-def _neighbours(page: ListingPage) -> str:
+def _neighbours(label: str, previous: tuple[str, str] | None, following: tuple[str, str] | None) -> str:
+    """Return two links in a landmark with this label, or nothing. Each is a URL and HTML."""
     links = [
-        f'<a rel={rel} href="{escape(url)}">{text}</a>'
-        for rel, url, text in (("prev", page.previous, "Previous page"), ("next", page.next, "Next page"))
-        if url is not None
+        f'<a rel={rel} href="{escape(link[0])}">{link[1]}</a>'
+        for rel, link in (("prev", previous), ("next", following))
+        if link is not None
     ]
-    return f"<nav class=pages aria-label=Pages>{''.join(links)}</nav>" if links else ""
+    return f"<nav class=pages aria-label={label}>{''.join(links)}</nav>" if links else ""
 
 
 def _resource(name: str) -> str:
