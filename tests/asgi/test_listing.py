@@ -18,7 +18,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 import downloadview_async as dv
-from downloadview_async.asgi.listing import folder as folders
+from downloadview_async.asgi.listing import entries as folders
 from downloadview_async.asgi.listing.order import Window, natural_keys
 from downloadview_async.asgi.listing.page import shown_size
 from downloadview_async.asgi.listing.query import ListingQuery
@@ -544,9 +544,9 @@ async def test_other_requests_get_their_turn_between_the_batches_of_a_large_fold
     source = dv.PathSource(tmp_path) if is_local else Many(top=[dv.Entry(name) for name in names])
     turn = 0
     steps: list[tuple[int, int]] = []
-    shown = folders.FolderEndpoint._shown
+    shown = folders.FolderEntries._shown
 
-    def recorded(endpoint: folders.FolderEndpoint, entries: Sequence[dv.Entry]) -> list[dv.Entry]:
+    def recorded(endpoint: folders.FolderEntries, entries: Sequence[dv.Entry]) -> list[dv.Entry]:
         steps.append((turn, len(entries)))
         return shown(endpoint, entries)
 
@@ -556,7 +556,7 @@ async def test_other_requests_get_their_turn_between_the_batches_of_a_large_fold
             turn += 1
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(folders.FolderEndpoint, "_shown", recorded)
+    monkeypatch.setattr(folders.FolderEntries, "_shown", recorded)
     others = asyncio.create_task(take_turns())
     assert (await call(app(source), "/files/", query=query)).status == 200
     others.cancel()
