@@ -69,7 +69,9 @@ from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.limits import ServiceLimits, opened_limits, service_limits
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
-from downloadview_async.service.pages import ErrorPages, IndexPage, ServicePages, favicon, folder_of
+from downloadview_async.service.pages import ServicePages
+from downloadview_async.service.pages.errors import ErrorPages
+from downloadview_async.service.pages.index import IndexPage, folder_of
 from downloadview_async.service.settings import (
     ChosenSettings,
     ObjectSettings,
@@ -192,7 +194,7 @@ def build(settings: Settings) -> Starlette:
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
             *_routes(settings, sources, signer, caches, digests, limits),
-            Route("/favicon.ico", favicon),
+            Route("/favicon.ico", pages.favicon),
         ],
         middleware=middleware,
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},

@@ -21,10 +21,6 @@ from downloadview_async.sources.listing import Entry
 _HEADS: dict[Sort, str] = {"name": "Name", "size": "Size", "modified": "Modified", "type": "Type"}
 _TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
-_ICON = (
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M7 1h2v7h3l-4 4-4-4h"
-    "3zM2 13h12v2H2z' fill='%230b5cad'/%3E%3C/svg%3E"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +69,12 @@ class Pages:
     Raises `ConfigurationError` for a style or a script that could end its element.
     """
 
+    icon = (
+        "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M7 1h2v7h3l-4 "
+        "4-4-4h3zM2 13h12v2H2z' fill='%230b5cad'/%3E%3C/svg%3E"
+    )
+    """The URL of the icon of each page."""
+
     def __init__(
         self,
         *,
@@ -120,7 +122,7 @@ class Pages:
         return (
             '<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{escape(title)}</title><link rel="icon" href="{_ICON}"><style>{self.style}</style>'
+            f'<title>{escape(title)}</title><link rel="icon" href="{self.icon}"><style>{self.style}</style>'
             f"<header>{logo}</header>{body}{footer}{script}"
         )
 
