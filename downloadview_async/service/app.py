@@ -367,12 +367,11 @@ def _routes(
         where, _ = source_of_files(route.source, settings.sources)
         sharers = users_in(route.access or ()) if "signed" in (route.access or ()) else []
         pages = ServicePages(settings, route.name, shares=bool(sharers)) if route.list else None
-        if pages is not None and not isinstance(sources[route.source], SupportsListing):
-            raise settings.error(
-                f"routes[{index}].list", f"the source {route.source!r} cannot list its folders: remove it"
-            )
-        make = partial(
-            Download,
+        for option, needs_folders in (("list", route.list), ("archive", route.archive)):
+            if needs_folders and not isinstance(sources[route.source], SupportsListing):
+                problem = f"the source {route.source!r} cannot list its folders: remove this, or name another source"
+                raise settings.error(f"routes[{index}].{option}", problem)
+        endpoint: ASGIApp = Download(
             sources[route.source],
             attachment=route.disposition == "attachment",
             cache_control=route.cache_control,
@@ -384,14 +383,9 @@ def _routes(
             hide=route.hide,
             listing=pages or False,
             digests=digests.get(route.source),
+            archive=_archive(settings, route.source, sources[route.source], caches) if route.archive else False,
             source_name=route.source,
         )
-        endpoint: ASGIApp
-        if route.archive:
-            with settings.blaming(f"routes[{index}].archive"):
-                endpoint = make(archive=_archive(settings, route.source, sources[route.source], caches))
-        else:
-            endpoint = make()
         if pages is not None and sharers:
             endpoint = _sharing(settings, endpoint, pages, sharers, signer, users)
         if (folder := folder_of(route)) is not None and len(folder) > 1 and route.access is None:
