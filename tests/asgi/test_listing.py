@@ -341,7 +341,7 @@ async def _neighbours(endpoint: ASGIApp, query: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("place", ["", "x", "f", "f,", "d,1,", "e,x,a", "f,,a\nb", "f,-,", "f,2026-01-01,a", "f,,%00"])
 @pytest.mark.parametrize("sort", ["name", "size", "modified", "type"])
 async def test_a_place_that_is_not_one_is_ignored(place: str, sort: str) -> None:
-    window = Window(ListingQuery(sort=sort, after=place))  # type: ignore[arg-type]
+    window = Window(ListingQuery(sort=sort, after=place), 500)  # type: ignore[arg-type]
     window.add(["z.txt"], [dv.Entry("z.txt", size=10**9, modified=TIME)])
     assert [path for path, _ in window.entries] == ["z.txt"]
 
@@ -514,7 +514,7 @@ async def test_a_large_folder_has_the_same_pages_without_its_total_size(
     (tmp_path / "folder").mkdir()
     (tmp_path / ".hidden").write_bytes(b"")
     endpoint = app(dv.PathSource(tmp_path), hide=[".*"])
-    monkeypatch.setattr(Window.__init__, "__defaults__", (3,))
+    monkeypatch.setattr(folders, "PAGE_SIZE", 3)
     pages = []
     for most in (5000, 0):
         monkeypatch.setattr(folders, "MAX_DESCRIBED", most)
@@ -593,7 +593,7 @@ async def test_a_page_whose_entries_have_all_vanished_leads_to_the_next(
 
     for number in range(9):
         (tmp_path / f"file{number}.txt").touch()
-    monkeypatch.setattr(Window.__init__, "__defaults__", (3,))
+    monkeypatch.setattr(folders, "PAGE_SIZE", 3)
     monkeypatch.setattr(folders, "MAX_DESCRIBED", 0)
     endpoint = app(Unreadable(tmp_path))
     page = (await call(endpoint, "/files/")).body

@@ -18,6 +18,9 @@ from downloadview_async.sources.listing import Entry, closing_entries
 BATCH = 250
 """Entries that are treated before other requests get their turn."""
 
+PAGE_SIZE = 500
+"""Entries of a page."""
+
 MAX_DEEP_FOLDERS = 1000
 """Folders that a search below a folder reads."""
 
@@ -106,7 +109,7 @@ class FolderEntries:
 
         To describe each file takes most of the time. Raises what `SupportsListing.list` raises.
         """
-        window = Window(query)
+        window = Window(query, PAGE_SIZE)
         described = MAX_DESCRIBED if query.sort in ("name", "type") else None
         async with aclosing(self.batches(folder, query, described=described)) as batches:
             async for batch in batches:
@@ -123,8 +126,8 @@ class FolderEntries:
         Raises what `SupportsListing.list` raises.
         """
         place = f"f,,{name}"
-        before = Window(ListingQuery(before=place), limit=NEIGHBOURS)
-        after = Window(ListingQuery(after=place), limit=NEIGHBOURS)
+        before = Window(ListingQuery(before=place), NEIGHBOURS)
+        after = Window(ListingQuery(after=place), NEIGHBOURS)
         async with aclosing(self.batches(folder, ListingQuery(), described=0)) as batches:
             async for batch in batches:
                 files = [entry for entry in batch.entries if not entry.is_folder]

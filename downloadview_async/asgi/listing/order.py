@@ -14,9 +14,6 @@ from downloadview_async.asgi.listing.query import MAX_TEXT, ListingQuery, Sort
 from downloadview_async.http.content_types import content_type_for
 from downloadview_async.sources.listing import Entry
 
-PAGE_SIZE = 500
-"""Entries of a page."""
-
 _DIGITS = re.compile(r"([0-9]+)")
 _WIDTH = 20  # digits to which numbers are filled up with zeros, so that they compare like numbers
 _LONG_AGO = datetime(1, 1, 1, tzinfo=UTC)
@@ -71,12 +68,13 @@ _VALUES: dict[Sort, _Value | None] = {
 class Window:
     """The entries of one page of a listing in their order. The entries are added in batches, in any order.
 
+    limit: how many entries the page has at most.
     entries: those of the page, each with its path relative to the folder. files, folders, size: the totals of all
     entries that were added; `size` is in bytes, of the files whose size is known. preceding, following: how many
     entries are before and after the page.
     """
 
-    def __init__(self, query: ListingQuery, limit: int = PAGE_SIZE) -> None:
+    def __init__(self, query: ListingQuery, limit: int) -> None:
         self.files = self.folders = self.size = 0
         self.has_sizes = True
         """Whether the entries that were added had their sizes."""
