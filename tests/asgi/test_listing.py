@@ -346,6 +346,13 @@ async def test_a_place_that_is_not_one_is_ignored(place: str, sort: str) -> None
     assert [path for path, _ in window.entries] == ["z.txt"]
 
 
+@pytest.mark.parametrize("size", ["1_0", " 10", "+10", "-2", "\u0661\u0660", "9" * 41, "9" * 5000])
+async def test_a_size_in_a_place_is_ascii_digits(size: str) -> None:
+    window = Window(ListingQuery(sort="size", after=f"f,{size},a"), 500)
+    window.add(["z.txt"], [dv.Entry("z.txt", size=0)])
+    assert [path for path, _ in window.entries] == ["z.txt"]
+
+
 async def test_the_heads_of_the_table_change_the_order(root: Path) -> None:
     endpoint = app(dv.PathSource(root), hide=[".*"])
     page = (await call(endpoint, "/files/", query="sort=size&order=asc&q=file")).body.decode()

@@ -15,6 +15,7 @@ from downloadview_async.http.content_types import content_type_for
 from downloadview_async.sources.listing import Entry
 
 _DIGITS = re.compile(r"([0-9]+)")
+_SIZE = re.compile("-1|[0-9]{1,40}")  # a source may tell any number
 _WIDTH = 20  # digits to which numbers are filled up with zeros, so that they compare like numbers
 _LONG_AGO = datetime(1, 1, 1, tzinfo=UTC)
 
@@ -48,6 +49,13 @@ def _size_of(entry: Entry) -> int:
     return -1 if entry.size is None else entry.size
 
 
+def _size_at(text: str) -> int:
+    """Return a size in a place, as `_size_of` gives it. Raises `ValueError` for any other text."""
+    if _SIZE.fullmatch(text) is None:
+        raise ValueError(f"{text[:40]!r} is not a size")
+    return int(text)
+
+
 @dataclass(frozen=True, slots=True)
 class _Value:
     """The value by which entries are sorted, and its text in a place."""
@@ -59,7 +67,7 @@ class _Value:
 
 _VALUES: dict[Sort, _Value | None] = {
     "name": None,
-    "size": _Value(_size_of, from_text=int),
+    "size": _Value(_size_of, from_text=_size_at),
     "modified": _Value(_modified_of, datetime.isoformat, datetime.fromisoformat),
     "type": _Value(type_of),
 }
