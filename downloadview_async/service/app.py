@@ -509,7 +509,8 @@ def _place_of(settings: Settings, name: str, source: Source) -> str:
         case VirtualSettings(factory=factory):
             return f"{factory} in {settings.directory}"
         case StorageSettings(url=url):
-            return getattr(_storage_of(source), "place", None) or url
+            storage = _storage_of(source)
+            return (storage.place if isinstance(storage, ObjectStorage) else None) or url
         case RemoteSettings(url=url):
             return url
     raise AssertionError("there are no other sources")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from downloadview_async import Digests, DigestStore, FileError, Source
-from downloadview_async.service.settings import Settings, digests_mode, directory_of, source_of_files
+from downloadview_async.service.settings import PathSettings, Settings, digests_mode, directory_of, source_of_files
 
 
 def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, Digests]:
@@ -22,7 +22,7 @@ def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, D
                 sources[route.source],
                 store,
                 name=route.source,
-                sidecars=getattr(files, "sidecars", False),
+                sidecars=isinstance(files, PathSettings) and files.sidecars,
                 background=mode == "background",
             )
     return digests
