@@ -115,6 +115,8 @@ class BucketListing:
 
     async def _answer(self, client: Any, parameters: dict[str, str]) -> tuple[int, bytes]:
         """Return the status and the body. 599 stands for a connection that failed."""
+        import httpx2
+
         url = self._signed(parameters)
         content = b""
         try:
@@ -124,11 +126,7 @@ class BucketListing:
                     if len(content) > _MAX_PAGE:
                         raise UpstreamError(f"the store has sent more than {_MAX_PAGE} bytes as one page of a listing")
                 return response.status_code, content
-        except UpstreamError:
-            raise
-        except Exception as exc:
-            if type(exc).__module__.partition(".")[0] != "httpx2":
-                raise
+        except httpx2.HTTPError as exc:
             return 599, f"{type(exc).__name__}: {exc}".encode()
 
     def _signed(self, parameters: dict[str, str]) -> str:
