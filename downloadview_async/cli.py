@@ -104,7 +104,7 @@ def serve(
         raise click.UsageError("--hidden needs PATH; in the settings, a route hides what its `hide` says")
     for option, value in {"--title": title, "--user": users, "--share": share, "--qr": qr}.items():
         if value and not paths:
-            raise click.UsageError(f"{option} needs PATH; write it into the settings")
+            raise click.UsageError(f"{option} needs PATH: it is for files without settings")
     try:
         if paths:
             _choose_paths(paths, hidden=hidden, title=title, users=[*map(_with_password, users)], share=share)
@@ -422,13 +422,13 @@ def digest(path: str | None, config: Path | None) -> None:
 
     import anyio
 
-    from downloadview_async.service.app import build
-    from downloadview_async.service.digests import fill_store, local_files
+    from downloadview_async.service.app import sources_of
+    from downloadview_async.service.digests import digests_of, fill_store, local_files
 
     try:
         _choose(config, "no store: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        files = local_files(build(settings), settings, path)
+        files = local_files(digests_of(settings, sources_of(settings)), settings, path)
         with click.progressbar(
             length=sum(file.size for file in files), label=f"{len(files)} files", file=sys.stderr
         ) as bar:

@@ -20,6 +20,7 @@ from downloadview_async.asgi.checksum import checksum_response, send_checksums, 
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.limiting import Limiting, admit, limits_of
+from downloadview_async.asgi.listing.entries import FolderEntries
 from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
 from downloadview_async.asgi.listing.page import Pages
 from downloadview_async.asgi.listing.view import PDF_POLICY, view_of
@@ -130,9 +131,8 @@ class _Endpoint:
             raise ConfigurationError(f"{source!r} cannot list its folders: use another source, or no listing")
         headers = {name.lower(): value for name, value in self.headers.items()}
         return FolderEndpoint(
-            source=source,
+            entries=FolderEntries(source, self._hidden),
             pages=pages,
-            hidden=self._hidden,
             headers=headers,
             has_access=bool(self.access),
             has_archives=has_archives,
@@ -152,7 +152,7 @@ class _Endpoint:
     async def _missing(self, key: Any, exc: FileMissing, scope: Scope, send: Send) -> None:
         """Redirect to the folder whose URL lacks only the slash at its end, or send the error."""
         try:
-            if self._folders is None or not isinstance(key, str) or not await self._folders.has(key):
+            if self._folders is None or not isinstance(key, str) or not await self._folders.entries.has(key):
                 raise exc
             if self.access:
                 await self._allow(Request(scope), key, is_folder=True)
@@ -305,7 +305,7 @@ class Download(_Endpoint):
     async def _send_checksums(self, wanted: str, folder: str, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.digests is not None
         assert self._folders is not None
-        digests, files = self.digests, self._folders.files(folder)
+        digests, files = self.digests, self._folders.entries.files(folder)
 
         async def answer(send: Send) -> None:
             try:

@@ -250,7 +250,7 @@ def sign_path(settings: Settings, path: str, **options: Any) -> str:
                 options["format"] = next(name for name in link_formats() if name in formats)
             if options["format"] not in formats:
                 raise ConfigurationError(
-                    f"the route {route.path} takes links of the format {' or '.join(formats)}: give --format"
+                    f"the route {route.path} takes no links of this format: give --format {' or '.join(formats)}"
                 )
             try:
                 Hidden(route.hide).check(*matched["path_params"].values())

@@ -76,7 +76,9 @@ from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import CachePage, Health, check_directory, check_store
 from downloadview_async.service.limits import ServiceLimits, opened_limits, service_limits
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
-from downloadview_async.service.pages import ErrorPages, IndexPage, ServicePages, favicon, folder_of
+from downloadview_async.service.pages import ServicePages
+from downloadview_async.service.pages.errors import ErrorPages
+from downloadview_async.service.pages.index import IndexPage, folder_of
 from downloadview_async.service.settings import (
     ChosenSettings,
     ObjectSettings,
@@ -202,7 +204,7 @@ def build(settings: Settings) -> Starlette:
             Route("/-/readyz", health.readyz),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
             *_routes(settings, sources, signer, caches, digests, limits, completions),
-            Route("/favicon.ico", favicon),
+            Route("/favicon.ico", pages.favicon),
         ],
         middleware=middleware,
         exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
@@ -274,6 +276,11 @@ def _caches(settings: Settings) -> dict[str, Cache]:
                 of_path[cache.path] = Cache(cache.path, max_bytes=max_bytes, max_age=max_age)
         caches[name] = of_path[cache.path]
     return caches
+
+
+def sources_of(settings: Settings) -> dict[str, Source]:
+    """Return the sources in the settings by their names. Raises `ConfigurationError`, as `build` does."""
+    return _sources(settings, _databases(settings), _caches(settings))
 
 
 def _sources(settings: Settings, databases: Mapping[str, _Database], caches: Mapping[str, Cache]) -> dict[str, Source]:
@@ -374,12 +381,11 @@ def _routes(
         counts = completions.store if route.downloads and completions is not None else None
         shown = None if counts is None else partial(counts.downloads_of, route.source)
         pages = ServicePages(settings, route.name, shares=bool(sharers), downloads=shown) if route.list else None
-        if pages is not None and not isinstance(sources[route.source], SupportsListing):
-            raise settings.error(
-                f"routes[{index}].list", f"the source {route.source!r} cannot list its folders: remove it"
-            )
-        make = partial(
-            Download,
+        for option, needs_folders in (("list", route.list), ("archive", route.archive)):
+            if needs_folders and not isinstance(sources[route.source], SupportsListing):
+                problem = f"the source {route.source!r} cannot list its folders: remove this, or name another source"
+                raise settings.error(f"routes[{index}].{option}", problem)
+        endpoint: ASGIApp = Download(
             sources[route.source],
             attachment=route.disposition == "attachment",
             cache_control=route.cache_control,
@@ -391,14 +397,9 @@ def _routes(
             hide=route.hide,
             listing=pages or False,
             digests=digests.get(route.source),
+            archive=_archive(settings, route.source, sources[route.source], caches) if route.archive else False,
             source_name=route.source,
         )
-        endpoint: ASGIApp
-        if route.archive:
-            with settings.blaming(f"routes[{index}].archive"):
-                endpoint = make(archive=_archive(settings, route.source, sources[route.source], caches))
-        else:
-            endpoint = make()
         if pages is not None and sharers:
             endpoint = _sharing(settings, endpoint, pages, sharers, signer, users)
         if (folder := folder_of(route)) is not None and len(folder) > 1 and route.access is None:
@@ -522,7 +523,8 @@ def _place_of(settings: Settings, name: str, source: Source) -> str:
         case VirtualSettings(factory=factory):
             return f"{factory} in {settings.directory}"
         case StorageSettings(url=url):
-            return getattr(_storage_of(source), "place", None) or url
+            storage = _storage_of(source)
+            return (storage.place if isinstance(storage, ObjectStorage) else None) or url
         case RemoteSettings(url=url):
             return url
     raise AssertionError("there are no other sources")

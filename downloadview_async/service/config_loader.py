@@ -535,7 +535,7 @@ class _Draft:
             if route.list and not route.path.endswith(":path}"):
                 raise self.error(
                     f"{key}.list",
-                    "folders need a path that ends in such as {path:path}: change the path, or do not list",
+                    "folders need a path that ends with a parameter like {path:path}: change the path, or do not list",
                 )
             if route.path.startswith("/-/"):
                 raise self.error(f"{key}.path", "/-/ is reserved for the pages of the service: choose another path")

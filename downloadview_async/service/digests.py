@@ -4,10 +4,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from starlette.applications import Starlette
-
-from downloadview_async import Digests, DigestStore, Download, FileError, Source
-from downloadview_async.service.settings import Settings, digests_mode, directory_of, source_of_files
+from downloadview_async import Digests, DigestStore, FileError, Source
+from downloadview_async.service.settings import PathSettings, Settings, digests_mode, directory_of, source_of_files
 
 
 def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, Digests]:
@@ -24,7 +22,7 @@ def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, D
                 sources[route.source],
                 store,
                 name=route.source,
-                sidecars=getattr(files, "sidecars", False),
+                sidecars=isinstance(files, PathSettings) and files.sidecars,
                 background=mode == "background",
             )
     return digests
@@ -38,13 +36,11 @@ class LocalFile(NamedTuple):
     size: int
 
 
-def local_files(app: Starlette, settings: Settings, path: str | None) -> list[LocalFile]:
+def local_files(each: Mapping[str, Digests], settings: Settings, path: str | None) -> list[LocalFile]:
     """Return the files of all local directories with digests and a store, or those at and below a path.
 
-    app: the service for these settings. Raises `ConfigurationError` if no such directory has the path.
+    each: the digests of each source, from `digests_of`. Raises `ConfigurationError` if no such directory has the path.
     """
-    endpoints = [getattr(route, "endpoint", None) for route in app.routes]
-    each = {one.digests.name: one.digests for one in endpoints if isinstance(one, Download) and one.digests is not None}
     files: list[LocalFile] = []
     is_known = False
     for name, digests in each.items():

@@ -115,19 +115,16 @@ def urls_of(settings: Settings, paths: Sequence[str], *, share: bool) -> list[st
         return []
     scheme = "https" if server.ssl_certfile else "http"
     bases = [f"{scheme}://{host}:{server.port}" for host in _hosts(server.host)]
-    names = [os.path.basename(os.path.abspath(path)) for path in paths]
-    if share and len(paths) == 1 and os.path.isdir(paths[0]):
-        links = [sign_path(settings, _PREFIX, below=True).removeprefix(server.root_path)]
-    elif share:
-        folders = [os.path.isdir(path) for path in paths]
+    is_listed = os.path.isdir(paths[0]) if len(paths) == 1 else not share
+    places = [f"{_PREFIX}{os.path.basename(os.path.abspath(path))}{'/' * os.path.isdir(path)}" for path in paths]
+    if is_listed:
+        places = [_PREFIX]
+    if share:
         links = [
-            sign_path(settings, f"{_PREFIX}{name}{'/' * is_folder}", below=is_folder).removeprefix(server.root_path)
-            for name, is_folder in zip(names, folders, strict=True)
+            sign_path(settings, place, below=place.endswith("/")).removeprefix(server.root_path) for place in places
         ]
-    elif len(paths) == 1 and os.path.isfile(paths[0]):
-        links = [f"{_PREFIX}{quote(names[0])}"]
     else:
-        links = [_PREFIX]
+        links = [quote(place) for place in places]
     return [base + link for base in bases for link in links]
 
 

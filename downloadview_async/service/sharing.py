@@ -38,7 +38,7 @@ class Sharing:
         self._pages = pages
         self._counts = counts
         self._lives = {text: age for text, age in _LIVES.items() if age < max_age}
-        self._lives[_life_text(max_age)] = int(max_age)
+        self._lives[_life_text(int(max_age))] = int(max_age)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -224,12 +224,12 @@ def _base_of(request: Request) -> str:
     return f"{request.url.scheme}://{host}" if host else ""
 
 
-def _life_text(seconds: float) -> str:
-    for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):
-        if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'' if count == 1 else 's'}"
-    return f"{int(seconds)} seconds"
+def _life_text(seconds: int) -> str:
+    """Return a time in the largest unit of which it is a multiple, such as `36 hours`."""
+    units = (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))
+    unit, length = next((unit, length) for unit, length in units if seconds % length == 0)
+    count = seconds // length
+    return f"{count} {unit}{'' if count == 1 else 's'}"
 
 
 def _qr_code(link: str) -> str:

@@ -9,7 +9,7 @@ import os
 import time
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
+from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import itemgetter
@@ -38,6 +38,7 @@ from downloadview_async.sources.base import (
     Source,
     SupportsListing,
     check_source,
+    closing_stream,
 )
 from downloadview_async.sources.checksums import Checksums, MemoryChecksums
 from downloadview_async.sources.listing import DescribedEntry, Entry, closing_entries
@@ -459,12 +460,9 @@ class OpenArchive:
         is_whole = len(span) == self._items[index].size
         is_computed = is_whole and index not in self._crcs
         left, crc = len(span), 0
-        async with AsyncExitStack() as stack:
-            # generated content can only be read from its beginning
-            skipped = 0 if is_whole or opened.metadata.accept_ranges else span.start
-            chunks = opened.stream(None if is_whole or skipped else span)
-            if isinstance(chunks, AsyncGenerator):
-                await stack.enter_async_context(aclosing(chunks))
+        # generated content can only be read from its beginning
+        skipped = 0 if is_whole or opened.metadata.accept_ranges else span.start
+        async with closing_stream(opened.stream(None if is_whole or skipped else span)) as chunks:
             async for received in chunks:
                 chunk = received[skipped : skipped + left]
                 skipped -= min(skipped, len(received))
@@ -642,8 +640,9 @@ async def _crc_of(opened: OpenFile, size: int, begun: _Begun) -> int:
     if local is None:
         if not opened.metadata.accept_ranges:  # it can only be read from its beginning
             begun.crc = begun.position = 0
-        async for chunk in opened.stream(ByteRange(begun.position, size) if begun.position else None):
-            begun.crc, begun.position = zlib.crc32(chunk, begun.crc), begun.position + len(chunk)
+        async with closing_stream(opened.stream(ByteRange(begun.position, size) if begun.position else None)) as chunks:
+            async for chunk in chunks:
+                begun.crc, begun.position = zlib.crc32(chunk, begun.crc), begun.position + len(chunk)
     if begun.position != size:
         raise TransferAborted("a file changed while it was read for its CRC-32", reason="file-changed")
     return begun.crc

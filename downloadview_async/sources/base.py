@@ -8,7 +8,7 @@ more slowly.
 
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from downloadview_async.errors import ConfigurationError
@@ -251,8 +251,8 @@ class SupportsListing(Protocol):
         entries that `resolve` (or `open`) would accept are yielded, each once.
 
         Raises `FileMissing`, before the first entry, if the folder does not exist, and `AccessDenied`,
-        `SourceUnavailable`, `UpstreamError` as `AsyncFile.open` does. Close the iterator (`closing_entries`) if it is
-        not read to its end.
+        `SourceUnavailable`, `UpstreamError` as `AsyncFile.open` does. An iterator with `aclose`, as a generator has, is
+        closed by its reader (`closing_entries`).
         """
         ...
 
@@ -305,6 +305,16 @@ def check_function(value: Any, takes: str) -> None:
         raise ConfigurationError(f"{takes}, not {value!r}") from exc
     except ValueError:  # a function in C may have no signature
         return
+
+
+@asynccontextmanager
+async def closing_stream(chunks: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
+    """Give what `OpenFile.stream` has returned, and close it before the file that it borrows, if it is a generator."""
+    try:
+        yield chunks
+    finally:
+        if isinstance(chunks, AsyncGenerator):
+            await chunks.aclose()
 
 
 class Storage(Protocol):

@@ -18,7 +18,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 import downloadview_async as dv
-from downloadview_async.asgi.listing import folder as folders
+from downloadview_async.asgi.listing import entries as folders
 from downloadview_async.asgi.listing.order import Window, natural_keys
 from downloadview_async.asgi.listing.page import shown_size
 from downloadview_async.asgi.listing.query import ListingQuery
@@ -341,8 +341,15 @@ async def _neighbours(endpoint: ASGIApp, query: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("place", ["", "x", "f", "f,", "d,1,", "e,x,a", "f,,a\nb", "f,-,", "f,2026-01-01,a", "f,,%00"])
 @pytest.mark.parametrize("sort", ["name", "size", "modified", "type"])
 async def test_a_place_that_is_not_one_is_ignored(place: str, sort: str) -> None:
-    window = Window(ListingQuery(sort=sort, after=place))  # type: ignore[arg-type]
+    window = Window(ListingQuery(sort=sort, after=place), 500)  # type: ignore[arg-type]
     window.add(["z.txt"], [dv.Entry("z.txt", size=10**9, modified=TIME)])
+    assert [path for path, _ in window.entries] == ["z.txt"]
+
+
+@pytest.mark.parametrize("size", ["1_0", " 10", "+10", "-2", "\u0661\u0660", "9" * 41, "9" * 5000])
+async def test_a_size_in_a_place_is_ascii_digits(size: str) -> None:
+    window = Window(ListingQuery(sort="size", after=f"f,{size},a"), 500)
+    window.add(["z.txt"], [dv.Entry("z.txt", size=0)])
     assert [path for path, _ in window.entries] == ["z.txt"]
 
 
@@ -515,7 +522,7 @@ async def test_a_large_folder_has_the_same_pages_without_its_total_size(
     (tmp_path / "folder").mkdir()
     (tmp_path / ".hidden").write_bytes(b"")
     endpoint = app(dv.PathSource(tmp_path), hide=[".*"])
-    monkeypatch.setattr(Window.__init__, "__defaults__", (3,))
+    monkeypatch.setattr(folders, "PAGE_SIZE", 3)
     pages = []
     for most in (5000, 0):
         monkeypatch.setattr(folders, "MAX_DESCRIBED", most)
@@ -545,9 +552,9 @@ async def test_other_requests_get_their_turn_between_the_batches_of_a_large_fold
     source = dv.PathSource(tmp_path) if is_local else Many(top=[dv.Entry(name) for name in names])
     turn = 0
     steps: list[tuple[int, int]] = []
-    shown = folders.FolderEndpoint._shown
+    shown = folders.FolderEntries._shown
 
-    def recorded(endpoint: folders.FolderEndpoint, entries: Sequence[dv.Entry]) -> list[dv.Entry]:
+    def recorded(endpoint: folders.FolderEntries, entries: Sequence[dv.Entry]) -> list[dv.Entry]:
         steps.append((turn, len(entries)))
         return shown(endpoint, entries)
 
@@ -557,7 +564,7 @@ async def test_other_requests_get_their_turn_between_the_batches_of_a_large_fold
             turn += 1
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(folders.FolderEndpoint, "_shown", recorded)
+    monkeypatch.setattr(folders.FolderEntries, "_shown", recorded)
     others = asyncio.create_task(take_turns())
     assert (await call(app(source), "/files/", query=query)).status == 200
     others.cancel()
@@ -594,7 +601,7 @@ async def test_a_page_whose_entries_have_all_vanished_leads_to_the_next(
 
     for number in range(9):
         (tmp_path / f"file{number}.txt").touch()
-    monkeypatch.setattr(Window.__init__, "__defaults__", (3,))
+    monkeypatch.setattr(folders, "PAGE_SIZE", 3)
     monkeypatch.setattr(folders, "MAX_DESCRIBED", 0)
     endpoint = app(Unreadable(tmp_path))
     page = (await call(endpoint, "/files/")).body

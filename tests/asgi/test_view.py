@@ -1,7 +1,8 @@
 """The view page of a file: what it shows, what it does not tell, and that nothing in the file runs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +14,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import downloadview_async as dv
-from downloadview_async.asgi.listing.view import MAX_TEXT_BYTES, kind_of
+from downloadview_async.asgi.listing.view import MAX_TEXT_BYTES, kind_of, view_page_of
+from downloadview_async.http.request import GET
 from downloadview_async.testing import call
 from tests.browser import CHROMIUM, browse
 from tests.live import live
@@ -81,7 +83,7 @@ async def test_the_files_before_and_after(root: Path) -> None:
     assert '<a rel=next href="./e10.txt?view">' in page  # in natural order
     assert "rel=prev" not in await page_of(endpoint, "/files/a.png")
     alone = await page_of(endpoint, "/files/sub/one.txt")
-    assert "rel=prev" not in alone
+    assert "aria-label=Files" not in alone  # screen readers would name an empty group of links
     assert "rel=next" not in alone
     assert '<a href="../"><bdi>Files</bdi></a>' in alone
     assert '<a href="./"><bdi>sub</bdi></a>' in alone
@@ -144,6 +146,34 @@ async def test_a_long_text_is_cut(root: Path) -> None:
     assert "Only the first MiB is shown." in page
     assert page.count("x") >= MAX_TEXT_BYTES - 1
     assert "yy" not in page
+
+
+async def test_a_text_that_is_cut_is_closed_before_its_file() -> None:
+    closed = []
+
+    class Endless:
+        """A text without an end."""
+
+        name, location = "endless.txt", None
+        metadata = dv.FileMetadata(size=None, accept_ranges=False)
+
+        @asynccontextmanager
+        async def open(self, request: dv.DownloadRequest = GET) -> AsyncIterator[dv.OpenFile]:
+            try:
+                yield self
+            finally:
+                closed.append("file")
+
+        async def stream(self, span: dv.ByteRange | None) -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"a" * 65_536
+            finally:
+                closed.append("stream")
+
+    page = await view_page_of(Endless(), "endless.txt", None)
+    assert page.is_cut
+    assert closed == ["stream", "file"]
 
 
 @pytest.mark.parametrize(

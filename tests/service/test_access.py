@@ -412,8 +412,8 @@ async def test_the_service_takes_the_links_that_nginx_verifies(directory: Path) 
 @pytest.mark.parametrize(
     "arguments, problem",
     [
-        (["/secure/a.txt", "--format", "complete"], "takes links of the format secure_link: give --format"),
-        (["/signed/a.txt", "--format", "secure_link"], "takes links of the format complete: give --format"),
+        (["/secure/a.txt", "--format", "complete"], "takes no links of this format: give --format secure_link"),
+        (["/signed/a.txt", "--format", "secure_link"], "takes no links of this format: give --format complete"),
         (["/public/a.txt", "--format", "secure_link"], "takes no links"),
         (["/secure/a.txt", "--format", "secure_link", "--filename", "b"], "cannot have filename: nginx"),
         (["/secure/a.txt", "--format", "secure_link", "--inline"], "cannot have attachment: nginx"),

@@ -103,5 +103,5 @@ def test_mistakes(directory: Path, text: str, key: str, remedy: str) -> None:
 def test_a_source_that_does_not_list_is_refused(directory: Path) -> None:
     (directory / "made.py").write_text("def make(name): ...")
     text = TEXT.replace('type = "path"\nroot = "files"', 'type = "virtual"\nfactory = "made:make"')
-    with pytest.raises(ConfigurationError, match=r"routes\[0\]\.archive: .*lists its folders"):
+    with pytest.raises(ConfigurationError, match=r"routes\[0\]\.archive: the source 'files' cannot list its folders"):
         build(load(directory, text))

@@ -8,6 +8,7 @@ import os
 import sqlite3
 from pathlib import Path
 
+import bcrypt
 import pytest
 from click.testing import CliRunner, Result
 from starlette.applications import Starlette
@@ -118,6 +119,15 @@ def test_the_command_fills_the_store(directory: Path) -> None:
         ("files", name, hashlib.sha256((directory / "files" / name).read_bytes()).digest())
         for name in ("a.txt", "below/b.txt", "zero.txt")
     ]
+
+
+def test_the_command_knows_the_source_of_a_route_whose_users_make_links() -> None:
+    Path("users").write_text(f"ada:{bcrypt.hashpw(b'secret', bcrypt.gensalt(4)).decode()}\n")
+    links = f'[links]\nkeys = "2026a {"s" * 32}"\n[users]\nfile = "users"\n'
+    route = ROUTE + 'list = true\naccess = ["signed", "user:ada"]\n'
+    Path("downloadview.toml").write_text(STORE + links + SOURCE + 'digests = "known"\n' + route)
+    result = command()
+    assert (result.exit_code, result.stdout) == (0, "digests: 1 of 1 files\n"), result.stderr
 
 
 @pytest.mark.asyncio

@@ -14,7 +14,8 @@ from starlette.types import ASGIApp
 from downloadview_async import ConfigurationError, Entry, PathSource
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.pages import IndexPage, ServicePages
+from downloadview_async.service.pages import ServicePages
+from downloadview_async.service.pages.index import IndexPage
 from downloadview_async.testing import Recording, call
 
 pytestmark = pytest.mark.asyncio
@@ -92,7 +93,7 @@ async def test_the_first_page_counts_what_everyone_may_list(directory: Path, mon
     ]
     app = service(directory, SOURCE + "".join(routes))
     assert (await get(app, "/")).body.count(b"<span>a directory: 1 file, 1 folder</span>") == 1
-    monkeypatch.setattr("downloadview_async.service.pages.MOST_COUNTED", 1)
+    monkeypatch.setattr("downloadview_async.service.pages.index.MOST_COUNTED", 1)
     assert b"a directory: more than 1 files and folders" in (await get(app, "/")).body
     (directory / "files" / "a.txt").unlink()
     (directory / "files" / "sub").rmdir()
@@ -111,7 +112,7 @@ async def test_the_first_page_does_not_wait_for_a_source_that_hangs(
     second = ROUTE.replace("/files/", "/more/").replace('"files"', '"more"')
     file.write_text(SOURCE + SOURCE.replace("sources.files", "sources.more") + ROUTE + "list = true\n" + second)
     settings = load_settings(file, environ={})
-    monkeypatch.setattr("downloadview_async.service.pages.COUNT_SECONDS", 0.01)
+    monkeypatch.setattr("downloadview_async.service.pages.index.COUNT_SECONDS", 0.01)
     page = IndexPage(
         settings,
         ServicePages(settings),

@@ -96,6 +96,26 @@ async def test_a_user_makes_a_link(app: ASGIApp) -> None:
     assert "F%C3%BCr%20Bob.txt" in answer.headers["content-disposition"]
 
 
+@pytest.mark.parametrize(
+    "max_age, lives",
+    [
+        ("36h", {"1 hour": 3600, "1 day": 86_400, "36 hours": 129_600}),
+        ("5400", {"1 hour": 3600, "90 minutes": 5400}),
+        ("1h", {"1 hour": 3600}),
+        ("1s", {"1 second": 1}),
+        ("365d", {"1 hour": 3600, "1 day": 86_400, "7 days": 604_800, "30 days": 2_592_000, "365 days": 31_536_000}),
+    ],
+)
+async def test_each_life_that_a_user_can_choose_is_what_its_text_says(
+    app: ASGIApp, tmp_path: Path, max_age: str, lives: dict[str, int]
+) -> None:
+    settings = tmp_path / "downloadview.toml"
+    settings.write_text(settings.read_text().replace('"2d"', f'"{max_age}"'))
+    form = await call(build(load_settings(settings, environ={})), "/files/a <b>.txt", query="share", headers=ADA)
+    options = re.findall("<option value=([0-9]+)>([^<]+)</option>", form.body.decode())
+    assert {text: int(value) for value, text in options} == lives
+
+
 @pytest.mark.parametrize("app", ['store = "memory:"'], indirect=True)
 async def test_a_link_for_one_download(app: ASGIApp) -> None:
     made = await post(app, "/files/a <b>.txt", ADA | OURS, expires="3600", uses="1", name="")

@@ -622,8 +622,14 @@ async def test_a_store_that_keeps_failing_is_asked_three_times() -> None:
         b"<Error/>",
         b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>",
         b"<ListBucketResult><Contents><Key>a</Key></Contents></ListBucketResult>",
-        b"<ListBucketResult><Contents><Key>a</Key><Size>x</Size><LastModified>y</LastModified></Contents>"
-        b"</ListBucketResult>",
+        *(
+            f"<ListBucketResult><Contents><Key>a</Key><Size>{size}</Size><LastModified>{time}</LastModified></Contents>"
+            "</ListBucketResult>".encode()
+            for size, time in [
+                ("1", "y"),
+                *((size, "2026-01-02T03:04:05Z") for size in ("x", "-1", "1_0", " 1", "", "9" * 19, "\u0663")),
+            ]
+        ),
     ],
 )
 async def test_an_answer_that_is_not_a_listing_fails(content: bytes) -> None:

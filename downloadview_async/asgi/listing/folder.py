@@ -1,117 +1,56 @@
-"""Answers a request for a folder: it reads the entries in batches, and sends a page or a stream of lines."""
+"""`FolderEndpoint`: answers a request for a folder by a page or a stream of lines, and one for the view of a file."""
 
 import hashlib
 import logging
-import re
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import quote, unquote
 
 import anyio
-from anyio.lowlevel import checkpoint
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.asgi.answer import raw
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import send_error
 from downloadview_async.asgi.listing.data import Lines, document_of
+from downloadview_async.asgi.listing.entries import FolderEntries
 from downloadview_async.asgi.listing.order import Window
 from downloadview_async.asgi.listing.page import ListingPage, Pages
 from downloadview_async.asgi.listing.query import FORMATS, ListingQuery, query_of
-from downloadview_async.asgi.listing.view import Neighbours, view_page_of
-from downloadview_async.errors import AccessDenied, FileError, FileMissing, LinkInvalid, TransferAborted
+from downloadview_async.asgi.listing.view import view_page_of
+from downloadview_async.errors import FileError, FileMissing, LinkInvalid, TransferAborted
 from downloadview_async.http.conditional import failed_precondition
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.policy.folders import carried
 from downloadview_async.policy.grants import GRANT, Grant
-from downloadview_async.policy.hiding import Hidden
-from downloadview_async.sources.base import AsyncFile, ListsBatches, SupportsListing
+from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.digests.known import Digests
-from downloadview_async.sources.listing import Entry, closing_entries
 from downloadview_async.sources.names import MAX_LENGTH
 
 logger = logging.getLogger("downloadview_async")
-
-BATCH = 250
-"""Entries that are treated before other requests get their turn."""
-
-MAX_DEEP_FOLDERS = 1000
-"""Folders that a search below a folder reads."""
-
-MAX_DEEP_ENTRIES = 100_000
-"""Entries that a search below a folder looks at."""
-
-MAX_DESCRIBED = 5000
-"""Entries up to which each is described for a page in the order of names, so that it has the total size."""
 
 DOWNLOADS_SECONDS = 1.0
 """How long a page waits for the numbers of downloads: it is sent without them if their database does not answer."""
 
 _CHUNK = 64 * 1024
-_NOT_NAMES = frozenset({"", ".", ".."})
-_BAD_CHARACTER = re.compile(r"[/\x00-\x1f\x7f\ud800-\udfff]")
-_BAD_IN_LINES = re.compile(r"[/\x00-\x09\x0b-\x1f\x7f\ud800-\udfff]")  # all but the line feed between them
 _CONTENT_TYPES = {name: media_type for media_type, name in FORMATS.items()} | {"html": "text/html; charset=utf-8"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Some entries and their paths below the folder.
-
-    is_described: whether sizes and times are among them. is_cut: whether a search below has ended at its limits.
-    """
-
-    paths: list[str]
-    entries: list[Entry]
-    is_described: bool = True
-    is_cut: bool = False
-
-    @classmethod
-    def of(cls, prefix: str, entries: list[Entry], text: str, *, is_described: bool) -> "_Batch":
-        """Return the batch of the entries of a folder whose names contain a text."""
-        if text:
-            folded = text.casefold()
-            entries = [entry for entry in entries if folded in entry[0].casefold()]
-        paths = [prefix + entry[0] for entry in entries] if prefix else [entry[0] for entry in entries]
-        return cls(paths, entries, is_described)
-
-
-async def _in_batches(
-    source: SupportsListing, folder: str, described: int | None
-) -> AsyncGenerator[Sequence[Entry], None]:
-    """Yield the entries of a folder in lists; see `ListsBatches`."""
-    if isinstance(source, ListsBatches):
-        async with closing_entries(source.list_batches(folder, described=described)) as batches:
-            async for batch in batches:
-                yield batch
-        return
-    async with closing_entries(source.list(folder)) as entries:
-        listed: list[Entry] = []
-        async for entry in entries:
-            listed.append(entry)
-            if len(listed) == BATCH:
-                yield listed
-                listed = []
-        yield listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderEndpoint:
     """Answers requests for the folders of a source.
 
-    headers: further headers, by their names in lower case. has_access: whether an access decides about requests, so
-    that no shared cache may keep the answers. has_archives: whether the URL of a folder with `?archive=zip` gives its
-    archive. digests: those of the files, for their view pages.
+    entries: those that may be shown. headers: further headers, by their names in lower case. has_access: whether an
+    access decides about requests, so that no shared cache may keep the answers. has_archives: whether the URL of a
+    folder with `?archive=zip` gives its archive. digests: those of the files, for their view pages.
     """
 
-    source: SupportsListing
+    entries: FolderEntries
     pages: Pages
-    hidden: Hidden | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     has_access: bool = False
     has_archives: bool = False
@@ -136,7 +75,7 @@ class FolderEndpoint:
             if query.format == "ndjson":
                 await self._stream(folder, query, grant, scope, send)
                 return
-            window = await self._window(folder, query)
+            window = await self.entries.window(folder, query)
             files = [path for path, entry in window.entries if not entry.is_folder] if query.format == "html" else []
             downloads = await self._downloads(folder, files)
         except FileError as exc:
@@ -144,40 +83,6 @@ class FolderEndpoint:
             return
         body = self._body(tail.strip("/"), query, window, grant, _above(tail, grant, scope), downloads)
         await self.send_page(body, self._headers(query, grant), scope, send)
-
-    async def _window(self, folder: str, query: ListingQuery) -> Window:
-        """Return the entries of a page. Of a large folder, only those of the page are described, if that suffices.
-
-        To describe each file takes most of the time. Raises what `SupportsListing.list` raises.
-        """
-        window = Window(query)
-        described = MAX_DESCRIBED if query.sort in ("name", "type") else None
-        async with aclosing(self._batches(folder, query, described=described)) as batches:
-            async for batch in batches:
-                window.add(batch.paths, batch.entries)
-                window.is_cut = window.is_cut or batch.is_cut
-                window.has_sizes = window.has_sizes and (batch.is_described or not batch.entries)
-        if not window.has_sizes:
-            await self._complete(window, folder)
-        return window
-
-    async def _complete(self, window: Window, folder: str) -> None:
-        """Describe the entries of a page, folder by folder. Those that do not exist any more are dropped."""
-        source, top = self.source, folder.strip("/")
-        assert isinstance(source, ListsBatches)
-        by_prefix: dict[str, list[str]] = {}
-        for path, entry in window.entries:
-            by_prefix.setdefault(path.removesuffix(entry.name), []).append(entry.name)
-        described: dict[str, Entry] = {}
-        for prefix, names in by_prefix.items():
-            try:
-                entries = await source.describe(f"{top}/{prefix}".strip("/"), names)
-            except FileError as exc:
-                if not prefix or exc.status >= 500:
-                    raise
-                continue
-            described |= {prefix + entry.name: entry for entry in entries}
-        window.complete(described)
 
     async def view(
         self, file: AsyncFile, key: str, tail: str, grant: Grant | None, scope: Scope, *, is_listed: bool
@@ -196,18 +101,9 @@ class FolderEndpoint:
         if (downloads := await self._downloads(folder, [name])) is not None:
             page = replace(page, downloads=downloads.get(name, 0))
         if is_listed:
-            neighbours = Neighbours(name)
             try:
-                async with aclosing(self._batches(folder, ListingQuery(), described=0)) as batches:
-                    async for batch in batches:
-                        neighbours.add(batch.entries)
-                previous, following = neighbours.names
-                if isinstance(self.source, ListsBatches):  # its names are also those of files that cannot be read
-                    described = await self.source.describe(folder, [*previous, *following])
-                    readable = {entry.name for entry in described}
-                    previous = [name for name in previous if name in readable]
-                    following = [name for name in following if name in readable]
-                page = replace(page, previous=next(iter(previous), None), next=next(iter(following), None))
+                previous, following = await self.entries.neighbours(folder, name)
+                page = replace(page, previous=previous, next=following)
             except FileError:
                 pass  # the file itself may be seen, its folder not
         headers = self._headers(ListingQuery(), grant, self.pages.view_headers)
@@ -227,16 +123,6 @@ class FolderEndpoint:
             body = b""
         await _send_whole(status, headers | {"content-length": str(len(body))}, body, scope, send)
 
-    async def has(self, folder: str) -> bool:
-        """Return whether the source has a folder. Raises what `list` raises, apart from `FileMissing`."""
-        try:
-            async with closing_entries(self.source.list(folder)) as entries:
-                async for _ in entries:
-                    break
-        except (FileMissing, AccessDenied):
-            return False
-        return True
-
     async def redirect(self, place: str, scope: Scope, send: Send) -> None:
         """Redirect to a relative URL, with the query of the request."""
         query = scope["query_string"].decode("latin-1")
@@ -255,66 +141,6 @@ class FolderEndpoint:
         if grant.uses is not None:
             raise LinkInvalid(f"the link {grant.link_id} counts downloads, and a listing is not a download")
         return ListingQuery.of(b"", accept)  # the query is that of the link
-
-    async def files(self, folder: str) -> AsyncGenerator[str, None]:
-        """Yield the name of each file in a folder that is listed. Raises what `SupportsListing.list` raises."""
-        async with aclosing(self._batches(folder, ListingQuery(), described=0)) as batches:
-            async for batch in batches:
-                for entry in batch.entries:
-                    if not entry.is_folder:
-                        yield entry.name
-
-    async def _batches(
-        self, folder: str, query: ListingQuery, *, described: int | None = None
-    ) -> AsyncGenerator[_Batch, None]:
-        """Yield the entries in batches of at most `BATCH`.
-
-        described: after so many entries, the others have no sizes and times if that saves time.
-
-        Raises what `SupportsListing.list` raises.
-        """
-        top = folder.strip("/")
-        left = deque([""])  # paths of folders below the top, each with a slash at its end
-        read_folders = read_entries = 0
-        while left:
-            prefix = left.popleft()
-            read_folders += 1
-            more = None if described is None else max(described - read_entries, 0)
-            read_here = 0
-            try:
-                async with aclosing(_in_batches(self.source, f"{top}/{prefix}".strip("/"), more)) as batches:
-                    async for batch in batches:
-                        is_described = more is None or read_here < more or not isinstance(self.source, ListsBatches)
-                        read_here += len(batch)
-                        for start in range(0, len(batch) or 1, BATCH):
-                            shown = self._shown(batch[start : start + BATCH])
-                            if query.is_deep:
-                                left.extend([f"{prefix}{entry.name}/" for entry in shown if entry.is_folder])
-                            yield _Batch.of(prefix, shown, query.text, is_described=is_described)
-                            await checkpoint()
-                        if query.is_deep and read_entries + read_here >= MAX_DEEP_ENTRIES:
-                            yield _Batch([], [], is_cut=True)
-                            return
-            except FileError as exc:
-                if not prefix or exc.status >= 500:
-                    raise  # any other folder was removed meanwhile, or may not be read
-            read_entries += read_here
-            if left and read_folders >= MAX_DEEP_FOLDERS:
-                yield _Batch([], [], is_cut=True)
-                return
-
-    def _shown(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Return the entries whose names can be in a URL, and are not hidden."""
-        names = [entry[0] for entry in entries]
-        lines = "\n".join(names)  # one search for all of them takes a fifth of the time
-        if lines.count("\n") >= len(names) or _BAD_IN_LINES.search(lines) or not _NOT_NAMES.isdisjoint(names):
-            entries = [entry for entry in entries if entry[0] not in _NOT_NAMES and not _BAD_CHARACTER.search(entry[0])]
-        if self.hidden is None:
-            return list(entries)
-        if "\\" in lines:
-            return [entry for entry in entries if not self.hidden.hides(entry.name)]
-        matches = self.hidden.matches  # takes a third of the time of `hides`
-        return [entry for entry in entries if matches(entry[0]) is None]
 
     async def _downloads(self, folder: str, paths: Sequence[str]) -> dict[str, int] | None:
         """Return how often some files of a folder were downloaded, by their paths; None if that cannot be said."""
@@ -389,7 +215,7 @@ class FolderEndpoint:
         is_head = scope["method"] == "HEAD"
         is_started = False
         try:
-            async with aclosing(self._batches(folder, query)) as batches:
+            async with aclosing(self.entries.batches(folder, query)) as batches:
                 write = Lines(query_of(query.link)).line_of
                 lines: list[str] = []
                 length = 0

@@ -14,10 +14,8 @@ from downloadview_async.asgi.listing.query import MAX_TEXT, ListingQuery, Sort
 from downloadview_async.http.content_types import content_type_for
 from downloadview_async.sources.listing import Entry
 
-PAGE_SIZE = 500
-"""Entries of a page."""
-
 _DIGITS = re.compile(r"([0-9]+)")
+_SIZE = re.compile("-1|[0-9]{1,40}")  # a source may tell any number
 _WIDTH = 20  # digits to which numbers are filled up with zeros, so that they compare like numbers
 _LONG_AGO = datetime(1, 1, 1, tzinfo=UTC)
 
@@ -51,6 +49,13 @@ def _size_of(entry: Entry) -> int:
     return -1 if entry.size is None else entry.size
 
 
+def _size_at(text: str) -> int:
+    """Return a size in a place, as `_size_of` gives it. Raises `ValueError` for any other text."""
+    if _SIZE.fullmatch(text) is None:
+        raise ValueError(f"{text[:40]!r} is not a size")
+    return int(text)
+
+
 @dataclass(frozen=True, slots=True)
 class _Value:
     """The value by which entries are sorted, and its text in a place."""
@@ -62,7 +67,7 @@ class _Value:
 
 _VALUES: dict[Sort, _Value | None] = {
     "name": None,
-    "size": _Value(_size_of, from_text=int),
+    "size": _Value(_size_of, from_text=_size_at),
     "modified": _Value(_modified_of, datetime.isoformat, datetime.fromisoformat),
     "type": _Value(type_of),
 }
@@ -71,12 +76,13 @@ _VALUES: dict[Sort, _Value | None] = {
 class Window:
     """The entries of one page of a listing in their order. The entries are added in batches, in any order.
 
+    limit: how many entries the page has at most.
     entries: those of the page, each with its path relative to the folder. files, folders, size: the totals of all
     entries that were added; `size` is in bytes, of the files whose size is known. preceding, following: how many
     entries are before and after the page.
     """
 
-    def __init__(self, query: ListingQuery, limit: int = PAGE_SIZE) -> None:
+    def __init__(self, query: ListingQuery, limit: int) -> None:
         self.files = self.folders = self.size = 0
         self.has_sizes = True
         """Whether the entries that were added had their sizes."""

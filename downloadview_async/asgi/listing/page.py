@@ -24,10 +24,6 @@ Downloads = Callable[[Sequence[str]], Awaitable[Mapping[str, int]]]
 _HEADS: dict[Sort, str] = {"name": "Name", "size": "Size", "modified": "Modified", "type": "Type"}
 _TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
-_ICON = (
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M7 1h2v7h3l-4 4-4-4h"
-    "3zM2 13h12v2H2z' fill='%230b5cad'/%3E%3C/svg%3E"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +75,12 @@ class Pages:
     Raises `ConfigurationError` for a style or a script that could end its element.
     """
 
+    icon = (
+        "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M7 1h2v7h3l-4 "
+        "4-4-4h3zM2 13h12v2H2z' fill='%230b5cad'/%3E%3C/svg%3E"
+    )
+    """The URL of the icon of each page."""
+
     def __init__(
         self,
         *,
@@ -128,7 +130,7 @@ class Pages:
         return (
             '<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{escape(title)}</title><link rel="icon" href="{_ICON}"><style>{self.style}</style>'
+            f'<title>{escape(title)}</title><link rel="icon" href="{self.icon}"><style>{self.style}</style>'
             f"<header>{logo}</header>{body}{footer}{script}"
         )
 
@@ -136,6 +138,10 @@ class Pages:
         """Return the page of a folder."""
         name = page.path.rpartition("/")[2]
         title = f"{name} - {self.title}" if name else self.title
+        links = [
+            None if url is None else (url, text)
+            for url, text in ((page.previous, "Previous page"), (page.next, "Next page"))
+        ]
         is_below = bool(name) and page.path.count("/") + 1 > page.above  # there are folders above
         body = "".join(
             (
@@ -146,7 +152,7 @@ class Pages:
                 f"<p class=actions>{actions}" if (actions := self.folder_actions(page)) else "",
                 _table(page) if page.entries else f"<p>{_nothing(page)}",
                 _bar(page.archive),
-                _neighbours(page),
+                _neighbours("Pages", *links),
                 "</main>",
             )
         )
@@ -167,16 +173,14 @@ class Pages:
         if page.digest is not None:
             details.append(f"SHA-256 <code>{page.digest}</code>")
         links = [
-            f'<a rel={rel} href="./{quote(name)}{shown}">{text}: <bdi>{shown_name(name)}</bdi></a>'
-            for rel, name, text in (("prev", page.previous, "Previous"), ("next", page.next, "Next"))
-            if name is not None
+            None if name is None else (f"./{quote(name)}{shown}", f"{text}: <bdi>{shown_name(name)}</bdi>")
+            for name, text in ((page.previous, "Previous"), (page.next, "Next"))
         ]
         body = (
             f"{self.crumbs(page.path, is_file=True, above=page.above, suffix=page.suffix)}"
             f"<main><h1><bdi>{shown_name(page.name)}</bdi></h1>"
             f"<p class=dim>{' &middot; '.join(details)}"
-            f"<p class=actions>{self.actions(page)}{_shown(page, url)}"
-            f"<nav class=pages aria-label=Files>{''.join(links)}</nav></main>"
+            f"<p class=actions>{self.actions(page)}{_shown(page, url)}{_neighbours('Files', *links)}</main>"
         )
         return self.page(f"{page.name} - {self.title}", body)
 
@@ -333,13 +337,14 @@ def _nothing(page: ListingPage) -> str:
     return "There is nothing on this page." if page.preceding or page.following else "This folder is empty."
 
 
-def _neighbours(page: ListingPage) -> str:
+def _neighbours(label: str, previous: tuple[str, str] | None, following: tuple[str, str] | None) -> str:
+    """Return two links in a landmark with this label, or nothing. Each is a URL and HTML."""
     links = [
-        f'<a rel={rel} href="{escape(url)}">{text}</a>'
-        for rel, url, text in (("prev", page.previous, "Previous page"), ("next", page.next, "Next page"))
-        if url is not None
+        f'<a rel={rel} href="{escape(link[0])}">{link[1]}</a>'
+        for rel, link in (("prev", previous), ("next", following))
+        if link is not None
     ]
-    return f"<nav class=pages aria-label=Pages>{''.join(links)}</nav>" if links else ""
+    return f"<nav class=pages aria-label={label}>{''.join(links)}</nav>" if links else ""
 
 
 def _resource(name: str) -> str:

@@ -5,24 +5,18 @@ PDF is shown by the viewer of the browser, in a frame with a policy that allows 
 """
 
 import codecs
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from downloadview_async.asgi.listing.order import Window
-from downloadview_async.asgi.listing.query import ListingQuery, fields_of, query_of
+from downloadview_async.asgi.listing.query import fields_of, query_of
 from downloadview_async.http.content_types import content_type_for, is_active
 from downloadview_async.http.metadata import ByteRange, FileMetadata
-from downloadview_async.sources.base import AsyncFile
+from downloadview_async.sources.base import AsyncFile, closing_stream
 from downloadview_async.sources.digests.known import Digests
-from downloadview_async.sources.listing import Entry
 
 MAX_TEXT_BYTES = 1 << 20
 """Bytes of a text that are shown."""
-
-NEIGHBOURS = 100
-"""Files on each side of one among which the previous and the next that can be read are searched for."""
 
 PDF_POLICY = "default-src 'none'; object-src 'self'; style-src 'unsafe-inline'"
 """The Content-Security-Policy of a PDF in a view page: a sandbox would keep the viewer of Chromium from starting."""
@@ -116,11 +110,11 @@ async def view_page_of(
         if kind == "text" and is_coded:
             kind = "other"
         if kind == "text" and metadata.size != 0:
-            stream = opened.stream(_beginning(metadata))
-            async for chunk in stream:
-                content += chunk
-                if len(content) > MAX_TEXT_BYTES:
-                    break
+            async with closing_stream(opened.stream(_beginning(metadata))) as chunks:
+                async for chunk in chunks:
+                    content += chunk
+                    if len(content) > MAX_TEXT_BYTES:
+                        break
     modified = None if metadata.last_modified is None else datetime.fromtimestamp(metadata.last_modified, UTC)
     is_cut = len(content) > MAX_TEXT_BYTES or (metadata.size or 0) > MAX_TEXT_BYTES
     return ViewPage(
@@ -156,27 +150,3 @@ def _decoded(content: bytes, media_type: str) -> str:
         except (LookupError, UnicodeError, ValueError):  # LookupError: `base64` and other codecs are not of texts
             continue
     return ""
-
-
-class Neighbours:
-    """The names of the files before and after one in natural order. The entries of the folder are added in batches.
-
-    There are up to `NEIGHBOURS` on each side, because some may turn out to be unreadable.
-    """
-
-    def __init__(self, name: str) -> None:
-        place = f"f,,{name}"
-        self._before = Window(ListingQuery(before=place), limit=NEIGHBOURS)
-        self._after = Window(ListingQuery(after=place), limit=NEIGHBOURS)
-
-    def add(self, entries: Iterable[Entry]) -> None:
-        """Take a batch of entries."""
-        files = [entry for entry in entries if not entry.is_folder]
-        names = [entry.name for entry in files]
-        self._before.add(names, files)
-        self._after.add(names, files)
-
-    @property
-    def names(self) -> tuple[list[str], list[str]]:
-        """The names of the files before, and those of the files after; the nearest is the first."""
-        return [name for name, _ in reversed(self._before.entries)], [name for name, _ in self._after.entries]

@@ -24,7 +24,7 @@ from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
-from downloadview_async.sources.base import AsyncFile, OpenFile, on_demand_of
+from downloadview_async.sources.base import AsyncFile, OpenFile, closing_stream, on_demand_of
 from downloadview_async.sources.cache.entry import Entry, data_name, is_describable
 from downloadview_async.sources.cache.files import Part
 from downloadview_async.sources.cache.freshness import asking_for_news, is_current, max_age_of, updated
@@ -174,7 +174,7 @@ class Fill:
                 raise TransferAborted(
                     f"{self._inner.name!r} can no longer be shown to be the same version", reason="file-changed"
                 )
-            async with _closing(opened.stream(span)) as chunks:
+            async with closing_stream(opened.stream(span)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
@@ -364,7 +364,7 @@ class Fill:
         arriving, left = self.arriving, size
         async with arriving.writing():
             if size != 0:
-                async with _closing(opened.stream(None if size is None else ByteRange(0, size))) as chunks:
+                async with closing_stream(opened.stream(None if size is None else ByteRange(0, size))) as chunks:
                     async for chunk in chunks:
                         taken = chunk if left is None else chunk[:left]
                         for value in (hashes or {}).values():
@@ -400,12 +400,3 @@ def _is_same_version(metadata: FileMetadata, other: FileMetadata) -> bool:
     if metadata.etag is not None and not metadata.etag.weak:
         return True
     return metadata.changed_at is not None and metadata.changed_at == other.changed_at
-
-
-@asynccontextmanager
-async def _closing(chunks: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
-    if isinstance(chunks, AsyncGenerator):
-        async with aclosing(chunks):
-            yield chunks
-    else:
-        yield chunks
