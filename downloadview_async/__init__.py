@@ -1,6 +1,7 @@
 """Who may have which file: your application decides, and the fastest thing at hand sends it."""
 
 from downloadview_async.accounts.facts import note_facts, request_id_of
+from downloadview_async.accounts.log import AccessLog
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.asgi.accounts import Accounts
 from downloadview_async.asgi.archives import ArchiveOptions
@@ -80,6 +81,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Access",
     "AccessDenied",
+    "AccessLog",
     "Accounts",
     "Archive",
     "ArchiveEntry",

@@ -489,6 +489,7 @@ def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> N
     ignore_hangup()
     # with several workers too: report errors once, before any worker starts
     _check_server(settings)
+    settings = settings.of_own_server()
     app = build(settings)
     anyio.run(check_databases, settings)
     server = settings.server
@@ -500,7 +501,8 @@ def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> N
     outermost = keeping_peers(main_app, settings)
     if outermost is not main_app:
         options["proxy_headers"] = False
-        _pass_to_workers(server)
+    options["access_log"] = False  # the application writes it
+    _pass_to_workers(server)
     announce()
     vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run looks up this name
     uvicorn.run(
@@ -514,7 +516,9 @@ def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> N
 
 
 def _pass_to_workers(server: ServerSettings) -> None:
-    """Write the trusted proxies into the environment: worker processes do not see the command line."""
+    """Write what the application needs into the environment: worker processes do not see the command line."""
+    os.environ["DOWNLOADVIEW_SERVER__ACCESS_LOG"] = json.dumps(server.access_log)
+    os.environ["DOWNLOADVIEW_SERVER__LOG_LEVEL"] = server.log_level
     os.environ["DOWNLOADVIEW_SERVER__PROXY_HEADERS"] = json.dumps(server.proxy_headers)
     if server.forwarded_allow_ips is not None:
         os.environ["DOWNLOADVIEW_SERVER__FORWARDED_ALLOW_IPS"] = server.forwarded_allow_ips

@@ -1,13 +1,13 @@
 """The application with `Accounts` around it, if something listens to outcomes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_network
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from downloadview_async import Accounts
+from downloadview_async import AccessLog, Accounts, Outcome
 from downloadview_async.service.access import trusted_proxies
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.settings import Settings
@@ -18,15 +18,18 @@ _HOOK = "hook:"
 class Service(Starlette):
     """The service as an ASGI application. Its outermost middleware is `Accounts`, so each error is accounted for too.
 
-    Raises `ConfigurationError` for a listener that cannot be imported.
+    Raises `ConfigurationError` for a listener that cannot be imported, and for a log that cannot be written.
     """
 
     def __init__(self, settings: Settings, **options: Any) -> None:
         self._settings = settings
-        self._listeners = [
+        self._listeners: list[Callable[[Outcome], Any]] = [
             function_of(settings, f"accounts.listeners[{index}]", name.removeprefix(_HOOK))
             for index, name in enumerate(settings.accounts.listeners)
         ]
+        if (log := settings.log) is not None:
+            with settings.blaming("log.path"):
+                self._listeners.append(AccessLog(log.path, format=log.format))
         super().__init__(**options)
 
     def build_middleware_stack(self) -> ASGIApp:

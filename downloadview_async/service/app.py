@@ -214,7 +214,7 @@ def app_from_environment(default: Path | None = None) -> Starlette:
 def worker_app() -> ASGIApp:
     """Return the service for one of several worker processes, wrapped so that the process ends in time."""
     ignore_hangup()
-    settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+    settings = load_settings(os.environ.get(CONFIG), environ=os.environ).of_own_server()
     return keeping_peers(EndsInTime(build(settings)), settings)
 
 

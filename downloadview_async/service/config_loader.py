@@ -30,6 +30,7 @@ from downloadview_async.service.settings import (
     DigestsSettings,
     LimitsSettings,
     LinksSettings,
+    LogSettings,
     ObjectSettings,
     OffloadSettings,
     PagesSettings,
@@ -80,6 +81,7 @@ _TABLES: dict[str, Any] = {
     "users": UsersSettings,
     "limits": LimitsSettings,
     "accounts": AccountsSettings,
+    "log": LogSettings,
     "archives": ArchivesSettings,
     "pages": PagesSettings,
 }
@@ -282,6 +284,7 @@ class _Draft:
             limits=limits,
             archives=self._archives(self._converted("archives", self._table("archives", data), ArchivesSettings)),
             accounts=self._converted("accounts", self._table("accounts", data), AccountsSettings),
+            log=self._log(self._converted("log", self._table("log", data), LogSettings)) if "log" in data else None,
             pages=self._pages(self._converted("pages", self._table("pages", data), PagesSettings)),
             digests=digests,
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
@@ -334,6 +337,9 @@ class _Draft:
             if (path := getattr(server, name)) and self.origins.get(f"server.{name}") != _COMMAND_LINE
         }
         return msgspec.structs.replace(server, **paths)
+
+    def _log(self, log: LogSettings) -> LogSettings:
+        return log if log.path is None else msgspec.structs.replace(log, path=self._absolute(log.path))
 
     def _source(self, name: str, table: Any) -> SourceSettings:
         key = f"sources.{name}"
