@@ -2,6 +2,7 @@
 
 from downloadview_async.accounts.facts import note_facts, request_id_of
 from downloadview_async.accounts.log import AccessLog
+from downloadview_async.accounts.metrics import Metrics
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.asgi.accounts import Accounts
 from downloadview_async.asgi.archives import ArchiveOptions
@@ -127,6 +128,7 @@ __all__ = [
     "MemoryChecksums",
     "MemoryGrantStore",
     "MemoryStorage",
+    "Metrics",
     "ObjectFile",
     "ObjectSource",
     "ObjectStorage",

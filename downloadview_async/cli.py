@@ -481,6 +481,7 @@ def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> N
     from downloadview_async.service.access import keeping_peers
     from downloadview_async.service.app import build, check_databases, worker_app
     from downloadview_async.service.logs import log_config
+    from downloadview_async.service.metrics import shared_directory
     from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
     from downloadview_async.service.workers import Workers
 
@@ -505,14 +506,15 @@ def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> N
     _pass_to_workers(server)
     announce()
     vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run looks up this name
-    uvicorn.run(
-        outermost if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
-        factory=server.workers > 1,
-        lifespan="on",
-        ws="none",
-        log_config=log_config(server.log_level),
-        **options,
-    )
+    with shared_directory(settings):
+        uvicorn.run(
+            outermost if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
+            factory=server.workers > 1,
+            lifespan="on",
+            ws="none",
+            log_config=log_config(server.log_level),
+            **options,
+        )
 
 
 def _pass_to_workers(server: ServerSettings) -> None:

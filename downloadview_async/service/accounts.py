@@ -7,7 +7,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from downloadview_async import AccessLog, Accounts, Outcome
+from downloadview_async import AccessLog, Accounts, Metrics, Outcome
 from downloadview_async.service.access import trusted_proxies
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.settings import Settings
@@ -21,8 +21,9 @@ class Service(Starlette):
     Raises `ConfigurationError` for a listener that cannot be imported, and for a log that cannot be written.
     """
 
-    def __init__(self, settings: Settings, **options: Any) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics | None = None, **options: Any) -> None:
         self._settings = settings
+        self._metrics = metrics
         self._listeners: list[Callable[[Outcome], Any]] = [
             function_of(settings, f"accounts.listeners[{index}]", name.removeprefix(_HOOK))
             for index, name in enumerate(settings.accounts.listeners)
@@ -38,7 +39,12 @@ class Service(Starlette):
         if not self._settings.listens:
             return app
         trusted = list(_addresses_of(self._settings))
-        return Accounts(app, self._listeners, trusted_proxies=trusted, sends_request_id=True)
+        metrics = self._metrics
+        observers = [] if metrics is None else [metrics.observe]
+        accounts = Accounts(app, self._listeners, observers=observers, trusted_proxies=trusted, sends_request_id=True)
+        if metrics is not None:
+            metrics.add_accounts(accounts)
+        return accounts
 
 
 def _addresses_of(settings: Settings) -> Iterator[str]:

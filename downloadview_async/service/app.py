@@ -66,9 +66,11 @@ from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.digests import digests_of
 from downloadview_async.service.functions import function_of
-from downloadview_async.service.health import CachePage, Health, check_directory, check_store
+from downloadview_async.service.health import PRIVATE, CachePage, Health, check_directory, check_store
 from downloadview_async.service.limits import ServiceLimits, opened_limits, service_limits
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
+from downloadview_async.service.metrics import PAGE as METRICS
+from downloadview_async.service.metrics import MetricsPage, metrics_of
 from downloadview_async.service.pages import ErrorPages, IndexPage, ServicePages, favicon, folder_of
 from downloadview_async.service.settings import (
     ChosenSettings,
@@ -173,8 +175,11 @@ def build(settings: Settings) -> Starlette:
             await stack.enter_async_context(opened_limits(settings, limits))
             for known in digests.values():
                 await stack.enter_async_context(known.running())
+            if metrics is not None:
+                await stack.enter_async_context(metrics.running())
             yield
 
+    metrics = metrics_of(settings, sources, caches, signer)
     health = Health(checks)
     pages = ServicePages(settings)
     middleware = [Middleware(OneLineFailures), Middleware(ErrorPages, pages=pages)]
@@ -182,6 +187,7 @@ def build(settings: Settings) -> Starlette:
         middleware.append(Middleware(OffloadMiddleware, backend=backend, proxy=settings.offload.backend))
     app = Service(
         settings,
+        metrics,
         routes=[
             *(
                 []
@@ -190,6 +196,7 @@ def build(settings: Settings) -> Starlette:
             ),
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
+            *([] if metrics is None else [Route(f"{PRIVATE}{METRICS}", MetricsPage(metrics).answer)]),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
             *_routes(settings, sources, signer, caches, digests, limits),
             Route("/favicon.ico", favicon),

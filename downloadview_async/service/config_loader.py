@@ -31,6 +31,7 @@ from downloadview_async.service.settings import (
     LimitsSettings,
     LinksSettings,
     LogSettings,
+    MetricsSettings,
     ObjectSettings,
     OffloadSettings,
     PagesSettings,
@@ -82,6 +83,7 @@ _TABLES: dict[str, Any] = {
     "limits": LimitsSettings,
     "accounts": AccountsSettings,
     "log": LogSettings,
+    "metrics": MetricsSettings,
     "archives": ArchivesSettings,
     "pages": PagesSettings,
 }
@@ -284,7 +286,8 @@ class _Draft:
             limits=limits,
             archives=self._archives(self._converted("archives", self._table("archives", data), ArchivesSettings)),
             accounts=self._converted("accounts", self._table("accounts", data), AccountsSettings),
-            log=self._log(self._converted("log", self._table("log", data), LogSettings)) if "log" in data else None,
+            log=self._log(data),
+            metrics=self._metrics(data),
             pages=self._pages(self._converted("pages", self._table("pages", data), PagesSettings)),
             digests=digests,
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
@@ -338,8 +341,19 @@ class _Draft:
         }
         return msgspec.structs.replace(server, **paths)
 
-    def _log(self, log: LogSettings) -> LogSettings:
+    def _log(self, data: Mapping[str, Any]) -> LogSettings | None:
+        if "log" not in data:
+            return None
+        log: LogSettings = self._converted("log", self._table("log", data), LogSettings)
         return log if log.path is None else msgspec.structs.replace(log, path=self._absolute(log.path))
+
+    def _metrics(self, data: Mapping[str, Any]) -> MetricsSettings | None:
+        if "metrics" not in data:
+            return None
+        metrics: MetricsSettings = self._converted("metrics", self._table("metrics", data), MetricsSettings)
+        if metrics.directory is None:
+            return metrics
+        return msgspec.structs.replace(metrics, directory=self._absolute(metrics.directory))
 
     def _source(self, name: str, table: Any) -> SourceSettings:
         key = f"sources.{name}"

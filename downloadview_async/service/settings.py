@@ -365,6 +365,25 @@ class LogSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True)
     ) = None
 
 
+class MetricsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[metrics]`: the page /-/metrics for Prometheus."""
+
+    public: Annotated[bool, Meta(description="true to let clients request it through the printed configurations")] = (
+        False
+    )
+    directory: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="a directory in which several processes add up their numbers, absolute or relative to the "
+                "settings file; by default, `downloadview serve` makes one for its workers",
+            ),
+        ]
+        | None
+    ) = None
+
+
 class ArchivesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """`[archives]`: limits of the archives of folders, for routes with `archive = true`."""
 
@@ -639,13 +658,14 @@ class Settings:
     digests: DigestsSettings | None = None
     accounts: AccountsSettings = field(default_factory=AccountsSettings)
     log: LogSettings | None = None
+    metrics: MetricsSettings | None = None
     content_types: Mapping[str, str] = field(default_factory=dict)
     pages: PagesSettings = field(default_factory=PagesSettings)
 
     @property
     def listens(self) -> bool:
         """Whether something listens to the outcomes of answers."""
-        return bool(self.accounts.listeners) or self.log is not None
+        return bool(self.accounts.listeners) or self.log is not None or self.metrics is not None
 
     def of_own_server(self) -> "Settings":
         """Return the settings with the log of answers that `[server]` wants, for `downloadview serve`.

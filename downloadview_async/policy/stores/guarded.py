@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, TypeVar
 
@@ -37,6 +38,7 @@ class GuardedStore:
         self._is_allowed = when_it_fails == "allow"
         self._timeout = timeout
         self._log_at = 0.0
+        self.counts: Counter[str] = Counter()
         self.notes: dict[DownloadSession, list[anyio.Event]] = {}
         """What this process notes now, by the session."""
 
@@ -44,9 +46,11 @@ class GuardedStore:
         self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether the request may have the file. Raises `SourceUnavailable`."""
-        return await self._ask(
+        is_allowed = await self._ask(
             lambda: self._store.claim(session, uses=uses, wants_all=wants_all, now=now, ends=ends, until=until), True
         )
+        self.counts["used" if is_allowed else "used-up"] += 1
+        return is_allowed
 
     async def wait_for_notes(self, session: DownloadSession) -> None:
         """Wait until the store has what this process notes of a session now, so that it knows what is complete."""
@@ -74,6 +78,7 @@ class GuardedStore:
                 return await call()
         except Exception as exc:  # whatever the library of the store raises
             self._log(exc)
+            self.counts["store-failed"] += 1
             if is_allowed:
                 return otherwise
             raise SourceUnavailable(f"the store of links has failed: {type(exc).__name__}") from exc

@@ -89,7 +89,7 @@ class Upstream:
         self._headers = dict(headers or {})
         self._owns_client = client is None
         self._client = client or guarded_client(self._hosts, connect_timeout=connect_timeout, read_timeout=read_timeout)
-        self._slots = Slots(max_connections)
+        self.slots = Slots(max_connections, are_connections=True)
         self._head_timeout = connect_timeout + read_timeout
 
     async def aclose(self) -> None:
@@ -109,7 +109,7 @@ class Upstream:
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Hold one of the connections. Raises `SourceUnavailable`."""
-        with await self._slots.take():
+        with await self.slots.take():
             yield
 
     async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
