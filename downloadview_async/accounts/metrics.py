@@ -108,8 +108,8 @@ class Metrics:
 
         Sources whose reading never blocks have none. name: the value of the label `source`.
         """
-        if (found := slots_of(source)) is not None:
-            self._slots[name] = found
+        if (slots := slots_of(source)) is not None:
+            self._slots[name] = slots
 
     def add_cache(self, name: str, cache: Cache) -> None:
         """Tell what a cache has done. name: the value of the label `source`."""

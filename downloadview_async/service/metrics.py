@@ -21,7 +21,7 @@ DIRECTORY = "DOWNLOADVIEW_METRICS__DIRECTORY"
 """The environment variable by which worker processes know where they add up their numbers."""
 
 _PREFIX, _OWNER = "downloadview-metrics-", "owner"
-_MEMORY = "/dev/shm"  # noqa: S108  # a directory of its own is made there, for this user alone
+_MEMORY = "/dev/shm"  # noqa: S108  # a new directory is made in it, for this user alone
 
 
 def metrics_of(

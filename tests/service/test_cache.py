@@ -137,7 +137,15 @@ def test_a_cached_source_is_served_and_counted(tmp_path: Path, text: str) -> Non
         counters = client.get("/-/cache")
         assert counters.headers["cache-control"] == "no-store"
         assert counters.json() == {
-            "reports": {"hits": 3, "misses": 1, "revalidated": 0, "stale": 0, "passed": 0, "bytes": 8192, "evictions": 0}
+            "reports": {
+                "hits": 3,
+                "misses": 1,
+                "revalidated": 0,
+                "stale": 0,
+                "passed": 0,
+                "bytes": 8192,
+                "evictions": 0,
+            }
         }
     with client_of(tmp_path, text) as client:  # after a restart
         assert client.get("/-/cache").json()["reports"]["bytes"] == 8192
