@@ -3,7 +3,6 @@
 import re
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -75,7 +74,7 @@ class URLSigner:
         )
         self._session_seconds = session_seconds
         self._client_of = client_of
-        self._counts: Counter[str] = Counter()
+        self._counts = {"verified": 0, "refused": 0}
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -84,7 +83,7 @@ class URLSigner:
         With a store: how many were counted (`used`) or refused by it (`used-up`), and how often it failed
         (`store-failed`).
         """
-        return self._counts if self._store is None else self._counts + self._store.counts
+        return self._counts if self._store is None else {**self._counts, **self._store.counts}
 
     def sign(
         self,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from downloadview_async import Accounts, ConfigurationError, Download, Metrics, PathSource, SignedLinks, URLSigner
+from downloadview_async import (
+    Accounts,
+    ConfigurationError,
+    Download,
+    MemoryGrantStore,
+    Metrics,
+    PathSource,
+    SignedLinks,
+    URLSigner,
+)
 from downloadview_async.accounts.metrics import MAX_SERIES
 from downloadview_async.accounts.samples import METRICS
 from downloadview_async.accounts.shared_samples import SharedSamples
@@ -160,6 +170,27 @@ async def test_links_are_counted(tmp_path: Path) -> None:
     for query in (link, link, f"{link}x", ""):
         await call(app, "/a.txt", query=query)
     assert read(await text_of(metrics), "links_total", "event") == {("verified",): 2, ("refused",): 1}
+
+
+@pytest.mark.asyncio
+async def test_the_store_of_links_is_counted(tmp_path: Path) -> None:
+    class Failing(MemoryGrantStore):
+        async def is_revoked(self, identifiers: Sequence[str], now: float) -> bool:
+            raise OSError("no answer")
+
+    (tmp_path / "a.txt").write_bytes(b"a")
+    for store, expected in (
+        (MemoryGrantStore(), {"verified": 3, "refused": 0, "used": 1, "used-up": 2, "store-failed": 0}),
+        (Failing(), {"verified": 0, "refused": 3, "used": 0, "used-up": 0, "store-failed": 3}),
+    ):
+        signer, metrics = URLSigner({"k": "s" * 32}, store=store), Metrics()
+        metrics.add_links(signer)
+        app = Starlette(routes=[Route("/{path:path}", Download(PathSource(tmp_path), access=SignedLinks(signer)))])
+        link = signer.sign("/a.txt", uses=1).partition("?")[2]
+        for client in ("192.0.2.1", "192.0.2.2", "192.0.2.3"):
+            await call(app, "/a.txt", query=link, scope={"client": (client, 1)})
+        counts = read(await text_of(metrics), "links_total", "event")
+        assert counts == {(event,): count for event, count in expected.items()}
 
 
 COUNTING = """

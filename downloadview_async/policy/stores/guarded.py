@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, TypeVar
 
@@ -38,7 +37,7 @@ class GuardedStore:
         self._is_allowed = when_it_fails == "allow"
         self._timeout = timeout
         self._log_at = 0.0
-        self.counts: Counter[str] = Counter()
+        self.counts = {"used": 0, "used-up": 0, "store-failed": 0}
         self.notes: dict[DownloadSession, list[anyio.Event]] = {}
         """What this process notes now, by the session."""
 
