@@ -70,7 +70,7 @@ def test_the_page_is_there_if_the_settings_have_the_table(directory: Path) -> No
     assert answer.headers["content-type"].startswith("text/plain; version=")
     assert (answer.headers["cache-control"], answer.headers["vary"]) == ("no-store", "Accept")
     assert modern.headers["content-type"].startswith("application/openmetrics-text")
-    assert list(parse_openmetrics(modern.text))
+    assert list(parse_openmetrics(modern.text))  # type: ignore[no-untyped-call]
     requests = read(answer.text, "requests_total", "route", "source", "kind", "status")
     assert requests[("/files/{path:path}", "files", "offloaded:nginx", "2xx")] == 1
     assert requests[("/remote/{path:path}", "remote", "error", "5xx")] == 1
