@@ -16,6 +16,7 @@ from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.accounts.samples import LAGS, SECONDS, Histogram, Labels, Samples, families
 from downloadview_async.accounts.shared_samples import SharedSamples
 from downloadview_async.errors import ConfigurationError, SourceUnavailable
+from downloadview_async.policy.limits.limits import Limits
 from downloadview_async.policy.signing import URLSigner
 from downloadview_async.sources.cache.index import Cache
 from downloadview_async.sources.workers import Slots, Workers, slots_of
@@ -76,6 +77,7 @@ class Metrics:
         self._slots: dict[str, Slots] = {}
         self._caches: dict[str, Cache] = {}
         self._signers: list[URLSigner] = []
+        self._limits: dict[str, Limits] = {}
         self._workers = Workers(1)  # one at a time writes the file of this process
 
     def observe(self, outcome: Outcome) -> None:
@@ -118,6 +120,10 @@ class Metrics:
     def add_links(self, signer: URLSigner) -> None:
         """Tell how many links a signer has verified and refused."""
         self._signers.append(signer)
+
+    def add_limits(self, name: str, limits: Limits) -> None:
+        """Tell how many requests each limit has refused. name: the value of the label `limits`."""
+        self._limits[name] = limits
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -167,6 +173,9 @@ class Metrics:
             **self._of_sources(),
             **self._of_caches(),
             **self._of_links(),
+            "limits_hit": {
+                (name, limit): count for name, limits in self._limits.items() for limit, count in limits.hits.items()
+            },
             **_of_process(),
         }
 

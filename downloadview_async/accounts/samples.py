@@ -67,6 +67,9 @@ METRICS: Mapping[str, Metric] = {
         help="Links: verified, refused, used (a request counted), used-up, store-failed.",
         labels=("event",),
     ),
+    "limits_hit": Metric(
+        kind="counter", help="Requests that a limit has refused, with 429.", labels=("limits", "limit")
+    ),
     "open_descriptors": Metric(kind="gauge", help="Open file descriptors."),
     "descriptors_limit": Metric(kind="gauge", help="File descriptors that one process may open.", how="max"),
     "event_loop_lag_seconds": Metric(

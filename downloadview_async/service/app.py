@@ -179,7 +179,7 @@ def build(settings: Settings) -> Starlette:
                 await stack.enter_async_context(metrics.running())
             yield
 
-    metrics = metrics_of(settings, sources, caches, signer)
+    metrics = metrics_of(settings, sources, caches, signer, limits)
     health = Health(checks)
     pages = ServicePages(settings)
     middleware = [Middleware(OneLineFailures), Middleware(ErrorPages, pages=pages)]

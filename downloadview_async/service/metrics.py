@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from downloadview_async import Cache, Metrics, Source, URLSigner
+from downloadview_async.service.limits import ServiceLimits
 from downloadview_async.service.settings import Settings
 
 PAGE = "metrics"
@@ -25,7 +26,11 @@ _MEMORY = "/dev/shm"  # noqa: S108  # a new directory is made in it, for this us
 
 
 def metrics_of(
-    settings: Settings, sources: Mapping[str, Source], caches: Mapping[str, Cache], signer: URLSigner | None
+    settings: Settings,
+    sources: Mapping[str, Source],
+    caches: Mapping[str, Cache],
+    signer: URLSigner | None,
+    limits: ServiceLimits,
 ) -> Metrics | None:
     """Return the metrics of the service, or None without a `[metrics]` table. Raises `ConfigurationError`."""
     if settings.metrics is None:
@@ -36,6 +41,12 @@ def metrics_of(
         metrics.add_source(name, source)
     for name, cache in caches.items():
         metrics.add_cache(name, cache)
+    for name, of_source in limits.sources.items():
+        metrics.add_source(f"{name}.max_requests", of_source)
+    if limits.common is not None:
+        metrics.add_limits("all", limits.common)
+    for index, of_route in limits.routes.items():
+        metrics.add_limits(settings.routes[index].path, of_route)
     if signer is not None:
         metrics.add_links(signer)
     return metrics

@@ -16,8 +16,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from downloadview_async import Cache, Metrics, PathSource, URLSigner
+from downloadview_async import Cache, Download, Limits, Metrics, PathSource, URLSigner
 from downloadview_async.sources.workers import Slots
+from downloadview_async.testing import call
 from tests.accounts.test_log import outcome
 
 DIRECTORY = Path(__file__).parents[2] / "deploy/grafana"
@@ -50,12 +51,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     metrics.add_source("files", PathSource(directory))
     metrics.add_source("remote", Remote())
     metrics.add_cache("remote", Cache(directory / "cache"))
+    limits = Limits(requests="1/minute")
+    metrics.add_limits("all", limits)
     signer = URLSigner({"k": "s" * 32})
     metrics.add_links(signer)
     for result in ({}, {"result": "refused", "status": 404}, {"result": "aborted", "reason": "stalled"}):
         metrics.observe(outcome(**result))
 
     async def render() -> bytes:
+        app = Download(PathSource(directory), limits=limits)
+        assert [(await call(app, "/none")).status for _ in range(2)] == [404, 429]
         with pytest.raises(Exception, match="link"):
             await signer.verify({"method": "GET", "path": "/a", "query_string": b"sig=x"})
         return (await metrics.render())[0]
