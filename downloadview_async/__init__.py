@@ -12,6 +12,7 @@ from downloadview_async.asgi.listing.page import ListingPage, Pages
 from downloadview_async.asgi.listing.view import ViewPage
 from downloadview_async.asgi.middleware import OffloadMiddleware
 from downloadview_async.asgi.response import DownloadResponse
+from downloadview_async.asgi.traces import Traces
 from downloadview_async.errors import (
     AccessDenied,
     ArchiveTooLarge,
@@ -161,6 +162,7 @@ __all__ = [
     "SupportsListing",
     "SyncStorage",
     "TooManyArchives",
+    "Traces",
     "TransferAborted",
     "URLSigner",
     "Upstream",

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from downloadview_async import AccessLog, Accounts, Metrics, Outcome
+from downloadview_async import AccessLog, Accounts, Metrics, Outcome, Traces
 from downloadview_async.service.access import trusted_proxies
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.settings import Settings
@@ -31,6 +31,10 @@ class Service(Starlette):
         if (log := settings.log) is not None:
             with settings.blaming("log.path"):
                 self._listeners.append(AccessLog(log.path, format=log.format))
+        self._traces: Traces | None = None
+        if settings.accounts.traces:
+            with settings.blaming("accounts.traces"):
+                self._traces = Traces()
         super().__init__(**options)
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -41,6 +45,9 @@ class Service(Starlette):
         trusted = list(_addresses_of(self._settings))
         metrics = self._metrics
         observers = [] if metrics is None else [metrics.observe]
+        if self._traces is not None:
+            app = self._traces.around(app)
+            observers.append(self._traces.observe)
         accounts = Accounts(app, self._listeners, observers=observers, trusted_proxies=trusted, sends_request_id=True)
         if metrics is not None:
             metrics.add_accounts(accounts)

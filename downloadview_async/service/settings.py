@@ -344,6 +344,7 @@ class AccountsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         list[Annotated[str, Meta(pattern=rf"^hook:{_FUNCTION}\Z")]],
         Meta(description='a list of "hook:module:function", each of which gets the outcome of each answer'),
     ] = []
+    traces: Annotated[bool, Meta(description="true to make a span of OpenTelemetry for each request")] = False
 
 
 class LogSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -665,7 +666,8 @@ class Settings:
     @property
     def listens(self) -> bool:
         """Whether something listens to the outcomes of answers."""
-        return bool(self.accounts.listeners) or self.log is not None or self.metrics is not None
+        accounts = self.accounts
+        return bool(accounts.listeners) or accounts.traces or self.log is not None or self.metrics is not None
 
     def of_own_server(self) -> "Settings":
         """Return the settings with the log of answers that `[server]` wants, for `downloadview serve`.

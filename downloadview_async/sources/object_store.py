@@ -51,6 +51,7 @@ from downloadview_async.sources.bucket_listing import BucketListing
 from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.names import canonical_folder, checked_segments
+from downloadview_async.sources.spans import span
 from downloadview_async.sources.workers import Slots, Workers
 
 SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
@@ -281,7 +282,8 @@ class ObjectStorage:
             store, key = await self._place_of(name)
             of_disk = urlsplit(self.url).scheme == "file"
             with closing(OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)) as opened:
-                await opened.begin(request)
+                with span("object store", downloadview__store=urlsplit(self.url).scheme):
+                    await opened.begin(request)
                 yield opened
 
     async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:

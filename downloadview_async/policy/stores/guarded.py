@@ -12,6 +12,7 @@ from downloadview_async.errors import ConfigurationError, SourceUnavailable
 from downloadview_async.http.log_text import escaped
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.policy.stores.base import DownloadSession, GrantStore
+from downloadview_async.sources.spans import span
 
 logger = logging.getLogger("downloadview_async")
 
@@ -73,7 +74,7 @@ class GuardedStore:
     async def _ask(self, call: Callable[[], Awaitable[T]], otherwise: T, *, is_allowed: bool | None = None) -> T:
         is_allowed = self._is_allowed if is_allowed is None else is_allowed
         try:
-            with anyio.fail_after(self._timeout):
+            with span("store of links"), anyio.fail_after(self._timeout):
                 return await call()
         except Exception as exc:  # whatever the library of the store raises
             self._log(exc)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import anyio
 
 from downloadview_async.errors import ConfigurationError, FileError, SourceUnavailable, UpstreamError, UpstreamTimeout
+from downloadview_async.sources.spans import span
 from downloadview_async.sources.workers import Slots
 
 MAX_REDIRECTS = 5
@@ -18,6 +19,8 @@ MAX_REDIRECTS = 5
 # The rest of an answer is read, so that its connection can be used again, if it is this short and arrives this soon.
 _MAX_REST = 64 * 1024  # bytes
 _REST_SECONDS = 0.5
+
+_PORTS = {"http": 80, "https": 443}
 
 _LENGTH = re.compile("[0-9]{1,18}")
 
@@ -118,8 +121,20 @@ class Upstream:
         Raises `UpstreamError`, `UpstreamTimeout` or `SourceUnavailable`.
         """
         try:
-            with anyio.fail_after(self._head_timeout):
-                return await self._send(method, url, headers)
+            parts = urlsplit(url)
+            with (
+                span(
+                    method,
+                    http__request__method=method,
+                    url__scheme=parts.scheme,
+                    server__address=parts.hostname or "",
+                    server__port=parts.port or _PORTS.get(parts.scheme, 0),
+                ) as note,
+                anyio.fail_after(self._head_timeout),
+            ):
+                response = await self._send(method, url, headers)
+                note("http.response.status_code", response.status_code)
+                return response
         except TimeoutError as exc:
             raise UpstreamTimeout(f"{url!r} took more than {self._head_timeout} s to answer") from exc
         except Exception as exc:
