@@ -137,7 +137,8 @@ wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dis
 
 .PHONY: lock
 lock:  ## Pin the newest versions of all packages (needs uv)
-	$(LOCK) --upgrade --extra server --extra sqlalchemy --extra s3 --extra redis --output-file requirements/run.txt
+	$(LOCK) --upgrade --extra server --extra sqlalchemy --extra s3 --extra redis --extra metrics \
+		--output-file requirements/run.txt
 	$(LOCK) --upgrade --all-extras --group test --group lint --group docs --constraints requirements/run.txt \
 		--output-file requirements/dev.txt
 	$(LOCK) --upgrade --extra server --extra django requirements/django.in --constraints requirements/dev.txt \

@@ -4,6 +4,8 @@ from downloadview_async.accounts.completion_store import CompletionStore
 from downloadview_async.accounts.completions import Completions
 from downloadview_async.accounts.facts import note_facts, request_id_of
 from downloadview_async.accounts.followed_log import ProxyLog
+from downloadview_async.accounts.log import AccessLog
+from downloadview_async.accounts.metrics import Metrics
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.asgi.accounts import Accounts
 from downloadview_async.asgi.archives import ArchiveOptions
@@ -13,6 +15,7 @@ from downloadview_async.asgi.listing.page import ListingPage, Pages
 from downloadview_async.asgi.listing.view import ViewPage
 from downloadview_async.asgi.middleware import OffloadMiddleware
 from downloadview_async.asgi.response import DownloadResponse
+from downloadview_async.asgi.traces import Traces
 from downloadview_async.errors import (
     AccessDenied,
     ArchiveTooLarge,
@@ -83,6 +86,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Access",
     "AccessDenied",
+    "AccessLog",
     "Accounts",
     "Archive",
     "ArchiveEntry",
@@ -130,6 +134,7 @@ __all__ = [
     "MemoryChecksums",
     "MemoryGrantStore",
     "MemoryStorage",
+    "Metrics",
     "ObjectFile",
     "ObjectSource",
     "ObjectStorage",
@@ -163,6 +168,7 @@ __all__ = [
     "SupportsListing",
     "SyncStorage",
     "TooManyArchives",
+    "Traces",
     "TransferAborted",
     "URLSigner",
     "Upstream",

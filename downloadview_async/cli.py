@@ -553,6 +553,7 @@ def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> N
     from downloadview_async.service.access import keeping_peers
     from downloadview_async.service.app import build, check_databases, worker_app
     from downloadview_async.service.logs import log_config
+    from downloadview_async.service.metrics import shared_directory
     from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
     from downloadview_async.service.workers import Workers
 
@@ -561,6 +562,7 @@ def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> N
     ignore_hangup()
     # with several workers too: report errors once, before any worker starts
     _check_server(settings)
+    settings = settings.of_own_server()
     app = build(settings)
     anyio.run(check_databases, settings)
     server = settings.server
@@ -572,21 +574,25 @@ def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> N
     outermost = keeping_peers(main_app, settings)
     if outermost is not main_app:
         options["proxy_headers"] = False
-        _pass_to_workers(server)
+    options["access_log"] = False  # the application writes it
+    _pass_to_workers(server)
     announce()
     vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run looks up this name
-    uvicorn.run(
-        outermost if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
-        factory=server.workers > 1,
-        lifespan="on",
-        ws="none",
-        log_config=log_config(server.log_level),
-        **options,
-    )
+    with shared_directory(settings):
+        uvicorn.run(
+            outermost if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
+            factory=server.workers > 1,
+            lifespan="on",
+            ws="none",
+            log_config=log_config(server.log_level),
+            **options,
+        )
 
 
 def _pass_to_workers(server: ServerSettings) -> None:
-    """Write the trusted proxies into the environment: worker processes do not see the command line."""
+    """Write what the application needs into the environment: worker processes do not see the command line."""
+    os.environ["DOWNLOADVIEW_SERVER__ACCESS_LOG"] = json.dumps(server.access_log)
+    os.environ["DOWNLOADVIEW_SERVER__LOG_LEVEL"] = server.log_level
     os.environ["DOWNLOADVIEW_SERVER__PROXY_HEADERS"] = json.dumps(server.proxy_headers)
     if server.forwarded_allow_ips is not None:
         os.environ["DOWNLOADVIEW_SERVER__FORWARDED_ALLOW_IPS"] = server.forwarded_allow_ips

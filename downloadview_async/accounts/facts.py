@@ -53,10 +53,12 @@ class Facts:
             facts.etag, facts.size = etag, size
             facts = facts.outer
 
-    def find(self, source: str, key: object) -> None:
-        """Note what a source is asked for."""
+    def find(self, source: str, key: object, route: object) -> None:
+        """Note what a source is asked for, and by which route of Starlette: middleware may have copied the scope."""
+        path = getattr(route, "path", None)
         facts: Facts | None = self
         while facts is not None:
+            facts.route = facts.route or path
             facts.source, facts.name = source, str(key)
             facts = facts.outer
 

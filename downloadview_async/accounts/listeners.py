@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 
-from downloadview_async.accounts.outcome import Listener, Outcome
+from downloadview_async.accounts.outcome import BufferedListener, Listener, Outcome
 from downloadview_async.errors import ConfigurationError
 
 logger = logging.getLogger("downloadview_async")
@@ -26,6 +26,7 @@ LOG_SECONDS = 60.0
 """Seconds between two log lines about the same listener."""
 
 _BATCH_SECONDS = 0.05  # a thread is started for the outcomes of this time
+_BUFFERED = 500  # outcomes that a `BufferedListener` collects
 _TURN = 20  # outcomes after which other tasks get their turn
 
 
@@ -42,6 +43,8 @@ class _Waiting:
     def __init__(self, listener: Listener, size: int) -> None:
         self._listener: Callable[[Outcome], Any] = listener
         self._is_async = iscoroutinefunction(listener) or iscoroutinefunction(getattr(listener, "__call__", None))  # noqa: B004
+        self._buffered = listener if isinstance(listener, BufferedListener) and not self._is_async else None
+        self._unflushed = 0
         self._size = size
         self._outcomes: deque[Outcome] = deque()
         self._is_awake = False
@@ -132,7 +135,20 @@ class _Waiting:
                     asyncio.run(_waiting_for(result))
             except Exception as exc:
                 self._failed.add(exc)
+            if self._buffered is not None:
+                self._flush(self._buffered)
             self._is_delivering = False
+
+    def _flush(self, listener: BufferedListener) -> None:
+        """Have a listener write what it has collected, if it is time."""
+        self._unflushed += 1
+        if self._outcomes and self._unflushed < _BUFFERED:
+            return
+        try:
+            listener.flush()
+        except Exception as exc:
+            self._failed.add(exc, self._unflushed)
+        self._unflushed = 0
 
     async def _deliver_in_task(self) -> None:
         number = 0
@@ -202,9 +218,9 @@ class _Count:
         self._logged_at = -inf
         self._last: Exception | None = None
 
-    def add(self, exc: Exception | None = None) -> None:
-        """Count one. The first one is logged at once."""
-        self._count += 1
+    def add(self, exc: Exception | None = None, count: int = 1) -> None:
+        """Count some. The first ones are logged at once."""
+        self._count += count
         self._last = exc
         if monotonic() - self._logged_at >= LOG_SECONDS:
             self.log()

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from downloadview_async.http.metadata import ByteRange
 
@@ -91,6 +91,21 @@ class Outcome:
 
 Listener = Callable[[Outcome], Awaitable[None] | None]
 """An async or plain function that gets each `Outcome`, after the answer, in its own task or thread."""
+
+
+@runtime_checkable
+class BufferedListener(Protocol):
+    """A plain listener that collects outcomes, such as `AccessLog`.
+
+    `flush` is called in the same thread when no further outcome waits, and after 500 outcomes.
+    """
+
+    def __call__(self, outcome: Outcome, /) -> None:
+        """Take an outcome."""
+
+    def flush(self) -> None:
+        """Write what was collected."""
+
 
 Observer = Callable[[Outcome], None]
 """A function that gets each `Outcome` at once, in the event loop: it must neither block nor raise."""

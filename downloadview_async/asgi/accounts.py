@@ -52,12 +52,14 @@ class Connection(Protocol):
     is_lost: whether the connection has ended. is_broken: whether it has ended, or is about to, although an answer is
     not complete. is_stalled: whether the server has ended it, because the client took too little. untaken_at_loss: the
     bytes that the client had not taken when it ended. file_sent: the bytes of the last file that the kernel has sent.
+    request_id: the id of the request that is being answered, for log lines; `Account` puts it there.
     """
 
     is_lost: bool
     is_stalled: bool
     untaken_at_loss: int
     file_sent: int
+    request_id: str | None
 
     @property
     def is_broken(self) -> bool:
@@ -105,6 +107,8 @@ class Account(Facts):
         self._sends_id = sends_id
         extensions = scope.get("extensions")
         self._connection: Connection | None = extensions.get(CONNECTION) if extensions else None
+        if self._connection is not None:
+            self._connection.request_id = request_id
         self._began = monotonic()
 
     def send(self, message: Message) -> Awaitable[None]:  # not `async`: another coroutine would cost every message

@@ -85,6 +85,9 @@ class _Endpoint:
         with Transfers() if self.limits else _UNLIMITED as transfers:
             try:
                 key = self._key_of(scope)
+                facts: Facts | None = scope.get(ACCOUNT)
+                if facts is not None:
+                    facts.find(self.source_name, key, scope.get("route"))
                 if self._hidden is not None:
                     self._hidden.check(key)
                 if self.access:
@@ -92,11 +95,8 @@ class _Endpoint:
                     scope[GRANT] = grant
                 else:
                     grant = None
-                facts: Facts | None = scope.get(ACCOUNT)
-                if facts is not None:
-                    facts.find(self.source_name, key)
-                    if grant is not None:
-                        facts.allow(grant.user, grant.link_id)
+                if facts is not None and grant is not None:
+                    facts.allow(grant.user, grant.link_id)
                 if transfers is not None and not await admit(self.limits, transfers, key, scope, receive, send):
                     return
                 answer = await self._answer_to(key, grant, scope)

@@ -9,7 +9,7 @@ from functools import partial
 import anyio.to_thread
 from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.accounts.facts import ACCOUNT, Facts, request_id_of
 from downloadview_async.asgi.accounts import hold_accounts
 from downloadview_async.asgi.answer import RawHeaders
 from downloadview_async.asgi.delivery import Empty, Offloaded, Path, deliver, delivery_of
@@ -144,10 +144,11 @@ class ForeignResponse:
             return start
         dropped = sorted({name.decode("latin-1") for name, _ in headers} - {name.decode("latin-1") for name, _ in kept})
         logger.warning(
-            "%s %s: the application's %s is dropped: only a backend may set it, and only on a 200",
+            "%s %s: the application's %s is dropped: only a backend may set it, and only on a 200%s",
             escaped(self._scope["method"]),
             shown(self._scope["path"]),
             escaped(", ".join(dropped)),
+            "" if (request_id := request_id_of(self._scope)) is None else f" (request {request_id})",
         )
         return {**start, "headers": kept}
 

@@ -9,7 +9,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
-from downloadview_async.errors import ConfigurationError, LinkInvalid
+from downloadview_async.errors import ConfigurationError, FileError, LinkInvalid
 from downloadview_async.policy.folders import MAX_FOLDER
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.formats.base import LinkFormat
@@ -74,6 +74,16 @@ class URLSigner:
         )
         self._session_seconds = session_seconds
         self._client_of = client_of
+        self._counts = {"verified": 0, "refused": 0}
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many requests had a link that was `verified` or `refused` in this process.
+
+        With a store: how many were counted (`used`) or refused by it (`used-up`), and how often it failed
+        (`store-failed`).
+        """
+        return self._counts if self._store is None else {**self._counts, **self._store.counts}
 
     def sign(
         self,
@@ -157,13 +167,23 @@ class URLSigner:
         Raises what `check` raises, `LinkInvalid` for a link that is revoked, and `SourceUnavailable` if the store does
         not answer.
         """
+        try:
+            grant = await self._verified(scope, format)
+        except FileError:
+            if scope["query_string"]:  # else it has no link
+                self._counts["refused"] += 1
+            raise
+        self._counts["verified"] += 1
+        return grant
+
+    async def _verified(self, scope: MutableMapping[str, Any], format_: str) -> Grant:
         if scope["method"] not in ("GET", "HEAD"):
             raise LinkInvalid("a link is for GET and HEAD alone")
         raw_path, client = scope.get("raw_path"), scope.get("client")
         sent = scope["path"].encode() if raw_path is None else raw_path.partition(b"?")[0]
         path = sent if raw_path is None else unquote_to_bytes(sent)
         address = client[0] if client else None
-        grant = self._format(format).check(path, scope["query_string"], address, time.time())
+        grant = self._format(format_).check(path, scope["query_string"], address, time.time())
         if grant.folder is not None and path.count(b"/") > sent.count(b"/"):
             raise LinkInvalid("a path below the folder of a link has no encoded slash: it may mean another folder")
         if self._store is None:

@@ -14,7 +14,17 @@ import anyio
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from downloadview_async import Accounts, Completions, CompletionStore, ConfigurationError, Outcome, ProxyLog
+from downloadview_async import (
+    AccessLog,
+    Accounts,
+    Completions,
+    CompletionStore,
+    ConfigurationError,
+    Metrics,
+    Outcome,
+    ProxyLog,
+    Traces,
+)
 from downloadview_async.service.access import trusted_proxies
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.logs import one_line
@@ -27,18 +37,32 @@ _COUNTS = ("downloads", "answers", "bytes")
 class Service(Starlette):
     """The service as an ASGI application. Its outermost middleware is `Accounts`, so each error is accounted for too.
 
-    observers: those of `Accounts`.
+    observers: those of `Accounts`, besides the metrics.
 
-    Raises `ConfigurationError` for a listener that cannot be imported.
+    Raises `ConfigurationError` for a listener that cannot be imported, and for a log that cannot be written.
     """
 
-    def __init__(self, settings: Settings, observers: Sequence[Callable[[Outcome], None]] = (), **options: Any) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics | None = None,
+        observers: Sequence[Callable[[Outcome], None]] = (),
+        **options: Any,
+    ) -> None:
         self._observers = observers
         self._settings = settings
-        self._listeners = [
+        self._metrics = metrics
+        self._listeners: list[Callable[[Outcome], Any]] = [
             function_of(settings, f"accounts.listeners[{index}]", name.removeprefix(_HOOK))
             for index, name in enumerate(settings.accounts.listeners)
         ]
+        if (log := settings.log) is not None:
+            with settings.blaming("log.path"):
+                self._listeners.append(AccessLog(log.path, format=log.format))
+        self._traces: Traces | None = None
+        if settings.accounts.traces:
+            with settings.blaming("accounts.traces"):
+                self._traces = Traces()
         super().__init__(**options)
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -47,7 +71,16 @@ class Service(Starlette):
         if not self._settings.listens:
             return app
         trusted = list(_addresses_of(self._settings))
-        return Accounts(app, self._listeners, observers=self._observers, trusted_proxies=trusted, sends_request_id=True)
+        metrics, observers = self._metrics, [*self._observers]
+        if metrics is not None:
+            observers.append(metrics.observe)
+        if self._traces is not None:
+            app = self._traces.around(app)
+            observers.append(self._traces.observe)
+        accounts = Accounts(app, self._listeners, observers=observers, trusted_proxies=trusted, sends_request_id=True)
+        if metrics is not None:
+            metrics.add_accounts(accounts)
+        return accounts
 
 
 def _addresses_of(settings: Settings) -> Iterator[str]:

@@ -73,9 +73,11 @@ from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.digests import digests_of
 from downloadview_async.service.functions import function_of
-from downloadview_async.service.health import CachePage, Health, check_directory, check_store
+from downloadview_async.service.health import PRIVATE, CachePage, Health, check_directory, check_store
 from downloadview_async.service.limits import ServiceLimits, opened_limits, service_limits
 from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
+from downloadview_async.service.metrics import PAGE as METRICS
+from downloadview_async.service.metrics import MetricsPage, metrics_of
 from downloadview_async.service.pages import ServicePages
 from downloadview_async.service.pages.errors import ErrorPages
 from downloadview_async.service.pages.index import IndexPage, folder_of
@@ -184,8 +186,11 @@ def build(settings: Settings) -> Starlette:
             await stack.enter_async_context(opened_completions(settings, completions))
             for known in digests.values():
                 await stack.enter_async_context(known.running())
+            if metrics is not None:
+                await stack.enter_async_context(metrics.running())
             yield
 
+    metrics = metrics_of(settings, sources, caches, signer, limits)
     health = Health(checks)
     pages = ServicePages(settings)
     middleware = [Middleware(OneLineFailures), Middleware(ErrorPages, pages=pages)]
@@ -193,6 +198,7 @@ def build(settings: Settings) -> Starlette:
         middleware.append(Middleware(OffloadMiddleware, backend=backend, proxy=settings.offload.backend))
     app = Service(
         settings,
+        metrics,
         [] if completions is None else [completions],
         routes=[
             *(
@@ -202,6 +208,7 @@ def build(settings: Settings) -> Starlette:
             ),
             Route("/-/livez", health.livez),
             Route("/-/readyz", health.readyz),
+            *([] if metrics is None else [Route(f"{PRIVATE}{METRICS}", MetricsPage(metrics).answer)]),
             *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
             *_routes(settings, sources, signer, caches, digests, limits, completions),
             Route("/favicon.ico", pages.favicon),
@@ -226,7 +233,7 @@ def app_from_environment(default: Path | None = None) -> Starlette:
 def worker_app() -> ASGIApp:
     """Return the service for one of several worker processes, wrapped so that the process ends in time."""
     ignore_hangup()
-    settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+    settings = load_settings(os.environ.get(CONFIG), environ=os.environ).of_own_server()
     return keeping_peers(EndsInTime(build(settings)), settings)
 
 

@@ -30,6 +30,8 @@ from downloadview_async.service.settings import (
     DigestsSettings,
     LimitsSettings,
     LinksSettings,
+    LogSettings,
+    MetricsSettings,
     ObjectSettings,
     OffloadSettings,
     PagesSettings,
@@ -80,6 +82,8 @@ _TABLES: dict[str, Any] = {
     "users": UsersSettings,
     "limits": LimitsSettings,
     "accounts": AccountsSettings,
+    "log": LogSettings,
+    "metrics": MetricsSettings,
     "archives": ArchivesSettings,
     "pages": PagesSettings,
 }
@@ -282,6 +286,8 @@ class _Draft:
             limits=limits,
             archives=self._archives(self._converted("archives", self._table("archives", data), ArchivesSettings)),
             accounts=self._accounts(self._converted("accounts", self._table("accounts", data), AccountsSettings)),
+            log=self._log(data),
+            metrics=self._metrics(data),
             pages=self._pages(self._converted("pages", self._table("pages", data), PagesSettings)),
             digests=digests,
             content_types=self._converted("content_types", self._table("content_types", data), ContentTypes),
@@ -340,6 +346,20 @@ class _Draft:
             if (path := getattr(server, name)) and self.origins.get(f"server.{name}") != _COMMAND_LINE
         }
         return msgspec.structs.replace(server, **paths)
+
+    def _log(self, data: Mapping[str, Any]) -> LogSettings | None:
+        if "log" not in data:
+            return None
+        log: LogSettings = self._converted("log", self._table("log", data), LogSettings)
+        return log if log.path is None else msgspec.structs.replace(log, path=self._absolute(log.path))
+
+    def _metrics(self, data: Mapping[str, Any]) -> MetricsSettings | None:
+        if "metrics" not in data:
+            return None
+        metrics: MetricsSettings = self._converted("metrics", self._table("metrics", data), MetricsSettings)
+        if metrics.directory is None:
+            return metrics
+        return msgspec.structs.replace(metrics, directory=self._absolute(metrics.directory))
 
     def _source(self, name: str, table: Any) -> SourceSettings:
         key = f"sources.{name}"

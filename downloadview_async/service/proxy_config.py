@@ -7,6 +7,7 @@ from typing import Any
 
 from downloadview_async import LinkLocation, ObjectStorage, proxy_config, proxy_kinds
 from downloadview_async.service.health import PRIVATE, PUBLIC
+from downloadview_async.service.metrics import PAGE
 from downloadview_async.service.settings import (
     CORS_HEADERS,
     PathSettings,
@@ -31,7 +32,8 @@ def config_for(
     """
     _check_proxy(proxy, settings)
     server, rules = settings.server, rules_of(settings)
-    options: dict[str, Any] = {"storages": _storages(settings), "private": PRIVATE, "public": PUBLIC}
+    public = [*PUBLIC, PAGE] if settings.metrics is not None and settings.metrics.public else PUBLIC
+    options: dict[str, Any] = {"storages": _storages(settings), "private": PRIVATE, "public": public}
     steps: list[tuple[str, dict[str, Any]]] = [
         ("offload.rules", {}),
         ("server.root_path", {"prefix": server.root_path}),

@@ -6,7 +6,7 @@ Error messages repeat it, as do the help of `downloadview serve` and the referen
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from urllib.parse import unquote, urlsplit
@@ -344,6 +344,7 @@ class AccountsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         list[Annotated[str, Meta(pattern=rf"^hook:{_FUNCTION}\Z")]],
         Meta(description='a list of "hook:module:function", each of which gets the outcome of each answer'),
     ] = []
+    traces: Annotated[bool, Meta(description="true to make a span of OpenTelemetry for each request")] = False
     database: (
         Annotated[
             str,
@@ -369,6 +370,44 @@ class AccountsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=
                 min_length=1,
                 description="the log in which the proxy writes what it has sent, absolute or relative to the settings "
                 "file",
+            ),
+        ]
+        | None
+    ) = None
+
+
+class LogSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[log]`: a line for each answer. `server.access_log` and `--no-access-log` turn it off."""
+
+    format: Annotated[
+        Literal["text", "json", "combined"],
+        Meta(description="text for people, json for programs, or combined as Apache and nginx write it"),
+    ] = "text"
+    path: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="a file, absolute or relative to the settings file; by default, the standard error",
+            ),
+        ]
+        | None
+    ) = None
+
+
+class MetricsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[metrics]`: the page /-/metrics for Prometheus."""
+
+    public: Annotated[bool, Meta(description="true to let clients request it through the printed configurations")] = (
+        False
+    )
+    directory: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="a directory in which several processes add up their numbers, absolute or relative to the "
+                "settings file; by default, `downloadview serve` makes one for its workers",
             ),
         ]
         | None
@@ -651,13 +690,27 @@ class Settings:
     archives: ArchivesSettings = field(default_factory=ArchivesSettings)
     digests: DigestsSettings | None = None
     accounts: AccountsSettings = field(default_factory=AccountsSettings)
+    log: LogSettings | None = None
+    metrics: MetricsSettings | None = None
     content_types: Mapping[str, str] = field(default_factory=dict)
     pages: PagesSettings = field(default_factory=PagesSettings)
 
     @property
     def listens(self) -> bool:
         """Whether something listens to the outcomes of answers."""
-        return bool(self.accounts.listeners or self.accounts.database)
+        accounts = self.accounts
+        is_accounted = bool(accounts.listeners or accounts.database) or accounts.traces
+        return is_accounted or self.log is not None or self.metrics is not None
+
+    def of_own_server(self) -> "Settings":
+        """Return the settings with the log of answers that `[server]` wants, for `downloadview serve`.
+
+        Another server usually writes a log by itself. Under it, the service writes one only if there is a `[log]`.
+        """
+        log = self.log
+        if log is None and self.server.log_level in ("info", "debug", "trace"):
+            log = LogSettings()
+        return replace(self, log=log if self.server.access_log else None)
 
     def error(self, key: str, problem: str) -> ConfigurationError:
         """Return the error for a key such as `sources.files.root`."""

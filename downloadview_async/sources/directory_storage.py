@@ -12,7 +12,7 @@ from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.path import FileBeneath
 from downloadview_async.sources.local.root import Root, Symlinks
 from downloadview_async.sources.names import Names
-from downloadview_async.sources.workers import Workers
+from downloadview_async.sources.workers import Slots, Workers
 
 
 class DirectoryStorage:
@@ -29,6 +29,11 @@ class DirectoryStorage:
         self.root = Root(root, symlinks=symlinks, names=names)
         self._workers = Workers(threads)
         self._cache = OpenFileCache(self.root, self._workers)
+
+    @property
+    def slots(self) -> Slots:
+        """The threads that read files which are not in memory."""
+        return self._workers.slots
 
     @asynccontextmanager
     async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:

@@ -51,6 +51,7 @@ from downloadview_async.sources.bucket_listing import BucketListing
 from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.names import canonical_folder, checked_segments
+from downloadview_async.sources.spans import span
 from downloadview_async.sources.workers import Slots, Workers
 
 SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
@@ -166,7 +167,7 @@ class ObjectStorage:
     ) -> None:
         self.url = url
         self._answer_timeout = answer_timeout
-        self._slots = Slots(max_connections)
+        self.slots = Slots(max_connections, are_connections=True)
         self._arguments = _arguments(url, options)
         self._made: tuple[int, Any] | None = (os.getpid(), self._make(url, self._arguments))
         self._below: dict[str, Any] = {}
@@ -277,11 +278,12 @@ class ObjectStorage:
         `UpstreamError`.
         """
         checked_segments(name, "exact")
-        with await self._slots.take():
+        with await self.slots.take():
             store, key = await self._place_of(name)
             of_disk = urlsplit(self.url).scheme == "file"
             with closing(OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)) as opened:
-                await opened.begin(request)
+                with span("object store", downloadview__store=urlsplit(self.url).scheme):
+                    await opened.begin(request)
                 yield opened
 
     async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
@@ -303,7 +305,7 @@ class ObjectStorage:
         import obstore
 
         try:
-            with await self._slots.take(), anyio.fail_after(_LISTING_TIMES * self._answer_timeout):
+            with await self.slots.take(), anyio.fail_after(_LISTING_TIMES * self._answer_timeout):
                 listed = await obstore.list_with_delimiter_async(self.store, prefix=folder or None)
         except TimeoutError as exc:
             raise UpstreamTimeout(f"{folder!r} was not listed in time") from exc
@@ -351,7 +353,7 @@ class ObjectStorage:
             region=config.get("region", "us-east-1"),
             credentials=credentials,
             error_for=lambda text, name: _file_error(RuntimeError(text), name),
-            slots=self._slots,
+            slots=self.slots,
             workers=self._makers,
             timeout=self._answer_timeout,
         )

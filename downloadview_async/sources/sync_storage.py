@@ -19,7 +19,7 @@ from downloadview_async.sources.base import pass_listing_on
 from downloadview_async.sources.file_objects import Extent, OpenFileObject, close, closing_in_thread, extent_of
 from downloadview_async.sources.listing import Entry
 from downloadview_async.sources.names import canonical_folder
-from downloadview_async.sources.workers import MID_TRANSFER, Workers
+from downloadview_async.sources.workers import MID_TRANSFER, Slots, Workers
 
 _BATCH = 100  # entries that one call of a worker gets
 _TIMES = ("mtime", "LastModified", "last_modified", "modified")
@@ -55,6 +55,11 @@ class SyncStorage:
         self._describes = describes
         if self._has("ls") or self._has("listdir"):
             pass_listing_on(self, SimpleNamespace(list=self._list))
+
+    @property
+    def slots(self) -> Slots:
+        """The threads in which the storage is called."""
+        return self._workers.slots
 
     @asynccontextmanager
     async def open(self, name: str, request: DownloadRequest = GET) -> AsyncIterator[OpenFileObject]:

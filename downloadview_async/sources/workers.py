@@ -5,7 +5,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Generic, Literal, TypeVar, TypeVarTuple
+from time import monotonic
+from typing import Any, Generic, Literal, Protocol, TypeVar, TypeVarTuple, runtime_checkable
 
 import anyio
 import anyio.from_thread
@@ -33,13 +34,31 @@ class Slots:
     """At most `limit` holders at once. A caller that gets no slot within `patience` seconds is turned away.
 
     They may be used in one event loop after another, of asyncio or trio.
+
+    are_connections: whether each slot is a request to another server, and not a thread.
+    waits, refusals: how many callers had to wait so far, and how many of these were turned away. wait_seconds: how long
+    all have waited.
     """
 
-    def __init__(self, limit: int, *, patience: float = 2.0) -> None:
+    def __init__(self, limit: int, *, patience: float = 2.0, are_connections: bool = False) -> None:
+        self.are_connections = are_connections
         self._limit = limit
         self._patience = patience
         self._holders: set[object] = set()
         self._waiting: deque[tuple[object, anyio.Event]] = deque()
+        self.waits = 0
+        self.refusals = 0
+        self.wait_seconds = 0.0
+
+    @property
+    def in_use(self) -> int:
+        """How many slots are held."""
+        return len(self._holders)
+
+    @property
+    def waiting(self) -> int:
+        """How many callers wait for a slot."""
+        return len(self._waiting)
 
     async def take(self, *, patience: float | None = None) -> ExitStack:
         """Return a context that holds a slot: `with await slots.take():`. Raises `SourceUnavailable` if none is free.
@@ -53,6 +72,8 @@ class Slots:
             return held
         place = slot, anyio.Event()
         self._waiting.append(place)
+        self.waits += 1
+        began = monotonic()
         try:
             with anyio.move_on_after(self._patience if patience is None else patience):
                 await place[1].wait()
@@ -61,9 +82,11 @@ class Slots:
                 self._free(slot)
             raise
         finally:
+            self.wait_seconds += monotonic() - began
             if place in self._waiting:
                 self._waiting.remove(place)
         if slot not in self._holders:
+            self.refusals += 1
             raise SourceUnavailable(f"all {self._limit} slots of this source are in use: try again, or raise its limit")
         return held
 
@@ -75,6 +98,37 @@ class Slots:
             given.set()
 
 
+@runtime_checkable
+class UsesSlots(Protocol):
+    """A source or a storage whose requests wait for one of its slots: for a thread, or for a connection."""
+
+    @property
+    def slots(self) -> Slots:
+        """The slots."""
+
+
+@runtime_checkable
+class _OverSource(Protocol):
+    source: object
+
+
+@runtime_checkable
+class _OverStorage(Protocol):
+    storage: object
+
+
+def slots_of(source: object) -> Slots | None:
+    """Return the slots of a source; None if it has none.
+
+    A source may get its files from another source, as a cache does, or from a storage.
+    """
+    if isinstance(source, UsesSlots):
+        return source.slots
+    if isinstance(source, _OverStorage):
+        return slots_of(source.storage)
+    return slots_of(source.source) if isinstance(source, _OverSource) else None
+
+
 class Workers:
     """At most `limit` blocking calls at once. A caller that gets no worker within `patience` seconds is turned away.
 
@@ -82,7 +136,7 @@ class Workers:
     """
 
     def __init__(self, limit: int = 40, *, patience: float = 2.0) -> None:
-        self._slots = Slots(limit, patience=patience)
+        self.slots = Slots(limit, patience=patience)
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts, patience: float | None = None) -> T:
         """Return what `function(*args)` returns in a worker thread. A cancelled caller waits for the call to end.
@@ -91,7 +145,7 @@ class Workers:
 
         Raises `SourceUnavailable` if no worker is free in time, and the errors of the function.
         """
-        with await self._slots.take(patience=patience):
+        with await self.slots.take(patience=patience):
             return await anyio.to_thread.run_sync(function, *args, limiter=unlimited())
 
     async def run_or_abandon(
@@ -105,7 +159,7 @@ class Workers:
 
         The worker stays in use until the call ends, and `discard` gets its result.
         """
-        with await self._slots.take(patience=patience) as slot:
+        with await self.slots.take(patience=patience) as slot:
             call = _Call(function, args, discard)
             try:
                 await anyio.to_thread.run_sync(call.work, limiter=unlimited(), abandon_on_cancel=True)

@@ -72,7 +72,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     name = f"test_{random.getrandbits(64):x}"
 
     async def create() -> None:
-        import asyncpg  # type: ignore[import-not-found, unused-ignore]
+        import asyncpg  # type: ignore[import-untyped]
 
         connection = await asyncpg.connect(server.replace("+asyncpg", ""))
         await connection.execute(f"CREATE DATABASE {name}")

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -92,6 +93,26 @@ def test_each_answer_is_told(directory: Path) -> None:
 def test_without_a_listener_nothing_is_added(directory: Path) -> None:
     with TestClient(build(load(directory, SETTINGS.partition("[accounts]")[0]))) as client:
         assert "x-request-id" not in client.get("/files/a.txt").headers
+
+
+def test_with_traces_each_request_has_a_span(directory: Path) -> None:
+    """The global provider belongs to the process, so another process makes the spans."""
+    load(directory, SETTINGS.partition("[accounts]")[0] + "[accounts]\ntraces = true\n")
+    script = """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
+from starlette.testclient import TestClient
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
+trace.set_tracer_provider(TracerProvider())
+exporter = ConsoleSpanExporter(formatter=lambda span: f"{span.name} {span.attributes['http.response.body.size']}\\n")
+trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(exporter))
+with TestClient(build(load_settings("downloadview.toml", environ={}))) as client:
+    client.get("/files/a.txt")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=directory, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "GET /files/{path:path} 10\n", done.stderr
 
 
 @pytest.mark.parametrize(

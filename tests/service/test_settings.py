@@ -194,7 +194,7 @@ REFUSED = [
     (
         "port = 8000",
         "port",
-        "unknown key: use one of accounts, archives, content_types, digests, limits, links, offload, pages, routes, ",
+        "unknown key: use one of accounts, archives, content_types, digests, limits, links, log, ",
     ),
     ("[servre]", "servre", "did you mean 'server'?"),
     ("[server]\nprot = 1", "server.prot", "did you mean 'port'?"),

@@ -149,7 +149,7 @@ async def test_a_name_in_a_header_is_believed_from_the_proxy_alone(directory: Pa
         assert (await ask_from(proxy, port, "/ada/a.txt", {"X-Remote-User": "eve"})).status == 404
         assert (await ask_from(proxy, port, "/ada/a.txt", {"X_Remote_User": "ada"})).status == 404
         assert (await ask_from(client, port, "/public/a.txt", {"X-Remote-User": "ada"})).status == 200
-        server.wait_for_log("203.0.113.9:0 - ", times=1)  # the log still has the address of the client
+        server.wait_for_log(" 203.0.113.9 ", times=1)  # the log still has the address of the client
 
 
 @pytest.mark.asyncio

@@ -260,6 +260,7 @@ def test_the_least_recently_used_makes_room(make: Make) -> None:
     assert directory.find("s", "a") is not None  # is a use of it
     assert put(directory, "d", bytes(12 * KIB)) is not None
     assert [directory.find("s", key) is not None for key in "abcd"] == [True, False, True, True]
+    assert directory.evictions == 1
     assert directory.bytes == on_disk(directory) <= 60 * KIB
 
 

@@ -216,6 +216,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "is_lost",
         "is_stalled",
         "minimum_rate",
+        "request_id",
         "stall_seconds",
         "untaken_at_loss",
     )
@@ -232,6 +233,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self.is_stalled = False
         self.untaken_at_loss = 0
         self.file_sent = 0
+        self.request_id: str | None = None
         self._paused: tuple[int, int] | None = None  # the untaken bytes, and those acknowledged, when writing paused
         self._held = 0  # bytes in the transport when writing paused
         self.flushed: asyncio.Future[None] | None = None

@@ -23,7 +23,7 @@ class Watched(Connection, Protocol):
     """A connection that can be watched.
 
     stall_seconds, minimum_rate (bytes per second): the connection is reset if the client takes less than this rate on
-    the average of so many seconds. is_stalled: whether that has happened.
+    the average of so many seconds. is_stalled: whether that has happened. request_id: for the log, if it is known.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -31,6 +31,7 @@ class Watched(Connection, Protocol):
     is_stalled: bool
     stall_seconds: float
     minimum_rate: int
+    request_id: str | None
 
 
 # When the watch over a connection began (seconds of the monotonic clock), and its untaken bytes at that moment.
@@ -88,6 +89,9 @@ def has_stalled(connection: Watched, untaken_then: int) -> bool:
 
 def drop_client(connection: Watched) -> None:
     """Reset the connection of a client that takes too little, and log that."""
-    connection.logger.warning("Transfer aborted: the client took less than %d bytes a second", connection.minimum_rate)
+    of = "" if connection.request_id is None else f" (request {connection.request_id})"
+    connection.logger.warning(
+        "Transfer aborted: the client took less than %d bytes a second%s", connection.minimum_rate, of
+    )
     connection.is_stalled = True
     reset(connection)

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import count
@@ -115,6 +115,8 @@ class Limits:
         self._queue_seconds = queue_seconds
         self._holds_leases = concurrent is not None or (rate is not None and store != "memory")
         self._name = name or f"{next(_names)}"
+        self.hits: Counter[str] = Counter()
+        """How many requests each of the limits has refused in this process, by its text."""
         self._key_of = lru_cache(maxsize=4096)(lambda address: f"{self._name} address {network_of(address)}")
         self._rates: OrderedDict[str, SharedRate] = OrderedDict()
         self._queues: dict[str, deque[_Place]] = {}
@@ -225,7 +227,7 @@ class Limits:
             raise
         if used_up is not None:
             transfer.is_charged = False
-            raise LimitExceeded(used_up.text, wait=seconds_left(used_up, now))
+            raise self._exceeded(used_up.text, seconds_left(used_up, now))
 
     def let_go(self, transfer: "Transfer") -> None:
         """Give back the lease of a transfer that waits for another one first. `hold` takes it again."""
@@ -280,9 +282,14 @@ class Limits:
     def _refusal(self, verdict: Verdict) -> LimitExceeded:
         if verdict.refused == "requests":
             assert self._window is not None
-            return LimitExceeded(self._window.text, wait=verdict.wait)
+            return self._exceeded(self._window.text, verdict.wait)
         transfers = "1 transfer" if self._most == 1 else f"{self._most} transfers"
-        return LimitExceeded(f"at most {transfers} at once", wait=verdict.wait)
+        return self._exceeded(f"at most {transfers} at once", verdict.wait)
+
+    def _exceeded(self, limit: str, wait: float) -> LimitExceeded:
+        """Count that a limit was hit, and return the error."""
+        self.hits[limit] += 1
+        return LimitExceeded(limit, wait=wait)
 
     async def check(self) -> None:
         """Return if the store answers. Raises whatever the library of the store raises."""

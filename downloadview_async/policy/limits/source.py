@@ -30,16 +30,16 @@ class SourceLimit:
             raise ConfigurationError(f"SourceLimit takes a number of requests, 1 or more, not {requests!r}")
         if not 0 < queue_seconds < math.inf:
             raise ConfigurationError(f"queue_seconds is {queue_seconds!r}: give more than 0")
-        self._slots = Slots(requests, patience=queue_seconds)
+        self.slots = Slots(requests, patience=queue_seconds)
 
     async def begin(self, scope: Scope, receive: Receive, *, is_transfer: bool) -> Transfer:
         """Take a slot, also for a request without a transfer: it opens the file. Raises `SourceUnavailable`."""
-        return _Slot(self, await self._slots.take())
+        return _Slot(self, await self.slots.take())
 
     async def hold(self, transfer: Transfer) -> None:
         """Take the slot again. Raises `SourceUnavailable`."""
         assert isinstance(transfer, _Slot)
-        transfer.slot = await self._slots.take()
+        transfer.slot = await self.slots.take()
         transfer.is_held = True
 
     def let_go(self, transfer: Transfer) -> None:

@@ -12,6 +12,7 @@ from downloadview_async.errors import ConfigurationError, SourceUnavailable
 from downloadview_async.http.log_text import escaped
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.policy.stores.base import DownloadSession, GrantStore
+from downloadview_async.sources.spans import span
 
 logger = logging.getLogger("downloadview_async")
 
@@ -37,6 +38,7 @@ class GuardedStore:
         self._is_allowed = when_it_fails == "allow"
         self._timeout = timeout
         self._log_at = 0.0
+        self.counts = {"used": 0, "used-up": 0, "store-failed": 0}
         self.notes: dict[DownloadSession, list[anyio.Event]] = {}
         """What this process notes now, by the session."""
 
@@ -44,9 +46,11 @@ class GuardedStore:
         self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
     ) -> bool:
         """Return whether the request may have the file. Raises `SourceUnavailable`."""
-        return await self._ask(
+        is_allowed = await self._ask(
             lambda: self._store.claim(session, uses=uses, wants_all=wants_all, now=now, ends=ends, until=until), True
         )
+        self.counts["used" if is_allowed else "used-up"] += 1
+        return is_allowed
 
     async def wait_for_notes(self, session: DownloadSession) -> None:
         """Wait until the store has what this process notes of a session now, so that it knows what is complete."""
@@ -70,10 +74,11 @@ class GuardedStore:
     async def _ask(self, call: Callable[[], Awaitable[T]], otherwise: T, *, is_allowed: bool | None = None) -> T:
         is_allowed = self._is_allowed if is_allowed is None else is_allowed
         try:
-            with anyio.fail_after(self._timeout):
+            with span("store of links"), anyio.fail_after(self._timeout):
                 return await call()
         except Exception as exc:  # whatever the library of the store raises
             self._log(exc)
+            self.counts["store-failed"] += 1
             if is_allowed:
                 return otherwise
             raise SourceUnavailable(f"the store of links has failed: {type(exc).__name__}") from exc

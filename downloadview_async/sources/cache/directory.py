@@ -290,6 +290,11 @@ class CacheDirectory:
             self._sweep(usage, evict_to=self.max_bytes - need - self.max_bytes // 16)
         return usage.used + need <= self.max_bytes
 
+    @property
+    def evictions(self) -> int:
+        """How many files this process has evicted."""
+        return self._files.evictions
+
     def _sweep(self, usage: _Usage, *, evict_to: int | None = None) -> None:
         now = time.time()
         usage.used = sweep(self._files, used=self._used(), max_unused=self._max_unused, evict_to=evict_to, now=now)

@@ -101,6 +101,7 @@ def _evict(files: CacheFiles, key: str, kept: _Kept) -> int:
         files.unlink(hidden)
         for name, _, _ in kept.data:
             files.unlink(name)
+    files.evictions += 1
     return BLOCK + sum(cost(size) for _, size, _ in kept.data)
 
 

@@ -52,6 +52,7 @@ class CacheFiles:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.evictions = 0
 
     def new_part(self, key: str, mode: int) -> Part:
         """Make a part for K, and lock it. Raises `OSError`."""

@@ -62,7 +62,8 @@ class CacheCounters:
     hits: requests served from the cache without asking the source. misses: requests for a file that was not in the
     cache. A file that has been removed behind the cache's back counts as a hit and as a miss. revalidated: requests
     for which the source was asked whether the cached file is still current. passed: how many of all these the source
-    answered itself. bytes: what all processes together had on the disk when one last counted it.
+    answered itself. evictions: files that were removed because there was no room, or because nobody had requested them
+    for long. bytes: what all processes together had on the disk when one last counted it.
     """
 
     hits: int
@@ -70,6 +71,7 @@ class CacheCounters:
     revalidated: int
     passed: int
     bytes: int
+    evictions: int = 0
 
     @property
     def stale(self) -> int:
@@ -158,7 +160,7 @@ class Cache:
     @property
     def counters(self) -> CacheCounters:
         """The counters as they are now."""
-        return CacheCounters(**self.counts, bytes=self.directory.bytes)
+        return CacheCounters(**self.counts, bytes=self.directory.bytes, evictions=self.directory.evictions)
 
     async def sweep(self) -> None:
         """Count the files, and remove unused ones and those that killed processes have left.

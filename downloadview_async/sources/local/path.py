@@ -17,7 +17,7 @@ from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.root import Opened, Root, Symlinks, open_trusted
 from downloadview_async.sources.names import Names, canonical_name
-from downloadview_async.sources.workers import Workers
+from downloadview_async.sources.workers import Slots, Workers
 
 SUFFIXES = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}
 """Content codings, and the suffix that the name of a precompressed sibling has for each."""
@@ -184,6 +184,11 @@ class PathSource:
 
         self._file = file
         self._workers = workers
+
+    @property
+    def slots(self) -> Slots:
+        """The threads that read files which are not in memory."""
+        return self._workers.slots
 
     def canonical(self, name: str) -> str:
         """Return the name beneath the root for a name from a request: see `HasCanonicalNames`."""

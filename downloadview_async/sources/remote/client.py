@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import anyio
 
 from downloadview_async.errors import ConfigurationError, FileError, SourceUnavailable, UpstreamError, UpstreamTimeout
+from downloadview_async.sources.spans import span
 from downloadview_async.sources.workers import Slots
 
 MAX_REDIRECTS = 5
@@ -18,6 +19,8 @@ MAX_REDIRECTS = 5
 # The rest of an answer is read, so that its connection can be used again, if it is this short and arrives this soon.
 _MAX_REST = 64 * 1024  # bytes
 _REST_SECONDS = 0.5
+
+_PORTS = {"http": 80, "https": 443}
 
 _LENGTH = re.compile("[0-9]{1,18}")
 
@@ -89,7 +92,7 @@ class Upstream:
         self._headers = dict(headers or {})
         self._owns_client = client is None
         self._client = client or guarded_client(self._hosts, connect_timeout=connect_timeout, read_timeout=read_timeout)
-        self._slots = Slots(max_connections)
+        self.slots = Slots(max_connections, are_connections=True)
         self._head_timeout = connect_timeout + read_timeout
 
     async def aclose(self) -> None:
@@ -109,7 +112,7 @@ class Upstream:
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Hold one of the connections. Raises `SourceUnavailable`."""
-        with await self._slots.take():
+        with await self.slots.take():
             yield
 
     async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
@@ -118,8 +121,20 @@ class Upstream:
         Raises `UpstreamError`, `UpstreamTimeout` or `SourceUnavailable`.
         """
         try:
-            with anyio.fail_after(self._head_timeout):
-                return await self._send(method, url, headers)
+            parts = urlsplit(url)
+            with (
+                span(
+                    method,
+                    http__request__method=method,
+                    url__scheme=parts.scheme,
+                    server__address=parts.hostname or "",
+                    server__port=parts.port or _PORTS.get(parts.scheme, 0),
+                ) as note,
+                anyio.fail_after(self._head_timeout),
+            ):
+                response = await self._send(method, url, headers)
+                note("http.response.status_code", response.status_code)
+                return response
         except TimeoutError as exc:
             raise UpstreamTimeout(f"{url!r} took more than {self._head_timeout} s to answer") from exc
         except Exception as exc:

@@ -33,6 +33,7 @@ from downloadview_async.sources.listing import Entry, accepted_entries
 from downloadview_async.sources.names import Names, canonical_name, check_names_option, has_dot_segment
 from downloadview_async.sources.remote.client import Upstream, client_error, is_host, settle
 from downloadview_async.sources.remote.listing import list_upstream
+from downloadview_async.sources.workers import Slots
 
 
 class RemoteSource:
@@ -73,6 +74,11 @@ class RemoteSource:
         )
         if lists:
             pass_listing_on(self, SimpleNamespace(list=partial(accepted_entries, self._list, names)))
+
+    @property
+    def slots(self) -> Slots:
+        """The connections to the server."""
+        return self._upstream.slots
 
     def _list(self, folder: str) -> AsyncIterator[Entry]:
         path = quote(self.canonical(folder)) if folder else ""

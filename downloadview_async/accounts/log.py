@@ -1,0 +1,247 @@
+"""`AccessLog`: one line for each answer, as text, as JSON, or in the combined format of Apache and nginx.
+
+All lines are printable ASCII. They have no query, because it may hold the token of a link, and no header of the request
+except the user agent and, in the combined format, the page that the request came from, without its query.
+"""
+
+import json
+import os
+import re
+import select
+import stat
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii as _quote
+from typing import Any, Literal
+from urllib.parse import quote
+
+from downloadview_async.accounts.outcome import Outcome
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.http.log_text import LIMIT, cut
+
+LogFormat = Literal["text", "json", "combined"]
+
+_ATOMIC = select.PIPE_BUF  # bytes that a pipe takes at once, so that lines of several processes do not mix
+_WRITABLE_SECONDS = 5.0  # that a pipe without a reader may take to be writable
+
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~-]*", re.ASCII)
+_PLAIN_WORD = re.compile(r"[!#-\[\]-~]+", re.ASCII)  # printable, without spaces, quotes and backslashes
+_QUERY = re.compile("[?#].*", re.DOTALL)
+
+
+class AccessLog:
+    """Writes a line for each outcome: `Accounts(app, listeners=[AccessLog("access.log", format="json")])`.
+
+    path: a file, to which lines are appended; None for the standard error. Several processes may write to the same
+    file. If the file is renamed or removed, as `logrotate` does, the next lines go to a new file of that name.
+    format: "text" for people, "json" for programs, "combined" as Apache and nginx write it, with the seconds, the
+    result, the kind, the link and the id of the request at the end.
+
+    Raises `ConfigurationError` for another format, and if the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, format: LogFormat = "text") -> None:  # noqa: A002
+        if format not in _FORMATS:
+            raise ConfigurationError(f"format is {format!r}: give {', '.join(_FORMATS)}")
+        self._line_of = _FORMATS[format]
+        self._path = None if path is None else os.path.abspath(path)
+        self._lines: list[str] = []
+        self._descriptor = -1
+        self._is_torn = False
+        try:
+            self._open()
+        except OSError as exc:
+            raise ConfigurationError(f"the log {self._path!r} cannot be written ({exc.strerror})") from exc
+
+    def __call__(self, outcome: Outcome) -> None:
+        """Take the line of an outcome, which `flush` writes."""
+        self._lines.append(self._line_of(outcome))
+
+    def flush(self) -> None:
+        """Write the lines. Raises `OSError` if they cannot be written; they are lost then."""
+        if not self._lines:
+            return
+        lines, self._lines = self._lines, []
+        self._open()
+        if self._is_torn:
+            lines.insert(0, "")  # ends the line of which only the beginning was written
+        is_pipe = stat.S_ISFIFO(os.fstat(self._descriptor).st_mode)
+        for part in _parts(lines) if is_pipe else ["\n".join([*lines, ""])]:
+            self._write(part.encode("ascii"))
+
+    def close(self) -> None:
+        """Write the lines, and close the file. Another outcome opens it again."""
+        try:
+            self.flush()
+        finally:
+            if self._path is not None and self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+    def _open(self) -> None:
+        """Open the file, if it is not open, or if there is another file of that name now."""
+        if self._path is None:
+            if self._descriptor < 0:
+                self._descriptor = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
+            return
+        if self._descriptor >= 0:
+            try:
+                if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+                    return
+            except FileNotFoundError:
+                pass
+        opened = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._is_torn = opened, False
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                try:
+                    left = left[os.write(self._descriptor, left) :]
+                except BlockingIOError:  # the terminal or pipe is shared with a process that does not block
+                    if not select.select([], [self._descriptor], [], _WRITABLE_SECONDS)[1]:
+                        raise
+        finally:
+            self._is_torn = bool(left) and (len(left) < len(data) or self._is_torn)
+
+
+def _parts(lines: list[str]) -> list[str]:
+    """Return whole lines in parts that a pipe takes at once, as far as a line fits into one."""
+    parts: list[str] = []
+    for line in lines:
+        if parts and len(parts[-1]) + len(line) + 1 <= _ATOMIC:
+            parts[-1] += f"{line}\n"
+        else:
+            parts.append(f"{line}\n")
+    return parts
+
+
+def _text(outcome: Outcome) -> str:
+    result = outcome.result if outcome.reason is None else f"{outcome.result} ({outcome.reason})"
+    user = "" if outcome.user is None else f", user {_word(outcome.user)}"
+    link = "" if outcome.link_id is None else f", link {_word(outcome.link_id)}"
+    return (
+        f'{_date(outcome.time)} {_word(outcome.client)} "{_request(outcome)}" {outcome.status} {result} '
+        f"{_word(outcome.kind)} {outcome.sent} bytes in {outcome.seconds:.3f} s{user}{link}, "
+        f"request {outcome.request_id}"
+    )
+
+
+def _json(outcome: Outcome) -> str:
+    line = _json_uncut(outcome)
+    return line if len(line) <= _ATOMIC else _json_uncut(_cut(outcome))
+
+
+def _json_uncut(outcome: Outcome) -> str:
+    first, agent = outcome.first_byte, _header(outcome, b"user-agent")
+    return (
+        f'{{"time":"{_date(outcome.time)}","request_id":"{outcome.request_id}"'
+        f',"client":{"null" if outcome.client is None else _quote(outcome.client)}'
+        f',"user":{"null" if outcome.user is None else _quote(outcome.user)}'
+        f',"link_id":{"null" if outcome.link_id is None else _quote(outcome.link_id)}'
+        f"{_rest(outcome.method, outcome.status, outcome.result, outcome.reason, outcome.kind)}"
+        f',"path":{_quote(outcome.path)},"bytes":{outcome.sent},"seconds":{outcome.seconds:.6f}'
+        f',"first_byte":{"null" if first is None else f"{first:.6f}"}'
+        f',"name":{"null" if outcome.name is None else _quote(outcome.name)}'
+        f',"etag":{"null" if outcome.etag is None else _quote(outcome.etag)}'
+        f',"size":{"null" if outcome.size is None else outcome.size}'
+        f',"user_agent":{"null" if agent is None else _quote(agent)}'
+        f"{_place(outcome.route, outcome.source)}}}"
+    )
+
+
+@lru_cache(256)  # there are few of these
+def _rest(method: str, status: int, result: str, reason: str | None, kind: str) -> str:
+    return _members(method=method, status=status, result=result, reason=reason, kind=kind)
+
+
+@lru_cache(256)
+def _place(route: str | None, source: str | None) -> str:
+    return _members(route=route, source=source)
+
+
+def _members(**values: str | int | None) -> str:
+    """Return further members of a JSON object."""
+    return f",{json.dumps(values, separators=(',', ':'))[1:-1]}"
+
+
+def _cut(outcome: Outcome) -> Outcome:
+    """Return an outcome whose texts are cut to about `LIMIT` characters."""
+    names = ("path", "name", "client", "user", "link_id", "etag")
+    texts: dict[str, Any] = {name: cut(text) for name in names if (text := getattr(outcome, name))}
+    return replace(outcome, headers=[(name, value[:LIMIT]) for name, value in outcome.headers], **texts)
+
+
+def _combined(outcome: Outcome) -> str:
+    referrer = _header(outcome, b"referer")
+    agent = _header(outcome, b"user-agent")
+    return (
+        f"{_word(outcome.client)} - {_word(outcome.user)} [{_combined_date(outcome.time)}] "
+        f'"{_request(outcome)}" {outcome.status} {outcome.sent} '
+        f'"{"-" if referrer is None else _quoted(_QUERY.sub("", referrer))}" '
+        f'"{"-" if agent is None else _quoted(agent)}" '
+        f"{outcome.seconds:.3f} {outcome.reason or outcome.result} {_word(outcome.kind)} {_word(outcome.link_id)} "
+        f"{outcome.request_id}"
+    )
+
+
+_FORMATS = {"text": _text, "json": _json, "combined": _combined}
+
+
+def _request(outcome: Outcome) -> str:
+    """Return the first line of a request as the client has sent it, without its query."""
+    path = outcome.path
+    if not _PLAIN_PATH.fullmatch(path):
+        path = quote(path, safe="/!$&()*+,;=:@~", errors="surrogatepass")
+    return f"{_quoted(outcome.method)} {path if len(path) <= LIMIT else cut(path)} HTTP/{outcome.http_version}"
+
+
+def _quoted(text: str) -> str:
+    """Return a text as it is written between quotation marks."""
+    if len(text) <= LIMIT and _PLAIN_WORD.fullmatch(text):
+        return text
+    return cut(text.encode("unicode_escape").decode().replace('"', '\\"'))
+
+
+def _word(text: str | None) -> str:
+    """Return a text without spaces and quotation marks; "-" if there is none."""
+    if not text:
+        return "-"
+    return text if len(text) <= LIMIT and _PLAIN_WORD.fullmatch(text) else _quoted(text).replace(" ", "\\x20")
+
+
+def _header(outcome: Outcome, name: bytes) -> str | None:
+    for field, value in outcome.headers:
+        if field == name:
+            return value.decode("latin-1")
+    return None
+
+
+class _Second:
+    """Formats times. The text of a second is made once."""
+
+    def __init__(self, form: Callable[[time.struct_time], str]) -> None:
+        self._form = form
+        self._last = -1, ""
+
+    def __call__(self, seconds: float) -> str:
+        second, text = self._last
+        if second != (whole := int(seconds)):
+            text = self._form(time.gmtime(whole))
+            self._last = whole, text
+        return text
+
+
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")  # in any locale
+_iso = _Second(lambda now: time.strftime("%Y-%m-%dT%H:%M:%S", now))
+_combined_date = _Second(lambda now: time.strftime(f"%d/{_MONTHS[now.tm_mon - 1]}/%Y:%H:%M:%S +0000", now))
+
+
+def _date(seconds: float) -> str:
+    return f"{_iso(seconds)}.{int(seconds * 1000) % 1000:03d}Z"

@@ -1,0 +1,281 @@
+"""The lines of `AccessLog`, and the file that it writes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from downloadview_async import AccessLog, ConfigurationError, Outcome
+from downloadview_async.accounts.listeners import Listeners
+from downloadview_async.accounts.log import LogFormat
+from downloadview_async.http.log_text import LIMIT
+
+EVIL = 'evil\nline \x1b[31m\x7f\x9b \u202e\u2028\udc80 " \\ é'
+MOST = 5 * (LIMIT + 100) * 6 + LIMIT  # five texts of a line, each character as \\uXXXX\\uXXXX at most
+FORMATS: list[LogFormat] = ["text", "json", "combined"]
+
+
+def outcome(**changes: Any) -> Outcome:
+    values: dict[str, Any] = {
+        "request_id": "0123abcd",
+        "time": 1795936205.25,
+        "method": "GET",
+        "path": "/files/a.txt",
+        "http_version": "1.1",
+        "client": "192.0.2.7",
+        "route": "/files/{path:path}",
+        "source": "files",
+        "name": "a.txt",
+        "status": 200,
+        "kind": "zero-copy",
+        "size": 10,
+        "sent": 10,
+        "first_byte": 0.001,
+        "seconds": 0.0125,
+        "result": "completed",
+        "headers": [
+            (b"host", b"example.org"),
+            (b"authorization", b"Basic c2VjcmV0"),
+            (b"cookie", b"session=secret"),
+            (b"referer", b"https://example.org/page?token=secret#secret"),
+            (b"user-agent", b"curl/8"),
+        ],
+    }
+    return Outcome(**(values | changes))
+
+
+def line_of(form: LogFormat, tmp_path: Path, **changes: Any) -> str:
+    file = tmp_path / "log"
+    log = AccessLog(file, format=form)
+    log(outcome(**changes))
+    log.close()
+    text = file.read_text(encoding="ascii")
+    assert text.endswith("\n")
+    return text[:-1]
+
+
+@pytest.mark.parametrize(
+    "form, changes, expected",
+    [
+        (
+            "text",
+            {},
+            '2026-11-29T07:10:05.250Z 192.0.2.7 "GET /files/a.txt HTTP/1.1" 200 completed zero-copy 10 bytes in '
+            "0.013 s, request 0123abcd",
+        ),
+        (
+            "text",
+            {"result": "aborted", "reason": "client-left", "user": "ada b", "link_id": "L1", "client": None},
+            '2026-11-29T07:10:05.250Z - "GET /files/a.txt HTTP/1.1" 200 aborted (client-left) zero-copy 10 bytes in '
+            "0.013 s, user ada\\x20b, link L1, request 0123abcd",
+        ),
+        (
+            "combined",
+            {"user": "ada"},
+            '192.0.2.7 - ada [29/Nov/2026:07:10:05 +0000] "GET /files/a.txt HTTP/1.1" 200 10 '
+            '"https://example.org/page" "curl/8" 0.013 completed zero-copy - 0123abcd',
+        ),
+        (
+            "combined",
+            {"headers": [], "path": "/files/é ü?%.txt", "link_id": "L1", "result": "aborted", "reason": "stalled"},
+            '192.0.2.7 - - [29/Nov/2026:07:10:05 +0000] "GET /files/%C3%A9%20%C3%BC%3F%25.txt HTTP/1.1" 200 10 '
+            '"-" "-" 0.013 stalled zero-copy L1 0123abcd',
+        ),
+    ],
+)
+def test_lines_for_people(tmp_path: Path, form: LogFormat, changes: dict[str, Any], expected: str) -> None:
+    assert line_of(form, tmp_path, **changes) == expected
+
+
+def test_a_line_of_json(tmp_path: Path) -> None:
+    assert json.loads(line_of("json", tmp_path, user="ada", etag='"x"', link_id="L1")) == {
+        "time": "2026-11-29T07:10:05.250Z",
+        "request_id": "0123abcd",
+        "client": "192.0.2.7",
+        "user": "ada",
+        "link_id": "L1",
+        "method": "GET",
+        "path": "/files/a.txt",
+        "status": 200,
+        "result": "completed",
+        "reason": None,
+        "kind": "zero-copy",
+        "bytes": 10,
+        "seconds": 0.0125,
+        "first_byte": 0.001,
+        "route": "/files/{path:path}",
+        "source": "files",
+        "name": "a.txt",
+        "etag": '"x"',
+        "size": 10,
+        "user_agent": "curl/8",
+    }
+    assert json.loads(line_of("json", tmp_path).splitlines()[-1])["user"] is None
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_texts_from_outside_stay_on_the_line(tmp_path: Path, form: LogFormat) -> None:
+    raw = EVIL.encode("utf-8", "surrogatepass")
+    texts = dict.fromkeys(("path", "client", "route", "source", "name", "user", "link_id", "kind", "etag"), EVIL)
+    headers = [(b"user-agent", raw), (b"referer", raw)]
+    line = line_of(form, tmp_path, method='G"\n', headers=headers, **texts)
+    assert line.isascii()
+    assert line.isprintable()
+    if form == "json":
+        read = json.loads(line)
+        assert all(read[name] == EVIL for name in texts)
+    if form == "combined":
+        assert re.fullmatch(r'\S+ - \S+ \[[^]]+\] (?:"(?:[^"\\]|\\.)*" ?\d* ?\d* ?){3}\S+ \S+ \S+ \S+ \S+', line)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_long_texts_are_cut(tmp_path: Path, form: LogFormat) -> None:
+    texts = dict.fromkeys(("path", "client", "name", "user", "link_id"), "é" * 60_000)
+    assert len(line_of(form, tmp_path, headers=[(b"user-agent", b"a" * 60_000)], **texts)) < MOST
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_line_has_no_secret_of_the_request(tmp_path: Path, form: LogFormat) -> None:
+    line = line_of(form, tmp_path, detail="https://upstream.example/?secret")
+    assert "secret" not in line
+    assert "c2VjcmV0" not in line
+
+
+@pytest.mark.parametrize("rotate", [Path.unlink, lambda file: file.rename(file.with_suffix(".1"))])
+def test_the_next_lines_go_to_a_new_file_after_a_rotation(tmp_path: Path, rotate: Any) -> None:
+    file = tmp_path / "log"
+    log = AccessLog(file)
+    log(outcome(name="first"))
+    log.flush()
+    rotate(file)
+    log(outcome(path="/second"))
+    log.flush()
+    assert file.read_text().count("\n") == 1
+    assert "/second" in file.read_text()
+    assert "/second" not in "".join(old.read_text() for old in tmp_path.glob("*.1"))
+    descriptors = {os.path.realpath(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd")}
+    assert str(file) in descriptors
+    log.close()
+    assert not any(path.startswith(str(tmp_path)) for path in map(os.path.realpath, _descriptors()))
+
+
+def _descriptors() -> list[str]:
+    return [f"/proc/self/fd/{one}" for one in os.listdir("/proc/self/fd")]
+
+
+@pytest.mark.parametrize("is_pipe", [False, True])  # a pipe takes only 4,096 bytes at once
+def test_lines_of_several_writers_do_not_mix(tmp_path: Path, is_pipe: bool) -> None:
+    file = tmp_path / "log"
+    text: list[bytes] = []
+    if is_pipe:
+        os.mkfifo(file)
+        reader = threading.Thread(target=lambda: text.append(file.read_bytes()))
+        reader.start()
+        kept_open = os.open(file, os.O_WRONLY)
+    script = f"""
+from tests.accounts.test_log import *
+log = AccessLog({str(file)!r}, format="json")
+for _ in range(20):
+    for _ in range(50):
+        log(outcome(name=sys.argv[1] * 300))
+    log.flush()
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", script, letter]) for letter in "abcd"]
+    assert [writer.wait(60) for writer in writers] == [0] * 4
+    if is_pipe:
+        os.close(kept_open)
+        reader.join()
+    lines = (text[0] if is_pipe else file.read_bytes()).splitlines()
+    assert len(lines) == 4 * 20 * 50
+    assert all(len(set(json.loads(line)["name"])) == 1 for line in lines)
+
+
+def test_a_full_disk_costs_lines_and_tears_none(tmp_path: Path) -> None:
+    """The limit of the size of a file stands for the disk."""
+    script = f"""
+import os, resource, signal
+from tests.accounts.test_log import outcome
+from downloadview_async import AccessLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = AccessLog({str(tmp_path / "log")!r}, format="json")
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+for _ in range(2):
+    for _ in range(10):
+        log(outcome())
+    try:
+        log.flush()
+    except OSError:
+        pass
+    else:
+        raise SystemExit("nothing was raised")
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+log(outcome(name="last"))
+log.flush()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    *lines, torn, last = (tmp_path / "log").read_text().splitlines()
+    assert lines
+    assert all(json.loads(line) for line in lines)
+    assert not torn.endswith("}")
+    assert json.loads(last)["name"] == "last"
+
+
+def test_without_a_path_lines_go_to_the_standard_error() -> None:
+    script = "from tests.accounts.test_log import *; log = AccessLog(); log(outcome()); log.flush()"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)
+    assert "request 0123abcd\n" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [({"format": "xml"}, "format is 'xml': give text, json, combined"), ({"path": "/"}, "cannot be written")],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(problem)):
+        AccessLog(**options)
+
+
+@pytest.mark.asyncio
+async def test_a_buffered_listener_is_flushed_when_nothing_waits_and_in_between() -> None:
+    class Buffered:
+        def __init__(self) -> None:
+            self.waiting = 0
+            self.flushed: list[int] = []
+
+        def __call__(self, outcome: Outcome) -> None:
+            self.waiting += 1
+
+        def flush(self) -> None:
+            self.flushed.append(self.waiting)
+            self.waiting = 0
+
+    buffered = Buffered()
+    listeners = Listeners([buffered])
+    for _ in range(1_200):
+        listeners.put(outcome())
+    await listeners.drain(30)
+    assert buffered.flushed == [500, 500, 200]
+
+
+@pytest.mark.asyncio
+async def test_lines_that_cannot_be_written_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def __call__(self, outcome: Outcome) -> None: ...
+
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    listeners = Listeners([Broken()])
+    for _ in range(7):
+        listeners.put(outcome())
+    await listeners.drain(30)
+    listeners.end()
+    assert "7 outcomes were lost" in caplog.text
