@@ -107,7 +107,7 @@ async def deliver_limited(
     """Send an answer as `deliver` does, at the rate of its client, and note what was sent."""
     transfers: Transfers = scope[TRANSFERS]
     if isinstance(delivery, Inline):
-        seconds = 0.0
+        seconds, is_sent = 0.0, True
         for shared in transfers.rates:
             seconds = max(seconds, shared.take(len(delivery.body)))
         if not seconds:
@@ -116,13 +116,16 @@ async def deliver_limited(
             await anyio.sleep(seconds)
             await deliver(delivery, start, send, facts=facts)
         else:
+            is_sent = False
 
             async def wait_and_deliver(send: Send) -> None:
+                nonlocal is_sent
                 await anyio.sleep(seconds)
                 await deliver(delivery, start, send, facts=facts)
+                is_sent = True
 
             await until_the_client_leaves(wait_and_deliver, receive, send)
-        if transfers.counts_bytes and delivery.span is not None:
+        if transfers.counts_bytes and is_sent and delivery.span is not None:
             transfers.sent(len(delivery.body), (delivery.span,))
         return
     if not isinstance(delivery, Descriptor | Path | Chunks):

@@ -173,6 +173,8 @@ class DownloadResponse(Response):
         """
         if scope["method"] not in ("GET", "HEAD") or self.redirect is not None:
             return False
+        if TRANSFERS in scope and scope[TRANSFERS].may_wait:
+            return False
         order = self._order(scope)
         offload = None if isinstance(order, Refusal) else order
         if is_remote_order(offload):

@@ -260,6 +260,55 @@ async def test_a_request_that_waits_takes_nothing_of_the_other_limits(files: Pat
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("query, headers", [("", {"If-None-Match": '"another"'}), ("?x=view", {})])
+async def test_a_request_whose_lease_comes_with_its_file_waits_like_the_others(
+    files: Path, query: str, headers: dict[str, str]
+) -> None:
+    common, queue, source = dv.Limits(concurrent=3), dv.Limits(concurrent=1, mode="queue"), dv.SourceLimit(3)
+    app = Starlette(
+        routes=[
+            Route("/queue/{name}", dv.Download(dv.PathSource(files), limits=[common, queue, source])),
+            Route("/free/{name}", dv.Download(dv.PathSource(files), limits=[common, source])),
+        ]
+    )
+
+    async def until_so_many_wait(number: int) -> None:
+        with anyio.fail_after(5):
+            while len(next(iter(queue._queues.values()), ())) != number:
+                await asyncio.sleep(0.01)
+
+    async with live(app, http="h11") as port, held(port, "/queue/big.bin") as first:
+        waiting = []
+        for number in range(3):
+            waiting.append(asyncio.create_task(ask(port, f"/queue/small.bin{query}", headers=headers)))
+            await until_so_many_wait(number + 1)
+        assert transfers_of(common) == 1
+        assert (await ask(port, "/free/small.bin")).status == 200
+        waiting.pop().cancel()
+        await until_so_many_wait(2)
+        assert (await first.rest()).body == BIG
+        assert [(await one).body for one in waiting] == [SMALL] * 2
+
+
+@pytest.mark.asyncio
+async def test_a_small_answer_that_waits_and_is_not_sent_is_given_back(files: Path) -> None:
+    (files / "part.bin").write_bytes(bytes(60_000))
+    make_old(files)
+    limits = dv.Limits(rate="1kB/s", concurrent=9, quota="60kB/day")
+    async with live(dv.Download(dv.PathSource(files), limits=limits), http="h11") as port:
+        asking = asyncio.create_task(ask(port, "/part.bin"))
+        with anyio.fail_after(20):
+            while transfers_of(limits) != 1:
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            while transfers_of(limits) != 0:
+                await asyncio.sleep(0.01)
+    store: Any = limits._store
+    (known,) = store._clients.values()
+    assert [used for _, used in known.spent.values()] == [0]
+
+
+@pytest.mark.asyncio
 async def test_folders_and_their_pages_are_requests_and_not_transfers(files: Path) -> None:
     limits = dv.Limits(concurrent=1, requests="6/minute")
     download = dv.Download(dv.PathSource(files), listing=True, archive=True, limits=limits)

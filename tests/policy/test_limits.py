@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import socket
 import subprocess
 import sys
@@ -353,6 +354,84 @@ async def test_a_hung_server_is_asked_once(verdict: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.asyncio
+async def test_what_a_failed_store_has_not_counted_is_not_given_back(redis: RedisServer) -> None:
+    limits = dv.Limits(quota="1kB/day", store=redis.url, name=a_client())
+    metadata, guarded = FileMetadata(size=600), limits._store
+    assert isinstance(guarded, GuardedLimitStore)
+    await limits.check()
+
+    async def take(sent: int | None, *, fails: bool = False) -> None:
+        with await begun(limits) as transfers:
+            guarded._has_failed, guarded._check_at = fails, float("inf")
+            await transfers.spend("/a", metadata, 600, wants_all=True)
+            guarded._has_failed = False
+            transfers.sent(sent, ())
+
+    await take(None)
+    for _ in range(3):
+        await take(0, fails=True)
+    await take(None)
+    with pytest.raises(dv.LimitExceeded):
+        await take(None)
+    await limits.aclose()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("rounds", range(4))
+async def test_a_client_that_leaves_before_the_verdict_gets_nothing_back(redis: RedisServer, rounds: int) -> None:
+    store, client = RedisLimitStore(redis.url, timeout=5.0), a_client()
+    spend_all = functools.partial(store.spend, client, [(BYTES, 100)], session="", wants_all=True, now=NOW)
+    assert await spend_all() is None
+
+    async def leave() -> None:
+        limits = dv.Limits(quota="100B/day")
+        limits._store = store
+        with Transfers() as transfers:
+            request = request_from()
+            await transfers.begin([limits], request.scope, request.receive, is_transfer=True)
+            transfers._all[0].client = client
+            await transfers.spend("/a", FileMetadata(size=100), 100, wants_all=True)
+
+    task = asyncio.create_task(leave())
+    for _ in range(rounds + 1):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    await store.check()
+    assert await spend_all() == BYTES
+    other = a_client()
+    task = asyncio.create_task(
+        store.spend(other, [(BYTES, 100)], session="", wants_all=True, now=NOW)  # type: ignore[arg-type]
+    )
+    for _ in range(rounds + 1):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    await store.check()  # the charge
+    await store.check()  # and what is given back
+    assert await store.spend(other, [(BYTES, 100)], session="", wants_all=True, now=NOW) is None
+    await store.aclose()
+
+
+@pytest.mark.asyncio
+async def test_the_clock_of_the_server_is_set_back(redis: RedisServer) -> None:
+    from redis import asyncio as library
+
+    server, store, client = library.Redis.from_url(redis.url), RedisLimitStore(redis.url, timeout=5.0), a_client()
+    for _ in range(3):
+        assert (await store.admit(client, window=MINUTE, most=1, lease=None)).refused is None
+    name, later = store._name(client), (time.time() + 86_400) * 1000
+    await server.hset(f"{name}requests", "began", str(int(later)))
+    await server.zadd(f"{name}leases", {"dead": later})
+    verdict = await store.admit(client, window=MINUTE, most=1, lease=None)
+    assert verdict.refused == "requests"
+    assert verdict.wait <= 120
+    assert (await store.admit(client, window=None, most=1, lease="new")).refused is None
+    await server.aclose()
+    await store.aclose()
+
+
+@pytest.mark.asyncio
 async def test_the_store_is_used_again_when_it_is_back(
     redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +615,47 @@ async def test_quotas_of_an_answer_and_what_was_not_sent() -> None:
     assert 0 < int(raised.value.retry_after or 0) <= 86_400
 
 
+async def join(limits: dv.Limits, client: str, stack: contextlib.ExitStack) -> Pace:
+    """Begin a transfer of a client with a rate, as the server does."""
+    transfers = stack.enter_context(Transfers())
+    request = request_from(client)
+    await transfers.begin([limits], request.scope, request.receive, is_transfer=True)
+    await asyncio.sleep(0)  # the file is opened meanwhile
+    return stack.enter_context(Pace(transfers.rates, None))
+
+
+@pytest.mark.asyncio
+async def test_all_transfers_of_a_client_share_one_rate_beside_those_of_others() -> None:
+    limits = dv.Limits(rate="8MB/s")
+    with contextlib.ExitStack() as stack:
+        await join(limits, "192.0.2.1", stack)
+        paces = [await join(limits, "192.0.2.2", stack) for _ in range(4)]
+        await asyncio.gather(*[join(limits, f"192.0.2.{number}", stack) for number in range(3, 9)])
+        paces += await asyncio.gather(*[join(limits, "192.0.2.2", stack) for _ in range(4)])
+        assert [pace.rate for pace in paces] == [1_000_000] * 8
+
+
+@pytest.mark.asyncio
+async def test_rates_that_nothing_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("downloadview_async.policy.limits.limits.MAX_CLIENTS", 50)
+    limits = dv.Limits(rate="1kB/s")
+
+    async def ask(number: int, size: int) -> None:
+        with Transfers() as transfers:
+            request = request_from(f"192.0.2.{number}")
+            await transfers.begin([limits], request.scope, request.receive, is_transfer=True)
+            transfers.rates[0].take(size)
+
+    with contextlib.ExitStack() as stack:
+        await join(limits, "192.0.2.0", stack)  # the one that is used least must not keep the others
+        for number in range(1, 200):
+            await ask(number, 0)
+        assert len(limits._rates) <= 3
+        for number in range(1, 200):
+            await ask(number, 100_000)  # ahead of its rate: remembered
+        assert 40 <= len(limits._rates) <= 51
+
+
 class Connection:
     """A connection of a client that takes what it is sent, or at most `most` bytes per second."""
 
@@ -584,7 +704,7 @@ def test_many_transfers_follow_when_their_number_has_changed_enough() -> None:
 
 
 def test_transfers_of_other_processes_share_a_rate_too() -> None:
-    shared = SharedRate(9_000_000, lambda: 2)
+    shared = SharedRate(9_000_000, lambda: 3)
     with Pace((shared,), None) as one:
         assert one.rate == 3_000_000
 
@@ -628,3 +748,24 @@ def test_small_answers_may_be_ahead_of_the_rate_by_a_second() -> None:
     assert [shared.take(10_000) for _ in range(100)] == [0.0] * 100
     assert 0.3 < shared.take(500_000) <= 0.5
     assert not shared.is_idle
+
+
+@pytest.mark.asyncio
+async def test_small_answers_have_a_part_of_the_rate_beside_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    shared, connection = SharedRate(1_000_000), Connection()
+    with Pace((shared,), connection):
+        shared.take(10_000)  # now and then: no part
+        assert connection.rates == [1_000_000]
+        sent, wait = 0, 0.0
+        while clock[0] < 1010.0:
+            wait = shared.take(50_000)
+            clock[0] += wait
+            sent += 50_000
+        assert connection.rates[-1] == 500_000
+        assert sent <= 5_600_000  # half of the rate, and what may be ahead of it
+        clock[0] += 5
+        connection.go_on(15)
+        shared._look()
+        assert connection.rates[-1] == 1_000_000

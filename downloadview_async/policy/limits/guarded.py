@@ -10,11 +10,12 @@ from downloadview_async.errors import SourceUnavailable
 from downloadview_async.http.log_text import escaped
 from downloadview_async.policy.limits.amounts import Quota, Window
 from downloadview_async.policy.limits.redis import RedisLimitStore
-from downloadview_async.policy.limits.store import ALLOWED, Costs, Verdict
+from downloadview_async.policy.limits.store import ALLOWED, Costs, NotCounted, Verdict
 
 logger = logging.getLogger("downloadview_async")
 
 WhenStoreFails = Literal["refuse", "allow"]
+S = TypeVar("S")
 T = TypeVar("T")
 
 PAUSE = 1.0
@@ -49,10 +50,16 @@ class GuardedLimitStore:
         return verdict
 
     async def spend(self, client: str, costs: Costs, *, session: str, wants_all: bool, now: float) -> Quota | None:
-        """Add the costs to their quotas, or return a quota that is used up. Raises `SourceUnavailable`."""
-        return await self._ask(
-            lambda: self._store.spend(client, costs, session=session, wants_all=wants_all, now=now), None
+        """Add the costs to their quotas, or return a quota that is used up.
+
+        Raises `NotCounted` and `SourceUnavailable`.
+        """
+        used_up: Quota | NotCounted | None = await self._ask(
+            lambda: self._store.spend(client, costs, session=session, wants_all=wants_all, now=now), NotCounted()
         )
+        if isinstance(used_up, NotCounted):
+            raise used_up
+        return used_up
 
     def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, complete: str | None) -> None:
         """End a lease, and give back what was not sent, unless the store has failed."""
@@ -75,7 +82,7 @@ class GuardedLimitStore:
             self._checking.cancel()
         await self._store.aclose()
 
-    async def _ask(self, call: Callable[[], Awaitable[T]], otherwise: T) -> T:
+    async def _ask(self, call: Callable[[], Awaitable[T]], otherwise: S) -> T | S:
         if not self._has_failed:
             try:
                 return await call()

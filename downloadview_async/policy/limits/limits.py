@@ -7,7 +7,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import count
+from itertools import count, islice
 from secrets import token_hex
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -26,7 +26,7 @@ from downloadview_async.policy.limits.guarded import GuardedLimitStore, WhenStor
 from downloadview_async.policy.limits.memory import MAX_CLIENTS, MemoryLimitStore
 from downloadview_async.policy.limits.pace import SharedRate
 from downloadview_async.policy.limits.redis import Follower, RedisLimitStore
-from downloadview_async.policy.limits.store import Costs, LimitStore, Verdict, seconds_left
+from downloadview_async.policy.limits.store import Costs, LimitStore, NotCounted, Verdict, seconds_left
 
 if TYPE_CHECKING:
     from downloadview_async.policy.limits.source import SourceLimit
@@ -118,7 +118,9 @@ class Limits:
         self.hits: Counter[str] = Counter()
         """How many requests each of the limits has refused in this process, by its text."""
         self._key_of = lru_cache(maxsize=4096)(lambda address: f"{self._name} address {network_of(address)}")
-        self._rates: OrderedDict[str, SharedRate] = OrderedDict()
+        # Transfers keep the rates that they share. Those used last are kept too: small answers may be ahead of them.
+        self._rates: WeakValueDictionary[str, SharedRate] = WeakValueDictionary()
+        self._last_rates: OrderedDict[str, SharedRate] = OrderedDict()
         self._queues: dict[str, deque[_Place]] = {}
         self.is_shared = store != "memory"
         """Whether other processes use the store too."""
@@ -167,24 +169,26 @@ class Limits:
         return transfer
 
     async def hold(self, transfer: "Transfer") -> None:
-        """Hold a lease for a transfer that has none. It waits in the queue, if there is one.
+        """Hold a lease for a transfer that has none, or note that it has to wait in the queue.
 
         Raises `LimitExceeded` and `SourceUnavailable`.
         """
-        if not (self.queues and (transfer.waits or self._queues.get(transfer.client))):
-            verdict = await self._take(transfer)
-            if verdict.refused is None:
-                return
+        if self._queues.get(transfer.client):
+            transfer.waits = True  # behind those that wait already
+            return
+        verdict = await self._take(transfer)
+        if verdict.refused is not None:
             if not self.queues:
                 raise self._refusal(verdict)
-        await self._wait(transfer)
+            transfer.waits = True
 
     async def _take(self, transfer: "Transfer") -> Verdict:
         verdict = await self._store.admit(transfer.client, window=None, most=self._most, lease=transfer.lease)
         transfer.is_held = verdict.refused is None
         return verdict
 
-    async def _wait(self, transfer: "Transfer") -> None:
+    async def wait(self, transfer: "Transfer") -> None:
+        """Wait in the queue until the transfer holds a lease. Raises `LimitExceeded` and `SourceUnavailable`."""
         queue = self._queues.setdefault(transfer.client, deque())
         if len(queue) >= MAX_WAITING:
             raise self._refusal(Verdict("concurrent", 1.0))
@@ -217,23 +221,22 @@ class Limits:
         costs = [(quota, (size or 0) if quota.unit == "bytes" else 1) for quota in self._quotas]
         transfer.session = _short(session) if self._counts_downloads else ""
         transfer.spent, transfer.spent_at = size or 0, now
-        transfer.is_charged = True  # also if this is cancelled: the store has the call all the same
         try:
             used_up = await self._store.spend(
                 transfer.client, costs, session=transfer.session, wants_all=wants_all, now=now
             )
-        except Exception:
-            transfer.is_charged = False
-            raise
+        except NotCounted:
+            return
         if used_up is not None:
-            transfer.is_charged = False
             raise self._exceeded(used_up.text, seconds_left(used_up, now))
+        transfer.is_charged = True
 
     def let_go(self, transfer: "Transfer") -> None:
         """Give back the lease of a transfer that waits for another one first. `hold` takes it again."""
         if transfer.is_held and self._holds_leases:
             transfer.is_held = False
             self._store.release(transfer.client, transfer.lease, (), spent_at=0.0, complete=None)
+            self._wake(transfer.client)
 
     def end(self, transfer: "Transfer", sent: int | None, *, is_complete: bool) -> None:
         """Give back what a transfer holds. sent: bytes of its body, None if all of what it was to have."""
@@ -245,7 +248,11 @@ class Limits:
         transfer.is_held = False
         if lease is not None or refunds or complete is not None:
             self._store.release(transfer.client, lease, refunds, spent_at=transfer.spent_at, complete=complete)
-        if queue := self._queues.get(transfer.client):
+        self._wake(transfer.client)
+
+    def _wake(self, client: str) -> None:
+        """Have the one that waits first ask for a lease: one has become free."""
+        if queue := self._queues.get(client):
             queue[0].wake()
 
     def rates_of(self, transfer: "Transfer") -> tuple[SharedRate, ...]:
@@ -253,26 +260,18 @@ class Limits:
         total = () if self.total is None else (self.total,)
         if self.rate is None:
             return total
-        client = transfer.client
+        client, last = transfer.client, self._last_rates
         shared = self._rates.get(client)
         if shared is None:
             store = self._store
-
-            def elsewhere() -> int:
-                return max(0, store.transfers(client) - len(created.paces))
-
-            shared = created = SharedRate(self.rate, elsewhere if self.is_shared else lambda: 0)
+            shared = SharedRate(self.rate, (lambda: store.transfers(client)) if self.is_shared else lambda: 0)
             self._rates[client] = shared
-            self._forget_rates()
+        last[client] = shared
+        last.move_to_end(client)
+        for first in list(islice(last, 2)):  # two for each one that is new, so that they become fewer
+            if first != client and (last[first].is_idle or last[first].paces or len(last) > MAX_CLIENTS):
+                del last[first]
         return (shared, *total)
-
-    def _forget_rates(self) -> None:
-        """Forget rates that nothing uses, those of the clients that came first before all."""
-        for client in list(self._rates)[:2]:
-            if self._rates[client].is_idle and len(self._rates) > 1:
-                del self._rates[client]
-        while len(self._rates) > MAX_CLIENTS and not next(iter(self._rates.values())).paces:
-            self._rates.popitem(last=False)
 
     def follow(self, client: str) -> None:
         """Set the rates of the client's transfers: other processes have begun or ended some."""
@@ -382,19 +381,37 @@ class Transfers:
                 self.counts_bytes = True
             if one.is_paced:
                 self.rates += one.rates_of(transfer)
-        if self.waits:  # while it does, others may have what it does not use
-            for transfer in self._all:
-                transfer.limits.let_go(transfer)
+        if self.waits:
+            self._let_go()
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether `hold` may have to wait for another transfer to end."""
+        return not self.is_held and any(transfer.limits.queues for transfer in self._all)
+
+    def _let_go(self) -> None:
+        """Give back what is held: while the request waits, others may have what it does not use."""
+        for transfer in self._all:
+            transfer.limits.let_go(transfer)
 
     async def hold(self) -> None:
-        """Hold the leases that are not held yet: first those that have to be waited for.
+        """Hold the leases that are not held yet. Those that have to be waited for come first.
 
         Raises `LimitExceeded` and `SourceUnavailable`.
         """
-        for is_waiting in (True, False):
+        while True:
             for transfer in self._all:
-                if transfer.waits is is_waiting and not transfer.is_held:
+                if transfer.waits and not transfer.is_held:
+                    await transfer.limits.wait(transfer)
+            for transfer in self._all:
+                if not transfer.is_held:
                     await transfer.limits.hold(transfer)
+                    if not transfer.is_held:
+                        break
+            else:
+                self.is_held = True
+                return
+            self._let_go()
 
     async def spend(self, path: str, metadata: FileMetadata, size: int | None, *, wants_all: bool) -> None:
         """Add an answer to the quotas. Until `sent` is called, none of it counts as sent. Raises `LimitExceeded`.

@@ -17,6 +17,8 @@ BURST_SECONDS = 1.0
 MOST_SECONDS = 60.0
 """Seconds that a small answer waits at most."""
 
+_SHARES_FROM = BURST_SECONDS / 2  # ahead of the rate: small answers then have a part of it, as one more transfer
+
 LOOK_SECONDS = 0.5
 """How often the parts of transfers are made to fit what their clients take."""
 
@@ -46,16 +48,18 @@ class SharedRate:
     The parts are equal, but a transfer whose client takes less than its part gets little more than that, and the others
     share the rest.
 
-    elsewhere: returns how many transfers share it that are not in this process.
+    Small answers have the whole rate while there are no transfers, and beside those the part of one more.
+
+    everywhere: returns how many transfers share it in all processes, as far as this one knows.
     """
 
-    __slots__ = ("_elsewhere", "_free_at", "_number", "_timer", "paces", "rate")
+    __slots__ = ("__weakref__", "_everywhere", "_free_at", "_number", "_timer", "paces", "rate")
 
-    def __init__(self, rate: int, elsewhere: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, rate: int, everywhere: Callable[[], int] = lambda: 0) -> None:
         self.rate = rate
         self.paces: dict[Pace, float | None] = {}
         """The transfers, and what each of the slow ones needs at most, in bytes per second."""
-        self._elsewhere = elsewhere
+        self._everywhere = everywhere
         self._number = 0  # of the transfers when the paces were last set
         self._free_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -67,10 +71,17 @@ class SharedRate:
 
     def _share(self) -> float:
         """Return the bytes per second of a transfer that is not slow."""
-        number, elsewhere = len(self.paces), self._elsewhere()
+        number, others = len(self.paces), self._others()
         needs = [need for need in self.paces.values() if need is not None]
-        here = self.rate * number / (number + elsewhere) if elsewhere else self.rate
+        here = self.rate * number / (number + others) if others else self.rate
         return max(here - sum(needs), here / number) / max(1, number - len(needs))
+
+    def _others(self) -> int:
+        """Return how many share the rate that have no pace here: transfers elsewhere, and all small answers as one."""
+        return max(0, self._everywhere() - len(self.paces)) + self._has_small_answers()
+
+    def _has_small_answers(self) -> bool:
+        return self._free_at - time.monotonic() > _SHARES_FROM
 
     @property
     def is_idle(self) -> bool:
@@ -80,7 +91,10 @@ class SharedRate:
     def join(self, pace: "Pace") -> None:
         """Have one more transfer share the rate."""
         self.paces[pace] = None
-        if self._timer is None and len(self.paces) > 1:
+        self._look_soon()
+
+    def _look_soon(self) -> None:
+        if self._timer is None and self.paces and (len(self.paces) > 1 or self._has_small_answers()):
             with suppress(RuntimeError):  # without asyncio, the parts are equal
                 self._timer = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
 
@@ -90,26 +104,27 @@ class SharedRate:
 
     def change(self) -> None:
         """Set the rate of each transfer, if their number has changed enough."""
-        number = len(self.paces) + self._elsewhere()
+        number = len(self.paces) + self._others()
         if abs(number - self._number) * _EXACT >= self._number:
             self._set_all()
 
     def _set_all(self) -> None:
-        self._number = len(self.paces) + self._elsewhere()
+        self._number = len(self.paces) + self._others()
         for pace in self.paces:
             pace.set()
 
     def _look(self) -> None:
         """Look at what the clients take, and make their parts fit."""
         self._timer = None
+        number = len(self.paces) + self._others()
         if len(self.paces) < 2:
             for pace in self.paces:
                 self.paces[pace] = None
             self._set_all()
+            self._look_soon()
             return
-        self._timer = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
-        number = len(self.paces) + self._elsewhere()
-        now, changed = time.monotonic(), False
+        self._look_soon()
+        now, changed = time.monotonic(), number != self._number
         for pace in list(self.paces)[:_MOST_LOOKS]:
             taken = pace.taken(now)
             if taken is not None:
@@ -122,8 +137,11 @@ class SharedRate:
 
     def take(self, size: int) -> float:
         """Take a small answer of so many bytes, and return the seconds after which it may leave."""
-        now = time.monotonic()
-        self._free_at = min(max(now, self._free_at) + size / self.rate, now + BURST_SECONDS + MOST_SECONDS)
+        now, parts = time.monotonic(), len(self.paces) + 1
+        self._free_at = min(max(now, self._free_at) + size * parts / self.rate, now + BURST_SECONDS + MOST_SECONDS)
+        if parts > 1 and self._timer is None and self._free_at - now > _SHARES_FROM:
+            self.change()
+            self._look_soon()
         return max(0.0, self._free_at - now - BURST_SECONDS)
 
 

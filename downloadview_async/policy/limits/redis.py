@@ -2,7 +2,8 @@
 
 A client has these keys, which begin with `downloadview:limits:1:`, where 1 is the version of this format, and expire:
 a hash with its requests, a sorted set with its leases by the time of their end, and a number for each quota and period.
-The server's clock counts. A lease is renewed while its transfer lasts, so those of a dead process end in time.
+The server's clock counts; what it wrote before it was set back counts as written now. A lease is renewed while its
+transfer lasts, so those of a dead process end in time.
 
 Each operation is one script. What the requests of an event loop need at the same time is sent as one pipeline: under
 load this takes a third of the CPU time of one call after another.
@@ -43,6 +44,7 @@ if length > 0 then
     local key = KEYS[1] .. 'requests'
     local kept = redis.call('HMGET', key, 'began', 'current', 'previous')
     local began, current, previous = tonumber(kept[1] or '0'), tonumber(kept[2] or '0'), tonumber(kept[3] or '0')
+    if began > now then began = now end
     if now - began >= length then
         if now - began < 2 * length and current > 0 then
             began, previous = began + length, current
@@ -64,6 +66,7 @@ end
 if ARGV[2] == '' then return 0 end
 local key = KEYS[1] .. 'leases'
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
+redis.call('ZREMRANGEBYSCORE', key, '(' .. now + life, '+inf')
 local held = redis.call('ZCARD', key)
 if most ~= '0' and held >= tonumber(most) then return -1 end
 redis.call('ZADD', key, now + life, ARGV[2])
@@ -102,7 +105,8 @@ if ARGV[1] ~= '' then redis.call('ZREM', KEYS[1] .. 'leases', ARGV[1]) end
 if ARGV[2] ~= '' then redis.call('SET', KEYS[1] .. 'session:' .. ARGV[2], 'complete', 'XX', 'KEEPTTL') end
 for at = 3, #ARGV, 4 do
     local key = KEYS[1] .. ARGV[at] .. ':' .. ARGV[at + 2] .. ':' .. ARGV[at + 3]
-    if redis.call('EXISTS', key) == 1 then redis.call('DECRBY', key, ARGV[at + 1]) end
+    local spent = redis.call('GET', key)
+    if spent then redis.call('DECRBY', key, string.format('%.0f', math.min(spent, tonumber(ARGV[at + 1])))) end
 end
 """
 _CHECK = "return 1"
@@ -179,7 +183,18 @@ class RedisLimitStore:
         values: list[object] = [session, int(wants_all), SESSION_SECONDS]
         for quota, cost in costs:
             values += [quota.unit, quota.amount, cost, quota.seconds, period_of(quota, now)]
-        number: int = await self._running().call(_SPEND, self._name(client), values)
+        spending = self._running().call(_SPEND, self._name(client), values)
+        try:
+            number: int = await asyncio.shield(spending)
+        except asyncio.CancelledError:
+
+            def give_back(spent: "asyncio.Future[int]") -> None:
+                if not spent.cancelled() and spent.exception() is None and not spent.result():
+                    bytes_spent = [(quota, cost) for quota, cost in costs if quota.unit == "bytes"]
+                    self.release(client, None, bytes_spent, spent_at=now, complete=None)
+
+            spending.add_done_callback(give_back)
+            raise
         return costs[number - 1][0] if number else None
 
     def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, complete: str | None) -> None:

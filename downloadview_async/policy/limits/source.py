@@ -23,6 +23,7 @@ class SourceLimit:
 
     counts_bytes = False
     is_paced = False
+    queues = False
     rate: int | None = None
 
     def __init__(self, requests: int, *, queue_seconds: float = 2.0) -> None:
@@ -41,6 +42,10 @@ class SourceLimit:
         assert isinstance(transfer, _Slot)
         transfer.slot = await self.slots.take()
         transfer.is_held = True
+
+    async def wait(self, transfer: Transfer) -> None:
+        """Take the slot again: its queue is that of the source."""
+        await self.hold(transfer)
 
     def let_go(self, transfer: Transfer) -> None:
         """Free the slot of a request that waits for something else first."""

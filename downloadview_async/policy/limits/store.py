@@ -28,6 +28,10 @@ SESSION_SECONDS = 86_400
 """Seconds in which all requests of a client for one version of a file are one download."""
 
 
+class NotCounted(Exception):
+    """The store has failed, and what it was to count is allowed. Nothing of that may be given back."""
+
+
 class LimitStore(Protocol):
     """Counts for one process or several. Any error that it raises means that it has failed.
 
