@@ -97,7 +97,11 @@ class _Endpoint:
                     grant = None
                 if facts is not None and grant is not None:
                     facts.allow(grant.user, grant.link_id)
-                if transfers is not None and not await admit(self.limits, transfers, key, scope, receive, send):
+                if (
+                    transfers is not None
+                    and (admission := admit(self.limits, transfers, key, scope, receive, send)) is not None
+                    and not await admission
+                ):
                     return
                 answer = await self._answer_to(key, grant, scope)
             except FileError as exc:

@@ -1,6 +1,6 @@
 """Keeps the answers of `Download` within its limits: what they count, what they wait for, and how fast they leave."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,19 +34,36 @@ def limits_of(limits: Limiting | Sequence[Limiting] | None) -> tuple[Limiting, .
     return each
 
 
-async def admit(
+def admit(
     limits: Sequence[Limiting], transfers: Transfers, key: Any, scope: Scope, receive: Receive, send: Send
-) -> bool:
-    """Count a request in all limits, and hold a lease for its transfer. Return False if the client left meanwhile.
+) -> Awaitable[bool] | None:
+    """Count a request in all limits, and hold a lease for its transfer.
+
+    Return None if that is done, or what has to be awaited; it gives False if the client left meanwhile. A coroutine for
+    each request would cost more than all that limits in memory count.
 
     A request that may be answered without a transfer, such as one with conditions or one for a folder, gets its lease
     when the file is open. Raises `LimitExceeded` and `SourceUnavailable`.
     """
-    if scope["method"] != "GET":
-        await transfers.begin(limits, scope, receive, is_transfer=False)
-        return True
-    await transfers.begin(limits, scope, receive, is_transfer=_is_for_a_file(key, scope))
-    scope[TRANSFERS] = transfers
+    is_transfer = False
+    if scope["method"] == "GET":
+        is_transfer = _is_for_a_file(key, scope)
+        scope[TRANSFERS] = transfers
+    if transfers.begin_nowait(limits, scope, is_transfer=is_transfer):
+        return None
+    return _admit(limits, transfers, scope, receive, send, is_transfer=is_transfer)
+
+
+async def _admit(
+    limits: Sequence[Limiting],
+    transfers: Transfers,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    *,
+    is_transfer: bool,
+) -> bool:
+    await transfers.begin(limits, scope, receive, is_transfer=is_transfer)
     if not transfers.waits:
         return True
     has_left = True
@@ -66,26 +83,37 @@ def _is_for_a_file(key: Any, scope: Scope) -> bool:
     query: bytes = scope["query_string"]
     if query and (b"view" in query or b"checksum" in query):
         return False
-    return _CONDITIONS.isdisjoint([name for name, _ in scope["headers"]])
+    for name, _ in scope["headers"]:  # noqa: SIM110 - `any` would cost each request a generator
+        if name in _CONDITIONS:
+            return False
+    return True
 
 
-async def spend(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> None:
+def spend(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> Awaitable[None] | None:
     """Hold the lease of an answer that has bytes of the file, and add it to the quotas.
 
-    plan: None if another server sends the file. Raises `LimitExceeded` and `SourceUnavailable`.
+    plan: None if another server sends the file. Return None if that is done, or what has to be awaited. Raises
+    `LimitExceeded` and `SourceUnavailable`.
     """
     transfers: Transfers = scope[TRANSFERS]
+    if plan is not None and not plan.body:
+        return None
+    if not transfers.is_held:
+        return _hold_and_spend(transfers, scope, metadata, plan)
+    if not transfers.counts_bytes:
+        return None
     if plan is None:
-        await transfers.hold()
-        if transfers.counts_bytes:
-            await transfers.spend(scope["path"], metadata, metadata.size, wants_all=True)
-            transfers.sent(None, ())
-    elif plan.body:
-        if not transfers.is_held:
-            await transfers.hold()
-        if transfers.counts_bytes:
-            wants_all = plan.status != 206 or plan.body == (ByteRange(0, metadata.size or 0),)
-            await transfers.spend(scope["path"], metadata, plan.length, wants_all=wants_all)
+        spending = transfers.spend(scope["path"], metadata, metadata.size, wants_all=True)
+        transfers.sent(None, ())
+        return spending
+    wants_all = plan.status != 206 or plan.body == (ByteRange(0, metadata.size or 0),)
+    return transfers.spend(scope["path"], metadata, plan.length, wants_all=wants_all)
+
+
+async def _hold_and_spend(transfers: Transfers, scope: Scope, metadata: FileMetadata, plan: Plan | None) -> None:
+    await transfers.hold()
+    if (spending := spend(scope, metadata, plan)) is not None:
+        await spending
 
 
 def path_send_for(scope: Scope, path_send: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -95,7 +123,7 @@ def path_send_for(scope: Scope, path_send: Mapping[str, Any] | None) -> Mapping[
     return path_send if is_free or PACE in (scope.get("extensions") or {}) else None
 
 
-async def deliver_limited(
+def deliver_limited(
     delivery: Delivery,
     start: Message | None,
     send: Send,
@@ -103,34 +131,53 @@ async def deliver_limited(
     scope: Scope,
     receive: Receive | None = None,
     facts: Facts | None = None,
-) -> None:
+) -> Awaitable[None]:
     """Send an answer as `deliver` does, at the rate of its client, and note what was sent."""
     transfers: Transfers = scope[TRANSFERS]
     if isinstance(delivery, Inline):
-        seconds, is_sent = 0.0, True
+        seconds = 0.0
         for shared in transfers.rates:
             seconds = max(seconds, shared.take(len(delivery.body)))
-        if not seconds:
-            await deliver(delivery, start, send, receive=receive, facts=facts)
-        elif receive is None:
+        if seconds or (receive is None and transfers.counts_bytes):
+            return _deliver_small(transfers, delivery, start, send, receive, facts, seconds)
+        if transfers.counts_bytes and delivery.span is not None:
+            transfers.sent(len(delivery.body), (delivery.span,), is_at_once=True)
+    elif isinstance(delivery, Descriptor | Path | Chunks) and (transfers.rates or transfers.counts_bytes):
+        return _deliver_large(transfers, delivery, start, send, scope, receive, facts)
+    return deliver(delivery, start, send, receive=receive, facts=facts)
+
+
+async def _deliver_small(
+    transfers: Transfers,
+    delivery: Inline,
+    start: Message | None,
+    send: Send,
+    receive: Receive | None,
+    facts: Facts | None,
+    seconds: float,
+) -> None:
+    async def wait_and_deliver(send: Send) -> None:
+        if seconds:
             await anyio.sleep(seconds)
-            await deliver(delivery, start, send, facts=facts)
-        else:
-            is_sent = False
-
-            async def wait_and_deliver(send: Send) -> None:
-                nonlocal is_sent
-                await anyio.sleep(seconds)
-                await deliver(delivery, start, send, facts=facts)
-                is_sent = True
-
-            await until_the_client_leaves(wait_and_deliver, receive, send)
-        if transfers.counts_bytes and is_sent and delivery.span is not None:
+        await deliver(delivery, start, send, facts=facts)
+        if delivery.span is not None:
             transfers.sent(len(delivery.body), (delivery.span,))
-        return
-    if not isinstance(delivery, Descriptor | Path | Chunks):
-        await deliver(delivery, start, send, receive=receive, facts=facts)
-        return
+
+    if receive is None:
+        await wait_and_deliver(send)
+    else:
+        await until_the_client_leaves(wait_and_deliver, receive, send)
+
+
+async def _deliver_large(
+    transfers: Transfers,
+    delivery: Descriptor | Path | Chunks,
+    start: Message | None,
+    send: Send,
+    scope: Scope,
+    receive: Receive | None,
+    facts: Facts | None,
+) -> None:
     with ExitStack() as stack:
         if transfers.counts_bytes:
             send = stack.enter_context(_Counting(transfers, delivery, send)).send

@@ -291,13 +291,13 @@ class DownloadResponse(Response):
         delivery: Delivery
         if offload is None:
             delivery = delivery_of(answer.plan, opened, path_send_for(scope, path_send), is_fresh=keep)
-            if TRANSFERS in scope:
-                await spend(scope, opened.metadata, answer.plan)
+            if TRANSFERS in scope and (spending := spend(scope, opened.metadata, answer.plan)) is not None:
+                await spending
             if USE in scope:
                 await claim(scope[USE], opened.metadata, answer.plan)
         else:
-            if TRANSFERS in scope:
-                await spend(scope, opened.metadata)
+            if TRANSFERS in scope and (spending := spend(scope, opened.metadata)) is not None:
+                await spending
             if USE in scope:
                 await claim(scope[USE], opened.metadata)
             offer = scope["extensions"][EXTENSION]
@@ -309,7 +309,10 @@ class DownloadResponse(Response):
         facts: Facts | None = scope.get(ACCOUNT)
         if facts is not None:
             facts.describe(self.file.name, metadata.etag, metadata.size)
-        await _deliver_in(scope)(delivery, start, send, receive=receive, facts=facts)
+        if TRANSFERS in scope:
+            await deliver_limited(delivery, start, send, scope=scope, receive=receive, facts=facts)
+        else:
+            await deliver(delivery, start, send, receive=receive, facts=facts)
 
     async def _redirection(self, scope: Scope) -> Plan | None:
         """Return the answer that redirects the client, or None: send the file. Raises `FileError`."""
@@ -325,8 +328,8 @@ class DownloadResponse(Response):
         headers = await self.redirect.headers_for(self.file, described)
         if headers is None:
             return None
-        if TRANSFERS in scope:
-            await spend(scope, metadata)
+        if TRANSFERS in scope and (spending := spend(scope, metadata)) is not None:
+            await spending
         if USE in scope:
             await claim(scope[USE], metadata)
         return make_redirect_plan(added, headers)
@@ -344,7 +347,8 @@ class DownloadResponse(Response):
                 answer = answer.aged(age)
             start = self._start(answer, scope)
             try:
-                await _deliver_in(scope)(
+                send_it = partial(deliver_limited, scope=scope) if TRANSFERS in scope else deliver
+                await send_it(
                     delivery_of(answer.plan, local), start, send, receive=receive, facts=scope.get(ACCOUNT)
                 )
             except FileError as exc:
@@ -384,11 +388,6 @@ class DownloadResponse(Response):
         if self.raw_headers:
             headers += [header for header in self.raw_headers if header[0] == b"set-cookie"]
         return {"type": "http.response.start", "status": answer.plan.status, "headers": headers}
-
-
-def _deliver_in(scope: Scope) -> Callable[..., Awaitable[None]]:
-    """Return what delivers the answer to a request: `deliver`, or if it has limits `deliver_limited`."""
-    return partial(deliver_limited, scope=scope) if TRANSFERS in scope else deliver
 
 
 def _wants_a_digest(scope: Scope) -> bool:

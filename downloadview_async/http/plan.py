@@ -42,6 +42,9 @@ class Plan:
     @property
     def length(self) -> int | None:
         """The length of the body in bytes, or None if it is not known before the end."""
+        if len(self.body) == 1:
+            piece = self.body[0]
+            return None if piece is None else len(piece)
         return None if None in self.body else sum(len(piece) for piece in self.body if piece is not None)
 
 

@@ -363,7 +363,7 @@ async def test_what_a_failed_store_has_not_counted_is_not_given_back(redis: Redi
     async def take(sent: int | None, *, fails: bool = False) -> None:
         with await begun(limits) as transfers:
             guarded._has_failed, guarded._check_at = fails, float("inf")
-            await transfers.spend("/a", metadata, 600, wants_all=True)
+            await charge(transfers, "/a", metadata, 600, wants_all=True)
             guarded._has_failed = False
             transfers.sent(sent, ())
 
@@ -389,8 +389,8 @@ async def test_a_client_that_leaves_before_the_verdict_gets_nothing_back(redis: 
         with Transfers() as transfers:
             request = request_from()
             await transfers.begin([limits], request.scope, request.receive, is_transfer=True)
-            transfers._all[0].client = client
-            await transfers.spend("/a", FileMetadata(size=100), 100, wants_all=True)
+            transfers._all[0].client, limits._memory = client, None
+            await charge(transfers, "/a", FileMetadata(size=100), 100, wants_all=True)
 
     task = asyncio.create_task(leave())
     for _ in range(rounds + 1):
@@ -522,6 +522,11 @@ async def test_a_function_that_fails_refuses_the_request(hook: Callable[[Request
         await dv.Limits(client=hook).client_of(request_from())
 
 
+async def charge(transfers: Transfers, path: str, metadata: FileMetadata, size: int, *, wants_all: bool) -> None:
+    if (spending := transfers.spend(path, metadata, size, wants_all=wants_all)) is not None:
+        await spending
+
+
 async def begun(limits: dv.Limits) -> Transfers:
     transfers = Transfers()
     request = request_from()
@@ -603,7 +608,7 @@ async def test_quotas_of_an_answer_and_what_was_not_sent() -> None:
 
     async def take(sent: int | None) -> None:
         with await begun(limits) as transfers:
-            await transfers.spend("/a", metadata, 600, wants_all=True)
+            await charge(transfers, "/a", metadata, 600, wants_all=True)
             transfers.sent(sent, ())
 
     await take(0)

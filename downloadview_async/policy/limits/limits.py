@@ -5,7 +5,7 @@ import inspect
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from functools import lru_cache
 from itertools import count, islice
 from secrets import token_hex
@@ -26,7 +26,7 @@ from downloadview_async.policy.limits.guarded import GuardedLimitStore, WhenStor
 from downloadview_async.policy.limits.memory import MAX_CLIENTS, MemoryLimitStore
 from downloadview_async.policy.limits.pace import SharedRate
 from downloadview_async.policy.limits.redis import Follower, RedisLimitStore
-from downloadview_async.policy.limits.store import Costs, LimitStore, NotCounted, Verdict, seconds_left
+from downloadview_async.policy.limits.store import ALLOWED, Costs, LimitStore, NotCounted, Verdict, seconds_left
 
 if TYPE_CHECKING:
     from downloadview_async.policy.limits.source import SourceLimit
@@ -124,7 +124,8 @@ class Limits:
         self._queues: dict[str, deque[_Place]] = {}
         self.is_shared = store != "memory"
         """Whether other processes use the store too."""
-        self._store: LimitStore = MemoryLimitStore() if store == "memory" else _in_redis(store, when_store_fails, self)
+        self._memory = MemoryLimitStore() if store == "memory" else None  # which needs no `await`, as costs time
+        self._store: LimitStore = self._memory or _in_redis(store, when_store_fails, self)
 
     async def client_of(self, request: Request) -> str:
         """Return the key of the client that sends a request. If a function fails, that raises `SourceUnavailable`."""
@@ -152,21 +153,42 @@ class Limits:
             client = self._key_of(peer[0] if peer else None)
         else:
             client = await self.client_of(Request(scope, receive))
-        transfer = Transfer(self, client)
-        transfer.is_held = not self._holds_leases
-        lease = transfer.lease if is_transfer and self._holds_leases else None
-        if self._window is None and lease is None:
-            return transfer
-        if lease is not None and self._queues.get(client):
-            lease, transfer.waits = None, True  # behind those that wait already
-        verdict = await self._store.admit(client, window=self._window, most=self._most, lease=lease)
-        if verdict.refused == "concurrent" and self.queues:
-            transfer.waits = True
-        elif verdict.refused is not None:
-            raise self._refusal(verdict)
-        elif lease is not None:
-            transfer.is_held = True
+        transfer, lease = self._new(client, is_transfer)
+        if self._window is not None or lease is not None:
+            admit = self._store.admit(client, window=self._window, most=self._most, lease=lease)
+            self._judge(transfer, lease, await admit)
         return transfer
+
+    def begin_nowait(self, scope: Scope, *, is_transfer: bool) -> "Transfer | None":
+        """Return what `begin` returns, or None if it may have to wait. Raises `LimitExceeded`."""
+        if self._memory is None or self._client_of is not address_client:
+            return None
+        peer = scope.get("client")
+        client = self._key_of(peer[0] if peer else None)
+        transfer, lease = self._new(client, is_transfer)
+        if self._window is not None or lease is not None:
+            self._judge(transfer, lease, self._memory.admit_nowait(client, self._window, self._most, lease))
+        return transfer
+
+    def _new(self, client: str, is_transfer: bool) -> "tuple[Transfer, str | None]":
+        """Return a transfer, and the lease that it asks for."""
+        transfer = Transfer(self, client)
+        if not self._holds_leases:
+            transfer.is_held = True
+            return transfer, None
+        transfer.lease = f"{_process}.{next(_numbers)}"
+        if is_transfer and self._queues and client in self._queues:
+            transfer.waits = True  # behind those that wait already
+            return transfer, None
+        return transfer, transfer.lease if is_transfer else None
+
+    def _judge(self, transfer: "Transfer", lease: str | None, verdict: Verdict) -> None:
+        if verdict is ALLOWED or verdict.refused is None:
+            transfer.is_held = transfer.is_held or lease is not None
+        elif verdict.refused == "concurrent" and self.queues:
+            transfer.waits = True
+        else:
+            raise self._refusal(verdict)
 
     async def hold(self, transfer: "Transfer") -> None:
         """Hold a lease for a transfer that has none, or note that it has to wait in the queue.
@@ -209,26 +231,37 @@ class Limits:
         if not transfer.is_held:
             raise self._refusal(Verdict("concurrent", 1.0))
 
-    async def spend(self, transfer: "Transfer", session: str, size: int | None, *, wants_all: bool) -> None:
-        """Add the bytes and the download to the quotas of the client.
+    def spend(
+        self, transfer: "Transfer", session: str, size: int | None, *, wants_all: bool
+    ) -> Awaitable[None] | None:
+        """Add the bytes and the download to the quotas of the client. Return what has to be awaited, if anything.
 
         session: the path and the version of the file. size: of the body in bytes, None if it is not known before it
         ends. Raises `LimitExceeded` and `SourceUnavailable`.
         """
         if not self._quotas:
-            return
+            return None
         now = time.time()
         costs = [(quota, (size or 0) if quota.unit == "bytes" else 1) for quota in self._quotas]
         transfer.session = _short(session) if self._counts_downloads else ""
         transfer.spent, transfer.spent_at = size or 0, now
+        if self._memory is None:
+            return self._spend(transfer, costs, wants_all)
+        self._charge(transfer, self._memory.spend_nowait(transfer.client, costs, transfer.session, wants_all, now))
+        return None
+
+    async def _spend(self, transfer: "Transfer", costs: Costs, wants_all: bool) -> None:
         try:
             used_up = await self._store.spend(
-                transfer.client, costs, session=transfer.session, wants_all=wants_all, now=now
+                transfer.client, costs, session=transfer.session, wants_all=wants_all, now=transfer.spent_at
             )
         except NotCounted:
             return
+        self._charge(transfer, used_up)
+
+    def _charge(self, transfer: "Transfer", used_up: Quota | None) -> None:
         if used_up is not None:
-            raise self._exceeded(used_up.text, seconds_left(used_up, now))
+            raise self._exceeded(used_up.text, seconds_left(used_up, transfer.spent_at))
         transfer.is_charged = True
 
     def let_go(self, transfer: "Transfer") -> None:
@@ -248,7 +281,8 @@ class Limits:
         transfer.is_held = False
         if lease is not None or refunds or complete is not None:
             self._store.release(transfer.client, lease, refunds, spent_at=transfer.spent_at, complete=complete)
-        self._wake(transfer.client)
+        if self._queues:
+            self._wake(transfer.client)
 
     def _wake(self, client: str) -> None:
         """Have the one that waits first ask for a lease: one has become free."""
@@ -266,11 +300,11 @@ class Limits:
             store = self._store
             shared = SharedRate(self.rate, (lambda: store.transfers(client)) if self.is_shared else lambda: 0)
             self._rates[client] = shared
+            for first in list(islice(last, 2)):  # two for each one that is new, so that they become fewer
+                if last[first].is_idle or last[first].paces or len(last) >= MAX_CLIENTS:
+                    del last[first]
         last[client] = shared
         last.move_to_end(client)
-        for first in list(islice(last, 2)):  # two for each one that is new, so that they become fewer
-            if first != client and (last[first].is_idle or last[first].paces or len(last) > MAX_CLIENTS):
-                del last[first]
         return (shared, *total)
 
     def follow(self, client: str) -> None:
@@ -330,7 +364,7 @@ class Transfer:
     def __init__(self, limits: "Limits | SourceLimit", client: str) -> None:
         self.limits = limits
         self.client = client
-        self.lease = f"{_process}.{next(_numbers)}"
+        self.lease = ""
         self.is_held = False
         self.waits = False
         self.spent = 0
@@ -342,13 +376,14 @@ class Transfer:
 class Transfers:
     """What one request takes of all the limits that hold for it. A context manager, which gives it back."""
 
-    __slots__ = ("_all", "_is_complete", "_sent", "_size", "counts_bytes", "is_held", "rates", "waits")
+    __slots__ = ("_all", "_is_at_once", "_is_complete", "_sent", "_size", "counts_bytes", "is_held", "rates", "waits")
 
     def __init__(self) -> None:
         self._all: list[Transfer] = []
         self._sent: int | None = None
         self._size: int | None = None
         self._is_complete = False
+        self._is_at_once = False
         self.counts_bytes = False
         self.rates: tuple[SharedRate, ...] = ()
         """The rates that the transfer shares with others."""
@@ -363,26 +398,45 @@ class Transfers:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self._is_at_once:
+            self._sent, self._is_complete = 0, False
         for transfer in self._all:
             transfer.limits.end(transfer, self._sent, is_complete=self._is_complete)
+
+    def begin_nowait(self, limits: "Sequence[Limits | SourceLimit]", scope: Scope, *, is_transfer: bool) -> bool:
+        """Count a request in the first of some limits that do not have to wait for anything.
+
+        Return whether these are all, and hold all leases. If not, go on with `begin`. Raises `LimitExceeded`.
+        """
+        for one in limits:
+            transfer = one.begin_nowait(scope, is_transfer=is_transfer)
+            if transfer is None:
+                return False
+            self._add(one, transfer)
+        return not self.waits
 
     async def begin(
         self, limits: "Sequence[Limits | SourceLimit]", scope: Scope, receive: Receive, *, is_transfer: bool
     ) -> None:
-        """Count a request in all limits that hold for it. Raises `LimitExceeded` and `SourceUnavailable`."""
-        for one in limits:
-            transfer = await one.begin(scope, receive, is_transfer=is_transfer)
-            self._all.append(transfer)
-            if transfer.waits:
-                self.waits = True
-            if not transfer.is_held:
-                self.is_held = False
-            if one.counts_bytes:
-                self.counts_bytes = True
-            if one.is_paced:
-                self.rates += one.rates_of(transfer)
+        """Count a request in the limits that hold for it, but not in those that `begin_nowait` has counted it in.
+
+        Raises `LimitExceeded` and `SourceUnavailable`.
+        """
+        for one in limits[len(self._all) :]:
+            self._add(one, await one.begin(scope, receive, is_transfer=is_transfer))
         if self.waits:
             self._let_go()
+
+    def _add(self, limits: "Limits | SourceLimit", transfer: Transfer) -> None:
+        self._all.append(transfer)
+        if transfer.waits:
+            self.waits = True
+        if not transfer.is_held:
+            self.is_held = False
+        if limits.counts_bytes:
+            self.counts_bytes = True
+        if limits.is_paced:
+            self.rates += limits.rates_of(transfer)
 
     @property
     def may_wait(self) -> bool:
@@ -413,20 +467,37 @@ class Transfers:
                 return
             self._let_go()
 
-    async def spend(self, path: str, metadata: FileMetadata, size: int | None, *, wants_all: bool) -> None:
-        """Add an answer to the quotas. Until `sent` is called, none of it counts as sent. Raises `LimitExceeded`.
+    def spend(self, path: str, metadata: FileMetadata, size: int | None, *, wants_all: bool) -> Awaitable[None] | None:
+        """Add an answer to the quotas. Until `sent` is called, none of it counts as sent.
 
-        path: of the URL. size: of the body in bytes, None if it is not known.
+        Return what has to be awaited, if anything. Raises `LimitExceeded` and `SourceUnavailable`. path: of the URL. size: of the body in bytes, None if it is not known.
         """
         self._sent, self._size = 0, metadata.size
         version = metadata.etag if metadata.etag is not None else f"{metadata.last_modified} {metadata.size}"
-        for transfer in self._all:
-            await transfer.limits.spend(transfer, f"{path} {version}", size, wants_all=wants_all)
+        session = f"{path} {version}"
+        rest = iter(self._all)
+        for transfer in rest:
+            if (spending := transfer.limits.spend(transfer, session, size, wants_all=wants_all)) is not None:
+                return self._spend_rest(spending, rest, session, size, wants_all)
+        return None
 
-    def sent(self, size: int | None, spans: Iterable[ByteRange | None]) -> None:
-        """Note the bytes that were sent, None: all. spans: the parts of the file that are complete, None: all of it."""
-        self._sent = size
-        self._is_complete = any(span is None or span.stop == self._size for span in spans)
+    async def _spend_rest(
+        self, spending: Awaitable[None], rest: Iterable[Transfer], session: str, size: int | None, wants_all: bool
+    ) -> None:
+        await spending
+        for transfer in rest:
+            if (following := transfer.limits.spend(transfer, session, size, wants_all=wants_all)) is not None:
+                await following
+
+    def sent(self, size: int | None, spans: Iterable[ByteRange | None], *, is_at_once: bool = False) -> None:
+        """Note the bytes that were sent, None: all. spans: the parts of the file that are complete, None: all of it.
+
+        is_at_once: these leave now. If the answer fails, they have not left.
+        """
+        self._sent, self._is_at_once = size, is_at_once
+        for span in spans:
+            if span is None or span.stop == self._size:
+                self._is_complete = True
 
     @property
     def rate(self) -> int | None:

@@ -13,6 +13,8 @@ MAX_CLIENTS = 100_000
 MAX_SESSIONS = 1000
 """How many downloads of a client are remembered. A request of an older one counts as a new download."""
 
+_NOTHING = (0, 0)
+
 
 @dataclass(slots=True)
 class _Client:
@@ -32,6 +34,10 @@ class MemoryLimitStore:
 
     async def admit(self, client: str, *, window: Window | None, most: int | None, lease: str | None) -> Verdict:
         """Count a request, and hold a lease for its transfer."""
+        return self.admit_nowait(client, window, most, lease)
+
+    def admit_nowait(self, client: str, window: Window | None, most: int | None, lease: str | None) -> Verdict:
+        """Do the same as `admit`, without a coroutine."""
         known = self._known(client)
         if window is not None:
             now = time.monotonic()
@@ -50,18 +56,26 @@ class MemoryLimitStore:
 
     async def spend(self, client: str, costs: Costs, *, session: str, wants_all: bool, now: float) -> Quota | None:
         """Add the costs to their quotas, or return a quota that is used up."""
+        return self.spend_nowait(client, costs, session, wants_all, now)
+
+    def spend_nowait(self, client: str, costs: Costs, session: str, wants_all: bool, now: float) -> Quota | None:
+        """Do the same as `spend`, without a coroutine."""
         known = self._known(client)
         ends, is_complete = known.sessions.get(session, (0.0, False)) if session else (0.0, False)
         is_open = ends > now and not (is_complete and wants_all)
-        new = [(quota, cost) for quota, cost in costs if not (is_open and quota.unit == "downloads")]
-        for quota, _ in new:
-            period, used = known.spent.get((quota.unit, quota.seconds), (0, 0))
-            if period == period_of(quota, now) and used >= quota.amount:
+        spent, changes = known.spent, []
+        for quota, cost in costs:
+            if is_open and quota.unit == "downloads":
+                continue
+            key, current = (quota.unit, quota.seconds), period_of(quota, now)
+            period, used = spent.get(key, _NOTHING)
+            if period != current:
+                used = 0
+            if used >= quota.amount:
                 return quota
-        for quota, cost in new:
-            period, used = known.spent.get((quota.unit, quota.seconds), (0, 0))
-            current = period_of(quota, now)
-            known.spent[quota.unit, quota.seconds] = current, cost + (used if period == current else 0)
+            changes.append((key, (current, used + cost)))
+        for key, change in changes:
+            spent[key] = change
         if session and not is_open:
             known.sessions[session] = now + SESSION_SECONDS, False
             if len(known.sessions) > MAX_SESSIONS:
@@ -79,8 +93,8 @@ class MemoryLimitStore:
             period, used = known.spent.get((quota.unit, quota.seconds), (0, 0))
             if period == period_of(quota, spent_at):
                 known.spent[quota.unit, quota.seconds] = period, max(0, used - refund)
-        if complete in known.sessions:
-            known.sessions[complete] = known.sessions[complete][0], True
+        if complete is not None and (session := known.sessions.get(complete)) is not None and not session[1]:
+            known.sessions[complete] = session[0], True
 
     def transfers(self, client: str) -> int:
         """Return how many leases the client holds."""
@@ -99,7 +113,8 @@ class MemoryLimitStore:
             known = self._clients[client] = _Client()
             for _ in range(min(2, len(self._clients) - MAX_CLIENTS)):
                 self._forget()
-        self._clients.move_to_end(client)
+        else:
+            self._clients.move_to_end(client)
         return known
 
     def _forget(self) -> None:

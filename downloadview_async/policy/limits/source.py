@@ -53,7 +53,10 @@ class SourceLimit:
         transfer.is_held = False
         transfer.slot.close()
 
-    async def spend(self, transfer: Transfer, session: str, size: int | None, *, wants_all: bool) -> None:
+    def begin_nowait(self, scope: Scope, *, is_transfer: bool) -> Transfer | None:
+        """Return None: `begin` may have to wait."""
+
+    def spend(self, transfer: Transfer, session: str, size: int | None, *, wants_all: bool) -> None:
         """Return: there is no quota."""
 
     def rates_of(self, transfer: Transfer) -> tuple[SharedRate, ...]:
