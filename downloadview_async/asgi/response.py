@@ -348,9 +348,7 @@ class DownloadResponse(Response):
             start = self._start(answer, scope)
             try:
                 send_it = partial(deliver_limited, scope=scope) if TRANSFERS in scope else deliver
-                await send_it(
-                    delivery_of(answer.plan, local), start, send, receive=receive, facts=scope.get(ACCOUNT)
-                )
+                await send_it(delivery_of(answer.plan, local), start, send, receive=receive, facts=scope.get(ACCOUNT))
             except FileError as exc:
                 await send_error(exc, scope, send)
 

@@ -453,6 +453,28 @@ async def test_the_kernel_paces_a_transfer_and_not_the_next_answer(files: Path, 
 
 
 @pytest.mark.asyncio
+async def test_a_pipelined_answer_does_not_keep_the_pace_of_the_one_before(files: Path) -> None:
+    app = Starlette(
+        routes=[
+            Route("/limited/{name}", dv.Download(dv.PathSource(files), limits=dv.Limits(rate="4MB/s"))),
+            Route("/free/{name}", dv.Download(dv.PathSource(files))),
+        ]
+    )
+    with open(files / "large.bin", "wb") as file:
+        file.truncate(80_000_000)
+    async with live(app, http=DownloadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
+        for path in ("/limited/big.bin", "/free/large.bin"):
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        with anyio.fail_after(15):  # at the pace of the first one, 20 seconds more
+            for size in (len(BIG), 80_000_000):
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert b" 200 " in head
+                await reader.readexactly(size)
+        writer.close()
+
+
+@pytest.mark.asyncio
 async def test_transfers_of_a_client_share_its_rate(files: Path) -> None:
     noted = Noted(dv.Download(dv.PathSource(files), limits=dv.Limits(rate="300MB/s", total_rate="400MB/s")))
     async with live(noted, http=DownloadProtocol) as port:

@@ -748,6 +748,29 @@ async def test_what_slow_clients_leave_is_for_the_others(monkeypatch: pytest.Mon
     assert shared.is_idle
 
 
+@pytest.mark.asyncio
+async def test_large_packets_do_not_make_a_client_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    class InPackets(Connection):
+        """A client of the loopback device, which gets packets of 128 KiB."""
+
+        def acknowledged(self) -> int:
+            return super().acknowledged() // 131_072 * 131_072
+
+    shared, connections = SharedRate(1_000_000), [InPackets() for _ in range(10)]
+    with contextlib.ExitStack() as stack:
+        for one in connections:
+            stack.enter_context(Pace((shared,), one))
+        for _ in range(40):
+            clock[0] += 0.5
+            for one in connections:
+                one.go_on(0.5)
+            shared._look()
+            assert sum(one.rates[-1] for one in connections) >= 500_000
+
+
 def test_small_answers_may_be_ahead_of_the_rate_by_a_second() -> None:
     shared = SharedRate(1_000_000)
     assert [shared.take(10_000) for _ in range(100)] == [0.0] * 100

@@ -138,6 +138,8 @@ GRACE_SECONDS = 0.5
 
 _END_OF_HEAD = b"\r\n\r\n"
 
+_PACE_SECONDS = 0.1  # how often it is asked whether a client has taken the last byte of a paced answer
+
 _FEW_HELD = 4096  # up to so many bytes in the transport, asking the kernel costs more than it tells
 
 _PATH_SEND: Any = {"descriptor": True, PREPARED: True}  # what this server's path send takes
@@ -204,6 +206,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "_is_paced",
         "_is_shutting_down",
         "_may_be_paced",
+        "_pace_timer",
         "_paused",
         "_phase",
         "_tail",
@@ -253,6 +256,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._writes_at_once = True
         self._is_shutting_down = False
         self._is_paced = False
+        self._pace_timer: asyncio.TimerHandle | None = None
         self._may_be_paced = False
 
     @property
@@ -392,9 +396,8 @@ class DownloadProtocol(HttpToolsProtocol):
         extensions: Any = {PATHSEND: _PATH_SEND, CONNECTION: self} if self._has_plain_socket else {}
         if self._may_be_paced:
             extensions[PACE] = self
-            if self._is_paced and not untaken_bytes(self):
-                self._is_paced = False
-                set_pace(self, None)
+            if self._is_paced and self._pace_timer is None:
+                self._end_pace(acknowledged_bytes(self) + untaken_bytes(self))
         if extensions:
             scope["extensions"] = extensions
         super().on_headers_complete()  # an invalid target raises an error here, while the phase is still HEAD
@@ -410,8 +413,23 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def pace(self, rate: int) -> None:
         """Have the kernel send at a rate, in bytes per second, until the next request."""
+        if self._pace_timer is not None:
+            self._pace_timer.cancel()
+            self._pace_timer = None
         self._is_paced = True
         set_pace(self, rate)
+
+    def _end_pace(self, end: int) -> None:
+        """End the pace of an answer when the client has taken its last byte: the next answer must not keep it.
+
+        end: the bytes of the connection up to that one.
+        """
+        self._pace_timer = None
+        if acknowledged_bytes(self) < end and not self.is_lost:
+            self._pace_timer = self.loop.call_later(_PACE_SECONDS, self._end_pace, end)
+        else:
+            self._is_paced = False
+            set_pace(self, None)
 
     def acknowledged(self) -> int:
         """Return how many bytes the client has taken since the connection began."""
@@ -661,7 +679,7 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def _stop_timers(self) -> None:
         stop_watching(self)
-        for timer in (self._head_timer, self.timeout_keep_alive_task):
+        for timer in (self._head_timer, self.timeout_keep_alive_task, self._pace_timer):
             if timer is not None:
                 timer.cancel()
 

@@ -231,9 +231,7 @@ class Limits:
         if not transfer.is_held:
             raise self._refusal(Verdict("concurrent", 1.0))
 
-    def spend(
-        self, transfer: "Transfer", session: str, size: int | None, *, wants_all: bool
-    ) -> Awaitable[None] | None:
+    def spend(self, transfer: "Transfer", session: str, size: int | None, *, wants_all: bool) -> Awaitable[None] | None:
         """Add the bytes and the download to the quotas of the client. Return what has to be awaited, if anything.
 
         session: the path and the version of the file. size: of the body in bytes, None if it is not known before it

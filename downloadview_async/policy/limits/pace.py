@@ -25,6 +25,7 @@ LOOK_SECONDS = 0.5
 _EXACT = 20  # transfers; with more, those that share a rate follow when their number has changed by this part
 _PIECES = 10  # per second: a chunk that takes longer than a piece is split
 _MOST_LOOKS = 200  # transfers that are looked at each time
+_LEAST_LOOK = 300_000  # bytes: the packets of the loopback device, on which a proxy may be, have up to 128 KiB
 _SLOW = 0.9  # of its part: a client that takes less is slow
 _ROOM = 1.25  # times what a slow client takes: its part
 _LEAST_PART = 0.1  # of an equal part
@@ -126,10 +127,11 @@ class SharedRate:
         self._look_soon()
         now, changed = time.monotonic(), number != self._number
         for pace in list(self.paces)[:_MOST_LOOKS]:
-            taken = pace.taken(now)
-            if taken is not None:
+            looked = pace.look(now)
+            if looked is not None:
+                taken, allowed = looked
                 need = self.paces.pop(pace)  # it becomes the one that is looked at last
-                is_slow = taken < _SLOW * pace.rate
+                is_slow = taken < _SLOW * allowed
                 self.paces[pace] = max(_ROOM * taken, _LEAST_PART * self.rate / number) if is_slow else None
                 changed = changed or is_slow or need is not None
         if changed:
@@ -151,12 +153,23 @@ class Pace:
     connection: of the client. None: `wait` keeps the rate.
     """
 
-    __slots__ = ("_connection", "_free_at", "_looked_at", "_rates", "_taken_then", "_waited", "rate")
+    __slots__ = (
+        "_allowed",
+        "_connection",
+        "_free_at",
+        "_looked_at",
+        "_rates",
+        "_set_at",
+        "_taken_then",
+        "_waited",
+        "rate",
+    )
 
     def __init__(self, rates: tuple[SharedRate, ...], connection: Paced | None) -> None:
         self._rates = rates
         self._connection = connection
-        self._free_at = self._looked_at = time.monotonic()
+        self._free_at = self._looked_at = self._set_at = time.monotonic()
+        self._allowed = 0.0  # bytes, up to `_set_at`
         self._waited = 0  # bytes
         self._taken_then = self._taken()
         self.rate = 0
@@ -179,18 +192,25 @@ class Pace:
         """Set the rate, because the number of transfers has changed."""
         rate = max(LEAST_PACE, int(min(shared.part_of(self) for shared in self._rates)))
         if rate != self.rate:
-            self.rate = rate
+            now = time.monotonic()
+            self._allowed += self.rate * (now - self._set_at)
+            self.rate, self._set_at = rate, now
             if self._connection is not None:
                 self._connection.pace(rate)
 
-    def taken(self, now: float) -> float | None:
-        """Return the bytes per second that the client has taken since the last time, None if that was just now."""
+    def look(self, now: float) -> tuple[float, float] | None:
+        """Return the bytes per second that the client has taken since the last look, and those that it could have.
+
+        Return None, and go on counting, if it could have too few to tell: the kernel sends them in large packets.
+        """
         seconds = now - self._looked_at
-        if seconds < LOOK_SECONDS / 2:
+        allowed = self._allowed + self.rate * (now - self._set_at)
+        if seconds < LOOK_SECONDS / 2 or allowed < _LEAST_LOOK:
             return None
         taken, before = self._taken(), self._taken_then
-        self._looked_at, self._taken_then = now, taken
-        return (taken - before) / seconds
+        self._looked_at = self._set_at = now
+        self._taken_then, self._allowed = taken, 0.0
+        return (taken - before) / seconds, allowed / seconds
 
     def _taken(self) -> int:
         return self._waited if self._connection is None else self._connection.acknowledged()
