@@ -245,7 +245,7 @@ async def check_databases(settings: Settings) -> None:
     async with (
         _opened(settings, _databases(settings)),
         opened_store(settings, store_of(settings)),
-        opened_limits(settings, service_limits(settings)),
+        opened_limits(settings, service_limits(settings), warns=False),  # the application does that
     ):
         if (counted := store_of_completions(settings)) is not None:
             await check_completions(settings, counted)

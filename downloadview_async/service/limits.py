@@ -70,13 +70,15 @@ def _limits(settings: Settings, key: str, limits: RouteLimitsSettings, name: str
 
 
 @asynccontextmanager
-async def opened_limits(settings: Settings, limits: ServiceLimits) -> AsyncIterator[None]:
-    """Ask the store of limits once, and close it at the end. Log which rates a proxy does not keep.
+async def opened_limits(settings: Settings, limits: ServiceLimits, *, warns: bool = True) -> AsyncIterator[None]:
+    """Ask the store of limits once, and close it at the end.
+
+    warns: log a store that does not answer although requests are allowed then, and rates that a proxy does not keep.
 
     Raises `Unavailable` if the store does not answer, unless requests are allowed then.
     """
     every = [*limits.routes.values(), *([] if limits.common is None else [limits.common])]
-    if settings.offload.backend is not None and any(one.rate is not None for one in every):
+    if warns and settings.offload.backend is not None and any(one.rate is not None for one in every):
         kind = proxy_kinds()[settings.offload.backend]
         if kind.rate_header is None:
             logger.warning(
@@ -97,7 +99,8 @@ async def opened_limits(settings: Settings, limits: ServiceLimits) -> AsyncItera
                 )
                 if settings.limits.when_store_fails == "refuse":
                     raise Unavailable(str(error)) from exc
-                logger.warning("%s", one_line(str(error)))
+                if warns:
+                    logger.warning("%s", one_line(str(error)))
         yield
     finally:
         with anyio.CancelScope(shield=True):

@@ -153,6 +153,18 @@ async def test_a_store_that_does_not_answer(directory: Path, caplog: pytest.LogC
             pass
 
 
+@pytest.mark.slow
+def test_each_warning_of_the_start_is_one_line(directory: Path) -> None:
+    text = limits_with('rate = "1MB/s"\nstore = "redis://127.0.0.1:1/0"') + '[offload]\nbackend = "caddy"\n'
+    (directory / "downloadview.toml").write_text(text)
+    port = free_port()
+    command = [*COMMAND, "--config", str(directory / "downloadview.toml"), "--port", str(port)]
+    with serving(command, port, log=directory / "log") as server:
+        server.wait_for_log("startup complete")
+        assert server.log.count("limits.store: the store cannot be used") == 1
+        assert server.log.count("Caddy cannot limit the rate") == 1
+
+
 @contextlib.contextmanager
 def processes(directory: Path, redis: RedisServer, limits: str, *, number: int = 3) -> Iterator[list[Server]]:
     """Run processes of the service, each by itself, which count together."""

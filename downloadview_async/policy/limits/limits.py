@@ -468,7 +468,9 @@ class Transfers:
     def spend(self, path: str, metadata: FileMetadata, size: int | None, *, wants_all: bool) -> Awaitable[None] | None:
         """Add an answer to the quotas. Until `sent` is called, none of it counts as sent.
 
-        Return what has to be awaited, if anything. Raises `LimitExceeded` and `SourceUnavailable`. path: of the URL. size: of the body in bytes, None if it is not known.
+        Return what has to be awaited, if anything. Raises `LimitExceeded` and `SourceUnavailable`.
+
+        path: of the URL. size: of the body in bytes, None if it is not known.
         """
         self._sent, self._size = 0, metadata.size
         version = metadata.etag if metadata.etag is not None else f"{metadata.last_modified} {metadata.size}"
