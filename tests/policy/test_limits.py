@@ -311,6 +311,20 @@ async def test_keys_expire_and_do_not_show_the_client(redis: RedisServer) -> Non
 
 
 @pytest.mark.asyncio
+async def test_memory_bounds_the_downloads_of_all_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MAX_ALL_SESSIONS", 20)
+    store = MemoryLimitStore()
+    plenty = [(Quota(10**9, "downloads", 86_400, ""), 1)]
+    for client in range(10):
+        for _ in range(2):
+            for session in range(5):
+                await store.spend(f"{client}", plenty, session=f"{session}", wants_all=True, now=NOW)
+    kept = sum(len(known.sessions) for known in store._clients.values())
+    assert 15 <= kept <= 20
+    assert store._sessions == kept
+
+
+@pytest.mark.asyncio
 async def test_memory_forgets_clients_but_not_their_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MAX_CLIENTS", 3)
     store = MemoryLimitStore()
@@ -505,6 +519,17 @@ async def test_a_header_counts_if_a_trusted_proxy_sends_it() -> None:
     assert await limits.client_of(tenant) == await limits.client_of(again)
     assert await limits.client_of(forged) == await limits.client_of(request_from("192.0.2.9", **behind("192.0.2.9")))
     assert "X-Tenant a" not in await limits.client_of(forged)
+
+
+@pytest.mark.asyncio
+async def test_names_of_clients_that_are_long_or_not_utf_8(redis: RedisServer) -> None:
+    limits = dv.Limits(client=lambda request: request.headers["x-name"] * 10_000, name="limits")
+    keys = [await limits.client_of(request_from(headers={"X-Name": name})) for name in ("a", "b", "a")]
+    assert keys[0] == keys[2] != keys[1]
+    assert max(map(len, keys)) < 100
+    store = RedisLimitStore(redis.url, timeout=5.0)
+    assert (await store.admit("\udcff", window=MINUTE, most=1, lease=None)).refused is None
+    await store.aclose()
 
 
 def raises(request: Request) -> str:

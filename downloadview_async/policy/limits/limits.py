@@ -40,6 +40,7 @@ QUEUE_SECONDS = 10.0
 MAX_WAITING = 32
 """How many requests of one client may wait."""
 
+_LONG = 200  # characters of a client's name; a longer one would take much memory
 _POLL_SECONDS = 0.25  # how often the first one asks a store that other processes use
 
 logger = logging.getLogger("downloadview_async")
@@ -141,7 +142,9 @@ class Limits:
             logger.exception("the function for the client of limits has failed")
             raise SourceUnavailable("the function for the client of limits has failed") from exc
         peer = request.scope.get("client")
-        return self._key_of(peer[0] if peer else None) if client is None else f"{self._name} {client}"
+        if client is None:
+            return self._key_of(peer[0] if peer else None)
+        return f"{self._name} {client if len(client) <= _LONG else _short(client)}"
 
     async def begin(self, scope: Scope, receive: Receive, *, is_transfer: bool) -> "Transfer":
         """Count a request, and return what it takes. `is_transfer`: it holds a lease, unless it has to wait for one.
@@ -519,4 +522,4 @@ def _in_redis(url: str, when_it_fails: WhenStoreFails, follower: Follower) -> Li
 
 @lru_cache(maxsize=1024)
 def _short(session: str) -> str:
-    return hashlib.sha256(session.encode()).hexdigest()[:32]
+    return hashlib.sha256(session.encode(errors="surrogatepass")).hexdigest()[:32]

@@ -13,6 +13,9 @@ MAX_CLIENTS = 100_000
 MAX_SESSIONS = 1000
 """How many downloads of a client are remembered. A request of an older one counts as a new download."""
 
+MAX_ALL_SESSIONS = 1_000_000
+"""How many downloads of all clients are remembered. Beyond, the clients that came first are forgotten."""
+
 _NOTHING = (0, 0)
 
 
@@ -31,6 +34,7 @@ class MemoryLimitStore:
 
     def __init__(self) -> None:
         self._clients: OrderedDict[str, _Client] = OrderedDict()
+        self._sessions = 0
 
     async def admit(self, client: str, *, window: Window | None, most: int | None, lease: str | None) -> Verdict:
         """Count a request, and hold a lease for its transfer."""
@@ -77,9 +81,13 @@ class MemoryLimitStore:
         for key, change in changes:
             spent[key] = change
         if session and not is_open:
+            before = len(known.sessions)
             known.sessions[session] = now + SESSION_SECONDS, False
             if len(known.sessions) > MAX_SESSIONS:
                 del known.sessions[next(iter(known.sessions))]
+            self._sessions += len(known.sessions) - before
+            if self._sessions > MAX_ALL_SESSIONS:
+                self._forget()
         return None
 
     def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, complete: str | None) -> None:
@@ -122,6 +130,8 @@ class MemoryLimitStore:
         client, known = self._clients.popitem(last=False)
         if known.leases:
             self._clients[client] = known
+        else:
+            self._sessions -= len(known.sessions)
 
 
 def _turn(known: _Client, window: Window, now: float) -> None:

@@ -234,7 +234,7 @@ class RedisLimitStore:
 
         The braces keep the keys of a client on one server of a cluster.
         """
-        return f"{self._prefix}{{{hashlib.sha256(client.encode()).hexdigest()[:32]}}}:"
+        return f"{self._prefix}{{{hashlib.sha256(client.encode(errors='surrogatepass')).hexdigest()[:32]}}}:"
 
     @property
     def timeout(self) -> float:
