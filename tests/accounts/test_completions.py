@@ -244,13 +244,13 @@ def test_a_process_that_is_killed_loses_at_most_a_second(url: str) -> None:
     assert sum(at < killed - 1 for at in told) <= counts <= len(told) + 100
 
 
-def test_it_is_written_within_a_second(url: str) -> None:
+def test_it_is_written_while_the_process_runs(url: str) -> None:
     completions = dv.Completions(url)
     report(url)  # creates the tables
     began = time.monotonic()
     completions(now_and())
     while not report(url):
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < _PATIENCE
     completions.close()
 
 
