@@ -24,6 +24,8 @@ class Facts:
     link_id: str | None = None
     kind: str | None = None
     proxy: str | None = None
+    inside: Mapping[str, Any] | None = None
+    """A copy of the scope, further inside, into which a router may have put its route."""
     etag: ETag | str | None = None
     size: int | None = None
     delivery: Any = None
@@ -53,13 +55,18 @@ class Facts:
             facts.etag, facts.size = etag, size
             facts = facts.outer
 
-    def find(self, source: str, key: object, route: object) -> None:
-        """Note what a source is asked for, and by which route of Starlette: middleware may have copied the scope."""
-        path = getattr(route, "path", None)
+    def find(self, source: str, key: object, scope: Mapping[str, Any]) -> None:
+        """Note what a source is asked for, by the scope of the request there."""
         facts: Facts | None = self
         while facts is not None:
-            facts.route = facts.route or path
-            facts.source, facts.name = source, str(key)
+            facts.source, facts.name, facts.inside = source, str(key), scope
+            facts = facts.outer
+
+    def enter(self, scope: Mapping[str, Any]) -> None:
+        """Note a copy of the scope that is passed on."""
+        facts: Facts | None = self
+        while facts is not None:
+            facts.inside = scope
             facts = facts.outer
 
     def allow(self, user: str | None, link_id: str | None) -> None:

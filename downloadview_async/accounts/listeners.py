@@ -5,7 +5,7 @@ import contextvars
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from functools import partial
 from inspect import iscoroutinefunction
 from math import inf
@@ -25,6 +25,9 @@ MAX_WAITING = 10_000
 LOG_SECONDS = 60.0
 """Seconds between two log lines about the same listener."""
 
+MAX_AT_ONCE = 1000
+"""Listeners of single answers that may be busy at once. The outcomes for further ones are dropped and counted."""
+
 _BATCH_SECONDS = 0.05  # a thread is started for the outcomes of this time
 _BUFFERED = 500  # outcomes that a `BufferedListener` collects
 _TURN = 20  # outcomes after which other tasks get their turn
@@ -37,15 +40,16 @@ class _Waiting:
     """The outcomes that wait for one listener. They are delivered in order, one after the other.
 
     An async listener runs in a task of the event loop in which the outcomes arise; a plain one in a thread. Both exist
-    only while outcomes wait.
+    only while outcomes wait. key: of a listener of single answers, in `_of_answers`.
     """
 
-    def __init__(self, listener: Listener, size: int) -> None:
+    def __init__(self, listener: Listener, size: int, key: object = None) -> None:
         self._listener: Callable[[Outcome], Any] = listener
         self._is_async = iscoroutinefunction(listener) or iscoroutinefunction(getattr(listener, "__call__", None))  # noqa: B004
         self._buffered = listener if isinstance(listener, BufferedListener) and not self._is_async else None
         self._unflushed = 0
         self._size = size
+        self._key = key
         self._outcomes: deque[Outcome] = deque()
         self._is_awake = False
         self._is_delivering = False
@@ -62,10 +66,22 @@ class _Waiting:
             self._dropped.add()
             return
         self._outcomes.append(outcome)
-        if self._loop is not None and self._loop.is_closed():
-            self._loop, self._is_awake = None, False  # it has ended before it could deliver
+        if self.is_orphaned:
+            self._loop, self._is_awake = None, False
         if not self._is_awake:
             self._wake()
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the event loop has ended before it could deliver."""
+        loop = self._loop
+        return loop is not None and loop.is_closed()
+
+    def give_up(self) -> None:
+        """Stop, because nothing delivers what waits. A listener of single answers gets no further outcome here."""
+        self._sleep()
+        if self._key is not None:
+            self.end()
 
     @property
     def count(self) -> int:
@@ -101,7 +117,9 @@ class _Waiting:
             return
         if self._is_async:
             # in an empty context: that of the request would stay as long as the task
-            self._task = loop.create_task(self._deliver_in_task(), context=contextvars.Context())
+            context = contextvars.Context()
+            self._task = task = loop.create_task(self._deliver_in_task(), context=context)
+            task.add_done_callback(self._task_has_ended, context=context)
         else:
             self._timer = loop.call_later(_BATCH_SECONDS, self._start_thread)
 
@@ -110,15 +128,26 @@ class _Waiting:
         try:
             threading.Thread(target=self._deliver_in_thread, name="downloadview outcomes", daemon=True).start()
         except RuntimeError:  # no thread can be started now: the next outcome tries it again
-            self._is_awake = False
-            _awake.discard(self)
+            self.give_up()
+
+    def _sleep(self) -> None:
+        _awake.discard(self)  # before the last line: from there on, another thread may be woken, which adds it
+        if self._key is not None and _of_answers.get(self._key) is self:
+            del _of_answers[self._key]
+        self._is_awake = False
+
+    def _task_has_ended(self, task: "asyncio.Task[None]") -> None:
+        """Have the next outcome start another task, if this one was cancelled, perhaps before its first step."""
+        if self._task is task:
+            self._is_delivering = False
+            self._task = self._loop = None
+            self.give_up()
 
     def _goes_on(self) -> bool:
         """Return whether outcomes wait. If none do, the next one wakes this again."""
         if self._outcomes:
             return True
-        _awake.discard(self)  # before the next line: from there on, another thread may be woken, which adds it
-        self._is_awake = False
+        self._sleep()
         if not self._outcomes:
             return False
         with self._lock:  # one has come between the two looks, and perhaps woken another thread
@@ -133,7 +162,7 @@ class _Waiting:
                 result = self._listener(outcome)
                 if isinstance(result, Awaitable):
                     asyncio.run(_waiting_for(result))
-            except Exception as exc:
+            except BaseException as exc:  # `sys.exit`, or something of the listener was cancelled: not this thread
                 self._failed.add(exc)
             if self._buffered is not None:
                 self._flush(self._buffered)
@@ -146,28 +175,24 @@ class _Waiting:
             return
         try:
             listener.flush()
-        except Exception as exc:
+        except BaseException as exc:
             self._failed.add(exc, self._unflushed)
         self._unflushed = 0
 
     async def _deliver_in_task(self) -> None:
-        number = 0
-        try:
-            while self._goes_on():
-                outcome = self._take()
-                try:
-                    await self._listener(outcome)
-                except Exception as exc:
-                    self._failed.add(exc)
-                self._is_delivering = False
-                if (number := number + 1) % _TURN == 0:
-                    await asyncio.sleep(0)
-        finally:  # cancelled with its event loop, perhaps
+        number, task = 0, asyncio.current_task()
+        while self._goes_on():
+            outcome = self._take()
+            try:
+                await self._listener(outcome)
+            except (Exception, asyncio.CancelledError) as exc:
+                if task is not None and task.cancelling():
+                    raise
+                self._failed.add(exc)  # or what the listener waits for was cancelled
             self._is_delivering = False
-            self._task = self._loop = None
-            if self._outcomes:
-                self._is_awake = False
-                _awake.discard(self)
+            if (number := number + 1) % _TURN == 0:
+                await asyncio.sleep(0)
+        self._task = self._loop = None
 
     def _take(self) -> Outcome:
         self._is_delivering = True
@@ -208,17 +233,37 @@ def _put_into(queues: list[_Waiting], outcome: Outcome) -> None:
         waiting.put(outcome)
 
 
+_of_answers: dict[object, _Waiting] = {}  # by their listeners, while they are awake
+
+
+def tell(listener: Listener, outcome: Outcome) -> None:
+    """Have the outcome of one answer delivered to the listener of that answer, without waiting.
+
+    The answers with the same listener have one queue. At most `MAX_AT_ONCE` listeners are busy.
+    """
+    key: object = listener if isinstance(listener, Hashable) else id(listener)
+    if (waiting := _of_answers.get(key)) is None:
+        if len(_of_answers) >= MAX_AT_ONCE:
+            for orphan in [waiting for waiting in [*_of_answers.values()] if waiting.is_orphaned]:
+                orphan.give_up()
+        if len(_of_answers) >= MAX_AT_ONCE:
+            _too_many.add()
+            return
+        waiting = _of_answers[key] = _Waiting(listener, MAX_WAITING, key)
+    waiting.put(outcome)
+
+
 class _Count:
     """Counts events, and logs their number at most once in `LOG_SECONDS`."""
 
-    def __init__(self, text: str, listener: object) -> None:
+    def __init__(self, text: str, listener: object | str) -> None:
         self._text = text
-        self._name = _name_of(listener)
+        self._name = listener if isinstance(listener, str) else _name_of(listener)
         self._count = 0
         self._logged_at = -inf
-        self._last: Exception | None = None
+        self._last: BaseException | None = None
 
-    def add(self, exc: Exception | None = None, count: int = 1) -> None:
+    def add(self, exc: BaseException | None = None, count: int = 1) -> None:
         """Count some. The first ones are logged at once."""
         self._count += count
         self._last = exc
@@ -232,6 +277,9 @@ class _Count:
             count, self._count = self._count, 0
             exc, self._last = self._last, None
             logger.warning(self._text, count, self._name, exc_info=exc)
+
+
+_too_many = _Count("%d outcomes were dropped, because %s are busy", "too many listeners of single answers")
 
 
 def _name_of(listener: object) -> str:

@@ -34,7 +34,7 @@ class Outcome:
     request_id: of the request, see `Accounts`. time: when the answer ended, in seconds since 1970 UTC.
     method, path, http_version: of the request. The path has no query, and no percent-encoding.
     client: the address of the client, None if the server does not know it.
-    route, source: the path of the route, and the name of the source, if they are known.
+    route, source: the path of the route with those of the mounts around it, and the name of the source, if known.
     name: what the source was asked for, or the name of the file. etag, size: of the file, if it was opened; the ETag is
     that of the header, the size is in bytes.
     user, link_id: of the grant by which the request was allowed.

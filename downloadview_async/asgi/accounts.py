@@ -5,14 +5,17 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from time import monotonic
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import anyio
 from anyio.lowlevel import checkpoint
 from starlette.requests import ClientDisconnect
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
@@ -33,7 +36,7 @@ DRAIN_SECONDS = 5.0
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
 _CONTENT_RANGE = re.compile(rb"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _RANDOM_BYTES = 4096
-_SIZE_OF_ID = 16
+_DIGITS = 32  # of an id
 _PROXIES = {
     "x-accel-redirect": "nginx",
     "x-sendfile": "apache",
@@ -117,6 +120,8 @@ class Account(Facts):
         if kind == "http.response.body":
             return self._send_body(message)
         if kind == "http.response.start":
+            if not isinstance(message.get("headers", ()), list | tuple):
+                message = {**message, "headers": list(message["headers"])}  # the server reads them, too
             if self._sends_id:
                 message = self._with_id(message)
             self.begin(message["status"], message.get("headers", ()))
@@ -139,7 +144,8 @@ class Account(Facts):
 
     def begin(self, status: int, headers: Iterable[Header]) -> None:
         """Note the head of the answer, which leaves now."""
-        self.status, self._headers, self._first = status, headers, monotonic()
+        self.status = status if isinstance(status, int) else 0  # no server takes another type
+        self._headers, self._first = headers, monotonic()
 
     def count(self, length: int) -> None:
         """Count bytes of the body that the server has taken."""
@@ -187,8 +193,14 @@ class Account(Facts):
         self._complete()
 
     def _length(self) -> int | None:
-        values = [bytes(value) for name, value in self._headers if bytes(name).lower() == b"content-length"]
+        values = [value for name, value in self._fields() if name == b"content-length"]
         return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 20 else None
+
+    def _fields(self) -> list[Header]:
+        """Return the header fields of the answer, with names in lower case; nothing if no server would take them."""
+        with suppress(TypeError, ValueError):
+            return [(bytes(name).lower(), bytes(value)) for name, value in self._headers]
+        return []
 
     def _with_id(self, start: Message) -> Message:
         field = (REQUEST_ID, self.request_id.encode("latin-1"))
@@ -270,7 +282,8 @@ class Account(Facts):
         if self.among is not None:
             self.among.discard(self)
         outcome = self._outcome(exc)
-        self._scope = _NO_SCOPE  # it refers to this account: without this, only the garbage collector would free both
+        # Both refer to this account: without this, only the garbage collector would free them.
+        self._scope, self.inside = _NO_SCOPE, None
         try:
             self._on_end(outcome)
         except Exception:
@@ -284,7 +297,7 @@ class Account(Facts):
         if delivery is not None:
             if isinstance(delivery, Offloaded):
                 by = delivery.by.encode("latin-1")
-                if status == 200 and any(bytes(name).lower() == by for name, _ in self._headers):
+                if status == 200 and any(name == by for name, _ in self._fields()):
                     delegated_to = delivery.by
                     kind = f"offloaded:{self.proxy or _PROXIES.get(delegated_to, delegated_to)}"
             elif isinstance(delivery, Redirected):
@@ -320,7 +333,7 @@ class Account(Facts):
         elif delegated_to is not None:
             result = "delegated"
         client = scope.get("client")
-        route = self.route or getattr(scope.get("route"), "path", None)
+        route = self.route or _route_of(scope if self.inside is None else self.inside)
         etag = self.etag
         return Outcome(  # by position, in the order of the class: keywords take three times as long
             self.request_id,
@@ -357,7 +370,7 @@ class Account(Facts):
 
     def _look_at_head(self) -> tuple[ByteRange | None, ...]:
         """Note the file of an answer that is not ours, if its head has an ETag, and return which part of it is sent."""
-        fields = {bytes(name).lower(): bytes(value) for name, value in self._headers}
+        fields = dict(self._fields())
         if b"etag" not in fields:
             return ()
         self.etag = fields[b"etag"].decode("latin-1")
@@ -384,9 +397,9 @@ class Account(Facts):
             return "stalled", None
         if exc is not None and not isinstance(exc, Exception):  # cancelled
             return ("client-left" if is_lost else "server-stopped"), None
-        if isinstance(exc, ClientDisconnect) or (exc is None and connection is None):
-            return "client-left", None  # DownloadResponse and Starlette return when the client has left, and only then
-        detail = None if exc is None else str(exc) or type(exc).__name__
+        if isinstance(exc, ClientDisconnect):
+            return "client-left", None
+        detail = None if exc is None else _text_of(exc)
         if is_lost and (exc is None or isinstance(exc, OSError)):
             return "client-left", detail
         if exc is None:
@@ -467,14 +480,17 @@ class Accounts:
         request_id = self._request_id(scope) if outer is None else outer.request_id
         account = Account(scope, send, self._on_end, request_id=request_id, sends_id=self._sends_id, outer=outer)
         scope[ACCOUNT] = account
+        if outer is not None:
+            outer.enter(scope)
         self._open.add(account)
         account.among = self._open
         try:
             await self.app(scope, account.receiving(receive), account.send)
         except BaseException as exc:
-            if isinstance(exc, Exception) and outer is None:
-                exc.add_note(f"request {request_id}")
             account.leave(exc)
+            if isinstance(exc, Exception) and outer is None:
+                with suppress(TypeError):  # for an exception with notes of another type
+                    exc.add_note(f"request {request_id}")
             raise
         account.leave()
 
@@ -511,6 +527,33 @@ class Accounts:
         await self.app(scope, receive_and_drain, end_and_send)
 
 
+def _route_of(scope: Mapping[str, Any]) -> str | None:
+    """Return the path of the route, with those of the mounts around it; None if no router has put it into the scope.
+
+    Starlette does not tell the paths of mounts, but what they have matched. So the parameters there are replaced by
+    their names, and if these cannot be told from the rest, the path of the route stays alone.
+    """
+    route = scope.get("route")
+    path: str | None = getattr(route, "path", None)
+    if path is None or "app_root_path" not in scope:
+        return path
+    segments = scope["root_path"].removeprefix(scope["app_root_path"]).split("/")
+    is_mount = isinstance(route, Mount)
+    for name, value in scope["path_params"].items():
+        if is_mount or name not in getattr(route, "param_convertors", ()):
+            if segments.count(str(value)) != 1:
+                return path
+            segments[segments.index(str(value))] = f"{{{name}}}"
+    return "/".join(segments) + ("" if is_mount else path)
+
+
+def _text_of(exc: BaseException) -> str:
+    try:
+        return str(exc) or type(exc).__name__
+    except Exception:  # of an application, whose error must not cost the outcome
+        return type(exc).__name__
+
+
 class _All:
     """Calls several observers, each even if another raises."""
 
@@ -533,14 +576,15 @@ class _Ids:
         os.register_at_fork(after_in_child=self._forget)  # else both processes would give the same ids
 
     def _forget(self) -> None:
-        self._random, self._position = b"", 0
+        self._ids: deque[str] = deque()
 
     def new(self) -> str:
-        position = self._position
-        if position >= len(self._random):
-            self._random, position = os.urandom(_RANDOM_BYTES), 0
-        self._position = position + _SIZE_OF_ID
-        return self._random[position : position + _SIZE_OF_ID].hex()
+        try:
+            return self._ids.popleft()  # so two threads never get the same
+        except IndexError:
+            digits = os.urandom(_RANDOM_BYTES).hex()
+            self._ids.extend(digits[start : start + _DIGITS] for start in range(0, len(digits), _DIGITS))
+            return self.new()
 
 
 new_request_id = _Ids().new

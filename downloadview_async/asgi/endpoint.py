@@ -87,7 +87,7 @@ class _Endpoint:
                 key = self._key_of(scope)
                 facts: Facts | None = scope.get(ACCOUNT)
                 if facts is not None:
-                    facts.find(self.source_name, key, scope.get("route"))
+                    facts.find(self.source_name, key, scope)
                 if self._hidden is not None:
                     self._hidden.check(key)
                 if self.access:

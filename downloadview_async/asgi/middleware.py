@@ -76,7 +76,10 @@ class OffloadMiddleware:
                 extensions[PATHSEND] = {FOREIGN: True}
         try:
             inner_send = holding.send if foreign is None else foreign.send
-            await self.app({**scope, "extensions": extensions}, receive, inner_send)
+            scope = {**scope, "extensions": extensions}
+            if facts is not None:
+                facts.enter(scope)
+            await self.app(scope, receive, inner_send)
         except Exception:
             await holding.end()
             raise

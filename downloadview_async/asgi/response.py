@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
-from downloadview_async.accounts.listeners import Listeners
+from downloadview_async.accounts.listeners import tell
 from downloadview_async.accounts.outcome import Listener
 from downloadview_async.asgi.accounts import Account, hold_accounts
 from downloadview_async.asgi.answer import Answer, RawHeaders, age_of, answer_to, is_reserved, raw, text_of
@@ -104,13 +104,15 @@ class DownloadResponse(Response):
             raise ValueError(f"a response with the status {status_code} has no body, so it cannot send a file")
         if filename is not None and not isinstance(filename, str):
             raise ConfigurationError(f"filename takes a str, not {filename!r}")
+        if on_outcome is not None and not callable(on_outcome):
+            raise ConfigurationError(f"on_outcome takes a function of an Outcome, not {on_outcome!r}")
         self.file = file
         self.presentation = _presentation(file.name if filename is None else filename, attachment, content_type)
         self.status_code = status_code
         self.background = background
         self.redirect = redirect if status_code == 200 else None
         self.offload = offload
-        self._listeners = None if on_outcome is None else Listeners([on_outcome])
+        self._on_outcome = on_outcome
         self.ends_request = False
         """Whether no code that could delete the file runs after the answer: set by `Download`."""
         self.missing: Callable[[FileMissing, Scope, Send], Awaitable[None]] | None = None
@@ -128,7 +130,7 @@ class DownloadResponse(Response):
                 scope[ACCOUNT].allow(grant.user, grant.link_id)
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
-        elif self._listeners is not None or USE in scope:
+        elif self._on_outcome is not None or USE in scope:
             await self._respond_and_count(scope, receive, send)
         elif not await self._answer_nowait(scope, receive, send):
             await self._answer_or_leave(scope, receive, send)
@@ -153,9 +155,9 @@ class DownloadResponse(Response):
 
     async def _respond_and_count(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with AsyncExitStack() as stack:
-            if self._listeners is not None:
-                account = stack.enter_context(Account.within(scope, send, self._listeners.put))
-                scope, send = {**scope, ACCOUNT: account}, account.send
+            if self._on_outcome is not None:
+                account = stack.enter_context(Account.within(scope, send, partial(tell, self._on_outcome)))
+                scope, receive, send = {**scope, ACCOUNT: account}, account.receiving(receive), account.send
             if USE in scope:
                 counted = await stack.enter_async_context(Counted(scope[USE], scope, send))
                 scope, send = counted.scope, counted.send

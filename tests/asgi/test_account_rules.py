@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -79,7 +80,7 @@ async def test_the_kinds_of_answers(root: Path) -> None:
             assert outcome.sent == len(answer.body) or "transfer-encoding" in answer.headers
             if target.startswith("/mount") and method != "PUT":
                 key = target.removeprefix("/mount/files/").partition("?")[0]
-                assert (outcome.route, outcome.source) == ("/files/{path:path}", "mine")
+                assert (outcome.route, outcome.source) == ("/mount/files/{path:path}", "mine")
                 assert outcome.name == key
             if kind in ("inline", "zero-copy"):
                 assert (outcome.etag, outcome.size) == (answer.headers["etag"], len(answer.body))
@@ -122,6 +123,65 @@ async def test_the_file_of_a_response_of_others(root: Path, http: Any, kind: str
         assert outcome.name == ("large.bin" if kind == "zero-copy" else None)
         await ask(port, "/", headers={"Range": "bytes=5-9"})
         assert ((outcome := app.only()).spans, outcome.size, outcome.sent) == ((dv.ByteRange(5, 10),), len(LARGE), 5)
+
+
+ROUTES = [
+    ("/f/1", "/f/{x}"),
+    ("/m/f/1", "/m/f/{x}"),
+    ("/m/ours/1", "/m/ours/{x}"),
+    ("/m/n/f/1", "/m/n/f/{x}"),
+    ("/m/none", "/m"),
+    ("/of/ada/f/1", "/of/{user}/f/{x}"),
+    ("/of/ada/none", "/of/{user}"),
+    ("/of/of/f/1", "/f/{x}"),
+    ("/of/ada/files/a.txt", "/of/{user}/files"),
+    ("/elsewhere", None),
+]
+
+
+def routes(root: Path) -> list[Mount | Route]:
+    async def foreign(request: Request) -> FileResponse:
+        return FileResponse(root / "a.txt")
+
+    async def ours(request: Request) -> dv.DownloadResponse:
+        return dv.DownloadResponse(dv.LocalFile(root / "a.txt"))
+
+    inner = [Route("/f/{x}", foreign), Route("/ours/{x}", ours)]
+    download = dv.Download(dv.PathSource(root))
+    return [
+        *inner,
+        Mount("/m", routes=[*inner, Mount("/n", routes=inner)]),
+        Mount("/of/{user}", routes=[*inner, Mount("/files", download)]),
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["", "/root"])
+@pytest.mark.parametrize("around", ["nothing", "an offload", "path sends", "accounts", "a mount"])
+async def test_the_route(root: Path, around: str, prefix: str) -> None:
+    inner: ASGIApp = Starlette(routes=routes(root))
+    backend = dv.XAccelRedirect([dv.Rule(str(root), "/_files/")])
+    match around:
+        case "an offload" | "path sends":
+            inner = dv.OffloadMiddleware(inner, backend, pathsend=around == "path sends")
+        case "accounts":
+            inner = dv.Accounts(inner, observers=[lambda one: None])
+        case "a mount":
+            inner = Starlette(routes=[Mount("/", inner)])
+    app = Observed(inner)
+    async with live(app, http=DownloadProtocol, root_path=prefix) as port:
+        for target, route in ROUTES:
+            await ask(port, target)
+            assert (one := app.only()).route == (route or ("" if around == "a mount" else None)), (target, one)
+
+
+async def test_a_refused_request_has_its_source_and_name(root: Path) -> None:
+    async def refuse(request: Request, key: str) -> None:
+        raise dv.AccessDenied("no")
+
+    app = Observed(dv.Download(dv.PathSource(root), access=refuse, source_name="mine"))
+    async with live(app, http=DownloadProtocol) as port:
+        await ask(port, "/a.txt")
+    assert ((one := app.only()).result, one.source, one.name) == ("refused", "mine", "a.txt")
 
 
 async def test_facts_of_other_names_are_refused() -> None:
@@ -272,11 +332,12 @@ async def fail_afterwards(scope: Scope, receive: Receive, send: Send) -> None:
     ],
 )
 async def test_errors(app: ASGIApp, wanted: tuple[Any, ...], caplog: pytest.LogCaptureFixture) -> None:
-    observed = Observed(app)
-    async with live(observed, http=DownloadProtocol) as port:
-        await ask(port, "/")
-    outcome = observed.only()
-    assert (outcome.status, outcome.result, outcome.reason, outcome.sent, outcome.detail) == wanted
+    for http in ("httptools", DownloadProtocol):
+        observed = Observed(app)
+        async with live(observed, http=http) as port:
+            await ask(port, "/")
+        outcome = observed.only()
+        assert (outcome.status, outcome.result, outcome.reason, outcome.sent, outcome.detail) == wanted, http
 
 
 async def test_a_source_that_fails_in_the_middle() -> None:
@@ -402,6 +463,38 @@ async def test_a_temporary_file_is_removed(root: Path, leaves: bool, http: Any) 
             assert len((await ask(port, "/")).body) == 16 << 20
             assert (await ask(port, "/")).status == 404  # another `LocalFile`
     assert app.outcomes[0].result == ("aborted" if leaves else "completed")
+
+
+async def test_a_temporary_file_is_removed_if_the_client_has_left_before_it_could_be_opened(tmp_path: Path) -> None:
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text("made")
+        await dv.DownloadResponse(dv.LocalFile(tmp_path / f"{number}.txt", delete=True))(scope, receive, send)
+    async with asyncio.timeout(20):
+        while any(tmp_path.iterdir()):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_temporary_file_can_be_opened_by_several_requests_at_once(tmp_path: Path) -> None:
+    async def size(file: dv.LocalFile) -> int | None:
+        async with file.open() as opened:
+            return opened.metadata.size
+
+    def run(file: dv.LocalFile, barrier: threading.Barrier) -> int | None:
+        barrier.wait(20)
+        return asyncio.run(size(file))
+
+    with ThreadPoolExecutor(4) as threads:
+        for number in range(50):
+            (tmp_path / "made.txt").write_text("made")
+            file, barrier = dv.LocalFile(tmp_path / "made.txt", delete=True), threading.Barrier(4)
+            assert [*threads.map(run, [file] * 4, [barrier] * 4)] == [4] * 4, number
 
 
 async def test_a_temporary_file_can_be_opened_again_and_others_stay(root: Path) -> None:
@@ -535,6 +628,153 @@ async def test_a_listener_that_raises_gets_the_next_one(is_async: bool, caplog: 
     lines = [record for record in caplog.records if "has raised" in record.getMessage()]
     assert [record.getMessage().split()[0] for record in lines] == ["1", "9"]
     assert all(record.exc_info for record in lines)
+
+
+@pytest.mark.parametrize("exc", [asyncio.CancelledError(), SystemExit(1)], ids=["cancelled", "exits"])
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_listener_that_is_cancelled_or_exits_gets_the_next_one(is_async: bool, exc: BaseException) -> None:
+    got: list[str] = []
+
+    def fail(one: dv.Outcome) -> None:
+        got.append(one.request_id)
+        raise exc
+
+    async def fail_too(one: dv.Outcome) -> None:
+        fail(one)
+
+    if is_async and isinstance(exc, SystemExit):
+        return  # it ends the event loop, and so the server
+    listeners = Listeners([fail_too if is_async else fail])
+    for number in range(3):
+        listeners.put(outcome(number))
+        await listeners.drain(20)
+    assert got == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+async def test_a_listener_whose_task_is_cancelled_gets_the_next_one(begins: bool) -> None:
+    got: list[str] = []
+    begun = asyncio.Event()
+
+    async def listen(one: dv.Outcome) -> None:
+        got.append(one.request_id)
+        begun.set()
+        if begins and one.request_id == "0":
+            await asyncio.Event().wait()
+
+    listeners = Listeners([listen])
+    before = asyncio.all_tasks()
+    listeners.put(outcome(0))
+    if begins:
+        await begun.wait()
+    for task in (cancelled := asyncio.all_tasks() - before):
+        task.cancel()
+    await asyncio.wait(cancelled)
+    listeners.put(outcome(1))
+    await listeners.drain(20)
+    assert got[-1] == "1"
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_listeners_of_single_answers_that_hang_are_bounded(
+    is_async: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "MAX_AT_ONCE", 5)
+    monkeypatch.setattr(module, "_of_answers", {})
+    monkeypatch.setattr(module, "_too_many", module._Count("%d outcomes were dropped, because %s are busy", "too many"))
+    release, busy = threading.Event(), list[str]()
+    released = asyncio.Event()
+
+    def make(is_shared: bool) -> Any:
+        async def hang(one: dv.Outcome) -> None:
+            busy.append(one.request_id)
+            await released.wait()
+
+        def block(one: dv.Outcome) -> None:
+            busy.append(one.request_id)
+            release.wait(20)
+
+        return hang if is_async else block
+
+    shared = make(True)
+    for number in range(50):
+        module.tell(shared, outcome(number))  # they wait for the first one
+        module.tell(make(False), outcome(number))
+    async with asyncio.timeout(20):
+        while len(busy) < 5:
+            await asyncio.sleep(0.01)
+    assert len(module._of_answers) == 5
+    assert "1 outcomes were dropped, because too many are busy" in caplog.text
+    release.set()
+    released.set()
+    async with asyncio.timeout(20):
+        while module._of_answers:
+            await asyncio.sleep(0.01)
+    assert len(busy) == 50 + 4
+
+
+async def test_single_answers_of_a_loop_that_has_ended_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_AT_ONCE", 1)
+    monkeypatch.setattr(module, "_of_answers", {})
+    got: list[str] = []
+
+    def put(number: int) -> None:
+        async def run() -> None:
+            module.tell(lambda one: got.append(one.request_id), outcome(number))
+
+        asyncio.run(run())
+
+    await asyncio.to_thread(put, 0)
+    module.tell(lambda one: got.append(one.request_id), outcome(1))
+    await Listeners([]).drain(20)
+    assert got == ["1"]
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+async def raise_unprintable(scope: Scope, receive: Receive, send: Send) -> None:
+    raise Unprintable
+
+
+async def raise_with_strange_notes(scope: Scope, receive: Receive, send: Send) -> None:
+    exc = ValueError("boom")
+    exc.__notes__ = ()  # type: ignore[assignment]
+    raise exc
+
+
+async def send_text_as_header(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [("etag", "1")]})
+
+
+async def send_no_status(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": None})
+
+
+async def send_fields_once(scope: Scope, receive: Receive, send: Send) -> None:
+    fields = iter([(b"content-length", b"1"), (b"etag", b'"1"')])
+    await send({"type": "http.response.start", "status": 200, "headers": fields})
+    await send({"type": "http.response.body", "body": b"1"})
+
+
+@pytest.mark.parametrize("http", ["httptools", DownloadProtocol], ids=["uvicorn", "ours"])
+async def test_strange_applications_end_in_one_outcome_too(http: Any) -> None:
+    for app, result, size in [
+        (raise_unprintable, "refused", None),
+        (raise_with_strange_notes, "refused", None),
+        (send_text_as_header, "aborted", None),
+        (send_no_status, "refused", None),
+        (send_fields_once, "completed", 1),
+    ]:
+        observed = Observed(app)
+        async with live(observed, http=http) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            await reader.read()
+            writer.close()
+        assert ((one := observed.only()).result, one.size) == (result, size), app
 
 
 async def test_an_observer_that_raises_changes_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
@@ -10,6 +11,7 @@ from django.db import connections
 from django.dispatch import Signal
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
+from starlette.requests import ClientDisconnect
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts, note_facts
 from downloadview_async.accounts.listeners import Listeners
@@ -74,13 +76,20 @@ class AccountsMiddleware:
         carrier[ACCOUNT] = account
         if iscoroutinefunction(self.get_response):
             return self._answer(request, account)
-        response = self.get_response(request)
+        try:
+            response = self.get_response(request)
+        except BaseException as exc:  # such as a timeout of gevent: Django answers all others
+            account.leave(exc)
+            raise
         return _counted(request, response, account)
 
     async def _answer(self, request: HttpRequest, account: Account) -> HttpResponseBase:
         try:
             response: HttpResponseBase = await self.get_response(request)
-        except asyncio.CancelledError as exc:  # the client has left
+        except asyncio.CancelledError:
+            account.leave(ClientDisconnect())
+            raise
+        except BaseException as exc:
             account.leave(exc)
             raise
         return _counted(request, response, account)
@@ -156,7 +165,7 @@ def _counted(request: HttpRequest, response: HttpResponseBase, account: Account)
             )
     account.is_complete = account.is_complete or is_head
     closers: list[Any] = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001
-    closers.append(account.end)
+    closers.append(partial(account.end, ClientDisconnect()))  # if the server closes it before its end
     return response
 
 

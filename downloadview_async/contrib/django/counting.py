@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Corout
 from typing import Any
 
 from asgiref.sync import sync_to_async
+from starlette.requests import ClientDisconnect
 
 from downloadview_async.asgi.accounts import Account
 from downloadview_async.asgi.uses import note_sent
@@ -33,7 +34,7 @@ def each_counted(chunks: Iterable[bytes], account: Account) -> Iterator[bytes]:
             account.count(len(chunk))
         account.is_complete = True
     except GeneratorExit:  # the server wants no more
-        account.end()
+        account.end(ClientDisconnect())
         raise
     except BaseException as exc:
         account.end(exc)
@@ -52,7 +53,7 @@ async def each_counted_async(chunks: AsyncIterable[bytes], account: Account) -> 
             account.count(len(chunk))
         account.is_complete = True
     except (GeneratorExit, asyncio.CancelledError):
-        account.end()
+        account.end(ClientDisconnect())
         raise
     except BaseException as exc:
         account.end(exc)

@@ -1,8 +1,10 @@
 """Local files: `PathSource` finds them beneath a root, `LocalFile` is one of them."""
 
 import os
+import threading
 import weakref
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -24,6 +26,7 @@ SUFFIXES = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}
 
 _KEPT = 1024  # names requested last, each with its `FileBeneath`, which is small until it is opened
 _trusted_workers = Workers()
+_removing = ThreadPoolExecutor(1, "downloadview removal")
 
 
 class LocalFile:
@@ -31,9 +34,9 @@ class LocalFile:
 
     Never pass a name from a request: `PathSource` opens those beneath a root.
 
-    delete: True removes a temporary file as soon as it is open, so that it is gone however the answer ends. Its bytes
-    stay until this object is freed. No proxy sends such a file. A file that is never opened is not removed, nor is a
-    symbolic link, or another file that has taken the path.
+    delete: True removes a temporary file as soon as it is open, so that it is gone however the answer ends, also if the
+    client has left before that. Its bytes stay until this object is freed. No proxy sends such a file. A file that is
+    never opened is not removed, nor is a symbolic link, or another file that has taken the path.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None, delete: bool = False) -> None:
@@ -41,17 +44,32 @@ class LocalFile:
         self.location: str | None = None if delete else self._path
         self.name = os.path.basename(self._path) if name is None else name
         self._delete = delete
+        self._lock = threading.Lock()
         self._kept: int | None = None  # the descriptor of a file that has been removed
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenLocalFile]:
         """Open the file, following links. Raises `FileMissing`, `AccessDenied` or `SourceUnavailable`."""
         opening = self._open_and_remove if self._delete else partial(open_trusted, self._path)
-        opened = await _trusted_workers.run_or_abandon(opening, discard=_close)
+        try:
+            opened = await _trusted_workers.run_or_abandon(opening, discard=_close)
+        except FileMissing:
+            raise
+        except BaseException:  # perhaps before a thread was free
+            if self._delete:
+                _removing.submit(self._remove)
+            raise
         async with aclosing(OpenLocalFile(*opened, workers=_trusted_workers)) as file:
             yield file
 
+    def _remove(self) -> None:
+        _close(self._open_and_remove())
+
     def _open_and_remove(self) -> Opened:
+        with self._lock:  # another request for this object would not find the file any more
+            return self._open_and_remove_once()
+
+    def _open_and_remove_once(self) -> Opened:
         if self._kept is not None:
             return open_trusted(f"/dev/fd/{self._kept}")
         opened = open_trusted(self._path)
