@@ -120,11 +120,14 @@ class Account(Facts):
         if kind == "http.response.body":
             return self._send_body(message)
         if kind == "http.response.start":
-            if not isinstance(message.get("headers", ()), list | tuple):
-                message = {**message, "headers": list(message["headers"])}  # the server reads them, too
+            headers = message.get("headers", ())
+            if type(headers) is not list:  # they may be such as can be read only once, and the server reads them, too
+                headers = list(headers)
+                message = {**message, "headers": headers}
             if self._sends_id:
                 message = self._with_id(message)
-            self.begin(message["status"], message.get("headers", ()))
+                headers = message["headers"]
+            self.begin(message["status"], headers)
         elif kind == PATHSEND:
             return self._send_file(message)
         return self._send(message)
@@ -295,19 +298,20 @@ class Account(Facts):
         kind, delegated_to = self.kind, None
         spans: tuple[ByteRange | None, ...] = ()
         if delivery is not None:
-            if isinstance(delivery, Offloaded):
+            way = type(delivery)  # compared with classes: `isinstance` of each of them would cost more
+            if way is Offloaded:
                 by = delivery.by.encode("latin-1")
                 if status == 200 and any(name == by for name, _ in self._fields()):
                     delegated_to = delivery.by
                     kind = f"offloaded:{self.proxy or _PROXIES.get(delegated_to, delegated_to)}"
-            elif isinstance(delivery, Redirected):
+            elif way is Redirected:
                 kind, delegated_to = "redirected", "location"
             else:
                 spans = spans_of(delivery)
                 if kind is None:
-                    by_path = isinstance(delivery, Descriptor | Pieces | Path)
+                    by_path = way is Descriptor or way is Pieces or way is Path
                     kind = self._kind_of_path() if by_path else kind_of(delivery)
-                    if isinstance(delivery, Pieces) and not (self._loan is not None and self._loan.has_files):
+                    if way is Pieces and not (self._loan is not None and self._loan.has_files):
                         kind = "chunks"
         elif self.etag is None and (self._is_path_send or status in (200, 206)):
             spans = self._look_at_head()
@@ -466,6 +470,7 @@ class Accounts:
         self._open: set[Account] = set()
         self._listeners = Listeners(listeners, max_waiting)
         self._trusted = TrustedAddresses(trusted_proxies)
+        self._trusts = bool(self._trusted)
         self._sends_id = sends_request_id
         ends: list[Observer] = [*observers, *([self._listeners.put] if listeners else [])]
         self._on_end: Observer = ends[0] if len(ends) == 1 else _All(ends)
@@ -500,7 +505,7 @@ class Accounts:
         return len(self._open)
 
     def _request_id(self, scope: Scope) -> str:
-        for name, value in scope["headers"]:
+        for name, value in scope["headers"] if self._trusts else ():
             if name == REQUEST_ID and _REQUEST_ID.fullmatch(value) and self._trusted.has(peer_of(scope)):
                 return str(value, "ascii")
         return new_request_id()
