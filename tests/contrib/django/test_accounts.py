@@ -1,5 +1,6 @@
 """`download_finished`: one outcome for each answer of Django, under our handler, under Django's own, and under WSGI."""
 
+import asyncio
 import contextlib
 import gc
 import queue
@@ -17,12 +18,17 @@ import uvicorn
 from django.core.asgi import get_asgi_application as django_asgi
 from django.core.wsgi import get_wsgi_application
 from django.http import FileResponse, HttpRequest, HttpResponse, StreamingHttpResponse
-from django.test import override_settings
+from django.test import RequestFactory, override_settings
 from django.urls import path
 
 from downloadview_async import ByteRange, Outcome
 from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.contrib.django import PathDownloadView, download_finished, get_asgi_application
+from downloadview_async.contrib.django import (
+    AccountsMiddleware,
+    PathDownloadView,
+    download_finished,
+    get_asgi_application,
+)
 from tests.live import make_old
 
 TEXT = b"0123456789" * 100
@@ -197,3 +203,37 @@ def test_a_body_that_breaks_off(served: tuple[int, "queue.Queue[Outcome]"]) -> N
     ask(port, "/broken")
     outcome = outcomes.get(timeout=20)
     assert (outcome.status, outcome.result) == (200, "aborted")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_request_that_ends_by_an_exit_has_an_outcome(is_async: bool) -> None:
+    """Django answers each `Exception` itself, but not others, such as a timeout of gevent."""
+
+    class Timeout(BaseException):
+        pass
+
+    def answer(request: object) -> None:
+        raise Timeout
+
+    async def answer_async(request: object) -> None:
+        raise Timeout
+
+    outcomes: queue.Queue[Outcome] = queue.Queue()
+
+    def receive(outcome: Outcome, **_: object) -> None:
+        outcomes.put(outcome)
+
+    async def run() -> Outcome:
+        middleware = AccountsMiddleware(answer_async if is_async else answer)
+        try:
+            await middleware(RequestFactory().get("/"))
+        except Timeout:
+            return await asyncio.to_thread(outcomes.get, timeout=20)
+        raise AssertionError
+
+    download_finished.connect(receive)
+    try:
+        outcome = asyncio.run(run())
+    finally:
+        download_finished.disconnect(receive)
+    assert (outcome.result, outcome.path) == ("aborted", "/")
