@@ -64,6 +64,16 @@ def test_limits(directory: Path, limit: str, status: int) -> None:
         assert client.get("/files/d/?archive=zip").status_code == status
 
 
+def test_a_browser_gets_a_page_that_says_which_limit_was_reached(directory: Path) -> None:
+    with TestClient(build(load(directory, f"{TEXT}[archives]\nmax_files = 1\n"))) as client:
+        text = client.get("/files/d/?archive=zip", headers={"Accept": "*/*"}).text
+        page = client.get("/files/d/?archive=zip", headers={"Accept": "text/html,*/*;q=0.8"})
+    phrase, _, detail = text.partition(": ")
+    assert (page.status_code, page.headers["content-type"]) == (413, "text/html; charset=utf-8")
+    assert f"<h1>{phrase}</h1><p>{detail[0].upper()}{detail[1:]}." in page.text
+    assert int(page.headers["content-length"]) == len(page.content)
+
+
 def test_checksums_are_kept_in_a_file_beside_the_settings(directory: Path) -> None:
     settings = load(directory, f"{TEXT}[archives]\nchecksums = 'crc.db'\nper_client = 0\n")
     assert settings.archives.checksums == str(directory / "crc.db")

@@ -4,6 +4,7 @@ import base64
 import mimetypes
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from html import escape
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -123,14 +124,14 @@ class ServicePages(Pages):
         is_of_user = self._shares and page.can_reorder and not page.query.link
         return super().folder_actions(page) + (_SHARE if is_of_user else "")
 
-    def error(self, status: int) -> str:
-        """Return the page of an error. It depends on the status alone."""
+    def error(self, status: int, detail: str = "") -> str:
+        """Return the page of an error. It depends on the status, and on what the client may know besides: `detail`."""
         phrase = HTTPStatus(status).phrase
-        explanation = _EXPLANATIONS.get(status, "")
+        explanation = f"{detail[:1].upper()}{detail[1:]}." if detail else _EXPLANATIONS.get(status, "")
         template = self.template("error.html")
         if template is not None:
             return template.render(status=status, phrase=phrase, explanation=explanation, **self.values())
-        return self.page(phrase, f"<main><h1>{phrase}</h1><p>{explanation}</main>")
+        return self.page(phrase, f"<main><h1>{phrase}</h1><p>{escape(explanation)}</main>")
 
     async def favicon(self, request: Request) -> Response:
         """Answer with the icon of the pages."""
