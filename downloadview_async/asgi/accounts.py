@@ -30,8 +30,11 @@ from downloadview_async.policy.addresses import TrustedAddresses, peer_of
 
 REQUEST_ID = b"x-request-id"
 
+ENDING_SECONDS = 0.5
+"""Seconds that the shutdown waits for answers that are ending, at most: the server has waited for them before."""
+
 DRAIN_SECONDS = 5.0
-"""Seconds that the shutdown waits for answers that are ending, and then for listeners, at most."""
+"""Seconds that the shutdown waits for listeners after that, at most."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
 _CONTENT_RANGE = re.compile(rb"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
@@ -448,8 +451,8 @@ class Accounts:
     requests get a random id.
     sends_request_id: whether each answer gets the id as its `X-Request-Id`.
 
-    When the server shuts down, `Accounts` waits up to 5 seconds for the answers that are ending and for the listeners,
-    before the application shuts down. Without a lifespan, outcomes that wait then are lost.
+    When the server shuts down, `Accounts` waits up to half a second for the answers that are ending, and then up to 5
+    seconds for the listeners, before the application shuts down. Without a lifespan, outcomes that wait then are lost.
 
     Raises `ConfigurationError` for listeners that are not functions, and for an address that is not one.
     """
@@ -514,7 +517,7 @@ class Accounts:
         async def receive_and_drain() -> Message:
             message = await receive()
             if message["type"] == "lifespan.shutdown":
-                deadline = monotonic() + DRAIN_SECONDS
+                deadline = monotonic() + ENDING_SECONDS
                 while self._open and monotonic() < deadline:  # noqa: ASYNC110
                     await anyio.sleep(0.005)  # an event would cost each request something
                 for account in [*self._open]:

@@ -89,7 +89,7 @@ def test_wget_that_was_interrupted(site: Site, tmp_path: Path) -> None:
         while not file.exists() or file.stat().st_size < len(CONTENT) // 5:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.terminate()
     assert file.stat().st_size < len(CONTENT)
     site.put("other", b"x")
     wait_for_downloads(site, {"wget": 0})
