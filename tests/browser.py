@@ -109,8 +109,12 @@ class Chromium:
         self._downloads = ""  # the page that lists them
 
     def open(self, url: str) -> None:
-        """Go to a URL."""
-        self._call("Page.navigate", self._page, url=url)
+        """Go to a URL. A page that hangs, as one with the viewer of PDF now and then does, is replaced once."""
+        try:
+            self._call("Page.navigate", self._page, patience=_PATIENCE / 3, url=url)
+        except TimeoutError:
+            self._page = self._new_page()
+            self._call("Page.navigate", self._page, url=url)
 
     def visit(self, url: str) -> None:
         """Go to a URL, and return when the page has loaded."""
@@ -145,7 +149,12 @@ class Chromium:
     def key(self, name: str, *, shift: bool = False) -> None:
         """Press and release a key: "Tab", " ", "ArrowUp" or "ArrowDown"."""
         code = {"Tab": 9, " ": 32, "ArrowUp": 38, "ArrowDown": 40}[name]
-        key = {"key": name, "modifiers": 8 * shift, "windowsVirtualKeyCode": code, "text": name if name == " " else ""}
+        key: dict[str, Any] = {
+            "key": name,
+            "modifiers": 8 * shift,
+            "windowsVirtualKeyCode": code,
+            "text": name if name == " " else "",
+        }
         for kind in ("keyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", self._page, type=kind, **key)
 
@@ -184,22 +193,25 @@ class Chromium:
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         return str(self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
 
-    def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+    def _call(
+        self, method: str, session: str | None = None, *, patience: float = _PATIENCE, **parameters: Any
+    ) -> dict[str, Any]:
         self._number += 1
         command: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if session is not None:
             command["sessionId"] = session
         os.write(self._writer, json.dumps(command).encode() + b"\0")
-        while (answer := self._read()).get("id") != self._number:
+        while (answer := self._read(patience)).get("id") != self._number:
             pass  # an event
         if "error" in answer:
             raise RefusedError(answer["error"]["message"])
         result: dict[str, Any] = answer["result"]
         return result
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, patience: float = _PATIENCE) -> dict[str, Any]:
         while b"\0" not in self._unread:
-            assert select.select([self._reader], [], [], _PATIENCE)[0], "Chromium does not answer"
+            if not select.select([self._reader], [], [], patience)[0]:
+                raise TimeoutError("Chromium does not answer")
             block = os.read(self._reader, 1 << 20)
             assert block, "Chromium has ended"
             self._unread += block

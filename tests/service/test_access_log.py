@@ -78,7 +78,8 @@ def test_a_running_service_writes_a_line_for_each_answer_and_lets_the_file_be_ro
     with serving(command, port, log=directory / "log", cwd=directory) as server:
         get(port, "/files/a.bin?token=secret")
         missing = get(port, "/files/missing?token=secret")
-        first, refused = wait_for_lines(file, 2)
+        lines = wait_for_lines(file, 2)  # of two workers, which do not wait for each other
+        first, refused = sorted(lines, key=lambda line: str(line["path"]))
         assert (first["path"], first["bytes"], first["result"]) == ("/files/a.bin", 10_240, "completed")
         assert (refused["status"], refused["result"]) == (404, "refused")
         assert missing.headers["x-request-id"] == refused["request_id"]
