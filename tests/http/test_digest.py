@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downloadview_async.http.digest import Digests, parse_repr_digest, preferred_digest, repr_digest
+from downloadview_async.errors import ConfigurationError
+from downloadview_async.http.digest import (
+    Digests,
+    check_algorithms,
+    digests_of,
+    new_hashes,
+    parse_repr_digest,
+    preferred_digest,
+    repr_digest,
+)
 from tests.http.asking import LARGE
 
 # The representation in the examples of appendix B, and its digests there.
@@ -138,3 +147,17 @@ def test_no_field_is_an_error(text: str) -> None:
 def test_a_long_field_takes_no_quadratic_time(part: str) -> None:
     for field in (part * (LARGE // len(part)), "a=" + part * (LARGE // len(part))):
         preferred_digest((SHA256,), field)
+
+
+def test_hashes_are_those_of_the_algorithms() -> None:
+    hashes = new_hashes(["sha-512", "sha-256"])
+    for value in hashes.values():
+        value.update(CONTENT)
+    assert digests_of(hashes) == BOTH
+
+
+@pytest.mark.parametrize("algorithms", ["sha-256", ["md5"], ["sha-256", "crc32"]])
+def test_other_algorithms_are_refused(algorithms: list[str]) -> None:
+    with pytest.raises(ConfigurationError, match="digests= takes some of sha-256, sha-512"):
+        check_algorithms(algorithms, "digests=")
+    check_algorithms(["sha-512"], "digests=")

@@ -10,6 +10,7 @@ from downloadview_async.http.metadata import (
     FileMetadata,
     is_telling,
     stat_validators,
+    stat_version,
     unsettled_seconds,
 )
 from tests.http.asking import LARGE
@@ -170,3 +171,22 @@ def test_only_a_strong_validator_pins_a_version(etag: ETag | None, modified: int
     metadata = FileMetadata(etag=etag, last_modified=modified)
     assert metadata.is_pinned == is_pinned
     assert metadata.changed_at == (modified if modified == 1_700_000_000 else None)
+
+
+@pytest.mark.parametrize(
+    "metadata, version",
+    [
+        (FileMetadata(size=1, etag=ETag("a")), '"a"'),
+        (FileMetadata(size=1, etag=ETag("a", weak=True)), ""),
+        (FileMetadata(size=1, etag=ETag("a", weak=True), last_modified=1_700_000_000), "1700000000"),
+        (FileMetadata(size=1), ""),
+    ],
+)
+def test_the_version_is_a_text_for_a_strong_validator(metadata: FileMetadata, version: str) -> None:
+    assert metadata.version == version
+
+
+def test_the_version_of_a_stored_file_is_that_of_its_validators() -> None:
+    etag, modified = stat_validators(7, 1_700_000_000_123_456_789)
+    described = FileMetadata(size=7, etag=etag, last_modified=modified)
+    assert stat_version(7, 1_700_000_000_123_456_789) == described.version

@@ -287,3 +287,15 @@ def test_other_bytes_for_the_same_members_need_another_layout_number() -> None:
             case bytes():
                 digest.update(piece)
     assert (LAYOUT, digest.hexdigest()) == (1, "531cd2c7d1bb76cc9efdeaf571a5b390b3fd0ef147ad932d19c3dd7b1ecc7c58")
+
+
+def test_checksums_that_are_known_are_in_their_place_at_once() -> None:
+    layout = ZipLayout([Member("a.txt", 3, NEW_YEAR), Member("b.txt", 5, NEW_YEAR)])
+    span = ByteRange(0, layout.size)
+    crcs = {0: zlib.crc32(b"one"), 1: zlib.crc32(b"three")}
+    needed = [piece for piece in layout.pieces(span) if isinstance(piece, Checked) and piece.is_descriptor]
+    pieces = [piece for piece in layout.pieces(span, crcs) if not isinstance(piece, Content)]
+    assert len(needed) == 2
+    for descriptor in needed:
+        assert layout.checked(descriptor, crcs[descriptor.index]) in pieces
+    assert not [piece for piece in pieces if isinstance(piece, Checked) and piece.is_descriptor]
