@@ -2,8 +2,8 @@
 
 The printed configurations have the same format for all proxies: a JSON object in each line, with the id of the request,
 its method, the status, the bytes that were sent, the Content-Range of the answer, and the Range of the request. A line
-has neither the path nor the query. A proxy whose bytes include the head of the answer also says "connection": "X" if the
-client left.
+has neither the path nor the query. A proxy whose bytes include the head of the answer also says "connection": "X" if
+the client left.
 """
 
 import json
