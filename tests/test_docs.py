@@ -303,6 +303,18 @@ def test_the_architecture_has_every_module() -> None:
     assert [name for name in named if not (package / name).exists()] == []
 
 
+def test_each_test_of_the_threat_model_exists() -> None:
+    """Each row names a test, and each such test is in the file that the row says."""
+    lines = (DOCS / "threat-model.md").read_text().splitlines()
+    rows = [line for line in lines if re.match(r"\| (?!threat)", line)]
+    assert len(rows) > 40
+    for row in rows:
+        proofs = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row.split(" | ")[-1])
+        assert proofs, row
+        for file, name in proofs:
+            assert re.search(rf"def {name}\(", (PROJECT / file).read_text()), f"{file}::{name}"
+
+
 def test_links_between_pages_and_files_lead_somewhere() -> None:
     for page in PAGES:
         text = _BLOCK.sub("", page.read_text())
