@@ -91,7 +91,8 @@ class _Endpoint:
                 if self._hidden is not None:
                     self._hidden.check(key)
                 if self.access:
-                    grant = await self._allow(Request(scope, receive), key, is_folder=self._is_archive(key, scope))
+                    is_folder = self._is_for_folder(key, scope)
+                    grant = await self._allow(Request(scope, receive), key, is_folder=is_folder)
                     scope[GRANT] = grant
                 else:
                     grant = None
@@ -122,9 +123,9 @@ class _Endpoint:
             await allow(self.access, request, plain)
         return grant
 
-    def _is_archive(self, key: Any, scope: Scope) -> bool:
-        """Return whether a request asks for the archive of a folder. Raises `FileMissing`."""
-        return False
+    def _is_for_folder(self, key: Any, scope: Scope) -> bool:
+        """Return whether access decides about a folder, even if the key lacks its last slash. Raises `FileMissing`."""
+        raise NotImplementedError
 
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
         """Return what answers a request that is allowed. Raises `FileError`."""
@@ -154,12 +155,17 @@ class _Endpoint:
         return partial(self._folders.answer, key, self._tail_of(key, scope), grant)
 
     async def _missing(self, key: Any, exc: FileMissing, scope: Scope, send: Send) -> None:
-        """Redirect to the folder whose URL lacks only the slash at its end, or send the error."""
+        """Redirect to the folder whose URL lacks only the slash at its end, or send the error.
+
+        Access decides about the folder before the source is asked for it, so a refusal does not tell whether it exists.
+        """
         try:
-            if self._folders is None or not isinstance(key, str) or not await self._folders.entries.has(key):
+            if self._folders is None or not isinstance(key, str):
                 raise exc
-            if self.access:
+            if self.access and not self._is_for_folder(key, scope):
                 await self._allow(Request(scope), key, is_folder=True)
+            if not await self._folders.entries.has(key):
+                raise exc
         except FileError as error:
             await send_error(error, scope, send)
             return
@@ -274,7 +280,7 @@ class Download(_Endpoint):
         options = ArchiveOptions() if archive is True else archive
         self._archives = Archives(source, options, hide) if options else None
 
-    def _is_archive(self, key: Any, scope: Scope) -> bool:
+    def _is_for_folder(self, key: Any, scope: Scope) -> bool:
         return self._archives is not None and archive_key_of(key, scope) is not None
 
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
@@ -424,6 +430,9 @@ class Listing(_Endpoint):
             listing=pages or Pages(),
             source_name=source_name,
         )
+
+    def _is_for_folder(self, key: Any, scope: Scope) -> bool:
+        return True
 
     async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
         folder = self._folder_of(key, grant, scope)

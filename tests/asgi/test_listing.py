@@ -217,6 +217,38 @@ async def test_access_decides_once_before_anything_is_read() -> None:
     assert source.listed == [""]
 
 
+async def test_access_decides_about_a_folder_before_the_source_is_asked_for_it() -> None:
+    source, decided = Many(top=[], secret=[dv.Entry("b.txt")], open=[]), []
+
+    async def access(request: Request, name: str) -> bool:
+        decided.append(name)
+        if name in ("secret/", "nothing/"):
+            raise dv.AuthenticationRequired("a password is needed", challenge='Basic realm="x"')
+        return True
+
+    endpoint = app(source, access=access)
+    answers = [await call(endpoint, path) for path in ("/files/secret", "/files/nothing")]
+    assert {(answer.status, answer.body) for answer in answers} == {(401, b"Unauthorized")}
+    assert decided == ["secret", "secret/", "nothing", "nothing/"]
+    assert source.listed == []
+    assert (await call(endpoint, "/files/open")).status == 308
+    assert source.listed == ["open"]
+
+
+async def test_a_listing_asks_access_once_about_a_folder_however_its_name_is_written() -> None:
+    source, decided = Many(top=[], secret=[], open=[]), []
+
+    async def access(request: Request, name: str) -> bool:
+        decided.append(name)
+        return not name.startswith("secret")
+
+    listing = Starlette(routes=[Route("/l/{path:path}", dv.Listing(source, access=access))])
+    statuses = [(await call(listing, f"/l/{path}")).status for path in ("", "open", "secret", "a.txt")]
+    assert statuses == [200, 308, 404, 404]
+    assert decided == ["", "open/", "secret/", "a.txt/"]
+    assert source.listed == ["", "open", "a.txt"]
+
+
 async def test_a_link_lists_one_folder_and_nothing_else(root: Path) -> None:
     endpoint = app(dv.PathSource(root), access=dv.SignedLinks(SIGNER))
     link = urlsplit(SIGNER.sign("/files/sub/"))
