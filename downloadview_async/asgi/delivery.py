@@ -13,7 +13,7 @@ from downloadview_async.accounts.facts import Facts
 from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SETTLED
-from downloadview_async.asgi.loan import Batches, Loan
+from downloadview_async.asgi.loan import Batches, Lendable, Loan
 from downloadview_async.asgi.transfer import send_in_chunks
 from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
@@ -178,28 +178,15 @@ async def _send(delivery: Delivery, start: Message | None, send: Send, receive: 
                 await send(start)
             await send({"type": "http.response.body", "body": delivery.body if isinstance(delivery, Inline) else b""})
         case Descriptor():
-            if start is not None:
-                await send(start)
-            async with Loan(delivery.file) as loan:
-                await send(loan.message(delivery.span))
-                if not loan.is_settled:
-                    await _listening(lambda _: loan.wait(), send, receive)
-                if not loan.is_dropped:
-                    return
-            await _send(delivery.otherwise, None, send, receive)
+            if not await _lend(delivery.file, delivery.span, start, send, receive):
+                await _send(delivery.otherwise, None, send, receive)
         case Pieces():
             async with aclosing(delivery.batches) as batches:
                 first = await _first(batches)
                 if first is not None:
-                    if start is not None:
-                        await send(start)
-                        start = None
-                    async with Loan(Batches(first, batches)) as loan:
-                        await send(loan.message(delivery.span))
-                        if not loan.is_settled:
-                            await _listening(lambda _: loan.wait(), send, receive)
-                        if not loan.is_dropped:
-                            return
+                    if await _lend(Batches(first, batches), delivery.span, start, send, receive):
+                        return
+                    start = None
             await _send(delivery.otherwise, start, send, receive)
         case Path():
             with delivery.path as path:
@@ -213,6 +200,17 @@ async def _send(delivery: Delivery, start: Message | None, send: Send, receive: 
             await _send(delivery.otherwise, start, send, receive)
         case Chunks():
             await _listening(partial(send_in_chunks, delivery.plan, delivery.file, start=start), send, receive)
+
+
+async def _lend(lent: Lendable, span: ByteRange, start: Message | None, send: Send, receive: Receive | None) -> bool:
+    """Send the start, and have the server send a span. Return False if a middleware has dropped the message for it."""
+    if start is not None:
+        await send(start)
+    async with Loan(lent) as loan:
+        await send(loan.message(span))
+        if not loan.is_settled:
+            await _listening(lambda _: loan.wait(), send, receive)
+        return not loan.is_dropped
 
 
 async def _first(batches: AsyncGenerator[Sequence[Piece], None]) -> Sequence[Piece] | None:

@@ -1,16 +1,16 @@
 """`Download` and `Listing`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import unquote
 
 from starlette.convertors import PathConvertor
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Host, Mount, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts, note_facts
@@ -24,6 +24,7 @@ from downloadview_async.asgi.listing.entries import FolderEntries
 from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
 from downloadview_async.asgi.listing.page import Pages
 from downloadview_async.asgi.listing.view import PDF_POLICY, view_of
+from downloadview_async.asgi.request_key import key_of, tail_of
 from downloadview_async.asgi.response import DownloadResponse, checked_headers
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.http.content_types import content_type_for
@@ -43,18 +44,18 @@ _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 class _Endpoint:
     """What `Download` and `Listing` have in common: the methods, and the decision about a request, made once."""
 
+    _always_lists = False
+
     def __init__(
         self,
         source: Source,
         *,
-        headers: Mapping[str, str] | None,
-        key: str | Callable[[Request], Any] | None,
-        access: Access | Sequence[Access] | None,
-        hide: Sequence[str],
-        limits: Limiting | Sequence[Limiting] | None,
-        listing: Pages | None,
-        has_archives: bool = False,
-        digests: Digests | None = None,
+        pages: Pages | None = None,
+        headers: Mapping[str, str] | None = None,
+        key: str | Callable[[Request], Any] | None = None,
+        access: Access | Sequence[Access] | None = None,
+        limits: Limiting | Sequence[Limiting] | None = None,
+        hide: Sequence[str] = (),
         source_name: str | None = None,
     ) -> None:
         check_source(source, type(self).__name__)
@@ -67,8 +68,9 @@ class _Endpoint:
         self.limits = limits_of(limits)
         self._hidden = Hidden(hide) if hide else None
         self._key = key
-        self.digests = digests
-        self._folders = None if listing is None else self._folders_of(source, listing, has_archives)
+        if pages is None and self._always_lists:
+            pages = Pages()
+        self._folders = None if pages is None else self._folders_of(source, pages)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
@@ -84,7 +86,7 @@ class _Endpoint:
             return
         with Transfers() if self.limits else _UNLIMITED as transfers:
             try:
-                key = self._key_of(scope)
+                key = key_of(self._key, scope, type(self).__name__)
                 facts: Facts | None = scope.get(ACCOUNT)
                 if facts is not None:
                     facts.find(self.source_name, key, scope)
@@ -131,7 +133,7 @@ class _Endpoint:
         """Return what answers a request that is allowed. Raises `FileError`."""
         raise NotImplementedError
 
-    def _folders_of(self, source: Source, pages: Pages, has_archives: bool) -> FolderEndpoint:
+    def _folders_of(self, source: Source, pages: Pages) -> FolderEndpoint:
         if not isinstance(source, SupportsListing):
             raise ConfigurationError(f"{source!r} cannot list its folders: use another source, or no listing")
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -140,8 +142,6 @@ class _Endpoint:
             pages=pages,
             headers=headers,
             has_access=bool(self.access),
-            has_archives=has_archives,
-            digests=self.digests,
         )
 
     def _folder_of(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp | None:
@@ -152,7 +152,7 @@ class _Endpoint:
         if not sent.endswith("/"):
             return partial(self._redirect_to_folder, scope)
         note_facts(scope, kind="listing")
-        return partial(self._folders.answer, key, self._tail_of(key, scope), grant)
+        return partial(self._folders.answer, key, tail_of(key, scope, is_from_path=not callable(self._key)), grant)
 
     async def _missing(self, key: Any, exc: FileMissing, scope: Scope, send: Send) -> None:
         """Redirect to the folder whose URL lacks only the slash at its end, or send the error.
@@ -182,34 +182,6 @@ class _Endpoint:
     async def _redirect_to_folder(self, scope: Scope, _: Scope, receive: Receive, send: Send) -> None:
         assert self._folders is not None
         await self._folders.redirect(folder_place(scope), scope, send)
-
-    def _tail_of(self, key: str, scope: Scope) -> str:
-        """Return the end of the URL's path that stands for a folder."""
-        parameters = [str(value) for value in reversed((scope.get("path_params") or {}).values())]
-        below = path_below(scope).removeprefix("/")
-        candidates = [*parameters, below, key] if callable(self._key) else [key, *parameters, below]
-        return next((tail for tail in candidates if scope["path"].endswith(f"/{tail}")), "")
-
-    def _key_of(self, scope: Scope) -> Any:
-        _check_is_decoded(scope)
-        if callable(self._key):
-            return self._key(Request(scope))
-        parameters = scope.get("path_params") or {}
-        if self._key is not None:
-            if self._key not in parameters:
-                names = f"use one of {', '.join(parameters)}" if parameters else "the route has none"
-                raise ConfigurationError(
-                    f"{type(self).__name__} has key={self._key!r}, which is not a path parameter: {names}"
-                )
-            return str(parameters[self._key])
-        if not parameters:
-            return path_below(scope).removeprefix("/")
-        names_of_route = _parameters_of_route(scope, parameters)
-        if len(names_of_route) > 1:
-            raise ConfigurationError(
-                f"{type(self).__name__} needs key=, one of the route's parameters: {', '.join(names_of_route)}"
-            )
-        return str(parameters[names_of_route[0]]) if names_of_route else path_below(scope).removeprefix("/")
 
 
 class Download(_Endpoint):
@@ -264,16 +236,17 @@ class Download(_Endpoint):
         pages = _pages_of(listing) if listing else None
         super().__init__(
             source,
+            pages=pages,
             headers=all_headers,
             key=key,
             access=access,
-            hide=hide,
             limits=limits,
-            listing=pages,
-            has_archives=bool(archive),
-            digests=digests,
+            hide=hide,
             source_name=source_name,
         )
+        self.digests = digests
+        if self._folders is not None:
+            self._folders = replace(self._folders, has_archives=bool(archive), digests=digests)
         self.attachment = attachment
         self.redirect = redirect
         self.offload = offload
@@ -334,7 +307,7 @@ class Download(_Endpoint):
 
         async def answer(send: Send) -> None:
             try:
-                tail = self._tail_of(key, scope)
+                tail = tail_of(key, scope, is_from_path=not callable(self._key))
                 page, headers = await folders.view(file, key, tail, grant, scope, is_listed=is_listed)
             except FileMissing as exc:
                 await self._missing(key, exc, scope, send)
@@ -408,28 +381,7 @@ class Listing(_Endpoint):
     for a header that is refused.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        pages: Pages | None = None,
-        headers: Mapping[str, str] | None = None,
-        key: str | Callable[[Request], Any] | None = None,
-        access: Access | Sequence[Access] | None = None,
-        limits: Limiting | Sequence[Limiting] | None = None,
-        hide: Sequence[str] = (),
-        source_name: str | None = None,
-    ) -> None:
-        super().__init__(
-            source,
-            headers=headers,
-            key=key,
-            access=access,
-            hide=hide,
-            limits=limits,
-            listing=pages or Pages(),
-            source_name=source_name,
-        )
+    _always_lists = True
 
     def _is_for_folder(self, key: Any, scope: Scope) -> bool:
         return True
@@ -462,84 +414,3 @@ def _name_of(canonical: Callable[[str], str] | None, key: str, *, is_folder: boo
         return canonical(f"{key}x")[:-1] if key.endswith("/") else canonical(key)
     except FileMissing:
         return key
-
-
-def _check_is_decoded(scope: Mapping[str, Any]) -> None:
-    """Raise `FileMissing` for a path that is not UTF-8.
-
-    Servers replace what they cannot decode by U+FFFD, which the name of another file may have.
-    """
-    if "\ufffd" not in scope["path"] or (raw := scope.get("raw_path")) is None:
-        return
-    try:
-        unquote_to_bytes(raw.partition(b"?")[0]).decode()
-    except UnicodeDecodeError:
-        raise FileMissing(f"not valid UTF-8: {raw!r}") from None
-
-
-def path_below(scope: Mapping[str, Any]) -> str:
-    """Return the path of a request below the application's `root_path`: empty, or with a slash at its beginning.
-
-    `root_path` is removed by whole segments. ASGI puts it before `path`. If a server or a framework has removed it
-    already, which `raw_path` shows, nothing more is removed. Hypercorn and granian never put their `root_path` there:
-    below a mount of Starlette, the path then begins with only the mount's part of `root_path`.
-    """
-    path: str = scope["path"]
-    root: str = (scope.get("root_path") or "").rstrip("/")
-    if not root and not path.endswith("/"):
-        return path
-    raw = scope.get("raw_path")
-    sent = None if raw is None else unquote(raw.partition(b"?")[0].decode("latin-1"))
-    if sent is not None and path.endswith("/") and not sent.endswith("/"):
-        path = path[:-1]  # Litestar adds a slash below a mount
-    if root and not f"{path}/".startswith(f"{root}/"):
-        root = root.removeprefix((scope.get("app_root_path") or "").rstrip("/"))
-    if not root or not f"{path}/".startswith(f"{root}/"):
-        return path
-    if sent is not None and sent != path and sent.endswith(path):
-        return path
-    return path[len(root) :]
-
-
-def _parameters_of_route(scope: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
-    """Return the names of the parameters of the route itself, without those of the mounts around it.
-
-    Raises `ConfigurationError` if the request does not tell them.
-    """
-    route, endpoint = scope.get("route"), scope.get("endpoint")
-    # An application around ours may have left its own route in the scope: a route counts only if it has called us.
-    if isinstance(route, Route) and route.endpoint is endpoint:
-        return list(route.param_convertors)
-    if isinstance(route, Mount | Host) and route.app is endpoint:
-        return []
-    # FastAPI does not put the route into the scope.
-    candidates = list(_routes_to(endpoint, getattr(scope.get("router"), "routes", None) or ()))
-    if len({tuple(names) for names in candidates}) == 1:
-        return candidates[0]
-    if "app_root_path" not in scope:
-        return list(parameters)  # there is no mount
-    # A mount adds the segments that it has matched to `root_path`, after those of the server.
-    mounted = f"{(scope.get('root_path') or '').removeprefix(scope['app_root_path'] or '')}/"
-    below = f"{path_below(scope)}/"
-    names_of_route = []
-    for name, value in parameters.items():
-        segments = f"/{str(value).strip('/')}/"
-        if (segments in mounted) == (segments in below):
-            raise ConfigurationError(
-                f"Download cannot tell whether {name!r} is a parameter of its route or of a mount around it: pass "
-                "key=, the name of the parameter or a function that gets the request"
-            )
-        if segments in below:
-            names_of_route.append(name)
-    return names_of_route
-
-
-def _routes_to(endpoint: Any, routes: Iterable[Any]) -> Iterator[list[str]]:
-    """Yield the parameters of each route that leads to an endpoint."""
-    for route in routes:
-        if isinstance(route, Route) and route.endpoint is endpoint:
-            yield list(route.param_convertors)
-        elif isinstance(route, Mount | Host) and route.app is endpoint:
-            yield []
-        else:
-            yield from _routes_to(endpoint, getattr(route, "routes", None) or ())

@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.routing import Route
 
 from downloadview_async import ConfigurationError, Download, PathSource
-from downloadview_async.asgi.endpoint import path_below
+from downloadview_async.asgi.request_key import path_below
 from tests.asgi.named_app import APPS, make
 from tests.servers import Server, free_port, serving
 
