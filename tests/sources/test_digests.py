@@ -6,10 +6,12 @@ import hashlib
 import os
 import sqlite3
 import subprocess
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 import pytest
 
 import downloadview_async as dv
@@ -204,7 +206,35 @@ async def test_nothing_is_hashed_unless_it_is_wanted(root: Path) -> None:
         assert await found_for(digests) == ()  # outside of `running`
         async with digests.running():
             assert await found_for(digests) == ()
-            assert not digests._waiting
+            assert not digests._background.get().waiting
+
+
+async def test_each_event_loop_computes_what_its_own_requests_ask_for(root: Path) -> None:
+    (root / "b.bin").write_bytes(CONTENT)
+    make_old(root)
+    digests = dv.Digests(dv.PathSource(root), background=True)
+    is_open, is_over = threading.Event(), threading.Event()
+
+    async def other_loop() -> Values:
+        async with digests.running():
+            is_open.set()
+            await asyncio.to_thread(is_over.wait, 30)
+            assert await digests.computed("b.bin", 30)
+            return await found_for(digests, "b.bin")
+
+    other = asyncio.create_task(asyncio.to_thread(asyncio.run, other_loop()))
+    try:
+        await asyncio.to_thread(is_open.wait, 30)
+        with anyio.fail_after(10):
+            assert await digests.computed("a.bin", 30)
+        assert await found_for(digests) == ()  # this event loop computes nothing yet
+        async with digests.running():
+            with anyio.fail_after(10):
+                assert await digests.computed("a.bin", 30)
+            assert await found_for(digests) == (SHA256,)
+    finally:
+        is_over.set()
+    assert await other == (SHA256,)
 
 
 async def test_a_file_that_cannot_be_hashed_does_not_end_the_background(

@@ -12,18 +12,13 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import anyio
+from anyio.lowlevel import RunVar
 
 from downloadview_async.errors import ConfigurationError, DownloadError
 from downloadview_async.http.digest import ALGORITHMS, check_algorithms, digests_of, new_hashes
 from downloadview_async.http.digest import Digests as Values
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.sources.base import (
-    HasCanonicalNames,
-    OpenFile,
-    Source,
-    check_source,
-    on_demand_of,
-)
+from downloadview_async.sources.base import HasCanonicalNames, OpenFile, Source, check_source, on_demand_of
 from downloadview_async.sources.digests.hashing import hash_file
 from downloadview_async.sources.digests.sidecar import SUFFIX, read_sidecar
 from downloadview_async.sources.digests.store import DigestStore
@@ -35,6 +30,14 @@ _LOOK_UP_SECONDS = 1.0  # no download waits longer for the store
 _LOOKED_UP_AGAIN = 60.0  # seconds: another process may have computed it, or a sidecar may have been written
 
 _logger = logging.getLogger("downloadview_async")
+
+
+class _Background:
+    """The names of files that one event loop is to hash, each with the event of its end, and the event of a new one."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, anyio.Event] = {}
+        self.wake = anyio.Event()
 
 
 class Digests:
@@ -78,8 +81,7 @@ class Digests:
         )
         # by name: metadata of the last version, the same with its digests, and until when that holds; None: for good
         self._kept: dict[str, tuple[FileMetadata, FileMetadata, float | None]] = {}
-        self._waiting: dict[str, anyio.Event] = {}
-        self._wake: anyio.Event | None = None
+        self._background: RunVar[_Background] = RunVar("downloadview_async.digests")
 
     def kept(self, name: str, metadata: FileMetadata) -> FileMetadata | None:
         """Return the metadata with the digests of this version from memory; None: `find` has to be called first."""
@@ -150,9 +152,9 @@ class Digests:
     async def computed(self, name: str, seconds: float) -> bool:
         """Have a digest computed in the background, and return whether that has ended within some seconds.
 
-        It ends at once if `running` is not open. If too many files are waiting, it does not begin.
+        It ends at once if `running` is not open in this event loop. If too many files are waiting, it does not begin.
         """
-        if self._wake is None:
+        if self._background.get(None) is None:
             return True
         done = self._want(self._plain(name))
         if done is None:
@@ -163,39 +165,43 @@ class Digests:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Compute digests in the background while the context is open, and close the store at its end."""
-        self._wake = anyio.Event()
+        """Compute digests in the background while the context is open, and close the store at its end.
+
+        Several event loops may have this open at the same time. Each computes what its own requests ask for.
+        """
+        background = _Background()
+        token = self._background.set(background)
         try:
             async with anyio.create_task_group() as group:
                 if self.background:
-                    group.start_soon(self._work)
+                    group.start_soon(self._work, background)
                 yield
                 group.cancel_scope.cancel()
         finally:
-            self._wake = None
-            self._waiting.clear()
+            self._background.reset(token)
             if self.store is not None:
                 await self.store.aclose()
 
-    async def _work(self) -> None:
+    async def _work(self, background: _Background) -> None:
         while True:
-            while not self._waiting:
-                self._wake = anyio.Event()
-                await self._wake.wait()
-            name = next(iter(self._waiting))
+            while not background.waiting:
+                background.wake = anyio.Event()
+                await background.wake.wait()
+            name = next(iter(background.waiting))
             try:
                 await self.compute(name)
             except Exception as exc:
                 _logger.warning("The digest of %r in %r is not known: %s", name, self.name, exc)
             finally:
-                self._waiting.pop(name).set()
+                background.waiting.pop(name).set()
 
     def _want(self, name: str) -> anyio.Event | None:
-        """Return the event that ends the computation of a digest, or None if too many are waiting."""
-        if self._wake is None or (name not in self._waiting and len(self._waiting) >= _WAITING):
+        """Return the event that ends the computation of a digest, or None if too many are waiting or none can run."""
+        background = self._background.get(None)
+        if background is None or (name not in background.waiting and len(background.waiting) >= _WAITING):
             return None
-        done = self._waiting.setdefault(name, anyio.Event())
-        self._wake.set()
+        done = background.waiting.setdefault(name, anyio.Event())
+        background.wake.set()
         return done
 
     async def _stored(self, name: str, metadata: FileMetadata) -> Values:
@@ -226,7 +232,7 @@ class Digests:
     def _keep(self, name: str, metadata: FileMetadata, values: Values, until: float | None) -> FileMetadata:
         described = replace(metadata, digests=values) if values != metadata.digests else metadata
         if len(self._kept) >= _KEPT and name not in self._kept:
-            self._kept.pop(next(iter(self._kept)))
+            self._kept.pop(next(iter(self._kept)), None)
         self._kept[name] = metadata, described, until
         return described
 
