@@ -28,14 +28,9 @@ _WRONG_SETTINGS = 2  # the exit status: trying again does not help
 
 try:
     from downloadview_async.service.config_loader import CONFIG, load_settings
-    from downloadview_async.service.settings import (
-        ServerSettings,
-        Settings,
-        Unavailable,
-        description_of,
-        parts_of,
-        seconds_of,
-    )
+    from downloadview_async.service.schema import description_of, parts_of
+    from downloadview_async.service.settings import ServerSettings, Settings, Unavailable
+    from downloadview_async.service.values import seconds_of
 except ConfigurationError as exc:  # a mistake in a proxy that an installed package adds
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
     sys.exit(_WRONG_SETTINGS)
@@ -417,8 +412,8 @@ def digest(path: str | None, config: Path | None) -> None:
 
     import anyio
 
-    from downloadview_async.service.app import sources_of
     from downloadview_async.service.digests import digests_of, fill_store, local_files
+    from downloadview_async.service.sources import sources_of
 
     try:
         _choose(config, "no store: give ")

@@ -27,7 +27,9 @@ from benchmarks.servers import SERVERS
 from downloadview_async.asgi import delivery, descriptor_paths, server
 from downloadview_async.asgi.uvicorn import sendfile
 from downloadview_async.service import settings as service_settings
+from downloadview_async.service import source_settings
 from downloadview_async.service.config_loader import load_settings
+from downloadview_async.service.schema import description_of
 from downloadview_async.sources.local import open_file, open_file_cache
 from downloadview_async.testing import assert_x_accel_redirect
 from tests.servers import PROJECT
@@ -210,7 +212,7 @@ def test_the_api_page_has_every_public_name() -> None:
 
 STRUCTS = [
     struct
-    for struct in vars(service_settings).values()
+    for struct in {**vars(source_settings), **vars(service_settings)}.values()
     if inspect.isclass(struct) and issubclass(struct, msgspec.Struct) and struct is not msgspec.Struct
 ]
 
@@ -219,7 +221,7 @@ STRUCTS = [
 def test_the_reference_has_every_setting_as_it_is(struct: type[msgspec.Struct]) -> None:
     page = (DOCS / "configuration.md").read_text()
     for setting in msgspec.structs.fields(struct):
-        takes = service_settings.description_of(setting.type)
+        takes = description_of(setting.type)
         default: Any = None if setting.default is msgspec.NODEFAULT else setting.default
         if setting.required:
             shown = "required"

@@ -4,13 +4,9 @@ import os
 from pathlib import Path
 
 from downloadview_async.service.app import build
-from downloadview_async.service.settings import (
-    OffloadSettings,
-    PathSettings,
-    RouteSettings,
-    ServerSettings,
-    Settings,
-)
+from downloadview_async.service.origin import Origin
+from downloadview_async.service.settings import OffloadSettings, RouteSettings, ServerSettings, Settings
+from downloadview_async.service.source_settings import PathSettings
 
 _ROUTES = int(os.environ["BENCH_ROUTES"])
 _FILES = os.environ["BENCH_FILES"]
@@ -19,9 +15,7 @@ _NAMES = [*(f"tenants/{number}" for number in range(_ROUTES - 1)), "files"]
 
 app = build(
     Settings(
-        file="the benchmark's settings",
-        directory=Path(_FILES),
-        origins={},
+        origin=Origin("the benchmark's settings", Path(_FILES), {}),
         server=ServerSettings(),
         sources={name: PathSettings(root=_FILES) for name in _NAMES},
         routes=[RouteSettings(path=f"/{name}/{{path:path}}", source=name) for name in _NAMES],

@@ -28,11 +28,11 @@ from downloadview_async import (
     link_formats,
     secure_link_secrets,
 )
-from downloadview_async.service.config_loader import KEY_LINE
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.health import PRIVATE
 from downloadview_async.service.logs import one_line
-from downloadview_async.service.settings import RouteSettings, Settings, Unavailable, seconds_of
+from downloadview_async.service.settings import RouteSettings, Settings, Unavailable
+from downloadview_async.service.values import KEY_LINE, seconds_of
 
 logger = logging.getLogger("downloadview_async")
 

@@ -106,7 +106,7 @@ def store_of_completions(settings: Settings) -> CompletionStore | None:
     with settings.blaming("accounts.database"):
         return CompletionStore(
             accounts.database,
-            directory=settings.directory,
+            directory=settings.origin.directory,
             min_share=accounts.min_share,
             keep=timedelta(seconds=accounts.keep),
             max_rows=accounts.max_rows,

@@ -32,7 +32,8 @@ from sqlalchemy.exc import InterfaceError, NoSuchTableError, OperationalError, S
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from downloadview_async import ConfigurationError, Entry, FileMissing, SourceUnavailable
-from downloadview_async.service.settings import DatabaseUnavailable, ObjectSettings
+from downloadview_async.service.settings import DatabaseUnavailable
+from downloadview_async.service.source_settings import ObjectSettings
 
 _BATCH = 500  # rows that one statement of a listing reads
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from downloadview_async import Digests, DigestStore, FileError, Source
-from downloadview_async.service.settings import PathSettings, Settings, digests_mode, directory_of, source_of_files
+from downloadview_async.service.settings import Settings
+from downloadview_async.service.source_settings import PathSettings, digests_mode, directory_of, source_of_files
 
 
 def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, Digests]:

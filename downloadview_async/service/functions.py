@@ -13,7 +13,7 @@ def function_of(settings: Settings, key: str, name: str) -> Callable[..., Any]:
 
     Raises `ConfigurationError` for `key` if there is no such function.
     """
-    directory = str(settings.directory)
+    directory = str(settings.origin.directory)
     if directory not in sys.path:
         sys.path.insert(0, directory)
     module, _, path = name.partition(":")

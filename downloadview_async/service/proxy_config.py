@@ -8,15 +8,13 @@ from typing import Any
 from downloadview_async import LinkLocation, ObjectStorage, proxy_config, proxy_kinds
 from downloadview_async.service.health import PRIVATE, PUBLIC
 from downloadview_async.service.metrics import PAGE
-from downloadview_async.service.settings import (
-    CORS_HEADERS,
+from downloadview_async.service.settings import CORS_HEADERS, Settings, rules_of
+from downloadview_async.service.source_settings import (
     PathSettings,
-    Settings,
     StorageSettings,
     cache_of,
     digests_mode,
     directory_of,
-    rules_of,
     source_of_files,
 )
 

@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 from downloadview_async import ConfigurationError
 from downloadview_async.service.access import sign_path
-from downloadview_async.service.settings import Settings, seconds_of
+from downloadview_async.service.settings import Settings
+from downloadview_async.service.values import seconds_of
 
 _PREFIX = "/files/"
 _WILDCARDS = {"0.0.0.0": (socket.AF_INET, "192.0.2.1"), "::": (socket.AF_INET6, "2001:db8::1")}  # noqa: S104

@@ -11,7 +11,9 @@ from starlette.testclient import TestClient
 from downloadview_async import CachedSource, ConfigurationError, Download
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.settings import CacheSettings, Settings, bytes_of, cache_of, seconds_of
+from downloadview_async.service.settings import Settings
+from downloadview_async.service.source_settings import CacheSettings, cache_of
+from downloadview_async.service.values import bytes_of, seconds_of
 
 FACTORY = """
 from downloadview_async import VirtualFile

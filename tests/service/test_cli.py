@@ -24,8 +24,9 @@ from click.testing import CliRunner
 from downloadview_async import __version__
 from downloadview_async.cli import main, serve
 from downloadview_async.service.config_loader import CONFIG, load_settings
+from downloadview_async.service.schema import description_of
 from downloadview_async.service.serve_paths import urls_of, variables_of
-from downloadview_async.service.settings import ServerSettings, description_of
+from downloadview_async.service.settings import ServerSettings
 from tests.servers import PROJECT, Server, demo, free_port, serving
 
 COMMAND = [sys.executable, "-m", "downloadview_async.cli", "serve"]

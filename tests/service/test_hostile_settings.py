@@ -21,21 +21,17 @@ from downloadview_async.cli import main
 from downloadview_async.service.app import build, check_databases
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.logs import LONGEST
-from downloadview_async.service.settings import (
+from downloadview_async.service.settings import OffloadSettings, RouteSettings, RuleSettings, ServerSettings
+from downloadview_async.service.source_settings import (
     CacheSettings,
     ObjectSettings,
-    OffloadSettings,
     PathSettings,
     PresignSettings,
     RemoteSettings,
-    RouteSettings,
-    RuleSettings,
-    ServerSettings,
     StorageSettings,
     VirtualSettings,
-    bytes_of,
-    seconds_of,
 )
+from downloadview_async.service.values import bytes_of, seconds_of
 
 COMMAND = [sys.executable, "-m", "downloadview_async.cli", "serve"]
 FILES = '[sources.files]\ntype = "path"\nroot = "files"\n'

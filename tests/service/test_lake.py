@@ -13,7 +13,8 @@ from starlette.testclient import TestClient
 from downloadview_async import ConfigurationError
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.settings import Settings, StorageSettings
+from downloadview_async.service.settings import Settings
+from downloadview_async.service.source_settings import StorageSettings
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET
 from tests.servers import free_port
 

@@ -21,20 +21,17 @@ from downloadview_async.cli import check
 from downloadview_async.service.app import build
 from downloadview_async.service.check.run import check as checks
 from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.settings import (
+from downloadview_async.service.schema import description_of
+from downloadview_async.service.settings import RouteSettings, ServerSettings, Settings
+from downloadview_async.service.source_settings import (
     CacheSettings,
     ObjectSettings,
     PathSettings,
     RemoteSettings,
-    RouteSettings,
-    ServerSettings,
-    Settings,
     StorageSettings,
     VirtualSettings,
-    bytes_of,
-    description_of,
-    seconds_of,
 )
+from downloadview_async.service.values import bytes_of, seconds_of
 
 FILES = '[sources.files]\ntype = "path"\nroot = "files"\n'
 ROUTE = '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\n'

@@ -44,7 +44,7 @@ from downloadview_async.errors import (
 )
 from downloadview_async.service.chosen_files import ChosenFiles
 from downloadview_async.service.database import Documents
-from downloadview_async.service.settings import ObjectSettings
+from downloadview_async.service.source_settings import ObjectSettings
 from downloadview_async.sources.base import ListsBatches, SupportsListing
 from downloadview_async.sources.bucket_listing import ListedObject, page_of
 from downloadview_async.sources.directory_storage import DirectoryStorage

@@ -36,19 +36,15 @@ from downloadview_async.service.check.site import (
 )
 from downloadview_async.service.check.transfers import TransferChecks
 from downloadview_async.service.health import LIVEZ, PADDING
-from downloadview_async.service.settings import (
-    DatabaseUnavailable,
-    RouteSettings,
-    RuleSettings,
-    Settings,
+from downloadview_async.service.settings import DatabaseUnavailable, RouteSettings, RuleSettings, Settings
+from downloadview_async.service.source_settings import (
     SourceSettings,
     StorageSettings,
     VirtualSettings,
-    bytes_of,
     cache_of,
     directory_of,
-    seconds_of,
 )
+from downloadview_async.service.values import bytes_of, seconds_of
 
 __all__ = ["Line", "check"]
 

@@ -13,13 +13,8 @@ from downloadview_async import AsyncFile, Download, FileMetadata, FileMissing, P
 from downloadview_async.service.check.advice import advice
 from downloadview_async.service.check.http import Answer, Peer
 from downloadview_async.service.check.samples import Content
-from downloadview_async.service.settings import (
-    RouteSettings,
-    RuleSettings,
-    Settings,
-    SourceSettings,
-    source_of_files,
-)
+from downloadview_async.service.settings import RouteSettings, RuleSettings, Settings
+from downloadview_async.service.source_settings import SourceSettings, source_of_files
 
 Step = Literal["source", "application", "proxy", "together"]
 Result = Literal["pass", "FAIL", "skip"]

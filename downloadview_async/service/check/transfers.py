@@ -23,7 +23,8 @@ from downloadview_async.service.check.site import (
     shown_url,
     skipped,
 )
-from downloadview_async.service.settings import CORS_HEADERS, PathSettings, StorageSettings, cache_of
+from downloadview_async.service.settings import CORS_HEADERS
+from downloadview_async.service.source_settings import PathSettings, StorageSettings, cache_of
 
 _PART = 1024  # bytes of a requested range
 _ONCE = ("accept-ranges", "content-length", "date", "etag", "last-modified", "server")
