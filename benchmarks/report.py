@@ -411,7 +411,7 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
     if growth := growth_table(found):
         parts += [
             "## Rules and routes",
-            "What a request for 10 KiB costs, as a multiple of what it costs with one. Starlette looks at one route "
+            "The cost of a request for 10 KiB, as a multiple of the cost with one. Starlette looks at one route "
             "after the other, and the one that is asked for is the last.",
             growth,
         ]

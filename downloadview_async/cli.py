@@ -405,8 +405,8 @@ def revoke(identifier: str, config: Path | None) -> None:
 def digest(path: str | None, config: Path | None) -> None:
     """Compute the digests of files, and keep them in the store.
 
-    They are computed for the files at PATH, or for all files, of the sources that have `digests`. What the store has
-    already is not computed again. PATH is a file or a directory below the root of a source.
+    They are computed for the files at PATH, or for all files, of the sources that have `digests`. Digests that
+    the store has are not computed again. PATH is a file or a directory below the root of a source.
     """
     import sqlite3
 
@@ -442,8 +442,8 @@ def account(log: Path | None, config: Path | None, follow: bool) -> None:
     """Count what the proxy has sent, by its LOG.
 
     LOG is the log of downloads that the printed configuration of the proxy writes; the default is accounts.proxy_log.
-    Each answer is counted once, however often its line is read. What was read before is not read again, and renamed
-    logs are read to their end.
+    Each answer is counted once, however often its line is read. Lines that were read before are not read again, and
+    renamed logs are read to their end.
     """
     import anyio
 
@@ -472,7 +472,7 @@ def account(log: Path | None, config: Path | None, follow: bool) -> None:
     type=click.Choice(["file", "route", "user", "client", "link", "day"]),
     default="file",
     show_default=True,
-    help="What is counted.",
+    help="The unit that a row counts.",
 )
 @click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, help="How many rows.")
 @click.option(
@@ -531,7 +531,7 @@ def _choose(config: Path | None, lacking: str) -> None:
 def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGINT or SIGTERM; then running downloads have `timeout_graceful_shutdown` seconds to finish.
 
-    announce: called when nothing that can be checked before stands in the way of the server.
+    announce: called after all checks, just before the server starts.
 
     Raises `ConfigurationError`.
     """

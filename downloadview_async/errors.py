@@ -48,7 +48,7 @@ class FileError(DownloadError):
     challenge: str | None = None
     """The value of WWW-Authenticate that the client gets."""
     detail: str | None = None
-    """What the client reads besides the status. It must not tell what the client may not see."""
+    """The text for the client besides the status. It must not tell anything that the client may not see."""
 
 
 class FileMissing(FileError):

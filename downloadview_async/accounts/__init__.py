@@ -1,1 +1,1 @@
-"""What was sent: the outcome of each answer."""
+"""Accounts of the bytes that were sent: the outcome of each answer."""

@@ -1,4 +1,4 @@
-"""What a completed download is: a version of a file, every byte of which was delivered to one client.
+"""Completed downloads: every byte of a version of a file was delivered to one client.
 
 The bytes may come in one answer or in many, in any order, from several processes and over several days. For each client
 and file version, a *session* holds which bytes were delivered once, twice and so on, as layers of spans: the first
@@ -32,7 +32,7 @@ _NOT_FILES = frozenset({"checksum", "error", "listing", "redirected", "share", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivered:
-    """What one answer has delivered of a file, and to whom.
+    """The part of a file that one answer has delivered, and to whom.
 
     session: the same for all answers that may be parts of one download. time: seconds since 1970 UTC. request_id,
     source, file, route, user, link, client: as in `Outcome`, without characters that a database refuses; empty if
@@ -63,7 +63,7 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What one client has of one file version. counted: how many of the layers are counted as downloads."""
+    """The parts of one file version that one client has. counted: how many of the layers are counted as downloads."""
 
     layers: tuple[Layer, ...] = ()
     counted: int = 0
@@ -96,7 +96,7 @@ def has_file(outcome: Outcome) -> bool:
 
 
 def whole(outcome: Outcome) -> Whole | None:
-    """Return by what an answer counts that has delivered a whole file; None for another one. See `has_file`."""
+    """Return the key by which an answer with a whole file is counted; None for another answer. See `has_file`."""
     if outcome.result != "completed":
         return None
     spans, size = outcome.spans, outcome.size
@@ -113,7 +113,7 @@ def whole(outcome: Outcome) -> Whole | None:
 
 
 def delivered(outcome: Outcome) -> Delivered | None:
-    """Return what an answer has delivered of a file, or is going to by a proxy; None if that is nothing."""
+    """Return the part of a file that an answer has delivered, or a proxy will deliver; None without one."""
     if not has_file(outcome):
         return None
     is_delegated, is_whole = outcome.result == "delegated", whole(outcome) is not None

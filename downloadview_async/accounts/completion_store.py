@@ -54,7 +54,7 @@ class Place:
 
 @dataclass(slots=True)
 class Batch:
-    """What is written in one transaction."""
+    """The rows that are written in one transaction."""
 
     parts: list[Delivered] = field(default_factory=list)
     delegated: list[Delivered] = field(default_factory=list)
@@ -197,7 +197,7 @@ class CompletionStore:
         return closed
 
     async def places(self, path: str) -> list[Place]:
-        """Return up to where the files of a log were read."""
+        """Return the place up to which each file of a log was read."""
         table = self._tables.places
         columns = [table.c[name] for name in _PLACE]
         async with self._reading() as connection:
@@ -246,7 +246,7 @@ class CompletionStore:
         return counts
 
     async def trim(self) -> None:
-        """Remove rows that are too old, and the oldest ones if a table has too many; `write` does it in 10 minutes."""
+        """Remove rows that are too old, and the oldest if a table has too many. `write` does so every 10 minutes."""
         async with self._writing() as connection:
             await self._trim(connection)
 
@@ -364,7 +364,7 @@ class CompletionStore:
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator["AsyncConnection"]:
-        """Give a connection in a transaction. One writes after the other, so that what they read stays true."""
+        """Give a connection in a transaction. Only one of these runs at a time, so the rows that it reads stay true."""
         from sqlalchemy import text
 
         if self._is_sqlite and not self._is_created:

@@ -93,7 +93,7 @@ class Completions:
             await self.store.aclose()
 
     def close(self) -> None:
-        """Write what is left, and end the thread. What comes later starts it again."""
+        """Write what is left, and end the thread. A later outcome starts it again."""
         with self._lock:
             thread = self._thread if self._process == os.getpid() else None
             if thread is None:

@@ -70,7 +70,7 @@ class Facts:
             facts = facts.outer
 
     def allow(self, user: str | None, link_id: str | None) -> None:
-        """Note by what the request is allowed."""
+        """Note the user and the link by which access has allowed the request."""
         facts: Facts | None = self
         while facts is not None:
             facts.user, facts.link_id = user or facts.user, link_id or facts.link_id

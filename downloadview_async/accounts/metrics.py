@@ -22,7 +22,7 @@ from downloadview_async.sources.cache.index import Cache
 from downloadview_async.sources.workers import Slots, Workers, slots_of
 
 MAX_SERIES = 2_000
-"""The most combinations of labels that are counted by themselves. Further ones are counted with the route "other"."""
+"""The most combinations of labels that are counted separately. Further ones are counted with the route "other"."""
 
 _TICK = 0.25  # seconds between two looks at the event loop
 _OTHER: Labels = ("other",) * 5
@@ -37,7 +37,7 @@ class Answering(Protocol):
 
 
 class _Row:
-    """What was counted for one combination of labels."""
+    """The counts for one combination of labels."""
 
     __slots__ = ("bytes", "first", "requests", "seconds")
 

@@ -23,7 +23,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogLine:
-    """What a proxy has sent of one answer.
+    """The part of one answer that a proxy has sent.
 
     request_id: that of the `Outcome`. sent: bytes. content_range: of the answer. requested: the Range of the request,
     which tells the parts of an answer with several. is_cut: whether the client left before the end.

@@ -84,7 +84,7 @@ class RotatedLog:
                 if not whole:
                     if len(block) < _BLOCK:
                         break
-                    whole = len(block)  # a line so long is not of a proxy
+                    whole = len(block)  # no proxy writes such a long line
                 before, file.offset = file.offset, file.offset + whole
                 is_taken = False
                 try:

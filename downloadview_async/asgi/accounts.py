@@ -53,7 +53,7 @@ logger = logging.getLogger("downloadview_async")
 
 
 class Connection(Protocol):
-    """What a server that knows its connection puts into the scope, under `CONNECTION`.
+    """A connection that the server knows, and puts into the scope under `CONNECTION`.
 
     is_lost: whether the connection has ended. is_broken: whether it has ended, or is about to, although an answer is
     not complete. is_stalled: whether the server has ended it, because the client took too little. untaken_at_loss: the
@@ -454,7 +454,7 @@ class Accounts:
     When the server shuts down, `Accounts` waits up to half a second for the answers that are ending, and then up to 5
     seconds for the listeners, before the application shuts down. Without a lifespan, outcomes that wait then are lost.
 
-    Raises `ConfigurationError` for listeners that are not functions, and for an address that is not one.
+    Raises `ConfigurationError` for listeners that are not functions, and for an invalid address.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
 
 class _Endpoint:
-    """What `Download` and `Listing` have in common: the methods, and the decision about a request, made once."""
+    """The common part of `Download` and `Listing`: the methods, and the decision about a request, made once."""
 
     _always_lists = False
 
@@ -208,8 +208,8 @@ class Download(_Endpoint):
     `sha256sum` about the file, or with `listing` about each file of a folder whose digest is known.
     source_name: the name of the source in the `Outcome` of each answer. Default: the name of its class.
 
-    Raises `ConfigurationError` for a source, an access or a pattern that is not one, and for a listing or an archive of
-    a source that cannot list; `ValueError` for a header that is refused.
+    Raises `ConfigurationError` for an invalid source, access or pattern, and for a listing or an archive of a source
+    that cannot list; `ValueError` for a header that is refused.
     """
 
     def __init__(
@@ -377,8 +377,8 @@ class Listing(_Endpoint):
     before it is read; it is not asked about each entry. A signed link lists one folder alone, and only if it does not
     count its uses. If it was made with `below=True`, it lists the folders below, too.
 
-    Raises `ConfigurationError` for a source that cannot list, an access or a pattern that is not one, and `ValueError`
-    for a header that is refused.
+    Raises `ConfigurationError` for a source that cannot list, and for an invalid access or pattern; `ValueError` for a
+    header that is refused.
     """
 
     _always_lists = True

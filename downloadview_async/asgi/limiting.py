@@ -23,7 +23,7 @@ _CONDITIONS = frozenset({b"if-none-match", b"if-modified-since", b"if-match", b"
 
 
 Limiting = Limits | SourceLimit
-"""What an application gives as `limits=`, or a sequence of them."""
+"""One of the limits that an application gives as `limits=`."""
 
 
 def limits_of(limits: Limiting | Sequence[Limiting] | None) -> tuple[Limiting, ...]:

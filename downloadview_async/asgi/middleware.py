@@ -37,7 +37,7 @@ class OffloadMiddleware:
     proxy: the name of the proxy in outcomes, such as "caddy". Default: that of the best-known proxy that obeys the
     header of the backend, such as "nginx".
 
-    Raises `ConfigurationError` for a backend that is not one.
+    Raises `ConfigurationError` for an invalid backend.
     """
 
     def __init__(

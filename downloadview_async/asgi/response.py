@@ -77,9 +77,9 @@ class DownloadResponse(Response):
 
     The file is opened when the response is sent. If it is missing then, the answer is that of `error_response`: a 404.
 
-    Raises `ConfigurationError` for a `file` that is not one and a `filename` that is not text, and `ValueError` for
-    another argument that is refused: an invalid content type or status, a reserved header, a header with a control
-    character or beyond Latin-1.
+    Raises `ConfigurationError` for an invalid `file` and a `filename` that is not text, and `ValueError` for another
+    argument that is refused: an invalid content type or status, a reserved header, a header with a control character
+    or beyond Latin-1.
     """
 
     def __init__(

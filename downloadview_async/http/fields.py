@@ -1,4 +1,4 @@
-"""What several rooms have to agree on about header fields: the grammar of tokens, and sets of names."""
+"""Header fields that several rooms have to agree on: the grammar of tokens, and sets of names."""
 
 TOKEN_CHAR = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
 """One character of a token [RFC 9110 5.6.2], as a regular expression."""

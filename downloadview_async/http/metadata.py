@@ -1,4 +1,4 @@
-"""What is known about one version of a file: `FileMetadata`, its entity tag (`ETag`), a span of it (`ByteRange`)."""
+"""The metadata of one version of a file (`FileMetadata`), its entity tag (`ETag`), and a span of it (`ByteRange`)."""
 
 import re
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ MAX_READS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileMetadata:
-    """What is known about one version of a file. A value that is not known is None.
+    """The metadata of one version of a file. A value that is not known is None.
 
     size: bytes. last_modified: seconds since the epoch, UTC. content_type: the whole value of Content-Type.
     accept_ranges: whether a part of the file can be sent; only a file of known size has parts.

@@ -80,7 +80,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """What an answer tells about a file, and which bytes of the file are in the content.
+    """The file that an answer describes, and the bytes of the file that are in its content.
 
     start, stop: the first byte, and the one after the last; stop is None if it is not known. The requested bytes may be
     a part of these. exists: whether the answer has any content of the file. is_short: whether it has less than was

@@ -38,7 +38,7 @@ class Access(Protocol):
 class SignedLinks:
     """Allows the requests whose URL is a valid link of `signer`: `Download(source, access=SignedLinks(signer))`.
 
-    format: as in `URLSigner.sign`. Raises `ConfigurationError` for a signer or a format that is not one.
+    format: as in `URLSigner.sign`. Raises `ConfigurationError` for an invalid signer or format.
     """
 
     def __init__(self, signer: URLSigner, *, format: str = "complete") -> None:  # noqa: A002

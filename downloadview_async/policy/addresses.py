@@ -15,7 +15,7 @@ PEER = "downloadview_async.peer"
 
 
 def address_of(client: str | None) -> IPv4Address | IPv6Address | None:
-    """Return the address of a client; None for a text that is not one, as for a Unix socket or the client of a test.
+    """Return the address of a client; None for another text, as for a Unix socket or the client of a test.
 
     An IPv4 client of a server that listens on IPv6 has its IPv4 address. A zone, as in `fe80::1%eth0`, is left out.
     """

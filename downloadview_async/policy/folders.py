@@ -1,8 +1,8 @@
 """Links to a folder and all that is below it: which paths are below, and what the pages add to the query of a link.
 
-The link has the folder in its signature, and each URL of its pages has the parameters of the link. What a page shows is
-chosen by further parameters, which are not signed, because they grant nothing: they only choose among what the path is
-granted anyway. Every other parameter is taken for one of the link, so it makes the signature wrong.
+The link has the folder in its signature, and each URL of its pages has the parameters of the link. Further
+parameters choose what a page shows. They are not signed, because they grant nothing: they only choose among what the
+path is granted anyway. Every other parameter is taken for one of the link, so it makes the signature wrong.
 """
 
 import re

@@ -19,7 +19,7 @@ class Grant:
     path of the folder that the link grants with all that is below it, such as `/files/2026/`; None: it grants one URL.
     user: the name of the user who sends the request.
 
-    Raises `ValueError` for a filename that is not text and a content type that is not one.
+    Raises `ValueError` for a filename that is not text, and for an invalid content type.
     """
 
     filename: str | None = None

@@ -47,7 +47,7 @@ class ProxyUsers:
     header that its client sends. A request with the header twice, or with `_` for `-` in its name, has no user, nor has
     one whose name is empty, is not UTF-8, or has a comma, by which proxies join repeated headers.
 
-    Raises `ConfigurationError` for a header or an address that is not one.
+    Raises `ConfigurationError` for an invalid header or address.
     """
 
     def __init__(self, header: str, *, trusted: Iterable[str]) -> None:

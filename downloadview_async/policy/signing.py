@@ -45,8 +45,8 @@ class URLSigner:
     a download may take, with all its pauses, before a further request counts as another one. client_of: gets the ASGI
     scope of a request and returns the client, by default its address, or its /64 network with IPv6.
 
-    Raises `ConfigurationError` for a key that is too short or has an invalid id, if there is none, and for a store or
-    an option of it that is not one.
+    Raises `ConfigurationError` for a key that is too short or has an invalid id, if there is none, and for an invalid
+    store or option of it.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ class Use:
 def client_network(scope: Mapping[str, Any]) -> str:
     """Return the address of a request's client, or its /64 network with IPv6, which is what one person usually has.
 
-    A request without an address, as over a Unix socket, is a client by itself.
+    A request without an address, as over a Unix socket, is a separate client.
     """
     client = scope.get("client")
     return network_of(client[0]) if client and client[0] else token_hex(16)

@@ -231,7 +231,7 @@ class Documents:
         try:
             async with self._engine.connect() as connection:
                 return (await connection.execute(statement)).all()
-        except (SQLAlchemyError, OSError, ValueError) as exc:  # ValueError: a time that is not one
+        except (SQLAlchemyError, OSError, ValueError) as exc:  # ValueError: an invalid time
             raise SourceUnavailable(f"the database failed: {type(exc).__name__}: {exc}") from exc
 
 

@@ -43,7 +43,7 @@ _DEFAULT_PORTS = {"http": "80", "https": "443"}
 def checked_routes(
     origin: Origin, routes: list[RouteSettings], sources: Mapping[str, SourceSettings]
 ) -> list[RouteSettings]:
-    """Return the `[[routes]]` tables, checked by themselves. Raises `ConfigurationError`."""
+    """Return the `[[routes]]` tables, each of which is checked. Raises `ConfigurationError`."""
     shapes: list[_Shape] = []
     for index, route in enumerate(routes):
         key = f"routes[{index}]"
@@ -86,7 +86,7 @@ def checked_routes(
 
 
 def check_limits(origin: Origin, key: str, limits: RouteLimitsSettings) -> None:
-    """Refuse an amount that is not one, and a queue for nothing."""
+    """Refuse an invalid amount, and a queue without a limit to wait for."""
     for name in ("rate", "requests", "quota", "total_rate"):
         amount: Any = {name: getattr(limits, name)}
         try:

@@ -1,4 +1,4 @@
-"""What the types of settings tell: the keys of a table, which values a key takes, and what is wrong with another."""
+"""Reads the types of the settings: the keys of a table, the values that a key takes, the error about another value."""
 
 import difflib
 import re

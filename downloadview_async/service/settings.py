@@ -286,7 +286,7 @@ class LimitsSettings(RouteLimitsSettings, forbid_unknown_fields=True, frozen=Tru
         str,
         Meta(
             pattern=r"^(memory|(redis|rediss|unix)://.+)\Z",
-            description="where clients are counted: memory, for each worker by itself, or redis://127.0.0.1:6379/0",
+            description="where clients are counted: memory, for each worker separately, or redis://127.0.0.1:6379/0",
         ),
     ] = "memory"
     when_store_fails: Annotated[
@@ -508,7 +508,7 @@ class Settings:
     def of_own_server(self) -> "Settings":
         """Return the settings with the log of answers that `[server]` wants, for `downloadview serve`.
 
-        Another server usually writes a log by itself. Under it, the service writes one only if there is a `[log]`.
+        Another server usually writes a log already. Under it, the service writes one only if there is a `[log]`.
         """
         log = self.log
         if log is None and self.server.log_level in ("info", "debug", "trace"):

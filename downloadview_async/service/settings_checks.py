@@ -29,6 +29,7 @@ from downloadview_async.service.values import CONTROL, KEY_LINE, bytes_of, secon
 
 _Table = TypeVar("_Table", bound=Struct)
 
+_SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
 _MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_password|links\.keys")
 
 
@@ -127,9 +128,7 @@ def _check_texts(origin: Origin, data: Mapping[str, Any]) -> None:
 
 def _server(origin: Origin, server: ServerSettings) -> ServerSettings:
     """Return the table with absolute paths; those from the command line stay relative to the current directory."""
-    names = [
-        name for name in ("uds", "ssl_keyfile", "ssl_certfile") if origin.keys.get(f"server.{name}") != COMMAND_LINE
-    ]
+    names = [name for name in _SERVER_PATHS if origin.keys.get(f"server.{name}") != COMMAND_LINE]
     return _with_paths(origin, server, *names)
 
 

@@ -1,4 +1,4 @@
-"""What is done once a process: graceful shutdown, even while a hung disk holds a thread, and garbage collection.
+"""The start and the end of a process: graceful shutdown, even while a hung disk holds a thread, garbage collection.
 
 SIGHUP does not end the process: a closing terminal sends it, and other servers reload their settings on it.
 """

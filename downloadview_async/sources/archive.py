@@ -72,7 +72,7 @@ _Chosen = tuple[str, ...]  # a folder, and names in it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchiveLimits:
-    """What an archive may hold at most. None: any number.
+    """The most that an archive may hold. None: any number.
 
     files: files and folders. size: bytes of the archive. depth: folders within folders, which ends a loop of links too.
     """

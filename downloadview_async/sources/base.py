@@ -26,7 +26,7 @@ class OpenFile(Protocol):
 
     @property
     def metadata(self) -> FileMetadata:
-        """What is known about this version."""
+        """The metadata of this version."""
         ...
 
     def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
@@ -41,7 +41,7 @@ class OpenFile(Protocol):
 
 
 class Local(Protocol):
-    """What an open file may offer besides: the local file that has its bytes, for the kernel to send."""
+    """Optional for an open file: the local file that has its bytes, for the kernel to send."""
 
     @property
     def local(self) -> "OpenLocalFile | None":
@@ -58,7 +58,7 @@ Piece: TypeAlias = "bytes | tuple[OpenLocalFile, ByteRange]"
 
 
 class InPieces(Protocol):
-    """What an open file may offer besides: its body as bytes and as spans of local files, for the kernel to send."""
+    """Optional for an open file: its body as bytes and as spans of local files, for the kernel to send."""
 
     def pieces(self, span: ByteRange) -> AsyncGenerator[Sequence[Piece], None]:
         """Yield the pieces of a span, some at a time, in order. Without any, `stream` has to be called instead.
@@ -70,7 +70,7 @@ class InPieces(Protocol):
 
 
 class Aged(Protocol):
-    """What an open file may offer besides: the age of a copy that was kept."""
+    """Optional for an open file: the age of a copy that was kept."""
 
     @property
     def made_at(self) -> float | None:
@@ -82,7 +82,7 @@ class Aged(Protocol):
 
 
 class Dated(Protocol):
-    """What an open file may offer besides: the time of its description, which another server may have made earlier."""
+    """Optional for an open file: the time of its description, which another server may have made earlier."""
 
     @property
     def received(self) -> Received | None:
@@ -91,7 +91,7 @@ class Dated(Protocol):
 
 
 class Recoded(Protocol):
-    """What an open file may offer besides: whether its metadata leaves out a Content-Encoding of the origin server."""
+    """Optional for an open file: whether its metadata leaves out a Content-Encoding of the origin server."""
 
     @property
     def hides_coding(self) -> bool:
@@ -103,7 +103,7 @@ class Recoded(Protocol):
 
 
 class Unframed(Protocol):
-    """What an open file may offer besides: whether only the end of a connection marks the end of the file."""
+    """Optional for an open file: whether only the end of a connection marks the end of the file."""
 
     @property
     def ends_with_connection(self) -> bool:
@@ -112,7 +112,7 @@ class Unframed(Protocol):
 
 
 class ReadsOver(Protocol):
-    """What an open file may offer besides: whether it reads the file from its beginning to get to a range."""
+    """Optional for an open file: whether it reads the file from its beginning to get to a range."""
 
     @property
     def reads_over(self) -> bool:
@@ -154,7 +154,7 @@ class OpenLocalBytes(OpenFile, Local, Protocol):
 
 
 class OpensNowait(Protocol):
-    """What a file may offer besides `AsyncFile`: opening without waiting, for local files."""
+    """Optional for a file: opening without waiting, for local files."""
 
     def open_nowait(self, request: DownloadRequest) -> OpenLocalBytes | None:
         """Open the file if that waits for neither a disk nor another server; else return None, and `open` is called.
@@ -166,7 +166,7 @@ class OpensNowait(Protocol):
 
 
 class OnDemand(Protocol):
-    """What is known about content before it is made: see `MadeOnDemand`."""
+    """Facts about content before it is made: see `MadeOnDemand`."""
 
     @property
     def max_age(self) -> float | None:
@@ -185,7 +185,7 @@ class OnDemand(Protocol):
 
 
 class MadeOnDemand(Protocol):
-    """What a file may offer besides `AsyncFile`: its content is made anew each time it is opened.
+    """Optional for a file: its content is made anew each time it is opened.
 
     A cache then opens it once and makes all ranges from that. It asks for the validators before it has content made,
     and the content, not header fields, says for how long a copy may be sent.
@@ -193,7 +193,7 @@ class MadeOnDemand(Protocol):
 
     @property
     def on_demand(self) -> OnDemand | None:
-        """What is known about the content, or None: it is read like any other file."""
+        """Facts about the content, or None: it is read like any other file."""
         ...
 
 
@@ -218,7 +218,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class HasCanonicalNames(Protocol):
-    """What a source may offer besides: it knows which of its names stand for the same file."""
+    """Optional for a source: it knows which of its names stand for the same file."""
 
     def canonical(self, name: str) -> str:
         """Return the one name for `./a//b`, `/a/b` and `a/b`. Raises `FileMissing` for a name no file can have."""
@@ -227,7 +227,7 @@ class HasCanonicalNames(Protocol):
 
 @runtime_checkable
 class OpensByName(Protocol):
-    """What a source may offer besides: opening many files, of which each is sent once."""
+    """Optional for a source: opening many files, of which each is sent once."""
 
     def open_nowait(self, name: str, /) -> "OpenLocalFile | None":
         """Open the file that `resolve` would return for a name from a listing, or return None: see `OpensNowait`.
@@ -239,7 +239,7 @@ class OpensByName(Protocol):
 
 @runtime_checkable
 class SupportsListing(Protocol):
-    """What a source or a storage may offer besides: it lists the files and folders of a folder.
+    """Optional for a source or a storage: it lists the files and folders of a folder.
 
     A wrapper has `list` only if what it wraps has it.
     """
@@ -259,7 +259,7 @@ class SupportsListing(Protocol):
 
 @runtime_checkable
 class ListsBatches(SupportsListing, Protocol):
-    """What a source or a storage that lists may offer besides: its entries in batches, which take less time.
+    """Optional for a source or a storage that lists: its entries in batches, which take less time.
 
     A page that shows a few entries of a large folder in the order of their names describes only those.
     """

@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """What is known about the content of an object with `read`.
+    """Facts about the content of an object with `read`.
 
     size: bytes, or None if it is not known before the end. can_seek: whether its parts can be read in any order.
     head: bytes that were read to find this out, and have to be sent first. is_text: whether it yields text, which is
@@ -464,7 +464,7 @@ async def closing_in_thread(resource: Any) -> AsyncIterator[Use]:
 
 
 def close(resource: Any) -> None:
-    """Call `resource.close()`, if it has one. What that raises is logged: all has been read that is to be sent."""
+    """Call `resource.close()`, if it has one. An error of it is logged: all bytes to send have been read."""
     if (method := getattr(resource, "close", None)) is None:
         return
     try:

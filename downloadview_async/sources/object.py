@@ -39,7 +39,7 @@ class ObjectSource:
     list_folder: a function that gets a folder, such as `reports/2026`, or the empty string for the top, and returns an
     asynchronous iterator of its entries: see `SupportsListing`. Without it, the source lists no folders.
 
-    Raises `ConfigurationError` for a `get` that cannot be called with one key, and for a `source` that is not one.
+    Raises `ConfigurationError` for a `get` that cannot be called with one key, and for an invalid `source`.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class PerLoop(Generic[T]):
     """A value for each event loop, which runs in one thread. A loop has no value before `set` and after `drop`.
 
     The value is also dropped when its thread ends, and when the next loop in this thread sets its value: a loop may end
-    before its timers ring. What has to be closed then, the `__del__` of the value closes.
+    before its timers ring. The `__del__` of the value closes what has to be closed then.
     """
 
     __slots__ = ("_of_thread",)

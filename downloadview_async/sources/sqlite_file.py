@@ -75,7 +75,7 @@ class SQLiteFile:
     def _current(self, loop: asyncio.AbstractEventLoop) -> "aiosqlite.Connection | None":
         """Return the connection to the file that is at the path now, or None.
 
-        What another process writes into a new file, such as a revocation, would never be read from the old one.
+        A row that another process writes into a new file, such as a revocation, would never be read from the old one.
 
         Raises `sqlite3.OperationalError` if the file has been removed: a new one would not have its data.
         """

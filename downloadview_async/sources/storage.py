@@ -49,7 +49,7 @@ class StorageSource:
 
     It lists folders if the storage does: see `SupportsListing`.
 
-    Raises `ConfigurationError` for a storage that is not one.
+    Raises `ConfigurationError` for an invalid storage.
     """
 
     def __init__(self, storage: Storage, *, names: Names | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What the kernel knows about the socket of a connection: its number, the bytes in its queues, a hang-up, a reset."""
+"""Asks the kernel about the socket of a connection: its number, the bytes in its queues, a hang-up, a reset."""
 
 import asyncio
 import errno

@@ -14,8 +14,8 @@ STALL_SECONDS = 60.0
 MINIMUM_RATE = 64
 """Bytes per second that a client has to take, on the average of `STALL_SECONDS`.
 
-What it takes is what its kernel acknowledges. Some kernels do so in steps, so a client needs several times this rate to
-be safe.
+Bytes count as taken when the kernel of the client acknowledges them. Some kernels do so in steps, so a client needs
+several times this rate to be safe.
 """
 
 

@@ -231,7 +231,7 @@ def _check_links() -> Iterator[CheckMessage]:
         yield _wrong_links(f"settings.DOWNLOADVIEW_LINKS: the directory of {place!r} does not exist")
     elif (scheme == "sqlite" and not os.path.isabs(place)) or (scheme == "memory" and not settings.DEBUG):
         yield CheckWarning(
-            f"settings.DOWNLOADVIEW_LINKS: processes may not share {scheme}:{place}, and then each counts by itself",
+            f"settings.DOWNLOADVIEW_LINKS: processes may not share {scheme}:{place}, and then each counts separately",
             hint=_STORE_HINT,
             id="downloadview_async.W009",
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from asgiref.sync import sync_to_async
@@ -23,22 +24,30 @@ async def shielded(work: Coroutine[Any, Any, None]) -> None:
     await asyncio.shield(task)
 
 
+@contextmanager
+def _taken_as_a_whole(account: Account) -> Iterator[None]:
+    """Note that a body was taken as a whole; if an error ends it before that, end the account."""
+    try:
+        yield
+        account.is_complete = True
+    except (GeneratorExit, asyncio.CancelledError):  # the server wants no more
+        account.end(ClientDisconnect())
+        raise
+    except BaseException as exc:
+        account.end(exc)
+        raise
+
+
 def each_counted(chunks: Iterable[bytes], account: Account) -> Iterator[bytes]:
     """Yield the chunks of a body, and count each of them when the server asks for the next one.
 
     A body that is not taken as a whole ends the account: Django does not close the response after an error in it.
     """
     try:
-        for chunk in chunks:
-            yield chunk
-            account.count(len(chunk))
-        account.is_complete = True
-    except GeneratorExit:  # the server wants no more
-        account.end(ClientDisconnect())
-        raise
-    except BaseException as exc:
-        account.end(exc)
-        raise
+        with _taken_as_a_whole(account):
+            for chunk in chunks:
+                yield chunk
+                account.count(len(chunk))
     finally:
         if isinstance(chunks, Generator):
             chunks.close()
@@ -47,17 +56,12 @@ def each_counted(chunks: Iterable[bytes], account: Account) -> Iterator[bytes]:
 async def each_counted_async(chunks: AsyncIterable[bytes], account: Account) -> AsyncIterator[bytes]:
     """Do what `each_counted` does, asynchronously."""
     try:
-        async for chunk in chunks:
-            yield chunk
-            await asyncio.sleep(0)  # lets Django cancel this, since servers drop what is sent after the client has left
-            account.count(len(chunk))
-        account.is_complete = True
-    except (GeneratorExit, asyncio.CancelledError):
-        account.end(ClientDisconnect())
-        raise
-    except BaseException as exc:
-        account.end(exc)
-        raise
+        with _taken_as_a_whole(account):
+            async for chunk in chunks:
+                yield chunk
+                # lets Django cancel this, since servers drop what is sent after the client has left
+                await asyncio.sleep(0)
+                account.count(len(chunk))
     finally:
         if isinstance(chunks, AsyncGenerator):
             await chunks.aclose()

@@ -321,7 +321,7 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
 
     @property
     def _use(self) -> Use | None:
-        """What counts the download; None if nothing does."""
+        """The use of the link that this download counts as; None without a link that counts its uses."""
         return None if self._link is None else self._link.use
 
     def _follow_link(self, request: HttpRequest) -> None:

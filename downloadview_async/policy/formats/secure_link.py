@@ -2,8 +2,8 @@
 
 The query is `md5=...&expires=...&key=...`, and `&client=1` at the end of a link for one address. `md5` is the MD5 in
 base64url of these, with a space between each: the secret, `expires`, the path as `sign` percent-encodes it, the address
-(or nothing) and the secret again. With the secret at both ends, neither a collision of MD5 nor a longer text is of use
-to anyone. See https://nginx.org/en/docs/http/ngx_http_secure_link_module.html.
+(or nothing) and the secret again. With the secret at both ends, neither a collision of MD5 nor a longer text helps an
+attacker. See https://nginx.org/en/docs/http/ngx_http_secure_link_module.html.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from downloadview_async.policy.grants import Grant
 QUERY = "md5=[A-Za-z0-9_-]{21}[AQgw]&expires=[1-9][0-9]{0,11}&key=[A-Za-z0-9_.-]{1,64}(&client=1)?"
 """A regular expression for the whole query. The template `nginx-links.conf` has the same.
 
-nginx by itself would ignore everything else in a query, and the four bits of `md5` that are not part of the hash.
+nginx alone would ignore everything else in a query, and the four bits of `md5` that are not part of the hash.
 """
 
 _QUERY = re.compile(QUERY.encode())

@@ -52,7 +52,7 @@ _stores: WeakValueDictionary[tuple[str, str], GuardedLimitStore] = WeakValueDict
 
 
 class Limits:
-    """What each client may have: `Download(source, limits=Limits(concurrent=8, rate="20MB/s"))`.
+    """The limits of each client: `Download(source, limits=Limits(concurrent=8, rate="20MB/s"))`.
 
     client: what counts as one: "address" (of IPv6, the /64), "user", "link", "header:NAME" as a proxy in `trusted`
     sends it, or a function, sync or async, that gets the request and returns a text. A request without a user, a link,
@@ -68,7 +68,7 @@ class Limits:
 
     One object may limit several `Download` applications together. Sizes are decimal: 1MB is 1,000,000 bytes.
 
-    Raises `ConfigurationError` for a value that is not one, and if Redis is used without its package.
+    Raises `ConfigurationError` for an invalid value, and if Redis is used without its package.
     """
 
     def __init__(
@@ -353,7 +353,7 @@ class _Place:
 
 
 class Transfer:
-    """What one request takes of some `Limits`.
+    """The part of some `Limits` that one request takes.
 
     client: its key. is_held: whether it holds a lease. waits: whether it has to wait for one in the queue. spent,
     spent_at, session: the bytes that its quotas were charged with, when, and the download that it belongs to.
@@ -375,7 +375,7 @@ class Transfer:
 
 
 class Transfers:
-    """What one request takes of all the limits that hold for it. A context manager, which gives it back."""
+    """The parts of all its limits that one request takes. A context manager, which gives them back."""
 
     __slots__ = ("_all", "_is_at_once", "_is_complete", "_sent", "_size", "counts_bytes", "is_held", "rates", "waits")
 

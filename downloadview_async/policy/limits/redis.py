@@ -5,8 +5,8 @@ a hash with its requests, a sorted set with its leases by the time of their end,
 The server's clock counts; what it wrote before it was set back counts as written now. A lease is renewed while its
 transfer lasts, so those of a dead process end in time.
 
-Each operation is one script. What the requests of an event loop need at the same time is sent as one pipeline: under
-load this takes a third of the CPU time of one call after another.
+Each operation is one script. All calls that the requests of an event loop make at the same time are sent as one
+pipeline: under load this takes a third of the CPU time of one call after another.
 """
 
 import asyncio

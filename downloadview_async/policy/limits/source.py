@@ -18,7 +18,7 @@ class SourceLimit:
     process. Further requests wait in a queue for `queue_seconds` at most, and get 503 with Retry-After after that. So a
     disk or a server that hangs takes so many requests, and no more. One object may limit several applications together.
 
-    Raises `ConfigurationError` for a number that is not one.
+    Raises `ConfigurationError` for an invalid number.
     """
 
     counts_bytes = False

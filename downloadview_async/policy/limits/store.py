@@ -9,7 +9,7 @@ from downloadview_async.policy.limits.amounts import Quota, Window
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a store says about a request.
+    """The answer of a store about a request.
 
     refused: the limit that refuses it, or None. wait: seconds after which the same request could be allowed.
     """

@@ -40,7 +40,7 @@ class GuardedStore:
         self._log_at = 0.0
         self.counts = {"used": 0, "used-up": 0, "store-failed": 0}
         self.notes: dict[DownloadSession, list[anyio.Event]] = {}
-        """What this process notes now, by the session."""
+        """The notes that this process is writing now, by the session."""
 
     async def claim(
         self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None

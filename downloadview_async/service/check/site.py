@@ -133,7 +133,7 @@ class Site:
     seen: set[str] = field(default_factory=set)
     """The kinds of proxy that the Server and Via headers of answers have named."""
     narrow: set[str] = field(default_factory=set)
-    """What the proxy limits too tightly: "request line", "fields"."""
+    """The lengths that the proxy limits too tightly: "request line", "fields"."""
 
     @property
     def kind(self) -> ProxyKind | None:

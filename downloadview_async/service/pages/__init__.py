@@ -47,7 +47,7 @@ _SAMPLES: dict[str, dict[str, Any]] = {
     },
     "error.html": {"status": 404, "phrase": "Not Found", "explanation": "Nothing is here."},
 }
-"""What the templates are tried with when the service starts, besides the values of each template."""
+"""The values with which the templates are tried when the service starts, besides those of each template."""
 
 _SHARE = ' <a href="?share">Share</a>'
 _EXPLANATIONS = {
@@ -66,7 +66,7 @@ class ServicePages(Pages):
     title: instead of that in the settings. shares: whether the pages have a link to share files and folders. downloads:
     as in `Pages`.
 
-    Raises `ConfigurationError` for a logo or a directory that cannot be read, and for a template that is not one or
+    Raises `ConfigurationError` for a logo or a directory that cannot be read, and for a template that is invalid or
     fails.
     """
 

@@ -1,4 +1,4 @@
-"""What is known about one complete file of a cache (`Entry`), and how it is written to the file K.meta as JSON."""
+"""The description of one complete file of a cache (`Entry`), and how it is written to the file K.meta as JSON."""
 
 import json
 import re

@@ -57,7 +57,7 @@ Ts = TypeVarTuple("Ts")
 
 @dataclass(frozen=True, slots=True)
 class CacheCounters:
-    """What a cache has done in this process, and how full it is.
+    """Counts of what a cache has done in this process, and how full it is.
 
     hits: requests served from the cache without asking the source. misses: requests for a file that was not in the
     cache. A file that has been removed behind the cache's back counts as a hit and as a miss. revalidated: requests
@@ -165,7 +165,7 @@ class Cache:
     async def sweep(self) -> None:
         """Count the files, and remove unused ones and those that killed processes have left.
 
-        A cache in use does this by itself once a minute; an application may call it when it starts.
+        A cache in use does this automatically once a minute; an application may call it when it starts.
         """
         await self._attempt(self.directory.sweep)
 
@@ -175,7 +175,7 @@ class Cache:
         for task in list(self._sweeping):
             await asyncio.wait([task])
 
-    # What follows is for `CachedSource` and its files.
+    # The methods below are for `CachedSource` and its files.
 
     def enlist(self, source: "CachedSource") -> None:
         """Register a source by its name. Raises `ConfigurationError` if another source has it."""

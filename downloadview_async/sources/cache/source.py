@@ -52,8 +52,8 @@ class CachedSource:
 
     It lists folders if the source does: listings are not kept in the cache.
 
-    Raises `ConfigurationError` if another source in the cache has this name, if a name is needed, or for an algorithm
-    that is not one.
+    Raises `ConfigurationError` if another source in the cache has this name, if a name is needed, or for an unknown
+    algorithm.
     """
 
     def __init__(self, source: Source, cache: Cache, *, name: str | None = None, digests: Sequence[str] = ()) -> None:

@@ -53,7 +53,7 @@ class Digests:
     algorithms: those that are computed, of "sha-256" and "sha-512".
     max_bytes: a file with more bytes is not hashed in the background.
 
-    Raises `ConfigurationError` for a source or an algorithm that is not one.
+    Raises `ConfigurationError` for an invalid source or algorithm.
     """
 
     def __init__(

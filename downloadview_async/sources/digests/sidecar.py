@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from downloadview_async.http.digest import Digests
 
 SUFFIX = ".sha256"
-"""What the name of a sidecar has after the name of its file."""
+"""The end of the name of a sidecar, after the name of its file."""
 
 _MAX_BYTES = 64 * 1024
 _LINE = re.compile(r"(\\?)([0-9A-Fa-f]{64})(?: [ *](.+))?")

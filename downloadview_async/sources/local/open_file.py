@@ -90,7 +90,7 @@ class OpenLocalFile:
 
     @property
     def metadata(self) -> FileMetadata:
-        """What is known about this version: see `OpenFile`."""
+        """The metadata of this version: see `OpenFile`."""
         if self._described is None:
             self._described = _metadata(self.size, self._mtime_ns, self.is_telling)
         return self._described

@@ -1,1 +1,1 @@
-"""What `manage.py` knows because of this application."""
+"""Commands that this application adds to `manage.py`."""
