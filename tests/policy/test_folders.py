@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from downloadview_async import Grant, LinkExpired, LinkInvalid, MemoryGrantStore, URLSigner
 from downloadview_async.policy.folders import MAX_FOLDER, PAGE_PARAMETERS, carried
+from tests.policy.tampering import tampered
 
 SECRET = bytes(range(32))
 SIGNER = URLSigner({"2026a": SECRET})
@@ -124,26 +125,13 @@ def test_every_byte_counts() -> None:
 def test_parameters_of_the_link_are_neither_dropped_nor_doubled_nor_moved_nor_written_otherwise() -> None:
     pairs = LINK.split(b"&")
     assert len(pairs) == 7
+    for changed in tampered(pairs):
+        assert changed != pairs
+        assert granted(FOLDER, b"&".join(changed)) is None
     for index, pair in enumerate(pairs):
-        others = [*pairs[:index], *pairs[index + 1 :]]
         name, _, value = pair.partition(b"=")
-        changed = [
-            others,
-            [*pairs, pair],
-            [pair, *pairs],
-            [*pairs[:index], pair, *pairs[index:]],
-            [*pairs[:index], name + b"=", *pairs[index:]],
-            [*pairs[:index], name, *pairs[index + 1 :]],
-            [*pairs[:index], name.upper() + b"=" + value, *pairs[index + 1 :]],
-            [*pairs[:index], b"%%%02x" % name[0] + pair[1:], *pairs[index + 1 :]],
-            [*pairs[:index], name + b"=%%%02X" % value[0] + value[1:], *pairs[index + 1 :]],
-            [*pairs[:index], name + b"=0" + value, *pairs[index + 1 :]],
-            [*pairs[:index], pair + b"&", *pairs[index + 1 :]],
-            *([*others[:place], pair, *others[place:]] for place in range(len(pairs)) if place != index),
-        ]
-        for each in changed:
-            assert each != pairs
-            assert granted(FOLDER, b"&".join(each)) is None
+        for written in (name + b"=%%%02X" % value[0] + value[1:], name + b"=0" + value):
+            assert granted(FOLDER, b"&".join([*pairs[:index], written, *pairs[index + 1 :]])) is None
     assert granted(FOLDER, LINK.replace(b"%2F", b"%2f")) is None
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from downloadview_async import ConfigurationError, Grant, LinkExpired, LinkInvalid, URLSigner
+from tests.policy.tampering import tampered
 
 SECRET = bytes(range(32))
 SIGNER = URLSigner({"2026a": SECRET})
@@ -87,25 +88,11 @@ def test_parameters_are_neither_dropped_nor_doubled_nor_moved_nor_written_otherw
     assert SIGNER.check(path, query, CLIENT, 0).content_type == EVERYTHING["content_type"]
     pairs = [pair for pair in query.split(b"&") if pair]
     assert len(pairs) >= 9
+    for changed in tampered(pairs):
+        assert is_accepted(path, b"&".join(changed)) == []
     for index, pair in enumerate(pairs):
-        others = [*pairs[:index], *pairs[index + 1 :]]
-        name = pair.partition(b"=")[0]
-        changed = [
-            others,
-            [*pairs, pair],
-            [pair, *pairs],
-            [*pairs[:index], pair, *pairs[index:]],
-            [*pairs[:index], name + b"=", *pairs[index:]],
-            [*pairs[:index], name, *pairs[index + 1 :]],
-            [*pairs[:index], name.upper() + pair[1:], *pairs[index + 1 :]],
-            [*pairs[:index], b"%%%02x" % name[0] + pair[1:], *pairs[index + 1 :]],
-            [*pairs[:index], pair.replace(b"%20", b"+").replace(b"=", b"=%", 1), *pairs[index + 1 :]],
-            [*pairs[:index], pair + b"&", *pairs[index + 1 :]],
-            [*pairs[:index], pair + b"&x=1", *pairs[index + 1 :]],
-            *([*others[:place], pair, *others[place:]] for place in range(len(pairs)) if place != index),
-        ]
-        for each in changed:
-            assert is_accepted(path, b"&".join(each)) == []
+        for written in (b"%%%02x" % pair[0] + pair[1:], pair.replace(b"%20", b"+").replace(b"=", b"=%", 1)):
+            assert is_accepted(path, b"&".join([*pairs[:index], written, *pairs[index + 1 :]])) == []
     lower = query.replace(b"%2F", b"%2f")
     assert lower != query
     assert is_accepted(path, lower) == []

@@ -16,21 +16,11 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from tests.live import live, make_old
+from tests.odd_names import ODD_NAMES
 from tests.proxies.servers import EACH_KIND, KINDS, Kind, proxy, readable_directory
 
 HOSTILE_NAMES = [
-    "plain.txt",
-    "a b.txt",
-    "50%.txt",
-    "50%25.txt",
-    "a%20b.txt",
-    "q?.txt",
-    "h#.txt",
-    "plus+.txt",
-    "é.txt",
-    "π.txt",
-    ",.txt",
-    "@at.txt",
+    *ODD_NAMES,
     "a trailing space.txt ",
     "&=;$'(~!*)[]{}|<>\"^`.txt",
     "voilà",  # ends in a byte that is a space in Latin-1

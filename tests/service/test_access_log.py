@@ -15,19 +15,12 @@ from starlette.testclient import TestClient
 from downloadview_async import ConfigurationError
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.app import build
-from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.settings import LogSettings, Settings
+from downloadview_async.service.settings import LogSettings
 from tests.live import live, make_old
 from tests.servers import free_port, serving
+from tests.service.loading import FILES, load
 
-SETTINGS = """
-[sources.files]
-type = "path"
-root = "files"
-[[routes]]
-path = "/files/{path:path}"
-source = "files"
-[log]
+SETTINGS = f"""{FILES}[log]
 format = "json"
 path = "logs/access.log"
 """
@@ -40,12 +33,6 @@ def directory(tmp_path: Path) -> Path:
     (tmp_path / "files/a.bin").write_bytes(bytes(10_240))
     (tmp_path / "downloadview.toml").write_text(SETTINGS)
     return tmp_path
-
-
-def load(directory: Path, text: str = SETTINGS, **environ: str) -> Settings:
-    file = directory / "downloadview.toml"
-    file.write_text(text)
-    return load_settings(file, environ=environ)
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -123,7 +110,7 @@ async def test_the_prepared_head_leaves_with_its_body_while_the_log_is_written(d
             super().connection_made(_Recording(transport, writes))
 
     make_old(directory)
-    app = build(load(directory))
+    app = build(load(directory, SETTINGS))
     async with live(app, http=Protocol) as port:
 
         def ask() -> None:
@@ -157,7 +144,7 @@ def test_when_downloadview_serve_writes_a_log(
 
 
 def test_under_another_server_only_a_table_makes_a_log(directory: Path) -> None:
-    with TestClient(build(load(directory))) as client:
+    with TestClient(build(load(directory, SETTINGS))) as client:
         client.get("/files/a.bin")
     assert len(lines_of(directory / "logs/access.log")) == 1
     app = build(load(directory, SETTINGS.partition("[log]")[0]))

@@ -15,9 +15,8 @@ from starlette.testclient import TestClient
 
 from downloadview_async import ConfigurationError
 from downloadview_async.service.app import build
-from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.settings import Settings
 from tests.servers import free_port, serving
+from tests.service.loading import load
 
 SETTINGS = """
 [server]
@@ -40,12 +39,6 @@ async def note(outcome):
         names = "request_id", "client", "route", "source", "name", "status", "kind", "result", "reason", "sent"
         print(json.dumps({name: getattr(outcome, name) for name in names}), file=file)
 """
-
-
-def load(directory: Path, text: str) -> Settings:
-    file = directory / "downloadview.toml"
-    file.write_text(text)
-    return load_settings(file, environ={})
 
 
 @pytest.fixture

@@ -9,17 +9,9 @@ from starlette.testclient import TestClient
 
 from downloadview_async import ConfigurationError
 from downloadview_async.service.app import build
-from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.settings import Settings
+from tests.service.loading import FILES, load
 
-TEXT = """
-[sources.files]
-type = "path"
-root = "files"
-[[routes]]
-path = "/files/{path:path}"
-source = "files"
-hide = [".*"]
+TEXT = f"""{FILES}hide = [".*"]
 archive = true
 """
 
@@ -30,12 +22,6 @@ def directory(tmp_path: Path) -> Path:
     (tmp_path / "files/d/a.txt").write_bytes(b"a" * 999)
     (tmp_path / "files/d/.git/config").write_bytes(b"secret")
     return tmp_path
-
-
-def load(directory: Path, text: str, **environ: str) -> Settings:
-    file = directory / "downloadview.toml"
-    file.write_text(text)
-    return load_settings(file, environ=environ)
 
 
 def names_of(content: bytes) -> list[str]:

@@ -24,15 +24,9 @@ from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.database import key_as
 from downloadview_async.service.logs import log_aborts_in_one_line
 from downloadview_async.service.shutdown import EndsInTime
+from tests.service.loading import FILES
 
-TEXT = """
-[sources.files]
-type = "path"
-root = "files"
-[[routes]]
-path = "/files/{path:path}"
-source = "files"
-"""
+TEXT = FILES
 DOCUMENTS = """
 [sources.documents]
 type = "object"

@@ -10,10 +10,9 @@ from starlette.testclient import TestClient
 
 from downloadview_async import CachedSource, ConfigurationError, Download
 from downloadview_async.service.app import build
-from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.settings import Settings
 from downloadview_async.service.source_settings import CacheSettings, cache_of
 from downloadview_async.service.values import bytes_of, seconds_of
+from tests.service.loading import load
 
 FACTORY = """
 from downloadview_async import VirtualFile
@@ -44,12 +43,6 @@ def text(tmp_path: Path) -> str:
     factory = f"factory_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{factory}.py").write_text(FACTORY)
     return TEXT.replace("FACTORY", factory)
-
-
-def load(directory: Path, text: str, **environ: str) -> Settings:
-    file = directory / "downloadview.toml"
-    file.write_text(text)
-    return load_settings(file, environ=environ)
 
 
 @contextmanager

@@ -28,21 +28,13 @@ from downloadview_async.service.check.advice import PROBLEMS, SOCKET, advice
 from downloadview_async.service.check.http import MOST, PIECE, Answer, NoAnswerError, Peer
 from downloadview_async.service.check.run import Line, check
 from downloadview_async.service.check.samples import Content, content_of
-from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import Settings
 from tests.live import listening, live
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET
 from tests.servers import PROJECT, free_port, serving
+from tests.service.loading import FILES, load
 from tests.service.test_cli import refused
 
-FILES = """
-[sources.files]
-type = "path"
-root = "files"
-[[routes]]
-path = "/files/{path:path}"
-source = "files"
-"""
 NGINX = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
 Headers = dict[str, str]
 Spoil = Callable[[Scope, int, Headers, bytes], tuple[int, Headers, bytes]]
@@ -60,12 +52,6 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def nobody() -> str:
     return f"http://127.0.0.1:{free_port()}"
-
-
-def load(directory: Path, text: str) -> Settings:
-    file = directory / "downloadview.toml"
-    file.write_text(text)
-    return load_settings(file, environ={})
 
 
 async def checked(settings: Settings, **options: object) -> list[Line]:

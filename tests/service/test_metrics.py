@@ -14,26 +14,21 @@ from starlette.testclient import TestClient
 
 from downloadview_async import ConfigurationError
 from downloadview_async.service.app import build
-from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.metrics import shared_directory
 from downloadview_async.service.proxy_config import config_for
-from downloadview_async.service.settings import Settings
 from tests.accounts.test_metrics import OPENMETRICS, read
 from tests.servers import free_port, serving
+from tests.service.loading import FILES, load
 from tests.service.test_access_log import get
 
-SETTINGS = """
-[sources.files]
-type = "path"
-root = "files"
+SETTINGS = (
+    FILES
+    + """
 [sources.remote]
 type = "remote"
 url = "http://127.0.0.1:9/"
 [sources.remote.cache]
 path = "cache"
-[[routes]]
-path = "/files/{path:path}"
-source = "files"
 [[routes]]
 path = "/remote/{path:path}"
 source = "remote"
@@ -43,6 +38,7 @@ backend = "nginx"
 source = "files"
 target = "/_files/"
 """
+)
 METRICS = f"{SETTINGS}[metrics]\n"
 
 
@@ -51,12 +47,6 @@ def directory(tmp_path: Path) -> Path:
     (tmp_path / "files").mkdir()
     (tmp_path / "files/a.txt").write_bytes(b"0123456789")
     return tmp_path
-
-
-def load(directory: Path, text: str, **environ: str) -> Settings:
-    file = directory / "downloadview.toml"
-    file.write_text(text)
-    return load_settings(file, environ=environ)
 
 
 def test_the_page_is_there_if_the_settings_have_the_table(directory: Path) -> None:

@@ -27,25 +27,14 @@ from downloadview_async import (
 from downloadview_async.http.ranges import parse_range, select_ranges
 from downloadview_async.testing import call
 from tests.gcs import GCS
+from tests.odd_names import ODD_NAMES
 from tests.s3 import S3
 
 pytestmark = pytest.mark.asyncio
 CONTENT = os.urandom(3 << 20)
 HEAD = DownloadRequest(method="HEAD")
-# What every proxy and every store has to keep apart.
-ODD_NAMES = [
-    "plain.txt",
-    "a b.txt",
-    "50%.txt",
-    "50%25.txt",
-    "a%20b.txt",
-    "q?.txt",
-    "h#.txt",
-    "plus+.txt",
-    "é.txt",
-    "π.txt",
-    ",.txt",
-    "@at.txt",
+NAMES = [
+    *ODD_NAMES,
     "trailing ",
     " leading",
     "*'(x)!&=;~[1]{2}^|`.txt",
@@ -222,7 +211,7 @@ async def test_metadata_is_the_same_however_it_is_asked_for(place: Place) -> Non
     assert abs((found[0].last_modified or 0) - datetime.now(UTC).timestamp()) < 3600
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 async def test_odd_names(place: Place, name: str) -> None:
     place.put(name, json.dumps(name).encode())
     source = StorageSource(place.storage)
