@@ -447,7 +447,7 @@ def account(log: Path | None, config: Path | None, follow: bool) -> None:
     """
     import anyio
 
-    from downloadview_async.service.accounts import account as account_log
+    from downloadview_async.service.report import account as account_log
 
     try:
         _choose(config, "no database: give ")
@@ -491,7 +491,7 @@ def print_report(config: Path | None, since: str | None, by: str, top: int, form
     """
     import anyio
 
-    from downloadview_async.service.accounts import csv_of, report, table_of
+    from downloadview_async.service.report import csv_of, report, table_of
 
     try:
         _choose(config, "no database: give ")

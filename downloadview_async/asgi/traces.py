@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from downloadview_async.accounts.facts import request_id_of
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.errors import ConfigurationError
-from downloadview_async.sources.spans import Note, Value, follow
+from downloadview_async.sources.tracing import Note, Value, follow
 
 _NAME = "downloadview_async"
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})

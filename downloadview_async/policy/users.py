@@ -19,7 +19,7 @@ from downloadview_async.policy.access import Access
 from downloadview_async.policy.addresses import network_of
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.htpasswd import PasswordFile
-from downloadview_async.policy.throttle import Throttle
+from downloadview_async.policy.login_throttle import LoginThrottle
 from downloadview_async.sources.workers import Workers
 
 ANYONE = "*"
@@ -77,7 +77,7 @@ class Users:
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
         self._secret = secrets.token_bytes(32)
         self._kept: OrderedDict[bytes, float] = OrderedDict()
-        self._throttle = Throttle()
+        self._throttle = LoginThrottle()
         self._workers = Workers(THREADS, patience=QUEUE_SECONDS)
         self._in_queue = 0
 

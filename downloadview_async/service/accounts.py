@@ -1,16 +1,13 @@
-"""The application with `Accounts` around it, if something listens to outcomes."""
+"""`Service`: the application with `Accounts` around it, and the database in which downloads are counted."""
 
 import asyncio
 import contextlib
-import csv
-import io
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from ipaddress import ip_network
 from typing import Any
 
-import anyio
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
@@ -27,11 +24,9 @@ from downloadview_async import (
 )
 from downloadview_async.service.access import trusted_proxies
 from downloadview_async.service.functions import function_of
-from downloadview_async.service.logs import one_line
 from downloadview_async.service.settings import DatabaseUnavailable, Settings
 
 _HOOK = "hook:"
-_COUNTS = ("downloads", "answers", "bytes")
 
 
 class Service(Starlette):
@@ -153,59 +148,9 @@ async def check_completions(settings: Settings, store: CompletionStore) -> None:
         await store.aclose()
 
 
-def _store(settings: Settings) -> CompletionStore:
+def required_store(settings: Settings) -> CompletionStore:
+    """Return the store in which downloads are counted. Raises `ConfigurationError`, also if the settings have none."""
     store = store_of_completions(settings)
     if store is None:
         raise settings.error("accounts.database", "downloads are counted in a database: set it")
     return store
-
-
-async def account(settings: Settings, log: str, *, follow: bool) -> int:
-    """Count what a log of the proxy says, and return how many answers that were. follow: go on until this is cancelled.
-
-    Raises `ConfigurationError` if the log cannot be read, or the database cannot be used.
-    """
-    store = _store(settings)
-    await check_completions(settings, store)
-    try:
-        proxy_log = ProxyLog(log, store)
-        if follow:
-            await proxy_log.follow()
-        try:
-            return await proxy_log.add()
-        except OSError as exc:
-            raise ConfigurationError(
-                f"{log}: the log cannot be read ({exc.strerror}): give a file that exists"
-            ) from exc
-    finally:
-        with anyio.CancelScope(shield=True):
-            await store.aclose()
-
-
-async def report(settings: Settings, *, by: Any, since: timedelta | None, top: int | None) -> list[dict[str, Any]]:
-    """Return the rows of `CompletionStore.report`. Raises `ConfigurationError` if the database cannot be used."""
-    store = _store(settings)
-    await check_completions(settings, store)
-    try:
-        return await store.report(by, since=since, top=top)
-    finally:
-        await store.aclose()
-
-
-def table_of(rows: Sequence[Mapping[str, Any]], by: str) -> str:
-    """Return the rows of a report as a table for people, a line each."""
-    cells = [[*_COUNTS, by], *([*(str(row[name]) for name in _COUNTS), one_line(row[by] or "-")] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "".join(
-        "  ".join([*(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False)), line[-1]]) + "\n"
-        for line in cells
-    )
-
-
-def csv_of(rows: Sequence[Mapping[str, Any]], by: str) -> str:
-    """Return the rows of a report as CSV [RFC 4180], with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [by, *_COUNTS])
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

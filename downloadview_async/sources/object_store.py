@@ -51,7 +51,7 @@ from downloadview_async.sources.bucket_listing import BucketListing
 from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.names import canonical_folder, checked_segments
-from downloadview_async.sources.spans import span
+from downloadview_async.sources.tracing import span
 from downloadview_async.sources.workers import Slots, Workers
 
 SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}

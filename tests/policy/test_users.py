@@ -27,9 +27,9 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.policy import htpasswd, throttle, users
+from downloadview_async.policy import htpasswd, login_throttle, users
 from downloadview_async.policy.addresses import network_of
-from downloadview_async.policy.throttle import Throttle
+from downloadview_async.policy.login_throttle import LoginThrottle
 from tests.live import Answer, ask, live, parse
 
 CHALLENGE = 'Basic realm="downloads", charset="UTF-8"'
@@ -70,13 +70,13 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 @pytest.fixture
 def without_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throttle, "FIRST_DELAY", 0.0)
+    monkeypatch.setattr(login_throttle, "FIRST_DELAY", 0.0)
 
 
 @pytest.fixture
 def long_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throttle, "FIRST_DELAY", 1000.0)
-    monkeypatch.setattr(throttle, "LONGEST_DELAY", 1000.0)
+    monkeypatch.setattr(login_throttle, "FIRST_DELAY", 1000.0)
+    monkeypatch.setattr(login_throttle, "LONGEST_DELAY", 1000.0)
 
 
 def application(file: Path, *names: str, source: dv.Source | None = None) -> Starlette:
@@ -416,7 +416,7 @@ async def test_a_hundred_wrong_passwords_do_not_stop_other_downloads(
     app = application(file)
     async with live(app) as port:
         guesses = [asyncio.create_task(ask_from("127.0.0.1", port, "ada", f"guess {n}")) for n in range(100)]
-        await until(lambda: sum(guess.done() for guess in guesses) >= 100 - throttle.MAX_WAITING)
+        await until(lambda: sum(guess.done() for guess in guesses) >= 100 - login_throttle.MAX_WAITING)
         refused = [guess.result().status for guess in guesses if guess.done()]
         assert (refused.count(401), set(refused)) == (1, {401, 503})
         for path in ("/public/a.txt", "/files/a.txt"):
@@ -534,7 +534,7 @@ async def test_delays_grow_for_one_address_alone(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(anyio, "sleep", sleep)
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    tries = Throttle()
+    tries = LoginThrottle()
     for _ in range(8):
         await tries.begin("a")
     assert delays == [0.5, 1, 2, 4, 8, 16, 16]
@@ -549,15 +549,15 @@ async def test_delays_grow_for_one_address_alone(monkeypatch: pytest.MonkeyPatch
     tries.succeeded("a")
     await tries.begin("a")
     assert delays[8:] == [16]  # a success takes nothing from earlier failures
-    now += throttle.FORGET_AFTER
+    now += login_throttle.FORGET_AFTER
     await tries.begin("a")
     assert len(delays) == 9
 
 
 @pytest.mark.asyncio
 async def test_few_addresses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throttle, "MAX_ADDRESSES", 10)
-    tries = Throttle()
+    monkeypatch.setattr(login_throttle, "MAX_ADDRESSES", 10)
+    tries = LoginThrottle()
     for number in range(100):
         await tries.begin(f"192.0.2.{number}")
     assert list(tries._failures) == [f"192.0.2.{number}" for number in range(90, 100)]
@@ -565,8 +565,8 @@ async def test_few_addresses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.asyncio
 async def test_a_turn_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throttle, "PATIENCE", 0.01)
-    tries: Any = Throttle()
+    monkeypatch.setattr(login_throttle, "PATIENCE", 0.01)
+    tries: Any = LoginThrottle()
 
     async def second() -> None:
         async with tries.turn("a"):

@@ -12,7 +12,7 @@ from downloadview_async.errors import ConfigurationError, SourceUnavailable
 from downloadview_async.http.log_text import escaped
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.policy.stores.base import DownloadSession, GrantStore
-from downloadview_async.sources.spans import span
+from downloadview_async.sources.tracing import span
 
 logger = logging.getLogger("downloadview_async")
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import anyio
 
 from downloadview_async.errors import ConfigurationError, FileError, SourceUnavailable, UpstreamError, UpstreamTimeout
-from downloadview_async.sources.spans import span
+from downloadview_async.sources.tracing import span
 from downloadview_async.sources.workers import Slots
 
 MAX_REDIRECTS = 5

@@ -1,4 +1,4 @@
-"""`Throttle`: the clients at an address try one after another, and wait longer after each failure."""
+"""`LoginThrottle`: passwords from one address are checked one after another, and wait longer after each failure."""
 
 import time
 from collections import OrderedDict
@@ -35,7 +35,7 @@ class _Turns:
     lock: anyio.Lock = field(default_factory=anyio.Lock)
 
 
-class Throttle:
+class LoginThrottle:
     """Remembers the failures of client addresses, in this process."""
 
     def __init__(self) -> None:
