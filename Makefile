@@ -137,7 +137,7 @@ wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dis
 
 .PHONY: lock
 lock:  ## Pin the newest versions of all packages (needs uv)
-	$(LOCK) --upgrade --extra server --extra sqlalchemy --extra s3 --extra redis --extra metrics \
+	$(LOCK) --upgrade --extra server --extra auth --extra sqlalchemy --extra s3 --extra redis --extra metrics \
 		--output-file requirements/run.txt
 	$(LOCK) --upgrade --all-extras --group test --group lint --group docs --constraints requirements/run.txt \
 		--output-file requirements/dev.txt

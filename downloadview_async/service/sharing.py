@@ -83,7 +83,7 @@ class Sharing:
         return status
 
     def _form(self, scope: Scope, problem: str = "") -> str:
-        name = _name_of(scope)
+        name = self._pages.visible(_name_of(scope))
         lives = "".join(f"<option value={age}>{text}</option>" for text, age in self._lives.items())
         uses = (
             "<p><label>How many downloads <input name=uses type=number min=1 max=1000000 placeholder=any></label>"
@@ -104,7 +104,7 @@ class Sharing:
 
     def _made(self, request: Request, fields: dict[str, str]) -> str:
         scope = request.scope
-        age = fields.get("expires", "")
+        age, name = fields.get("expires", ""), _name_of(scope)
         is_folder = _is_folder(scope)
         uses = fields.get("uses", "").strip() if self._counts and not is_folder else ""
         filename = "" if is_folder else fields.get("name", "").strip()
@@ -117,7 +117,7 @@ class Sharing:
                 _path_of(scope),
                 expires_in=timedelta(seconds=int(age)),
                 uses=int(uses) if uses else None,
-                filename=filename if filename and filename != _name_of(scope) else None,
+                filename=filename if filename not in ("", name, self._pages.visible(name)) else None,
                 below=is_folder,
                 base=_base_of(request),
             )
@@ -135,9 +135,8 @@ class Sharing:
         )
 
     def _page(self, scope: Scope, body: str) -> str:
-        name = _name_of(scope) or self._pages.title
-        title = f"Share {name}"
-        return self._pages.page(title, f"<main><h1>Share <bdi>{escape(name)}</bdi></h1>{body}</main>")
+        name = self._pages.visible(_name_of(scope) or self._pages.title)
+        return self._pages.page(f"Share {name}", f"<main><h1>Share <bdi>{escape(name)}</bdi></h1>{body}</main>")
 
 
 def is_from_our_page(request: Request) -> bool:

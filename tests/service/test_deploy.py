@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,11 @@ def test_the_development_environment_runs_what_is_deployed() -> None:
         return set(re.findall(r"(?m)^[a-z0-9-]+==\S+", (PROJECT / "requirements" / name).read_text()))
 
     assert pinned("run.txt") <= pinned("dev.txt")
+
+
+def test_what_the_service_can_be_set_to_is_installed_with_it() -> None:
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    # the service has no Django, and traces need the exporter that their administrator chooses
+    needed = {re.split("[^a-z0-9-]", one)[0] for name in extras.keys() - {"django", "otel"} for one in extras[name]}
+    installed = set(re.findall(r"(?m)^([a-z0-9-]+)==", (PROJECT / "requirements" / "run.txt").read_text()))
+    assert needed - installed == set()

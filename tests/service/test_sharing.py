@@ -222,6 +222,20 @@ async def test_wrong_fields_show_the_form_again(app: ASGIApp) -> None:
     assert large.status == 413
 
 
+async def test_no_name_turns_the_direction_of_the_form(app: ASGIApp, tmp_path: Path) -> None:
+    name = "\u202egpj.exe"
+    (tmp_path / "files" / name).touch()
+    (tmp_path / "files" / "\u2066dir").mkdir()
+    for path in (f"/files/{name}", "/files/\u2066dir/"):
+        for fields in ({}, {"expires": "3600", "name": "\ufffdgpj.exe"}):
+            page = await post(app, path, ADA | OURS, **fields)
+            assert page.status == 200
+            assert not re.search("[\u202a-\u202e\u2066-\u2069]", page.body.decode()), path
+            assert "<bdi>\ufffd" in page.body.decode()
+    made = await post(app, f"/files/{name}", ADA | OURS, expires="3600", name="\ufffdgpj.exe")
+    assert "f=" not in urlsplit(link_of(made)).query  # the name that the form shows is that of the file
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium")
 async def test_in_a_browser(app: ASGIApp, tmp_path: Path) -> None:

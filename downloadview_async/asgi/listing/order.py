@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote, unquote
 
 from downloadview_async.asgi.listing.query import MAX_TEXT, ListingQuery, Sort
 from downloadview_async.http.content_types import content_type_for
@@ -69,7 +70,7 @@ _VALUES: dict[Sort, _Value | None] = {
     "name": None,
     "size": _Value(_size_of, from_text=_size_at),
     "modified": _Value(_modified_of, datetime.isoformat, datetime.fromisoformat),
-    "type": _Value(type_of),
+    "type": _Value(type_of, quote, unquote),  # a source may tell a type with a comma, which ends the value in a place
 }
 
 

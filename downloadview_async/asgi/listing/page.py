@@ -111,6 +111,11 @@ class Pages:
         """The headers of a view page, which also loads the file that it shows."""
         return self._headers(" media-src 'self'; frame-src 'self';", images="'self' data:")
 
+    @staticmethod
+    def visible(name: str) -> str:
+        """Return a name as text. What turns the direction of a text is replaced: it makes `exe.jpg` of `gpj.exe`."""
+        return _TURNS.sub("\ufffd", name)
+
     def _headers(self, more: str = "", images: str = "data:") -> Mapping[str, str]:
         script = f" script-src '{_hash(self.script)}';" if self.script else ""
         if self.logo is not None and not self.logo.startswith("data:"):
@@ -130,7 +135,7 @@ class Pages:
         return (
             '<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{escape(title)}</title><link rel="icon" href="{self.icon}"><style>{self.style}</style>'
+            f'<title>{shown_name(title)}</title><link rel="icon" href="{self.icon}"><style>{self.style}</style>'
             f"<header>{logo}</header>{body}{footer}{script}"
         )
 
@@ -209,7 +214,7 @@ class Pages:
 
 
 def shown_name(name: str) -> str:
-    """Return a name as HTML. What turns the direction of a text is replaced: it makes `exe.jpg` of `gpj.exe`."""
+    """Return a name as HTML: see `Pages.visible`."""
     return escape(_TURNS.sub("\ufffd", name), quote=False)
 
 
@@ -241,7 +246,7 @@ def shown_type(media_type: str) -> str:
 
 def _shown(page: ViewPage, url: str) -> str:
     """Return the file itself as a part of its page. url: that of the file, without a query."""
-    name, pdf = escape(page.name), url + query_of("view=pdf", page.link)
+    name, pdf = shown_name(page.name).replace('"', "&quot;"), url + query_of("view=pdf", page.link)
     url += page.suffix
     match page.kind:
         case "image":
@@ -322,7 +327,7 @@ def _totals(page: ListingPage) -> str:
             parts.append(shown_size(page.size))
     text = ", ".join(parts) or "0 files"
     if page.query.text:
-        text += f" match <q><bdi>{escape(page.query.text)}</bdi></q>"
+        text += f" match <q><bdi>{shown_name(page.query.text)}</bdi></q>"
     if page.is_cut:
         text += "; the search has ended early, because there are too many folders and files"
     if page.entries and (page.preceding or page.following):
