@@ -1,7 +1,7 @@
 """`ChosenFiles`: some files and directories, each under its name, as the folders and files of one source."""
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from datetime import UTC, datetime
 
 from downloadview_async import AsyncFile, ConfigurationError, Entry, FileError, FileMissing, PathSource
@@ -65,6 +65,11 @@ class ChosenFiles:
             return await directory.describe(rest, names)
         entries = {entry.name: entry async for entry in self._top()}
         return [entries[name] for name in names if name in entries]
+
+    async def folder_identity(self, folder: str = "", /) -> Hashable:
+        """Return what is equal for two paths of one folder, as `PathSource` does."""
+        directory, rest = self._place_of(folder)
+        return None if directory is None else await directory.folder_identity(rest)
 
     def _place_of(self, folder: str) -> tuple[PathSource | None, str]:
         """Return the source of a folder, or None for the top, and the name of the folder in it."""

@@ -8,7 +8,7 @@ and kept in a `Checksums`. If a range needs one that is not known, it waits unti
 import os
 import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -32,6 +32,7 @@ from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.http.zip_layout import LAYOUT, Checked, Content, Member, ZipLayout, has_checksum
 from downloadview_async.sources.base import (
     AsyncFile,
+    IdentifiesFolders,
     OpenFile,
     OpensByName,
     Piece,
@@ -74,7 +75,7 @@ _Chosen = tuple[str, ...]  # a folder, and names in it
 class ArchiveLimits:
     """The most that an archive may hold. None: any number.
 
-    files: files and folders. size: bytes of the archive. depth: folders within folders, which ends a loop of links too.
+    files: files and folders. size: bytes of the archive. depth: folders within folders.
     """
 
     files: int | None = 100_000
@@ -243,16 +244,28 @@ class FolderArchive(Archive):
         """Return what is below the folder, in the order of the names."""
         items: list[_Item] = []
         last = self._folder.rpartition("/")[2]
+        above = set() if self._names else {await self._identity_of(self._folder)}
         if self._names or not last:
-            await self._collect(items, self._folder, "", 0, only=self._names)
+            await self._collect(items, self._folder, "", above, only=self._names)
         else:
             items.append(_Item(f"{last}/"))
-            await self._collect(items, self._folder, f"{last}/", 0)
+            await self._collect(items, self._folder, f"{last}/", above)
         return items
 
+    async def _identity_of(self, folder: str) -> Hashable:
+        listing = self._source.listing
+        return await listing.folder_identity(folder) if isinstance(listing, IdentifiesFolders) else None
+
     async def _collect(
-        self, items: list[_Item], folder: str, path: str, depth: int, only: set[str] | None = None
+        self,
+        items: list[_Item],
+        folder: str,
+        path: str,
+        above: set[Hashable],
+        depth: int = 0,
+        only: set[str] | None = None,
     ) -> None:
+        """Add what is in a folder, and below it, but no link that leads back to one of the folders above."""
         entries: list[Entry] = []
         leave_out, limit = self._source.leave_out, self._limits.files
         async with closing_entries(self._source.listing.list(folder)) as listing:
@@ -271,9 +284,12 @@ class FolderArchive(Archive):
             name = f"{folder}/{entry.name}" if folder else entry.name
             modified = None if entry.modified is None else int(entry.modified.timestamp() // 1)
             if entry.is_folder:
+                identity = await self._identity_of(name)
+                if identity is not None and identity in above:
+                    continue
                 _check(depth + 1, self._limits.depth, "folders within folders")
                 items.append(_Item(f"{path}{entry.name}/", modified=modified))
-                await self._collect(items, name, f"{path}{entry.name}/", depth + 1)
+                await self._collect(items, name, f"{path}{entry.name}/", {*above, identity}, depth + 1)
             else:
                 item = _Item(f"{path}{entry.name}", 0, modified, None, None, None, name)
                 if isinstance(entry, DescribedEntry):

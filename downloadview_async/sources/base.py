@@ -7,7 +7,7 @@ more slowly.
 """
 
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -280,13 +280,28 @@ class ListsBatches(SupportsListing, Protocol):
         ...
 
 
+@runtime_checkable
+class IdentifiesFolders(Protocol):
+    """What a source or a storage that lists may offer besides: it knows which of its folders are the same.
+
+    Links may lead to one folder by several paths, and by endlessly many if it has a link to itself.
+    """
+
+    async def folder_identity(self, folder: str = "", /) -> Hashable:
+        """Return what is equal for two paths of one folder; None if no other path leads to it.
+
+        Raises what `list` raises.
+        """
+        ...
+
+
 def pass_listing_on(wrapper: Any, inner: object) -> None:
-    """Give a wrapper the methods of `SupportsListing` and `ListsBatches` that what it wraps has: no others.
+    """Give a wrapper the methods that what it wraps has for listing (`SupportsListing` and what may be besides it).
 
     They become attributes of the object, so that `isinstance` tells the truth about it. Methods that a subclass of the
     wrapper defines stay.
     """
-    for method in ("list", "list_batches", "describe"):
+    for method in ("list", "list_batches", "describe", "folder_identity"):
         if not hasattr(wrapper, method) and hasattr(inner, method):
             setattr(wrapper, method, getattr(inner, method))
 

@@ -1,12 +1,12 @@
 """`DirectoryStorage`: a local directory as a storage."""
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from contextlib import asynccontextmanager
 
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.listing import Entry
-from downloadview_async.sources.local.folder import describe_entries, list_batches, list_folder
+from downloadview_async.sources.local.folder import describe_entries, folder_identity, list_batches, list_folder
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.path import FileBeneath
@@ -60,3 +60,7 @@ class DirectoryStorage:
     async def describe(self, folder: str, names: Sequence[str], /) -> Sequence[Entry]:
         """Return the entries of a folder with these names: see `ListsBatches`."""
         return await describe_entries(self.root, folder, names, self._workers)
+
+    async def folder_identity(self, folder: str = "", /) -> Hashable:
+        """Return what is equal for two paths of one folder: see `IdentifiesFolders`."""
+        return await folder_identity(self.root, folder, self._workers)

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.base import OpenFile, Storage, SupportsListing, pass_listing_on
+from downloadview_async.sources.base import IdentifiesFolders, OpenFile, Storage, SupportsListing, pass_listing_on
 from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.listing import accepted_entries
 from downloadview_async.sources.local.open_file import OpenLocalFile
@@ -64,6 +64,8 @@ class StorageSource:
             pass_listing_on(self, storage)
         elif isinstance(storage, SupportsListing):
             pass_listing_on(self, SimpleNamespace(list=partial(accepted_entries, storage.list, self.names)))
+            if isinstance(storage, IdentifiesFolders):
+                self.folder_identity = storage.folder_identity
 
     def canonical(self, name: str) -> str:
         """Return the key in the storage for a name from a request: see `HasCanonicalNames`."""

@@ -422,6 +422,23 @@ async def test_a_search_below_is_bounded(root: Path, monkeypatch: pytest.MonkeyP
     assert len(endless.listed) == 2
 
 
+async def test_a_search_below_looks_into_each_folder_once(tmp_path: Path) -> None:
+    (tmp_path / "debian" / "pool").mkdir(parents=True)
+    (tmp_path / "debian" / "pool" / "file.deb").touch()
+    (tmp_path / "debian" / "debian").symlink_to(".")
+    (tmp_path / "debian" / "pool" / "back").symlink_to("../..")
+    (tmp_path / "debian" / "stable").symlink_to("pool")
+    cached = dv.CachedSource(dv.PathSource(tmp_path), dv.Cache(tmp_path / ".cache"), name="files")
+    for source in (dv.PathSource(tmp_path), dv.StorageSource(dv.DirectoryStorage(tmp_path)), cached):
+        for path, expected in {
+            "/files/": ["debian/pool/file.deb"],
+            "/files/debian/": ["pool/file.deb"],
+            "/files/debian/debian/": ["pool/file.deb"],
+        }.items():
+            document = await json_of(app(source, hide=[".*"]), path, "q=file&deep=1")
+            assert [entry["name"] for entry in document["entries"]] == expected
+
+
 async def test_a_listing_alone_sends_no_files(root: Path) -> None:
     endpoint = dv.Listing(dv.PathSource(root), pages=dv.Pages(title="<Ours>", footer="a & b"))
     listing = Starlette(routes=[Mount("/l", endpoint)])
@@ -553,9 +570,27 @@ async def test_every_hostile_name_leads_to_its_file(tmp_path: Path) -> None:
         assert {json.loads(line)["name"] for line in lines} == {*names, "<b>dir'\""}
 
 
-async def test_500_entries_fit_into_60_kib() -> None:
+async def test_view_pages_can_be_reached_without_a_script(root: Path) -> None:
+    endpoint = app(dv.PathSource(root), hide=[".*"])
+    page = (await call(endpoint, "/files/", query="sort=size&q=t")).body.decode()
+    switch = {text: href for href, text in Links(page).links}["View files"]
+    assert switch == "?q=t&sort=size&view"
+    page = (await call(endpoint, "/files/", query="view")).body.decode()
+    rows = page.partition("<tbody>")[2]
+    assert [href for href, _ in Links(rows).links][1:3] == ["sub/?view", "a.txt?view"]
+    assert "<h1><bdi>a.txt" in (await call(endpoint, "/files/a.txt", query="view")).body.decode()
+    links = {text: href for href, text in Links(page.partition("<tbody>")[0]).links}
+    assert (links["Download files"], links["Size"]) == ("./", "?sort=size&view")
+    assert '<input type=hidden name=view value="">' in page
+    below = (await call(endpoint, "/files/sub/", query="view")).body.decode()
+    assert Links(below).links[0] == ("../?view", "Files")
+    assert [text for _, text in Links((await call(endpoint, "/files/empty/")).body.decode()).links] == ["Files"]
+
+
+@pytest.mark.parametrize("query", ["", "view"])
+async def test_500_entries_fit_into_60_kib(query: str) -> None:
     entries = [dv.Entry(f"file{number}.txt", size=number * 999, modified=TIME) for number in range(500)]
-    assert len((await call(app(Many(top=entries)), "/files/")).body) <= 60 * 1024
+    assert len((await call(app(Many(top=entries)), "/files/", query=query)).body) <= 60 * 1024
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])

@@ -190,11 +190,35 @@ async def test_links_obey_the_policy_of_the_source(tmp_path: Path) -> None:
         assert [*unpacked(await read(await source.resolve("d")))] == names
 
 
-async def test_a_loop_of_links_is_too_deep(tmp_path: Path) -> None:
-    make_tree(tmp_path, {"d/a": b"a"})
-    (tmp_path / "d/loop").symlink_to("../d")
+async def test_links_that_lead_back_are_left_out(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"debian/a": b"a", "debian/pool/b": b"b"})
+    (tmp_path / "debian/debian").symlink_to(".")
+    (tmp_path / "debian/pool/back").symlink_to("../../debian")
+    (tmp_path / "debian/stable").symlink_to("pool")  # the same folder once more, and not above itself
+    below = ["debian/", "debian/a", "debian/pool/", "debian/pool/b", "debian/stable/", "debian/stable/b"]
+    for source in (
+        dv.PathSource(tmp_path),
+        dv.StorageSource(dv.DirectoryStorage(tmp_path)),
+        dv.StorageSource(dv.DirectoryStorage(tmp_path), names="any"),
+        dv.CachedSource(dv.PathSource(tmp_path), dv.Cache(tmp_path / ".cache"), name="files"),
+    ):
+        archives = ArchiveSource(source, leave_out=lambda name: name.startswith("."))
+        assert [*unpacked(await read(await archives.resolve("debian")))] == below, source
+        assert [*unpacked(await read(await archives.resolve("")))] == below, source
+        chosen = await archives.resolve(selection("debian", ["debian"]))
+        assert [*unpacked(await read(chosen))] == below, source
+
+
+async def test_sources_that_do_not_know_their_folders_end_at_a_depth(tmp_path: Path) -> None:
+    class Endless:
+        async def resolve(self, name: str, /) -> dv.AsyncFile:
+            raise dv.FileMissing(name)
+
+        async def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
+            yield Entry("loop", is_folder=True)
+
     with pytest.raises(dv.ArchiveTooLarge):
-        await read(await ArchiveSource(dv.PathSource(tmp_path)).resolve("d"))
+        await read(await ArchiveSource(Endless()).resolve("d"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from downloadview_async.asgi.listing.order import Window
 from downloadview_async.asgi.listing.query import ListingQuery
 from downloadview_async.errors import AccessDenied, FileError, FileMissing
 from downloadview_async.policy.hiding import Hidden
-from downloadview_async.sources.base import ListsBatches, SupportsListing
+from downloadview_async.sources.base import IdentifiesFolders, ListsBatches, SupportsListing
 from downloadview_async.sources.listing import Entry, closing_entries
 
 BATCH = 250
@@ -154,21 +154,29 @@ class FolderEntries:
         """
         top = folder.strip("/")
         left = deque([""])  # paths of folders below the top, each with a slash at its end
+        searched: set[Hashable] = set()
         read_folders = read_entries = 0
         while left:
+            if read_folders >= MAX_DEEP_FOLDERS:
+                yield _Batch([], [], is_cut=True)
+                return
             prefix = left.popleft()
             read_folders += 1
+            below: list[str] = []
             more = None if described is None else max(described - read_entries, 0)
             read_here = 0
+            path = f"{top}/{prefix}".strip("/")
             try:
-                async with aclosing(_in_batches(self.source, f"{top}/{prefix}".strip("/"), more)) as batches:
+                if query.is_deep and not await self._is_new(path, searched):
+                    continue
+                async with aclosing(_in_batches(self.source, path, more)) as batches:
                     async for batch in batches:
                         is_described = more is None or read_here < more or not isinstance(self.source, ListsBatches)
                         read_here += len(batch)
                         for start in range(0, len(batch) or 1, BATCH):
                             shown = self._shown(batch[start : start + BATCH])
                             if query.is_deep:
-                                left.extend([f"{prefix}{entry.name}/" for entry in shown if entry.is_folder])
+                                below += [f"{prefix}{entry.name}/" for entry in shown if entry.is_folder]
                             yield _Batch.of(prefix, shown, query.text, is_described=is_described)
                             await checkpoint()
                         if query.is_deep and read_entries + read_here >= MAX_DEEP_ENTRIES:
@@ -178,9 +186,16 @@ class FolderEntries:
                 if not prefix or exc.status >= 500:
                     raise  # any other folder was removed meanwhile, or may not be read
             read_entries += read_here
-            if left and read_folders >= MAX_DEEP_FOLDERS:
-                yield _Batch([], [], is_cut=True)
-                return
+            left.extend(sorted(below))  # so that of two paths to one folder, always the same one is searched
+
+    async def _is_new(self, folder: str, searched: set[Hashable]) -> bool:
+        """Return whether a folder is none of those that have been searched, and note it. Raises what `list` raises."""
+        if not isinstance(self.source, IdentifiesFolders):
+            return True
+        identity = await self.source.folder_identity(folder)
+        is_new = identity is None or identity not in searched
+        searched.add(identity)
+        return is_new
 
     async def _complete(self, window: Window, folder: str) -> None:
         """Describe the entries of a page, folder by folder. Those that do not exist any more are dropped."""

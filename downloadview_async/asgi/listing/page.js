@@ -21,10 +21,10 @@ const text = field.value.trim().toLowerCase();
 for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().includes(text);
 };
 for (const row of rows) {
-const cell = row.cells[3], type = cell.textContent.trim();
-if (!/^(image|video|audio|text|pdf|json|xml)$/.test(type)) continue;
+const cell = row.cells[3], type = cell.textContent.trim(), href = row.cells[0].firstChild.getAttribute("href");
+if (/\?view/.test(href) || !/^(image|video|audio|text|pdf|json|xml)$/.test(type)) continue;
 const link = document.createElement("a");
-link.href = row.cells[0].firstChild.getAttribute("href").replace(/\?|$/, (mark) => "?view" + (mark && "&"));
+link.href = href.replace(/\?|$/, (mark) => "?view" + (mark && "&"));
 link.textContent = type;
 link.ariaLabel = "View " + row.cells[0].textContent;
 cell.replaceChildren(link);

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from html import escape
@@ -58,8 +58,8 @@ class ListingPage:
 
     @property
     def suffix(self) -> str:
-        """The end of the URL of each entry: the parameters of a link to the folder, or nothing."""
-        return query_of(self.query.link)
+        """The query of the URL of each entry: see `ListingQuery.suffix`."""
+        return self.query.suffix
 
 
 class Pages:
@@ -196,7 +196,11 @@ class Pages:
 
     def folder_actions(self, page: ListingPage) -> str:
         """Return the links above the entries of a folder, as HTML."""
-        return "" if page.archive is None else f'<a href="{escape(page.archive)}" download>Download as zip</a>'
+        links = [] if page.archive is None else [f'<a href="{escape(page.archive)}" download>Download as zip</a>']
+        if page.can_reorder and not all(entry.is_folder for _, entry in page.entries):
+            query = replace(page.query, is_view=not page.query.is_view)
+            links.append(f'<a href="{escape(query.url())}">{"View" if query.is_view else "Download"} files</a>')
+        return " ".join(links)
 
     def crumbs(self, path: str, *, is_file: bool = False, above: int = 0, suffix: str = "") -> str:
         """Return the links to the folders above.
@@ -263,8 +267,8 @@ def _shown(page: ViewPage, url: str) -> str:
 
 
 def _rows(page: ListingPage) -> Iterator[str]:
-    # a quoted URL and the parameters of a link need no escapes in HTML; without parameters there are no quotes either
-    start, end = ('"', f'{page.suffix}">') if page.suffix else ("", ">")
+    # a quoted URL and the parameters of a link need no escapes in HTML; without those there are no quotes either
+    start, end = ('"', f'{page.suffix}">') if page.query.link else ("", f"{page.suffix}>")
     downloads, count = page.downloads, ""
     for path, entry in page.entries:
         if downloads is not None:
@@ -298,10 +302,10 @@ def _head(page: ListingPage, sort: Sort, text: str) -> str:
 
 
 def _search(query: ListingQuery) -> str:
-    fields = [*query.order_fields(), *parse_qsl(query.link)]
+    fields = [*query.order_fields(), *parse_qsl(query.suffix[1:], keep_blank_values=True)]
     hidden = "".join(f'<input type=hidden name={name} value="{escape(value)}">' for name, value in fields)
     checked = " checked" if query.is_deep else ""
-    clear = f'<a href="./{query_of(query.link)}">Show all</a>' if query.text else ""
+    clear = f'<a href="./{query.suffix}">Show all</a>' if query.text else ""
     return (
         f'<form role=search>{hidden}<input type=search name=q value="{escape(query.text)}" placeholder="Filter" '
         f'aria-label="Filter by name"><button>Search</button><label><input type=checkbox name=deep value=1{checked}> '

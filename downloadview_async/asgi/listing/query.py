@@ -27,8 +27,9 @@ class ListingQuery:
 
     text: only names that contain it are listed; upper and lower case are the same. is_deep: whether entries of the
     folders below are listed too. is_descending: the order; folders are always before files. after, before: the place of
-    an entry, after or before which the page begins or ends; see `order.place_of`. link: the parameters of the link to
-    a folder by which the reader has come; each URL of the page carries them.
+    an entry, after or before which the page begins or ends; see `order.place_of`. is_view: whether the names lead to
+    the view pages of the files instead of the files. link: the parameters of the link to a folder by which the reader
+    has come; each URL of the page carries them.
     """
 
     format: Format = "html"
@@ -38,6 +39,7 @@ class ListingQuery:
     is_descending: bool = False
     after: str | None = None
     before: str | None = None
+    is_view: bool = False
     link: str = ""
 
     @classmethod
@@ -56,13 +58,20 @@ class ListingQuery:
             is_descending=values.get("order") == "desc",
             after=values.get("after"),
             before=values.get("before"),
+            is_view=values.get("view") in ("", "1"),
             link=link,
         )
 
     def url(self, *, sort: Sort | None = None, is_descending: bool | None = None, **place: str) -> str:
         """Return the relative URL of this listing in another order, or at another place: `after=`, `before=`."""
         order = (sort or self.sort, self.is_descending if is_descending is None else is_descending)
-        return query_of(urlencode([*self.filters(), *_order_fields(*order), *place.items()]), self.link) or "./"
+        parameters = urlencode([*self.filters(), *_order_fields(*order), *place.items()])
+        return query_of(parameters, self.suffix.removeprefix("?")) or "./"
+
+    @property
+    def suffix(self) -> str:
+        """The query of the URL of each entry: of a view page, with the parameters of a link to a folder, or nothing."""
+        return query_of("view" if self.is_view else "", self.link)
 
     def filters(self) -> list[tuple[str, str]]:
         """Return the parameters that choose the entries and their format."""

@@ -75,6 +75,19 @@ async def describe_entries(root: Root, folder: str, names: Sequence[str], worker
     return await workers.run_or_abandon(described)
 
 
+async def folder_identity(root: Root, folder: str, workers: Workers) -> tuple[int, int] | None:
+    """Return what identifies a folder beneath a root: see `IdentifiesFolders`."""
+    if root.symlinks == "deny":
+        return None
+
+    def identity() -> tuple[int, int]:
+        name = canonical_folder(folder, root.names)
+        status = root.status(name) if name else os.fstat(root.descriptor)
+        return status.st_dev, status.st_ino
+
+    return await workers.run_or_abandon(identity)
+
+
 class FolderReader:
     """An open directory beneath a root, which is read batch by batch. Opening and reading it may block on a disk.
 

@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
@@ -14,7 +14,7 @@ from downloadview_async.http.content_types import content_type_for
 from downloadview_async.http.negotiation import preferred_encodings
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.listing import Entry
-from downloadview_async.sources.local.folder import describe_entries, list_batches, list_folder
+from downloadview_async.sources.local.folder import describe_entries, folder_identity, list_batches, list_folder
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.root import Opened, Root, Symlinks, open_trusted
@@ -243,6 +243,10 @@ class PathSource:
     async def describe(self, folder: str, names: Sequence[str], /) -> Sequence[Entry]:
         """Return the entries of a folder with these names: see `ListsBatches`."""
         return await describe_entries(self.root, folder, names, self._workers)
+
+    async def folder_identity(self, folder: str = "", /) -> Hashable:
+        """Return what is equal for two paths of one folder: see `IdentifiesFolders`."""
+        return await folder_identity(self.root, folder, self._workers)
 
 
 def _describe_encoding(file: OpenLocalFile, encoding: str | None, content_type: str) -> None:
