@@ -653,6 +653,32 @@ async def test_other_requests_get_their_turn_between_the_batches_of_a_large_fold
     assert len({turn for turn, _ in steps}) == len(steps)
 
 
+@pytest.mark.parametrize("query", ["", "format=json"])
+async def test_other_requests_get_their_turn_between_the_rows_of_a_page(query: str) -> None:
+    turn = 0
+    turns = []
+
+    class Watched(datetime):
+        """A time that notes when it is written into the page."""
+
+        def isoformat(self, sep: str = "T", timespec: str = "auto") -> str:
+            turns.append(turn)
+            return super().isoformat(sep, timespec)
+
+    async def take_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    others = asyncio.create_task(take_turns())
+    entries = [dv.Entry(f"file{number}", modified=Watched(2026, 1, 1, tzinfo=UTC)) for number in range(500)]
+    await call(app(Many(top=entries)), "/files/", query=query)
+    others.cancel()
+    assert len(turns) == 500
+    assert max(map(turns.count, turns)) <= 50
+
+
 @pytest.mark.parametrize("query", ["q=FILE", "q=file&sort=type", "q=file&deep=1", "q=file&deep=1&order=desc"])
 async def test_a_search_in_a_large_folder_describes_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str

@@ -55,11 +55,10 @@ class Lines:
         return kind
 
 
-def document_of(path: str, entries: Iterable[tuple[str, Entry]], following: str | None, query: str = "") -> str:
-    """Return a page of a listing as one JSON object. following: the URL of the next page. query: as in `Lines`."""
-    lines_of = Lines(query)
-    lines = ",\n".join(lines_of.line_of(*entry) for entry in entries)
-    return f'{{"path":{_text(path)},"entries":[{lines}],"next":{json.dumps(following)}}}\n'
+def document_of(path: str, lines: Iterable[str], following: str | None) -> str:
+    """Return a page of a listing as one JSON object. lines: of its entries. following: the URL of the next page."""
+    entries = ",\n".join(lines)
+    return f'{{"path":{_text(path)},"entries":[{entries}],"next":{json.dumps(following)}}}\n'
 
 
 def _time(modified: datetime) -> str:

@@ -15,7 +15,7 @@ from downloadview_async.policy.hiding import Hidden
 from downloadview_async.sources.base import IdentifiesFolders, ListsBatches, SupportsListing
 from downloadview_async.sources.listing import Entry, closing_entries
 
-BATCH = 250
+BATCH = 125
 """Entries that are treated before other requests get their turn."""
 
 PAGE_SIZE = 500

@@ -3,13 +3,14 @@
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import quote, unquote
 
 import anyio
+from anyio.lowlevel import checkpoint
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.asgi.answer import raw
@@ -36,6 +37,7 @@ logger = logging.getLogger("downloadview_async")
 DOWNLOADS_SECONDS = 1.0
 """How long a page waits for the numbers of downloads: it is sent without them if their database does not answer."""
 
+_AT_ONCE = 50  # rows of a page
 _CHUNK = 64 * 1024
 _CONTENT_TYPES = {name: media_type for media_type, name in FORMATS.items()} | {"html": "text/html; charset=utf-8"}
 
@@ -81,7 +83,7 @@ class FolderEndpoint:
         except FileError as exc:
             await send_error(exc, scope, send)
             return
-        body = self._body(tail.strip("/"), query, window, grant, _above(tail, grant, scope), downloads)
+        body = await self._body(tail.strip("/"), query, window, grant, _above(tail, grant, scope), downloads)
         await self.send_page(body, self._headers(query, grant), scope, send)
 
     async def view(
@@ -155,7 +157,7 @@ class FolderEndpoint:
             return None
         return {name.removeprefix(top): count for name, count in counts.items()}
 
-    def _body(
+    async def _body(
         self,
         path: str,
         query: ListingQuery,
@@ -168,7 +170,8 @@ class FolderEndpoint:
         first, last = window.places()
         following = query.url(after=last) if window.following and last else None
         if query.format == "json":
-            return document_of(path, entries, following, query_of(query.link)).encode()
+            line_of = Lines(query_of(query.link)).line_of
+            return document_of(path, await _in_turns(line_of(*entry) for entry in entries), following).encode()
         previous = query.url(before=first) if window.preceding and first else None
         can_reorder = grant is None or grant.link_id is None or grant.folder is not None
         has_archive = self.has_archives and can_reorder and not query.is_deep
@@ -189,6 +192,7 @@ class FolderEndpoint:
             above=above,
             downloads=downloads,
         )
+        page = replace(page, rows=await _in_turns(self.pages.rows(page)))
         return self.pages.listing(page).encode("utf-8", "replace")
 
     def _headers(
@@ -241,6 +245,16 @@ class FolderEndpoint:
         if not is_started:
             await send(start)
         await send({"type": "http.response.body", "body": b""})
+
+
+async def _in_turns(texts: Iterable[str]) -> list[str]:
+    """Return the texts of the entries of a page. Other requests get their turn after each `_AT_ONCE`."""
+    made: list[str] = []
+    for text in texts:
+        made.append(text)
+        if not len(made) % _AT_ONCE:
+            await checkpoint()
+    return made
 
 
 def _start(status: int, headers: Mapping[str, str], scope: Scope) -> Message:

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
@@ -37,7 +37,7 @@ class ListingPage:
     below has ended at its limits. can_reorder: whether the URL may have another query, which that of a signed link may
     not. archive: the relative URL of the folder as an archive, or None. above: how many folders of the path the reader
     may not open, because a link leads only to those below. downloads: how often the files were downloaded, by their
-    paths, or None if that is not shown.
+    paths, or None if that is not shown. rows: what `Pages.rows` has yielded, or None.
     """
 
     path: str
@@ -55,6 +55,7 @@ class ListingPage:
     archive: str | None = None
     above: int = 0
     downloads: Mapping[str, int] | None = None
+    rows: Sequence[str] | None = None
 
     @property
     def suffix(self) -> str:
@@ -155,13 +156,17 @@ class Pages:
                 _search(page.query) if page.can_reorder else "",
                 f"<p class=dim>{_totals(page)}",
                 f"<p class=actions>{actions}" if (actions := self.folder_actions(page)) else "",
-                _table(page) if page.entries else f"<p>{_nothing(page)}",
+                _table(page, page.rows or self.rows(page)) if page.entries else f"<p>{_nothing(page)}",
                 _bar(page.archive),
                 _neighbours("Pages", *links),
                 "</main>",
             )
         )
         return self.page(title, body)
+
+    def rows(self, page: ListingPage) -> Iterator[str]:
+        """Yield the HTML of each entry. Other requests get their turn meanwhile; `listing` gets it as `page.rows`."""
+        return _rows(page)
 
     def view(self, page: ViewPage) -> str:
         """Return the view page of a file."""
@@ -283,11 +288,11 @@ def _rows(page: ListingPage) -> Iterator[str]:
             yield f"<tr><td><a href={start}{url}{end}{name}</a><td>{size}<td>{modified}<td>{kind}{count}"
 
 
-def _table(page: ListingPage) -> str:
+def _table(page: ListingPage, rows: Iterable[str]) -> str:
     heads = "".join(_head(page, sort, text) for sort, text in _HEADS.items())
     if page.downloads is not None:
         heads += "<th scope=col class=num>Downloads"
-    return f"<table><thead><tr>{heads}<tbody>{chr(10).join(_rows(page))}</table>"
+    return f"<table><thead><tr>{heads}<tbody>{chr(10).join(rows)}</table>"
 
 
 def _head(page: ListingPage, sort: Sort, text: str) -> str:

@@ -2,7 +2,7 @@
 
 import base64
 import mimetypes
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from http import HTTPStatus
@@ -107,6 +107,10 @@ class ServicePages(Pages):
         if template is None:
             return super().listing(page)
         return template.render(page=page, actions=Markup(self.folder_actions(page)), **self.values())  # noqa: S704
+
+    def rows(self, page: ListingPage) -> Iterator[str]:
+        """Yield the HTML of each entry; nothing if a template makes it."""
+        return super().rows(page) if self.template("listing.html") is None else iter(())
 
     def view(self, page: ViewPage) -> str:
         """Return the view page of a file."""
