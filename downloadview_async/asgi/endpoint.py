@@ -152,7 +152,20 @@ class _Endpoint:
         if not sent.endswith("/"):
             return partial(self._redirect_to_folder, scope)
         note_facts(scope, kind="listing")
-        return partial(self._folders.answer, key, tail_of(key, scope, is_from_path=not callable(self._key)), grant)
+        folders = self._folders
+        if self.access and (grant is None or grant.link_id is None):
+            folders = replace(folders, entries=replace(folders.entries, may_enter=partial(self._may_enter, scope)))
+        return partial(folders.answer, key, tail_of(key, scope, is_from_path=not callable(self._key)), grant)
+
+    async def _may_enter(self, scope: Scope, folder: str) -> bool:
+        """Return whether access allows the request to have a folder. Raises the errors of a failure to decide."""
+        try:
+            await self._allow(Request(scope), folder)
+        except FileError as exc:
+            if exc.status >= 500:
+                raise
+            return False
+        return True
 
     async def _missing(self, key: Any, exc: FileMissing, scope: Scope, send: Send) -> None:
         """Redirect to the folder whose URL lacks only the slash at its end, or send the error.

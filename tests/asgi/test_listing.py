@@ -422,6 +422,33 @@ async def test_a_search_below_is_bounded(root: Path, monkeypatch: pytest.MonkeyP
     assert len(endless.listed) == 2
 
 
+@pytest.mark.parametrize("query", ["q=file&deep=1", "q=file&d%65ep=1&format=json", "q=file&deep=%31&format=ndjson"])
+async def test_a_search_below_leaves_out_folders_that_are_refused(root: Path, query: str) -> None:
+    (root / "sub" / "private").mkdir()
+    (root / "sub" / "private" / "secret-file").touch()
+    asked: list[str] = []
+
+    async def access(request: Request, name: str) -> bool:
+        asked.append(name)
+        return not name.startswith("sub/private/")
+
+    endpoint = app(dv.PathSource(root), hide=[".*"], access=access)
+    body = (await call(endpoint, "/files/", query=query)).body
+    assert b"file3.txt" in body
+    assert b"secret-file" not in body
+    assert asked == ["", "empty/", "sub/", "sub/deeper/", "sub/private/"]
+
+
+async def test_a_search_below_ends_if_access_cannot_decide(root: Path) -> None:
+    async def access(request: Request, name: str) -> bool:
+        if name == "sub/":
+            raise RuntimeError("the database does not answer")
+        return True
+
+    endpoint = app(dv.PathSource(root), hide=[".*"], access=access)
+    assert (await call(endpoint, "/files/", query="q=file&deep=1")).status == 503
+
+
 async def test_a_search_below_looks_into_each_folder_once(tmp_path: Path) -> None:
     (tmp_path / "debian" / "pool").mkdir(parents=True)
     (tmp_path / "debian" / "pool" / "file.deb").touch()

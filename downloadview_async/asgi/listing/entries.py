@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -81,10 +81,15 @@ async def _in_batches(
 
 @dataclass(frozen=True, slots=True)
 class FolderEntries:
-    """The entries of the folders of a source that may be shown. hidden: which names are left out, if any."""
+    """The entries of the folders of a source that may be shown.
+
+    hidden: which names are left out, if any. may_enter: returns whether a search below may read a folder, by its name
+    with a slash at its end; None: each.
+    """
 
     source: SupportsListing
     hidden: Hidden | None = None
+    may_enter: Callable[[str], Awaitable[bool]] | None = None
 
     async def has(self, folder: str) -> bool:
         """Return whether the source has a folder, and may read it. Raises `SourceUnavailable` and `UpstreamError`."""
@@ -167,6 +172,8 @@ class FolderEntries:
             read_here = 0
             path = f"{top}/{prefix}".strip("/")
             try:
+                if prefix and self.may_enter is not None and not await self.may_enter(f"{path}/"):
+                    continue
                 if query.is_deep and not await self._is_new(path, searched):
                     continue
                 async with aclosing(_in_batches(self.source, path, more)) as batches:
