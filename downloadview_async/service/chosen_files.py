@@ -67,7 +67,7 @@ class ChosenFiles:
         return [entries[name] for name in names if name in entries]
 
     async def folder_identity(self, folder: str = "", /) -> Hashable:
-        """Return what is equal for two paths of one folder, as `PathSource` does."""
+        """Return a value that is equal for all paths of one folder, as `PathSource` does."""
         directory, rest = self._place_of(folder)
         return None if directory is None else await directory.folder_identity(rest)
 

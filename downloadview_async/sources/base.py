@@ -282,13 +282,13 @@ class ListsBatches(SupportsListing, Protocol):
 
 @runtime_checkable
 class IdentifiesFolders(Protocol):
-    """What a source or a storage that lists may offer besides: it knows which of its folders are the same.
+    """Optional for a source or a storage that lists: it knows which of its folders are the same.
 
     Links may lead to one folder by several paths, and by endlessly many if it has a link to itself.
     """
 
     async def folder_identity(self, folder: str = "", /) -> Hashable:
-        """Return what is equal for two paths of one folder; None if no other path leads to it.
+        """Return a value that is equal for all paths of one folder; None if no other path leads to it.
 
         Raises what `list` raises.
         """

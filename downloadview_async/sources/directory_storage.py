@@ -62,5 +62,5 @@ class DirectoryStorage:
         return await describe_entries(self.root, folder, names, self._workers)
 
     async def folder_identity(self, folder: str = "", /) -> Hashable:
-        """Return what is equal for two paths of one folder: see `IdentifiesFolders`."""
+        """Return a value that is equal for all paths of one folder: see `IdentifiesFolders`."""
         return await folder_identity(self.root, folder, self._workers)
