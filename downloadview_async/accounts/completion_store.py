@@ -29,6 +29,7 @@ _TRIM_SECONDS = 600.0
 _DAY = 86_400.0
 _WRITES = "downloadview_writes"
 _PLACE = ("path", "device", "inode", "offset", "head", "time")
+_LINE = ("request_id", "status", "sent", "content_range", "requested", "is_cut")
 
 _COUNTS = ("downloads", "answers", "bytes")
 Counts = tuple[int, int, int]
@@ -176,10 +177,13 @@ class CompletionStore:
     async def close_delegated(self, lines: Iterable[LogLine], place: Place | None = None) -> set[str]:
         """Count what a proxy has sent of delegated answers, each once, and return the ids of those that were known.
 
+        A line of an answer that is not known yet is kept for a day, because the process that has delegated it may be
+        slower than the proxy. It counts as soon as that process has written the answer.
+
         place: up to where the log has been read then. It is kept in the same transaction.
         """
         by_id = {line.request_id: line for line in lines}
-        pending = self._tables.delegated
+        pending, early = self._tables.delegated, self._tables.lines
         closed: set[str] = set()
         async with self._writing() as connection:
             batch = Batch()
@@ -191,6 +195,11 @@ class CompletionStore:
                     if (sent := by_id[delivered.request_id].closing(delivered)) is not None:
                         batch.add(sent)
                 await connection.execute(pending.delete().where(pending.c.request_id.in_(ids)))
+            unknown = [line for line in by_id.values() if line.has_file and line.request_id not in closed]
+            if unknown:
+                insert, now = self._insert(early).on_conflict_do_nothing(), time.time()
+                kept = [{"time": now, **{name: getattr(line, name) for name in _LINE}} for line in unknown]
+                await connection.execute(insert, kept)
             await self._write(connection, batch)
             if place is not None:
                 await self._keep_place(connection, place)
@@ -259,6 +268,7 @@ class CompletionStore:
 
     async def _write(self, connection: "AsyncConnection", batch: Batch) -> None:
         tables = self._tables
+        await self._close_known(connection, batch)
         await self._write_parts(connection, batch)
         if batch.delegated:
             rows = [_row(one, tables.delegated) for one in batch.delegated]
@@ -290,6 +300,20 @@ class CompletionStore:
         if time.monotonic() - self._trimmed_at > _TRIM_SECONDS:
             self._trimmed_at = time.monotonic()
             await self._trim(connection)
+
+    async def _close_known(self, connection: "AsyncConnection", batch: Batch) -> None:
+        """Count those delegated answers of a batch whose lines have been read before, instead of keeping them."""
+        early = self._tables.lines
+        by_id = {delegated.request_id: delegated for delegated in batch.delegated}
+        for ids in _parts_of([*by_id], _MANY):
+            rows = (await connection.execute(early.select().where(early.c.request_id.in_(ids)))).mappings().all()
+            for row in rows:
+                line = LogLine(**{name: row[name] for name in _LINE})
+                if (sent := line.closing(by_id.pop(line.request_id))) is not None:
+                    batch.add(sent)
+            if rows:
+                await connection.execute(early.delete().where(early.c.request_id.in_(ids)))
+        batch.delegated = [*by_id.values()]
 
     async def _write_parts(self, connection: "AsyncConnection", batch: Batch) -> None:
         table = self._tables.sessions
@@ -337,11 +361,13 @@ class CompletionStore:
         oldest = now - min(keep, 7 * _DAY)
         for table in (tables.sessions, tables.delegated, tables.places):
             await connection.execute(table.delete().where(table.c.time < oldest))
+        await connection.execute(tables.lines.delete().where(tables.lines.c.time < now - _DAY))
         for table in (tables.totals, tables.clients):
             await connection.execute(table.delete().where(table.c.day < day_of(now - keep)))
         for table, age in (
             (tables.sessions, tables.sessions.c.time),
             (tables.delegated, tables.delegated.c.time),
+            (tables.lines, tables.lines.c.time),
             (tables.totals, tables.totals.c.day),
             (tables.clients, tables.clients.c.day),
         ):
@@ -409,7 +435,7 @@ class _Tables:
     """The tables."""
 
     def __init__(self) -> None:
-        from sqlalchemy import BigInteger, Column, Float, Index, Integer, MetaData, String, Table, Text
+        from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
 
         self.metadata = MetaData()
 
@@ -438,6 +464,15 @@ class _Tables:
             *moment("delegated"),
             *texts("session", "source", "file", "route", "user", "link", "client", "by"),
             Column("size", BigInteger),
+        )
+        self.lines = table(
+            "lines",
+            Column("request_id", String(128), primary_key=True),
+            *moment("lines"),
+            Column("status", Integer, nullable=False),
+            Column("sent", BigInteger, nullable=False),
+            *texts("content_range", "requested"),
+            Column("is_cut", Boolean, nullable=False),
         )
         self.totals = table(
             "totals",

@@ -17,6 +17,8 @@ from downloadview_async.http.ranges import parse_range, select_ranges
 LONGEST = 65_536
 """Bytes of a line. A longer one is not of a proxy that the library has configured."""
 
+_ID = re.compile("[!-~]{1,128}")
+_TEXT = re.compile("[ -~]{0,4096}")  # room for the Range of as many parts as a proxy answers
 _HEX = re.compile(r"\\x([0-9A-Fa-f]{2})")  # how proxies escape a byte for which JSON has another way
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 
@@ -50,18 +52,21 @@ class LogLine:
         if not isinstance(fields, dict) or fields.get("method") != "GET":
             return None
         request_id, status, sent = fields.get("request_id"), _number(fields.get("status")), _number(fields.get("bytes"))
-        if not isinstance(request_id, str) or not 1 <= len(request_id) <= 128 or status is None or sent is None:
+        if not isinstance(request_id, str) or _ID.fullmatch(request_id) is None or status is None or sent is None:
             return None
-        texts = {name: fields.get(name) for name in ("content_range", "range")}
-        content_range, requested = (text if isinstance(text, str) else "" for text in texts.values())
         return cls(
             request_id=request_id,
             status=status,
             sent=sent,
-            content_range=content_range,
-            requested=requested,
+            content_range=_text(fields.get("content_range")),
+            requested=_text(fields.get("range")),
             is_cut=fields.get("connection") == "X",
         )
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the answer may have bytes of a file: a 304, a 416 and an error have none."""
+        return self.status in (200, 206)
 
     def spans(self, size: int | None) -> tuple[Span, ...]:
         """Return the parts of the file that were sent. size: of the file, in bytes; None: only the proxy knows it."""
@@ -80,12 +85,17 @@ class LogLine:
 
     def closing(self, delegated: Delivered) -> Delivered | None:
         """Return what the proxy has delivered of a delegated answer; None for a 304, a 416 or an error."""
-        is_file = self.status in (200, 206) and (self.sent > 0 or not delegated.size)
+        is_file = self.has_file and (self.sent > 0 or not delegated.size)
         return delegated.sent_as(self.spans(delegated.size), self.sent) if is_file else None
 
     def _begun(self, span: Span) -> tuple[Span, ...]:
         stop = min(span[1] - self.is_cut, span[0] + self.sent)
         return ((span[0], stop),) if stop > span[0] else ()
+
+
+def _text(value: object) -> str:
+    """Return a text; an empty one in place of a value that no proxy obeys, and that a database may refuse."""
+    return value if isinstance(value, str) and _TEXT.fullmatch(value) is not None else ""
 
 
 def _number(value: object) -> int | None:

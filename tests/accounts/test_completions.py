@@ -285,6 +285,32 @@ def test_delegated_answers_count_once_when_the_proxy_says_so(url: str) -> None:
     assert counted(url) == {"files/a.bin": (2, 3, 200)}
 
 
+def test_a_line_that_is_read_before_its_answer_is_written_counts_too(url: str) -> None:
+    """The database may fail for a while: then nobody knows whether the process or the reader of the log is first."""
+    lines = [
+        LogLine(request_id="1", status=200, sent=100),
+        LogLine(request_id="2", status=206, sent=300, requested="bytes=0-9,50-99"),
+        LogLine(request_id="3", status=200, sent=60, is_cut=True),
+        LogLine(request_id="4", status=304, sent=0),
+        LogLine(request_id="5", status=200, sent=100),  # of an answer that is not delegated
+    ]
+
+    async def run() -> None:
+        async with dv.Completions(url) as completions:
+            store = completions.store
+            for _ in range(2):
+                assert await store.close_delegated(lines) == set()
+            delegated = {"spans": (), "sent": 0, "result": "delegated", "delegated_to": "x-accel-redirect"}
+            for number in (1, 2, 3, 4):
+                completions(now_and(request_id=f"{number}", name=f"{number}", **delegated))
+            await asyncio.to_thread(completions.close)
+            assert await store.close_delegated(lines) == {"4"}
+            assert await store.close_delegated(lines) == set()
+
+    asyncio.run(run())
+    assert counted(url) == {"files/1": (1, 1, 100), "files/2": (0, 1, 300), "files/3": (0, 1, 60)}
+
+
 def test_rows_are_bounded_by_age_and_number(url: str) -> None:
     async def run() -> None:
         store = dv.CompletionStore(url, keep=timedelta(days=3), max_rows=5)
@@ -303,10 +329,12 @@ def test_rows_are_bounded_by_age_and_number(url: str) -> None:
                     assert part is not None
                     batch.add(part)
             await store.write(batch)
+            lines = [LogLine(request_id=f"{days}:{number}", status=200, sent=1) for number in range(4)]
+            await store.close_delegated(lines)
         await store.trim()
         tables = store._tables
         async with store._reading() as connection:
-            for table in (tables.sessions, tables.delegated, tables.totals, tables.clients):
+            for table in (tables.sessions, tables.delegated, tables.lines, tables.totals, tables.clients):
                 assert len((await connection.execute(table.select())).all()) == 5, table.name
         assert max(row["day"] for row in await store.report("day")) == day_of(time.time())
         await store.aclose()

@@ -45,6 +45,10 @@ SPANS: dict[str, tuple[dict[str, str], tuple[Span, ...]]] = {
     "with the head, and the client left": ({"bytes": "140", "connection": '"X"'}, ((0, 99),)),
     "with the head": ({"bytes": "540", "connection": '"-"'}, ((0, 100),)),
     "a Range with quotes": ({"range": r'"bytes=\"0\\-\x7f\xc3\xa9"'}, ((0, 100),)),
+    "a Range that no database takes": (
+        {"status": "206", "bytes": "99", "range": r'"bytes=0-9,\u0000\ud8005-"'},
+        (),
+    ),
     "a dash for no value": ({"content_range": '"-"', "range": '"-"'}, ((0, 100),)),
     "null for no value": ({"content_range": "null", "range": "null"}, ((0, 100),)),
 }
@@ -52,6 +56,7 @@ NOT_LINES = [
     *("", "{", "{}", "[]", "127.0.0.1 - - GET", "{" * 5000, '"a"', '{"request_id":"a1"}'),
     *(line(status='"x"'), line(bytes="-1"), line(bytes="1e3"), line(bytes="true"), line(request_id='""')),
     *(line(request_id="5"), line(method='"HEAD"'), line(method=None), line(range=r'"\q"'), line(bytes="1" * 30)),
+    *(line(request_id=r'"\u0000"'), line(request_id=r'"\ud800"'), line(request_id='"a b"')),
     *(line(request_id=f'"{"a" * 129}"'), line(range=f'"{"a" * 70_000}"')),
 ]
 
