@@ -29,7 +29,7 @@ _WRITABLE_SECONDS = 5.0  # that a pipe without a reader may take to be writable
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~-]*", re.ASCII)
 _PLAIN_WORD = re.compile(r"[!#-\[\]-~]+", re.ASCII)  # printable, without spaces, quotes and backslashes
-_QUERY = re.compile("[?#].*", re.DOTALL)
+_NOT_PAGE = re.compile("(?<=//)[^/?#]*@|[?#].*", re.DOTALL)  # the password, the query and the fragment of a URL
 
 
 class AccessLog:
@@ -184,7 +184,7 @@ def _combined(outcome: Outcome) -> str:
     return (
         f"{_word(outcome.client)} - {_word(outcome.user)} [{_combined_date(outcome.time)}] "
         f'"{_request(outcome)}" {outcome.status} {outcome.sent} '
-        f'"{"-" if referrer is None else _quoted(_QUERY.sub("", referrer))}" '
+        f'"{"-" if referrer is None else _quoted(_NOT_PAGE.sub("", referrer))}" '
         f'"{"-" if agent is None else _quoted(agent)}" '
         f"{outcome.seconds:.3f} {outcome.reason or outcome.result} {_word(outcome.kind)} {_word(outcome.link_id)} "
         f"{outcome.request_id}"

@@ -33,6 +33,8 @@ class SharedSamples:
 
     def write(self, samples: Samples) -> None:
         """Replace the samples of this process. Raises `OSError`."""
+        if self._live >= 0 and os.fstat(self._live).st_nlink == 0:
+            self.close()  # somebody has cleaned up the directory
         if self._number == "":
             self._join()
         self._replace(f"{self._number}{_SAMPLES}", {"samples": encoded(samples)})
@@ -49,6 +51,8 @@ class SharedSamples:
                     running.append(samples)
                 else:
                     dead.append((live.stem, {} if live.stem in merged else samples))
+            for left in self._directory.glob(f".{_ENDED}-*"):  # of a process that was killed here
+                left.unlink(missing_ok=True)
             if dead:
                 ended = added([ended, *(samples for _, samples in dead)], are_ended=True)
                 names = [name for name, _ in dead]
@@ -64,8 +68,10 @@ class SharedSamples:
 
     def _join(self) -> None:
         number = f"{os.getpid()}-{secrets.token_hex(4)}"
-        live = os.open(self._directory / f"{number}{_LIVE}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(live, fcntl.LOCK_EX)
+        with self._locked():  # else another process might find the file unlocked, and take this one for ended
+            name = self._directory / f"{number}{_LIVE}"
+            live = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(live, fcntl.LOCK_EX)
         self._live, self._number = live, number
 
     @contextmanager
@@ -103,6 +109,8 @@ class SharedSamples:
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
             (self._directory / f"{name}{_SAMPLES}").unlink(missing_ok=True)
+            for left in self._directory.glob(f".{name}{_SAMPLES}-*"):  # it was killed while it wrote them
+                left.unlink(missing_ok=True)
             (self._directory / f"{name}{_LIVE}").unlink(missing_ok=True)
 
 

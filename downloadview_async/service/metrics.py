@@ -11,7 +11,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
-from downloadview_async import Cache, Metrics, Source, URLSigner
+from downloadview_async import Cache, Metrics, Source, SourceUnavailable, URLSigner
 from downloadview_async.service.limits import ServiceLimits
 from downloadview_async.service.settings import Settings
 
@@ -59,8 +59,14 @@ class MetricsPage:
         self._metrics = metrics
 
     async def answer(self, request: Request) -> Response:
-        """Answer 200 with OpenMetrics if the client accepts that, else with the text format of Prometheus."""
-        text, media_type = await self._metrics.render(request.headers.get("accept", ""))
+        """Answer 200 with OpenMetrics if the client accepts that, else with the text format of Prometheus.
+
+        Raises `SourceUnavailable`, which is answered by 503, if the numbers of the processes cannot be added up.
+        """
+        try:
+            text, media_type = await self._metrics.render(request.headers.get("accept", ""))
+        except OSError as exc:
+            raise SourceUnavailable(f"the numbers of the processes cannot be added up: {exc}") from exc
         headers = {"Content-Type": media_type, "Cache-Control": "no-store", "Vary": "Accept"}
         return Response(text, headers=headers | {"X-Content-Type-Options": "nosniff"})
 

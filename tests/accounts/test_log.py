@@ -43,7 +43,7 @@ def outcome(**changes: Any) -> Outcome:
             (b"host", b"example.org"),
             (b"authorization", b"Basic c2VjcmV0"),
             (b"cookie", b"session=secret"),
-            (b"referer", b"https://example.org/page?token=secret#secret"),
+            (b"referer", b"https://ada:secret@example.org/page?token=secret#secret"),
             (b"user-agent", b"curl/8"),
         ],
     }

@@ -1,5 +1,6 @@
 """`Metrics`: what is counted, what the text is, and the sums over processes."""
 
+import fcntl
 import json
 import os
 import re
@@ -256,6 +257,34 @@ def test_a_process_that_is_killed_while_it_adds_up_counts_nothing_twice(tmp_path
     for _ in range(2):
         assert second.total()["requests"] == {("", "", "other", "2xx", "completed"): 5}
     assert not [*tmp_path.glob("*-*")]
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_no_file(tmp_path: Path) -> None:
+    first, second = SharedSamples(tmp_path), SharedSamples(tmp_path)
+    first.write({})
+    (samples,) = tmp_path.glob("*-*.json")
+    (tmp_path / f".{samples.name}-0a1b2c3d").write_text("{")
+    (tmp_path / ".ended.json-0a1b2c3d").write_text("{")
+    first.close()
+    second.total()
+    assert {file.name for file in tmp_path.iterdir()} == {"ended.json", "lock"}
+
+
+def test_a_process_that_joins_is_not_taken_for_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody adds up the files between the making of a `.live` file and its lock."""
+    lock = fcntl.flock
+    tried: list[str] = []
+
+    def flock(descriptor: int, how: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".live"):
+            with (tmp_path / "lock").open("w") as file, pytest.raises(BlockingIOError):
+                lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            tried.append("lock")
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    SharedSamples(tmp_path).write({})
+    assert tried == ["lock"]
 
 
 def test_samples_of_another_version_are_left_out(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The service's `[metrics]`: the page `/-/metrics`, over worker processes too, and behind printed configurations."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -69,6 +70,22 @@ def test_the_page_is_there_if_the_settings_have_the_table(directory: Path) -> No
     assert set(read(answer.text, "source_in_use", "source")) == {("files",), ("remote",)}
     assert read(answer.text, "upstream_connections", "source") == {("remote",): 0}
     assert read(answer.text, "open_descriptors")[()] > 3
+
+
+def test_numbers_that_cannot_be_added_up_give_503_and_one_line(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (directory / "numbers").mkdir()
+    with TestClient(build(load(directory, f'{METRICS}directory = "numbers"\n'))) as client:
+        assert client.get("/-/metrics").status_code == 200
+        shutil.rmtree(directory / "numbers")
+        answer = client.get("/-/metrics")
+        assert (answer.status_code, answer.text) == (503, "Service Unavailable")
+        (line,) = (record for record in caplog.records if record.levelname != "INFO")
+        assert "the numbers of the processes cannot be added up" in line.getMessage()
+        assert line.exc_info is None
+        (directory / "numbers").mkdir()
+        assert read(client.get("/-/metrics").text, "processes") == {(): 1}
 
 
 @pytest.mark.parametrize("proxy", ["nginx", "caddy", "apache", "lighttpd", "h2o"])
