@@ -24,6 +24,8 @@ By = Literal["file", "route", "user", "client", "link", "day"]
 
 _BUSY_SECONDS = 5.0
 _LOCK = 0x646F776E6C6F6164  # of the transactions that write to PostgreSQL; any number that no other program uses
+_PASSING = ("database is locked", "database or disk is full", "disk I/O error")  # of the messages of SQLite
+_WRONG_STATES = ("28", "3D", "42")  # of PostgreSQL: wrong password, no such database, not permitted
 _MANY = 500  # values in one statement
 _TRIM_SECONDS = 600.0
 _DAY = 86_400.0
@@ -149,10 +151,13 @@ class CompletionStore:
         self._is_created = False
         self._trimmed_at = -_TRIM_SECONDS
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether the database is a server, which may answer later if it does not answer now."""
-        return not self._is_sqlite
+    def may_recover(self, error: ConfigurationError) -> bool:
+        """Return whether what `check` has raised may go away: the database does not answer, is locked, or is full."""
+        cause = error.__cause__
+        if self._is_sqlite:
+            return any(text in str(cause) for text in _PASSING)
+        state = getattr(getattr(cause, "orig", cause), "sqlstate", None) or ""
+        return not state.startswith(_WRONG_STATES)
 
     async def check(self) -> None:
         """Open the database, and create the tables that are missing. Raises `ConfigurationError`."""

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from ipaddress import ip_network
 from typing import Any
 
+import anyio
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
@@ -24,9 +26,13 @@ from downloadview_async import (
 )
 from downloadview_async.service.access import trusted_proxies
 from downloadview_async.service.functions import function_of
+from downloadview_async.service.logs import one_line
 from downloadview_async.service.settings import DatabaseUnavailable, Settings
 
 _HOOK = "hook:"
+_PATIENCE = 10.0  # seconds that a database may take at the start
+
+logger = logging.getLogger("downloadview_async")
 
 
 class Service(Starlette):
@@ -118,13 +124,18 @@ def completions_of(settings: Settings) -> Completions | None:
 async def opened_completions(settings: Settings, completions: Completions | None) -> AsyncIterator[None]:
     """Open the database in which downloads are counted, and follow the log of the proxy meanwhile.
 
-    Raises `ConfigurationError` if the database can never be used, and `DatabaseUnavailable` if it does not answer.
+    Downloads wait for a database that does not answer now, with a line in the log. Raises `ConfigurationError` if it
+    can never be used.
     """
     if completions is None:
         yield
         return
-    await check_completions(settings, completions.store)
-    async with completions:
+    try:
+        await check_completions(settings, completions.store)
+    except DatabaseUnavailable as exc:
+        logger.warning("%s; downloads are counted as soon as it answers", one_line(str(exc)))
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_exit(completions)
         if settings.accounts.proxy_log is None:
             yield
             return
@@ -139,13 +150,19 @@ async def opened_completions(settings: Settings, completions: Completions | None
 
 async def check_completions(settings: Settings, store: CompletionStore) -> None:
     """Raise `ConfigurationError` if the database cannot be used; `DatabaseUnavailable` if that may change."""
+    key = "accounts.database"
     try:
-        await store.check()
+        with anyio.fail_after(_PATIENCE):
+            await store.check()
     except ConfigurationError as exc:
-        error = settings.error("accounts.database", str(exc))
-        raise (DatabaseUnavailable(str(error)) if store.is_remote else error) from exc
+        error = settings.error(key, str(exc))
+        raise (DatabaseUnavailable(str(error)) if store.may_recover(exc) else error) from exc
+    except TimeoutError as exc:
+        problem = f"the database cannot be used (no answer in {_PATIENCE:g} seconds): start it, or correct the URL"
+        raise DatabaseUnavailable(str(settings.error(key, problem))) from exc
     finally:
-        await store.aclose()
+        with anyio.CancelScope(shield=True):
+            await store.aclose()
 
 
 def required_store(settings: Settings) -> CompletionStore:

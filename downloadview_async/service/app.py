@@ -49,7 +49,7 @@ from downloadview_async.service.pages import ServicePages
 from downloadview_async.service.pages.errors import ErrorPages
 from downloadview_async.service.pages.index import IndexPage, folder_of
 from downloadview_async.service.routes import routes_of
-from downloadview_async.service.settings import Settings, options_of, rules_of
+from downloadview_async.service.settings import DatabaseUnavailable, Settings, options_of, rules_of
 from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
 from downloadview_async.service.source_settings import StorageSettings, directory_of
 from downloadview_async.service.sources import caches_of, databases_of, opened_databases, sources_of, storage_of
@@ -178,7 +178,8 @@ async def check_databases(settings: Settings) -> None:
         opened_limits(settings, service_limits(settings), warns=False),  # the application does that
     ):
         if (counted := store_of_completions(settings)) is not None:
-            await check_completions(settings, counted)
+            with contextlib.suppress(DatabaseUnavailable):  # the application warns of that, and serves
+                await check_completions(settings, counted)
 
 
 def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBackend | None:

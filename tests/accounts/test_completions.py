@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -392,6 +393,21 @@ WRONG = {
 def test_wrong_urls(url: str) -> None:
     with pytest.raises(dv.ConfigurationError, match=WRONG[url]):
         dv.CompletionStore(url)
+
+
+@pytest.mark.slow
+def test_which_errors_of_a_database_server_may_go_away(postgres: str) -> None:
+    port = re.search(r":(\d+)/", postgres)
+    assert port is not None
+    for url, may_recover in (
+        (postgres.replace("/postgres", "/none"), False),
+        (postgres.replace("tests@", "nobody@"), False),
+        (postgres.replace(port[0], f":{free_port()}/"), True),
+    ):
+        store = dv.CompletionStore(url)
+        with pytest.raises(dv.ConfigurationError) as refused:
+            asyncio.run(store.check())
+        assert store.may_recover(refused.value) is may_recover
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """The service's `[accounts]`: listeners of the settings, ids of requests, and a running service that is stopped."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -157,3 +160,48 @@ def test_a_running_service_tells_all_before_it_ends(directory: Path, workers: in
     of_slow = [line for line in lines_of(directory) if line["name"] == "huge.bin"]
     assert [(line["result"], line["reason"]) for line in of_slow] == [("aborted", "server-stopped")]
     assert "Traceback" not in server.log
+
+
+def serve(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "downloadview_async.cli", "serve", "--config", "downloadview.toml", *arguments]
+
+
+@pytest.mark.slow
+def test_the_service_runs_without_the_database_server_in_which_it_counts(directory: Path) -> None:
+    """A worker that is replaced meanwhile does not end it, either."""
+    pytest.importorskip("asyncpg", reason="PostgreSQL: asyncpg is not installed")
+    port, of_database = free_port(), free_port()
+    load(directory, SETTINGS + f'database = "postgresql+asyncpg://127.0.0.1:{of_database}/none"\n')
+    with serving(serve("--port", str(port), "--workers", "2"), port, log=directory / "log", cwd=directory) as server:
+        server.wait_for_log("Application startup complete", times=2)
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        workers = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        os.kill(workers[0], signal.SIGKILL)
+        server.wait_for_log("Application startup complete", times=3)
+        with ask(port, "/files/a.txt", "Connection: close") as client:
+            assert client.makefile("rb").read().endswith(b"0123456789")
+        assert server.stop() == 0
+        warning = "accounts.database: the database cannot be used (ConnectionRefusedError: "
+        assert server.log.count(warning) == 3
+        assert "1 answers were not counted before the end" in server.log
+    report = [*serve()[:3], "report", "--config", "downloadview.toml"]
+    refused = subprocess.run(report, cwd=directory, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert warning in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_service_starts_while_the_database_is_locked_and_counts_later(directory: Path) -> None:
+    load(directory, SETTINGS + 'database = "sqlite+aiosqlite:///accounts.db"\n')
+    port = free_port()
+    with contextlib.closing(sqlite3.connect(directory / "accounts.db", isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("BEGIN IMMEDIATE")
+        with serving(serve("--port", str(port)), port, log=directory / "log", cwd=directory) as server:
+            with ask(port, "/files/a.txt", "Connection: close") as client:
+                assert client.makefile("rb").read().endswith(b"0123456789")
+            other.execute("COMMIT")
+            assert server.stop() == 0
+            assert "the database cannot be used (OperationalError: database is locked)" in server.log
+        other.execute("PRAGMA wal_checkpoint")
+        assert other.execute("SELECT file, downloads FROM downloadview_totals").fetchall() == [("a.txt", 1)]
