@@ -179,13 +179,14 @@ class CompletionStore:
         async with self._writing() as connection:
             await self._write(connection, batch)
 
-    async def close_delegated(self, lines: Iterable[LogLine], place: Place | None = None) -> set[str]:
+    async def close_delegated(
+        self, lines: Iterable[LogLine], place: Place | None = None, *, keeps_unknown: bool = True
+    ) -> set[str]:
         """Count what a proxy has sent of delegated answers, each once, and return the ids of those that were known.
 
-        A line of an answer that is not known yet is kept for a day, because the process that has delegated it may be
-        slower than the proxy. It counts as soon as that process has written the answer.
-
         place: up to where the log has been read then. It is kept in the same transaction.
+        keeps_unknown: keep a line for a day if its answer is not known yet, because the process that has delegated it
+        may be slower than the proxy. It counts as soon as that process has written the answer.
         """
         by_id = {line.request_id: line for line in lines}
         pending, early = self._tables.delegated, self._tables.lines
@@ -201,7 +202,7 @@ class CompletionStore:
                         batch.add(sent)
                 await connection.execute(pending.delete().where(pending.c.request_id.in_(ids)))
             unknown = [line for line in by_id.values() if line.has_file and line.request_id not in closed]
-            if unknown:
+            if unknown and keeps_unknown:
                 insert, now = self._insert(early).on_conflict_do_nothing(), time.time()
                 kept = [{"time": now, **{name: getattr(line, name) for name in _LINE}} for line in unknown]
                 await connection.execute(insert, kept)

@@ -16,6 +16,7 @@ logger = logging.getLogger("downloadview_async")
 
 _POLL = 0.25  # seconds between two looks
 _PATIENCE = 2.0  # seconds; the processes of the application write about a delegated answer some time after it
+_OLD_SECONDS = 3600.0  # the answers of a log that was written so long ago are in the database, or never will be
 _LOG_SECONDS = 60.0
 
 
@@ -41,9 +42,11 @@ class ProxyLog:
         log = RotatedLog(self.path, await self.store.places(self.path))
         try:
             written_at = log.look()
-            if written_at is not None:
-                await anyio.sleep(min(_PATIENCE, max(0.0, written_at + _PATIENCE - time.time())))
-            return await self._add(log)
+            if written_at is None:
+                return 0
+            age = time.time() - written_at
+            await anyio.sleep(min(_PATIENCE, max(0.0, _PATIENCE - age)))
+            return await self._add(log, keeps_unknown=age < _OLD_SECONDS)
         finally:
             log.close()
 
@@ -64,7 +67,8 @@ class ProxyLog:
             except Exception as exc:  # whatever the driver raises
                 if time.monotonic() - logged_at >= _LOG_SECONDS:
                     logged_at = time.monotonic()
-                    logger.warning("The log of the proxy cannot be counted now: %s: %s", type(exc).__name__, exc)
+                    reason = f"{type(exc).__name__}: {getattr(exc, 'orig', exc)}"
+                    logger.warning("The log of the proxy cannot be counted now: %s", reason)
             await anyio.sleep(1)
 
     async def _follow(self, log: RotatedLog) -> None:
@@ -82,11 +86,11 @@ class ProxyLog:
             await anyio.sleep(_PATIENCE)
             await self._add(log)
 
-    async def _add(self, log: RotatedLog) -> int:
+    async def _add(self, log: RotatedLog, *, keeps_unknown: bool = True) -> int:
         count = 0
         for lines, place in log.read():
             parsed = [line for line in map(LogLine.parse, lines) if line is not None]
-            count += len(await self.store.close_delegated(parsed, place))
+            count += len(await self.store.close_delegated(parsed, place, keeps_unknown=keeps_unknown))
         return count
 
 

@@ -312,6 +312,24 @@ def test_a_line_that_is_read_before_its_answer_is_written_counts_too(url: str) -
     assert counted(url) == {"files/1": (1, 1, 100), "files/2": (0, 1, 300), "files/3": (0, 1, 60)}
 
 
+@pytest.mark.parametrize(("age", "kept"), [(60, 1), (7200, 0)])
+def test_lines_of_an_old_log_wait_for_no_answer(url: str, tmp_path: Path, age: float, kept: int) -> None:
+    """Else counting a month of logs again would fill the database."""
+    log = tmp_path / "downloads.log"
+    log.write_text('{"request_id":"1","method":"GET","status":200,"bytes":100,"content_range":"","range":""}\n')
+    os.utime(log, (time.time() - age,) * 2)
+
+    async def rows() -> int:
+        store = dv.CompletionStore(url)
+        assert await dv.ProxyLog(log, store).add() == 0
+        async with store._reading() as connection:
+            found = (await connection.execute(store._tables.lines.select())).all()
+        await store.aclose()
+        return len(found)
+
+    assert asyncio.run(rows()) == kept
+
+
 def test_rows_are_bounded_by_age_and_number(url: str) -> None:
     async def run() -> None:
         store = dv.CompletionStore(url, keep=timedelta(days=3), max_rows=5)
