@@ -73,18 +73,20 @@ class ProxyLog:
 
     async def _follow(self, log: RotatedLog) -> None:
         """Follow the log. Return if another process follows it."""
-        locked = None
+        locked = due = None
         while True:
-            written_at = log.look()
+            log.open()
             if log.current is not None and log.current != locked:
                 if not _lock(log.current):
                     return
                 locked = log.current
-            if written_at is None:
+            if due is None and log.look() is not None:
+                due = time.monotonic() + _PATIENCE
+            if due is not None and time.monotonic() >= due:
+                due = None
+                await self._add(log)
+            else:
                 await anyio.sleep(_POLL)
-                continue
-            await anyio.sleep(_PATIENCE)
-            await self._add(log)
 
     async def _add(self, log: RotatedLog, *, keeps_unknown: bool = True) -> int:
         count = 0

@@ -37,8 +37,8 @@ class RotatedLog:
     are read if they were changed after the places, or, without places, within the last day. Compressed files are not
     read.
 
-    A log that is copied and truncated, instead of renamed, is read as well, but lines that were written between the
-    last look and the copy are lost.
+    A log that is copied and truncated, instead of renamed, is read as well, and so is the copy from where the log was
+    read up to. But lines that are written between the copy and the truncation are lost.
     """
 
     def __init__(self, path: str | os.PathLike[str], places: Sequence[Place] = ()) -> None:
@@ -48,23 +48,31 @@ class RotatedLog:
         self._files: list[_File] = []
         self._is_open = False
 
+    def open(self) -> None:
+        """Open the files that are not open yet, before they are compressed or removed. Raises `OSError`."""
+        if not self._is_open:
+            self._open_renamed()
+            self._is_open = True
+        if self._open_current():
+            self._open_renamed()  # it may have been rotated several times since the last look
+
     def look(self) -> float | None:
         """Find out what there is to read, and return when the last of it was written; None if there is nothing.
 
         The time is in seconds since 1970 UTC. Raises `OSError` if a file cannot be read.
         """
-        if not self._is_open:
-            self._open_renamed()
-            self._is_open = True
-        self._open_current()
+        self.open()
         written_at = None
         for file in [*self._files]:
             status = os.fstat(file.descriptor)
-            if status.st_mtime_ns != file.written_at:
+            if (status.st_mtime_ns, status.st_size) != (file.written_at, file.size):
                 file.written_at = status.st_mtime_ns
                 file.grew_at = time.monotonic()
-                if status.st_size < file.offset or not self._has_head(file, self._place_of(file)):
-                    file.offset = 0  # it was truncated
+                if status.st_size < file.offset or not _has_head(file.descriptor, self._place_of(file)):
+                    self._open_renamed()  # it was truncated, perhaps after it had been copied
+                    file.offset = 0
+        for file in [*self._files]:
+            status = os.fstat(file.descriptor)
             file.size = status.st_size
             if file.size > file.offset:
                 written_at = max(written_at or 0.0, status.st_mtime)
@@ -80,6 +88,8 @@ class RotatedLog:
         for file in [*self._files]:
             while file.offset < file.size:
                 block = os.pread(file.descriptor, min(_BLOCK, file.size - file.offset), file.offset)
+                if not _has_head(file.descriptor, self._place_of(file)):
+                    break  # it has been truncated since the last look
                 whole = block.rfind(b"\n") + 1
                 if not whole:
                     if len(block) < _BLOCK:
@@ -112,34 +122,38 @@ class RotatedLog:
             is_like = entry.name.startswith(stem) and suffix in entry.name and not entry.name.endswith(_PACKED)
             if is_like and entry.name != name:
                 status = entry.stat()
+                if any((file.device, file.inode) == (status.st_dev, status.st_ino) for file in self._files):
+                    continue
                 if (status.st_dev, status.st_ino) in self._places or status.st_mtime >= self._oldest:
                     renamed.append((status.st_mtime, entry.path))
         for _, path in sorted(renamed):
             if os.path.isfile(path):
                 self._open(path).is_current = False
 
-    def _open_current(self) -> None:
+    def _open_current(self) -> bool:
+        """Open the file at the path, and return whether that is another one than before."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
             if not self._files:
                 raise
-            return
+            return False
         current = next((file for file in self._files if file.is_current), None)
         if current is not None:
             if (current.device, current.inode) == (status.st_dev, status.st_ino):
-                return
+                return False
             current.is_current = False
             current.grew_at = time.monotonic()
         self._open(self.path)
+        return current is not None
 
     def _open(self, path: str) -> _File:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(descriptor)
         file = _File(descriptor, status.st_dev, status.st_ino)
-        place = self._places.get((status.st_dev, status.st_ino))
-        if place is not None and place.offset <= status.st_size and self._has_head(file, place):
-            file.offset = file.size = place.offset
+        for place in self._places.values():  # also of other files: a copy begins like the log, and inodes are reused
+            if file.offset < place.offset <= status.st_size and _has_head(descriptor, place):
+                file.offset = file.size = place.offset
         self._files.append(file)
         return file
 
@@ -165,10 +179,11 @@ class RotatedLog:
         self._places[file.device, file.inode] = place
         return place
 
-    def _has_head(self, file: _File, place: Place) -> bool:
-        """Return whether a file begins as it did when it was read up to a place."""
-        count, _, digest = place.head.partition(" ")
-        return _digest(os.pread(file.descriptor, int(count), 0)) == digest
+
+def _has_head(descriptor: int, place: Place) -> bool:
+    """Return whether a file begins as it did when it was read up to a place."""
+    count, _, digest = place.head.partition(" ")
+    return _digest(os.pread(descriptor, int(count), 0)) == digest
 
 
 def _digest(data: bytes) -> str:

@@ -1,6 +1,7 @@
 """The lines of proxies, as a table, and logs that are renamed, truncated and read again."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,8 @@ def test_a_renamed_log_is_read_to_its_end(log: Path, name: str, is_running: bool
     assert reading.lines() == []
 
 
-def test_a_log_that_was_renamed_twice_meanwhile(log: Path) -> None:
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_log_that_was_renamed_twice_meanwhile(log: Path, is_running: bool) -> None:
     reading = Reading(log)
     log.with_name("downloads.log.0").write_text("of long ago\n")
     os.utime(log.with_name("downloads.log.0"), (1_700_000_000,) * 2)
@@ -171,8 +173,30 @@ def test_a_log_that_was_renamed_twice_meanwhile(log: Path) -> None:
     log.write_text("4\n")
     log.rename(log.with_name("downloads.log.1"))
     log.write_text("5\n")
-    reading.again()
+    if not is_running:
+        reading.again()
     assert sorted(reading.lines()) == ["3", "4", "5"]
+    assert reading.lines() == []
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_log_that_was_copied_and_truncated(log: Path, is_running: bool) -> None:
+    """What was written to it between the last look and the copy is read in the copy, and nothing is read twice."""
+    reading, expected = Reading(log), ["1", "2"]
+    for number in range(3):
+        assert sorted(reading.lines()) == expected
+        append(log, f"{number} before\n")
+        for old in range(number, 0, -1):
+            log.with_name(f"downloads.log.{old}").rename(log.with_name(f"downloads.log.{old + 1}"))
+        shutil.copyfile(log, log.with_name("downloads.log.1"))
+        os.truncate(log, 0)
+        append(log, f"{number} after\n")
+        if not is_running:
+            reading.again()
+        expected = [f"{number} after", f"{number} before"]
+    assert sorted(reading.lines()) == expected
+    reading.again()
+    assert reading.lines() == []
 
 
 @pytest.mark.parametrize("is_running", [True, False])
