@@ -16,13 +16,14 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 @dataclass(slots=True)
 class _File:
-    """One file of the log. offset: up to where it was read. size: up to where it is read next."""
+    """One file of the log. offset: up to where it was read. size: up to where it is read next. seen: its length."""
 
     descriptor: int
     device: int
     inode: int
     offset: int = 0
     size: int = 0
+    seen: int = 0
     is_current: bool = True
     written_at: int = 0
     grew_at: float = field(default_factory=time.monotonic)
@@ -55,6 +56,10 @@ class RotatedLog:
             self._is_open = True
         if self._open_current():
             self._open_renamed()  # it may have been rotated several times since the last look
+        for file in [*self._files]:
+            if self._is_truncated(file):
+                self._open_renamed()  # it may have been copied before
+                file.offset = 0
 
     def look(self) -> float | None:
         """Find out what there is to read, and return when the last of it was written; None if there is nothing.
@@ -63,14 +68,6 @@ class RotatedLog:
         """
         self.open()
         written_at = None
-        for file in [*self._files]:
-            status = os.fstat(file.descriptor)
-            if (status.st_mtime_ns, status.st_size) != (file.written_at, file.size):
-                file.written_at = status.st_mtime_ns
-                file.grew_at = time.monotonic()
-                if status.st_size < file.offset or not _has_head(file.descriptor, self._place_of(file)):
-                    self._open_renamed()  # it was truncated, perhaps after it had been copied
-                    file.offset = 0
         for file in [*self._files]:
             status = os.fstat(file.descriptor)
             file.size = status.st_size
@@ -156,6 +153,14 @@ class RotatedLog:
                 file.offset = file.size = place.offset
         self._files.append(file)
         return file
+
+    def _is_truncated(self, file: _File) -> bool:
+        status = os.fstat(file.descriptor)
+        if (status.st_mtime_ns, status.st_size) == (file.written_at, file.seen):
+            return False
+        before, file.seen = file.seen, status.st_size
+        file.written_at, file.grew_at = status.st_mtime_ns, time.monotonic()
+        return file.seen < max(before, file.offset) or not _has_head(file.descriptor, self._place_of(file))
 
     def _close(self, file: _File) -> None:
         os.close(file.descriptor)

@@ -199,6 +199,18 @@ def test_a_log_that_was_copied_and_truncated(log: Path, is_running: bool) -> Non
     assert reading.lines() == []
 
 
+def test_a_log_that_was_copied_and_truncated_before_anything_of_it_was_read(log: Path) -> None:
+    reading = Reading(log)
+    for number in (1, 2):
+        reading.log.open()
+        append(log, f"of copy {number}\n")
+        shutil.copyfile(log, log.with_name(f"downloads.log.{number}"))
+        os.truncate(log, 0)
+        reading.log.open()
+        append(log, "3\n")
+    assert sorted(reading.lines()) == ["1", "2", "3", "3", "of copy 1", "of copy 2"]
+
+
 @pytest.mark.parametrize("is_running", [True, False])
 @pytest.mark.parametrize("text", ["a\n", "a\nb\n", "a\nbcd\nefg\n"])
 def test_a_truncated_log_is_read_from_its_beginning(log: Path, text: str, is_running: bool) -> None:
