@@ -14,6 +14,7 @@ from hashlib import blake2b
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.http.log_text import cut
 from downloadview_async.policy.addresses import network_of
+from downloadview_async.sources.names import without_empty_segments
 
 Span = tuple[int, int]
 """Where a part of a file begins, and the position after its last byte."""
@@ -106,8 +107,7 @@ def whole(outcome: Outcome) -> Whole | None:
             return None
     elif spans or size != 0:
         return None
-    source = outcome.source
-    file = outcome.path if source is None or outcome.name is None else outcome.name
+    source, file = outcome.source, _file_of(outcome)
     day = int(outcome.time // 86_400)
     return day, source, file, outcome.route, outcome.user, outcome.link_id, outcome.client
 
@@ -121,7 +121,7 @@ def delivered(outcome: Outcome) -> Delivered | None:
     spans = () if is_delegated else _spans_sent(outcome)
     if not (is_delegated or is_whole or (spans and size)):
         return None
-    file = outcome.path if outcome.source is None or outcome.name is None else outcome.name
+    file = _file_of(outcome)
     source, link, user, client = outcome.source or "", outcome.link_id or "", outcome.user or "", outcome.client or ""
     identity: tuple[str, ...]
     if user:
@@ -158,6 +158,13 @@ def digest_of(*texts: str) -> str:
 def stored(text: str) -> str:
     """Return a text as a database keeps it: with escapes for what it refuses, and not longer than its columns."""
     return cut(text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00"))
+
+
+def _file_of(outcome: Outcome) -> str:
+    """Return the name of a file in its source; without a source, the path, in the one spelling that servers read."""
+    if outcome.source is None or outcome.name is None:
+        return without_empty_segments(outcome.path)
+    return outcome.name
 
 
 def _spans_sent(outcome: Outcome) -> tuple[Span, ...]:

@@ -35,8 +35,8 @@ class Outcome:
     method, path, http_version: of the request. The path has no query, and no percent-encoding.
     client: the address of the client, None if the server does not know it.
     route, source: the path of the route with those of the mounts around it, and the name of the source, if known.
-    name: what the source was asked for, or the name of the file. etag, size: of the file, if it was opened; the ETag is
-    that of the header, the size is in bytes.
+    name: what the source was asked for, `a/b` for `./a//b` too, or the name of the file. etag, size: of the file, if it
+    was opened; the ETag is that of the header, the size is in bytes.
     user, link_id: of the grant by which the request was allowed.
     status: of the answer; 0 if none was begun.
     kind: how the answer left. For files: `offloaded:` and the name of the proxy, `redirected`, `zero-copy` by the

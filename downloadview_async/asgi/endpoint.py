@@ -1,5 +1,6 @@
 """`Download` and `Listing`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -38,6 +39,7 @@ from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.names import without_empty_segments
 
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
+_SPELLINGS = re.compile(r"(?:^|/)\.?/")  # what has segments that are dropped from a name
 _ALLOW = {"Allow": "GET, HEAD, OPTIONS", "X-Content-Type-Options": "nosniff"}
 
 
@@ -89,7 +91,7 @@ class _Endpoint:
                 key = key_of(self._key, scope, type(self).__name__)
                 facts: Facts | None = scope.get(ACCOUNT)
                 if facts is not None:
-                    facts.find(self.source_name, key, scope)
+                    facts.find(self.source_name, self._plain(key), scope)
                 if self._hidden is not None:
                     self._hidden.check(key)
                 if self.access:
@@ -111,6 +113,12 @@ class _Endpoint:
                 await send_error(exc, scope, send)
                 return
             await answer(scope, receive, send)
+
+    def _plain(self, key: Any) -> Any:
+        """Return the one name that all spellings of a key stand for, so that they are counted as one file."""
+        if self._canonical is None or not isinstance(key, str) or _SPELLINGS.search(key) is None:
+            return key
+        return _name_of(self._canonical, key, is_folder=False)
 
     async def _allow(self, request: Request, key: Any, *, is_folder: bool = False) -> Grant:
         """Return the grant for a file or a folder. Raises `FileError`.

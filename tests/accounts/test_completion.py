@@ -94,6 +94,7 @@ SAME = {
     "another time": {"time": 1_700_100_000.0},
     "another address of a user": ({"user": "ada"}, {"user": "ada", "client": "198.51.100.1", "headers": ()}),
     "another program with the same link": ({"link_id": "L"}, {"link_id": "L", "headers": ()}),
+    "another spelling of the path": ({"source": None}, {"source": None, "path": "//files/./a.bin"}),
     "another address in the same /64": ({"client": "2001:db8::1"}, {"client": "2001:db8::2"}),
 }
 OTHER = {

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async.accounts import completion_store
 from downloadview_async.accounts.completion import delivered
 from downloadview_async.accounts.completion_store import Batch, Place, day_of
 from downloadview_async.accounts.proxy_log import LogLine
+from downloadview_async.testing import call
 from tests.accounts.test_completion import outcome
 from tests.proxies.servers import readable_directory
 from tests.servers import free_port
@@ -123,6 +126,29 @@ def test_what_is_counted_and_by_what(url: str) -> None:
     assert counted(url, "client") == {"192.0.2.7": (4, 5, 410), "2001:db8::1": (1, 1, 100)}
     assert counted(url, "day", since=timedelta(days=1)) == {today: (5, 6, 510)}
     assert [row["file"] for row in report(url, top=1)] == ["files/a.bin"]
+
+
+@pytest.mark.asyncio
+async def test_all_spellings_of_a_name_are_one_file(tmp_path: Path) -> None:
+    """Else a client could make any number of rows for one file, and nobody would see how often it was downloaded."""
+    (tmp_path / "files/a").mkdir(parents=True)
+    for name in ("files/a/b.txt", "files/a/.b"):
+        (tmp_path / name).write_bytes(b"0123456789")
+    store = dv.CompletionStore(f"sqlite+aiosqlite:///{tmp_path / 'accounts.db'}")
+    completions = dv.Completions(store)
+    download = dv.Download(dv.PathSource(tmp_path / "files"), source_name="files", listing=True)
+    app = dv.Accounts(Starlette(routes=[Route("/{path:path}", download)]), observers=[completions])
+    async with completions:
+        spellings = {"a/b.txt": "0-2", "./a//b.txt": "3-4", "/a/./b.txt": "5-8", "./././a/b.txt": "9-"}
+        for spelling, part in spellings.items():
+            assert (await call(app, f"/{spelling}", headers={"Range": f"bytes={part}"})).status == 206, spelling
+        assert (await call(app, "//a/.b")).status == 200
+    rows = await store.report("file")
+    await store.aclose()
+    assert [(row["file"], row["downloads"], row["answers"]) for row in rows] == [
+        ("files/a/.b", 1, 1),
+        ("files/a/b.txt", 1, 4),
+    ]
 
 
 def test_the_downloads_of_files(url: str) -> None:
