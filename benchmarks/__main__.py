@@ -59,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if server.missing:
             _say(f"NOT MEASURED: {server.title}: {', '.join(server.missing)} is not installed (make bench installs it)")
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="benchmarks-") as scratch:
-        found, failures, busy = _run(present, measures, rounds, scale, Path(scratch))
+        measured, failures, busy = _run(present, measures, rounds, scale, Path(scratch))
     results = {
         "machine": _machine(),
         "rounds": rounds,
         "scale": asdict(scale),
-        "figures": found,
+        "figures": measured,
         "failures": failures,
         "busy": busy,
     }
@@ -124,7 +124,7 @@ def _run(
 ) -> tuple[dict[str, dict[str, list[float | None]]], list[str], float]:
     """Measure, round by round.
 
-    Returns what each round has found, what could not be measured, and how busy the machine was with other things.
+    Returns the figures of each round, what could not be measured, and how busy the machine was with other things.
     """
     cores = sorted(os.sched_getaffinity(0))
     load_core, server_core = cores[0], cores[-1]
@@ -137,7 +137,7 @@ def _run(
     start = time.monotonic()
     turns = [(measure, server) for measure in MEASURES for server in servers if measure in measures]
     turns = [(measure, server) for measure, server in turns if measure in server.measures]
-    found: dict[str, dict[str, list[float | None]]] = {}
+    measured: dict[str, dict[str, list[float | None]]] = {}
     failures: list[str] = []
     busy = 0.0
     try:
@@ -162,12 +162,12 @@ def _run(
                     f"{prefix}: " + ", ".join(f"{name} {FIGURES[name].show(value)}" for name, value in figures.items())
                 )
                 for name, value in figures.items():
-                    values = found.setdefault(name, {}).setdefault(server.key, [])
+                    values = measured.setdefault(name, {}).setdefault(server.key, [])
                     values += [None] * (number - len(values))  # rounds that failed
                     values.append(value)
     finally:
         os.sched_setaffinity(0, cores)
-    return found, failures, busy
+    return measured, failures, busy
 
 
 def _make_files(scratch: Path, scale: Scale) -> Path:
@@ -203,10 +203,10 @@ def _write(results: Mapping[str, Any], before: Mapping[str, Any] | None, output:
     return text
 
 
-def _picture(found: report.Rounds, figure: str) -> str | None:
+def _picture(measured: report.Rounds, figure: str) -> str | None:
     bars = []
     for server in SERVERS.values():
-        value = report.median(found, figure, server.key)
+        value = report.median(measured, figure, server.key)
         if value is not None and server.bodies and not re.search("routes-", server.key):
             bars.append(Bar(server.title, value, FIGURES[figure].show(value), server.ours))
     bars.sort(key=lambda bar: bar.value, reverse=FIGURES[figure].more_is_better)

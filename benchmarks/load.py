@@ -70,8 +70,8 @@ def parse_wrk(output: str) -> Wrk:
             raise LoadError(f"wrk: {problem}")
     rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
     percentiles = {
-        found[1]: float(found[2]) * _UNITS[found[3]]
-        for found in re.finditer(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s|m)$", output, re.MULTILINE)
+        match[1]: float(match[2]) * _UNITS[match[3]]
+        for match in re.finditer(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s|m)$", output, re.MULTILINE)
     }
     if rate is None or float(rate[1]) == 0 or len(percentiles) < 2:
         raise LoadError(f"wrk says nothing that can be read: {output}")

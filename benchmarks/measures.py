@@ -107,8 +107,8 @@ def range_1m(server: Running, scale: Scale, core: int) -> dict[str, float]:
         ):
             _expect(server, name, *headers, status=206 if headers else 200)
             url = server.url(name)
-            found = run_wrk(url, seconds=scale.seconds, connections=_CONNECTIONS, core=core, headers=headers)
-            rates[figure].append(found.rate)
+            result = run_wrk(url, seconds=scale.seconds, connections=_CONNECTIONS, core=core, headers=headers)
+            rates[figure].append(result.rate)
     return {figure: statistics.mean(values) for figure, values in rates.items()}
 
 
@@ -169,8 +169,8 @@ def _wait_until_quiet(server: Running) -> None:
 def beside(server: Running, scale: Scale, core: int) -> dict[str, float]:
     """Find how long a small request takes while large downloads go on."""
     with downloading(server.port, server.path(server.server.large), scale.downloads, core=core):
-        found = run_wrk(server.url("10k.bin"), seconds=scale.seconds, connections=1, core=core)
-    return {"p50": found.p50, "p99": found.p99}
+        result = run_wrk(server.url("10k.bin"), seconds=scale.seconds, connections=1, core=core)
+    return {"p50": result.p50, "p99": result.p99}
 
 
 MEASURES: Mapping[str, Callable[[Running, Scale, int], dict[str, float]]] = {

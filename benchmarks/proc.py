@@ -13,15 +13,15 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 def of_sessions(leaders: Iterable[int]) -> list[int]:
     """Return the processes of the sessions that `leaders` lead: a server's master, its workers and helpers."""
     wanted = set(leaders)
-    found = []
+    numbers = []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             session = int(_stat(int(directory.name))[3])
         except (FileNotFoundError, ProcessLookupError):
             continue
         if session in wanted:
-            found.append(int(directory.name))
-    return found
+            numbers.append(int(directory.name))
+    return numbers
 
 
 def cpu_seconds(processes: Iterable[int]) -> float:

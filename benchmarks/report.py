@@ -9,7 +9,7 @@ from benchmarks.measures import FIGURES
 from benchmarks.servers import SERVERS
 
 Rounds = Mapping[str, Mapping[str, Sequence[float | None]]]
-"""Figure, server, and what each round found in base units; None where a round failed."""
+"""Figure, server, and what each round measured in base units; None where a round failed."""
 
 ENOUGH_ROUNDS = 3
 """With fewer, nothing is known of the spread, and nothing is said to be worse."""
@@ -27,13 +27,13 @@ class Row:
     base: tuple[str, str] | None
     more_is_better: bool
 
-    def rounds(self, found: Rounds) -> list[float]:
+    def rounds(self, measured: Rounds) -> list[float]:
         """Return the row in each round that has both numbers: neighbours in time are compared."""
-        values = found.get(self.value[0], {}).get(self.value[1], [])
+        values = measured.get(self.value[0], {}).get(self.value[1], [])
         if self.base is None:
             unit = FIGURES[self.value[0]].unit
             return [value / unit for value in values if value is not None]
-        bases = found.get(self.base[0], {}).get(self.base[1], [])
+        bases = measured.get(self.base[0], {}).get(self.base[1], [])
         return [value / base for value, base in zip(values, bases, strict=False) if value is not None and base]
 
 
@@ -196,7 +196,7 @@ def spread(rounds: Sequence[float]) -> float:
 
 def worse_than_before(now: Rounds, before: Rounds) -> list[Worse]:
     """Return the rows whose median is worse by more than both spreads together, and by more than 3 %."""
-    found = []
+    worse = []
     for row in compared_rows():
         then, here = row.rounds(before), row.rounds(now)
         if min(len(then), len(here)) < ENOUGH_ROUNDS:
@@ -204,21 +204,21 @@ def worse_than_before(now: Rounds, before: Rounds) -> list[Worse]:
         was, is_now = statistics.median(then), statistics.median(here)
         tolerance = max(spread(then) + spread(here), _LEAST_TOLERANCE * abs(was))
         if (was - is_now if row.more_is_better else is_now - was) > tolerance:
-            found.append(Worse(row, was, is_now, tolerance))
-    return found
+            worse.append(Worse(row, was, is_now, tolerance))
+    return worse
 
 
-def median(found: Rounds, figure: str, server: str) -> float | None:
+def median(measured: Rounds, figure: str, server: str) -> float | None:
     """Return the median of the rounds, or None where nothing was measured."""
-    values = [value for value in found.get(figure, {}).get(server, []) if value is not None]
+    values = [value for value in measured.get(figure, {}).get(server, []) if value is not None]
     return statistics.median(values) if values else None
 
 
-def goals_table(found: Rounds) -> str:
+def goals_table(measured: Rounds) -> str:
     """Return the goals as a Markdown table; beside each median, half the width of the middle half of the rounds."""
     lines = []
     for goal in GOALS:
-        rounds = goal.row.rounds(found)
+        rounds = goal.row.rounds(measured)
         shown = met = "not measured"
         if rounds:
             value = statistics.median(rounds)
@@ -229,11 +229,11 @@ def goals_table(found: Rounds) -> str:
     return _table(["measure", "this run", "reach", "goal", "met"], lines)
 
 
-def figures_table(found: Rounds, figures: Sequence[str], servers: Sequence[str]) -> str:
+def figures_table(measured: Rounds, figures: Sequence[str], servers: Sequence[str]) -> str:
     """Return medians as a Markdown table: a line for each server that has one of the figures."""
     lines = []
     for server in servers:
-        medians = [median(found, figure, server) for figure in figures]
+        medians = [median(measured, figure, server) for figure in figures]
         if any(value is not None for value in medians):
             shown = [
                 "" if value is None else FIGURES[figure].show(value)
@@ -243,7 +243,7 @@ def figures_table(found: Rounds, figures: Sequence[str], servers: Sequence[str])
     return _table(["server", *(FIGURES[figure].title for figure in figures)], lines) if lines else ""
 
 
-def growth_table(found: Rounds) -> str:
+def growth_table(measured: Rounds) -> str:
     """Return what a request costs with 1, 100 and 1,000 rules or routes, as multiples of the cost with one."""
     lines = []
     for kind, title in [
@@ -252,7 +252,7 @@ def growth_table(found: Rounds) -> str:
         ("bare-routes", "routes of a bare Starlette application"),
     ]:
         cells = [
-            Row("", ("rps_10k", f"{kind}-1"), ("rps_10k", f"{kind}-{number}"), more_is_better=False).rounds(found)
+            Row("", ("rps_10k", f"{kind}-1"), ("rps_10k", f"{kind}-{number}"), more_is_better=False).rounds(measured)
             for number in (1, 100, 1000)
         ]
         if any(cells):
@@ -299,9 +299,9 @@ LOADS = (
 )
 
 
-def limits(found: Rounds, server: str, load: Load, machine: Machine) -> dict[str, float]:
+def limits(measured: Rounds, server: str, load: Load, machine: Machine) -> dict[str, float]:
     """Return how much of a load each resource of a machine allows, as far as it was measured."""
-    speed = median(found, load.figure, server)
+    speed = median(measured, load.figure, server)
     if not speed:
         return {}
     allowed = {
@@ -309,8 +309,8 @@ def limits(found: Rounds, server: str, load: Load, machine: Machine) -> dict[str
         "network": machine.network / load.size,
     }
     if load.slow:
-        memory = median(found, "rss_per_client", server) or 0.0
-        descriptors = median(found, "descriptors_per_client", server) or 0.0
+        memory = median(measured, "rss_per_client", server) or 0.0
+        descriptors = median(measured, "descriptors_per_client", server) or 0.0
         if memory > 0:  # a short run may find less than nothing
             allowed["memory"] = machine.memory / memory
         if descriptors > 0:
@@ -318,16 +318,16 @@ def limits(found: Rounds, server: str, load: Load, machine: Machine) -> dict[str
     return allowed
 
 
-def core_table(found: Rounds) -> str:
+def core_table(measured: Rounds) -> str:
     """Return what one core does, and how many clients one GiB of memory and one process hold."""
     lines = []
     for server in _HOLDING:
         cpu, memory, descriptors = (
-            median(found, figure, server) or 0.0
+            median(measured, figure, server) or 0.0
             for figure in ("cpu_per_gib", "rss_per_client", "descriptors_per_client")
         )
         cells = [
-            *((median(found, figure, server) or 0.0, 0) for figure in ("rps_10k", "rps_1m")),
+            *((median(measured, figure, server) or 0.0, 0) for figure in ("rps_10k", "rps_1m")),
             (1 / cpu if cpu > 0 else 0.0, 2),
             (_GIB / memory if memory > 0 else 0.0, 0),
             (EXAMPLE.descriptors / descriptors if descriptors > 0 else 0.0, 0),
@@ -345,13 +345,13 @@ def core_table(found: Rounds) -> str:
     return _table(head, lines) if lines else ""
 
 
-def example_table(found: Rounds, machine: Machine = EXAMPLE) -> str:
+def example_table(measured: Rounds, machine: Machine = EXAMPLE) -> str:
     """Return how much of each load a machine holds, and what of it runs out first."""
     resources = ("cores", "network", "memory", "descriptors")
     lines = []
     for load in LOADS:
         for server in _HOLDING:
-            if allowed := limits(found, server, load, machine):
+            if allowed := limits(measured, server, load, machine):
                 first = min(allowed, key=lambda resource: allowed[resource])
                 cells = [f"{allowed[resource]:,.0f}" if resource in allowed else "" for resource in resources]
                 holds = f"{allowed[first]:,.0f} {load.unit}: {first}"
@@ -364,7 +364,7 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
 
     compared: what `comparison` says. pictures: the names of files, by the figures that they show.
     """
-    found: Rounds = results["figures"]
+    measured: Rounds = results["figures"]
     scale = results["scale"]
     main = [key for key in SERVERS if not key.startswith(("rules-", "routes-", "bare-routes-"))]
     django = (
@@ -400,22 +400,22 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
         _machine(results),
         f"{len(failures)} turns failed: {'; '.join(failures)}." if failures else "",
         "## Goals",
-        goals_table(found),
+        goals_table(measured),
         compared,
     ]
     for title, figures, text in sections:
-        table = figures_table(found, figures, main)
+        table = figures_table(measured, figures, main)
         if table:
             parts += [f"## {title}", text, table]
             parts += [f"![{FIGURES[figure].title}]({pictures[figure]})" for figure in figures if figure in pictures]
-    if growth := growth_table(found):
+    if growth := growth_table(measured):
         parts += [
             "## Rules and routes",
             "The cost of a request for 10 KiB, as a multiple of the cost with one. Starlette looks at one route "
             "after the other, and the one that is asked for is the last.",
             growth,
         ]
-    if cores := core_table(found):
+    if cores := core_table(measured):
         parts += [
             "## What one machine holds",
             "The medians above for one core, one GiB of memory and one process. GiB/s is 1 / CPU seconds per GiB.",
@@ -424,7 +424,7 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
             f"{EXAMPLE.memory / _GIB:.0f} GiB for clients beside the page cache, and {EXAMPLE.descriptors:,} "
             "descriptors for each process would hold the least of what its resources allow. This is arithmetic: it "
             "takes for granted that every core does what the measured one did, and counts bodies alone.",
-            example_table(found),
+            example_table(measured),
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -95,6 +95,11 @@ def test_modules_have_none_of_the_phrases(path: Path) -> None:
     assert [*values_named(source)] == []
 
 
+@pytest.mark.parametrize("path", sorted((PROJECT / "benchmarks").rglob("*.py")), ids=lambda path: str(path.name))
+def test_values_of_the_benchmarks_have_names(path: Path) -> None:
+    assert [*values_named(path.read_text())] == []
+
+
 @pytest.mark.parametrize(
     "text, count",
     [

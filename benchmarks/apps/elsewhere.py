@@ -34,9 +34,9 @@ _store = S3Store("bucket", client_options={"allow_http": True, "timeout": "1h"},
 
 async def bare(scope: Scope, receive: Receive, send: Send) -> None:
     """Send an object in a bare loop, without a thought for who asks: the least that reading and sending it can cost."""
-    found = await _store.get_async(scope["path"].removeprefix("/files/"))
-    length = str(found.meta["size"]).encode()
+    answer = await _store.get_async(scope["path"].removeprefix("/files/"))
+    length = str(answer.meta["size"]).encode()
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
-    async for chunk in found.stream(256 * 1024):
+    async for chunk in answer.stream(256 * 1024):
         await send({"type": "http.response.body", "body": bytes(chunk), "more_body": True})
     await send({"type": "http.response.body", "body": b""})

@@ -15,7 +15,8 @@ from downloadview_async.http.fields import OFFLOAD_TARGET
 from downloadview_async.offload.presigned import StoreSigner
 from downloadview_async.offload.rules import Rule, RuleTable, checked_rules
 from downloadview_async.sources.base import AsyncFile
-from downloadview_async.sources.object_store import SCHEMES, ObjectStorage
+from downloadview_async.sources.object_options import SCHEMES
+from downloadview_async.sources.object_store import ObjectStorage
 
 SIGNED_SECONDS = 300
 """Seconds that a signed URL for a proxy is valid. The proxy uses it at once; the rest allows for clocks that differ."""

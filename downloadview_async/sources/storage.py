@@ -15,7 +15,8 @@ from downloadview_async.sources.listing import accepted_entries
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.memory_storage import MemoryStorage
 from downloadview_async.sources.names import Names, canonical_name, check_names_option
-from downloadview_async.sources.object_store import SCHEMES, ObjectStorage
+from downloadview_async.sources.object_options import SCHEMES
+from downloadview_async.sources.object_store import ObjectStorage
 
 
 class StorageFile:

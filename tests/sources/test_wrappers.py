@@ -34,7 +34,7 @@ from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, 
 from downloadview_async.sources.local.path import FileBeneath
 from downloadview_async.sources.local.root import has_openat2
 from downloadview_async.sources.object import OpenObjectFile
-from downloadview_async.sources.object_store import OpenObject
+from downloadview_async.sources.open_object import OpenObject
 from downloadview_async.sources.remote.source import OpenRemoteFile
 from tests.descriptors import open_paths
 from tests.live import ask, live, make_old
