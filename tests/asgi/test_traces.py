@@ -26,7 +26,7 @@ from downloadview_async import (
     Traces,
     URLSigner,
 )
-from downloadview_async.sources import spans
+from downloadview_async.sources import tracing
 from downloadview_async.testing import call
 from tests.live import live
 
@@ -55,7 +55,7 @@ class Traced:
 @pytest.fixture
 def traced() -> Iterator[Traced]:
     yield Traced()
-    spans._tracers.clear()
+    tracing._tracers.clear()
 
 
 def attributes_of(span: ReadableSpan) -> dict[str, Any]:
@@ -152,8 +152,8 @@ async def test_requests_at_once_have_their_own_spans(traced: Traced, tmp_path: P
 
 
 def test_without_traces_a_span_is_nothing() -> None:
-    assert spans.span("a") is spans.span("b", server__address="x")
-    with spans.span("a") as note:
+    assert tracing.span("a") is tracing.span("b", server__address="x")
+    with tracing.span("a") as note:
         note("http.response.status_code", 404)
 
 

@@ -11,7 +11,7 @@ import bcrypt
 import pytest
 
 from downloadview_async import ConfigurationError
-from downloadview_async.policy import throttle
+from downloadview_async.policy import login_throttle
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.proxy_config import config_for
@@ -93,7 +93,7 @@ async def ask_from(address: str, port: int, path: str, headers: dict[str, str]) 
 
 @pytest.mark.asyncio
 async def test_the_service_asks_for_a_password(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throttle, "FIRST_DELAY", 0.0)
+    monkeypatch.setattr(login_throttle, "FIRST_DELAY", 0.0)
     ada, bob = basic("ada", "ada"), basic("bob smith", "bob smith")
     async with live(build(load_settings(directory / "downloadview.toml", environ={}))) as port:
         for path, headers, status in [
