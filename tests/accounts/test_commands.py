@@ -17,16 +17,11 @@ from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.proxy_config import config_for
 from tests.accounts.test_completion import outcome
 from tests.accounts.test_proxy_log import line
+from tests.service.loading import FILES
 
-SETTINGS = """
+SETTINGS = f"""{FILES}
 [accounts]
 database = "sqlite+aiosqlite:///accounts.db"
-[sources.files]
-type = "path"
-root = "files"
-[[routes]]
-path = "/files/{path:path}"
-source = "files"
 """
 PROXIED = """
 [offload]

@@ -18,6 +18,7 @@ from downloadview_async.service.proxy_config import config_for
 from tests.browser import CHROMIUM, browse
 from tests.live import live, make_old
 from tests.proxies.servers import KINDS, proxy, readable_directory
+from tests.service.loading import FILES
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -25,16 +26,9 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium"),
 ]
 
-SETTINGS = """
-[links]
-keys = "2026a ssssssssssssssssssssssssssssssss"
-[sources.files]
-type = "path"
-root = "files"
-[[routes]]
-path = "/files/{path:path}"
-source = "files"
-cors = { origins = ["ORIGIN"] }
+SETTINGS = (
+    FILES
+    + """cors = { origins = ["ORIGIN"] }
 [[routes]]
 path = "/signed/{path:path}"
 source = "files"
@@ -43,9 +37,12 @@ cors = { origins = ["ORIGIN"] }
 [[routes]]
 path = "/closed/{path:path}"
 source = "files"
+[links]
+keys = "2026a ssssssssssssssssssssssssssssssss"
 [offload]
 backend = "KIND"
 """
+)
 REQUESTS = {
     "whole": ("/files/a.txt", {}),
     "part": ("/files/a.txt", {"Range": "bytes=2-4", "If-Range": '"another"'}),

@@ -19,18 +19,11 @@ from starlette.testclient import TestClient
 from downloadview_async import ConfigurationError
 from downloadview_async.service.app import build
 from tests.servers import free_port, serving
-from tests.service.loading import load
+from tests.service.loading import FILES, load
 
-SETTINGS = """
+SETTINGS = f"""{FILES}list = true
 [server]
 http = "auto"
-[sources.files]
-type = "path"
-root = "files"
-[[routes]]
-path = "/files/{path:path}"
-source = "files"
-list = true
 [accounts]
 listeners = ["hook:outcomes:note"]
 """
