@@ -206,6 +206,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "_is_paced",
         "_is_shutting_down",
         "_may_be_paced",
+        "_on_half_close",
         "_pace_timer",
         "_paused",
         "_phase",
@@ -253,6 +254,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._idle_since: float | None = None
         self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
         self._is_half_closed = False
+        self._on_half_close: Callable[[], None] | None = None
         self._writes_at_once = True
         self._is_shutting_down = False
         self._is_paced = False
@@ -515,6 +517,8 @@ class DownloadProtocol(HttpToolsProtocol):
             if not self._is_half_closed:
                 self._is_half_closed = True
                 self._look_for_hangup()
+                if self._on_half_close is not None:
+                    self._on_half_close()
             return True
         self._watch_untaken_bytes()
         return False
@@ -676,6 +680,12 @@ class DownloadProtocol(HttpToolsProtocol):
             return True
         flush(self).add_done_callback(lambda _: callback())
         return False
+
+    def when_half_closed(self, callback: Callable[[], None] | None) -> None:
+        """Call `callback` when the client closes its side of the connection, or now if it has; None: call nothing."""
+        self._on_half_close = callback
+        if callback is not None and self._is_half_closed:
+            callback()
 
     def _stop_timers(self) -> None:
         stop_watching(self)
