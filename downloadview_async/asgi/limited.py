@@ -73,7 +73,9 @@ class _Limited:
         self._receive = receive
         self._send = send
         self._stack = ExitStack()
-        self._is_small = False
+        self._small = 0  # bytes that leave in one message, at the rate of small answers
+        self._has_left = False
+        self._waiting: anyio.CancelScope | None = None
         self._is_refused = False
         self._receiving = anyio.Lock()
         self._received: list[Message] = []
@@ -88,10 +90,9 @@ class _Limited:
         facts: Facts | None = scope.get(ACCOUNT)
         if facts is not None:
             facts.enter(scope)
-        receive = self.receive if self._transfers.may_wait else self._receive
         with self._stack:
             try:
-                await app(scope, receive, self.send)
+                await app(scope, self.receive, self.send)
             except Exception:
                 if not self._is_refused:
                     raise
@@ -99,7 +100,16 @@ class _Limited:
     async def receive(self) -> Message:
         """Receive a message, or one that came while the answer waited."""
         async with self._receiving:
-            return self._received.pop(0) if self._received else await self._receive()
+            return self._received.pop(0) if self._received else await self._next()
+
+    async def _next(self) -> Message:
+        """Receive a message from the server, and note if it tells that the client has left."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._has_left = True
+            if self._waiting is not None:
+                self._waiting.cancel()
+        return message
 
     async def send(self, message: Message) -> None:
         """Send a message at the rate of the client. Raises `OSError` after a refusal, as if the client had left."""
@@ -107,10 +117,9 @@ class _Limited:
             raise OSError("the answer was refused, because a limit is reached")
         if message["type"] == "http.response.start" and not self._transfers.is_ours:
             await self._begin(message)
-        elif self._is_small and message["type"] == "http.response.body":
-            self._is_small = False
-            size = len(message.get("body", b""))
-            await anyio.sleep(max(0.0, *(shared.take(size) for shared in self._transfers.rates)))
+        elif self._small and message["type"] != "http.response.start":
+            size, self._small = self._small, 0
+            await anyio.sleep(max(shared.take(size) for shared in self._transfers.rates))
         await self._send(message)
 
     async def _begin(self, start: Message) -> None:
@@ -130,34 +139,37 @@ class _Limited:
             self._is_refused = True
             await send_error(exc, self._scope, self._send)
             raise OSError(str(exc)) from exc
-        self._is_small = bool(self._transfers.rates) and length is not None and length <= SMALL
-        rates = () if self._is_small else self._transfers.rates
-        self._send = self._stack.enter_context(kept(self._transfers, self._scope, self._send, rates))
+        rates = self._transfers.rates
+        if rates and length is not None and length <= SMALL:
+            self._small, rates = length, ()
+        answer = kept(self._transfers, self._scope, self._send, rates, lambda: self._has_left)
+        self._send = self._stack.enter_context(answer)
 
     async def _hold(self) -> None:
         """Hold the leases. Stop waiting for them if the client leaves."""
         if not self._transfers.may_wait:
             await self._transfers.hold()
             return
+        failure: FileError | None = None
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._listen, tasks.cancel_scope)
-            failure: FileError | None = None
+            self._waiting = tasks.cancel_scope
+            tasks.start_soon(self._listen)
             try:
                 await self._transfers.hold(half_close_of(self._scope))
             except FileError as exc:
                 failure = exc  # raised below, so that it is not wrapped in an `ExceptionGroup`
             tasks.cancel_scope.cancel()
+        self._waiting = None
         if failure is not None:
             raise failure
-        if not self._transfers.is_held:
+        if self._has_left:
             raise OSError("the client has left")
 
-    async def _listen(self, waiting: anyio.CancelScope) -> None:
-        """End the wait when the client leaves. What else it sends is kept for the application."""
-        while not self._received or self._received[-1]["type"] != "http.disconnect":
+    async def _listen(self) -> None:
+        """Listen for the client to leave. What else it sends is kept for the application."""
+        while not self._has_left:
             async with self._receiving:
-                self._received.append(await self._receive())
-        waiting.cancel()
+                self._received.append(await self._next())
 
 
 def _file_of(start: Message, length: int | None) -> tuple[FileMetadata, ByteRange | None]:

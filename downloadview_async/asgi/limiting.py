@@ -1,10 +1,11 @@
 """Keeps the answers of `Download` within its limits: what they count, what they wait for, and how fast they leave."""
 
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import anyio
+from anyio.lowlevel import checkpoint
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import Facts
@@ -210,12 +211,21 @@ async def _deliver_large(
 
 
 @contextmanager
-def kept(transfers: Transfers, scope: Mapping[str, Any], send: Send, rates: tuple[SharedRate, ...]) -> Iterator[Send]:
-    """Give a function that sends an answer at a part of some rates, and note at the end what was sent."""
+def kept(
+    transfers: Transfers,
+    scope: Mapping[str, Any],
+    send: Send,
+    rates: tuple[SharedRate, ...],
+    has_left: Callable[[], bool] = lambda: False,
+) -> Iterator[Send]:
+    """Give a function that sends an answer at a part of some rates, and note at the end what was sent.
+
+    has_left: whether the client is known to have left, where the server does not tell that by its connection.
+    """
     with ExitStack() as stack:
         extensions = scope.get("extensions") or {}
         if transfers.counts_bytes:
-            send = stack.enter_context(_Counting(transfers, send, extensions.get(CONNECTION))).send
+            send = stack.enter_context(_Counting(transfers, send, extensions.get(CONNECTION), has_left)).send
         if rates:
             connection: Paced | None = extensions.get(PACE)
             pace = stack.enter_context(Pace(rates, connection))
@@ -226,7 +236,10 @@ def kept(transfers: Transfers, scope: Mapping[str, Any], send: Send, rates: tupl
 class _Counting:
     """Counts what the server takes of an answer, and notes it at the end."""
 
-    def __init__(self, transfers: Transfers, send: Send, connection: Connection | None) -> None:
+    def __init__(
+        self, transfers: Transfers, send: Send, connection: Connection | None, has_left: Callable[[], bool]
+    ) -> None:
+        self._has_left = has_left
         self._transfers = transfers
         self._send = send
         self._connection = connection
@@ -244,8 +257,8 @@ class _Counting:
         if self._loan is not None:
             sent += self._loan.sent
             is_complete = is_complete or self._loan.sent == self._promised
-        if connection is not None and connection.is_lost and connection.untaken_at_loss:
-            sent, is_complete = max(0, sent - connection.untaken_at_loss), False
+        if connection is not None and connection.is_lost and not is_complete:
+            sent = max(0, sent - connection.untaken_at_loss)
         self._transfers.sent(sent, is_complete=is_complete)
 
     async def send(self, message: Message) -> None:
@@ -254,10 +267,18 @@ class _Counting:
         if kind == PATHSEND:
             await self._send_file(message)
             return
+        is_dropped = self._connection is not None and self._connection.is_broken
         await self._send(message)
         if kind == "http.response.body":
+            is_last = not message.get("more_body", False)
+            if self._connection is None:
+                if not is_last:
+                    await checkpoint()  # lets `receive` tell that the client has left: servers drop the message then
+                is_dropped = self._has_left()
+            if is_dropped:
+                return
             self._sent += len(message.get("body", b""))
-            self._is_complete = not message.get("more_body", False)
+            self._is_complete = is_last
         elif kind == "http.response.start":
             self._length = length_of(message) or 0
 
