@@ -1,11 +1,12 @@
 """`LimitsMiddleware`: limits for the answers of any application, such as Starlette's `FileResponse`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 import anyio
+from anyio.lowlevel import checkpoint
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
@@ -19,6 +20,7 @@ from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
 
 _CONTENT_RANGE = re.compile(rb"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
+_ROUNDS = 20  # of the loop, in which an application that listens can stop, as if the client had left
 _ZERO_COPY = "http.response.zerocopysend"
 
 
@@ -76,6 +78,7 @@ class _Limited:
         self._small = 0  # bytes that leave in one message, at the rate of small answers
         self._has_left = False
         self._waiting: anyio.CancelScope | None = None
+        self._pending: anyio.CancelScope | None = None
         self._is_refused = False
         self._receiving = anyio.Lock()
         self._received: list[Message] = []
@@ -100,7 +103,12 @@ class _Limited:
     async def receive(self) -> Message:
         """Receive a message, or one that came while the answer waited."""
         async with self._receiving:
-            return self._received.pop(0) if self._received else await self._next()
+            if self._received:
+                return self._received.pop(0)
+            if not self._is_refused:
+                with anyio.CancelScope() as self._pending:
+                    return await self._next()
+            return {"type": "http.disconnect"}
 
     async def _next(self) -> Message:
         """Receive a message from the server, and note if it tells that the client has left."""
@@ -121,6 +129,10 @@ class _Limited:
             size, self._small = self._small, 0
             await anyio.sleep(max(shared.take(size) for shared in self._transfers.rates))
         await self._send(message)
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if (is_last or message["type"] == PATHSEND) and not self._transfers.is_ours:
+            self._stack.close()
+            self._transfers.end()  # a background task may follow
 
     async def _begin(self, start: Message) -> None:
         """Count the transfer that begins with this start, if one does. Raises `OSError` if it is refused."""
@@ -130,14 +142,19 @@ class _Limited:
         try:
             if not self._transfers.is_held:
                 await self._hold()
-            metadata, span = _file_of(start, length)
+            fields = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
+            metadata, span = file_of(start["status"], fields, length)
             if self._transfers.counts_bytes:
                 spending = self._transfers.spend(self._scope["path"], metadata, length, (span,))
                 if spending is not None:
                     await spending
         except FileError as exc:
-            self._is_refused = True
             await send_error(exc, self._scope, self._send)
+            self._is_refused = True
+            if self._pending is not None:
+                self._pending.cancel()
+            for _ in range(_ROUNDS):
+                await checkpoint()
             raise OSError(str(exc)) from exc
         rates = self._transfers.rates
         if rates and length is not None and length <= SMALL:
@@ -172,14 +189,16 @@ class _Limited:
                 self._received.append(await self._next())
 
 
-def _file_of(start: Message, length: int | None) -> tuple[FileMetadata, ByteRange | None]:
-    """Return what the head of an answer tells about its file, and which part of it follows; None: all of it."""
-    fields = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
+def file_of(status: int, fields: Mapping[bytes, bytes], length: int | None) -> tuple[FileMetadata, ByteRange | None]:
+    """Return what the head of an answer tells about its file, and which part of it follows; None: all of it.
+
+    fields: its headers, with names in lower case. length: of its body in bytes, None if it is not known.
+    """
     metadata = FileMetadata(
         etag=ETag.parse(fields.get(b"etag", b"").decode("latin-1")),
         last_modified=parse_http_date(fields.get(b"last-modified", b"").decode("latin-1")),
     )
-    if start["status"] == 200 and length is not None:
+    if status == 200 and length is not None:
         return replace(metadata, size=length), ByteRange(0, length)
     if (match := _CONTENT_RANGE.fullmatch(fields.get(b"content-range", b""))) is not None:
         first, last, size = map(int, match.groups())

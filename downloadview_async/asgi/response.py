@@ -135,6 +135,8 @@ class DownloadResponse(Response):
         elif not await self._answer_nowait(scope, receive, send):
             await self._answer_or_leave(scope, receive, send)
         if self.background is not None:
+            if TRANSFERS in scope:
+                scope[TRANSFERS].end()
             await self.background()
 
     def _follow(self, grant: Grant) -> None:

@@ -441,7 +441,12 @@ class Transfers:
     ) -> None:
         if kind is not None and self._is_at_once:
             self._sent, self._is_complete = 0, False
-        for transfer in self._all:
+        self.end()
+
+    def end(self) -> None:
+        """Give back what is held, once."""
+        ended, self._all = self._all, []
+        for transfer in ended:
             transfer.limits.end(transfer, self._sent, is_complete=self._is_complete)
 
     def begin_nowait(self, limits: "Sequence[Limits | SourceLimit]", scope: Scope, *, is_transfer: bool) -> bool:
