@@ -110,6 +110,7 @@ from downloadview_async.asgi.uvicorn.sockets import (
     is_on_unix_socket,
     reset,
     set_pace,
+    unpaced_segments,
     untaken_bytes,
 )
 from downloadview_async.asgi.uvicorn.watchdog import (
@@ -420,6 +421,8 @@ class DownloadProtocol(HttpToolsProtocol):
             self._pace_timer = None
         self._is_paced = True
         set_pace(self, rate)
+        if self._has_plain_socket and not self._cycle.response_started and (count := unpaced_segments(self)):
+            self._cycle.begin_in_segments(count)
 
     def _end_pace(self, end: int) -> None:
         """End the pace of an answer when the client has taken its last byte: the next answer must not keep it.
