@@ -10,7 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import Facts
 from downloadview_async.asgi.accounts import Connection
-from downloadview_async.asgi.delivery import Chunks, Delivery, Descriptor, Inline, Path, Pieces, deliver
+from downloadview_async.asgi.delivery import Chunks, Delivery, Descriptor, Inline, Offloaded, Path, Pieces, deliver
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND
 from downloadview_async.asgi.loan import Loan
@@ -162,6 +162,8 @@ def deliver_limited(
 ) -> Awaitable[None]:
     """Send an answer as `deliver` does, at the rate of its client, and note what was sent."""
     transfers: Transfers = scope[TRANSFERS]
+    if not isinstance(delivery, Offloaded):
+        transfers.keeper = None  # no proxy sends it after all
     if isinstance(delivery, Inline):
         seconds = 0.0
         for shared in transfers.rates:

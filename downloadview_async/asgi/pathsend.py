@@ -16,6 +16,7 @@ from downloadview_async.asgi.delivery import Empty, Offloaded, Path, deliver, de
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, send_error
 from downloadview_async.asgi.extensions import PATHSEND, SETTLED
+from downloadview_async.asgi.handed_over import hand_over
 from downloadview_async.asgi.limiting import deliver_limited, length_of, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.errors import FileError, FileMissing, TransferAborted
@@ -108,8 +109,10 @@ class ForeignResponse:
         file = opened.shared()
         await context.__aexit__(None, None, None)
         try:
-            if TRANSFERS in self._scope and (spending := spend(self._scope, file.metadata)) is not None:
-                await spending
+            if TRANSFERS in self._scope:
+                if (spending := spend(self._scope, file.metadata)) is not None:
+                    await spending
+                hand_over(self._scope, {name.decode("latin-1").lower(): "" for name, _ in offloaded["headers"]})
         except FileError as exc:
             await file.aclose()
             await send_error(exc, self._scope, self._send)

@@ -1,6 +1,7 @@
 """`LimitsMiddleware`: the limits of applications that know nothing of this library, on real servers."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from tests.asgi.test_limits import BIG, SERVERS, SMALL, body_of, held, transfers_of, until_it_is
-from tests.live import ask, live, make_old
+from tests.live import Answer, ask, live, make_old
 
 WAYS = ["file", "static", "stream", "ours", "download", "downloads"]
 EVERYWHERE = pytest.mark.parametrize("way", WAYS)
@@ -251,3 +252,66 @@ async def test_small_answers_keep_the_rate_too(files: Path) -> None:
         for _ in range(60):
             assert (await ask(port, "/file/part.bin")).status == 200
         assert time.monotonic() - began > 1.5  # 3 MB, of which the first one may leave at once
+
+
+def line_of(request_id: str, sent: int, status: int = 200) -> str:
+    return json.dumps({"method": "GET", "request_id": request_id, "status": status, "bytes": sent}) + "\n"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("way", ["download", "file"])
+async def test_a_transfer_of_a_proxy_ends_with_its_line_in_the_log(files: Path, tmp_path: Path, way: str) -> None:
+    log = tmp_path / "downloads.log"
+    log.write_text("something else\n")
+    limits = dv.Limits(concurrent=2, quota=["20MB/day", "2 downloads/day"], proxy_log=str(log))
+    source = dv.SourceLimit(1)
+    backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    app: ASGIApp
+    if way == "download":
+        app = Starlette(routes=[Route("/download/{name}", dv.Download(dv.PathSource(files), limits=[limits, source]))])
+        app = dv.OffloadMiddleware(app, backend)
+    else:
+        app = dv.LimitsMiddleware(dv.OffloadMiddleware(application(files), backend, pathsend=True), [limits, source])
+    async with live(dv.Accounts(app, sends_request_id=True)) as port:
+
+        async def begin() -> Answer:
+            answer = await ask(port, f"/{way}/big.bin")
+            assert answer.headers["x-accel-redirect"] == "/_files/big.bin"
+            return answer
+
+        begun = [await begin(), await begin()]
+        refused = await ask(port, f"/{way}/big.bin")
+        assert (refused.status, transfers_of(limits)) == (429, 2)
+        with log.open("a") as file:
+            file.write(line_of("another", 1))
+            file.write(line_of(begun[0].headers["x-request-id"], 1000))  # the client has left
+        with anyio.fail_after(20):
+            while transfers_of(limits) != 1:
+                await asyncio.sleep(0.01)
+        third = await begin()  # its bytes, and those of the first one, fit into the quotas
+        log.rename(tmp_path / "downloads.log.1")
+        with (tmp_path / "downloads.log.1").open("a") as file:
+            file.write(line_of(begun[1].headers["x-request-id"], len(BIG)))
+        log.write_text(line_of(third.headers["x-request-id"], 0, 304))
+        with anyio.fail_after(20):
+            while transfers_of(limits):
+                await asyncio.sleep(0.01)
+        await begin()
+        assert (await ask(port, f"/{way}/big.bin")).body.endswith(b"at most 2 downloads per day")
+
+
+@pytest.mark.asyncio
+async def test_a_transfer_whose_line_does_not_come_ends_in_time(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("downloadview_async.asgi.handed_over.MOST_SECONDS", 0.5)
+    (tmp_path / "log").touch()
+    limits = dv.Limits(concurrent=1, proxy_log=str(tmp_path / "log"))
+    backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    app = dv.OffloadMiddleware(dv.Download(dv.PathSource(files), limits=limits), backend)
+    async with live(dv.Accounts(app, sends_request_id=True)) as port:
+        assert (await ask(port, "/big.bin")).status == 200
+        assert (await ask(port, "/big.bin")).status == 429
+        with anyio.fail_after(20):
+            while (await ask(port, "/big.bin")).status != 200:
+                await asyncio.sleep(0.05)

@@ -69,6 +69,9 @@ class Limits:
     store: "memory", for this process alone, or a URL such as "redis://127.0.0.1:6379/0", for all that use it.
     when_store_fails: "allow" or "refuse" (503), while the store does not answer.
     name: tells these limits from others in the same store. The processes of one application give the same name.
+    proxy_log: the log of the proxy, as in `ProxyLog`. With it, and with `Accounts(..., sends_request_id=True)` around
+    the application, a transfer that the proxy sends ends with its line there, and quotas count the bytes in that line.
+    Without, it ends when it is handed over.
 
     One object may limit several `Download` applications together. Sizes are decimal: 1MB is 1,000,000 bytes.
 
@@ -90,6 +93,7 @@ class Limits:
         when_store_fails: WhenStoreFails = "allow",
         trusted: Iterable[str] = ("127.0.0.1", "::1"),
         name: str = "",
+        proxy_log: str | None = None,
     ) -> None:
         if concurrent is not None and (not isinstance(concurrent, int) or isinstance(concurrent, bool)):
             raise ConfigurationError(f"concurrent is {concurrent!r}: give a number of transfers")
@@ -104,7 +108,8 @@ class Limits:
         if when_store_fails not in ("refuse", "allow"):
             raise ConfigurationError(f'when_store_fails is {when_store_fails!r}: give "refuse" or "allow"')
         self._client_of = client_function(client, trusted)
-        self._most = concurrent
+        self.concurrent = concurrent
+        """How many transfers a client may have at once; None: any number."""
         self._window: Window | None = None if requests is None else window_of(requests)
         self._quotas: tuple[Quota, ...] = tuple(map(quota_of, [quota] if isinstance(quota, str) else quota))
         if len({(one.unit, one.seconds) for one in self._quotas}) < len(self._quotas):
@@ -116,6 +121,8 @@ class Limits:
         """Whether the bytes that were sent, or their end, have to be known."""
         self.is_paced = rate is not None or total_rate is not None
         """Whether transfers have a rate."""
+        self.proxy_log = proxy_log
+        """The log of the proxy, which tells the end of transfers that it sends; None: they end when handed over."""
         self.queues = mode == "queue"
         self._queue_seconds = queue_seconds
         self._holds_leases = concurrent is not None or (rate is not None and store != "memory")
@@ -162,7 +169,7 @@ class Limits:
             client = await self.client_of(Request(scope, receive))
         transfer, lease = self._new(client, is_transfer)
         if self._window is not None or lease is not None:
-            admit = self._store.admit(client, window=self._window, most=self._most, lease=lease)
+            admit = self._store.admit(client, window=self._window, most=self.concurrent, lease=lease)
             self._judge(transfer, lease, await admit)
         return transfer
 
@@ -174,7 +181,7 @@ class Limits:
         client = self._key_of(peer[0] if peer else None)
         transfer, lease = self._new(client, is_transfer)
         if self._window is not None or lease is not None:
-            self._judge(transfer, lease, self._memory.admit_nowait(client, self._window, self._most, lease))
+            self._judge(transfer, lease, self._memory.admit_nowait(client, self._window, self.concurrent, lease))
         return transfer
 
     def _new(self, client: str, is_transfer: bool) -> "tuple[Transfer, str | None]":
@@ -212,7 +219,7 @@ class Limits:
             transfer.waits = True
 
     async def _take(self, transfer: "Transfer") -> Verdict:
-        verdict = await self._store.admit(transfer.client, window=None, most=self._most, lease=transfer.lease)
+        verdict = await self._store.admit(transfer.client, window=None, most=self.concurrent, lease=transfer.lease)
         transfer.is_held = verdict.refused is None
         return verdict
 
@@ -344,7 +351,7 @@ class Limits:
         if verdict.refused == "requests":
             assert self._window is not None
             return self._exceeded(self._window.text, verdict.wait)
-        transfers = "1 transfer" if self._most == 1 else f"{self._most} transfers"
+        transfers = "1 transfer" if self.concurrent == 1 else f"{self.concurrent} transfers"
         return self._exceeded(f"at most {transfers} at once", verdict.wait)
 
     def _exceeded(self, limit: str, wait: float) -> LimitExceeded:
@@ -413,6 +420,7 @@ class Transfers:
         "counts_bytes",
         "is_held",
         "is_ours",
+        "keeper",
         "rates",
         "waits",
     )
@@ -430,6 +438,8 @@ class Transfers:
         """Whether a lease may have to be waited for."""
         self.is_held = True
         """Whether all leases are held."""
+        self.keeper: Callable[[Transfers], None] | None = None
+        """Gets what the transfer holds of limits with a `proxy_log`, when the answer has been handed over."""
         self.is_ours = False
         """Whether the answer keeps to them by itself, so that `LimitsMiddleware` has nothing to do."""
 
@@ -441,11 +451,23 @@ class Transfers:
     ) -> None:
         if kind is not None and self._is_at_once:
             self._sent, self._is_complete = 0, False
+        if kind is not None:
+            self.keeper = None
         self.end()
 
+    @property
+    def proxy_log(self) -> str | None:
+        """The log of the proxy, if some of the limits know one."""
+        return next((one.limits.proxy_log for one in self._all if one.limits.proxy_log is not None), None)
+
     def end(self) -> None:
-        """Give back what is held, once."""
+        """Give back what is held, once, or leave it to the keeper."""
         ended, self._all = self._all, []
+        if (keeper := self.keeper) is not None:
+            self.keeper = None
+            self._all = [one for one in ended if one.limits.proxy_log is not None]
+            ended = [one for one in ended if one.limits.proxy_log is None]
+            keeper(self)
         for transfer in ended:
             transfer.limits.end(transfer, self._sent, is_complete=self._is_complete)
 

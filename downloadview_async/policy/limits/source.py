@@ -27,6 +27,7 @@ class SourceLimit:
     is_paced = False
     queues = False
     rate: int | None = None
+    proxy_log: str | None = None
 
     def __init__(self, requests: int, *, queue_seconds: float = 2.0) -> None:
         if not isinstance(requests, int) or isinstance(requests, bool) or requests < 1:
