@@ -441,7 +441,7 @@ class Transfers:
         self.keeper: Callable[[Transfers], None] | None = None
         """Gets what the transfer holds of limits with a `proxy_log`, when the answer has been handed over."""
         self.is_ours = False
-        """Whether the answer keeps to them by itself, so that `LimitsMiddleware` has nothing to do."""
+        """Whether our own response keeps to them, so that `LimitsMiddleware` has nothing to do."""
 
     def __enter__(self) -> "Transfers":
         return self

@@ -30,7 +30,7 @@ _NOTHING = (0, 0)
 
 @dataclass(slots=True)
 class _Session:
-    """What a client has of one version of a file. charged: the downloads that its quotas have been charged with."""
+    """The bytes of one version of a file that a client has. charged: the downloads that its quotas are charged with."""
 
     size: int
     coverage: Coverage = field(default_factory=Coverage)
