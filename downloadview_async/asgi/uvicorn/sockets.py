@@ -98,7 +98,7 @@ def _of_tcp_info(connection: Connection, offset: int, kind: str) -> int | None:
 
 
 def send_in_segments(connection: Connection, data: bytes, count: int) -> int:
-    """Send the first bytes of some data in so many segments, and return how many bytes these are.
+    """Send the head of an answer in so many segments, the last ones short, and return how many bytes were sent.
 
     It needs a plain socket whose transport holds nothing, and for which the kernel does not wait for more data.
     """
@@ -108,7 +108,8 @@ def send_in_segments(connection: Connection, data: bytes, count: int) -> int:
     except OSError:
         return 0
     try:
-        for _ in range(count):
+        sent = sock.send(data[: max(1, len(data) - _PIECE * (count - 1))])  # clients look at the status line first
+        while sent < len(data):
             sent += sock.send(data[sent : sent + _PIECE])
     except OSError:  # the transport meets it, too
         pass
