@@ -11,6 +11,7 @@ from downloadview_async.asgi.accounts import Accounts
 from downloadview_async.asgi.archives import ArchiveOptions
 from downloadview_async.asgi.endpoint import Download, Listing
 from downloadview_async.asgi.errors import download_error
+from downloadview_async.asgi.limited import LimitsMiddleware
 from downloadview_async.asgi.listing.page import ListingPage, Pages
 from downloadview_async.asgi.listing.view import ViewPage
 from downloadview_async.asgi.middleware import OffloadMiddleware
@@ -123,6 +124,7 @@ __all__ = [
     "KeepPeer",
     "LimitExceeded",
     "Limits",
+    "LimitsMiddleware",
     "LinkExpired",
     "LinkFormat",
     "LinkInvalid",

@@ -176,6 +176,7 @@ class Metrics:
             "limits_hit": {
                 (name, limit): count for name, limits in self._limits.items() for limit, count in limits.hits.items()
             },
+            "limits_uncounted": {(): max((limits.uncounted for limits in self._limits.values()), default=0)},
             **_of_process(),
         }
 

@@ -70,6 +70,9 @@ METRICS: Mapping[str, Metric] = {
     "limits_hit": Metric(
         kind="counter", help="Requests that a limit has refused, with 429.", labels=("limits", "limit")
     ),
+    "limits_uncounted": Metric(
+        kind="counter", help="Requests that were allowed although the store of limits did not answer."
+    ),
     "open_descriptors": Metric(kind="gauge", help="Open file descriptors."),
     "descriptors_limit": Metric(kind="gauge", help="File descriptors that one process may open.", how="max"),
     "event_loop_lag_seconds": Metric(

@@ -74,6 +74,9 @@ class Connection(Protocol):
     def when_flushed(self, callback: Callable[[], None]) -> bool:
         """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
 
+    def when_half_closed(self, callback: Callable[[], None] | None) -> None:
+        """Call `callback` when the client closes its side of the connection, or now if it has; None: call nothing."""
+
 
 class Account(Facts):
     """Counts what is sent of one answer, and makes its `Outcome`.

@@ -33,7 +33,7 @@ from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
-from downloadview_async.policy.limits.limits import Transfers
+from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
 from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, Source, SupportsListing, check_source
 from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.names import without_empty_segments
@@ -86,7 +86,10 @@ class _Endpoint:
             response = Response("Method Not Allowed", 405, _ALLOW | close_after_body(scope), "text/plain")
             await response(scope, receive, send)
             return
-        with Transfers() if self.limits else _UNLIMITED as transfers:
+        around: Transfers | None = scope.get(TRANSFERS)  # of a `LimitsMiddleware`
+        if around is not None:
+            around.is_ours = True
+        with (nullcontext(around) if around is not None else Transfers()) if self.limits else _UNLIMITED as transfers:
             try:
                 key = key_of(self._key, scope, type(self).__name__)
                 facts: Facts | None = scope.get(ACCOUNT)

@@ -1,22 +1,26 @@
 """Keeps the answers of `Download` within its limits: what they count, what they wait for, and how fast they leave."""
 
-from collections.abc import Awaitable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import anyio
+from anyio.lowlevel import checkpoint
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import Facts
-from downloadview_async.asgi.delivery import Chunks, Delivery, Descriptor, Inline, Path, deliver
+from downloadview_async.asgi.accounts import Connection
+from downloadview_async.asgi.delivery import Chunks, Delivery, Descriptor, Inline, Offloaded, Path, Pieces, deliver
 from downloadview_async.asgi.disconnect import until_the_client_leaves
-from downloadview_async.asgi.extensions import PACE, PATHSEND
+from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND
 from downloadview_async.asgi.loan import Loan
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan
-from downloadview_async.policy.limits.limits import TRANSFERS, Limits, Transfers
-from downloadview_async.policy.limits.pace import Pace, Paced
+from downloadview_async.http.ranges import select_ranges
+from downloadview_async.http.request import DownloadRequest
+from downloadview_async.policy.limits.limits import TRANSFERS, Limits, Transfers, WhenHalfClosed
+from downloadview_async.policy.limits.pace import Pace, Paced, SharedRate
 from downloadview_async.policy.limits.source import SourceLimit
 
 _CONDITIONS = frozenset({b"if-none-match", b"if-modified-since", b"if-match", b"if-unmodified-since"})
@@ -70,11 +74,21 @@ async def _admit(
 
     async def wait(_: Send) -> None:
         nonlocal has_left
-        await transfers.hold()
+        await transfers.hold(half_close_of(scope))
         has_left = False
 
     await until_the_client_leaves(wait, receive, send)
     return not has_left
+
+
+def half_close_of(scope: Mapping[str, Any]) -> WhenHalfClosed | None:
+    """Return what calls a function when the client closes its side, if the server can tell.
+
+    A client that has left does that, and nothing tells it from one that only has nothing more to send. So it is
+    answered at once: a client that waits for its answer gets it.
+    """
+    connection: Connection | None = (scope.get("extensions") or {}).get(CONNECTION)
+    return None if connection is None else connection.when_half_closed
 
 
 def _is_for_a_file(key: Any, scope: Scope) -> bool:
@@ -96,6 +110,7 @@ def spend(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> Awa
     `LimitExceeded` and `SourceUnavailable`.
     """
     transfers: Transfers = scope[TRANSFERS]
+    transfers.is_ours = True
     if plan is not None and not plan.body:
         return None
     if not transfers.is_held:
@@ -103,15 +118,28 @@ def spend(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> Awa
     if not transfers.counts_bytes:
         return None
     if plan is None:
-        spending = transfers.spend(scope["path"], metadata, metadata.size, wants_all=True)
-        transfers.sent(None, ())
+        spans = _spans_of_another_server(scope, metadata)
+        size = None if metadata.size is None else sum(len(span) for span in spans if span is not None)
+        spending = transfers.spend(scope["path"], metadata, size, spans)
+        transfers.sent(None)
         return spending
-    wants_all = plan.status != 206 or plan.body == (ByteRange(0, metadata.size or 0),)
-    return transfers.spend(scope["path"], metadata, plan.length, wants_all=wants_all)
+    spans = [one for one in plan.body if not isinstance(one, bytes)]
+    return transfers.spend(scope["path"], metadata, plan.length, spans)
+
+
+def _spans_of_another_server(scope: Scope, metadata: FileMetadata) -> Sequence[ByteRange | None]:
+    """Return the parts of a file that another server sends at most: it evaluates the request by its own validators."""
+    if metadata.size is None:
+        return (None,)
+    request, whole = DownloadRequest.from_headers("GET", scope["headers"]), (ByteRange(0, metadata.size),)
+    if request.ranges is None or len(request.ranges) > 1 or request.if_range is not None:
+        return whole
+    parts = select_ranges(request.ranges, metadata.size)
+    return whole if isinstance(parts, str) else parts
 
 
 async def _hold_and_spend(transfers: Transfers, scope: Scope, metadata: FileMetadata, plan: Plan | None) -> None:
-    await transfers.hold()
+    await transfers.hold(half_close_of(scope))
     if (spending := spend(scope, metadata, plan)) is not None:
         await spending
 
@@ -134,6 +162,8 @@ def deliver_limited(
 ) -> Awaitable[None]:
     """Send an answer as `deliver` does, at the rate of its client, and note what was sent."""
     transfers: Transfers = scope[TRANSFERS]
+    if not isinstance(delivery, Offloaded):
+        transfers.keeper = None  # no proxy sends it after all
     if isinstance(delivery, Inline):
         seconds = 0.0
         for shared in transfers.rates:
@@ -141,8 +171,8 @@ def deliver_limited(
         if seconds or (receive is None and transfers.counts_bytes):
             return _deliver_small(transfers, delivery, start, send, receive, facts, seconds)
         if transfers.counts_bytes and delivery.span is not None:
-            transfers.sent(len(delivery.body), (delivery.span,), is_at_once=True)
-    elif isinstance(delivery, Descriptor | Path | Chunks) and (transfers.rates or transfers.counts_bytes):
+            transfers.sent(len(delivery.body), is_complete=True, is_at_once=True)
+    elif isinstance(delivery, Descriptor | Pieces | Path | Chunks) and (transfers.rates or transfers.counts_bytes):
         return _deliver_large(transfers, delivery, start, send, scope, receive, facts)
     return deliver(delivery, start, send, receive=receive, facts=facts)
 
@@ -161,7 +191,7 @@ async def _deliver_small(
             await anyio.sleep(seconds)
         await deliver(delivery, start, send, facts=facts)
         if delivery.span is not None:
-            transfers.sent(len(delivery.body), (delivery.span,))
+            transfers.sent(len(delivery.body), is_complete=True)
 
     if receive is None:
         await wait_and_deliver(send)
@@ -171,61 +201,108 @@ async def _deliver_small(
 
 async def _deliver_large(
     transfers: Transfers,
-    delivery: Descriptor | Path | Chunks,
+    delivery: Delivery,
     start: Message | None,
     send: Send,
     scope: Scope,
     receive: Receive | None,
     facts: Facts | None,
 ) -> None:
-    with ExitStack() as stack:
-        if transfers.counts_bytes:
-            send = stack.enter_context(_Counting(transfers, delivery, send)).send
-        if transfers.rates:
-            connection: Paced | None = (scope.get("extensions") or {}).get(PACE)
-            pace = stack.enter_context(Pace(transfers.rates, connection))
-            send = send if connection is not None else _Pausing(pace, send).send
+    with kept(transfers, scope, send, transfers.rates) as send:
         await deliver(delivery, start, send, receive=receive, facts=facts)
+
+
+@contextmanager
+def kept(
+    transfers: Transfers,
+    scope: Mapping[str, Any],
+    send: Send,
+    rates: tuple[SharedRate, ...],
+    has_left: Callable[[], bool] = lambda: False,
+) -> Iterator[Send]:
+    """Give a function that sends an answer at a part of some rates, and note at the end what was sent.
+
+    has_left: whether the client is known to have left, where the server does not tell that by its connection.
+    """
+    with ExitStack() as stack:
+        extensions = scope.get("extensions") or {}
+        if transfers.counts_bytes:
+            send = stack.enter_context(_Counting(transfers, send, extensions.get(CONNECTION), has_left)).send
+        if rates:
+            connection: Paced | None = extensions.get(PACE)
+            pace = stack.enter_context(Pace(rates, connection))
+            send = send if connection is not None else _Pausing(pace, send).send
+        yield send
 
 
 class _Counting:
     """Counts what the server takes of an answer, and notes it at the end."""
 
-    def __init__(self, transfers: Transfers, delivery: Descriptor | Path | Chunks, send: Send) -> None:
+    def __init__(
+        self, transfers: Transfers, send: Send, connection: Connection | None, has_left: Callable[[], bool]
+    ) -> None:
+        self._has_left = has_left
         self._transfers = transfers
-        self._delivery = delivery
         self._send = send
+        self._connection = connection
         self._sent = 0
+        self._length = 0
         self._loan: Loan | None = None
+        self._promised = 0
         self._is_complete = False
 
     def __enter__(self) -> "_Counting":
         return self
 
     def __exit__(self, *_: object) -> None:
-        sent = self._sent + (0 if self._loan is None else self._loan.sent)
-        delivery, spans = self._delivery, list[ByteRange | None]()
-        match delivery:
-            case Descriptor(span=span):
-                spans = [span] if sent == len(span) else []
-            case Path(size=size):
-                spans = [None if size is None else ByteRange(0, size)] if self._is_complete else []
-            case Chunks(plan=plan):
-                spans = [one for one in plan.body if not isinstance(one, bytes)] if self._is_complete else []
-        self._transfers.sent(sent, spans)
+        sent, is_complete, connection = self._sent, self._is_complete, self._connection
+        if self._loan is not None:
+            sent += self._loan.sent
+            is_complete = is_complete or self._loan.sent == self._promised
+        if connection is not None and connection.is_lost and not is_complete:
+            sent = max(0, sent - connection.untaken_at_loss)
+        self._transfers.sent(sent, is_complete=is_complete)
 
     async def send(self, message: Message) -> None:
         """Send a message and count its bytes."""
+        kind = message["type"]
+        if kind == PATHSEND:
+            await self._send_file(message)
+            return
+        is_dropped = self._connection is not None and self._connection.is_broken
         await self._send(message)
-        if message["type"] == "http.response.body":
+        if kind == "http.response.body":
+            is_last = not message.get("more_body", False)
+            if self._connection is None:
+                if not is_last:
+                    await checkpoint()  # lets `receive` tell that the client has left: servers drop the message then
+                is_dropped = self._has_left()
+            if is_dropped:
+                return
             self._sent += len(message.get("body", b""))
-            self._is_complete = not message.get("more_body", False)
-        elif message["type"] == PATHSEND:
-            lent = message.get("descriptor")
-            if lent is not None:
-                self._loan = lent.loan
-            elif isinstance(self._delivery, Path):
-                self._sent, self._is_complete = self._delivery.size or 0, True
+            self._is_complete = is_last
+        elif kind == "http.response.start":
+            self._length = length_of(message) or 0
+
+    async def _send_file(self, message: Message) -> None:
+        if (lent := message.get("descriptor")) is not None:
+            self._loan, self._promised = lent.loan, message["count"]
+            await self._send(message)
+            return
+        try:
+            await self._send(message)
+            self._is_complete = True
+        finally:
+            if self._connection is not None:
+                self._sent += self._connection.file_sent
+            elif self._is_complete:
+                self._sent += self._length
+
+
+def length_of(start: Message) -> int | None:
+    """Return the Content-Length of an answer, or None if it has no valid one."""
+    values = [bytes(value) for name, value in start.get("headers", ()) if bytes(name).lower() == b"content-length"]
+    return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 20 else None
 
 
 class _Pausing:

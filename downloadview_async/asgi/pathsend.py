@@ -16,6 +16,8 @@ from downloadview_async.asgi.delivery import Empty, Offloaded, Path, deliver, de
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, send_error
 from downloadview_async.asgi.extensions import PATHSEND, SETTLED
+from downloadview_async.asgi.handed_over import hand_over
+from downloadview_async.asgi.limiting import deliver_limited, length_of, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.errors import FileError, FileMissing, TransferAborted
 from downloadview_async.http.fields import FRAMING, OFFLOAD_ORDERS, OFFLOAD_TARGET
@@ -23,7 +25,9 @@ from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.request import GET, DownloadRequest
+from downloadview_async.offload.base import rated
 from downloadview_async.offload.decision import Refusal, is_plain, refusal
+from downloadview_async.policy.limits.limits import TRANSFERS
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile
 
@@ -74,7 +78,7 @@ class ForeignResponse:
         if message["type"] == "http.response.start":
             message = self._without_orders(message)
             # A response without a length may be a stream whose first byte comes long after its start: do not hold that.
-            if _length_of(message) is not None:
+            if length_of(message) is not None:
                 self._held = message
                 return
         elif message["type"] == PATHSEND and "descriptor" not in message:
@@ -104,6 +108,15 @@ class ForeignResponse:
             return
         file = opened.shared()
         await context.__aexit__(None, None, None)
+        try:
+            if TRANSFERS in self._scope:
+                if (spending := spend(self._scope, file.metadata)) is not None:
+                    await spending
+                hand_over(self._scope, {name.decode("latin-1").lower(): "" for name, _ in offloaded["headers"]})
+        except FileError as exc:
+            await file.aclose()
+            await send_error(exc, self._scope, self._send)
+            return
         if (refused := refusal(is_telling=file.is_telling)) is not None:
             note_refusal(refused, self._scope["method"], self._scope["path"])
             try:
@@ -165,7 +178,7 @@ class ForeignResponse:
         if not is_plain(path):
             path = await anyio.to_thread.run_sync(os.path.realpath, path)  # resolve it, as the kernel does
         if self._path_send:
-            size = None if start is None else _length_of(start)
+            size = None if start is None else length_of(start)
             await deliver(Path(nullcontext(path), size), start, self._send, facts=self._facts, status=self._status)
             return
         try:
@@ -188,6 +201,8 @@ class ForeignResponse:
             is_coded=b"content-encoding" in names,
         )
         order = self._offer.headers_for(_Named(path)) if refused is None else None
+        if order is not None and TRANSFERS in self._scope:
+            order = rated(self._offer, order, self._scope[TRANSFERS].rate)
         if order is None:
             note_refusal(refused or Refusal.RULE, self._scope["method"], self._scope["path"])
             return None
@@ -209,14 +224,11 @@ class ForeignResponse:
     async def _deliver(
         self, start: Message | None, opened: OpenLocalFile, send: Send, receive: Receive | None = None
     ) -> None:
-        length = opened.metadata.size or 0 if start is None else _length_of(start)
+        length = opened.metadata.size or 0 if start is None else length_of(start)
         assert length is not None
         body = (ByteRange(0, length),) if length and self._scope["method"] != "HEAD" else ()
         delivery = delivery_of(Plan(200, {}, body), opened)
-        await deliver(delivery, start, send, receive=receive, facts=self._facts, status=self._status)
-
-
-def _length_of(start: Message) -> int | None:
-    """Return the Content-Length of a response, or None if it has no valid one."""
-    values = [bytes(value) for name, value in start.get("headers", ()) if name.lower() == b"content-length"]
-    return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 20 else None
+        if start is not None and TRANSFERS in self._scope and self._scope[TRANSFERS].is_ours:
+            await deliver_limited(delivery, start, send, scope=self._scope, receive=receive, facts=self._facts)
+        else:
+            await deliver(delivery, start, send, receive=receive, facts=self._facts, status=self._status)

@@ -28,6 +28,7 @@ from downloadview_async.asgi.delivery import (
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
 from downloadview_async.asgi.extensions import PATHSEND, PREPARED
+from downloadview_async.asgi.handed_over import hand_over
 from downloadview_async.asgi.limiting import deliver_limited, path_send_for, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.uses import Counted, claim
@@ -135,6 +136,8 @@ class DownloadResponse(Response):
         elif not await self._answer_nowait(scope, receive, send):
             await self._answer_or_leave(scope, receive, send)
         if self.background is not None:
+            if TRANSFERS in scope:
+                scope[TRANSFERS].end()
             await self.background()
 
     def _follow(self, grant: Grant) -> None:
@@ -298,8 +301,10 @@ class DownloadResponse(Response):
             if USE in scope:
                 await claim(scope[USE], opened.metadata, answer.plan)
         else:
-            if TRANSFERS in scope and (spending := spend(scope, opened.metadata)) is not None:
-                await spending
+            if TRANSFERS in scope:
+                if (spending := spend(scope, opened.metadata)) is not None:
+                    await spending
+                hand_over(scope, offload)
             if USE in scope:
                 await claim(scope[USE], opened.metadata)
             offer = scope["extensions"][EXTENSION]

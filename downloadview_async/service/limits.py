@@ -63,6 +63,7 @@ def _limits(settings: Settings, key: str, limits: RouteLimitsSettings, name: str
         with settings.blaming("server.forwarded_allow_ips"):
             options["trusted"] = trusted_proxies(settings)
     options["queue_seconds"] = options.pop("queue_timeout")
+    options["proxy_log"] = settings.accounts.proxy_log
     if settings.limits is not None:
         options |= {"store": settings.limits.store, "when_store_fails": settings.limits.when_store_fails}
     with settings.blaming(key):
@@ -78,9 +79,17 @@ async def opened_limits(settings: Settings, limits: ServiceLimits, *, warns: boo
     Raises `Unavailable` if the store does not answer, unless requests are allowed then.
     """
     every = [*limits.routes.values(), *([] if limits.common is None else [limits.common])]
-    if warns and settings.offload.backend is not None and any(one.rate is not None for one in every):
+    if warns and settings.offload.backend is not None:
         kind = proxy_kinds()[settings.offload.backend]
-        if kind.rate_header is None:
+        has_log = settings.accounts.proxy_log is not None and settings.offload.backend != "h2o"
+        if not has_log and any(one.concurrent is not None for one in every):
+            logger.warning(
+                "`concurrent` of limits counts the transfers of the service itself: one that %s sends ends when it is "
+                "handed over%s",
+                kind.title,
+                "" if settings.offload.backend == "h2o" else "; with accounts.proxy_log, it ends with its line there",
+            )
+        if kind.rate_header is None and any(one.rate is not None for one in every):
             logger.warning(
                 '%s cannot limit the rate of the files that it sends: set send = "stream" on routes whose rate has '
                 "to hold",

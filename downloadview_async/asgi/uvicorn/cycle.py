@@ -10,7 +10,7 @@ from downloadview_async.asgi.extensions import PATHSEND, PREPARED
 from downloadview_async.asgi.prepared_head import PreparedHead, is_ordinary
 from downloadview_async.asgi.uvicorn.internals import STATUS_LINE, RequestResponseCycle, protocol_of
 from downloadview_async.asgi.uvicorn.sendfile import send_file, send_path, send_pieces
-from downloadview_async.asgi.uvicorn.sockets import Connection, reset
+from downloadview_async.asgi.uvicorn.sockets import Connection, reset, send_in_segments
 
 CONNECTION_CLOSE = (b"connection", b"close")
 
@@ -28,6 +28,7 @@ class DownloadCycle(RequestResponseCycle):
 
     closes = False
     is_unframed = False
+    transport: Any
     _held_head: bytes | None = None  # a prepared head that waits for its body: one write sends both
 
     def send(self, message: Any) -> Any:  # not `async`: another coroutine around uvicorn's would cost every message
@@ -47,6 +48,13 @@ class DownloadCycle(RequestResponseCycle):
         if message["type"] == PATHSEND:
             return _path_send_of(message)(protocol_of(self), self, message)
         return super().send(message)
+
+    def begin_in_segments(self, count: int) -> None:
+        """Send the beginning of the head in so many segments: the kernel paces only what comes after them.
+
+        Each of them may have up to 64 KiB on the loopback device, on which a proxy may be.
+        """
+        self.transport = _SegmentingTransport(protocol_of(self), self, count)
 
     def _leaves_the_body(self) -> bool:
         """Return whether the answer begins before a body that is too long to be read, or that may never come.
@@ -78,7 +86,7 @@ class DownloadCycle(RequestResponseCycle):
         if not (has_length or self.scope["method"] == "HEAD" or start["status"] in (204, 304)):
             self.is_unframed = True
             self.chunked_encoding = False
-            self.transport: Any = _UnframedTransport(protocol_of(self))
+            self.transport = _UnframedTransport(protocol_of(self))
         return {**start, "headers": headers}
 
     def _hold_prepared_head(self, message: Message) -> bool:
@@ -135,6 +143,26 @@ class _UnframedTransport:
     def close(self) -> None:
         """Reset the connection: uvicorn calls this for answers that fail."""
         reset(self._connection)
+
+
+class _SegmentingTransport:
+    """The transport of an answer whose beginning is sent in some segments. It leaves the rest to the true one."""
+
+    __slots__ = ("_connection", "_count", "_cycle", "close", "is_closing")
+
+    def __init__(self, connection: Connection, cycle: DownloadCycle, count: int) -> None:
+        self._connection = connection
+        self._cycle = cycle
+        self._count = count
+        self.is_closing = connection.transport.is_closing
+        self.close = connection.transport.close
+
+    def write(self, data: bytes) -> None:
+        """Send the head of the answer."""
+        transport = self._cycle.transport = self._connection.transport
+        if not transport.get_write_buffer_size():
+            data = data[send_in_segments(self._connection, data, self._count) :]
+        transport.write(data)
 
 
 def _path_send_of(message: Message) -> Callable[..., Awaitable[None]]:

@@ -110,6 +110,7 @@ from downloadview_async.asgi.uvicorn.sockets import (
     is_on_unix_socket,
     reset,
     set_pace,
+    unpaced_segments,
     untaken_bytes,
 )
 from downloadview_async.asgi.uvicorn.watchdog import (
@@ -206,6 +207,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "_is_paced",
         "_is_shutting_down",
         "_may_be_paced",
+        "_on_half_close",
         "_pace_timer",
         "_paused",
         "_phase",
@@ -253,6 +255,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._idle_since: float | None = None
         self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
         self._is_half_closed = False
+        self._on_half_close: Callable[[], None] | None = None
         self._writes_at_once = True
         self._is_shutting_down = False
         self._is_paced = False
@@ -418,6 +421,8 @@ class DownloadProtocol(HttpToolsProtocol):
             self._pace_timer = None
         self._is_paced = True
         set_pace(self, rate)
+        if self._has_plain_socket and not self._cycle.response_started and (count := unpaced_segments(self)):
+            self._cycle.begin_in_segments(count)
 
     def _end_pace(self, end: int) -> None:
         """End the pace of an answer when the client has taken its last byte: the next answer must not keep it.
@@ -515,6 +520,8 @@ class DownloadProtocol(HttpToolsProtocol):
             if not self._is_half_closed:
                 self._is_half_closed = True
                 self._look_for_hangup()
+                if self._on_half_close is not None:
+                    self._on_half_close()
             return True
         self._watch_untaken_bytes()
         return False
@@ -676,6 +683,12 @@ class DownloadProtocol(HttpToolsProtocol):
             return True
         flush(self).add_done_callback(lambda _: callback())
         return False
+
+    def when_half_closed(self, callback: Callable[[], None] | None) -> None:
+        """Call `callback` when the client closes its side of the connection, or now if it has; None: call nothing."""
+        self._on_half_close = callback
+        if callback is not None and self._is_half_closed:
+            callback()
 
     def _stop_timers(self) -> None:
         stop_watching(self)

@@ -14,6 +14,9 @@ from typing import Protocol
 _SO_MAX_PACING_RATE = 47  # of Linux; the module socket has no name for it
 _UNPACED = 2 ** (8 * struct.calcsize("N")) - 1
 _ACKNOWLEDGED = 120  # where `tcpi_bytes_acked` is in Linux' `tcp_info`
+_SEGMENTS = 156  # where `tcpi_data_segs_out` is
+_UNPACED_SEGMENTS = 10  # with data, at the beginning of a connection, which Linux does not pace
+_PIECE = 8  # bytes
 
 
 class Connection(Protocol):
@@ -69,17 +72,50 @@ def untaken_bytes(connection: Connection) -> int:
 
 def acknowledged_bytes(connection: Connection) -> int:
     """Return how many bytes the client's machine has acknowledged on this connection; 0 if the kernel does not tell."""
+    return _of_tcp_info(connection, _ACKNOWLEDGED, "Q") or 0
+
+
+def unpaced_segments(connection: Connection) -> int:
+    """Return how many of the next segments the kernel sends at once, whatever the pace; 0 if it does not tell."""
+    sent = _of_tcp_info(connection, _SEGMENTS, "I")
+    return 0 if sent is None else max(0, _UNPACED_SEGMENTS - sent)
+
+
+def _of_tcp_info(connection: Connection, offset: int, kind: str) -> int | None:
+    """Return a number that the kernel tells about a TCP connection, or None if it does not."""
+    end = offset + struct.calcsize(kind)
+    try:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, socket_number(connection))
+    except OSError:
+        return None
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, end)
+    except OSError:  # a Unix socket
+        return None
+    finally:
+        sock.detach()  # the number belongs to the transport
+    return int(struct.unpack_from(kind, told, offset)[0]) if len(told) >= end else None
+
+
+def send_in_segments(connection: Connection, data: bytes, count: int) -> int:
+    """Send the head of an answer in so many segments, the last ones short, and return how many bytes were sent.
+
+    It needs a plain socket whose transport holds nothing, and for which the kernel does not wait for more data.
+    """
+    sent = 0
     try:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, socket_number(connection))
     except OSError:
         return 0
     try:
-        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED + 8)
-    except OSError:  # a Unix socket
-        return 0
+        sent = sock.send(data[: max(1, len(data) - _PIECE * (count - 1))])  # clients look at the status line first
+        while sent < len(data):
+            sent += sock.send(data[sent : sent + _PIECE])
+    except OSError:  # the transport meets it, too
+        pass
     finally:
-        sock.detach()  # the number belongs to the transport
-    return int(struct.unpack_from("Q", told, _ACKNOWLEDGED)[0]) if len(told) >= _ACKNOWLEDGED + 8 else 0
+        sock.detach()
+    return sent
 
 
 def has_unread_bytes(connection: Connection) -> bool:

@@ -15,6 +15,7 @@ from downloadview_async.contrib.django.files import (
     VirtualFile,
 )
 from downloadview_async.contrib.django.io import BytesIteratorIO, TextIteratorIO
+from downloadview_async.contrib.django.limits import LimitsMiddleware
 from downloadview_async.contrib.django.links import arevoke_link, link_signer, revoke_link, sign_url
 from downloadview_async.contrib.django.middleware import (
     BaseDownloadMiddleware,
@@ -54,6 +55,7 @@ __all__ = [
     "FileNotFound",
     "HTTPDownloadView",
     "HTTPFile",
+    "LimitsMiddleware",
     "ObjectDownloadView",
     "PathDownloadView",
     "PathFile",

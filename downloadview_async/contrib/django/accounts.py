@@ -68,7 +68,7 @@ class AccountsMiddleware:
 
     def __call__(self, request: HttpRequest) -> Any:
         """Answer the request; under ASGI, return a coroutine that does."""
-        scope = _scope_of(request)
+        scope = scope_of(request)
         if not download_finished.receivers or _COUNTED in scope:
             return self.get_response(request)
         account = Account.within(scope, _nowhere, _listeners.put)
@@ -114,7 +114,7 @@ def note_response(facts: Facts, request: HttpRequest, response: HttpResponseBase
     facts.allow(user_name, None if link is None else link.grant.link_id)
 
 
-def _scope_of(request: HttpRequest) -> dict[str, Any]:
+def scope_of(request: HttpRequest) -> dict[str, Any]:
     """Return the ASGI scope of a request, or what stands for it under WSGI."""
     if (scope := getattr(request, "scope", None)) is not None:
         return cast("dict[str, Any]", scope)

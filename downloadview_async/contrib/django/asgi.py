@@ -30,14 +30,16 @@ from django.urls import set_script_prefix
 from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.asgi.delivery import Delivery, Empty, Offloaded, deliver, delivery_of
 from downloadview_async.asgi.extensions import PATHSEND
+from downloadview_async.asgi.limiting import deliver_limited, path_send_for
 from downloadview_async.asgi.uses import Counted
 from downloadview_async.contrib.django.accounts import account_of, mark_counted, note_response
-from downloadview_async.contrib.django.counting import shielded
+from downloadview_async.contrib.django.counting import limited_scope, shielded
 from downloadview_async.contrib.django.deferral import note_receivers
 from downloadview_async.contrib.django.links import link_of
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.contrib.django.responses import DownloadResponse
 from downloadview_async.http.fields import OFFLOAD_ORDERS
+from downloadview_async.policy.limits.limits import TRANSFERS
 
 logger = logging.getLogger("downloadview_async")
 
@@ -143,9 +145,12 @@ class DownloadASGIHandler(ASGIHandler):
         if facts is not None:
             note_response(facts, request, response)
         delivery: Delivery | None = None
+        scope = limited_scope(request)
         if isinstance(response, DownloadResponse) and not response.is_replaced and response.plan is not None:
             assert response.opened is not None
             path_send = (request.scope.get("extensions") or {}).get(PATHSEND)
+            if scope is not None:
+                path_send = path_send_for(scope, path_send)
             delivery = delivery_of(response.plan, response.opened, path_send)
         elif (
             isinstance(response, ProxiedDownloadResponse)
@@ -154,8 +159,13 @@ class DownloadASGIHandler(ASGIHandler):
             order = next((name.lower() for name in response.headers if name.lower() in OFFLOAD_ORDERS), None)
             delivery = Empty() if order is None else Offloaded(order)
         if delivery is None:
+            if scope is not None and isinstance(response, DownloadResponse):
+                scope[TRANSFERS].sent(None)  # how much of another body is that of the file, nobody knows
             await self.send_response(response, send)
             return
+        send_it: Any = deliver
+        if scope is not None and isinstance(response, DownloadResponse):
+            send_it = partial(deliver_limited, scope=scope)
         headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in response.items()]
         cookies = [cookie.output(header="") for cookie in response.cookies.values()]
         headers += [(b"set-cookie", cookie.strip().encode("ascii")) for cookie in cookies]
@@ -164,10 +174,12 @@ class DownloadASGIHandler(ASGIHandler):
         answer = None if link is None or link.use is None else Counted(link.use, dict(request.scope), send)
         try:
             if answer is None:
-                await deliver(delivery, start, send, facts=facts)
+                await send_it(delivery, start, send, facts=facts)
             else:
-                await deliver(delivery, start, answer.send, facts=answer.scope[ACCOUNT])
+                await send_it(delivery, start, answer.send, facts=answer.scope[ACCOUNT])
         finally:
+            if scope is not None:
+                scope[TRANSFERS].end()
             if answer is not None:
                 await shielded(answer.note())
             if isinstance(response, DownloadResponse):

@@ -1,17 +1,23 @@
-"""Counts what Django's servers have taken of a body: for an `Outcome`, and for a link that has `uses`."""
+"""Counts what Django's servers have taken of a body: for an `Outcome`, a link that has `uses`, and for limits."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from asgiref.sync import sync_to_async
+from django.http import HttpRequest
 from starlette.requests import ClientDisconnect
 
 from downloadview_async.asgi.accounts import Account
 from downloadview_async.asgi.uses import note_sent
 from downloadview_async.http.plan import Plan
+from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
+from downloadview_async.policy.limits.pace import Pace
 from downloadview_async.policy.uses import Use
+
+LIMITED = "_downloadview_limited"
+"""The attribute of a request with its scope, where the limits of its client hold."""
 
 _notes: set[asyncio.Task[Any]] = set()
 
@@ -89,3 +95,51 @@ async def counted(body: AsyncIterator[bytes], plan: Plan, use: Use) -> AsyncGene
         spans = tuple(piece for piece in plan.body if not isinstance(piece, bytes))
         use.end()
         await shielded(note_sent(use, spans, sent, is_complete=is_complete))
+
+
+def limited_scope(request: HttpRequest) -> dict[str, Any] | None:
+    """Return the scope of a GET whose client has limits, or None without limits."""
+    scope: dict[str, Any] = getattr(request, LIMITED, None) or getattr(request, "scope", None) or {}
+    return scope if TRANSFERS in scope else None
+
+
+async def limited(body: AsyncIterable[bytes], transfers: Transfers, length: int | None) -> AsyncGenerator[bytes]:
+    """Yield the chunks of a body at the rate of its client, and note at the end how many bytes a server has taken.
+
+    length: of the body in bytes, None if it is not known.
+    """
+    sent, is_complete = 0, False
+    try:
+        with Pace(transfers.rates, None) if transfers.rates else nullcontext() as pace:
+            async for chunk in body:
+                for piece in [chunk] if pace is None else _pieces_of(chunk, pace.piece):
+                    if pace is not None and sent:
+                        await pace.wait(len(piece))
+                    yield piece
+                    await asyncio.sleep(0)  # lets Django cancel this, since servers drop what comes after the end
+                    sent += len(piece)
+        is_complete = True
+    finally:
+        transfers.sent(sent, is_complete=is_complete or sent == length)
+        transfers.end()  # the response may be closed much later
+        if isinstance(body, AsyncGenerator):
+            await body.aclose()
+
+
+def _pieces_of(chunk: bytes, size: int) -> Iterator[bytes]:
+    for start in range(0, len(chunk), size):
+        yield chunk[start : start + size]
+
+
+def each_limited(chunks: Iterable[bytes], transfers: Transfers) -> Iterator[bytes]:
+    """Yield the chunks of a body, and note at the end how many bytes a server has taken. No rate is kept."""
+    sent, is_complete = 0, False
+    try:
+        for chunk in chunks:
+            yield chunk
+            sent += len(chunk)
+        is_complete = True
+    finally:
+        transfers.sent(sent, is_complete=is_complete)
+        if isinstance(chunks, Generator):
+            chunks.close()

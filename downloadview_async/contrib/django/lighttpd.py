@@ -5,6 +5,7 @@ from typing import Any
 from downloadview_async.contrib.django.middleware import DownloadDecorator, View
 from downloadview_async.contrib.django.testing import assert_percent_encoded_x_sendfile as assert_x_sendfile
 from downloadview_async.contrib.django.xsendfile import BaseXSendfileMiddleware, BaseXSendfileResponse
+from downloadview_async.offload.proxies.apache import LIGHTTPD_RATE
 
 __all__ = ["XSendfileMiddleware", "XSendfileResponse", "assert_x_sendfile", "x_sendfile"]
 
@@ -13,6 +14,7 @@ class XSendfileResponse(BaseXSendfileResponse):
     """Has lighttpd send the file at an absolute path, see `BaseXSendfileResponse`."""
 
     encoding = "percent"
+    rate_header = LIGHTTPD_RATE
 
 
 class XSendfileMiddleware(BaseXSendfileMiddleware):

@@ -2,12 +2,13 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from django.http import HttpResponse
 
 from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.http.fields import OFFLOAD_HEADERS
+from downloadview_async.offload.places import RateHeader
 
 
 class OrderedWith200:
@@ -65,6 +66,9 @@ class ProxiedDownloadResponse(OrderedWith200, HttpResponse):
     A `DownloadResponse` that a proxy sends becomes one of these. It has its offload headers only while its status is
     200 and it has no content. A middleware may set other content, and a proxy would send the file instead.
     """
+
+    rate_header: ClassVar[RateHeader | None] = None
+    """The header by which the proxy limits how fast it sends the file. None: it cannot."""
 
     _is_passing = False
     """Whether the headers are valid for this request only."""

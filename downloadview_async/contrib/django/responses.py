@@ -20,10 +20,17 @@ from downloadview_async.asgi.accounts import Account
 from downloadview_async.asgi.answer import age_of
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.errors import failed, note_refusal
+from downloadview_async.asgi.limiting import spend
 from downloadview_async.asgi.transfer import body_of
 from downloadview_async.asgi.uses import claim
 from downloadview_async.contrib.django.adapters import async_file_of, is_left_by_closing, is_sent_as_stored, name_of
-from downloadview_async.contrib.django.counting import counted, each_counted, each_counted_async
+from downloadview_async.contrib.django.counting import (
+    counted,
+    each_counted,
+    each_counted_async,
+    limited,
+    limited_scope,
+)
 from downloadview_async.contrib.django.deferral import has_new_receivers, is_deferred
 from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.contrib.django.dual import close_idle_connections, close_own_connections, has_running_loop
@@ -39,8 +46,9 @@ from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.plan import Headers, Plan, Presentation, make_offload_plan, make_plan
 from downloadview_async.http.request import FIELDS, GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OffloadBackend, signed
+from downloadview_async.offload.base import EXTENSION, OffloadBackend, rated, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
+from downloadview_async.policy.limits.limits import TRANSFERS
 from downloadview_async.policy.uses import Use
 from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.cache.source import CachedFile
@@ -109,6 +117,7 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         self.plan: Plan | None = None
         self._wanted = GET
         self._link: Link | None = None
+        self._limited: dict[str, Any] | None = None
         self._resources = AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
         given = {header.lower() for header in headers or ()}
@@ -213,6 +222,7 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
             opened = await self._open(file, self._wanted)
             metadata, presentation, headers = self._described(file, opened)
             plan = make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=headers)
+            await self._spend(request, metadata, plan)
             if self._use is not None:
                 await for_request(request, claim(self._use, metadata, plan))
         except (FileError, FileNotFound) as exc:
@@ -274,7 +284,7 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
 
             async def headers(content_type: str) -> Mapping[str, str] | None:
                 order = backend.headers_for(file)  # again, as the file is open now
-                return await signed(backend, file, order) if order else None
+                return await signed(backend, file, rated(backend, order, self._rate(request))) if order else None
 
             offer = ProxyOffer(headers, is_remote=is_remote_order(order), needs_metadata=True)
             refused = await self._offload(request, file, offer) if order else Refusal.RULE
@@ -306,9 +316,13 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         if refused is None:
             plan = make_offload_plan(metadata, presentation, {}, headers=headers)
             if (order := await offer.headers(plan.headers["content-type"])) is not None:
+                await self._spend(request, metadata)
                 if self._use is not None:
                     await for_request(request, claim(self._use, metadata))
-                headers = plan.headers | {header.lower(): value for header, value in order.items()}
+                order = {header.lower(): value for header, value in order.items()}
+                if (rate := self._rate(request)) is not None and (header := offer.kind.rate_header) is not None:
+                    order = header.added_to(order, rate)
+                headers = {**plan.headers, **order}
                 self._take_over(replace(plan, headers=headers))
                 await self._become(offer.kind)
                 # A signature expires, a cached file is evicted, and a HEAD or an If-Range may be refused.
@@ -318,6 +332,17 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         if not was_open:
             await self.release()
         return refused
+
+    async def _spend(self, request: HttpRequest, metadata: FileMetadata, plan: Plan | None = None) -> None:
+        """Keep to the limits of the client. Raises `LimitExceeded` and `SourceUnavailable`."""
+        self._limited = limited_scope(request)
+        if self._limited is not None:
+            await for_request(request, _spend(self._limited, metadata, plan))
+
+    def _rate(self, request: HttpRequest) -> int | None:
+        """Return the rate of the client, in bytes per second, for a proxy that sends the file."""
+        scope = limited_scope(request)
+        return None if scope is None else scope[TRANSFERS].rate
 
     @property
     def _use(self) -> Use | None:
@@ -406,6 +431,7 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         for name in (
             "request",
             "file_not_found_response",
+            "_limited",
             "_link",
             "_loop",
             "_resources",
@@ -515,13 +541,23 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
                 body = await stack.enter_async_context(aclosing(body_of(plan, opened)))
                 if self._use is not None:
                     body = await stack.enter_async_context(aclosing(counted(body, plan, self._use)))
+                if self._limited is not None and plan.body:
+                    transfers = self._limited[TRANSFERS]
+                    body = await stack.enter_async_context(aclosing(limited(body, transfers, plan.length)))
                 async for chunk in body:
                     yield chunk
+
+
+async def _spend(scope: dict[str, Any], metadata: FileMetadata, plan: Plan | None) -> None:
+    if (spending := spend(scope, metadata, plan)) is not None:
+        await spending
 
 
 def error_response(exc: FileError, request: HttpRequest) -> HttpResponse:
     """Return the answer to a request whose file cannot be sent. The reason goes to the log alone."""
     headers = failed(exc, str(request.method), request.path)
+    if exc.detail is not None:
+        return HttpResponse(f"{exc.status.phrase}: {exc.detail}", "text/plain", exc.status, headers=headers)
     response = HttpResponse(status=exc.status, headers={**headers, "Content-Length": "0"})
     del response["Content-Type"]
     return response

@@ -19,7 +19,7 @@ from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.object_store import ObjectStorage
 
-_RATE = RateHeader("X-Accel-Limit-Rate")
+NGINX_RATE = RateHeader("X-Accel-Limit-Rate")
 _CHARSET = re.compile("[A-Za-z0-9_.:-]+")
 
 
@@ -80,7 +80,7 @@ class XAccelRedirect:
 
     def rated(self, headers: Mapping[str, str], rate: int) -> Mapping[str, str]:
         """Return the headers with a rate in bytes per second, if the proxy can limit it."""
-        return _RATE.added_to(headers, rate) if self._limits_rate else headers
+        return NGINX_RATE.added_to(headers, rate) if self._limits_rate else headers
 
     async def signed(self, file: AsyncFile, headers: Mapping[str, str]) -> Mapping[str, str]:
         """Return the headers with a signed X-Offload-Target if a store has the file. Raises `SourceUnavailable`."""
@@ -319,7 +319,7 @@ NGINX = ProxyKind(
     title="nginx",
     header="X-Accel-Redirect",
     controls=("x-accel-buffering", "x-accel-charset", "x-accel-expires", "x-accel-limit-rate"),
-    rate_header=_RATE,
+    rate_header=NGINX_RATE,
     targets="uri",
     encode=percent_encoded,
     backend=XAccelRedirect,

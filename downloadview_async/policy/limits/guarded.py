@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from downloadview_async.errors import SourceUnavailable
 from downloadview_async.http.log_text import escaped
 from downloadview_async.policy.limits.amounts import Quota, Window
+from downloadview_async.policy.limits.coverage import Parts
 from downloadview_async.policy.limits.redis import RedisLimitStore
 from downloadview_async.policy.limits.store import ALLOWED, Costs, NotCounted, Verdict
 
@@ -17,6 +18,9 @@ logger = logging.getLogger("downloadview_async")
 WhenStoreFails = Literal["refuse", "allow"]
 S = TypeVar("S")
 T = TypeVar("T")
+
+LOG_SECONDS = 60.0
+"""Seconds in which at most one failure is logged."""
 
 PAUSE = 1.0
 """Seconds between two checks, by a task for which no request waits, whether a store that has failed works again."""
@@ -34,9 +38,13 @@ class GuardedLimitStore:
         self.followers = store.followers
         self._is_allowed = when_it_fails == "allow"
         self._has_failed = False
+        self._is_logged = False  # the failure that began last
         self._check_at = 0.0
         self._checking: asyncio.Task[None] | None = None
         self._held: set[str] = set()  # the leases that the store has given
+        self.uncounted = 0
+        """How many requests were allowed without being counted."""
+        self._logged_at = -LOG_SECONDS
 
     async def admit(self, client: str, *, window: Window | None, most: int | None, lease: str | None) -> Verdict:
         """Count a request, and hold a lease for its transfer. Raises `SourceUnavailable`."""
@@ -49,24 +57,24 @@ class GuardedLimitStore:
             self._held.add(lease)
         return verdict
 
-    async def spend(self, client: str, costs: Costs, *, session: str, wants_all: bool, now: float) -> Quota | None:
+    async def spend(self, client: str, costs: Costs, *, parts: Parts | None, now: float) -> Quota | None:
         """Add the costs to their quotas, or return a quota that is used up.
 
         Raises `NotCounted` and `SourceUnavailable`.
         """
         used_up: Quota | NotCounted | None = await self._ask(
-            lambda: self._store.spend(client, costs, session=session, wants_all=wants_all, now=now), NotCounted()
+            lambda: self._store.spend(client, costs, parts=parts, now=now), NotCounted()
         )
         if isinstance(used_up, NotCounted):
             raise used_up
         return used_up
 
-    def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, complete: str | None) -> None:
+    def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, unsent: Parts | None) -> None:
         """End a lease, and give back what was not sent, unless the store has failed."""
         held = lease if lease in self._held else None
         self._held.discard(lease or "")
-        if held is not None or ((refunds or complete) and not self._has_failed):
-            self._store.release(client, held, refunds, spent_at=spent_at, complete=complete)
+        if held is not None or ((refunds or unsent) and not self._has_failed):
+            self._store.release(client, held, refunds, spent_at=spent_at, unsent=unsent)
 
     def transfers(self, client: str) -> int:
         """Return how many leases the client holds in all processes, as far as this process knows."""
@@ -91,6 +99,7 @@ class GuardedLimitStore:
         elif time.monotonic() >= self._check_at and self._checking is None:
             self._checking = asyncio.get_running_loop().create_task(self._look())
         if self._is_allowed:
+            self.uncounted += 1
             return otherwise
         raise SourceUnavailable("the store of limits has failed")
 
@@ -100,10 +109,15 @@ class GuardedLimitStore:
             self._check_at += PAUSE
         else:
             self._has_failed = True
-            verdict = "nothing is limited until it works again" if self._is_allowed else "requests get 503 until then"
-            logger.warning(
-                "the store of limits has failed (%s: %s): %s", type(exc).__name__, escaped(str(exc)), verdict
-            )
+            self._is_logged = time.monotonic() - self._logged_at >= LOG_SECONDS
+            if self._is_logged:
+                self._logged_at = time.monotonic()
+                verdict = (
+                    "nothing is limited until it works again" if self._is_allowed else "requests get 503 until then"
+                )
+                logger.warning(
+                    "the store of limits has failed (%s: %s): %s", type(exc).__name__, escaped(str(exc)), verdict
+                )
 
     async def _look(self) -> None:
         """Ask whether the store works again."""
@@ -113,6 +127,7 @@ class GuardedLimitStore:
             self._break(exc)
         else:
             self._has_failed = False
-            logger.warning("the store of limits works again")
+            if self._is_logged:
+                logger.warning("the store of limits works again: %d requests were not counted so far", self.uncounted)
         finally:
             self._checking = None

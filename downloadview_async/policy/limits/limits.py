@@ -5,7 +5,7 @@ import inspect
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import count, islice
 from secrets import token_hex
@@ -22,6 +22,7 @@ from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.policy.addresses import network_of
 from downloadview_async.policy.limits.amounts import Quota, Window, quota_of, rate_of, window_of
 from downloadview_async.policy.limits.clients import ClientOf, address_client, client_function
+from downloadview_async.policy.limits.coverage import Parts
 from downloadview_async.policy.limits.guarded import GuardedLimitStore, WhenStoreFails
 from downloadview_async.policy.limits.memory import MAX_CLIENTS, MemoryLimitStore
 from downloadview_async.policy.limits.pace import SharedRate
@@ -42,6 +43,9 @@ MAX_WAITING = 32
 
 _LONG = 200  # characters of a client's name; a longer one would take much memory
 _POLL_SECONDS = 0.25  # how often the first one asks a store that other processes use
+
+WhenHalfClosed = Callable[[Callable[[], None] | None], None]
+"""Calls a function when a client closes its side of the connection, or at once if it has; None ends that."""
 
 logger = logging.getLogger("downloadview_async")
 
@@ -65,6 +69,9 @@ class Limits:
     store: "memory", for this process alone, or a URL such as "redis://127.0.0.1:6379/0", for all that use it.
     when_store_fails: "allow" or "refuse" (503), while the store does not answer.
     name: tells these limits from others in the same store. The processes of one application give the same name.
+    proxy_log: the log of the proxy, as in `ProxyLog`. With it, and with `Accounts(..., sends_request_id=True)` around
+    the application, a transfer that the proxy sends ends with its line there, and quotas count the bytes in that line.
+    Without, it ends when it is handed over.
 
     One object may limit several `Download` applications together. Sizes are decimal: 1MB is 1,000,000 bytes.
 
@@ -86,6 +93,7 @@ class Limits:
         when_store_fails: WhenStoreFails = "allow",
         trusted: Iterable[str] = ("127.0.0.1", "::1"),
         name: str = "",
+        proxy_log: str | None = None,
     ) -> None:
         if concurrent is not None and (not isinstance(concurrent, int) or isinstance(concurrent, bool)):
             raise ConfigurationError(f"concurrent is {concurrent!r}: give a number of transfers")
@@ -100,7 +108,8 @@ class Limits:
         if when_store_fails not in ("refuse", "allow"):
             raise ConfigurationError(f'when_store_fails is {when_store_fails!r}: give "refuse" or "allow"')
         self._client_of = client_function(client, trusted)
-        self._most = concurrent
+        self.concurrent = concurrent
+        """How many transfers a client may have at once; None: any number."""
         self._window: Window | None = None if requests is None else window_of(requests)
         self._quotas: tuple[Quota, ...] = tuple(map(quota_of, [quota] if isinstance(quota, str) else quota))
         if len({(one.unit, one.seconds) for one in self._quotas}) < len(self._quotas):
@@ -112,6 +121,8 @@ class Limits:
         """Whether the bytes that were sent, or their end, have to be known."""
         self.is_paced = rate is not None or total_rate is not None
         """Whether transfers have a rate."""
+        self.proxy_log = proxy_log
+        """The log of the proxy, which tells the end of transfers that it sends; None: they end when handed over."""
         self.queues = mode == "queue"
         self._queue_seconds = queue_seconds
         self._holds_leases = concurrent is not None or (rate is not None and store != "memory")
@@ -158,7 +169,7 @@ class Limits:
             client = await self.client_of(Request(scope, receive))
         transfer, lease = self._new(client, is_transfer)
         if self._window is not None or lease is not None:
-            admit = self._store.admit(client, window=self._window, most=self._most, lease=lease)
+            admit = self._store.admit(client, window=self._window, most=self.concurrent, lease=lease)
             self._judge(transfer, lease, await admit)
         return transfer
 
@@ -170,7 +181,7 @@ class Limits:
         client = self._key_of(peer[0] if peer else None)
         transfer, lease = self._new(client, is_transfer)
         if self._window is not None or lease is not None:
-            self._judge(transfer, lease, self._memory.admit_nowait(client, self._window, self._most, lease))
+            self._judge(transfer, lease, self._memory.admit_nowait(client, self._window, self.concurrent, lease))
         return transfer
 
     def _new(self, client: str, is_transfer: bool) -> "tuple[Transfer, str | None]":
@@ -208,24 +219,31 @@ class Limits:
             transfer.waits = True
 
     async def _take(self, transfer: "Transfer") -> Verdict:
-        verdict = await self._store.admit(transfer.client, window=None, most=self._most, lease=transfer.lease)
+        verdict = await self._store.admit(transfer.client, window=None, most=self.concurrent, lease=transfer.lease)
         transfer.is_held = verdict.refused is None
         return verdict
 
-    async def wait(self, transfer: "Transfer") -> None:
-        """Wait in the queue until the transfer holds a lease. Raises `LimitExceeded` and `SourceUnavailable`."""
+    async def wait(self, transfer: "Transfer", when_half_closed: "WhenHalfClosed | None" = None) -> None:
+        """Wait in the queue until the transfer holds a lease. Raises `LimitExceeded` and `SourceUnavailable`.
+
+        when_half_closed: calls a function when the client closes its side, which ends the wait.
+        """
         queue = self._queues.setdefault(transfer.client, deque())
         if len(queue) >= MAX_WAITING:
             raise self._refusal(Verdict("concurrent", 1.0))
         place = _Place()
         queue.append(place)
         try:
-            with anyio.move_on_after(self._queue_seconds):
+            with anyio.move_on_after(self._queue_seconds) as patience:
+                if when_half_closed is not None:
+                    when_half_closed(patience.cancel)
                 while queue[0] is not place:
                     await place.wait(self._queue_seconds)
                 while (await self._take(transfer)).refused is not None:
                     await place.wait(_POLL_SECONDS if self.is_shared else self._queue_seconds)
         finally:
+            if when_half_closed is not None:
+                when_half_closed(None)
             queue.remove(place)
             if queue:
                 queue[0].wake()
@@ -234,28 +252,31 @@ class Limits:
         if not transfer.is_held:
             raise self._refusal(Verdict("concurrent", 1.0))
 
-    def spend(self, transfer: "Transfer", session: str, size: int | None, *, wants_all: bool) -> Awaitable[None] | None:
+    def spend(
+        self, transfer: "Transfer", version: str, size: int | None, spans: Sequence[ByteRange | None], file: int | None
+    ) -> Awaitable[None] | None:
         """Add the bytes and the download to the quotas of the client. Return what has to be awaited, if anything.
 
-        session: the path and the version of the file. size: of the body in bytes, None if it is not known before it
-        ends. Raises `LimitExceeded` and `SourceUnavailable`.
+        version: the path and the version of the file. size: of the body in bytes, None if it is not known before it
+        ends. spans: the parts of the file that it has. file: the size of the file in bytes. Raises `LimitExceeded` and
+        `SourceUnavailable`.
         """
         if not self._quotas:
             return None
         now = time.time()
-        costs = [(quota, (size or 0) if quota.unit == "bytes" else 1) for quota in self._quotas]
-        transfer.session = _short(session) if self._counts_downloads else ""
-        transfer.spent, transfer.spent_at = size or 0, now
+        costs = [(quota, (size or 0) if quota.unit == "bytes" else 0) for quota in self._quotas]
+        if self._counts_downloads:
+            known = tuple((span.start, span.stop) for span in spans if span is not None)
+            transfer.parts = Parts(_short(version), known or ((0, 1),), file if known and file is not None else 1)
+        transfer.spent, transfer.spent_at = size, now
         if self._memory is None:
-            return self._spend(transfer, costs, wants_all)
-        self._charge(transfer, self._memory.spend_nowait(transfer.client, costs, transfer.session, wants_all, now))
+            return self._spend(transfer, costs)
+        self._charge(transfer, self._memory.spend_nowait(transfer.client, costs, transfer.parts, now))
         return None
 
-    async def _spend(self, transfer: "Transfer", costs: Costs, wants_all: bool) -> None:
+    async def _spend(self, transfer: "Transfer", costs: Costs) -> None:
         try:
-            used_up = await self._store.spend(
-                transfer.client, costs, session=transfer.session, wants_all=wants_all, now=transfer.spent_at
-            )
+            used_up = await self._store.spend(transfer.client, costs, parts=transfer.parts, now=transfer.spent_at)
         except NotCounted:
             return
         self._charge(transfer, used_up)
@@ -269,19 +290,24 @@ class Limits:
         """Give back the lease of a transfer that waits for another one first. `hold` takes it again."""
         if transfer.is_held and self._holds_leases:
             transfer.is_held = False
-            self._store.release(transfer.client, transfer.lease, (), spent_at=0.0, complete=None)
+            self._store.release(transfer.client, transfer.lease, (), spent_at=0.0, unsent=None)
             self._wake(transfer.client)
 
     def end(self, transfer: "Transfer", sent: int | None, *, is_complete: bool) -> None:
         """Give back what a transfer holds. sent: bytes of its body, None if all of what it was to have."""
         refunds: Costs = ()
-        if transfer.is_charged and sent is not None and sent != transfer.spent:
-            refunds = [(quota, transfer.spent - sent) for quota in self._quotas if quota.unit == "bytes"]
+        unsent = None
+        if transfer.is_charged:
+            parts, back = transfer.parts, 0 if sent is None else (transfer.spent or 0) - sent
+            if parts is not None:
+                has_all = is_complete or sent is None
+                unsent = parts.after(parts.size if has_all else 0 if sent is None or transfer.spent is None else sent)
+            if back or unsent is not None:
+                refunds = [(quota, back if quota.unit == "bytes" else 0) for quota in self._quotas]
         lease = transfer.lease if transfer.is_held and self._holds_leases else None
-        complete = (transfer.session or None) if is_complete else None
-        transfer.is_held = False
-        if lease is not None or refunds or complete is not None:
-            self._store.release(transfer.client, lease, refunds, spent_at=transfer.spent_at, complete=complete)
+        transfer.is_held = transfer.is_charged = False
+        if lease is not None or refunds:
+            self._store.release(transfer.client, lease, refunds, spent_at=transfer.spent_at, unsent=unsent)
         if self._queues:
             self._wake(transfer.client)
 
@@ -313,11 +339,19 @@ class Limits:
         if (shared := self._rates.get(client)) is not None:
             shared.change()
 
+    @property
+    def uncounted(self) -> int:
+        """How many requests were allowed without being counted in this process, because the store did not answer.
+
+        Limits with the same store have one number together.
+        """
+        return self._store.uncounted if isinstance(self._store, GuardedLimitStore) else 0
+
     def _refusal(self, verdict: Verdict) -> LimitExceeded:
         if verdict.refused == "requests":
             assert self._window is not None
             return self._exceeded(self._window.text, verdict.wait)
-        transfers = "1 transfer" if self._most == 1 else f"{self._most} transfers"
+        transfers = "1 transfer" if self.concurrent == 1 else f"{self.concurrent} transfers"
         return self._exceeded(f"at most {transfers} at once", verdict.wait)
 
     def _exceeded(self, limit: str, wait: float) -> LimitExceeded:
@@ -356,11 +390,11 @@ class Transfer:
     """The part of some `Limits` that one request takes.
 
     client: its key. is_held: whether it holds a lease. waits: whether it has to wait for one in the queue. spent,
-    spent_at, session: the bytes that its quotas were charged with, when, and the download that it belongs to.
-    is_charged: whether they were.
+    spent_at, parts: the bytes that its quotas were charged with, None if their number was not known, when, and the
+    parts of the file. is_charged: whether they were.
     """
 
-    __slots__ = ("client", "is_charged", "is_held", "lease", "limits", "session", "spent", "spent_at", "waits")
+    __slots__ = ("client", "is_charged", "is_held", "lease", "limits", "parts", "spent", "spent_at", "waits")
 
     def __init__(self, limits: "Limits | SourceLimit", client: str) -> None:
         self.limits = limits
@@ -368,21 +402,33 @@ class Transfer:
         self.lease = ""
         self.is_held = False
         self.waits = False
-        self.spent = 0
+        self.spent: int | None = None
         self.spent_at = 0.0
-        self.session = ""
+        self.parts: Parts | None = None
         self.is_charged = False
 
 
 class Transfers:
     """The parts of all its limits that one request takes. A context manager, which gives them back."""
 
-    __slots__ = ("_all", "_is_at_once", "_is_complete", "_sent", "_size", "counts_bytes", "is_held", "rates", "waits")
+    __slots__ = (
+        "_all",
+        "_before",
+        "_is_at_once",
+        "_is_complete",
+        "_sent",
+        "counts_bytes",
+        "is_held",
+        "is_ours",
+        "keeper",
+        "rates",
+        "waits",
+    )
 
     def __init__(self) -> None:
         self._all: list[Transfer] = []
+        self._before = 0
         self._sent: int | None = None
-        self._size: int | None = None
         self._is_complete = False
         self._is_at_once = False
         self.counts_bytes = False
@@ -392,6 +438,10 @@ class Transfers:
         """Whether a lease may have to be waited for."""
         self.is_held = True
         """Whether all leases are held."""
+        self.keeper: Callable[[Transfers], None] | None = None
+        """Gets what the transfer holds of limits with a `proxy_log`, when the answer has been handed over."""
+        self.is_ours = False
+        """Whether our own response keeps to them, so that `LimitsMiddleware` has nothing to do."""
 
     def __enter__(self) -> "Transfers":
         return self
@@ -401,7 +451,24 @@ class Transfers:
     ) -> None:
         if kind is not None and self._is_at_once:
             self._sent, self._is_complete = 0, False
-        for transfer in self._all:
+        if kind is not None:
+            self.keeper = None
+        self.end()
+
+    @property
+    def proxy_log(self) -> str | None:
+        """The log of the proxy, if some of the limits know one."""
+        return next((one.limits.proxy_log for one in self._all if one.limits.proxy_log is not None), None)
+
+    def end(self) -> None:
+        """Give back what is held, once, or leave it to the keeper."""
+        ended, self._all = self._all, []
+        if (keeper := self.keeper) is not None:
+            self.keeper = None
+            self._all = [one for one in ended if one.limits.proxy_log is not None]
+            ended = [one for one in ended if one.limits.proxy_log is None]
+            keeper(self)
+        for transfer in ended:
             transfer.limits.end(transfer, self._sent, is_complete=self._is_complete)
 
     def begin_nowait(self, limits: "Sequence[Limits | SourceLimit]", scope: Scope, *, is_transfer: bool) -> bool:
@@ -409,6 +476,7 @@ class Transfers:
 
         Return whether these are all, and hold all leases. If not, go on with `begin`. Raises `LimitExceeded`.
         """
+        self._before = len(self._all)
         for one in limits:
             transfer = one.begin_nowait(scope, is_transfer=is_transfer)
             if transfer is None:
@@ -423,7 +491,7 @@ class Transfers:
 
         Raises `LimitExceeded` and `SourceUnavailable`.
         """
-        for one in limits[len(self._all) :]:
+        for one in limits[len(self._all) - self._before :]:
             self._add(one, await one.begin(scope, receive, is_transfer=is_transfer))
         if self.waits:
             self._let_go()
@@ -449,15 +517,17 @@ class Transfers:
         for transfer in self._all:
             transfer.limits.let_go(transfer)
 
-    async def hold(self) -> None:
+    async def hold(self, when_half_closed: WhenHalfClosed | None = None) -> None:
         """Hold the leases that are not held yet. Those that have to be waited for come first.
+
+        when_half_closed: calls a function when the client closes its side: then nothing is waited for.
 
         Raises `LimitExceeded` and `SourceUnavailable`.
         """
         while True:
             for transfer in self._all:
                 if transfer.waits and not transfer.is_held:
-                    await transfer.limits.wait(transfer)
+                    await transfer.limits.wait(transfer, when_half_closed)
             for transfer in self._all:
                 if not transfer.is_held:
                     await transfer.limits.hold(transfer)
@@ -468,39 +538,44 @@ class Transfers:
                 return
             self._let_go()
 
-    def spend(self, path: str, metadata: FileMetadata, size: int | None, *, wants_all: bool) -> Awaitable[None] | None:
+    def spend(
+        self, path: str, metadata: FileMetadata, size: int | None, spans: Sequence[ByteRange | None]
+    ) -> Awaitable[None] | None:
         """Add an answer to the quotas. Until `sent` is called, none of it counts as sent.
 
         Return what has to be awaited, if anything. Raises `LimitExceeded` and `SourceUnavailable`.
 
-        path: of the URL. size: of the body in bytes, None if it is not known.
+        path: of the URL. size: of the body in bytes, None if it is not known. spans: the parts of the file that it has,
+        None for all of a file of unknown size.
         """
-        self._sent, self._size = 0, metadata.size
+        self._sent = 0
         version = metadata.etag if metadata.etag is not None else f"{metadata.last_modified} {metadata.size}"
-        session = f"{path} {version}"
-        rest = iter(self._all)
+        named, rest = f"{path} {version}", iter(self._all)
         for transfer in rest:
-            if (spending := transfer.limits.spend(transfer, session, size, wants_all=wants_all)) is not None:
-                return self._spend_rest(spending, rest, session, size, wants_all)
+            if (spending := transfer.limits.spend(transfer, named, size, spans, metadata.size)) is not None:
+                return self._spend_rest(spending, rest, named, size, spans, metadata.size)
         return None
 
     async def _spend_rest(
-        self, spending: Awaitable[None], rest: Iterable[Transfer], session: str, size: int | None, wants_all: bool
+        self,
+        spending: Awaitable[None],
+        rest: Iterable[Transfer],
+        version: str,
+        size: int | None,
+        spans: Sequence[ByteRange | None],
+        file: int | None,
     ) -> None:
         await spending
         for transfer in rest:
-            if (following := transfer.limits.spend(transfer, session, size, wants_all=wants_all)) is not None:
+            if (following := transfer.limits.spend(transfer, version, size, spans, file)) is not None:
                 await following
 
-    def sent(self, size: int | None, spans: Iterable[ByteRange | None], *, is_at_once: bool = False) -> None:
-        """Note the bytes that were sent, None: all. spans: the parts of the file that are complete, None: all of it.
+    def sent(self, size: int | None, *, is_complete: bool = False, is_at_once: bool = False) -> None:
+        """Note the bytes of the body that were sent, None: all. is_complete: whether nothing is missing.
 
         is_at_once: these leave now. If the answer fails, they have not left.
         """
-        self._sent, self._is_at_once = size, is_at_once
-        for span in spans:
-            if span is None or span.stop == self._size:
-                self._is_complete = True
+        self._sent, self._is_complete, self._is_at_once = size, is_complete, is_at_once
 
     @property
     def rate(self) -> int | None:

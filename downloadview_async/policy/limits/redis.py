@@ -1,7 +1,8 @@
 """`RedisLimitStore`: counts in Redis or Valkey, for the processes of several machines together.
 
-A client has these keys, which begin with `downloadview:limits:1:`, where 1 is the version of this format, and expire:
-a hash with its requests, a sorted set with its leases by the time of their end, and a number for each quota and period.
+A client has these keys, which begin with `downloadview:limits:2:`, where 2 is the version of this format, and expire:
+a hash with its requests, a sorted set with its leases by the time of their end, a number for each quota and period, a
+hash for each version of a file of which it has got some, and a sorted set with those that are not complete.
 The server's clock counts; what it wrote before it was set back counts as written now. A lease is renewed while its
 transfer lasts, so those of a dead process end in time.
 
@@ -18,7 +19,9 @@ from weakref import WeakSet
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.policy.limits.amounts import Quota, Window
-from downloadview_async.policy.limits.store import ALLOWED, SESSION_SECONDS, Costs, Verdict, period_of
+from downloadview_async.policy.limits.coverage import MAX_EDGES, Parts
+from downloadview_async.policy.limits.store import ALLOWED, RESERVED_SECONDS, SESSION_SECONDS, Costs, Verdict
+from downloadview_async.policy.stores.redis import check_url
 from downloadview_async.sources.per_loop import PerLoop
 
 LEASE_SECONDS = 30.0
@@ -29,8 +32,9 @@ _MOST_IN_A_BATCH = 200
 _CLOSING_SECONDS = 2.0
 _CONNECT_SECONDS = 2.0  # for `check`, for which no request waits: a new connection may take its time
 _ROUNDS = 20  # of the loop
-_LATE_SECONDS = 0.01
-_STARVED = 3
+_PARTS = 10  # in which the time for an answer is counted
+_LATE_SECONDS = 0.003
+_STARVED_SECONDS = 0.5  # the most that a busy process gets beyond that
 
 _NOW = """
 local time = redis.call('TIME')
@@ -81,32 +85,126 @@ for number = 2, #ARGV do redis.call('ZADD', key, now + ARGV[1], ARGV[number]) en
 redis.call('PEXPIRE', key, ARGV[1])
 return redis.call('ZCARD', key)
 """
-# Then for each quota its unit, amount, cost, seconds and period.
-_SPEND = """
-local session = KEYS[1] .. 'session:' .. ARGV[1]
-local state = ARGV[1] ~= '' and redis.call('GET', session)
-local is_open = state and not (state == 'complete' and ARGV[2] == '1')
-local function key(at) return KEYS[1] .. ARGV[at] .. ':' .. ARGV[at + 3] .. ':' .. ARGV[at + 4] end
-local function is_new(at) return not is_open or ARGV[at] ~= 'downloads' end
-for at = 4, #ARGV, 5 do
-    if is_new(at) and tonumber(redis.call('GET', key(at)) or '0') >= tonumber(ARGV[at + 1]) then return (at + 1) / 5 end
-end
-for at = 4, #ARGV, 5 do
-    if is_new(at) then
-        redis.call('INCRBY', key(at), ARGV[at + 2])
-        redis.call('EXPIRE', key(at), 2 * ARGV[at + 3])
+# The session of a version of a file is a hash: by how much the number of parts changes at each place where it does, and
+# `charged`, `charged_at` and `running`, as in `MemoryLimitStore`.
+_SESSION = f"""
+local function add(session, first, last, times)
+    for at = first, last do
+        local change = (at - first) % 2 == 0 and times or -times
+        if redis.call('HINCRBY', session, ARGV[at], change) == 0 then redis.call('HDEL', session, ARGV[at]) end
     end
 end
-if ARGV[1] ~= '' and not is_open then redis.call('SET', session, 'open', 'EX', ARGV[3]) end
+local function downloads(session, size)
+    local kept, edges, changes = redis.call('HGETALL', session), {{}}, {{}}
+    for at = 1, #kept, 2 do
+        local edge = tonumber(kept[at])
+        if edge then
+            edges[#edges + 1] = edge
+            changes[edge] = tonumber(kept[at + 1])
+        end
+    end
+    if #edges == 0 then return 0, 0 end
+    table.sort(edges)
+    if edges[1] > 0 then return 1, 0 end
+    local depth, least = 0, nil
+    for _, edge in ipairs(edges) do
+        if edge >= size then break end
+        depth = depth + changes[edge]
+        least = least and math.min(least, depth) or depth
+    end
+    return math.max(1, least or 0), least or 0
+end
+local function is_large(session) return redis.call('HLEN', session) >= {MAX_EDGES + 3} end
+local function key(at, time)
+    return KEYS[1] .. ARGV[at] .. ':' .. ARGV[at + 1] .. ':' .. string.format('%.0f', math.floor(time / ARGV[at + 1]))
+end
+local function give_back(at, time, amount)
+    local spent = redis.call('GET', key(at, time))
+    if spent and amount ~= 0 then
+        redis.call('DECRBY', key(at, time), string.format('%.0f', math.min(spent, amount)))
+    end
+end
+"""
+# The arguments: the session, its size, the time, the number of numbers in its spans, the spans. Then for each quota its
+# unit, seconds, cost and amount.
+_SPEND = f"""{_SESSION}
+local session, size, now, quotas = KEYS[1] .. 'session:' .. ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), 5 + ARGV[4]
+local more, last = 0, quotas - 1
+if ARGV[1] ~= '' then
+    if is_large(session) then ARGV[5], ARGV[6], last = '0', ARGV[2], 6 end
+    add(session, 5, last, 1)
+    more = math.max(0, downloads(session, size) - tonumber(redis.call('HGET', session, 'charged') or '0'))
+end
+local function used_up()
+    for at = quotas, #ARGV, 4 do
+        local used = tonumber(redis.call('GET', key(at, now)) or '0')
+        if ARGV[at] == 'downloads' then
+            if more > 0 and used + more > tonumber(ARGV[at + 3]) then return at end
+        elseif used >= tonumber(ARGV[at + 3]) then
+            return at
+        end
+    end
+end
+local full = used_up()
+if full and ARGV[full] == 'downloads' then
+    local reserved = KEYS[1] .. 'reserved'
+    for _, name in ipairs(redis.call('ZRANGEBYSCORE', reserved, '-inf', now - {RESERVED_SECONDS}, 'LIMIT', 0, 1000)) do
+        local idle = KEYS[1] .. 'session:' .. name
+        local at = redis.call('HGET', idle, 'charged_at')
+        if name ~= ARGV[1] then
+            redis.call('ZREM', reserved, name)
+            if at then
+                redis.call('HSET', idle, 'charged', 0)
+                for quota = quotas, #ARGV, 4 do
+                    if ARGV[quota] == 'downloads' then give_back(quota, at, 1) end
+                end
+            end
+        end
+    end
+    full = used_up()
+end
+if full then
+    if ARGV[1] ~= '' then add(session, 5, last, -1) end
+    return (full - quotas) / 4 + 1
+end
+for at = quotas, #ARGV, 4 do
+    local cost = ARGV[at] == 'downloads' and more or ARGV[at + 2]
+    redis.call('INCRBY', key(at, now), cost)
+    redis.call('EXPIRE', key(at, now), 2 * ARGV[at + 1])
+end
+if ARGV[1] ~= '' then
+    redis.call('HINCRBY', session, 'charged', more)
+    redis.call('HINCRBY', session, 'running', 1)
+    if more > 0 then redis.call('HSET', session, 'charged_at', ARGV[3]) end
+    redis.call('EXPIRE', session, {SESSION_SECONDS})
+    redis.call('ZREM', KEYS[1] .. 'reserved', ARGV[1])
+end
 return 0
 """
-_RELEASE = """
-if ARGV[1] ~= '' then redis.call('ZREM', KEYS[1] .. 'leases', ARGV[1]) end
-if ARGV[2] ~= '' then redis.call('SET', KEYS[1] .. 'session:' .. ARGV[2], 'complete', 'XX', 'KEEPTTL') end
-for at = 3, #ARGV, 4 do
-    local key = KEYS[1] .. ARGV[at] .. ':' .. ARGV[at + 2] .. ':' .. ARGV[at + 3]
-    local spent = redis.call('GET', key)
-    if spent then redis.call('DECRBY', key, string.format('%.0f', math.min(spent, tonumber(ARGV[at + 1])))) end
+# The same arguments, with what was not sent. Then the lease.
+_RELEASE = f"""{_SESSION}
+local lease, session, quotas, back = ARGV[#ARGV], KEYS[1] .. 'session:' .. ARGV[1], 5 + ARGV[4], 0
+if lease ~= '' then redis.call('ZREM', KEYS[1] .. 'leases', lease) end
+if ARGV[1] ~= '' and redis.call('HEXISTS', session, 'running') == 1 then
+    if not is_large(session) then add(session, 5, quotas - 1, -1) end
+    local running = redis.call('HINCRBY', session, 'running', -1)
+    local charged = tonumber(redis.call('HGET', session, 'charged'))
+    local due, complete = downloads(session, tonumber(ARGV[2]))
+    back = math.max(0, charged - due)
+    if due == 0 and running <= 0 then
+        redis.call('DEL', session)
+    else
+        redis.call('HSET', session, 'charged', charged - back)
+        redis.call('EXPIRE', session, {SESSION_SECONDS})
+        if running <= 0 and complete == 0 and charged - back == 1 then
+            redis.call('ZADD', KEYS[1] .. 'reserved', redis.call('TIME')[1], ARGV[1])
+            redis.call('EXPIRE', KEYS[1] .. 'reserved', {SESSION_SECONDS})
+        end
+    end
+end
+for at = quotas, #ARGV - 1, 4 do
+    local amount = ARGV[at] == 'downloads' and back or tonumber(ARGV[at + 2])
+    give_back(at, tonumber(ARGV[3]), amount)
 end
 """
 _CHECK = "return 1"
@@ -149,19 +247,13 @@ class RedisLimitStore:
             return client.Redis.from_pool(client.ConnectionPool.from_url(url, **options))
 
         self._connect = connect
-        self._prefix = f"{prefix}:limits:1:"
+        self._prefix = f"{prefix}:limits:2:"
         self._timeout = timeout
         self._name = lru_cache(maxsize=4096)(self._name_of)
         self._batches: PerLoop[_Batches] = PerLoop()
         self.followers: WeakSet[Follower] = WeakSet()
         """These learn when other processes have begun or ended transfers of a client."""
-        try:
-            self._connect()
-        except ValueError:  # its text may have a part of the password
-            raise ConfigurationError(
-                "the URL of Redis cannot be used: give such as redis://127.0.0.1:6379/0, with the password "
-                "percent-encoded"
-            ) from None
+        check_url(connect)
 
     async def admit(self, client: str, *, window: Window | None, most: int | None, lease: str | None) -> Verdict:
         """Count a request, and hold a lease for its transfer."""
@@ -178,37 +270,30 @@ class RedisLimitStore:
             batches.hold(client, lease, held)
         return ALLOWED
 
-    async def spend(self, client: str, costs: Costs, *, session: str, wants_all: bool, now: float) -> Quota | None:
+    async def spend(self, client: str, costs: Costs, *, parts: Parts | None, now: float) -> Quota | None:
         """Add the costs to their quotas, or return a quota that is used up."""
-        values: list[object] = [session, int(wants_all), SESSION_SECONDS]
-        for quota, cost in costs:
-            values += [quota.unit, quota.amount, cost, quota.seconds, period_of(quota, now)]
-        spending = self._running().call(_SPEND, self._name(client), values)
+        spending = self._running().call(_SPEND, self._name(client), _arguments(costs, parts, now))
         try:
             number: int = await asyncio.shield(spending)
         except asyncio.CancelledError:
 
             def give_back(spent: "asyncio.Future[int]") -> None:
                 if not spent.cancelled() and spent.exception() is None and not spent.result():
-                    bytes_spent = [(quota, cost) for quota, cost in costs if quota.unit == "bytes"]
-                    self.release(client, None, bytes_spent, spent_at=now, complete=None)
+                    self.release(client, None, costs, spent_at=now, unsent=parts)
 
             spending.add_done_callback(give_back)
             raise
         return costs[number - 1][0] if number else None
 
-    def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, complete: str | None) -> None:
+    def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, unsent: Parts | None) -> None:
         """End a lease, and give back what was not sent, soon after this returns."""
         batches, name = self._running(), self._name(client)
         if lease is not None:
             batches.drop(client, lease)
-        if not refunds and complete is None:
+        if not refunds:
             batches.post(_END, name, (lease,))
             return
-        values: list[object] = [lease or "", complete or ""]
-        for quota, refund in refunds:
-            values += [quota.unit, refund, quota.seconds, period_of(quota, spent_at)]
-        batches.post(_RELEASE, name, values)
+        batches.post(_RELEASE, name, (*_arguments(refunds, unsent, spent_at), lease or ""))
 
     def transfers(self, client: str) -> int:
         """Return how many leases the client holds, at the time of the last answer about it."""
@@ -244,6 +329,17 @@ class RedisLimitStore:
     def renewal(self, client: str, leases: Iterable[str]) -> tuple[str, str, Sequence[object]]:
         """Return the call that renews the leases of a client."""
         return _RENEW, self._name(client), (int(LEASE_SECONDS * 1000), *leases)
+
+
+def _arguments(costs: Costs, parts: Parts | None, time: float) -> list[object]:
+    """Return the arguments of the scripts that count downloads and bytes."""
+    values: list[object] = ["", 0, int(time), 0]
+    if parts is not None:
+        edges = [edge for span in parts.spans for edge in span]
+        values = [parts.session, parts.size, int(time), len(edges), *edges]
+    for quota, cost in costs:
+        values += [quota.unit, quota.seconds, cost, quota.amount]
+    return values
 
 
 @lru_cache(maxsize=256)
@@ -305,7 +401,8 @@ class _Batches:
         """Return the results of some calls. Raises `TimeoutError`, and what the library raises."""
         is_check = any(script is _CHECK for script, _, _, _ in batch)
         seconds = _CONNECT_SECONDS if is_check else self._store.timeout
-        self._deadline = self._loop.call_later(seconds, self._be_late, self._loop.time() + seconds, seconds, _STARVED)
+        now = self._loop.time()
+        self._count_time(now, seconds / _PARTS, _PARTS + 1, now + seconds + _STARVED_SECONDS)
         try:
             return await self._execute(batch)
         except asyncio.CancelledError:
@@ -318,14 +415,18 @@ class _Batches:
             self._is_late = False
             self._deadline.cancel()
 
-    def _be_late(self, due: float, seconds: float, starved: int) -> None:
-        """Cancel the calls that are under way, unless this timer is late itself: then a busy machine may be the reason.
+    def _count_time(self, due: float, part: float, left: int, latest: float) -> None:
+        """Cancel the calls that are under way when their time is over, which is counted in some parts.
 
-        due: when the timer was to ring. starved: how often the calls may get the time once more.
+        A part counts only if its timer was punctual. Else this process was busy itself, and may have been what the
+        calls have waited for.
+
+        due: when the timer was to ring. left: how many parts are left. latest: when the calls are cancelled even so.
         """
         now = self._loop.time()
-        if starved and now - due > _LATE_SECONDS:
-            self._deadline = self._loop.call_later(seconds, self._be_late, now + seconds, seconds, starved - 1)
+        left -= now - due <= _LATE_SECONDS
+        if left and now < latest:
+            self._deadline = self._loop.call_later(part, self._count_time, now + part, part, left, latest)
         else:
             self._cancel(_ROUNDS)
 

@@ -1,12 +1,14 @@
 """`SourceLimit`: how many requests may use a source at once."""
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from starlette.types import Receive, Scope
 
 from downloadview_async.errors import ConfigurationError
-from downloadview_async.policy.limits.limits import Transfer
+from downloadview_async.http.metadata import ByteRange
+from downloadview_async.policy.limits.limits import Transfer, WhenHalfClosed
 from downloadview_async.policy.limits.pace import SharedRate
 from downloadview_async.sources.workers import Slots
 
@@ -25,6 +27,7 @@ class SourceLimit:
     is_paced = False
     queues = False
     rate: int | None = None
+    proxy_log: str | None = None
 
     def __init__(self, requests: int, *, queue_seconds: float = 2.0) -> None:
         if not isinstance(requests, int) or isinstance(requests, bool) or requests < 1:
@@ -43,7 +46,7 @@ class SourceLimit:
         transfer.slot = await self.slots.take()
         transfer.is_held = True
 
-    async def wait(self, transfer: Transfer) -> None:
+    async def wait(self, transfer: Transfer, when_half_closed: WhenHalfClosed | None = None) -> None:
         """Take the slot again: its queue is that of the source."""
         await self.hold(transfer)
 
@@ -56,7 +59,9 @@ class SourceLimit:
     def begin_nowait(self, scope: Scope, *, is_transfer: bool) -> Transfer | None:
         """Return None: `begin` may have to wait."""
 
-    def spend(self, transfer: Transfer, session: str, size: int | None, *, wants_all: bool) -> None:
+    def spend(
+        self, transfer: Transfer, version: str, size: int | None, spans: Sequence[ByteRange | None], file: int | None
+    ) -> None:
         """Return: there is no quota."""
 
     def rates_of(self, transfer: Transfer) -> tuple[SharedRate, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from downloadview_async.policy.limits.amounts import Quota, Window
+from downloadview_async.policy.limits.coverage import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,10 @@ Costs = Sequence[tuple[Quota, int]]
 """Quotas, and how much each is to grow."""
 
 SESSION_SECONDS = 86_400
-"""Seconds in which all requests of a client for one version of a file are one download."""
+"""Seconds after its last request that it is known which bytes of a version of a file a client has got."""
+
+RESERVED_SECONDS = 600
+"""Seconds that a download which is not complete counts after its last transfer has ended."""
 
 
 class NotCounted(Exception):
@@ -46,21 +50,25 @@ class LimitStore(Protocol):
         """
         ...
 
-    async def spend(self, client: str, costs: Costs, *, session: str, wants_all: bool, now: float) -> Quota | None:
+    async def spend(self, client: str, costs: Costs, *, parts: Parts | None, now: float) -> Quota | None:
         """Add the costs to their quotas and return None, or add nothing and return a quota that is used up.
 
-        A quota is used up when its amount has been reached, so the last transfer may exceed it. A quota of downloads is
-        left out for a request that belongs to an open session.
-        session: the client's download of one version of a file, by a short name, or empty. It is open for
-        `SESSION_SECONDS` after its first request. One that is complete is not open for a request that wants all bytes.
+        A quota of bytes is used up when its amount has been reached, so the last transfer may exceed it. A quota of
+        downloads is never exceeded; its cost follows from the parts, not from `costs`.
+
+        parts: what the request is to get of a file. The client has as many downloads of a version as it has all bytes
+        of it, with those that are being sent; the first one counts as soon as it has any byte. The cost is by how much
+        the request makes that number larger. A download that is not complete counts until `RESERVED_SECONDS` after the
+        end of its last transfer, and again when it is continued.
         now: in seconds since 1970 UTC; it tells the period.
         """
         ...
 
-    def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, complete: str | None) -> None:
+    def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, unsent: Parts | None) -> None:
         """End a lease, and give back what of its costs was not sent. Return at once: the store may do it soon after.
 
-        complete: a session of which all bytes have been sent, up to the last one.
+        unsent: what of the parts of `spend` was not sent; None if it had none. What this makes of the downloads goes to
+        the quotas of downloads in `refunds`, whose own amount does not count.
         """
         ...
 

@@ -7,7 +7,7 @@ this format, and expire with the link.
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from downloadview_async.errors import ConfigurationError
@@ -35,6 +35,16 @@ if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 return 1
 """
+
+
+def check_url(connect: Callable[[], object]) -> None:
+    """Raise `ConfigurationError` if the URL that `connect` uses cannot be one."""
+    try:
+        connect()
+    except ValueError:  # its text may have a part of the password
+        raise ConfigurationError(
+            "the URL of Redis cannot be used: give such as redis://127.0.0.1:6379/0, with the password percent-encoded"
+        ) from None
 
 
 class RedisGrantStore:
@@ -67,13 +77,7 @@ class RedisGrantStore:
         self._connect = connect
         self._clients: PerLoop[Any] = PerLoop()
         self._prefix = f"{prefix}:1:"
-        try:
-            self._connect()
-        except ValueError:  # its text may have a part of the password
-            raise ConfigurationError(
-                "the URL of Redis cannot be used: give such as redis://127.0.0.1:6379/0, with the password "
-                "percent-encoded"
-            ) from None
+        check_url(connect)
 
     async def claim(
         self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None

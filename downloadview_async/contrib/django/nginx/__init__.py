@@ -17,6 +17,7 @@ from django.utils.timezone import is_naive, make_aware, now
 from downloadview_async.contrib.django.middleware import DownloadDecorator, ProxiedDownloadMiddleware, View
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.contrib.django.testing import assert_x_accel_redirect
+from downloadview_async.offload.proxies.nginx import NGINX_RATE
 
 __all__ = [
     "SingleXAccelRedirectMiddleware",
@@ -42,6 +43,8 @@ class XAccelRedirectResponse(ProxiedDownloadResponse):
 
     Raises `ValueError` for an option that nginx would refuse.
     """
+
+    rate_header = NGINX_RATE
 
     def __init__(
         self,

@@ -1,0 +1,128 @@
+"""Keeps what a transfer holds after it was handed over to a proxy, until the proxy's log tells that it has ended."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from starlette.types import Scope
+
+from downloadview_async.accounts.facts import request_id_of
+from downloadview_async.accounts.proxy_log import LogLine
+from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
+from downloadview_async.sources.per_loop import PerLoop
+
+MOST_SECONDS = 3600.0
+"""Seconds after which a transfer counts as ended although the log has no line about it."""
+
+MOST_KEPT = 100_000
+"""How many transfers are kept. With more, those that began first count as ended."""
+
+_POLL = 0.25  # seconds between two looks
+_BEFORE = 1 << 16  # bytes before the end of the log that are read first: a short transfer may have ended
+_BLOCK = 1 << 20
+_ASKS_TWICE = "x-reproxy-url"  # H2O: the line about one of its two requests does not come
+
+logger = logging.getLogger("downloadview_async")
+
+_logs: PerLoop[dict[str, "_Kept"]] = PerLoop()
+
+
+def hand_over(scope: Scope, order: Mapping[str, str]) -> None:
+    """Have what the transfer of a request holds end with the line in the proxy's log, if its limits know that log.
+
+    order: the headers that the proxy obeys, in lower case. Without an `Accounts` around the application, the request
+    has no id, by which its line is found.
+    """
+    transfers: Transfers = scope[TRANSFERS]
+    if transfers.proxy_log is not None and (name := request_id_of(scope)) is not None and _ASKS_TWICE not in order:
+        transfers.keeper = _Keeping(transfers.proxy_log, name).keep
+
+
+class _Keeping:
+    """Keeps one transfer."""
+
+    def __init__(self, path: str, request_id: str) -> None:
+        self._path = path
+        self._id = request_id
+
+    def keep(self, transfers: Transfers) -> None:
+        loop = asyncio.get_running_loop()
+        logs = _logs.get(loop) or _logs.set(loop, {})
+        if self._path not in logs:
+            logs[self._path] = _Kept(self._path)
+        logs[self._path].add(self._id, transfers)
+
+
+class _Kept:
+    """The transfers whose end one log will tell."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._transfers: dict[str, tuple[float, Transfers]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._file: Any = None
+        self._rest = b""
+
+    def add(self, request_id: str, transfers: Transfers) -> None:
+        self._transfers[request_id] = time.monotonic(), transfers
+        if len(self._transfers) > MOST_KEPT:
+            self._end(next(iter(self._transfers)))
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        """Read the log while there are transfers that it may tell of."""
+        try:
+            while self._transfers:
+                try:
+                    lines = await asyncio.to_thread(self._read)
+                except OSError as exc:
+                    logger.warning("the log of the proxy cannot be read: %s", exc)
+                    await asyncio.sleep(60)
+                    lines = []
+                for line in filter(None, map(LogLine.parse, lines)):
+                    self._end(line.request_id, line)
+                oldest = time.monotonic() - MOST_SECONDS
+                for request_id in [one for one, (began, _) in self._transfers.items() if began < oldest]:
+                    self._end(request_id)
+                await asyncio.sleep(_POLL)
+        finally:
+            self._task = None
+            if self._file is not None:
+                self._file.close()
+                self._file, self._rest = None, b""
+
+    def _end(self, request_id: str, line: LogLine | None = None) -> None:
+        _, transfers = self._transfers.pop(request_id, (0.0, None))
+        if transfers is not None:
+            if line is not None:
+                transfers.sent(line.sent if line.status in (200, 206) else 0)
+            transfers.end()
+
+    def _read(self) -> Iterable[str]:
+        """Return the lines that are new. A log that was renamed is read to its end, and then the new one."""
+        if self._file is None:
+            self._file = open(self._path, "rb")  # noqa: SIM115 - it is read for as long as there are transfers
+            self._file.seek(max(0, os.fstat(self._file.fileno()).st_size - _BEFORE))
+        lines = self._lines()
+        known = os.fstat(self._file.fileno())
+        if known.st_size < self._file.tell():  # it was truncated
+            self._file.seek(0)
+        try:
+            current = os.stat(self._path)
+        except FileNotFoundError:
+            return lines
+        if (current.st_dev, current.st_ino) != (known.st_dev, known.st_ino):
+            self._file.close()
+            self._file = open(self._path, "rb")  # noqa: SIM115
+            self._rest = b""
+            lines += self._lines()
+        return lines
+
+    def _lines(self) -> list[str]:
+        *whole, self._rest = (self._rest + self._file.read(_BLOCK)).split(b"\n")
+        self._rest = self._rest[-_BLOCK:]
+        return [line.decode("utf-8", "replace") for line in whole]
