@@ -71,9 +71,33 @@ class OpenLocalFile:
     """An open descriptor, from which both the metadata and the bytes come. The caller that opened the file closes it.
 
     workers: threads for calls that may wait for the disk. quick: whether closing the file waits for nothing.
+    is_telling: given if that is known already.
     """
 
-    def __init__(self, descriptor: int, status: os.stat_result, quick: bool = True, *, workers: Workers) -> None:
+    __slots__ = (
+        "_described",
+        "_mtime_ns",
+        "_read_cached_pages",
+        "_users",
+        "descriptor",
+        "device",
+        "inode",
+        "is_quick",
+        "is_telling",
+        "made_at",
+        "size",
+        "workers",
+    )
+
+    def __init__(
+        self,
+        descriptor: int,
+        status: os.stat_result,
+        quick: bool = True,
+        *,
+        workers: Workers,
+        is_telling: bool | None = None,
+    ) -> None:
         self.descriptor = descriptor
         self.is_quick = quick
         self._users = 1
@@ -84,7 +108,7 @@ class OpenLocalFile:
         self._mtime_ns = status.st_mtime_ns
         self.made_at: float | None = None
         """Set for a file from a cache: see `Aged`."""
-        self.is_telling = _is_telling(status)
+        self.is_telling = _is_telling(status) if is_telling is None else is_telling
         """Whether other bytes would have another modification time. A proxy makes validators of this time."""
         self._described: FileMetadata | None = None
 
@@ -164,8 +188,10 @@ class OpenLocalFile:
         if not self._read_cached_pages:
             return False
         assert _RWF_NOWAIT is not None
+        last = offset + length - 1
         try:
-            for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
+            os.preadv(self.descriptor, _ONE_BYTE, last, _RWF_NOWAIT)
+            for position in range(offset, last, _PROBE):
                 os.preadv(self.descriptor, _ONE_BYTE, position, _RWF_NOWAIT)
         except BlockingIOError:
             return False
@@ -212,12 +238,20 @@ class OpenLocalFile:
 
     def _cached(self, length: int, position: int) -> bytes | None:
         """Return the first bytes of the span if they are in the page cache, without waiting for a disk; else None."""
+        buffer = _buffers.of_this_thread[:length]
+        count = self.read_into(buffer, position)
+        return None if count is None else bytes(buffer[:count])
+
+    def read_into(self, memory: memoryview, position: int) -> int | None:
+        """Read bytes if the page cache has the first of them, without waiting for a disk; else return None.
+
+        Returns how many bytes there were: fewer than the memory has room for if the page cache or the file ends.
+        """
         if not self._read_cached_pages:
             return None
         assert _RWF_NOWAIT is not None
         try:
-            buffer = _buffers.of_this_thread[:length]
-            return bytes(buffer[: os.preadv(self.descriptor, [buffer], position, _RWF_NOWAIT)])
+            return os.preadv(self.descriptor, [memory], position, _RWF_NOWAIT)
         except BlockingIOError:
             return None
         except OSError as exc:
