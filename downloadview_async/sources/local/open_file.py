@@ -5,7 +5,6 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from functools import lru_cache
 from typing import Self
 
@@ -53,8 +52,9 @@ def _metadata(size: int, mtime_ns: int, is_telling: bool) -> FileMetadata:
 
 def _is_telling(status: os.stat_result) -> bool:
     # A file system that keeps fractions of a second shows one in the time of the inode's last change.
-    is_coarse = not status.st_mtime_ns % _SECOND and not status.st_ctime_ns % _SECOND
-    return is_telling(status.st_mtime_ns, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
+    changed = status.st_mtime_ns
+    is_coarse = not changed % _SECOND and not status.st_ctime_ns % _SECOND
+    return is_telling(changed, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
 
 
 def metadata_of(status: os.stat_result) -> FileMetadata:
@@ -145,8 +145,10 @@ class OpenLocalFile:
         self._users -= 1
         if self._users:
             return
-        with suppress(OSError):  # the descriptor is closed in any case, and nothing was written
+        try:
             os.close(self.descriptor)
+        except OSError:  # the descriptor is closed in any case, and nothing was written
+            return
 
     async def aclose(self) -> None:
         """Close the descriptor, in a thread if that may wait."""
