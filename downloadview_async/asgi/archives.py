@@ -49,12 +49,17 @@ class Archives:
         if (options.checksums is not None or options.cache is not None) and not options.name:
             raise ConfigurationError("ArchiveOptions with checksums or a cache needs a name for the source: give name=")
         hidden = Hidden(hide)
+
+        def leave_out(name: str) -> bool:
+            last = name.rpartition("/")[2]
+            return hidden.hides(last) if "\\" in last else hidden.matches(last) is not None
+
         archives = ArchiveSource(
             source,
             limits=options.limits,
             checksums=options.checksums,
             name=options.name,
-            leave_out=(lambda name: hidden.hides(name.rpartition("/")[2])) if hide else None,
+            leave_out=leave_out if hide else None,
         )
         self._source: Source = archives
         if options.cache is not None:

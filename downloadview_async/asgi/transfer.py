@@ -78,8 +78,8 @@ async def chunks_of(first: Sequence[Piece], rest: AsyncIterator[Sequence[Piece]]
     batch: Sequence[Piece] | None = first
     while batch is not None:
         for piece in batch:
-            if isinstance(piece, bytes):
-                yield piece
+            if not isinstance(piece, tuple):
+                yield bytes(piece)
                 continue
             async with aclosing(exactly(piece[1], piece[0])) as chunks:
                 async for chunk in chunks:

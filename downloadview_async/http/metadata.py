@@ -149,13 +149,9 @@ def stat_validators(size: int, mtime_ns: int) -> tuple[ETag, int | None]:
     The tag is the same on every replica that keeps mtimes, as it does not contain the inode. It has nanoseconds, so a
     file that is replaced within one second gets another tag. Only for a time that `is_telling`.
     """
-    return ETag(_stat_tag(size, mtime_ns)), http_seconds(mtime_ns // _SECOND)
+    return ETag(f"{mtime_ns:x}-{size:x}"), http_seconds(mtime_ns // _SECOND)
 
 
 def stat_version(size: int, mtime_ns: int) -> str:
     """Return `FileMetadata.version` of a stored file with the validators of `stat_validators`."""
-    return f'"{_stat_tag(size, mtime_ns)}"'
-
-
-def _stat_tag(size: int, mtime_ns: int) -> str:
-    return f"{mtime_ns:x}-{size:x}"
+    return f'"{mtime_ns:x}-{size:x}"'

@@ -8,7 +8,7 @@ bytes of the central directory at the end. APPNOTE is https://pkware.cachefly.ne
 
 import stat
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,6 +45,7 @@ _ORDINARY_FOLDER = (stat.S_IFDIR | 0o755) << 16 | _DOS_FOLDER
 _DOS_FIRST = int(datetime(1980, 1, 1, tzinfo=UTC).timestamp())
 _DOS_LAST = int(datetime(2107, 12, 31, 23, 59, 58, tzinfo=UTC).timestamp())
 
+_ENTRIES_AT_ONCE = 500  # of the central directory
 _NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
@@ -135,42 +136,24 @@ class ZipLayout:
 
         crcs: the CRC-32s that are known by the time at which they are needed. The others are needed for `Checked`.
         """
-        count = len(self.members)
-        if span.start < self._directory:
-            for index in range(_index_of(self._offsets, span.start), count):
-                position, following = self._offsets[index], index + 1
-                if position >= span.stop:
-                    return
-                stop = self._offsets[following] if following < count else self._directory
-                if position < span.start or span.stop < stop:
-                    yield from self._pieces_of_member(index, span)
-                    continue
-                yield self._header(index)  # of a whole member, as nearly all are
-                if size := self.members[index].size:
-                    yield Content(index, ByteRange(0, size))
-                    crc = crcs.get(index)
-                    if crc is None:
-                        yield Checked(index, ByteRange(0, _descriptor_length(self.members[index])), is_descriptor=True)
-                    else:
-                        yield self.descriptor(index, crc)
-        if span.start < self._end:
-            for index in range(_index_of(self._entries, span.start), count):
-                start = self._entries[index]
-                if start >= span.stop:
-                    return
-                crc = crcs.get(index) if has_checksum(self.members[index]) else 0
-                if crc is not None:
-                    entry = self.entry(index, crc)
-                    is_whole = span.start <= start and start + len(entry) <= span.stop
-                    yield entry if is_whole else entry[max(span.start - start, 0) : span.stop - start]
-                elif (part := _within(span, start, self._length_of_entry(index))) is not None:
-                    yield Checked(index, part, is_descriptor=False)
-        if (part := _within(span, self._end, len(self._end_records))) is not None:
-            yield self._end_records[part.start : part.stop]
+        for index in self.members_in(span):
+            yield from self.pieces_of(index, span, crcs)
+        yield from self.pieces_at_end(span, crcs)
 
-    def _pieces_of_member(self, index: int, span: ByteRange) -> Iterator[Piece]:
+    def members_in(self, span: ByteRange) -> range:
+        """Return the indexes of the members of which a span has bytes before the central directory."""
+        first = _index_of(self._offsets, span.start) if span.start < self._directory else len(self.members)
+        return range(first, bisect_left(self._offsets, span.stop, first))
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Return where a member begins, with its header, and where it ends, with its descriptor."""
+        following = index + 1
+        return self._offsets[index], self._offsets[following] if following < len(self._offsets) else self._directory
+
+    def pieces_of(self, index: int, span: ByteRange, crcs: Mapping[int, int] = _NOTHING) -> Iterator[Piece]:
+        """Yield the pieces of one of `members_in` a span: see `pieces`."""
         member, position = self.members[index], self._offsets[index]
-        header, described = self._header(index), _descriptor_length(member)
+        header, described = self.header(index), _descriptor_length(member)
         content = position + len(header)
         end = content + member.size
         if (part := _within(span, position, len(header))) is not None:
@@ -178,10 +161,36 @@ class ZipLayout:
         if (part := _within(span, content, member.size)) is not None:
             yield Content(index, part)
         if (part := _within(span, end, described)) is not None:
-            yield Checked(index, part, is_descriptor=True)
+            crc = crcs.get(index)
+            checked = Checked(index, part, is_descriptor=True)
+            yield checked if crc is None else self.checked(checked, crc)
 
-    def _header(self, index: int) -> bytes:
-        """Return the local header [APPNOTE 4.3.7].
+    def pieces_at_end(self, span: ByteRange, crcs: Mapping[int, int] = _NOTHING) -> Iterator[Piece]:
+        """Yield the pieces of a span that follow the members: see `pieces`."""
+        entries: list[bytes] = []
+        if span.start < self._end:
+            first = _index_of(self._entries, span.start)
+            for index in range(first, bisect_left(self._entries, span.stop, first)):
+                start = self._entries[index]
+                crc = crcs.get(index) if has_checksum(self.members[index]) else 0
+                if crc is not None:
+                    entry = self.entry(index, crc)
+                    is_whole = span.start <= start and start + len(entry) <= span.stop
+                    entries.append(entry if is_whole else entry[max(span.start - start, 0) : span.stop - start])
+                    if len(entries) < _ENTRIES_AT_ONCE:
+                        continue
+                if entries:
+                    yield b"".join(entries)
+                    entries.clear()
+                if crc is None and (part := _within(span, start, self._length_of_entry(index))) is not None:
+                    yield Checked(index, part, is_descriptor=False)
+        if (part := _within(span, self._end, len(self._end_records))) is not None:
+            entries.append(self._end_records[part.start : part.stop])
+        if entries:
+            yield b"".join(entries)
+
+    def header(self, index: int) -> bytes:
+        """Return the local header of a member [APPNOTE 4.3.7].
 
         Its CRC-32 and sizes are 0, because a descriptor follows [4.4.4, bit 3] or the file is empty.
         """

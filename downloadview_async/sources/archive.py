@@ -10,8 +10,10 @@ import time
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import chain
+from mmap import mmap
 from operator import itemgetter
 from typing import TypeVar
 from weakref import ref
@@ -32,9 +34,9 @@ from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.http.zip_layout import LAYOUT, Checked, Content, Member, ZipLayout, has_checksum
 from downloadview_async.sources.base import (
     AsyncFile,
+    HasManyFiles,
     IdentifiesFolders,
     OpenFile,
-    OpensByName,
     Piece,
     Source,
     SupportsListing,
@@ -42,7 +44,7 @@ from downloadview_async.sources.base import (
     closing_stream,
 )
 from downloadview_async.sources.checksums import Checksums, MemoryChecksums
-from downloadview_async.sources.listing import DescribedEntry, Entry, closing_entries
+from downloadview_async.sources.listing import DescribedEntry, Version, closing_entries
 from downloadview_async.sources.local.open_file import CHUNK_SIZE, REWRITTEN, OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import canonical_folder
 from downloadview_async.sources.workers import MID_TRANSFER, Slots, unlimited
@@ -66,9 +68,11 @@ _READERS = 4  # files that are read at the same time for their CRC-32s alone
 _READ = 16 << 20  # bytes of a local file that one call of a worker reads
 _BEGUN = 1_000  # files of which is kept how far they have been read
 _LAID_OUT = 4  # archives of a source that are laid out at the same time: each file takes about 1 KiB
+_KEPT = 20_000  # files of which a source keeps layouts that are not used: each takes about 1 KiB
 _MANY = 1_000  # files whose layout takes too long for the event loop
 _SEPARATOR = "\0"  # no name has it
 _Chosen = tuple[str, ...]  # a folder, and names in it
+_Tree = dict[str, list[Version]]  # the entries of each folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,21 +240,27 @@ class FolderArchive(Archive):
             laid_out = recent[key][1]() if key in recent else None
             if laid_out is None or laid_out.is_stale:
                 with await self._source.layouts.take():
-                    laid_out = await _laid_out(await self._items(), self._source.source, self._limits)
+                    laid_out = await self._listed(key)
                 recent[key] = time.monotonic() + SHARED_SECONDS, ref(laid_out)
             return laid_out
 
-    async def _items(self) -> list[_Item]:
-        """Return what is below the folder, in the order of the names."""
-        items: list[_Item] = []
+    async def _listed(self, key: _Chosen) -> _LaidOut:
+        """Look at the folder. Return the layout that is kept if nothing has changed, or a new one."""
+        tree: _Tree = {}
         last = self._folder.rpartition("/")[2]
+        is_whole = bool(last) and not self._names
         above = set() if self._names else {await self._identity_of(self._folder)}
-        if self._names or not last:
-            await self._collect(items, self._folder, "", above, only=self._names)
-        else:
-            items.append(_Item(f"{last}/"))
-            await self._collect(items, self._folder, f"{last}/", above)
-        return items
+        await self._collect(tree, self._folder, above, 0, int(is_whole), self._names)
+        kept = self._source.kept
+        if (known := kept.pop(key, None)) is None or known[0] != tree:
+            items = [_Item(f"{last}/")] if is_whole else []
+            _add_items(items, tree, self._folder, f"{last}/" if is_whole else "")
+            known = tree, await _laid_out(items, self._source.source, self._limits)
+        if known[1].metadata.etag is not None:  # else a file may change without a sign
+            kept[key] = known
+            while len(kept) > 1 and sum(len(laid_out.items) for _, laid_out in kept.values()) > _KEPT:
+                del kept[next(iter(kept))]
+        return replace(known[1])  # a new object, which lives as long as it is used
 
     async def _identity_of(self, folder: str) -> Hashable:
         listing = self._source.listing
@@ -258,43 +268,58 @@ class FolderArchive(Archive):
 
     async def _collect(
         self,
-        items: list[_Item],
+        tree: _Tree,
         folder: str,
-        path: str,
         above: set[Hashable],
-        depth: int = 0,
+        depth: int,
+        count: int,
         only: set[str] | None = None,
-    ) -> None:
-        """Add what is in a folder, and below it, but no link that leads back to one of the folders above."""
-        entries: list[Entry] = []
+    ) -> int:
+        """Note the entries of a folder, and of those in it, sorted by their names. Return their count, with `count`.
+
+        A link that leads back to one of the folders above, with these identities, is left out.
+        """
+        entries: list[Version] = []
         leave_out, limit = self._source.leave_out, self._limits.files
-        async with closing_entries(self._source.listing.list(folder)) as listing:
-            async for entry in listing:
-                if only and entry.name not in only:
-                    continue
-                if leave_out is not None and leave_out(f"{folder}/{entry.name}" if folder else entry.name):
-                    continue
-                entries.append(entry)
-                if limit is not None and len(items) + len(entries) > limit:
+        prefix = f"{folder}/" if folder else ""
+        async with closing_entries(_batches_of(self._source.listing, folder)) as listing:
+            async for batch in listing:
+                if only:
+                    batch = [entry for entry in batch if entry[0] in only]
+                if leave_out is not None:
+                    batch = [entry for entry in batch if not leave_out(prefix + entry[0])]
+                entries += batch
+                if limit is not None and count + len(entries) > limit:
                     _check(limit + 1, limit, "files and folders")
-        if only and (missing := only - {entry.name for entry in entries}):
+        if only and (missing := only - {entry[0] for entry in entries}):
             raise FileMissing(f"{folder!r} does not have {sorted(missing)}")
         entries.sort(key=itemgetter(0))  # the name
-        for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            modified = None if entry.modified is None else int(entry.modified.timestamp() // 1)
-            if entry.is_folder:
-                identity = await self._identity_of(name)
-                if identity is not None and identity in above:
-                    continue
-                _check(depth + 1, self._limits.depth, "folders within folders")
-                items.append(_Item(f"{path}{entry.name}/", modified=modified))
-                await self._collect(items, name, f"{path}{entry.name}/", {*above, identity}, depth + 1)
-            else:
-                item = _Item(f"{path}{entry.name}", 0, modified, None, None, None, name)
-                if isinstance(entry, DescribedEntry):
-                    item.describe(*entry.identity())
-                items.append(item)
+        tree[folder] = entries
+        count += len(entries)
+        for entry in [entry for entry in entries if entry[1]]:
+            inner = prefix + entry[0]
+            identity = await self._identity_of(inner)
+            if identity is not None and identity in above:
+                entries.remove(entry)
+                count -= 1
+                continue
+            _check(depth + 1, self._limits.depth, "folders within folders")
+            count = await self._collect(tree, inner, {*above, identity}, depth + 1, count)
+        return count
+
+
+def _add_items(items: list[_Item], tree: _Tree, folder: str, path: str) -> None:
+    """Add what is below a folder, in the order of the names. path: that of the folder in the archive."""
+    above = f"{folder}/" if folder else ""
+    for name, is_folder, size, modified, version in tree[folder]:
+        if is_folder:
+            items.append(_Item(f"{path}{name}/", modified=modified))
+            _add_items(items, tree, above + name, f"{path}{name}/")
+        else:
+            item = _Item(path + name, 0, modified, None, None, None, above + name)
+            if version is not None:
+                item.describe(size, version)
+            items.append(item)
 
 
 class ArchiveSource:
@@ -326,7 +351,9 @@ class ArchiveSource:
         self.source = source
         self.limits = limits or ArchiveLimits()
         self.knowledge = _Knowledge(name, checksums or MemoryChecksums())
-        # Layouts, and until when others get them. They are kept only as long as a connection uses them.
+        # Layouts, and what they are of. The one that is used last is the last.
+        self.kept: dict[_Chosen, tuple[_Tree, _LaidOut]] = {}
+        # Layouts, and until when others get them without looking at the folder, as long as a connection uses them.
         self.recent: dict[_Chosen, tuple[float, ref[_LaidOut]]] = {}
         self.laying_out: dict[_Chosen, anyio.Lock] = {}
         self.layouts = Slots(_LAID_OUT, patience=MID_TRANSFER)
@@ -363,7 +390,7 @@ class OpenArchive:
         self._crcs = laid_out.crcs
         self._knowledge = knowledge
         source = laid_out.source
-        self._opens = source.open_nowait if source is not None and isinstance(source, OpensByName) else None
+        self._many: HasManyFiles | None = source if source is not None and isinstance(source, HasManyFiles) else None
         self._unstored: dict[bytes, int] = {}
         self._passed = 0  # bytes of files whose CRC-32s are not stored yet
         self._looked_up = range(0)
@@ -375,8 +402,8 @@ class OpenArchive:
         async with aclosing(self._batches(span, is_lending=False)) as batches:
             async for batch in batches:
                 for piece in batch:
-                    assert isinstance(piece, bytes)
-                    yield piece
+                    assert not isinstance(piece, tuple)
+                    yield bytes(piece)  # the memory of a batch is used again
 
     def pieces(self, span: ByteRange) -> AsyncGenerator[Sequence[Piece], None]:
         """Yield the pieces of a span: see `InPieces`. A local file that need not be read for its CRC-32 is lent.
@@ -386,64 +413,74 @@ class OpenArchive:
         return self._batches(span, is_lending=True)
 
     async def _batches(self, span: ByteRange, *, is_lending: bool) -> AsyncGenerator[Sequence[Piece], None]:
-        items, crcs, opens = self._items, self._crcs, self._opens
+        items, crcs, layout, many = self._items, self._crcs, self._layout, self._many
         is_first = True
         batch = _Batch(is_lending=is_lending)
         try:
-            for piece in self._layout.pieces(span, crcs):
-                if isinstance(piece, bytes):
-                    batch.add(piece)
-                elif isinstance(piece, Checked):
-                    if not await self._is_known(piece.index):
-                        if batch.length:
-                            yield batch.take()  # the client need not wait for these
-                            await batch.release()
-                        await self._read(piece.index)
-                    batch.add(self._layout.checked(piece, self._crcs[piece.index]))
-                else:
-                    index, part = piece.index, piece.span
+            for index in chain[int | None](layout.members_in(span), (None,)):
+                if index is not None:
                     if index not in self._looked_up:
                         await self._look_up(index)
-                    item, length = items[index], part.stop - part.start
-                    is_whole = length == item.size
-                    is_lent = is_lending and length > SMALL and (index in crcs or not is_whole)
-                    local: OpenLocalFile | None = None
-                    if is_lent or length <= CHUNK_SIZE:
-                        if opens is not None and item.source_name:
-                            local = opens(item.source_name)
-                            is_same = local is None or (local.size == item.size and local.version == item.version)
-                        else:
-                            opened = open_nowait(await self._find(index), GET)
-                            local = None if opened is None else local_of(opened)
-                            is_same = opened is None or _is_same(item, opened.metadata)
-                        if local is not None and not is_same:
-                            local.close()
-                            raise self._has_changed(index)
-                    if local is None:
-                        if is_lending and is_first and not await self._is_local(index):
-                            return
-                        async with self._opened(index, GET if is_whole else _request_for(part)) as opened:
-                            local = local_of(opened)
-                            if is_lent and local is not None:
-                                batch.lend(local.shared(), part)
-                            else:
-                                async with aclosing(self._content(opened, piece)) as chunks:
-                                    async for chunk in chunks:
-                                        batch.add(chunk)
-                                        if batch.is_full:
-                                            yield batch.take()
-                                            await batch.release()
-                    elif is_lent:
-                        batch.lend(local, part)
+                    start, stop = layout.place(index)
+                    if span.start <= start and stop <= span.stop and self._add_member(index, batch):
+                        is_first = is_first and not items[index].size
+                        if batch.is_full:
+                            yield batch.take()
+                            await batch.release()
+                        if self._passed >= _NOTED:
+                            await self._store()
+                        continue
+                pieces = layout.pieces_at_end(span, crcs) if index is None else layout.pieces_of(index, span, crcs)
+                for piece in pieces:
+                    if isinstance(piece, bytes):
+                        batch.add(piece)
+                    elif isinstance(piece, Checked):
+                        if not await self._is_known(piece.index):
+                            if batch.length:
+                                yield batch.take()  # the client need not wait for these
+                                await batch.release()
+                            await self._read(piece.index)
+                        batch.add(self._layout.checked(piece, self._crcs[piece.index]))
                     else:
-                        with closing(local):
-                            batch.add(await self._content_of_small(local, piece), is_joined=not is_lending)
-                    is_first = False
-                    if self._passed >= _NOTED:
-                        await self._store()
-                if batch.is_full:
-                    yield batch.take()
-                    await batch.release()
+                        number, part = piece.index, piece.span
+                        item, length = items[number], part.stop - part.start
+                        is_whole = length == item.size
+                        is_lent = is_lending and length > SMALL and (number in crcs or not is_whole)
+                        local: OpenLocalFile | None = None
+                        if is_lent or length <= CHUNK_SIZE:
+                            if many is not None and item.source_name and item.version is not None:
+                                local = many.open_nowait(item.source_name, item.size, item.version)
+                            else:
+                                opened = open_nowait(await self._find(number), GET)
+                                local = None if opened is None else local_of(opened)
+                                if opened is not None and local is not None and not _is_same(item, opened.metadata):
+                                    local.close()
+                                    raise self._has_changed(number)
+                        if local is None:
+                            if is_lending and is_first and not await self._is_local(number):
+                                return
+                            async with self._opened(number, GET if is_whole else _request_for(part)) as opened:
+                                local = local_of(opened)
+                                if is_lent and local is not None:
+                                    batch.lend(local.shared(), part)
+                                else:
+                                    async with aclosing(self._content(opened, piece)) as chunks:
+                                        async for chunk in chunks:
+                                            batch.add(chunk)
+                                            if batch.is_full:
+                                                yield batch.take()
+                                                await batch.release()
+                        elif is_lent:
+                            batch.lend(local, part)
+                        else:
+                            with closing(local):
+                                batch.add(await self._content_of_small(local, piece))
+                        is_first = False
+                        if self._passed >= _NOTED:
+                            await self._store()
+                    if batch.is_full:
+                        yield batch.take()
+                        await batch.release()
             if batch.length:
                 yield batch.take()
                 await batch.release()
@@ -454,6 +491,36 @@ class OpenArchive:
             with anyio.CancelScope(shield=True):
                 await batch.close()
                 await self._store()
+
+    def _add_member(self, index: int, batch: "_Batch") -> bool:
+        """Add a whole folder or local file; return whether that needs no waiting, and the file has not changed."""
+        item, header = self._items[index], self._layout.header(index)
+        if not item.size:
+            batch.add(header)
+            return True
+        size, crc = item.size, self._crcs.get(index)
+        is_lent = batch.is_lending and size > SMALL and crc is not None
+        if self._many is None or not item.source_name or item.version is None or not (is_lent or size <= CHUNK_SIZE):
+            return False
+        file = self._many.open_nowait(item.source_name, size, item.version)
+        if file is None:
+            return False
+        if crc is not None and is_lent:
+            batch.add(header)
+            batch.lend(file, ByteRange(0, size))
+        else:
+            with closing(file):
+                memory = batch.space(len(header) + size)
+                content = memory[len(header) :]
+                if file.read_into(content, 0) != size or not file.is_same():
+                    return False
+                memory[: len(header)] = header
+                batch.fill(len(memory))
+                if crc is None:
+                    crc = zlib.crc32(content)
+                    self._note(index, crc)
+        batch.add(self._layout.descriptor(index, crc))
+        return True
 
     async def _is_local(self, index: int) -> bool:
         """Return whether a file may have a local file with its bytes, as far as that is known before it is opened."""
@@ -567,42 +634,60 @@ class OpenArchive:
 
 
 class _Batch:
-    """The pieces that are yielded next, and the files among them, which are open until the batch is released."""
+    """The pieces that are yielded next. Their memory is used again, and their files are closed, when it is released."""
 
-    __slots__ = ("_bytes", "_enough", "_files", "_pieces", "is_full", "length")
+    __slots__ = ("_begin", "_enough", "_files", "_filled", "_memory", "_pieces", "_sum", "is_lending")
 
     def __init__(self, *, is_lending: bool) -> None:
+        self.is_lending = is_lending
         self._enough = _ENOUGH_LENT if is_lending else _ENOUGH
+        self._memory = memoryview(mmap(-1, _ENOUGH_LENT + CHUNK_SIZE))  # the kernel gives what is used of it
         self._pieces: list[Piece] = []
-        self._bytes: list[bytes] = []  # those after the last file
         self._files: list[OpenLocalFile] = []
-        self.length = 0
-        self.is_full = False
-        """Whether the batch has to be yielded now."""
+        self._sum = 0  # bytes of the pieces
+        self._begin = self._filled = 0  # what of the memory is the next piece
 
-    def add(self, content: bytes, *, is_joined: bool = True) -> None:
-        """Add bytes. is_joined: whether they are in the same piece as the bytes around them, even if they are many."""
-        if not is_joined and len(content) > SMALL:
-            self._join()
-            self._pieces.append(content)
+    @property
+    def length(self) -> int:
+        """How many bytes there are."""
+        return self._sum + self._filled - self._begin
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the batch has to be yielded now."""
+        return self._sum + self._filled - self._begin >= self._enough or len(self._files) >= _LENT
+
+    def add(self, content: bytes) -> None:
+        """Add bytes. Many are a piece alone, but a server that takes no files should not get few bytes before them."""
+        length, start = len(content), self._filled
+        if length <= SMALL or (self.length and not self.is_lending and length <= CHUNK_SIZE):
+            self._filled = stop = start + length
+            self._memory[start:stop] = content
         else:
-            self._bytes.append(content)
-        self.length = length = self.length + len(content)
-        if length >= self._enough:
-            self.is_full = True
+            self._end_piece()
+            self._pieces.append(content)
+            self._sum += length
+
+    def space(self, length: int) -> memoryview:
+        """Return the memory in which the next bytes have to be, at most `CHUNK_SIZE` of them: see `fill`."""
+        return self._memory[self._filled : self._filled + length]
+
+    def fill(self, length: int) -> None:
+        """Add the bytes that have been written into the `space`."""
+        self._filled += length
 
     def lend(self, file: OpenLocalFile, span: ByteRange) -> None:
         """Add a span of a file, which is closed with the batch."""
+        self._end_piece()
         self._files.append(file)
-        self._join()
         self._pieces.append((file, span))
-        self.length = length = self.length + span.stop - span.start
-        self.is_full = length >= self._enough or len(self._files) >= _LENT
+        self._sum += span.stop - span.start
 
     def take(self) -> Sequence[Piece]:
         """Return the pieces, and begin anew."""
-        self._join()
-        pieces, self._pieces, self.length, self.is_full = self._pieces, [], 0, False
+        self._end_piece()
+        pieces, self._pieces, self._sum = self._pieces, [], 0
+        self._begin = self._filled = 0
         return pieces
 
     async def release(self) -> None:
@@ -621,10 +706,26 @@ class _Batch:
             else:
                 await file.aclose()
 
-    def _join(self) -> None:
-        if self._bytes:
-            self._pieces.append(self._bytes[0] if len(self._bytes) == 1 else b"".join(self._bytes))
-            self._bytes = []
+    def _end_piece(self) -> None:
+        if self._begin < self._filled:
+            self._pieces.append(self._memory[self._begin : self._filled])
+            self._sum += self._filled - self._begin
+            self._begin = self._filled
+
+
+async def _batches_of(source: SupportsListing, folder: str) -> AsyncIterator[Sequence[Version]]:
+    """Yield the entries of a folder."""
+    batches = source.list_versions(folder) if isinstance(source, HasManyFiles) else None
+    if batches is not None:
+        async with closing_entries(batches):
+            async for batch in batches:
+                yield batch
+        return
+    async with closing_entries(source.list(folder)) as entries:
+        async for entry in entries:
+            size, version = entry.identity() if isinstance(entry, DescribedEntry) else (None, None)
+            modified = None if entry.modified is None else int(entry.modified.timestamp() // 1)
+            yield ((entry.name, entry.is_folder, size, modified, version),)
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
-from downloadview_async.sources.listing import Entry
+from downloadview_async.sources.listing import Entry, Version
 
 if TYPE_CHECKING:
     from downloadview_async.sources.local.open_file import OpenLocalFile
@@ -53,7 +53,7 @@ class Local(Protocol):
         ...
 
 
-Piece: TypeAlias = "bytes | tuple[OpenLocalFile, ByteRange]"
+Piece: TypeAlias = "bytes | memoryview | tuple[OpenLocalFile, ByteRange]"
 """A part of a body: bytes, or a span of an open local file, for the kernel to send."""
 
 
@@ -63,8 +63,8 @@ class InPieces(Protocol):
     def pieces(self, span: ByteRange) -> AsyncGenerator[Sequence[Piece], None]:
         """Yield the pieces of a span, some at a time, in order. Without any, `stream` has to be called instead.
 
-        The local files among them are open until the generator goes on, or is closed. It may go on in another task than
-        the one in which it has begun. Raises what `stream` does.
+        The local files among them are open, and the memory of the others is not used again, until the generator goes
+        on, or is closed. It may go on in another task than the one in which it has begun. Raises what `stream` does.
         """
         ...
 
@@ -226,14 +226,19 @@ class HasCanonicalNames(Protocol):
 
 
 @runtime_checkable
-class OpensByName(Protocol):
-    """Optional for a source: opening many files, of which each is sent once."""
+class HasManyFiles(Protocol):
+    """Optional for a source: listing and opening many files, of which each is sent once."""
 
-    def open_nowait(self, name: str, /) -> "OpenLocalFile | None":
+    def open_nowait(self, name: str, size: int, version: str, /) -> "OpenLocalFile | None":
         """Open the file that `resolve` would return for a name from a listing, or return None: see `OpensNowait`.
 
-        Nothing is kept about it, and no encoded form of it is opened.
+        None is also returned for a file that has another size or version (`FileMetadata.version`). Nothing is kept
+        about the file, and no encoded form of it is opened.
         """
+        ...
+
+    def list_versions(self, folder: str = "", /) -> AsyncIterator[Sequence[Version]] | None:
+        """Yield what `SupportsListing.list` does, in batches and with the versions; or return None."""
         ...
 
 

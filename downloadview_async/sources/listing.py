@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.metadata import FileMetadata
@@ -45,6 +45,12 @@ class DescribedEntry(Entry):
         described.describe = describe
         return described
 
+
+Version: TypeAlias = tuple[str, bool, int | None, int | None, str | None]
+"""An entry for an archive: its name, whether it is a folder, its size, its time, and its `FileMetadata.version`.
+
+The time is in whole seconds since the epoch, UTC. The version of a file is None if it has to be opened for that.
+"""
 
 T = TypeVar("T")
 

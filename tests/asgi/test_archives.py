@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
+import uvloop
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
@@ -623,3 +624,28 @@ async def test_a_first_file_that_cannot_be_sent_gives_a_status(
             CHANGES[change](large / "d/a.bin")
             assert (await ask(port, ALL)).status == status
             assert (await ask(port, ALL)).complete  # the folder has been looked at again
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+async def test_a_client_that_reads_slowly_gets_the_right_bytes_of_small_files(
+    tmp_path: Path, run: Callable[[Any], list[bytes]]
+) -> None:
+    """The memory is used again, but not before the transport has sent it: that of uvloop makes no copy."""
+    (tmp_path / "d").mkdir()
+    for number in range(400):
+        (tmp_path / f"d/{number:03}").write_bytes(os.urandom(60_000))
+
+    async def fetched() -> list[bytes]:
+        bodies = []
+        async with live(application(tmp_path), http=DownloadProtocol) as port:
+            for _ in range(2):  # computing the CRC-32s, and knowing them
+                async with Paused(port) as client:
+                    bodies.append((await client.rest()).body)
+        return bodies
+
+    bodies = await asyncio.to_thread(run, fetched())
+    with zipfile.ZipFile(io.BytesIO(bodies[0])) as archive:
+        assert archive.testzip() is None
+        for number in range(400):
+            assert archive.read(f"d/{number:03}") == (tmp_path / f"d/{number:03}").read_bytes()
+    assert bodies[0] == bodies[1]

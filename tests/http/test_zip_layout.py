@@ -299,3 +299,24 @@ def test_checksums_that_are_known_are_in_their_place_at_once() -> None:
     for descriptor in needed:
         assert layout.checked(descriptor, crcs[descriptor.index]) in pieces
     assert not [piece for piece in pieces if isinstance(piece, Checked) and piece.is_descriptor]
+
+
+def test_the_places_of_members_follow_each_other_and_a_span_has_those_that_it_touches() -> None:
+    layout = ZipLayout([Member("folder/"), Member("a", 3, NEW_YEAR), Member("b", 5)])
+    places = [layout.place(index) for index in range(3)]
+    assert places[0][0] == 0
+    assert [start for start, _ in places[1:]] == [stop for _, stop in places[:-1]]
+    for index, (start, stop) in enumerate(places):
+        assert layout.members_in(ByteRange(start, stop)) == range(index, index + 1)
+    assert layout.members_in(ByteRange(places[0][1] - 1, places[2][0] + 1)) == range(3)
+    assert not layout.members_in(ByteRange(places[2][1], layout.size))
+
+
+def test_many_entries_of_the_directory_are_one_piece() -> None:
+    layout = ZipLayout([Member(f"{index}/") for index in range(1200)])
+    directory = ByteRange(layout.place(1199)[1], layout.size)
+    pieces = [*layout.pieces(directory)]
+    assert len(pieces) == 3
+    assert b"".join(piece for piece in pieces if isinstance(piece, bytes)) == b"".join(
+        [*(layout.entry(index, 0) for index in range(1200)), layout._end_records]
+    )

@@ -71,6 +71,12 @@ def chunks_of(opened: OpenArchive, span: ByteRange | None = None) -> AsyncGenera
     return chunks
 
 
+async def used(batches: AsyncGenerator[Any, None]) -> None:
+    async with aclosing(batches):
+        async for _ in batches:
+            pass
+
+
 def unpacked(content: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert archive.testzip() is None
@@ -706,9 +712,9 @@ async def test_pieces_are_the_bytes_of_the_stream_and_their_files_are_open_until
             async with aclosing(opened.pieces(ByteRange(start, stop))) as batches:
                 async for batch in batches:
                     names = [path for path in open_paths() if path.startswith(f"{tmp_path}/d/")]
-                    assert len(names) == sum(not isinstance(piece, bytes) for piece in batch) <= 4
+                    assert len(names) == sum(isinstance(piece, tuple) for piece in batch) <= 4
                     for piece in batch:
-                        if isinstance(piece, bytes):
+                        if not isinstance(piece, tuple):
                             content += piece
                         else:
                             file, span = piece
@@ -725,7 +731,7 @@ async def test_a_file_that_grows_while_it_is_lent_ends_the_pieces(tmp_path: Path
     await read(await source.resolve("d"))
     async with (await source.resolve("d")).open() as opened:
         async with aclosing(opened.pieces(ByteRange(0, opened.metadata.size or 0))) as batches:
-            assert [type(piece) for piece in await anext(batches)] == [bytes, tuple, bytes, tuple]
+            assert [isinstance(piece, tuple) for piece in await anext(batches)] == [False, True, False, True, False]
             with (tmp_path / "d/a").open("ab") as file:
                 file.write(b"more")
             with pytest.raises(dv.TransferAborted):
@@ -753,3 +759,181 @@ async def test_a_subclass_of_a_path_source_that_returns_other_files_is_asked_for
     (tmp_path / "a").write_bytes(b"wrong")
     (tmp_path / "a.real").write_bytes(b"right")
     assert unpacked(await read(await ArchiveSource(Other(tmp_path)).resolve(""))) == {"a": b"right"}
+
+
+async def test_an_unchanged_folder_keeps_its_layout_and_a_changed_one_does_not(tmp_path: Path) -> None:
+    source = make_tree(tmp_path, {"d/a": b"a", "d/e/b": b"b"})
+    archives = ArchiveSource(source)
+
+    async def tag_and_names() -> tuple[str, list[str]]:
+        async with (await archives.resolve("d")).open() as opened:
+            assert opened.metadata.etag is not None
+            content = await stream(opened)
+            fresh = await ArchiveSource(source).resolve("d")
+            async with fresh.open() as other:
+                assert other.metadata == opened.metadata
+                assert await stream(other) == content
+            return opened.metadata.etag.value, [*unpacked(content)]
+
+    def layout() -> object:
+        ((_, laid_out),) = archives.kept.values()
+        return laid_out.layout
+
+    tags = [await tag_and_names()]
+    first = layout()
+    assert await tag_and_names() == tags[0]
+    assert layout() is first
+    other_time = (1_600_000_000,) * 2
+    for change in (
+        lambda: os.utime(tmp_path / "d/a", other_time),
+        lambda: (tmp_path / "d/a").write_bytes(b"longer"),
+        lambda: (tmp_path / "d/e/b").rename(tmp_path / "d/e/c"),
+        lambda: (tmp_path / "d/e/new").write_bytes(b"new"),
+        lambda: (tmp_path / "d/e/new").unlink(),
+        lambda: os.utime(tmp_path / "d/e", other_time),
+        lambda: (tmp_path / "d/e/empty").mkdir(),
+    ):
+        before = layout()
+        change()
+        tags.append(await tag_and_names())
+        assert layout() is not before
+        assert tags[-1][0] != tags[-2][0]
+
+
+async def test_a_link_whose_target_changes_changes_the_archive(tmp_path: Path) -> None:
+    archives = ArchiveSource(make_tree(tmp_path, {"d/a": b"a", "x/target": b"one"}))
+    (tmp_path / "d/link").symlink_to("../x/target")
+    assert unpacked(await read(await archives.resolve("d")))["d/link"] == b"one"
+    (tmp_path / "x/target").write_bytes(b"other")
+    assert unpacked(await read(await archives.resolve("d")))["d/link"] == b"other"
+
+
+async def test_layouts_that_are_kept_are_bounded_by_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive_module, "_KEPT", 9)
+    make_tree(tmp_path, {f"{folder}/{number}": b"x" for folder in "abcd" for number in range(3)})
+    archives = ArchiveSource(dv.PathSource(tmp_path))
+    for folder in "abcadc":
+        await read(await archives.resolve(folder))
+    assert [key[0] for key in archives.kept] == ["d", "c"]
+    await read(await archives.resolve(""))  # one that is larger than all is kept alone
+    assert [key[0] for key in archives.kept] == [""]
+
+
+async def test_a_folder_with_a_file_that_may_change_without_a_sign_is_laid_out_anew(tmp_path: Path) -> None:
+    archives = ArchiveSource(make_tree(tmp_path, {"d/a": b"one"}))
+    for content in (b"one", b"two"):
+        (tmp_path / "d/a").write_bytes(content)
+        os.utime(tmp_path / "d/a", (1, 1))
+        assert unpacked(await read(await archives.resolve("d")))["d/a"] == content
+    assert not archives.kept
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize("change", ["grows", "shrinks", "rewritten", "a folder", "a link", "a pipe", "removed"])
+async def test_a_small_file_that_changes_after_the_layout_aborts_the_archive(
+    tmp_path: Path, change: str, is_known: bool
+) -> None:
+    archives = ArchiveSource(make_tree(tmp_path, {"d/a": b"a" * 999, "d/b": b"b" * 999, "x": b"x" * 998}))
+    if is_known:
+        await read(await archives.resolve("d"))
+    path = tmp_path / "d/b"
+    async with (await archives.resolve("d")).open() as opened:
+        if change in ("grows", "shrinks", "rewritten"):
+            path.write_bytes(b"c" * {"grows": 1000, "shrinks": 998, "rewritten": 999}[change])
+        else:
+            path.unlink()
+        match change:
+            case "a folder":
+                path.mkdir()
+            case "a link":
+                path.symlink_to("../x")
+            case "a pipe":
+                os.mkfifo(path)
+        size = opened.metadata.size
+        assert size is not None
+        for batches in (opened.pieces(ByteRange(0, size)), opened.pieces(ByteRange(1100, size))):
+            with pytest.raises((dv.TransferAborted, dv.FileMissing)):
+                await used(batches)
+        with pytest.raises((dv.TransferAborted, dv.FileMissing)):
+            await stream(opened)
+    assert not [path for path in open_paths() if path.startswith(f"{tmp_path}/d/")]
+
+
+async def test_a_small_file_is_not_read_through_a_link_that_leads_out(tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    for name in ("root/d/a", "secret/a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"hidden" if "secret" in name else b"public")
+        os.utime(tmp_path / name, (1_700_000_000,) * 2)  # the same version
+    async with (await ArchiveSource(dv.PathSource(tmp_path / "root")).resolve("")).open() as opened:
+        (tmp_path / "root/d").rename(tmp_path / "root/before")
+        (tmp_path / "root/d").symlink_to(tmp_path / "secret")
+        with pytest.raises((dv.TransferAborted, dv.FileError)):
+            await stream(opened)
+
+
+async def test_files_that_are_not_in_the_page_cache_are_read_by_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"d/{number}": os.urandom(size) for number, size in enumerate((10, 40_000, 100_000, 300_000))}
+    archives = ArchiveSource(make_tree(tmp_path, files))
+    whole = await read(await archives.resolve("d"))
+    reads: list[int] = []
+    preadv = os.preadv
+
+    def cold(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags:  # as if the pages had been dropped: a process cannot drop those of a file system in memory
+            raise BlockingIOError
+        reads.append(offset)
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", cold)
+    assert await read(await archives.resolve("d")) == whole
+    assert await read(await ArchiveSource(dv.PathSource(tmp_path)).resolve("d")) == whole
+    assert not reads
+
+
+async def test_the_versions_of_a_listing_are_those_of_its_files(tmp_path: Path) -> None:
+    source = make_tree(tmp_path, {"d/a": b"a", "d/e/b": b"bb", "d/old": b"old"})
+    os.utime(tmp_path / "d/old", (1, 1))  # a constant of a tool
+    (tmp_path / "d/link").symlink_to("e/b")
+    (tmp_path / "d/dangling").symlink_to("nothing")
+    batches = source.list_versions("d")
+    assert batches is not None
+    listed = sorted([entry async for batch in batches for entry in batch])
+    expected = []
+    async for entry in source.list("d"):
+        assert entry.modified is not None
+        version = None
+        if isinstance(entry, dv.DescribedEntry):
+            version = entry.describe().version
+        expected.append((entry.name, entry.is_folder, entry.size, int(entry.modified.timestamp()), version))
+    assert listed == sorted(expected)
+    assert [entry[0] for entry in listed] == ["a", "e", "link", "old"]
+
+
+async def test_a_file_of_a_listing_is_opened_only_in_its_version(tmp_path: Path) -> None:
+    source = make_tree(tmp_path, {"a": b"a", "old": b"old", "d/b": b"b"})
+    os.utime(tmp_path / "old", (1, 1))
+    batches = source.list_versions()
+    assert batches is not None
+    versions = {name: (size, version) async for batch in batches for name, _, size, _, version in batch}
+    for name, size, version, is_opened in (
+        ("a", *versions["a"], True),
+        ("old", *versions["old"], True),
+        ("old", 4, "", False),
+        ("old", 3, versions["a"][1], False),
+        ("a", 1, "", False),
+        ("d", 1, versions["a"][1], False),
+        ("nothing", 1, versions["a"][1], False),
+    ):
+        assert size is not None
+        assert version is not None
+        file = source.open_nowait(name, size, version)
+        assert (file is not None) == is_opened, name
+        if file is not None:
+            with closing(file):
+                assert (file.size, file.version) == (size, version)
+    assert not [path for path in open_paths() if path.startswith(f"{tmp_path}/")]

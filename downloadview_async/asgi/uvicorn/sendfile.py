@@ -117,17 +117,22 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 pieces = iter(body.first)
                 with suppress(OSError):  # without one more descriptor, the transport writes all bytes
                     socket_of_pieces = socket.socket(fileno=os.dup(socket_number(connection)))
+                    duplicate = socket_of_pieces.fileno()
         while not connection.is_lost:
             piece = next(pieces, None)
             if piece is None:
+                # the memory of the pieces is used again, and their files are closed
+                while transport.get_write_buffer_size() and not connection.is_lost:
+                    await flush(connection)
+                    in_turn = _WINDOW
                 if source is None or (batch := await anext(source.rest, None)) is None:
                     break
                 pieces = iter(batch)
                 continue
-            count = len(piece if isinstance(piece, bytes) else piece[1])
+            count = len(piece[1] if isinstance(piece, tuple) else piece)
             if count > promised - given:
                 raise TransferAborted(f"the body has more than the {promised} bytes of the promised content")
-            if isinstance(piece, bytes):
+            if not isinstance(piece, tuple):
                 while transport.get_write_buffer_size() and not connection.is_lost:
                     await flush(connection)
                     in_turn = _WINDOW
@@ -159,7 +164,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 else:
                     try:
                         if file.is_cached(offset, length):
-                            sent = os.sendfile(socket_number(connection), file.descriptor, offset, length)
+                            number = socket_number(connection) if socket_of_pieces is None else duplicate
+                            sent = os.sendfile(number, file.descriptor, offset, length)
                             in_turn += sent
                         else:
                             sent = await _sendfile_in_worker(connection, file, offset, length)
@@ -216,7 +222,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
             lent.give_back(given)
 
 
-def _write(connection: Sending, sock: socket.socket | None, text: bytes, flags: int) -> int:
+def _write(connection: Sending, sock: socket.socket | None, text: bytes | memoryview, flags: int) -> int:
     """Write bytes: the kernel takes what it has room for, and the transport the rest.
 
     Returns how many bytes they have taken: fewer than all if the connection has failed, since a transport then drops
@@ -230,7 +236,7 @@ def _write(connection: Sending, sock: socket.socket | None, text: bytes, flags: 
         with suppress(OSError):  # the transport gets the same error, where it can be handled
             sent = sock.send(text, flags)
     if sent < len(text):
-        connection.transport.write(text[sent:])
+        connection.transport.write(memoryview(text)[sent:])
         if connection.transport.is_closing():
             return sent
     return len(text)

@@ -13,10 +13,11 @@ from contextlib import aclosing, closing
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 from downloadview_async.errors import FileError
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.sources.listing import DescribedEntry, Entry
+from downloadview_async.sources.listing import DescribedEntry, Entry, Version
 from downloadview_async.sources.local.open_file import metadata_of, version_of
 from downloadview_async.sources.local.root import Root, file_error
 from downloadview_async.sources.names import canonical_folder, entries_check, entry_check
@@ -45,33 +46,49 @@ _entry = partial(tuple.__new__, Entry)  # takes half the time of `Entry(...)`
 _READABLE = 0o444  # by everybody
 _KIND_AND_READABLE = 0o170_000 | _READABLE
 _READABLE_FILE = stat.S_IFREG | _READABLE
+_FIRST_SECOND = int(datetime(1, 1, 1, tzinfo=UTC).timestamp())
+_LAST_SECOND = int(datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp())
+T = TypeVar("T")
 
 
 async def list_folder(root: Root, folder: str, workers: Workers) -> AsyncIterator[Entry]:
     """Yield the entries of a folder beneath a root: see `SupportsListing`. Only one batch is in memory."""
-    async with aclosing(list_batches(root, folder, workers, has_versions=True)) as batches:
+    async with aclosing(_batches(root, folder, workers, FolderReader.read_described)) as batches:
         async for batch in batches:
             for entry in batch:
                 yield entry
 
 
-async def list_batches(
-    root: Root, folder: str, workers: Workers, *, described: int | None = None, has_versions: bool = False
-) -> AsyncGenerator[list[Entry], None]:
-    """Yield the entries of a folder beneath a root in batches: see `ListsBatches`.
+async def list_versions(root: Root, folder: str, workers: Workers) -> AsyncIterator[list[Version]]:
+    """Yield the entries of a folder beneath a root in batches, for an archive: see `HasManyFiles`."""
+    async with aclosing(_batches(root, folder, workers, FolderReader.read_versions)) as batches:
+        async for batch in batches:
+            yield batch
 
-    has_versions: whether files are `DescribedEntry` objects.
-    """
-    reader = await workers.run_or_abandon(FolderReader, root, folder, discard=FolderReader.close)
+
+async def list_batches(
+    root: Root, folder: str, workers: Workers, *, described: int | None = None
+) -> AsyncIterator[list[Entry]]:
+    """Yield the entries of a folder beneath a root in batches: see `ListsBatches`."""
     count = 0
-    try:
-        while True:
-            is_named = described is not None and count >= described
-            read = reader.read_names if is_named else partial(reader.read, has_versions=has_versions)
-            if (batch := await workers.run_or_abandon(read, patience=MID_TRANSFER)) is None:
-                return
+
+    def read(reader: FolderReader) -> list[Entry] | None:
+        return reader.read_names() if described is not None and count >= described else reader.read()
+
+    async with aclosing(_batches(root, folder, workers, read)) as batches:
+        async for batch in batches:
             yield batch
             count += len(batch)
+
+
+async def _batches(
+    root: Root, folder: str, workers: Workers, read: "Callable[[FolderReader], list[T] | None]"
+) -> AsyncGenerator[list[T], None]:
+    """Yield what a function reads, until that is None."""
+    reader = await workers.run_or_abandon(FolderReader, root, folder, discard=FolderReader.close)
+    try:
+        while (batch := await workers.run_or_abandon(read, reader, patience=MID_TRANSFER)) is not None:
+            yield batch
     finally:
         reader.close()
 
@@ -120,13 +137,17 @@ class FolderReader:
         self._in_use = threading.Lock()
         self._is_closing = self._is_closed = False
 
-    def read(self, *, has_versions: bool = False) -> list[Entry] | None:
-        """Return the entries among the next `BATCH` items of the directory; None at its end.
+    def read(self) -> list[Entry] | None:
+        """Return the entries among the next `BATCH` items of the directory; None at its end."""
+        return self._read(partial(self._described, _file, _folder), BATCH, _DESCRIBED_AT_ONCE)
 
-        has_versions: whether files are `DescribedEntry` objects.
-        """
-        described = partial(self._described, _file_with_version if has_versions else _file)
-        return self._read(described, BATCH, _DESCRIBED_AT_ONCE)
+    def read_described(self) -> list[Entry] | None:
+        """Return what `read` does; files are `DescribedEntry` objects."""
+        return self._read(partial(self._described, _file_with_version, _folder), BATCH, _DESCRIBED_AT_ONCE)
+
+    def read_versions(self) -> list[Version] | None:
+        """Return what `read` does, for an archive."""
+        return self._read(partial(self._described, _version, _version_of_folder), BATCH, _DESCRIBED_AT_ONCE)
 
     def read_names(self) -> list[Entry] | None:
         """Return what `read` does, without sizes and times, and without asking whether a file can be read."""
@@ -139,13 +160,13 @@ class FolderReader:
             if start:
                 time.sleep(_MOMENT)
             some = names[start : start + _DESCRIBED_AT_ONCE]
-            entries += [self._entry(name) for name in some if self._is_valid(name)]
+            entries += [self._entry(name, None, _file, _folder) for name in some if self._is_valid(name)]
         return [entry for entry in entries if entry is not None]
 
     def _read(
-        self, entries_of: Callable[[list[os.DirEntry[str]]], list[Entry]], count: int, at_once: int
-    ) -> list[Entry] | None:
-        entries: list[Entry] = []
+        self, entries_of: Callable[[list[os.DirEntry[str]]], list[T]], count: int, at_once: int
+    ) -> list[T] | None:
+        entries: list[T] = []
         read = 0
         with self._in_use:
             while read < count and not self._is_closing:
@@ -166,8 +187,8 @@ class FolderReader:
             self.close()
         return entries if read else None
 
-    def _described(self, file_of: Callable[[str, os.stat_result], Entry], items: list[os.DirEntry[str]]) -> list[Entry]:
-        entries: list[Entry] = []
+    def _described(self, file_of: "_Make[T]", folder_of: "_Make[T]", items: list[os.DirEntry[str]]) -> list[T]:
+        entries: list[T] = []
         for item in items:
             name = item.name
             try:
@@ -176,7 +197,7 @@ class FolderReader:
                 continue
             if status.st_mode & _KIND_AND_READABLE == _READABLE_FILE:
                 entries.append(file_of(name, status))
-            elif (entry := self._entry(name, status, file_of)) is not None:
+            elif (entry := self._entry(name, status, file_of, folder_of)) is not None:
                 entries.append(entry)
         return entries
 
@@ -185,7 +206,7 @@ class FolderReader:
         for item in items:
             if item.is_file(follow_symlinks=False):
                 entries.append(_entry((item.name, False, None, None, None)))
-            elif (entry := self._entry(item.name)) is not None:
+            elif (entry := self._entry(item.name, None, _file, _folder)) is not None:
                 entries.append(Entry(item.name, entry.is_folder))
         return entries
 
@@ -201,15 +222,10 @@ class FolderReader:
             finally:
                 self._in_use.release()
 
-    def _entry(
-        self,
-        name: str,
-        status: os.stat_result | None = None,
-        file_of: Callable[[str, os.stat_result], Entry] | None = None,
-    ) -> Entry | None:
+    def _entry(self, name: str, status: os.stat_result | None, file_of: "_Make[T]", folder_of: "_Make[T]") -> T | None:
         """Return the entry with a valid name; None if it cannot be downloaded or listed.
 
-        status: of the item itself, not of what it links to, if that is known. file_of: makes the entry of a file.
+        status: of the item itself, not of what it links to, if that is known. file_of, folder_of: make the entry.
         """
         try:
             if status is None:
@@ -227,9 +243,14 @@ class FolderReader:
         # most are readable by everybody, and then the system need not be asked about this process
         if status.st_mode & readable != readable and not os.access(name, access, dir_fd=self._descriptor):
             return None
-        if is_folder:
-            return Entry(name, True, None, _time_of(status))
-        return (file_of or _file)(name, status)
+        return (folder_of if is_folder else file_of)(name, status)
+
+
+_Make = Callable[[str, os.stat_result], T]
+
+
+def _folder(name: str, status: os.stat_result) -> Entry:
+    return Entry(name, True, None, _time_of(status))
 
 
 def _file(name: str, status: os.stat_result) -> Entry:
@@ -242,6 +263,14 @@ def _file_with_version(name: str, status: os.stat_result) -> Entry:
     return entry
 
 
+def _version(name: str, status: os.stat_result) -> Version:
+    return name, False, status.st_size, _seconds_of(status), version_of(status)
+
+
+def _version_of_folder(name: str, status: os.stat_result) -> Version:
+    return name, True, None, _seconds_of(status), None
+
+
 class _LocalFileEntry(DescribedEntry):
     """The entry of a file with a status."""
 
@@ -252,6 +281,12 @@ class _LocalFileEntry(DescribedEntry):
 
     def identity(self) -> tuple[int | None, str]:
         return self.status.st_size, version_of(self.status)
+
+
+def _seconds_of(status: os.stat_result) -> int | None:
+    """Return the time of `_time_of` in seconds since the epoch, UTC."""
+    seconds = status.st_mtime_ns // 1_000_000_000
+    return seconds if _FIRST_SECOND <= seconds <= _LAST_SECOND else None
 
 
 def _time_of(status: os.stat_result) -> datetime | None:

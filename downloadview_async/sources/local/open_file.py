@@ -5,7 +5,6 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from functools import lru_cache
 from typing import Self
 
@@ -53,8 +52,9 @@ def _metadata(size: int, mtime_ns: int, is_telling: bool) -> FileMetadata:
 
 def _is_telling(status: os.stat_result) -> bool:
     # A file system that keeps fractions of a second shows one in the time of the inode's last change.
-    is_coarse = not status.st_mtime_ns % _SECOND and not status.st_ctime_ns % _SECOND
-    return is_telling(status.st_mtime_ns, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
+    changed = status.st_mtime_ns
+    is_coarse = not changed % _SECOND and not status.st_ctime_ns % _SECOND
+    return is_telling(changed, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
 
 
 def metadata_of(status: os.stat_result) -> FileMetadata:
@@ -71,9 +71,33 @@ class OpenLocalFile:
     """An open descriptor, from which both the metadata and the bytes come. The caller that opened the file closes it.
 
     workers: threads for calls that may wait for the disk. quick: whether closing the file waits for nothing.
+    is_telling: given if that is known already.
     """
 
-    def __init__(self, descriptor: int, status: os.stat_result, quick: bool = True, *, workers: Workers) -> None:
+    __slots__ = (
+        "_described",
+        "_mtime_ns",
+        "_read_cached_pages",
+        "_users",
+        "descriptor",
+        "device",
+        "inode",
+        "is_quick",
+        "is_telling",
+        "made_at",
+        "size",
+        "workers",
+    )
+
+    def __init__(
+        self,
+        descriptor: int,
+        status: os.stat_result,
+        quick: bool = True,
+        *,
+        workers: Workers,
+        is_telling: bool | None = None,
+    ) -> None:
         self.descriptor = descriptor
         self.is_quick = quick
         self._users = 1
@@ -84,7 +108,7 @@ class OpenLocalFile:
         self._mtime_ns = status.st_mtime_ns
         self.made_at: float | None = None
         """Set for a file from a cache: see `Aged`."""
-        self.is_telling = _is_telling(status)
+        self.is_telling = _is_telling(status) if is_telling is None else is_telling
         """Whether other bytes would have another modification time. A proxy makes validators of this time."""
         self._described: FileMetadata | None = None
 
@@ -121,8 +145,10 @@ class OpenLocalFile:
         self._users -= 1
         if self._users:
             return
-        with suppress(OSError):  # the descriptor is closed in any case, and nothing was written
+        try:
             os.close(self.descriptor)
+        except OSError:  # the descriptor is closed in any case, and nothing was written
+            return
 
     async def aclose(self) -> None:
         """Close the descriptor, in a thread if that may wait."""
@@ -164,8 +190,10 @@ class OpenLocalFile:
         if not self._read_cached_pages:
             return False
         assert _RWF_NOWAIT is not None
+        last = offset + length - 1
         try:
-            for position in (*range(offset, offset + length, _PROBE), offset + length - 1):
+            os.preadv(self.descriptor, _ONE_BYTE, last, _RWF_NOWAIT)
+            for position in range(offset, last, _PROBE):
                 os.preadv(self.descriptor, _ONE_BYTE, position, _RWF_NOWAIT)
         except BlockingIOError:
             return False
@@ -212,12 +240,20 @@ class OpenLocalFile:
 
     def _cached(self, length: int, position: int) -> bytes | None:
         """Return the first bytes of the span if they are in the page cache, without waiting for a disk; else None."""
+        buffer = _buffers.of_this_thread[:length]
+        count = self.read_into(buffer, position)
+        return None if count is None else bytes(buffer[:count])
+
+    def read_into(self, memory: memoryview, position: int) -> int | None:
+        """Read bytes if the page cache has the first of them, without waiting for a disk; else return None.
+
+        Returns how many bytes there were: fewer than the memory has room for if the page cache or the file ends.
+        """
         if not self._read_cached_pages:
             return None
         assert _RWF_NOWAIT is not None
         try:
-            buffer = _buffers.of_this_thread[:length]
-            return bytes(buffer[: os.preadv(self.descriptor, [buffer], position, _RWF_NOWAIT)])
+            return os.preadv(self.descriptor, [memory], position, _RWF_NOWAIT)
         except BlockingIOError:
             return None
         except OSError as exc:

@@ -11,10 +11,17 @@ from functools import lru_cache, partial
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing
 from downloadview_async.http.content_types import content_type_for
+from downloadview_async.http.metadata import stat_version
 from downloadview_async.http.negotiation import preferred_encodings
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.sources.listing import Entry
-from downloadview_async.sources.local.folder import describe_entries, folder_identity, list_batches, list_folder
+from downloadview_async.sources.listing import Entry, Version
+from downloadview_async.sources.local.folder import (
+    describe_entries,
+    folder_identity,
+    list_batches,
+    list_folder,
+    list_versions,
+)
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.root import Opened, Root, Symlinks, open_trusted
@@ -202,6 +209,8 @@ class PathSource:
 
         self._file = file
         self._workers = workers
+        cls = type(self)  # a subclass may have other files
+        self._is_plain = cls.resolve is PathSource.resolve and cls.list is PathSource.list
 
     @property
     def slots(self) -> Slots:
@@ -220,12 +229,22 @@ class PathSource:
         """Do what `resolve` does, without await."""
         return self._file(name)
 
-    def open_nowait(self, name: str, /) -> OpenLocalFile | None:
-        """Open a file without waiting, or return None: see `OpensByName`."""
-        if type(self).resolve is not PathSource.resolve:  # a subclass may return other files
+    def open_nowait(self, name: str, size: int, version: str, /) -> OpenLocalFile | None:
+        """Open a file without waiting, or return None: see `HasManyFiles`."""
+        if not self._is_plain or (opened := self.root.open_listed(name)) is None:
             return None
-        opened = self.root.open_nowait(name)
-        return None if opened is None else OpenLocalFile(*opened, workers=self._workers)
+        descriptor, status = opened
+        if version and stat_version(status.st_size, status.st_mtime_ns) == version:
+            return OpenLocalFile(descriptor, status, workers=self._workers, is_telling=True)
+        file = OpenLocalFile(descriptor, status, workers=self._workers)
+        if (file.size, file.version) == (size, version):
+            return file
+        file.close()
+        return None
+
+    def list_versions(self, folder: str = "", /) -> AsyncIterator[Sequence[Version]] | None:
+        """Yield what `list` does, with the versions of the files: see `HasManyFiles`."""
+        return list_versions(self.root, folder, self._workers) if self._is_plain else None
 
     def list(self, folder: str = "", /) -> AsyncIterator[Entry]:
         """Yield the files and folders of a folder that can be downloaded or listed: see `SupportsListing`.

@@ -158,6 +158,7 @@ class Root:
                 "for this user, or correct the setting"
             ) from exc
         self.is_quick = _is_quick(self.descriptor)
+        self._resolve_cached = _RESOLVE[symlinks] | _RESOLVE_CACHED | _RESOLVE_NO_XDEV
         self._finalizer = weakref.finalize(self, os.close, self.descriptor)
 
     def close(self) -> None:
@@ -168,15 +169,29 @@ class Root:
         """Return the absolute path of `name`, as a proxy on the same machine would open it."""
         return self._prefix + name
 
+    def open_listed(self, name: str) -> tuple[int, os.stat_result] | None:
+        """Do what `open_nowait` does, in less time, for a name from a listing; return None instead of any error."""
+        if not self.use_openat2 or not self.is_quick:
+            return None
+        now = time.time_ns()
+        try:
+            descriptor = _openat2(self.descriptor, name, self._resolve_cached)
+        except OSError:
+            return None
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and not (self.settles and unsettled_seconds(status.st_mtime_ns, now)):
+            return descriptor, status
+        os.close(descriptor)
+        return None
+
     def open_nowait(self, name: str) -> Opened | None:
         """Open a file if that waits for no disk; else return None. Otherwise like `open`."""
         check_canonical(name, self.names)
         # RESOLVE_CACHED covers only the walk: the file system itself opens, describes and closes the file.
         if not self.use_openat2 or not self.is_quick:
             return None
-        resolve = _RESOLVE[self.symlinks] | _RESOLVE_CACHED | _RESOLVE_NO_XDEV
         try:
-            descriptor = _openat2(self.descriptor, name, resolve)
+            descriptor = _openat2(self.descriptor, name, self._resolve_cached)
         except OSError as exc:
             # not cached, on another file system, outside the root, or the call is refused: `open` will find out
             if exc.errno == errno.EXDEV or exc.errno not in _ANSWERS:
