@@ -14,6 +14,8 @@ from typing import Protocol
 _SO_MAX_PACING_RATE = 47  # of Linux; the module socket has no name for it
 _UNPACED = 2 ** (8 * struct.calcsize("N")) - 1
 _ACKNOWLEDGED = 120  # where `tcpi_bytes_acked` is in Linux' `tcp_info`
+_RECORD = 1 << 14  # bytes in a full record of TLS
+_RECORD_FRAMING = 22  # bytes that TLS 1.3 adds to each
 
 
 class Connection(Protocol):
@@ -61,25 +63,61 @@ def untaken_bytes(connection: Connection) -> int:
         number = socket_number(connection)
     except OSError:
         return 0
-    in_kernel = 0
+    return _queued(number) + connection.transport.get_write_buffer_size()
+
+
+def _queued(number: int) -> int:
     with suppress(OSError):
-        in_kernel = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0]
-    return in_kernel + connection.transport.get_write_buffer_size()
+        return int(struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0])
+    return 0
 
 
 def acknowledged_bytes(connection: Connection) -> int:
     """Return how many bytes the client's machine has acknowledged on this connection; 0 if the kernel does not tell."""
     try:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, socket_number(connection))
+        return _acknowledged(socket_number(connection))
     except OSError:
         return 0
+
+
+def _acknowledged(number: int) -> int:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, number)
     try:
         told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED + 8)
     except OSError:  # a Unix socket
         return 0
     finally:
-        sock.detach()  # the number belongs to the transport
+        sock.detach()  # the number belongs to another object
     return int(struct.unpack_from("Q", told, _ACKNOWLEDGED)[0]) if len(told) >= _ACKNOWLEDGED + 8 else 0
+
+
+class EncryptedAnswer:
+    """Tells how much of one answer over TLS the client has taken.
+
+    The transport of TLS does not tell what the one below it holds, and the loop closes the socket before it tells the
+    protocol of the loss. So this has a descriptor of its own for the same socket, until `close`. Raises `OSError`.
+    """
+
+    __slots__ = ("_began", "_end", "_number")
+
+    def __init__(self, connection: Connection) -> None:
+        self._number = os.dup(socket_number(connection))
+        self._began = _acknowledged(self._number) + _queued(self._number)
+        self._end: int | None = None
+
+    def taken(self) -> int:
+        """Return how many bytes of the head and the body the client's machine has acknowledged, up to `close`.
+
+        The framing of TLS is not among them, except that of records that are not full.
+        """
+        encrypted = max(0, (_acknowledged(self._number) if self._end is None else self._end) - self._began)
+        return encrypted - -(-encrypted // (_RECORD + _RECORD_FRAMING)) * _RECORD_FRAMING
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._end is None:
+            self._end = _acknowledged(self._number)
+            os.close(self._number)
 
 
 def has_unread_bytes(connection: Connection) -> bool:
