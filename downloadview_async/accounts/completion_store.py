@@ -39,9 +39,9 @@ Counts = tuple[int, int, int]
 class Place:
     """Where a log of a proxy was read up to.
 
-    path: of the log. device, inode: of the file, which another process may have renamed. offset: bytes. head: the
-    digest of its first bytes, by which a new file with the same inode is known. time: when it was read, in seconds
-    since 1970 UTC.
+    path: of the log, or of the directory of logs. device, inode: of the file, which another process may have renamed.
+    offset: bytes. head: the digest of its first bytes, by which a new file with the same inode is known. time: when it
+    was read, in seconds since 1970 UTC.
     """
 
     path: str
@@ -178,7 +178,8 @@ class CompletionStore:
 
         place: up to where the log has been read then. It is kept in the same transaction.
         """
-        by_id = {line.request_id: line for line in lines}
+        # S3 logs each request of a client that asks it for several parts: the longest counts.
+        by_id = {line.request_id: line for line in sorted(lines, key=lambda line: line.sent)}
         pending = self._tables.delegated
         closed: set[str] = set()
         async with self._writing() as connection:

@@ -382,7 +382,7 @@ class Account(Facts):
         """Return whether a client that has left before the end of the application has its whole answer."""
         if self._first is None:
             return False
-        return self._scope["method"] == "HEAD" or (self.sent > 0 and self._taken == self._length())
+        return self._scope["method"] == "HEAD" or self.status in (204, 304) or self._taken == self._length()
 
     def _look_at_head(self) -> tuple[ByteRange | None, ...]:
         """Note the file of an answer that is not ours, if its head has an ETag, and return which part of it is sent."""
