@@ -5,7 +5,7 @@ its method, the status, the bytes that were sent, the Content-Range of the answe
 has neither the path nor the query. A proxy whose bytes include the head of the answer also says "connection": "X" if
 the client left.
 
-S3 has a format of its own: https://docs.aws.amazon.com/AmazonS3/latest/userguide/LogFormat.html. The id of our request
+S3 has another format: https://docs.aws.amazon.com/AmazonS3/latest/userguide/LogFormat.html. The id of our request
 is a parameter of its Request-URI. The log does not tell which range was sent, only how many bytes of how many.
 """
 

@@ -95,7 +95,7 @@ class EncryptedAnswer:
     """Tells how much of one answer over TLS the client has taken.
 
     The transport of TLS does not tell what the one below it holds, and the loop closes the socket before it tells the
-    protocol of the loss. So this has a descriptor of its own for the same socket, until `close`. Raises `OSError`.
+    protocol of the loss. So this duplicates the descriptor of the socket, until `close`. Raises `OSError`.
     """
 
     __slots__ = ("_began", "_end", "_number")
