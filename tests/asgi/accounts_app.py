@@ -56,7 +56,7 @@ async def generate_less() -> AsyncIterator[bytes]:
 
 
 async def fail(request: Request) -> PlainTextResponse:
-    raise ValueError("this endpoint fails")
+    raise ValueError(f"{request.url} fails, with {request.headers['authorization']}")
 
 
 def make_app() -> ASGIApp:
