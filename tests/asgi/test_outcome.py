@@ -335,7 +335,7 @@ async def test_the_repr_of_an_outcome_shows_no_secret() -> None:
 
     headers = {"Authorization": f"Bearer {secrets[1]}", "Cookie": f"session={secrets[1]}"}
     with pytest.raises(ValueError, match="no answer"):
-        await call(dv.Accounts(app, observers=[seen.append]), f"/a?token={secrets[0]}", headers=headers)
+        await call(dv.Accounts(app, observers=[seen.append]), "/a", query=f"token={secrets[0]}", headers=headers)
     assert [(outcome.result, outcome.reason) for outcome in seen] == [("aborted", "failed")]
     assert not [secret for secret in secrets if secret in repr(seen)]
     assert secrets[0] in str(seen[0].detail)  # for those who want it
