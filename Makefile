@@ -92,6 +92,10 @@ test: $(VENV)/dev.done  ## Run the quick tests; PYTEST_ARGS="-k range -x" to sel
 test-all: $(VENV)/dev.done  ## Run all tests, including those marked slow; PYTEST_ARGS and WORKERS as for `make test`
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
+.PHONY: outcomes
+outcomes: $(VENV)/dev.done  ## Compare the outcomes of 20,000 requests to each server with what clients have received
+	OUTCOMES=20000 $(BIN)/python -m pytest --numprocesses=$(WORKERS) tests/asgi/test_accounts.py $(PYTEST_ARGS)
+
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (170 MB); install the others with apt
 

@@ -439,11 +439,11 @@ def digest(path: str | None, config: Path | None) -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
 @click.option("--follow", is_flag=True, help="Go on with the lines that are written, until Ctrl-C.")
 def account(log: Path | None, config: Path | None, follow: bool) -> None:
-    """Count what the proxy has sent, by its LOG.
+    """Count what the proxy, or S3, has sent, by its LOG.
 
-    LOG is the log of downloads that the printed configuration of the proxy writes; the default is accounts.proxy_log.
-    Each answer is counted once, however often its line is read. Lines that were read before are not read again, and
-    renamed logs are read to their end.
+    LOG is the log of downloads that the printed configuration of the proxy writes, or a directory of server access
+    logs of S3. The default is accounts.proxy_log. Each answer is counted once, however often its line is read. Lines
+    that were read before are not read again, and renamed logs are read to their end.
     """
     import anyio
 

@@ -28,7 +28,7 @@ MAX_LAYERS = 32
 MAX_SPANS = 1000
 """Spans of a layer. If there are more, the shortest are forgotten: a client may ask for single bytes."""
 
-_NOT_FILES = frozenset({"checksum", "error", "listing", "redirected", "share", "view"})
+_NOT_FILES = frozenset({"checksum", "error", "listing", "share", "view"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +87,15 @@ Whole = tuple[int, str | None, str, str | None, str | None, str | None, str | No
 
 
 def has_file(outcome: Outcome) -> bool:
-    """Return whether an answer may have bytes of a file: those to HEAD, 304, 416, pages and redirects have none.
+    """Return whether an answer may have bytes of a file: those to HEAD, 304, 416 and pages have none.
 
+    A redirect to the file may have them, since the log of the other server may tell.
     An answer that is not ours has them if it has a strong ETag, as Starlette's `FileResponse` has.
     """
-    if outcome.method != "GET" or outcome.status not in (200, 206) or outcome.kind in _NOT_FILES:
+    if outcome.method != "GET" or outcome.kind in _NOT_FILES:
         return False
+    if outcome.status not in (200, 206):
+        return outcome.kind == "redirected" and outcome.result == "delegated"
     return outcome.kind != "other" or (outcome.etag is not None and not outcome.etag.startswith("W/"))
 
 

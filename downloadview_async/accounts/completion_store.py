@@ -31,7 +31,7 @@ _TRIM_SECONDS = 600.0
 _DAY = 86_400.0
 _WRITES = "downloadview_writes"
 _PLACE = ("path", "device", "inode", "offset", "head", "time")
-_LINE = ("request_id", "status", "sent", "content_range", "requested", "is_cut")
+_LINE = ("request_id", "status", "sent", "content_range", "requested", "is_cut", "object_size")
 
 _COUNTS = ("downloads", "answers", "bytes")
 Counts = tuple[int, int, int]
@@ -42,9 +42,9 @@ Counts = tuple[int, int, int]
 class Place:
     """Where a log of a proxy was read up to.
 
-    path: of the log. device, inode: of the file, which another process may have renamed. offset: bytes. head: the
-    digest of its first bytes, by which a new file with the same inode is known. time: when it was read, in seconds
-    since 1970 UTC.
+    path: of the log, or of the directory of logs. device, inode: of the file, which another process may have renamed.
+    offset: bytes. head: the digest of its first bytes, by which a new file with the same inode is known. time: when it
+    was read, in seconds since 1970 UTC.
     """
 
     path: str
@@ -188,7 +188,8 @@ class CompletionStore:
         keeps_unknown: keep a line for a day if its answer is not known yet, because the process that has delegated it
         may be slower than the proxy. It counts as soon as that process has written the answer.
         """
-        by_id = {line.request_id: line for line in lines}
+        # S3 logs each request of a client that asks it for several parts: the longest counts.
+        by_id = {line.request_id: line for line in sorted(lines, key=lambda line: line.sent)}
         pending, early = self._tables.delegated, self._tables.lines
         closed: set[str] = set()
         async with self._writing() as connection:
@@ -479,6 +480,7 @@ class _Tables:
             Column("sent", BigInteger, nullable=False),
             *texts("content_range", "requested"),
             Column("is_cut", Boolean, nullable=False),
+            Column("object_size", BigInteger),
         )
         self.totals = table(
             "totals",

@@ -10,11 +10,10 @@ import anyio
 
 from downloadview_async.accounts.completion_store import CompletionStore
 from downloadview_async.accounts.proxy_log import LogLine
-from downloadview_async.accounts.rotated_log import RotatedLog
+from downloadview_async.accounts.rotated_log import LogDirectory, RotatedLog, open_log
 
 logger = logging.getLogger("downloadview_async")
 
-_POLL = 0.25  # seconds between two looks
 _PATIENCE = 2.0  # seconds; the processes of the application write about a delegated answer some time after it
 _OLD_SECONDS = 3600.0  # the answers of a log that was written so long ago are in the database, or never will be
 _LOG_SECONDS = 60.0
@@ -24,6 +23,8 @@ class ProxyLog:
     """Adds the lines of a proxy's log to a store: what the proxy has sent of answers that were delegated to it.
 
         await ProxyLog("/var/log/nginx/downloads.log", store).add()
+
+    path: of a log, or of a directory of logs, as S3 writes them: many files, which are read once each.
 
     Each answer is counted once, however often its line is read, by however many processes. The store also keeps up to
     where the log was read, so that the next time only what follows is read, in renamed files too. Lines of answers that
@@ -39,7 +40,7 @@ class ProxyLog:
 
         Raises `OSError` if the log cannot be read, and what the database raises.
         """
-        log = RotatedLog(self.path, await self.store.places(self.path))
+        log = await self._open()
         try:
             written_at = log.look()
             if written_at is None:
@@ -59,7 +60,7 @@ class ProxyLog:
         logged_at = -inf
         while True:
             try:
-                log = RotatedLog(self.path, await self.store.places(self.path))
+                log = await self._open()
                 try:
                     await self._follow(log)
                 finally:
@@ -71,7 +72,10 @@ class ProxyLog:
                     logger.warning("The log of the proxy cannot be counted now: %s", reason)
             await anyio.sleep(1)
 
-    async def _follow(self, log: RotatedLog) -> None:
+    async def _open(self) -> RotatedLog | LogDirectory:
+        return open_log(self.path, await self.store.places(self.path))
+
+    async def _follow(self, log: RotatedLog | LogDirectory) -> None:
         """Follow the log. Return if another process follows it."""
         locked = due = None
         while True:
@@ -86,9 +90,9 @@ class ProxyLog:
                 due = None
                 await self._add(log)
             else:
-                await anyio.sleep(_POLL)
+                await anyio.sleep(log.poll if due is None else min(log.poll, _PATIENCE))
 
-    async def _add(self, log: RotatedLog, *, keeps_unknown: bool = True) -> int:
+    async def _add(self, log: RotatedLog | LogDirectory, *, keeps_unknown: bool = True) -> int:
         count = 0
         for lines, place in log.read():
             parsed = [line for line in map(LogLine.parse, lines) if line is not None]

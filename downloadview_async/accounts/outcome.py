@@ -73,7 +73,7 @@ class Outcome:
     seconds: float = 0.0
     result: Result = "aborted"
     reason: Reason | None = None
-    detail: str | None = None
+    detail: str | None = field(default=None, repr=False)  # an application may write the query into its errors
     delegated_to: str | None = None
     headers: tuple[Header, ...] | list[Header] = field(default=(), repr=False)
     """The header fields of the request, as in its ASGI scope. Among them are passwords and cookies: never log them."""

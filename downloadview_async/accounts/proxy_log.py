@@ -1,17 +1,22 @@
-"""The lines in which a proxy logs what it has sent of delegated answers: `LogLine`. Pure, without I/O.
+"""The lines in which a proxy or S3 logs what it has sent of delegated answers: `LogLine`. Pure, without I/O.
 
 The printed configurations have the same format for all proxies: a JSON object in each line, with the id of the request,
 its method, the status, the bytes that were sent, the Content-Range of the answer, and the Range of the request. A line
 has neither the path nor the query. A proxy whose bytes include the head of the answer also says "connection": "X" if
 the client left.
+
+S3 has another format: https://docs.aws.amazon.com/AmazonS3/latest/userguide/LogFormat.html. The id of our request
+is a parameter of its Request-URI. The log does not tell which range was sent, only how many bytes of how many.
 """
 
 import json
 import re
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qs
 
 from downloadview_async.accounts.completion import Delivered, Span
+from downloadview_async.http.fields import REQUEST_ID_PARAMETER
 from downloadview_async.http.ranges import parse_range, select_ranges
 
 LONGEST = 65_536
@@ -21,6 +26,10 @@ _ID = re.compile("[!-~]{1,128}")
 _TEXT = re.compile("[ -~]{0,4096}")  # room for the Range of as many parts as a proxy answers
 _HEX = re.compile(r"\\x([0-9A-Fa-f]{2})")  # how proxies escape a byte for which JSON has another way
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
+_S3 = re.compile(
+    r"\S+ \S+ \[[^\]]*\] \S+ \S+ \S+ (?:REST|WEBSITE)\.GET\.OBJECT \S+ "  # owner ... remote IP, requester, request, key
+    r'"GET [^ "?]*\?(?P<query>[^ "]*) [^"]*" (?P<status>[0-9]{3}) \S+ (?P<sent>[0-9]+|-) (?P<size>[0-9]+|-) '
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +37,8 @@ class LogLine:
     """The part of one answer that a proxy has sent.
 
     request_id: that of the `Outcome`. sent: bytes. content_range: of the answer. requested: the Range of the request,
-    which tells the parts of an answer with several. is_cut: whether the client left before the end.
+    which tells the parts of an answer with several. is_cut: whether the client left before the end. object_size: that
+    of the object, if S3 has sent it.
     """
 
     request_id: str
@@ -37,10 +47,13 @@ class LogLine:
     content_range: str = ""
     requested: str = ""
     is_cut: bool = False
+    object_size: int | None = None
 
     @classmethod
     def parse(cls, line: str) -> "LogLine | None":
         """Return what a line says of an answer to a GET, or None for another line."""
+        if (match := _S3.match(line[:LONGEST])) is not None:
+            return cls._of_s3(match)
         begin = line.find("{")
         if begin < 0 or len(line) > LONGEST:
             return None
@@ -63,6 +76,14 @@ class LogLine:
             is_cut=fields.get("connection") == "X",
         )
 
+    @classmethod
+    def _of_s3(cls, match: re.Match[str]) -> "LogLine | None":
+        (request_id, *others) = parse_qs(match["query"]).get(REQUEST_ID_PARAMETER, [""])
+        sent, size = _number(match["sent"]), _number(match["size"])
+        if others or _ID.fullmatch(request_id) is None or sent is None or size is None:
+            return None
+        return cls(request_id=request_id, status=int(match["status"]), sent=sent, object_size=size)
+
     @property
     def has_file(self) -> bool:
         """Whether the answer may have bytes of a file: a 304, a 416 and an error have none."""
@@ -70,8 +91,12 @@ class LogLine:
 
     def spans(self, size: int | None) -> tuple[Span, ...]:
         """Return the parts of the file that were sent. size: of the file, in bytes; None: only the proxy knows it."""
+        if self.object_size is not None and self.object_size != size:
+            return ()  # it is another version
         if self.status == 200 and size is not None:
             return self._begun((0, size))
+        if self.object_size is not None and self.sent == size:
+            return self._begun((0, self.sent))  # a range may be the whole
         if self.status != 206 or size is None:
             return ()
         if (match := _CONTENT_RANGE.fullmatch(self.content_range)) is not None:

@@ -1,9 +1,10 @@
-"""`RotatedLog`: reads the lines of a log that is renamed or truncated now and then, each once."""
+"""Reading logs, each line once: `RotatedLog`, which is renamed or truncated now and then, and `LogDirectory`."""
 
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from downloadview_async.accounts.completion_store import Place
@@ -11,6 +12,7 @@ from downloadview_async.accounts.completion_store import Place
 _BLOCK = 1 << 17
 _HEAD = 256
 _GRACE = 60.0  # seconds; the processes of a proxy write to a renamed log for a while
+_WEEK = 7 * 86_400.0
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -34,13 +36,15 @@ class RotatedLog:
 
     Beside `downloads.log` these are `downloads.log.1` and `downloads-2026-11-29.log`, for example.
 
-    places: up to where they were read. A file that is read for the first time is read from its beginning. Renamed files
-    are read if they were changed after the places, or, without places, within the last day. Compressed files are not
-    read.
+    poll: seconds between two looks. places: up to where they were read. A file that is read for the first time is read
+    from its beginning. Renamed files are read if they were changed after the places, or, without places, within the
+    last day. Compressed files are not read.
 
     A log that is copied and truncated, instead of renamed, is read as well, and so is the copy from where the log was
     read up to. But lines that are written between the copy and the truncation are lost.
     """
+
+    poll = 0.25
 
     def __init__(self, path: str | os.PathLike[str], places: Sequence[Place] = ()) -> None:
         self.path = os.path.abspath(path)
@@ -189,6 +193,77 @@ def _has_head(descriptor: int, place: Place) -> bool:
     """Return whether a file begins as it did when it was read up to a place."""
     count, _, digest = place.head.partition(" ")
     return _digest(os.pread(descriptor, int(count), 0)) == digest
+
+
+class LogDirectory:
+    """The logs below a directory, into which a store delivers one small file after the other.
+
+    poll: seconds between two looks. places: up to where they were read. Files that were written more than a week ago
+    are not read, as no answer waits so long. Compressed files, and those whose names begin with a dot, are not read.
+    """
+
+    poll = 10.0
+
+    def __init__(self, path: str | os.PathLike[str], places: Sequence[Place] = ()) -> None:
+        self.path = os.path.abspath(path)
+        self._places = {(place.device, place.inode): place for place in places}
+        self._waiting: list[tuple[float, str]] = []
+        self.current: int | None = None
+        """The descriptor of the directory."""
+
+    def open(self) -> None:
+        """Open the directory, if it is not open yet. Raises `OSError`."""
+        if self.current is None:
+            self.current = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def look(self) -> float | None:
+        """Do what `RotatedLog.look` does."""
+        self.open()
+        self._waiting = sorted(self._unread(time.time() - _WEEK))
+        return self._waiting[-1][0] if self._waiting else None
+
+    def _unread(self, oldest: float) -> Iterator[tuple[float, str]]:
+        for directory, _, names in os.walk(self.path):
+            for name in names:
+                path = os.path.join(directory, name)
+                if name.startswith(".") or name.endswith(_PACKED) or not os.path.isfile(path):
+                    continue
+                status = os.stat(path)
+                place = self._places.get((status.st_dev, status.st_ino))
+                is_read = place is not None and place.offset == status.st_size and place.time > status.st_mtime
+                if not is_read and status.st_size and status.st_mtime >= oldest:
+                    yield status.st_mtime, path
+
+    def read(self) -> Iterator[tuple[list[str], Place]]:
+        """Do what `RotatedLog.read` does."""
+        for _, path in self._waiting:
+            log = _OneLog(path, [*self._places.values()])
+            try:
+                with suppress(FileNotFoundError):
+                    log.look()
+                for lines, place in log.read():
+                    yield lines, replace(place, path=self.path)
+                    self._places[place.device, place.inode] = place
+            finally:
+                log.close()
+
+    def close(self) -> None:
+        """Close the directory."""
+        if self.current is not None:
+            os.close(self.current)
+            self.current = None
+
+
+class _OneLog(RotatedLog):
+    """A log that is not renamed."""
+
+    def _open_renamed(self) -> None:
+        """Open no other file."""
+
+
+def open_log(path: str, places: Sequence[Place]) -> RotatedLog | LogDirectory:
+    """Return what reads the log, or the directory of logs, at a path."""
+    return (LogDirectory if os.path.isdir(path) else RotatedLog)(path, places)
 
 
 def _digest(data: bytes) -> str:

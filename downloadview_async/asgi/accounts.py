@@ -56,20 +56,25 @@ class Connection(Protocol):
     """A connection that the server knows, and puts into the scope under `CONNECTION`.
 
     is_lost: whether the connection has ended. is_broken: whether it has ended, or is about to, although an answer is
-    not complete. is_stalled: whether the server has ended it, because the client took too little. untaken_at_loss: the
-    bytes that the client had not taken when it ended. file_sent: the bytes of the last file that the kernel has sent.
-    request_id: the id of the request that is being answered, for log lines; `Account` puts it there.
+    not complete. is_stalled: whether the server has ended it, because the client took too little. file_sent: the bytes
+    of the last file that the kernel has sent. request_id: the id of the request that is being answered, for log lines;
+    `Account` puts it there.
     """
 
     is_lost: bool
     is_stalled: bool
-    untaken_at_loss: int
     file_sent: int
     request_id: str | None
 
     @property
     def is_broken(self) -> bool:
         """See the class."""
+
+    def has_failed(self) -> bool:
+        """Return whether it has ended, or the client has reset it, which `is_broken` may tell later."""
+
+    def taken(self, sent: int, head: int) -> int:
+        """Return how many of the `sent` bytes of the body, after a head of so many, arrive if it fails, or has."""
 
     def when_flushed(self, callback: Callable[[], None]) -> bool:
         """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
@@ -232,8 +237,8 @@ class Account(Facts):
     def _flushed(self) -> None:
         connection = self._connection
         assert connection is not None
-        if connection.is_lost and connection.untaken_at_loss:
-            self.is_complete = False
+        self.is_complete = False
+        self.is_complete = not connection.is_lost or self._taken == self._passed_on
         self.end()
 
     @classmethod
@@ -255,13 +260,17 @@ class Account(Facts):
         self.leave(exc)
 
     @property
+    def _passed_on(self) -> int:
+        """Bytes of the body that the server has taken."""
+        return self.sent if self._loan is None else self.sent + self._loan.sent
+
+    @property
     def _taken(self) -> int:
         """Bytes of the body that the server has taken, without those that the end of the connection has dropped."""
-        sent = self.sent if self._loan is None else self.sent + self._loan.sent
         connection = self._connection
-        if self.is_complete or connection is None or not connection.is_lost:
-            return sent
-        return max(0, sent - connection.untaken_at_loss)
+        if self.is_complete or connection is None:
+            return self._passed_on
+        return connection.taken(self._passed_on, sum(len(name) + len(value) + 4 for name, value in self._fields()))
 
     def progress(self) -> tuple[tuple[ByteRange | None, ...], int, bool]:
         """Return the parts of a file that our answer has, the bytes that were taken, and whether these are all."""
@@ -376,7 +385,7 @@ class Account(Facts):
         """Return whether a client that has left before the end of the application has its whole answer."""
         if self._first is None:
             return False
-        return self._scope["method"] == "HEAD" or (self.sent > 0 and self._taken == self._length())
+        return self._scope["method"] == "HEAD" or self.status in (204, 304) or self._taken == self._length()
 
     def _look_at_head(self) -> tuple[ByteRange | None, ...]:
         """Note the file of an answer that is not ours, if its head has an ETag, and return which part of it is sent."""
@@ -402,7 +411,7 @@ class Account(Facts):
     def _why(self, exc: BaseException | None) -> tuple[Reason, str | None]:
         """Return why the answer is incomplete."""
         connection = self._connection
-        is_lost = self._is_dropped or (connection is not None and connection.is_broken)
+        is_lost = self._is_dropped or (connection is not None and (connection.is_broken or connection.has_failed()))
         if connection is not None and connection.is_stalled:
             return "stalled", None
         if exc is not None and not isinstance(exc, Exception):  # cancelled

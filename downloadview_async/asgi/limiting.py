@@ -246,7 +246,7 @@ class _Counting:
         self._send = send
         self._connection = connection
         self._sent = 0
-        self._length = 0
+        self._length = self._head = 0  # bytes: of the body, and of the header fields of the application
         self._loan: Loan | None = None
         self._promised = 0
         self._is_complete = False
@@ -259,8 +259,8 @@ class _Counting:
         if self._loan is not None:
             sent += self._loan.sent
             is_complete = is_complete or self._loan.sent == self._promised
-        if connection is not None and connection.is_lost and not is_complete:
-            sent = max(0, sent - connection.untaken_at_loss)
+        if connection is not None and not is_complete:
+            sent = connection.taken(sent, self._head)
         self._transfers.sent(sent, is_complete=is_complete)
 
     async def send(self, message: Message) -> None:
@@ -283,6 +283,7 @@ class _Counting:
             self._is_complete = is_last
         elif kind == "http.response.start":
             self._length = length_of(message) or 0
+            self._head = sum(len(name) + len(value) + 4 for name, value in message.get("headers", ()))
 
     async def _send_file(self, message: Message) -> None:
         if (lent := message.get("descriptor")) is not None:

@@ -11,7 +11,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.accounts.facts import ACCOUNT, Facts, request_id_of
 from downloadview_async.accounts.listeners import tell
 from downloadview_async.accounts.outcome import Listener
 from downloadview_async.asgi.accounts import Account, hold_accounts
@@ -38,7 +38,7 @@ from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.plan import Plan, Presentation, describe, make_redirect_plan
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, OffloadBackend, Redirect, rated, signed
+from downloadview_async.offload.base import EXTENSION, CountedRedirect, OffloadBackend, Redirect, rated, signed
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.limits.limits import TRANSFERS
@@ -330,9 +330,13 @@ class DownloadResponse(Response):
             if getattr(opened, "hides_coding", False):
                 described.setdefault("content-encoding", "identity")  # else the store sends a useless coding
             metadata = opened.metadata
-        if ACCOUNT in scope:
+        request_id = request_id_of(scope)
+        if request_id is not None:
             scope[ACCOUNT].describe(self.file.name, metadata.etag, metadata.size)
-        headers = await self.redirect.headers_for(self.file, described)
+        if request_id is not None and isinstance(self.redirect, CountedRedirect):
+            headers = await self.redirect.counted_headers_for(self.file, described, request_id)
+        else:
+            headers = await self.redirect.headers_for(self.file, described)
         if headers is None:
             return None
         if TRANSFERS in scope and (spending := spend(scope, metadata)) is not None:

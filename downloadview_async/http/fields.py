@@ -48,3 +48,7 @@ def reserve_offload_headers(*, orders: set[str], controls: set[str]) -> None:
     """Reserve headers for backends: orders name the file, controls tell the proxy how to send it."""
     OFFLOAD_ORDERS.update(orders)
     OFFLOAD_HEADERS.update(orders, controls)
+
+
+REQUEST_ID_PARAMETER = "x-request-id"
+"""The parameter of a redirect's URL that carries the id of the request into the access log of S3."""

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.fields import OFFLOAD_TARGET, reserve_offload_headers
@@ -32,6 +32,20 @@ class Redirect(Protocol):
         cannot send one that protects the client, such as Content-Security-Policy.
 
         Raises `FileError`.
+        """
+        ...
+
+
+@runtime_checkable
+class CountedRedirect(Protocol):
+    """A `Redirect` to a server whose log tells what it has sent, such as `PresignedRedirect`."""
+
+    async def counted_headers_for(
+        self, file: AsyncFile, described: Mapping[str, str], request_id: str
+    ) -> Mapping[str, str] | None:
+        """Do what `headers_for` does, with a Location that carries the id of the request into the log.
+
+        Clients must not cache the redirect: the id stands for one download.
         """
         ...
 

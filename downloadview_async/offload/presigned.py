@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from downloadview_async.errors import ConfigurationError, SourceUnavailable
+from downloadview_async.http.fields import REQUEST_ID_PARAMETER
 from downloadview_async.http.sigv4 import MAX_SECONDS, Credentials, presigned_url
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.names import has_dot_segment
@@ -35,10 +36,21 @@ class PresignedRedirect:
     A file that a browser might run when it is shown inline is not redirected, because the store sends no
     Content-Security-Policy.
 
+    logs_request_id: whether the URL has the id of the request as the parameter `x-request-id`, if there is an
+    `Accounts`. S3 ignores a parameter whose name begins with `x-`, and writes it to its server access log, by which
+    `ProxyLog` counts what clients have got. Clients must not cache such a redirect.
+
     Raises `ConfigurationError` for a storage that is not S3, and if there is no key to sign with.
     """
 
-    def __init__(self, storage: ObjectStorage, *, expires: float = 600, public_endpoint: str | None = None) -> None:
+    def __init__(
+        self,
+        storage: ObjectStorage,
+        *,
+        expires: float = 600,
+        public_endpoint: str | None = None,
+        logs_request_id: bool = False,
+    ) -> None:
         scheme = urlsplit(storage.url).scheme
         if scheme in ("gs", "az"):
             instead = (
@@ -58,16 +70,22 @@ class PresignedRedirect:
         if public_endpoint is not None:
             _check_endpoint(public_endpoint)
         self._public_endpoint = public_endpoint
+        self._logs_request_id = logs_request_id
         self._signer = StoreSigner(storage, expires=expires)
 
-    async def url_for(self, file: AsyncFile, described: Mapping[str, str]) -> tuple[str, int] | None:
+    async def url_for(
+        self, file: AsyncFile, described: Mapping[str, str], *, request_id: str | None = None
+    ) -> tuple[str, int] | None:
         """Return the signed URL of a file and the seconds that it is valid, or None for a file of another place.
 
-        described: headers of the answer, names in lower case. Those that S3 can replace are in the URL.
+        described: headers of the answer, names in lower case. Those that S3 can replace are in the URL. request_id: for
+        the log of the store.
 
         Raises `SourceUnavailable` if the `credential_provider` gives no valid key.
         """
         parameters = {f"response-{name}": described[name] for name in _OVERRIDES if name in described}
+        if request_id is not None:
+            parameters[REQUEST_ID_PARAMETER] = request_id
         return await self._signer.sign(file.location, endpoint=self._public_endpoint, parameters=parameters)
 
     async def headers_for(self, file: AsyncFile, described: Mapping[str, str]) -> Mapping[str, str] | None:
@@ -79,6 +97,16 @@ class PresignedRedirect:
         url, seconds = url_and_seconds
         kept = "no-store" if "no-store" in described.get("cache-control", "").lower() else f"max-age={seconds // 2}"
         return {"location": url, "cache-control": f"private, {kept}"}
+
+    async def counted_headers_for(
+        self, file: AsyncFile, described: Mapping[str, str], request_id: str
+    ) -> Mapping[str, str] | None:
+        """Return what `headers_for` does; with `logs_request_id`, the id is in the URL, and nothing is cached."""
+        if not self._logs_request_id or "content-security-policy" in described:
+            return await self.headers_for(file, described)
+        if (url_and_seconds := await self.url_for(file, described, request_id=request_id)) is None:
+            return None
+        return {"location": url_and_seconds[0], "cache-control": "private, no-store"}
 
 
 class StoreSigner:

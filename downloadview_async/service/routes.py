@@ -186,4 +186,5 @@ def _redirect(settings: Settings, name: str, source: Source) -> PresignedRedirec
             source.storage,
             expires=expires,
             public_endpoint=wanted.presign.public_endpoint,
+            logs_request_id=settings.accounts.database is not None,
         )

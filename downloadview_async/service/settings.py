@@ -193,7 +193,8 @@ class AccountsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     proxy_log: Annotated[
         Text | None,
         Meta(
-            description="the log in which the proxy writes what it has sent, absolute or relative to the settings file"
+            description="the log in which the proxy writes what it has sent, or a directory of server access logs of "
+            "S3, absolute or relative to the settings file"
         ),
     ] = None
 

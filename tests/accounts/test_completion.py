@@ -57,6 +57,18 @@ DELIVERED = {
     "unknown size": ({"size": None, "spans": (None,)}, True, ()),
     "a file of another package": ({"kind": "other", "source": None, "name": None}, True, WHOLE),
     "empty file": ({"size": 0, "spans": (), "sent": 0, "kind": "empty"}, True, ()),
+    "a redirect": (
+        {
+            "kind": "redirected",
+            "status": 307,
+            "spans": (),
+            "sent": 0,
+            "result": "delegated",
+            "delegated_to": "location",
+        },
+        False,
+        (),
+    ),
     "delegated": ({"spans": (), "sent": 0, "result": "delegated", "delegated_to": "x-accel-redirect"}, False, ()),
 }
 NOT_DELIVERED = {
@@ -72,7 +84,8 @@ NOT_DELIVERED = {
     "cut before the first byte": {"sent": 0, **AFTER_A_CUT},
     "parts that were cut": {"status": 206, "spans": TWO, "sent": 200, **AFTER_A_CUT},
     "unknown size, cut": {"size": None, "spans": (None,), **AFTER_A_CUT},
-    "a redirect": {"kind": "redirected", "status": 307, "spans": (), "result": "delegated"},
+    "a redirect to HEAD": {"method": "HEAD", "kind": "redirected", "status": 307, "spans": (), "result": "delegated"},
+    "a page elsewhere": {"kind": "other", "status": 307, "spans": ()},
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from downloadview_async.accounts.completion import Delivered, Span, delivered
 from downloadview_async.accounts.completion_store import Place
 from downloadview_async.accounts.proxy_log import LogLine
-from downloadview_async.accounts.rotated_log import RotatedLog
+from downloadview_async.accounts.rotated_log import open_log
 from tests.accounts.test_completion import outcome
 
 
@@ -74,6 +75,67 @@ def test_other_lines_are_left_out(text: str) -> None:
     assert LogLine.parse(text) is None
 
 
+def s3_line(
+    uri: str = "/lake/a.bin?X-Amz-Expires=600&x-request-id=a1&X-Amz-Signature=00",
+    answer: str = "200 - 100 100",
+    *,
+    operation: str = "REST.GET.OBJECT",
+    key: str = "lake/a.bin",
+) -> str:
+    """Return a line of the server access log of S3, in the order of its documentation."""
+    request = f"{'c' * 64} downloads [29/Nov/2026:10:00:38 +0000] 192.0.2.3 - 3E57427F3EXAMPLE {operation} {key}"
+    further = (
+        f'"-" "curl/8.5 \\"x\\" {{" - {"s" * 76}= SigV4 ECDHE-RSA-AES128-GCM-SHA256 QueryString s3.example.org TLSV1.2'
+    )
+    return f'{request} "GET {uri} HTTP/1.1" {answer} 41 28 {further} - -'
+
+
+S3_SPANS: dict[str, tuple[str, int, tuple[Span, ...]]] = {
+    "whole": ("200 - 100 100", 100, ((0, 100),)),
+    "cut": ("200 - 60 100", 60, ((0, 60),)),
+    "a part, of which nobody knows the place": ("206 - 10 100", 10, ()),
+    "a part that is the whole": ("206 - 100 100", 100, ((0, 100),)),
+    "another version": ("200 - 90 90", 90, ()),
+    "a part as long as the file, of another version": ("206 - 100 200", 100, ()),
+    "nothing": ("200 - - 100", 0, ()),
+    "not modified": ("304 - - 100", 0, ()),
+    "refused": ("403 AccessDenied 243 -", 243, ()),
+}
+
+
+@pytest.mark.parametrize(("answer", "sent", "spans"), S3_SPANS.values(), ids=S3_SPANS)
+def test_what_a_line_of_s3_says(answer: str, sent: int, spans: tuple[Span, ...]) -> None:
+    parsed = LogLine.parse(s3_line(answer=answer) + "\n")
+    assert parsed is not None
+    assert (parsed.request_id, parsed.status, parsed.sent) == ("a1", int(answer[:3]), sent)
+    assert parsed.spans(100) == spans
+
+
+def test_the_id_in_a_line_of_s3_is_decoded() -> None:
+    parsed = LogLine.parse(s3_line("/a?x-request-id=a%2F%2B1", key="a%2520b"))
+    assert parsed is not None
+    assert parsed.request_id == "a/+1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        s3_line("/lake/a.bin"),
+        s3_line("/lake/a.bin?x-request-id="),
+        s3_line("/lake/a.bin?x-request-id=a&x-request-id=b"),
+        s3_line(f"/lake/a.bin?x-request-id={'a' * 129}"),
+        s3_line(operation="REST.HEAD.OBJECT"),
+        s3_line(operation="REST.PUT.OBJECT"),
+        s3_line(answer="200 - 1e3 100"),
+        s3_line(answer=f"200 - {'1' * 30} 100"),
+        s3_line().partition("HTTP/1.1")[0],
+    ],
+    ids=range(9),
+)
+def test_other_lines_of_s3_are_left_out(text: str) -> None:
+    assert LogLine.parse(text) is None
+
+
 def delegated(size: int | None = 100) -> Delivered:
     part = delivered(outcome(size=size, spans=(), sent=0, result="delegated", delegated_to="x-accel-redirect"))
     assert part is not None
@@ -96,7 +158,7 @@ def test_what_closes_a_delegated_answer() -> None:
 
 
 class Reading:
-    """Reads a log, and remembers the places as a store does."""
+    """Reads a log, or a directory of logs, and remembers the places as a store does."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,7 +167,7 @@ class Reading:
 
     def again(self) -> None:
         """Forget all but the places, as another process would."""
-        self.log = RotatedLog(self.path, sorted(self.places.values(), key=lambda place: place.time))
+        self.log = open_log(str(self.path), sorted(self.places.values(), key=lambda place: place.time))
 
     def lines(self) -> list[str]:
         """Return the new lines."""
@@ -240,3 +302,40 @@ def test_a_line_without_an_end_does_not_stop_the_reading(log: Path) -> None:
 def test_a_log_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Reading(tmp_path / "none.log").lines()
+
+
+def test_each_log_of_a_directory_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "2026" / "11").mkdir(parents=True)
+    first, second = tmp_path / "2026-11-28-10-00-00-A", tmp_path / "2026" / "11" / "B"
+    first.write_text("1\n2\n")
+    second.write_text("3\n")
+    for name, age in (("old", 8 * 86_400), (".hidden", 0), ("packed.gz", 0), ("empty", 0)):
+        (tmp_path / name).write_text("" if name == "empty" else "no\n")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    for age, path in enumerate((second, first)):
+        os.utime(path, (time.time() - 60 - age,) * 2)
+    reading = Reading(tmp_path)
+    assert reading.lines() == ["1", "2", "3"]
+    assert reading.lines() == []
+    (tmp_path / "C").write_text("4\nhal")
+    assert reading.lines() == ["4"]
+    reading.log.close()
+    reading.again()
+    append(tmp_path / "C", "f\n")
+    assert reading.lines() == ["half"]
+    (tmp_path / "C").write_text("other\n")  # the same inode, but another log
+    assert reading.lines() == ["other"]
+    reading.log.close()
+    reading.again()
+    assert reading.lines() == []
+    reading.log.close()
+
+
+def test_a_log_of_a_directory_that_is_removed_meanwhile_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "A").write_text("1\n")
+    (tmp_path / "B").write_text("2\n")
+    log = open_log(str(tmp_path), [])
+    assert log.look() is not None
+    (tmp_path / "A").unlink()
+    assert [lines for lines, _ in log.read()] == [["2"]]
+    log.close()

@@ -19,6 +19,7 @@ from downloadview_async.asgi import delivery
 from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.metadata import ByteRange
+from downloadview_async.testing import call
 from tests.live import ask, live, make_old
 from tests.observed import Observed
 
@@ -321,3 +322,20 @@ async def test_a_path_that_is_sent_in_chunks(root: Path, monkeypatch: pytest.Mon
         assert (await ask(port, "/large.bin")).body == LARGE
     outcome = app.only()
     assert (outcome.kind, outcome.sent, outcome.is_complete) == ("chunks", len(LARGE), True)
+
+
+async def test_the_repr_of_an_outcome_shows_no_secret() -> None:
+    seen: list[dv.Outcome] = []
+    secrets = ("token-in-the-query", "password-in-the-header")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        raise ValueError(f"no answer to {scope['query_string']!r} with {scope['headers']!r}")
+
+    headers = {"Authorization": f"Bearer {secrets[1]}", "Cookie": f"session={secrets[1]}"}
+    with pytest.raises(ValueError, match="no answer"):
+        await call(dv.Accounts(app, observers=[seen.append]), "/a", query=f"token={secrets[0]}", headers=headers)
+    assert [(outcome.result, outcome.reason) for outcome in seen] == [("aborted", "failed")]
+    assert not [secret for secret in secrets if secret in repr(seen)]
+    assert secrets[0] in str(seen[0].detail)  # for those who want it

@@ -85,6 +85,7 @@ path send, and the application gets `http.disconnect`.
 import asyncio
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from time import monotonic
 from typing import Any
@@ -103,6 +104,7 @@ from downloadview_async.asgi.uvicorn.internals import (
 )
 from downloadview_async.asgi.uvicorn.sendfile import end_flush, flush
 from downloadview_async.asgi.uvicorn.sockets import (
+    EncryptedAnswer,
     acknowledged_bytes,
     has_hung_up,
     has_socket,
@@ -197,6 +199,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "_body_left",
         "_cycle",
         "_dropped_bytes",
+        "_encrypted",
         "_framing_bytes",
         "_has_plain_socket",
         "_head_timer",
@@ -214,8 +217,8 @@ class DownloadProtocol(HttpToolsProtocol):
         "_tail",
         "_unparsed",
         "_unparsed_from",
+        "_untaken_at_loss",
         "_untaken_since",
-        "_writes_at_once",
         "file_sent",
         "flushed",
         "is_lost",
@@ -223,7 +226,6 @@ class DownloadProtocol(HttpToolsProtocol):
         "minimum_rate",
         "request_id",
         "stall_seconds",
-        "untaken_at_loss",
     )
 
     def __init__(
@@ -236,11 +238,12 @@ class DownloadProtocol(HttpToolsProtocol):
         self.minimum_rate = minimum_rate
         self.is_lost = False
         self.is_stalled = False
-        self.untaken_at_loss = 0
         self.file_sent = 0
         self.request_id: str | None = None
         self._paused: tuple[int, int] | None = None  # the untaken bytes, and those acknowledged, when writing paused
         self._held = 0  # bytes in the transport when writing paused
+        self._untaken_at_loss = 0
+        self._encrypted: EncryptedAnswer | None = None
         self.flushed: asyncio.Future[None] | None = None
         self._has_plain_socket = False
         self._is_on_unix_socket = False
@@ -256,7 +259,6 @@ class DownloadProtocol(HttpToolsProtocol):
         self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
         self._is_half_closed = False
         self._on_half_close: Callable[[], None] | None = None
-        self._writes_at_once = True
         self._is_shutting_down = False
         self._is_paced = False
         self._pace_timer: asyncio.TimerHandle | None = None
@@ -284,7 +286,9 @@ class DownloadProtocol(HttpToolsProtocol):
         self._has_plain_socket = has_socket(self) and not transport.get_extra_info("sslcontext")
         self._is_on_unix_socket = is_on_unix_socket(self)
         self._may_be_paced = has_socket(self) and not self._is_on_unix_socket and sys.platform == "linux"
-        self._writes_at_once = not type(transport).__module__.startswith("uvloop")
+        if self._has_plain_socket:
+            # While the transport holds anything, writing is paused: so it is known what a loss drops.
+            transport.set_write_buffer_limits(high=0)
         self._is_shutting_down = self.server_state in _shutting_down
         self._start_head_timer()
 
@@ -401,6 +405,9 @@ class DownloadProtocol(HttpToolsProtocol):
             extensions[PACE] = self
             if self._is_paced and self._pace_timer is None:
                 self._end_pace(acknowledged_bytes(self) + untaken_bytes(self))
+            if not self._has_plain_socket:
+                extensions[CONNECTION] = self
+                self._encrypt()
         if extensions:
             scope["extensions"] = extensions
         super().on_headers_complete()  # an invalid target raises an error here, while the phase is still HEAD
@@ -413,6 +420,14 @@ class DownloadProtocol(HttpToolsProtocol):
         self.headers = _TRAILERS
         if self._is_shutting_down:
             self._cycle.keep_alive = False
+
+    def _encrypt(self) -> None:
+        """Begin to count what the client takes of an answer over TLS."""
+        if self._encrypted is not None:
+            self._encrypted.close()
+        self._encrypted = None
+        with suppress(OSError):  # without one more descriptor, all that the transport has accepted counts
+            self._encrypted = EncryptedAnswer(self)
 
     def pace(self, rate: int) -> None:
         """Have the kernel send at a rate, in bytes per second, until the next request."""
@@ -489,6 +504,8 @@ class DownloadProtocol(HttpToolsProtocol):
         """Go on to the next request, unless this answer is the last one."""
         self.server_state.total_requests += 1
         cycle: Any = self._cycle
+        if self._encrypted is not None and not self.transport.get_write_buffer_size():
+            self._encrypted.close()
         if self.transport.is_closing():
             self._watch_untaken_bytes()
             return
@@ -603,6 +620,8 @@ class DownloadProtocol(HttpToolsProtocol):
         self._stop_timers()
         self.note_untaken_bytes()
         self.is_lost = True
+        if self._encrypted is not None:
+            self._encrypted.close()
         end_flush(self)
         super().connection_lost(exc)
 
@@ -656,30 +675,52 @@ class DownloadProtocol(HttpToolsProtocol):
         """Note how many bytes the end of the connection drops.
 
         A transport that is aborted drops its bytes before it tells. So while it waited for the client, their number is
-        that at the beginning of the wait, without what the client has acknowledged since. uvloop has closed the socket
-        then, too: whoever notices the end before the transport does can call this.
+        that at the beginning of the wait, without what the client has acknowledged since. A path send may notice the
+        end before the transport does, and an application may return in between. The kernel still tells then.
         """
-        self.untaken_at_loss = max(self.untaken_at_loss, untaken_bytes(self))
+        untaken = untaken_bytes(self)
         if self._paused is not None:
-            untaken, acknowledged = self._paused
-            untaken -= acknowledged_bytes(self) - acknowledged
-            self.untaken_at_loss = max(self.untaken_at_loss, untaken)
+            untaken_then, acknowledged_then = self._paused
+            untaken = max(untaken, untaken_then - (acknowledged_bytes(self) - acknowledged_then))
         elif self._held and not self.transport.get_write_buffer_size():
-            self.untaken_at_loss += self._held  # few bytes, which go at once or not at all; a Unix socket does not tell
+            untaken += self._held  # few bytes, which go at once or not at all; a Unix socket does not tell
+        self._untaken_at_loss = max(self._untaken_at_loss, untaken)
+
+    def taken(self, sent: int, head: int) -> int:
+        """Return how many bytes of an answer's body, of which `sent` have been passed on, the client has taken.
+
+        head: the bytes of the header fields of the application. A connection that has not failed delivers all.
+        """
+        if not self.has_failed():
+            return sent
+        if not self.is_lost:
+            self.note_untaken_bytes()
+        if self._encrypted is None:
+            return max(0, sent - self._untaken_at_loss)
+        head += (
+            len(STATUS_LINE[200])
+            + 2
+            + sum(len(name) + len(value) + 4 for name, value in self.server_state.default_headers)
+        )
+        return max(0, min(sent, self._encrypted.taken() - head))
 
     @property
     def is_broken(self) -> bool:
         """Whether the connection has ended, or is about to, but not because its last answer is complete."""
         return self.is_lost or (self.transport.is_closing() and self._phase is not _CLOSING)
 
-    def when_flushed(self, callback: Callable[[], None]) -> bool:
-        """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost.
+    def has_failed(self) -> bool:
+        """Return whether the connection has ended, or was reset, which the loop may not have seen yet."""
+        if self.is_lost or self.is_stalled:
+            return True
+        try:
+            return has_hung_up(self)
+        except OSError:  # the loop has closed the socket
+            return True
 
-        uvloop writes at the end of each turn of the loop, so there only a paused transport counts as one that waits.
-        """
-        if self.is_lost or not (
-            self.flow.write_paused or (self._writes_at_once and self.transport.get_write_buffer_size())
-        ):
+    def when_flushed(self, callback: Callable[[], None]) -> bool:
+        """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
+        if self.is_lost or not (self.flow.write_paused or self.transport.get_write_buffer_size()):
             return True
         flush(self).add_done_callback(lambda _: callback())
         return False

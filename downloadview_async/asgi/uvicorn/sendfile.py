@@ -275,7 +275,8 @@ def flush(connection: Sending) -> "asyncio.Future[None]":
     if connection.flushed is not None and not connection.flushed.done():
         return connection.flushed
     connection.flushed = connection.loop.create_future()
-    # The transport calls `pause_writing` now, and `resume_writing` when it holds nothing any more.
+    # The transport calls `pause_writing` now, and `resume_writing` when it holds nothing any more. Without TLS, it has
+    # this limit always.
     connection.transport.set_write_buffer_limits(high=0)
     return connection.flushed
 
@@ -284,7 +285,7 @@ def end_flush(connection: Sending) -> None:
     """Let a path send that waits for the transport continue: all is sent, or the connection is lost."""
     flushed, connection.flushed = connection.flushed, None
     if flushed is not None:
-        if not connection.is_lost:
+        if not connection.is_lost and connection.transport.get_extra_info("sslcontext"):
             connection.transport.set_write_buffer_limits()
         if not flushed.done():
             flushed.set_result(None)

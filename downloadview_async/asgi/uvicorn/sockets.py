@@ -17,6 +17,8 @@ _ACKNOWLEDGED = 120  # where `tcpi_bytes_acked` is in Linux' `tcp_info`
 _SEGMENTS = 156  # where `tcpi_data_segs_out` is
 _UNPACED_SEGMENTS = 10  # with data, at the beginning of a connection, which Linux does not pace
 _PIECE = 8  # bytes
+_RECORD = 1 << 14  # bytes in a full record of TLS
+_RECORD_FRAMING = 22  # bytes that TLS 1.3 adds to each
 
 
 class Connection(Protocol):
@@ -64,36 +66,49 @@ def untaken_bytes(connection: Connection) -> int:
         number = socket_number(connection)
     except OSError:
         return 0
-    in_kernel = 0
+    return _queued(number) + connection.transport.get_write_buffer_size()
+
+
+def _queued(number: int) -> int:
     with suppress(OSError):
-        in_kernel = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0]
-    return in_kernel + connection.transport.get_write_buffer_size()
+        return int(struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0])
+    return 0
 
 
 def acknowledged_bytes(connection: Connection) -> int:
     """Return how many bytes the client's machine has acknowledged on this connection; 0 if the kernel does not tell."""
-    return _of_tcp_info(connection, _ACKNOWLEDGED, "Q") or 0
+    try:
+        return _acknowledged(socket_number(connection))
+    except OSError:
+        return 0
+
+
+def _acknowledged(number: int) -> int:
+    return _of_tcp_info(number, _ACKNOWLEDGED, "Q") or 0
 
 
 def unpaced_segments(connection: Connection) -> int:
     """Return how many of the next segments the kernel sends at once, whatever the pace; 0 if it does not tell."""
-    sent = _of_tcp_info(connection, _SEGMENTS, "I")
+    try:
+        sent = _of_tcp_info(socket_number(connection), _SEGMENTS, "I")
+    except OSError:
+        return 0
     return 0 if sent is None else max(0, _UNPACED_SEGMENTS - sent)
 
 
-def _of_tcp_info(connection: Connection, offset: int, kind: str) -> int | None:
-    """Return a number that the kernel tells about a TCP connection, or None if it does not."""
+def _of_tcp_info(number: int, offset: int, kind: str) -> int | None:
+    """Return a number that the kernel tells about the TCP connection of a descriptor, or None if it does not.
+
+    Raises `OSError` if there is no such descriptor.
+    """
     end = offset + struct.calcsize(kind)
-    try:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, socket_number(connection))
-    except OSError:
-        return None
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, number)
     try:
         told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, end)
     except OSError:  # a Unix socket
         return None
     finally:
-        sock.detach()  # the number belongs to the transport
+        sock.detach()  # the number belongs to another object
     return int(struct.unpack_from(kind, told, offset)[0]) if len(told) >= end else None
 
 
@@ -114,8 +129,37 @@ def send_in_segments(connection: Connection, data: bytes, count: int) -> int:
     except OSError:  # the transport meets it, too
         pass
     finally:
-        sock.detach()
+        sock.detach()  # the number belongs to the transport
     return sent
+
+
+class EncryptedAnswer:
+    """Tells how much of one answer over TLS the client has taken.
+
+    The transport of TLS does not tell what the one below it holds, and the loop closes the socket before it tells the
+    protocol of the loss. So this duplicates the descriptor of the socket, until `close`. Raises `OSError`.
+    """
+
+    __slots__ = ("_began", "_end", "_number")
+
+    def __init__(self, connection: Connection) -> None:
+        self._number = os.dup(socket_number(connection))
+        self._began = _acknowledged(self._number) + _queued(self._number)
+        self._end: int | None = None
+
+    def taken(self) -> int:
+        """Return how many bytes of the head and the body the client's machine has acknowledged, up to `close`.
+
+        The framing of TLS is not among them, except that of records that are not full.
+        """
+        encrypted = max(0, (_acknowledged(self._number) if self._end is None else self._end) - self._began)
+        return encrypted - -(-encrypted // (_RECORD + _RECORD_FRAMING)) * _RECORD_FRAMING
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._end is None:
+            self._end = _acknowledged(self._number)
+            os.close(self._number)
 
 
 def has_unread_bytes(connection: Connection) -> bool:

@@ -32,10 +32,11 @@ async def shielded(work: Coroutine[Any, Any, None]) -> None:
 
 @contextmanager
 def _taken_as_a_whole(account: Account) -> Iterator[None]:
-    """Note that a body was taken as a whole; if an error ends it before that, end the account."""
+    """End the account of a body, which was taken as a whole unless an error ends it."""
     try:
         yield
         account.is_complete = True
+        account.end()
     except (GeneratorExit, asyncio.CancelledError):  # the server wants no more
         account.end(ClientDisconnect())
         raise
@@ -47,7 +48,7 @@ def _taken_as_a_whole(account: Account) -> Iterator[None]:
 def each_counted(chunks: Iterable[bytes], account: Account) -> Iterator[bytes]:
     """Yield the chunks of a body, and count each of them when the server asks for the next one.
 
-    A body that is not taken as a whole ends the account: Django does not close the response after an error in it.
+    The end of the body ends the account, however it ends: Django does not close the response if the server raises.
     """
     try:
         with _taken_as_a_whole(account):

@@ -2,7 +2,8 @@
 
 SERVED_ROOT: the directory of the files. SERVED_PORT: where this is served, for the remote kind. SERVED_DATABASE: the
 file of the database. SERVED_LINKS: the store of links, if there is one. TABLE_SMALL: how long a file is that goes in
-one message. SERVED_KEEP: how many seconds a file is kept open after a request.
+one message. SERVED_KEEP: how many seconds a file is kept open after a request. SERVED_OUTCOMES: the file for the
+outcomes, if they are wanted.
 """
 
 import os
@@ -45,11 +46,27 @@ def _set_up() -> None:
     if "SERVED_LINKS" in os.environ:
         links = {"STORE": os.environ["SERVED_LINKS"], "CLIENT_OF": "tests.contrib.django.served_app.client_of"}
         vars(project)["DOWNLOADVIEW_LINKS"] = links
+    if "SERVED_OUTCOMES" in os.environ:
+        project.MIDDLEWARE = ["downloadview_async.contrib.django.AccountsMiddleware"]
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.contrib.django.project"
     django.setup()
+    if "SERVED_OUTCOMES" in os.environ:
+        _note_outcomes()
 
     with ThreadPoolExecutor() as thread:  # uvicorn calls us where its event loop runs
         thread.submit(_fill_the_database).result()
+
+
+def _note_outcomes() -> None:
+    from downloadview_async.contrib.django import download_finished
+    from tests.asgi.accounts_app import Lines
+
+    lines = Lines(os.environ["SERVED_OUTCOMES"])
+
+    def note(sender: Any, outcome: Any, **_: Any) -> None:
+        lines(outcome)
+
+    download_finished.connect(note, weak=False)
 
 
 def _fill_the_database() -> None:
