@@ -19,10 +19,10 @@ from tests.accounts.test_completion import outcome
 from tests.accounts.test_proxy_log import line
 from tests.service.loading import FILES
 
-SETTINGS = f"""{FILES}
+SETTINGS = f"""
 [accounts]
 database = "sqlite+aiosqlite:///accounts.db"
-"""
+{FILES}"""
 PROXIED = """
 [offload]
 backend = "nginx"
