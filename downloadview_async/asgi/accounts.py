@@ -123,7 +123,7 @@ class Account(Facts):
         self,
         scope: Scope,
         send: Send,
-        on_end: Observer,
+        observers: tuple[Observer, ...],
         request_id: str,
         outer: Facts | None = None,
     ) -> None:
@@ -131,7 +131,7 @@ class Account(Facts):
         self.outer = outer
         self._scope = scope
         self._send = send
-        self._on_end = on_end
+        self._observers = observers
         self._connection: Connection | None = None
         if (extensions := scope.get("extensions")) and (connection := extensions.get(CONNECTION)) is not None:
             self._connection = connection
@@ -274,12 +274,12 @@ class Account(Facts):
         self.end()
 
     @classmethod
-    def within(cls, scope: Scope, send: Send, on_end: Observer) -> Self:
+    def within(cls, scope: Scope, send: Send, observer: Observer) -> Self:
         """Return a further account of a request, which knows what another one around it knows."""
         outer: Facts | None = scope.get(ACCOUNT)
         if outer is None:
-            return cls(scope, send, on_end, new_request_id())
-        account = cls(scope, send, on_end, outer.request_id, outer)
+            return cls(scope, send, (observer,), new_request_id())
+        account = cls(scope, send, (observer,), outer.request_id, outer)
         account.know(outer)
         return account
 
@@ -330,10 +330,11 @@ class Account(Facts):
         outcome = self._outcome(exc)
         # Both refer to this account: without this, only the garbage collector would free them.
         self._scope, self.inside = _NO_SCOPE, None
-        try:
-            self._on_end(outcome)
-        except Exception:
-            logger.exception("an observer of outcomes has raised")
+        for observer in self._observers:
+            try:
+                observer(outcome)
+            except Exception:
+                logger.exception("an observer of outcomes has raised")
 
     def _outcome(self, exc: BaseException | None) -> Outcome:
         scope, status, delivery = self._scope, self.status, self.delivery
@@ -533,8 +534,7 @@ class Accounts:
         self._trusted = TrustedAddresses(trusted_proxies)
         self._trusts = bool(self._trusted)
         self._sends_id = sends_request_id
-        ends: list[Observer] = [*observers, *([self._listeners.put] if listeners else [])]
-        self._on_end: Observer = ends[0] if len(ends) == 1 else _All(ends)
+        self._observers = (*observers, *([self._listeners.put] if listeners else []))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and report its outcome."""
@@ -544,10 +544,12 @@ class Accounts:
         outer: Facts | None = scope.get(ACCOUNT)
         if outer is not None:
             request_id = outer.request_id
+        elif self._trusts and REQUEST_ID in dict(scope["headers"]):
+            request_id = self._request_id(scope)
         else:
-            request_id = self._request_id(scope) if self._trusts else new_request_id()
+            request_id = new_request_id()
         scope = {**scope}
-        scope[ACCOUNT] = account = Account(scope, send, self._on_end, request_id, outer)
+        scope[ACCOUNT] = account = Account(scope, send, self._observers, request_id, outer)
         account.sends_id = self._sends_id
         if outer is not None:
             outer.enter(scope)
@@ -569,8 +571,7 @@ class Accounts:
         return len(self._open)
 
     def _request_id(self, scope: Scope) -> str:
-        headers = scope["headers"]
-        for name, value in headers if REQUEST_ID in dict(headers) else ():
+        for name, value in scope["headers"]:
             if name == REQUEST_ID and _REQUEST_ID.fullmatch(value) and self._trusted.has(peer_of(scope)):
                 return str(value, "ascii")
         return new_request_id()
@@ -622,20 +623,6 @@ def _text_of(exc: BaseException) -> str:
         return str(exc) or type(exc).__name__
     except Exception:  # of an application, whose error must not cost the outcome
         return type(exc).__name__
-
-
-class _All:
-    """Calls several observers, each even if another raises."""
-
-    def __init__(self, observers: Sequence[Observer]) -> None:
-        self._observers = observers
-
-    def __call__(self, outcome: Outcome) -> None:
-        for observer in self._observers:
-            try:
-                observer(outcome)
-            except Exception:
-                logger.exception("an observer of outcomes has raised")
 
 
 # Read in blocks: each id is as hard to guess as one that is read alone.
