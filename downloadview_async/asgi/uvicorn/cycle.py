@@ -34,7 +34,7 @@ class DownloadCycle(RequestResponseCycle):
     transport: Any
     _held_head: bytes | None = None  # a prepared head that waits for its body: one write sends both
     account: "Account | None" = None
-    """What `send_and_count` tells of the answer."""
+    """Counts the answer, if the application sends by `send_and_count`."""
 
     def send(self, message: Any) -> Any:  # not `async`: another coroutine around uvicorn's would cost every message
         """Send a message of the application. What is not a path send or a prepared head, uvicorn sends."""
@@ -62,7 +62,7 @@ class DownloadCycle(RequestResponseCycle):
         self.transport = _SegmentingTransport(protocol_of(self), self, count)
 
     def send_and_count(self, message: Any) -> Any:
-        """Send a message, and tell `account`. It sends and counts what is not a prepared head with its body."""
+        """Send a message. `account` sends and counts all but prepared heads with their bodies, which it only counts."""
         account: Any = self.account
         if PREPARED in message:
             if not self.more_body and self._hold_prepared_head(message, account):
