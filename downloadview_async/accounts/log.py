@@ -48,7 +48,7 @@ class AccessLog:
             raise ConfigurationError(f"format is {format!r}: give {', '.join(_FORMATS)}")
         self._line_of = _FORMATS[format]
         self._path = None if path is None else os.path.abspath(path)
-        self._outcomes: list[Outcome] = []
+        self._lines: list[str] = []
         self._descriptor = -1
         self._is_torn = False
         try:
@@ -57,15 +57,14 @@ class AccessLog:
             raise ConfigurationError(f"the log {self._path!r} cannot be written ({exc.strerror})") from exc
 
     def __call__(self, outcome: Outcome) -> None:
-        """Take an outcome, whose line `flush` writes."""
-        self._outcomes.append(outcome)
+        """Take the line of an outcome, which `flush` writes."""
+        self._lines.append(self._line_of(outcome))
 
     def flush(self) -> None:
         """Write the lines. Raises `OSError` if they cannot be written; they are lost then."""
-        if not self._outcomes:
+        if not self._lines:
             return
-        outcomes, self._outcomes = self._outcomes, []
-        lines = [self._line_of(outcome) for outcome in outcomes]
+        lines, self._lines = self._lines, []
         self._open()
         if self._is_torn:
             lines.insert(0, "")  # ends the line of which only the beginning was written
@@ -141,7 +140,8 @@ def _json(outcome: Outcome, *, is_cut: bool = False) -> str:
             agent = value.decode("latin-1")
             break
     client, first = outcome.client, outcome.first_byte
-    before, between, behind = _json_of_answer(
+    members = _json_of_answer if len(outcome.path) <= LIMIT else _json_of_answer.__wrapped__  # keep no long texts
+    before, between, behind = members(
         outcome.user,
         outcome.link_id,
         outcome.method,
