@@ -96,6 +96,9 @@ class Connection(Protocol):
         Return None if `send` is not the function that the server gave the application for this answer.
         """
 
+    def end_counting(self, account: "Account") -> None:
+        """Tell the account nothing more."""
+
 
 class Account(Facts):
     """Counts what is sent of one answer, and makes its `Outcome`.
@@ -328,8 +331,10 @@ class Account(Facts):
         if self.among is not None:
             self.among.discard(self)
         outcome = self._outcome(exc)
-        # Both refer to this account: without this, only the garbage collector would free them.
+        # All of these refer to this account: without this, only the garbage collector would free them.
         self._scope, self.inside = _NO_SCOPE, None
+        if self._connection is not None:
+            self._connection.end_counting(self)
         for observer in self._observers:
             try:
                 observer(outcome)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -1002,3 +1003,25 @@ async def ask_twice(port: int) -> None:
         assert await reader.readexactly(10) == b"0123456789"
     writer.close()
     await writer.wait_closed()
+
+
+@pytest.mark.parametrize("target", ["a.txt", "large.bin", "none"])
+async def test_an_answer_leaves_no_garbage(root: Path, target: str) -> None:
+    app = dv.Accounts(dv.Download(dv.PathSource(root)), observers=[lambda _: None], sends_request_id=True)
+
+    def ask_often(port: int, times: int) -> None:
+        with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=20)) as client:
+            for _ in range(times):
+                client.request("GET", f"/{target}")
+                client.getresponse().read()
+
+    async with live(app, http=DownloadProtocol) as port:
+        await asyncio.to_thread(ask_often, port, 2)
+        gc.collect()
+        gc.disable()
+        try:
+            await asyncio.to_thread(ask_often, port, 50)
+            accounts_left = [one for one in gc.get_objects() if isinstance(one, accounts.Account)]
+        finally:
+            gc.enable()
+    assert len(accounts_left) < 10

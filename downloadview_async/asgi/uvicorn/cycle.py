@@ -64,12 +64,14 @@ class DownloadCycle(RequestResponseCycle):
     def send_and_count(self, message: Any) -> Any:
         """Send a message. `account` sends and counts all but prepared heads with their bodies, which it only counts."""
         account: Any = self.account
+        if account is None:
+            return self.send(message)
         if PREPARED in message:
             if not self.more_body and self._hold_prepared_head(message, account):
                 account.begin(message["status"], message["headers"])
                 return _done()
         elif self._held_head is not None and self._send_whole_body(self._held_head, message):
-            self._held_head = None
+            self._held_head = self.account = None  # they refer to each other
             account.take_whole(len(message.get("body", b"")))
             return _done()
         return account.send(message)

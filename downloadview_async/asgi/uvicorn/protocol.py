@@ -683,6 +683,11 @@ class DownloadProtocol(HttpToolsProtocol):
         cycle.account = account
         return cycle.send_and_count
 
+    def end_counting(self, account: "Account") -> None:
+        """See `Connection` in `asgi.accounts`."""
+        if self._cycle.account is account:
+            self._cycle.account = None
+
     @property
     def is_flushed(self) -> bool:
         """Whether the connection is open, and the transport has passed everything on. See `when_flushed`."""
