@@ -14,7 +14,6 @@ import threading
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _PATIENCE = 0.5  # seconds after the application's shutdown, which waits for downloads
-_YOUNG_OBJECTS = 20_000  # more than those of all outcomes that wait at a time, which need no garbage collection
 HANGUP = "SIGHUP is ignored, and no download is cut: restart the service to read the settings again"
 
 
@@ -30,8 +29,7 @@ class EndsInTime:
     only around the outermost application of a process that does nothing else.
 
     When the application has started, all objects that exist are taken out of garbage collection. To look through them
-    takes 20 ms, in which no request is answered, and a listing of a large folder would cause that each time. Then new
-    objects are looked through less often: outcomes that wait for a listener would be, again and again.
+    takes 20 ms, in which no request is answered, and a listing of a large folder would cause that each time.
 
     While the application runs, each SIGHUP is ignored with a log line.
     """
@@ -46,7 +44,6 @@ class EndsInTime:
             if message["type"] == "lifespan.startup.complete":
                 gc.collect()
                 gc.freeze()
-                gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
             elif message["type"] == "lifespan.shutdown.complete":
                 last = threading.Timer(_PATIENCE, _end)
                 last.daemon = True
