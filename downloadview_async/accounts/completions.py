@@ -68,9 +68,8 @@ class Completions:
             return
         key = whole(outcome)
         with self._adding:
-            if key in self._whole:
-                answers, sent = self._whole[key]
-                self._whole[key] = answers + 1, sent + outcome.sent
+            if key is not None and (counted := self._whole.get(key)) is not None:
+                self._whole[key] = counted[0] + 1, counted[1] + outcome.sent
             elif len(self._outcomes) + len(self._whole) >= self._max_waiting:
                 self._lost += 1
                 return

@@ -42,39 +42,35 @@ class Facts:
 
     def deliver(self, delivery: object, status: int) -> None:
         """Note how our answer is sent."""
-        facts: Facts | None = self
-        while facts is not None:
-            facts.delivery, facts.status_of_delivery = delivery, status
-            facts = facts.outer
+        self.delivery, self.status_of_delivery = delivery, status
+        if self.outer is not None:
+            self.outer.deliver(delivery, status)
 
     def describe(self, name: str | None, etag: ETag | str | None, size: int | None) -> None:
         """Note which version of a file is sent. The name stays, if it is known what the source was asked for."""
-        facts: Facts | None = self
-        while facts is not None:
-            facts.name = name if facts.name is None else facts.name
-            facts.etag, facts.size = etag, size
-            facts = facts.outer
+        if self.name is None:
+            self.name = name
+        self.etag, self.size = etag, size
+        if self.outer is not None:
+            self.outer.describe(name, etag, size)
 
     def find(self, source: str, key: object, scope: Mapping[str, Any]) -> None:
         """Note what a source is asked for, by the scope of the request there."""
-        facts: Facts | None = self
-        while facts is not None:
-            facts.source, facts.name, facts.inside = source, str(key), scope
-            facts = facts.outer
+        self.source, self.name, self.inside = source, str(key), scope
+        if self.outer is not None:
+            self.outer.find(source, key, scope)
 
     def enter(self, scope: Mapping[str, Any]) -> None:
         """Note a copy of the scope that is passed on."""
-        facts: Facts | None = self
-        while facts is not None:
-            facts.inside = scope
-            facts = facts.outer
+        self.inside = scope
+        if self.outer is not None:
+            self.outer.enter(scope)
 
     def allow(self, user: str | None, link_id: str | None) -> None:
         """Note the user and the link by which access has allowed the request."""
-        facts: Facts | None = self
-        while facts is not None:
-            facts.user, facts.link_id = user or facts.user, link_id or facts.link_id
-            facts = facts.outer
+        self.user, self.link_id = user or self.user, link_id or self.link_id
+        if self.outer is not None:
+            self.outer.allow(user, link_id)
 
 
 def note_facts(scope: Mapping[str, Any], **facts: str | None) -> None:

@@ -62,14 +62,16 @@ class _Waiting:
 
     def put(self, outcome: Outcome) -> None:
         """Have an outcome delivered; drop it if too many wait."""
-        if len(self._outcomes) >= self._size:
+        outcomes = self._outcomes
+        if len(outcomes) >= self._size:
             self._dropped.add()
             return
-        self._outcomes.append(outcome)
+        outcomes.append(outcome)
+        if self._is_awake and ((loop := self._loop) is None or not loop.is_closed()):
+            return
         if self.is_orphaned:
             self._loop, self._is_awake = None, False
-        if not self._is_awake:
-            self._wake()
+        self._wake()
 
     @property
     def is_orphaned(self) -> bool:
@@ -156,23 +158,25 @@ class _Waiting:
         return not was_awake
 
     def _deliver_in_thread(self) -> None:
-        while self._goes_on():
-            outcome = self._take()
+        outcomes, listener, buffered = self._outcomes, self._listener, self._buffered
+        while outcomes or self._goes_on():
+            self._is_delivering = True
+            outcome = outcomes.popleft()
             try:
-                result = self._listener(outcome)
-                if isinstance(result, Awaitable):
+                result = listener(outcome)
+                if result is not None and isinstance(result, Awaitable):
                     asyncio.run(_waiting_for(result))
             except BaseException as exc:  # `sys.exit`, or something of the listener was cancelled: not this thread
                 self._failed.add(exc)
-            if self._buffered is not None:
-                self._flush(self._buffered)
-            self._is_delivering = False
+            if buffered is not None:
+                self._unflushed += 1
+                if not outcomes or self._unflushed >= _BUFFERED:
+                    self._flush(buffered)
+            if not outcomes:
+                self._is_delivering = False
 
     def _flush(self, listener: BufferedListener) -> None:
-        """Have a listener write what it has collected, if it is time."""
-        self._unflushed += 1
-        if self._outcomes and self._unflushed < _BUFFERED:
-            return
+        """Have a listener write what it has collected."""
         try:
             listener.flush()
         except BaseException as exc:

@@ -133,37 +133,64 @@ def _text(outcome: Outcome) -> str:
     )
 
 
-def _json(outcome: Outcome) -> str:
-    line = _json_uncut(outcome)
-    return line if len(line) <= _ATOMIC else _json_uncut(_cut(outcome))
-
-
-def _json_uncut(outcome: Outcome) -> str:
-    first, agent = outcome.first_byte, _header(outcome, b"user-agent")
-    return (
-        f'{{"time":"{_date(outcome.time)}","request_id":"{outcome.request_id}"'
-        f',"client":{"null" if outcome.client is None else _quote(outcome.client)}'
-        f',"user":{"null" if outcome.user is None else _quote(outcome.user)}'
-        f',"link_id":{"null" if outcome.link_id is None else _quote(outcome.link_id)}'
-        f"{_rest(outcome.method, outcome.status, outcome.result, outcome.reason, outcome.kind)}"
-        f',"path":{_quote(outcome.path)},"bytes":{outcome.sent},"seconds":{outcome.seconds:.6f}'
-        f',"first_byte":{"null" if first is None else f"{first:.6f}"}'
-        f',"name":{"null" if outcome.name is None else _quote(outcome.name)}'
-        f',"etag":{"null" if outcome.etag is None else _quote(outcome.etag)}'
-        f',"size":{"null" if outcome.size is None else outcome.size}'
-        f',"user_agent":{"null" if agent is None else _quote(agent)}'
-        f"{_place(outcome.route, outcome.source)}}}"
+def _json(outcome: Outcome, *, is_cut: bool = False) -> str:
+    agent = None
+    for field, value in outcome.headers:
+        if field == b"user-agent":
+            agent = value.decode("latin-1")
+            break
+    client, first = outcome.client, outcome.first_byte
+    members = _json_of_answer if len(outcome.path) <= LIMIT else _json_of_answer.__wrapped__  # keep no long texts
+    before, between, behind = members(
+        outcome.user,
+        outcome.link_id,
+        outcome.method,
+        outcome.status,
+        outcome.result,
+        outcome.reason,
+        outcome.kind,
+        outcome.path,
+        outcome.sent,
+        outcome.name,
+        outcome.etag,
+        outcome.size,
+        outcome.route,
+        outcome.source,
     )
+    line = (
+        f'{{"time":"{_date(outcome.time)}","request_id":"{outcome.request_id}"'
+        f',"client":{"null" if client is None else _quote(client)}{before}{outcome.seconds:.6f},"first_byte":'
+        f"{'null' if first is None else f'{first:.6f}'}{between}{'null' if agent is None else _quote(agent)}{behind}"
+    )
+    return line if len(line) <= _ATOMIC or is_cut else _json(_cut(outcome), is_cut=True)
 
 
-@lru_cache(256)  # there are few of these
-def _rest(method: str, status: int, result: str, reason: str | None, kind: str) -> str:
-    return _members(method=method, status=status, result=result, reason=reason, kind=kind)
-
-
-@lru_cache(256)
-def _place(route: str | None, source: str | None) -> str:
-    return _members(route=route, source=source)
+@lru_cache(1024)  # for answers with the same file, which are many whenever each microsecond counts
+def _json_of_answer(
+    user: str | None,
+    link_id: str | None,
+    method: str,
+    status: int,
+    result: str,
+    reason: str | None,
+    kind: str,
+    path: str,
+    sent: int,
+    name: str | None,
+    etag: str | None,
+    size: int | None,
+    route: str | None,
+    source: str | None,
+) -> tuple[str, str, str]:
+    """Return the members of a line that come before the seconds, after those of the first byte, and at the end."""
+    answer = _members(
+        user=user, link_id=link_id, method=method, status=status, result=result, reason=reason, kind=kind, path=path
+    )
+    return (
+        f'{answer},"bytes":{sent},"seconds":',
+        f'{_members(name=name, etag=etag, size=size)},"user_agent":',
+        f"{_members(route=route, source=source)}}}",
+    )
 
 
 def _members(**values: str | int | None) -> str:
@@ -243,5 +270,13 @@ _iso = _Second(lambda now: time.strftime("%Y-%m-%dT%H:%M:%S", now))
 _combined_date = _Second(lambda now: time.strftime(f"%d/{_MONTHS[now.tm_mon - 1]}/%Y:%H:%M:%S +0000", now))
 
 
+_last_date = -1, ""  # the milliseconds since 1970, and their text
+
+
 def _date(seconds: float) -> str:
-    return f"{_iso(seconds)}.{int(seconds * 1000) % 1000:03d}Z"
+    global _last_date
+    millis, text = _last_date
+    if millis != (whole := int(seconds * 1000)):
+        text = f"{_iso(seconds)}.{whole % 1000:03d}Z"
+        _last_date = whole, text
+    return text

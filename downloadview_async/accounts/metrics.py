@@ -3,7 +3,6 @@
 import asyncio
 import os
 import resource
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -25,6 +24,7 @@ MAX_SERIES = 2_000
 """The most combinations of labels that are counted separately. Further ones are counted with the route "other"."""
 
 _TICK = 0.25  # seconds between two looks at the event loop
+_MANY = 100  # times that wait to be added to a histogram, all at once
 _OTHER: Labels = ("other",) * 5
 
 
@@ -37,15 +37,25 @@ class Answering(Protocol):
 
 
 class _Row:
-    """The counts for one combination of labels."""
+    """The counts for one combination of labels. times: the seconds of answers that are in no histogram yet."""
 
-    __slots__ = ("bytes", "first", "requests", "seconds")
+    __slots__ = ("bytes", "first", "requests", "seconds", "times", "times_of_first")
 
     def __init__(self) -> None:
         self.requests = 0
         self.bytes = 0
-        self.seconds = [0.0] * (len(SECONDS) + 2)
-        self.first = [0.0] * (len(SECONDS) + 2)
+        self.seconds = Histogram(SECONDS)
+        self.first = Histogram(SECONDS)
+        self.times: list[float] = []
+        self.times_of_first: list[float] = []
+
+    def fold(self) -> None:
+        """Add the times to the histograms."""
+        times, self.times = self.times, []
+        self.requests += len(times)
+        self.seconds.add_all(times)
+        times, self.times_of_first = self.times_of_first, []
+        self.first.add_all(times)
 
 
 class Metrics:
@@ -82,24 +92,22 @@ class Metrics:
 
     def observe(self, outcome: Outcome) -> None:
         """Count an outcome. This is an observer of `Accounts`."""
-        status, result = outcome.status, outcome.result
-        key = (outcome.route, outcome.source, outcome.kind, status // 100, result)
-        row = self._rows.get(key)
+        result, first = outcome.result, outcome.first_byte
+        row = self._rows.get(key := (outcome.route, outcome.source, outcome.kind, outcome.status // 100, result))
         if row is None:
             row = self._rows.setdefault(key if len(self._rows) < MAX_SERIES else _OTHER, _Row())
-        row.requests += 1
         row.bytes += outcome.sent
-        seconds = outcome.seconds
-        row.seconds[bisect_left(SECONDS, seconds)] += 1
-        row.seconds[-1] += seconds
-        first = outcome.first_byte
+        row.times.append(outcome.seconds)
         if first is not None:
-            row.first[bisect_left(SECONDS, first)] += 1
-            row.first[-1] += first
+            row.times_of_first.append(first)
+        if len(row.times) >= _MANY:
+            row.fold()
+        if result == "completed":
+            return
         if result == "aborted":
             self._count(self._aborted, (outcome.route or "", outcome.source or "", outcome.reason or ""))
         elif result == "refused":
-            self._count(self._refused, (outcome.route or "", str(status)))
+            self._count(self._refused, (outcome.route or "", str(outcome.status)))
 
     def add_accounts(self, accounts: Answering) -> None:
         """Tell how many requests an `Accounts` is answering."""
@@ -153,11 +161,12 @@ class Metrics:
         seconds: dict[Labels, Any] = {}
         first: dict[Labels, Any] = {}
         for (route, source, kind, status, result), row in self._rows.items():
+            row.fold()
             of_status = status if isinstance(status, str) else f"{status}xx" if status else "none"
             labels = (route or "", source or "", kind, of_status, result)
             requests[labels] = requests.get(labels, 0) + row.requests
             sent[labels] = sent.get(labels, 0) + row.bytes
-            for into, values in ((seconds, row.seconds), (first, row.first)):
+            for into, values in ((seconds, row.seconds.values), (first, row.first.values)):
                 before = into.get(labels[:1])
                 into[labels[:1]] = [*values] if before is None else [a + b for a, b in zip(before, values, strict=True)]
         return {

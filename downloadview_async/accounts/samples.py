@@ -1,6 +1,6 @@
 """All metrics, and their samples as plain numbers: counted in a process, added up over processes, and as text."""
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -101,8 +101,17 @@ class Histogram:
 
     def add(self, value: float) -> None:
         """Count a value."""
-        self.values[bisect_left(self._bounds, value)] += 1
-        self.values[-1] += value
+        self.add_all((value,))
+
+    def add_all(self, added: Iterable[float]) -> None:
+        """Count many values, which takes hardly longer than one."""
+        ordered, counted, values = sorted(added), 0, self.values
+        for number, bound in enumerate(self._bounds):
+            up_to = bisect_right(ordered, bound, counted)
+            values[number] += up_to - counted
+            counted = up_to
+        values[len(self._bounds)] += len(ordered) - counted
+        values[-1] += sum(ordered)
 
 
 def added(each: Iterable[Samples], *, are_ended: bool = False) -> Samples:

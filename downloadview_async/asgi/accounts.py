@@ -4,11 +4,10 @@ import asyncio
 import logging
 import os
 import re
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, time
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -21,14 +20,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.accounts.listeners import MAX_WAITING, Listeners
 from downloadview_async.accounts.outcome import Header, Listener, Observer, Outcome, Reason, Result
-from downloadview_async.asgi.delivery import Descriptor, Offloaded, Path, Pieces, Redirected, kind_of, spans_of
-from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED
+from downloadview_async.asgi.delivery import (
+    Delivery,
+    Descriptor,
+    Inline,
+    Offloaded,
+    Path,
+    Pieces,
+    Redirected,
+    kind_of,
+    spans_of,
+)
+from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, REQUEST_ID
 from downloadview_async.asgi.loan import Loan
 from downloadview_async.errors import ConfigurationError, abort_reason
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.policy.addresses import TrustedAddresses, peer_of
-
-REQUEST_ID = b"x-request-id"
 
 ENDING_SECONDS = 0.5
 """Seconds that the shutdown waits for answers that are ending, at most: the server has waited for them before."""
@@ -39,7 +46,7 @@ DRAIN_SECONDS = 5.0
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
 _CONTENT_RANGE = re.compile(rb"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _RANDOM_BYTES = 4096
-_DIGITS = 32  # of an id
+_ID = re.compile("[0-9a-f]{32}")
 _PROXIES = {
     "x-accel-redirect": "nginx",
     "x-sendfile": "apache",
@@ -50,6 +57,8 @@ _PROXIES = {
 _NO_SCOPE: Scope = {"method": ""}
 
 logger = logging.getLogger("downloadview_async")
+
+_new = object.__new__
 
 
 class Connection(Protocol):
@@ -76,11 +85,24 @@ class Connection(Protocol):
     def taken(self, sent: int, head: int) -> int:
         """Return how many of the `sent` bytes of the body, after a head of so many, arrive if it fails, or has."""
 
+    @property
+    def is_flushed(self) -> bool:
+        """Whether the connection is open, and the transport has passed everything on."""
+
     def when_flushed(self, callback: Callable[[], None]) -> bool:
         """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
 
     def when_half_closed(self, callback: Callable[[], None] | None) -> None:
         """Call `callback` when the client closes its side of the connection, or now if it has; None: call nothing."""
+
+    def counting_send(self, send: Send, account: "Account") -> Send | None:
+        """Return the server's own function that sends as `send` does, and tells the account what it has sent.
+
+        Return None if `send` is not the function that the server gave the application for this answer.
+        """
+
+    def end_counting(self, account: "Account") -> None:
+        """Tell the account nothing more."""
 
 
 class Account(Facts):
@@ -93,6 +115,8 @@ class Account(Facts):
     sent = 0
     is_complete = False
     is_held = False
+    sends_id = False
+    """Whether the answer gets the id of the request as a field."""
     among: "set[Account] | None" = None
     """The accounts that have not ended, of which this is one."""
     _first: float | None = None
@@ -107,22 +131,19 @@ class Account(Facts):
         self,
         scope: Scope,
         send: Send,
-        on_end: Observer,
-        *,
+        observers: tuple[Observer, ...],
         request_id: str,
-        sends_id: bool = False,
         outer: Facts | None = None,
     ) -> None:
         self.request_id = request_id
         self.outer = outer
         self._scope = scope
         self._send = send
-        self._on_end = on_end
-        self._sends_id = sends_id
-        extensions = scope.get("extensions")
-        self._connection: Connection | None = extensions.get(CONNECTION) if extensions else None
-        if self._connection is not None:
-            self._connection.request_id = request_id
+        self._observers = observers
+        self._connection: Connection | None = None
+        if (extensions := scope.get("extensions")) and (connection := extensions.get(CONNECTION)) is not None:
+            self._connection = connection
+            connection.request_id = request_id
         self._began = monotonic()
 
     def send(self, message: Message) -> Awaitable[None]:  # not `async`: another coroutine would cost every message
@@ -135,13 +156,18 @@ class Account(Facts):
             if type(headers) is not list:  # they may be such as can be read only once, and the server reads them, too
                 headers = list(headers)
                 message = {**message, "headers": headers}
-            if self._sends_id:
+            if self.sends_id:
                 message = self._with_id(message)
                 headers = message["headers"]
             self.begin(message["status"], headers)
         elif kind == PATHSEND:
             return self._send_file(message)
         return self._send(message)
+
+    def sending(self) -> Send:
+        """Return the function by which the application sends: that of the server, if it counts for this account."""
+        connection = self._connection
+        return self.send if connection is None else connection.counting_send(self._send, self) or self.send
 
     def receiving(self, receive: Receive) -> Receive:
         """Return a function that receives messages, and notes that the client has left, if the server does not."""
@@ -172,10 +198,24 @@ class Account(Facts):
         except OSError:  # ASGI 2.4: the client has left
             self._is_dropped = True
             raise
+        if self._connection is None and not is_last:
+            await checkpoint()  # lets `receive` tell that the client has left: most servers drop the message then
+        self.take(length, is_last=is_last)
+
+    def take_whole(self, length: int) -> None:
+        """Count a whole body that the server has sent at once, and end."""
+        connection = self._connection
+        if connection is None or self.is_held or not connection.is_flushed:
+            self.take(length, is_last=True)
+            return
+        self.sent += length
+        self.is_complete = True
+        self.end()
+
+    def take(self, length: int, *, is_last: bool) -> None:
+        """Count bytes of a body that the server has sent, unless the client has left."""
         if (connection := self._connection) is not None:
             self._is_dropped = connection.is_broken
-        elif not is_last:
-            await checkpoint()  # lets `receive` tell that the client has left: most servers drop the message then
         if self._is_dropped:
             return
         if self._scope["method"] != "HEAD":
@@ -242,12 +282,12 @@ class Account(Facts):
         self.end()
 
     @classmethod
-    def within(cls, scope: Scope, send: Send, on_end: Observer) -> Self:
+    def within(cls, scope: Scope, send: Send, observer: Observer) -> Self:
         """Return a further account of a request, which knows what another one around it knows."""
         outer: Facts | None = scope.get(ACCOUNT)
         if outer is None:
-            return cls(scope, send, on_end, request_id=new_request_id())
-        account = cls(scope, send, on_end, request_id=outer.request_id, outer=outer)
+            return cls(scope, send, (observer,), new_request_id())
+        account = cls(scope, send, (observer,), outer.request_id, outer)
         account.know(outer)
         return account
 
@@ -300,86 +340,107 @@ class Account(Facts):
         if self.among is not None:
             self.among.discard(self)
         outcome = self._outcome(exc)
-        # Both refer to this account: without this, only the garbage collector would free them.
+        # All of these refer to this account: without this, only the garbage collector would free them.
         self._scope, self.inside = _NO_SCOPE, None
-        try:
-            self._on_end(outcome)
-        except Exception:
-            logger.exception("an observer of outcomes has raised")
+        if self._connection is not None:
+            self._connection.end_counting(self)
+        for observer in self._observers:
+            try:
+                observer(outcome)
+            except Exception:
+                logger.exception("an observer of outcomes has raised")
 
     def _outcome(self, exc: BaseException | None) -> Outcome:
-        scope, status, now = self._scope, self.status, monotonic()
-        delivery = self.delivery if status == self.status_of_delivery else None
-        kind, delegated_to = self.kind, None
+        scope, status, delivery = self._scope, self.status, self.delivery
+        if status != self.status_of_delivery:
+            delivery = None
         spans: tuple[ByteRange | None, ...] = ()
-        if delivery is not None:
-            way = type(delivery)  # compared with classes: `isinstance` of each of them would cost more
-            if way is Offloaded:
-                by = delivery.by.encode("latin-1")
-                if status == 200 and any(name == by for name, _ in self._fields()):
-                    delegated_to = delivery.by
-                    kind = f"offloaded:{self.proxy or _PROXIES.get(delegated_to, delegated_to)}"
-            elif way is Redirected:
-                kind, delegated_to = "redirected", "location"
-            else:
-                spans = spans_of(delivery)
-                if kind is None:
-                    by_path = way is Descriptor or way is Pieces or way is Path
-                    kind = self._kind_of_path() if by_path else kind_of(delivery)
-                    if way is Pieces and not (self._loan is not None and self._loan.has_files):
-                        kind = "chunks"
-        elif self.etag is None and (self._is_path_send or status in (200, 206)):
-            spans = self._look_at_head()
-            if self._is_path_send:
-                kind = self._kind_of_path()
-        detail: str | None = None
         reason: Reason | None = None
+        detail: str | None = None
+        delegated_to: str | None = None
+        if type(delivery) is Inline and status < 300 and self.is_complete:  # nearly all answers where each µs counts
+            kind: str | None = self.kind or "inline"
+            result: Result = "completed"
+            sent = self.sent
+            if delivery.span is not None:
+                spans = (delivery.span,)
+        else:
+            kind, spans, delegated_to = self._way(delivery)
+            status, result, reason, detail = self._end_of(exc, is_delegated=delegated_to is not None)
+            if status >= 400:
+                kind = "error" if delivery is not None or kind is not None else "other"
+            sent = self._taken
+        client, etag, first, ended = scope.get("client"), self.etag, self._first, monotonic()
+        outcome = _new(Outcome)  # its `__init__` would take twice as long
+        outcome.request_id = self.request_id
+        outcome.time = time()
+        outcome.method = scope["method"]
+        outcome.path = scope["path"]
+        outcome.http_version = scope.get("http_version", "1.1")
+        outcome.client = client[0] if client else None
+        outcome.route = self.route or _route_of(scope if self.inside is None else self.inside)
+        outcome.source = self.source
+        outcome.name = self.name
+        outcome.etag = None if etag is None else str(etag)
+        outcome.size = self.size
+        outcome.user = self.user
+        outcome.link_id = self.link_id
+        outcome.status = int(status)
+        outcome.kind = kind or "other"
+        outcome.spans = spans
+        outcome.sent = sent
+        outcome.first_byte = None if first is None else first - self._began
+        outcome.seconds = ended - self._began
+        outcome.result = result
+        outcome.reason = reason
+        outcome.detail = detail
+        outcome.delegated_to = delegated_to
+        outcome.headers = scope["headers"]
+        return outcome
+
+    def _way(self, delivery: Delivery | None) -> tuple[str | None, tuple[ByteRange | None, ...], str | None]:
+        """Return the kind, the spans, and what the answer is delegated by."""
+        kind, status = self.kind, self.status
+        if delivery is None:
+            if self.etag is not None or not (self._is_path_send or status in (200, 206)):
+                return kind, (), None
+            spans = self._look_at_head()
+            return self._kind_of_path() if self._is_path_send else kind, spans, None
+        way = type(delivery)
+        if isinstance(delivery, Offloaded):
+            by = delivery.by.encode("latin-1")
+            if status != 200 or all(name != by for name, _ in self._fields()):
+                return kind, (), None
+            return f"offloaded:{self.proxy or _PROXIES.get(delivery.by, delivery.by)}", (), delivery.by
+        if way is Redirected:
+            return "redirected", (), "location"
+        if way is Pieces and not (self._loan is not None and self._loan.has_files):
+            kind = kind or "chunks"
+        elif kind is None:
+            by_path = way is Descriptor or way is Pieces or way is Path
+            kind = self._kind_of_path() if by_path else kind_of(delivery)
+        return kind, spans_of(delivery), None
+
+    def _end_of(
+        self, exc: BaseException | None, *, is_delegated: bool
+    ) -> tuple[int, Result, Reason | None, str | None]:
+        """Return the status, the result, and for an aborted answer its reason and the text of the error."""
+        status = self.status
         if not self.is_complete:
             reason, detail = self._why(exc)
-            if reason == "client-left" and self._has_all():
-                reason = detail = None
             if status == 0 and reason == "failed" and exc is not None:
-                status, reason = 500, None  # so answers the server
+                status = 500  # so answers the server
+            elif reason != "client-left" or not self._has_all():
+                return status, "aborted", reason, detail
+            else:
+                detail = None
+        else:
+            detail = None
         if status >= 400:
-            kind = "error" if delivery is not None or kind is not None else "other"
-        result: Result = "completed"
-        if reason is not None:
-            result = "aborted"
-        elif status >= 400:
-            result = "refused"
-        elif status == 304:
-            result = "not-modified"
-        elif delegated_to is not None:
-            result = "delegated"
-        client = scope.get("client")
-        route = self.route or _route_of(scope if self.inside is None else self.inside)
-        etag = self.etag
-        return Outcome(  # by position, in the order of the class: keywords take three times as long
-            self.request_id,
-            time.time(),
-            scope["method"],
-            scope["path"],
-            scope.get("http_version", "1.1"),
-            client[0] if client else None,
-            route,
-            self.source,
-            self.name,
-            None if etag is None else str(etag),
-            self.size,
-            self.user,
-            self.link_id,
-            int(status),
-            kind or "other",
-            spans,
-            self._taken,
-            None if self._first is None else self._first - self._began,
-            now - self._began,
-            result,
-            reason,
-            detail,
-            delegated_to,
-            scope["headers"],
-        )
+            return status, "refused", None, detail
+        if status == 304:
+            return status, "not-modified", None, None
+        return status, "delegated" if is_delegated else "completed", None, None
 
     def _has_all(self) -> bool:
         """Return whether a client that has left before the end of the application has its whole answer."""
@@ -487,8 +548,7 @@ class Accounts:
         self._trusted = TrustedAddresses(trusted_proxies)
         self._trusts = bool(self._trusted)
         self._sends_id = sends_request_id
-        ends: list[Observer] = [*observers, *([self._listeners.put] if listeners else [])]
-        self._on_end: Observer = ends[0] if len(ends) == 1 else _All(ends)
+        self._observers = (*observers, *([self._listeners.put] if listeners else []))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and report its outcome."""
@@ -496,16 +556,21 @@ class Accounts:
             await (self._live(scope, receive, send) if scope["type"] == "lifespan" else self.app(scope, receive, send))
             return
         outer: Facts | None = scope.get(ACCOUNT)
+        if outer is not None:
+            request_id = outer.request_id
+        elif self._trusts and REQUEST_ID in dict(scope["headers"]):
+            request_id = self._request_id(scope)
+        else:
+            request_id = new_request_id()
         scope = {**scope}
-        request_id = self._request_id(scope) if outer is None else outer.request_id
-        account = Account(scope, send, self._on_end, request_id=request_id, sends_id=self._sends_id, outer=outer)
-        scope[ACCOUNT] = account
+        scope[ACCOUNT] = account = Account(scope, send, self._observers, request_id, outer)
+        account.sends_id = self._sends_id
         if outer is not None:
             outer.enter(scope)
         self._open.add(account)
         account.among = self._open
         try:
-            await self.app(scope, account.receiving(receive), account.send)
+            await self.app(scope, account.receiving(receive), account.sending())
         except BaseException as exc:
             account.leave(exc)
             if isinstance(exc, Exception) and outer is None:
@@ -520,7 +585,7 @@ class Accounts:
         return len(self._open)
 
     def _request_id(self, scope: Scope) -> str:
-        for name, value in scope["headers"] if self._trusts else ():
+        for name, value in scope["headers"]:
             if name == REQUEST_ID and _REQUEST_ID.fullmatch(value) and self._trusted.has(peer_of(scope)):
                 return str(value, "ascii")
         return new_request_id()
@@ -574,38 +639,16 @@ def _text_of(exc: BaseException) -> str:
         return type(exc).__name__
 
 
-class _All:
-    """Calls several observers, each even if another raises."""
-
-    def __init__(self, observers: Sequence[Observer]) -> None:
-        self._observers = observers
-
-    def __call__(self, outcome: Outcome) -> None:
-        for observer in self._observers:
-            try:
-                observer(outcome)
-            except Exception:
-                logger.exception("an observer of outcomes has raised")
+# Read in blocks: each id is as hard to guess as one that is read alone.
+_ids: deque[str] = deque()
+os.register_at_fork(after_in_child=_ids.clear)  # else both processes would give the same ids
 
 
-class _Ids:
-    """Random bytes for ids, read in blocks: each id is as hard to guess as one that is read alone."""
-
-    def __init__(self) -> None:
-        self._forget()
-        os.register_at_fork(after_in_child=self._forget)  # else both processes would give the same ids
-
-    def _forget(self) -> None:
-        self._ids: deque[str] = deque()
-
-    def new(self) -> str:
-        try:
-            return self._ids.popleft()  # so two threads never get the same
-        except IndexError:
-            digits = os.urandom(_RANDOM_BYTES).hex()
-            self._ids.extend(digits[start : start + _DIGITS] for start in range(0, len(digits), _DIGITS))
-            return self.new()
-
-
-new_request_id = _Ids().new
-"""Returns a new random id: 32 hexadecimal digits."""
+def new_request_id() -> str:
+    """Return a new random id: 32 hexadecimal digits."""
+    try:
+        return _ids.popleft()  # so two threads never get the same
+    except IndexError:
+        first, *others = _ID.findall(os.urandom(_RANDOM_BYTES).hex())
+        _ids.extend(others)
+        return str(first)

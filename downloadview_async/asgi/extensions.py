@@ -17,3 +17,6 @@ PACE = "downloadview_async.pace"
 
 SETTLED = "downloadview_async.settled"
 """Marks a path-send message whose file no proxy may send: that has been decided already."""
+
+REQUEST_ID = b"x-request-id"
+"""The header field with the id of a request, which `Accounts` takes from trusted proxies, and sends."""

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Scope
 
 from downloadview_async import (
     CachedSource,
@@ -54,7 +54,17 @@ from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
 from downloadview_async.service.source_settings import StorageSettings, directory_of
 from downloadview_async.service.sources import caches_of, databases_of, opened_databases, sources_of, storage_of
 
+_NO_MATCH: tuple[Match, Scope] = Match.NONE, {}
+
 _logger = logging.getLogger("downloadview_async")
+
+
+class _Page(Route):
+    """A page of the service at one path. Requests for files, which come after it, look at its end alone."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Return whether this page answers a request."""
+        return super().matches(scope) if scope["path"].endswith(self.path) else _NO_MATCH
 
 
 def build(settings: Settings) -> Starlette:
@@ -134,12 +144,12 @@ def build(settings: Settings) -> Starlette:
             *(
                 []
                 if "/" in map(folder_of, settings.routes)
-                else [Route("/", IndexPage(settings, pages, sources).answer)]
+                else [_Page("/", IndexPage(settings, pages, sources).answer)]
             ),
-            Route("/-/livez", health.livez),
-            Route("/-/readyz", health.readyz),
-            *([] if metrics is None else [Route(f"{PRIVATE}{METRICS}", MetricsPage(metrics).answer)]),
-            *([Route("/-/cache", CachePage(caches).answer)] if caches else []),
+            _Page("/-/livez", health.livez),
+            _Page("/-/readyz", health.readyz),
+            *([] if metrics is None else [_Page(f"{PRIVATE}{METRICS}", MetricsPage(metrics).answer)]),
+            *([_Page("/-/cache", CachePage(caches).answer)] if caches else []),
             *routes_of(settings, sources, signer, caches, digests, limits, completions),
             Route("/favicon.ico", pages.favicon),
         ],

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from downloadview_async import AccessLog, ConfigurationError, Outcome
+from downloadview_async.accounts import log
 from downloadview_async.accounts.listeners import Listeners
 from downloadview_async.accounts.log import LogFormat
 from downloadview_async.http.log_text import LIMIT
@@ -279,3 +280,10 @@ async def test_lines_that_cannot_be_written_are_counted(caplog: pytest.LogCaptur
     await listeners.drain(30)
     listeners.end()
     assert "7 outcomes were lost" in caplog.text
+
+
+def test_the_members_of_a_long_path_are_not_kept(tmp_path: Path) -> None:
+    kept = log._json_of_answer.cache_info().currsize
+    for number in range(3):
+        assert json.loads(line_of("json", tmp_path, path=f"/{number}" * 1000).splitlines()[-1])["path"]
+    assert log._json_of_answer.cache_info().currsize == kept

@@ -30,7 +30,7 @@ from downloadview_async import (
     URLSigner,
 )
 from downloadview_async.accounts.metrics import MAX_SERIES
-from downloadview_async.accounts.samples import METRICS
+from downloadview_async.accounts.samples import METRICS, Histogram
 from downloadview_async.accounts.shared_samples import SharedSamples
 from downloadview_async.sources.workers import Slots, Workers, slots_of
 from downloadview_async.testing import call
@@ -315,3 +315,22 @@ async def test_workers_tell_the_same_slots() -> None:
     workers = Workers(3)
     await workers.run(lambda: None)
     assert (workers.slots.in_use, workers.slots.waits) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        ([], [0, 0, 0]),
+        ([0.5], [1, 0, 0]),
+        ([1.0], [1, 0, 0]),
+        ([1.5, 2.0], [0, 2, 0]),
+        ([7.0, 1.0, 2.0, 0.0, 9.0], [2, 1, 2]),
+    ],
+)
+def test_values_that_are_counted_together_go_to_the_buckets_of_each(values: list[float], counts: list[int]) -> None:
+    together, one_by_one = Histogram((1.0, 2.0)), Histogram((1.0, 2.0))
+    for _ in range(2):  # the second time, there are values already
+        together.add_all(values)
+        for value in values:
+            one_by_one.add(value)
+    assert together.values == one_by_one.values == [*(2 * count for count in counts), 2 * sum(values)]

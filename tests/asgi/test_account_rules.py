@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -923,3 +925,103 @@ async def test_a_small_file_still_leaves_in_one_write(root: Path, options: dict[
             sys.setprofile(None)
     assert len(outcomes) == 1
     assert len(sends) == 1
+
+
+class Around:
+    """Middleware of another kind: it has its own `send`, so the server cannot tell what it sends."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def pass_on(message: Message) -> None:
+            await send(message)
+
+        await self.app(scope, receive, pass_on)
+
+
+@pytest.mark.parametrize("target", ["a.txt", "large.bin", "none", "", "a.txt?view", "?archive=zip"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("headers", [{}, {"X-Request-Id": "of the application"}])
+async def test_what_the_server_counts_is_what_the_middleware_counts(
+    root: Path, target: str, method: str, headers: dict[str, str]
+) -> None:
+    by_server: list[dv.Outcome] = []
+    by_itself: list[dv.Outcome] = []
+    served = dv.Download(dv.PathSource(root), listing=True, archive=True, headers=headers)
+
+    def ask_thrice(port: int) -> None:
+        with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=20)) as client:
+            for _ in range(3):  # from the second answer on, a head is prepared
+                client.request(method, f"/{target}")
+                answer = client.getresponse()
+                body = answer.read()
+                assert len(answer.headers.get_all("x-request-id", [])) == 1
+                sent.append((answer.headers["x-request-id"], len(body)))
+
+    rows: list[list[tuple[Any, ...]]] = []
+    for outcomes, around in ((by_server, None), (by_itself, Around)):
+        sent: list[tuple[str, int]] = []
+        app: ASGIApp = dv.Accounts(served, observers=[outcomes.append], sends_request_id=True)
+        async with live(app if around is None else around(app), http=DownloadProtocol) as port:
+            await asyncio.to_thread(ask_thrice, port)
+        assert [(outcome.request_id, outcome.sent) for outcome in outcomes] == sent
+        names = ["status", "kind", "spans", "sent", "result", "reason", "name", "etag", "size", "source"]
+        rows.append([tuple(getattr(outcome, name) for name in names) for outcome in outcomes])
+    assert rows[0] == rows[1]
+
+
+async def test_a_prepared_answer_passes_no_wrapper(root: Path) -> None:
+    outcomes: list[dv.Outcome] = []
+    app = dv.Accounts(dv.Download(dv.PathSource(root)), observers=[outcomes.append], sends_request_id=True)
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_qualname.startswith("Account."):
+            called.append(frame.f_code.co_name)
+
+    async with live(app, http=DownloadProtocol) as port:
+        await ask_twice(port)  # keeps the head
+        called.clear()
+        sys.setprofile(note)
+        try:
+            await ask_twice(port)
+        finally:
+            sys.setprofile(None)
+    assert [outcome.sent for outcome in outcomes] == [10] * 4
+    assert called.count("end") == 2
+    assert called.count("send") == 0
+
+
+async def ask_twice(port: int) -> None:
+    """Send two requests over one connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(2):
+        writer.write(b"GET /a.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.lower().count(b"x-request-id: ") == 1
+        assert await reader.readexactly(10) == b"0123456789"
+    writer.close()
+    await writer.wait_closed()
+
+
+@pytest.mark.parametrize("target", ["a.txt", "large.bin", "none"])
+async def test_an_answer_leaves_no_garbage(root: Path, target: str) -> None:
+    app = dv.Accounts(dv.Download(dv.PathSource(root)), observers=[lambda _: None], sends_request_id=True)
+
+    def ask_often(port: int, times: int) -> None:
+        with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=20)) as client:
+            for _ in range(times):
+                client.request("GET", f"/{target}")
+                client.getresponse().read()
+
+    async with live(app, http=DownloadProtocol) as port:
+        await asyncio.to_thread(ask_often, port, 2)
+        gc.collect()
+        gc.disable()
+        try:
+            await asyncio.to_thread(ask_often, port, 50)
+            accounts_left = [one for one in gc.get_objects() if isinstance(one, accounts.Account)]
+        finally:
+            gc.enable()
+    assert len(accounts_left) < 10

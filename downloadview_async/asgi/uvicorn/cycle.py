@@ -1,16 +1,19 @@
 """`DownloadCycle`: one request and its answer, which may be a prepared head with its body, or a file."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Message
 
 from downloadview_async.asgi.disconnect import close_after_body
-from downloadview_async.asgi.extensions import PATHSEND, PREPARED
+from downloadview_async.asgi.extensions import PATHSEND, PREPARED, REQUEST_ID
 from downloadview_async.asgi.prepared_head import PreparedHead, is_ordinary
 from downloadview_async.asgi.uvicorn.internals import STATUS_LINE, RequestResponseCycle, protocol_of
 from downloadview_async.asgi.uvicorn.sendfile import send_file, send_path, send_pieces
 from downloadview_async.asgi.uvicorn.sockets import Connection, reset, send_in_segments
+
+if TYPE_CHECKING:
+    from downloadview_async.asgi.accounts import Account
 
 CONNECTION_CLOSE = (b"connection", b"close")
 
@@ -30,6 +33,8 @@ class DownloadCycle(RequestResponseCycle):
     is_unframed = False
     transport: Any
     _held_head: bytes | None = None  # a prepared head that waits for its body: one write sends both
+    account: "Account | None" = None
+    """Counts the answer, if the application sends by `send_and_count`."""
 
     def send(self, message: Any) -> Any:  # not `async`: another coroutine around uvicorn's would cost every message
         """Send a message of the application. What is not a path send or a prepared head, uvicorn sends."""
@@ -55,6 +60,21 @@ class DownloadCycle(RequestResponseCycle):
         Each of them may have up to 64 KiB on the loopback device, on which a proxy may be.
         """
         self.transport = _SegmentingTransport(protocol_of(self), self, count)
+
+    def send_and_count(self, message: Any) -> Any:
+        """Send a message. `account` sends and counts all but prepared heads with their bodies, which it only counts."""
+        account: Any = self.account
+        if account is None:
+            return self.send(message)
+        if PREPARED in message:
+            if not self.more_body and self._hold_prepared_head(message, account):
+                account.begin(message["status"], message["headers"])
+                return _done()
+        elif self._held_head is not None and self._send_whole_body(self._held_head, message):
+            self._held_head = self.account = None  # they refer to each other
+            account.take_whole(len(message.get("body", b"")))
+            return _done()
+        return account.send(message)
 
     def _leaves_the_body(self) -> bool:
         """Return whether the answer begins before a body that is too long to be read, or that may never come.
@@ -89,8 +109,11 @@ class DownloadCycle(RequestResponseCycle):
             self.transport = _UnframedTransport(protocol_of(self))
         return {**start, "headers": headers}
 
-    def _hold_prepared_head(self, message: Message) -> bool:
-        """Hold the head of a response until its body comes, and return True, if it is the one that was prepared."""
+    def _hold_prepared_head(self, message: Message, account: "Account | None" = None) -> bool:
+        """Hold the head of a response until its body comes, and return True, if it is the one that was prepared.
+
+        account: may add the id of the request to the head.
+        """
         prepared: PreparedHead = message[PREPARED]
         if (
             self.response_started
@@ -105,11 +128,16 @@ class DownloadCycle(RequestResponseCycle):
             or (lines := _lines_of(self.default_headers)) is None
         ):
             return False
+        made = prepared.lines
+        if account is not None and account.sends_id:
+            if REQUEST_ID in made:
+                return False
+            made += b"%s: %s\r\n" % (REQUEST_ID, account.request_id.encode())
         self.response_started = True
         self.waiting_for_100_continue = False
         self.chunked_encoding = False
         self.expected_content_length = prepared.length
-        self._held_head = b"".join((STATUS_LINE[message["status"]], lines, prepared.lines, b"\r\n"))
+        self._held_head = b"".join((STATUS_LINE[message["status"]], lines, made, b"\r\n"))
         return True
 
     def _send_whole_body(self, head: bytes, message: Message) -> bool:

@@ -88,7 +88,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
@@ -123,6 +123,9 @@ from downloadview_async.asgi.uvicorn.watchdog import (
     start_watching,
     stop_watching,
 )
+
+if TYPE_CHECKING:
+    from downloadview_async.asgi.accounts import Account
 
 MAX_HEAD_BYTES = 80 * 1024
 """The longest head of a request: its first line and its header fields, one of which may have 64 KiB.
@@ -717,6 +720,29 @@ class DownloadProtocol(HttpToolsProtocol):
             return has_hung_up(self)
         except OSError:  # the loop has closed the socket
             return True
+
+    def counting_send(self, send: Any, account: "Account") -> Any:
+        """See `Connection` in `asgi.accounts`."""
+        cycle = self._cycle
+        if cycle.account is not None or send != cycle.send:
+            return None
+        cycle.account = account
+        return cycle.send_and_count
+
+    def end_counting(self, account: "Account") -> None:
+        """See `Connection` in `asgi.accounts`."""
+        if self._cycle.account is account:
+            self._cycle.account = None
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether the connection is open, and the transport has passed everything on. See `when_flushed`."""
+        return not (
+            self.is_lost
+            or self.flow.write_paused
+            or self.transport.is_closing()
+            or self.transport.get_write_buffer_size()
+        )
 
     def when_flushed(self, callback: Callable[[], None]) -> bool:
         """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
