@@ -5,11 +5,15 @@ and file version, a *session* holds which bytes were delivered once, twice and s
 layer has the bytes that were delivered at least once, the second those that were delivered at least twice. A layer that
 has the whole file is a completed download. So the number of downloads does not depend on the order of the answers, and
 two clients that look the same, as behind one address, count as two downloads even if their parts are mixed.
+
+The client of a connection that was reset may have more bytes than it has acknowledged. They are the *loose end* of its
+answer. A client that resumes within them tells by its Range up to where it has them.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from operator import itemgetter
 
 from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.http.log_text import cut
@@ -28,6 +32,9 @@ MAX_LAYERS = 32
 MAX_SPANS = 1000
 """Spans of a layer. If there are more, the shortest are forgotten: a client may ask for single bytes."""
 
+MAX_LOOSE = 16
+"""Loose ends of a session. If there are more, the oldest are forgotten."""
+
 _NOT_FILES = frozenset({"checksum", "error", "listing", "share", "view"})
 
 
@@ -38,8 +45,9 @@ class Delivered:
     session: the same for all answers that may be parts of one download. time: seconds since 1970 UTC. request_id,
     source, file, route, user, link, client: as in `Outcome`, without characters that a database refuses; empty if
     unknown. file: without a source, the path of the request. size: of the file, None if it is unknown. spans: what was
-    delivered. is_whole: whether that is all of the file. sent: bytes of the body. by: the header field by which a proxy
-    sends the file; it is empty unless the answer was delegated.
+    delivered. loose: the bytes behind that which the client may have, if the connection was reset. is_whole: whether
+    the spans are all of the file. sent: bytes of the body. by: the header field by which a proxy sends the file; it is
+    empty unless the answer was delegated.
     """
 
     session: str
@@ -53,6 +61,7 @@ class Delivered:
     client: str
     size: int | None
     spans: tuple[Span, ...] = ()
+    loose: Span | None = None
     is_whole: bool = False
     sent: int = 0
     by: str = ""
@@ -64,22 +73,44 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The parts of one file version that one client has. counted: how many of the layers are counted as downloads."""
+    """The parts of one file version that one client has.
+
+    counted: how many of the layers are counted as downloads. loose: the loose ends, the newest last.
+    """
 
     layers: tuple[Layer, ...] = ()
     counted: int = 0
+    loose: tuple[Span, ...] = ()
 
-    def after(self, spans: tuple[Span, ...], size: int, min_share: float = 1.0) -> "tuple[int, Session]":
-        """Return how many downloads some further spans complete, and the session after them.
+    def after(
+        self, spans: tuple[Span, ...], size: int, min_share: float = 1.0, *, loose: Span | None = None
+    ) -> "tuple[int, Session]":
+        """Return how many downloads a further answer completes, and the session after it.
 
-        size: of the file, in bytes. min_share: the share of it that makes a download, more than 0 and at most 1.
+        spans, loose: as in `Delivered`. size: of the file, in bytes. min_share: the share of it that makes a download,
+        more than 0 and at most 1.
         """
-        layers = self.layers
-        for span in spans:
-            layers = _with_span(layers, span)
+        layers, ends = self.layers, [*self.loose]
+        if loose is not None and not spans:
+            spans = ((loose[0], loose[0]),)  # nothing was acknowledged, but this is where the client has resumed
+        for start, stop in spans:
+            met = [end for end in ends if end[0] < start <= end[1]]
+            if met:
+                confirmed = min(met, key=itemgetter(1))  # clients that look the same may resume within the others
+                ends.remove(confirmed)
+                start = confirmed[0]
+            layers = _with_span(layers, (start, stop))
+        if loose is not None:
+            # Another process may have written the resumed part first. The next piece of a download manager begins where
+            # this one ends, so that tells nothing.
+            resumed = [start for start, _ in layers[0] if loose[0] < start < loose[1]] if layers else []
+            if resumed:
+                layers = _with_span(layers, (loose[0], resumed[0]))
+            else:
+                ends.append(loose)
         complete = sum(_length(layer) >= min_share * size for layer in layers)
         rest = tuple(layer for layer in layers if layer != ((0, size),))
-        return complete - self.counted, Session(rest, complete - (len(layers) - len(rest)))
+        return complete - self.counted, Session(rest, complete - (len(layers) - len(rest)), tuple(ends[-MAX_LOOSE:]))
 
 
 Whole = tuple[int, str | None, str, str | None, str | None, str | None, str | None]
@@ -122,7 +153,8 @@ def delivered(outcome: Outcome) -> Delivered | None:
     is_delegated, is_whole = outcome.result == "delegated", whole(outcome) is not None
     size = outcome.size
     spans = () if is_delegated else _spans_sent(outcome)
-    if not (is_delegated or is_whole or (spans and size)):
+    loose = _loose_end(outcome)
+    if not (is_delegated or is_whole or ((spans or loose) and size)):
         return None
     file = _file_of(outcome)
     source, link, user, client = outcome.source or "", outcome.link_id or "", outcome.user or "", outcome.client or ""
@@ -146,6 +178,7 @@ def delivered(outcome: Outcome) -> Delivered | None:
         client=stored(client),
         size=size,
         spans=spans,
+        loose=loose,
         is_whole=is_whole,
         sent=outcome.sent,
         by=(outcome.delegated_to or "") if is_delegated else "",
@@ -182,6 +215,15 @@ def _spans_sent(outcome: Outcome) -> tuple[Span, ...]:
     # Framing is between several parts, so of an incomplete answer nobody knows which bytes were sent.
     is_complete = outcome.result == "completed"
     return tuple((span.start, span.stop) for span in spans if span is not None) if is_complete else ()
+
+
+def _loose_end(outcome: Outcome) -> Span | None:
+    """Return the bytes of a file that the client of a reset answer may have besides those that it has acknowledged."""
+    if not outcome.unacknowledged or len(outcome.spans) != 1 or (span := outcome.spans[0]) is None:
+        return None
+    start = span.start + outcome.sent
+    stop = min(start + outcome.unacknowledged, span.stop)
+    return (start, stop) if start < stop else None
 
 
 def _with_span(layers: tuple[Layer, ...], span: Span) -> tuple[Layer, ...]:

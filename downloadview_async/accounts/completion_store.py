@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from downloadview_async.accounts.completion import Delivered, Layer, Session, Whole, digest_of, stored
+from downloadview_async.accounts.completion import Delivered, Session, Span, Whole, digest_of, stored
 from downloadview_async.accounts.proxy_log import LogLine
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.sources.per_loop import PerLoop
@@ -68,7 +68,7 @@ class Batch:
         """Add what an answer has delivered."""
         if delivered.by:
             self.delegated.append(delivered)
-        elif delivered.is_whole or not delivered.spans:
+        elif delivered.is_whole or not (delivered.spans or delivered.loose):
             self.count(delivered, int(delivered.is_whole))
         else:
             self.parts.append(delivered)
@@ -327,26 +327,34 @@ class CompletionStore:
         sessions: dict[str, Session] = {}
         for ids in _parts_of(list({part.session for part in batch.parts}), _MANY):
             rows = await connection.execute(table.select().where(table.c.session.in_(ids)))
-            sessions |= {row.session: Session(_layers_of(row.layers), row.counted) for row in rows}
+            sessions |= {row.session: _session_of(row) for row in rows}
         known = {*sessions}
         times: dict[str, float] = {}
         for part in batch.parts:
             assert part.size
             before = sessions.get(part.session, Session())
-            downloads, sessions[part.session] = before.after(part.spans, part.size, self.min_share)
-            batch.count(part, downloads)
+            downloads, after = before.after(part.spans, part.size, self.min_share, loose=part.loose)
+            sessions[part.session] = after
+            if part.spans or downloads:
+                batch.count(part, downloads)
             times[part.session] = max(part.time, times.get(part.session, 0))
         kept = [
-            {"session": one, "time": times[one], "counted": session.counted, "layers": json.dumps(session.layers)}
+            {
+                "session": one,
+                "time": times[one],
+                "counted": session.counted,
+                "layers": json.dumps(session.layers),
+                "loose": json.dumps(session.loose),
+            }
             for one, session in sessions.items()
-            if session.layers
+            if session.layers or session.loose
         ]
-        ended = [one for one in known if not sessions[one].layers]
-        for ids in _parts_of(ended, _MANY):
+        ended = known.difference(row["session"] for row in kept)
+        for ids in _parts_of([*ended], _MANY):
             await connection.execute(table.delete().where(table.c.session.in_(ids)))
         if kept:
             insert = self._insert(table)
-            columns = ("time", "counted", "layers")
+            columns = ("time", "counted", "layers", "loose")
             await connection.execute(
                 insert.on_conflict_do_update(
                     index_elements=[table.c.session], set_={name: insert.excluded[name] for name in columns}
@@ -463,7 +471,7 @@ class _Tables:
             Column("session", String(32), primary_key=True),
             *moment("sessions"),
             Column("counted", Integer, nullable=False),
-            *texts("layers"),
+            *texts("layers", "loose"),
         )
         self.delegated = table(
             "delegated",
@@ -544,8 +552,13 @@ def _file_id(source: str, file: str) -> str:
     return digest_of(source, file)
 
 
-def _layers_of(text: str) -> tuple[Layer, ...]:
-    return tuple(tuple((start, stop) for start, stop in layer) for layer in json.loads(text))
+def _session_of(row: Any) -> Session:
+    layers = tuple(_spans_of(layer) for layer in json.loads(row.layers))
+    return Session(layers, row.counted, _spans_of(json.loads(row.loose)))
+
+
+def _spans_of(pairs: list[list[int]]) -> tuple[Span, ...]:
+    return tuple((start, stop) for start, stop in pairs)
 
 
 def _parts_of(values: Sequence[str], count: int) -> Iterable[Sequence[str]]:

@@ -46,6 +46,7 @@ class Outcome:
     spans: the parts of the file that were to be sent; None for a file of unknown size.
     sent: the bytes of the body that the server took. If the connection was reset, and the server is uvicorn with
     `DownloadProtocol`, without those that the client's machine has not acknowledged.
+    unacknowledged: the bytes of the body that were subtracted from `sent`. The client may have some of them.
     first_byte: seconds from the request to the head of the answer; None if there was none. seconds: to its end.
     result, reason: see `Result` and `Reason`; `reason` is None unless the answer was aborted. detail: the text of the
     error that ended the answer, for logs alone.
@@ -77,6 +78,7 @@ class Outcome:
     delegated_to: str | None = None
     headers: tuple[Header, ...] | list[Header] = field(default=(), repr=False)
     """The header fields of the request, as in its ASGI scope. Among them are passwords and cookies: never log them."""
+    unacknowledged: int = 0
 
     @property
     def is_complete(self) -> bool:

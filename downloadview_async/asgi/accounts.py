@@ -361,7 +361,7 @@ class Account(Facts):
         if type(delivery) is Inline and status < 300 and self.is_complete:  # nearly all answers where each µs counts
             kind: str | None = self.kind or "inline"
             result: Result = "completed"
-            sent = self.sent
+            sent, unacknowledged = self.sent, 0
             if delivery.span is not None:
                 spans = (delivery.span,)
         else:
@@ -370,6 +370,7 @@ class Account(Facts):
             if status >= 400:
                 kind = "error" if delivery is not None or kind is not None else "other"
             sent = self._taken
+            unacknowledged = self._passed_on - sent
         client, etag, first, ended = scope.get("client"), self.etag, self._first, monotonic()
         outcome = _new(Outcome)  # its `__init__` would take twice as long
         outcome.request_id = self.request_id
@@ -396,6 +397,7 @@ class Account(Facts):
         outcome.detail = detail
         outcome.delegated_to = delegated_to
         outcome.headers = scope["headers"]
+        outcome.unacknowledged = unacknowledged
         return outcome
 
     def _way(self, delivery: Delivery | None) -> tuple[str | None, tuple[ByteRange | None, ...], str | None]:

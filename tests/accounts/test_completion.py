@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import downloadview_async as dv
-from downloadview_async.accounts.completion import MAX_LAYERS, MAX_SPANS, Session, Span, delivered
+from downloadview_async.accounts.completion import MAX_LAYERS, MAX_LOOSE, MAX_SPANS, Session, Span, delivered
 
 SIZE = 40
 
@@ -82,11 +82,28 @@ NOT_DELIVERED = {
     "a page of another package": {"kind": "other", "etag": 'W/"1"'},
     "the form for a link": {"kind": "share"},
     "cut before the first byte": {"sent": 0, **AFTER_A_CUT},
-    "parts that were cut": {"status": 206, "spans": TWO, "sent": 200, **AFTER_A_CUT},
-    "unknown size, cut": {"size": None, "spans": (None,), **AFTER_A_CUT},
+    "parts that were cut": {"status": 206, "spans": TWO, "sent": 200, "unacknowledged": 9, **AFTER_A_CUT},
+    "unknown size, cut": {"size": None, "spans": (None,), "unacknowledged": 9, **AFTER_A_CUT},
     "a redirect to HEAD": {"method": "HEAD", "kind": "redirected", "status": 307, "spans": (), "result": "delegated"},
     "a page elsewhere": {"kind": "other", "status": 307, "spans": ()},
 }
+
+
+A_RANGE = {"status": 206, "spans": (dv.ByteRange(10, 20),)}
+LOOSE = {
+    "nothing": ({"sent": 60, **AFTER_A_CUT}, ((0, 60),), None),
+    "some bytes": ({"sent": 60, "unacknowledged": 9, **AFTER_A_CUT}, ((0, 60),), (60, 69)),
+    "no more than the file has": ({"sent": 60, "unacknowledged": 90, **AFTER_A_CUT}, ((0, 60),), (60, 100)),
+    "no more than the range has": ({"sent": 3, "unacknowledged": 9, **A_RANGE, **AFTER_A_CUT}, ((10, 13),), (13, 20)),
+    "all that was sent": ({"sent": 0, "unacknowledged": 4, **A_RANGE, **AFTER_A_CUT}, (), (10, 14)),
+}
+
+
+@pytest.mark.parametrize(("changes", "spans", "loose"), LOOSE.values(), ids=LOOSE)
+def test_what_a_client_may_have_besides(changes: dict[str, Any], spans: tuple[Span, ...], loose: Span | None) -> None:
+    part = delivered(outcome(**changes))
+    assert part is not None
+    assert (part.spans, part.loose) == (spans, loose)
 
 
 @pytest.mark.parametrize(("changes", "is_whole", "spans"), DELIVERED.values(), ids=DELIVERED)
@@ -179,6 +196,75 @@ def test_a_session(parts: list[Span], expected: int) -> None:
     assert downloads(*parts) == expected
 
 
+Cut = tuple[int, int, int]
+"""An answer that was reset: where it begins, and where its acknowledged and its passed-on bytes end."""
+
+
+def downloads_after_cuts(*parts: Span | Cut, size: int = SIZE) -> int:
+    """Return how many downloads some answers make, one after the other."""
+    session, total = Session(), 0
+    for start, stop, *passed_on in parts:
+        loose = (stop, passed_on[0]) if passed_on else None
+        count, session = session.after(((start, stop),) if start < stop else (), size, loose=loose)
+        total += count
+    return total
+
+
+CUT: dict[str, tuple[list[Span | Cut], int]] = {
+    "the client resumes where it is": ([(0, 20, 30), (25, 40)], 1),
+    "at the end of what was passed on": ([(0, 20, 30), (30, 40)], 1),
+    "at the end of what was acknowledged": ([(0, 20, 30), (20, 40)], 1),
+    "behind what was passed on": ([(0, 20, 30), (31, 40)], 0),
+    "it is cut again and again": ([(0, 10, 15), (12, 20, 30), (29, 30, 36), (35, 40)], 1),
+    "nothing was acknowledged": ([(0, 10, 15), (12, 12, 30), (29, 40)], 1),
+    "nothing at all": ([(0, 0, 15), (12, 40)], 1),
+    "the client does not resume": ([(0, 20, 40)], 0),
+    "it ends before the file does": ([(0, 20, 30), (25, 39)], 0),
+    "the resumed part is written first": ([(25, 40), (0, 20, 30)], 1),
+    "the resumed part, written first, was cut": ([(25, 30, 36), (0, 20, 30), (33, 40)], 1),
+    "the next piece of another connection is written first": ([(30, 40), (0, 20, 30)], 0),
+    "each confirms once": ([(0, 20, 30), (25, 40), (0, 20), (25, 40)], 1),
+    "two that look the same, in turns": ([(0, 20, 30), (0, 25, 35), (22, 40), (33, 40)], 2),
+    "in the other turns": ([(0, 20, 30), (0, 25, 35), (33, 40), (22, 40)], 2),
+    "two that look the same, and do not resume": ([(0, 20, 30), (0, 25, 35)], 0),
+    "a new beginning": ([(0, 20, 30), (0, 40)], 1),
+    "the last byte is not acknowledged": ([(0, 39, 40)], 0),
+}
+
+
+@pytest.mark.parametrize(("parts", "expected"), CUT.values(), ids=CUT)
+def test_answers_that_were_reset(parts: list[Span | Cut], expected: int) -> None:
+    assert downloads_after_cuts(*parts) == expected
+
+
+def cuts_of(positions: list[int], before: list[int], behind: list[int]) -> list[Span | Cut]:
+    """Return the parts of a client that resumes at some positions, of which the last one is the end of the file.
+
+    before: how many bytes it has at each that were not acknowledged. behind: how many were passed on that it lacks.
+    """
+    starts, parts = [0, *positions], list[Span | Cut]()
+    for start, stop, less, more in zip(starts[:-1], positions, before, behind, strict=False):
+        parts.append((start, max(start + 1, stop - less), min(SIZE, stop + more)))
+    return [*parts[:-1], (starts[-2], SIZE)]
+
+
+counts = st.lists(st.integers(1, 9), min_size=12, max_size=12)
+
+
+@given(st.sets(st.integers(2, SIZE - 1), max_size=9), counts, counts, st.randoms(use_true_random=False))
+def test_a_client_that_is_cut_counts_once_in_any_order(
+    positions: set[int], before: list[int], behind: list[int], chance: Any
+) -> None:
+    parts = cuts_of([*sorted(positions), SIZE], before, behind)
+    assert downloads_after_cuts(*parts) == 1
+    abandoned = parts[:-1]
+    assert downloads_after_cuts(*abandoned) == 0
+    chance.shuffle(abandoned)
+    assert downloads_after_cuts(*abandoned) == 0
+    chance.shuffle(parts)
+    assert downloads_after_cuts(*parts) == 1
+
+
 SHARES = {
     "enough": ([(0, 36)], 0.9, 1),
     "not enough": ([(0, 35)], 0.9, 0),
@@ -227,4 +313,8 @@ def test_a_session_is_bounded() -> None:
         _, session = session.after(((2000, 2001),), 10 * MAX_SPANS)
     assert len(session.layers) == MAX_LAYERS
     assert max(map(len, session.layers)) == MAX_SPANS
-    assert replace(session, layers=()).after(((0, 5),), 5) == (1, Session())
+    ends = [(start, start + 1) for start in range(0, 100, 2)]
+    for loose in ends:
+        _, session = session.after((), 10 * MAX_SPANS, loose=loose)
+    assert session.loose == tuple(ends[-MAX_LOOSE:])
+    assert replace(session, layers=(), loose=()).after(((0, 5),), 5) == (1, Session())

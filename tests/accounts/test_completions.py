@@ -178,6 +178,17 @@ def test_parts_over_two_days(url: str) -> None:
     assert counted(url)["files/a.bin"] == (1, PIECES, SIZE)
 
 
+@pytest.mark.parametrize("acknowledged", [40, 0])
+def test_a_client_resumes_where_it_is_in_another_process(url: str, acknowledged: int) -> None:
+    """An answer of which nothing was acknowledged has no bytes for the report."""
+    reset = {"sent": acknowledged, "unacknowledged": 60 - acknowledged, "result": "aborted", "reason": "client-left"}
+    for changes in (reset, {"status": 206, "spans": (dv.ByteRange(50, 100),), "sent": 50}):
+        completions = dv.Completions(url)
+        completions(now_and(**changes))
+        completions.close()
+    assert counted(url) == {"files/a.bin": (1, 1 + (acknowledged > 0), acknowledged + 50)}
+
+
 WRITER = """
 import random, sys, time
 import downloadview_async as dv
