@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import struct
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -34,6 +35,7 @@ from downloadview_async.accounts import listeners as module
 from downloadview_async.accounts.listeners import Listeners
 from downloadview_async.asgi import accounts
 from downloadview_async.asgi.accounts import new_request_id
+from downloadview_async.asgi.extensions import CONNECTION
 from downloadview_async.asgi.server import DownloadProtocol
 from tests.live import ask, live, make_old
 from tests.observed import Observed
@@ -873,6 +875,34 @@ async def test_an_answer_that_waits_in_the_transport_ends_when_it_has_left(
     assert app.in_progress == 0
     (outcome,) = outcomes
     assert (outcome.result, outcome.reason) == (("completed", None) if is_read else ("aborted", "server-stopped"))
+
+
+async def test_the_end_of_a_chunked_body_is_not_a_part_of_it() -> None:
+    """The reset of the client overtakes its acknowledgement of the last chunk, which has no data."""
+    taken = asyncio.get_running_loop().create_future()
+    client = socket.socket()
+
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"1" * 1000, "more_body": True})
+        received = b""
+        while not received.endswith(b"1\r\n"):  # the loopback device has delivered it: nothing waits here
+            received += (piece := client.recv(4096))
+            assert piece
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        await send({"type": "http.response.body"})
+        assert client.recv(4096) == b"0\r\n\r\n"
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        taken.set_result(scope["extensions"][CONNECTION].taken(1000, 0))
+
+    async with live(endpoint, http=DownloadProtocol) as port:
+        with client:
+            client.connect(("127.0.0.1", port))
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            with anyio.fail_after(30):
+                assert await taken == 1000
 
 
 @pytest.mark.parametrize("is_async", [True, False])

@@ -143,6 +143,7 @@ GRACE_SECONDS = 0.5
 """How long a connection may take to begin its first request when the server shuts down; also `LINGER_SECONDS` then."""
 
 _END_OF_HEAD = b"\r\n\r\n"
+_LAST_CHUNK = b"0\r\n\r\n"  # of a chunked body, without data [RFC 9112 7.1]
 
 _PACE_SECONDS = 0.1  # how often it is asked whether a client has taken the last byte of a paced answer
 
@@ -699,7 +700,9 @@ class DownloadProtocol(HttpToolsProtocol):
         if not self.is_lost:
             self.note_untaken_bytes()
         if self._encrypted is None:
-            return max(0, sent - self._untaken_at_loss)
+            cycle: Any = self._cycle
+            framing = len(_LAST_CHUNK) if cycle.chunked_encoding and cycle.response_complete else 0
+            return max(0, sent - max(0, self._untaken_at_loss - framing))
         head += (
             len(STATUS_LINE[200])
             + 2
