@@ -1,7 +1,7 @@
 """`Archives`: answers `?archive=zip` with the archive of a folder, or of the entries that `name=` chooses."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from downloadview_async.asgi.errors import send_error
 from downloadview_async.errors import ConfigurationError, FileMissing, TooManyArchives
 from downloadview_async.policy.addresses import network_of
 from downloadview_async.policy.hiding import Hidden
-from downloadview_async.sources.archive import ArchiveLimits, ArchiveSource, selection
+from downloadview_async.sources.archive import AllowedEntries, ArchiveLimits, ArchiveSource, selection
 from downloadview_async.sources.base import AsyncFile, Source
 from downloadview_async.sources.cache.index import Cache
 from downloadview_async.sources.cache.source import CachedSource
@@ -61,6 +61,7 @@ class Archives:
             name=options.name,
             leave_out=leave_out if hide else None,
         )
+        self.allowed: Callable[[str, Callable[[str], Awaitable[bool]]], Awaitable[AllowedEntries]] = archives.allowed
         self._source: Source = archives
         if options.cache is not None:
             # other patterns make other archives
@@ -70,7 +71,7 @@ class Archives:
         self._sending: dict[str, Counter[str]] = {}
 
     async def resolve(self, key: str) -> AsyncFile:
-        """Return the archive that `key_of` has named."""
+        """Return the archive that `key_of` has named, or `AllowedEntries`."""
         return await self._source.resolve(key)
 
     def counted(self, key: str, app: ASGIApp) -> ASGIApp:

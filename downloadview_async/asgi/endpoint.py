@@ -1,8 +1,8 @@
 """`Download` and `Listing`: a source as an ASGI application, for a Starlette `Route` or `Mount`."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from downloadview_async.policy.access import Access, access_of, allow
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
 from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
+from downloadview_async.sources.archive import AllowedEntries
 from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, Source, SupportsListing, check_source
 from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.names import without_empty_segments
@@ -99,10 +100,10 @@ class _Endpoint:
                     self._hidden.check(key)
                 if self.access:
                     is_folder = self._is_for_folder(key, scope)
-                    grant = await self._allow(Request(scope, receive), key, is_folder=is_folder)
+                    grant, below = await self._allow(Request(scope, receive), key, is_folder=is_folder)
                     scope[GRANT] = grant
                 else:
-                    grant = None
+                    grant, below = None, ()
                 if facts is not None and grant is not None:
                     facts.allow(grant.user, grant.link_id)
                 if (
@@ -111,7 +112,7 @@ class _Endpoint:
                     and not await admission
                 ):
                     return
-                answer = await self._answer_to(key, grant, scope)
+                answer = await self._answer_to(key, grant, below, scope)
             except FileError as exc:
                 await send_error(exc, scope, send)
                 return
@@ -123,25 +124,34 @@ class _Endpoint:
             return key
         return _name_of(self._canonical, key, is_folder=False)
 
-    async def _allow(self, request: Request, key: Any, *, is_folder: bool = False) -> Grant:
-        """Return the grant for a file or a folder. Raises `FileError`.
+    async def _allow(
+        self, request: Request, key: Any, *, is_folder: bool = False, access: tuple[Access, ...] | None = None
+    ) -> tuple[Grant, tuple[Access, ...]]:
+        """Return the grant for a file or a folder, and who decides about each name below: see `allow`.
+
+        access: who decides; None: all. Raises `FileError`.
 
         Access decides about the one name that all spellings of a key stand for. A source may look up a name without the
         slash at its beginning and without its empty segments, so both have to be allowed. is_folder: also if the key
         does not end in a slash.
         """
         name = _name_of(self._canonical, key, is_folder=is_folder) if isinstance(key, str) else key
-        grant = await allow(self.access, request, name)
+        access = self.access if access is None else access
+        grant, below = await allow(access, request, name)
         if isinstance(name, str) and (plain := without_empty_segments(name).lstrip("/")) != name:
-            await allow(self.access, request, plain)
-        return grant
+            _, below_plain = await allow(access, request, plain)
+            below = below or below_plain
+        return grant, below
 
     def _is_for_folder(self, key: Any, scope: Scope) -> bool:
         """Return whether access decides about a folder, even if the key lacks its last slash. Raises `FileMissing`."""
         raise NotImplementedError
 
-    async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
-        """Return what answers a request that is allowed. Raises `FileError`."""
+    async def _answer_to(self, key: Any, grant: Grant | None, below: tuple[Access, ...], scope: Scope) -> ASGIApp:
+        """Return what answers a request that is allowed. below: who decides about each name below a folder.
+
+        Raises `FileError`.
+        """
         raise NotImplementedError
 
     def _folders_of(self, source: Source, pages: Pages) -> FolderEndpoint:
@@ -155,7 +165,7 @@ class _Endpoint:
             has_access=bool(self.access),
         )
 
-    def _folder_of(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp | None:
+    def _folder_of(self, key: Any, grant: Grant | None, below: tuple[Access, ...], scope: Scope) -> ASGIApp | None:
         """Return what answers with the listing of a folder, or None if the key is not that of a folder."""
         if self._folders is None or not isinstance(key, str) or (key and not key.endswith("/")):
             return None
@@ -164,14 +174,15 @@ class _Endpoint:
             return partial(self._redirect_to_folder, scope)
         note_facts(scope, kind="listing")
         folders = self._folders
-        if self.access and (grant is None or grant.link_id is None):
-            folders = replace(folders, entries=replace(folders.entries, may_enter=partial(self._may_enter, scope)))
+        if below:
+            may_enter = partial(self._may_have, below, scope)
+            folders = replace(folders, entries=replace(folders.entries, may_enter=may_enter))
         return partial(folders.answer, key, tail_of(key, scope, is_from_path=not callable(self._key)), grant)
 
-    async def _may_enter(self, scope: Scope, folder: str) -> bool:
-        """Return whether access allows the request to have a folder. Raises the errors of a failure to decide."""
+    async def _may_have(self, access: tuple[Access, ...], scope: Scope, name: str) -> bool:
+        """Return whether the request may have a file or a folder, too. Raises the errors of a failure to decide."""
         try:
-            await self._allow(Request(scope), folder)
+            await self._allow(Request(scope), name, access=access)
         except FileError as exc:
             if exc.status >= 500:
                 raise
@@ -226,8 +237,8 @@ class Download(_Endpoint):
     listing: True, or `Pages` with a title and more, to answer a URL that ends in a slash as `Listing` does, and to
     redirect to it from the name of a folder. A file then has a view page, at its URL with `?view`.
     archive: True, or `ArchiveOptions`, to answer `?archive=zip` with a ZIP archive of the folder, or of those of its
-    entries that `name=` chooses. Access decides about the folder, once, and so about all that is below it. Hidden files
-    are left out.
+    entries that `name=` chooses. Access decides about the folder, and then about each file and folder below it, one
+    after another, unless it has `covers_below`. What it refuses is left out, and so are hidden files.
     digests: the digests of the source's files, for Repr-Digest, and for `?checksum=sha256`, whose answer is the line of
     `sha256sum` about the file, or with `listing` about each file of a folder whose digest is known.
     source_name: the name of the source in the `Outcome` of each answer. Default: the name of its class.
@@ -280,17 +291,21 @@ class Download(_Endpoint):
     def _is_for_folder(self, key: Any, scope: Scope) -> bool:
         return self._archives is not None and archive_key_of(key, scope) is not None
 
-    async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
+    async def _answer_to(self, key: Any, grant: Grant | None, below: tuple[Access, ...], scope: Scope) -> ASGIApp:
         if self._archives is not None and (name := archive_key_of(key, scope)) is not None:
             note_facts(scope, kind="archive")
-            archive = self._response(await self._archives.resolve(name), key, grant, scope, is_archive=True)
-            return self._archives.counted(name, archive)
+            answer: ASGIApp = (
+                partial(self._send_allowed, self._archives, name, key, grant, below)
+                if below
+                else self._response(await self._archives.resolve(name), key, grant, scope, is_archive=True)
+            )
+            return self._archives.counted(name, answer)
         wanted = None if self.digests is None or not isinstance(key, str) else wanted_checksum(scope["query_string"])
-        folder = self._folder_of(key, grant, scope)
+        folder = self._folder_of(key, grant, below, scope)
         if wanted is not None:
             note_facts(scope, kind="checksum")
         if folder is not None:
-            return folder if wanted is None else partial(self._send_checksums, wanted, key)
+            return folder if wanted is None else partial(self._send_checksums, wanted, key, below)
         missing = None if self._folders is None else partial(self._missing, key)
         view = None if self._folders is None else view_of(scope["query_string"])
         try:
@@ -309,10 +324,51 @@ class Download(_Endpoint):
         response.missing = missing
         return response
 
-    async def _send_checksums(self, wanted: str, folder: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_allowed(
+        self,
+        archives: Archives,
+        name: str,
+        key: str,
+        grant: Grant | None,
+        below: tuple[Access, ...],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Send the archive of what access allows the request to have. Access is asked only while the client waits."""
+        allowed: AllowedEntries | None = None
+
+        async def ask(_: Send) -> None:
+            nonlocal allowed
+            allowed = await archives.allowed(name, partial(self._may_have, below, scope))
+
+        try:
+            await until_the_client_leaves(ask, receive, send)
+            if allowed is None:
+                return
+            response = self._response(await archives.resolve(allowed.name), key, grant, scope, is_archive=True)
+        except FileError as exc:
+            await send_error(exc, scope, send)
+            return
+        await response(scope, receive, send)
+
+    async def _allowed_files(
+        self, names: AsyncGenerator[str, None], folder: str, below: tuple[Access, ...], scope: Scope
+    ) -> AsyncGenerator[str, None]:
+        """Yield those of the names of files in a folder that the request may have."""
+        async with aclosing(names):
+            async for name in names:
+                if await self._may_have(below, scope, folder + name):
+                    yield name
+
+    async def _send_checksums(
+        self, wanted: str, folder: str, below: tuple[Access, ...], scope: Scope, receive: Receive, send: Send
+    ) -> None:
         assert self.digests is not None
         assert self._folders is not None
         digests, files = self.digests, self._folders.entries.files(folder)
+        if below:
+            files = self._allowed_files(files, folder, below, scope)
 
         async def answer(send: Send) -> None:
             try:
@@ -410,8 +466,8 @@ class Listing(_Endpoint):
     def _is_for_folder(self, key: Any, scope: Scope) -> bool:
         return True
 
-    async def _answer_to(self, key: Any, grant: Grant | None, scope: Scope) -> ASGIApp:
-        folder = self._folder_of(key, grant, scope)
+    async def _answer_to(self, key: Any, grant: Grant | None, below: tuple[Access, ...], scope: Scope) -> ASGIApp:
+        folder = self._folder_of(key, grant, below, scope)
         error = FileMissing(f"not a folder: {key!r}")
         return folder or (lambda scope, receive, send: self._missing(key, error, scope, send))
 

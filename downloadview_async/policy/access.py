@@ -1,9 +1,9 @@
 """Who may have a file: `allow` asks the functions and objects that an application gives as `access=`."""
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from starlette.requests import Request
 
@@ -14,6 +14,7 @@ from downloadview_async.errors import (
     FileError,
     SourceUnavailable,
 )
+from downloadview_async.policy.addresses import ANYONE
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.signing import URLSigner
@@ -35,11 +36,24 @@ class Access(Protocol):
         """
 
 
+@runtime_checkable
+class CoversBelow(Protocol):
+    """Optional for an access: whether its decision about a folder is also that about all that is below the folder.
+
+    It then does not depend on the name, and is not asked again about each file of an archive. The access of users and
+    of links has `covers_below = True`. One without this attribute is asked about each name.
+    """
+
+    covers_below: bool
+
+
 class SignedLinks:
     """Allows the requests whose URL is a valid link of `signer`: `Download(source, access=SignedLinks(signer))`.
 
     format: as in `URLSigner.sign`. Raises `ConfigurationError` for an invalid signer or format.
     """
+
+    covers_below = True  # a link is to one URL, or to a folder with all that is below it
 
     def __init__(self, signer: URLSigner, *, format: str = "complete") -> None:  # noqa: A002
         if not isinstance(signer, URLSigner):
@@ -52,6 +66,26 @@ class SignedLinks:
     async def __call__(self, request: Request, name: Any) -> Grant:
         """Return what the link of the request grants. Raises what `URLSigner.verify` raises."""
         return await self._signer.verify(request.scope, format=self._format)
+
+
+class UserAccess:
+    """Allows the requests of some users: `Users.allow` and `ProxyUsers.allow` return it.
+
+    names: of the users; `*` stands for all. user_of: returns the name of the user who sends a request, or raises.
+    """
+
+    covers_below = True
+
+    def __init__(self, names: Iterable[str], user_of: Callable[[Request], Awaitable[str]]) -> None:
+        self._names = frozenset(names)
+        self._user_of = user_of
+
+    async def __call__(self, request: Request, name: Any) -> Grant:
+        """Return the grant of the user. Raises `AccessDenied` for another one, and what `user_of` raises."""
+        user = await self._user_of(request)
+        if ANYONE not in self._names and user not in self._names:
+            raise AccessDenied(f"the user {user!r} is not allowed")
+        return Grant(user=user)
 
 
 def signed_link(
@@ -83,8 +117,10 @@ def access_of(access: Access | Sequence[Access] | None) -> tuple[Access, ...]:
     return each
 
 
-async def allow(access: tuple[Access, ...], request: Request, name: Any) -> Grant:
-    """Return the grant of the first in `access` that allows the request.
+async def allow(access: tuple[Access, ...], request: Request, name: Any) -> tuple[Grant, tuple[Access, ...]]:
+    """Return the grant of the first in `access` that allows the request, and who decides about what is below a folder.
+
+    These are the ones in `access` that have to be asked about each name below; none if the first one covers them all.
 
     Raises the error of the only one, and with several the error that `_refusal` chooses. Raises `SourceUnavailable` if
     one of them fails, so that the file is not sent by mistake.
@@ -100,15 +136,24 @@ async def allow(access: tuple[Access, ...], request: Request, name: Any) -> Gran
             logger.exception("the decision about access has failed")
             raise SourceUnavailable("the decision about access has failed") from exc
         if isinstance(verdict, Grant):
-            return verdict
+            return verdict, _asked_below(access, one)
         if verdict is True:
-            return _PLAIN
+            return _PLAIN, _asked_below(access, one)
         if verdict is not False and verdict is not None:
             # Such as a coroutine that was not awaited, which `if` would take for True.
             raise SourceUnavailable(f"access gave {verdict!r} instead of True, False or a Grant: is an await missing?")
     if len(access) == 1 and refusals:
         raise refusals[0]
     raise _refusal(refusals, may_be_link=bool(request.scope["query_string"]))
+
+
+def _asked_below(access: tuple[Access, ...], granting: Access) -> tuple[Access, ...]:
+    """Return those who have to be asked about each name below a folder that `granting` has allowed."""
+    return () if _covers_below(granting) else tuple(one for one in access if not _covers_below(one))
+
+
+def _covers_below(access: Access) -> bool:
+    return isinstance(access, CoversBelow) and access.covers_below is True
 
 
 def _refusal(refusals: list[FileError], *, may_be_link: bool) -> FileError:

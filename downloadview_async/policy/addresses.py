@@ -8,7 +8,7 @@ from typing import Any
 from downloadview_async.errors import ConfigurationError
 
 ANYONE = "*"
-"""The address that stands for every proxy."""
+"""What stands for every proxy among addresses, and for every user among names."""
 
 PEER = "downloadview_async.peer"
 """The key of the address of the peer in an ASGI scope, which `KeepPeer` keeps."""

@@ -2,15 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async.errors import AccessDenied, ConfigurationError
-from downloadview_async.policy.access import Access
+from downloadview_async.policy.access import Access, UserAccess
 from downloadview_async.policy.addresses import ANYONE, PEER, TrustedAddresses
-from downloadview_async.policy.grants import Grant
 
 _HEADER = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 _NOT_A_NAME = re.compile(r"[\x00-\x1f\x7f,]")
@@ -62,15 +60,11 @@ class ProxyUsers:
         """Return the access of the users with these names; `*` stands for all users."""
         if not names:
             raise ConfigurationError("users.allow needs a name, or '*' for all users")
-        allowed = frozenset(names)
 
-        async def access(request: Request, name: Any) -> Grant:
-            user = self.user_of(request)
-            if ANYONE not in allowed and user not in allowed:
-                raise AccessDenied(f"the user {user!r} is not allowed")
-            return Grant(user=user)
+        async def user_of(request: Request) -> str:
+            return self.user_of(request)
 
-        return access
+        return UserAccess(names, user_of)
 
     def user_of(self, request: Request) -> str:
         """Return the name of the user who sends a request.

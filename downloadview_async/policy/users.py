@@ -9,21 +9,16 @@ import time
 from base64 import b64decode
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import anyio
 from starlette.requests import Request
 
-from downloadview_async.errors import AccessDenied, AuthenticationRequired, ConfigurationError, SourceUnavailable
-from downloadview_async.policy.access import Access
-from downloadview_async.policy.addresses import network_of
-from downloadview_async.policy.grants import Grant
+from downloadview_async.errors import AuthenticationRequired, ConfigurationError, SourceUnavailable
+from downloadview_async.policy.access import Access, UserAccess
+from downloadview_async.policy.addresses import ANYONE, network_of
 from downloadview_async.policy.htpasswd import PasswordFile
 from downloadview_async.policy.login_throttle import LoginThrottle
 from downloadview_async.sources.workers import Workers
-
-ANYONE = "*"
-"""The name that stands for every user."""
 
 MAX_PASSWORD_BYTES = 72
 """bcrypt uses no more of a password, and `htpasswd` drops the rest, too."""
@@ -96,15 +91,7 @@ class Users:
                 raise ConfigurationError(f"there is no user {name!r} in the file of the users: add it, or correct it")
         if not names:
             raise ConfigurationError("users.allow needs a name, or '*' for all users")
-        allowed = frozenset(names)
-
-        async def access(request: Request, name: Any) -> Grant:
-            user = await self.authenticate(request)
-            if ANYONE not in allowed and user not in allowed:
-                raise AccessDenied(f"the user {user!r} is not allowed")
-            return Grant(user=user)
-
-        return access
+        return UserAccess(names, self.authenticate)
 
     async def authenticate(self, request: Request) -> str:
         """Return the name of the user who sends a request.

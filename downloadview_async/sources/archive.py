@@ -8,7 +8,7 @@ and kept in a `Checksums`. If a range needs one that is not known, it waits unti
 import os
 import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -16,10 +16,11 @@ from itertools import chain
 from mmap import mmap
 from operator import itemgetter
 from typing import TypeVar
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import anyio
 import anyio.to_thread
+from anyio.lowlevel import checkpoint
 
 from downloadview_async.errors import (
     ArchiveTooLarge,
@@ -70,8 +71,11 @@ _BEGUN = 1_000  # files of which is kept how far they have been read
 _LAID_OUT = 4  # archives of a source that are laid out at the same time: each file takes about 1 KiB
 _KEPT = 20_000  # files of which a source keeps layouts that are not used: each takes about 1 KiB
 _MANY = 1_000  # files whose layout takes too long for the event loop
+_ASKED = 50  # names about which access decides before other requests get their turn
+_ASKING = 4  # archives of a source for which access is asked about each name at the same time
 _SEPARATOR = "\0"  # no name has it
-_Chosen = tuple[str, ...]  # a folder, and names in it
+_ALLOWED = _SEPARATOR * 2  # before the digest of the names that are allowed: no name is empty
+_Chosen = tuple[str, ...]  # a folder, names in it, and the digest of the names that are allowed, if not all are
 _Tree = dict[str, list[Version]]  # the entries of each folder
 
 
@@ -218,10 +222,28 @@ class Archive:
         return await _laid_out(await self._items(), None, self._limits)
 
 
-class FolderArchive(Archive):
-    """An archive of a folder of a source, or of some of its entries. `ArchiveSource` makes it."""
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class AllowedEntries:
+    """What one request may have of a folder.
 
-    def __init__(self, source: "ArchiveSource", folder: str, names: Sequence[str]) -> None:
+    name: that of the archive which has nothing else; `ArchiveSource.resolve` takes it as long as this object exists.
+    digest: that of `entries`. entries: the names in the source; those of folders end in a slash.
+    """
+
+    name: str
+    digest: str
+    entries: frozenset[str]
+
+
+class FolderArchive(Archive):
+    """An archive of a folder of a source, or of some of its entries. `ArchiveSource` makes it.
+
+    allowed: the only entries that it may have; None: all.
+    """
+
+    def __init__(
+        self, source: "ArchiveSource", folder: str, names: Sequence[str], allowed: AllowedEntries | None = None
+    ) -> None:
         last = folder.rpartition("/")[2]
         self.name = f"{last or 'archive'}.zip"
         self._source = source
@@ -229,10 +251,22 @@ class FolderArchive(Archive):
         self._knowledge = source.knowledge
         self._folder = folder
         self._names = {*names}
+        self._allowed = allowed
+        self._may_have: Callable[[str], Awaitable[bool]] | None = None
+
+    async def ask(self, may_have: Callable[[str], Awaitable[bool]]) -> frozenset[str]:
+        """Return which entries a request may have, as `AllowedEntries.entries`: see `ArchiveSource.allowed`."""
+        self._may_have = may_have
+        tree: _Tree = {}
+        await self._look(tree)
+        return frozenset(
+            _name_in_source(f"{folder}/" if folder else "", entry) for folder in tree for entry in tree[folder]
+        )
 
     async def _laid_out(self) -> _LaidOut:
         """Return the layout that another connection has made in the last `SHARED_SECONDS`, or a new one."""
-        recent, key = self._source.recent, (self._folder, *sorted(self._names))
+        only = () if self._allowed is None else ("", self._allowed.digest)
+        recent, key = self._source.recent, (self._folder, *sorted(self._names), *only)
         async with _one_at_a_time(self._source.laying_out, key):
             now = time.monotonic()
             for old in [old for old, (until, _) in recent.items() if until <= now]:
@@ -247,11 +281,8 @@ class FolderArchive(Archive):
     async def _listed(self, key: _Chosen) -> _LaidOut:
         """Look at the folder. Return the layout that is kept if nothing has changed, or a new one."""
         tree: _Tree = {}
-        last = self._folder.rpartition("/")[2]
-        is_whole = bool(last) and not self._names
-        above = set() if self._names else {await self._identity_of(self._folder)}
-        await self._collect(tree, self._folder, above, 0, int(is_whole), self._names)
-        kept = self._source.kept
+        is_whole = await self._look(tree)
+        last, kept = self._folder.rpartition("/")[2], self._source.kept
         if (known := kept.pop(key, None)) is None or known[0] != tree:
             items = [_Item(f"{last}/")] if is_whole else []
             _add_items(items, tree, self._folder, f"{last}/" if is_whole else "")
@@ -261,6 +292,13 @@ class FolderArchive(Archive):
             while len(kept) > 1 and sum(len(laid_out.items) for _, laid_out in kept.values()) > _KEPT:
                 del kept[next(iter(kept))]
         return replace(known[1])  # a new object, which lives as long as it is used
+
+    async def _look(self, tree: _Tree) -> bool:
+        """Note the entries of each folder. Return whether the archive has the folder itself at its top."""
+        is_whole = bool(self._folder) and not self._names
+        above = set() if self._names else {await self._identity_of(self._folder)}
+        await self._collect(tree, self._folder, above, 0, int(is_whole), self._names)
+        return is_whole
 
     async def _identity_of(self, folder: str) -> Hashable:
         listing = self._source.listing
@@ -277,10 +315,12 @@ class FolderArchive(Archive):
     ) -> int:
         """Note the entries of a folder, and of those in it, sorted by their names. Return their count, with `count`.
 
-        A link that leads back to one of the folders above, with these identities, is left out.
+        A link that leads back to one of the folders above, with these identities, is left out. The names about which
+        access has been asked count, too, if it refuses them.
         """
         entries: list[Version] = []
         leave_out, limit = self._source.leave_out, self._limits.files
+        allowed = None if self._allowed is None else self._allowed.entries
         prefix = f"{folder}/" if folder else ""
         async with closing_entries(_batches_of(self._source.listing, folder)) as listing:
             async for batch in listing:
@@ -288,24 +328,44 @@ class FolderArchive(Archive):
                     batch = [entry for entry in batch if entry[0] in only]
                 if leave_out is not None:
                     batch = [entry for entry in batch if not leave_out(prefix + entry[0])]
+                if allowed is not None:
+                    batch = [entry for entry in batch if _name_in_source(prefix, entry) in allowed]
                 entries += batch
                 if limit is not None and count + len(entries) > limit:
                     _check(limit + 1, limit, "files and folders")
+        entries.sort(key=itemgetter(0))  # the name
+        count += len(entries)
+        if self._may_have is not None:
+            entries = await _allowed_of(entries, prefix, self._may_have)
         if only and (missing := only - {entry[0] for entry in entries}):
             raise FileMissing(f"{folder!r} does not have {sorted(missing)}")
-        entries.sort(key=itemgetter(0))  # the name
         tree[folder] = entries
-        count += len(entries)
         for entry in [entry for entry in entries if entry[1]]:
             inner = prefix + entry[0]
             identity = await self._identity_of(inner)
             if identity is not None and identity in above:
                 entries.remove(entry)
-                count -= 1
+                count -= self._may_have is None
                 continue
             _check(depth + 1, self._limits.depth, "folders within folders")
             count = await self._collect(tree, inner, {*above, identity}, depth + 1, count)
         return count
+
+
+async def _allowed_of(entries: list[Version], prefix: str, may_have: Callable[[str], Awaitable[bool]]) -> list[Version]:
+    """Return the entries of a folder that a request may have. They are asked about one after another."""
+    allowed = []
+    for number, entry in enumerate(entries):
+        if not number % _ASKED:
+            await checkpoint()
+        if await may_have(_name_in_source(prefix, entry)):
+            allowed.append(entry)
+    return allowed
+
+
+def _name_in_source(prefix: str, entry: Version) -> str:
+    """Return the name by which a request asks for an entry. That of a folder ends in a slash."""
+    return f"{prefix}{entry[0]}/" if entry[1] else prefix + entry[0]
 
 
 def _add_items(items: list[_Item], tree: _Tree, folder: str, path: str) -> None:
@@ -357,18 +417,47 @@ class ArchiveSource:
         self.recent: dict[_Chosen, tuple[float, ref[_LaidOut]]] = {}
         self.laying_out: dict[_Chosen, anyio.Lock] = {}
         self.layouts = Slots(_LAID_OUT, patience=MID_TRANSFER)
+        self._asking = Slots(_ASKING, patience=MID_TRANSFER)
+        self._allowed: WeakValueDictionary[str, AllowedEntries] = WeakValueDictionary()
         self.listing: SupportsListing = source
         self.leave_out = leave_out
 
     def canonical(self, name: str) -> str:
         """Return the one key for an archive: see `HasCanonicalNames`."""
-        folder, *names = name.split(_SEPARATOR)
-        return selection(folder, names)
+        chosen, mark, digest = name.partition(_ALLOWED)
+        folder, *names = chosen.split(_SEPARATOR)
+        return f"{selection(folder, names)}{mark}{digest}"
+
+    async def allowed(self, name: str, may_have: Callable[[str], Awaitable[bool]]) -> AllowedEntries:
+        """Return which entries of an archive a request may have.
+
+        The name of the result stands for the archive that has nothing else, so no cache gives it to a request that may
+        have other entries. may_have: decides about a name in the source; that of a folder ends in a slash. It is asked
+        about each that is not left out, one after another, and about nothing below a folder that it refuses.
+
+        Raises `ArchiveTooLarge` before more names than `limits.files` are asked about, `FileMissing` for a selection
+        with a name that is refused, and what `may_have` raises.
+        """
+        chosen = self.canonical(name)
+        folder, *names = chosen.split(_SEPARATOR)
+        with await self._asking.take():
+            entries = await FolderArchive(self, folder, names).ask(may_have)
+        digest = blake2b(_SEPARATOR.join(sorted(entries)).encode("utf-8", "surrogatepass"), digest_size=16)
+        allowed = AllowedEntries(f"{chosen}{_ALLOWED}{digest.hexdigest()}", digest.hexdigest(), entries)
+        return self._allowed.setdefault(allowed.name, allowed)
 
     async def resolve(self, name: str, /) -> FolderArchive:
-        """Return the archive of a folder, or of a `selection`. A missing folder is noticed when it is opened."""
-        folder, *names = self.canonical(name).split(_SEPARATOR)
-        return FolderArchive(self, folder, names)
+        """Return the archive of a folder, of a `selection` or of `AllowedEntries`.
+
+        A missing folder is noticed when it is opened. Raises `FileMissing` for `AllowedEntries` that do not exist.
+        """
+        name = self.canonical(name)
+        chosen, mark, _ = name.partition(_ALLOWED)
+        folder, *names = chosen.split(_SEPARATOR)
+        allowed = self._allowed.get(name)
+        if mark and allowed is None:
+            raise FileMissing(f"nobody has been allowed these entries of {folder!r}")
+        return FolderArchive(self, folder, names, allowed)
 
 
 def selection(folder: str, names: Iterable[str] = ()) -> str:

@@ -25,6 +25,7 @@ import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.asgi.uvicorn import sendfile as sendfile_module
 from downloadview_async.asgi.uvicorn.turns import turn
+from downloadview_async.policy.access import CoversBelow
 from downloadview_async.sources import archive as archive_module
 from tests.descriptors import open_paths
 from tests.live import Answer, Watched, ask, ask_raw, live, parse
@@ -160,7 +161,7 @@ async def test_the_limit_is_told_before_anything_is_read(root: Path) -> None:
         assert names_of(await ask(port, "/files/reports/2026/?archive=zip"))
 
 
-async def test_access_decides_about_the_folder(root: Path) -> None:
+async def test_access_decides_about_the_folder_and_about_each_name_below(root: Path) -> None:
     seen: list[str] = []
 
     async def allow(request: Request, name: str) -> bool:
@@ -172,7 +173,131 @@ async def test_access_decides_about_the_folder(root: Path) -> None:
         assert names_of(answer) == REPORTS
         assert answer.headers["cache-control"] == "private"
         assert (await ask(port, "/files/?archive=zip")).status == 404
-    assert seen == ["reports/", ""]
+    assert seen == ["reports/", "reports/2026/", "reports/a.txt", "reports/empty/", "reports/2026/june.pdf", ""]
+
+
+class Refusing:
+    """Refuses some names, of which each request says more in a header, and notes all names that it is asked about."""
+
+    def __init__(self, *refused: str, covers_below: bool = False) -> None:
+        self.refused = refused
+        self.asked: list[str] = []
+        self.covers_below = covers_below
+
+    async def __call__(self, request: Request, name: str) -> bool:
+        self.asked.append(name)
+        if name.endswith("/a.txt"):
+            raise dv.AccessDenied("refused by an error")
+        return name not in (*self.refused, request.headers.get("x-refused"))
+
+
+NOT_REFUSED = ["reports/", "reports/empty/"]
+
+
+@pytest.mark.parametrize("query", ["archive=zip", "archive=zip&name=empty", "archive=zip&name=2026&name=empty"])
+async def test_an_archive_leaves_out_what_access_refuses(root: Path, query: str) -> None:
+    access = Refusing("reports/2026/")
+    async with live(application(root, access=access)) as port:
+        for path in ("reports/", "/reports//", "./reports"):
+            answer = await ask(port, f"/files/{path}?{query}")
+            if "name=2026" in query:
+                assert (answer.status, answer.body) == (404, b"Not Found")
+            else:
+                assert names_of(answer) == (["empty/"] if "name=" in query else NOT_REFUSED)
+        head = await ask(port, f"/files/reports/?{query}", method="HEAD")
+        assert (head.status, head.headers.get("etag")) == (answer.status, answer.headers.get("etag"))
+    assert "reports/2026/june.pdf" not in access.asked
+
+
+async def test_requests_that_may_have_different_files_share_no_archive(root: Path, tmp_path: Path) -> None:
+    cache = dv.Cache(tmp_path / "cache", max_age=3600)
+    for options in (True, dv.ArchiveOptions(cache=cache, name="files", per_client=None)):
+        tags: dict[str, str] = {}
+        async with live(application(root, options, access=Refusing())) as port:
+
+            async def check(refused: str, names: list[str], port: int = port, tags: dict[str, str] = tags) -> None:
+                answer = await ask(port, "/files/reports/?archive=zip", headers={"X-Refused": refused})
+                assert names_of(answer) == names
+                assert tags.setdefault(refused, answer.headers["etag"]) == answer.headers["etag"]
+
+            for _ in range(3):
+                async with anyio.create_task_group() as group:
+                    for _ in range(2):
+                        group.start_soon(check, "", [name for name in REPORTS if name != "reports/a.txt"])
+                        group.start_soon(check, "reports/2026/", NOT_REFUSED)
+                        group.start_soon(check, "reports/empty/", REPORTS[:3])
+                while fetches := list(cache._running):
+                    await asyncio.wait([fetch.task for fetch in fetches])
+        assert len(set(tags.values())) == 3
+    assert cache.counts["revalidated"]
+    await cache.aclose()
+
+
+async def test_an_access_that_covers_what_is_below_is_asked_once(root: Path) -> None:
+    async def nobody(request: Request, name: str) -> bool:
+        asked.append(name)
+        return False
+
+    asked: list[str] = []
+    covering = Refusing("b.txt", covers_below=True)
+    async with live(application(root, access=[nobody, covering])) as port:
+        assert names_of(await ask(port, "/files/?archive=zip")) == ["b.txt", *REPORTS]
+    assert asked == covering.asked == [""]
+    # one that has refused the folder is not asked about what is below it
+    covering, others = Refusing("", covers_below=True), Refusing("b.txt")
+    async with live(application(root, access=[covering, others])) as port:
+        assert names_of(await ask(port, "/files/?archive=zip")) == [name for name in REPORTS if name != "reports/a.txt"]
+    assert covering.asked == [""]
+    assert others.asked[0] == ""
+    assert "reports/2026/june.pdf" in others.asked
+
+
+async def test_users_and_links_are_not_asked_about_each_name() -> None:
+    users = dv.ProxyUsers("X-User", trusted=["*"])
+    for access in (users.allow("ada"), dv.SignedLinks(SIGNER)):
+        assert isinstance(access, CoversBelow)
+        assert access.covers_below is True
+
+
+async def test_an_archive_ends_if_access_cannot_decide(root: Path) -> None:
+    async def access(request: Request, name: str) -> bool:
+        if name == "reports/2026/june.pdf":
+            raise RuntimeError("the database does not answer")
+        return True
+
+    async with live(application(root, access=access)) as port:
+        assert (await ask(port, "/files/reports/?archive=zip")).status == 503
+        assert names_of(await ask(port, "/files/reports/empty/?archive=zip")) == ["empty/"]
+
+
+async def test_the_limit_of_files_holds_before_access_is_asked(root: Path) -> None:
+    access = Refusing("reports/2026/", "reports/empty/")
+    for limit, status in ((4, 200), (3, 413)):
+        options = dv.ArchiveOptions(limits=dv.ArchiveLimits(files=limit))
+        access.asked.clear()
+        async with live(application(root, options, access=access)) as port:
+            assert (await ask(port, "/files/reports/?archive=zip")).status == status
+        assert len(access.asked) == (4 if status == 200 else 1)
+
+
+async def test_access_is_not_asked_after_the_client_has_left(root: Path) -> None:
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def access(request: Request, name: str) -> bool:
+        if name == "reports/2026/":
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+        return True
+
+    async with live(application(root, access=access)) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /files/reports/?archive=zip HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.wait_for(begun.wait(), 10)
+        writer.close()
+        await asyncio.wait_for(cancelled.wait(), 10)
 
 
 async def test_a_link_to_a_folder_does_not_become_a_link_to_its_archive(root: Path) -> None:

@@ -204,6 +204,13 @@ async def test_the_checksums_of_a_folder_are_those_that_are_known(
     async with served(application(source, digests, listing=True, access=nobody)) as port:
         assert (await ask(port, "/files/folder/?checksum=sha256")).body == b"Not Found"
 
+    async def not_c(request: Any, name: str) -> bool:
+        return name != "folder/c.bin"
+
+    async with served(application(source, digests, listing=True, hide=[".*"], access=not_c)) as port:
+        for folder in ("folder/", "/folder//"):
+            assert (await ask(port, f"/files/{folder}?checksum=sha256")).body == line
+
 
 async def test_an_archive_has_no_digest_and_the_view_page_of_a_file_has(served: Served, root: Path) -> None:
     source = dv.PathSource(root)

@@ -1,6 +1,7 @@
 """The service's `archive = true` and `[archives]`: what is read, what is refused, and what is served."""
 
 import io
+import sys
 import zipfile
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def test_a_folder_is_sent(directory: Path) -> None:
         assert client.get("/files/d/.git/?archive=zip").status_code == 404
         part = client.get("/files/d/?archive=zip", headers={"Range": "bytes=-9"})
         assert (part.status_code, part.content) == (206, answer.content[-9:])
+
+
+def test_a_hook_decides_about_each_file(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / "files/d/forbidden").mkdir()
+    (directory / "files/d/forbidden/secret").touch()
+    (directory / "archive_rules.py").write_text("async def may(request, name):\n    return 'forbidden' not in name\n")
+    monkeypatch.delitem(sys.modules, "archive_rules", raising=False)
+    text = TEXT.replace("archive = true", 'archive = true\naccess = ["hook:archive_rules:may"]')
+    with TestClient(build(load(directory, text))) as client:
+        assert client.get("/files/d/forbidden/?archive=zip").status_code == 404
+        assert names_of(client.get("/files/d/?archive=zip").content) == ["d/", "d/a.txt"]
 
 
 def test_without_the_setting_there_is_none(directory: Path) -> None:

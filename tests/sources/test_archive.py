@@ -1,5 +1,6 @@
 """Archives of folders and of given files: any span of them, their tags, and the CRC-32s that are not computed again."""
 
+import gc
 import io
 import logging
 import os
@@ -8,7 +9,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, closing
+from contextlib import aclosing, asynccontextmanager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,45 @@ async def test_what_is_left_out(tmp_path: Path) -> None:
     assert [*unpacked(await read(await hidden.resolve("d")))] == ["d/", "d/a", "d/e/"]
     with pytest.raises(dv.FileMissing):
         await read(await hidden.resolve(selection("d", [".env"])))
+
+
+async def test_what_a_request_may_have(tmp_path: Path) -> None:
+    async def not_x(name: str) -> bool:
+        return not name.startswith("d/x")
+
+    source = ArchiveSource(make_tree(tmp_path, {"d/a": b"a", "d/x/b": b"b", "d/e/c": b"c", "d/xy": b"x"}))
+    allowed = await source.allowed("/d//", not_x)
+    assert allowed.entries == {"d/a", "d/e/", "d/e/c"}
+    archive = await source.resolve(allowed.name)
+    assert archive.name == "d.zip"
+    assert (await source.allowed("d", not_x)) is allowed  # the same key of a cache
+    (tmp_path / "d/new").write_bytes(b"nobody has decided about it")
+    (tmp_path / "d/a").unlink()
+    (tmp_path / "d/a").mkdir()  # nor about a folder of this name
+    assert [*unpacked(await read(archive))] == ["d/", "d/e/", "d/e/c"]
+    assert "d/new" in unpacked(await read(await source.resolve("d")))
+    assert (await source.allowed("d", not_x)).name != allowed.name
+    chosen = await source.allowed(selection("d", ["e"]), not_x)
+    assert [*unpacked(await read(await source.resolve(chosen.name)))] == ["e/", "e/c"]
+    with pytest.raises(dv.FileMissing):
+        await source.allowed(selection("d", ["xy"]), not_x)
+    name = allowed.name
+    del allowed, archive
+    gc.collect()
+    with pytest.raises(dv.FileMissing):
+        await source.resolve(name)
+
+
+async def test_links_that_lead_back_count_as_names_that_were_asked_about(tmp_path: Path) -> None:
+    async def all_of_them(name: str) -> bool:
+        return True
+
+    folder = make_tree(tmp_path, {"d/a": b"a", "d/e/c": b"c"})
+    (tmp_path / "d/e/back").symlink_to("..")
+    for files, is_allowed in ((5, True), (4, False)):
+        source = ArchiveSource(folder, limits=ArchiveLimits(files=files))
+        with nullcontext() if is_allowed else pytest.raises(dv.ArchiveTooLarge):
+            assert "d/e/back/" not in (await source.allowed("d", all_of_them)).entries
 
 
 async def test_links_obey_the_policy_of_the_source(tmp_path: Path) -> None:
