@@ -127,9 +127,9 @@ class _Endpoint:
     async def _allow(
         self, request: Request, key: Any, *, is_folder: bool = False, access: tuple[Access, ...] | None = None
     ) -> tuple[Grant, tuple[Access, ...]]:
-        """Return the grant for a file or a folder, and who decides about each name below: see `allow`.
+        """Return the grant for a file or a folder, and the access that decides about each name below: see `allow`.
 
-        access: who decides; None: all. Raises `FileError`.
+        access: the one to ask; None: all. Raises `FileError`.
 
         Access decides about the one name that all spellings of a key stand for. A source may look up a name without the
         slash at its beginning and without its empty segments, so both have to be allowed. is_folder: also if the key
@@ -148,7 +148,7 @@ class _Endpoint:
         raise NotImplementedError
 
     async def _answer_to(self, key: Any, grant: Grant | None, below: tuple[Access, ...], scope: Scope) -> ASGIApp:
-        """Return what answers a request that is allowed. below: who decides about each name below a folder.
+        """Return what answers a request that is allowed. below: the access that decides about each name below a folder.
 
         Raises `FileError`.
         """
@@ -238,7 +238,7 @@ class Download(_Endpoint):
     redirect to it from the name of a folder. A file then has a view page, at its URL with `?view`.
     archive: True, or `ArchiveOptions`, to answer `?archive=zip` with a ZIP archive of the folder, or of those of its
     entries that `name=` chooses. Access decides about the folder, and then about each file and folder below it, one
-    after another, unless it has `covers_below`. What it refuses is left out, and so are hidden files.
+    after another, unless it has `covers_below`. Refused and hidden entries are left out.
     digests: the digests of the source's files, for Repr-Digest, and for `?checksum=sha256`, whose answer is the line of
     `sha256sum` about the file, or with `listing` about each file of a folder whose digest is known.
     source_name: the name of the source in the `Outcome` of each answer. Default: the name of its class.

@@ -8,7 +8,7 @@ from typing import Any
 from downloadview_async.errors import ConfigurationError
 
 ANYONE = "*"
-"""What stands for every proxy among addresses, and for every user among names."""
+"""The address that stands for every proxy, and the name that stands for every user."""
 
 PEER = "downloadview_async.peer"
 """The key of the address of the peer in an ASGI scope, which `KeepPeer` keeps."""

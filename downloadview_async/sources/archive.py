@@ -224,7 +224,7 @@ class Archive:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class AllowedEntries:
-    """What one request may have of a folder.
+    """The entries of a folder that one request may have.
 
     name: that of the archive which has nothing else; `ArchiveSource.resolve` takes it as long as this object exists.
     digest: that of `entries`. entries: the names in the source; those of folders end in a slash.
