@@ -59,8 +59,9 @@ class Place:
 class Batch:
     """The rows that are written in one transaction.
 
-    writer, number: who writes it, and the how manieth it is. If the batch of a writer with that number, or a later one,
-    has been written, it is not written again: a connection may end after the transaction and before the answer.
+    writer: identifies the writer. number: of the batch among those of the writer, in their order. If a batch with this
+    number or a higher one has been written, it is not written again: a connection may end between a transaction and the
+    answer to it.
     """
 
     writer: str = ""

@@ -58,7 +58,7 @@ class Completions:
         self._outcomes: list[Outcome] = []
         self._whole: _Counts = {}
         self._unwritten: tuple[list[Outcome], _Counts] = [], {}
-        """What a transaction has that has not succeeded. It may be written all the same: see `Batch`."""
+        """The answers of a transaction that has not succeeded. They may be written all the same: see `Batch`."""
         self._waiting = 0
         """How many answers wait; whole files with the same facts are one."""
         self._number = 0
