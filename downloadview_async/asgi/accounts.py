@@ -185,11 +185,16 @@ class Account(Facts):
 
         async def receive_and_note() -> Message:
             message = await receive()
-            if message["type"] == "http.disconnect" and not self.is_complete:
-                self._is_dropped = True
+            if message["type"] == "http.disconnect":
+                self.drop()
             return message
 
         return receive_and_note
+
+    def drop(self) -> None:
+        """Note that the client has left, if the server does not tell that by its connection."""
+        if self._connection is None and not self.is_complete:
+            self._is_dropped = True
 
     def begin(self, status: int, headers: Iterable[Header]) -> None:
         """Note the head of the answer, which leaves now."""
@@ -291,12 +296,12 @@ class Account(Facts):
         self.end()
 
     @classmethod
-    def within(cls, scope: Scope, send: Send, observer: Observer) -> Self:
+    def within(cls, scope: Scope, send: Send, *observers: Observer) -> Self:
         """Return a further account of a request, which knows what another one around it knows."""
         outer: Facts | None = scope.get(ACCOUNT)
         if outer is None:
-            return cls(scope, send, (observer,), new_request_id())
-        account = cls(scope, send, (observer,), outer.request_id, outer)
+            return cls(scope, send, observers, new_request_id())
+        account = cls(scope, send, observers, outer.request_id, outer)
         account.know(outer)
         return account
 

@@ -10,10 +10,11 @@ from anyio.lowlevel import checkpoint
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.asgi.accounts import Account
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.errors import send_error
 from downloadview_async.asgi.extensions import FOREIGN, PACE, PATHSEND
-from downloadview_async.asgi.limiting import Limiting, half_close_of, kept, length_of, limits_of
+from downloadview_async.asgi.limiting import Limiting, counted, half_close_of, length_of, limits_of, paced
 from downloadview_async.errors import FileError
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
@@ -76,6 +77,7 @@ class _Limited:
         self._send = send
         self._stack = ExitStack()
         self._small = 0  # bytes that leave in one message, at the rate of small answers
+        self._account: Account | None = None
         self._has_left = False
         self._waiting: anyio.CancelScope | None = None
         self._pending: anyio.CancelScope | None = None
@@ -115,6 +117,8 @@ class _Limited:
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self._has_left = True
+            if self._account is not None:
+                self._account.drop()
             if self._waiting is not None:
                 self._waiting.cancel()
         return message
@@ -159,8 +163,11 @@ class _Limited:
         rates = self._transfers.rates
         if rates and length is not None and length <= SMALL:
             self._small, rates = length, ()
-        answer = kept(self._transfers, self._scope, self._send, rates, lambda: self._has_left)
-        self._send = self._stack.enter_context(answer)
+        if self._transfers.counts_bytes:
+            self._account = self._stack.enter_context(counted(self._transfers, self._scope, self._send))
+            self._send = self._account.send
+        if rates:
+            self._send = self._stack.enter_context(paced(rates, self._scope, self._send))
 
     async def _hold(self) -> None:
         """Hold the leases. Stop waiting for them if the client leaves."""

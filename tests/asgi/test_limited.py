@@ -118,6 +118,25 @@ async def test_quotas(files: Path, server: Any, way: str) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_quota_counts_what_the_outcome_counts(files: Path, way: str) -> None:
+    """Of an answer that the client resets, too: what waited for the client and was dropped counts in neither."""
+    limits = dv.Limits(quota="5GB/day", concurrent=1)
+    outcomes: list[dv.Outcome] = []
+    async with live(dv.Accounts(limited(files, limits), observers=[outcomes.append]), http=DownloadProtocol) as port:
+        async with held(port, f"/{way}/large.bin") as client:
+            await client.reader.readexactly(1 << 20)
+            client.writer.transport.abort()
+        with anyio.fail_after(20):
+            while not outcomes or transfers_of(limits):
+                await asyncio.sleep(0.01)
+    store: Any = limits._store
+    (known,) = store._clients.values()
+    ((_, spent),) = known.spent.values()
+    assert spent == outcomes[0].sent < 120_000_000
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("way", ["file", "static"])
 async def test_pieces_of_a_file_are_one_download(files: Path, way: str) -> None:
     async with live(limited(files, dv.Limits(quota="2 downloads/day")), http=DownloadProtocol) as port:
