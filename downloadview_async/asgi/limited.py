@@ -128,6 +128,7 @@ class _Limited:
         if self._is_refused:
             raise OSError("the answer was refused, because a limit is reached")
         if message["type"] == "http.response.start" and not self._transfers.is_ours:
+            message = {**message, "headers": list(message.get("headers", ()))}  # they may be readable only once
             await self._begin(message)
         elif self._small and message["type"] != "http.response.start":
             size, self._small = self._small, 0

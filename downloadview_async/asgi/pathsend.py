@@ -153,8 +153,8 @@ class ForeignResponse:
             for name, value in headers
             if not _is_order(name) or (start["status"] == 200 and (name.lower(), value) in self._offer.made)
         ]
-        if len(kept) == len(headers):
-            return start
+        if len(kept) == len(headers):  # the headers of another type may be readable only once
+            return start if isinstance(start.get("headers"), list) else {**start, "headers": headers}
         dropped = sorted({name.decode("latin-1") for name, _ in headers} - {name.decode("latin-1") for name, _ in kept})
         logger.warning(
             "%s %s: the application's %s is dropped: only a backend may set it, and only on a 200%s",

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
@@ -247,6 +247,46 @@ async def test_a_proxy_keeps_the_rate_and_its_transfers_count(files: Path) -> No
             assert answer.headers["x-accel-limit-rate"] == "5000000"
         refused = await ask(port, "/file/big.bin")  # 12.6 MB are more than 10
         assert (refused.status, "x-accel-redirect" in refused.headers) == (429, False)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("around", ["limits", "offload"])
+@pytest.mark.parametrize("server", SERVERS)
+async def test_header_fields_that_can_be_read_once_arrive(server: Any, around: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = iter([(b"content-length", b"%d" % len(SMALL)), (b"x-made", b"here")])
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": SMALL})
+
+    nginx = dv.XAccelRedirect([dv.Rule("/srv", "/_files/")])
+    wrapped: ASGIApp = (
+        dv.LimitsMiddleware(app, limits=dv.Limits(quota="1MB/day"))
+        if around == "limits"
+        else dv.OffloadMiddleware(app, nginx, pathsend=True)
+    )
+    async with live(wrapped, http=server) as port:
+        answer = await ask(port, "/")
+    assert (answer.headers.get("x-made"), answer.body) == ("here", SMALL)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("offload", [None, True])
+async def test_header_fields_of_an_offloaded_answer_that_middleware_makes_readable_once(
+    files: Path, offload: bool | None
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_once(message: Message) -> None:
+            if "headers" in message:
+                message = {**message, "headers": iter(message["headers"])}
+            await send(message)
+
+        response = dv.DownloadResponse(dv.LocalFile(files / "small.bin"), offload=offload)
+        await response(scope, receive, send_once)
+
+    nginx = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    async with live(dv.OffloadMiddleware(app, nginx)) as port:
+        answer = await ask(port, "/")
+    assert answer.headers.get("x-accel-redirect") == "/_files/small.bin"
 
 
 @pytest.mark.slow
