@@ -234,12 +234,6 @@ def paced(rates: tuple[SharedRate, ...], scope: Mapping[str, Any], send: Send) -
         yield send if connection is not None else _Pausing(pace, send).send
 
 
-def length_of(start: Message) -> int | None:
-    """Return the Content-Length of an answer, or None if it has no valid one."""
-    values = [bytes(value) for name, value in start.get("headers", ()) if bytes(name).lower() == b"content-length"]
-    return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 20 else None
-
-
 class _Pausing:
     """Sends the messages of an answer at a rate, where the server cannot do that."""
 
