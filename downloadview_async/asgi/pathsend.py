@@ -117,6 +117,9 @@ class ForeignResponse:
             await file.aclose()
             await send_error(exc, self._scope, self._send)
             return
+        except BaseException:  # cancelled
+            await file.aclose()
+            raise
         if (refused := refusal(is_telling=file.is_telling)) is not None:
             note_refusal(refused, self._scope["method"], self._scope["path"])
             try:

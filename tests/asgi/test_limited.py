@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
-from tests.asgi.test_limits import BIG, SERVERS, SMALL, body_of, held, transfers_of, until_it_is
+from tests.asgi.test_limits import BIG, SCOPE, SERVERS, SMALL, body_of, held, transfers_of, until_it_is
+from tests.descriptors import open_paths
 from tests.live import Answer, ask, live, make_old
 
 WAYS = ["file", "static", "stream", "ours", "download", "downloads"]
@@ -287,6 +288,43 @@ async def test_header_fields_of_an_offloaded_answer_that_middleware_makes_readab
     async with live(dv.OffloadMiddleware(app, nginx)) as port:
         answer = await ask(port, "/")
     assert answer.headers.get("x-accel-redirect") == "/_files/small.bin"
+
+
+@pytest.mark.asyncio
+async def test_a_file_for_a_proxy_is_closed_if_the_request_is_cancelled_in_the_queue(files: Path) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/stream":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await anyio.sleep_forever()
+        await FileResponse(files / "small.bin")(scope, receive, send)
+
+    async def receive() -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        pass
+
+    def task(path: str) -> "asyncio.Task[None]":
+        scope = {**SCOPE, "path": path, "extensions": {}}
+        return asyncio.create_task(limited(scope, receive, send))  # type: ignore[arg-type]
+
+    limits = dv.Limits(concurrent=1, mode="queue")
+    nginx = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    limited = dv.LimitsMiddleware(dv.OffloadMiddleware(app, nginx, pathsend=True), limits=limits)
+    first = task("/stream")
+    with anyio.fail_after(20):
+        while not transfers_of(limits):
+            await asyncio.sleep(0.01)
+        second = task("/file")
+        while not limits._queues:
+            await asyncio.sleep(0.01)
+    assert str(files / "small.bin") in open_paths()
+    for one in (second, first):
+        one.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert str(files / "small.bin") not in open_paths()
+    assert transfers_of(limits) == 0
 
 
 @pytest.mark.slow
