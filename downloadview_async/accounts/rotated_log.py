@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from typing import Self
 
 from downloadview_async.accounts.completion_store import Place
 
@@ -52,6 +53,19 @@ class RotatedLog:
         self._oldest = min((place.time for place in places), default=time.time() - 86_400)
         self._files: list[_File] = []
         self._is_open = False
+
+    @classmethod
+    def from_end(cls, path: str, count: int) -> Self:
+        """Return a log whose last `count` bytes are read, and what follows, but no file that was renamed before.
+
+        The first line is read from its middle. Raises `OSError`.
+        """
+        log = cls(path)
+        log._oldest, log._is_open = time.time(), True
+        log._open_current()
+        (file,) = log._files
+        file.offset = max(0, os.fstat(file.descriptor).st_size - count)
+        return log
 
     def open(self) -> None:
         """Open the files that are not open yet, before they are compressed or removed. Raises `OSError`."""

@@ -12,7 +12,7 @@ import pytest
 from downloadview_async.accounts.completion import Delivered, Span, delivered
 from downloadview_async.accounts.completion_store import Place
 from downloadview_async.accounts.proxy_log import LogLine
-from downloadview_async.accounts.rotated_log import open_log
+from downloadview_async.accounts.rotated_log import RotatedLog, open_log
 from tests.accounts.test_completion import outcome
 
 
@@ -202,6 +202,25 @@ def test_a_log_is_read_once(log: Path) -> None:
     assert reading.lines() == []
     append(log, "5\n")
     assert reading.lines() == ["5"]
+
+
+@pytest.mark.parametrize(("count", "lines"), [(0, []), (1, [""]), (2, ["3"]), (3, ["", "3"]), (99, ["1", "2", "3"])])
+def test_the_end_of_a_log_is_read_and_what_follows(log: Path, count: int, lines: list[str]) -> None:
+    append(log, "3\n")
+    log.with_name("downloads.log.1").write_text("of the last minute\n")
+    os.utime(log.with_name("downloads.log.1"), (time.time() - 30,) * 2)
+    reading = RotatedLog.from_end(str(log), count)
+
+    def read() -> list[str]:
+        reading.look()
+        return [line for lines, _ in reading.read() for line in lines]
+
+    assert read() == lines
+    append(log, "4\n")
+    log.rename(log.with_name("downloads.log.2"))
+    log.write_text("5\n")
+    assert sorted(read()) == ["4", "5"]
+    reading.close()
 
 
 @pytest.mark.parametrize("is_running", [True, False])
