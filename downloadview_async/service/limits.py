@@ -1,6 +1,7 @@
 """The limits of clients and of sources, as the settings give them."""
 
 import logging
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -63,11 +64,17 @@ def _limits(settings: Settings, key: str, limits: RouteLimitsSettings, name: str
         with settings.blaming("server.forwarded_allow_ips"):
             options["trusted"] = trusted_proxies(settings)
     options["queue_seconds"] = options.pop("queue_timeout")
-    options["proxy_log"] = settings.accounts.proxy_log
+    options["proxy_log"] = _log_of(settings)
     if settings.limits is not None:
         options |= {"store": settings.limits.store, "when_store_fails": settings.limits.when_store_fails}
     with settings.blaming(key):
         return Limits(**options, name=name)
+
+
+def _log_of(settings: Settings) -> str | None:
+    """Return the log that tells the end of what a proxy sends; None without one: S3 delivers its logs hours later."""
+    log = settings.accounts.proxy_log
+    return None if log is None or os.path.isdir(log) else log
 
 
 @asynccontextmanager
@@ -81,7 +88,7 @@ async def opened_limits(settings: Settings, limits: ServiceLimits, *, warns: boo
     every = [*limits.routes.values(), *([] if limits.common is None else [limits.common])]
     if warns and settings.offload.backend is not None:
         kind = proxy_kinds()[settings.offload.backend]
-        has_log = settings.accounts.proxy_log is not None and settings.offload.backend != "h2o"
+        has_log = _log_of(settings) is not None and settings.offload.backend != "h2o"
         if not has_log and any(one.concurrent is not None for one in every):
             logger.warning(
                 "`concurrent` of limits counts the transfers of the service itself: one that %s sends ends when it is "
