@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -358,3 +360,47 @@ def test_a_log_of_a_directory_that_is_removed_meanwhile_is_left_out(tmp_path: Pa
     (tmp_path / "A").unlink()
     assert [lines for lines, _ in log.read()] == [["2"]]
     log.close()
+
+
+@pytest.mark.parametrize("kind", ["directory", "renamed logs"])
+def test_a_log_that_is_removed_while_its_directory_is_read_is_left_out(tmp_path: Path, log: Path, kind: str) -> None:
+    has_ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not has_ended.is_set():
+            for number in range(50):
+                (tmp_path / f"{log.name}.{number}").touch()
+            for number in range(50):
+                (tmp_path / f"{log.name}.{number}").unlink()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(300):
+            reading = open_log(str(tmp_path if kind == "directory" else log), [])
+            reading.look()
+            reading.close()
+    finally:
+        has_ended.set()
+        thread.join()
+
+
+def test_many_logs_of_a_directory_cost_no_more_each(tmp_path: Path) -> None:
+    reading, reads = Reading(tmp_path), 0
+
+    def count(frame: object, event: str, function: Any) -> None:
+        nonlocal reads
+        reads += event == "c_call" and function is os.pread
+
+    for begin in (0, 100):
+        for number in range(begin, begin + 100):
+            (tmp_path / f"{number:03}").write_text(f"{number}\n")
+        reads = 0
+        sys.setprofile(count)
+        try:
+            lines = reading.lines()
+        finally:
+            sys.setprofile(None)
+        assert lines == [f"{number}" for number in range(begin, begin + 100)]
+        assert 100 <= reads < 1000
+    reading.log.close()
