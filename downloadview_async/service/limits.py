@@ -12,13 +12,12 @@ import msgspec
 
 from downloadview_async import Limits, SourceLimit, proxy_kinds
 from downloadview_async.service.access import trusted_proxies
-from downloadview_async.service.functions import function_of
+from downloadview_async.service.functions import HOOK, function_of
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.settings import RouteLimitsSettings, Settings, Unavailable
 
 logger = logging.getLogger("downloadview_async")
 
-_HOOK = "hook:"
 _PATIENCE = 5.0  # seconds
 
 
@@ -58,8 +57,8 @@ def service_limits(settings: Settings) -> ServiceLimits:
 def _limits(settings: Settings, key: str, limits: RouteLimitsSettings, name: str) -> Limits:
     options: dict[str, Any] = msgspec.structs.asdict(limits)
     client = limits.client
-    if client.startswith(_HOOK):
-        options["client"] = function_of(settings, f"{key}.client", client.removeprefix(_HOOK))
+    if client.startswith(HOOK):
+        options["client"] = function_of(settings, f"{key}.client", client)
     elif client.startswith("header:"):
         with settings.blaming("server.forwarded_allow_ips"):
             options["trusted"] = trusted_proxies(settings)
