@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 
 from downloadview_async.accounts.completion import Delivered, Span
 from downloadview_async.http.fields import REQUEST_ID_PARAMETER
-from downloadview_async.http.ranges import parse_range, select_ranges
+from downloadview_async.http.ranges import parse_content_range, parse_range, select_ranges
 
 LONGEST = 65_536
 """Bytes of a line. A longer one is not of a proxy that the library has configured."""
@@ -25,7 +25,6 @@ LONGEST = 65_536
 _ID = re.compile("[!-~]{1,128}")
 _TEXT = re.compile("[ -~]{0,4096}")  # room for the Range of as many parts as a proxy answers
 _HEX = re.compile(r"\\x([0-9A-Fa-f]{2})")  # how proxies escape a byte for which JSON has another way
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _S3 = re.compile(
     r"\S+ \S+ \[[^\]]*\] \S+ \S+ \S+ (?:REST|WEBSITE)\.GET\.OBJECT \S+ "  # owner ... remote IP, requester, request, key
     r'"GET [^ "?]*\?(?P<query>[^ "]*) [^"]*" (?P<status>[0-9]{3}) \S+ (?P<sent>[0-9]+|-) (?P<size>[0-9]+|-) '
@@ -99,9 +98,9 @@ class LogLine:
             return self._begun((0, self.sent))  # a range may be the whole
         if self.status != 206 or size is None:
             return ()
-        if (match := _CONTENT_RANGE.fullmatch(self.content_range)) is not None:
-            first, last, length = map(int, match.groups())
-            return self._begun((first, last + 1)) if first <= last < length == size else ()
+        if self.content_range not in ("", "-"):
+            part, length = parse_content_range(self.content_range) or (None, None)
+            return self._begun((part.start, part.stop)) if part is not None and length == size else ()
         specs = parse_range(self.requested)
         parts = "whole" if specs is None else select_ranges(specs, size)
         if isinstance(parts, str) or self.is_cut or sum(map(len, parts)) > self.sent:

@@ -1,11 +1,14 @@
 """Reading logs, each line once: `RotatedLog`, which is renamed or truncated now and then, and `LogDirectory`."""
 
 import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from operator import itemgetter
+from typing import Self
 
 from downloadview_async.accounts.completion_store import Place
 
@@ -38,7 +41,8 @@ class RotatedLog:
 
     poll: seconds between two looks. places: up to where they were read. A file that is read for the first time is read
     from its beginning. Renamed files are read if they were changed after the places, or, without places, within the
-    last day. Compressed files are not read.
+    last day. Compressed files are not read. reads_renamed: whether those are read that were renamed before the first
+    look.
 
     A log that is copied and truncated, instead of renamed, is read as well, and so is the copy from where the log was
     read up to. But lines that are written between the copy and the truncation are lost.
@@ -46,18 +50,33 @@ class RotatedLog:
 
     poll = 0.25
 
-    def __init__(self, path: str | os.PathLike[str], places: Sequence[Place] = ()) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], places: Sequence[Place] = (), *, reads_renamed: bool = True
+    ) -> None:
         self.path = os.path.abspath(path)
         self._places = {(place.device, place.inode): place for place in places}
         self._oldest = min((place.time for place in places), default=time.time() - 86_400)
         self._files: list[_File] = []
-        self._is_open = False
+        self._has_renamed = not reads_renamed
+
+    @classmethod
+    def from_end(cls, path: str, count: int) -> Self:
+        """Return a log whose last `count` bytes are read, and what follows, but no file that was renamed before.
+
+        The first line is read from its middle. Raises `OSError`.
+        """
+        log = cls(path, reads_renamed=False)
+        log._oldest = time.time()
+        log._open_current()
+        (file,) = log._files
+        file.offset = max(0, os.fstat(file.descriptor).st_size - count)
+        return log
 
     def open(self) -> None:
         """Open the files that are not open yet, before they are compressed or removed. Raises `OSError`."""
-        if not self._is_open:
+        if not self._has_renamed:
             self._open_renamed()
-            self._is_open = True
+            self._has_renamed = True
         if self._open_current():
             self._open_renamed()  # it may have been rotated several times since the last look
         for file in [*self._files]:
@@ -122,13 +141,17 @@ class RotatedLog:
         for entry in os.scandir(directory):
             is_like = entry.name.startswith(stem) and suffix in entry.name and not entry.name.endswith(_PACKED)
             if is_like and entry.name != name:
-                status = entry.stat()
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:  # it has been removed, or compressed
+                    continue
                 if any((file.device, file.inode) == (status.st_dev, status.st_ino) for file in self._files):
                     continue
-                if (status.st_dev, status.st_ino) in self._places or status.st_mtime >= self._oldest:
+                is_new = (status.st_dev, status.st_ino) in self._places or status.st_mtime >= self._oldest
+                if is_new and stat.S_ISREG(status.st_mode):
                     renamed.append((status.st_mtime, entry.path))
         for _, path in sorted(renamed):
-            if os.path.isfile(path):
+            with suppress(FileNotFoundError):
                 self._open(path).is_current = False
 
     def _open_current(self) -> bool:
@@ -207,7 +230,7 @@ class LogDirectory:
     def __init__(self, path: str | os.PathLike[str], places: Sequence[Place] = ()) -> None:
         self.path = os.path.abspath(path)
         self._places = {(place.device, place.inode): place for place in places}
-        self._waiting: list[tuple[float, str]] = []
+        self._waiting: list[tuple[float, str, tuple[Place, ...]]] = []
         self.current: int | None = None
         """The descriptor of the directory."""
 
@@ -219,25 +242,29 @@ class LogDirectory:
     def look(self) -> float | None:
         """Do what `RotatedLog.look` does."""
         self.open()
-        self._waiting = sorted(self._unread(time.time() - _WEEK))
+        self._waiting = sorted(self._unread(time.time() - _WEEK), key=itemgetter(0, 1))
         return self._waiting[-1][0] if self._waiting else None
 
-    def _unread(self, oldest: float) -> Iterator[tuple[float, str]]:
+    def _unread(self, oldest: float) -> Iterator[tuple[float, str, tuple[Place, ...]]]:
+        """Yield when each file that has to be read was written, its path, and the place in it, if it has one."""
         for directory, _, names in os.walk(self.path):
             for name in names:
-                path = os.path.join(directory, name)
-                if name.startswith(".") or name.endswith(_PACKED) or not os.path.isfile(path):
+                if name.startswith(".") or name.endswith(_PACKED):
                     continue
-                status = os.stat(path)
+                path = os.path.join(directory, name)
+                try:
+                    status = os.stat(path)
+                except OSError:  # it has been removed
+                    continue
                 place = self._places.get((status.st_dev, status.st_ino))
                 is_read = place is not None and place.offset == status.st_size and place.time > status.st_mtime
-                if not is_read and status.st_size and status.st_mtime >= oldest:
-                    yield status.st_mtime, path
+                if stat.S_ISREG(status.st_mode) and not is_read and status.st_size and status.st_mtime >= oldest:
+                    yield status.st_mtime, path, () if place is None else (place,)
 
     def read(self) -> Iterator[tuple[list[str], Place]]:
         """Do what `RotatedLog.read` does."""
-        for _, path in self._waiting:
-            log = _OneLog(path, [*self._places.values()])
+        for _, path, places in self._waiting:
+            log = RotatedLog(path, places, reads_renamed=False)
             try:
                 with suppress(FileNotFoundError):
                     log.look()
@@ -252,13 +279,6 @@ class LogDirectory:
         if self.current is not None:
             os.close(self.current)
             self.current = None
-
-
-class _OneLog(RotatedLog):
-    """A log that is not renamed."""
-
-    def _open_renamed(self) -> None:
-        """Open no other file."""
 
 
 def open_log(path: str, places: Sequence[Place]) -> RotatedLog | LogDirectory:

@@ -16,6 +16,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from downloadview_async.accounts.samples import Samples, added, decoded, encoded
 
@@ -46,7 +47,7 @@ class SharedSamples:
             running: list[Samples] = []
             dead: list[tuple[str, Samples]] = []
             for live in sorted(self._directory.glob(f"*{_LIVE}")):
-                samples = self._read(live.with_suffix(_SAMPLES))
+                samples = decoded(_content_of(live.with_suffix(_SAMPLES))["samples"])
                 if live.stem == self._number or _is_locked(live):
                     running.append(samples)
                 else:
@@ -84,17 +85,8 @@ class SharedSamples:
             os.close(descriptor)
 
     def _ended(self) -> tuple[set[str], Samples]:
-        try:
-            data = json.loads((self._directory / _ENDED).read_bytes())
-        except FileNotFoundError:
-            return set(), {}
+        data = _content_of(self._directory / _ENDED)
         return set(data["merged"]), decoded(data["samples"])
-
-    def _read(self, file: Path) -> Samples:
-        try:
-            return decoded(json.loads(file.read_bytes())["samples"])
-        except FileNotFoundError:  # it has joined, and has not written yet
-            return {}
 
     def _replace(self, name: str, data: object) -> None:
         temporary = self._directory / f".{name}-{secrets.token_hex(4)}"
@@ -112,6 +104,14 @@ class SharedSamples:
             for left in self._directory.glob(f".{name}{_SAMPLES}-*"):  # it was killed while it wrote them
                 left.unlink(missing_ok=True)
             (self._directory / f"{name}{_LIVE}").unlink(missing_ok=True)
+
+
+def _content_of(file: Path) -> Any:
+    """Return what a file has; nothing if it is not written yet, or if a machine that lost its power has lost that."""
+    try:
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {"merged": [], "samples": {}}
 
 
 def _is_locked(live: Path) -> bool:

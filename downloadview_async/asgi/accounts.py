@@ -34,7 +34,9 @@ from downloadview_async.asgi.delivery import (
 from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, REQUEST_ID
 from downloadview_async.asgi.loan import Loan
 from downloadview_async.errors import ConfigurationError, abort_reason
+from downloadview_async.http.fields import length_of
 from downloadview_async.http.metadata import ByteRange
+from downloadview_async.http.ranges import parse_content_range
 from downloadview_async.policy.addresses import TrustedAddresses, peer_of
 
 ENDING_SECONDS = 0.5
@@ -44,7 +46,6 @@ DRAIN_SECONDS = 5.0
 """Seconds that the shutdown waits for listeners after that, at most."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
-_CONTENT_RANGE = re.compile(rb"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _RANDOM_BYTES = 4096
 _ID = re.compile("[0-9a-f]{32}")
 _PROXIES = {
@@ -185,11 +186,16 @@ class Account(Facts):
 
         async def receive_and_note() -> Message:
             message = await receive()
-            if message["type"] == "http.disconnect" and not self.is_complete:
-                self._is_dropped = True
+            if message["type"] == "http.disconnect":
+                self.drop()
             return message
 
         return receive_and_note
+
+    def drop(self) -> None:
+        """Note that the client has left, if the server does not tell that by its connection."""
+        if self._connection is None and not self.is_complete:
+            self._is_dropped = True
 
     def begin(self, status: int, headers: Iterable[Header]) -> None:
         """Note the head of the answer, which leaves now."""
@@ -256,8 +262,7 @@ class Account(Facts):
         self._complete()
 
     def _length(self) -> int | None:
-        values = [value for name, value in self._fields() if name == b"content-length"]
-        return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 20 else None
+        return length_of(self._fields())
 
     def _fields(self) -> list[Header]:
         """Return the header fields of the answer, with names in lower case; nothing if no server would take them."""
@@ -291,12 +296,12 @@ class Account(Facts):
         self.end()
 
     @classmethod
-    def within(cls, scope: Scope, send: Send, observer: Observer) -> Self:
+    def within(cls, scope: Scope, send: Send, *observers: Observer) -> Self:
         """Return a further account of a request, which knows what another one around it knows."""
         outer: Facts | None = scope.get(ACCOUNT)
         if outer is None:
-            return cls(scope, send, (observer,), new_request_id())
-        account = cls(scope, send, (observer,), outer.request_id, outer)
+            return cls(scope, send, observers, new_request_id())
+        account = cls(scope, send, observers, outer.request_id, outer)
         account.know(outer)
         return account
 
@@ -467,9 +472,10 @@ class Account(Facts):
             return ()
         self.etag = fields[b"etag"].decode("latin-1")
         length = self._length()
-        if self.status == 206 and (match := _CONTENT_RANGE.fullmatch(fields.get(b"content-range", b""))) is not None:
-            start, last, self.size = (int(number) for number in match.groups())
-            return (ByteRange(start, last + 1),) if start <= last else ()
+        named = parse_content_range(fields.get(b"content-range", b"").decode("latin-1"))
+        if self.status == 206 and named is not None:
+            part, self.size = named
+            return (part,)
         if self.status != 200 or length is None:
             return ()
         self.size = length

@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from math import inf
 
 from starlette.types import Scope
 
 from downloadview_async.accounts.facts import request_id_of
 from downloadview_async.accounts.proxy_log import LogLine
+from downloadview_async.accounts.rotated_log import RotatedLog
 from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
 from downloadview_async.sources.per_loop import PerLoop
 
@@ -21,8 +22,9 @@ MOST_KEPT = 100_000
 """How many transfers are kept. With more, those that began first count as ended."""
 
 _POLL = 0.25  # seconds between two looks
+_RETRY = 1.0  # seconds after which a log that could not be read is tried again
+_LOG_SECONDS = 60.0
 _BEFORE = 1 << 16  # bytes before the end of the log that are read first: a short transfer may have ended
-_BLOCK = 1 << 20
 _ASKS_TWICE = "x-reproxy-url"  # H2O: the line about one of its two requests does not come
 
 logger = logging.getLogger("downloadview_async")
@@ -38,22 +40,15 @@ def hand_over(scope: Scope, order: Mapping[str, str]) -> None:
     """
     transfers: Transfers = scope[TRANSFERS]
     if transfers.proxy_log is not None and (name := request_id_of(scope)) is not None and _ASKS_TWICE not in order:
-        transfers.keeper = _Keeping(transfers.proxy_log, name).keep
+        transfers.keeper = partial(_keep, transfers.proxy_log, name)
 
 
-class _Keeping:
-    """Keeps one transfer."""
-
-    def __init__(self, path: str, request_id: str) -> None:
-        self._path = path
-        self._id = request_id
-
-    def keep(self, transfers: Transfers) -> None:
-        loop = asyncio.get_running_loop()
-        logs = _logs.get(loop) or _logs.set(loop, {})
-        if self._path not in logs:
-            logs[self._path] = _Kept(self._path)
-        logs[self._path].add(self._id, transfers)
+def _keep(path: str, request_id: str, transfers: Transfers) -> None:
+    loop = asyncio.get_running_loop()
+    logs = _logs.get(loop) or _logs.set(loop, {})
+    if path not in logs:
+        logs[path] = _Kept(path)
+    logs[path].add(request_id, transfers)
 
 
 class _Kept:
@@ -63,10 +58,9 @@ class _Kept:
         self._path = path
         self._transfers: dict[str, tuple[float, Transfers]] = {}
         self._task: asyncio.Task[None] | None = None
-        self._file: Any = None
-        self._rest = b""
 
     def add(self, request_id: str, transfers: Transfers) -> None:
+        self._end(request_id)  # a proxy may send the same id twice
         self._transfers[request_id] = time.monotonic(), transfers
         if len(self._transfers) > MOST_KEPT:
             self._end(next(iter(self._transfers)))
@@ -75,25 +69,30 @@ class _Kept:
 
     async def _follow(self) -> None:
         """Read the log while there are transfers that it may tell of."""
+        log: RotatedLog | None = None
+        logged_at = -inf
         try:
             while self._transfers:
+                delay, lines = _POLL, list[LogLine]()
                 try:
-                    lines = await asyncio.to_thread(self._read)
+                    if log is None:
+                        log = await asyncio.to_thread(RotatedLog.from_end, self._path, _BEFORE)
+                    lines = await asyncio.to_thread(_lines_of, log)
                 except OSError as exc:
-                    logger.warning("the log of the proxy cannot be read: %s", exc)
-                    await asyncio.sleep(60)
-                    lines = []
-                for line in filter(None, map(LogLine.parse, lines)):
+                    delay = _RETRY
+                    if time.monotonic() - logged_at >= _LOG_SECONDS:
+                        logged_at = time.monotonic()
+                        logger.warning("the log of the proxy cannot be read: %s", exc)
+                for line in lines:
                     self._end(line.request_id, line)
                 oldest = time.monotonic() - MOST_SECONDS
                 for request_id in [one for one, (began, _) in self._transfers.items() if began < oldest]:
                     self._end(request_id)
-                await asyncio.sleep(_POLL)
+                await asyncio.sleep(delay)
         finally:
             self._task = None
-            if self._file is not None:
-                self._file.close()
-                self._file, self._rest = None, b""
+            if log is not None:
+                log.close()
 
     def _end(self, request_id: str, line: LogLine | None = None) -> None:
         _, transfers = self._transfers.pop(request_id, (0.0, None))
@@ -102,27 +101,8 @@ class _Kept:
                 transfers.sent(line.sent if line.status in (200, 206) else 0)
             transfers.end()
 
-    def _read(self) -> Iterable[str]:
-        """Return the lines that are new. A log that was renamed is read to its end, and then the new one."""
-        if self._file is None:
-            self._file = open(self._path, "rb")  # noqa: SIM115 - it is read for as long as there are transfers
-            self._file.seek(max(0, os.fstat(self._file.fileno()).st_size - _BEFORE))
-        lines = self._lines()
-        known = os.fstat(self._file.fileno())
-        if known.st_size < self._file.tell():  # it was truncated
-            self._file.seek(0)
-        try:
-            current = os.stat(self._path)
-        except FileNotFoundError:
-            return lines
-        if (current.st_dev, current.st_ino) != (known.st_dev, known.st_ino):
-            self._file.close()
-            self._file = open(self._path, "rb")  # noqa: SIM115
-            self._rest = b""
-            lines += self._lines()
-        return lines
 
-    def _lines(self) -> list[str]:
-        *whole, self._rest = (self._rest + self._file.read(_BLOCK)).split(b"\n")
-        self._rest = self._rest[-_BLOCK:]
-        return [line.decode("utf-8", "replace") for line in whole]
+def _lines_of(log: RotatedLog) -> list[LogLine]:
+    """Return what the new lines of a log say. Raises `OSError`. Blocks."""
+    log.look()
+    return [line for lines, _ in log.read() for line in map(LogLine.parse, lines) if line is not None]

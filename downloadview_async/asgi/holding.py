@@ -55,7 +55,11 @@ class Holding:
         if message["type"] == "http.response.start":
             if message["status"] != 200 and self._offer.orders:
                 message = self._offer.withdrawn_from(message)
-            if self._offer.lent is not None and (lent := self._offer.take_lent(message)) is not None:
+            if self._offer.lent is None:
+                return self._send(message)
+            if not isinstance(message.get("headers"), list):  # they may be readable only once
+                message = {**message, "headers": list(message.get("headers", ()))}
+            if (lent := self._offer.take_lent(message)) is not None:
                 if self._outer is None:
                     self._lent = lent
                     self._held.append(message)

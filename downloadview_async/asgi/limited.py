@@ -1,6 +1,5 @@
 """`LimitsMiddleware`: limits for the answers of any application, such as Starlette's `FileResponse`."""
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -10,16 +9,18 @@ from anyio.lowlevel import checkpoint
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.asgi.accounts import Account
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.errors import send_error
 from downloadview_async.asgi.extensions import FOREIGN, PACE, PATHSEND
-from downloadview_async.asgi.limiting import Limiting, half_close_of, kept, length_of, limits_of
+from downloadview_async.asgi.limiting import Limiting, counted, half_close_of, limits_of, paced
 from downloadview_async.errors import FileError
 from downloadview_async.http.dates import parse_http_date
+from downloadview_async.http.fields import length_of
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
+from downloadview_async.http.ranges import parse_content_range
 from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
 
-_CONTENT_RANGE = re.compile(rb"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _ROUNDS = 20  # of the loop, in which an application that listens can stop, as if the client had left
 _ZERO_COPY = "http.response.zerocopysend"
 
@@ -76,6 +77,7 @@ class _Limited:
         self._send = send
         self._stack = ExitStack()
         self._small = 0  # bytes that leave in one message, at the rate of small answers
+        self._account: Account | None = None
         self._has_left = False
         self._waiting: anyio.CancelScope | None = None
         self._pending: anyio.CancelScope | None = None
@@ -115,6 +117,8 @@ class _Limited:
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self._has_left = True
+            if self._account is not None:
+                self._account.drop()
             if self._waiting is not None:
                 self._waiting.cancel()
         return message
@@ -124,6 +128,7 @@ class _Limited:
         if self._is_refused:
             raise OSError("the answer was refused, because a limit is reached")
         if message["type"] == "http.response.start" and not self._transfers.is_ours:
+            message = {**message, "headers": list(message.get("headers", ()))}  # they may be readable only once
             await self._begin(message)
         elif self._small and message["type"] != "http.response.start":
             size, self._small = self._small, 0
@@ -136,13 +141,13 @@ class _Limited:
 
     async def _begin(self, start: Message) -> None:
         """Count the transfer that begins with this start, if one does. Raises `OSError` if it is refused."""
-        length = length_of(start)
+        length = length_of(start["headers"])
         if start["status"] not in (200, 206) or length == 0:
             return
         try:
             if not self._transfers.is_held:
                 await self._hold()
-            fields = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
+            fields = {bytes(name).lower(): bytes(value) for name, value in start["headers"]}
             metadata, span = file_of(start["status"], fields, length)
             if self._transfers.counts_bytes:
                 spending = self._transfers.spend(self._scope["path"], metadata, length, (span,))
@@ -159,8 +164,11 @@ class _Limited:
         rates = self._transfers.rates
         if rates and length is not None and length <= SMALL:
             self._small, rates = length, ()
-        answer = kept(self._transfers, self._scope, self._send, rates, lambda: self._has_left)
-        self._send = self._stack.enter_context(answer)
+        if self._transfers.counts_bytes:
+            self._account = self._stack.enter_context(counted(self._transfers, self._scope, self._send))
+            self._send = self._account.send
+        if rates:
+            self._send = self._stack.enter_context(paced(rates, self._scope, self._send))
 
     async def _hold(self) -> None:
         """Hold the leases. Stop waiting for them if the client leaves."""
@@ -200,8 +208,6 @@ def file_of(status: int, fields: Mapping[bytes, bytes], length: int | None) -> t
     )
     if status == 200 and length is not None:
         return replace(metadata, size=length), ByteRange(0, length)
-    if (match := _CONTENT_RANGE.fullmatch(fields.get(b"content-range", b""))) is not None:
-        first, last, size = map(int, match.groups())
-        if first <= last < size:
-            return replace(metadata, size=size), ByteRange(first, last + 1)
-    return metadata, None  # several parts, or a body whose length is not known
+    part, size = parse_content_range(fields.get(b"content-range", b"").decode("latin-1")) or (None, None)
+    # without a size: several parts, or a body whose length is not known
+    return (metadata, None) if size is None else (replace(metadata, size=size), part)

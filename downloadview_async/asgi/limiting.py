@@ -1,19 +1,17 @@
 """Keeps the answers of `Download` within its limits: what they count, what they wait for, and how fast they leave."""
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import anyio
-from anyio.lowlevel import checkpoint
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import Facts
-from downloadview_async.asgi.accounts import Connection
+from downloadview_async.asgi.accounts import Account, Connection
 from downloadview_async.asgi.delivery import Chunks, Delivery, Descriptor, Inline, Offloaded, Path, Pieces, deliver
 from downloadview_async.asgi.disconnect import until_the_client_leaves
-from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND
-from downloadview_async.asgi.loan import Loan
+from downloadview_async.asgi.extensions import CONNECTION, PACE
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan
@@ -208,103 +206,32 @@ async def _deliver_large(
     receive: Receive | None,
     facts: Facts | None,
 ) -> None:
-    with kept(transfers, scope, send, transfers.rates) as send:
+    with ExitStack() as stack:
+        if transfers.counts_bytes:
+            send = stack.enter_context(counted(transfers, scope, send)).send
+        if transfers.rates:
+            send = stack.enter_context(paced(transfers.rates, scope, send))
         await deliver(delivery, start, send, receive=receive, facts=facts)
 
 
 @contextmanager
-def kept(
-    transfers: Transfers,
-    scope: Mapping[str, Any],
-    send: Send,
-    rates: tuple[SharedRate, ...],
-    has_left: Callable[[], bool] = lambda: False,
-) -> Iterator[Send]:
-    """Give a function that sends an answer at a part of some rates, and note at the end what was sent.
-
-    has_left: whether the client is known to have left, where the server does not tell that by its connection.
-    """
-    with ExitStack() as stack:
-        extensions = scope.get("extensions") or {}
-        if transfers.counts_bytes:
-            send = stack.enter_context(_Counting(transfers, send, extensions.get(CONNECTION), has_left)).send
-        if rates:
-            connection: Paced | None = extensions.get(PACE)
-            pace = stack.enter_context(Pace(rates, connection))
-            send = send if connection is not None else _Pausing(pace, send).send
-        yield send
+def counted(transfers: Transfers, scope: Scope, send: Send) -> Iterator[Account]:
+    """Give an account that counts what is sent of an answer by its `send`, and note that at the end."""
+    account = Account.within(scope, send)
+    try:
+        with account:
+            yield account
+    finally:
+        _, sent, is_complete = account.progress()
+        transfers.sent(sent, is_complete=is_complete)
 
 
-class _Counting:
-    """Counts what the server takes of an answer, and notes it at the end."""
-
-    def __init__(
-        self, transfers: Transfers, send: Send, connection: Connection | None, has_left: Callable[[], bool]
-    ) -> None:
-        self._has_left = has_left
-        self._transfers = transfers
-        self._send = send
-        self._connection = connection
-        self._position = 0 if connection is None else connection.position
-        self._sent = 0
-        self._length = self._head = 0  # bytes: of the body, and of the header fields of the application
-        self._loan: Loan | None = None
-        self._promised = 0
-        self._is_complete = False
-
-    def __enter__(self) -> "_Counting":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sent, is_complete, connection = self._sent, self._is_complete, self._connection
-        if self._loan is not None:
-            sent += self._loan.sent
-            is_complete = is_complete or self._loan.sent == self._promised
-        if connection is not None and not is_complete:
-            sent = connection.taken(sent, self._head, self._position)
-        self._transfers.sent(sent, is_complete=is_complete)
-
-    async def send(self, message: Message) -> None:
-        """Send a message and count its bytes."""
-        kind = message["type"]
-        if kind == PATHSEND:
-            await self._send_file(message)
-            return
-        is_dropped = self._connection is not None and self._connection.is_broken
-        await self._send(message)
-        if kind == "http.response.body":
-            is_last = not message.get("more_body", False)
-            if self._connection is None:
-                if not is_last:
-                    await checkpoint()  # lets `receive` tell that the client has left: servers drop the message then
-                is_dropped = self._has_left()
-            if is_dropped:
-                return
-            self._sent += len(message.get("body", b""))
-            self._is_complete = is_last
-        elif kind == "http.response.start":
-            self._length = length_of(message) or 0
-            self._head = sum(len(name) + len(value) + 4 for name, value in message.get("headers", ()))
-
-    async def _send_file(self, message: Message) -> None:
-        if (lent := message.get("descriptor")) is not None:
-            self._loan, self._promised = lent.loan, message["count"]
-            await self._send(message)
-            return
-        try:
-            await self._send(message)
-            self._is_complete = True
-        finally:
-            if self._connection is not None:
-                self._sent += self._connection.file_sent
-            elif self._is_complete:
-                self._sent += self._length
-
-
-def length_of(start: Message) -> int | None:
-    """Return the Content-Length of an answer, or None if it has no valid one."""
-    values = [bytes(value) for name, value in start.get("headers", ()) if bytes(name).lower() == b"content-length"]
-    return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 20 else None
+@contextmanager
+def paced(rates: tuple[SharedRate, ...], scope: Mapping[str, Any], send: Send) -> Iterator[Send]:
+    """Give a function that sends an answer at a part of some rates."""
+    connection: Paced | None = (scope.get("extensions") or {}).get(PACE)
+    with Pace(rates, connection) as pace:
+        yield send if connection is not None else _Pausing(pace, send).send
 
 
 class _Pausing:

@@ -17,10 +17,10 @@ from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, send_error
 from downloadview_async.asgi.extensions import PATHSEND, SETTLED
 from downloadview_async.asgi.handed_over import hand_over
-from downloadview_async.asgi.limiting import deliver_limited, length_of, spend
+from downloadview_async.asgi.limiting import deliver_limited, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.errors import FileError, FileMissing, TransferAborted
-from downloadview_async.http.fields import FRAMING, OFFLOAD_ORDERS, OFFLOAD_TARGET
+from downloadview_async.http.fields import FRAMING, OFFLOAD_ORDERS, OFFLOAD_TARGET, length_of
 from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
@@ -78,7 +78,7 @@ class ForeignResponse:
         if message["type"] == "http.response.start":
             message = self._without_orders(message)
             # A response without a length may be a stream whose first byte comes long after its start: do not hold that.
-            if length_of(message) is not None:
+            if length_of(message["headers"]) is not None:
                 self._held = message
                 return
         elif message["type"] == PATHSEND and "descriptor" not in message:
@@ -117,6 +117,9 @@ class ForeignResponse:
             await file.aclose()
             await send_error(exc, self._scope, self._send)
             return
+        except BaseException:  # cancelled
+            await file.aclose()
+            raise
         if (refused := refusal(is_telling=file.is_telling)) is not None:
             note_refusal(refused, self._scope["method"], self._scope["path"])
             try:
@@ -153,8 +156,8 @@ class ForeignResponse:
             for name, value in headers
             if not _is_order(name) or (start["status"] == 200 and (name.lower(), value) in self._offer.made)
         ]
-        if len(kept) == len(headers):
-            return start
+        if len(kept) == len(headers):  # the headers of another type may be readable only once
+            return start if isinstance(start.get("headers"), list) else {**start, "headers": headers}
         dropped = sorted({name.decode("latin-1") for name, _ in headers} - {name.decode("latin-1") for name, _ in kept})
         logger.warning(
             "%s %s: the application's %s is dropped: only a backend may set it, and only on a 200%s",
@@ -178,7 +181,7 @@ class ForeignResponse:
         if not is_plain(path):
             path = await anyio.to_thread.run_sync(os.path.realpath, path)  # resolve it, as the kernel does
         if self._path_send:
-            size = None if start is None else length_of(start)
+            size = None if start is None else length_of(start["headers"])
             await deliver(Path(nullcontext(path), size), start, self._send, facts=self._facts, status=self._status)
             return
         try:
@@ -224,7 +227,7 @@ class ForeignResponse:
     async def _deliver(
         self, start: Message | None, opened: OpenLocalFile, send: Send, receive: Receive | None = None
     ) -> None:
-        length = opened.metadata.size or 0 if start is None else length_of(start)
+        length = opened.metadata.size or 0 if start is None else length_of(start["headers"])
         assert length is not None
         body = (ByteRange(0, length),) if length and self._scope["method"] != "HEAD" else ()
         delivery = delivery_of(Plan(200, {}, body), opened)

@@ -1,4 +1,6 @@
-"""Header fields that several rooms have to agree on: the grammar of tokens, and sets of names."""
+"""Header fields that several rooms have to agree on: the grammar of tokens, sets of names, the length of a body."""
+
+from collections.abc import Iterable
 
 TOKEN_CHAR = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
 """One character of a token [RFC 9110 5.6.2], as a regular expression."""
@@ -48,6 +50,12 @@ def reserve_offload_headers(*, orders: set[str], controls: set[str]) -> None:
     """Reserve headers for backends: orders name the file, controls tell the proxy how to send it."""
     OFFLOAD_ORDERS.update(orders)
     OFFLOAD_HEADERS.update(orders, controls)
+
+
+def length_of(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """Return the Content-Length among the header fields of an answer; None if it is missing, repeated or invalid."""
+    values = [bytes(value) for name, value in headers if bytes(name).lower() == b"content-length"]
+    return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 20 else None
 
 
 REQUEST_ID_PARAMETER = "x-request-id"

@@ -1,4 +1,4 @@
-"""The Range header, RFC 9110 section 14: text in, byte ranges of a file out."""
+"""Range and Content-Range, RFC 9110 section 14: text in, byte ranges of a file out."""
 
 import re
 from typing import Literal
@@ -12,6 +12,7 @@ NEAR = 256 * 1024
 """Bytes: reading over a gap this small costs less than another read of a remote file."""
 
 _SPEC = re.compile("([0-9]*)-([0-9]*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
 _HUGE = 1 << 63  # no file is so long; once first and last are compared, larger numbers mean the same
 
 RangeSpec = tuple[int | None, int | None]
@@ -51,6 +52,18 @@ def parse_range(value: str) -> list[RangeSpec] | None:
             return None
         specs.append((first, last))
     return specs or None
+
+
+def parse_content_range(value: str) -> tuple[ByteRange, int | None] | None:
+    """Return the part and the size that the Content-Range of an answer names, or None if it does not parse.
+
+    The size is None for `*`, which stands for an unknown one.
+    """
+    match = _CONTENT_RANGE.fullmatch(value)
+    if match is None:
+        return None
+    first, last, size = int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])
+    return (ByteRange(first, last + 1), size) if first <= last and (size is None or last < size) else None
 
 
 def select_ranges(specs: list[RangeSpec], size: int) -> list[ByteRange] | Literal["whole", "unsatisfiable"]:

@@ -16,7 +16,7 @@ from downloadview_async.http.digest import Digests, parse_repr_digest
 from downloadview_async.http.fields import OFFLOAD_ORDERS
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata, is_meaningful
 from downloadview_async.http.negotiation import content_coding
-from downloadview_async.http.ranges import RangeSpec, parse_range, select_ranges
+from downloadview_async.http.ranges import RangeSpec, parse_content_range, parse_range, select_ranges
 from downloadview_async.http.request import DownloadRequest
 
 # With these statuses an upstream may refuse a HEAD, a Range or a precondition, which it could have ignored. 404, 410
@@ -35,7 +35,6 @@ _CLOCKS = 60  # seconds by which the clock of an upstream may differ from ours i
 # proxy or to our client. Content-Length, -Type, -Range, ETag and Last-Modified are read, checked and generated anew.
 _PASSED_HEADERS = ("content-encoding", "content-language", "cache-control", "expires", "vary", "age")
 
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,18})", re.IGNORECASE)
 _LENGTH = re.compile("[0-9]{1,18}")
 _RETRY_AFTER = re.compile("[0-9]{1,9}")
@@ -248,14 +247,13 @@ def content_length(fields: Mapping[str, str]) -> int | None:
 def content_range(fields: Mapping[str, str]) -> tuple[ByteRange, int | None]:
     """Return the part and the size that a 206 names. Raises `UpstreamError` if it does not parse."""
     value = fields.get("content-range", "")
-    match = _CONTENT_RANGE.fullmatch(value)
-    if match is None or int(match[1]) > int(match[2]) or (match[3] != "*" and int(match[2]) >= int(match[3])):
+    if (named := parse_content_range(value)) is None:
         raise UpstreamError(f"the upstream sent an invalid Content-Range: {value!r}")
-    part = ByteRange(int(match[1]), int(match[2]) + 1)
+    part, size = named
     length = content_length(fields)
     if length is not None and length != len(part):
         raise UpstreamError(f"the upstream sent a Content-Length of {length} with a Content-Range of {value!r}")
-    return part, None if match[3] == "*" else int(match[3])
+    return part, size
 
 
 def _is_unusable_part(answer: Answer) -> bool:

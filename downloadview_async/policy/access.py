@@ -120,13 +120,13 @@ def access_of(access: Access | Sequence[Access] | None) -> tuple[Access, ...]:
 async def allow(access: tuple[Access, ...], request: Request, name: Any) -> tuple[Grant, tuple[Access, ...]]:
     """Return the grant of the first in `access` that allows the request, and who decides about what is below a folder.
 
-    These are the ones in `access` that have to be asked about each name below; none if the first one covers them all.
+    These have to be asked about each name below; none if the first one covers them all.
 
     Raises the error of the only one, and with several the error that `_refusal` chooses. Raises `SourceUnavailable` if
     one of them fails, so that the file is not sent by mistake.
     """
     refusals: list[FileError] = []
-    for one in access:
+    for number, one in enumerate(access):
         try:
             verdict: object = await one(request, name)
         except FileError as exc:
@@ -136,9 +136,9 @@ async def allow(access: tuple[Access, ...], request: Request, name: Any) -> tupl
             logger.exception("the decision about access has failed")
             raise SourceUnavailable("the decision about access has failed") from exc
         if isinstance(verdict, Grant):
-            return verdict, _asked_below(access, one)
+            return verdict, _asked_below(access, number, name)
         if verdict is True:
-            return _PLAIN, _asked_below(access, one)
+            return _PLAIN, _asked_below(access, number, name)
         if verdict is not False and verdict is not None:
             # Such as a coroutine that was not awaited, which `if` would take for True.
             raise SourceUnavailable(f"access gave {verdict!r} instead of True, False or a Grant: is an await missing?")
@@ -147,13 +147,42 @@ async def allow(access: tuple[Access, ...], request: Request, name: Any) -> tupl
     raise _refusal(refusals, may_be_link=bool(request.scope["query_string"]))
 
 
-def _asked_below(access: tuple[Access, ...], granting: Access) -> tuple[Access, ...]:
-    """Return those who have to be asked about each name below a folder that `granting` has allowed."""
-    return () if _covers_below(granting) else tuple(one for one in access if not _covers_below(one))
+def _asked_below(access: tuple[Access, ...], granting: int, folder: Any) -> tuple[Access, ...]:
+    """Return those who decide about each name below a folder that the one with the number `granting` has allowed.
+
+    Of those that cover what is below, the ones before it have refused the folder, and the others were not asked yet.
+    """
+    if _covers_below(access[granting]):
+        return ()
+    return tuple(
+        _AboutFolder(one, folder) if _covers_below(one) else one
+        for number, one in enumerate(access)
+        if number > granting or not _covers_below(one)
+    )
 
 
 def _covers_below(access: Access) -> bool:
-    return isinstance(access, CoversBelow) and access.covers_below is True
+    return getattr(access, "covers_below", False) is True  # see `CoversBelow`, by which `isinstance` takes far longer
+
+
+class _AboutFolder:
+    """Decides about all that is below a folder as an access does about the folder, which is asked about it once."""
+
+    def __init__(self, access: Access, folder: Any) -> None:
+        self._access = access
+        self._folder = folder
+        self._verdict: bool | Grant | None = None
+        self._is_asked = False
+
+    async def __call__(self, request: Request, name: Any) -> bool | Grant | None:
+        if not self._is_asked:
+            try:
+                self._verdict = await self._access(request, self._folder)
+            except FileError as exc:
+                if exc.status >= 500:
+                    raise
+            self._is_asked = True
+        return self._verdict
 
 
 def _refusal(refusals: list[FileError], *, may_be_link: bool) -> FileError:

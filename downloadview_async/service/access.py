@@ -39,7 +39,6 @@ logger = logging.getLogger("downloadview_async")
 SIGNED = {"signed": "complete", "secure_link": "secure_link"}
 """The formats of links by the words for them in the access of a route."""
 
-_HOOK = "hook:"
 USER = "user:"
 _PATIENCE = 5.0  # seconds
 
@@ -179,7 +178,7 @@ def _access_of(
         elif one.startswith(USER):
             names.append(one.removeprefix(USER))
         else:
-            yield function_of(settings, f"{key}[{number}]", one.removeprefix(_HOOK))
+            yield function_of(settings, f"{key}[{number}]", one)
     if names:  # together, so that a password is checked once
         assert users is not None  # the settings have been checked
         with settings.blaming(key):

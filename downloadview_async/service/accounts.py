@@ -29,7 +29,6 @@ from downloadview_async.service.functions import function_of
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.settings import DatabaseUnavailable, Settings
 
-_HOOK = "hook:"
 _PATIENCE = 10.0  # seconds that a database may take at the start
 
 logger = logging.getLogger("downloadview_async")
@@ -54,7 +53,7 @@ class Service(Starlette):
         self._settings = settings
         self._metrics = metrics
         self._listeners: list[Callable[[Outcome], Any]] = [
-            function_of(settings, f"accounts.listeners[{index}]", name.removeprefix(_HOOK))
+            function_of(settings, f"accounts.listeners[{index}]", name)
             for index, name in enumerate(settings.accounts.listeners)
         ]
         if (log := settings.log) is not None:

@@ -7,15 +7,21 @@ from typing import Any
 
 from downloadview_async.service.settings import Settings
 
+HOOK = "hook:"
+"""Begins the name of a function where a setting may have other values, too."""
+
 
 def function_of(settings: Settings, key: str, name: str) -> Callable[..., Any]:
     """Return the function named `module:function`, and put the directory of the settings on the import path.
+
+    name: with or without `HOOK` before it.
 
     Raises `ConfigurationError` for `key` if there is no such function.
     """
     directory = str(settings.origin.directory)
     if directory not in sys.path:
         sys.path.insert(0, directory)
+    name = name.removeprefix(HOOK)
     module, _, path = name.partition(":")
     try:
         imported: Any = importlib.import_module(module)

@@ -1,6 +1,7 @@
 """The limits of clients and of sources, as the settings give them."""
 
 import logging
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,13 +12,12 @@ import msgspec
 
 from downloadview_async import Limits, SourceLimit, proxy_kinds
 from downloadview_async.service.access import trusted_proxies
-from downloadview_async.service.functions import function_of
+from downloadview_async.service.functions import HOOK, function_of
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.settings import RouteLimitsSettings, Settings, Unavailable
 
 logger = logging.getLogger("downloadview_async")
 
-_HOOK = "hook:"
 _PATIENCE = 5.0  # seconds
 
 
@@ -57,17 +57,23 @@ def service_limits(settings: Settings) -> ServiceLimits:
 def _limits(settings: Settings, key: str, limits: RouteLimitsSettings, name: str) -> Limits:
     options: dict[str, Any] = msgspec.structs.asdict(limits)
     client = limits.client
-    if client.startswith(_HOOK):
-        options["client"] = function_of(settings, f"{key}.client", client.removeprefix(_HOOK))
+    if client.startswith(HOOK):
+        options["client"] = function_of(settings, f"{key}.client", client)
     elif client.startswith("header:"):
         with settings.blaming("server.forwarded_allow_ips"):
             options["trusted"] = trusted_proxies(settings)
     options["queue_seconds"] = options.pop("queue_timeout")
-    options["proxy_log"] = settings.accounts.proxy_log
+    options["proxy_log"] = _log_of(settings)
     if settings.limits is not None:
         options |= {"store": settings.limits.store, "when_store_fails": settings.limits.when_store_fails}
     with settings.blaming(key):
         return Limits(**options, name=name)
+
+
+def _log_of(settings: Settings) -> str | None:
+    """Return the log that tells the end of what a proxy sends; None without one: S3 delivers its logs hours later."""
+    log = settings.accounts.proxy_log
+    return None if log is None or os.path.isdir(log) else log
 
 
 @asynccontextmanager
@@ -81,7 +87,7 @@ async def opened_limits(settings: Settings, limits: ServiceLimits, *, warns: boo
     every = [*limits.routes.values(), *([] if limits.common is None else [limits.common])]
     if warns and settings.offload.backend is not None:
         kind = proxy_kinds()[settings.offload.backend]
-        has_log = settings.accounts.proxy_log is not None and settings.offload.backend != "h2o"
+        has_log = _log_of(settings) is not None and settings.offload.backend != "h2o"
         if not has_log and any(one.concurrent is not None for one in every):
             logger.warning(
                 "`concurrent` of limits counts the transfers of the service itself: one that %s sends ends when it is "

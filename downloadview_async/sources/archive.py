@@ -75,7 +75,7 @@ _ASKED = 50  # names about which access decides before other requests get their 
 _ASKING = 4  # archives of a source for which access is asked about each name at the same time
 _SEPARATOR = "\0"  # no name has it
 _ALLOWED = _SEPARATOR * 2  # before the digest of the names that are allowed: no name is empty
-_Chosen = tuple[str, ...]  # a folder, names in it, and the digest of the names that are allowed, if not all are
+_Chosen = tuple[str, ...]  # a folder, names in it, and the name of the `AllowedEntries`, if not all are allowed
 _Tree = dict[str, list[Version]]  # the entries of each folder
 
 
@@ -227,11 +227,10 @@ class AllowedEntries:
     """The entries of a folder that one request may have.
 
     name: that of the archive which has nothing else; `ArchiveSource.resolve` takes it as long as this object exists.
-    digest: that of `entries`. entries: the names in the source; those of folders end in a slash.
+    entries: the names in the source; those of folders end in a slash.
     """
 
     name: str
-    digest: str
     entries: frozenset[str]
 
 
@@ -265,7 +264,7 @@ class FolderArchive(Archive):
 
     async def _laid_out(self) -> _LaidOut:
         """Return the layout that another connection has made in the last `SHARED_SECONDS`, or a new one."""
-        only = () if self._allowed is None else ("", self._allowed.digest)
+        only = () if self._allowed is None else (self._allowed.name,)
         recent, key = self._source.recent, (self._folder, *sorted(self._names), *only)
         async with _one_at_a_time(self._source.laying_out, key):
             now = time.monotonic()
@@ -443,7 +442,7 @@ class ArchiveSource:
         with await self._asking.take():
             entries = await FolderArchive(self, folder, names).ask(may_have)
         digest = blake2b(_SEPARATOR.join(sorted(entries)).encode("utf-8", "surrogatepass"), digest_size=16)
-        allowed = AllowedEntries(f"{chosen}{_ALLOWED}{digest.hexdigest()}", digest.hexdigest(), entries)
+        allowed = AllowedEntries(f"{chosen}{_ALLOWED}{digest.hexdigest()}", entries)
         return self._allowed.setdefault(allowed.name, allowed)
 
     async def resolve(self, name: str, /) -> FolderArchive:

@@ -287,6 +287,18 @@ def test_a_process_that_joins_is_not_taken_for_ended(tmp_path: Path, monkeypatch
     assert tried == ["lock"]
 
 
+@pytest.mark.parametrize("name", ["1-aa.json", "ended.json"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 9, b'{"samples": {}'])
+def test_a_file_that_a_machine_has_lost_at_its_end_counts_as_empty(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "1-aa.live").touch()
+    (tmp_path / name).write_bytes(content)
+    shared = SharedSamples(tmp_path)
+    for _ in range(2):
+        shared.write({"processes": {(): 1}})
+        assert shared.total() == {"processes": {(): 1}}
+    shared.close()
+
+
 def test_samples_of_another_version_are_left_out(tmp_path: Path) -> None:
     rows = {"requests": [["too", "few", 1]], "unknown": [[1]], "processes": [[1]]}
     (tmp_path / "ended.json").write_text(json.dumps({"merged": [], "samples": rows}))

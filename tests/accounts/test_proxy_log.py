@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from downloadview_async.accounts.completion import Delivered, Span, delivered
 from downloadview_async.accounts.completion_store import Place
 from downloadview_async.accounts.proxy_log import LogLine
-from downloadview_async.accounts.rotated_log import open_log
+from downloadview_async.accounts.rotated_log import RotatedLog, open_log
 from tests.accounts.test_completion import outcome
 
 
@@ -204,6 +206,25 @@ def test_a_log_is_read_once(log: Path) -> None:
     assert reading.lines() == ["5"]
 
 
+@pytest.mark.parametrize(("count", "lines"), [(0, []), (1, [""]), (2, ["3"]), (3, ["", "3"]), (99, ["1", "2", "3"])])
+def test_the_end_of_a_log_is_read_and_what_follows(log: Path, count: int, lines: list[str]) -> None:
+    append(log, "3\n")
+    log.with_name("downloads.log.1").write_text("of the last minute\n")
+    os.utime(log.with_name("downloads.log.1"), (time.time() - 30,) * 2)
+    reading = RotatedLog.from_end(str(log), count)
+
+    def read() -> list[str]:
+        reading.look()
+        return [line for lines, _ in reading.read() for line in lines]
+
+    assert read() == lines
+    append(log, "4\n")
+    log.rename(log.with_name("downloads.log.2"))
+    log.write_text("5\n")
+    assert sorted(read()) == ["4", "5"]
+    reading.close()
+
+
 @pytest.mark.parametrize("is_running", [True, False])
 @pytest.mark.parametrize("name", ["downloads.log.1", "downloads-2026-11-29T00-00-00.000.log"])
 def test_a_renamed_log_is_read_to_its_end(log: Path, name: str, is_running: bool) -> None:
@@ -339,3 +360,47 @@ def test_a_log_of_a_directory_that_is_removed_meanwhile_is_left_out(tmp_path: Pa
     (tmp_path / "A").unlink()
     assert [lines for lines, _ in log.read()] == [["2"]]
     log.close()
+
+
+@pytest.mark.parametrize("kind", ["directory", "renamed logs"])
+def test_a_log_that_is_removed_while_its_directory_is_read_is_left_out(tmp_path: Path, log: Path, kind: str) -> None:
+    has_ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not has_ended.is_set():
+            for number in range(50):
+                (tmp_path / f"{log.name}.{number}").touch()
+            for number in range(50):
+                (tmp_path / f"{log.name}.{number}").unlink()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(300):
+            reading = open_log(str(tmp_path if kind == "directory" else log), [])
+            reading.look()
+            reading.close()
+    finally:
+        has_ended.set()
+        thread.join()
+
+
+def test_many_logs_of_a_directory_cost_no_more_each(tmp_path: Path) -> None:
+    reading, reads = Reading(tmp_path), 0
+
+    def count(frame: object, event: str, function: Any) -> None:
+        nonlocal reads
+        reads += event == "c_call" and function is os.pread
+
+    for begin in (0, 100):
+        for number in range(begin, begin + 100):
+            (tmp_path / f"{number:03}").write_text(f"{number}\n")
+        reads = 0
+        sys.setprofile(count)
+        try:
+            lines = reading.lines()
+        finally:
+            sys.setprofile(None)
+        assert lines == [f"{number}" for number in range(begin, begin + 100)]
+        assert 100 <= reads < 1000
+    reading.log.close()

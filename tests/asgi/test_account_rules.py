@@ -6,11 +6,13 @@ import gc
 import logging
 import os
 import re
+import resource
 import socket
+import ssl
 import struct
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
@@ -37,6 +39,8 @@ from downloadview_async.asgi import accounts
 from downloadview_async.asgi.accounts import new_request_id
 from downloadview_async.asgi.extensions import CONNECTION
 from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.uvicorn.sockets import untaken_bytes
+from tests.asgi.test_limits import certificate
 from tests.live import ask, live, make_old
 from tests.observed import Observed
 
@@ -903,6 +907,58 @@ async def test_the_end_of_a_chunked_body_is_not_a_part_of_it() -> None:
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             with anyio.fail_after(30):
                 assert await taken == 1000
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open("/dev/null", os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("unwatched", [1, 2])
+async def test_a_request_over_tls_for_which_no_descriptor_is_left(tmp_path: Path, unwatched: int) -> None:
+    """What the client has taken of another answer neither counts for this one nor is missing there."""
+    taken: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    is_read, limits = anyio.Event(), contextlib.ExitStack()
+    body = b"1" * 1000
+
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        limits.close()
+        connection = scope["extensions"][CONNECTION]
+        position, is_first = connection.position, scope["path"] == "/1"
+        length = (b"content-length", b"1000" if is_first else b"9999")
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        await send({"type": "http.response.body", "body": body, "more_body": not is_first})
+        if not is_first:
+            await is_read.wait()
+            while untaken_bytes(connection):
+                await asyncio.sleep(0.01)
+            writer.transport.abort()
+            while not connection.has_failed():
+                await asyncio.sleep(0.01)
+            taken.set_result(connection.taken(1000, len(length[0] + length[1]) + 4, position))
+
+    options = certificate(tmp_path)
+    async with live(endpoint, http=DownloadProtocol, **options) as port:
+        trusting = ssl.create_default_context(cafile=options["ssl_certfile"])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting, server_hostname="localhost")
+        for number in (1, 2):
+            with limits:
+                if number == unwatched:
+                    gc.collect()  # no descriptor must become free meanwhile
+                    limits.enter_context(no_descriptor_left())
+                writer.write(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number)
+                await reader.readuntil(b"\r\n\r\n")
+                assert await reader.readexactly(1000) == body
+        is_read.set()
+        with anyio.fail_after(20):
+            assert 1000 - 32 <= await taken <= 1000
 
 
 @pytest.mark.parametrize("is_async", [True, False])

@@ -252,6 +252,19 @@ async def test_an_access_that_covers_what_is_below_is_asked_once(root: Path) -> 
     assert "reports/2026/june.pdf" in others.asked
 
 
+@pytest.mark.parametrize("refused", [[], ["", "b.txt"]])
+async def test_an_access_that_covers_what_is_below_may_allow_what_one_before_it_refuses(
+    root: Path, refused: list[str]
+) -> None:
+    first, covering = Refusing("b.txt", "reports/empty/"), Refusing(*refused, covers_below=True)
+    async with live(application(root, access=[first, covering])) as port:
+        names = names_of(await ask(port, "/files/?archive=zip"))
+        assert (await ask(port, "/files/b.txt")).status == (404 if refused else 200)
+    refuses = ("b.txt", "reports/a.txt", "reports/empty/") if refused else ()
+    assert names == [name for name in ["b.txt", *REPORTS] if name not in refuses]
+    assert covering.asked == ["", "b.txt"]
+
+
 async def test_users_and_links_are_not_asked_about_each_name() -> None:
     users = dv.ProxyUsers("X-User", trusted=["*"])
     for access in (users.allow("ada"), dv.SignedLinks(SIGNER)):

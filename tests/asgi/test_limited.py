@@ -17,11 +17,12 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
-from tests.asgi.test_limits import BIG, SERVERS, SMALL, body_of, held, transfers_of, until_it_is
+from tests.asgi.test_limits import BIG, SCOPE, SERVERS, SMALL, body_of, held, transfers_of, until_it_is
+from tests.descriptors import open_paths
 from tests.live import Answer, ask, live, make_old
 
 WAYS = ["file", "static", "stream", "ours", "download", "downloads"]
@@ -115,6 +116,25 @@ async def test_quotas(files: Path, server: Any, way: str) -> None:
         statuses = [(await ask(port, f"/{way}/small.bin")).status for _ in range(4)]
         assert statuses == [200, 200, 429, 429]  # the large one may be continued
         assert (await ask(port, f"/{way}/small.bin")).body.endswith(b"at most 4 downloads per day")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_quota_counts_what_the_outcome_counts(files: Path, way: str) -> None:
+    """Of an answer that the client resets, too: what waited for the client and was dropped counts in neither."""
+    limits = dv.Limits(quota="5GB/day", concurrent=1)
+    outcomes: list[dv.Outcome] = []
+    async with live(dv.Accounts(limited(files, limits), observers=[outcomes.append]), http=DownloadProtocol) as port:
+        async with held(port, f"/{way}/large.bin") as client:
+            await client.reader.readexactly(1 << 20)
+            client.writer.transport.abort()
+        with anyio.fail_after(20):
+            while not outcomes or transfers_of(limits):
+                await asyncio.sleep(0.01)
+    store: Any = limits._store
+    (known,) = store._clients.values()
+    ((_, spent),) = known.spent.values()
+    assert spent == outcomes[0].sent < 120_000_000
 
 
 @pytest.mark.asyncio
@@ -230,6 +250,83 @@ async def test_a_proxy_keeps_the_rate_and_its_transfers_count(files: Path) -> No
         assert (refused.status, "x-accel-redirect" in refused.headers) == (429, False)
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("around", ["limits", "offload"])
+@pytest.mark.parametrize("server", SERVERS)
+async def test_header_fields_that_can_be_read_once_arrive(server: Any, around: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = iter([(b"content-length", b"%d" % len(SMALL)), (b"x-made", b"here")])
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": SMALL})
+
+    nginx = dv.XAccelRedirect([dv.Rule("/srv", "/_files/")])
+    wrapped: ASGIApp = (
+        dv.LimitsMiddleware(app, limits=dv.Limits(quota="1MB/day"))
+        if around == "limits"
+        else dv.OffloadMiddleware(app, nginx, pathsend=True)
+    )
+    async with live(wrapped, http=server) as port:
+        answer = await ask(port, "/")
+    assert (answer.headers.get("x-made"), answer.body) == ("here", SMALL)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("offload", [None, True])
+async def test_header_fields_of_an_offloaded_answer_that_middleware_makes_readable_once(
+    files: Path, offload: bool | None
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_once(message: Message) -> None:
+            if "headers" in message:
+                message = {**message, "headers": iter(message["headers"])}
+            await send(message)
+
+        response = dv.DownloadResponse(dv.LocalFile(files / "small.bin"), offload=offload)
+        await response(scope, receive, send_once)
+
+    nginx = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    async with live(dv.OffloadMiddleware(app, nginx)) as port:
+        answer = await ask(port, "/")
+    assert answer.headers.get("x-accel-redirect") == "/_files/small.bin"
+
+
+@pytest.mark.asyncio
+async def test_a_file_for_a_proxy_is_closed_if_the_request_is_cancelled_in_the_queue(files: Path) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/stream":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await anyio.sleep_forever()
+        await FileResponse(files / "small.bin")(scope, receive, send)
+
+    async def receive() -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        pass
+
+    def task(path: str) -> "asyncio.Task[None]":
+        scope = {**SCOPE, "path": path, "extensions": {}}
+        return asyncio.create_task(limited(scope, receive, send))  # type: ignore[arg-type]
+
+    limits = dv.Limits(concurrent=1, mode="queue")
+    nginx = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    limited = dv.LimitsMiddleware(dv.OffloadMiddleware(app, nginx, pathsend=True), limits=limits)
+    first = task("/stream")
+    with anyio.fail_after(20):
+        while not transfers_of(limits):
+            await asyncio.sleep(0.01)
+        second = task("/file")
+        while not limits._queues:
+            await asyncio.sleep(0.01)
+    assert str(files / "small.bin") in open_paths()
+    for one in (second, first):
+        one.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert str(files / "small.bin") not in open_paths()
+    assert transfers_of(limits) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.parametrize("server", SERVERS)
@@ -315,3 +412,46 @@ async def test_a_transfer_whose_line_does_not_come_ends_in_time(
         with anyio.fail_after(20):
             while (await ask(port, "/big.bin")).status != 200:
                 await asyncio.sleep(0.05)
+
+
+@pytest.mark.asyncio
+async def test_a_log_that_cannot_be_read_for_a_while(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, renamed = tmp_path / "downloads.log", tmp_path / "downloads.log.1"
+    log.touch()
+    limits = dv.Limits(concurrent=2, proxy_log=str(log))
+    backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    app = dv.OffloadMiddleware(dv.Download(dv.PathSource(files), limits=limits), backend)
+    async with live(dv.Accounts(app, sends_request_id=True)) as port:
+        begun = [(await ask(port, "/big.bin")).headers["x-request-id"] for _ in range(2)]
+        log.rename(renamed)
+        log.mkdir()
+        with anyio.fail_after(20):
+            while "cannot be read" not in caplog.text:
+                await asyncio.sleep(0.01)
+        log.rmdir()
+        with renamed.open("a") as file:
+            file.write(line_of(begun[0], 9))
+        log.write_text(line_of(begun[1], 9))
+        with anyio.fail_after(20):
+            while transfers_of(limits):
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.asyncio
+async def test_two_transfers_of_a_proxy_with_the_same_id_both_end(files: Path, tmp_path: Path) -> None:
+    """A proxy that tries another server, or the same one again, sends the same request."""
+    log, name = tmp_path / "downloads.log", "of-the-proxy"
+    log.touch()
+    limits = dv.Limits(concurrent=2, proxy_log=str(log))
+    backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    app = dv.OffloadMiddleware(dv.Download(dv.PathSource(files), limits=limits), backend)
+    async with live(dv.Accounts(app, trusted_proxies=["127.0.0.1"])) as port:
+        for _ in range(2):
+            assert (await ask(port, "/big.bin", headers={"X-Request-Id": name})).status == 200
+        with log.open("a") as file:
+            file.write(line_of(name, 9))
+        with anyio.fail_after(20):
+            while transfers_of(limits):
+                await asyncio.sleep(0.01)

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import downloadview_async as dv
 from downloadview_async.asgi.extensions import PACE
 from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.uvicorn.sockets import unpaced_segments
 from tests.live import Answer, ask, live, make_old, parse
 
 SMALL = b"small" * 100
@@ -602,6 +603,28 @@ async def test_the_first_bytes_keep_a_low_rate_too(files: Path, way: str) -> Non
     async with live(app, http=DownloadProtocol) as port:
         seconds = await body_of(port, "/part.bin", size=300_000)
     assert seconds > 1.8  # the last segments leave at once
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_the_head_of_a_paced_answer_takes_the_segments_that_the_kernel_does_not_pace(loop: str) -> None:
+    left: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        connection = scope["extensions"][PACE]
+        left.append(unpaced_segments(connection))
+        connection.pace(100_000)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"500")]})
+        left.append(unpaced_segments(connection))
+        await send({"type": "http.response.body", "body": SMALL})
+
+    async def answer() -> Answer:
+        async with live(app, http=DownloadProtocol) as port:
+            return await ask(port, "/")
+
+    run: Any = pytest.importorskip(loop).run
+    answered = run(answer())
+    assert (answered.status, answered.body) == (200, SMALL)
+    assert left == [10, 0]
 
 
 @pytest.mark.asyncio

@@ -12,6 +12,7 @@ from downloadview_async.http.ranges import (
     NEAR,
     RangeSpec,
     in_order_of_the_file,
+    parse_content_range,
     parse_range,
     read_from,
     reads_of,
@@ -310,3 +311,26 @@ def test_what_is_read_with_a_part(wanted: str | None, size: int | None, read: tu
 def test_the_order_of_the_file() -> None:
     parts = [ByteRange(4, 6), ByteRange(0, 1), ByteRange(2, 3)]
     assert in_order_of_the_file(parts) == [ByteRange(0, 1), ByteRange(2, 3), ByteRange(4, 6)]
+
+
+CONTENT_RANGES = {
+    "bytes 0-4/10": (ByteRange(0, 5), 10),
+    "Bytes 9-9/10": (ByteRange(9, 10), 10),
+    "bytes 2-3/*": (ByteRange(2, 4), None),
+    f"bytes 0-0/{'9' * 18}": (ByteRange(0, 1), 10**18 - 1),
+    f"bytes 0-0/{'9' * 19}": None,
+    "bytes 5-2/10": None,
+    "bytes 5-2/*": None,
+    "bytes 0-10/10": None,
+    "bytes */10": None,
+    "bytes 0-4/10, bytes 5-6/10": None,
+    "bytes 0-4": None,
+    "items 0-4/10": None,
+    "bytes ٣-٥/9": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize(("value", "named"), CONTENT_RANGES.items())
+def test_the_part_that_an_answer_names(value: str, named: tuple[ByteRange, int | None] | None) -> None:
+    assert parse_content_range(value) == named

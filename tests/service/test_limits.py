@@ -138,6 +138,20 @@ async def test_a_proxy_that_cannot_limit_the_rate_is_named_at_the_start(
 
 
 @pytest.mark.asyncio
+async def test_a_directory_of_logs_of_s3_does_not_tell_the_end_of_what_a_proxy_sends(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (directory / "s3").mkdir()
+    accounts = '[accounts]\ndatabase = "sqlite+aiosqlite:///accounts.db"\nproxy_log = "s3"\n'
+    app = app_of(directory, limits_with("concurrent = 1") + f'[offload]\nbackend = "nginx"\n{accounts}')
+    with caplog.at_level(logging.WARNING):
+        async with app.router.lifespan_context(app), live(app) as port:
+            answers = [await ask(port, "/files/big.bin") for _ in range(2)]
+    assert [(one.status, "x-accel-redirect" in one.headers) for one in answers] == [(200, True)] * 2
+    assert "ends when it is handed over" in caplog.text
+
+
+@pytest.mark.asyncio
 async def test_a_store_that_does_not_answer(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = limits_with('requests = "1/minute"\nstore = "redis://:secret@127.0.0.1:1/0"')
     app = app_of(directory, text)

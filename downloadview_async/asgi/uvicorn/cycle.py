@@ -10,12 +10,14 @@ from downloadview_async.asgi.extensions import PATHSEND, PREPARED, REQUEST_ID
 from downloadview_async.asgi.prepared_head import PreparedHead, is_ordinary
 from downloadview_async.asgi.uvicorn.internals import STATUS_LINE, RequestResponseCycle, protocol_of
 from downloadview_async.asgi.uvicorn.sendfile import send_file, send_path, send_pieces
-from downloadview_async.asgi.uvicorn.sockets import Connection, reset, send_in_segments
+from downloadview_async.asgi.uvicorn.sockets import Connection, reset
 
 if TYPE_CHECKING:
     from downloadview_async.asgi.accounts import Account
 
 CONNECTION_CLOSE = (b"connection", b"close")
+
+_PIECE = 8  # bytes of each but the first segment of a head
 
 _default_lines: tuple[list[tuple[bytes, bytes]], bytes | None] = [], b""
 
@@ -186,11 +188,12 @@ class _SegmentingTransport:
         self.close = connection.transport.close
 
     def write(self, data: bytes) -> None:
-        """Send the head of the answer."""
+        """Send the head of the answer. A transport that holds nothing makes a segment of each piece."""
         transport = self._cycle.transport = self._connection.transport
-        if not transport.get_write_buffer_size():
-            data = data[send_in_segments(self._connection, data, self._count) :]
-        transport.write(data)
+        first = max(1, len(data) - _PIECE * (self._count - 1))  # clients look at the status line first
+        transport.write(data[:first])
+        for start in range(first, len(data), _PIECE):
+            transport.write(data[start : start + _PIECE])
 
 
 def _path_send_of(message: Message) -> Callable[..., Awaitable[None]]:

@@ -37,7 +37,7 @@ class CountingTransport:
 
 
 class EncryptedStream:
-    """Counts the bytes of all answers on a connection, and how many of them the client has taken.
+    """Tells how much of all answers on a connection the client has taken.
 
     The loop closes the socket before it tells the protocol of a loss, so from `open` to `close` this has a duplicate of
     its descriptor.
@@ -49,7 +49,7 @@ class EncryptedStream:
         self._transport = transport
         self._number: int | None = None
         self._before: int | None = None  # encrypted bytes of the handshake
-        self._end = 0
+        self._end: int | None = None  # encrypted bytes that were acknowledged when the descriptor was closed
 
     @property
     def position(self) -> int:
@@ -59,21 +59,26 @@ class EncryptedStream:
     def open(self, connection: Connection) -> None:
         """Begin to watch the socket, if that is not done already. Raises `OSError`."""
         if self._number is None:
+            self._end = None
             self._number = os.dup(socket_number(connection))
             if self._before is None:
-                self._before = acknowledged(self._number) + queued(self._number)
+                self._before = acknowledged(self._number) + queued(self._number) - self._encrypted
 
     def taken(self) -> int | None:
-        """Return up to which position the client's machine has acknowledged the stream; None if nobody knows.
+        """Return up to which position the client's machine has acknowledged the stream; None if that is not known.
 
         Only all records together are known, so the position may be wrong by a few bytes for each record on its way.
         """
-        if self._before is None:
-            return None
         end = self._end if self._number is None else acknowledged(self._number)
-        written = self._transport.written
-        encrypted = written + self._transport.records * _RECORD_FRAMING
+        if self._before is None or end is None:
+            return None
+        written, encrypted = self._transport.written, self._encrypted
         return min(written, max(0, end - self._before) * written // encrypted) if encrypted else 0
+
+    @property
+    def _encrypted(self) -> int:
+        """The bytes of the stream after its encryption."""
+        return self._transport.written + self._transport.records * _RECORD_FRAMING
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -16,7 +16,6 @@ _UNPACED = 2 ** (8 * struct.calcsize("N")) - 1
 _ACKNOWLEDGED = 120  # where `tcpi_bytes_acked` is in Linux' `tcp_info`
 _SEGMENTS = 156  # where `tcpi_data_segs_out` is
 _UNPACED_SEGMENTS = 10  # with data, at the beginning of a connection, which Linux does not pace
-_PIECE = 8  # bytes
 
 
 class Connection(Protocol):
@@ -110,27 +109,6 @@ def _of_tcp_info(number: int, offset: int, kind: str) -> int | None:
     finally:
         sock.detach()  # the number belongs to another object
     return int(struct.unpack_from(kind, told, offset)[0]) if len(told) >= end else None
-
-
-def send_in_segments(connection: Connection, data: bytes, count: int) -> int:
-    """Send the head of an answer in so many segments, the last ones short, and return how many bytes were sent.
-
-    It needs a plain socket whose transport holds nothing, and for which the kernel does not wait for more data.
-    """
-    sent = 0
-    try:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, socket_number(connection))
-    except OSError:
-        return 0
-    try:
-        sent = sock.send(data[: max(1, len(data) - _PIECE * (count - 1))])  # clients look at the status line first
-        while sent < len(data):
-            sent += sock.send(data[sent : sent + _PIECE])
-    except OSError:  # the transport meets it, too
-        pass
-    finally:
-        sock.detach()  # the number belongs to the transport
-    return sent
 
 
 def has_unread_bytes(connection: Connection) -> bool:

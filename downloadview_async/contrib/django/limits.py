@@ -1,7 +1,8 @@
 """`LimitsMiddleware`: keeps the answers of Django within the limits of the setting `DOWNLOADVIEW_LIMITS`."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from inspect import isawaitable
 from typing import Any
@@ -59,21 +60,20 @@ class LimitsMiddleware:
         if isawaitable(client):
             client = async_to_sync(_awaited)(client)
         transfers, scope, loop = Transfers(), {**scope_of(request), _CLIENT: client}, background_loop()
-        try:
-            run_in_background(self._begin(request, transfers, scope))
-        except FileError as exc:
-            return _refused(exc, request, transfers, loop)
-        try:
+        with _ended_by_errors(transfers, loop):
+            try:
+                run_in_background(self._begin(request, transfers, scope))
+            except FileError as exc:
+                return _refused(exc, request, transfers, loop)
             response = self.get_response(request)
-        except BaseException:
-            _end(transfers, loop)
-            raise
-        try:
-            run_in_background(_spend(request, response, transfers, scope))
-        except FileError as exc:
-            response.close()
-            return _refused(exc, request, transfers, loop)
-        return _limited(response, transfers, loop)
+            try:
+                run_in_background(_spend(request, response, transfers, scope))
+            except BaseException as exc:
+                response.close()
+                if isinstance(exc, FileError):
+                    return _refused(exc, request, transfers, loop)
+                raise
+            return _limited(response, transfers, loop)
 
     async def _answer(self, request: HttpRequest) -> HttpResponseBase:
         client, function = None, self._client
@@ -83,21 +83,20 @@ class LimitsMiddleware:
                 client = await client
         transfers, loop = Transfers(), asyncio.get_running_loop()
         scope: dict[str, Any] = {**scope_of(request), _CLIENT: client}
-        try:
-            await self._begin(request, transfers, scope)
-        except FileError as exc:
-            return _refused(exc, request, transfers, loop)
-        try:
+        with _ended_by_errors(transfers, loop):
+            try:
+                await self._begin(request, transfers, scope)
+            except FileError as exc:
+                return _refused(exc, request, transfers, loop)
             response: HttpResponseBase = await self.get_response(request)
-        except BaseException:
-            _end(transfers, loop)
-            raise
-        try:
-            await _spend(request, response, transfers, scope)
-        except FileError as exc:
-            await sync_to_async(response.close)()
-            return _refused(exc, request, transfers, loop)
-        return _limited(response, transfers, loop)
+            try:
+                await _spend(request, response, transfers, scope)
+            except BaseException as exc:  # Django cancels the request of a client that has left
+                await sync_to_async(response.close)()
+                if isinstance(exc, FileError):
+                    return _refused(exc, request, transfers, loop)
+                raise
+            return _limited(response, transfers, loop)
 
     async def _begin(self, request: HttpRequest, transfers: Transfers, scope: dict[str, Any]) -> None:
         """Count the request. Raises `LimitExceeded` and `SourceUnavailable`."""
@@ -198,6 +197,16 @@ def _end(transfers: Transfers, loop: asyncio.AbstractEventLoop) -> None:
     """Give back what a request holds, in the event loop of its limits; this may be called in any thread."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(transfers.end)
+
+
+@contextmanager
+def _ended_by_errors(transfers: Transfers, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Give back what a request holds if an error ends it, or if it is cancelled."""
+    try:
+        yield
+    except BaseException:
+        _end(transfers, loop)
+        raise
 
 
 def _refused(

@@ -62,8 +62,10 @@ def _is_browser(scope: Scope) -> bool:
 
 
 def _is_short_text(start: Message) -> bool:
+    if start["status"] < 400:
+        return False
     headers = _headers_of(start)
-    if start["status"] < 400 or not headers.get(b"content-type", b"").startswith(b"text/plain"):
+    if not headers.get(b"content-type", b"").startswith(b"text/plain"):
         return False
     length = headers.get(b"content-length", b"")
     return length.isdigit() and len(length) < 5

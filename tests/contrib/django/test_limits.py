@@ -1,5 +1,6 @@
 """Limits in Django: under our handler, under Django's own, under WSGI, and by the middleware of ASGI around Django."""
 
+import asyncio
 import contextlib
 import http.client
 import socket
@@ -13,15 +14,16 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.core.wsgi import get_wsgi_application
 from django.http import FileResponse, HttpRequest, HttpResponse
-from django.test import override_settings
+from django.test import AsyncRequestFactory, override_settings
 from django.urls import path
 
 import downloadview_async as dv
 from downloadview_async.contrib.django import PathDownloadView
-from downloadview_async.contrib.django.limits import limits_of_settings
+from downloadview_async.contrib.django.limits import LimitsMiddleware, limits_of_settings
 from downloadview_async.contrib.django.nginx import x_accel_redirect
 from tests.contrib.django.test_accounts import SERVERS, Quiet
 from tests.live import make_old
+from tests.redis_server import redis_server
 
 SMALL = b"small" * 100
 SIZE = 16 << 20
@@ -229,3 +231,35 @@ MISTAKES = [
 def test_settings_that_are_refused(limits: Any, problem: str) -> None:
     with override_settings(DOWNLOADVIEW_LIMITS=limits), pytest.raises(ImproperlyConfigured, match=problem):
         limits_of_settings()
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_is_cancelled_while_its_bytes_are_counted_leaves_no_lease(tmp_path: Path) -> None:
+    class Cancelling(HttpResponse):
+        """Its fields are read between the lease and the quota."""
+
+        def items(self) -> Any:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            return super().items()
+
+    kinds = [Cancelling, HttpResponse]
+
+    async def view(request: HttpRequest) -> HttpResponse:
+        return kinds[0](SMALL)
+
+    with redis_server(tmp_path) as redis:
+        options = {"CONCURRENT": 1, "QUOTA": "1GB/day", "STORE": redis.url, "WHEN_STORE_FAILS": "refuse"}
+        with override_settings(DOWNLOADVIEW_LIMITS=options):
+            middleware = LimitsMiddleware(view)
+        request = AsyncRequestFactory().get("/")
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(middleware(request))
+        del kinds[0]
+        deadline = time.monotonic() + 20
+        while (response := await middleware(AsyncRequestFactory().get("/"))).status_code == 429:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        assert response.status_code == 200
+        await middleware.limits.aclose()
