@@ -26,6 +26,9 @@ SIZES = {"small.bin": 17, "medium.bin": 60_000, "large.bin": 300_000, "huge.bin"
 ONE = 8 << 20
 """Bytes that an answer has in one message."""
 
+TINY = 60_000
+"""Messages of one byte that an answer has."""
+
 impatient = partial(DownloadProtocol, stall_seconds=1.0)
 """Our protocol, which resets stalled clients after a second."""
 
@@ -84,6 +87,11 @@ def make_app() -> ASGIApp:
         return StreamingResponse(generate())
 
     async def gate(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["query_string"] == b"tiny":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % TINY)]})
+            for left in reversed(range(TINY)):
+                await send({"type": "http.response.body", "body": b"t", "more_body": left > 0})
+            return
         headers = [(b"content-length", str(4 << 20).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for _ in range(int(scope["query_string"])):

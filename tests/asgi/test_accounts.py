@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from tests.asgi.accounts_app import ONE, SIZES
+from tests.asgi.accounts_app import ONE, SIZES, TINY
 from tests.asgi.ways import WAYS
 from tests.contrib.django.served_app import KINDS
 from tests.s3 import BUCKET, S3
@@ -494,6 +494,65 @@ def test_bytes_that_a_reset_drops_do_not_count(
         (outcome,) = outcomes_in(site.outcomes, 1 + is_second)["1"]
     assert (outcome["result"], outcome["reason"]) == ("aborted", "client-left")
     assert abs(outcome["sent"] - received - unread) < 2 * RECEIVE_BUFFER, (outcome["sent"], received, unread)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_tiny_records_before_an_answer_over_tls_do_not_change_its_bytes(
+    loop: str, version: ssl.TLSVersion, serve: Serving, tmp_path: Path, certificate: dict[str, str]
+) -> None:
+    """TLS adds more to them than they have, and the kernel knows only what it adds to all together."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    context = _trusting(certificate)
+    context.minimum_version = context.maximum_version = version
+    with serve(f"zero-copy, {loop}", certificate, ACCOUNTS_GATE=str(gate)) as site:
+        with socket.socket() as plain:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            plain.settimeout(60)
+            plain.connect(("127.0.0.1", site.port))
+            sock = context.wrap_socket(plain, server_hostname="localhost")
+            number = sock.fileno()
+            sock.sendall(b"GET /gate/?tiny HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = -TINY
+            while received < 0:
+                received += len(sock.recv(1 << 13).rpartition(b"\r\n\r\n")[2])
+            sock.sendall(b"GET /gate/?60 HTTP/1.1\r\nHost: x\r\nX-Number: 1\r\n\r\n")
+            while received < 1 << 15:
+                received += len(sock.recv(1 << 13))
+            with gate.open("wb") as opened:
+                unread = struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, b"\0" * 4))[0]
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.close()
+                opened.write(b"1")
+        (outcome,) = outcomes_in(site.outcomes, 1)["1"]
+    assert (outcome["result"], outcome["reason"]) == ("aborted", "client-left")
+    assert abs(outcome["sent"] - received - unread) < 2 * RECEIVE_BUFFER, (outcome["sent"], received, unread)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_websocket_over_tls_leaves_no_descriptor(loop: str, serve: Serving, certificate: dict[str, str]) -> None:
+    upgrade = (
+        "GET /none HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    with serve(f"zero-copy, {loop}", certificate) as site:
+        descriptors = Path(f"/proc/{site.server.process.pid}/fd")
+
+        def ask() -> bytes:
+            plain = socket.create_connection(("127.0.0.1", site.port), 60)
+            with _trusting(certificate).wrap_socket(plain, server_hostname="localhost") as sock:
+                sock.sendall(upgrade.encode())
+                return sock.recv(1 << 16)
+
+        assert ask().startswith(b"HTTP/1.1 403 ")
+        before = len([*descriptors.iterdir()])
+        for _ in range(8):
+            ask()
+        deadline = time.monotonic() + 20
+        while (after := len([*descriptors.iterdir()])) > before:
+            assert time.monotonic() < deadline, (before, after)
+            time.sleep(0.05)
 
 
 def _trusting(certificate: dict[str, str]) -> ssl.SSLContext:

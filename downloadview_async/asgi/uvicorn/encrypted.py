@@ -2,30 +2,42 @@
 
 The kernel knows how many encrypted bytes of a connection were acknowledged. Answers follow each other, and a client may
 send the next request before it has taken the answer to the last one. So each answer is a part of one stream of bytes,
-from the position at which it begins, and what was acknowledged is counted from the beginning of the connection.
+from the position at which it begins. What was not acknowledged is the end of that stream, and is counted from there:
+how many bytes TLS has added before does not matter then.
 """
 
 import asyncio
 import os
+from bisect import bisect_right
+from collections import deque
+from contextlib import suppress
 from typing import Any, cast
 
 from downloadview_async.asgi.uvicorn.sockets import Connection, acknowledged, queued, socket_number
 
 _RECORD = 1 << 14  # bytes in a full record of TLS
-_RECORD_FRAMING = 22  # bytes that TLS 1.3 adds to each
+_STEP = 1 << 16  # bytes
+_STEPS = 128  # together as many bytes as a socket holds
 
 
 class CountingTransport:
-    """A transport of TLS that counts what it is given. written: bytes. records: into how many TLS puts them."""
+    """A transport of TLS that counts what it is given.
+
+    written, encrypted: bytes before and after encryption. steps: the two numbers as they were, every 64 KiB.
+    """
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        self.written = self.records = 0
+        self._framing = _framing_of(*transport.get_extra_info("cipher"))
+        self.written = self.encrypted = 0
+        self.steps = deque([(0, 0)], _STEPS)
 
     def write(self, data: bytes) -> None:
         """Write and count."""
         self.written += len(data)
-        self.records += -(-len(data) // _RECORD)
+        self.encrypted += len(data) + self._framing * -(-len(data) // _RECORD)
+        if self.encrypted - self.steps[-1][0] >= _STEP:
+            self.steps.append((self.encrypted, self.written))
         self._transport.write(data)
 
     def __getattr__(self, name: str) -> Any:
@@ -34,6 +46,22 @@ class CountingTransport:
     def as_transport(self) -> asyncio.Transport:
         """Return itself, as uvicorn takes it."""
         return cast("asyncio.Transport", self)
+
+    def written_at(self, encrypted: int) -> int:
+        """Return how many bytes had been written when they were so many encrypted ones."""
+        steps = [*self.steps, (self.encrypted, self.written)]
+        place = bisect_right(steps, (encrypted, self.written))
+        if place == len(steps):
+            return self.written
+        (start, written), (end, written_then) = steps[place - 1] if place else (0, 0), steps[place]
+        return written + max(0, encrypted - start) * (written_then - written) // (end - start)
+
+
+def _framing_of(cipher: str, version: str, _: int) -> int:
+    """Return how many bytes are added to each record; of ciphers with padding, which are old, the least number."""
+    if version == "TLSv1.3":
+        return 22
+    return 21 if "CHACHA20" in cipher or "CCM8" in cipher else 29
 
 
 class EncryptedStream:
@@ -49,7 +77,7 @@ class EncryptedStream:
         self._transport = transport
         self._number: int | None = None
         self._before: int | None = None  # encrypted bytes of the handshake
-        self._end: int | None = None  # encrypted bytes that were acknowledged when the descriptor was closed
+        self._end: tuple[int, int] | None = None  # acknowledged, and all that the kernel got
 
     @property
     def position(self) -> int:
@@ -62,27 +90,29 @@ class EncryptedStream:
             self._end = None
             self._number = os.dup(socket_number(connection))
             if self._before is None:
-                self._before = acknowledged(self._number) + queued(self._number) - self._encrypted
+                self._before = acknowledged(self._number) + queued(self._number) - self._transport.encrypted
 
     def taken(self) -> int | None:
         """Return up to which position the client's machine has acknowledged the stream; None if that is not known.
 
-        Only all records together are known, so the position may be wrong by a few bytes for each record on its way.
+        Only the sum of the records on their way is known, so the position may be wrong by a few bytes for each.
         """
-        end = self._end if self._number is None else acknowledged(self._number)
-        if self._before is None or end is None:
+        self._look()
+        if self._before is None or self._end is None:
             return None
-        written, encrypted = self._transport.written, self._encrypted
-        return min(written, max(0, end - self._before) * written // encrypted) if encrypted else 0
-
-    @property
-    def _encrypted(self) -> int:
-        """The bytes of the stream after its encryption."""
-        return self._transport.written + self._transport.records * _RECORD_FRAMING
+        end, all_sent = self._end
+        lacking = max(self._transport.encrypted, all_sent - self._before) - (end - self._before)
+        return self._transport.written_at(max(0, self._transport.encrypted - lacking))
 
     def close(self) -> None:
         """Close the descriptor."""
         if self._number is not None:
-            self._end = acknowledged(self._number)
+            self._look()
             os.close(self._number)
             self._number = None
+
+    def _look(self) -> None:
+        if self._number is not None:
+            with suppress(OSError):
+                end = acknowledged(self._number)
+                self._end = end, end + queued(self._number)

@@ -631,6 +631,8 @@ class DownloadProtocol(HttpToolsProtocol):
         """Leave the connection to another protocol, and end the timers."""
         self._stop_timers()
         self._phase = _CLOSING
+        if self._encrypted is not None:
+            self._encrypted.close()
         super().handle_websocket_upgrade()
 
     def pause_writing(self) -> None:
