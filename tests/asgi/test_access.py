@@ -1,5 +1,6 @@
 """Downloads that not everyone may have: links and hooks decide before any file is opened, whatever is requested."""
 
+import asyncio
 import logging
 import time
 from datetime import timedelta
@@ -15,6 +16,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 import downloadview_async as dv
+from downloadview_async.testing import call
 from tests.live import Answer, ask, live
 
 pytestmark = pytest.mark.asyncio
@@ -125,6 +127,7 @@ async def test_a_refusal_is_the_404_of_a_missing_file(root: Path) -> None:
         (dv.AccessDenied("not today"), 404),
         (dv.LinkExpired("over"), 410),
         (ValueError("a bug"), 503),
+        (asyncio.CancelledError("the task that it waits for was cancelled"), 503),
         (1, 503),
         ("yes", 503),
         (object(), 503),
@@ -132,7 +135,7 @@ async def test_a_refusal_is_the_404_of_a_missing_file(root: Path) -> None:
 )
 async def test_what_a_hook_says(root: Path, verdict: Any, status: int) -> None:
     async def hook(request: Request, name: str) -> Any:
-        if isinstance(verdict, Exception):
+        if isinstance(verdict, BaseException):
             raise verdict
         return verdict
 
@@ -143,6 +146,20 @@ async def test_what_a_hook_says(root: Path, verdict: Any, status: int) -> None:
         assert 'filename="other.txt"' in answer.headers["content-disposition"]
     if status == 503:
         assert (answer.body, answer.headers["retry-after"]) == (b"Service Unavailable", "5")
+
+
+async def test_a_request_that_is_cancelled_in_its_hook_ends(root: Path) -> None:
+    is_deciding = asyncio.Event()
+
+    async def hook(request: Request, name: str) -> bool:
+        is_deciding.set()
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    request = asyncio.create_task(call(application(dv.PathSource(root), hook), "/files/a.txt"))
+    await is_deciding.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
 
 
 @pytest.mark.parametrize("wrong", [{"content_type": "text/html\r\nX: y"}, {"filename": 3}])
