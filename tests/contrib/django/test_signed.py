@@ -18,14 +18,9 @@ from django.urls import path
 
 from downloadview_async import ConfigurationError, MemoryGrantStore, URLSigner
 from downloadview_async.contrib.django import arevoke_link, revoke_link, sign_url
+from downloadview_async.contrib.django.decorators import _signature_is_valid, signature_required
 from downloadview_async.contrib.django.links import averify
-from downloadview_async.contrib.django.storage import (
-    SALT,
-    SignedFileSystemStorage,
-    SignedURLMixin,
-    _signature_is_valid,
-    signature_required,
-)
+from downloadview_async.contrib.django.storage import SALT, SignedFileSystemStorage, SignedURLMixin
 from downloadview_async.contrib.django.views import StorageDownloadView
 
 NAMES = [
