@@ -24,7 +24,7 @@ autodoc_preserve_defaults = True
 
 
 def plain_docstring(app, what, name, obj, options, lines):
-    """Make reStructuredText of docstrings, which are plain text with code between single backticks.
+    """Make reStructuredText of docstrings, in which single backticks are around code.
 
     A line such as "size: bytes." begins a paragraph of its own, about what it names.
     """
@@ -33,7 +33,12 @@ def plain_docstring(app, what, name, obj, options, lines):
         lambda found: f"``{found[1]}``" if found[1] else f"\\{found[2]}",
         "\n".join(lines),
     )
-    text = re.sub(r"^([a-z][a-z_]*(?:, [a-z_]+)*)(?=(?: \([^)\n]*\))?: )", r"\n**\1**", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^([a-z][a-z_]*(?:, [a-z_]+)*)(?=(?: \([^)\n]*\))?: )",
+        r"\n**\1**",
+        text,
+        flags=re.MULTILINE,
+    )
     lines[:] = text.split("\n")
 
 

@@ -392,11 +392,14 @@ def revoke(identifier: str, config: Path | None) -> None:
     try:
         _choose(config, "no store: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        until = anyio.run(revoke_in_store, settings, identifier)
+        until, is_known = anyio.run(revoke_in_store, settings, identifier)
     except (ValueError, FileError) as exc:  # ConfigurationError is a ValueError
         _say(exc)
         sys.exit(_STARTUP_FAILURE if isinstance(exc, Unavailable | FileError) else _WRONG_SETTINGS)
     click.echo(f"revoked: {identifier}\nkept until: {until or 'for ever'}")
+    if not is_known:
+        problem = "is not the id of a key in the settings, and not that of a link: `downloadview verify` prints both"
+        click.echo(f"downloadview: {identifier!r} {problem}", err=True)
 
 
 @main.command("digest")

@@ -36,6 +36,7 @@ from tests.servers import PROJECT
 
 DOCS = PROJECT / "docs"
 PAGES = [path for path in sorted([*PROJECT.glob("*.md"), *DOCS.rglob("*.md")]) if "_build" not in path.parts]
+MOST_COLUMNS = 88
 _BLOCK = re.compile(
     r"^(?P<fence>`{3,}|:{3,})(?P<kind>\S*)[^\n]*\n(?P<text>.*?)^(?P=fence)\s*$", re.MULTILINE | re.DOTALL
 )
@@ -65,6 +66,13 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
     for page in PAGES:
         kinds = {match["kind"] for match in _BLOCK.finditer(page.read_text())}
         assert kinds <= known, f"{name_of(page)} has blocks that nobody checks: {kinds - known}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_is_narrow_enough_to_be_read_without_scrolling(page: Path) -> None:
+    kinds = {match["kind"] for match in _BLOCK.finditer(page.read_text()) if not match["kind"].startswith("{")}
+    lines = [line for _, text in blocks(page, *kinds) for line in text.splitlines()]
+    assert [line for line in lines if len(line) > MOST_COLUMNS] == []
 
 
 def file_of(text: str) -> str | None:

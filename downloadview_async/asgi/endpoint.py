@@ -138,9 +138,11 @@ class _Endpoint:
         name = _name_of(self._canonical, key, is_folder=is_folder) if isinstance(key, str) else key
         access = self.access if access is None else access
         grant, below = await allow(access, request, name)
-        if isinstance(name, str) and (plain := without_empty_segments(name).lstrip("/")) != name:
-            _, below_plain = await allow(access, request, plain)
-            below = below or below_plain
+        if isinstance(name, str) and _SPELLINGS.search(name) is not None:
+            plain = without_empty_segments(name).lstrip("/")
+            if plain != name:
+                _, below_plain = await allow(access, request, plain)
+                below = below or below_plain
         return grant, below
 
     def _is_for_folder(self, key: Any, scope: Scope) -> bool:

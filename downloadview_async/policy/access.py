@@ -1,5 +1,6 @@
 """Who may have a file: `allow` asks the functions and objects that an application gives as `access=`."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import chain
@@ -132,7 +133,10 @@ async def allow(access: tuple[Access, ...], request: Request, name: Any) -> tupl
         except FileError as exc:
             refusals.append(exc)
             continue
-        except Exception as exc:
+        except (Exception, asyncio.CancelledError) as exc:
+            task = asyncio.current_task() if isinstance(exc, asyncio.CancelledError) else None
+            if task is not None and task.cancelling():
+                raise  # else a task that the function has waited for was cancelled
             logger.exception("the decision about access has failed")
             raise SourceUnavailable("the decision about access has failed") from exc
         if isinstance(verdict, Grant):
@@ -154,6 +158,8 @@ def _asked_below(access: tuple[Access, ...], granting: int, folder: Any) -> tupl
     """
     if _covers_below(access[granting]):
         return ()
+    if len(access) == 1:
+        return access
     return tuple(
         _AboutFolder(one, folder) if _covers_below(one) else one
         for number, one in enumerate(access)

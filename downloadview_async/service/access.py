@@ -299,18 +299,21 @@ async def grant_of(settings: Settings, url: str, client: str | None, base: str =
     return {name: one_line(value) for name, value in values.items() if value is not None}
 
 
-async def revoke(settings: Settings, identifier: str) -> str | None:
+async def revoke(settings: Settings, identifier: str) -> tuple[str | None, bool]:
     """Revoke a link or a key by its id, and return until when the store keeps this; None: for ever.
+
+    The second value is whether the id is that of a key in the settings, or has the form of that of a link.
 
     Raises `ConfigurationError` without a store, `Unavailable` or `SourceUnavailable` if it does not answer, and
     `ValueError` for what cannot be an id.
     """
     store = store_of(settings)
     signer = signer_of(settings, store)
-    if signer is None or store is None:
+    if settings.links is None or signer is None or store is None:
         raise settings.error("links.store", "links are revoked in a store: set it, such as sqlite:links.db")
     async with opened_store(settings, store):
-        return _date(await signer.revoke(identifier))
+        until = _date(await signer.revoke(identifier))
+    return until, until is not None or identifier in _keys(settings, settings.links.keys)
 
 
 def _date(seconds: float | None) -> str | None:

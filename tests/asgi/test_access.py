@@ -1,6 +1,8 @@
 """Downloads that not everyone may have: links and hooks decide before any file is opened, whatever is requested."""
 
+import asyncio
 import logging
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +14,11 @@ from fastapi import Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message
 
 import downloadview_async as dv
-from tests.live import Answer, ask, live
+from downloadview_async.testing import call
+from tests.live import Answer, ask, live, make_old
 
 pytestmark = pytest.mark.asyncio
 SIGNER = dv.URLSigner({"2026a": bytes(range(32))})
@@ -44,6 +47,10 @@ class Counted:
 def application(source: dv.Source, access: Any, **options: Any) -> ASGIApp:
     download = dv.Download(source, access=access, **options)
     return Starlette(routes=[Route("/files/{path:path}", download), Mount("/mounted", download)])
+
+
+async def never() -> Message:
+    return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
 
 def without(answer: Answer) -> dict[str, str]:
@@ -125,6 +132,7 @@ async def test_a_refusal_is_the_404_of_a_missing_file(root: Path) -> None:
         (dv.AccessDenied("not today"), 404),
         (dv.LinkExpired("over"), 410),
         (ValueError("a bug"), 503),
+        (asyncio.CancelledError("the task that it waits for was cancelled"), 503),
         (1, 503),
         ("yes", 503),
         (object(), 503),
@@ -132,7 +140,7 @@ async def test_a_refusal_is_the_404_of_a_missing_file(root: Path) -> None:
 )
 async def test_what_a_hook_says(root: Path, verdict: Any, status: int) -> None:
     async def hook(request: Request, name: str) -> Any:
-        if isinstance(verdict, Exception):
+        if isinstance(verdict, BaseException):
             raise verdict
         return verdict
 
@@ -143,6 +151,20 @@ async def test_what_a_hook_says(root: Path, verdict: Any, status: int) -> None:
         assert 'filename="other.txt"' in answer.headers["content-disposition"]
     if status == 503:
         assert (answer.body, answer.headers["retry-after"]) == (b"Service Unavailable", "5")
+
+
+async def test_a_request_that_is_cancelled_in_its_hook_ends(root: Path) -> None:
+    is_deciding = asyncio.Event()
+
+    async def hook(request: Request, name: str) -> bool:
+        is_deciding.set()
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    request = asyncio.create_task(call(application(dv.PathSource(root), hook), "/files/a.txt"))
+    await is_deciding.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
 
 
 @pytest.mark.parametrize("wrong", [{"content_type": "text/html\r\nX: y"}, {"filename": 3}])
@@ -180,6 +202,48 @@ async def test_one_of_several_suffices(root: Path) -> None:
         assert (await ask(port, link + "x", headers={"X-User": "ada"})).status == 200
         assert (await ask(port, link + "x")).status == 403
         assert (await ask(port, "/files/a.txt")).status == 404
+
+
+@pytest.mark.parametrize("kind", ["link", "link for a network", "hook"])
+async def test_a_decision_is_a_few_calls(root: Path, kind: str) -> None:
+    async def hook(request: Request, name: str) -> bool:
+        return True
+
+    async def calls(download: dv.Download, query: str) -> int:
+        async def send(message: Message) -> None:
+            pass
+
+        for _ in range(3):  # the first requests open the file, and verify the link
+            scope = {
+                "type": "http",
+                "method": "GET",
+                "path": "/files/a.txt",
+                "raw_path": b"/files/a.txt",
+                "query_string": query.encode(),
+                "path_params": {"path": "a.txt"},
+                "headers": [],
+                "client": ("192.0.2.1", 1),
+            }
+            number = 0
+
+            def count(frame: Any, event: str, argument: Any) -> None:
+                nonlocal number
+                number += event in ("call", "c_call")
+
+            sys.setprofile(count)
+            try:
+                await download(scope, never, send)
+            finally:
+                sys.setprofile(None)
+        return number
+
+    access: Any = hook if kind == "hook" else dv.SignedLinks(SIGNER)
+    link = SIGNER.sign("/files/a.txt", client="192.0.2.0/24" if kind == "link for a network" else None)
+    make_old(root)
+    source = dv.PathSource(root)
+    query = link.partition("?")[2]
+    public = await calls(dv.Download(source, cache_control="private"), query)
+    assert await calls(dv.Download(source, access=access), query) - public <= 50
 
 
 async def test_the_one_refusal_of_a_list(root: Path) -> None:

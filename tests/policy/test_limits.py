@@ -676,8 +676,12 @@ def gives_a_number(request: Request) -> Any:
     return 7
 
 
+async def waits_for_a_cancelled_task(request: Request) -> str:
+    raise asyncio.CancelledError
+
+
 @pytest.mark.asyncio
-@pytest.mark.parametrize("hook", [raises, gives_a_number])
+@pytest.mark.parametrize("hook", [raises, gives_a_number, waits_for_a_cancelled_task])
 async def test_a_function_that_fails_refuses_the_request(hook: Callable[[Request], Any]) -> None:
     with pytest.raises(dv.SourceUnavailable):
         await dv.Limits(client=hook).client_of(request_from())

@@ -229,6 +229,9 @@ def test_uses_and_revocation_by_the_commands(directory: Path, monkeypatch: pytes
     assert printed("revoke", "2026b") == "revoked: 2026b\nkept until: for ever"
     assert "403 Forbidden" in refused("verify", other, status=1)
     assert printed("revoke", "--", "-abc").startswith("revoked: -abc")
+    for cut in (shown["link"][:-1], "2026"):
+        assert f"'{cut}' is not the id of a key in the settings, and not that of a link" in run("revoke", cut).stderr
+    assert [run("revoke", whole).stderr for whole in ("2026a", shown["link"])] == ["", ""]
     assert "is not the id of a link" in refused("revoke", "a b")
     refused_uses = run("sign", "/signed/a.txt", "--uses", "0")
     assert (refused_uses.exit_code, refused_uses.stdout) == (2, "")
@@ -314,9 +317,9 @@ def test_a_link_of_either_key_is_valid_and_that_of_another_is_not(directory: Pat
         (["/public/a.txt"], "the route /public/{path:path} takes no links"),
         (["/signed/../a.txt"], "has a segment '.' or '..'"),
         (["/hooked/.git/config"], "the route /hooked/{path:path} hides '/hooked/.git/config'"),
-        (["/signed/a.txt", "--expires", "8d"], "at most max_age, 7 days"),
+        (["/signed/a.txt", "--expires", "8d"], "would be valid for more than max_age, 7 days: give"),
         (["/signed/a.txt", "--expires", "soon"], "--expires is 'soon'"),
-        (["/signed/a.txt", "--until", "2020-01-01"], "give a second or more"),
+        (["/signed/a.txt", "--until", "2020-01-01"], "would have expired already: give"),
         (["/signed/a.txt", "--client", "example.org"], "give an address or a network"),
         (["/signed/a.txt", "--base", "example.org"], "give a scheme and a host"),
         (["/signed/a.txt", "--filename", ""], "filename is ''"),

@@ -6,6 +6,7 @@ The middlewares and decorators for a single proxy are in `nginx`, `apache` and `
 from downloadview_async.contrib.django import legacy as _legacy  # noqa: F401 - its import paths
 from downloadview_async.contrib.django.accounts import AccountsMiddleware, download_finished
 from downloadview_async.contrib.django.asgi import get_asgi_application
+from downloadview_async.contrib.django.decorators import _signature_is_valid, signature_required
 from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.contrib.django.files import (
     FileNotFound,
@@ -24,12 +25,7 @@ from downloadview_async.contrib.django.middleware import (
 )
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.contrib.django.responses import DownloadResponse
-from downloadview_async.contrib.django.storage import (
-    SignedFileSystemStorage,
-    SignedURLMixin,
-    _signature_is_valid,
-    signature_required,
-)
+from downloadview_async.contrib.django.storage import SignedFileSystemStorage, SignedURLMixin
 from downloadview_async.contrib.django.testing import assert_download_response, setup_view, temporary_media_root
 from downloadview_async.contrib.django.views import (
     BaseDownloadView,

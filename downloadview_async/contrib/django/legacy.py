@@ -1,7 +1,6 @@
 """The module names of django-downloadview below this package: a project only has to change the package's name."""
 
 import sys
-from types import ModuleType
 
 from downloadview_async.contrib.django import (
     apache,
@@ -10,21 +9,13 @@ from downloadview_async.contrib.django import (
     middleware,
     nginx,
     responses,
-    storage,
     testing,
     views,
 )
 
 _PACKAGE = "downloadview_async.contrib.django"
-_decorators = ModuleType(f"{_PACKAGE}.decorators", "Decorators of views.")
-vars(_decorators).update(
-    DownloadDecorator=middleware.DownloadDecorator,
-    signature_required=storage.signature_required,
-    _signature_is_valid=storage._signature_is_valid,  # noqa: SLF001 - tests of projects may use it
-)
 _MODULES = {
     "api": sys.modules[_PACKAGE],
-    "decorators": _decorators,
     "exceptions": files,
     "middlewares": middleware,
     "response": responses,

@@ -31,6 +31,7 @@ import hashlib
 import hmac
 from binascii import b2a_base64
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from ipaddress import ip_network
 from urllib.parse import quote, unquote_to_bytes
 
@@ -142,6 +143,7 @@ def _decoded(value: str) -> str:
     return unquote_to_bytes(value).decode()
 
 
+@lru_cache(maxsize=_KEPT)  # a download in parts comes from one address
 def _is_in(client: str | None, network: str) -> bool:
     address = address_of(client)
     return address is not None and address in ip_network(network)

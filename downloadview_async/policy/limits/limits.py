@@ -1,5 +1,6 @@
 """`Limits`: what each client may have. `Transfer`: what one request takes of it."""
 
+import asyncio
 import hashlib
 import inspect
 import logging
@@ -149,7 +150,10 @@ class Limits:
                 raise TypeError(f"the function for the client gave {client!r}, not a text")
         except ConfigurationError:
             raise
-        except Exception as exc:
+        except (Exception, asyncio.CancelledError) as exc:
+            task = asyncio.current_task() if isinstance(exc, asyncio.CancelledError) else None
+            if task is not None and task.cancelling():
+                raise  # else a task that the function has waited for was cancelled
             logger.exception("the function for the client of limits has failed")
             raise SourceUnavailable("the function for the client of limits has failed") from exc
         peer = request.scope.get("client")

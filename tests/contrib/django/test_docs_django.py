@@ -274,7 +274,9 @@ view = django_downloadview.VirtualDownloadView
 
 
 def lines_of(program: str) -> list[str]:
-    return [line for _, text in blocks(MIGRATION, "sh") for line in text.splitlines() if line.startswith(program)]
+    """Return the commands of a program on the page, each on one line."""
+    texts = [text.replace("\\\n", "") for _, text in blocks(MIGRATION, "sh")]
+    return [line for text in texts for line in text.splitlines() if line.startswith(program)]
 
 
 def test_one_line_changes_the_imports_and_another_changes_them_back(tmp_path: Path) -> None:

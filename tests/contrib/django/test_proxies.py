@@ -16,7 +16,8 @@ from django.test import override_settings
 from django.urls import path
 
 from downloadview_async.contrib.django.asgi import get_asgi_application
-from downloadview_async.contrib.django.storage import SignedFileSystemStorage, signature_required
+from downloadview_async.contrib.django.decorators import signature_required
+from downloadview_async.contrib.django.storage import SignedFileSystemStorage
 from downloadview_async.contrib.django.views import StorageDownloadView
 from tests.live import ask, live
 from tests.proxies.conftest import HOSTILE_NAMES, content_of, make_checkout
