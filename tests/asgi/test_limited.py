@@ -10,14 +10,13 @@ from typing import Any
 import anyio
 import pytest
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
@@ -38,10 +37,9 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def application(files: Path, *, done: list[str] | None = None) -> Starlette:
+def application(files: Path) -> Starlette:
     async def file(request: Request) -> Response:
-        name = request.path_params["name"]
-        return FileResponse(files / name, background=BackgroundTask((done or []).append, name))
+        return FileResponse(files / request.path_params["name"])
 
     async def stream(request: Request) -> Response:
         size = (files / request.path_params["name"]).stat().st_size
@@ -148,15 +146,38 @@ async def test_requests_are_refused_before_the_application_and_other_answers_are
 
 
 @pytest.mark.asyncio
-async def test_a_refused_answer_is_not_made_and_its_background_task_does_not_run(files: Path) -> None:
-    done: list[str] = []
+@pytest.mark.parametrize("server", SERVERS)
+async def test_the_application_of_a_refused_answer_sees_a_client_that_has_left(files: Path, server: Any) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def listen() -> None:
+            assert await receive() == {"type": "http.disconnect"}
+            seen.append("a disconnect")
+
+        if scope["path"] != "/refused":
+            await application(files)(scope, receive, send)
+            return
+        assert (await receive())["type"] == "http.request"
+        listening = asyncio.create_task(listen())
+        await asyncio.sleep(0)  # it waits for a message now
+        headers = [(b"content-length", b"2")]
+        for message in ({"type": "http.response.start", "status": 200, "headers": headers}, {"body": b"ok"}):
+            try:
+                await send({"type": "http.response.body", **message})
+            except OSError:
+                seen.append("an error")
+        await listening
+
     limits, outcomes = dv.Limits(concurrent=1), list[dv.Outcome]()
-    app = dv.Accounts(dv.LimitsMiddleware(application(files, done=done), limits), observers=[outcomes.append])
-    async with live(app) as port, held(port, "/file/big.bin"):
-        assert (await ask(port, "/file/small.bin")).status == 429
-        assert (outcomes[0].status, outcomes[0].result) == (429, "refused")
-        assert outcomes[0].route == "/file/{name}"
-    assert "small.bin" not in done
+    limited = dv.Accounts(dv.LimitsMiddleware(app, limits), observers=[outcomes.append])
+    async with live(limited, http=server) as port, held(port, "/file/big.bin"):
+        assert (await ask(port, "/refused")).status == 429
+        refused = await ask(port, "/file/small.bin")
+        assert (refused.status, refused.body) == (429, b"Too Many Requests: at most 1 transfer at once")
+    assert seen == ["a disconnect", "an error", "an error"]
+    assert [(one.status, one.result) for one in outcomes[:2]] == [(429, "refused")] * 2
+    assert outcomes[1].route == "/file/{name}"
 
 
 @pytest.mark.asyncio
