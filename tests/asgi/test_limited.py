@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
-from tests.asgi.test_limits import BIG, SERVERS, SMALL, body_of, held, transfers_of, until_it_is
+from tests.asgi.test_limits import BIG, SERVERS, SMALL, body_of, held, transfers_of, until_it_has, until_it_is
 from tests.live import Answer, ask, live, make_old
 
 WAYS = ["file", "static", "stream", "ours", "download", "downloads"]
@@ -96,9 +96,7 @@ async def test_transfers_at_once(files: Path, server: Any, way: str) -> None:
                 assert (await ask(port, f"/{way}/big.bin", headers={"Range": "bytes=99999999-"})).status == 416
             assert (await one.rest()).body == BIG
             assert (await until_it_is(port, 200, f"/{way}/small.bin")).body == SMALL
-        with anyio.fail_after(20):
-            while transfers_of(limits):
-                await asyncio.sleep(0.01)
+        await until_it_has(limits, transfers=0)
 
 
 @pytest.mark.asyncio
@@ -189,12 +187,9 @@ async def test_a_queue(files: Path, server: Any, way: str) -> None:
         async with held(port, f"/{way}/big.bin") as first:
             waiting = [asyncio.create_task(ask(port, f"/{way}/small.bin")) for _ in range(3)]
             gone = asyncio.create_task(ask(port, f"/{way}/small.bin"))
-            with anyio.fail_after(20):
-                while not limits._queues or len(next(iter(limits._queues.values()))) < 4:
-                    await asyncio.sleep(0.01)
-                gone.cancel()
-                while len(next(iter(limits._queues.values()))) > 3:
-                    await asyncio.sleep(0.01)
+            await until_it_has(limits, waiting=4)
+            gone.cancel()
+            await until_it_has(limits, waiting=3)
             assert (await first.rest()).body == BIG
         assert [(await one).body for one in waiting] == [SMALL] * 3
 
@@ -210,9 +205,8 @@ async def test_a_client_that_leaves_the_queue_frees_its_place(files: Path, way: 
     async with live(app, http=DownloadProtocol) as port, held(port, f"/{way}/big.bin") as first:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(f"GET /{way}/small.bin HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await until_it_has(limits, waiting=1)
         with anyio.fail_after(20):
-            while not limits._queues:
-                await asyncio.sleep(0.01)
             if ends == "half-closes":
                 writer.write_eof()
                 answer = await reader.read()
@@ -222,15 +216,13 @@ async def test_a_client_that_leaves_the_queue_frees_its_place(files: Path, way: 
                 writer.close()
             else:
                 writer.transport.abort()
-            while limits._queues:
-                await asyncio.sleep(0.01)
+        await until_it_has(limits, waiting=0)
         writer.close()
         # one that has half-closed before waits for nothing, but gets what is there
         assert (await first.rest()).body == BIG
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await until_it_has(limits, transfers=0)
         with anyio.fail_after(20):
-            while transfers_of(limits):
-                await asyncio.sleep(0.01)
             writer.write(f"GET /{way}/small.bin HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             writer.write_eof()
             assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
@@ -306,17 +298,13 @@ async def test_a_transfer_of_a_proxy_ends_with_its_line_in_the_log(files: Path, 
         with log.open("a") as file:
             file.write(line_of("another", 1))
             file.write(line_of(begun[0].headers["x-request-id"], 1000))  # the client has left
-        with anyio.fail_after(20):
-            while transfers_of(limits) != 1:
-                await asyncio.sleep(0.01)
+        await until_it_has(limits, transfers=1)
         third = await begin()  # its bytes, and those of the first one, fit into the quotas
         log.rename(tmp_path / "downloads.log.1")
         with (tmp_path / "downloads.log.1").open("a") as file:
             file.write(line_of(begun[1].headers["x-request-id"], len(BIG)))
         log.write_text(line_of(third.headers["x-request-id"], 0, 304))
-        with anyio.fail_after(20):
-            while transfers_of(limits):
-                await asyncio.sleep(0.01)
+        await until_it_has(limits, transfers=0)
         await begin()
         assert (await ask(port, f"/{way}/big.bin")).body.endswith(b"at most 2 downloads per day")
 
