@@ -485,7 +485,9 @@ def test_bytes_that_a_reset_drops_do_not_count(
                 received -= ONE
             sock.sendall(request.encode())
             while received < 1 << 15:
-                received += len(sock.recv(1 << 13))
+                piece = sock.recv(1 << 13)
+                assert piece
+                received += len(piece)
             with gate.open("wb") as opened:  # returns when the event loop has stopped at the gate
                 unread = struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, b"\0" * 4))[0]
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from django.core.wsgi import get_wsgi_application
 from django.http import FileResponse, HttpRequest, HttpResponse
 from django.test import override_settings
 from django.urls import path
@@ -20,7 +18,7 @@ import downloadview_async as dv
 from downloadview_async.contrib.django import PathDownloadView
 from downloadview_async.contrib.django.limits import limits_of_settings
 from downloadview_async.contrib.django.nginx import x_accel_redirect
-from tests.contrib.django.test_accounts import SERVERS, Quiet
+from tests.contrib.django.test_accounts import SERVERS
 from tests.live import make_old
 
 SMALL = b"small" * 100
@@ -62,28 +60,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@contextlib.contextmanager
-def by_threaded_wsgi() -> Iterator[int]:
-    from socketserver import ThreadingMixIn
-    from wsgiref.simple_server import WSGIServer, make_server
-
-    class Server(ThreadingMixIn, WSGIServer):
-        daemon_threads = True
-
-    with make_server("127.0.0.1", 0, get_wsgi_application(), server_class=Server, handler_class=Quiet) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-ALL_SERVERS: dict[str, Callable[[], contextlib.AbstractContextManager[int]]] = {**SERVERS, "wsgi": by_threaded_wsgi}
-
-
-@pytest.fixture(params=ALL_SERVERS)
+@pytest.fixture(params=SERVERS)
 def server(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -93,7 +70,7 @@ def served(server: str, root: Path, **limits: Any) -> Iterator[int]:
     given = {name.upper(): value for name, value in limits.items()}
     with (
         override_settings(ROOT_URLCONF=urls(root), MIDDLEWARE=MIDDLEWARE, DEBUG=False, DOWNLOADVIEW_LIMITS=given),
-        ALL_SERVERS[server]() as port,
+        SERVERS[server]() as port,
     ):
         yield port
 
@@ -117,7 +94,9 @@ def held(port: int, target: str) -> Iterator[None]:
         assert b" 200 " in client.recv(100)
         received = 0
         while received < 400_000:
-            received += len(client.recv(65536))
+            piece = client.recv(65536)
+            assert piece
+            received += len(piece)
         yield
 
 
