@@ -253,7 +253,7 @@ async def test_the_rate_holds(files: Path, server: Any, way: str) -> None:
     async with live(limited(files, limits), http=server) as port:
         seconds = await body_of(port, f"/{way}/large.bin", size=size)
     print(f"{way}: {size / seconds / rate:.2f} of the rate")
-    assert size / rate / 2 < seconds < size / rate * 4  # a machine that is busy may take longer
+    assert size / rate * 0.95 < seconds < size / rate * 4  # a machine that is busy may take longer
 
 
 @pytest.mark.slow

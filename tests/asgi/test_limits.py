@@ -530,7 +530,9 @@ async def body_of(port: int, path: str, *, size: int, **options: Any) -> float:
     await reader.readuntil(b"\r\n\r\n")
     left = size
     while left > 0:
-        left -= len(await reader.read(1 << 18))
+        piece = await reader.read(1 << 18)
+        assert piece
+        left -= len(piece)
     writer.close()
     return time.monotonic() - began
 

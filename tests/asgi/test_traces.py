@@ -29,6 +29,7 @@ from downloadview_async import (
 from downloadview_async.sources import tracing
 from downloadview_async.testing import call
 from tests.live import live
+from tests.servers import free_port
 
 PARENT = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
 
@@ -133,7 +134,7 @@ async def test_requests_to_other_servers_and_the_store_are_below(traced: Traced,
 
 @pytest.mark.asyncio
 async def test_an_error_of_another_server_is_on_its_span(traced: Traced) -> None:
-    source = RemoteSource("http://127.0.0.1:9/", allow_hosts=["127.0.0.1"])
+    source = RemoteSource(f"http://127.0.0.1:{free_port()}/", allow_hosts=["127.0.0.1"])
     app = traced.app(Route("/{path:path}", Download(source)))
     assert (await call(app, "/a.txt", query="token=secret")).status == 502
     below, request = traced.spans
