@@ -6,7 +6,6 @@ import functools
 import socket
 import ssl
 import struct
-import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -537,26 +536,13 @@ async def body_of(port: int, path: str, *, size: int, **options: Any) -> float:
     return time.monotonic() - began
 
 
-def certificate(directory: Path) -> dict[str, Any]:
-    names = {"ssl_certfile": directory / "cert.pem", "ssl_keyfile": directory / "key.pem"}
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-subj", "/CN=localhost", "-days", "2", "-keyout", names["ssl_keyfile"], "-out", names["ssl_certfile"]),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return {name: str(path) for name, path in names.items()}
-
-
 WAYS = ["sendfile", "tls", "h11", "stream", "eight at once"]
 
 
 @pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.parametrize("way", WAYS)
-async def test_the_rate_holds_however_the_bytes_leave(files: Path, way: str) -> None:
+async def test_the_rate_holds_however_the_bytes_leave(files: Path, way: str, certificate: dict[str, str]) -> None:
     size, rate = 12_000_000, 4_000_000
     with open(files / "large.bin", "wb") as file:
         file.truncate(10 * size)
@@ -571,7 +557,7 @@ async def test_the_rate_holds_however_the_bytes_leave(files: Path, way: str) -> 
     options: dict[str, Any] = {"http": "h11" if way == "h11" else DownloadProtocol}
     connect: dict[str, Any] = {}
     if way == "tls":
-        options |= certificate(files)
+        options |= certificate
         connect["ssl"] = ssl.create_default_context(cafile=options["ssl_certfile"])
         connect["server_hostname"] = "localhost"
     async with live(dv.Download(source, limits=dv.Limits(rate="4MB/s")), **options) as port:
