@@ -235,6 +235,16 @@ def test_redirects_to_a_real_server(s3: S3, tmp_path: Path) -> None:
     assert fetched.headers["content-disposition"].startswith("inline; filename=")
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_redirect_has_the_id_of_the_request_if_downloads_are_counted(s3: S3, tmp_path: Path, counts: bool) -> None:
+    s3.put("lake/a.txt", b"0123456789")
+    database = '[accounts]\ndatabase = "sqlite+aiosqlite:///accounts.db"\n' if counts else ""
+    with TestClient(lake(s3, tmp_path, PRESIGN + REDIRECT + database), follow_redirects=False) as client:
+        answer = client.get("/lake/a.txt")
+    ids = parse_qs(urlsplit(answer.headers["location"]).query).get("x-request-id", [])
+    assert ids == ([answer.headers["x-request-id"]] if counts else [])
+
+
 def test_readyz_names_a_store_that_cannot_be_reached(s3: S3, tmp_path: Path) -> None:
     with TestClient(lake(s3, tmp_path, ROUTE)) as client:
         answer = client.get("/-/readyz")

@@ -16,6 +16,7 @@ import pytest
 import downloadview_async as dv
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
+from tests.asgi.test_limited import line_of
 from tests.live import Answer, ask, live, make_old
 from tests.redis_server import RedisServer, redis_server
 from tests.servers import Server, free_port, serving
@@ -135,6 +136,29 @@ async def test_a_proxy_that_cannot_limit_the_rate_is_named_at_the_start(
         async with app.router.lifespan_context(app):
             pass
     assert ("Caddy cannot limit the rate" in caplog.text) == warns
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("has_log", [True, False])
+async def test_a_transfer_of_a_proxy_ends_with_its_line_if_the_service_knows_the_log(
+    directory: Path, has_log: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = directory / "downloads.log"
+    log.touch()
+    text = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+    text += '[accounts]\ndatabase = "sqlite+aiosqlite:///accounts.db"\n' + 'proxy_log = "downloads.log"\n' * has_log
+    with caplog.at_level(logging.WARNING):
+        app = app_of(directory, limits_with("concurrent = 1") + text)
+        async with app.router.lifespan_context(app), live(app) as port:
+            first = await ask(port, "/files/big.bin")
+            assert first.headers["x-accel-redirect"] == "/_files/big.bin"
+            assert (await ask(port, "/files/big.bin")).status == (429 if has_log else 200)
+            log.write_text(line_of(first.headers["x-request-id"], 1000))
+            with anyio.fail_after(20):
+                while (await ask(port, "/files/big.bin")).status != 200:
+                    await asyncio.sleep(0.05)
+    warning = "one that nginx sends ends when it is handed over; with accounts.proxy_log"
+    assert (warning in caplog.text) != has_log
 
 
 @pytest.mark.asyncio
