@@ -245,11 +245,17 @@ async def test_three_processes_keep_a_quota_of_downloads_in_pieces(directory: Pa
 
 @contextlib.asynccontextmanager
 async def begun(port: int) -> AsyncIterator[tuple[int, asyncio.StreamWriter]]:
-    """Begin a download that the client does not take, and give its status."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 14)
-    writer.write(b"GET /files/big.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+    """Begin a download that the client does not take, and give its status, as `answered` does."""
+    status = 503
+    with anyio.fail_after(60):
+        while status == 503:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 14)
+            writer.write(b"GET /files/big.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+            if (status := int((await reader.readuntil(b"\r\n")).split()[1])) == 503:
+                writer.close()
+                await asyncio.sleep(0.1)
     try:
-        yield int((await reader.readuntil(b"\r\n")).split()[1]), writer
+        yield status, writer
     finally:
         writer.transport.abort()
 
@@ -258,7 +264,7 @@ async def begun(port: int) -> AsyncIterator[tuple[int, asyncio.StreamWriter]]:
 @pytest.mark.asyncio
 async def test_three_processes_keep_the_number_of_transfers(directory: Path, redis: RedisServer) -> None:
     await forget_all(redis)
-    with processes(directory, redis, "concurrent = 5") as servers:
+    with processes(directory, redis, 'when_store_fails = "refuse"\nconcurrent = 5') as servers:
         ports = [int(server.address) for server in servers]
         async with contextlib.AsyncExitStack() as stack:
             entered = await asyncio.gather(
@@ -271,7 +277,7 @@ async def test_three_processes_keep_the_number_of_transfers(directory: Path, red
         async with begun(ports[1]) as (status, _):
             assert status == 200
             assert servers[1].stop(9) == -9
-        assert (await ask(ports[2], "/files/a.bin")).status == 200  # 4 others are free
+        assert (await answered(ports[2], "/files/a.bin")).status == 200  # 4 others are free
 
 
 @pytest.mark.slow
