@@ -71,6 +71,35 @@ def test_the_page_is_there_if_the_settings_have_the_table(directory: Path) -> No
     assert read(answer.text, "open_descriptors")[()] > 3
 
 
+def test_limits_and_links_of_the_settings_are_on_the_page(directory: Path) -> None:
+    text = FILES.replace('root = "files"', 'root = "files"\nmax_requests = 9')
+    text += f"""limits = {{ requests = "1/minute" }}
+[[routes]]
+path = "/signed/{{path:path}}"
+source = "files"
+access = ["signed"]
+[[routes]]
+path = "/open/{{path:path}}"
+source = "files"
+[limits]
+requests = "2/minute"
+[links]
+keys = "2026a {"s" * 32}"
+[metrics]
+"""
+    paths = ["/files/a.txt", "/files/a.txt", "/open/a.txt", "/signed/a.txt?k=2026a&e=1&s=another"]
+    with TestClient(build(load(directory, text))) as client:
+        assert [client.get(path).status_code for path in paths] == [200, 429, 429, 403]
+        page = client.get("/-/metrics").text
+    limit = "at most {} per minute".format
+    assert read(page, "limits_hit_total", "limits", "limit") == {
+        ("/files/{path:path}", limit("1 request")): 1,
+        ("all", limit("2 requests")): 1,
+    }
+    assert read(page, "links_total", "event")[("refused",)] == 1
+    assert set(read(page, "source_in_use", "source")) == {("files",), ("files.max_requests",)}
+
+
 def test_numbers_that_cannot_be_added_up_give_503_and_one_line(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
