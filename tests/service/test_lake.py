@@ -10,13 +10,11 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
-from downloadview_async import ConfigurationError
 from downloadview_async.service.app import build
-from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.settings import Settings
 from downloadview_async.service.source_settings import StorageSettings
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET
 from tests.servers import free_port
+from tests.service.loading import load, refusal
 
 LAKE = """
 [sources.lake]
@@ -46,17 +44,9 @@ LAKE_RULE = '[[offload.rules]]\nsource = "http://127.0.0.1:8333/downloads/"\ntar
 S3_RULE = '[[offload.rules]]\nsource = "s3://downloads/lake"\ntarget = "/_lake/"\n'
 
 
-def load(directory: Path, text: str, environ: dict[str, str] | None = None) -> Settings:
-    (directory / "files").mkdir(exist_ok=True)
-    (directory / "downloadview.toml").write_text(text, encoding="utf-8")
-    return load_settings(directory / "downloadview.toml", environ=environ or {})
-
-
-def refusal(directory: Path, text: str) -> str:
-    with pytest.raises(ConfigurationError) as caught:
-        build(load(directory, text))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
 
 
 def test_the_settings_of_a_lake(tmp_path: Path) -> None:
@@ -76,12 +66,12 @@ def test_secrets_come_from_variables(tmp_path: Path) -> None:
         "DOWNLOADVIEW_SOURCES__LAKE__OPTIONS__VIRTUAL_HOSTED_STYLE_REQUEST": "true",
         "DOWNLOADVIEW_SOURCES__LAKE__PRESIGN__EXPIRES": "1h",
     }
-    lake = load(tmp_path, LAKE + ROUTE, environ).sources["lake"]
+    lake = load(tmp_path, LAKE + ROUTE, **environ).sources["lake"]
     assert isinstance(lake, StorageSettings)
     assert lake.options["secret_access_key"] == "12345"
     assert lake.presign is not None
     assert lake.presign.expires == "1h"
-    build(load(tmp_path, LAKE + ROUTE, environ))
+    build(load(tmp_path, LAKE + ROUTE, **environ))
 
 
 WRONG: list[tuple[str, str, str]] = [
