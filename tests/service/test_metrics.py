@@ -59,6 +59,7 @@ def test_the_page_is_there_if_the_settings_have_the_table(directory: Path) -> No
         modern = client.get("/-/metrics", headers={"Accept": OPENMETRICS})
     assert answer.headers["content-type"].startswith("text/plain; version=")
     assert (answer.headers["cache-control"], answer.headers["vary"]) == ("no-store", "Accept")
+    assert answer.headers["x-content-type-options"] == "nosniff"
     assert modern.headers["content-type"].startswith("application/openmetrics-text")
     assert list(parse_openmetrics(modern.text))  # type: ignore[no-untyped-call]
     requests = read(answer.text, "requests_total", "route", "source", "kind", "status")
