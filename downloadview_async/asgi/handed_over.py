@@ -111,6 +111,7 @@ class _Kept:
         known = os.fstat(self._file.fileno())
         if known.st_size < self._file.tell():  # it was truncated
             self._file.seek(0)
+            self._rest = b""
         try:
             current = os.stat(self._path)
         except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
+from downloadview_async.asgi import handed_over
 from downloadview_async.asgi.server import DownloadProtocol
 from tests.asgi.test_limits import BIG, SERVERS, SMALL, body_of, held, transfers_of, until_it_has, until_it_is
 from tests.live import Answer, ask, live, make_old
@@ -307,6 +309,26 @@ async def test_a_transfer_of_a_proxy_ends_with_its_line_in_the_log(files: Path, 
         await until_it_has(limits, transfers=0)
         await begin()
         assert (await ask(port, f"/{way}/big.bin")).body.endswith(b"at most 2 downloads per day")
+
+
+@pytest.mark.asyncio
+async def test_the_log_of_a_proxy_may_be_truncated_within_a_line(files: Path, tmp_path: Path) -> None:
+    log = tmp_path / "downloads.log"
+    log.write_text("something else\n" * 100 + '{"half')
+    limits = dv.Limits(concurrent=1, proxy_log=str(log))
+    backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    app = dv.OffloadMiddleware(dv.Download(dv.PathSource(files), limits=limits), backend)
+    async with live(dv.Accounts(app, sends_request_id=True)) as port:
+        begun = await ask(port, "/big.bin")
+        logs = handed_over._logs.get(asyncio.get_running_loop())
+        assert logs is not None
+        with anyio.fail_after(20):
+            while not logs[str(log)]._rest:
+                await asyncio.sleep(0.01)
+        os.truncate(log, 0)
+        with log.open("a") as file:
+            file.write(line_of(begun.headers["x-request-id"], 1000))
+        await until_it_has(limits, transfers=0)
 
 
 @pytest.mark.asyncio
