@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from downloadview_async.sources.local import open_file, open_file_cache
+from tests.certificates import make_certificate
 from tests.gcs import GCS, gcs_server
 from tests.s3 import S3, s3_server
 
@@ -52,3 +53,9 @@ def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GCS]:
     """A server of Google Cloud Storage's protocol with an empty bucket."""
     with gcs_server(tmp_path_factory.mktemp("gcs") / "log") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A certificate for localhost and its key, as the options of uvicorn."""
+    return make_certificate(tmp_path_factory.mktemp("tls"))

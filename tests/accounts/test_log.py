@@ -18,7 +18,7 @@ from downloadview_async.accounts.log import LogFormat
 from downloadview_async.http.log_text import LIMIT
 
 EVIL = 'evil\nline \x1b[31m\x7f\x9b \u202e\u2028\udc80 " \\ é'
-MOST = 5 * (LIMIT + 100) * 6 + LIMIT  # five texts of a line, each character as \\uXXXX\\uXXXX at most
+MOST = 5 * (LIMIT + 100) * 6 + LIMIT  # five texts of a line, each character as \\uXXXX
 FORMATS: list[LogFormat] = ["text", "json", "combined"]
 
 
@@ -197,7 +197,7 @@ for _ in range(20):
     assert all(len(set(json.loads(line)["name"])) == 1 for line in lines)
 
 
-def test_a_full_disk_costs_lines_and_tears_none(tmp_path: Path) -> None:
+def test_lines_after_a_full_disk_are_whole(tmp_path: Path) -> None:
     """The limit of the size of a file stands for the disk."""
     script = f"""
 import os, resource, signal

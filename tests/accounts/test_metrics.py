@@ -107,6 +107,15 @@ async def test_labels_are_bounded() -> None:
     assert read(text, "refused_total", "route")[("other",)] == 50
 
 
+def test_numbers_that_nobody_requests_take_no_memory() -> None:
+    metrics = Metrics()
+    for _ in range(1050):
+        metrics.observe(outcome())
+    (row,) = metrics._rows.values()
+    assert len(row.times) == len(row.times_of_first) == 50
+    assert row.requests == 1000
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     "accept, media_type, parse",

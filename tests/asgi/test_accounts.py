@@ -10,7 +10,6 @@ import signal
 import socket
 import ssl
 import struct
-import subprocess
 import sys
 import termios
 import threading
@@ -316,7 +315,7 @@ def serve(root: Path, tmp_path: Path) -> Serving:
     def serve(name: str, certificate: dict[str, str] | None = None, **env: str) -> Iterator[Site]:
         way, is_ours = WAYS[name], name.startswith("zero-copy")
         options = tuple(option.replace(*IMPATIENT) for option in way.options)
-        options += tuple(f"--ssl-{key}={path}" for key, path in (certificate or {}).items())
+        options += tuple(f"--{key.replace('_', '-')}={path}" for key, path in (certificate or {}).items())
         env = {"ACCOUNTS_ROOT": str(root), "ACCOUNTS_LOG": str(log), "ACCOUNTS_PORT": "{port}", **env}
         with replace(way, options=options).serving(
             "tests.asgi.accounts_app:make_app", log=tmp_path / "log", env=env
@@ -439,21 +438,6 @@ def test_each_request_has_one_outcome_although_clients_leave(serve: Serving, way
         stress(site, 400)
 
 
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    directory = tmp_path_factory.mktemp("tls")
-    names = {"certfile": str(directory / "cert.pem"), "keyfile": str(directory / "key.pem")}
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-subj", "/CN=localhost", "-days", "2", "-keyout", names["keyfile"], "-out", names["certfile"]),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return names
-
-
 @pytest.mark.parametrize(("is_second", "pieces"), [(False, 1), (False, 12), (False, 32), (True, 32)])
 @pytest.mark.parametrize("is_encrypted", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -485,7 +469,9 @@ def test_bytes_that_a_reset_drops_do_not_count(
                 received -= ONE
             sock.sendall(request.encode())
             while received < 1 << 15:
-                received += len(sock.recv(1 << 13))
+                piece = sock.recv(1 << 13)
+                assert piece
+                received += len(piece)
             with gate.open("wb") as opened:  # returns when the event loop has stopped at the gate
                 unread = struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, b"\0" * 4))[0]
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -556,7 +542,7 @@ def test_a_websocket_over_tls_leaves_no_descriptor(loop: str, serve: Serving, ce
 
 
 def _trusting(certificate: dict[str, str]) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=certificate["certfile"])
+    return ssl.create_default_context(cafile=certificate["ssl_certfile"])
 
 
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]

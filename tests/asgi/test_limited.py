@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import anyio
 import pytest
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
@@ -20,8 +20,19 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
+from downloadview_async.asgi import handed_over
 from downloadview_async.asgi.server import DownloadProtocol
-from tests.asgi.test_limits import BIG, SCOPE, SERVERS, SMALL, body_of, held, transfers_of, until_it_is
+from tests.asgi.test_limits import (
+    BIG,
+    SCOPE,
+    SERVERS,
+    SMALL,
+    body_of,
+    held,
+    transfers_of,
+    until_it_has,
+    until_it_is,
+)
 from tests.descriptors import open_paths
 from tests.live import Answer, ask, live, make_old
 
@@ -39,10 +50,9 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def application(files: Path, *, done: list[str] | None = None) -> Starlette:
+def application(files: Path) -> Starlette:
     async def file(request: Request) -> Response:
-        name = request.path_params["name"]
-        return FileResponse(files / name, background=BackgroundTask((done or []).append, name))
+        return FileResponse(files / request.path_params["name"])
 
     async def stream(request: Request) -> Response:
         size = (files / request.path_params["name"]).stat().st_size
@@ -99,9 +109,7 @@ async def test_transfers_at_once(files: Path, server: Any, way: str) -> None:
                 assert (await ask(port, f"/{way}/big.bin", headers={"Range": "bytes=99999999-"})).status == 416
             assert (await one.rest()).body == BIG
             assert (await until_it_is(port, 200, f"/{way}/small.bin")).body == SMALL
-        with anyio.fail_after(20):
-            while transfers_of(limits):
-                await asyncio.sleep(0.01)
+        await until_it_has(limits, transfers=0)
 
 
 @pytest.mark.asyncio
@@ -168,15 +176,38 @@ async def test_requests_are_refused_before_the_application_and_other_answers_are
 
 
 @pytest.mark.asyncio
-async def test_a_refused_answer_is_not_made_and_its_background_task_does_not_run(files: Path) -> None:
-    done: list[str] = []
+@pytest.mark.parametrize("server", SERVERS)
+async def test_the_application_of_a_refused_answer_sees_a_client_that_has_left(files: Path, server: Any) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def listen() -> None:
+            assert await receive() == {"type": "http.disconnect"}
+            seen.append("a disconnect")
+
+        if scope["path"] != "/refused":
+            await application(files)(scope, receive, send)
+            return
+        assert (await receive())["type"] == "http.request"
+        listening = asyncio.create_task(listen())
+        await asyncio.sleep(0)  # it waits for a message now
+        headers = [(b"content-length", b"2")]
+        for message in ({"type": "http.response.start", "status": 200, "headers": headers}, {"body": b"ok"}):
+            try:
+                await send({"type": "http.response.body", **message})
+            except OSError:
+                seen.append("an error")
+        await listening
+
     limits, outcomes = dv.Limits(concurrent=1), list[dv.Outcome]()
-    app = dv.Accounts(dv.LimitsMiddleware(application(files, done=done), limits), observers=[outcomes.append])
-    async with live(app) as port, held(port, "/file/big.bin"):
-        assert (await ask(port, "/file/small.bin")).status == 429
-        assert (outcomes[0].status, outcomes[0].result) == (429, "refused")
-        assert outcomes[0].route == "/file/{name}"
-    assert "small.bin" not in done
+    limited = dv.Accounts(dv.LimitsMiddleware(app, limits), observers=[outcomes.append])
+    async with live(limited, http=server) as port, held(port, "/file/big.bin"):
+        assert (await ask(port, "/refused")).status == 429
+        refused = await ask(port, "/file/small.bin")
+        assert (refused.status, refused.body) == (429, b"Too Many Requests: at most 1 transfer at once")
+    assert seen == ["a disconnect", "an error", "an error"]
+    assert [(one.status, one.result) for one in outcomes[:2]] == [(429, "refused")] * 2
+    assert outcomes[1].route == "/file/{name}"
 
 
 @pytest.mark.asyncio
@@ -188,12 +219,9 @@ async def test_a_queue(files: Path, server: Any, way: str) -> None:
         async with held(port, f"/{way}/big.bin") as first:
             waiting = [asyncio.create_task(ask(port, f"/{way}/small.bin")) for _ in range(3)]
             gone = asyncio.create_task(ask(port, f"/{way}/small.bin"))
-            with anyio.fail_after(20):
-                while not limits._queues or len(next(iter(limits._queues.values()))) < 4:
-                    await asyncio.sleep(0.01)
-                gone.cancel()
-                while len(next(iter(limits._queues.values()))) > 3:
-                    await asyncio.sleep(0.01)
+            await until_it_has(limits, waiting=4)
+            gone.cancel()
+            await until_it_has(limits, waiting=3)
             assert (await first.rest()).body == BIG
         assert [(await one).body for one in waiting] == [SMALL] * 3
 
@@ -209,9 +237,8 @@ async def test_a_client_that_leaves_the_queue_frees_its_place(files: Path, way: 
     async with live(app, http=DownloadProtocol) as port, held(port, f"/{way}/big.bin") as first:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(f"GET /{way}/small.bin HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await until_it_has(limits, waiting=1)
         with anyio.fail_after(20):
-            while not limits._queues:
-                await asyncio.sleep(0.01)
             if ends == "half-closes":
                 writer.write_eof()
                 answer = await reader.read()
@@ -221,15 +248,13 @@ async def test_a_client_that_leaves_the_queue_frees_its_place(files: Path, way: 
                 writer.close()
             else:
                 writer.transport.abort()
-            while limits._queues:
-                await asyncio.sleep(0.01)
+        await until_it_has(limits, waiting=0)
         writer.close()
         # one that has half-closed before waits for nothing, but gets what is there
         assert (await first.rest()).body == BIG
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await until_it_has(limits, transfers=0)
         with anyio.fail_after(20):
-            while transfers_of(limits):
-                await asyncio.sleep(0.01)
             writer.write(f"GET /{way}/small.bin HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             writer.write_eof()
             assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
@@ -337,7 +362,7 @@ async def test_the_rate_holds(files: Path, server: Any, way: str) -> None:
     async with live(limited(files, limits), http=server) as port:
         seconds = await body_of(port, f"/{way}/large.bin", size=size)
     print(f"{way}: {size / seconds / rate:.2f} of the rate")
-    assert size / rate / 2 < seconds < size / rate * 4  # a machine that is busy may take longer
+    assert size / rate * 0.95 < seconds < size / rate * 4  # a machine that is busy may take longer
 
 
 @pytest.mark.slow
@@ -382,19 +407,35 @@ async def test_a_transfer_of_a_proxy_ends_with_its_line_in_the_log(files: Path, 
         with log.open("a") as file:
             file.write(line_of("another", 1))
             file.write(line_of(begun[0].headers["x-request-id"], 1000))  # the client has left
-        with anyio.fail_after(20):
-            while transfers_of(limits) != 1:
-                await asyncio.sleep(0.01)
+        await until_it_has(limits, transfers=1)
         third = await begin()  # its bytes, and those of the first one, fit into the quotas
         log.rename(tmp_path / "downloads.log.1")
         with (tmp_path / "downloads.log.1").open("a") as file:
             file.write(line_of(begun[1].headers["x-request-id"], len(BIG)))
         log.write_text(line_of(third.headers["x-request-id"], 0, 304))
-        with anyio.fail_after(20):
-            while transfers_of(limits):
-                await asyncio.sleep(0.01)
+        await until_it_has(limits, transfers=0)
         await begin()
         assert (await ask(port, f"/{way}/big.bin")).body.endswith(b"at most 2 downloads per day")
+
+
+@pytest.mark.asyncio
+async def test_the_log_of_a_proxy_may_be_truncated_within_a_line(files: Path, tmp_path: Path) -> None:
+    log = tmp_path / "downloads.log"
+    log.write_text("something else\n" * 100 + '{"half')
+    limits = dv.Limits(concurrent=1, proxy_log=str(log))
+    backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    app = dv.OffloadMiddleware(dv.Download(dv.PathSource(files), limits=limits), backend)
+    async with live(dv.Accounts(app, sends_request_id=True)) as port:
+        begun = await ask(port, "/big.bin")
+        logs = handed_over._logs.get(asyncio.get_running_loop())
+        assert logs is not None
+        with anyio.fail_after(20):
+            while not logs[str(log)]._rest:
+                await asyncio.sleep(0.01)
+        os.truncate(log, 0)
+        with log.open("a") as file:
+            file.write(line_of(begun.headers["x-request-id"], 1000))
+        await until_it_has(limits, transfers=0)
 
 
 @pytest.mark.asyncio

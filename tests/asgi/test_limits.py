@@ -6,7 +6,6 @@ import functools
 import socket
 import ssl
 import struct
-import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -115,6 +114,15 @@ def transfers_of(limits: dv.Limits) -> int:
     return sum(map(store.transfers, store._clients))
 
 
+async def until_it_has(limits: dv.Limits, *, transfers: int | None = None, waiting: int | None = None) -> None:
+    """Wait until there are so many transfers, or so many requests in the queue of the only client."""
+    with anyio.fail_after(20):
+        while transfers not in (None, transfers_of(limits)):
+            await asyncio.sleep(0.01)
+        while waiting is not None and [*map(len, limits._queues.values())] != [waiting] * (waiting > 0):
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.asyncio
 async def test_a_request_that_is_cancelled_or_fails_leaves_no_lease(files: Path) -> None:
     limits = dv.Limits(concurrent=1)
@@ -130,10 +138,12 @@ async def test_a_request_that_is_cancelled_or_fails_leaves_no_lease(files: Path)
         await app({**SCOPE}, receive, broken)
 
     async def hung(message: Any) -> None:
+        is_sending.set()
         await asyncio.Event().wait()
 
+    is_sending = asyncio.Event()
     task = asyncio.create_task(app({**SCOPE}, receive, hung))
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(is_sending.wait(), 20)
     assert transfers_of(limits) == 1
     task.cancel()
     await asyncio.wait([task])
@@ -224,12 +234,9 @@ async def test_a_queue(files: Path) -> None:
         async with held(port) as first:
             waiting = [asyncio.create_task(ask(port, "/small.bin")) for _ in range(3)]
             gone = asyncio.create_task(ask(port, "/small.bin"))
-            with anyio.fail_after(20):
-                while not limits._queues or len(next(iter(limits._queues.values()))) < 4:
-                    await asyncio.sleep(0.01)
-                gone.cancel()  # its client leaves, and so its place is free
-                while len(next(iter(limits._queues.values()))) > 3:
-                    await asyncio.sleep(0.01)
+            await until_it_has(limits, waiting=4)
+            gone.cancel()  # its client leaves, and so its place is free
+            await until_it_has(limits, waiting=3)
             assert (await first.rest()).body == BIG
         assert [(await one).body for one in waiting] == [SMALL] * 3
         assert not limits._queues
@@ -247,16 +254,12 @@ async def test_a_request_that_waits_takes_nothing_of_the_other_limits(files: Pat
     async with live(app) as port:
         async with held(port, "/queue/big.bin") as first:
             waiting = [asyncio.create_task(ask(port, "/queue/small.bin")) for _ in range(4)]
-            with anyio.fail_after(20):
-                while not queue._queues or len(next(iter(queue._queues.values()))) < 4:
-                    await asyncio.sleep(0.01)
+            await until_it_has(queue, waiting=4)
             assert transfers_of(common) == 1
             assert (await ask(port, "/free/small.bin")).status == 200
             assert (await first.rest()).body == BIG
         assert [(await one).status for one in waiting] == [200] * 4
-        with anyio.fail_after(20):
-            while transfers_of(common):
-                await asyncio.sleep(0.01)
+        await until_it_has(common, transfers=0)
         async with held(port, "/free/big.bin"):
             assert (await ask(port, "/free/small.bin")).status == 200  # both slots of the source were free
 
@@ -274,40 +277,34 @@ async def test_a_request_whose_lease_comes_with_its_file_waits_like_the_others(
         ]
     )
 
-    async def until_so_many_wait(number: int) -> None:
-        with anyio.fail_after(5):
-            while len(next(iter(queue._queues.values()), ())) != number:
-                await asyncio.sleep(0.01)
-
     async with live(app, http="h11") as port, held(port, "/queue/big.bin") as first:
         waiting = []
         for number in range(3):
             waiting.append(asyncio.create_task(ask(port, f"/queue/small.bin{query}", headers=headers)))
-            await until_so_many_wait(number + 1)
+            await until_it_has(queue, waiting=number + 1)
         assert transfers_of(common) == 1
         assert (await ask(port, "/free/small.bin")).status == 200
         waiting.pop().cancel()
-        await until_so_many_wait(2)
+        await until_it_has(queue, waiting=2)
         assert (await first.rest()).body == BIG
         assert [(await one).body for one in waiting] == [SMALL] * 2
 
 
 @pytest.mark.asyncio
-async def test_a_small_answer_that_waits_and_is_not_sent_is_given_back(files: Path) -> None:
+@pytest.mark.parametrize("quota", [(), "60kB/day"])
+async def test_a_client_that_leaves_while_a_small_answer_waits_gives_back_what_it_has(files: Path, quota: Any) -> None:
     (files / "part.bin").write_bytes(bytes(60_000))
     make_old(files)
-    limits = dv.Limits(rate="1kB/s", concurrent=9, quota="60kB/day")
+    limits = dv.Limits(rate="1kB/s", concurrent=9, quota=quota)
+    # Our protocol cannot tell such a client from one that has half-closed: there, the wait ends after a minute.
     async with live(dv.Download(dv.PathSource(files), limits=limits), http="h11") as port:
         asking = asyncio.create_task(ask(port, "/part.bin"))
-        with anyio.fail_after(20):
-            while transfers_of(limits) != 1:
-                await asyncio.sleep(0.01)
-            asking.cancel()
-            while transfers_of(limits) != 0:
-                await asyncio.sleep(0.01)
-    store: Any = limits._store
-    (known,) = store._clients.values()
-    assert [used for _, used in known.spent.values()] == [0]
+        await until_it_has(limits, transfers=1)
+        store: Any = limits._store
+        (known,) = store._clients.values()
+        asking.cancel()
+        await until_it_has(limits, transfers=0)
+    assert [used for _, used in known.spent.values()] == ([0] if quota else [])
 
 
 @pytest.mark.asyncio
@@ -533,22 +530,11 @@ async def body_of(port: int, path: str, *, size: int, **options: Any) -> float:
     await reader.readuntil(b"\r\n\r\n")
     left = size
     while left > 0:
-        left -= len(await reader.read(1 << 18))
+        piece = await reader.read(1 << 18)
+        assert piece
+        left -= len(piece)
     writer.close()
     return time.monotonic() - began
-
-
-def certificate(directory: Path) -> dict[str, Any]:
-    names = {"ssl_certfile": directory / "cert.pem", "ssl_keyfile": directory / "key.pem"}
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-subj", "/CN=localhost", "-days", "2", "-keyout", names["ssl_keyfile"], "-out", names["ssl_certfile"]),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return {name: str(path) for name, path in names.items()}
 
 
 WAYS = ["sendfile", "tls", "h11", "stream", "eight at once"]
@@ -557,7 +543,7 @@ WAYS = ["sendfile", "tls", "h11", "stream", "eight at once"]
 @pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.parametrize("way", WAYS)
-async def test_the_rate_holds_however_the_bytes_leave(files: Path, way: str) -> None:
+async def test_the_rate_holds_however_the_bytes_leave(files: Path, way: str, certificate: dict[str, str]) -> None:
     size, rate = 12_000_000, 4_000_000
     with open(files / "large.bin", "wb") as file:
         file.truncate(10 * size)
@@ -572,7 +558,7 @@ async def test_the_rate_holds_however_the_bytes_leave(files: Path, way: str) -> 
     options: dict[str, Any] = {"http": "h11" if way == "h11" else DownloadProtocol}
     connect: dict[str, Any] = {}
     if way == "tls":
-        options |= certificate(files)
+        options |= certificate
         connect["ssl"] = ssl.create_default_context(cafile=options["ssl_certfile"])
         connect["server_hostname"] = "localhost"
     async with live(dv.Download(source, limits=dv.Limits(rate="4MB/s")), **options) as port:
@@ -625,22 +611,6 @@ def test_the_head_of_a_paced_answer_takes_the_segments_that_the_kernel_does_not_
     answered = run(answer())
     assert (answered.status, answered.body) == (200, SMALL)
     assert left == [10, 0]
-
-
-@pytest.mark.asyncio
-async def test_a_client_that_leaves_while_a_small_answer_waits_is_noticed(files: Path) -> None:
-    (files / "part.bin").write_bytes(bytes(60_000))
-    limits = dv.Limits(rate="1kB/s", concurrent=9)
-    # Our protocol cannot tell such a client from one that has half-closed: there, the wait ends after a minute.
-    async with live(dv.Download(dv.PathSource(files), limits=limits), http="h11") as port:
-        assert transfers_of(limits) == 0
-        asking = asyncio.create_task(ask(port, "/part.bin"))
-        with anyio.fail_after(20):
-            while transfers_of(limits) != 1:
-                await asyncio.sleep(0.01)
-            asking.cancel()
-            while transfers_of(limits) != 0:
-                await asyncio.sleep(0.01)
 
 
 @pytest.mark.slow

@@ -174,18 +174,9 @@ async def test_a_unix_socket(big: Path, tmp_path: Path) -> None:
 
 
 @on_disk
-async def test_tls_is_served_in_chunks(big: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    import shutil
-    import subprocess
-
-    if shutil.which("openssl") is None:
-        pytest.skip("TLS: openssl is not installed")
-    pem = tmp_path_factory.mktemp("tls") / "pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    subprocess.run([*command, "-keyout", f"{pem}.key", "-out", f"{pem}.crt"], check=True, capture_output=True)
-    options = {"ssl_keyfile": f"{pem}.key", "ssl_certfile": f"{pem}.crt"}
-    async with live(app_for(big.parent), http=DownloadProtocol, **options) as port:
-        trusting = ssl.create_default_context(cafile=f"{pem}.crt")
+async def test_tls_is_served_in_chunks(big: Path, certificate: dict[str, str]) -> None:
+    async with live(app_for(big.parent), http=DownloadProtocol, **certificate) as port:
+        trusting = ssl.create_default_context(cafile=certificate["ssl_certfile"])
         trusting.check_hostname = False
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
         writer.write(b"GET /ours/big.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

@@ -23,12 +23,15 @@ from downloadview_async import (
     PathSource,
     RemoteSource,
     SignedLinks,
+    StorageSource,
     Traces,
     URLSigner,
 )
 from downloadview_async.sources import tracing
 from downloadview_async.testing import call
 from tests.live import live
+from tests.s3 import S3
+from tests.servers import free_port
 
 PARENT = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
 
@@ -132,8 +135,23 @@ async def test_requests_to_other_servers_and_the_store_are_below(traced: Traced,
 
 
 @pytest.mark.asyncio
+async def test_requests_to_an_object_store_are_below(traced: Traced, s3: S3) -> None:
+    s3.put("traced/a.txt", b"0123456789")
+    storage = s3.storage("traced/")
+    app = traced.app(Route("/{path:path}", Download(StorageSource(storage))))
+    assert [(await call(app, path)).status for path in ("/a.txt", "/none")] == [200, 404]
+    await storage.aclose()
+    store, request, missing, _ = traced.spans
+    assert (store.name, attributes_of(store)["downloadview.store"]) == ("object store", "s3")
+    assert missing.name == store.name
+    assert store.parent is not None
+    assert request.context is not None
+    assert store.parent.span_id == request.context.span_id
+
+
+@pytest.mark.asyncio
 async def test_an_error_of_another_server_is_on_its_span(traced: Traced) -> None:
-    source = RemoteSource("http://127.0.0.1:9/", allow_hosts=["127.0.0.1"])
+    source = RemoteSource(f"http://127.0.0.1:{free_port()}/", allow_hosts=["127.0.0.1"])
     app = traced.app(Route("/{path:path}", Download(source)))
     assert (await call(app, "/a.txt", query="token=secret")).status == 502
     below, request = traced.spans

@@ -6,11 +6,9 @@ import functools
 import itertools
 import os
 import re
-import shutil
 import socket
 import ssl
 import struct
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -989,23 +987,10 @@ async def test_the_service_as_it_comes(root: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- other transports
 
 
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], ssl.SSLContext]:
-    if shutil.which("openssl") is None:
-        pytest.skip("TLS: openssl is not installed")
-    pem = tmp_path_factory.mktemp("tls") / "pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    subprocess.run([*command, "-keyout", f"{pem}.key", "-out", f"{pem}.crt"], check=True, capture_output=True)
-    trusting = ssl.create_default_context(cafile=f"{pem}.crt")
-    trusting.check_hostname = False
-    return {"ssl_keyfile": f"{pem}.key", "ssl_certfile": f"{pem}.crt"}, trusting
-
-
 @pytest.mark.parametrize("path", [pytest.param("/ours/big.bin", marks=pytest.mark.slow), "/generated", "/fields"])
-async def test_tls(
-    root: Path, tls: tuple[dict[str, Any], ssl.SSLContext], path: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    options, trusting = tls
+async def test_tls(root: Path, certificate: dict[str, str], path: str, caplog: pytest.LogCaptureFixture) -> None:
+    trusting = ssl.create_default_context(cafile=certificate["ssl_certfile"])
+    trusting.check_hostname = False
 
     async def talk_tls(port: int, request: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
@@ -1015,7 +1000,7 @@ async def test_tls(
         return dateless(received)
 
     app = Wire(root).app
-    async with live(app, http=DownloadProtocol) as plain, live(app, http=DownloadProtocol, **options) as port:
+    async with live(app, http=DownloadProtocol) as plain, live(app, http=DownloadProtocol, **certificate) as port:
         for junk, _ in JUNK.values():
             assert await talk_tls(port, get(path) + junk) == await talk(plain, get(path) + junk)
         whole = get(path, version="1.0")

@@ -3,7 +3,6 @@
 import asyncio
 import random
 import shutil
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -538,22 +537,10 @@ async def test_a_get_with_a_body_keeps_it_to_itself(remote: Remote) -> None:
 # --- TLS, as the configurations have it
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for localhost that nobody trusts; its key is beside it."""
-    if shutil.which("openssl") is None:
-        pytest.skip("TLS: openssl is not installed")
-    path = tmp_path_factory.mktemp("tls") / "localhost.crt"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", f"{path}.key", "-out", str(path)]
-    subprocess.run(command, check=True, capture_output=True)
-    return path
-
-
-def trusting(kind: str, text: str, certificate: Path) -> str:
+def trusting(kind: str, text: str, certificate: str) -> str:
     """Return a configuration that takes a certificate for one of an authority."""
     old, new = {
-        "nginx": ("/etc/ssl/certs/ca-certificates.crt", str(certificate)),
+        "nginx": ("/etc/ssl/certs/ca-certificates.crt", certificate),
         "caddy": ("response_header_timeout 60s", f"response_header_timeout 60s\ntls_trust_pool file {certificate}"),
     }[kind]
     assert old in text
@@ -562,19 +549,19 @@ def trusting(kind: str, text: str, certificate: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["nginx", "caddy"])
 @pytest.mark.parametrize("trusted", [True, False])
-async def test_the_certificate_of_the_other_server_is_checked(kind: str, trusted: bool, certificate: Path) -> None:
+async def test_the_certificate_of_the_other_server_is_checked(
+    kind: str, trusted: bool, certificate: dict[str, str]
+) -> None:
     with readable_directory() as directory:
         checkout = make_checkout(directory)
-        shutil.copy(certificate, directory)
-        readable = directory / certificate.name
+        readable = shutil.copy(certificate["ssl_certfile"], directory)
         origin = Origin(checkout / "app" / "files")
-        tls = {"ssl_certfile": str(certificate), "ssl_keyfile": f"{certificate}.key"}
-        async with live(origin, **tls) as port:
+        async with live(origin, **certificate) as port:
             url = f"https://localhost:{port}/pub/"
             app = Starlette(routes=[Route("/{path:path}", dv.Download(_Elsewhere(url)))])
 
             def edit(text: str) -> str:
-                return trusting(kind, text, readable) if trusted else text
+                return trusting(kind, text, str(readable)) if trusted else text
 
             rules = [dv.Rule(url, "/_remote/")]
             async with live(dv.OffloadMiddleware(app, dv.XAccelRedirect(rules))) as service:

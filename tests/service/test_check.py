@@ -29,6 +29,7 @@ from downloadview_async.service.check.http import MOST, PIECE, Answer, NoAnswerE
 from downloadview_async.service.check.run import Line, check
 from downloadview_async.service.check.samples import Content, content_of
 from downloadview_async.service.settings import Settings
+from tests.certificates import make_certificate
 from tests.live import listening, live
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET
 from tests.servers import PROJECT, free_port, serving
@@ -622,14 +623,10 @@ def test_the_command_cannot_check(served: tuple[Path, str], arguments: list[str]
 
 
 @pytest.mark.asyncio
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="TLS: openssl is not installed")
 async def test_a_certificate_is_checked_against_those_of_the_system(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "certificate.pem"]
-    subprocess.run(command, cwd=directory, check=True, capture_output=True)
-    paths = {"ssl_certfile": str(directory / "certificate.pem"), "ssl_keyfile": str(directory / "key.pem")}
+    paths = make_certificate(directory, "IP:127.0.0.1")
     settings = load(directory, FILES)
     async with live(build(settings), **paths) as port:
         url = f"https://127.0.0.1:{port}"

@@ -29,6 +29,11 @@ _SELECTOR = re.compile(r"(downloadview_\w+)(?:{([^}]*)})?")
 _GROUPED = re.compile(r"\bby \(([^)]*)\)")
 
 
+def grouped_by(expression: str) -> list[set[str]]:
+    """Return the labels of each `by` in an expression."""
+    return [{label.strip() for label in labels.split(",")} for labels in _GROUPED.findall(expression)]
+
+
 def expressions() -> Iterator[tuple[str, str]]:
     """Yield the name and the expression of each panel and each rule."""
     for panel in DASHBOARD["panels"]:
@@ -87,8 +92,7 @@ def test_metrics_and_labels_exist(known: dict[str, set[str]], name: str, express
     for match in selected:
         matchers = dict(re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"', match[2] or ""))
         assert matchers.keys() <= known[match[1]] | _OF_PROMETHEUS
-    for grouped in _GROUPED.findall(expression):
-        assert {label.strip() for label in grouped.split(",")} <= of_all
+    assert all(labels <= of_all for labels in grouped_by(expression))
 
 
 def test_each_metric_is_on_the_dashboard(known: dict[str, set[str]]) -> None:
@@ -103,7 +107,7 @@ def test_the_dashboard_is_whole() -> None:
     for panel in panels:
         for target in panel.get("targets", ()):
             for label in re.findall(r"{{(\w+)}}", target["legendFormat"]):
-                assert any(label in grouped for grouped in _GROUPED.findall(target["expr"])), panel["title"]
+                assert any(label in labels for labels in grouped_by(target["expr"])), panel["title"]
     places = [panel["gridPos"] for panel in panels]
     taken = [
         (x, y) for at in places for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])
@@ -115,9 +119,8 @@ def test_the_dashboard_is_whole() -> None:
 def test_annotations_name_labels_of_their_rule() -> None:
     for group in RULES["groups"]:
         for rule in group["rules"]:
-            (grouped, *_) = _GROUPED.findall(rule["expr"])
-            for label in re.findall(r"\$labels\.(\w+)", str(rule["annotations"])):
-                assert label in grouped, rule["alert"]
+            first, *_ = grouped_by(rule["expr"])
+            assert {*re.findall(r"\$labels\.(\w+)", str(rule["annotations"]))} <= first, rule["alert"]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

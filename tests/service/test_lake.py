@@ -10,13 +10,11 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
-from downloadview_async import ConfigurationError
 from downloadview_async.service.app import build
-from downloadview_async.service.config_loader import load_settings
-from downloadview_async.service.settings import Settings
 from downloadview_async.service.source_settings import StorageSettings
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, S3, SECRET
 from tests.servers import free_port
+from tests.service.loading import load, refusal
 
 LAKE = """
 [sources.lake]
@@ -46,17 +44,9 @@ LAKE_RULE = '[[offload.rules]]\nsource = "http://127.0.0.1:8333/downloads/"\ntar
 S3_RULE = '[[offload.rules]]\nsource = "s3://downloads/lake"\ntarget = "/_lake/"\n'
 
 
-def load(directory: Path, text: str, environ: dict[str, str] | None = None) -> Settings:
-    (directory / "files").mkdir(exist_ok=True)
-    (directory / "downloadview.toml").write_text(text, encoding="utf-8")
-    return load_settings(directory / "downloadview.toml", environ=environ or {})
-
-
-def refusal(directory: Path, text: str) -> str:
-    with pytest.raises(ConfigurationError) as caught:
-        build(load(directory, text))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
 
 
 def test_the_settings_of_a_lake(tmp_path: Path) -> None:
@@ -76,12 +66,12 @@ def test_secrets_come_from_variables(tmp_path: Path) -> None:
         "DOWNLOADVIEW_SOURCES__LAKE__OPTIONS__VIRTUAL_HOSTED_STYLE_REQUEST": "true",
         "DOWNLOADVIEW_SOURCES__LAKE__PRESIGN__EXPIRES": "1h",
     }
-    lake = load(tmp_path, LAKE + ROUTE, environ).sources["lake"]
+    lake = load(tmp_path, LAKE + ROUTE, **environ).sources["lake"]
     assert isinstance(lake, StorageSettings)
     assert lake.options["secret_access_key"] == "12345"
     assert lake.presign is not None
     assert lake.presign.expires == "1h"
-    build(load(tmp_path, LAKE + ROUTE, environ))
+    build(load(tmp_path, LAKE + ROUTE, **environ))
 
 
 WRONG: list[tuple[str, str, str]] = [
@@ -233,6 +223,16 @@ def test_redirects_to_a_real_server(s3: S3, tmp_path: Path) -> None:
     fetched = httpx2.get(url)
     assert (fetched.status_code, fetched.content) == (200, b"0123456789")
     assert fetched.headers["content-disposition"].startswith("inline; filename=")
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_redirect_has_the_id_of_the_request_if_downloads_are_counted(s3: S3, tmp_path: Path, counts: bool) -> None:
+    s3.put("lake/a.txt", b"0123456789")
+    database = '[accounts]\ndatabase = "sqlite+aiosqlite:///accounts.db"\n' if counts else ""
+    with TestClient(lake(s3, tmp_path, PRESIGN + REDIRECT + database), follow_redirects=False) as client:
+        answer = client.get("/lake/a.txt")
+    ids = parse_qs(urlsplit(answer.headers["location"]).query).get("x-request-id", [])
+    assert ids == ([answer.headers["x-request-id"]] if counts else [])
 
 
 def test_readyz_names_a_store_that_cannot_be_reached(s3: S3, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import downloadview_async as dv
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
+from tests.asgi.test_limited import line_of
 from tests.live import Answer, ask, live, make_old
 from tests.redis_server import RedisServer, redis_server
 from tests.servers import Server, free_port, serving
@@ -151,6 +152,28 @@ async def test_a_directory_of_logs_of_s3_does_not_tell_the_end_of_what_a_proxy_s
     assert "ends when it is handed over" in caplog.text
 
 
+@pytest.mark.parametrize("has_log", [True, False])
+async def test_a_transfer_of_a_proxy_ends_with_its_line_if_the_service_knows_the_log(
+    directory: Path, has_log: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = directory / "downloads.log"
+    log.touch()
+    text = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+    text += '[accounts]\ndatabase = "sqlite+aiosqlite:///accounts.db"\n' + 'proxy_log = "downloads.log"\n' * has_log
+    with caplog.at_level(logging.WARNING):
+        app = app_of(directory, limits_with("concurrent = 1") + text)
+        async with app.router.lifespan_context(app), live(app) as port:
+            first = await ask(port, "/files/big.bin")
+            assert first.headers["x-accel-redirect"] == "/_files/big.bin"
+            assert (await ask(port, "/files/big.bin")).status == (429 if has_log else 200)
+            log.write_text(line_of(first.headers["x-request-id"], 1000))
+            with anyio.fail_after(20):
+                while (await ask(port, "/files/big.bin")).status != 200:
+                    await asyncio.sleep(0.05)
+    warning = "one that nginx sends ends when it is handed over; with accounts.proxy_log"
+    assert (warning in caplog.text) != has_log
+
+
 @pytest.mark.asyncio
 async def test_a_store_that_does_not_answer(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = limits_with('requests = "1/minute"\nstore = "redis://:secret@127.0.0.1:1/0"')
@@ -193,10 +216,10 @@ def processes(directory: Path, redis: RedisServer, limits: str, *, number: int =
         yield servers
 
 
-async def answered(port: int, path: str) -> Answer:
+async def answered(port: int, path: str, headers: dict[str, str] | None = None) -> Answer:
     """Ask until the answer is not 503, which says that Redis was late: other tests may use all of the machine."""
     with anyio.fail_after(60):
-        while (answer := await ask(port, path)).status == 503:
+        while (answer := await ask(port, path, headers=headers)).status == 503:
             await asyncio.sleep(0.1)
     return answer
 
@@ -225,10 +248,7 @@ async def test_three_processes_keep_a_quota_of_downloads_in_pieces(directory: Pa
 
         async def piece(number: int) -> int:
             headers = {"Range": f"bytes={number * SIZE // 16}-{(number + 1) * SIZE // 16 - 1}"}
-            with anyio.fail_after(60):
-                while (answer := await ask(ports[number % 3], "/files/a.bin", headers=headers)).status == 503:
-                    await asyncio.sleep(0.1)
-            return answer.status
+            return (await answered(ports[number % 3], "/files/a.bin", headers)).status
 
         for _ in range(3):
             assert Counter(await asyncio.gather(*map(piece, range(16)))) == {206: 16}
@@ -238,11 +258,17 @@ async def test_three_processes_keep_a_quota_of_downloads_in_pieces(directory: Pa
 
 @contextlib.asynccontextmanager
 async def begun(port: int) -> AsyncIterator[tuple[int, asyncio.StreamWriter]]:
-    """Begin a download that the client does not take, and give its status."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 14)
-    writer.write(b"GET /files/big.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+    """Begin a download that the client does not take, and give its status, as `answered` does."""
+    status = 503
+    with anyio.fail_after(60):
+        while status == 503:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 14)
+            writer.write(b"GET /files/big.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+            if (status := int((await reader.readuntil(b"\r\n")).split()[1])) == 503:
+                writer.close()
+                await asyncio.sleep(0.1)
     try:
-        yield int((await reader.readuntil(b"\r\n")).split()[1]), writer
+        yield status, writer
     finally:
         writer.transport.abort()
 
@@ -251,7 +277,7 @@ async def begun(port: int) -> AsyncIterator[tuple[int, asyncio.StreamWriter]]:
 @pytest.mark.asyncio
 async def test_three_processes_keep_the_number_of_transfers(directory: Path, redis: RedisServer) -> None:
     await forget_all(redis)
-    with processes(directory, redis, "concurrent = 5") as servers:
+    with processes(directory, redis, 'when_store_fails = "refuse"\nconcurrent = 5') as servers:
         ports = [int(server.address) for server in servers]
         async with contextlib.AsyncExitStack() as stack:
             entered = await asyncio.gather(
@@ -264,7 +290,7 @@ async def test_three_processes_keep_the_number_of_transfers(directory: Path, red
         async with begun(ports[1]) as (status, _):
             assert status == 200
             assert servers[1].stop(9) == -9
-        assert (await ask(ports[2], "/files/a.bin")).status == 200  # 4 others are free
+        assert (await answered(ports[2], "/files/a.bin")).status == 200  # 4 others are free
 
 
 @pytest.mark.slow
