@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,22 @@ async def ask_raw(port: int, request: bytes, *, method: str = "GET") -> Answer:
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
     return parse(bytes(received), method=method)
+
+
+async def ask_in_a_row(port: int, paths: Sequence[str]) -> list[int]:
+    """Send requests for files one after another, without waiting for the answers, and return their statuses."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    statuses = []
+    try:
+        writer.write("".join(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n" for path in paths).encode())
+        for _ in paths:
+            head = await reader.readuntil(b"\r\n\r\n")
+            answer = parse(head)
+            await reader.readexactly(int(answer.headers["content-length"]))
+            statuses.append(answer.status)
+    finally:
+        writer.close()
+    return statuses
 
 
 def parse(received: bytes, *, method: str = "GET") -> Answer:

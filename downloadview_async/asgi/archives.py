@@ -1,14 +1,14 @@
 """`Archives`: answers `?archive=zip` with the archive of a folder, or of the entries that `name=` chooses."""
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from downloadview_async.asgi.disconnect import calling_at_the_end
 from downloadview_async.asgi.errors import send_error
 from downloadview_async.errors import ConfigurationError, FileMissing, TooManyArchives
 from downloadview_async.policy.addresses import network_of
@@ -78,32 +78,42 @@ class Archives:
         """Return an application that answers with an archive, if the client does not get too many others meanwhile."""
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            client = network_of(scope["client"][0] if scope.get("client") else None)
+            if self._per_client is None or not client or scope["method"] == "HEAD":
+                await app(scope, receive, send)
+                return
             try:
-                with self._counting(key, scope):
-                    await app(scope, receive, send)
+                end = self._begin(client, key)
             except TooManyArchives as exc:
                 await send_error(exc, scope, send)
+                return
+            try:
+                await app(scope, receive, calling_at_the_end(send, end))
+            finally:
+                end()
 
         return answer
 
-    @contextmanager
-    def _counting(self, key: str, scope: Scope) -> Iterator[None]:
-        client = network_of(scope["client"][0] if scope.get("client") else None)
-        if self._per_client is None or not client or scope["method"] == "HEAD":
-            yield
-            return
+    def _begin(self, client: str, key: str) -> Callable[[], None]:
+        """Count an answer, and return a function that ends it. Raises `TooManyArchives`."""
         sending = self._sending.setdefault(client, Counter())
-        if key not in sending and len(sending) >= self._per_client:
+        if key not in sending and self._per_client is not None and len(sending) >= self._per_client:
             raise TooManyArchives(f"{client} already gets {len(sending)} archives at the same time")
         sending[key] += 1
-        try:
-            yield
-        finally:
+        is_over = False
+
+        def end() -> None:
+            nonlocal is_over
+            if is_over:
+                return
+            is_over = True
             sending[key] -= 1
             if not sending[key]:
                 del sending[key]
             if not sending:
                 self._sending.pop(client, None)
+
+        return end
 
 
 def key_of(key: Any, scope: Scope) -> str | None:

@@ -29,7 +29,7 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
         await send(message)
 
     def has_ended() -> bool:
-        return end if isinstance(end, bool) else end.is_settled and end.is_taken
+        return _is_over(end)
 
     async with anyio.create_task_group() as tasks:
 
@@ -58,12 +58,31 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
         raise failure
 
 
+def calling_at_the_end(send: Send, then: Callable[[], None]) -> Send:
+    """Return a `send` that also calls a function when the server has taken the end of the response.
+
+    The next request of the connection may begin right then, before the application has closed its file and returned.
+    """
+
+    async def send_and_call(message: Message) -> None:
+        end = _end_of_response(message)
+        await send(message)
+        if _is_over(end):
+            then()
+
+    return send_and_call
+
+
 def _end_of_response(message: Message) -> "bool | Loan":
     """Return whether a message ends its response. For a file that is lent: the loan, which tells when it ends."""
     if message["type"] == PATHSEND:
         lent: LentFile | None = message.get("descriptor")
         return True if lent is None else lent.loan
     return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+def _is_over(end: "bool | Loan") -> bool:
+    return end if isinstance(end, bool) else end.is_settled and end.is_taken
 
 
 async def _client_leaves(receive: Receive) -> bool:

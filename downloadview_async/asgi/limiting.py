@@ -10,7 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 from downloadview_async.accounts.facts import Facts
 from downloadview_async.asgi.accounts import Account, Connection
 from downloadview_async.asgi.delivery import Chunks, Delivery, Descriptor, Inline, Offloaded, Path, Pieces, deliver
-from downloadview_async.asgi.disconnect import until_the_client_leaves
+from downloadview_async.asgi.disconnect import calling_at_the_end, until_the_client_leaves
 from downloadview_async.asgi.extensions import CONNECTION, PACE
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import ByteRange, FileMetadata
@@ -162,6 +162,8 @@ def deliver_limited(
     transfers: Transfers = scope[TRANSFERS]
     if not isinstance(delivery, Offloaded):
         transfers.keeper = None  # no proxy sends it after all
+    if transfers.keeper is None and (receive is None or isinstance(delivery, Chunks)):
+        send = calling_at_the_end(send, transfers.let_go)  # otherwise, the application returns at once
     if isinstance(delivery, Inline):
         seconds = 0.0
         for shared in transfers.rates:

@@ -28,7 +28,7 @@ from downloadview_async.asgi.uvicorn.turns import turn
 from downloadview_async.policy.access import CoversBelow
 from downloadview_async.sources import archive as archive_module
 from tests.descriptors import open_paths
-from tests.live import Answer, Watched, ask, ask_raw, live, parse
+from tests.live import Answer, Watched, ask, ask_in_a_row, ask_raw, live, parse
 from tests.observed import Observed
 
 pytestmark = pytest.mark.asyncio
@@ -368,6 +368,15 @@ async def test_a_client_gets_one_archive_at_a_time_over_any_number_of_connection
     assert all(whole.endswith(answer.body) for answer in answers)
     async with live(Starlette(routes=[Route("/{path:path}", download)])) as port:
         assert (await ask(port, "/b/?archive=zip")).status == 200
+
+
+@pytest.mark.parametrize("server", [DownloadProtocol, "h11"])
+@pytest.mark.parametrize("size", [10, 300_000])
+async def test_a_connection_gets_archives_one_after_another(root: Path, server: Any, size: int) -> None:
+    (root / "reports/a.txt").write_bytes(bytes(size))
+    async with live(application(root), http=server) as port:
+        paths = [f"/files/{folder}?archive=zip" for folder in ("", "reports/", "reports/2026/", "reports/")]
+        assert await ask_in_a_row(port, paths) == [200] * 4
 
 
 async def test_the_outcome_is_that_of_a_file(root: Path) -> None:

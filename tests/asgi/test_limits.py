@@ -22,7 +22,7 @@ import downloadview_async as dv
 from downloadview_async.asgi.extensions import PACE
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.asgi.uvicorn.sockets import unpaced_segments
-from tests.live import Answer, ask, live, make_old, parse
+from tests.live import Answer, ask, ask_in_a_row, live, make_old, parse
 
 SMALL = b"small" * 100
 BIG = bytes(range(256)) * 4096 * 6  # 6 MiB, more than all buffers on the way
@@ -107,6 +107,17 @@ async def test_transfers_at_once(files: Path, server: Any) -> None:
             other.writer.transport.abort()
         async with held(port):
             await until_it_is(port, 200)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("quota", [[], "1GB/day"])
+@pytest.mark.parametrize("make", [dv.PathSource, lambda files: dv.StorageSource(dv.DirectoryStorage(files))])
+async def test_a_connection_gets_files_one_after_another(files: Path, server: Any, quota: Any, make: Any) -> None:
+    limits = dv.Limits(concurrent=1, quota=quota)
+    async with live(dv.Download(make(files), limits=limits, archive=True), http=server) as port:
+        paths = ["/big.bin", "/small.bin", "/?archive=zip", "/small.bin", "/folder/?archive=zip", "/big.bin"]
+        assert await ask_in_a_row(port, paths) == [200] * 6
 
 
 def transfers_of(limits: dv.Limits) -> int:

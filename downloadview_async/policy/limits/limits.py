@@ -475,6 +475,11 @@ class Transfers:
         for transfer in ended:
             transfer.limits.end(transfer, self._sent, is_complete=self._is_complete)
 
+    def let_go(self) -> None:
+        """Give back the leases. The quotas get at the end what was not sent."""
+        for transfer in self._all:
+            transfer.limits.let_go(transfer)
+
     def begin_nowait(self, limits: "Sequence[Limits | SourceLimit]", scope: Scope, *, is_transfer: bool) -> bool:
         """Count a request in the first of some limits that do not have to wait for anything.
 
@@ -498,7 +503,7 @@ class Transfers:
         for one in limits[len(self._all) - self._before :]:
             self._add(one, await one.begin(scope, receive, is_transfer=is_transfer))
         if self.waits:
-            self._let_go()
+            self.let_go()  # while the request waits, others may have what it does not use
 
     def _add(self, limits: "Limits | SourceLimit", transfer: Transfer) -> None:
         self._all.append(transfer)
@@ -515,11 +520,6 @@ class Transfers:
     def may_wait(self) -> bool:
         """Whether `hold` may have to wait for another transfer to end."""
         return not self.is_held and any(transfer.limits.queues for transfer in self._all)
-
-    def _let_go(self) -> None:
-        """Give back what is held: while the request waits, others may have what it does not use."""
-        for transfer in self._all:
-            transfer.limits.let_go(transfer)
 
     async def hold(self, when_half_closed: WhenHalfClosed | None = None) -> None:
         """Hold the leases that are not held yet. Those that have to be waited for come first.
@@ -540,7 +540,7 @@ class Transfers:
             else:
                 self.is_held = True
                 return
-            self._let_go()
+            self.let_go()
 
     def spend(
         self, path: str, metadata: FileMetadata, size: int | None, spans: Sequence[ByteRange | None]
