@@ -20,6 +20,7 @@ MOST_SECONDS = 3600.0
 MOST_KEPT = 100_000
 """How many transfers are kept. With more, those that began first count as ended."""
 
+_MOST_EARLY = 10_000  # lines that were read before their answer was handed over
 _POLL = 0.25  # seconds between two looks
 _BEFORE = 1 << 16  # bytes before the end of the log that are read first: a short transfer may have ended
 _BLOCK = 1 << 20
@@ -36,9 +37,16 @@ def hand_over(scope: Scope, order: Mapping[str, str]) -> None:
     order: the headers that the proxy obeys, in lower case. Without an `Accounts` around the application, the request
     has no id, by which its line is found.
     """
-    transfers: Transfers = scope[TRANSFERS]
-    if transfers.proxy_log is not None and (name := request_id_of(scope)) is not None and _ASKS_TWICE not in order:
-        transfers.keeper = _Keeping(transfers.proxy_log, name).keep
+    if awaits_line(scope, order):
+        transfers: Transfers = scope[TRANSFERS]
+        transfers.keeper = _Keeping(transfers.proxy_log or "", request_id_of(scope) or "").keep
+
+
+def awaits_line(scope: Scope, order: Iterable[str]) -> bool:
+    """Return whether a transfer that is handed over with these headers ends with its line in the proxy's log."""
+    transfers: Transfers | None = scope.get(TRANSFERS)
+    is_known = transfers is not None and transfers.proxy_log is not None
+    return is_known and request_id_of(scope) is not None and _ASKS_TWICE not in order
 
 
 class _Keeping:
@@ -61,16 +69,23 @@ class _Kept:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._transfers: dict[str, tuple[float, Transfers]] = {}
+        self._transfers: dict[str, list[tuple[float, Transfers]]] = {}
+        """By their ids. A proxy that passes on what its clients send gives several requests the same one."""
+        self._count = 0
+        self._early: dict[str, LogLine] = {}
+        """A proxy writes about a client that has left at once, while the application may still decide."""
         self._task: asyncio.Task[None] | None = None
         self._file: Any = None
         self._rest = b""
 
     def add(self, request_id: str, transfers: Transfers) -> None:
-        self._transfers[request_id] = time.monotonic(), transfers
-        if len(self._transfers) > MOST_KEPT:
+        self._transfers.setdefault(request_id, []).append((time.monotonic(), transfers))
+        self._count += 1
+        if (line := self._early.pop(request_id, None)) is not None:
+            self._end(request_id, line)
+        elif self._count > MOST_KEPT:
             self._end(next(iter(self._transfers)))
-        if self._task is None:
+        if self._task is None and self._transfers:
             self._task = asyncio.get_running_loop().create_task(self._follow())
 
     async def _follow(self) -> None:
@@ -86,21 +101,32 @@ class _Kept:
                 for line in filter(None, map(LogLine.parse, lines)):
                     self._end(line.request_id, line)
                 oldest = time.monotonic() - MOST_SECONDS
-                for request_id in [one for one, (began, _) in self._transfers.items() if began < oldest]:
+                for request_id in [one for one, begun in self._transfers.items() if begun[0][0] < oldest]:
                     self._end(request_id)
                 await asyncio.sleep(_POLL)
         finally:
             self._task = None
+            self._early.clear()
             if self._file is not None:
                 self._file.close()
                 self._file, self._rest = None, b""
 
     def _end(self, request_id: str, line: LogLine | None = None) -> None:
-        _, transfers = self._transfers.pop(request_id, (0.0, None))
-        if transfers is not None:
-            if line is not None:
-                transfers.sent(line.sent if line.status in (200, 206) else 0)
-            transfers.end()
+        """End the transfer with this id, the one that began first if there are several."""
+        begun = self._transfers.get(request_id)
+        if begun is None:
+            assert line is not None
+            self._early[request_id] = line
+            if len(self._early) > _MOST_EARLY:
+                del self._early[next(iter(self._early))]
+            return
+        _, transfers = begun.pop(0)
+        self._count -= 1
+        if not begun:
+            del self._transfers[request_id]
+        if line is not None:
+            transfers.sent(line.sent if line.status in (200, 206) else 0)
+        transfers.end()
 
     def _read(self) -> Iterable[str]:
         """Return the lines that are new. A log that was renamed is read to its end, and then the new one."""
