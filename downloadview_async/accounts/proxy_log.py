@@ -3,7 +3,8 @@
 The printed configurations have the same format for all proxies: a JSON object in each line, with the id of the request,
 its method, the status, the bytes that were sent, the Content-Range of the answer, and the Range of the request. A line
 has neither the path nor the query. A proxy whose bytes include the head of the answer also says "connection": "X" if
-the client left.
+the client left. A proxy that gives requests their id says it as "uuid", too: the line about a client that left before
+the service answered has no id of an answer.
 
 S3 has another format: https://docs.aws.amazon.com/AmazonS3/latest/userguide/LogFormat.html. The id of our request
 is a parameter of its Request-URI. The log does not tell which range was sent, only how many bytes of how many.
@@ -63,7 +64,8 @@ class LogLine:
             return None
         if not isinstance(fields, dict) or fields.get("method") != "GET":
             return None
-        request_id, status, sent = fields.get("request_id"), _number(fields.get("status")), _number(fields.get("bytes"))
+        request_id = fields.get("request_id") or fields.get("uuid")
+        status, sent = _number(fields.get("status")), _number(fields.get("bytes"))
         if not isinstance(request_id, str) or _ID.fullmatch(request_id) is None or status is None or sent is None:
             return None
         return cls(

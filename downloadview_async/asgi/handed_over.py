@@ -21,6 +21,7 @@ MOST_SECONDS = 3600.0
 MOST_KEPT = 100_000
 """How many transfers are kept. With more, those that began first count as ended."""
 
+_MOST_EARLY = 10_000  # lines that were read before their answer was handed over
 _POLL = 0.25  # seconds between two looks
 _RETRY = 1.0  # seconds after which a log that could not be read is tried again
 _LOG_SECONDS = 60.0
@@ -38,9 +39,16 @@ def hand_over(scope: Scope, order: Mapping[str, str]) -> None:
     order: the headers that the proxy obeys, in lower case. Without an `Accounts` around the application, the request
     has no id, by which its line is found.
     """
-    transfers: Transfers = scope[TRANSFERS]
-    if transfers.proxy_log is not None and (name := request_id_of(scope)) is not None and _ASKS_TWICE not in order:
-        transfers.keeper = partial(_keep, transfers.proxy_log, name)
+    if awaits_line(scope, order):
+        transfers: Transfers = scope[TRANSFERS]
+        transfers.keeper = partial(_keep, transfers.proxy_log or "", request_id_of(scope) or "")
+
+
+def awaits_line(scope: Scope, order: Iterable[str]) -> bool:
+    """Return whether a transfer that is handed over with these headers ends with its line in the proxy's log."""
+    transfers: Transfers | None = scope.get(TRANSFERS)
+    is_known = transfers is not None and transfers.proxy_log is not None
+    return is_known and request_id_of(scope) is not None and _ASKS_TWICE not in order
 
 
 def _keep(path: str, request_id: str, transfers: Transfers) -> None:
@@ -56,15 +64,21 @@ class _Kept:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._transfers: dict[str, tuple[float, Transfers]] = {}
+        self._transfers: dict[str, list[tuple[float, Transfers]]] = {}
+        """By their ids. A proxy that passes on what its clients send gives several requests the same one."""
+        self._count = 0
+        self._early: dict[str, LogLine] = {}
+        """A proxy writes about a client that has left at once, while the application may still decide."""
         self._task: asyncio.Task[None] | None = None
 
     def add(self, request_id: str, transfers: Transfers) -> None:
-        self._end(request_id)  # a proxy may send the same id twice
-        self._transfers[request_id] = time.monotonic(), transfers
-        if len(self._transfers) > MOST_KEPT:
+        self._transfers.setdefault(request_id, []).append((time.monotonic(), transfers))
+        self._count += 1
+        if (line := self._early.pop(request_id, None)) is not None:
+            self._end(request_id, line)
+        elif self._count > MOST_KEPT:
             self._end(next(iter(self._transfers)))
-        if self._task is None:
+        if self._task is None and self._transfers:
             self._task = asyncio.get_running_loop().create_task(self._follow())
 
     async def _follow(self) -> None:
@@ -86,20 +100,31 @@ class _Kept:
                 for line in lines:
                     self._end(line.request_id, line)
                 oldest = time.monotonic() - MOST_SECONDS
-                for request_id in [one for one, (began, _) in self._transfers.items() if began < oldest]:
+                for request_id in [one for one, begun in self._transfers.items() if begun[0][0] < oldest]:
                     self._end(request_id)
                 await asyncio.sleep(delay)
         finally:
             self._task = None
+            self._early.clear()
             if log is not None:
                 log.close()
 
     def _end(self, request_id: str, line: LogLine | None = None) -> None:
-        _, transfers = self._transfers.pop(request_id, (0.0, None))
-        if transfers is not None:
-            if line is not None:
-                transfers.sent(line.sent if line.status in (200, 206) else 0)
-            transfers.end()
+        """End the transfer with this id, the one that began first if there are several."""
+        begun = self._transfers.get(request_id)
+        if begun is None:
+            assert line is not None
+            self._early[request_id] = line
+            if len(self._early) > _MOST_EARLY:
+                del self._early[next(iter(self._early))]
+            return
+        _, transfers = begun.pop(0)
+        self._count -= 1
+        if not begun:
+            del self._transfers[request_id]
+        if line is not None:
+            transfers.sent(line.sent if line.status in (200, 206) else 0)
+        transfers.end()
 
 
 def _lines_of(log: RotatedLog) -> list[LogLine]:

@@ -16,7 +16,7 @@ from downloadview_async.asgi.delivery import Empty, Offloaded, Path, deliver, de
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, send_error
 from downloadview_async.asgi.extensions import PATHSEND, SETTLED
-from downloadview_async.asgi.handed_over import hand_over
+from downloadview_async.asgi.handed_over import awaits_line, hand_over
 from downloadview_async.asgi.limiting import deliver_limited, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.errors import FileError, FileMissing, TransferAborted
@@ -26,7 +26,7 @@ from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.offload.base import rated
-from downloadview_async.offload.decision import Refusal, is_plain, refusal
+from downloadview_async.offload.decision import Refusal, is_plain, refusal, selects_something
 from downloadview_async.policy.limits.limits import TRANSFERS
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile
@@ -204,6 +204,10 @@ class ForeignResponse:
             is_coded=b"content-encoding" in names,
         )
         order = self._offer.headers_for(_Named(path)) if refused is None else None
+        if order is not None and awaits_line(self._scope, order):
+            request = DownloadRequest.from_headers(self._scope["method"], self._scope["headers"])
+            if (refused := refusal(is_logged=selects_something(request, length_of(start["headers"])))) is not None:
+                order = None
         if order is not None and TRANSFERS in self._scope:
             order = rated(self._offer, order, self._scope[TRANSFERS].rate)
         if order is None:

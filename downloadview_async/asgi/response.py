@@ -28,7 +28,7 @@ from downloadview_async.asgi.delivery import (
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
 from downloadview_async.asgi.extensions import PATHSEND, PREPARED
-from downloadview_async.asgi.handed_over import hand_over
+from downloadview_async.asgi.handed_over import awaits_line, hand_over
 from downloadview_async.asgi.limiting import deliver_limited, path_send_for, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.uses import Counted, claim
@@ -381,6 +381,8 @@ class DownloadResponse(Response):
     def _refusal(self, opened: OpenFile, request: DownloadRequest, order: Order, scope: Scope) -> Refusal | None:
         """Return why the proxy that obeys `order` may not send the open file, or None: it may."""
         is_coded = bool(self.raw_headers) and any(name == b"content-encoding" for name, _ in self.raw_headers)
+        if is_awaited := awaits_line(scope, order):
+            request = DownloadRequest.from_headers(scope["method"], scope["headers"])
         return refusal_once_open(
             opened,
             opened.metadata,
@@ -388,6 +390,7 @@ class DownloadResponse(Response):
             method=scope["method"],
             is_remote=is_remote_order(order),
             is_coded=is_coded,
+            awaits_line=is_awaited,
         )
 
     def _start(self, answer: Answer, scope: Scope) -> Message:

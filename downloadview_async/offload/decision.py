@@ -20,28 +20,34 @@ CODED                an answer with Content-Encoding                            
 CODING_HIDDEN        a file whose server sends a coding that no client can use    The proxy would pass that coding on.
 IF_RANGE             If-Range with another version, of a file that the proxy      Some stores ignore If-Range and send
                      fetches from another server                                  a part of the wrong version.
+RANGE                a Range that selects nothing or does not parse, of a file    The line in the log about the proxy's
+                     whose transfer ends with its line in the proxy's log         own 416 may not tell whose it is.
 TIME                 a local file whose time says nothing of its bytes            A proxy makes strong validators of
                                                                                   any time.
 UNFINISHED           an application that has not returned in time                 It may still delete the file.
 GONE                 a file that has left its path                                The proxy would answer 404.
 ==================== ============================================================ ==================================
 
-The first seven follow from the request, the response and the location of the file. The next four follow from the open
+The first seven follow from the request, the response and the location of the file. The next five follow from the open
 file, which may turn out to be encoded, and whose location a cache may know only then. So the rule is checked twice:
 before the file is opened, since a file for a proxy is opened only for its metadata, and while it is open. Only the
 second result counts. The last two are checked when the answer leaves.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from enum import Enum
 
 from downloadview_async.http.conditional import range_applies
 from downloadview_async.http.fields import OFFLOAD_TARGET
 from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.http.ranges import select_ranges
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import OpenFile
 from downloadview_async.sources.local.open_file import local_of
+
+_LONG_NUMBER = re.compile("[0-9]{19}")
 
 
 class Refusal(Enum):
@@ -57,6 +63,7 @@ class Refusal(Enum):
     CODED = "the answer has a Content-Encoding"
     CODING_HIDDEN = "the server that has the file would send a coding that no client can use"
     IF_RANGE = "another server has the file, and If-Range does not name this version"
+    RANGE = "the Range selects nothing, and the log of the proxy may not tell of it"
     TIME = "the modification time of the file does not tell its versions apart"
     UNFINISHED = "the application has not returned, and may still delete the file"
     GONE = "the file is not at its path any more"
@@ -74,6 +81,7 @@ def refusal(
     is_coded: bool = False,
     hides_coding: bool = False,
     matches_if_range: bool = True,
+    is_logged: bool = True,
     is_telling: bool = True,
     has_returned: bool = True,
     is_there: bool = True,
@@ -81,7 +89,8 @@ def refusal(
     """Return why no proxy may send a file, or None if one may. An argument that is not known yet keeps its default.
 
     is_permitted: whether the application allows it. is_remote: whether the proxy fetches the file from another
-    server. is_telling: whether the modification time of a local file changes with its bytes.
+    server. is_logged: whether the proxy's log tells of the answer, if a limit waits for that. is_telling: whether the
+    modification time of a local file changes with its bytes.
     The table in the docstring of the module lists all conditions.
     """
     if status != 200:
@@ -104,6 +113,8 @@ def refusal(
         return Refusal.CODING_HIDDEN
     if is_remote and not matches_if_range:
         return Refusal.IF_RANGE
+    if not is_logged:
+        return Refusal.RANGE
     if not is_telling:
         return Refusal.TIME
     if not has_returned:
@@ -119,11 +130,12 @@ def refusal_once_open(
     method: str,
     is_remote: bool = False,
     is_coded: bool = False,
+    awaits_line: bool = False,
 ) -> Refusal | None:
     """Return the `refusal` of an open file, or None if a proxy may send it. All else has been checked before.
 
     metadata: the file's metadata in the answer. request: what the client requests. is_coded: whether the application
-    has set a Content-Encoding itself.
+    has set a Content-Encoding itself. awaits_line: whether its transfer ends with its line in the proxy's log.
     """
     local = local_of(opened)
     return refusal(
@@ -132,8 +144,21 @@ def refusal_once_open(
         is_coded=is_coded or has_coding(metadata),
         hides_coding=getattr(opened, "hides_coding", False),
         matches_if_range=not is_remote or range_applies(request, metadata),
+        is_logged=not awaits_line or selects_something(request, metadata.size),
         is_telling=local is None or local.is_telling,
     )
+
+
+def selects_something(request: DownloadRequest, size: int | None) -> bool:
+    """Return whether each proxy answers the Range of a request, if there is one, by a part of the file.
+
+    Some answer 416 where the standard ignores a Range, and where a number has more than 18 digits.
+    """
+    if request.range is None or request.method != "GET":
+        return True
+    if (specs := request.ranges) is None or _LONG_NUMBER.search(request.range) is not None:
+        return False
+    return size is None or not isinstance(select_ranges(specs, size), str)
 
 
 def is_remote_order(order: Mapping[str, str] | None) -> bool:

@@ -139,16 +139,26 @@ def filled(text: str, /, **values: str) -> str:
 
 
 def log_line(
-    *, request_id: str, method: str, status: str, sent: str, content_range: str, requested: str, connection: str = ""
+    *,
+    request_id: str,
+    method: str,
+    status: str,
+    sent: str,
+    content_range: str,
+    requested: str,
+    connection: str = "",
+    uuid: str = "",
 ) -> str:
     """Return a line of the log that `accounts/proxy_log.py` reads. Each value is the name that the proxy has for it.
 
+    request_id: that of the answer. uuid: the one that the proxy itself has given to the request.
     All proxies have the same line. They escape the values in ways that differ from JSON at most for control characters.
     """
     return (
         f'{{"request_id":"{request_id}","method":"{method}","status":{status},"bytes":{sent},'
         f'"content_range":"{content_range}","range":"{requested}"'
-        + (f',"connection":"{connection}"}}' if connection else "}")
+        + (f',"connection":"{connection}"' if connection else "")
+        + (f',"uuid":"{uuid}"}}' if uuid else "}")
     )
 
 

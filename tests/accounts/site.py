@@ -38,6 +38,7 @@ root = "files"
 [[routes]]
 path = "/files/{{path:path}}"
 source = "files"
+{route}
 {backend}
 """
 
@@ -123,9 +124,18 @@ class Site:
 
 @contextmanager
 def site_of(
-    directory: Path, kind: str | None = None, *, services: int = 1, workers: int = 1, reads_log: bool = True
+    directory: Path,
+    kind: str | None = None,
+    *,
+    services: int = 1,
+    workers: int = 1,
+    reads_log: bool = True,
+    route: str = "",
 ) -> Iterator[Site]:
-    """Run the service in an empty directory, behind a proxy of this kind. reads_log: whether it has proxy_log."""
+    """Run the service in an empty directory, behind a proxy of this kind.
+
+    reads_log: whether it has proxy_log. route: further settings of its route.
+    """
     for name in ("files", "logs"):
         (directory / name).mkdir()
     (directory / "logs").chmod(0o777)  # the proxies' workers are not root
@@ -137,7 +147,7 @@ def site_of(
         target = 'target = "/_files/"' if dv.proxy_kinds()[kind].targets == "uri" else ""
         rule = f'[offload]\nbackend = "{kind}"\n[[offload.rules]]\nsource = "files"\n{target}'
     settings = directory / "downloadview.toml"
-    settings.write_text(SETTINGS.format(port=port, database=place, further=further, backend=rule))
+    settings.write_text(SETTINGS.format(port=port, database=place, further=further, route=route, backend=rule))
     with ExitStack() as stack:
         running = [
             stack.enter_context(

@@ -1,6 +1,7 @@
 """The lines of proxies, as a table, and logs that are renamed, truncated and read again."""
 
 import os
+import re
 import shutil
 import sys
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import downloadview_async as dv
 from downloadview_async.accounts.completion import Delivered, Span, delivered
 from downloadview_async.accounts.completion_store import Place
 from downloadview_async.accounts.proxy_log import LogLine
@@ -54,6 +56,9 @@ SPANS: dict[str, tuple[dict[str, str], tuple[Span, ...]]] = {
         (),
     ),
     "a dash for no value": ({"content_range": '"-"', "range": '"-"'}, ((0, 100),)),
+    "a dash for no bytes": ({"bytes": '"-"'}, ()),
+    "the id that the proxy has given": ({"request_id": '""', "status": "499", "uuid": '"a1"'}, ()),
+    "the id of the answer comes first": ({"uuid": '"b2"'}, ((0, 100),)),
     "null for no value": ({"content_range": "null", "range": "null"}, ((0, 100),)),
 }
 NOT_LINES = [
@@ -70,6 +75,17 @@ def test_what_a_line_says(changes: dict[str, str], spans: tuple[Span, ...]) -> N
     parsed = LogLine.parse(line(**changes) + "\n")
     assert parsed is not None
     assert (parsed.request_id, parsed.spans(100)) == ("a1", spans)
+
+
+def test_lighttpd_has_a_dash_for_no_bytes(tmp_path: Path) -> None:
+    text = dv.proxy_config("lighttpd", [dv.Rule(str(tmp_path), "/files/")], log="/srv/downloads.log")
+    match = re.search(r'^accesslog\.format = "(.*)"$', text, re.MULTILINE)
+    assert match is not None
+    values = {"%{X-Request-Id}o": "a1", "%m": "GET", "%s": "200", "%B": "-"}
+    written = re.sub("%({.*?})?.", lambda name: values.get(name[0], "-"), match[1].replace('\\"', '"'))
+    parsed = LogLine.parse(written)
+    assert parsed is not None
+    assert (parsed.request_id, parsed.sent) == ("a1", 0)
 
 
 @pytest.mark.parametrize("text", NOT_LINES, ids=range(len(NOT_LINES)))

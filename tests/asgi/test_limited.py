@@ -20,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
-from downloadview_async.asgi import handed_over
+from downloadview_async.asgi.extensions import PATHSEND
 from downloadview_async.asgi.server import DownloadProtocol
 from tests.asgi.test_limits import (
     BIG,
@@ -421,21 +421,80 @@ async def test_a_transfer_of_a_proxy_ends_with_its_line_in_the_log(files: Path, 
 @pytest.mark.asyncio
 async def test_the_log_of_a_proxy_may_be_truncated_within_a_line(files: Path, tmp_path: Path) -> None:
     log = tmp_path / "downloads.log"
-    log.write_text("something else\n" * 100 + '{"half')
-    limits = dv.Limits(concurrent=1, proxy_log=str(log))
+    log.write_text("something else\n" * 100)
+    limits = dv.Limits(concurrent=2, proxy_log=str(log))
     backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
     app = dv.OffloadMiddleware(dv.Download(dv.PathSource(files), limits=limits), backend)
     async with live(dv.Accounts(app, sends_request_id=True)) as port:
-        begun = await ask(port, "/big.bin")
-        logs = handed_over._logs.get(asyncio.get_running_loop())
-        assert logs is not None
-        with anyio.fail_after(20):
-            while not logs[str(log)]._rest:
-                await asyncio.sleep(0.01)
+        first, second = [await ask(port, "/big.bin") for _ in range(2)]
+        with log.open("a") as file:
+            file.write(line_of(first.headers["x-request-id"], 1000) + '{"half')
+        await until_it_has(limits, transfers=1)
         os.truncate(log, 0)
         with log.open("a") as file:
-            file.write(line_of(begun.headers["x-request-id"], 1000))
+            file.write(line_of(second.headers["x-request-id"], 1000))
         await until_it_has(limits, transfers=0)
+
+
+@pytest.mark.asyncio
+async def test_lines_that_come_early_and_ids_that_come_twice(files: Path, tmp_path: Path) -> None:
+    log = tmp_path / "downloads.log"
+    log.touch()
+    limits = dv.Limits(concurrent=3, proxy_log=str(log))
+    backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    app = dv.OffloadMiddleware(dv.Download(dv.PathSource(files), limits=limits), backend)
+    async with live(dv.Accounts(app, sends_request_id=True, trusted_proxies=["127.0.0.1"])) as port:
+
+        async def begin(request_id: str) -> None:
+            assert (await ask(port, "/big.bin", headers={"X-Request-Id": request_id})).status == 200
+
+        async def write(*ids: str, left: int) -> None:
+            with log.open("a") as file:
+                file.writelines(line_of(one, 0, 499) for one in ids)
+            with anyio.fail_after(20):
+                while transfers_of(limits) != left:
+                    await asyncio.sleep(0.01)
+
+        for name in ("held", "same", "same"):
+            await begin(name)
+        assert transfers_of(limits) == 3
+        await write("early", "same", left=2)  # the client has left while the application decides
+        await begin("early")
+        assert transfers_of(limits) == 2
+        await write("same", left=1)
+        await write("held", left=0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("way", ["download", "sent"])
+@pytest.mark.parametrize(
+    ("value", "status", "is_offloaded"),
+    [("bytes=0-9", 200, True), ("bytes=999999999-", 416, False), ("bytes=x", 200, False)],
+)
+async def test_a_range_of_which_the_log_may_not_tell_is_answered_here(
+    files: Path, tmp_path: Path, way: str, value: str, status: int, is_offloaded: bool
+) -> None:
+    async def sent(scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(BIG))]}
+        await send(start)
+        await send({"type": PATHSEND, "path": str(files / "big.bin")})
+
+    (tmp_path / "log").touch()
+    limits = dv.Limits(concurrent=1, proxy_log=str(tmp_path / "log"))
+    backend = dv.XSendfile([dv.Rule(str(files), str(files))], encoding="raw")
+    app: ASGIApp
+    if way == "download":
+        app = dv.OffloadMiddleware(dv.Download(dv.PathSource(files), limits=limits), backend)
+    else:
+        app = dv.LimitsMiddleware(dv.OffloadMiddleware(sent, backend, pathsend=True), limits)
+    async with live(dv.Accounts(app, sends_request_id=True)) as port:
+        answer = await ask(port, "/big.bin", headers={"Range": value})
+        assert "x-sendfile" in answer.headers or not is_offloaded
+        assert "x-sendfile" not in answer.headers or is_offloaded
+        assert answer.status == (status if way == "download" else 200)
+        with anyio.fail_after(20):
+            while transfers_of(limits) != int(is_offloaded):
+                await asyncio.sleep(0.01)
 
 
 @pytest.mark.asyncio

@@ -31,7 +31,7 @@ from downloadview_async.contrib.django import DownloadResponse, get_asgi_applica
 from downloadview_async.http.fields import OFFLOAD_ORDERS
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
-from downloadview_async.offload.decision import Refusal, is_plain, refusal, refusal_once_open
+from downloadview_async.offload.decision import Refusal, is_plain, refusal, refusal_once_open, selects_something
 from downloadview_async.testing import Recording, call
 from tests.live import ask, listening, live, make_old
 from tests.sources.test_cached import BIG, Origin, remote
@@ -64,6 +64,7 @@ ELSEWHERE = "https://files.example.org"
         ({"hides_coding": True}, Refusal.CODING_HIDDEN),
         ({"matches_if_range": False}, None),  # the proxy evaluates it for a local file
         ({"is_remote": True, "matches_if_range": False}, Refusal.IF_RANGE),
+        ({"is_logged": False}, Refusal.RANGE),
         ({"is_telling": False}, Refusal.TIME),
         ({"has_returned": False}, Refusal.UNFINISHED),
         ({"is_there": False}, Refusal.GONE),
@@ -73,6 +74,26 @@ ELSEWHERE = "https://files.example.org"
 )
 def test_the_rule(facts: dict[str, Any], expected: Refusal | None) -> None:
     assert refusal(**facts) is expected
+
+
+@pytest.mark.parametrize(
+    ("value", "size", "expected"),
+    [
+        (None, 10, True),
+        ("bytes=0-4", 10, True),
+        ("bytes=-5,0-0", 10, True),
+        ("bytes=0-4", None, True),
+        ("bytes=10-", 10, False),
+        ("bytes=0-", 0, False),
+        ("bytes=x", None, False),
+        ("lines=0-1", 10, False),
+        (f"bytes=0-{'9' * 18}", 10, True),
+        (f"bytes=0-{'9' * 19}", 10, False),
+    ],
+)
+def test_whether_each_proxy_answers_a_range_by_a_part(value: str | None, size: int | None, expected: bool) -> None:
+    assert selects_something(DownloadRequest(range=value), size) is expected
+    assert selects_something(DownloadRequest(method="HEAD", range=value), size)
 
 
 def test_each_refusal_has_a_reason_for_the_log_and_a_row_in_the_table() -> None:

@@ -36,7 +36,7 @@ _LINE = log_line(
     method="%m",
     request_id="%{X-Request-Id}o",
     status="%s",
-    sent="%B",
+    sent='"%B"',  # a dash for no bytes
     content_range="%{Content-Range}o",
     requested="%{Range}i",
 )

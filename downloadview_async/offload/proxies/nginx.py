@@ -137,6 +137,7 @@ _LINE = log_line(
     sent="$body_bytes_sent",
     content_range="$sent_http_content_range",
     requested="$http_range",
+    uuid="$request_id",
 )
 _ADD = """\
             add_header <<header>> $<<value>> always;
