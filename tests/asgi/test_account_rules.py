@@ -40,7 +40,7 @@ from downloadview_async.asgi.accounts import new_request_id
 from downloadview_async.asgi.extensions import CONNECTION
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.asgi.uvicorn.sockets import untaken_bytes
-from tests.asgi.test_limits import certificate
+from tests.certificates import make_certificate
 from tests.live import ask, live, make_old
 from tests.observed import Observed
 
@@ -946,7 +946,7 @@ async def test_a_request_over_tls_for_which_no_descriptor_is_left(tmp_path: Path
                 await asyncio.sleep(0.01)
             taken.set_result(connection.taken(1000, len(length[0] + length[1]) + 4, position))
 
-    options = certificate(tmp_path)
+    options: Any = make_certificate(tmp_path)
     async with live(endpoint, http=DownloadProtocol, **options) as port:
         trusting = ssl.create_default_context(cafile=options["ssl_certfile"])
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting, server_hostname="localhost")
