@@ -537,21 +537,3 @@ async def test_a_log_that_cannot_be_read_for_a_while(
         with anyio.fail_after(20):
             while transfers_of(limits):
                 await asyncio.sleep(0.01)
-
-
-@pytest.mark.asyncio
-async def test_two_transfers_of_a_proxy_with_the_same_id_both_end(files: Path, tmp_path: Path) -> None:
-    """A proxy that tries another server, or the same one again, sends the same request."""
-    log, name = tmp_path / "downloads.log", "of-the-proxy"
-    log.touch()
-    limits = dv.Limits(concurrent=2, proxy_log=str(log))
-    backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
-    app = dv.OffloadMiddleware(dv.Download(dv.PathSource(files), limits=limits), backend)
-    async with live(dv.Accounts(app, trusted_proxies=["127.0.0.1"])) as port:
-        for _ in range(2):
-            assert (await ask(port, "/big.bin", headers={"X-Request-Id": name})).status == 200
-        with log.open("a") as file:
-            file.write(line_of(name, 9))
-        with anyio.fail_after(20):
-            while transfers_of(limits):
-                await asyncio.sleep(0.01)
