@@ -452,6 +452,23 @@ def open_times(path: Path) -> int:
     return open_paths().count(str(path))
 
 
+@pytest.mark.parametrize(("count", "calls"), [(0, 1), (1, 1), (BATCH - 1, 1), (BATCH, 2), (2 * BATCH + 1, 3)])
+async def test_a_folder_takes_no_call_of_a_worker_to_see_its_end(tmp_path: Path, count: int, calls: int) -> None:
+    for number in range(count):
+        (tmp_path / f"{number}").touch()
+    source, taken = PathSource(tmp_path), 0
+    take = source.slots.take
+
+    async def counted(**options: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return await take(**options)
+
+    source.slots.take = counted  # type: ignore[method-assign]
+    assert {entry.name async for entry in source.list()} == {f"{number}" for number in range(count)}
+    assert taken == calls
+
+
 async def test_chosen_files_have_batches(tmp_path: Path) -> None:
     source = _of_chosen(tmp_path)
     for folder in FOLDERS:

@@ -73,11 +73,23 @@ async def list_batches(
 async def _batches(
     root: Root, folder: str, workers: Workers, read: "Callable[[FolderReader], list[T] | None]"
 ) -> AsyncGenerator[list[T], None]:
-    """Yield what a function reads, until that is None."""
-    reader = await workers.run_or_abandon(FolderReader, root, folder, discard=FolderReader.close)
+    """Yield what a function reads, until the end of the folder. A small folder takes one call of a worker."""
+
+    def begin() -> tuple[FolderReader, list[T] | None]:
+        reader = FolderReader(root, folder)
+        try:
+            return reader, read(reader)
+        except BaseException:
+            reader.close()
+            raise
+
+    reader, batch = await workers.run_or_abandon(begin, discard=lambda begun: begun[0].close())
     try:
-        while (batch := await workers.run_or_abandon(read, reader, patience=MID_TRANSFER)) is not None:
+        while batch is not None:
             yield batch
+            if reader.has_ended:
+                return
+            batch = await workers.run_or_abandon(read, reader, patience=MID_TRANSFER)
     finally:
         reader.close()
 
@@ -123,6 +135,8 @@ class FolderReader:
         except OSError as exc:
             os.close(self._descriptor)
             raise file_error(exc) from exc
+        self.has_ended = False
+        """Whether the last call of a method that reads has got the last items."""
         self._in_use = threading.Lock()
         self._is_closing = self._is_closed = False
 
@@ -153,6 +167,7 @@ class FolderReader:
                 items = [] if self._is_closing else list(islice(self._items, count))
             except OSError as exc:
                 raise file_error(exc) from exc
+            self.has_ended = len(items) < count
             if items and not self._are_valid([item.name for item in items]):
                 entries = entries_of([item for item in items if self._is_valid(item.name)])
             else:
