@@ -193,11 +193,14 @@ async def test_what_is_missing_and_what_is_hidden_give_the_same_answer(root: Pat
 
 
 async def test_hidden_entries_are_in_no_form_of_the_listing(root: Path) -> None:
-    endpoint = app(dv.PathSource(root), hide=[".*", "FILE2*"])
+    for name in ("..\\..\\shadow", "x\\.env", "file2\\x"):
+        (root / name).write_bytes(b"")
+    endpoint = app(dv.PathSource(root, names="any"), hide=[".*", "FILE2*"])
     for query in ("", "format=json", "format=ndjson", "q=o&deep=1", "q=file&deep=1&format=json", "q=git&deep=1"):
         body = (await call(endpoint, "/files/", query=query)).body
         listed = body.partition(b"<main>")[2] or body
-        assert not re.search(rb"\.env|\.git|config|file2", listed), query
+        assert not re.search(rb"\.env|\.git|config|file2|shadow", listed), query
+    assert (await call(endpoint, "/files/..%5C..%5Cshadow")).status == 404
 
 
 async def test_access_decides_once_before_anything_is_read() -> None:
