@@ -617,6 +617,13 @@ async def test_view_pages_can_be_reached_without_a_script(root: Path) -> None:
     assert [text for _, text in Links((await call(endpoint, "/files/empty/")).body.decode()).links] == ["Files"]
 
 
+async def test_the_archive_of_a_folder_has_more_than_a_filter_shows(root: Path) -> None:
+    endpoint = app(dv.PathSource(root), archive=True)
+    for query, text in (("", "Download as zip"), ("q=a", "Download the whole folder as zip")):
+        links = Links((await call(endpoint, "/files/", query=query)).body.decode()).links
+        assert ("?archive=zip", text) in links
+
+
 @pytest.mark.parametrize("query", ["", "view"])
 async def test_500_entries_fit_into_60_kib(query: str) -> None:
     entries = [dv.Entry(f"file{number}.txt", size=number * 999, modified=TIME) for number in range(500)]
