@@ -38,4 +38,7 @@ class Hidden:
     def hides(self, name: object) -> bool:
         """Return whether a name is hidden: one of its segments matches a pattern."""
         text = str(name)
-        return any(segment not in _NOT_NAMES and self.matches(segment) for segment in _SLASH.split(text))
+        segments = _SLASH.split(text)
+        if "\\" in text:
+            segments += text.split("/")  # on this system, a backslash may also be a character of a name
+        return any(segment not in _NOT_NAMES and self.matches(segment) for segment in segments)

@@ -273,7 +273,13 @@ def _described(row: Any) -> tuple[int | None, datetime.datetime | None, str | No
             modified = datetime.datetime.fromtimestamp(float(modified), datetime.UTC)
         except (OSError, OverflowError, ValueError):
             modified = None
-    elif isinstance(modified, datetime.datetime):
+    elif isinstance(modified, str):  # SQLite has no type for times
+        try:
+            modified = datetime.datetime.fromisoformat(modified)
+            modified = modified.astimezone(datetime.UTC) if modified.tzinfo else modified
+        except (OverflowError, ValueError):
+            modified = None
+    if isinstance(modified, datetime.datetime):
         modified = modified if modified.tzinfo else modified.replace(tzinfo=datetime.UTC)
     else:
         modified = None

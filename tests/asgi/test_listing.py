@@ -193,11 +193,14 @@ async def test_what_is_missing_and_what_is_hidden_give_the_same_answer(root: Pat
 
 
 async def test_hidden_entries_are_in_no_form_of_the_listing(root: Path) -> None:
-    endpoint = app(dv.PathSource(root), hide=[".*", "FILE2*"])
+    for name in ("..\\..\\shadow", "x\\.env", "file2\\x"):
+        (root / name).write_bytes(b"")
+    endpoint = app(dv.PathSource(root, names="any"), hide=[".*", "FILE2*"])
     for query in ("", "format=json", "format=ndjson", "q=o&deep=1", "q=file&deep=1&format=json", "q=git&deep=1"):
         body = (await call(endpoint, "/files/", query=query)).body
         listed = body.partition(b"<main>")[2] or body
-        assert not re.search(rb"\.env|\.git|config|file2", listed), query
+        assert not re.search(rb"\.env|\.git|config|file2|shadow", listed), query
+    assert (await call(endpoint, "/files/..%5C..%5Cshadow")).status == 404
 
 
 async def test_access_decides_once_before_anything_is_read() -> None:
@@ -612,6 +615,13 @@ async def test_view_pages_can_be_reached_without_a_script(root: Path) -> None:
     below = (await call(endpoint, "/files/sub/", query="view")).body.decode()
     assert Links(below).links[0] == ("../?view", "Files")
     assert [text for _, text in Links((await call(endpoint, "/files/empty/")).body.decode()).links] == ["Files"]
+
+
+async def test_the_archive_of_a_folder_has_more_than_a_filter_shows(root: Path) -> None:
+    endpoint = app(dv.PathSource(root), archive=True)
+    for query, text in (("", "Download as zip"), ("q=a", "Download the whole folder as zip")):
+        links = Links((await call(endpoint, "/files/", query=query)).body.decode()).links
+        assert ("?archive=zip", text) in links
 
 
 @pytest.mark.parametrize("query", ["", "view"])

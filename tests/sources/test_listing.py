@@ -811,6 +811,25 @@ async def test_rows_may_have_numbers_as_keys_and_no_files(tmp_path: Path) -> Non
         assert await entries_of(source_of(again)) == {"1": Entry("1")}
 
 
+async def test_rows_may_have_times_as_text(tmp_path: Path) -> None:
+    times = {
+        "a": "2026-03-01 12:00:00",
+        "b": "2026-03-01T12:00:00Z",
+        "c": "2026-03-01T13:00:00.000+01:00",
+        "d": "2026-03-01",
+        "e": "yesterday",
+        "f": "",
+        "g": "0001-01-01T00:00:00+14:00",
+    }
+    async for documents in rows_of(tmp_path / "rows.db", times, size=None, content_type=None, modified="type"):
+        with closing(sqlite3.connect(tmp_path / "rows.db")) as database:
+            database.executemany("UPDATE rows SET type = ? WHERE key = ?", [(times[key], key) for key in times])
+            database.commit()
+        listed = await entries_of(source_of(documents))
+        noon = datetime(2026, 3, 1, 12, tzinfo=UTC)
+        assert [listed[key].modified for key in times] == [noon, noon, noon, noon.replace(hour=0), None, None, None]
+
+
 @pytest.mark.parametrize("seconds", [253_402_300_800, 67_768_036_191_676_799, 2**62])
 async def test_a_time_that_no_calendar_has_is_left_out(seconds: int, tmp_path: Path) -> None:
     class Late(FileSystem):

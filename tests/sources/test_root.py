@@ -3,7 +3,7 @@
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -203,14 +203,28 @@ def test_an_unreadable_file_is_denied(base: Path, use_openat2: bool) -> None:
         Root(base, use_openat2=use_openat2).open("a.txt")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming somebody else needs root")
+def test_a_folder_that_cannot_be_searched_is_denied(base: Path, use_openat2: bool) -> None:
+    """Its names can be read, but none of its files."""
+    root = Root(base, use_openat2=use_openat2)
+    (base / "closed").mkdir()
+    (base / "closed" / "a.txt").write_bytes(INSIDE)
+    (base / "closed").chmod(0o444)
+    _is_denied_to_nobody(lambda: root.open_folder("closed"))
+
+
 def _as_nobody(base: Path, use_openat2: bool) -> None:
     root = Root(base, use_openat2=use_openat2)
     (base / "a.txt").chmod(0)
+    _is_denied_to_nobody(lambda: root.open("a.txt"))
+
+
+def _is_denied_to_nobody(opening: Callable[[], object]) -> None:
     child = os.fork()
     if child == 0:
         os.setuid(65534)
         try:
-            root.open("a.txt")
+            opening()
         except AccessDenied:
             os._exit(0)
         finally:

@@ -201,7 +201,10 @@ class Pages:
 
     def folder_actions(self, page: ListingPage) -> str:
         """Return the links above the entries of a folder, as HTML."""
-        links = [] if page.archive is None else [f'<a href="{escape(page.archive)}" download>Download as zip</a>']
+        links = []
+        if page.archive is not None:
+            thing = "the whole folder " if page.query.text else ""
+            links.append(f'<a href="{escape(page.archive)}" download>Download {thing}as zip</a>')
         if page.can_reorder and not all(entry.is_folder for _, entry in page.entries):
             query = replace(page.query, is_view=not page.query.is_view)
             links.append(f'<a href="{escape(query.url())}">{"View" if query.is_view else "Download"} files</a>')

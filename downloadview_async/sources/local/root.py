@@ -216,12 +216,19 @@ class Root:
 
         Returns the descriptor, which the caller closes. Raises `FileMissing`, `AccessDenied` or `SourceUnavailable`.
         """
-        if name:
-            return self._open(name, _FOLDER_FLAGS)
         try:
-            return os.open(".", _FOLDER_FLAGS, dir_fd=self.descriptor)
+            if name:
+                descriptor = self._open(name, _FOLDER_FLAGS)
+            else:
+                descriptor = os.open(".", _FOLDER_FLAGS, dir_fd=self.descriptor)
+            try:
+                os.stat(".", dir_fd=descriptor)  # fails if its names can be read, but nothing in it can be opened
+            except OSError:
+                os.close(descriptor)
+                raise
         except OSError as exc:
             raise file_error(exc) from exc
+        return descriptor
 
     def status(self, name: str) -> os.stat_result:
         """Return the status of what the links at `name` lead to, as far as the policy follows them. May block.
