@@ -74,6 +74,17 @@ async def test_what_s3_has_sent_counts(s3: S3, tmp_path: Path) -> None:
     await storage.aclose()
 
 
+async def test_a_file_that_a_browser_might_run_is_not_redirected_for_the_log_either(s3: S3) -> None:
+    s3.put("counted/page.html", CONTENT, content_type="text/html")
+    storage = s3.storage("counted/")
+    redirect = dv.PresignedRedirect(storage, logs_request_id=True)
+    endpoint = dv.Download(dv.StorageSource(storage), redirect=redirect, attachment=False)
+    answer = await call(dv.Accounts(endpoint, observers=[lambda _: None]), "/page.html")
+    assert (answer.status, answer.body) == (200, CONTENT)
+    assert answer.headers["content-security-policy"].startswith("sandbox;")
+    await storage.aclose()
+
+
 async def test_a_redirect_has_no_id_unless_it_is_wanted(s3: S3) -> None:
     s3.put("counted/a", CONTENT)
     storage = s3.storage("counted/")

@@ -412,7 +412,7 @@ async def test_a_transfer_of_a_proxy_ends_with_its_line_in_the_log(files: Path, 
         log.rename(tmp_path / "downloads.log.1")
         with (tmp_path / "downloads.log.1").open("a") as file:
             file.write(line_of(begun[1].headers["x-request-id"], len(BIG)))
-        log.write_text(line_of(third.headers["x-request-id"], 0, 304))
+        log.write_text(line_of(third.headers["x-request-id"], len(BIG), 404))  # those of an error page
         await until_it_has(limits, transfers=0)
         await begin()
         assert (await ask(port, f"/{way}/big.bin")).body.endswith(b"at most 2 downloads per day")
