@@ -54,7 +54,10 @@ class AccessLog:
         try:
             self._open()
         except OSError as exc:
-            raise ConfigurationError(f"the log {self._path!r} cannot be written ({exc.strerror})") from exc
+            raise ConfigurationError(
+                f"the log {self._path!r} cannot be written ({exc.strerror}): give a file in a directory where this "
+                "user may write"
+            ) from exc
 
     def __call__(self, outcome: Outcome) -> None:
         """Take the line of an outcome, which `flush` writes."""

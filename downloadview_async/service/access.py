@@ -187,7 +187,9 @@ def _access_of(
 
 def _keys(settings: Settings, keys: str) -> dict[str, str]:
     """Return the keys in a text, or in the file that it names, in their order."""
+    path = None
     if KEY_LINE.search(keys) is None:
+        path = keys
         try:
             with open(keys, encoding="utf-8") as file:
                 keys = file.read()
@@ -214,6 +216,8 @@ def _keys(settings: Settings, keys: str) -> dict[str, str]:
         if match[1] in secrets:
             raise settings.error("links.keys", f"line {number} has the id {match[1]!r} again: give it another id")
         secrets[match[1]] = match[2]
+    if not secrets:
+        raise settings.error("links.keys", f"{path!r} has no key: add one with `downloadview keys >> {path}`")
     return secrets
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from downloadview_async import Digests, DigestStore, FileError, Source
 from downloadview_async.service.settings import Settings
 from downloadview_async.service.source_settings import PathSettings, digests_mode, directory_of, source_of_files
+from downloadview_async.service.values import usable_store
 
 
 def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, Digests]:
@@ -14,7 +15,7 @@ def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, D
     store = None
     if settings.digests is not None:
         with settings.blaming("digests.store"):
-            store = DigestStore(settings.digests.store)
+            store = DigestStore(usable_store(settings.digests.store))
     digests: dict[str, Digests] = {}
     for route in settings.routes:
         _, files = source_of_files(route.source, settings.sources)

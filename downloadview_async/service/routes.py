@@ -37,7 +37,7 @@ from downloadview_async.service.settings import RouteSettings, Settings
 from downloadview_async.service.sharing import Sharing, users_in
 from downloadview_async.service.source_settings import StorageSettings, source_of_files
 from downloadview_async.service.sources import place_of
-from downloadview_async.service.values import seconds_of
+from downloadview_async.service.values import seconds_of, usable_store
 
 _CORS_REQUEST_HEADERS = ["If-Modified-Since", "If-None-Match", "If-Range", "Range", "Want-Repr-Digest"]
 _CORS_EXPOSED = [
@@ -105,9 +105,11 @@ def _archive(settings: Settings, name: str, source: Source, caches: Mapping[str,
     """Return the options for the archives of a source. They are kept in the cache of the source, if it has one."""
     archives = settings.archives
     assert not isinstance(archives.max_bytes, str)  # the settings have been checked
+    with settings.blaming("archives.checksums"):
+        store = None if archives.checksums is None else usable_store(archives.checksums)
     return ArchiveOptions(
         limits=ArchiveLimits(files=archives.max_files, size=archives.max_bytes, depth=archives.max_depth),
-        checksums=MemoryChecksums() if archives.checksums is None else SQLiteChecksums(archives.checksums),
+        checksums=MemoryChecksums() if store is None else SQLiteChecksums(store),
         cache=caches.get(name),
         name=f"{name} {place_of(settings, name, source)}",
         per_client=archives.per_client or None,

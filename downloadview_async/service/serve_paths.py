@@ -36,6 +36,10 @@ def variables_of(
         source = {"type": "chosen", "paths": [os.path.abspath(path) for path in paths]}
         if not hidden and (dotted := [name for name in names if name.startswith(".")]):
             raise ConfigurationError(f"{dotted[0]!r} begins with a dot: add --hidden to serve it")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigurationError(f"two of the paths have the name {repeated[0]!r}: rename one, or leave it out")
+    if title is not None and not title.isprintable():
+        raise ConfigurationError(f"--title is {title!r}: give a text without control characters")
     title = title or (names[0] if directory is not None and names[0] else "Files")
     route = {
         "path": f"{_PREFIX}{{path:path}}",

@@ -1,9 +1,12 @@
 """Values as the settings write them: numbers with bounds, names of functions, sizes such as 10GiB, times such as 2h."""
 
+import os
 import re
 from typing import Annotated
 
 from msgspec import Meta
+
+from downloadview_async import ConfigurationError
 
 YEAR = 365 * 86_400
 _LONGEST_AGE = 100 * YEAR
@@ -49,3 +52,13 @@ def seconds_of(value: float | str) -> float | None:
     else:
         number = float(value)
     return number if 0 <= number <= _LONGEST_AGE else None
+
+
+def usable_store(path: str) -> str:
+    """Return the absolute path of an SQLite file. Raises `ConfigurationError` if it can certainly not be opened."""
+    directory = os.path.dirname(path)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"the directory {directory!r} is missing, or cannot be written to: create it")
+    if os.path.lexists(path) and (os.path.isdir(path) or not os.access(path, os.R_OK | os.W_OK)):
+        raise ConfigurationError(f"{path!r} is not a file that can be read and written: give another path")
+    return path

@@ -375,7 +375,8 @@ def test_settings_that_are_refused(directory: Path, old: str, new: str, problem:
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("", "URLSigner needs a key"),
+        ("", "has no key: add one with `downloadview keys >> "),
+        ("# none\n\n", "has no key"),
         (f"2026b {SECRET}\n2026b {SECRET}\n", "line 2 has the id '2026b' again"),
         (f"2026b {SECRET}\n2026a short\n", "line 2 is not `id secret`"),
         (SECRET, "line 1 is not `id secret`"),

@@ -80,6 +80,14 @@ def test_checksums_are_kept_in_a_file_beside_the_settings(directory: Path) -> No
     assert (directory / "crc.db").is_file()
 
 
+@pytest.mark.parametrize(
+    ("place", "problem"), [("none/crc.db", "/none' is missing"), ("files", "/files' is not a file that can be read")]
+)
+def test_checksums_that_cannot_be_kept_are_refused(directory: Path, place: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"archives\\.checksums: .*{problem}"):
+        build(load(directory, f"{TEXT}[archives]\nchecksums = '{place}'\n"))
+
+
 def test_the_cache_of_a_source_keeps_its_archives(directory: Path) -> None:
     text = TEXT.replace('type = "path"\nroot = "files"', f'type = "storage"\nurl = "file://{directory}/files"')
     text += '[sources.files.cache]\npath = "cache"\n'

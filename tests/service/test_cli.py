@@ -253,7 +253,9 @@ def test_mistakes_with_paths_are_refused(directory: Path) -> None:
     (directory / "more").mkdir()
     (directory / "more" / "a.txt").touch()
     (directory / ".env").touch()
-    assert "'a.txt': rename one" in refused("files/a.txt", "more/a.txt", cwd=directory)
+    twice = refused("files/a.txt", "more/a.txt", cwd=directory)
+    assert twice == "downloadview: two of the paths have the name 'a.txt': rename one, or leave it out\n"
+    assert "--title is 'a\\nb': give a text" in refused("files", "--title", "a\nb", cwd=directory)
     assert "'.env' begins with a dot: add --hidden" in refused(".env", cwd=directory)
     assert "--share is 'soon'" in refused("files/a.txt", "--share", "soon", cwd=directory)
     assert "--user takes NAME:PASSWORD" in refused("files", "--user", "ada:", cwd=directory)

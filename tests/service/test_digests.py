@@ -54,6 +54,7 @@ def app_of(text: str) -> Starlette:
         (STORE + SOURCE + "sidecars = 1\n", "sources.files.sidecars: .*true"),
         ("[digests]\n" + SOURCE, "digests.store"),
         ('[digests]\nstore = ""\n' + SOURCE, "digests.store"),
+        (STORE.replace("digests.db", "none/digests.db") + SOURCE, "digests.store: the directory .*none' is missing"),
         ('[sources.v]\ntype = "virtual"\nfactory = "a:b"\ndigests = "known"\n', "sources.v.digests: unknown key"),
     ],
 )
@@ -158,7 +159,7 @@ async def test_a_disk_that_fails_in_one_file_does_not_end_the_command(directory:
         (STORE + SOURCE + ROUTE, [], 2, "no local directory with digests"),
         (STORE + SOURCE + 'digests = "known"\n', [], 2, "no local directory with digests"),
         (STORE + SOURCE + 'digests = "known"\n' + ROUTE, ["missing"], 2, "does not exist"),
-        ('[digests]\nstore = "no/where.db"\n' + SOURCE + 'digests = "known"\n' + ROUTE, [], 3, "no/where.db"),
+        ('[digests]\nstore = "no/where.db"\n' + SOURCE + 'digests = "known"\n' + ROUTE, [], 2, "/no' is missing"),
     ],
 )
 def test_the_command_says_what_is_wrong(
