@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from inspect import iscoroutinefunction
 from time import monotonic, time
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -560,6 +561,8 @@ class Accounts:
     ) -> None:
         if not all(callable(observer) for observer in observers):
             raise ConfigurationError(f"observers is {observers!r}: give a list of functions that take an Outcome")
+        if waiting := [one for one in observers if iscoroutinefunction(one) or iscoroutinefunction(type(one).__call__)]:
+            raise ConfigurationError(f"observers has {waiting[0]!r}, which is async: give it as a listener")
         self.app = app
         self._open: set[Account] = set()
         self._listeners = Listeners(listeners, max_waiting)

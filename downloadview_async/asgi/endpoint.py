@@ -270,6 +270,10 @@ class Download(_Endpoint):
         all_headers = dict(headers or {})
         if cache_control is not None:
             all_headers["Cache-Control"] = cache_control
+        if not isinstance(archive, (bool, ArchiveOptions)):
+            raise ConfigurationError(f"archive is {archive!r}: give True, False or ArchiveOptions(...)")
+        if digests is not None and not isinstance(digests, Digests):
+            raise ConfigurationError(f"digests is {digests!r}: give Digests(source)")
         pages = _pages_of(listing) if listing else None
         super().__init__(
             source,

@@ -23,6 +23,8 @@ class Hidden:
             raise ConfigurationError(f"hide is {patterns!r}: give a list of patterns, such as ['.*', '*.key']")
         patterns = list(patterns)
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise ConfigurationError(f"hide has {pattern!r}: give patterns as text, such as '.*'")
             if not pattern or "/" in pattern:
                 raise ConfigurationError(
                     f"hide has {pattern!r}: a pattern is for one segment of a path, so remove the slash"

@@ -60,8 +60,12 @@ class URLSigner:
         session_seconds: float = 86_400,
         client_of: Callable[[Mapping[str, Any]], str] = client_network,
     ) -> None:
+        if not isinstance(keys, Mapping):
+            raise ConfigurationError("the keys are no mapping: give {'2026a': secrets.token_bytes(32)}")
         if not keys:
             raise ConfigurationError("URLSigner needs a key: URLSigner({'2026a': secrets.token_bytes(32)})")
+        if max_age is not None and not isinstance(max_age, timedelta):
+            raise ConfigurationError(f"max_age is {max_age!r}: give a timedelta")
         if max_age is not None and max_age < timedelta(seconds=1):
             raise ConfigurationError(f"max_age is {max_age}: give one second or more, or None for links without an end")
         self._keys = {name: _checked_secret(name, secret) for name, secret in keys.items()}
@@ -133,6 +137,8 @@ class URLSigner:
         )
         if below:
             _check_options_of_folder(filename, content_type, uses, query, shareable=shareable)
+        if not isinstance(uses, int | None):
+            raise ValueError(f"uses is {uses!r}: give a number from 1 to {MOST_USES}")
         signed = self._format(format).query(checked, grant, network, quote(query, safe=_SAFE_IN_QUERY))
         if uses is not None:
             self._check_uses(uses, shareable=shareable)
@@ -241,10 +247,12 @@ class URLSigner:
     def _expiry(self, expires_in: timedelta | None, until: datetime | None) -> int | None:
         now = time.time()
         if until is not None:
-            if expires_in is not None or until.tzinfo is None:
+            if expires_in is not None or not isinstance(until, datetime) or until.tzinfo is None:
                 raise ValueError(f"until is {until}: give a time with a zone, and no expires_in")
             age = timedelta(seconds=until.timestamp() - now)
         elif expires_in is not None:
+            if not isinstance(expires_in, timedelta):
+                raise ValueError(f"expires_in is {expires_in!r}: give a timedelta")
             age = expires_in
         elif self._max_age is not None:
             age = self._max_age
@@ -260,9 +268,11 @@ class URLSigner:
 
 def _network(client: str) -> IPv4Network | IPv6Network:
     try:
-        return ip_network(client, strict=False)
+        if isinstance(client, str):  # a number would be an address, too
+            return ip_network(client, strict=False)
     except ValueError:
-        raise ValueError(f"client is {client!r}: give an address or a network, such as 203.0.113.0/24") from None
+        pass
+    raise ValueError(f"client is {client!r}: give an address or a network, such as 203.0.113.0/24")
 
 
 def _new_link_id() -> str:

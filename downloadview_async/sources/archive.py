@@ -199,6 +199,10 @@ class Archive:
         self._limits = limits or ArchiveLimits()
         self._entries = [entry if isinstance(entry, ArchiveEntry) else ArchiveEntry(*entry) for entry in entries]
         for entry in self._entries:
+            if not isinstance(entry.path, str) or not (entry.file is None or hasattr(entry.file, "open")):
+                raise ConfigurationError(
+                    f"{entry!r} is no entry of an archive: give a path and a file, such as LocalFile('a.txt')"
+                )
             if (entry.file is None) != entry.path.endswith("/"):
                 raise ConfigurationError(
                     f"{entry.path!r} is in an archive: give it a file, or a slash at its end for a folder"

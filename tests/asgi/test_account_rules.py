@@ -560,6 +560,13 @@ async def test_an_address_that_is_not_one_is_refused() -> None:
     with pytest.raises(dv.ConfigurationError, match="give a list of functions"):
         dv.Accounts(answer_nothing, observers=listeners)
 
+    async def never_awaited(outcome: dv.Outcome) -> None:
+        raise AssertionError(outcome)
+
+    observers: list[Any] = [never_awaited]
+    with pytest.raises(dv.ConfigurationError, match="is async: give it as a listener"):
+        dv.Accounts(answer_nothing, observers=observers)
+
 
 async def test_ids_are_all_different() -> None:
     assert len({new_request_id() for _ in range(1000)}) == 1000

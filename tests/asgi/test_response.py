@@ -422,6 +422,25 @@ async def _nothing(key: object) -> None:
     return None
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"archive": "zip"}, "archive is 'zip': give True, False or ArchiveOptions"),
+        ({"digests": True}, "digests is True: give Digests"),
+        ({"hide": [5]}, "hide has 5: give patterns as text"),
+    ],
+)
+async def test_options_of_a_wrong_type_are_refused(root: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(dv.ConfigurationError, match=message):
+        dv.Download(dv.PathSource(root), **options)
+
+
+@pytest.mark.parametrize("threads", [0, "4"])
+async def test_a_number_of_threads_that_is_none_is_refused(root: Path, threads: Any) -> None:
+    with pytest.raises(dv.ConfigurationError, match="give a number of calls, 1 or more"):
+        dv.PathSource(root, threads=threads)
+
+
 async def test_what_is_not_a_file_a_source_or_a_backend_is_refused_when_the_object_is_made(root: Path) -> None:
     source = dv.PathSource(root)
     takes_source = r"Download takes a source, such as PathSource\('files'\), not "

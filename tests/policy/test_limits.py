@@ -126,6 +126,8 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"mode": "wait", "concurrent": 1}, "mode is 'wait'"),
     ({"mode": "queue"}, "give concurrent"),
     ({"mode": "queue", "concurrent": 1, "queue_seconds": 0}, "queue_seconds"),
+    ({"mode": "queue", "concurrent": 1, "queue_seconds": "1"}, "queue_seconds is '1'"),
+    ({"quota": 5}, "quota is 5: give such as"),
     ({"when_store_fails": "maybe"}, "when_store_fails"),
     ({"client": "adress"}, "client is 'adress'"),
     ({"client": "header:X Y"}, "the name of a header"),

@@ -182,6 +182,7 @@ def test_a_link_for_a_network(client: str, address: str | None, is_valid: bool) 
     "keys, message",
     [
         ({}, "needs a key"),
+        ([SECRET], "are no mapping"),
         ({"a": b"x" * 31}, "the secret of the key 'a' has 31 bytes"),
         ({"a": "é" * 15}, "the secret of the key 'a' has 30 bytes"),
         ({"a b": SECRET}, "'a b' is not the id of a key"),
@@ -210,6 +211,10 @@ def test_keys_that_are_refused(keys: dict[str, bytes | str], message: str) -> No
         ("/a", {"until": datetime(2020, 1, 1)}, "give a time with a zone"),
         ("/a", {"until": datetime.now(UTC), "expires_in": timedelta(1)}, "no expires_in"),
         ("/a", {"expires_in": timedelta(days=8)}, "more than max_age, 7 days: give"),
+        ("/a", {"expires_in": 5}, "expires_in is 5: give a timedelta"),
+        ("/a", {"until": "2030-01-01"}, "give a time with a zone"),
+        ("/a", {"uses": "1"}, "uses is '1': give a number"),
+        ("/a", {"client": 5}, "give an address or a network"),
         ("/a", {"base": "example.org"}, "give a scheme and a host"),
         ("/a", {"base": "https://example.org/?x"}, "give a scheme and a host"),
     ],

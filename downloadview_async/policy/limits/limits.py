@@ -104,7 +104,7 @@ class Limits:
             raise ConfigurationError(f'mode is {mode!r}: give "refuse" or "queue"')
         if mode == "queue" and concurrent is None:
             raise ConfigurationError('mode is "queue": give concurrent, which is what requests wait for')
-        if not queue_seconds > 0:
+        if not isinstance(queue_seconds, (int, float)) or not queue_seconds > 0:
             raise ConfigurationError(f"queue_seconds is {queue_seconds!r}: give more than 0")
         if when_store_fails not in ("refuse", "allow"):
             raise ConfigurationError(f'when_store_fails is {when_store_fails!r}: give "refuse" or "allow"')
@@ -112,6 +112,8 @@ class Limits:
         self.concurrent = concurrent
         """How many transfers a client may have at once; None: any number."""
         self._window: Window | None = None if requests is None else window_of(requests)
+        if not isinstance(quota, Iterable):
+            raise ConfigurationError(f'quota is {quota!r}: give such as "50GB/day" or "1000 downloads/day", or a list')
         self._quotas: tuple[Quota, ...] = tuple(map(quota_of, [quota] if isinstance(quota, str) else quota))
         if len({(one.unit, one.seconds) for one in self._quotas}) < len(self._quotas):
             raise ConfigurationError("quota has two amounts of the same unit and period: remove one")

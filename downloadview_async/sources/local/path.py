@@ -200,6 +200,8 @@ class PathSource:
         if unknown := set(precompressed) - set(SUFFIXES):
             raise ConfigurationError(f"precompressed takes {', '.join(SUFFIXES)}, not {', '.join(sorted(unknown))}")
         self.root = beneath = Root(root, symlinks=symlinks, names=names)
+        if not isinstance(threads, int) or threads < 1:
+            raise ConfigurationError(f"threads is {threads!r}: give a number of calls, 1 or more")
         workers, codings = Workers(threads), tuple(precompressed)
         cache = OpenFileCache(beneath, workers)
 
