@@ -1,14 +1,21 @@
 """What tests of several rooms need."""
 
 import gc
+import os
 from collections.abc import Generator, Iterator
 
 import pytest
+from hypothesis import settings
 
 from downloadview_async.sources.local import open_file, open_file_cache
 from tests.certificates import make_certificate
 from tests.gcs import GCS, gcs_server
 from tests.s3 import S3, s3_server
+
+# The same examples in every run, and no timing as a verdict. HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("explore", max_examples=5000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -61,7 +61,7 @@ class URLSigner:
         client_of: Callable[[Mapping[str, Any]], str] = client_network,
     ) -> None:
         if not isinstance(keys, Mapping):
-            raise ConfigurationError("the keys are no mapping: give {'2026a': secrets.token_bytes(32)}")
+            raise ConfigurationError("the keys are not a mapping: give {'2026a': secrets.token_bytes(32)}")
         if not keys:
             raise ConfigurationError("URLSigner needs a key: URLSigner({'2026a': secrets.token_bytes(32)})")
         if max_age is not None and not isinstance(max_age, timedelta):

@@ -201,7 +201,7 @@ class Archive:
         for entry in self._entries:
             if not isinstance(entry.path, str) or not (entry.file is None or hasattr(entry.file, "open")):
                 raise ConfigurationError(
-                    f"{entry!r} is no entry of an archive: give a path and a file, such as LocalFile('a.txt')"
+                    f"{entry!r} is not an entry of an archive: give a path and a file, such as LocalFile('a.txt')"
                 )
             if (entry.file is None) != entry.path.endswith("/"):
                 raise ConfigurationError(

@@ -182,7 +182,7 @@ def test_a_link_for_a_network(client: str, address: str | None, is_valid: bool) 
     "keys, message",
     [
         ({}, "needs a key"),
-        ([SECRET], "are no mapping"),
+        ([SECRET], "are not a mapping"),
         ({"a": b"x" * 31}, "the secret of the key 'a' has 31 bytes"),
         ({"a": "é" * 15}, "the secret of the key 'a' has 30 bytes"),
         ({"a b": SECRET}, "'a b' is not the id of a key"),

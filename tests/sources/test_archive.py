@@ -498,7 +498,7 @@ async def test_a_file_is_needed_except_for_a_folder(entry: ArchiveEntry | tuple[
 
 @pytest.mark.parametrize("entry", [("a.txt", "/srv/a.txt"), (5, dv.VirtualFile(b"x", name="x"))])
 async def test_what_is_no_entry_is_refused(entry: Any) -> None:
-    with pytest.raises(dv.ConfigurationError, match="is no entry of an archive: give a path and a file"):
+    with pytest.raises(dv.ConfigurationError, match="is not an entry of an archive: give a path and a file"):
         Archive([entry])
 
 
