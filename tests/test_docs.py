@@ -190,6 +190,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run(
         [
