@@ -92,12 +92,17 @@ def make_app() -> ASGIApp:
             for left in reversed(range(TINY)):
                 await send({"type": "http.response.body", "body": b"t", "more_body": left > 0})
             return
-        headers = [(b"content-length", str(4 << 20).encode())]
+        before, _, behind = scope["query_string"].decode().partition(",")
+        count = int(before) + int(behind) if behind else 64
+        headers = [(b"content-length", b"%d" % (count << 16))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for _ in range(int(scope["query_string"])):
+        for _ in range(int(before)):
             await send({"type": "http.response.body", "body": b"g" * (1 << 16), "more_body": True})
         Path(os.environ["ACCOUNTS_GATE"]).read_bytes()
-        await send({"type": "http.response.body", "body": b"g" * 1000, "more_body": True})
+        for left in reversed(range(int(behind or "0"))):
+            await send({"type": "http.response.body", "body": b"g" * (1 << 16), "more_body": left > 0})
+        if not behind:
+            await send({"type": "http.response.body", "body": b"g" * 1000, "more_body": True})
 
     async def one(request: Request) -> PlainTextResponse:
         return PlainTextResponse("1" * ONE)

@@ -438,21 +438,24 @@ def test_each_request_has_one_outcome_although_clients_leave(serve: Serving, way
         stress(site, 400)
 
 
-@pytest.mark.parametrize(("is_second", "pieces"), [(False, 1), (False, 12), (False, 32), (True, 32)])
+@pytest.mark.parametrize(
+    ("is_second", "pieces"), [(False, "1"), (False, "12"), (False, "32"), (True, "32"), (False, "12,600")]
+)
 @pytest.mark.parametrize("is_encrypted", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_bytes_that_a_reset_drops_do_not_count(
     loop: str,
     is_encrypted: bool,
     is_second: bool,
-    pieces: int,
+    pieces: str,
     serve: Serving,
     tmp_path: Path,
     certificate: dict[str, str],
 ) -> None:
     """The application sends on and returns before the server learns of the reset from its event loop.
 
-    is_second: whether the server still holds most of another answer when this one begins.
+    is_second: whether the server still holds most of another answer when this one begins. pieces: that the application
+    sends before the reset, and after it without waiting, up to the end of the answer.
     """
     gate = tmp_path / "gate"
     os.mkfifo(gate)

@@ -10,6 +10,7 @@ import asyncio
 import os
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -23,11 +24,13 @@ _STEPS = 128  # together as many bytes as a socket holds
 class CountingTransport:
     """A transport of TLS that counts what it is given.
 
-    written, encrypted: bytes before and after encryption. steps: the two numbers as they were, every 64 KiB.
+    written, encrypted: bytes before and after encryption. steps: the two numbers as they were, every 64 KiB. on_step:
+    is called before the write that makes them 64 KiB more.
     """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, on_step: Callable[[], None]) -> None:
         self._transport = transport
+        self._on_step = on_step
         self._framing = _framing_of(*transport.get_extra_info("cipher"))
         self.written = self.encrypted = 0
         self.steps = deque([(0, 0)], _STEPS)
@@ -38,6 +41,7 @@ class CountingTransport:
         self.encrypted += len(data) + self._framing * -(-len(data) // _RECORD)
         if self.encrypted - self.steps[-1][0] >= _STEP:
             self.steps.append((self.encrypted, self.written))
+            self._on_step()
         self._transport.write(data)
 
     def __getattr__(self, name: str) -> Any:

@@ -286,7 +286,7 @@ class DownloadProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         if transport.get_extra_info("sslcontext"):
-            counting = CountingTransport(transport)
+            counting = CountingTransport(transport, self._look_for_reset)
             self._encrypted = EncryptedStream(counting)
             transport = counting.as_transport()
         super().connection_made(transport)
@@ -558,6 +558,15 @@ class DownloadProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self.loop.call_later(1, self._look_for_hangup)
+
+    def _look_for_reset(self) -> None:
+        """Abort a transport of TLS whose client has reset the connection: it does not tell that it drops all bytes.
+
+        The application waits then, as for a slow client, and the loop can tell it of the loss.
+        """
+        if not self.is_lost and self.has_failed():
+            self.pause_writing()
+            self.transport.abort()
 
     def _close(self, *, is_expecting: bool) -> None:
         """Close the connection when all is sent, and the client has had the time to take it.
