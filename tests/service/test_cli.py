@@ -31,7 +31,7 @@ from tests.servers import PROJECT, Server, demo, free_port, serving
 
 COMMAND = [sys.executable, "-m", "downloadview_async.cli", "serve"]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
-PATH_OPTIONS = ("paths", "config", "hidden", "title", "users", "share", "qr")
+PATH_OPTIONS = ("paths", "config", "hidden", "title", "users", "share", "qr", "watch")
 WORKERS = ["1", pytest.param("2", marks=pytest.mark.slow)]
 
 
