@@ -36,6 +36,7 @@ from downloadview_async.service.settings import Settings
 _NAP = 0.05  # seconds; uvicorn's own is 0.1
 _STEER = 0.1  # seconds in which handshakes end that began before new connections went to another process
 _HANDSHAKE = 0.5  # seconds that a handshake of TLS may take in the moment of the shutdown
+_SETTLE = 2.0  # seconds after the drain in which connections that have just been made may send their first request
 _ENDING = 0.5  # seconds that aborted answers have to end
 _OURS = ("host", "port", "uds", "fd", "workers", "drain_seconds", "pid_file", "reuse_port")
 """The settings of `[server]` that are not options of the `uvicorn.Config`."""
@@ -223,7 +224,7 @@ class DownloadServer(uvicorn.Server):
     async def _wait_for_connections(self) -> None:
         loop = asyncio.get_running_loop()
         await asyncio.sleep(_HANDSHAKE if self.config.ssl else _NAP)  # accepted connections become known
-        deadline: float | None = None
+        deadline = shutdown_at = None
         if self.server_state.connections and not self.force_exit:
             _logger.info("Waiting for connections to close. (CTRL+C to force quit)")
         while (self.server_state.connections or self.server_state.tasks or self._taking) and not self.force_exit:
@@ -231,6 +232,9 @@ class DownloadServer(uvicorn.Server):
                 if deadline is None:
                     limit = self.config.timeout_graceful_shutdown
                     deadline = loop.time() + (float("inf") if limit is None else limit)
+                    shutdown_at = loop.time() + (_SETTLE if self.drain_seconds else 0)
+                if shutdown_at is not None and loop.time() >= shutdown_at:
+                    shutdown_at = None
                     for connection in list(self.server_state.connections):
                         connection.shutdown()
                 if loop.time() >= deadline:

@@ -68,4 +68,5 @@ class Notifier:
             contextlib.suppress(OSError),  # systemd may be restarting; it does not matter for downloads
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
         ):
+            sock.settimeout(1)
             sock.sendto(message.encode(errors="replace"), self._address)

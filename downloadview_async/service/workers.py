@@ -283,6 +283,8 @@ class Workers:
     def _forget(self, worker: _Worker) -> None:
         """Go on without a worker whose process has ended."""
         name, status = worker.name, worker.end()
+        if status and worker.is_ready:
+            _logger.error("Worker process %s died with status %d", name, status)
         if worker in self._leaving:
             self._leaving.remove(worker)
         elif self._kill_at is not None:
@@ -291,7 +293,6 @@ class Workers:
             self._next.remove(worker)
             self._give_up(worker.problem or f"the worker process {name} ended with status {status}", status)
         elif worker.is_ready or any(one.is_ready for one in self._current):
-            _logger.error("Worker process %s died with status %d, and is replaced", name, status)
             if not worker.is_ready:
                 self._start_at = time.monotonic() + _PAUSE
             self._current.remove(worker)

@@ -34,11 +34,13 @@ DOWNLOADS = 50
 """Downloads that are always running, at about `_RATE` bytes per second each."""
 
 _RATE = 400_000
+_KEPT = 0.8  # seconds without a request after which a client uses a new connection: less than `drain_seconds`
 _SMALL, _LARGE = bytes(range(256)) * 40, bytes(range(256)) * 32 * 1024
 _SETTINGS = """
 [server]
 pid_file = "pid"
 drain_seconds = 1
+timeout_graceful_shutdown = 120
 [sources.files]
 type = "path"
 root = "files"
@@ -47,7 +49,7 @@ path = "/files/{path:path}"
 source = "files"
 send = "stream"
 """
-_PATIENCE = 60.0
+_PATIENCE = 180.0
 
 
 class Cut(Exception):
@@ -85,10 +87,10 @@ class Load:
     async def _ask_again_and_again(self, delay: float, interval: float, *, kept: bool) -> None:
         connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         loop = asyncio.get_running_loop()
-        due = loop.time() + delay
+        due = last = loop.time() + delay
         while not await self._pause(max(0.0, due - loop.time())):
             due = max(due + interval, loop.time() - 1)
-            if connection is not None and connection[0].at_eof():  # the server has ended it between two requests
+            if connection is not None and (connection[0].at_eof() or loop.time() - last > _KEPT):
                 connection[1].close()
                 connection = None
             where = "new"
@@ -100,6 +102,7 @@ class Load:
                 if await self._ask(connection, "a.bin", _SMALL, 0) or not kept:
                     connection[1].close()
                     connection = None
+                last = loop.time()
             except (OSError, Cut) as exc:
                 self._note(exc, f"{where} connection")
                 connection = None
@@ -118,6 +121,7 @@ class Load:
                     connection[1].close()
                 except (OSError, Cut) as exc:
                     self._note(exc, "download")
+                    await self._pause(1)
 
     async def _ask(
         self, connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], name: str, content: bytes, rate: int
@@ -166,6 +170,8 @@ class Site:
         self._told.bind(f"\0downloadview-test-{os.getpid()}-{id(self)}")
         self._told.setblocking(False)
         self._processes: list[asyncio.subprocess.Process] = []
+        self._service: asyncio.subprocess.Process
+        self._told_to_end: list[asyncio.subprocess.Process] = []
 
     async def __aenter__(self) -> "Site":
         (self._directory / "files").mkdir()
@@ -182,8 +188,9 @@ class Site:
 
     async def __aexit__(self, *exc: object) -> None:
         for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            if process not in self._told_to_end:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
         for process in self._processes:
             await asyncio.wait_for(process.wait(), _PATIENCE)
         self._told.close()
@@ -203,7 +210,7 @@ class Site:
         with (self._directory / f"log{len(self._processes)}").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "downloadview_async.cli", "serve", "--workers", str(self._workers)),
-                *("--log-level", "warning", *self._arguments()),
+                *("--log-level", "info", *self._arguments()),
                 cwd=self._directory,
                 env={
                     **environ,
@@ -215,6 +222,7 @@ class Site:
                 pass_fds=[] if self._listener is None else [self._listener.fileno()],
             )
         self._processes.append(process)
+        self._service = process
         await self._told_that(f"MAINPID={process.pid}")
 
     async def _told_that(self, line: str) -> None:
@@ -254,16 +262,10 @@ class Site:
         if self._case == "reload":
             await asyncio.to_thread(reload_by_pid_file, str(self._directory / "pid"), seconds=_PATIENCE)
             return
-        old = [one for one in self._processes if one.returncode is None and one.pid != self._nginx_pid]
+        old = self._service
         await self._start()
-        for process in old:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-        await asyncio.gather(*(asyncio.wait_for(process.wait(), _PATIENCE) for process in old[:-1]))
-
-    @property
-    def _nginx_pid(self) -> int | None:
-        return self._processes[1].pid if self._is_behind_nginx else None
+        old.send_signal(signal.SIGTERM)  # it ends when its downloads have
+        self._told_to_end.append(old)
 
     def logs(self) -> str:
         return "".join(log.read_text() for log in sorted(self._directory.glob("log*")))
@@ -300,6 +302,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as directory:
             began = time.monotonic()
+            os.chmod(directory, 0o755)  # the workers of nginx may have another user
             load = asyncio.run(
                 run(Path(directory), case, workers=workers, behind_nginx=behind_nginx, rounds=given.rounds)
             )
