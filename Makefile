@@ -92,6 +92,10 @@ test: $(VENV)/dev.done  ## Run the quick tests; PYTEST_ARGS="-k range -x" to sel
 test-all: $(VENV)/dev.done  ## Run all tests, including those marked slow; PYTEST_ARGS and WORKERS as for `make test`
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
+.PHONY: restarts
+restarts: $(VENV)/dev.done  ## Reload and restart the service under load, 20 times in each way, in about an hour
+	$(BIN)/python -m tests.service.restarts
+
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (170 MB); install the others with apt
 

@@ -5,13 +5,13 @@ that socket. So whoever leaves takes the waiting connections first.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import secrets
 import socket
 import struct
 import sys
+from array import array
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
@@ -131,8 +131,8 @@ def steer_away(sockets: Iterable[socket.socket]) -> None:
     """
     if sys.platform != "linux":
         return
-    program = ctypes.create_string_buffer(struct.pack("HBBI", _RETURN, 0, 0, 1))
-    filters = struct.pack("HP", 1, ctypes.addressof(program))
+    program = array("B", struct.pack("HBBI", _RETURN, 0, 0, 1))
+    filters = struct.pack("HP", 1, program.buffer_info()[0])
     for one in sockets:
         if one.family == socket.AF_UNIX:
             continue

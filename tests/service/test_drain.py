@@ -42,7 +42,12 @@ def directory(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def service(
-    directory: Path, *arguments: str, drain: float = 0, limit: int = 30, workers: str = "1", **env: str
+    directory: Path,
+    *arguments: str,
+    drain: float = 0,
+    limit: int = 30,
+    workers: str = "1",
+    env: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     (directory / "downloadview.toml").write_text(SETTINGS.format(drain=drain, limit=limit))
     port = free_port()
@@ -295,7 +300,7 @@ def test_systemd_is_told(directory: Path, workers: str, is_abstract: bool) -> No
         told.bind(address)
         told.settimeout(60)
         environ = {"NOTIFY_SOCKET": f"@{name}" if is_abstract else address, "WATCHDOG_USEC": "200000"}
-        with service(directory, workers=workers, **environ) as server:
+        with service(directory, workers=workers, env=environ) as server:
             assert told.recv(1000).split(b"\n")[:2] == [b"READY=1", b"MAINPID=%d" % server.process.pid]
             assert told.recv(1000) == told.recv(1000) == b"WATCHDOG=1"
             assert server.stop() == 0
@@ -308,7 +313,8 @@ def test_systemd_is_told(directory: Path, workers: str, is_abstract: bool) -> No
 
 
 def test_nothing_listens_for_what_systemd_is_told(directory: Path) -> None:
-    with service(directory, NOTIFY_SOCKET=str(directory / "gone"), WATCHDOG_USEC="1", WATCHDOG_PID="1") as server:
+    environ = {"NOTIFY_SOCKET": str(directory / "gone"), "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}
+    with service(directory, env=environ) as server:
         assert get(server, "/files/a.txt")[0] == 200
         assert server.stop() == 0
         assert "Traceback" not in server.log

@@ -25,6 +25,7 @@ from tests.service.test_drain import WORKERS, begin, get, read
 SETTINGS = """
 [server]
 pid_file = "pid"
+timeout_keep_alive = 60
 [sources.files]
 type = "path"
 root = "files"
@@ -337,8 +338,11 @@ def test_a_socket_of_systemd(directory: Path) -> None:
     """LISTEN_FDS: the socket exists before the service, which must not close it for the next one."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
-        script = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec 3<&"$0"; exec "$@"'
-        command = ["sh", "-c", script, str(listener.fileno()), *COMMAND]
+        script = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.argv[2], sys.argv[2:])"
+        )
+        command = [sys.executable, "-c", script, str(listener.fileno()), *COMMAND]
         for _ in range(2):
             with serving(command, port, log=directory / "log", cwd=directory, pass_fds=[listener.fileno()]) as server:
                 assert get(server, "/files/a.txt") == (200, b"files", None)
