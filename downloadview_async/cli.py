@@ -199,7 +199,7 @@ def reload_settings(process: int | None, config: Path | None, pid_file: str | No
 
     from downloadview_async.service.app import build, check_databases
     from downloadview_async.service.pid_file import hang_up, reload_by_pid_file
-    from downloadview_async.service.server import check_certificate
+    from downloadview_async.service.server_checks import check_certificate
 
     try:
         if pid_file is None or process is not None:
@@ -620,8 +620,6 @@ def run(
     )
     if status:
         sys.exit(status)
-
-
 
 
 if __name__ == "__main__":

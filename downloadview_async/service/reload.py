@@ -17,7 +17,8 @@ from downloadview_async import ConfigurationError
 from downloadview_async.service.access import behind_proxies
 from downloadview_async.service.app import build
 from downloadview_async.service.logs import one_line
-from downloadview_async.service.server import DownloadServer, check_certificate
+from downloadview_async.service.server import DownloadServer
+from downloadview_async.service.server_checks import check_certificate
 from downloadview_async.service.settings import ServerSettings, Settings
 from downloadview_async.service.shutdown import EndsInTime
 

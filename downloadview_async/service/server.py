@@ -73,14 +73,6 @@ def config_for(app: Any, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(app, lifespan="on", ws="none", log_config=log_config(server.log_level), **options)
 
 
-def check_certificate(settings: Settings) -> None:
-    """Raise `ConfigurationError` if the certificate and its key cannot be loaded."""
-    server = settings.server
-    if server.ssl_certfile:
-        with settings.blaming("server.ssl_certfile"):
-            _load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), settings)
-
-
 def _load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
     server = settings.server
     assert server.ssl_certfile is not None

@@ -31,7 +31,8 @@ from downloadview_async.service.listening import Listeners
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.pid_file import PidFile
 from downloadview_async.service.reload import Generation, Generations
-from downloadview_async.service.server import DownloadServer, check_certificate, config_for
+from downloadview_async.service.server import DownloadServer, config_for
+from downloadview_async.service.server_checks import check_certificate
 from downloadview_async.service.settings import Settings, Unavailable
 from downloadview_async.service.systemd import Notifier
 
