@@ -13,7 +13,7 @@ from typing import Self
 from downloadview_async import ConfigurationError
 
 _ANSWER = ".reload"
-"""What the name of the answer's file has at its end."""
+"""The end of the name of the file with the answer."""
 
 
 class PidFile:

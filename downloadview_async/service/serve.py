@@ -29,8 +29,8 @@ def serve(
     """Serve until SIGINT or SIGTERM, and return the exit status. SIGHUP reads the settings again.
 
     load: reads the settings again. options: `[server]` settings of the command line. inherited: listening sockets.
-    watches: serve in workers, and reload when a file of the application changes. announce: called when nothing that can
-    be checked before stands in the way of the server.
+    watches: serve in workers, and reload when a file of the application changes. announce: called after all checks,
+    before the sockets are opened.
 
     Raises `ConfigurationError`.
     """

@@ -44,7 +44,7 @@ _OF_NEW_CONNECTIONS = (
     *("encoded_headers", "http", "http_protocol_class", "limit_concurrency", "root_path"),
     *("timeout_graceful_shutdown", "timeout_keep_alive"),
 )
-"""What connections read from the `uvicorn.Config` when they begin, and the server at its end."""
+"""The options that connections read from the `uvicorn.Config` when they begin, and the server at its end."""
 _RESET = struct.pack("ii", 1, 0)
 
 _logger = logging.getLogger("uvicorn.error")

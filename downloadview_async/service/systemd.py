@@ -1,4 +1,4 @@
-"""What systemd and the service tell each other: the sockets that it has opened, and what the service is doing."""
+"""The sockets that systemd has opened for the service, and messages to systemd about its state."""
 
 import contextlib
 import os

@@ -46,7 +46,7 @@ _BEAT = 1.0  # seconds between two signs of life of a worker
 _HUNG = 10.0  # seconds without one after which a worker is killed
 _PAUSE = 1.0  # seconds before a worker that could not start is started again
 _POLL = 0.5  # seconds between two looks at watched files
-_MARGIN = 10.0  # seconds after the time of a shutdown in which a worker has to end by itself
+_MARGIN = 10.0  # seconds after the time of a shutdown in which a worker has to end
 
 # what the parent says
 _DRAIN, _RETIRE, _NOW = b"drain", b"retire", b"now"
@@ -270,7 +270,7 @@ class Workers:
             was_leaving = worker.is_leaving
             worker.listen()
             if self._kill_at is None and worker.is_leaving and not was_leaving and worker in self._current:
-                self._replace(worker)  # it leaves by itself: `limit_max_requests`, or a signal to it alone
+                self._replace(worker)  # nobody has told it to leave: `limit_max_requests`, or a signal to it alone
                 self._leaving.append(worker)
             if worker.is_hung() or (self._kill_at is not None and time.monotonic() > self._kill_at):
                 _logger.error("Worker process %s does not answer, and is killed", worker.name)

@@ -233,7 +233,7 @@ def test_the_number_of_workers_changes(directory: Path) -> None:
 
 def test_what_a_reload_cannot_change_is_said(directory: Path) -> None:
     with service(directory) as server:
-        change(directory, "[server]", "[server]\nbacklog = 100\nworkers = 3\ntimeout_keep_alive = 1")
+        change(directory, "[server]", "[server]\nbacklog = 100\nworkers = 3")
         change(directory, "workers = 3", "host = 'localhost'")
         reloads(directory)
         server.wait_for_log("These settings change at the next restart only: server.host, server.backlog")
