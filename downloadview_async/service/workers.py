@@ -43,7 +43,7 @@ STARTUP_FAILURE = 3
 """The exit status if something does not answer, as uvicorn's: trying again may help."""
 
 _BEAT = 1.0  # seconds between two signs of life of a worker
-_HUNG = 10.0  # seconds without one after which a worker is killed
+_HUNG = 10.0  # seconds without one after which a worker is killed, of those in which the parent has looked
 _PAUSE = 1.0  # seconds before a worker that could not start is started again
 _POLL = 0.5  # seconds between two looks at watched files
 _MARGIN = 10.0  # seconds after the time of a shutdown in which a worker has to end
@@ -132,7 +132,7 @@ class _Worker:
         self.is_leaving = False
         self.problem: str | None = None
         self.files: list[str] = []
-        self.last_beat = 0.0
+        self.silence = 0.0
 
     @property
     def name(self) -> str:
@@ -147,7 +147,7 @@ class _Worker:
             while self.pipe.poll():
                 message = self.pipe.recv_bytes()
                 kind, rest = message[:1], message[1:]
-                self.last_beat = time.monotonic()
+                self.silence = 0.0
                 if kind == _READY:
                     self.is_ready, self.files = True, json.loads(rest)
                 elif kind == _LEAVING:
@@ -155,8 +155,10 @@ class _Worker:
                 elif kind == _FAILED:
                     self.problem = rest.decode()
 
-    def is_hung(self) -> bool:
-        return self.is_ready and time.monotonic() - self.last_beat > _HUNG
+    def is_hung(self, seconds: float) -> bool:
+        """Return whether the worker has been silent for too long. seconds: since the last call."""
+        self.silence += seconds
+        return self.is_ready and self.silence > _HUNG
 
     def end(self) -> int:
         """Forget a process that has ended, and return its status."""
@@ -200,6 +202,7 @@ class Workers:
         self._signals: list[int] = []
         self._kill_at: float | None = None  # the shutdown has begun, and this is its end
         self._start_at = 0.0
+        self._looked_at = time.monotonic()
         self._status = 0
 
     def run(self) -> int:
@@ -266,13 +269,16 @@ class Workers:
             worker.tell(order)
 
     def _listen(self) -> None:
+        # If this process was stopped for a while, such as by a debugger or with its container, the workers were, too.
+        seconds = min(time.monotonic() - self._looked_at, 2 * _POLL)
+        self._looked_at = time.monotonic()
         for worker in self._everyone:
             was_leaving = worker.is_leaving
             worker.listen()
             if self._kill_at is None and worker.is_leaving and not was_leaving and worker in self._current:
                 self._replace(worker)  # nobody has told it to leave: `limit_max_requests`, or a signal to it alone
                 self._leaving.append(worker)
-            if worker.is_hung() or (self._kill_at is not None and time.monotonic() > self._kill_at):
+            if worker.is_hung(seconds) or (self._kill_at is not None and time.monotonic() > self._kill_at):
                 _logger.error("Worker process %s does not answer, and is killed", worker.name)
                 worker.process.kill()
                 worker.process.join()

@@ -210,6 +210,26 @@ def test_a_worker_that_hangs_is_replaced(directory: Path) -> None:
 
 
 @pytest.mark.slow
+def test_workers_that_were_stopped_with_their_parent_do_not_hang(directory: Path) -> None:
+    """As by Ctrl+Z, or when a container is paused. The parent goes on first, and must not judge by its clock."""
+    with service(directory, workers="2") as server:
+        client = begin(server)
+        processes = [*worker_pids(server), server.process.pid]
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        time.sleep(11)  # no event: the time is what counts
+        os.kill(processes.pop(), signal.SIGCONT)
+        time.sleep(2)
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+        received, is_reset = read(client)
+        assert received > LARGE
+        assert not is_reset
+        assert "is killed" not in server.log
+        assert server.stop() == 0
+
+
+@pytest.mark.slow
 def test_a_worker_that_leaves_by_itself_is_replaced_while_it_sends_on(directory: Path) -> None:
     with service(directory, "--limit-max-requests", "3", workers="2", limit=60) as server:
         downloads = [begin(server) for _ in range(2)]
