@@ -18,8 +18,15 @@ from typing import Self
 
 from downloadview_async.service.settings import ServerSettings, Settings, Unavailable
 
-_SO_ATTACH_REUSEPORT_CBPF = 51  # of Linux; the module socket has no name for it
-_RETURN = 0x06  # BPF_RET | BPF_K
+# of Linux; the module socket has no names for them
+_SO_ATTACH_FILTER = 26
+_SO_ATTACH_REUSEPORT_CBPF = 51
+
+# operations of the kernel's packet filter
+_LOAD_BYTE, _AND, _SKIP_UNLESS_EQUAL, _RETURN = 0x30, 0x54, 0x15, 0x06
+
+_FLAGS = 13  # where the flags are in the header of TCP
+_SYN, _ACK = 0x02, 0x10
 
 _logger = logging.getLogger("uvicorn.error")
 
@@ -40,6 +47,7 @@ class Listeners:
         if any(one.type != socket.SOCK_STREAM for one in inherited):
             raise settings.error("server.fd", "an inherited socket is not a stream socket: correct ListenStream=")
         self.sockets = inherited or list(self._opened(settings))
+        self.are_inherited = bool(inherited) or self._server.fd is not None
         for one in self.sockets:
             one.setblocking(False)
 
@@ -129,15 +137,39 @@ def steer_away(sockets: Iterable[socket.socket]) -> None:
     The kernel asks a program for the number of a socket among those that share the port, in the order in which they
     were opened. The process that leaves has the oldest, 0. If there is no socket 1, the kernel ignores the answer.
     """
-    if sys.platform != "linux":
-        return
-    program = array("B", struct.pack("HBBI", _RETURN, 0, 0, 1))
-    filters = struct.pack("HP", 1, program.buffer_info()[0])
+    for one in sockets:
+        if one.family != socket.AF_UNIX:
+            _attach(one, _SO_ATTACH_REUSEPORT_CBPF, [(_RETURN, 0, 0, 1)])
+
+
+def begin_no_more(sockets: Iterable[socket.socket]) -> None:
+    """Have the kernel begin no more connections on sockets, of which no other process accepts any.
+
+    Those that have begun can still be accepted. So nobody connects between the last accept and the close, and is reset.
+    TCP answers nothing: when a client tries again, after a second, the socket is closed, and refuses it.
+    """
     for one in sockets:
         if one.family == socket.AF_UNIX:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RD)
             continue
-        with contextlib.suppress(OSError):  # a sandbox refuses it, or the socket does not share its port
-            one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, filters)
+        drop_first_packets = [
+            (_LOAD_BYTE, 0, 0, _FLAGS),
+            (_AND, 0, 0, _SYN | _ACK),
+            (_SKIP_UNLESS_EQUAL, 0, 1, _SYN),
+            (_RETURN, 0, 0, 0),
+            (_RETURN, 0, 0, 0xFFFF_FFFF),
+        ]
+        _attach(one, _SO_ATTACH_FILTER, drop_first_packets)
+
+
+def _attach(sock: socket.socket, option: int, program: list[tuple[int, int, int, int]]) -> None:
+    """Give the kernel a program for the packets of a socket: operation, two jumps and a number in each line."""
+    if sys.platform != "linux":
+        return
+    lines = array("B", b"".join(struct.pack("HBBI", *line) for line in program))
+    with contextlib.suppress(OSError):  # a sandbox refuses it, or the socket does not share its port
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("HP", len(program), lines.buffer_info()[0]))
 
 
 def waiting_connections(listener: socket.socket) -> Iterator[socket.socket]:

@@ -74,6 +74,7 @@ def serve(
             config,
             drain_seconds=settings.server.drain_seconds,
             shares_port=settings.server.reuse_port,
+            shares_sockets=listeners.are_inherited,
             when_draining=drain,
             when_ready=ready,
             when_alive=notifier.alive,

@@ -29,12 +29,12 @@ import msgspec
 import uvicorn
 
 from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.service.listening import steer_away, waiting_connections
+from downloadview_async.service.listening import begin_no_more, steer_away, waiting_connections
 from downloadview_async.service.logs import log_config
 from downloadview_async.service.settings import Settings
 
 _NAP = 0.05  # seconds; uvicorn's own is 0.1
-_STEER = 0.1  # seconds in which handshakes end that began before new connections went to another process
+_STEER = 0.1  # seconds in which handshakes end that began before new connections were kept away
 _HANDSHAKE = 0.5  # seconds that a handshake of TLS may take in the moment of the shutdown
 _SETTLE = 2.0  # seconds after the drain in which connections that have just been made may send their first request
 _ENDING = 0.5  # seconds that aborted answers have to end
@@ -85,6 +85,7 @@ class DownloadServer(uvicorn.Server):
 
     when_draining: called at once when a shutdown begins, possibly in a signal handler. when_ready: called when
     connections are accepted. when_alive: called several times a second. shares_port: as `reuse_port` in the settings.
+    shares_sockets: whether other processes accept connections from the same sockets, and may go on.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class DownloadServer(uvicorn.Server):
         *,
         drain_seconds: float,
         shares_port: bool = False,
+        shares_sockets: bool = False,
         when_draining: Callable[[], None],
         when_ready: Callable[[], None] = lambda: None,
         when_alive: Callable[[], None] = lambda: None,
@@ -100,6 +102,7 @@ class DownloadServer(uvicorn.Server):
         super().__init__(config)
         self.drain_seconds = drain_seconds
         self._shares_port = shares_port
+        self.shares_sockets = shares_sockets
         self._when_draining = when_draining
         self._when_ready = when_ready
         self._when_alive = when_alive
@@ -183,8 +186,11 @@ class DownloadServer(uvicorn.Server):
     async def _stop_accepting(self, sockets: list[socket.socket]) -> None:
         """Close the sockets in a moment in which no connection waits in them."""
         loop = asyncio.get_running_loop()
-        if self._shares_port and self._end is not _End.NOW:
-            steer_away(sockets)
+        if self._end is not _End.NOW and (self._shares_port or not self.shares_sockets):
+            if self._shares_port:
+                steer_away(sockets)
+            if not self.shares_sockets:
+                begin_no_more(sockets)
             await asyncio.sleep(_STEER)
         for one in sockets:
             loop.remove_reader(one)  # asyncio accepts no more; uvloop ignores this

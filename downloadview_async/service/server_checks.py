@@ -37,7 +37,7 @@ def check_server(settings: Settings) -> None:
 
 
 def _check_unix_socket(settings: Settings, path: str) -> None:
-    """Raise `ConfigurationError` if a Unix socket cannot be created. One of another process will be replaced."""
+    """Raise `ConfigurationError` if a Unix socket cannot be created, or is another process's without `reuse_port`."""
     directory = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(directory):
         raise settings.error("server.uds", f"the directory of {path!r} is missing: create it")
@@ -48,6 +48,13 @@ def _check_unix_socket(settings: Settings, path: str) -> None:
         return
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise settings.error("server.uds", f"{path!r} exists and is not a socket: give another path")
+    if settings.server.reuse_port:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
+            problem = f"another process listens on {path!r}: stop it, or set reuse_port to take its place"
+            raise Unavailable(str(settings.error("server.uds", problem)))
 
 
 def _try_to_bind(settings: Settings, path: str) -> None:

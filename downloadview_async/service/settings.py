@@ -40,7 +40,11 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         Annotated[int, Meta(ge=0, le=2**31 - 1, description="the number of an open socket, instead of a port")] | None
     ) = None
     reuse_port: Annotated[
-        bool, Meta(description="true to share the port with another process that has this, too (SO_REUSEPORT)")
+        bool,
+        Meta(
+            description="true to share the port with another process that has this, too (SO_REUSEPORT), or to take the "
+            "place of another process at uds"
+        ),
     ] = False
     pid_file: (
         Annotated[str, Meta(min_length=1, description="a file for the number of the process, for downloadview reload")]

@@ -57,13 +57,19 @@ _spawn = multiprocessing.get_context("spawn")
 _logger = logging.getLogger("uvicorn.error")
 
 
-def work(pipe: Connection, sockets: list[socket.socket], options: Mapping[str, Any], watches: bool) -> None:
-    """Serve in this process until the parent says otherwise. options: `[server]` settings of the command line."""
+def work(
+    pipe: Connection, sockets: list[socket.socket], are_inherited: bool, options: Mapping[str, Any], watches: bool
+) -> None:
+    """Serve in this process until the parent says otherwise.
+
+    are_inherited: whether processes that are not of this service may accept connections, too. options: `[server]`
+    settings of the command line.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=options)
-        _WorkerServer(settings, pipe, watches).run(sockets)
+        _WorkerServer(settings, pipe, are_inherited, watches).run(sockets)
     except ConfigurationError as exc:
         _say(pipe, _FAILED + one_line(str(exc)).encode())
         print(f"downloadview: {one_line(str(exc))}", file=sys.stderr)
@@ -78,18 +84,20 @@ def _say(pipe: Connection, message: bytes) -> None:
 class _WorkerServer(DownloadServer):
     """The server of a worker, which obeys its parent. A signal begins the shutdown, but never cuts it short."""
 
-    def __init__(self, settings: Settings, pipe: Connection, watches: bool) -> None:
+    def __init__(self, settings: Settings, pipe: Connection, are_inherited: bool, watches: bool) -> None:
         application = Generations(Generation(settings))
         super().__init__(
             config_for(application, settings),
             drain_seconds=settings.server.drain_seconds,
             shares_port=settings.server.reuse_port,
+            shares_sockets=True,
             when_draining=self._tell_that_it_leaves,
             when_ready=self._listen_to_parent,
         )
         self._settings = settings
         self._application = application
         self._pipe = pipe
+        self._are_inherited = are_inherited
         self._watches = watches
 
     def handle_exit(self, sig: int, frame: object) -> None:
@@ -117,15 +125,18 @@ class _WorkerServer(DownloadServer):
         except (OSError, EOFError):  # the parent has died
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
             order = _DRAIN
+        if order == _DRAIN:  # all workers do
+            self.shares_sockets = self._are_inherited
         {_DRAIN: self.drain, _RETIRE: self.retire, _NOW: self.stop_now}[order]()
 
 
 class _Worker:
     """A worker process, as its parent sees it."""
 
-    def __init__(self, sockets: list[socket.socket], options: Mapping[str, Any], *, watches: bool) -> None:
+    def __init__(self, listeners: Listeners, options: Mapping[str, Any], *, watches: bool) -> None:
         self.pipe, theirs = _spawn.Pipe()
-        self.process = _spawn.Process(target=work, args=(theirs, sockets, options, watches))
+        arguments = (theirs, listeners.sockets, listeners.are_inherited, options, watches)
+        self.process = _spawn.Process(target=work, args=arguments)
         self.process.start()
         theirs.close()
         self.is_ready = False
@@ -235,7 +246,7 @@ class Workers:
         return [self._worker() for _ in range(settings.server.workers)]
 
     def _worker(self) -> _Worker:
-        return _Worker(self._listeners.sockets, self._options, watches=self._watch is not None)
+        return _Worker(self._listeners, self._options, watches=self._watch is not None)
 
     def _wait(self, woken: socket.socket) -> None:
         """Wait until there is something to do, at most `_POLL` seconds."""

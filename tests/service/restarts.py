@@ -201,7 +201,7 @@ class Site:
         if self._listener is not None:
             return ["--fd", str(self._listener.fileno())]
         if self._case == "uds":
-            return ["--uds", str(self._directory / "socket")]
+            return ["--uds", str(self._directory / "socket"), "--reuse-port"]
         return ["--port", str(self._service_port), *(["--reuse-port"] if self._case == "reuse_port" else [])]
 
     async def _start(self) -> None:

@@ -61,13 +61,13 @@ def connect(server: Server) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(server.address)), timeout=60)
 
 
-def begin(server: Server, name: str = "large.bin") -> socket.socket:
+def begin(server: Server, *, headers: str = "") -> socket.socket:
     """Begin a download of which the kernel can hold only a small part."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(60)
     client.connect(("127.0.0.1", int(server.address)))
-    client.sendall(f"GET /files/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    client.sendall(f"GET /files/large.bin HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode())
     assert client.recv(16) == b"HTTP/1.1 200 OK\r"
     return client
 

@@ -83,7 +83,7 @@ def test_a_reload_changes_what_is_served_and_cuts_nothing(directory: Path, worke
         kept = http.client.HTTPConnection("127.0.0.1", int(server.address), timeout=30)
         kept.request("GET", "/files/a.txt")
         assert kept.getresponse().read() == b"files"
-        client = begin(server)
+        client = begin(server, headers="Connection: close\r\n")
         change(directory, 'root = "files"', 'root = "other"')
         reloads(directory)
         assert get(server, "/files/a.txt") == (200, b"other", None)
@@ -358,8 +358,10 @@ def test_the_sockets_of_another_process_are_not_ours(directory: Path) -> None:
         assert get(server, "/files/a.txt")[0] == 200
 
 
-def test_a_unix_socket_is_taken_over(directory: Path) -> None:
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_unix_socket_is_taken_over_when_that_is_asked_for(directory: Path, workers: str) -> None:
     path = str(directory / "socket")
+    command = [*COMMAND, "--uds", path, "--workers", workers]
 
     def ask() -> bytes:
         with socket.socket(socket.AF_UNIX) as client:
@@ -368,10 +370,15 @@ def test_a_unix_socket_is_taken_over(directory: Path) -> None:
             client.sendall(b"GET /files/a.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             return b"".join(iter(lambda: client.recv(65536), b""))
 
-    with serving([*COMMAND, "--uds", path], path, log=directory / "log", cwd=directory) as first:
+    with serving(command, path, log=directory / "log", cwd=directory) as first:
         first.wait_for_log("Listening on ")
         change(directory, 'root = "files"', 'root = "other"')
-        with serving([*COMMAND, "--uds", path], path, log=directory / "log2", cwd=directory) as second:
+        by_mistake = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60)
+        assert by_mistake.returncode == 3
+        assert by_mistake.stderr.count("\n") == 1
+        assert "another process listens on" in by_mistake.stderr
+        assert ask().endswith(b"files")
+        with serving([*command, "--reuse-port"], path, log=directory / "log2", cwd=directory) as second:
             second.wait_for_log("Listening on ")
             assert ask().endswith(b"other")
             assert first.stop() == 0
