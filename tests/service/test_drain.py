@@ -135,6 +135,18 @@ def test_then_it_refuses_and_waits_for_the_downloads(directory: Path, workers: s
         assert server.process.wait(30) == 0
 
 
+def test_a_slow_client_that_connected_in_the_drain_is_answered(directory: Path) -> None:
+    with service(directory, drain=0.5) as server:
+        server.process.terminate()
+        server.wait_for_log("Shutting down")
+        with connect(server) as client:
+            server.wait_for_log("Waiting for connections to close")
+            time.sleep(1)  # the client is slow
+            client.sendall(b"GET /files/a.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(16) == b"HTTP/1.1 200 OK\r"
+        assert server.process.wait(30) == 0
+
+
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("protocol", ["auto", "httptools"])
 def test_what_takes_longer_than_its_time_is_reset(directory: Path, workers: str, protocol: str) -> None:
