@@ -110,6 +110,7 @@ class Generations:
     """
 
     def __init__(self, first: Generation, load: Callable[[], Settings] | None = None) -> None:
+        self.failure: str | None = None  # why the first one could not start
         self._current = first
         self._load = load
         self._when_reloading: Callable[[], None] = lambda: None
@@ -159,9 +160,9 @@ class Generations:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
-        failure = await self._current.start()
-        if failure is not None:
-            await send({"type": "lifespan.startup.failed", "message": failure})
+        self.failure = await self._current.start()
+        if self.failure is not None:
+            await send({"type": "lifespan.startup.failed", "message": self.failure})
             return
         reloading = asyncio.create_task(self._reload_when_wanted())
         await send({"type": "lifespan.startup.complete"})

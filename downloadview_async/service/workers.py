@@ -69,7 +69,11 @@ def work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=options)
-        _WorkerServer(settings, pipe, are_inherited, watches).run(sockets)
+        server = _WorkerServer(settings, pipe, are_inherited, watches)
+        try:
+            server.run(sockets)
+        finally:
+            server.tell_failure()
     except ConfigurationError as exc:
         _say(pipe, _FAILED + one_line(str(exc)).encode())
         print(f"downloadview: {one_line(str(exc))}", file=sys.stderr)
@@ -99,6 +103,11 @@ class _WorkerServer(DownloadServer):
         self._pipe = pipe
         self._are_inherited = are_inherited
         self._watches = watches
+
+    def tell_failure(self) -> None:
+        """Tell the parent why the application could not start, if that is so."""
+        if self._application.failure is not None:
+            _say(self._pipe, _FAILED + one_line(self._application.failure).encode())
 
     def handle_exit(self, sig: int, frame: object) -> None:
         self.drain()
