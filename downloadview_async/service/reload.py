@@ -166,7 +166,11 @@ class Generations:
             return
         reloading = asyncio.create_task(self._reload_when_wanted())
         await send({"type": "lifespan.startup.complete"})
-        await receive()
+        try:
+            await receive()
+        except asyncio.CancelledError:  # the server ends at once, and each generation reports it
+            await send({"type": "lifespan.shutdown.failed"})
+            raise
         reloading.cancel()
         await asyncio.wait([reloading])
         for generation in (self._current, *self._older):

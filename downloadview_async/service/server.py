@@ -243,7 +243,7 @@ class DownloadServer(uvicorn.Server):
     async def _abort_connections(self) -> None:
         """Reset the connections that are left, and end their applications."""
         tasks = list(self.server_state.tasks)
-        if tasks:
+        if tasks and not self.force_exit:
             _logger.error("Cancel %d running task(s), timeout graceful shutdown exceeded", len(tasks))
         for connection in self.server_state.connections:
             sock = connection.transport.get_extra_info("socket")
