@@ -189,7 +189,9 @@ serve.params += map(_option_of, msgspec.structs.fields(ServerSettings))
     help="Seconds that the service has to answer.",
 )
 def reload_settings(process: int | None, config: Path | None, pid_file: str | None, timeout: float) -> None:
-    """Have a running service read its settings, keys, users and certificate again. No request is refused or cut.
+    """Have a running service read its settings again.
+
+    It reads the keys, the users and the certificate again, too. No request is refused or cut.
 
     The service is the process PID, or that of the pid_file, or that of the variable MAINPID, which systemd sets. With a
     pid_file, the command waits until the service uses the new settings. Without one, it checks them itself and sends
