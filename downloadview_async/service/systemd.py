@@ -1,6 +1,7 @@
 """The sockets that systemd has opened for the service, and messages to systemd about its state."""
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -36,11 +37,12 @@ class Notifier:
         process, interval = os.environ.pop("WATCHDOG_PID", str(os.getpid())), os.environ.pop("WATCHDOG_USEC", "")
         is_watched = self._address and process == str(os.getpid()) and interval.isdecimal()
         self._interval = int(interval) / 2_000_000 if is_watched else None  # twice in each interval
-        self._last = 0.0
+        self._last = math.inf  # the watchdog waits for nothing before the service is ready
 
     def ready(self) -> None:
         """Tell that requests are answered, and by which process."""
         self._send(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=Serving downloads")
+        self._last = 0.0
 
     def reloading(self) -> None:
         """Tell that the settings are being read again."""
