@@ -82,8 +82,15 @@ class Connection(Protocol):
     def has_failed(self) -> bool:
         """Return whether it has ended, or the client has reset it, which `is_broken` may tell later."""
 
-    def taken(self, sent: int, head: int) -> int:
-        """Return how many of the `sent` bytes of the body, after a head of so many, arrive if it fails, or has."""
+    @property
+    def position(self) -> int:
+        """Where the next answer begins in the stream of all answers on the connection, if the server counts that."""
+
+    def taken(self, sent: int, head: int, position: int) -> int:
+        """Return how many of the `sent` bytes of the body, after a head of so many, arrive if it fails, or has.
+
+        position: the property, when the answer began.
+        """
 
     @property
     def is_flushed(self) -> bool:
@@ -123,6 +130,7 @@ class Account(Facts):
     _headers: Iterable[Header] = ()
     _loan: Loan | None = None
     _promised = 0  # bytes of the file that is lent
+    _position = 0  # of the answer, in the stream of all answers on the connection
     _is_dropped = False
     _is_path_send = False
     _is_ended = False
@@ -144,6 +152,7 @@ class Account(Facts):
         if (extensions := scope.get("extensions")) and (connection := extensions.get(CONNECTION)) is not None:
             self._connection = connection
             connection.request_id = request_id
+            self._position = connection.position
         self._began = monotonic()
 
     def send(self, message: Message) -> Awaitable[None]:  # not `async`: another coroutine would cost every message
@@ -310,7 +319,8 @@ class Account(Facts):
         connection = self._connection
         if self.is_complete or connection is None:
             return self._passed_on
-        return connection.taken(self._passed_on, sum(len(name) + len(value) + 4 for name, value in self._fields()))
+        head = sum(len(name) + len(value) + 4 for name, value in self._fields())
+        return connection.taken(self._passed_on, head, self._position)
 
     def progress(self) -> tuple[tuple[ByteRange | None, ...], int, bool]:
         """Return the parts of a file that our answer has, the bytes that were taken, and whether these are all."""

@@ -245,6 +245,7 @@ class _Counting:
         self._transfers = transfers
         self._send = send
         self._connection = connection
+        self._position = 0 if connection is None else connection.position
         self._sent = 0
         self._length = self._head = 0  # bytes: of the body, and of the header fields of the application
         self._loan: Loan | None = None
@@ -260,7 +261,7 @@ class _Counting:
             sent += self._loan.sent
             is_complete = is_complete or self._loan.sent == self._promised
         if connection is not None and not is_complete:
-            sent = connection.taken(sent, self._head)
+            sent = connection.taken(sent, self._head, self._position)
         self._transfers.sent(sent, is_complete=is_complete)
 
     async def send(self, message: Message) -> None:

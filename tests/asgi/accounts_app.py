@@ -23,6 +23,8 @@ import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 
 SIZES = {"small.bin": 17, "medium.bin": 60_000, "large.bin": 300_000, "huge.bin": 8 << 20}
+ONE = 8 << 20
+"""Bytes that an answer has in one message."""
 
 impatient = partial(DownloadProtocol, stall_seconds=1.0)
 """Our protocol, which resets stalled clients after a second."""
@@ -89,6 +91,9 @@ def make_app() -> ASGIApp:
         Path(os.environ["ACCOUNTS_GATE"]).read_bytes()
         await send({"type": "http.response.body", "body": b"g" * 1000, "more_body": True})
 
+    async def one(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("1" * ONE)
+
     async def plain(request: Request) -> PlainTextResponse:
         return PlainTextResponse("plain text")
 
@@ -105,6 +110,7 @@ def make_app() -> ASGIApp:
         Route("/generated", generated),
         Route("/broken", broken),
         Route("/streamed", streamed),
+        Route("/one", one),
         Route("/plain", plain),
         Route("/fail", fail),
         Mount("/gate", gate),

@@ -895,7 +895,7 @@ async def test_the_end_of_a_chunked_body_is_not_a_part_of_it() -> None:
         assert client.recv(4096) == b"0\r\n\r\n"
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
-        taken.set_result(scope["extensions"][CONNECTION].taken(1000, 0))
+        taken.set_result(scope["extensions"][CONNECTION].taken(1000, 0, 0))
 
     async with live(endpoint, http=DownloadProtocol) as port:
         with client:

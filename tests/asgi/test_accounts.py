@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from tests.asgi.accounts_app import SIZES
+from tests.asgi.accounts_app import ONE, SIZES
 from tests.asgi.ways import WAYS
 from tests.contrib.django.served_app import KINDS
 from tests.s3 import BUCKET, S3
@@ -454,13 +454,22 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return names
 
 
-@pytest.mark.parametrize("pieces", [1, 12, 32])
+@pytest.mark.parametrize(("is_second", "pieces"), [(False, 1), (False, 12), (False, 32), (True, 32)])
 @pytest.mark.parametrize("is_encrypted", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_bytes_that_a_reset_drops_do_not_count(
-    loop: str, is_encrypted: bool, pieces: int, serve: Serving, tmp_path: Path, certificate: dict[str, str]
+    loop: str,
+    is_encrypted: bool,
+    is_second: bool,
+    pieces: int,
+    serve: Serving,
+    tmp_path: Path,
+    certificate: dict[str, str],
 ) -> None:
-    """The application sends on and returns before the server learns of the reset from its event loop."""
+    """The application sends on and returns before the server learns of the reset from its event loop.
+
+    is_second: whether the server still holds most of another answer when this one begins.
+    """
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     with serve(f"zero-copy, {loop}", certificate if is_encrypted else None, ACCOUNTS_GATE=str(gate)) as site:
@@ -469,8 +478,12 @@ def test_bytes_that_a_reset_drops_do_not_count(
             plain.connect(("127.0.0.1", site.port))
             sock = _trusting(certificate).wrap_socket(plain, server_hostname="localhost") if is_encrypted else plain
             number = sock.fileno()
-            sock.sendall(f"GET /gate/?{pieces} HTTP/1.1\r\nHost: x\r\nX-Number: 1\r\n\r\n".encode())
+            request = f"GET /gate/?{pieces} HTTP/1.1\r\nHost: x\r\nX-Number: 1\r\n\r\n"
             received = 0
+            if is_second:
+                request = f"GET /one HTTP/1.1\r\nHost: x\r\nX-Number: 0\r\n\r\n{request}"
+                received -= ONE
+            sock.sendall(request.encode())
             while received < 1 << 15:
                 received += len(sock.recv(1 << 13))
             with gate.open("wb") as opened:  # returns when the event loop has stopped at the gate
@@ -478,7 +491,7 @@ def test_bytes_that_a_reset_drops_do_not_count(
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 sock.close()
                 opened.write(b"1")
-        (outcome,) = outcomes_in(site.outcomes, 1)["1"]
+        (outcome,) = outcomes_in(site.outcomes, 1 + is_second)["1"]
     assert (outcome["result"], outcome["reason"]) == ("aborted", "client-left")
     assert abs(outcome["sent"] - received - unread) < 2 * RECEIVE_BUFFER, (outcome["sent"], received, unread)
 

@@ -177,10 +177,11 @@ def proxy(
 
 def _shipped(kind: Kind, service: int, port: int) -> str:
     text = (DEPLOY / kind.config).read_text()
-    for old, new in {"8000": str(service), "8080": str(port)}.items():
+    ports = {"8000": str(service), "8080": str(port)}
+    for old in ports:
         assert old in text, f"{kind.config} names no {old}: what is tested is not what is shipped"
-        text = text.replace(old, new)
-    return text
+    # in one pass, as one of the new ports may hold the digits of an old one
+    return re.sub(r"\b(?:8000|8080)\b", lambda found: ports[found[0]], text)
 
 
 @contextmanager

@@ -95,6 +95,7 @@ from weakref import WeakSet
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
 from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
+from downloadview_async.asgi.uvicorn.encrypted import CountingTransport, EncryptedStream
 from downloadview_async.asgi.uvicorn.heads import Refused, read_head
 from downloadview_async.asgi.uvicorn.internals import (
     STATUS_LINE,
@@ -105,7 +106,6 @@ from downloadview_async.asgi.uvicorn.internals import (
 )
 from downloadview_async.asgi.uvicorn.sendfile import end_flush, flush
 from downloadview_async.asgi.uvicorn.sockets import (
-    EncryptedAnswer,
     acknowledged_bytes,
     has_hung_up,
     has_socket,
@@ -250,7 +250,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._paused: tuple[int, int] | None = None  # the untaken bytes, and those acknowledged, when writing paused
         self._held = 0  # bytes in the transport when writing paused
         self._untaken_at_loss = 0
-        self._encrypted: EncryptedAnswer | None = None
+        self._encrypted: EncryptedStream | None = None
         self.flushed: asyncio.Future[None] | None = None
         self._has_plain_socket = False
         self._is_on_unix_socket = False
@@ -289,6 +289,10 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
+        if transport.get_extra_info("sslcontext"):
+            counting = CountingTransport(transport)
+            self._encrypted = EncryptedStream(counting)
+            transport = counting.as_transport()
         super().connection_made(transport)
         self.flow: _Flow = _Flow(transport)
         self._has_plain_socket = has_socket(self) and not transport.get_extra_info("sslcontext")
@@ -416,7 +420,9 @@ class DownloadProtocol(HttpToolsProtocol):
                 self._end_pace(acknowledged_bytes(self) + untaken_bytes(self))
             if not self._has_plain_socket:
                 extensions[CONNECTION] = self
-                self._encrypt()
+                if self._encrypted is not None:
+                    with suppress(OSError):  # without one more descriptor, all that the transport has accepted counts
+                        self._encrypted.open(self)
         if extensions:
             scope["extensions"] = extensions
         super().on_headers_complete()  # an invalid target raises an error here, while the phase is still HEAD
@@ -429,14 +435,6 @@ class DownloadProtocol(HttpToolsProtocol):
         self.headers = _TRAILERS
         if self._is_draining:
             self._cycle.keep_alive = False
-
-    def _encrypt(self) -> None:
-        """Begin to count what the client takes of an answer over TLS."""
-        if self._encrypted is not None:
-            self._encrypted.close()
-        self._encrypted = None
-        with suppress(OSError):  # without one more descriptor, all that the transport has accepted counts
-            self._encrypted = EncryptedAnswer(self)
 
     def pace(self, rate: int) -> None:
         """Have the kernel send at a rate, in bytes per second, until the next request."""
@@ -716,16 +714,23 @@ class DownloadProtocol(HttpToolsProtocol):
             untaken += self._held  # few bytes, which go at once or not at all; a Unix socket does not tell
         self._untaken_at_loss = max(self._untaken_at_loss, untaken)
 
-    def taken(self, sent: int, head: int) -> int:
+    @property
+    def position(self) -> int:
+        """Where the next answer begins in the stream of all answers over TLS. See `taken`."""
+        return 0 if self._encrypted is None else self._encrypted.position
+
+    def taken(self, sent: int, head: int, position: int) -> int:
         """Return how many bytes of an answer's body, of which `sent` have been passed on, the client has taken.
 
-        head: the bytes of the header fields of the application. A connection that has not failed delivers all.
+        head: the bytes of the header fields of the application. position: the property, when the answer began. A
+        connection that has not failed delivers all.
         """
         if not self.has_failed():
             return sent
         if not self.is_lost:
             self.note_untaken_bytes()
-        if self._encrypted is None:
+        end = None if self._encrypted is None else self._encrypted.taken()
+        if end is None:
             cycle: Any = self._cycle
             framing = len(_LAST_CHUNK) if cycle.chunked_encoding and cycle.response_complete else 0
             return max(0, sent - max(0, self._untaken_at_loss - framing))
@@ -734,7 +739,7 @@ class DownloadProtocol(HttpToolsProtocol):
             + 2
             + sum(len(name) + len(value) + 4 for name, value in self.server_state.default_headers)
         )
-        return max(0, min(sent, self._encrypted.taken() - head))
+        return max(0, min(sent, end - position - head))
 
     @property
     def is_broken(self) -> bool:

@@ -17,8 +17,6 @@ _ACKNOWLEDGED = 120  # where `tcpi_bytes_acked` is in Linux' `tcp_info`
 _SEGMENTS = 156  # where `tcpi_data_segs_out` is
 _UNPACED_SEGMENTS = 10  # with data, at the beginning of a connection, which Linux does not pace
 _PIECE = 8  # bytes
-_RECORD = 1 << 14  # bytes in a full record of TLS
-_RECORD_FRAMING = 22  # bytes that TLS 1.3 adds to each
 
 
 class Connection(Protocol):
@@ -66,10 +64,11 @@ def untaken_bytes(connection: Connection) -> int:
         number = socket_number(connection)
     except OSError:
         return 0
-    return _queued(number) + connection.transport.get_write_buffer_size()
+    return queued(number) + connection.transport.get_write_buffer_size()
 
 
-def _queued(number: int) -> int:
+def queued(number: int) -> int:
+    """Return how many bytes the kernel holds for the client; 0 if it does not tell."""
     with suppress(OSError):
         return int(struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0])
     return 0
@@ -78,12 +77,13 @@ def _queued(number: int) -> int:
 def acknowledged_bytes(connection: Connection) -> int:
     """Return how many bytes the client's machine has acknowledged on this connection; 0 if the kernel does not tell."""
     try:
-        return _acknowledged(socket_number(connection))
+        return acknowledged(socket_number(connection))
     except OSError:
         return 0
 
 
-def _acknowledged(number: int) -> int:
+def acknowledged(number: int) -> int:
+    """Do what `acknowledged_bytes` does, for a descriptor. Raises `OSError` if there is no such descriptor."""
     return _of_tcp_info(number, _ACKNOWLEDGED, "Q") or 0
 
 
@@ -131,35 +131,6 @@ def send_in_segments(connection: Connection, data: bytes, count: int) -> int:
     finally:
         sock.detach()  # the number belongs to the transport
     return sent
-
-
-class EncryptedAnswer:
-    """Tells how much of one answer over TLS the client has taken.
-
-    The transport of TLS does not tell what the one below it holds, and the loop closes the socket before it tells the
-    protocol of the loss. So this duplicates the descriptor of the socket, until `close`. Raises `OSError`.
-    """
-
-    __slots__ = ("_began", "_end", "_number")
-
-    def __init__(self, connection: Connection) -> None:
-        self._number = os.dup(socket_number(connection))
-        self._began = _acknowledged(self._number) + _queued(self._number)
-        self._end: int | None = None
-
-    def taken(self) -> int:
-        """Return how many bytes of the head and the body the client's machine has acknowledged, up to `close`.
-
-        The framing of TLS is not among them, except that of records that are not full.
-        """
-        encrypted = max(0, (_acknowledged(self._number) if self._end is None else self._end) - self._began)
-        return encrypted - -(-encrypted // (_RECORD + _RECORD_FRAMING)) * _RECORD_FRAMING
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        if self._end is None:
-            self._end = _acknowledged(self._number)
-            os.close(self._number)
 
 
 def has_unread_bytes(connection: Connection) -> bool:

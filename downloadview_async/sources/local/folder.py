@@ -7,7 +7,6 @@ listed in turn. A link counts as what it leads to, where the policy follows it.
 import os
 import stat
 import threading
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, closing
 from datetime import UTC, datetime
@@ -31,16 +30,6 @@ It takes about a millisecond.
 
 NAMES = 1000
 """Entries that one call of a worker reads by their names, which takes as long."""
-
-_DESCRIBED_AT_ONCE = 125
-_NAMED_AT_ONCE = 250
-"""Entries after which a worker leaves the interpreter to other threads for a moment.
-
-Otherwise the event loop waits until the call ends: a worker that releases the lock of the interpreter for a system call
-has it again before another thread has woken up.
-"""
-
-_MOMENT = 50e-6  # seconds, in which another thread wakes up
 
 _entry = partial(tuple.__new__, Entry)  # takes half the time of `Entry(...)`
 _READABLE = 0o444  # by everybody
@@ -139,53 +128,38 @@ class FolderReader:
 
     def read(self) -> list[Entry] | None:
         """Return the entries among the next `BATCH` items of the directory; None at its end."""
-        return self._read(partial(self._described, _file, _folder), BATCH, _DESCRIBED_AT_ONCE)
+        return self._read(partial(self._described, _file, _folder), BATCH)
 
     def read_described(self) -> list[Entry] | None:
         """Return what `read` does; files are `DescribedEntry` objects."""
-        return self._read(partial(self._described, _file_with_version, _folder), BATCH, _DESCRIBED_AT_ONCE)
+        return self._read(partial(self._described, _file_with_version, _folder), BATCH)
 
     def read_versions(self) -> list[Version] | None:
         """Return what `read` does, for an archive."""
-        return self._read(partial(self._described, _version, _version_of_folder), BATCH, _DESCRIBED_AT_ONCE)
+        return self._read(partial(self._described, _version, _version_of_folder), BATCH)
 
     def read_names(self) -> list[Entry] | None:
         """Return what `read` does, without sizes and times, and without asking whether a file can be read."""
-        return self._read(self._named, NAMES, _NAMED_AT_ONCE)
+        return self._read(self._named, NAMES)
 
     def describe(self, names: Sequence[str]) -> list[Entry]:
         """Return the entries with these names that exist, with sizes and times."""
-        entries: list[Entry | None] = []
-        for start in range(0, len(names), _DESCRIBED_AT_ONCE):
-            if start:
-                time.sleep(_MOMENT)
-            some = names[start : start + _DESCRIBED_AT_ONCE]
-            entries += [self._entry(name, None, _file, _folder) for name in some if self._is_valid(name)]
+        entries = (self._entry(name, None, _file, _folder) for name in names if self._is_valid(name))
         return [entry for entry in entries if entry is not None]
 
-    def _read(
-        self, entries_of: Callable[[list[os.DirEntry[str]]], list[T]], count: int, at_once: int
-    ) -> list[T] | None:
-        entries: list[T] = []
-        read = 0
+    def _read(self, entries_of: Callable[[list[os.DirEntry[str]]], list[T]], count: int) -> list[T] | None:
         with self._in_use:
-            while read < count and not self._is_closing:
-                if read:
-                    time.sleep(_MOMENT)
-                try:
-                    items = list(islice(self._items, at_once))
-                except OSError as exc:
-                    raise file_error(exc) from exc
-                if items and not self._are_valid([item.name for item in items]):
-                    entries += entries_of([item for item in items if self._is_valid(item.name)])
-                else:
-                    entries += entries_of(items)
-                read += len(items)
-                if len(items) < at_once:
-                    break
+            try:
+                items = [] if self._is_closing else list(islice(self._items, count))
+            except OSError as exc:
+                raise file_error(exc) from exc
+            if items and not self._are_valid([item.name for item in items]):
+                entries = entries_of([item for item in items if self._is_valid(item.name)])
+            else:
+                entries = entries_of(items)
         if self._is_closing:
             self.close()
-        return entries if read else None
+        return entries if items else None
 
     def _described(self, file_of: "_Make[T]", folder_of: "_Make[T]", items: list[os.DirEntry[str]]) -> list[T]:
         entries: list[T] = []
