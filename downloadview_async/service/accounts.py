@@ -66,12 +66,6 @@ class Service(Starlette):
                 self._traces = Traces()
         super().__init__(**options)
 
-    def close_logs(self) -> None:
-        """Close the log of answers, if the application is not going to run."""
-        for listener in self._listeners:
-            if isinstance(listener, AccessLog):
-                listener.close()
-
     def build_middleware_stack(self) -> ASGIApp:
         """Return the application with its middleware around it."""
         app = super().build_middleware_stack()

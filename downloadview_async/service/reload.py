@@ -63,10 +63,6 @@ class Generation:
         if self._lifespan is not None:
             await self._lifespan
 
-    def discard(self) -> None:
-        """Close what is open although the lifespan has not started."""
-        self._service.close_logs()
-
     def retire(self) -> None:
         """End the generation when its last request has ended."""
         self.is_retired = True
@@ -188,6 +184,7 @@ class Generations:
                 _logger.info("The settings have been read again, and are in use")
             else:
                 _logger.error("The settings cannot be used, so the old ones stay: %s", problem)
+                _forget_unused()
             self._when_reloaded(began, problem)
 
     async def _reload(self) -> str | None:
@@ -205,8 +202,6 @@ class Generations:
             _logger.exception("The settings cannot be read")
             problem = one_line(f"{type(exc).__name__}: {exc}")
         if problem is not None or generation is None:
-            if generation is not None:
-                generation.discard()
             return problem
         old, self._current = self._current, generation
         if self._is_draining:
@@ -218,7 +213,7 @@ class Generations:
         self._older.add(old)
         task = asyncio.create_task(self._end(old))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._has_ended)
         return None
 
     async def _end(self, old: Generation) -> None:
@@ -228,9 +223,17 @@ class Generations:
         if old in self._older:
             self._older.discard(old)
             await old.end()
-            gc.unfreeze()  # as `EndsInTime` has frozen it
-            gc.collect()
-            gc.freeze()
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        _forget_unused()  # here, because the task has held the generation
+
+
+def _forget_unused() -> None:
+    """Close what a generation that nothing uses any more has left open, such as its roots and its log."""
+    gc.unfreeze()  # as `EndsInTime` has frozen it
+    gc.collect()
+    gc.freeze()
 
 
 def needing_a_restart(old: ServerSettings, new: ServerSettings) -> list[str]:

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import uvicorn
 
 from downloadview_async.service.listening import Listeners
 from downloadview_async.service.metrics import shared_directory
@@ -34,10 +37,9 @@ def serve(
 
     Raises `ConfigurationError`.
     """
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    first = Generation(settings)  # with several workers too: errors show before any starts
-    generations = Generations(first, load)
-    config = config_for(generations, settings)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # one that comes too early waits
+    application = Generations(Generation(settings), load)  # with several workers too: errors show before any starts
+    config = config_for(application, settings)
     notifier = Notifier()
     with contextlib.ExitStack() as stack:
         announce()
@@ -45,40 +47,52 @@ def serve(
         with settings.blaming("server.pid_file"):
             pid_file = stack.enter_context(PidFile(settings.server.pid_file))
         stack.enter_context(shared_directory(settings))
-        if settings.server.workers > 1 or watches:
-            first.discard()
-            return Workers(
-                settings,
-                listeners,
-                load=load,
-                options=options,
-                notifier=notifier,
-                pid_file=pid_file,
-                watches=watches,
-            ).run()
+        if settings.server.workers == 1 and not watches:
+            return _serve_here(application, config, settings, listeners, notifier, pid_file)
+        del application, config
+        gc.collect()  # the parent holds no root of the application, and no log
+        return Workers(
+            settings,
+            listeners,
+            load=load,
+            options=options,
+            notifier=notifier,
+            pid_file=pid_file,
+            watches=watches,
+        ).run()
 
-        def drain() -> None:
-            generations.drain()
-            notifier.stopping()
 
-        def ready() -> None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, generations.want_reload)
-            listeners.publish()
-            notifier.ready()
+def _serve_here(
+    application: Generations,
+    config: uvicorn.Config,
+    settings: Settings,
+    listeners: Listeners,
+    notifier: Notifier,
+    pid_file: PidFile,
+) -> int:
+    def drain() -> None:
+        application.drain()
+        notifier.stopping()
 
-        def reloaded(began: int, problem: str | None) -> None:
-            notifier.reloaded(problem)
-            pid_file.answer(began, problem)
+    def ready() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, application.want_reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+        listeners.publish()
+        notifier.ready()
 
-        server = DownloadServer(
-            config,
-            drain_seconds=settings.server.drain_seconds,
-            shares_port=settings.server.reuse_port,
-            shares_sockets=listeners.are_inherited,
-            when_draining=drain,
-            when_ready=ready,
-            when_alive=notifier.alive,
-        )
-        generations.serve_by(server, when_reloading=notifier.reloading, when_reloaded=reloaded)
-        server.run(listeners.sockets)
-        return 0 if server.started else STARTUP_FAILURE
+    def reloaded(began: int, problem: str | None) -> None:
+        notifier.reloaded(problem)
+        pid_file.answer(began, problem)
+
+    server = DownloadServer(
+        config,
+        drain_seconds=settings.server.drain_seconds,
+        shares_port=settings.server.reuse_port,
+        shares_sockets=listeners.are_inherited,
+        when_draining=drain,
+        when_ready=ready,
+        when_alive=notifier.alive,
+    )
+    application.serve_by(server, when_reloading=notifier.reloading, when_reloaded=reloaded)
+    server.run(listeners.sockets)
+    return 0 if server.started else STARTUP_FAILURE

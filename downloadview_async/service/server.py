@@ -101,7 +101,7 @@ class DownloadServer(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self.drain_seconds = drain_seconds
-        self._shares_port = shares_port
+        self.shares_port = shares_port
         self.shares_sockets = shares_sockets
         self._when_draining = when_draining
         self._when_ready = when_ready
@@ -186,8 +186,8 @@ class DownloadServer(uvicorn.Server):
     async def _stop_accepting(self, sockets: list[socket.socket]) -> None:
         """Close the sockets in a moment in which no connection waits in them."""
         loop = asyncio.get_running_loop()
-        if self._end is not _End.NOW and (self._shares_port or not self.shares_sockets):
-            if self._shares_port:
+        if self._end is not _End.NOW and (self.shares_port or not self.shares_sockets):
+            if self.shares_port:
                 steer_away(sockets)
             if not self.shares_sockets:
                 begin_no_more(sockets)

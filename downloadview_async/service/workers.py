@@ -51,7 +51,13 @@ _MARGIN = 10.0  # seconds after the time of a shutdown in which a worker has to 
 # what the parent says
 _DRAIN, _RETIRE, _NOW = b"drain", b"retire", b"now"
 # what a worker says
-_READY, _LEAVING, _FAILED, _ALIVE = b"r", b"l", b"f", b"."
+_READY, _LEAVING, _CLOSED, _FAILED, _ALIVE = b"r", b"l", b"c", b"f", b"."
+
+_OF_TERMINALS = (signal.SIGHUP, signal.SIGINT)
+"""The signals that the parent alone obeys."""
+
+_States = dict[str, tuple[int, ...]]
+"""What tells one version of a file from another, by the path."""
 
 _spawn = multiprocessing.get_context("spawn")
 _logger = logging.getLogger("uvicorn.error")
@@ -65,8 +71,9 @@ def work(
     are_inherited: whether processes that are not of this service may accept connections, too. options: `[server]`
     settings of the command line.
     """
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _OF_TERMINALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_TERMINALS)  # as `_Worker` has blocked them
     try:
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=options)
         server = _WorkerServer(settings, pipe, are_inherited, watches)
@@ -93,7 +100,6 @@ class _WorkerServer(DownloadServer):
         super().__init__(
             config_for(application, settings),
             drain_seconds=settings.server.drain_seconds,
-            shares_port=settings.server.reuse_port,
             shares_sockets=True,
             when_draining=self._tell_that_it_leaves,
             when_ready=self._listen_to_parent,
@@ -116,8 +122,12 @@ class _WorkerServer(DownloadServer):
         self._application.drain()
         _say(self._pipe, _LEAVING)
 
+    async def _stop_accepting(self, sockets: list[socket.socket]) -> None:
+        await super()._stop_accepting(sockets)
+        _say(self._pipe, _CLOSED)
+
     def _listen_to_parent(self) -> None:
-        files = [*map(str, watched_files(self._settings))] if self._watches else []
+        files = _states_of(map(str, watched_files(self._settings))) if self._watches else {}
         _say(self._pipe, _READY + json.dumps(files).encode())
         threading.Thread(target=self._beat, daemon=True).start()
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._obey)
@@ -135,7 +145,7 @@ class _WorkerServer(DownloadServer):
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
             order = _DRAIN
         if order == _DRAIN:  # all workers do
-            self.shares_sockets = self._are_inherited
+            self.shares_sockets, self.shares_port = self._are_inherited, self._settings.server.reuse_port
         {_DRAIN: self.drain, _RETIRE: self.retire, _NOW: self.stop_now}[order]()
 
 
@@ -146,12 +156,16 @@ class _Worker:
         self.pipe, theirs = _spawn.Pipe()
         arguments = (theirs, listeners.sockets, listeners.are_inherited, options, watches)
         self.process = _spawn.Process(target=work, args=arguments)
+        # A signal to all processes must not end one that is about to ignore it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_TERMINALS)
         self.process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self.is_ready = False
         self.is_leaving = False
+        self.is_closed = False  # it accepts no more connections
         self.problem: str | None = None
-        self.files: list[str] = []
+        self.files: _States = {}
         self.silence = 0.0
 
     @property
@@ -169,9 +183,12 @@ class _Worker:
                 kind, rest = message[:1], message[1:]
                 self.silence = 0.0
                 if kind == _READY:
-                    self.is_ready, self.files = True, json.loads(rest)
+                    self.is_ready = True
+                    self.files = {file: tuple(state) for file, state in json.loads(rest).items()}
                 elif kind == _LEAVING:
                     self.is_leaving = True
+                elif kind == _CLOSED:
+                    self.is_closed = True
                 elif kind == _FAILED:
                     self.problem = rest.decode()
 
@@ -217,6 +234,7 @@ class Workers:
         self._next: list[_Worker] = []
         self._next_settings = settings
         self._leaving: list[_Worker] = []
+        self._retiring: list[_Worker] = []  # those of `_leaving` that may still accept connections
         self._began: int | None = None  # when the settings were read for `_next`
         self._wants_reload = False
         self._signals: list[int] = []
@@ -234,6 +252,7 @@ class Workers:
             signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda number, _: self._signals.append(number))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
             _logger.info("Started parent process [%d]", os.getpid())
             self._next = self._started(self._settings)
             while self._everyone:
@@ -341,23 +360,27 @@ class Workers:
         if self._kill_at is not None:
             return
         if self._next and all(worker.is_ready for worker in self._next):
-            old, self._current, self._next = self._current, self._next, []
+            self._retiring, self._current, self._next = self._current, self._next, []
             self._settings = self._next_settings
-            for worker in old:
+            for worker in self._retiring:
                 worker.tell(_RETIRE)
-            self._leaving += old
+            self._leaving += self._retiring
             if self._watch is not None:
-                self._watch.files = self._current[0].files
+                self._watch.follow(self._current[0].files)
             if self._began is None:
                 self._listeners.publish()
                 self._notifier.ready()
-            else:
-                _logger.info("The settings have been read again, and are in use")
-                self._answer(None)
-        if self._wants_reload and not self._next and self._current:
+        # Until then, the kernel may give a new connection to a worker with the old settings.
+        if self._retiring and all(worker.is_closed or worker not in self._leaving for worker in self._retiring):
+            self._retiring = []
+            _logger.info("The settings have been read again, and are in use")
+            self._answer(None)
+        if self._wants_reload and self._current and not self._next and not self._retiring:
             self._wants_reload = False
             self._began = time.time_ns()
             self._notifier.reloading()
+            if self._watch is not None:
+                self._watch.note()
             try:
                 settings = self._load()
                 check_certificate(settings)
@@ -386,31 +409,45 @@ class Workers:
 
 
 class _Watch:
-    """Files that are looked at again and again."""
+    """Files that are looked at again and again. A change counts when it has lasted from one look to the next.
+
+    So a reload reads neither half of a file nor the first of several files that are saved together.
+    """
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, int]] = {}
+        self._loaded: _States = {}  # at most as new as what the application has read
+        self._latest: _States = {}
+        self._look_at = 0.0
 
-    @property
-    def files(self) -> Iterable[str]:
-        return self._seen
+    def note(self) -> None:
+        """Take what is in the files now for what the application has read. Call it before the application reads."""
+        self._loaded = self._latest = _states_of(self._latest)
 
-    @files.setter
-    def files(self, files: Iterable[str]) -> None:
-        self._seen = {file: _state_of(file) for file in files}
+    def follow(self, files: _States) -> None:
+        """Look at these files from now on. files: with their states after the application has read them."""
+        self._loaded = files | {file: state for file, state in self._loaded.items() if file in files}
+        self._latest = files
 
     def has_changed(self) -> bool:
-        """Return whether a file has changed since the last call."""
-        before, self.files = self._seen, [*self._seen]
-        return before != self._seen
+        """Return whether the files have changed since `note`."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        self._look_at = now + _POLL
+        before, self._latest = self._latest, _states_of(self._latest)
+        return before == self._latest != self._loaded
 
 
-def _state_of(file: str) -> tuple[int, int]:
+def _states_of(files: Iterable[str]) -> _States:
+    return {file: _state_of(file) for file in files}
+
+
+def _state_of(file: str) -> tuple[int, ...]:
     try:
         status = os.stat(file)
     except OSError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_ino
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def watched_files(settings: Settings) -> list[Path]:
