@@ -21,6 +21,7 @@ from downloadview_async.service.settings import ServerSettings, Settings, Unavai
 # of Linux; the module socket has no names for them
 _SO_ATTACH_FILTER = 26
 _SO_ATTACH_REUSEPORT_CBPF = 51
+_SO_DETACH_REUSEPORT_BPF = 68
 
 # operations of the kernel's packet filter
 _LOAD_BYTE, _AND, _SKIP_UNLESS_EQUAL, _RETURN = 0x30, 0x54, 0x15, 0x06
@@ -140,6 +141,16 @@ def steer_away(sockets: Iterable[socket.socket]) -> None:
     for one in sockets:
         if one.family != socket.AF_UNIX:
             _attach(one, _SO_ATTACH_REUSEPORT_CBPF, [(_RETURN, 0, 0, 1)])
+
+
+def steer_no_more(sockets: Iterable[socket.socket]) -> None:
+    """Have the kernel share new connections among all processes again, of which there may be more than two.
+
+    The program of `steer_away` is that of the port, and stays when its process has ended.
+    """
+    for one in sockets:
+        with contextlib.suppress(OSError):
+            one.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
 
 
 def begin_no_more(sockets: Iterable[socket.socket]) -> None:

@@ -8,7 +8,7 @@ import secrets
 import signal
 import time
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from downloadview_async import ConfigurationError
 
@@ -66,29 +66,40 @@ def reload_by_pid_file(path: str, *, seconds: float) -> None:
     Raises `ConfigurationError` if there is no such process, if it does not answer in time, and with its words if it
     keeps the old settings.
     """
-    try:
-        with open(path, encoding="ascii") as file:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                raise ConfigurationError(f"{path}: the process has ended: start the service")
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, encoding="ascii"))
             number = int(file.readline())
-    except (OSError, ValueError) as exc:
-        if isinstance(exc, ConfigurationError):
-            raise
-        reason = exc.strerror if isinstance(exc, OSError) else "not a number"
-        raise ConfigurationError(f"{path}: no running service ({reason}): give the pid_file of its settings") from exc
-    began = time.time_ns()
-    hang_up(number)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(path + _ANSWER, encoding="utf-8") as file:
-            answer = json.load(file)
-            if answer["began"] >= began:
-                if answer["problem"] is not None:
-                    raise ConfigurationError(answer["problem"])
-                return
-        time.sleep(0.02)
-    raise ConfigurationError(f"the process {number} has not answered in {seconds:g} seconds: read its log")
+        except (OSError, ValueError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else "not a number"
+            problem = f"{path}: no running service ({reason}): give the pid_file of its settings"
+            raise ConfigurationError(problem) from exc
+        if _has_ended(file):
+            raise ConfigurationError(f"{path}: the process has ended: start the service")
+        began, deadline = time.time_ns(), time.monotonic() + seconds
+        hang_up(number)
+        while True:
+            has_ended = _has_ended(file)  # before the look at the answer, which may be its last words
+            with contextlib.suppress(FileNotFoundError), open(path + _ANSWER, encoding="utf-8") as answers:
+                answer = json.load(answers)
+                if answer["began"] >= began:
+                    if answer["problem"] is not None:
+                        raise ConfigurationError(answer["problem"])
+                    return
+            if has_ended:
+                raise ConfigurationError(f"the process {number} has ended before it has answered: read its log")
+            if time.monotonic() >= deadline:
+                raise ConfigurationError(f"the process {number} has not answered in {seconds:g} seconds: read its log")
+            time.sleep(0.02)
+
+
+def _has_ended(file: IO[str]) -> bool:
+    """Return whether the process that has written a file, and locked it, has ended."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def hang_up(number: int) -> None:

@@ -1,6 +1,5 @@
 """Runs the service: in this process, or in workers."""
 
-import asyncio
 import contextlib
 import gc
 import signal
@@ -37,7 +36,8 @@ def serve(
 
     Raises `ConfigurationError`.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # one that comes too early waits
+    signals: list[int] = []  # those that come too early
+    signal.signal(signal.SIGHUP, lambda number, _: signals.append(number))
     application = Generations(Generation(settings), load)  # with several workers too: errors show before any starts
     config = config_for(application, settings)
     notifier = Notifier()
@@ -48,7 +48,7 @@ def serve(
             pid_file = stack.enter_context(PidFile(settings.server.pid_file))
         stack.enter_context(shared_directory(settings))
         if settings.server.workers == 1 and not watches:
-            return _serve_here(application, config, settings, listeners, notifier, pid_file)
+            return _serve_here(application, config, settings, listeners, notifier, pid_file, signals)
         del application, config
         gc.collect()  # the parent holds no root of the application, and no log
         return Workers(
@@ -58,6 +58,7 @@ def serve(
             options=options,
             notifier=notifier,
             pid_file=pid_file,
+            signals=signals,
             watches=watches,
         ).run()
 
@@ -69,14 +70,17 @@ def _serve_here(
     listeners: Listeners,
     notifier: Notifier,
     pid_file: PidFile,
+    signals: list[int],
 ) -> int:
+    signal.signal(signal.SIGHUP, lambda number, _: application.want_reload())
+    if signals:
+        application.want_reload()
+
     def drain() -> None:
         application.drain()
         notifier.stopping()
 
     def ready() -> None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, application.want_reload)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
         listeners.publish()
         notifier.ready()
 

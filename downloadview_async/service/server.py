@@ -29,12 +29,13 @@ import msgspec
 import uvicorn
 
 from downloadview_async.asgi.server import DownloadProtocol
-from downloadview_async.service.listening import begin_no_more, steer_away, waiting_connections
+from downloadview_async.service.listening import begin_no_more, steer_away, steer_no_more, waiting_connections
 from downloadview_async.service.logs import log_config
 from downloadview_async.service.settings import Settings
 
 _NAP = 0.05  # seconds; uvicorn's own is 0.1
 _STEER = 0.1  # seconds in which handshakes end that began before new connections were kept away
+_STEER_LAST = 0.3  # the same for the last process at a socket: the others do not notice the shutdown earlier
 _HANDSHAKE = 0.5  # seconds that a handshake of TLS may take in the moment of the shutdown
 _SETTLE = 2.0  # seconds after the drain in which connections that have just been made may send their first request
 _ENDING = 0.5  # seconds that aborted answers have to end
@@ -85,7 +86,8 @@ class DownloadServer(uvicorn.Server):
 
     when_draining: called at once when a shutdown begins, possibly in a signal handler. when_ready: called when
     connections are accepted. when_alive: called several times a second. shares_port: as `reuse_port` in the settings.
-    shares_sockets: whether other processes accept connections from the same sockets, and may go on.
+    shares_sockets: whether other processes accept connections from the same sockets, and may go on. If the port is
+    shared, `closes_last` tells whether this is the last process of the service that closes the sockets.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class DownloadServer(uvicorn.Server):
         self.drain_seconds = drain_seconds
         self.shares_port = shares_port
         self.shares_sockets = shares_sockets
+        self.closes_last = True
         self._when_draining = when_draining
         self._when_ready = when_ready
         self._when_alive = when_alive
@@ -191,12 +194,14 @@ class DownloadServer(uvicorn.Server):
                 steer_away(sockets)
             if not self.shares_sockets:
                 begin_no_more(sockets)
-            await asyncio.sleep(_STEER)
+            await asyncio.sleep(_STEER_LAST if self.shares_port and self.closes_last else _STEER)
         for one in sockets:
             loop.remove_reader(one)  # asyncio accepts no more; uvloop ignores this
         for _ in range(2):  # asyncio makes the transports of accepted connections in tasks, which need the server
             await asyncio.sleep(0)
         waiting = [connection for one in sockets for connection in waiting_connections(one)]
+        if self.shares_port and self.closes_last:
+            steer_no_more(sockets)
         for server in self.servers:
             server.close()
         for one in sockets:

@@ -49,7 +49,7 @@ _POLL = 0.5  # seconds between two looks at watched files
 _MARGIN = 10.0  # seconds after the time of a shutdown in which a worker has to end
 
 # what the parent says
-_DRAIN, _RETIRE, _NOW = b"drain", b"retire", b"now"
+_DRAIN, _DRAIN_LAST, _RETIRE, _NOW = b"drain", b"last", b"retire", b"now"
 # what a worker says
 _READY, _LEAVING, _CLOSED, _FAILED, _ALIVE = b"r", b"l", b"c", b"f", b"."
 
@@ -144,9 +144,10 @@ class _WorkerServer(DownloadServer):
         except (OSError, EOFError):  # the parent has died
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
             order = _DRAIN
-        if order == _DRAIN:  # all workers do
+        if order in (_DRAIN, _DRAIN_LAST):  # all workers do
             self.shares_sockets, self.shares_port = self._are_inherited, self._settings.server.reuse_port
-        {_DRAIN: self.drain, _RETIRE: self.retire, _NOW: self.stop_now}[order]()
+            self.closes_last = order == _DRAIN_LAST
+        {_DRAIN: self.drain, _DRAIN_LAST: self.drain, _RETIRE: self.retire, _NOW: self.stop_now}[order]()
 
 
 class _Worker:
@@ -209,7 +210,8 @@ class _Worker:
 class Workers:
     """Starts the workers, and replaces those that die, retire, or have the settings of before a reload.
 
-    load: reads the settings again. options: those of `work`. watches: reload when a file of the application changes.
+    load: reads the settings again. options: those of `work`. signals: those that have come already. watches: reload
+    when a file of the application changes.
     """
 
     def __init__(
@@ -221,6 +223,7 @@ class Workers:
         options: Mapping[str, Any],
         notifier: Notifier,
         pid_file: PidFile,
+        signals: list[int],
         watches: bool = False,
     ) -> None:
         self._settings = settings
@@ -237,7 +240,7 @@ class Workers:
         self._retiring: list[_Worker] = []  # those of `_leaving` that may still accept connections
         self._began: int | None = None  # when the settings were read for `_next`
         self._wants_reload = False
-        self._signals: list[int] = []
+        self._signals = signals
         self._kill_at: float | None = None  # the shutdown has begun, and this is its end
         self._start_at = 0.0
         self._looked_at = time.monotonic()
@@ -252,7 +255,6 @@ class Workers:
             signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda number, _: self._signals.append(number))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
             _logger.info("Started parent process [%d]", os.getpid())
             self._next = self._started(self._settings)
             while self._everyone:
@@ -300,12 +302,14 @@ class Workers:
         self._notifier.stopping()
         for listener in self._listeners.sockets:
             listener.close()
-        self._tell_all(_DRAIN, server.drain_seconds + server.timeout_graceful_shutdown)
+        self._tell_all(_DRAIN, server.drain_seconds + server.timeout_graceful_shutdown, last=_DRAIN_LAST)
 
-    def _tell_all(self, order: bytes, seconds: float) -> None:
+    def _tell_all(self, order: bytes, seconds: float, *, last: bytes | None = None) -> None:
         self._kill_at = time.monotonic() + seconds + _MARGIN
-        for worker in self._everyone:
+        first, *others = self._everyone  # the first one is not leaving yet
+        for worker in others:
             worker.tell(order)
+        first.tell(last or order)
 
     def _listen(self) -> None:
         # If this process was stopped for a while, such as by a debugger or with its container, the workers were, too.

@@ -1,23 +1,30 @@
 """SIGHUP, `downloadview reload` and `--watch`: what changes, what stays, and what the caller is told."""
 
+import base64
 import contextlib
 import http.client
 import os
-import re
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import bcrypt
 import pytest
+from click.testing import CliRunner, Result
 
-from downloadview_async.service.config_loader import load_settings
+from downloadview_async import ConfigurationError
+from downloadview_async.cli import main
+from downloadview_async.service.config_loader import CONFIG, load_settings
+from downloadview_async.service.pid_file import reload_by_pid_file
 from downloadview_async.service.reload import needing_a_restart
+from downloadview_async.service.systemd import inherited_sockets
 from tests.servers import Server, free_port, serving
 from tests.service.test_cli import COMMAND, refused
 from tests.service.test_drain import WORKERS, begin, get, read
@@ -26,6 +33,7 @@ SETTINGS = """
 [server]
 pid_file = "pid"
 timeout_keep_alive = 60
+workers = 1
 [sources.files]
 type = "path"
 root = "files"
@@ -33,29 +41,33 @@ root = "files"
 path = "/files/{path:path}"
 source = "files"
 """
-RELOAD = [sys.executable, "-m", "downloadview_async.cli", "reload"]
 LARGE = 64 * 1024 * 1024
+IN_USE = "The settings have been read again, and are in use"
+
+
+def fill(directory: Path) -> None:
+    for name in ("files", "other"):
+        (directory / name).mkdir()
+        (directory / name / "a.txt").write_text(name)
+    with (directory / "files/large.bin").open("wb") as file:
+        file.truncate(LARGE)
+    (directory / "links.keys").write_text(f"one {'s' * 40}\n")
+    (directory / "downloadview.toml").write_text(SETTINGS)
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    for name in ("files", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.txt").write_text(name)
-    with (tmp_path / "files/large.bin").open("wb") as file:
-        file.truncate(LARGE)
-    (tmp_path / "downloadview.toml").write_text(SETTINGS)
+    fill(tmp_path)
     return tmp_path
 
 
 @contextlib.contextmanager
-def service(directory: Path, *arguments: str, workers: str = "1") -> Iterator[Server]:
+def service(directory: Path, *arguments: str) -> Iterator[Server]:
     port = free_port()
-    command = [*COMMAND, "--port", str(port), "--workers", workers, *arguments]
-    with serving(command, port, log=directory / "log", cwd=directory) as server:
+    with serving([*COMMAND, "--port", str(port), *arguments], port, log=directory / "log", cwd=directory) as server:
         server.wait_for_log("Listening on ")
         yield server
-        assert "Traceback" not in server.log
+    assert "Traceback" not in server.log
 
 
 def change(directory: Path, old: str, new: str) -> None:
@@ -65,83 +77,128 @@ def change(directory: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def reload(directory: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("DOWNLOADVIEW_")}
-    return subprocess.run(
-        [*RELOAD, *arguments], cwd=directory, env={**environ, **env}, capture_output=True, text=True, timeout=100
-    )
+def reload(directory: Path) -> None:
+    reload_by_pid_file(str(directory / "pid"), seconds=60)
 
 
-def reloads(directory: Path) -> None:
-    done = reload(directory)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "reloaded\n", "")
+@dataclass
+class Site:
+    """A service that tests share: each begins with its own settings."""
+
+    directory: Path
+    server: Server
+    workers: str
+    used: str | None
+
+    def use(self, settings: str = SETTINGS) -> None:
+        """Write settings, and reload unless these are in use."""
+        self.write(settings)
+        if settings != self.used:
+            self.reload()
+            self.used = settings
+
+    def write(self, settings: str) -> None:
+        settings = settings.replace("workers = 1", f"workers = {self.workers}")
+        (self.directory / "downloadview.toml").write_text(settings)
+
+    def change(self, old: str, new: str) -> None:
+        change(self.directory, old, new)
+
+    def reload(self) -> None:
+        reload(self.directory)
+        self.used = None
+
+    def run(self, *arguments: str, **env: str) -> Result:
+        """Call the command in the directory of the settings."""
+        clean = dict.fromkeys(name for name in (*os.environ, CONFIG) if name.startswith("DOWNLOADVIEW_"))
+        with contextlib.chdir(self.directory):
+            return CliRunner(env={**clean, **env}).invoke(main, arguments)
+
+
+Sites = Callable[[str], Site]
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def site(workers: str) -> Site:
+            directory = tmp_path_factory.mktemp("site")
+            fill(directory)
+            change(directory, "workers = 1", f"workers = {workers}")
+            return Site(directory, stack.enter_context(service(directory)), workers, SETTINGS)
+
+        yield site
+
+
+@pytest.fixture
+def site(sites: Sites) -> Site:
+    """A service of one process."""
+    return sites("1")
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_reload_changes_what_is_served_and_cuts_nothing(directory: Path, workers: str) -> None:
-    with service(directory, workers=workers) as server:
-        kept = http.client.HTTPConnection("127.0.0.1", int(server.address), timeout=30)
-        kept.request("GET", "/files/a.txt")
-        assert kept.getresponse().read() == b"files"
-        client = begin(server, headers="Connection: close\r\n")
-        change(directory, 'root = "files"', 'root = "other"')
-        reloads(directory)
+def test_a_reload_changes_what_is_served_and_cuts_nothing(sites: Sites, workers: str) -> None:
+    site = sites(workers)
+    server = site.server
+    site.use()
+    kept = http.client.HTTPConnection("127.0.0.1", int(server.address), timeout=30)
+    kept.request("GET", "/files/a.txt")
+    assert kept.getresponse().read() == b"files"
+    client = begin(server, headers="Connection: close\r\n")
+    site.use(SETTINGS.replace('root = "files"', 'root = "other"'))
+    for _ in range(20):  # whichever worker has it
         assert get(server, "/files/a.txt") == (200, b"other", None)
-        kept.request("GET", "/files/a.txt")
-        last = kept.getresponse()
-        # one process knows the new settings at once; a worker that retires answers with those that it has
-        assert last.read() == (b"other" if workers == "1" else b"files")
-        assert last.headers["Connection"] == "close"
-        kept.close()
-        change(directory, "/files/{path", "/new/{path")
-        reloads(directory)
-        assert get(server, "/files/a.txt")[0] == 404
-        assert get(server, "/new/a.txt")[:2] == (200, b"other")
-        assert get(server, "/-/readyz")[0] == 200
-        received, is_reset = read(client)
-        assert received > LARGE
-        assert not is_reset
-        assert server.stop() == 0
-        assert not (directory / "pid").exists()
+    kept.request("GET", "/files/a.txt")
+    last = kept.getresponse()
+    # one process knows the new settings at once; a worker that retires answers with those that it has
+    assert last.read() == (b"other" if site.workers == "1" else b"files")
+    assert last.headers["Connection"] == "close"
+    kept.close()
+    site.change("/files/{path", "/new/{path")
+    site.reload()
+    assert get(server, "/files/a.txt")[0] == 404
+    assert get(server, "/new/a.txt")[:2] == (200, b"other")
+    assert get(server, "/-/readyz")[0] == 200
+    received, is_reset = read(client)
+    assert received > LARGE
+    assert not is_reset
+
+
+_NO_ROOT = ('root = "files"', 'root = "gone"', "sources.files.root: the root")
+_NO_STORE = ("[server]", '[links]\nkeys = "links.keys"\nstore = "sqlite:gone/links.db"\n[server]', "links.store: ")
+_WRONG = [
+    ("[sources.files]", "[sources.files", "not valid TOML"),
+    ("root =", "rood =", "sources.files.rood: unknown key"),
+    _NO_ROOT,
+    ("[server]", '[links]\nkeys = "gone"\n[server]', "links.keys: "),
+    ('source = "files"', 'source = "files"\naccess = ["hook:gone:gone"]', r"routes\[0\].access\[0\]"),
+    _NO_STORE,
+    ("[server]", '[server]\nssl_certfile = "gone.pem"', "server.ssl_certfile"),
+]
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-@pytest.mark.parametrize(
-    "old, new, problem",
-    [
-        ("[sources.files]", "[sources.files", "not valid TOML"),
-        ("root =", "rood =", "sources.files.rood: unknown key"),
-        ('root = "files"', 'root = "gone"', "sources.files.root: the root"),
-        ("[server]", '[links]\nkeys = "gone"\n[server]', "links.keys: "),
-        ('source = "files"', 'source = "files"\naccess = ["hook:gone:gone"]', "routes[0].access[0]"),
-        ("[server]", '[links]\nkeys = "links.keys"\nstore = "sqlite:gone/links.db"\n[server]', "links.store: "),
-        ("[server]", '[server]\nssl_certfile = "gone.pem"', "server.ssl_certfile"),
-    ],
-)
-def test_wrong_settings_change_nothing_and_say_why(
-    directory: Path, workers: str, old: str, new: str, problem: str
-) -> None:
-    (directory / "links.keys").write_text(f"one {'s' * 40}\n")
-    with service(directory, workers=workers) as server:
-        change(directory, old, new)
-        done = reload(directory, "--pid-file", "pid")
-        assert done.returncode == 2
-        assert done.stdout == ""
-        assert done.stderr.count("\n") == 1
-        assert problem in done.stderr
-        assert "The settings cannot be used, so the old ones stay: " in server.log
-        assert problem in server.log
-        assert get(server, "/files/a.txt") == (200, b"files", None)
-        (directory / "downloadview.toml").write_text(SETTINGS.replace('"files"\n[[', '"other"\n[['))
-        reloads(directory)
-        assert get(server, "/files/a.txt")[:2] == (200, b"other")
+def test_wrong_settings_change_nothing_and_say_why(sites: Sites, workers: str) -> None:
+    site = sites(workers)
+    site.use()
+    for old, new, problem in _WRONG:
+        site.change(old, new)
+        with pytest.raises(ConfigurationError, match=problem) as raised:
+            site.reload()
+        assert f"The settings cannot be used, so the old ones stay: {raised.value}\n" in site.server.log
+        assert get(site.server, "/files/a.txt") == (200, b"files", None)
+        site.write(SETTINGS)
+    site.use(SETTINGS.replace('root = "files"', 'root = "other"'))
+    assert get(site.server, "/files/a.txt") == (200, b"other", None)
 
 
 def certificate(directory: Path, name: str) -> None:
     subprocess.run(
         [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"),
-            *("-keyout", "key.pem", "-out", "certificate.pem"),
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
+            *("-days", "2", "-subj", f"/CN={name}", "-keyout", "key.pem", "-out", "certificate.pem"),
         ],
         cwd=directory,
         check=True,
@@ -161,82 +218,67 @@ def presented(server: Server) -> bytes:
         return shown
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_certificates_are_loaded_again(directory: Path, workers: str) -> None:
+def test_certificates_are_loaded_again(directory: Path) -> None:
     certificate(directory, "first.example")
     change(directory, "[server]", '[server]\nssl_certfile = "certificate.pem"\nssl_keyfile = "key.pem"')
-    with service(directory, workers=workers) as server:
+    with service(directory) as server:
         first = presented(server)
         (directory / "key.pem").write_text("not a key")
-        done = reload(directory)
-        assert (done.returncode, "server.ssl_certfile" in done.stderr) == (2, True)
+        with pytest.raises(ConfigurationError, match=r"server\.ssl_certfile"):
+            reload(directory)
         assert presented(server) == first
         certificate(directory, "second.example")
-        reloads(directory)
+        reload(directory)
         assert b"second.example" in presented(server)
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_keys_and_users_are_read_again(directory: Path, workers: str) -> None:
+def test_keys_and_users_are_read_again(site: Site) -> None:
     def set_password(password: bytes) -> None:
-        (directory / "users").write_bytes(b"ada:" + bcrypt.hashpw(password, bcrypt.gensalt(4)) + b"\n")
+        (site.directory / "users").write_bytes(b"ada:" + bcrypt.hashpw(password, bcrypt.gensalt(4)) + b"\n")
 
     def status(path: str, password: str | None = None) -> int:
-        authorization = {} if password is None else {"Authorization": "Basic " + _basic(f"ada:{password}")}
-        connection = http.client.HTTPConnection("127.0.0.1", int(server.address), timeout=30)
-        connection.request("GET", path, headers=authorization)
+        basic = base64.b64encode(f"ada:{password}".encode()).decode()
+        connection = http.client.HTTPConnection("127.0.0.1", int(site.server.address), timeout=30)
+        connection.request("GET", path, headers={} if password is None else {"Authorization": f"Basic {basic}"})
         answer = connection.getresponse()
         answer.read()
         connection.close()
         return answer.status
 
     def link() -> str:
-        command = [sys.executable, "-m", "downloadview_async.cli", "sign", "/links/a.txt"]
-        return subprocess.run(command, cwd=directory, check=True, capture_output=True, text=True).stdout.strip()
+        return site.run("sign", "/links/a.txt").stdout.strip()
 
-    more = (
-        '[links]\nkeys = "keys"\n[users]\nfile = "users"\n'
-        '[[routes]]\npath = "/links/{path:path}"\nsource = "files"\naccess = ["signed"]\n'
-        '[[routes]]\npath = "/users/{path:path}"\nsource = "files"\naccess = ["user:ada"]\n'
-    )
-    (directory / "downloadview.toml").write_text(SETTINGS + more)
-    (directory / "keys").write_text(f"one {'s' * 40}\n")
+    (site.directory / "keys").write_text(f"one {'s' * 40}\n")
     set_password(b"first")
-    with service(directory, workers=workers) as server:
-        old = link()
-        assert (status(old), status("/users/a.txt", "first")) == (200, 200)
-        (directory / "keys").write_text(f"two {'t' * 40}\n")
-        set_password(b"second")
-        reloads(directory)
-        assert (status(old), status(link())) == (403, 200)
-        assert (status("/users/a.txt", "first"), status("/users/a.txt", "second")) == (401, 200)
-
-
-def _basic(text: str) -> str:
-    import base64
-
-    return base64.b64encode(text.encode()).decode()
+    site.use(
+        f'{SETTINGS}[[routes]]\npath = "/links/{{path:path}}"\nsource = "files"\naccess = ["signed"]\n'
+        '[[routes]]\npath = "/users/{path:path}"\nsource = "files"\naccess = ["user:ada"]\n'
+        '[links]\nkeys = "keys"\n[users]\nfile = "users"\n'
+    )
+    old = link()
+    assert (status(old), status("/users/a.txt", "first")) == (200, 200)
+    (site.directory / "keys").write_text(f"two {'t' * 40}\n")
+    set_password(b"second")
+    site.reload()
+    assert (status(old), status(link())) == (403, 200)
+    assert (status("/users/a.txt", "first"), status("/users/a.txt", "second")) == (401, 200)
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes(directory: Path) -> None:
-    change(directory, "[server]", "[server]\nworkers = 2")
-    port = free_port()
-    with serving([*COMMAND, "--port", str(port)], port, log=directory / "log", cwd=directory) as server:
-        server.wait_for_log("Listening on ")
-        change(directory, "workers = 2", "workers = 3")
-        reloads(directory)
-        server.wait_for_log("Finished server process", times=2)
-        assert server.log.count("Application startup complete") == 5
-        assert server.stop() == 0
+def test_the_number_of_workers_changes(sites: Sites) -> None:
+    site = sites("2")
+    site.use()
+    started = site.server.log.count("Application startup complete")
+    site.change("workers = 2", "workers = 3")
+    site.reload()
+    assert site.server.log.count("Application startup complete") == started + 3
+    site.server.wait_for_log("Finished server process", times=started)
 
 
-def test_what_a_reload_cannot_change_is_said(directory: Path) -> None:
-    with service(directory) as server:
-        change(directory, "[server]", "[server]\nbacklog = 100\nworkers = 3")
-        change(directory, "workers = 3", "host = 'localhost'")
-        reloads(directory)
-        server.wait_for_log("These settings change at the next restart only: server.host, server.backlog")
+def test_what_a_reload_cannot_change_is_logged(site: Site) -> None:
+    site.use(SETTINGS.replace("workers = 1", "workers = 3\nhost = 'localhost'\nbacklog = 100"))
+    names = "server.host, server.workers, server.backlog"
+    assert f"These settings change at the next restart only: {names}\n" in site.server.log
 
 
 def test_which_settings_one_process_cannot_change(directory: Path) -> None:
@@ -250,24 +292,37 @@ def test_which_settings_one_process_cannot_change(directory: Path) -> None:
     assert needing_a_restart(old, load_settings(directory / "downloadview.toml", environ={}).server) == []
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_a_reload_by_number_checks_the_settings_first(directory: Path, workers: str) -> None:
-    change(directory, 'pid_file = "pid"\n', "")
-    with service(directory, workers=workers) as server:
-        number = str(server.process.pid)
-        change(directory, 'root = "files"', 'root = "gone"')
-        wrong = reload(directory, number)
-        assert (wrong.returncode, "sources.files.root" in wrong.stderr) == (2, True)
-        assert "cannot be used" not in server.log
-        change(directory, 'root = "gone"', 'root = "other"')
-        done = reload(directory, MAINPID=number)  # as systemd sets it
-        assert (done.returncode, done.stdout) == (0, f"told the process {number} to reload\n")
-        server.wait_for_log("The settings have been read again")
-        assert get(server, "/files/a.txt")[:2] == (200, b"other")
+def test_the_command_waits_for_the_service_and_says_what_is_wrong(site: Site) -> None:
+    site.use()
+    site.change('root = "files"', 'root = "other"')
+    done = site.run("reload")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "reloaded\n", "")
+    assert get(site.server, "/files/a.txt")[:2] == (200, b"other")
+    site.change('root = "other"', 'root = "gone"')
+    wrong = site.run("reload", "--pid-file", "pid")
+    assert (wrong.exit_code, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert "sources.files.root" in wrong.stderr
+
+
+def test_a_reload_by_number_checks_the_settings_first(site: Site) -> None:
+    site.use()
+    number, refusals, reloads = str(site.server.process.pid), *map(site.server.log.count, ("cannot be used", IN_USE))
+    site.change('pid_file = "pid"\n', "")
+    site.change('root = "files"', 'root = "gone"')
+    wrong = site.run("reload", number)
+    assert (wrong.exit_code, "sources.files.root" in wrong.stderr) == (2, True)
+    assert site.server.log.count("cannot be used") == refusals
+    site.change('root = "gone"', 'root = "other"')
+    done = site.run("reload", MAINPID=number)  # as systemd sets it
+    assert (done.exit_code, done.stdout) == (0, f"told the process {number} to reload\n")
+    site.server.wait_for_log(IN_USE, times=reloads + 1)
+    assert get(site.server, "/files/a.txt")[:2] == (200, b"other")
 
 
 def test_a_reload_of_nothing_is_an_error(directory: Path) -> None:
     assert "pid: no running service (No such file or directory)" in refused(cwd=directory, command="reload")
+    (directory / "pid").write_text("one\n")
+    assert "pid: no running service (not a number)" in refused(cwd=directory, command="reload")
     (directory / "pid").write_text("1\n")
     assert "pid: the process has ended: start the service" in refused(cwd=directory, command="reload")
     change(directory, 'pid_file = "pid"\n', "")
@@ -277,65 +332,87 @@ def test_a_reload_of_nothing_is_an_error(directory: Path) -> None:
     assert "nothing to reload: give --pid-file" in refused(cwd=directory, command="reload")
 
 
-def descriptors(server: Server) -> int:
-    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+def test_a_reload_of_a_process_that_ends_does_not_wait_for_its_time(directory: Path) -> None:
+    """A process that does not know SIGHUP ends by it."""
+    script = (
+        "import time; from downloadview_async.service.pid_file import PidFile\n"
+        "with PidFile('pid'): print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=directory, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        with pytest.raises(ConfigurationError, match=f"the process {process.pid} has ended before it has answered"):
+            reload(directory)
+
+
+def descriptors(server: Server) -> list[str]:
+    directory = Path(f"/proc/{server.process.pid}/fd")
+    open_files = []
+    for one in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            open_files.append(os.readlink(one))
+    return sorted(open_files)
+
+
+def test_reloads_leave_nothing_open(site: Site) -> None:
+    settings = f'{SETTINGS}[log]\npath = "access.log"\n'
+    site.use(settings)
+    before = descriptors(site.server)
+    for number in range(5):
+        site.use(settings)
+        get(site.server, "/files/a.txt")
+        site.change(*((_NO_ROOT, _NO_STORE)[number % 2][:2]))
+        with pytest.raises(ConfigurationError):
+            site.reload()
+    site.use(settings)
+    deadline = time.monotonic() + 30
+    while len(descriptors(site.server)) > len(before):  # files stay open for a second
+        assert time.monotonic() < deadline, (before, descriptors(site.server))
+        time.sleep(0.01)
+    assert (site.directory / "access.log").read_text().count("/files/a.txt") == 5
 
 
 @pytest.mark.slow
-def test_reloads_leave_nothing_open(directory: Path) -> None:
-    (directory / "downloadview.toml").write_text(SETTINGS + '[log]\npath = "access.log"\n')
-    with service(directory) as server:
-        reloads(directory)
-        server.process.send_signal(0)
-        before = descriptors(server)
-        for _ in range(5):
-            reloads(directory)
-            get(server, "/files/a.txt")
-            change(directory, 'root = "files"', 'root = "gone"')
-            assert reload(directory, "--pid-file", "pid").returncode == 2
-            change(directory, 'root = "gone"', 'root = "files"')
-        deadline = time.monotonic() + 30
-        while descriptors(server) > before:
-            assert time.monotonic() < deadline, os.listdir(f"/proc/{server.process.pid}/fd")
-        assert (directory / "access.log").read_text().count("/files/a.txt") == 5
-
-
-@pytest.mark.slow
-def test_hangups_during_a_reload_are_one_more_reload(directory: Path) -> None:
-    with service(directory, workers="2") as server:
-        for _ in range(20):
-            server.process.send_signal(signal.SIGHUP)
-        server.wait_for_log("The settings have been read again")
-        reloads(directory)
-        assert server.log.count("The settings have been read again") < 6
-        assert get(server, "/files/a.txt")[0] == 200
+def test_hangups_during_a_reload_are_one_more_reload(sites: Sites) -> None:
+    """Those to all processes, as a terminal sends them, too: a worker that starts must not end by them."""
+    site = sites("2")
+    site.use()
+    reloads, problems = map(site.server.log.count, (IN_USE, "cannot be used"))
+    os.kill(site.server.process.pid, signal.SIGHUP)
+    while site.server.log.count(IN_USE) == reloads:
+        os.killpg(site.server.process.pid, signal.SIGHUP)
+        time.sleep(0.01)
+    site.reload()
+    assert site.server.log.count(IN_USE) <= reloads + 4
+    assert site.server.log.count("cannot be used") == problems
+    assert get(site.server, "/files/a.txt")[0] == 200
 
 
 @pytest.mark.slow
 def test_watch_reloads_for_settings_and_code(directory: Path) -> None:
-    (directory / "rules.py").write_text("async def allow(request, name):\n    return None\n")
+    def write(rules: str) -> None:
+        (directory / "rules.py").write_text(rules)
+
+    write("async def allow(request, name):\n    return True\n")
     change(directory, 'source = "files"', 'source = "files"\naccess = ["hook:rules:allow"]')
     with service(directory, "--watch") as server:
         assert get(server, "/files/a.txt")[:2] == (200, b"files")
-        (directory / "rules.py").write_text(
-            "from downloadview_async import AccessDenied\n\n"
-            "async def allow(request, name):\n    raise AccessDenied('nobody')\n"
-        )
-        server.wait_for_log("The settings have been read again", times=1)
-        assert get(server, "/files/a.txt")[0] in (403, 404)
-        (directory / "rules.py").write_text("async def allow(:\n")
+        write("async def allow(request, name):\n    return False\n")
+        server.wait_for_log(IN_USE)
+        assert get(server, "/files/a.txt")[0] == 404
+        write("async def allow(:\n")
         server.wait_for_log("The settings cannot be used, so the old ones stay: ")
-        assert get(server, "/files/a.txt")[0] in (403, 404)
-        (directory / "rules.py").write_text("async def allow(request, name):\n    return None\n")
-        server.wait_for_log("The settings have been read again", times=2)
+        assert get(server, "/files/a.txt")[0] == 404
+        write("async def allow(request, name):\n    return name == 'a.txt'\n")
+        server.wait_for_log(IN_USE, times=2)
+        assert get(server, "/files/a.txt")[:2] == (200, b"files")
         change(directory, 'root = "files"', 'root = "other"')
-        server.wait_for_log("The settings have been read again", times=3)
+        server.wait_for_log(IN_USE, times=3)
         assert get(server, "/files/a.txt")[:2] == (200, b"other")
-        assert re.findall("INFO: +Application startup complete", server.log)
 
 
 def test_a_socket_of_systemd(directory: Path) -> None:
-    """LISTEN_FDS: the socket exists before the service, which must not close it for the next one."""
+    """LISTEN_FDS: the socket exists before the service, and goes on after it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
         script = (
@@ -343,25 +420,24 @@ def test_a_socket_of_systemd(directory: Path) -> None:
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.argv[2], sys.argv[2:])"
         )
         command = [sys.executable, "-c", script, str(listener.fileno()), *COMMAND]
-        for _ in range(2):
-            with serving(command, port, log=directory / "log", cwd=directory, pass_fds=[listener.fileno()]) as server:
-                assert get(server, "/files/a.txt") == (200, b"files", None)
-                server.wait_for_log(f"Listening on http://127.0.0.1:{port} ")
-                assert server.stop() == 0
+        with serving(command, port, log=directory / "log", cwd=directory, pass_fds=[listener.fileno()]) as server:
+            assert get(server, "/files/a.txt") == (200, b"files", None)
+            server.wait_for_log(f"Listening on http://127.0.0.1:{port} ")
+            assert server.stop() == 0
+        with socket.create_connection(("127.0.0.1", port), timeout=30):
+            listener.accept()[0].close()
 
 
-def test_the_sockets_of_another_process_are_not_ours(directory: Path) -> None:
-    port = free_port()
-    environ = {"LISTEN_PID": "1", "LISTEN_FDS": "1"}
-    command = [*COMMAND, "--port", str(port)]
-    with serving(command, port, log=directory / "log", cwd=directory, env=environ) as server:
-        assert get(server, "/files/a.txt")[0] == 200
+def test_the_sockets_of_another_process_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert inherited_sockets() == []
+    assert not [name for name in os.environ if name.startswith("LISTEN_")]
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_a_unix_socket_is_taken_over_when_that_is_asked_for(directory: Path, workers: str) -> None:
+def test_a_unix_socket_is_taken_over_when_that_is_asked_for(directory: Path) -> None:
     path = str(directory / "socket")
-    command = [*COMMAND, "--uds", path, "--workers", workers]
+    command = [*COMMAND, "--uds", path]
 
     def ask() -> bytes:
         with socket.socket(socket.AF_UNIX) as client:
