@@ -1,6 +1,6 @@
 """Load on a service that is reloaded or replaced: nothing may be refused, cut or wrong.
 
-`make restarts` runs every case for 20 rounds; the tests run some of them for two.
+`make restarts` runs every case for 20 rounds; the tests run some of them for one.
 """
 
 import argparse
@@ -33,7 +33,8 @@ DOWNLOADS = 50
 
 _RATE = 400_000
 _KEPT = 0.8  # seconds without a request after which a client uses a new connection: less than `drain_seconds`
-_SMALL, _LARGE = bytes(range(256)) * 40, bytes(range(256)) * 32 * 1024
+_SMALL = bytes(range(256)) * 40
+_BLOCK = bytes(range(256)) * 4096
 _SETTINGS = """
 [server]
 pid_file = "pid"
@@ -57,8 +58,9 @@ class Cut(Exception):
 class Load:
     """Clients, and what they have seen: how often an answer was good, wrong, cut or refused."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, large: bytes) -> None:
         self._port = port
+        self._large = large
         self.seen: Counter[str] = Counter()
         self.problems: list[str] = []
         self._stop = asyncio.Event()
@@ -115,7 +117,7 @@ class Load:
                 try:
                     await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self._port))
                     connection = await asyncio.open_connection(sock=sock)
-                    await self._ask(connection, "large.bin", _LARGE, _RATE)
+                    await self._ask(connection, "large.bin", self._large, _RATE)
                     connection[1].close()
                 except (OSError, Cut) as exc:
                     self._note(exc, "download")
@@ -156,8 +158,9 @@ class Load:
 class Site:
     """A service in a directory, and the processes that take turns in serving it."""
 
-    def __init__(self, directory: Path, case: Case, *, workers: int, behind_nginx: bool) -> None:
+    def __init__(self, directory: Path, case: Case, large: bytes, *, workers: int, behind_nginx: bool) -> None:
         self._directory = directory
+        self._large = large
         self._case = case
         self._workers = workers
         self.port = free_port()
@@ -174,7 +177,7 @@ class Site:
     async def __aenter__(self) -> "Site":
         (self._directory / "files").mkdir()
         (self._directory / "files/a.bin").write_bytes(_SMALL)
-        (self._directory / "files/large.bin").write_bytes(_LARGE)
+        (self._directory / "files/large.bin").write_bytes(self._large)
         offload = '[offload]\nbackend = "nginx"\n' if self._is_behind_nginx else ""
         (self._directory / "downloadview.toml").write_text(_SETTINGS + offload)
         if self._case == "fd":
@@ -271,16 +274,23 @@ class Site:
         return "\n".join(line for line in lines if '" 200 completed ' not in line)
 
 
-async def run(directory: Path, case: Case, *, workers: int, behind_nginx: bool, rounds: int) -> Load:
-    """Restart or reload so many times under load, and return what the clients have seen."""
-    async with Site(directory, case, workers=workers, behind_nginx=behind_nginx) as site:
-        async with Load(site.port) as load:
-            await asyncio.sleep(1)
-            for _ in range(rounds):
-                await site.next_round()
+async def run(case: Case, *, workers: int, behind_nginx: bool, rounds: int, mebibytes: int = 8) -> Load:
+    """Restart or reload so many times under load, and return what the clients have seen.
+
+    mebibytes: the size of each download.
+    """
+    large = _BLOCK * mebibytes
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)  # the workers of nginx may have another user
+        async with Site(directory, case, large, workers=workers, behind_nginx=behind_nginx) as site:
+            async with Load(site.port, large) as load:
                 await asyncio.sleep(1)
-        if load.problems:
-            load.problems.append(site.logs())
+                for _ in range(rounds):
+                    await site.next_round()
+                    await asyncio.sleep(1)
+            if load.problems:
+                load.problems.append(site.logs())
     return load
 
 
@@ -298,22 +308,18 @@ def main() -> None:
     for case, workers, behind_nginx in cases():
         if given.case not in (None, case):
             continue
-        with tempfile.TemporaryDirectory() as directory:
-            began = time.monotonic()
-            os.chmod(directory, 0o755)  # the workers of nginx may have another user
-            load = asyncio.run(
-                run(Path(directory), case, workers=workers, behind_nginx=behind_nginx, rounds=given.rounds)
-            )
-            seen = ", ".join(f"{load.seen[kind]} {kind}" for kind in ("answer", "download", "refused", "cut", "wrong"))
-            where = "behind nginx" if behind_nginx else "bare"
-            print(
-                f"{case}, {workers} worker{'s'[: workers - 1]}, {where}: {given.rounds} rounds in "
-                f"{time.monotonic() - began:.0f} s: {seen}",
-                flush=True,
-            )
-            for problem in [*load.problems[:-1][:20], *load.problems[-1:]]:  # the last one is the log
-                print(f"  {problem}", flush=True)
-            failed = failed or bool(load.problems)
+        began = time.monotonic()
+        load = asyncio.run(run(case, workers=workers, behind_nginx=behind_nginx, rounds=given.rounds))
+        seen = ", ".join(f"{load.seen[kind]} {kind}" for kind in ("answer", "download", "refused", "cut", "wrong"))
+        where = "behind nginx" if behind_nginx else "bare"
+        print(
+            f"{case}, {workers} worker{'s'[: workers - 1]}, {where}: {given.rounds} rounds in "
+            f"{time.monotonic() - began:.0f} s: {seen}",
+            flush=True,
+        )
+        for problem in [*load.problems[:-1][:20], *load.problems[-1:]]:  # the last one is the log
+            print(f"  {problem}", flush=True)
+        failed = failed or bool(load.problems)
     sys.exit(failed)
 
 
