@@ -176,6 +176,11 @@ class _Worker:
     def tell(self, order: bytes) -> None:
         _say(self.pipe, order)
 
+    def end_unless_ready(self) -> None:
+        """End a process that does not listen to its parent yet. It has accepted no connection."""
+        if not self.is_ready:
+            self.process.terminate()
+
     def listen(self) -> None:
         """Take what the worker has said."""
         with contextlib.suppress(OSError, EOFError):
@@ -303,6 +308,8 @@ class Workers:
         for listener in self._listeners.sockets:
             listener.close()
         self._tell_all(_DRAIN, server.drain_seconds + server.timeout_graceful_shutdown, last=_DRAIN_LAST)
+        for worker in self._everyone:
+            worker.end_unless_ready()
 
     def _tell_all(self, order: bytes, seconds: float, *, last: bytes | None = None) -> None:
         self._kill_at = time.monotonic() + seconds + _MARGIN
@@ -397,7 +404,7 @@ class Workers:
         """End the new workers, and go on with the old ones, if there are any."""
         for worker in self._next:
             worker.tell(_NOW)
-            worker.process.terminate()  # it may not listen yet
+            worker.end_unless_ready()
         self._leaving += self._next
         self._next = []
         if self._began is None:
