@@ -198,6 +198,19 @@ def test_signals_to_all_processes_are_one_signal(directory: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_stop_does_not_wait_for_workers_that_are_starting(directory: Path) -> None:
+    (directory / "slow.py").write_text("import pathlib, time\npathlib.Path('starts').touch()\ntime.sleep(3600)\n")
+    with service(directory, workers="2") as server:
+        settings = directory / "downloadview.toml"
+        settings.write_text(settings.read_text() + 'access = ["hook:slow:allow"]\n')
+        server.process.send_signal(signal.SIGHUP)
+        while not (directory / "starts").exists():
+            time.sleep(0.02)
+        assert server.stop() == 0
+        assert "is killed" not in server.log
+
+
+@pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(directory: Path) -> None:
     with service(directory, workers="2") as server:
         client = begin(server)

@@ -25,7 +25,7 @@ from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.pid_file import reload_by_pid_file
 from downloadview_async.service.reload import needing_a_restart
 from downloadview_async.service.systemd import inherited_sockets
-from tests.servers import Server, free_port, serving
+from tests.servers import Server, free_port, serving, wait_for_text
 from tests.service.test_cli import COMMAND, refused
 from tests.service.test_drain import WORKERS, begin, get, read
 
@@ -332,6 +332,21 @@ def test_a_reload_of_nothing_is_an_error(directory: Path) -> None:
     assert "nothing to reload: give --pid-file" in refused(cwd=directory, command="reload")
 
 
+def test_a_signal_that_comes_before_the_service_is_ready_is_obeyed(directory: Path) -> None:
+    port = free_port()
+    with subprocess.Popen([*COMMAND, "--port", str(port)], cwd=directory, stderr=subprocess.PIPE, text=True) as process:
+        while not (directory / "pid").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr is not None
+        log = []
+        for line in process.stderr:
+            log.append(line)
+            if IN_USE in line:
+                process.terminate()
+    assert process.returncode == 0, log
+
+
 def test_a_reload_of_a_process_that_ends_does_not_wait_for_its_time(directory: Path) -> None:
     """A process that does not know SIGHUP ends by it."""
     script = (
@@ -369,7 +384,7 @@ def test_reloads_leave_nothing_open(site: Site) -> None:
     while len(descriptors(site.server)) > len(before):  # files stay open for a second
         assert time.monotonic() < deadline, (before, descriptors(site.server))
         time.sleep(0.01)
-    assert (site.directory / "access.log").read_text().count("/files/a.txt") == 5
+    wait_for_text(site.directory / "access.log", "/files/a.txt", times=5)
 
 
 @pytest.mark.slow
