@@ -57,8 +57,15 @@ class Place:
 
 @dataclass(slots=True)
 class Batch:
-    """The rows that are written in one transaction."""
+    """The rows that are written in one transaction.
 
+    writer: identifies the writer. number: of the batch among those of the writer, in their order. If a batch with this
+    number or a higher one has been written, it is not written again: a connection may end between a transaction and the
+    answer to it.
+    """
+
+    writer: str = ""
+    number: int = 0
     parts: list[Delivered] = field(default_factory=list)
     delegated: list[Delivered] = field(default_factory=list)
     totals: dict[tuple[str, ...], Counts] = field(default_factory=dict)
@@ -175,9 +182,10 @@ class CompletionStore:
             await asyncio.sleep(0.02)
 
     async def write(self, batch: Batch) -> None:
-        """Write a batch in one transaction. Raises what the database raises; then nothing is written."""
+        """Write a batch in one transaction. Raises what the database raises: write the same batch again then."""
         async with self._writing() as connection:
-            await self._write(connection, batch)
+            if not batch.writer or await self._is_next(connection, batch):
+                await self._write(connection, batch)
 
     async def close_delegated(
         self, lines: Iterable[LogLine], place: Place | None = None, *, keeps_unknown: bool = True
@@ -308,6 +316,18 @@ class CompletionStore:
             self._trimmed_at = time.monotonic()
             await self._trim(connection)
 
+    async def _is_next(self, connection: "AsyncConnection", batch: Batch) -> bool:
+        """Note the number of a batch of a writer, and return whether it is a new one."""
+        table = self._tables.writers
+        number = await connection.scalar(_select(table.c.number).where(table.c.writer == batch.writer))
+        if number is not None and number >= batch.number:
+            return False
+        insert = self._insert(table)
+        row = {"writer": batch.writer, "time": time.time(), "number": batch.number}
+        changed = {name: insert.excluded[name] for name in ("time", "number")}
+        await connection.execute(insert.on_conflict_do_update(index_elements=[table.c.writer], set_=changed), row)
+        return True
+
     async def _close_known(self, connection: "AsyncConnection", batch: Batch) -> None:
         """Count those delegated answers of a batch whose lines have been read before, instead of keeping them."""
         early = self._tables.lines
@@ -374,7 +394,7 @@ class CompletionStore:
         """Remove rows that are too old or too many."""
         now, tables, keep = time.time(), self._tables, self.keep.total_seconds()
         oldest = now - min(keep, 7 * _DAY)
-        for table in (tables.sessions, tables.delegated, tables.places):
+        for table in (tables.sessions, tables.delegated, tables.places, tables.writers):
             await connection.execute(table.delete().where(table.c.time < oldest))
         await connection.execute(tables.lines.delete().where(tables.lines.c.time < now - _DAY))
         for table in (tables.totals, tables.clients):
@@ -516,6 +536,12 @@ class _Tables:
             Column("device", BigInteger, nullable=False),
             Column("inode", BigInteger, nullable=False),
             Column("offset", BigInteger, nullable=False),
+        )
+        self.writers = table(
+            "writers",
+            Column("writer", String(32), primary_key=True),
+            Column("time", Float(53), nullable=False),
+            Column("number", BigInteger, nullable=False),
         )
 
 

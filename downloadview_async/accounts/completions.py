@@ -9,6 +9,7 @@ from math import inf
 from time import monotonic
 from types import TracebackType
 from typing import Self
+from uuid import uuid4
 
 import anyio
 
@@ -23,6 +24,10 @@ _DELAY = 0.5  # seconds; what arrives in them is written in one transaction
 _RETRY_SECONDS = 1.0
 _LOG_SECONDS = 60.0
 _CLOSE_SECONDS = 10.0
+
+
+_Counts = dict[Whole, tuple[int, int]]
+"""How many answers have delivered a whole file, and their bytes."""
 
 
 class Completions:
@@ -51,8 +56,13 @@ class Completions:
         self.store = CompletionStore(store) if isinstance(store, str) else store
         self._max_waiting = max_waiting
         self._outcomes: list[Outcome] = []
-        self._whole: dict[Whole, tuple[int, int]] = {}
-        """How many answers have delivered a whole file, and their bytes."""
+        self._whole: _Counts = {}
+        self._unwritten: tuple[list[Outcome], _Counts] = [], {}
+        """The answers of a transaction that has not succeeded. They may be written all the same: see `Batch`."""
+        self._waiting = 0
+        """How many answers wait; whole files with the same facts are one."""
+        self._number = 0
+        self._writer = ""
         self._adding = threading.Lock()
         self._lost = 0
         self._logged_at = -inf
@@ -70,13 +80,17 @@ class Completions:
         with self._adding:
             if key is not None and (counted := self._whole.get(key)) is not None:
                 self._whole[key] = counted[0] + 1, counted[1] + outcome.sent
-            elif len(self._outcomes) + len(self._whole) >= self._max_waiting:
+            elif key is not None and key in self._unwritten[1]:
+                self._whole[key] = 1, outcome.sent
+            elif self._waiting >= self._max_waiting:
                 self._lost += 1
                 return
-            elif key is None:
-                self._outcomes.append(outcome)
             else:
-                self._whole[key] = 1, outcome.sent
+                self._waiting += 1
+                if key is None:
+                    self._outcomes.append(outcome)
+                else:
+                    self._whole[key] = 1, outcome.sent
         if not self._has_some.is_set():
             self._wake()
 
@@ -109,7 +123,9 @@ class Completions:
             self._is_closing.clear()
             if self._process == 0:
                 atexit.register(self.close)
-            self._process = os.getpid()  # a process that was forked has no threads of its parent
+            if self._process != os.getpid():
+                self._process = os.getpid()  # a process that was forked has no threads of its parent
+                self._writer = uuid4().hex
             self._thread = threading.Thread(target=self._run, name="downloadview completions", daemon=True)
             try:
                 self._thread.start()
@@ -127,7 +143,7 @@ class Completions:
                 is_written = runner.run(self._write())
                 delay = _DELAY if is_written else _RETRY_SECONDS
                 with self._lock:
-                    has_some = self._outcomes or self._whole
+                    has_some = self._waiting
                     if is_last and not (is_written and has_some):
                         self._thread = None
                         break
@@ -135,15 +151,19 @@ class Completions:
                         self._has_some.set()
             runner.run(self.store.aclose())
         if has_some:
-            count = len(self._outcomes) + sum(answers for answers, _ in self._whole.values())
+            pending = [(self._outcomes, self._whole), self._unwritten]
+            count = sum(len(one) + sum(answers for answers, _ in counts.values()) for one, counts in pending)
             logger.warning("%d answers were not counted before the end", count)
 
     async def _write(self) -> bool:
-        """Write what waits, and return whether that succeeded."""
-        with self._adding:
-            outcomes, self._outcomes = self._outcomes, []
-            counts, self._whole = self._whole, {}
-        batch = Batch()
+        """Write what waits, or what could not be written before, and return whether that succeeded."""
+        if not any(self._unwritten):
+            with self._adding:
+                self._unwritten = self._outcomes, self._whole
+                self._outcomes, self._whole = [], {}
+            self._number += 1
+        outcomes, counts = self._unwritten
+        batch = Batch(self._writer, self._number)
         for outcome in outcomes:
             if (part := delivered(outcome)) is not None:
                 batch.add(part)
@@ -154,12 +174,10 @@ class Completions:
                 await self.store.write(batch)
         except Exception as exc:  # whatever the driver raises: the thread has to go on
             self._log("Downloads cannot be counted now: %s", f"{type(exc).__name__}: {getattr(exc, 'orig', exc)}")
-            with self._adding:
-                self._outcomes[:0] = outcomes
-                for key, (answers, sent) in counts.items():
-                    more = self._whole.get(key, (0, 0))
-                    self._whole[key] = answers + more[0], sent + more[1]
             return False
+        with self._adding:
+            self._unwritten = [], {}
+            self._waiting = len(self._outcomes) + len(self._whole)
         if self._lost:
             lost, self._lost = self._lost, 0
             logger.warning("%d answers were not counted, because the database failed", lost)

@@ -53,7 +53,7 @@ class _Waiting:
         self._outcomes: deque[Outcome] = deque()
         self._is_awake = False
         self._is_delivering = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may put an outcome while this thread has it
         self._loop: asyncio.AbstractEventLoop | None = None  # the one that is to deliver, or to start a thread
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None

@@ -27,6 +27,7 @@ A download that began before an update of this library could otherwise be resume
 
 _LOCAL_HEADER = Struct("<IHHHIIIIHH")
 _DIRECTORY_ENTRY = Struct("<IHHHHIIIIHHHHHII")
+_SAME_ENTRY = Struct("<IH10sIII4sHHHII")  # what is as in the local header stays as it is there
 _DESCRIPTOR = Struct("<IIII")
 _DESCRIPTOR_64 = Struct("<IIQQ")
 _EXTRA = Struct("<HHBi")
@@ -103,6 +104,7 @@ class ZipLayout:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
+        self._headers: list[bytes | None] = [None] * len(members)  # those that have been made
         self._offsets = array("Q")
         self._entries = array("Q")  # offsets of the entries of the central directory
         position = 0
@@ -194,17 +196,10 @@ class ZipLayout:
 
         Its CRC-32 and sizes are 0, because a descriptor follows [4.4.4, bit 3] or the file is empty.
         """
-        member = self.members[index]
-        name, extra, modified = member.name.encode(), _extra(member), member.modified
-        version, size = _VERSION, 0
-        if _is_large(member):
-            # A reader that meets this field knows that the descriptor has sizes of 8 bytes [4.3.9.2].
-            extra = pack("<HHQQ", 1, 16, 0, 0) + extra
-            version, size = _VERSION_64, _MAX_32
-        flags, time = _flags(member), _dos_time(modified)
-        return (
-            _LOCAL_HEADER.pack(0x04034B50, version, flags, 0, time, 0, size, size, len(name), len(extra)) + name + extra
-        )
+        header = self._headers[index]
+        if header is None:
+            header = self._headers[index] = _local_header(self.members[index])
+        return header
 
     def checked(self, piece: Checked, crc: int) -> bytes:
         """Return the bytes of a piece, with the CRC-32 of its file."""
@@ -220,15 +215,18 @@ class ZipLayout:
     def entry(self, index: int, crc: int) -> bytes:
         """Return the entry of a file in the central directory [APPNOTE 4.3.12]. crc: its CRC-32."""
         member, offset = self.members[index], self._offsets[index]
-        name, extra, size = member.name.encode(), _extra(member), member.size
-        version = _VERSION
-        if size >= _MAX_32 or offset >= _MAX_32:
-            extra = self._zip64_of_entry(index) + extra
-            version, size, offset = _VERSION_64, min(size, _MAX_32), min(offset, _MAX_32)
+        size, made_by = member.size, _UNIX | _VERSION_64
+        if size < _MAX_32 and offset < _MAX_32:
+            header = self.header(index)
+            version_to_time, lengths = header[4:14], header[26:30]
+            fields = (0x02014B50, made_by, version_to_time, crc, size, size, lengths, 0, 0, 0, _attributes(member))
+            return _SAME_ENTRY.pack(*fields, offset) + header[30:]
+        name, extra = member.name.encode(), self._zip64_of_entry(index) + _extra(member)
+        size, offset = min(size, _MAX_32), min(offset, _MAX_32)
         fixed = _DIRECTORY_ENTRY.pack(
             0x02014B50,
-            _UNIX | _VERSION_64,
-            version,
+            made_by,
+            _VERSION_64,
             _flags(member),
             0,
             _dos_time(member.modified),
@@ -268,6 +266,17 @@ class ZipLayout:
             zip64 += _LOCATOR_64.pack(0x07064B50, 0, self._end, 1)
         count = min(count, _MAX_16)
         return zip64 + _END.pack(0x06054B50, 0, 0, count, count, min(length, _MAX_32), min(offset, _MAX_32), 0)
+
+
+def _local_header(member: Member) -> bytes:
+    name, extra, modified = member.name.encode(), _extra(member), member.modified
+    version, size = _VERSION, 0
+    if _is_large(member):
+        # A reader that meets this field knows that the descriptor has sizes of 8 bytes [4.3.9.2].
+        extra = pack("<HHQQ", 1, 16, 0, 0) + extra
+        version, size = _VERSION_64, _MAX_32
+    fields = (0x04034B50, version, _flags(member), 0, _dos_time(modified), 0, size, size, len(name), len(extra))
+    return _LOCAL_HEADER.pack(*fields) + name + extra
 
 
 def has_checksum(member: Member) -> bool:

@@ -423,6 +423,47 @@ def test_while_the_database_fails_answers_wait_and_then_count(
     assert "2 answers were not counted" in caplog.text
 
 
+@pytest.mark.slow
+def test_a_connection_that_ends_within_a_commit_counts_once(postgres: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The transaction is committed then, but nobody says so."""
+    port = re.search(r":(\d+)/", postgres)
+    assert port is not None
+    held: list[bytes] = []
+    is_cutting = False
+
+    async def copy(reader: asyncio.StreamReader, to: asyncio.StreamWriter, is_asking: bool) -> None:
+        with contextlib.closing(to), contextlib.suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                if is_asking and is_cutting and not held and b"COMMIT" in data:
+                    held.append(b"")
+                elif not is_asking and held == [b""]:
+                    held.append(data)
+                    break
+                to.write(data)
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, upstream = await asyncio.open_connection("127.0.0.1", int(port[1]))
+        await asyncio.gather(copy(reader, upstream, True), copy(answers, writer, False))
+
+    async def run() -> None:
+        nonlocal is_cutting
+        async with await asyncio.start_server(pass_on, "127.0.0.1", 0) as server:
+            relay = server.sockets[0].getsockname()[1]
+            store = dv.CompletionStore(postgres.replace(port[0], f":{relay}/"))
+            async with dv.Completions(store) as completions:
+                is_cutting = True
+                completions(now_and(name="once.bin"))
+                completions(piece(0, name="once.bin"))
+                async with asyncio.timeout(_PATIENCE):
+                    while "cannot be counted now" not in caplog.text:
+                        await asyncio.sleep(0.02)
+                completions(now_and(name="once.bin"))
+
+    asyncio.run(run())
+    assert b"COMMIT" in held[1], "no answer to a commit was held back"
+    assert counted(postgres)["files/once.bin"] == (2, 3, 300)
+
+
 def test_an_outcome_costs_no_thread_and_no_wait(url: str) -> None:
     """Only the first one of half a second wakes the thread that writes."""
     completions = dv.Completions(url)

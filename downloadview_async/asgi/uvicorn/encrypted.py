@@ -37,7 +37,7 @@ class CountingTransport:
 
 
 class EncryptedStream:
-    """What the client has taken of all answers on a connection.
+    """Counts the bytes of all answers on a connection, and how many of them the client has taken.
 
     The loop closes the socket before it tells the protocol of a loss, so from `open` to `close` this has a duplicate of
     its descriptor.

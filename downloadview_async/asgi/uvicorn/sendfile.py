@@ -233,8 +233,10 @@ def _write(connection: Sending, sock: socket.socket | None, text: bytes | memory
     """
     sent = 0
     if sock is not None:
-        with suppress(OSError):  # the transport gets the same error, where it can be handled
+        try:
             sent = sock.send(text, flags)
+        except OSError:  # the transport gets the same error, where it can be handled
+            sent = 0
     if sent < len(text):
         connection.transport.write(memoryview(text)[sent:])
         if connection.transport.is_closing():

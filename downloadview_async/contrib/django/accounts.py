@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
+from weakref import finalize
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.core.handlers.asgi import ASGIRequest
@@ -166,7 +167,16 @@ def _counted(request: HttpRequest, response: HttpResponseBase, account: Account)
     account.is_complete = account.is_complete or is_head
     closers: list[Any] = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001
     closers.append(partial(account.end, ClientDisconnect()))  # if the server closes it before its end
+    # Django's handler for ASGI does not close it if `send` raises, as ASGI 2.4 allows when the client has left
+    finalize(response, _drop, account, 0 if isinstance(response, HttpResponse) else None).atexit = False
     return response
+
+
+def _drop(account: Account, sent: int | None) -> None:
+    """End the account of a response that was not closed. sent: the bytes that were sent, if they were not counted."""
+    account.is_complete = False
+    account.sent = account.sent if sent is None else sent
+    account.end(ClientDisconnect())
 
 
 async def _nowhere(message: object) -> None:

@@ -18,6 +18,7 @@ from django.urls import URLPattern, URLResolver, get_resolver
 from django.utils.module_loading import import_string
 
 from downloadview_async.contrib.django.adapters import opens_as_stored, told_of
+from downloadview_async.contrib.django.limits import LimitsMiddleware, limits_of_settings
 from downloadview_async.contrib.django.links import link_signer
 from downloadview_async.contrib.django.middleware import (
     DownloadDispatcher,
@@ -41,6 +42,8 @@ _RULES_HINT = (
     '{"source_dir": "/srv/media", "destination_dir": "/srv/media"}.'
 )
 
+_LIMITS_HINT = 'For example: DOWNLOADVIEW_LIMITS = {"RATE": "20MB/s", "REQUESTS": "600/minute"}.'
+_AUTHENTICATION = "django.contrib.auth.middleware.AuthenticationMiddleware"
 _STORE_HINT = 'For example: DOWNLOADVIEW_LINKS = {"STORE": f"sqlite:{BASE_DIR / \'links.db\'}"}.'
 
 
@@ -50,10 +53,17 @@ def check_downloads(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> l
     E001: an unknown backend. E002: a rule that does not fit its backend. W003: a rule that matches no file. W004: a
     middleware for WSGI alone. E005: a `PathDownloadView` that would give out any file of the machine. W006: a
     `PathDownloadView` that makes a path from the URL itself. W007: a storage whose files no rule offloads. E008: the
-    settings of signed links. W009: a store of links that processes do not share.
+    settings of signed links. W009: a store of links that processes do not share. E010: the settings of limits. W011:
+    limits for users that come before the middleware which looks users up.
     """
     classes = list(_middlewares())
-    return [*_check_rules(classes), *_check_middlewares(classes), *_check_paths(), *_check_links()]
+    return [
+        *_check_rules(classes),
+        *_check_middlewares(classes),
+        *_check_paths(),
+        *_check_links(),
+        *_check_limits(classes),
+    ]
 
 
 def _middlewares() -> Iterator[tuple[str, Any]]:
@@ -234,6 +244,25 @@ def _check_links() -> Iterator[CheckMessage]:
             f"settings.DOWNLOADVIEW_LINKS: processes may not share {scheme}:{place}, and then each counts separately",
             hint=_STORE_HINT,
             id="downloadview_async.W009",
+        )
+
+
+def _check_limits(classes: list[tuple[str, Any]]) -> Iterator[CheckMessage]:
+    if not _uses(classes, LimitsMiddleware) and not hasattr(settings, "DOWNLOADVIEW_LIMITS"):
+        return
+    try:
+        limits_of_settings()
+    except ImproperlyConfigured as exc:
+        yield Error(str(exc), hint=_LIMITS_HINT, id="downloadview_async.E010")
+        return
+    paths = [path for path, _ in classes]
+    limited = next((index for index, one in enumerate(classes) if _uses([one], LimitsMiddleware)), len(classes))
+    if settings.DOWNLOADVIEW_LIMITS.get("CLIENT") == "user" and _AUTHENTICATION in paths[limited:]:
+        yield CheckWarning(
+            "settings.MIDDLEWARE: LimitsMiddleware comes before AuthenticationMiddleware, so it knows no user, and "
+            "counts each address as a client",
+            hint="Put LimitsMiddleware after AuthenticationMiddleware.",
+            id="downloadview_async.W011",
         )
 
 

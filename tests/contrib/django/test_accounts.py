@@ -197,6 +197,45 @@ def test_a_client_that_leaves(
     assert 90_000 < outcome.sent < SIZE
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("application", [django_asgi, get_asgi_application])
+@pytest.mark.parametrize("target", ["/ours/large.bin", "/theirs/large.bin", "/plain"])
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume synchronous iterators:Warning")
+async def test_a_server_that_raises_since_the_client_has_left(
+    application: Callable[[], Any], target: str, root: Path
+) -> None:
+    """ASGI 2.4 has `send` raise OSError then."""
+    outcomes: queue.Queue[Outcome] = queue.Queue()
+    messages = iter([{"type": "http.request"}])
+
+    async def receive() -> Any:
+        if (message := next(messages, None)) is None:
+            await asyncio.Event().wait()
+        return message
+
+    async def send(message: Any) -> None:
+        if message["type"] != "http.response.start":
+            raise OSError("the client has left")
+
+    def note(sender: Any, outcome: Outcome, **_: Any) -> None:
+        outcomes.put(outcome)
+
+    scope = {"type": "http", "method": "GET", "path": target, "query_string": b"", "headers": []}
+    with override_settings(ROOT_URLCONF=urls(root), MIDDLEWARE=MIDDLEWARE, DEBUG=False):
+        download_finished.connect(note)
+        try:
+            with contextlib.suppress(OSError):
+                await application()(scope, receive, send)
+            with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+                gc.collect()  # Django's own handler leaves the files of bodies open then, and does not close a response
+            outcome = await asyncio.to_thread(outcomes.get, timeout=20)
+        finally:
+            download_finished.disconnect(note)
+    assert outcomes.empty()
+    assert (outcome.path, outcome.status) == (target, 200)
+    assert (outcome.result, outcome.reason, outcome.sent) == ("aborted", "client-left", 0)
+
+
 @pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume synchronous iterators:Warning")
 def test_a_body_that_breaks_off(served: tuple[int, "queue.Queue[Outcome]"]) -> None:
     port, outcomes = served

@@ -326,3 +326,29 @@ def test_links(changes: dict[str, Any], fault: str | None, message: str) -> None
     messages = faults(**changes)
     assert [each.id for each in messages] == ([] if fault is None else [f"downloadview_async.{fault}"])
     assert all(message in each.msg for each in messages)
+
+
+LIMITS = "downloadview_async.contrib.django.LimitsMiddleware"
+AUTH = "django.contrib.auth.middleware.AuthenticationMiddleware"
+
+
+@pytest.mark.parametrize(
+    ("limits", "middleware", "fault", "message"),
+    [
+        ({"RATE": "20MB/s", "CLIENT": "user"}, [AUTH, LIMITS], None, ""),
+        ({"RATE": "20MB/s", "CLIENT": "user"}, [LIMITS], None, ""),  # another middleware may look users up
+        ({"RATE": "20MB/s"}, [LIMITS, AUTH], None, ""),
+        ({"RATE": "20MB/s", "CLIENT": "user"}, [LIMITS, AUTH], "W011", "so it knows no user"),
+        ({"RATE": "fast"}, [LIMITS], "E010", "'fast' is not a rate"),
+        ({"RAET": "20MB/s"}, [], "E010", "some of these keys: CLIENT, CONCURRENT"),
+        ({"CLIENT": "link"}, [LIMITS], "E010", "give a function"),
+        ({"CLIENT": "nowhere.at_all"}, [LIMITS], "E010", "No module named 'nowhere'"),
+        (None, [LIMITS], "E010", "has to be a dictionary"),
+        (None, [AUTH], None, ""),
+    ],
+)
+def test_limits(limits: Any, middleware: list[str], fault: str | None, message: str) -> None:
+    changes = {} if limits is None else {"DOWNLOADVIEW_LIMITS": limits}
+    messages = faults(MIDDLEWARE=middleware, **changes)
+    assert [each.id for each in messages] == ([] if fault is None else [f"downloadview_async.{fault}"])
+    assert all(message in each.msg for each in messages)
