@@ -57,7 +57,7 @@ _OF_TERMINALS = (signal.SIGHUP, signal.SIGINT)
 """The signals that the parent alone obeys."""
 
 _States = dict[str, tuple[int, ...]]
-"""What tells one version of a file from another, by the path."""
+"""The time, the size and the inode of each file, by its path; nothing for a file that is missing."""
 
 _spawn = multiprocessing.get_context("spawn")
 _logger = logging.getLogger("uvicorn.error")
