@@ -243,6 +243,7 @@ class Workers:
         self._next_settings = settings
         self._leaving: list[_Worker] = []
         self._retiring: list[_Worker] = []  # those of `_leaving` that may still accept connections
+        self._serves = False  # it has started, and can start workers
         self._began: int | None = None  # when the settings were read for `_next`
         self._wants_reload = False
         self._signals = signals
@@ -262,7 +263,7 @@ class Workers:
                 signal.signal(number, lambda number, _: self._signals.append(number))
             _logger.info("Started parent process [%d]", os.getpid())
             self._next = self._started(self._settings)
-            while self._everyone:
+            while self._everyone or self._goes_on:
                 self._wait(woken)
                 self._handle_signals()
                 self._listen()
@@ -272,6 +273,11 @@ class Workers:
             signal.set_wakeup_fd(-1)
         _logger.info("Stopping parent process [%d]", os.getpid())
         return self._status
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether workers that end are replaced, even all of them."""
+        return self._serves and self._kill_at is None
 
     @property
     def _everyone(self) -> list[_Worker]:
@@ -313,10 +319,8 @@ class Workers:
 
     def _tell_all(self, order: bytes, seconds: float, *, last: bytes | None = None) -> None:
         self._kill_at = time.monotonic() + seconds + _MARGIN
-        first, *others = self._everyone  # the first one is not leaving yet
-        for worker in others:
-            worker.tell(order)
-        first.tell(last or order)
+        for number, worker in enumerate(self._everyone):  # the first one is not leaving yet
+            worker.tell(order if number or last is None else last)
 
     def _listen(self) -> None:
         # If this process was stopped for a while, such as by a debugger or with its container, the workers were, too.
@@ -356,6 +360,7 @@ class Workers:
         else:
             self._current.remove(worker)
             self._status = status or STARTUP_FAILURE
+            self._serves = bool(self._current)
 
     def _replace(self, worker: _Worker) -> None:
         self._current[self._current.index(worker)] = self._worker()
@@ -363,7 +368,7 @@ class Workers:
     def _keep_alive(self) -> None:
         """Start workers for those that have died."""
         missing = self._settings.server.workers - len(self._current)
-        if self._kill_at is None and self._current and time.monotonic() >= self._start_at:
+        if self._goes_on and time.monotonic() >= self._start_at:
             self._current += [self._worker() for _ in range(missing)]
 
     def _finish_reload(self) -> None:
@@ -379,6 +384,7 @@ class Workers:
             if self._watch is not None:
                 self._watch.follow(self._current[0].files)
             if self._began is None:
+                self._serves = True
                 self._listeners.publish()
                 self._notifier.ready()
         # Until then, the kernel may give a new connection to a worker with the old settings.

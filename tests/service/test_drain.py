@@ -226,11 +226,16 @@ def test_workers_end_when_their_parent_is_killed(directory: Path) -> None:
 @pytest.mark.slow
 def test_a_worker_that_ends_is_replaced(directory: Path) -> None:
     with service(directory, workers="2") as server:
-        for starts, kill in ((3, signal.SIGKILL), (4, signal.SIGTERM)):
-            (first, *_) = worker_pids(server)
-            os.kill(first, kill)
+        for starts, kill in ((3, signal.SIGKILL), (4, signal.SIGTERM), (6, signal.SIGKILL)):
+            ended = worker_pids(server)[: starts // 3]  # the last time, there is none left
+            server.process.send_signal(signal.SIGSTOP)  # it is to see all of them end at once
+            for worker in ended:
+                os.kill(worker, kill)
+                while not has_ended(worker):
+                    time.sleep(0.01)
+            server.process.send_signal(signal.SIGCONT)
             server.wait_for_log("Application startup complete", times=starts)
-            assert first not in worker_pids(server)
+            assert not {*ended} & {*worker_pids(server)}
             assert get(server, "/files/a.txt")[0] == 200
         assert server.stop() == 0
 
@@ -275,6 +280,11 @@ def test_a_worker_that_leaves_by_itself_is_replaced_while_it_sends_on(directory:
 def worker_pids(server: Server) -> list[int]:
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     return [int(one) for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
+
+
+def has_ended(process: int) -> bool:
+    """Return whether a process has ended, and only its parent has not noticed."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def ask_until_refused(server: Server, lost: list[str], answered: list[None]) -> None:
