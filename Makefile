@@ -96,6 +96,10 @@ test-all: $(VENV)/dev.done  ## Run all tests, including those marked slow; PYTES
 outcomes: $(VENV)/dev.done  ## Compare the outcomes of 20,000 requests to each server with what clients have received
 	OUTCOMES=20000 $(BIN)/python -m pytest --numprocesses=$(WORKERS) tests/asgi/test_accounts.py $(PYTEST_ARGS)
 
+.PHONY: restarts
+restarts: $(VENV)/dev.done  ## Reload and restart the service under load, 20 times in each way, in about an hour
+	$(BIN)/python -m tests.service.restarts
+
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (170 MB); install the others with apt
 

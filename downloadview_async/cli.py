@@ -6,12 +6,12 @@ import json
 import os
 import re
 import secrets
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from downloadview_async import ConfigurationError, FileError, __version__, link_formats, proxy_kinds
 
@@ -63,6 +63,7 @@ def main() -> None:
 )
 @click.option("--share", metavar="TIME", help="With PATH, print signed links, such as for 2h, and serve nothing else.")
 @click.option("--qr", is_flag=True, help="With PATH, show the last URL as a QR code, on a terminal.")
+@click.option("--watch", is_flag=True, help="Reload when the settings or the code change, for development.")
 @click.pass_context
 def serve(
     context: click.Context,
@@ -74,6 +75,7 @@ def serve(
     users: tuple[str, ...],
     share: str | None,
     qr: bool,
+    watch: bool,
     **options: Any,
 ) -> None:
     """Serve the routes in the settings, or files and directories.
@@ -109,14 +111,15 @@ def serve(
             given |= {"uds": None, "fd": None}  # uvicorn would prefer those in the file
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=given)
         if not paths:
-            run(settings)
+            run(settings, options=given, watches=watch)
             return
         if settings.server.port == 0 and settings.server.uds is None and settings.server.fd is None:
             from downloadview_async.service.serve_paths import free_port
 
             given["port"] = free_port(settings.server.host)
             settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=given)
-        run(settings, announce=lambda: _announce(settings, paths, share=share is not None, qr=qr))
+        announce = functools.partial(_announce, settings, paths, share=share is not None, qr=qr)
+        run(settings, options=given, watches=watch, announce=announce)
     except ConfigurationError as exc:
         _say(exc)
         sys.exit(_STARTUP_FAILURE if isinstance(exc, Unavailable) else _WRONG_SETTINGS)
@@ -172,6 +175,57 @@ def _option_of(setting: msgspec.structs.FieldInfo) -> click.Option:
 
 
 serve.params += map(_option_of, msgspec.structs.fields(ServerSettings))
+
+
+@main.command("reload")
+@click.argument("process", required=False, type=click.IntRange(min=1), metavar="[PID]")
+@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@click.option("--pid-file", help="The pid_file of the service.  [default: server.pid_file in the settings]")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds that the service has to answer.",
+)
+def reload_settings(process: int | None, config: Path | None, pid_file: str | None, timeout: float) -> None:
+    """Have a running service read its settings again.
+
+    It reads the keys, the users and the certificate again, too. No request is refused or cut.
+
+    The service is the process PID, or that of the pid_file, or that of the variable MAINPID, which systemd sets. With a
+    pid_file, the command waits until the service uses the new settings. Without one, it checks them itself and sends
+    SIGHUP. If the settings are wrong, nothing changes, and the exit status is 2.
+    """
+    import anyio
+
+    from downloadview_async.service.app import build, check_databases
+    from downloadview_async.service.pid_file import hang_up, reload_by_pid_file
+    from downloadview_async.service.server_checks import check_certificate
+
+    try:
+        if pid_file is None or process is not None:
+            _choose(config, "nothing to reload: give --pid-file, or ")
+            settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+            pid_file = settings.server.pid_file if process is None else None
+            main_process = os.environ.get("MAINPID", "")
+            if process is None and pid_file is None:
+                if not main_process.isdecimal():
+                    raise ConfigurationError("no process: give PID, or set server.pid_file")
+                process = int(main_process)
+            if process is not None:
+                check_certificate(settings)
+                build(settings)
+                anyio.run(check_databases, settings)
+                hang_up(process)
+                click.echo(f"told the process {process} to reload")
+                return
+        assert pid_file is not None
+        reload_by_pid_file(pid_file, seconds=timeout)
+    except ConfigurationError as exc:
+        _say(exc)
+        sys.exit(_STARTUP_FAILURE if isinstance(exc, Unavailable) else _WRONG_SETTINGS)
+    click.echo("reloaded")
 
 
 @main.command("config")
@@ -531,69 +585,46 @@ def _choose(config: Path | None, lacking: str) -> None:
         os.environ[CONFIG] = _DEFAULT_CONFIG
 
 
-def run(settings: Settings, *, announce: Callable[[], None] = lambda: None) -> None:
+def run(
+    settings: Settings,
+    *,
+    options: Mapping[str, Any] | None = None,
+    watches: bool = False,
+    announce: Callable[[], None] = lambda: None,
+) -> None:
     """Serve until SIGINT or SIGTERM; then running downloads have `timeout_graceful_shutdown` seconds to finish.
 
-    announce: called after all checks, just before the server starts.
+    options: `[server]` settings of the command line, for reading the settings again. announce: called after all checks,
+    just before the server starts.
 
     Raises `ConfigurationError`.
     """
     # imported here, because --help and errors do not need them
     import anyio
-    import uvicorn
 
-    from downloadview_async.asgi.server import DownloadProtocol
-    from downloadview_async.service.access import keeping_peers
-    from downloadview_async.service.app import build, check_databases, worker_app
-    from downloadview_async.service.logs import log_config
-    from downloadview_async.service.metrics import shared_directory
+    from downloadview_async.service.app import check_databases
+    from downloadview_async.service.serve import serve as serve_until_stopped
     from downloadview_async.service.server_checks import check_server
-    from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
-    from downloadview_async.service.workers import Workers
+    from downloadview_async.service.systemd import inherited_sockets
 
-    # uvicorn raises the signal again after its shutdown: end with status 0, not by the signal
-    signal.signal(signal.SIGTERM, _end)
-    ignore_hangup()
     # with several workers too: report errors once, before any worker starts
-    check_server(settings)
-    settings = settings.of_own_server()
-    app = build(settings)
+    inherited = inherited_sockets()
+    check_server(
+        replace(settings, server=msgspec.structs.replace(settings.server, uds=None, fd=inherited[0].fileno()))
+        if inherited
+        else settings
+    )
     anyio.run(check_databases, settings)
-    server = settings.server
-    options = msgspec.structs.asdict(server)
-    watch = {"stall_seconds": options.pop("stall_timeout"), "minimum_rate": options.pop("minimum_rate")}
-    if server.http == "auto":
-        options["http"] = functools.partial(DownloadProtocol, **watch)
-    main_app = EndsInTime(app)
-    outermost = keeping_peers(main_app, settings)
-    if outermost is not main_app:
-        options["proxy_headers"] = False
-    options["access_log"] = False  # the application writes it
-    _pass_to_workers(server)
-    announce()
-    vars(sys.modules[uvicorn.run.__module__])["Multiprocess"] = Workers  # uvicorn.run looks up this name
-    with shared_directory(settings):
-        uvicorn.run(
-            outermost if server.workers == 1 else f"{worker_app.__module__}:{worker_app.__name__}",
-            factory=server.workers > 1,
-            lifespan="on",
-            ws="none",
-            log_config=log_config(server.log_level),
-            **options,
-        )
+    options = options or {}
 
+    def load() -> Settings:
+        return load_settings(os.environ.get(CONFIG), environ=os.environ, options=options)
 
-def _pass_to_workers(server: ServerSettings) -> None:
-    """Write what the application needs into the environment: worker processes do not see the command line."""
-    os.environ["DOWNLOADVIEW_SERVER__ACCESS_LOG"] = json.dumps(server.access_log)
-    os.environ["DOWNLOADVIEW_SERVER__LOG_LEVEL"] = server.log_level
-    os.environ["DOWNLOADVIEW_SERVER__PROXY_HEADERS"] = json.dumps(server.proxy_headers)
-    if server.forwarded_allow_ips is not None:
-        os.environ["DOWNLOADVIEW_SERVER__FORWARDED_ALLOW_IPS"] = server.forwarded_allow_ips
-
-
-def _end(number: int, frame: object) -> NoReturn:
-    sys.exit(0)
+    status = serve_until_stopped(
+        settings, load, options=options, inherited=inherited, watches=watches, announce=announce
+    )
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

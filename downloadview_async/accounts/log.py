@@ -43,13 +43,15 @@ class AccessLog:
     Raises `ConfigurationError` for another format, and if the file cannot be opened.
     """
 
+    _path: str | None = None
+    _descriptor = -1
+
     def __init__(self, path: str | os.PathLike[str] | None = None, *, format: LogFormat = "text") -> None:  # noqa: A002
         if format not in _FORMATS:
             raise ConfigurationError(f"format is {format!r}: give {', '.join(_FORMATS)}")
         self._line_of = _FORMATS[format]
         self._path = None if path is None else os.path.abspath(path)
         self._lines: list[str] = []
-        self._descriptor = -1
         self._is_torn = False
         try:
             self._open()
@@ -58,6 +60,11 @@ class AccessLog:
                 f"the log {self._path!r} cannot be written ({exc.strerror}): give a file in a directory where this "
                 "user may write"
             ) from exc
+
+    def __del__(self) -> None:
+        """Close the file, without the lines that have not been written."""
+        if self._path is not None and self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def __call__(self, outcome: Outcome) -> None:
         """Take the line of an outcome, which `flush` writes."""

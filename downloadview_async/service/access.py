@@ -135,24 +135,21 @@ def trusted_proxies(settings: Settings) -> list[str]:
     return [address.strip() for address in each if address.strip()]
 
 
-def keeping_peers(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """Return what uvicorn has to run, without `proxy_headers`, if a proxy sends users, clients or ids of requests.
+def behind_proxies(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """Return the application with what uvicorn's `proxy_headers` does, by the settings.
 
-    Else return `app` itself.
-
-    uvicorn's `proxy_headers` would replace the address of the peer before any application sees it.
+    If a proxy sends users, clients or ids of requests, or if something listens to outcomes, the address of the peer is
+    kept too: uvicorn itself would replace it before any application sees it.
     """
-    limits = [settings.limits, *(route.limits for route in settings.routes)]
-    has_header = settings.users is not None and settings.users.header is not None
-    has_clients = any(one is not None and one.client.startswith("header:") for one in limits)
-    if not settings.listens and not has_header and not has_clients:
-        return app
     if settings.server.proxy_headers:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
         middleware: Any = ProxyHeadersMiddleware  # uvicorn's types of ASGI are others
         app = middleware(app, trusted_hosts=trusted_proxies(settings))
-    return KeepPeer(app)
+    limits = [settings.limits, *(route.limits for route in settings.routes)]
+    has_header = settings.users is not None and settings.users.header is not None
+    has_clients = any(one is not None and one.client.startswith("header:") for one in limits)
+    return KeepPeer(app) if settings.listens or has_header or has_clients else app
 
 
 def access_of(

@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp, Scope
+from starlette.types import Scope
 
 from downloadview_async import (
     CachedSource,
@@ -30,7 +30,7 @@ from downloadview_async import (
     download_error,
     proxy_kinds,
 )
-from downloadview_async.service.access import keeping_peers, opened_store, signer_of, store_of
+from downloadview_async.service.access import opened_store, signer_of, store_of
 from downloadview_async.service.accounts import (
     Service,
     check_completions,
@@ -50,7 +50,6 @@ from downloadview_async.service.pages.errors import ErrorPages
 from downloadview_async.service.pages.index import IndexPage, folder_of
 from downloadview_async.service.routes import routes_of
 from downloadview_async.service.settings import DatabaseUnavailable, Settings, options_of, rules_of
-from downloadview_async.service.shutdown import EndsInTime, ignore_hangup
 from downloadview_async.service.source_settings import StorageSettings, directory_of
 from downloadview_async.service.sources import caches_of, databases_of, opened_databases, sources_of, storage_of
 
@@ -67,7 +66,7 @@ class _Page(Route):
         return super().matches(scope) if scope["path"].endswith(self.path) else _NO_MATCH
 
 
-def build(settings: Settings) -> Starlette:
+def build(settings: Settings) -> Service:
     """Return the service as an ASGI application. Its lifespan opens and closes caches, stores and databases.
 
     Raises `ConfigurationError` if something that the settings name does not exist.
@@ -159,6 +158,7 @@ def build(settings: Settings) -> Starlette:
     )
     # /files gives 404 like any unknown path: a redirect to /files/ would reveal that it exists
     app.router.redirect_slashes = False
+    app.state.health = health
     return app
 
 
@@ -168,13 +168,6 @@ def app_from_environment(default: Path | None = None) -> Starlette:
     default: the settings file if DOWNLOADVIEW_CONFIG is not set. Raises `ConfigurationError`.
     """
     return build(load_settings(os.environ.get(CONFIG) or default, environ=os.environ))
-
-
-def worker_app() -> ASGIApp:
-    """Return the service for one of several worker processes, wrapped so that the process ends in time."""
-    ignore_hangup()
-    settings = load_settings(os.environ.get(CONFIG), environ=os.environ).of_own_server()
-    return keeping_peers(EndsInTime(build(settings)), settings)
 
 
 async def check_databases(settings: Settings) -> None:

@@ -35,7 +35,13 @@ _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 class Health:
-    """Answers `/-/livez` and `/-/readyz`. checks: by the name of what they check; a check that raises has failed."""
+    """Answers `/-/livez` and `/-/readyz`.
+
+    checks: by the name of what they check; a check that raises has failed. is_draining: whether the service is told to
+    end, and a balancer should send no more requests.
+    """
+
+    is_draining = False
 
     def __init__(self, checks: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
         self._checks = checks
@@ -51,10 +57,12 @@ class Health:
         return PlainTextResponse("alive\n", headers=_HEADERS | {PADDING: "a" * min(int(length), MAX_PADDING)})
 
     async def readyz(self, request: Request) -> Response:
-        """Answer 200, or 503 with only the names of the checks that fail.
+        """Answer 200, or 503 with only the names of the checks that fail, or 503 because the service is told to end.
 
         Concurrent requests share one round of checks, and requests within a second after its end share its result.
         """
+        if self.is_draining:
+            return PlainTextResponse("draining\n", 503, _HEADERS)
         loop = asyncio.get_running_loop()
         if self._round is None or (self._round.done() and (self._round.cancelled() or loop.time() >= self._good_until)):
             self._round = loop.create_task(self._failing())

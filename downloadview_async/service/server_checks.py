@@ -13,7 +13,7 @@ _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def check_server(settings: Settings) -> None:
-    """Check that the service can listen, and remove the old Unix socket of a process that has ended.
+    """Check that the service can listen, and has its certificate.
 
     Raises `ConfigurationError` for mistakes that uvicorn would report with a traceback, and `Unavailable` for what may
     be different later.
@@ -33,12 +33,11 @@ def check_server(settings: Settings) -> None:
                 "server.fd",
                 f"{server.fd} is not an open socket ({problem}): give the descriptor of one that this process inherits",
             )
-    if server.ssl_certfile or server.ssl_keyfile:
-        _check_certificate(settings)
+    check_certificate(settings)
 
 
 def _check_unix_socket(settings: Settings, path: str) -> None:
-    """Raise `ConfigurationError` if a Unix socket cannot be created; remove an old one on which no process listens."""
+    """Raise `ConfigurationError` if a Unix socket cannot be created, or is another process's without `reuse_port`."""
     directory = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(directory):
         raise settings.error("server.uds", f"the directory of {path!r} is missing: create it")
@@ -49,13 +48,13 @@ def _check_unix_socket(settings: Settings, path: str) -> None:
         return
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise settings.error("server.uds", f"{path!r} exists and is not a socket: give another path")
-    if settings.server.workers == 1:
-        return  # uvicorn replaces the socket of an earlier process
+    if settings.server.reuse_port:
+        return
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         if probe.connect_ex(path) != errno.ECONNREFUSED:
-            problem = f"another process listens on {path!r}: stop it, or give another path"
+            problem = f"another process listens on {path!r}: stop it, or set reuse_port to take its place"
             raise Unavailable(str(settings.error("server.uds", problem)))
-    os.unlink(path)
 
 
 def _try_to_bind(settings: Settings, path: str) -> None:
@@ -87,6 +86,7 @@ def _check_address(settings: Settings) -> None:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, server.reuse_port)
                 if family == socket.AF_INET6:
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind(address)
@@ -107,8 +107,11 @@ def _check_address(settings: Settings) -> None:
     raise error from failed[0]
 
 
-def _check_certificate(settings: Settings) -> None:
+def check_certificate(settings: Settings) -> None:
+    """Raise `ConfigurationError` if there is a certificate or a key, and they cannot be loaded."""
     server = settings.server
+    if not server.ssl_certfile and not server.ssl_keyfile:
+        return
     if not server.ssl_certfile:
         raise settings.error("server.ssl_keyfile", "a key without a certificate: give ssl_certfile too")
     for key, path in (("ssl_certfile", server.ssl_certfile), ("ssl_keyfile", server.ssl_keyfile)):

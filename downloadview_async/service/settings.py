@@ -31,13 +31,24 @@ class DatabaseUnavailable(Unavailable):
 
 
 class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[server]`: options of uvicorn, with the same names and meanings. `downloadview serve` has an option for each."""
+    """`[server]`: options of uvicorn, and some others. `downloadview serve` has an option for each."""
 
     host: Annotated[Text, Meta(description="the address to listen on, such as 127.0.0.1 or 0.0.0.0")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="a TCP port, 0 to 65535; 0 chooses a free one")] = 8000
     uds: Annotated[Text | None, Meta(description="the path of a Unix socket, instead of a port")] = None
     fd: (
         Annotated[int, Meta(ge=0, le=2**31 - 1, description="the number of an open socket, instead of a port")] | None
+    ) = None
+    reuse_port: Annotated[
+        bool,
+        Meta(
+            description="true to share the port with another process that has this, too (SO_REUSEPORT), or to take the "
+            "place of another process at uds"
+        ),
+    ] = False
+    pid_file: (
+        Annotated[str, Meta(min_length=1, description="a file for the number of the process, for downloadview reload")]
+        | None
     ) = None
     workers: Annotated[int, Meta(ge=1, le=1024, description="the number of worker processes, 1 to 1024")] = 1
     root_path: Annotated[
@@ -87,6 +98,15 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     timeout_keep_alive: Annotated[
         int, Meta(ge=0, le=YEAR, description="seconds that an idle connection stays open, at most a year")
     ] = 5
+    drain_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=YEAR,
+            description="seconds in which a service that is told to end still accepts connections, while /-/readyz "
+            "gives 503",
+        ),
+    ] = 0.0
     timeout_graceful_shutdown: Annotated[
         int, Meta(ge=0, le=YEAR, description="seconds that running downloads have to finish, at most a year")
     ] = 30

@@ -29,7 +29,7 @@ from downloadview_async.service.values import CONTROL, KEY_LINE, bytes_of, secon
 
 _Table = TypeVar("_Table", bound=Struct)
 
-_SERVER_PATHS = ("uds", "ssl_keyfile", "ssl_certfile")
+_SERVER_PATHS = ("uds", "pid_file", "ssl_keyfile", "ssl_certfile")
 _MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_password|links\.keys")
 
 

@@ -1,5 +1,6 @@
 """The lines of `AccessLog`, and the file that it writes."""
 
+import gc
 import json
 import os
 import re
@@ -287,3 +288,15 @@ def test_the_members_of_a_long_path_are_not_kept(tmp_path: Path) -> None:
     for number in range(3):
         assert json.loads(line_of("json", tmp_path, path=f"/{number}" * 1000).splitlines()[-1])["path"]
     assert log._json_of_answer.cache_info().currsize == kept
+
+
+def test_a_log_that_nothing_uses_closes_its_file(tmp_path: Path) -> None:
+    def number_of_open_files() -> int:
+        return sum(os.path.realpath(one) == str(path.resolve()) for one in Path("/proc/self/fd").iterdir())
+
+    path = tmp_path / "access.log"
+    access_log = AccessLog(path)
+    assert number_of_open_files() == 1
+    del access_log
+    gc.collect()
+    assert number_of_open_files() == 0

@@ -153,7 +153,7 @@ async def test_a_directory_is_served_without_its_hidden_files(
     directory: Path, options: list[str], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr("downloadview_async.cli.run", lambda settings, announce: given.update(settings=settings))
+    monkeypatch.setattr("downloadview_async.cli.run", lambda settings, announce, **_: given.update(settings=settings))
     assert run("serve", "files", *options).exit_code == 0
     async with live(build(given["settings"])) as port:
         assert (await ask(port, "/files/.env")).status == status

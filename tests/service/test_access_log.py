@@ -72,7 +72,7 @@ def test_a_running_service_writes_a_line_for_each_answer_and_lets_the_file_be_ro
         server.wait_for_log(f"(request {refused['request_id']})")
         file.rename(file.with_suffix(".1"))
         server.process.send_signal(signal.SIGHUP)  # as a rule of logrotate may do; nothing is needed
-        server.wait_for_log("SIGHUP")
+        server.wait_for_log("The settings have been read again")
         get(port, "/files/a.bin")
         assert len(wait_for_lines(file, 1)) == 1
         assert len(lines_of(file.with_suffix(".1"))) == 2

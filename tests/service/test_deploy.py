@@ -113,7 +113,7 @@ def test_compose_names_what_is_here() -> None:
     settings = load_settings(PROJECT / "app" / "downloadview.toml", environ=environment)
     assert settings.offload.backend == "nginx"
     grace = int(services["service"]["stop_grace_period"].removesuffix("s"))
-    assert grace > settings.server.timeout_graceful_shutdown
+    assert grace > settings.server.drain_seconds + settings.server.timeout_graceful_shutdown
 
 
 @pytest.mark.slow
@@ -208,12 +208,24 @@ def unit() -> configparser.ConfigParser:
     return parser
 
 
+def environment_of_unit() -> list[str]:
+    """Return all variables; the parser keeps only the last of the lines."""
+    text = (DEPLOY / "systemd" / "downloadview.service").read_text()
+    return [part for line in re.findall("(?m)^Environment=(.*)", text) for part in line.split()]
+
+
 def test_the_unit_starts_a_command_that_exists() -> None:
     service = unit()["Service"]
     program, command, *arguments = shlex.split(service["ExecStart"])
     assert Path(program).name == "downloadview"
     main.commands[command].make_context(command, arguments)  # fails for an unknown option
-    assert int(service["TimeoutStopSec"]) > load_settings(None, environ={}).server.timeout_graceful_shutdown
+    environ = dict(line.split("=", 1) for line in environment_of_unit() if line.startswith("DOWNLOADVIEW_"))
+    server = load_settings(None, environ=environ).server
+    assert int(service["TimeoutStopSec"]) > server.drain_seconds + server.timeout_graceful_shutdown
+    program, command, *arguments = shlex.split(service["ExecReload"])
+    assert Path(program).name == "downloadview"
+    made = main.commands[command].make_context(command, arguments)
+    assert made.params["pid_file"] == server.pid_file
     assert service["RestartPreventExitStatus"] == "2"
 
 

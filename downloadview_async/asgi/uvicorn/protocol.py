@@ -19,10 +19,11 @@ also a descriptor with an offset and a count, a body in pieces of which some are
 else is sent by uvicorn: by Content-Length, in chunks, or, to HTTP/1.0 without a length, until the connection ends.
 
 The end. The protocol closes the connection, not uvicorn's cycle: after a refusal, and after the last answer. An answer
-is the last one if the client or the application says so, if the request is HTTP/1.0, if the server shuts down, if the
-client has half-closed and no further request waits, or if it begins before the application has read a body that is
-long, or that waits for 100 (Continue). A shorter or chunked body is dropped after the answer. A chunked one that turns
-out to be long closes the connection: a client cannot use it for its next request before it has sent all of the body.
+is the last one if the client or the application says so, if the request is HTTP/1.0, if the server shuts down, if its
+head leaves while the server drains, if the client has half-closed and no further request waits, or if it begins before
+the application has read a body that is long, or that waits for 100 (Continue). A shorter or chunked body is dropped
+after the answer. A chunked one that turns out to be long closes the connection: a client cannot use it for its next
+request before it has sent all of the body.
 To close a socket while bytes come from the client resets the connection, and the client may lose the answer [RFC 9112
 9.6]. So `_close` closes this side alone and drops what comes, until the client closes or `LINGER_SECONDS` are over. It
 closes the socket at once where the client has nothing more to send, and where the socket is not plain. A client that
@@ -163,8 +164,9 @@ class _Phase(Enum):
 
 _BETWEEN, _HEAD, _BODY, _CLOSING = _Phase  # a global name is faster than an attribute of the class
 
-# The servers that are shutting down: connections that they still accept end after one request.
+# The servers that are shutting down, or that drain: connections that they still accept end after one request.
 _shutting_down: WeakSet[ServerState] = WeakSet()
+_draining: WeakSet[ServerState] = WeakSet()
 
 
 class _Flow(FlowControl):
@@ -209,6 +211,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "_head_timer",
         "_held",
         "_idle_since",
+        "_is_draining",
         "_is_half_closed",
         "_is_on_unix_socket",
         "_is_paced",
@@ -263,6 +266,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
         self._is_half_closed = False
         self._on_half_close: Callable[[], None] | None = None
+        self._is_draining = False
         self._is_shutting_down = False
         self._is_paced = False
         self._pace_timer: asyncio.TimerHandle | None = None
@@ -298,6 +302,7 @@ class DownloadProtocol(HttpToolsProtocol):
             # While the transport holds anything, writing is paused: so it is known what a loss drops.
             transport.set_write_buffer_limits(high=0)
         self._is_shutting_down = self.server_state in _shutting_down
+        self._is_draining = self._is_shutting_down or self.server_state in _draining
         self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
@@ -428,7 +433,7 @@ class DownloadProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # uvicorn looks at these headers again
         self.headers = _TRAILERS
-        if self._is_shutting_down:
+        if self._is_draining:
             self._cycle.keep_alive = False
 
     def pace(self, rate: int) -> None:
@@ -604,10 +609,31 @@ class DownloadProtocol(HttpToolsProtocol):
             return self.timeout_keep_alive
         return GRACE_SECONDS if self._is_shutting_down else LINGER_SECONDS
 
+    @staticmethod
+    def drain_server(state: ServerState) -> None:
+        """Make the next answer of each connection its last one, also of connections that are still to come.
+
+        state: `server_state` of the `uvicorn.Server`. Connections of other protocols are left alone.
+        """
+        _draining.add(state)
+        for connection in state.connections:
+            if isinstance(connection, DownloadProtocol):
+                connection.drain()
+
+    def drain(self) -> None:
+        """Make the next answer whose head has not left the last one: it says `Connection: close`.
+
+        Without that, the client may send another request, and would lose it. For the same reason, an idle connection
+        stays open until its idle timer rings.
+        """
+        self._is_draining = True
+        if self._is_answering() and not self._cycle.response_started:
+            self._cycle.keep_alive = False
+
     def shutdown(self) -> None:
         """End the connection after the answer that is under way, or after one request that is about to come."""
         _shutting_down.add(self.server_state)
-        self._is_shutting_down = True
+        self._is_draining = self._is_shutting_down = True
         if self._phase is _CLOSING:
             if self._idle_since is not None:
                 self._set_idle_timer(0)

@@ -1,0 +1,102 @@
+"""Runs the service: in this process, or in workers."""
+
+import contextlib
+import gc
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import uvicorn
+
+from downloadview_async.service.listening import Listeners
+from downloadview_async.service.metrics import shared_directory
+from downloadview_async.service.pid_file import PidFile
+from downloadview_async.service.reload import Generation, Generations
+from downloadview_async.service.server import DownloadServer, config_for
+from downloadview_async.service.settings import Settings
+from downloadview_async.service.systemd import Notifier
+from downloadview_async.service.workers import STARTUP_FAILURE, Workers
+
+
+def serve(
+    settings: Settings,
+    load: Callable[[], Settings],
+    *,
+    options: Mapping[str, Any],
+    inherited: list[socket.socket],
+    watches: bool = False,
+    announce: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve until SIGINT or SIGTERM, and return the exit status. SIGHUP reads the settings again.
+
+    load: reads the settings again. options: `[server]` settings of the command line. inherited: listening sockets.
+    watches: serve in workers, and reload when a file of the application changes. announce: called after all checks,
+    before the sockets are opened.
+
+    Raises `ConfigurationError`.
+    """
+    signals: list[int] = []  # those that come too early
+    signal.signal(signal.SIGHUP, lambda number, _: signals.append(number))
+    application = Generations(Generation(settings), load)  # with several workers too: errors show before any starts
+    config = config_for(application, settings)
+    notifier = Notifier()
+    with contextlib.ExitStack() as stack:
+        announce()
+        listeners = stack.enter_context(Listeners(settings, inherited))
+        with settings.blaming("server.pid_file"):
+            pid_file = stack.enter_context(PidFile(settings.server.pid_file))
+        stack.enter_context(shared_directory(settings))
+        if settings.server.workers == 1 and not watches:
+            return _serve_here(application, config, settings, listeners, notifier, pid_file, signals)
+        del application, config
+        gc.collect()  # the parent holds no root of the application, and no log
+        return Workers(
+            settings,
+            listeners,
+            load=load,
+            options=options,
+            notifier=notifier,
+            pid_file=pid_file,
+            signals=signals,
+            watches=watches,
+        ).run()
+
+
+def _serve_here(
+    application: Generations,
+    config: uvicorn.Config,
+    settings: Settings,
+    listeners: Listeners,
+    notifier: Notifier,
+    pid_file: PidFile,
+    signals: list[int],
+) -> int:
+    signal.signal(signal.SIGHUP, lambda number, _: application.want_reload())
+    if signals:
+        application.want_reload()
+
+    def drain() -> None:
+        application.drain()
+        notifier.stopping()
+
+    def ready() -> None:
+        listeners.publish()
+        notifier.ready()
+
+    def reloaded(began: int, problem: str | None) -> None:
+        notifier.reloaded(problem)
+        pid_file.answer(began, problem)
+
+    server = DownloadServer(
+        config,
+        drain_seconds=settings.server.drain_seconds,
+        shares_port=settings.server.reuse_port,
+        shares_sockets=listeners.are_inherited,
+        when_draining=drain,
+        when_ready=ready,
+        when_alive=notifier.alive,
+    )
+    application.serve_by(server, when_reloading=notifier.reloading, when_reloaded=reloaded)
+    server.run(listeners.sockets)
+    return 0 if server.started else STARTUP_FAILURE

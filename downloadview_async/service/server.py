@@ -1,0 +1,263 @@
+"""The server of the service: uvicorn's, which drains before it shuts down.
+
+A shutdown has these steps. uvicorn's own begins with the third.
+
+1. `/-/readyz` gives 503 at once, so that a balancer sends no more requests. Answers say `Connection: close`.
+2. For `drain_seconds`, new connections are still accepted: the balancer has not noticed yet.
+3. The sockets are closed, after the connections that wait in them have been accepted.
+4. Running downloads have `timeout_graceful_shutdown` seconds. Then their connections are reset, because the end of a
+   connection must not look like the end of a file.
+5. The lifespan of the application ends.
+
+A second signal skips what is left of steps 2 to 4, and the lifespan is cancelled. A server that another one replaces
+*retires*: it skips step 2, its idle connections end by their own time, and downloads have all the time that they need.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+import struct
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import msgspec
+import uvicorn
+
+from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.service.listening import begin_no_more, steer_away, steer_no_more, waiting_connections
+from downloadview_async.service.logs import log_config
+from downloadview_async.service.settings import Settings
+
+_NAP = 0.05  # seconds; uvicorn's own is 0.1
+_STEER = 0.1  # seconds in which handshakes end that began before new connections were kept away
+_STEER_LAST = 0.3  # the same for the last process at a socket: the others do not notice the shutdown earlier
+_HANDSHAKE = 0.5  # seconds that a handshake of TLS may take in the moment of the shutdown
+_SETTLE = 2.0  # seconds after the drain in which connections that have just been made may send their first request
+_ENDING = 0.5  # seconds that aborted answers have to end
+_OURS = ("host", "port", "uds", "fd", "workers", "drain_seconds", "pid_file", "reuse_port")
+"""The settings of `[server]` that are not options of the `uvicorn.Config`."""
+_OF_NEW_CONNECTIONS = (
+    *("encoded_headers", "http", "http_protocol_class", "limit_concurrency", "root_path"),
+    *("timeout_graceful_shutdown", "timeout_keep_alive"),
+)
+"""The options that connections read from the `uvicorn.Config` when they begin, and the server at its end."""
+_RESET = struct.pack("ii", 1, 0)
+
+_logger = logging.getLogger("uvicorn.error")
+
+
+class _End(Enum):
+    """How a server ends."""
+
+    NOT = "not"
+    RETIRE = "retire"
+    DRAIN = "drain"
+    NOW = "now"
+
+
+def config_for(app: Any, settings: Settings) -> uvicorn.Config:
+    """Return the configuration of uvicorn for an ASGI application. This also configures the log."""
+    server = settings.server
+    options: dict[str, Any] = msgspec.structs.asdict(server)
+    for name in _OURS:
+        del options[name]
+    watch = {"stall_seconds": options.pop("stall_timeout"), "minimum_rate": options.pop("minimum_rate")}
+    if server.http == "auto":
+        options["http"] = partial(DownloadProtocol, **watch)
+    # the application writes the log of answers, and knows the proxies
+    options |= {"access_log": False, "proxy_headers": False}
+    return uvicorn.Config(app, lifespan="on", ws="none", log_config=log_config(server.log_level), **options)
+
+
+def _load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
+    server = settings.server
+    assert server.ssl_certfile is not None
+    # the password is never None: OpenSSL would ask at the terminal
+    context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile or None, server.ssl_keyfile_password or "")
+
+
+class DownloadServer(uvicorn.Server):
+    """uvicorn's server with the shutdown that this module describes.
+
+    when_draining: called at once when a shutdown begins, possibly in a signal handler. when_ready: called when
+    connections are accepted. when_alive: called several times a second. shares_port: as `reuse_port` in the settings.
+    shares_sockets: whether other processes accept connections from the same sockets, and may go on. If the port is
+    shared, `closes_last` tells whether this is the last process of the service that closes the sockets.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        drain_seconds: float,
+        shares_port: bool = False,
+        shares_sockets: bool = False,
+        when_draining: Callable[[], None],
+        when_ready: Callable[[], None] = lambda: None,
+        when_alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(config)
+        self.drain_seconds = drain_seconds
+        self.shares_port = shares_port
+        self.shares_sockets = shares_sockets
+        self.closes_last = True
+        self._when_draining = when_draining
+        self._when_ready = when_ready
+        self._when_alive = when_alive
+        self._taking: set[asyncio.Task[None]] = set()
+        self._end = _End.NOT
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin the shutdown; at a second signal, end at once."""
+        if self._end is _End.DRAIN:
+            self.stop_now()
+        else:
+            self.drain()
+
+    def drain(self) -> None:
+        """Begin the shutdown. If it has begun, do nothing; if the server has retired, its time is limited now."""
+        if self._end in (_End.NOT, _End.RETIRE):
+            self._end, self.should_exit = _End.DRAIN, True
+            self._when_draining()
+
+    def retire(self) -> None:
+        """Leave new connections to another server, and end when the last one of this server has ended."""
+        if self._end is _End.NOT:
+            self._end, self.should_exit = _End.RETIRE, True
+
+    def stop_now(self) -> None:
+        """End without waiting for anything."""
+        if self._end in (_End.NOT, _End.RETIRE):
+            self._when_draining()
+        self._end, self.should_exit, self.force_exit = _End.NOW, True, True
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Use other settings for new connections, and make the next answer of each open one its last.
+
+        The certificate is loaded again. Call `check_certificate` before.
+        """
+        new = config_for(self.config.app, settings)
+        new.load()
+        for name in _OF_NEW_CONNECTIONS:
+            setattr(self.config, name, getattr(new, name))
+        self.drain_seconds = settings.server.drain_seconds
+        if self.config.ssl is not None and settings.server.ssl_certfile:
+            _load_certificate(self.config.ssl, settings)
+        for connection in self.server_state.connections:
+            if isinstance(connection, DownloadProtocol):
+                connection.drain()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, and accept connections."""
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._when_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Do what uvicorn does ten times a second."""
+        self._when_alive()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Shut down, as the module says."""
+        if self._end is _End.NOT:  # `limit_max_requests`
+            self.drain()
+        _logger.info("Shutting down")
+        DownloadProtocol.drain_server(self.server_state)
+        if isinstance(self.config.http, str):  # uvicorn's own protocols close a connection after an answer with this
+            self.config.encoded_headers = [*self.config.encoded_headers, (b"connection", b"close")]
+        await self._go_on_accepting()
+        await self._stop_accepting(sockets or [])
+        await self._wait_for_connections()
+        await self._abort_connections()
+        if not self.force_exit:
+            await self.lifespan.shutdown()
+
+    async def _go_on_accepting(self) -> None:
+        loop = asyncio.get_running_loop()
+        end, counter = loop.time() + self.drain_seconds, 0
+        while self._end is _End.DRAIN and (left := end - loop.time()) > 0:
+            await self.on_tick(counter)
+            counter += 1
+            await asyncio.sleep(min(0.1, left))
+
+    async def _stop_accepting(self, sockets: list[socket.socket]) -> None:
+        """Close the sockets in a moment in which no connection waits in them."""
+        loop = asyncio.get_running_loop()
+        if self._end is not _End.NOW and (self.shares_port or not self.shares_sockets):
+            if self.shares_port:
+                steer_away(sockets)
+            if not self.shares_sockets:
+                begin_no_more(sockets)
+            await asyncio.sleep(_STEER_LAST if self.shares_port and self.closes_last else _STEER)
+        for one in sockets:
+            loop.remove_reader(one)  # asyncio accepts no more; uvloop ignores this
+        for _ in range(2):  # asyncio makes the transports of accepted connections in tasks, which need the server
+            await asyncio.sleep(0)
+        waiting = [connection for one in sockets for connection in waiting_connections(one)]
+        if self.shares_port and self.closes_last:
+            steer_no_more(sockets)
+        for server in self.servers:
+            server.close()
+        for one in sockets:
+            one.close()
+        for connection in waiting:
+            task = loop.create_task(self._take(connection))
+            self._taking.add(task)
+            task.add_done_callback(self._taking.discard)
+
+    async def _take(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # the client has left, or does not speak TLS
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._new_protocol, connection, ssl=self.config.ssl
+            )
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
+
+    async def _wait_for_connections(self) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(_HANDSHAKE if self.config.ssl else _NAP)  # accepted connections become known
+        deadline = shutdown_at = None
+        if self.server_state.connections and not self.force_exit:
+            _logger.info("Waiting for connections to close. (CTRL+C to force quit)")
+        while (self.server_state.connections or self.server_state.tasks or self._taking) and not self.force_exit:
+            if self._end is _End.DRAIN:
+                if deadline is None:
+                    limit = self.config.timeout_graceful_shutdown
+                    deadline = loop.time() + (float("inf") if limit is None else limit)
+                    shutdown_at = loop.time() + (_SETTLE if self.drain_seconds else 0)
+                if shutdown_at is not None and loop.time() >= shutdown_at:
+                    shutdown_at = None
+                    for connection in list(self.server_state.connections):
+                        connection.shutdown()
+                if loop.time() >= deadline:
+                    return
+            self._when_alive()
+            await asyncio.sleep(_NAP)
+
+    async def _abort_connections(self) -> None:
+        """Reset the connections that are left, and end their applications."""
+        tasks = list(self.server_state.tasks)
+        if tasks and not self.force_exit:
+            _logger.error("Cancel %d running task(s), timeout graceful shutdown exceeded", len(tasks))
+        for connection in self.server_state.connections:
+            sock = connection.transport.get_extra_info("socket")
+            with contextlib.suppress(OSError):  # whoever closes this connection resets it
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_ENDING)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)

@@ -1,0 +1,477 @@
+"""SIGHUP, `downloadview reload` and `--watch`: what changes, what stays, and what the caller is told."""
+
+import base64
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import bcrypt
+import pytest
+from click.testing import CliRunner, Result
+
+from downloadview_async import ConfigurationError
+from downloadview_async.cli import main
+from downloadview_async.service.config_loader import CONFIG, load_settings
+from downloadview_async.service.pid_file import reload_by_pid_file
+from downloadview_async.service.reload import needing_a_restart
+from downloadview_async.service.systemd import inherited_sockets
+from tests.servers import Server, free_port, serving, wait_for_text
+from tests.service.test_cli import COMMAND, refused
+from tests.service.test_drain import WORKERS, begin, get, read
+
+SETTINGS = """
+[server]
+pid_file = "pid"
+timeout_keep_alive = 60
+workers = 1
+[sources.files]
+type = "path"
+root = "files"
+[[routes]]
+path = "/files/{path:path}"
+source = "files"
+"""
+LARGE = 64 * 1024 * 1024
+IN_USE = "The settings have been read again, and are in use"
+
+
+def fill(directory: Path) -> None:
+    for name in ("files", "other"):
+        (directory / name).mkdir()
+        (directory / name / "a.txt").write_text(name)
+    with (directory / "files/large.bin").open("wb") as file:
+        file.truncate(LARGE)
+    (directory / "links.keys").write_text(f"one {'s' * 40}\n")
+    (directory / "downloadview.toml").write_text(SETTINGS)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    fill(tmp_path)
+    return tmp_path
+
+
+@contextlib.contextmanager
+def service(directory: Path, *arguments: str) -> Iterator[Server]:
+    port = free_port()
+    with serving([*COMMAND, "--port", str(port), *arguments], port, log=directory / "log", cwd=directory) as server:
+        server.wait_for_log("Listening on ")
+        yield server
+    assert "Traceback" not in server.log
+
+
+def change(directory: Path, old: str, new: str) -> None:
+    file = directory / "downloadview.toml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def reload(directory: Path) -> None:
+    reload_by_pid_file(str(directory / "pid"), seconds=60)
+
+
+@dataclass
+class Site:
+    """A service that tests share: each begins with its own settings."""
+
+    directory: Path
+    server: Server
+    workers: str
+    used: str | None
+
+    def use(self, settings: str = SETTINGS) -> None:
+        """Write settings, and reload unless these are in use."""
+        self.write(settings)
+        if settings != self.used:
+            self.reload()
+            self.used = settings
+
+    def write(self, settings: str) -> None:
+        settings = settings.replace("workers = 1", f"workers = {self.workers}")
+        (self.directory / "downloadview.toml").write_text(settings)
+
+    def change(self, old: str, new: str) -> None:
+        change(self.directory, old, new)
+
+    def reload(self) -> None:
+        reload(self.directory)
+        self.used = None
+
+    def run(self, *arguments: str, **env: str) -> Result:
+        """Call the command in the directory of the settings."""
+        clean = dict.fromkeys(name for name in (*os.environ, CONFIG) if name.startswith("DOWNLOADVIEW_"))
+        with contextlib.chdir(self.directory):
+            return CliRunner(env={**clean, **env}).invoke(main, arguments)
+
+
+Sites = Callable[[str], Site]
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def site(workers: str) -> Site:
+            directory = tmp_path_factory.mktemp("site")
+            fill(directory)
+            change(directory, "workers = 1", f"workers = {workers}")
+            return Site(directory, stack.enter_context(service(directory)), workers, SETTINGS)
+
+        yield site
+
+
+@pytest.fixture
+def site(sites: Sites) -> Site:
+    """A service of one process."""
+    return sites("1")
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_reload_changes_what_is_served_and_cuts_nothing(sites: Sites, workers: str) -> None:
+    site = sites(workers)
+    server = site.server
+    site.use()
+    kept = http.client.HTTPConnection("127.0.0.1", int(server.address), timeout=30)
+    kept.request("GET", "/files/a.txt")
+    assert kept.getresponse().read() == b"files"
+    client = begin(server, headers="Connection: close\r\n")
+    site.use(SETTINGS.replace('root = "files"', 'root = "other"'))
+    for _ in range(20):  # whichever worker has it
+        assert get(server, "/files/a.txt") == (200, b"other", None)
+    kept.request("GET", "/files/a.txt")
+    last = kept.getresponse()
+    # one process knows the new settings at once; a worker that retires answers with those that it has
+    assert last.read() == (b"other" if site.workers == "1" else b"files")
+    assert last.headers["Connection"] == "close"
+    kept.close()
+    site.change("/files/{path", "/new/{path")
+    site.reload()
+    assert get(server, "/files/a.txt")[0] == 404
+    assert get(server, "/new/a.txt")[:2] == (200, b"other")
+    assert get(server, "/-/readyz")[0] == 200
+    received, is_reset = read(client)
+    assert received > LARGE
+    assert not is_reset
+
+
+_NO_ROOT = ('root = "files"', 'root = "gone"', "sources.files.root: the root")
+_NO_STORE = ("[server]", '[links]\nkeys = "links.keys"\nstore = "sqlite:gone/links.db"\n[server]', "links.store: ")
+_WRONG = [
+    ("[sources.files]", "[sources.files", "not valid TOML"),
+    ("root =", "rood =", "sources.files.rood: unknown key"),
+    _NO_ROOT,
+    ("[server]", '[links]\nkeys = "gone"\n[server]', "links.keys: "),
+    ('source = "files"', 'source = "files"\naccess = ["hook:gone:gone"]', r"routes\[0\].access\[0\]"),
+    _NO_STORE,
+    ("[server]", '[server]\nssl_certfile = "gone.pem"', "server.ssl_certfile"),
+]
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_wrong_settings_change_nothing_and_say_why(sites: Sites, workers: str) -> None:
+    site = sites(workers)
+    site.use()
+    for old, new, problem in _WRONG:
+        site.change(old, new)
+        with pytest.raises(ConfigurationError, match=problem) as raised:
+            site.reload()
+        assert f"The settings cannot be used, so the old ones stay: {raised.value}\n" in site.server.log
+        assert get(site.server, "/files/a.txt") == (200, b"files", None)
+        site.write(SETTINGS)
+    site.use(SETTINGS.replace('root = "files"', 'root = "other"'))
+    assert get(site.server, "/files/a.txt") == (200, b"other", None)
+
+
+def certificate(directory: Path, name: str) -> None:
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
+            *("-days", "2", "-subj", f"/CN={name}", "-keyout", "key.pem", "-out", "certificate.pem"),
+        ],
+        cwd=directory,
+        check=True,
+        capture_output=True,
+    )
+
+
+def presented(server: Server) -> bytes:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with (
+        socket.create_connection(("127.0.0.1", int(server.address)), timeout=30) as plain,
+        context.wrap_socket(plain) as client,
+    ):
+        shown = client.getpeercert(binary_form=True)
+        assert shown is not None
+        return shown
+
+
+def test_certificates_are_loaded_again(directory: Path) -> None:
+    certificate(directory, "first.example")
+    change(directory, "[server]", '[server]\nssl_certfile = "certificate.pem"\nssl_keyfile = "key.pem"')
+    with service(directory) as server:
+        first = presented(server)
+        (directory / "key.pem").write_text("not a key")
+        with pytest.raises(ConfigurationError, match=r"server\.ssl_certfile"):
+            reload(directory)
+        assert presented(server) == first
+        certificate(directory, "second.example")
+        reload(directory)
+        assert b"second.example" in presented(server)
+
+
+def test_keys_and_users_are_read_again(site: Site) -> None:
+    def set_password(password: bytes) -> None:
+        (site.directory / "users").write_bytes(b"ada:" + bcrypt.hashpw(password, bcrypt.gensalt(4)) + b"\n")
+
+    def status(path: str, password: str | None = None) -> int:
+        basic = base64.b64encode(f"ada:{password}".encode()).decode()
+        connection = http.client.HTTPConnection("127.0.0.1", int(site.server.address), timeout=30)
+        connection.request("GET", path, headers={} if password is None else {"Authorization": f"Basic {basic}"})
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        return answer.status
+
+    def link() -> str:
+        return site.run("sign", "/links/a.txt").stdout.strip()
+
+    (site.directory / "keys").write_text(f"one {'s' * 40}\n")
+    set_password(b"first")
+    site.use(
+        f'{SETTINGS}[[routes]]\npath = "/links/{{path:path}}"\nsource = "files"\naccess = ["signed"]\n'
+        '[[routes]]\npath = "/users/{path:path}"\nsource = "files"\naccess = ["user:ada"]\n'
+        '[links]\nkeys = "keys"\n[users]\nfile = "users"\n'
+    )
+    old = link()
+    assert (status(old), status("/users/a.txt", "first")) == (200, 200)
+    (site.directory / "keys").write_text(f"two {'t' * 40}\n")
+    set_password(b"second")
+    site.reload()
+    assert (status(old), status(link())) == (403, 200)
+    assert (status("/users/a.txt", "first"), status("/users/a.txt", "second")) == (401, 200)
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_changes(sites: Sites) -> None:
+    site = sites("2")
+    site.use()
+    started = site.server.log.count("Application startup complete")
+    site.change("workers = 2", "workers = 3")
+    site.reload()
+    assert site.server.log.count("Application startup complete") == started + 3
+    site.server.wait_for_log("Finished server process", times=started)
+
+
+def test_what_a_reload_cannot_change_is_logged(site: Site) -> None:
+    site.use(SETTINGS.replace("workers = 1", "workers = 3\nhost = 'localhost'\nbacklog = 100"))
+    names = "server.host, server.workers, server.backlog"
+    assert f"These settings change at the next restart only: {names}\n" in site.server.log
+
+
+def test_which_settings_one_process_cannot_change(directory: Path) -> None:
+    old = load_settings(directory / "downloadview.toml", environ={}).server
+    for key, value in {"fd": "3", "uds": '"s"', "loop": '"asyncio"', "reuse_port": "true", "port": "1"}.items():
+        change(directory, "[server]", f"[server]\n{key} = {value}")
+        new = load_settings(directory / "downloadview.toml", environ={}).server
+        assert needing_a_restart(old, new) == [f"server.{key}"]
+        (directory / "downloadview.toml").write_text(SETTINGS)
+    change(directory, "[server]", "[server]\nroot_path = '/x'\nlog_level = 'error'\nstall_timeout = 5")
+    assert needing_a_restart(old, load_settings(directory / "downloadview.toml", environ={}).server) == []
+
+
+def test_the_command_waits_for_the_service_and_says_what_is_wrong(site: Site) -> None:
+    site.use()
+    site.change('root = "files"', 'root = "other"')
+    done = site.run("reload")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "reloaded\n", "")
+    assert get(site.server, "/files/a.txt")[:2] == (200, b"other")
+    site.change('root = "other"', 'root = "gone"')
+    wrong = site.run("reload", "--pid-file", "pid")
+    assert (wrong.exit_code, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert "sources.files.root" in wrong.stderr
+
+
+def test_a_reload_by_number_checks_the_settings_first(site: Site) -> None:
+    site.use()
+    number, refusals, reloads = str(site.server.process.pid), *map(site.server.log.count, ("cannot be used", IN_USE))
+    site.change('pid_file = "pid"\n', "")
+    site.change('root = "files"', 'root = "gone"')
+    wrong = site.run("reload", number)
+    assert (wrong.exit_code, "sources.files.root" in wrong.stderr) == (2, True)
+    assert site.server.log.count("cannot be used") == refusals
+    site.change('root = "gone"', 'root = "other"')
+    done = site.run("reload", MAINPID=number)  # as systemd sets it
+    assert (done.exit_code, done.stdout) == (0, f"told the process {number} to reload\n")
+    site.server.wait_for_log(IN_USE, times=reloads + 1)
+    assert get(site.server, "/files/a.txt")[:2] == (200, b"other")
+
+
+def test_a_reload_of_nothing_is_an_error(directory: Path) -> None:
+    assert "pid: no running service (No such file or directory)" in refused(cwd=directory, command="reload")
+    (directory / "pid").write_text("one\n")
+    assert "pid: no running service (not a number)" in refused(cwd=directory, command="reload")
+    (directory / "pid").write_text("1\n")
+    assert "pid: the process has ended: start the service" in refused(cwd=directory, command="reload")
+    change(directory, 'pid_file = "pid"\n', "")
+    assert "no process: give PID, or set server.pid_file" in refused(cwd=directory, command="reload")
+    assert "process 4194304 cannot be told to reload" in refused("4194304", cwd=directory, command="reload")
+    (directory / "downloadview.toml").unlink()
+    assert "nothing to reload: give --pid-file" in refused(cwd=directory, command="reload")
+
+
+def test_a_signal_that_comes_before_the_service_is_ready_is_obeyed(directory: Path) -> None:
+    port = free_port()
+    with subprocess.Popen([*COMMAND, "--port", str(port)], cwd=directory, stderr=subprocess.PIPE, text=True) as process:
+        while not (directory / "pid").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr is not None
+        log = []
+        for line in process.stderr:
+            log.append(line)
+            if IN_USE in line:
+                process.terminate()
+    assert process.returncode == 0, log
+
+
+def test_a_reload_of_a_process_that_ends_does_not_wait_for_its_time(directory: Path) -> None:
+    """A process that does not know SIGHUP ends by it."""
+    script = (
+        "import time; from downloadview_async.service.pid_file import PidFile\n"
+        "with PidFile('pid'): print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=directory, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        with pytest.raises(ConfigurationError, match=f"the process {process.pid} has ended before it has answered"):
+            reload(directory)
+
+
+def descriptors(server: Server) -> list[str]:
+    directory = Path(f"/proc/{server.process.pid}/fd")
+    open_files = []
+    for one in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            open_files.append(os.readlink(one))
+    return sorted(open_files)
+
+
+def test_reloads_leave_nothing_open(site: Site) -> None:
+    settings = f'{SETTINGS}[log]\npath = "access.log"\n'
+    site.use(settings)
+    before = descriptors(site.server)
+    for number in range(5):
+        site.use(settings)
+        get(site.server, "/files/a.txt")
+        site.change(*((_NO_ROOT, _NO_STORE)[number % 2][:2]))
+        with pytest.raises(ConfigurationError):
+            site.reload()
+    site.use(settings)
+    deadline = time.monotonic() + 30
+    while len(descriptors(site.server)) > len(before):  # files stay open for a second
+        assert time.monotonic() < deadline, (before, descriptors(site.server))
+        time.sleep(0.01)
+    wait_for_text(site.directory / "access.log", "/files/a.txt", times=5)
+
+
+@pytest.mark.slow
+def test_hangups_during_a_reload_are_one_more_reload(sites: Sites) -> None:
+    """Those to all processes, as a terminal sends them, too: a worker that starts must not end by them."""
+    site = sites("2")
+    site.use()
+    reloads, problems = map(site.server.log.count, (IN_USE, "cannot be used"))
+    os.kill(site.server.process.pid, signal.SIGHUP)
+    while site.server.log.count(IN_USE) == reloads:
+        os.killpg(site.server.process.pid, signal.SIGHUP)
+        time.sleep(0.01)
+    site.reload()
+    assert site.server.log.count(IN_USE) <= reloads + 4
+    assert site.server.log.count("cannot be used") == problems
+    assert get(site.server, "/files/a.txt")[0] == 200
+
+
+@pytest.mark.slow
+def test_watch_reloads_for_settings_and_code(directory: Path) -> None:
+    def write(rules: str) -> None:
+        (directory / "rules.py").write_text(rules)
+
+    write("async def allow(request, name):\n    return True\n")
+    change(directory, 'source = "files"', 'source = "files"\naccess = ["hook:rules:allow"]')
+    with service(directory, "--watch") as server:
+        assert get(server, "/files/a.txt")[:2] == (200, b"files")
+        write("async def allow(request, name):\n    return False\n")
+        server.wait_for_log(IN_USE)
+        assert get(server, "/files/a.txt")[0] == 404
+        write("async def allow(:\n")
+        server.wait_for_log("The settings cannot be used, so the old ones stay: ")
+        assert get(server, "/files/a.txt")[0] == 404
+        write("async def allow(request, name):\n    return name == 'a.txt'\n")
+        server.wait_for_log(IN_USE, times=2)
+        assert get(server, "/files/a.txt")[:2] == (200, b"files")
+        change(directory, 'root = "files"', 'root = "other"')
+        server.wait_for_log(IN_USE, times=3)
+        assert get(server, "/files/a.txt")[:2] == (200, b"other")
+
+
+def test_a_socket_of_systemd(directory: Path) -> None:
+    """LISTEN_FDS: the socket exists before the service, and goes on after it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+        script = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.argv[2], sys.argv[2:])"
+        )
+        command = [sys.executable, "-c", script, str(listener.fileno()), *COMMAND]
+        with serving(command, port, log=directory / "log", cwd=directory, pass_fds=[listener.fileno()]) as server:
+            assert get(server, "/files/a.txt") == (200, b"files", None)
+            server.wait_for_log(f"Listening on http://127.0.0.1:{port} ")
+            assert server.stop() == 0
+        with socket.create_connection(("127.0.0.1", port), timeout=30):
+            listener.accept()[0].close()
+
+
+def test_the_sockets_of_another_process_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert inherited_sockets() == []
+    assert not [name for name in os.environ if name.startswith("LISTEN_")]
+
+
+def test_a_unix_socket_is_taken_over_when_that_is_asked_for(directory: Path) -> None:
+    path = str(directory / "socket")
+    command = [*COMMAND, "--uds", path]
+
+    def ask() -> bytes:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(path)
+            client.sendall(b"GET /files/a.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return b"".join(iter(lambda: client.recv(65536), b""))
+
+    with serving(command, path, log=directory / "log", cwd=directory) as first:
+        first.wait_for_log("Listening on ")
+        change(directory, 'root = "files"', 'root = "other"')
+        by_mistake = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60)
+        assert by_mistake.returncode == 3
+        assert by_mistake.stderr.count("\n") == 1
+        assert "another process listens on" in by_mistake.stderr
+        assert ask().endswith(b"files")
+        with serving([*command, "--reuse-port"], path, log=directory / "log2", cwd=directory) as second:
+            second.wait_for_log("Listening on ")
+            assert ask().endswith(b"other")
+            assert first.stop() == 0
+            assert ask().endswith(b"other")  # the first process has not removed the socket of the second
+        assert not os.path.exists(path)
