@@ -258,10 +258,11 @@ class URLSigner:
             age = self._max_age
         else:
             return None
-        if age < timedelta(seconds=1) or (self._max_age is not None and age > self._max_age):
-            raise ValueError(
-                f"the link would be valid for {age}: give a second or more, at most max_age, {self._max_age}"
-            )
+        if age < timedelta(seconds=1):
+            raise ValueError("the link would have expired already: give a time that is a second or more from now")
+        if self._max_age is not None and age > self._max_age:
+            longest = str(self._max_age).removesuffix(", 0:00:00")
+            raise ValueError(f"the link would be valid for more than max_age, {longest}: give a shorter time")
         return int(now + age.total_seconds()) if until is None else int(until.timestamp())
 
 

@@ -91,8 +91,8 @@ def test_parameters_are_neither_dropped_nor_doubled_nor_moved_nor_written_otherw
     for changed in tampered(pairs):
         assert is_accepted(path, b"&".join(changed)) == []
     for index, pair in enumerate(pairs):
-        for written in (b"%%%02x" % pair[0] + pair[1:], pair.replace(b"%20", b"+").replace(b"=", b"=%", 1)):
-            assert is_accepted(path, b"&".join([*pairs[:index], written, *pairs[index + 1 :]])) == []
+        written = pair.replace(b"%20", b"+").replace(b"=", b"=%", 1)
+        assert is_accepted(path, b"&".join([*pairs[:index], written, *pairs[index + 1 :]])) == []
     lower = query.replace(b"%2F", b"%2f")
     assert lower != query
     assert is_accepted(path, lower) == []
@@ -206,11 +206,11 @@ def test_keys_that_are_refused(keys: dict[str, bytes | str], message: str) -> No
         ("/a", {"filename": "a\r\nb"}, "filename is"),
         ("/a", {"content_type": "html"}, "not a content type"),
         ("/a", {"client": "example.org"}, "give an address or a network"),
-        ("/a", {"expires_in": timedelta(0)}, "would be valid for 0:00:00"),
-        ("/a", {"until": datetime(2020, 1, 1, tzinfo=UTC)}, "give a second or more"),
+        ("/a", {"expires_in": timedelta(0)}, "would have expired already: give"),
+        ("/a", {"until": datetime(2020, 1, 1, tzinfo=UTC)}, "would have expired already: give"),
         ("/a", {"until": datetime(2020, 1, 1)}, "give a time with a zone"),
         ("/a", {"until": datetime.now(UTC), "expires_in": timedelta(1)}, "no expires_in"),
-        ("/a", {"expires_in": timedelta(days=8)}, "at most max_age, 7 days"),
+        ("/a", {"expires_in": timedelta(days=8)}, "more than max_age, 7 days: give"),
         ("/a", {"expires_in": 5}, "expires_in is 5: give a timedelta"),
         ("/a", {"until": "2030-01-01"}, "give a time with a zone"),
         ("/a", {"uses": "1"}, "uses is '1': give a number"),

@@ -152,6 +152,7 @@ async def test_a_directory_of_logs_of_s3_does_not_tell_the_end_of_what_a_proxy_s
     assert "ends when it is handed over" in caplog.text
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize("has_log", [True, False])
 async def test_a_transfer_of_a_proxy_ends_with_its_line_if_the_service_knows_the_log(
     directory: Path, has_log: bool, caplog: pytest.LogCaptureFixture
