@@ -98,8 +98,11 @@ class Connection(Protocol):
     def is_flushed(self) -> bool:
         """Whether the connection is open, and the transport has passed everything on."""
 
-    def when_flushed(self, callback: Callable[[], None]) -> bool:
-        """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
+    def when_flushed(self, callback: Callable[[bool], None]) -> bool:
+        """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost.
+
+        The callback gets whether the transport has passed everything on.
+        """
 
     def when_half_closed(self, callback: Callable[[], None] | None) -> None:
         """Call `callback` when the client closes its side of the connection, or now if it has; None: call nothing."""
@@ -289,11 +292,9 @@ class Account(Facts):
         if not self.is_held and (self._connection is None or self._connection.when_flushed(self._flushed)):
             self.end()
 
-    def _flushed(self) -> None:
-        connection = self._connection
-        assert connection is not None
+    def _flushed(self, is_flushed: bool) -> None:
         self.is_complete = False
-        self.is_complete = not connection.is_lost or self._taken == self._passed_on
+        self.is_complete = is_flushed or self._taken == self._passed_on
         self.end()
 
     @classmethod

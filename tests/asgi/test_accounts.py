@@ -1,5 +1,6 @@
 """`Accounts` on real servers: exactly one outcome for each request, with the bytes that its client has received."""
 
+import asyncio
 import contextlib
 import fcntl
 import json
@@ -20,11 +21,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
+from starlette.types import Receive, Scope, Send
 
+import downloadview_async as dv
+from downloadview_async.asgi.extensions import CONNECTION
+from downloadview_async.asgi.server import DownloadProtocol
 from tests.asgi.accounts_app import ONE, SIZES, TINY
 from tests.asgi.ways import WAYS
 from tests.contrib.django.served_app import KINDS
+from tests.live import live
 from tests.s3 import BUCKET, S3
 from tests.servers import Server, free_port, serving
 
@@ -593,3 +600,32 @@ def test_each_request_has_one_outcome_although_the_server_is_stopped(serve: Serv
 
         stress(replace(site, may_break=True), 4000, then=stop)
         assert site.server.stop() in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_an_answer_that_the_kernel_has_is_complete_although_the_connection_closes(loop: str) -> None:
+    """The transport tells that it has passed everything on, and then at once that the connection is lost."""
+    outcomes: list[dv.Outcome] = []
+    body = bytes(8 << 20)
+
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        length = (b"content-length", b"%d" % len(body))
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        await send({"type": "http.response.body", "body": body})
+        scope["extensions"][CONNECTION].transport.close()
+
+    async def run() -> None:
+        async with live(dv.Accounts(endpoint, observers=[outcomes.append]), http=DownloadProtocol) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(len(body)) == body
+            writer.close()
+            with anyio.fail_after(20):
+                while not outcomes:
+                    await asyncio.sleep(0.01)
+
+    runner: Any = pytest.importorskip(loop).run
+    runner(run())
+    (outcome,) = outcomes
+    assert (outcome.result, outcome.sent) == ("completed", len(body))

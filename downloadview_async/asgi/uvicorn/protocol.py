@@ -251,7 +251,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._held = 0  # bytes in the transport when writing paused
         self._untaken_at_loss = 0
         self._encrypted: EncryptedStream | None = None
-        self.flushed: asyncio.Future[None] | None = None
+        self.flushed: asyncio.Future[bool] | None = None
         self._has_plain_socket = False
         self._is_on_unix_socket = False
         self._phase = _BETWEEN
@@ -789,11 +789,11 @@ class DownloadProtocol(HttpToolsProtocol):
             or self.transport.get_write_buffer_size()
         )
 
-    def when_flushed(self, callback: Callable[[], None]) -> bool:
-        """Return True if nothing waits in the transport; else call `callback` when that is so, or when it is lost."""
+    def when_flushed(self, callback: Callable[[bool], None]) -> bool:
+        """Return True if nothing waits in the transport; else call `callback` with the result of `flush`."""
         if self.is_lost or not (self.flow.write_paused or self.transport.get_write_buffer_size()):
             return True
-        flush(self).add_done_callback(lambda _: callback())
+        flush(self).add_done_callback(lambda flushed: callback(flushed.result()))
         return False
 
     def when_half_closed(self, callback: Callable[[], None] | None) -> None:

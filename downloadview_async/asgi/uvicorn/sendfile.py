@@ -35,12 +35,12 @@ _refusals = Refusals("sendfile")
 class Sending(Connection, Protocol):
     """A connection over which a file can be sent.
 
-    flushed: a future that is done when the transport has sent all that it holds, or the connection is lost. None
-    unless something waits for that. file_sent: the bytes of the last file that were sent.
+    flushed: a future that is done when the transport has sent all that it holds, or the connection is lost: see
+    `flush`. None unless something waits for that. file_sent: the bytes of the last file that were sent.
     """
 
     loop: asyncio.AbstractEventLoop
-    flushed: "asyncio.Future[None] | None"
+    flushed: "asyncio.Future[bool] | None"
     file_sent: int
 
     def note_untaken_bytes(self) -> None:
@@ -269,10 +269,11 @@ async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: 
         os.close(number)
 
 
-def flush(connection: Sending) -> "asyncio.Future[None]":
+def flush(connection: Sending) -> "asyncio.Future[bool]":
     """Return a future that is done when the transport has sent everything that it holds, or the connection is lost.
 
-    The kernel may send a file only after that.
+    The kernel may send a file only after that. The result is whether everything was sent; a connection that closes may
+    be lost right after that.
     """
     if connection.flushed is not None and not connection.flushed.done():
         return connection.flushed
@@ -290,4 +291,4 @@ def end_flush(connection: Sending) -> None:
         if not connection.is_lost and connection.transport.get_extra_info("sslcontext"):
             connection.transport.set_write_buffer_limits()
         if not flushed.done():
-            flushed.set_result(None)
+            flushed.set_result(not connection.is_lost)
