@@ -88,7 +88,11 @@ CLIENTS = {
     "aria2": Client(
         lambda transport, url: [*_aria2(transport), url],
         lambda transport, url: [*_aria2(transport, "-c"), url],
-        lambda transport, url: [*_aria2(transport, "-x4", "-s4", "-k1M"), url],
+        # unlimited, its first connection may have the whole file before the others have begun
+        lambda transport, url: [
+            *_aria2(transport, "-x4", "-s4", "-k1M", "--max-overall-download-limit=4M"),
+            url,
+        ],
     ),
     "axel": Client(
         lambda transport, url: _axel(transport, "-n", "1", url),
@@ -98,7 +102,7 @@ CLIENTS = {
     "lftp": Client(
         lambda transport, url: _lftp(transport, f"get1 {url} -o file"),
         lambda transport, url: _lftp(transport, f"get1 -c {url} -o file"),
-        # unlimited, its first connection may have the whole file before the others have begun
+        # for the same reason
         lambda transport, url: _lftp(
             transport, f"set net:limit-rate 2000000; set net:limit-max 100000; pget -n 4 {url} -o file"
         ),
