@@ -16,7 +16,7 @@ from downloadview_async import Grant, URLSigner
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import OffloadSettings
-from tests.live import Answer, ask, live
+from tests.live import Answer, ask, live, make_old
 from tests.proxies.servers import KINDS, proxy, readable_directory
 from tests.servers import free_port
 
@@ -78,6 +78,7 @@ def site() -> Iterator[Site]:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(f"{name}: 0123456789".encode())
         (files / "outside.txt").symlink_to("/etc/hostname")
+        make_old(files)  # a file that may still change within its second has no Last-Modified
         (directory / "links.keys").write_text("".join(f"{name} {secret}\n" for name, secret in SECRETS.items()))
         config = directory / "downloadview.toml"
         config.write_text(SETTINGS.format(service=free_port()))  # nothing listens there
