@@ -109,11 +109,15 @@ class DownloadASGIHandler(ASGIHandler):
 
     async def _answer(self, request: ASGIRequest, send: Any, context: ThreadSensitiveContext) -> HttpResponseBase:
         response = await self.run_get_response(request)
-        with suppress(asyncio.CancelledError):  # the client has left
-            is_long = isinstance(response, DownloadResponse) and response.is_long
-            if is_long and (ending := _end_thread(context)) is not None:
-                await asyncio.shield(asyncio.wrap_future(ending))
-            await self._send(request, response, send)
+        try:
+            with suppress(asyncio.CancelledError):  # the client has left
+                is_long = isinstance(response, DownloadResponse) and response.is_long
+                if is_long and (ending := _end_thread(context)) is not None:
+                    await asyncio.shield(asyncio.wrap_future(ending))
+                await self._send(request, response, send)
+        except Exception:  # such as an OSError, which tells in ASGI 2.4 that the client has left
+            await self._close(response, context)
+            raise
         return response
 
     async def read_body(self, receive: Any) -> IO[bytes]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from inspect import isawaitable
 from typing import Any
+from weakref import finalize
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
 from django.conf import settings
@@ -187,9 +188,10 @@ async def _spend(request: HttpRequest, response: HttpResponseBase, transfers: Tr
 
 
 def _limited(response: HttpResponseBase, transfers: Transfers, loop: asyncio.AbstractEventLoop) -> HttpResponseBase:
-    """Return a response that ends its transfer when it is closed."""
+    """Return a response that ends its transfer when it is closed, or not used any more: see `AccountsMiddleware`."""
     closers: list[Any] = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001
     closers.append(partial(_end, transfers, loop))
+    finalize(response, _end, transfers, loop).atexit = False
     return response
 
 

@@ -2,24 +2,28 @@
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from django.core.asgi import get_asgi_application as django_asgi
 from django.core.exceptions import ImproperlyConfigured
 from django.http import FileResponse, HttpRequest, HttpResponse
 from django.test import AsyncRequestFactory, override_settings
 from django.urls import path
 
 import downloadview_async as dv
-from downloadview_async.contrib.django import PathDownloadView
+from downloadview_async.contrib.django import PathDownloadView, get_asgi_application
 from downloadview_async.contrib.django.limits import LimitsMiddleware, limits_of_settings
 from downloadview_async.contrib.django.nginx import x_accel_redirect
 from tests.contrib.django.test_accounts import SERVERS
+from tests.descriptors import open_paths
 from tests.live import make_old
 from tests.redis_server import redis_server
 
@@ -242,3 +246,39 @@ async def test_a_request_that_is_cancelled_while_its_bytes_are_counted_leaves_no
             await asyncio.sleep(0.05)
         assert response.status_code == 200
         await middleware.limits.aclose()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("application", [django_asgi, get_asgi_application])
+@pytest.mark.parametrize("target", ["/ours/large.bin", "/theirs/large.bin", "/page"])
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume synchronous iterators:Warning")
+async def test_a_place_is_free_after_send_has_raised(application: Callable[[], Any], target: str, root: Path) -> None:
+    """ASGI 2.4 has it raise OSError when the client has left. Django's own handler does not close the response then."""
+    app: Any = None
+
+    async def status_of(*, is_there: bool) -> int:
+        messages, statuses = iter([{"type": "http.request"}]), []
+
+        async def receive() -> Any:
+            if (message := next(messages, None)) is None:
+                await asyncio.Event().wait()
+            return message
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+            elif not is_there:
+                raise OSError("the client has left")
+
+        scope = {"type": "http", "method": "GET", "path": target, "query_string": b"", "headers": []}
+        with contextlib.suppress(OSError):
+            await app({**scope, "client": ("127.0.0.1", 1)}, receive, send)
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            gc.collect()  # Django's own handler leaves the files of bodies open, too
+        await asyncio.sleep(0)  # the place is given back in the event loop
+        return int(statuses[0])
+
+    with override_settings(ROOT_URLCONF=urls(root), MIDDLEWARE=MIDDLEWARE, DOWNLOADVIEW_LIMITS={"CONCURRENT": 1}):
+        app = application()
+        assert [await status_of(is_there=there) for there in (False, False, False, True)] == [200] * 4
+    assert open_paths().count(str(root / "large.bin")) <= 1  # which is kept for the next request
