@@ -42,6 +42,16 @@ def no_refused_call_is_remembered() -> Iterator[None]:
     open_file._reads_of_cached_pages.devices.clear()
 
 
+@pytest.fixture(autouse=True)
+def no_setting_is_left_in_the_environment() -> Iterator[None]:
+    """Restore the variables of the service: a command that is called in this process leaves them to its workers."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("DOWNLOADVIEW_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("DOWNLOADVIEW_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def files_are_kept_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep files open for 0.1 s after requests, so that a test need not wait a second until all are closed."""

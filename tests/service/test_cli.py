@@ -67,7 +67,8 @@ def refused(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, co
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with contextlib.chdir(cwd):
-            run = CliRunner(env=dict.fromkeys(known) | dict(env or {})).invoke(main, [command, *arguments])
+            port = {"DOWNLOADVIEW_SERVER__PORT": str(free_port())}  # the service may run on the one that is the default
+            run = CliRunner(env=dict.fromkeys(known) | port | dict(env or {})).invoke(main, [command, *arguments])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -83,7 +84,7 @@ def refused_by_a_process(*arguments: str, cwd: Path, env: Mapping[str, str] | No
     run = subprocess.run(
         [*COMMAND, *arguments],
         cwd=cwd,
-        env=environ | dict(env or {}),
+        env=environ | {"DOWNLOADVIEW_SERVER__PORT": str(free_port())} | dict(env or {}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
