@@ -41,7 +41,7 @@ def hand_over(scope: Scope, order: Mapping[str, str]) -> None:
     """
     if awaits_line(scope, order):
         transfers: Transfers = scope[TRANSFERS]
-        transfers.keeper = partial(_keep, transfers.proxy_log or "", request_id_of(scope) or "")
+        transfers.hand_over(partial(_keep, transfers.proxy_log or "", request_id_of(scope) or ""))
 
 
 def awaits_line(scope: Scope, order: Iterable[str]) -> bool:

@@ -419,6 +419,29 @@ async def test_a_transfer_of_a_proxy_ends_with_its_line_in_the_log(files: Path, 
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("way", ["download", "file"])
+async def test_transfers_of_a_proxy_share_the_rate_as_they_come_and_go(files: Path, tmp_path: Path, way: str) -> None:
+    log = tmp_path / "downloads.log"
+    log.touch()
+    limits = dv.Limits(rate="6MB/s", concurrent=9, proxy_log=str(log))
+    backend = dv.XAccelRedirect([dv.Rule(str(files), "/_files/")])
+    app: ASGIApp
+    if way == "download":
+        app = Starlette(routes=[Route("/download/{name}", dv.Download(dv.PathSource(files), limits=limits))])
+        app = dv.OffloadMiddleware(app, backend)
+    else:
+        app = dv.LimitsMiddleware(dv.OffloadMiddleware(application(files), backend, pathsend=True), limits)
+    async with live(dv.Accounts(app, sends_request_id=True)) as port:
+        begun = [(await ask(port, f"/{way}/big.bin")).headers for _ in range(4)]
+        rates = [int(one["x-accel-limit-rate"]) for one in begun]
+        assert rates == [6_000_000, 3_000_000, 2_000_000, 1_500_000]
+        with log.open("a") as file:
+            file.writelines(line_of(one["x-request-id"], len(BIG)) for one in begun)
+        await until_it_has(limits, transfers=0)
+        assert (await ask(port, f"/{way}/big.bin")).headers["x-accel-limit-rate"] == "6000000"
+
+
+@pytest.mark.asyncio
 async def test_the_log_of_a_proxy_may_be_truncated_within_a_line(files: Path, tmp_path: Path) -> None:
     log = tmp_path / "downloads.log"
     log.write_text("something else\n" * 100)

@@ -881,6 +881,20 @@ def test_transfers_of_other_processes_share_a_rate_too() -> None:
         assert one.rate == 3_000_000
 
 
+def test_transfers_share_a_rate_with_those_that_a_proxy_sends() -> None:
+    shared = SharedRate(9_000_000)
+    with Pace((shared,), None) as one:
+        assert (one.rate, shared.part_of_next) == (9_000_000, 4_500_000)
+        shared.begin_by_proxy()
+        assert (one.rate, shared.part_of_next) == (4_500_000, 3_000_000)
+        shared.end_by_proxy()
+        assert one.rate == 9_000_000
+    shared.begin_by_proxy()
+    assert not shared.is_idle
+    shared.end_by_proxy()
+    assert shared.is_idle
+
+
 @pytest.mark.asyncio
 async def test_what_slow_clients_leave_is_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]

@@ -420,8 +420,10 @@ class Transfers:
     __slots__ = (
         "_all",
         "_before",
+        "_by_proxy",
         "_is_at_once",
         "_is_complete",
+        "_of_client",
         "_sent",
         "counts_bytes",
         "is_held",
@@ -438,6 +440,8 @@ class Transfers:
         self._is_complete = False
         self._is_at_once = False
         self.counts_bytes = False
+        self._of_client: tuple[SharedRate, ...] = ()
+        self._by_proxy: tuple[SharedRate, ...] = ()
         self.rates: tuple[SharedRate, ...] = ()
         """The rates that the transfer shares with others."""
         self.waits = False
@@ -474,6 +478,10 @@ class Transfers:
             self._all = [one for one in ended if one.limits.proxy_log is not None]
             ended = [one for one in ended if one.limits.proxy_log is None]
             keeper(self)
+        else:
+            by_proxy, self._by_proxy = self._by_proxy, ()
+            for shared in by_proxy:
+                shared.end_by_proxy()
         for transfer in ended:
             transfer.limits.end(transfer, self._sent, is_complete=self._is_complete)
 
@@ -516,7 +524,10 @@ class Transfers:
         if limits.counts_bytes:
             self.counts_bytes = True
         if limits.is_paced:
-            self.rates += limits.rates_of(transfer)
+            rates = limits.rates_of(transfer)
+            self.rates += rates
+            if limits.rate is not None:
+                self._of_client += rates[:1]
 
     @property
     def may_wait(self) -> bool:
@@ -585,8 +596,20 @@ class Transfers:
 
     @property
     def rate(self) -> int | None:
-        """The least rate of a client, in bytes per second, for a proxy that sends the file; None: there is none."""
-        return min((one.limits.rate for one in self._all if one.limits.rate is not None), default=None)
+        """The rate in bytes per second at which a proxy may send the file; None: any.
+
+        It is the least part of all rates of the client. They know of transfers that a proxy sends if `hand_over` is
+        called for them.
+        """
+        return min((shared.part_of_next for shared in self._of_client), default=None)
+
+    def hand_over(self, keeper: "Callable[[Transfers], None]") -> None:
+        """Have `keeper` get what is held of limits with a `proxy_log`: a proxy sends the file until `end` is called."""
+        self.keeper = keeper
+        if not self._by_proxy:
+            self._by_proxy = self._of_client
+            for shared in self._by_proxy:
+                shared.begin_by_proxy()
 
 
 def _in_redis(url: str, when_it_fails: WhenStoreFails, follower: Follower) -> LimitStore:

@@ -47,20 +47,21 @@ class SharedRate:
     """A rate in bytes per second, which all `paces` share.
 
     The parts are equal, but a transfer whose client takes less than its part gets little more than that, and the others
-    share the rest.
+    share the rest. A transfer that a proxy sends keeps the part that it has at its start.
 
     Small answers have the whole rate while there are no transfers, and beside those the part of one more.
 
     everywhere: returns how many transfers share it in all processes, as far as this one knows.
     """
 
-    __slots__ = ("__weakref__", "_everywhere", "_free_at", "_number", "_timer", "paces", "rate")
+    __slots__ = ("__weakref__", "_by_proxy", "_everywhere", "_free_at", "_number", "_timer", "paces", "rate")
 
     def __init__(self, rate: int, everywhere: Callable[[], int] = lambda: 0) -> None:
         self.rate = rate
         self.paces: dict[Pace, float | None] = {}
         """The transfers, and what each of the slow ones needs at most, in bytes per second."""
         self._everywhere = everywhere
+        self._by_proxy = 0  # transfers that a proxy sends
         self._number = 0  # of the transfers when the paces were last set
         self._free_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -79,7 +80,7 @@ class SharedRate:
 
     def _others(self) -> int:
         """Return how many share the rate that have no pace here: transfers elsewhere, and all small answers as one."""
-        return max(0, self._everywhere() - len(self.paces)) + self._has_small_answers()
+        return max(self._by_proxy, self._everywhere() - len(self.paces)) + self._has_small_answers()
 
     def _has_small_answers(self) -> bool:
         return self._free_at - time.monotonic() > _SHARES_FROM
@@ -87,7 +88,22 @@ class SharedRate:
     @property
     def is_idle(self) -> bool:
         """Whether nothing would change if this were forgotten."""
-        return not self.paces and self._free_at <= time.monotonic()
+        return not self.paces and not self._by_proxy and self._free_at <= time.monotonic()
+
+    @property
+    def part_of_next(self) -> int:
+        """The bytes per second of one more transfer."""
+        return max(LEAST_PACE, self.rate // (len(self.paces) + self._others() + 1))
+
+    def begin_by_proxy(self) -> None:
+        """Have a transfer that a proxy sends share the rate, until `end_by_proxy`."""
+        self._by_proxy += 1
+        self.change()
+
+    def end_by_proxy(self) -> None:
+        """End the part of a transfer that a proxy has sent."""
+        self._by_proxy -= 1
+        self.change()
 
     def join(self, pace: "Pace") -> None:
         """Have one more transfer share the rate."""
