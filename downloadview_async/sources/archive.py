@@ -7,7 +7,6 @@ and kept in a `Checksums`. If a range needs one that is not known, it waits unti
 
 import os
 import time
-import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ from downloadview_async.sources.base import (
     check_source,
     closing_stream,
 )
-from downloadview_async.sources.checksums import Checksums, MemoryChecksums
+from downloadview_async.sources.checksums import Checksums, MemoryChecksums, crc32
 from downloadview_async.sources.listing import DescribedEntry, Version, closing_entries
 from downloadview_async.sources.local.open_file import CHUNK_SIZE, REWRITTEN, OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import canonical_folder
@@ -609,7 +608,7 @@ class OpenArchive:
                 memory[: len(header)] = header
                 batch.fill(len(memory))
                 if crc is None:
-                    crc = zlib.crc32(content)
+                    crc = crc32(content)
                     self._note(index, crc)
         batch.add(self._layout.descriptor(index, crc))
         return True
@@ -626,7 +625,7 @@ class OpenArchive:
         if len(content) < len(span) or not local.is_same():
             raise self._has_changed(index)
         if index not in self._crcs and len(span) == self._items[index].size:
-            self._note(index, zlib.crc32(content))
+            self._note(index, crc32(content))
         return content
 
     async def _content(self, opened: OpenFile, piece: Content) -> AsyncGenerator[bytes, None]:
@@ -643,7 +642,7 @@ class OpenArchive:
                 skipped -= min(skipped, len(received))
                 left -= len(chunk)
                 if is_computed:
-                    crc = zlib.crc32(chunk, crc)
+                    crc = crc32(chunk, crc)
                 yield chunk
                 if not left:
                     break
@@ -851,7 +850,7 @@ async def _crc_of(opened: OpenFile, size: int, begun: _Begun) -> int:
             begun.crc = begun.position = 0
         async with closing_stream(opened.stream(ByteRange(begun.position, size) if begun.position else None)) as chunks:
             async for chunk in chunks:
-                begun.crc, begun.position = zlib.crc32(chunk, begun.crc), begun.position + len(chunk)
+                begun.crc, begun.position = crc32(chunk, begun.crc), begun.position + len(chunk)
     if begun.position != size:
         raise TransferAborted("a file changed while it was read for its CRC-32", reason="file-changed")
     return begun.crc
@@ -861,7 +860,7 @@ def _crc_of_span(local: OpenLocalFile, position: int, length: int, crc: int) -> 
     """Return the CRC-32 that continues with a span, and how many bytes of it there are. Runs in a worker thread."""
     count = 0
     while count < length and (chunk := os.pread(local.descriptor, min(1 << 20, length - count), position + count)):
-        crc = zlib.crc32(chunk, crc)
+        crc = crc32(chunk, crc)
         count += len(chunk)
     return crc, count
 
