@@ -144,6 +144,17 @@ configs: $(VENV)/run.done  ## Write the proxy configurations in deploy/ again wi
 wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
+.PHONY: audit
+audit: $(VENV)/dev.done  ## Check what is pinned and installed, by the package index: yanked, foreign, licences, changed
+	@$(BIN)/python requirements/audit.py requirements/run.txt requirements/dev.txt \
+		requirements/oldest.txt=$(VENV)/oldest requirements/servers.txt=$(VENV)/servers
+
+.PHONY: sbom
+sbom: $(VENV)/dev.done  ## Write the bill of materials of the service into dist/sbom.json (CycloneDX)
+	@mkdir -p dist
+	$(BIN)/python requirements/audit.py --sbom "$$($(BIN)/python -c 'import downloadview_async as d; print(d.__version__)')" \
+		requirements/run.txt > dist/sbom.json
+
 .PHONY: lock
 lock:  ## Pin the newest versions of all packages (needs uv)
 	$(LOCK) --upgrade --extra server --extra auth --extra sqlalchemy --extra s3 --extra redis --extra metrics \
