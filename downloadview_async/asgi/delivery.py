@@ -12,9 +12,10 @@ from starlette.types import Message, Receive, Send
 from downloadview_async.accounts.facts import Facts
 from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.disconnect import until_the_client_leaves
-from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SETTLED
+from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SETTLED, ZERO_COPY
 from downloadview_async.asgi.loan import Batches, Lendable, Loan
 from downloadview_async.asgi.transfer import send_in_chunks
+from downloadview_async.asgi.zero_copy import send_zero_copy
 from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
@@ -72,6 +73,19 @@ class Pieces:
 
 
 @dataclass(slots=True)
+class ZeroCopy:
+    """The server sends a span of an open file by ASGI's Zero Copy Send. is_used: whether it has done so."""
+
+    file: OpenLocalFile
+    span: ByteRange
+    is_used: bool = False
+
+    def use(self) -> None:
+        """Note that it has done so."""
+        self.is_used = True
+
+
+@dataclass(slots=True)
 class Path:
     """The server sends a whole file by a path. size: bytes, None if unknown.
 
@@ -91,7 +105,7 @@ class Chunks:
     file: OpenFile
 
 
-Delivery = Offloaded | Redirected | Empty | Inline | Descriptor | Pieces | Path | Chunks
+Delivery = Offloaded | Redirected | Empty | Inline | Descriptor | Pieces | ZeroCopy | Path | Chunks
 """Each way in which an answer can leave."""
 
 _KINDS: dict[type[Any], str] = {
@@ -100,6 +114,7 @@ _KINDS: dict[type[Any], str] = {
     Inline: "inline",
     Descriptor: "zero-copy",
     Pieces: "zero-copy",
+    ZeroCopy: "zero-copy",
     Path: "path",
     Chunks: "chunks",
 }
@@ -121,8 +136,8 @@ def delivery_of(
     """Return how the body of a plan leaves when no proxy sends the file.
 
     path_send: the server's entry for path sends in the scope, None if it has none. With "descriptor" in it, the server
-    takes an open descriptor, an offset and a count, or pieces. Without, it takes a path, and only whole files are sent
-    that way.
+    takes an open descriptor, an offset and a count, or pieces. With `ZERO_COPY`, it takes Zero Copy Sends. Else it
+    takes a path, and only whole files are sent that way.
     is_fresh: whether the file has been opened just now, so that nobody can have written to it since.
     """
     if not plan.body:
@@ -144,6 +159,8 @@ def delivery_of(
         return Chunks(plan, opened)
     if takes_descriptors:
         return Descriptor(local, span, Chunks(plan, opened))
+    if ZERO_COPY in path_send:
+        return ZeroCopy(local, span) if local.is_quick else Chunks(plan, opened)
     if len(span) == opened.metadata.size:
         return Path(_of_thread.lasting_paths.path_of(local.descriptor), len(span), Chunks(plan, opened))
     return Chunks(plan, opened)
@@ -188,6 +205,10 @@ async def _send(delivery: Delivery, start: Message | None, send: Send, receive: 
                         return
                     start = None
             await _send(delivery.otherwise, start, send, receive)
+        case ZeroCopy():
+            if start is not None:
+                await send(start)
+            await _listening(partial(_send_zero_copy, delivery), send, receive)
         case Path():
             with delivery.path as path:
                 if path is not None:
@@ -200,6 +221,10 @@ async def _send(delivery: Delivery, start: Message | None, send: Send, receive: 
             await _send(delivery.otherwise, start, send, receive)
         case Chunks():
             await _listening(partial(send_in_chunks, delivery.plan, delivery.file, start=start), send, receive)
+
+
+async def _send_zero_copy(delivery: ZeroCopy, send: Send) -> None:
+    await send_zero_copy(delivery.file, delivery.span, send, delivery.use)
 
 
 async def _lend(lent: Lendable, span: ByteRange, start: Message | None, send: Send, receive: Receive | None) -> bool:
@@ -230,13 +255,13 @@ async def _listening(work: Callable[[Send], Awaitable[None]], send: Send, receiv
 
 def kind_of(delivery: Delivery) -> str:
     """Return the name of the way in which an answer leaves, as in `Outcome`."""
-    return _KINDS[type(delivery)]
+    return "chunks" if isinstance(delivery, ZeroCopy) and not delivery.is_used else _KINDS[type(delivery)]
 
 
 def spans_of(delivery: Delivery) -> tuple[ByteRange | None, ...]:
     """Return the parts of the file that an answer has; None for a file of unknown size."""
     match delivery:
-        case Descriptor() | Pieces():
+        case Descriptor() | Pieces() | ZeroCopy():
             return (delivery.span,)
         case Inline():
             return () if delivery.span is None else (delivery.span,)

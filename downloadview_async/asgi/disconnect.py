@@ -6,7 +6,7 @@ from typing import Any
 import anyio
 from starlette.types import Message, Receive, Send
 
-from downloadview_async.asgi.extensions import PATHSEND
+from downloadview_async.asgi.extensions import PATHSEND, ZERO_COPY
 from downloadview_async.asgi.loan import LentFile, Loan
 from downloadview_async.http.plan import Headers
 
@@ -78,7 +78,7 @@ def _end_of_response(message: Message) -> "bool | Loan":
     if message["type"] == PATHSEND:
         lent: LentFile | None = message.get("descriptor")
         return True if lent is None else lent.loan
-    return message["type"] == "http.response.body" and not message.get("more_body", False)
+    return message["type"] in ("http.response.body", ZERO_COPY) and not message.get("more_body", False)
 
 
 def _is_over(end: "bool | Loan") -> bool:

@@ -18,8 +18,10 @@ from downloadview_async.accounts.facts import ACCOUNT, Facts, note_facts
 from downloadview_async.asgi.archives import ArchiveOptions, Archives
 from downloadview_async.asgi.archives import key_of as archive_key_of
 from downloadview_async.asgi.checksum import checksum_response, send_checksums, wanted_checksum
+from downloadview_async.asgi.departures import answer_until_departure
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
+from downloadview_async.asgi.extensions import CONNECTION
 from downloadview_async.asgi.limiting import Limiting, admit, limits_of
 from downloadview_async.asgi.listing.entries import FolderEntries
 from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
@@ -79,7 +81,12 @@ class _Endpoint:
         """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
-            return
+        elif CONNECTION in (scope.get("extensions") or {}):  # of a server that raises no `OSError`
+            await self._answer_request(scope, receive, send)
+        else:
+            await answer_until_departure(self._answer_request, scope, receive, send)
+
+    async def _answer_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] == "OPTIONS":
             await Response(status_code=204, headers=_ALLOW | close_after_body(scope))(scope, receive, send)
             return

@@ -3,6 +3,9 @@
 PATHSEND = "http.response.pathsend"
 """The ASGI extension by which a server sends a file itself, and the type of its message."""
 
+ZERO_COPY = "http.response.zerocopysend"
+"""The ASGI extension by which a server sends spans of an open file, and the type of its message."""
+
 PREPARED = "downloadview_async.prepared"
 """The key of a `PreparedHead` in the start of a response, for a server that wants it. The whole body follows."""
 

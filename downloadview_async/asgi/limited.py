@@ -12,8 +12,9 @@ from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.asgi.accounts import Account
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.errors import send_error
-from downloadview_async.asgi.extensions import FOREIGN, PACE, PATHSEND
+from downloadview_async.asgi.extensions import FOREIGN, PACE, PATHSEND, ZERO_COPY
 from downloadview_async.asgi.limiting import Limiting, counted, half_close_of, limits_of, paced
+from downloadview_async.asgi.zero_copy import is_native
 from downloadview_async.errors import FileError
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.fields import length_of
@@ -22,7 +23,6 @@ from downloadview_async.http.ranges import parse_content_range
 from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
 
 _ROUNDS = 20  # of the loop, in which an application that listens can stop, as if the client had left
-_ZERO_COPY = "http.response.zerocopysend"
 
 
 class LimitsMiddleware:
@@ -88,9 +88,10 @@ class _Limited:
     async def answer(self, app: ASGIApp) -> None:
         """Have an application answer the request. What it raises after it was refused is dropped."""
         extensions = dict(self._scope.get("extensions") or {})
-        if self._transfers.rates and (PACE not in extensions or FOREIGN in extensions.get(PATHSEND, {})):
-            extensions.pop(PATHSEND, None)  # its rate could not be limited
-        extensions.pop(_ZERO_COPY, None)
+        is_limited = bool(self._transfers.rates) and (PACE not in extensions or FOREIGN in extensions.get(PATHSEND, {}))
+        if is_limited or not is_native(extensions):
+            extensions.pop(PATHSEND, None)  # its rate could not be limited, or not even its end be told
+        extensions.pop(ZERO_COPY, None)
         scope = {**self._scope, "extensions": extensions, TRANSFERS: self._transfers}
         facts: Facts | None = scope.get(ACCOUNT)
         if facts is not None:

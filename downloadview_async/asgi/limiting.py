@@ -9,7 +9,17 @@ from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import Facts
 from downloadview_async.asgi.accounts import Account, Connection
-from downloadview_async.asgi.delivery import Chunks, Delivery, Descriptor, Inline, Offloaded, Path, Pieces, deliver
+from downloadview_async.asgi.delivery import (
+    Chunks,
+    Delivery,
+    Descriptor,
+    Inline,
+    Offloaded,
+    Path,
+    Pieces,
+    ZeroCopy,
+    deliver,
+)
 from downloadview_async.asgi.disconnect import calling_at_the_end, until_the_client_leaves
 from downloadview_async.asgi.extensions import CONNECTION, PACE
 from downloadview_async.errors import ConfigurationError
@@ -23,6 +33,7 @@ from downloadview_async.policy.limits.source import SourceLimit
 
 _CONDITIONS = frozenset({b"if-none-match", b"if-modified-since", b"if-match", b"if-unmodified-since"})
 
+_LARGE = Descriptor | Pieces | ZeroCopy | Path | Chunks
 
 Limiting = Limits | SourceLimit
 """One of the limits that an application gives as `limits=`."""
@@ -172,7 +183,7 @@ def deliver_limited(
             return _deliver_small(transfers, delivery, start, send, receive, facts, seconds)
         if transfers.counts_bytes and delivery.span is not None:
             transfers.sent(len(delivery.body), is_complete=True, is_at_once=True)
-    elif isinstance(delivery, Descriptor | Pieces | Path | Chunks) and (transfers.rates or transfers.counts_bytes):
+    elif isinstance(delivery, _LARGE) and (transfers.rates or transfers.counts_bytes):
         return _deliver_large(transfers, delivery, start, send, scope, receive, facts)
     return deliver(delivery, start, send, receive=receive, facts=facts)
 

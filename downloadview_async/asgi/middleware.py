@@ -7,6 +7,7 @@ from downloadview_async.asgi.extensions import FOREIGN, PATHSEND
 from downloadview_async.asgi.holding import Holding
 from downloadview_async.asgi.offer import Offer
 from downloadview_async.asgi.pathsend import ForeignResponse
+from downloadview_async.asgi.zero_copy import is_native
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.base import EXTENSION, OffloadBackend
 
@@ -69,7 +70,7 @@ class OffloadMiddleware:
         holding = Holding(offer, receive, send, outer)
         foreign = None
         if self.pathsend:
-            has_path_send = PATHSEND in extensions
+            has_path_send = is_native(extensions)
             is_outermost = FOREIGN not in (extensions.get(PATHSEND) or {})
             foreign = ForeignResponse(scope, receive, holding.send, offer, path_send=has_path_send)
             if not (has_path_send and is_outermost):

@@ -25,13 +25,15 @@ from downloadview_async.asgi.delivery import (
     deliver,
     delivery_of,
 )
+from downloadview_async.asgi.departures import answer_until_departure
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
-from downloadview_async.asgi.extensions import PATHSEND, PREPARED
+from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED
 from downloadview_async.asgi.handed_over import awaits_line, hand_over
 from downloadview_async.asgi.limiting import deliver_limited, path_send_for, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.uses import Counted, claim
+from downloadview_async.asgi.zero_copy import with_zero_copy
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import TOKEN_CHAR
@@ -131,14 +133,22 @@ class DownloadResponse(Response):
                 scope[ACCOUNT].allow(grant.user, grant.link_id)
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
-        elif self._on_outcome is not None or USE in scope:
-            await self._respond_and_count(scope, receive, send)
-        elif not await self._answer_nowait(scope, receive, send):
-            await self._answer_or_leave(scope, receive, send)
+        elif CONNECTION in (extensions := scope.get("extensions") or {}):  # of a server that raises no `OSError`
+            await self._respond(scope, receive, send)
+        else:
+            if extensions:
+                scope = with_zero_copy(scope, receive)
+            await answer_until_departure(self._respond, scope, receive, send)
         if self.background is not None:
             if TRANSFERS in scope:
                 scope[TRANSFERS].end()
             await self.background()
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._on_outcome is not None or USE in scope:
+            await self._respond_and_count(scope, receive, send)
+        elif not await self._answer_nowait(scope, receive, send):
+            await self._answer_or_leave(scope, receive, send)
 
     def _follow(self, grant: Grant) -> None:
         """Present the file as the grant says, by which the request has come."""

@@ -13,6 +13,9 @@ from tests.servers import Server, free_port, serving
 OLDEST = Path(sys.prefix) / "oldest"
 """Where `make test` installs the oldest uvicorn that is supported: requirements/oldest.txt."""
 
+OTHER_SERVERS = Path(sys.prefix) / "servers"
+"""Where `make test` installs anycorn, nonecorn and zttp: requirements/servers.txt."""
+
 _ZERO_COPY = "downloadview_async.asgi.server:DownloadProtocol"
 
 
@@ -20,6 +23,12 @@ def needs_the_oldest_uvicorn() -> None:
     """Skip the test where `make` has not installed it."""
     if not (OLDEST / "uvicorn").is_dir():
         pytest.skip(f"the oldest uvicorn is not installed in {OLDEST}: make test does that")
+
+
+def needs_other_servers() -> None:
+    """Skip the test where `make` has not installed them."""
+    if not (OTHER_SERVERS / "anycorn").is_dir():
+        pytest.skip(f"anycorn and nonecorn are not installed in {OTHER_SERVERS}: make test does that")
 
 
 @dataclass(frozen=True)

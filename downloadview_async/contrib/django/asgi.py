@@ -29,9 +29,11 @@ from django.urls import set_script_prefix
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.asgi.delivery import Delivery, Empty, Offloaded, deliver, delivery_of
+from downloadview_async.asgi.departures import answer_until_departure
 from downloadview_async.asgi.extensions import PATHSEND
 from downloadview_async.asgi.limiting import deliver_limited, path_send_for
 from downloadview_async.asgi.uses import Counted
+from downloadview_async.asgi.zero_copy import with_zero_copy
 from downloadview_async.contrib.django.accounts import account_of, mark_counted, note_response
 from downloadview_async.contrib.django.counting import limited_scope, shielded
 from downloadview_async.contrib.django.deferral import note_receivers
@@ -62,6 +64,9 @@ class DownloadASGIHandler(ASGIHandler):
         """Answer one request."""
         if scope["type"] != "http":
             raise ValueError(f"Django answers only HTTP, not {scope['type']}")
+        await answer_until_departure(self._serve, with_zero_copy(scope, receive), receive, send)
+
+    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
         if (account := account_of(scope, send)) is None:
             await self._handle_in_context(scope, receive, send)
             return

@@ -1,0 +1,1 @@
+"""The packages that are pinned, and their audit."""
