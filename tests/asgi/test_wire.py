@@ -407,6 +407,8 @@ ENDLESS_BODIES = {
     "extensions of every chunk": (b"", b"1;" + b"a" * 1000 + b"\r\nx\r\n"),
     "digits": (b"", b"0" * 4096),
 }
+
+
 @pytest.mark.parametrize(
     "refused, status",
     [

@@ -30,11 +30,21 @@ from tests.fuzz.of_http import FIELDS
 from tests.fuzz.targets import target, target_within
 
 QUERIES = edited_bytes(
-    b"", b"format=json", b"q=a&deep=1&sort=size&order=desc", b"after=f,,a.txt", b"before=d,2026-01-01T00:00:00%2B00:00,b",
-    b"view=1", b"view=pdf", b"archive=zip&name=a.txt&name=b", b"checksum=sha256", b"sort=modified&after=f,0001-01-01,x",
-    b"after=f,10,a&sort=size", b"format=ndjson", b"archive=zip",
+    b"",
+    b"format=json",
+    b"q=a&deep=1&sort=size&order=desc",
+    b"after=f,,a.txt",
+    b"before=d,2026-01-01T00:00:00%2B00:00,b",
+    b"view=1",
+    b"view=pdf",
+    b"archive=zip&name=a.txt&name=b",
+    b"checksum=sha256",
+    b"sort=modified&after=f,0001-01-01,x",
+    b"after=f,10,a&sort=size",
+    b"format=ndjson",
+    b"archive=zip",
     words=[b"%ff", b"%ed%a0%80", b"%0a", b"&a" * 200, b"sort=type", b"after=", b"9999-12-31T23:59:59-23:59", b"%2C"],
-)  # fmt: skip
+)
 
 
 @target(st.tuples(QUERIES, st.just(None) | edited("text/html", "application/json;q=0.5")))
@@ -49,8 +59,11 @@ def queries(value: tuple[bytes, str | None]) -> None:
     assert not re.search(r"[\"<>\\^`{|}#]", url)
     again = ListingQuery.of(urlsplit(url).query.encode(), None)
     assert (again.text, again.sort, again.is_descending, again.is_deep) == (
-        query.text, query.sort, query.is_descending, query.is_deep,
-    )  # fmt: skip
+        query.text,
+        query.sort,
+        query.is_descending,
+        query.is_deep,
+    )
     assert view_of(query_string) in (None, "page", "pdf")
     checksum = wanted_checksum(query_string)
     assert checksum is None or checksum in parse_qs(query_string.decode("latin-1"), keep_blank_values=True)["checksum"]

@@ -328,9 +328,18 @@ def delta_seconds(text: str) -> None:
 
 
 NAMES = edited_text(
-    "report.pdf", "π.txt", 'a"; filename="x.bat', "..\\..\\CON", "nul.txt", "a/b/c.tar.gz", "é" * 200 + ".txt", "com¹.a",
-    ".hidden", "a .", "x" * 300 + "." + "y" * 90,
-)  # fmt: skip
+    "report.pdf",
+    "π.txt",
+    'a"; filename="x.bat',
+    "..\\..\\CON",
+    "nul.txt",
+    "a/b/c.tar.gz",
+    "é" * 200 + ".txt",
+    "com¹.a",
+    ".hidden",
+    "a .",
+    "x" * 300 + "." + "y" * 90,
+)
 
 
 @target(st.tuples(NAMES, st.booleans()))
@@ -354,9 +363,6 @@ def disposition(value: tuple[str, bool]) -> None:
     extended = (written[4] or written[2]).encode()
     exact = re.sub(b"%(..)", lambda hexed: bytes([int(hexed[1], 16)]), extended).decode()
     assert (exact if written[4] else written[2]) == saved
-    if written[4]:
-        charset, _, encoded = parsed.get_params([], "content-disposition")[-1][1]
-        assert (charset, encoded) == ("UTF-8", saved.encode().decode("latin-1")) or exact == saved
 
 
 @target(edited("text/html; charset=utf-8", 'a/b; c="d e"; f=g', "image/svg+xml", "text/plain;", "application/json"))

@@ -95,7 +95,7 @@ def links_to_folders(value: tuple[int, bytes, bytes]) -> None:
         pairs = [pair for pair in asked.split(b"&") if pair.partition(b"=")[0] not in PAGE_PARAMETERS]
         link = b"&".join(pairs)
         assert link in [query for _, query in FOLDERS]
-        inside = dict((query, folder) for folder, query in FOLDERS)[link]
+        inside = {query: folder for folder, query in FOLDERS}[link]
         assert path.startswith(inside)
         normal = posixpath.normpath(path.replace(b"\\", b"/"))
         assert (normal + b"/").startswith(inside), "the path leads out of the folder"
@@ -146,9 +146,21 @@ def password_files(content: bytes, directory: Path) -> None:
 
 
 ADDRESSES = edited_text(
-    "203.0.113.9", "::1", "2001:db8::1", "::ffff:10.0.0.7", "fe80::1%eth0", "10.0.0.0/8", "127.1", "0x7f.0.0.1", "*",
-    "010.0.0.7", "[::1]", "10.0.0.7:80", "unix:", "1",
-)  # fmt: skip
+    "203.0.113.9",
+    "::1",
+    "2001:db8::1",
+    "::ffff:10.0.0.7",
+    "fe80::1%eth0",
+    "10.0.0.0/8",
+    "127.1",
+    "0x7f.0.0.1",
+    "*",
+    "010.0.0.7",
+    "[::1]",
+    "10.0.0.7:80",
+    "unix:",
+    "1",
+)
 
 
 @target(ADDRESSES)
@@ -219,7 +231,7 @@ def amounts_of_limits(text: str) -> None:
         except ConfigurationError as exc:
             assert len(str(exc)) < len(text) * 10 + 200
             continue
-        number = amount if isinstance(amount, int) else amount.amount  # type: ignore[attr-defined]
+        number = amount if isinstance(amount, int) else amount.amount
         assert 1 <= number <= 2**53
         assert re.match("[0-9]", text)
         if parse is rate_of:

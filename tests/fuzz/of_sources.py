@@ -37,10 +37,29 @@ from tests.fuzz.inputs import edited_bytes, edited_text
 from tests.fuzz.targets import target, target_within
 
 PATHS = edited_text(
-    "a.txt", "sub/b.txt", "../secret.txt", "/etc/passwd", "a//b", "./a", "a/../b", "..", "%2e%2e/x", "aux.txt", "a:b",
-    "C:\\x", "a\\..\\b", "sub/", "...", ". ", "com1", "x" * 260, "out/secret.txt", "loop/x", "to-root/to-root/a.txt",
+    "a.txt",
+    "sub/b.txt",
+    "../secret.txt",
+    "/etc/passwd",
+    "a//b",
+    "./a",
+    "a/../b",
+    "..",
+    "%2e%2e/x",
+    "aux.txt",
+    "a:b",
+    "C:\\x",
+    "a\\..\\b",
+    "sub/",
+    "...",
+    ". ",
+    "com1",
+    "x" * 260,
+    "out/secret.txt",
+    "loop/x",
+    "to-root/to-root/a.txt",
     words=["sub", "to-root", "out", "absolute", "/./", "/../"],
-)  # fmt: skip
+)
 NAMES: tuple[Names, ...] = ("portable", "any", "exact")
 
 
@@ -87,19 +106,25 @@ def tree() -> Iterator[Path]:
         (root / "é π.txt").write_bytes(INSIDE)
         (base / "secret.txt").write_bytes(OUTSIDE)
         for link, place in {
-            "out": "..", "absolute": str(base), "to-root": ".", "loop": "loop", "sub/up": "../a.txt",
+            "out": "..",
+            "absolute": str(base),
+            "to-root": ".",
+            "loop": "loop",
+            "sub/up": "../a.txt",
             "sub/out.txt": "../../secret.txt",
-        }.items():  # fmt: skip
+        }.items():
             (root / link).symlink_to(place)
         yield base
 
 
 @target_within(PATHS, tree)
 def files_beneath_a_root(text: str, base: Path) -> None:
-    answers = []
-    for symlinks in ("deny", "inside"):
-        for use_openat2 in (True, False):
-            answers.append(content_of(base / "root", text, symlinks, use_openat2=use_openat2))
+    links: tuple[Symlinks, ...] = ("deny", "inside")
+    answers = [
+        content_of(base / "root", text, symlinks, use_openat2=use_openat2)
+        for symlinks in links
+        for use_openat2 in (True, False)
+    ]
     assert answers[0] == answers[1], "openat2 and openat differ"
     assert answers[2] == answers[3], "openat2 and openat differ"
     assert set(answers) <= {None, INSIDE}

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import live, of_accounts, of_asgi, of_http, of_policy, of_service, of_sources
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.targets import Target
 
 MODULES = (of_http, of_policy, of_accounts, of_sources, of_asgi, of_service, live)
 """The modules whose targets are in `TARGETS`."""
