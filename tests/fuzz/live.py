@@ -440,7 +440,7 @@ def a_request_beside_nginx(request: Request, place: Pair) -> None:
     try:
         theirs = exchange(place.nginx, request.head(tags[1]), [request.method])
     except Broken:
-        assert b"\n" in request.head(b"").partition(b"\r\n")[0]  # nginx takes it for a request of HTTP/0.9
+        assert b"\n" in request.target  # nginx takes it for a request of HTTP/0.9
         theirs = []
     for answer in ours:
         sound(request, answer)
@@ -461,6 +461,8 @@ def a_pipeline(value: tuple[list[Request], bytes], place: Pair) -> None:
     # Up to the first answer that closes, each request gets the answer that it gets alone.
     for number, request in enumerate(requests):
         if number >= len(answers):
+            if not is_readable(request):  # its body never comes
+                break
             assert number > 0
             assert answers[-1].fields.get(b"connection") == b"close" or answers[-1].version == b"1.0"
             break

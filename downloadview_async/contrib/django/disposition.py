@@ -18,7 +18,7 @@ def content_disposition(filename: str, attachment: bool = True) -> str:
     """
     ours = disposition_of(filename, attachment=attachment)
     name = shown = client_filename(filename)
-    # For a name with a quote, django-downloadview keeps backslashes. A longer one has no such fallback, and to normalize
+    # For a name with a quote, django-downloadview keeps backslashes. A longer one has no such fallback, and normalizing
     # it may take quadratic time.
     if '"' in filename and len(filename) <= 4 * MAX_BYTES:
         shown = filename.rstrip("/").rpartition("/")[2]
