@@ -210,7 +210,7 @@ def _members(**values: str | int | None) -> str:
 
 def _cut(outcome: Outcome) -> Outcome:
     """Return an outcome whose texts are cut to about `LIMIT` characters."""
-    names = ("path", "name", "client", "user", "link_id", "etag")
+    names = ("method", "path", "name", "client", "user", "link_id", "etag")
     texts: dict[str, Any] = {name: cut(text) for name in names if (text := getattr(outcome, name))}
     return replace(outcome, headers=[(name, value[:LIMIT]) for name, value in outcome.headers], **texts)
 

@@ -145,10 +145,25 @@ def encoded(samples: Samples) -> Any:
 def decoded(data: Any) -> Samples:
     """Return what was `encoded`. Leave out what another version of the library has written differently."""
     return {
-        name: {tuple(row[:-1]): row[-1] for row in rows if len(row) == len(METRICS[name].labels) + 1}
-        for name, rows in data.items()
-        if name in METRICS
+        name: {tuple(row[:-1]): row[-1] for row in rows if _is_row(row, METRICS[name])}
+        for name, rows in (data.items() if isinstance(data, dict) else ())
+        if name in METRICS and isinstance(rows, list)
     }
+
+
+def _is_row(row: Any, metric: Metric) -> bool:
+    """Return whether a row has a value for each label, and then a value of the metric."""
+    if not isinstance(row, list) or len(row) != len(metric.labels) + 1:
+        return False
+    *labels, value = row
+    length = len(metric.buckets) + 2 if metric.kind == "histogram" else None
+    numbers = [value] if length is None else value
+    return (
+        isinstance(numbers, list)
+        and len(numbers) == (length or 1)
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(isinstance(label, str) for label in labels)
+    )
 
 
 def families(samples: Samples) -> Iterator[Any]:

@@ -108,10 +108,13 @@ class SharedSamples:
 
 def _content_of(file: Path) -> Any:
     """Return what a file has; nothing if it is not written yet, or if a machine that lost its power has lost that."""
-    try:
-        return json.loads(file.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {"merged": [], "samples": {}}
+    content: Any = None
+    with suppress(FileNotFoundError, ValueError, RecursionError):
+        content = json.loads(file.read_bytes())
+    content = content if isinstance(content, dict) else {}
+    merged = content.get("merged")
+    names = [name for name in merged if isinstance(name, str)] if isinstance(merged, list) else []
+    return {"merged": names, "samples": content.get("samples")}
 
 
 def _is_locked(live: Path) -> bool:

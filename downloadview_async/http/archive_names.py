@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f\\\\\ud800-\udfff]")
-_DRIVE = re.compile("^([A-Za-z]):")
+_DRIVE = re.compile("^([^/]):")  # not only a letter: Windows takes any character for a drive
 _LONGEST = 255  # bytes of a name in the usual file systems
 
 

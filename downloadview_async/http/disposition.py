@@ -8,6 +8,9 @@ from urllib.parse import quote
 MAX_BYTES = 255
 """The longest name, in bytes of UTF-8, that common file systems accept."""
 
+_NORMALIZED = 2 * MAX_BYTES
+"""Characters at either end of a name of which `MAX_BYTES` bytes are left, whatever is joined: at most four are one."""
+
 DEVICE_NAME = r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\.[^/]*)?"
 """A regular expression, to be used without case: names that Windows takes for devices, whatever their extension."""
 
@@ -37,6 +40,8 @@ def client_filename(name: str) -> str:
         for character in name.encode("utf-8", "replace").decode("utf-8")
         if unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp", "Cn", "Co") or character in _JOINERS
     )
+    if len(name) > 2 * _NORMALIZED:  # normalizing takes quadratic time if one character has very many accents
+        name = name[:_NORMALIZED] + name[-_NORMALIZED:]
     return _fitted(unicodedata.normalize("NFC", name)) or "download"
 
 

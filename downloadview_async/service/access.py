@@ -190,6 +190,8 @@ def _keys(settings: Settings, keys: str) -> dict[str, str]:
         try:
             with open(keys, encoding="utf-8") as file:
                 keys = file.read()
+        except UnicodeDecodeError as exc:
+            raise settings.error("links.keys", f"{keys!r} is not UTF-8: write the file in UTF-8") from exc
         except OSError as exc:
             if re.search(r"\s", keys):  # it may be a wrong secret, so it is not shown
                 raise settings.error(

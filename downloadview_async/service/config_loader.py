@@ -127,7 +127,7 @@ def _value(name: str, text: str, kind: Any) -> Any:
             raise ConfigurationError(f"{name}: not valid JSON: {exc}: correct it") from exc
     try:
         return msgspec.convert(text, kind, strict=False)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):
         return text  # refused later, like any other wrong value
 
 

@@ -38,6 +38,8 @@ def converted(origin: Origin, key: str, value: Any, kind: Any) -> Any:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as exc:
         raise origin.error(*_explained(key, str(exc), kind)) from None
+    except UnicodeEncodeError as exc:
+        raise origin.error(key, f"{exc.object!r} is not UTF-8: correct it") from None
     except RecursionError:
         raise origin.error(key, "tables or lists are nested too deeply: write them flat") from None
 

@@ -3,9 +3,13 @@
 import contextlib
 import math
 import os
+import re
 import socket
 import time
 
+from downloadview_async.errors import ConfigurationError
+
+_NUMBER = re.compile("[0-9]{1,18}")
 _FIRST_SOCKET = 3  # the number of the first descriptor [sd_listen_fds(3)]
 
 
@@ -13,12 +17,24 @@ def inherited_sockets() -> list[socket.socket]:
     """Return the sockets that systemd has opened for this process (socket activation), and forget the variables.
 
     A process that this one starts must not take them for its sockets [sd_listen_fds(3)].
+
+    Raises `ConfigurationError` if one of the descriptors is not a socket.
     """
     process, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    if process != str(os.getpid()) or not count.isdecimal():
+    if process != str(os.getpid()) or _NUMBER.fullmatch(count) is None:
         return []
-    sockets = [socket.socket(fileno=number) for number in range(_FIRST_SOCKET, _FIRST_SOCKET + int(count))]
+    sockets: list[socket.socket] = []
+    for number in range(_FIRST_SOCKET, _FIRST_SOCKET + int(count)):
+        try:
+            sockets.append(socket.socket(fileno=number))
+        except OSError as exc:
+            for one in sockets:
+                one.detach()
+            raise ConfigurationError(
+                f"LISTEN_FDS is {count}, and the descriptor {number} is not a socket ({exc.strerror}): correct the "
+                "socket unit"
+            ) from exc
     for one in sockets:
         one.set_inheritable(False)
     return sockets
@@ -35,8 +51,9 @@ class Notifier:
         if self._address.startswith("@"):  # an abstract socket
             self._address = f"\0{self._address[1:]}"
         process, interval = os.environ.pop("WATCHDOG_PID", str(os.getpid())), os.environ.pop("WATCHDOG_USEC", "")
-        is_watched = self._address and process == str(os.getpid()) and interval.isdecimal()
-        self._interval = int(interval) / 2_000_000 if is_watched else None  # twice in each interval
+        is_watched = self._address and process == str(os.getpid()) and _NUMBER.fullmatch(interval) is not None
+        microseconds = int(interval) if is_watched else 0  # "0" is not an interval [sd_watchdog_enabled(3)]
+        self._interval = microseconds / 2_000_000 if microseconds else None  # twice in each interval
         self._last = math.inf  # the watchdog waits for nothing before the service is ready
 
     def ready(self) -> None:

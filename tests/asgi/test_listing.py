@@ -164,6 +164,14 @@ async def test_each_folder_has_one_url(root: Path, path: str, location: str | No
     assert path.endswith(("/sub/", "/sub/deeper/"))
 
 
+@pytest.mark.parametrize(
+    "query, expected", [("q=a%0D", "q=a%0D"), ("q=\r\nX: y\x7f", "q=%0D%0AX:%20y%7F"), ("q=\xe9^`", "q=%E9^`")]
+)
+async def test_a_query_cannot_make_another_field(root: Path, query: str, expected: str) -> None:
+    answer = await call(app(dv.PathSource(root)), "/files/sub", scope={"query_string": query.encode("latin-1")})
+    assert (answer.status, answer.headers["location"]) == (308, f"./sub/?{expected}")
+
+
 async def test_a_name_cannot_make_a_redirect_to_another_host(tmp_path: Path) -> None:
     for name in ("evil.example", "a:b", "http:"):
         (tmp_path / name).mkdir()

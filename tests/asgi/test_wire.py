@@ -407,6 +407,30 @@ ENDLESS_BODIES = {
     "extensions of every chunk": (b"", b"1;" + b"a" * 1000 + b"\r\nx\r\n"),
     "digits": (b"", b"0" * 4096),
 }
+
+
+@pytest.mark.parametrize(
+    "refused, status",
+    [
+        (b"HEAD / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        (b"HEAD / HTTP/1.1\r\n\r\n", 400),
+        (b"HEAD / HTTP/1.1\r\nHo\0st: a\r\n\r\n", 400),
+        (b"HEAD /\1 HTTP/1.1\r\n\r\n", 400),
+        (b"HEAD / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+        (b"HEAD / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * MAX_HEAD_BYTES, 400),
+    ],
+    ids=range(6),
+)
+async def test_a_refused_head_request_gets_no_body(root: Path, refused: bytes, status: int) -> None:
+    async with live(Wire(root).app, http=DownloadProtocol) as port:
+        received = await talk(port, refused)
+        assert received.startswith(b"HTTP/1.1 %d " % status)
+        assert received.endswith(b"\r\n\r\n")
+        received = await talk(port, get(method="HEAD") + b"X / HTTP/1.1\r\n\r\n")
+        assert received.count(b"HTTP/1.1 ") == 2
+        assert b"content-length" not in received.rpartition(b"HTTP/1.1 ")[2]
+
+
 ENDLESS_HEADS = {
     "a method": (b"", b"G" * 4096),
     "a target": (b"GET /", b"x" * 4096),

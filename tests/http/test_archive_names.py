@@ -26,6 +26,7 @@ from downloadview_async.http.archive_names import distinct_names, safe_name
         ("c:x/d:y", "c_x/d:y"),
         ("a/C:", "a/C:"),
         ("12:30.txt", "12:30.txt"),
+        *[("1:x", "1_x"), (".:/x", "._/x"), ("é:x", "é_x")],  # Windows takes any character for a drive
         ("a\nb\x00c\x7f", "a_b_c_"),
         ("\udcff.txt", "_.txt"),
         ("\u202eexe.txt é 文 😀", "\u202eexe.txt é 文 😀"),

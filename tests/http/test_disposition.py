@@ -245,7 +245,7 @@ def test_a_name_for_clients_is_safe_and_stays_as_it_is(name: str) -> None:
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize(
     "text",
-    [".", " ", "a", '"', "\\", "/", "a/", "con", "con ", "π", "\u0301", "%", "\u200d", "\u3000.", "㎯"],
+    [".", " ", "a", '"', "\\", "/", "a/", "con", "con ", "π", "\u0301", "\u0327\u0301", "%", "\u200d", "\u3000.", "㎯"],
     ids=repr,
 )
 def test_a_huge_name_is_decided(text: str) -> None:

@@ -381,10 +381,11 @@ def test_settings_that_are_refused(directory: Path, old: str, new: str, problem:
         (f"2026b {SECRET}\n2026a short\n", "line 2 is not `id secret`"),
         (SECRET, "line 1 is not `id secret`"),
         (f"2026b {SECRET} comment\n", "line 1 is not `id secret`"),
+        (f"# \xe9\n2026b {SECRET}\n", "is not UTF-8: write the file in UTF-8"),
     ],
 )
 def test_keys_that_are_refused(directory: Path, text: str, problem: str) -> None:
-    (directory / "links.keys").write_text(text)
+    (directory / "links.keys").write_bytes(text.encode("latin-1"))
     message = refused("sign", "/signed/a.txt")
     assert problem in message
     assert message.count("links.keys: ") == 1  # the key is named once

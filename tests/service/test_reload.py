@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.client
 import os
+import re
 import signal
 import socket
 import ssl
@@ -21,10 +22,11 @@ from click.testing import CliRunner, Result
 
 from downloadview_async import ConfigurationError
 from downloadview_async.cli import main
+from downloadview_async.service import systemd
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.pid_file import reload_by_pid_file
 from downloadview_async.service.reload import needing_a_restart
-from downloadview_async.service.systemd import inherited_sockets
+from downloadview_async.service.systemd import Notifier, inherited_sockets
 from tests.servers import Server, free_port, serving, wait_for_text
 from tests.service.test_cli import COMMAND, refused
 from tests.service.test_drain import WORKERS, begin, get, read
@@ -441,6 +443,37 @@ def test_a_socket_of_systemd(directory: Path) -> None:
             assert server.stop() == 0
         with socket.create_connection(("127.0.0.1", port), timeout=30):
             listener.accept()[0].close()
+
+
+@pytest.mark.parametrize("count", ["1000000", "999999999999999999", "0", "-1", "\u0663", "9" * 5000, "x", ""])
+def test_a_wrong_number_of_sockets_is_an_error_or_none(count: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "_FIRST_SOCKET", 1_000_000)  # a descriptor that no process has
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", count)
+    if re.fullmatch("[1-9][0-9]{,17}", count):
+        with pytest.raises(
+            ConfigurationError, match=f"LISTEN_FDS is {count}, and the descriptor 1000000 is not a socket"
+        ):
+            inherited_sockets()
+    else:
+        assert inherited_sockets() == []
+
+
+@pytest.mark.parametrize("interval", ["0", "-1", "\u0663", "9" * 5000, "x", ""])
+def test_without_a_valid_interval_there_is_no_watchdog(
+    interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", interval)
+        notifier = Notifier()
+        notifier.ready()
+        assert manager.recv(1000).startswith(b"READY=1\n")
+        notifier.alive()
+        with pytest.raises(BlockingIOError):
+            manager.recv(1000)
 
 
 def test_the_sockets_of_another_process_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:

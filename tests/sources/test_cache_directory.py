@@ -395,11 +395,14 @@ def test_a_damaged_count_is_made_anew(make: Make, content: bytes) -> None:
     assert directory.bytes == on_disk(directory)
 
 
-def test_a_damaged_entry_is_dropped(make: Make) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda old: old.replace(b'"size": 1', b'"size": 2'), lambda _: b"\n" + b"[" * 100_000]
+)
+def test_a_damaged_entry_is_dropped(make: Make, damage: Callable[[bytes], bytes]) -> None:
     directory = make()
     put(directory, "a", b"a")
     meta = Path(directory.root.path, f"{key_hash('s', 'a')}.meta")
-    meta.write_bytes(meta.read_bytes().replace(b'"size": 1', b'"size": 2'))
+    meta.write_bytes(damage(meta.read_bytes()))
     assert directory.find("s", "a") is None
     assert not meta.exists()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -40,6 +41,7 @@ DOWNLOADS_SECONDS = 1.0
 _AT_ONCE = 50  # rows of a page
 _CHUNK = 64 * 1024
 _CONTENT_TYPES = {name: media_type for media_type, name in FORMATS.items()} | {"html": "text/html; charset=utf-8"}
+_NOT_IN_URL = re.compile(rb"[^!-~]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +129,8 @@ class FolderEndpoint:
 
     async def redirect(self, place: str, scope: Scope, send: Send) -> None:
         """Redirect to a relative URL, with the query of the request."""
-        query = scope["query_string"].decode("latin-1")
+        # Parsers of requests differ in the bytes that they let pass. A line end must not come into our head.
+        query = _NOT_IN_URL.sub(lambda match: b"%%%02X" % ord(match[0]), scope["query_string"]).decode("ascii")
         headers = {
             "location": f"{place}?{query}" if query else place,
             "cache-control": self._cache_control(scope.get(GRANT)),

@@ -503,7 +503,13 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._phase is not _BODY:  # a request whose body cannot be read has been answered already
             lines = [b"%s: %s\r\n" % header for header in self.server_state.default_headers]
             body = text.encode("ascii")
-            lines.append(b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n" % len(body))
+            lines.append(b"content-type: text/plain; charset=utf-8\r\n")
+            if self._phase is _HEAD and self.parser.get_method() == b"HEAD":
+                # "the server MUST NOT send content in the response" [RFC 9110 9.3.2]. The parser may have the method of
+                # the request before. So there is no length either, and the end of the connection is that of the body.
+                body = b""
+            else:
+                lines.append(b"content-length: %d\r\n" % len(body))
             self.transport.write(b"".join((STATUS_LINE[status], *lines, b"connection: close\r\n\r\n", body)))
         self._close(is_expecting=True)
 

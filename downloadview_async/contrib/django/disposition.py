@@ -18,7 +18,9 @@ def content_disposition(filename: str, attachment: bool = True) -> str:
     """
     ours = disposition_of(filename, attachment=attachment)
     name = shown = client_filename(filename)
-    if '"' in filename:  # for a name with a quote, django-downloadview keeps backslashes
+    # For a name with a quote, django-downloadview keeps backslashes. A longer one has no such fallback, and normalizing
+    # it may take quadratic time.
+    if '"' in filename and len(filename) <= 4 * MAX_BYTES:
         shown = filename.rstrip("/").rpartition("/")[2]
         shown = "".join(character for character in shown if unicodedata.category(character) not in ("Cc", "Cf", "Cs"))
     ascii_name = unicodedata.normalize("NFKD", shown).encode("ascii", "ignore").decode("ascii").strip()

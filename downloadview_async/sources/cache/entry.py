@@ -118,7 +118,7 @@ def load_entry(content: bytes, source: str, key: str) -> Entry | None:
             ),
         )
         return entry if _is_sound(entry, key_hash(source, key)) else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

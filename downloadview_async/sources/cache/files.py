@@ -89,7 +89,7 @@ class CacheFiles:
                 loaded: Any = json.loads(os.read(descriptor, 1 << 20).partition(b"\n")[2])
             name = loaded["data"]
             return name if (match := DATA.fullmatch(name)) and match[1] == key else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def open_meta(self, name: str) -> int:

@@ -25,6 +25,7 @@ from django.urls import path
 from downloadview_async.contrib.django import get_asgi_application
 from downloadview_async.contrib.django.adapters import unwrapped
 from downloadview_async.contrib.django.asgi import DownloadASGIHandler
+from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.contrib.django.dual import DualView
 from downloadview_async.contrib.django.responses import DownloadResponse
 from tests.live import ask, live
@@ -250,3 +251,10 @@ async def _until(happened: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not happened():
             await asyncio.sleep(0.005)
+
+
+@pytest.mark.timeout(20)
+def test_a_huge_name_with_a_quote_is_decided() -> None:
+    """Normalizing takes quadratic time if one character has very many accents."""
+    value = content_disposition('"a' + "\u0327\u0301" * 100_000)
+    assert len(value) < 2000
