@@ -6,6 +6,8 @@ import os
 import socket
 import time
 
+from downloadview_async import ConfigurationError
+
 _FIRST_SOCKET = 3  # the number of the first descriptor [sd_listen_fds(3)]
 
 
@@ -13,14 +15,21 @@ def inherited_sockets() -> list[socket.socket]:
     """Return the sockets that systemd has opened for this process (socket activation), and forget the variables.
 
     A process that this one starts must not take them for its sockets [sd_listen_fds(3)].
+
+    Raises `ConfigurationError` if a descriptor is not a socket.
     """
     process, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
     if process != str(os.getpid()) or not count.isdecimal():
         return []
-    sockets = [socket.socket(fileno=number) for number in range(_FIRST_SOCKET, _FIRST_SOCKET + int(count))]
-    for one in sockets:
-        one.set_inheritable(False)
+    sockets = []
+    for number in range(_FIRST_SOCKET, _FIRST_SOCKET + int(count)):
+        try:
+            sockets.append(socket.socket(fileno=number))
+            sockets[-1].set_inheritable(False)
+        except OSError as exc:
+            problem = f"the descriptor {number} is not a socket ({exc.strerror}): correct the .socket unit"
+            raise ConfigurationError(f"LISTEN_FDS: {problem}") from exc
     return sockets
 
 
