@@ -158,7 +158,7 @@ def test_workers_add_up_their_numbers_also_when_one_is_killed(directory: Path) -
         return of_files, read(connection, "processes")[()]
 
     with serving(command, port, log=directory / "log", cwd=directory) as server:
-        server.wait_for_log("Application startup complete", times=2)
+        server.wait_for_log("Listening on ")  # when the parent knows that both are ready
         place = shared_of(server.process.pid)
         assert len(place) == 1
         for _ in range(40):
