@@ -9,7 +9,6 @@ from collections.abc import Callable
 import uvicorn
 
 from downloadview_async.service.listening import Listeners
-from downloadview_async.service.metrics import shared_directory
 from downloadview_async.service.pid_file import PidFile
 from downloadview_async.service.reload import Generation, Generations
 from downloadview_async.service.server import DownloadServer, config_for
@@ -48,7 +47,6 @@ def serve(
         listeners = stack.enter_context(Listeners(settings, inherited))
         with settings.blaming("server.pid_file"):
             pid_file = stack.enter_context(PidFile(settings.server.pid_file))
-        stack.enter_context(shared_directory(settings))
         if settings.server.workers == 1 and not watches:
             return _serve_here(application, config, settings, listeners, notifier, pid_file, terminal, signals)
         del application, config

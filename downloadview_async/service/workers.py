@@ -28,6 +28,7 @@ from downloadview_async import ConfigurationError
 from downloadview_async.service.config_loader import CONFIG
 from downloadview_async.service.listening import Listeners
 from downloadview_async.service.logs import one_line
+from downloadview_async.service.metrics import SharedDirectory
 from downloadview_async.service.pid_file import PidFile
 from downloadview_async.service.reload import Generation, Generations
 from downloadview_async.service.server import DownloadServer, config_for
@@ -242,6 +243,7 @@ class Workers:
         self._pid_file = pid_file
         self._terminal = terminal
         self._watch = _Watch() if watches else None
+        self._metrics = SharedDirectory()
         self._current: list[_Worker] = []
         self._next: list[_Worker] = []
         self._next_settings = settings
@@ -259,7 +261,7 @@ class Workers:
     def run(self) -> int:
         """Serve until a signal to end, and return the exit status."""
         woken, wakes = socket.socketpair()
-        with woken, wakes:
+        with woken, wakes, self._metrics:
             for one in (woken, wakes):
                 one.setblocking(False)
             signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
@@ -289,8 +291,9 @@ class Workers:
 
     def _start(self, workers: list[_Worker], settings: Settings) -> None:
         """Add as many new workers as are missing. Raises `OSError`, such as if there are too many processes."""
+        of_workers = self._metrics.added_to(settings)
         while len(workers) < settings.server.workers:
-            workers.append(_Worker(self._listeners, settings, watches=self._watch is not None))
+            workers.append(_Worker(self._listeners, of_workers, watches=self._watch is not None))
 
     def _wait(self, woken: socket.socket) -> None:
         """Wait until there is something to do, at most `_POLL` seconds."""
