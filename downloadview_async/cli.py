@@ -620,9 +620,7 @@ def run(
     def load() -> Settings:
         return load_settings(os.environ.get(CONFIG), environ=os.environ, options=options)
 
-    status = serve_until_stopped(
-        settings, load, options=options, inherited=inherited, watches=watches, announce=announce
-    )
+    status = serve_until_stopped(settings, load, inherited=inherited, watches=watches, announce=announce)
     if status:
         sys.exit(status)
 

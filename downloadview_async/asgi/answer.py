@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from downloadview_async.asgi.prepared_head import PreparedHead
+from downloadview_async.http.content_types import content_type_changes
 from downloadview_async.http.digest import preferred_digest
 from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.http.metadata import FileMetadata
@@ -68,7 +69,8 @@ def answer_to(
     if not keep or status != 200 or not is_shown_for_good(metadata.last_modified, time.time()):
         plan = _plan(request, metadata, presentation, added, offered, status=status)
         return Answer(plan, raw(plan.headers))
-    whole = _kept_answer(request.method, metadata, presentation, added, offered, len(metadata.digests))
+    versions = len(metadata.digests), content_type_changes()
+    whole = _kept_answer(request.method, metadata, presentation, added, offered, versions)
     if offered is not None or request.unconditional:
         return whole
     plan = narrowed(whole.plan, request, metadata)
@@ -96,12 +98,12 @@ def _kept_answer(
     presentation: Presentation,
     added: tuple[tuple[bytes, bytes], ...],
     offload: tuple[tuple[str, str], ...] | None,
-    digests: int,
+    versions: tuple[int, int],
 ) -> Answer:
     """Return the answer to a request without conditions and ranges.
 
-    digests: how many there are in `metadata`, whose hash does not tell. With it, the answers before and after a digest
-    became known have different keys, which need no slow comparison.
+    versions: how many digests there are in `metadata`, whose hash does not tell, and `content_type_changes`. With them,
+    the answers before and after a digest became known have different keys, which need no slow comparison.
     """
     plan = _plan(DownloadRequest(method=method), metadata, presentation, added, offload)
     headers = raw(plan.headers)

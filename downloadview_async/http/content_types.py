@@ -255,21 +255,37 @@ _PASSIVE_TYPES = frozenset({"text/plain", "text/csv", "application/json", DEFAUL
 
 
 _added: dict[str, str] = {}
+_changes = 0
 
 
-def add_content_types(types: Mapping[str, str]) -> None:
+def add_content_types(types: Mapping[str, str | None]) -> None:
     """Add content types by suffix, such as `{".gcode": "text/x-gcode"}`, for the whole process.
 
     Call it when the application starts: answers that have been sent do not change. A suffix is one dot and the text
-    after the last dot of a name, in any case; an added type wins over the table. Raises `ValueError` for a suffix
-    without a dot, with a second dot or with a slash, and for a type that is not a media type.
+    after the last dot of a name, in any case; an added type wins over the table. None removes a type that was added.
+
+    Raises `ValueError` for a suffix without a dot, with a second dot or with a slash, and for a type that is not a
+    media type.
     """
     for suffix, content_type in types.items():
+        if content_type is None:
+            continue
         if _SUFFIX.fullmatch(suffix) is None:
             raise ValueError(f"{suffix!r} is not a suffix of a file name: write one dot first, as in '.gcode'")
         if valid_content_type(content_type) is None:
             raise ValueError(f"{content_type!r} is not a media type: write it as in 'text/x-gcode'")
-    _added.update({suffix.lower(): content_type for suffix, content_type in types.items()})
+    for suffix, content_type in types.items():
+        if content_type is None:
+            _added.pop(suffix.lower(), None)
+        else:
+            _added[suffix.lower()] = content_type
+    global _changes
+    _changes += 1
+
+
+def content_type_changes() -> int:
+    """Return how often types were added or removed: an answer that was kept before may have another type."""
+    return _changes
 
 
 def content_types() -> dict[str, str]:

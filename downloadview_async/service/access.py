@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -126,13 +127,24 @@ def users_of(settings: Settings) -> Users | ProxyUsers | None:
 
 
 def trusted_proxies(settings: Settings) -> list[str]:
-    """Return the addresses that uvicorn trusts, from the settings, its own variable or its default."""
+    """Return the addresses that uvicorn trusts, from the settings, its own variable or its default.
+
+    Raises `ConfigurationError` for what is meant as an address or a network, and is not one: uvicorn would ignore it.
+    """
     import uvicorn  # here, because the commands that sign links do not need it
 
     trusted = uvicorn.Config("", log_config=None, forwarded_allow_ips=settings.server.forwarded_allow_ips)
     addresses: str | Sequence[str] = trusted.forwarded_allow_ips
     each = addresses.split(",") if isinstance(addresses, str) else addresses
-    return [address.strip() for address in each if address.strip()]
+    trusted_ones = [address.strip() for address in each if address.strip()]
+    for address in trusted_ones:
+        if re.fullmatch("[0-9.]+|.*[:/].*", address):
+            try:
+                ip_network(address)
+            except ValueError as exc:
+                problem = f"{address!r} is not an address, and not a network such as 10.0.0.0/8"
+                raise ConfigurationError(f"{problem}: {exc}") from exc
+    return trusted_ones
 
 
 def behind_proxies(app: ASGIApp, settings: Settings) -> ASGIApp:
@@ -145,7 +157,8 @@ def behind_proxies(app: ASGIApp, settings: Settings) -> ASGIApp:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
         middleware: Any = ProxyHeadersMiddleware  # uvicorn's types of ASGI are others
-        app = middleware(app, trusted_hosts=trusted_proxies(settings))
+        with settings.blaming("server.forwarded_allow_ips"):
+            app = middleware(app, trusted_hosts=trusted_proxies(settings))
     limits = [settings.limits, *(route.limits for route in settings.routes)]
     has_header = settings.users is not None and settings.users.header is not None
     has_clients = any(one is not None and one.client.startswith("header:") for one in limits)

@@ -27,7 +27,7 @@ def function_of(settings: Settings, key: str, name: str) -> Callable[..., Any]:
         imported: Any = importlib.import_module(module)
         for attribute in path.split("."):
             imported = getattr(imported, attribute)
-    except Exception as exc:  # importing a module may raise anything
+    except (Exception, SystemExit) as exc:  # importing a module may raise anything
         reason = " ".join(f"{type(exc).__name__}: {exc}".split())
         raise settings.error(
             key,

@@ -45,10 +45,11 @@ class Listeners:
         self._server = settings.server
         self._new_path: str | None = None
         self._place: os.stat_result | None = None
-        if any(one.type != socket.SOCK_STREAM for one in inherited):
-            raise settings.error("server.fd", "an inherited socket is not a stream socket: correct ListenStream=")
         self.sockets = inherited or list(self._opened(settings))
         self.are_inherited = bool(inherited) or self._server.fd is not None
+        if self.are_inherited and not all(map(_can_listen, self.sockets)):
+            problem = "an inherited socket cannot listen: in a unit of systemd, write ListenStream= and Accept=no"
+            raise settings.error("server.fd", problem)
         for one in self.sockets:
             one.setblocking(False)
 
@@ -87,6 +88,17 @@ class Listeners:
         for one in self.sockets:
             where = self._server.uds or _place_of(one, bool(self._server.ssl_certfile))
             _logger.info("Listening on %s (Press CTRL+C to quit)", where)
+
+
+def _can_listen(sock: socket.socket) -> bool:
+    """Return whether this is a stream socket without a connection."""
+    if sock.type != socket.SOCK_STREAM:
+        return False
+    try:
+        sock.getpeername()
+    except OSError:
+        return True
+    return False
 
 
 def _tcp_sockets(settings: Settings) -> Iterator[socket.socket]:

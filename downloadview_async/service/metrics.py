@@ -5,9 +5,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,9 +20,6 @@ from downloadview_async.service.settings import Settings
 
 PAGE = "metrics"
 """The name of the page below `/-/`. Printed proxy configurations hide it from clients, unless `metrics.public`."""
-
-DIRECTORY = "DOWNLOADVIEW_METRICS__DIRECTORY"
-"""The environment variable by which worker processes know where they add up their numbers."""
 
 _PREFIX, _OWNER = "downloadview-metrics-", "owner"
 _MEMORY = "/dev/shm"  # noqa: S108  # a new directory is made in it, for this user alone
@@ -71,15 +71,34 @@ class MetricsPage:
         return Response(text, headers=headers | {"X-Content-Type-Options": "nosniff"})
 
 
-@contextmanager
-def shared_directory(settings: Settings) -> Iterator[None]:
-    """Make a directory in which several workers add up their numbers, if they need one, and remove it at the end.
+class SharedDirectory:
+    """The directory in which several workers add up their numbers: made when they need one, and removed at the end."""
 
-    Directories that killed processes of this user have left are removed, too.
-    """
-    if settings.metrics is None or settings.metrics.directory is not None or settings.server.workers == 1:
-        yield
-        return
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._directory: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def added_to(self, settings: Settings) -> Settings:
+        """Return the settings of workers: with the directory, if they have metrics and no directory of the user.
+
+        Raises `OSError`.
+        """
+        if settings.metrics is None or settings.metrics.directory is not None:
+            return settings
+        if self._directory is None:
+            self._directory = self._stack.enter_context(_temporary_directory())
+        return replace(settings, metrics=msgspec.structs.replace(settings.metrics, directory=self._directory))
+
+
+@contextmanager
+def _temporary_directory() -> Iterator[str]:
+    """Make a directory, and remove it at the end, and now those that killed processes of this user have left."""
     place = _MEMORY if os.access(_MEMORY, os.W_OK) else tempfile.gettempdir()
     for old in Path(place).glob(f"{_PREFIX}*"):
         _remove_left(old)
@@ -87,10 +106,8 @@ def shared_directory(settings: Settings) -> Iterator[None]:
         owner = os.open(os.path.join(directory, _OWNER), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(owner, fcntl.LOCK_EX)
-            os.environ[DIRECTORY] = directory
-            yield
+            yield directory
         finally:
-            os.environ.pop(DIRECTORY, None)
             os.close(owner)
 
 

@@ -103,9 +103,22 @@ def _has_ended(file: IO[str]) -> bool:
 
 
 def hang_up(number: int) -> None:
-    """Send SIGHUP to a process. Raises `ConfigurationError` if that is not possible."""
+    """Send SIGHUP to a process. Raises `ConfigurationError` if that is not possible, or would end the process."""
+    if not _handles_hangups(number):
+        problem = "does not handle SIGHUP, so it is not the main process of the service: give the number of that one"
+        raise ConfigurationError(f"the process {number} {problem}")
     try:
         os.kill(number, signal.SIGHUP)
     except (OSError, OverflowError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "not a process"
         raise ConfigurationError(f"the process {number} cannot be told to reload ({reason})") from exc
+
+
+def _handles_hangups(number: int) -> bool:
+    """Return whether a process has a handler for SIGHUP; True where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{number}/status", encoding="utf-8") as status:
+        for line in status:
+            name, _, value = line.partition(":")
+            if name == "SigCgt":  # bit 0 is signal 1
+                return bool(int(value, 16) >> (signal.SIGHUP - 1) & 1)
+    return True

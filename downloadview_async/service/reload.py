@@ -13,7 +13,7 @@ from collections.abc import Callable
 import anyio.to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from downloadview_async import ConfigurationError
+from downloadview_async import ConfigurationError, add_content_types
 from downloadview_async.service.access import behind_proxies
 from downloadview_async.service.app import build
 from downloadview_async.service.logs import one_line
@@ -107,6 +107,7 @@ class Generations:
 
     def __init__(self, first: Generation, load: Callable[[], Settings] | None = None) -> None:
         self.failure: str | None = None  # why the first one could not start
+        self._at_start = first.settings.server
         self._current = first
         self._load = load
         self._when_reloading: Callable[[], None] = lambda: None
@@ -189,26 +190,35 @@ class Generations:
 
     async def _reload(self) -> str | None:
         """Let a new generation take the place of the current one, and return None, or why that is not possible."""
-        generation: Generation | None = None
         assert self._load is not None
+        assert self._server is not None
+        old, settings = self._current, None
         try:
             settings = await anyio.to_thread.run_sync(self._load)
             check_certificate(settings)
             generation = await anyio.to_thread.run_sync(Generation, settings)
             problem = await generation.start()
+            if problem is None:
+                try:
+                    check_certificate(settings)  # again, because it may have been replaced by now
+                    self._server.reconfigure(settings)
+                except BaseException:
+                    await generation.end()
+                    raise
         except ConfigurationError as exc:
             problem = one_line(str(exc))
         except Exception as exc:  # a module of the user may raise anything
             _logger.exception("The settings cannot be read")
             problem = one_line(f"{type(exc).__name__}: {exc}")
-        if problem is not None or generation is None:
+        if problem is not None:
+            if settings is not None:
+                _change_content_types(settings, old.settings)
             return problem
-        old, self._current = self._current, generation
+        _change_content_types(old.settings, generation.settings)
+        self._current = generation
         if self._is_draining:
             generation.drain()
-        assert self._server is not None
-        self._server.reconfigure(settings)
-        if changed := needing_a_restart(old.settings.server, settings.server):
+        if changed := needing_a_restart(self._at_start, generation.settings.server):
             _logger.warning("These settings change at the next restart only: %s", ", ".join(changed))
         self._older.add(old)
         task = asyncio.create_task(self._end(old))
@@ -234,6 +244,11 @@ def _forget_unused() -> None:
     gc.unfreeze()  # as `EndsInTime` has frozen it
     gc.collect()
     gc.freeze()
+
+
+def _change_content_types(old: Settings, new: Settings) -> None:
+    """Have the content types of `new` alone: they are those of the process, and `build` has added to them."""
+    add_content_types({**dict.fromkeys(old.content_types), **new.content_types})
 
 
 def needing_a_restart(old: ServerSettings, new: ServerSettings) -> list[str]:

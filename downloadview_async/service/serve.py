@@ -4,18 +4,17 @@ import contextlib
 import gc
 import signal
 import socket
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import uvicorn
 
 from downloadview_async.service.listening import Listeners
-from downloadview_async.service.metrics import shared_directory
 from downloadview_async.service.pid_file import PidFile
 from downloadview_async.service.reload import Generation, Generations
 from downloadview_async.service.server import DownloadServer, config_for
 from downloadview_async.service.settings import Settings
 from downloadview_async.service.systemd import Notifier
+from downloadview_async.service.terminal import Terminal
 from downloadview_async.service.workers import STARTUP_FAILURE, Workers
 
 
@@ -23,19 +22,21 @@ def serve(
     settings: Settings,
     load: Callable[[], Settings],
     *,
-    options: Mapping[str, Any],
     inherited: list[socket.socket],
     watches: bool = False,
     announce: Callable[[], None] = lambda: None,
 ) -> int:
-    """Serve until SIGINT or SIGTERM, and return the exit status. SIGHUP reads the settings again.
+    """Serve until SIGINT or SIGTERM, and return the exit status.
 
-    load: reads the settings again. options: `[server]` settings of the command line. inherited: listening sockets.
+    SIGHUP reads the settings again, or, if the terminal of the process was closed, is like SIGTERM.
+
+    load: reads the settings again. inherited: listening sockets.
     watches: serve in workers, and reload when a file of the application changes. announce: called after all checks,
     before the sockets are opened.
 
     Raises `ConfigurationError`.
     """
+    terminal = Terminal()
     signals: list[int] = []  # those that come too early
     signal.signal(signal.SIGHUP, lambda number, _: signals.append(number))
     application = Generations(Generation(settings), load)  # with several workers too: errors show before any starts
@@ -46,18 +47,17 @@ def serve(
         listeners = stack.enter_context(Listeners(settings, inherited))
         with settings.blaming("server.pid_file"):
             pid_file = stack.enter_context(PidFile(settings.server.pid_file))
-        stack.enter_context(shared_directory(settings))
         if settings.server.workers == 1 and not watches:
-            return _serve_here(application, config, settings, listeners, notifier, pid_file, signals)
+            return _serve_here(application, config, settings, listeners, notifier, pid_file, terminal, signals)
         del application, config
         gc.collect()  # the parent holds no root of the application, and no log
         return Workers(
             settings,
             listeners,
             load=load,
-            options=options,
             notifier=notifier,
             pid_file=pid_file,
+            terminal=terminal,
             signals=signals,
             watches=watches,
         ).run()
@@ -70,11 +70,14 @@ def _serve_here(
     listeners: Listeners,
     notifier: Notifier,
     pid_file: PidFile,
+    terminal: Terminal,
     signals: list[int],
 ) -> int:
-    signal.signal(signal.SIGHUP, lambda number, _: application.want_reload())
-    if signals:
-        application.want_reload()
+    def hang_up(number: int, frame: object) -> None:
+        if terminal.was_closed:
+            server.drain()
+        else:
+            application.want_reload()
 
     def drain() -> None:
         application.drain()
@@ -97,6 +100,9 @@ def _serve_here(
         when_ready=ready,
         when_alive=notifier.alive,
     )
+    signal.signal(signal.SIGHUP, hang_up)
+    for number in signals:
+        hang_up(number, None)
     application.serve_by(server, when_reloading=notifier.reloading, when_reloaded=reloaded)
     server.run(listeners.sockets)
     return 0 if server.started else STARTUP_FAILURE

@@ -9,7 +9,7 @@ A shutdown has these steps. uvicorn's own begins with the third.
    connection must not look like the end of a file.
 5. The lifespan of the application ends.
 
-A second signal skips what is left of steps 2 to 4, and the lifespan is cancelled. A server that another one replaces
+A second signal skips what is left of steps 2 to 5, and the lifespan is cancelled. A server that another one replaces
 *retires*: it skips step 2, its idle connections end by their own time, and downloads have all the time that they need.
 """
 
@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import ssl
 import struct
 from collections.abc import Callable
 from enum import Enum
@@ -32,6 +31,7 @@ from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.listening import begin_no_more, steer_away, steer_no_more, waiting_connections
 from downloadview_async.service.logs import log_config
 from downloadview_async.service.settings import Settings
+from downloadview_async.service.shutdown import end_in
 
 _NAP = 0.05  # seconds; uvicorn's own is 0.1
 _STEER = 0.1  # seconds in which handshakes end that began before new connections were kept away
@@ -39,6 +39,7 @@ _STEER_LAST = 0.3  # the same for the last process at a socket: the others do no
 _HANDSHAKE = 0.5  # seconds that a handshake of TLS may take in the moment of the shutdown
 _SETTLE = 2.0  # seconds after the drain in which connections that have just been made may send their first request
 _ENDING = 0.5  # seconds that aborted answers have to end
+_LAST = 3.0  # seconds after the second signal in which the process ends, even if a call still blocks
 _OURS = ("host", "port", "uds", "fd", "workers", "drain_seconds", "pid_file", "reuse_port")
 """The settings of `[server]` that are not options of the `uvicorn.Config`."""
 _OF_NEW_CONNECTIONS = (
@@ -72,13 +73,6 @@ def config_for(app: Any, settings: Settings) -> uvicorn.Config:
     # the application writes the log of answers, and knows the proxies
     options |= {"access_log": False, "proxy_headers": False}
     return uvicorn.Config(app, lifespan="on", ws="none", log_config=log_config(server.log_level), **options)
-
-
-def _load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
-    server = settings.server
-    assert server.ssl_certfile is not None
-    # the password is never None: OpenSSL would ask at the terminal
-    context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile or None, server.ssl_keyfile_password or "")
 
 
 class DownloadServer(uvicorn.Server):
@@ -134,20 +128,24 @@ class DownloadServer(uvicorn.Server):
         """End without waiting for anything."""
         if self._end in (_End.NOT, _End.RETIRE):
             self._when_draining()
+        if self._end is not _End.NOW:
+            end_in(_LAST)
         self._end, self.should_exit, self.force_exit = _End.NOW, True, True
 
     def reconfigure(self, settings: Settings) -> None:
         """Use other settings for new connections, and make the next answer of each open one its last.
 
-        The certificate is loaded again. Call `check_certificate` before.
+        The certificate is loaded again. Raises an error, and changes nothing, if that is not possible. Call
+        `check_certificate` before.
         """
         new = config_for(self.config.app, settings)
         new.load()
+        if self.config.ssl is not None and (context := new.ssl) is not None:
+            # A context into which a wrong key is loaded has none at all then, so the whole context is replaced.
+            self.config.ssl.sni_callback = lambda connection, name, first: setattr(connection, "context", context)
         for name in _OF_NEW_CONNECTIONS:
             setattr(self.config, name, getattr(new, name))
         self.drain_seconds = settings.server.drain_seconds
-        if self.config.ssl is not None and settings.server.ssl_certfile:
-            _load_certificate(self.config.ssl, settings)
         for connection in self.server_state.connections:
             if isinstance(connection, DownloadProtocol):
                 connection.drain()
@@ -175,8 +173,9 @@ class DownloadServer(uvicorn.Server):
         await self._stop_accepting(sockets or [])
         await self._wait_for_connections()
         await self._abort_connections()
-        if not self.force_exit:
-            await self.lifespan.shutdown()
+        ending = asyncio.ensure_future(self.lifespan.shutdown())
+        while not (ending.done() or self.force_exit):
+            await asyncio.wait([ending], timeout=_NAP)
 
     async def _go_on_accepting(self) -> None:
         loop = asyncio.get_running_loop()

@@ -18,6 +18,7 @@ def check_server(settings: Settings) -> None:
     Raises `ConfigurationError` for mistakes that uvicorn would report with a traceback, and `Unavailable` for what may
     be different later.
     """
+    check_certificate(settings)  # first: a taken port may be free later, but a wrong certificate stays wrong
     server = settings.server
     if server.uds is not None:
         _check_unix_socket(settings, server.uds)
@@ -33,7 +34,6 @@ def check_server(settings: Settings) -> None:
                 "server.fd",
                 f"{server.fd} is not an open socket ({problem}): give the descriptor of one that this process inherits",
             )
-    check_certificate(settings)
 
 
 def _check_unix_socket(settings: Settings, path: str) -> None:

@@ -31,12 +31,17 @@ class EndsInTime:
                 gc.collect()
                 gc.freeze()
             elif message["type"] == "lifespan.shutdown.complete":
-                last = threading.Timer(_PATIENCE, _end)
-                last.daemon = True
-                last.start()
+                end_in(_PATIENCE)
             await send(message)
 
         await self.app(scope, receive, send_and_start if scope["type"] == "lifespan" else send)
+
+
+def end_in(seconds: float) -> None:
+    """End the process after so many seconds, whatever it does then."""
+    last = threading.Timer(seconds, _end)
+    last.daemon = True
+    last.start()
 
 
 def _end() -> None:

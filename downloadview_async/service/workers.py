@@ -20,21 +20,22 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 from downloadview_async import ConfigurationError
-from downloadview_async.service.config_loader import CONFIG, load_settings
+from downloadview_async.service.config_loader import CONFIG
 from downloadview_async.service.listening import Listeners
 from downloadview_async.service.logs import one_line
+from downloadview_async.service.metrics import SharedDirectory
 from downloadview_async.service.pid_file import PidFile
 from downloadview_async.service.reload import Generation, Generations
 from downloadview_async.service.server import DownloadServer, config_for
 from downloadview_async.service.server_checks import check_certificate
 from downloadview_async.service.settings import Settings, Unavailable
 from downloadview_async.service.systemd import Notifier
+from downloadview_async.service.terminal import Terminal
 
 WRONG_SETTINGS = 2
 """The exit status if the settings are wrong: trying again does not help."""
@@ -64,18 +65,17 @@ _logger = logging.getLogger("uvicorn.error")
 
 
 def work(
-    pipe: Connection, sockets: list[socket.socket], are_inherited: bool, options: Mapping[str, Any], watches: bool
+    pipe: Connection, sockets: list[socket.socket], are_inherited: bool, settings: Settings, watches: bool
 ) -> None:
     """Serve in this process until the parent says otherwise.
 
-    are_inherited: whether processes that are not of this service may accept connections, too. options: `[server]`
-    settings of the command line.
+    are_inherited: whether processes that are not of this service may accept connections, too. settings: those of the
+    parent, because the file may have changed since, and all workers need the same.
     """
     for number in _OF_TERMINALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_TERMINALS)  # as `_Worker` has blocked them
     try:
-        settings = load_settings(os.environ.get(CONFIG), environ=os.environ, options=options)
         server = _WorkerServer(settings, pipe, are_inherited, watches)
         try:
             server.run(sockets)
@@ -153,15 +153,20 @@ class _WorkerServer(DownloadServer):
 class _Worker:
     """A worker process, as its parent sees it."""
 
-    def __init__(self, listeners: Listeners, options: Mapping[str, Any], *, watches: bool) -> None:
+    def __init__(self, listeners: Listeners, settings: Settings, *, watches: bool) -> None:
         self.pipe, theirs = _spawn.Pipe()
-        arguments = (theirs, listeners.sockets, listeners.are_inherited, options, watches)
+        arguments = (theirs, listeners.sockets, listeners.are_inherited, settings, watches)
         self.process = _spawn.Process(target=work, args=arguments)
         # A signal to all processes must not end one that is about to ignore it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_TERMINALS)
-        self.process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
+        try:
+            self.process.start()
+        except OSError:
+            self.pipe.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
         self.is_ready = False
         self.is_leaving = False
         self.is_closed = False  # it accepts no more connections
@@ -215,8 +220,8 @@ class _Worker:
 class Workers:
     """Starts the workers, and replaces those that die, retire, or have the settings of before a reload.
 
-    load: reads the settings again. options: those of `work`. signals: those that have come already. watches: reload
-    when a file of the application changes.
+    load: reads the settings again. signals: those that have come already. watches: reload when a file of the
+    application changes.
     """
 
     def __init__(
@@ -225,19 +230,20 @@ class Workers:
         listeners: Listeners,
         *,
         load: Callable[[], Settings],
-        options: Mapping[str, Any],
         notifier: Notifier,
         pid_file: PidFile,
+        terminal: Terminal,
         signals: list[int],
         watches: bool = False,
     ) -> None:
         self._settings = settings
         self._listeners = listeners
         self._load = load
-        self._options = options
         self._notifier = notifier
         self._pid_file = pid_file
+        self._terminal = terminal
         self._watch = _Watch() if watches else None
+        self._metrics = SharedDirectory()
         self._current: list[_Worker] = []
         self._next: list[_Worker] = []
         self._next_settings = settings
@@ -255,14 +261,14 @@ class Workers:
     def run(self) -> int:
         """Serve until a signal to end, and return the exit status."""
         woken, wakes = socket.socketpair()
-        with woken, wakes:
+        with woken, wakes, self._metrics:
             for one in (woken, wakes):
                 one.setblocking(False)
             signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda number, _: self._signals.append(number))
             _logger.info("Started parent process [%d]", os.getpid())
-            self._next = self._started(self._settings)
+            self._start_next(self._settings)
             while self._everyone or self._goes_on:
                 self._wait(woken)
                 self._handle_signals()
@@ -283,11 +289,11 @@ class Workers:
     def _everyone(self) -> list[_Worker]:
         return [*self._current, *self._next, *self._leaving]
 
-    def _started(self, settings: Settings) -> list[_Worker]:
-        return [self._worker() for _ in range(settings.server.workers)]
-
-    def _worker(self) -> _Worker:
-        return _Worker(self._listeners, self._options, watches=self._watch is not None)
+    def _start(self, workers: list[_Worker], settings: Settings) -> None:
+        """Add as many new workers as are missing. Raises `OSError`, such as if there are too many processes."""
+        of_workers = self._metrics.added_to(settings)
+        while len(workers) < settings.server.workers:
+            workers.append(_Worker(self._listeners, of_workers, watches=self._watch is not None))
 
     def _wait(self, woken: socket.socket) -> None:
         """Wait until there is something to do, at most `_POLL` seconds."""
@@ -301,11 +307,12 @@ class Workers:
 
     def _handle_signals(self) -> None:
         while self._signals:
-            if self._signals.pop(0) == signal.SIGHUP:
+            is_hangup = self._signals.pop(0) == signal.SIGHUP
+            if is_hangup and not self._terminal.was_closed:
                 self._wants_reload = True
             elif self._kill_at is None:
                 self._shut_down()
-            else:
+            elif not is_hangup:
                 self._tell_all(_NOW, 0)
 
     def _shut_down(self) -> None:
@@ -330,7 +337,8 @@ class Workers:
             was_leaving = worker.is_leaving
             worker.listen()
             if self._kill_at is None and worker.is_leaving and not was_leaving and worker in self._current:
-                self._replace(worker)  # nobody has told it to leave: `limit_max_requests`, or a signal to it alone
+                # nobody has told it to leave: `limit_max_requests`, or a signal to it alone
+                self._current.remove(worker)
                 self._leaving.append(worker)
             if worker.is_hung(seconds) or (self._kill_at is not None and time.monotonic() > self._kill_at):
                 _logger.error("Worker process %s does not answer, and is killed", worker.name)
@@ -362,14 +370,22 @@ class Workers:
             self._status = status or STARTUP_FAILURE
             self._serves = bool(self._current)
 
-    def _replace(self, worker: _Worker) -> None:
-        self._current[self._current.index(worker)] = self._worker()
+    def _start_next(self, settings: Settings) -> None:
+        self._next_settings = settings
+        try:
+            self._start(self._next, settings)
+        except OSError as exc:
+            _logger.error("A worker process cannot be started: %s", exc)
+            self._give_up(f"a worker process cannot be started: {exc}", STARTUP_FAILURE)
 
     def _keep_alive(self) -> None:
-        """Start workers for those that have died."""
-        missing = self._settings.server.workers - len(self._current)
+        """Start workers for those that have died, or that leave although nobody has told them to."""
         if self._goes_on and time.monotonic() >= self._start_at:
-            self._current += [self._worker() for _ in range(missing)]
+            try:
+                self._start(self._current, self._settings)
+            except OSError as exc:
+                _logger.error("A worker process cannot be started: %s", exc)
+                self._start_at = time.monotonic() + _PAUSE
 
     def _finish_reload(self) -> None:
         """Begin a reload if one is wanted, or end one that is ready."""
@@ -404,7 +420,7 @@ class Workers:
             except ConfigurationError as exc:
                 self._give_up(one_line(str(exc)), WRONG_SETTINGS)
             else:
-                self._next_settings, self._next = settings, self._started(settings)
+                self._start_next(settings)
 
     def _give_up(self, problem: str, status: int) -> None:
         """End the new workers, and go on with the old ones, if there are any."""

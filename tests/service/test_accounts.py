@@ -166,7 +166,7 @@ def test_the_service_runs_without_the_database_server_in_which_it_counts(directo
     port, of_database = free_port(), free_port()
     load(directory, SETTINGS + f'database = "postgresql+asyncpg://127.0.0.1:{of_database}/none"\n')
     with serving(serve("--port", str(port), "--workers", "2"), port, log=directory / "log", cwd=directory) as server:
-        server.wait_for_log("Application startup complete", times=2)
+        server.wait_for_log("Listening on ")  # when the parent knows that both are ready
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
         workers = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
         os.kill(workers[0], signal.SIGKILL)

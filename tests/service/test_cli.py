@@ -23,6 +23,7 @@ from click.testing import CliRunner
 
 from downloadview_async import __version__
 from downloadview_async.cli import main, serve
+from downloadview_async.service.access import trusted_proxies
 from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.schema import description_of
 from downloadview_async.service.serve_paths import urls_of, variables_of
@@ -520,11 +521,26 @@ def test_a_certificate_that_cannot_be_used_is_refused(directory: Path) -> None:
         (["--ssl-certfile", "no.pem"], "server.ssl_certfile: the certificate and its key cannot be loaded"),
         (["--ssl-certfile", "no.pem", "--ssl-keyfile", "gone"], "server.ssl_keyfile: 'gone' cannot be read"),
     ]
-    for arguments, message in cases:
-        for workers in ("1", "2"):
-            said = refused(*arguments, "--workers", workers, cwd=directory)
-            assert said.startswith(f"downloadview: the command line: {message}")
-            assert said.count("\n") == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # this would be worth another try
+        port = str(taken.getsockname()[1])
+        for arguments, message in cases:
+            for workers in ("1", "2"):
+                said = refused(*arguments, "--workers", workers, "--port", port, cwd=directory)
+                assert said.startswith(f"downloadview: the command line: {message}")
+                assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["1.2.3.4.5/99", "10.0.0.1/8", "1.2.3", "::1::", "127.0.0.1, 10.0.0.0/33"])
+def test_trusted_addresses_that_uvicorn_would_ignore_are_refused(directory: Path, address: str) -> None:
+    said = refused("--forwarded-allow-ips", address, "--port", "0", cwd=directory)
+    problem = f"server.forwarded_allow_ips: {address.split(', ')[-1]!r} is not an address, and not a network"
+    assert said.startswith(f"downloadview: the command line: {problem}")
+
+
+@pytest.mark.parametrize("address", ["*", "", "localhost", "127.0.0.1, ::1,10.0.0.0/8", "fe80::/10"])
+def test_trusted_addresses(address: str) -> None:
+    settings = load_settings(None, environ={"DOWNLOADVIEW_SERVER__FORWARDED_ALLOW_IPS": address})
+    assert ",".join(trusted_proxies(settings)) == address.replace(" ", "")
 
 
 def make_certificate(directory: Path, *protection: str) -> None:

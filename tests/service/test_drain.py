@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import pty
 import select
 import signal
 import socket
@@ -54,12 +55,13 @@ def service(
     limit: int = 30,
     workers: str = "1",
     env: dict[str, str] | None = None,
+    more: str = "",
 ) -> Iterator[Server]:
-    (directory / "downloadview.toml").write_text(SETTINGS.format(drain=drain, limit=limit))
+    (directory / "downloadview.toml").write_text(SETTINGS.format(drain=drain, limit=limit) + more)
     port = free_port()
     command = [*COMMAND, "--port", str(port), "--workers", workers, *arguments]
     with serving(command, port, log=directory / "log", cwd=directory, env=env) as server:
-        server.wait_for_log("Application startup complete", times=int(workers))
+        server.wait_for_log("Listening on ")  # with several workers: when the parent knows that all are ready
         yield server
 
 
@@ -184,6 +186,39 @@ def test_a_second_signal_ends_it_at_once(directory: Path, workers: str, number: 
         assert "Traceback" not in server.log
 
 
+def test_a_second_signal_ends_a_process_of_which_a_thread_is_blocked(directory: Path) -> None:
+    (directory / "rules.py").write_text(
+        "import pathlib, time\ndef make(name):\n    pathlib.Path('blocked').touch()\n    time.sleep(3600)\n"
+    )
+    source = '[sources.made]\ntype = "virtual"\nfactory = "rules:make"\n'
+    route = '[[routes]]\npath = "/made/{path:path}"\nsource = "made"\n'
+    with service(directory, limit=3600, more=source + route) as server, connect(server) as client:
+        client.sendall(b"GET /made/a HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not (directory / "blocked").exists():
+            time.sleep(0.02)
+        server.process.terminate()
+        server.wait_for_log("Shutting down")
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_service_ends_when_its_terminal_is_closed(directory: Path, workers: str) -> None:
+    """SIGHUP would be a reload otherwise."""
+    (directory / "downloadview.toml").write_text(SETTINGS.format(drain=0, limit=30))
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(directory)
+        os.execv(COMMAND[0], [*COMMAND, "--port", str(free_port()), "--workers", workers])
+    log = b""
+    while b"Listening on " not in log:
+        log += os.read(terminal, 4096)
+    os.kill(process, signal.SIGHUP)
+    while b"are in use" not in log:
+        log += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
 @pytest.mark.slow
 def test_signals_to_all_processes_are_one_signal(directory: Path) -> None:
     """A terminal sends SIGINT, and systemd SIGTERM, to the parent and to the workers."""
@@ -226,6 +261,7 @@ def test_workers_end_when_their_parent_is_killed(directory: Path) -> None:
 @pytest.mark.slow
 def test_a_worker_that_ends_is_replaced(directory: Path) -> None:
     with service(directory, workers="2") as server:
+        (directory / "downloadview.toml").write_text("settings that nobody has reloaded")
         for starts, kill in ((3, signal.SIGKILL), (4, signal.SIGTERM), (6, signal.SIGKILL)):
             ended = worker_pids(server)[: starts // 3]  # the last time, there is none left
             server.process.send_signal(signal.SIGSTOP)  # it is to see all of them end at once

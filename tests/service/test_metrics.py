@@ -14,12 +14,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from starlette.testclient import TestClient
 
 from downloadview_async.service.app import build
-from downloadview_async.service.metrics import shared_directory
+from downloadview_async.service.metrics import SharedDirectory
+from downloadview_async.service.pid_file import reload_by_pid_file
 from downloadview_async.service.proxy_config import config_for
 from tests.accounts.test_metrics import OPENMETRICS, read
 from tests.servers import free_port, serving
 from tests.service.loading import FILES, load, refusal
 from tests.service.test_access_log import get
+from tests.service.test_drain import worker_pids
 
 SETTINGS = (
     FILES
@@ -147,7 +149,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_workers_add_up_their_numbers_also_when_one_is_killed(directory: Path) -> None:
-    load(directory, METRICS.partition("[offload]")[0] + "[metrics]\n")
+    text = METRICS.partition("[offload]")[0]
+    load(directory, f'{text}[server]\npid_file = "pid"\n')
     port = free_port()
     command = [sys.executable, "-m", "downloadview_async.cli", "serve", "--config", "downloadview.toml"]
     command += ["--port", str(port), "--workers", "2"]
@@ -158,16 +161,17 @@ def test_workers_add_up_their_numbers_also_when_one_is_killed(directory: Path) -
         return of_files, read(connection, "processes")[()]
 
     with serving(command, port, log=directory / "log", cwd=directory) as server:
-        server.wait_for_log("Application startup complete", times=2)
+        server.wait_for_log("Listening on ")  # when the parent knows that both are ready
+        load(directory, f'{text}[server]\npid_file = "pid"\n[metrics]\n')  # the metrics begin by a reload
+        reload_by_pid_file(str(directory / "pid"), seconds=60)
         place = shared_of(server.process.pid)
         assert len(place) == 1
         for _ in range(40):
             get(port, "/files/a.txt")
         wait_until(lambda: numbers() == (40, 2))
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        workers = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-        os.kill(workers[0], signal.SIGKILL)
-        server.wait_for_log("Application startup complete", times=3)
+        wait_until(lambda: len(worker_pids(server)) == 2)  # the old ones have ended
+        os.kill(worker_pids(server)[0], signal.SIGKILL)
+        server.wait_for_log("Application startup complete", times=5)
         wait_until(lambda: numbers() == (40, 2))
         get(port, "/files/a.txt")
         wait_until(lambda: numbers() == (41, 2))
@@ -188,13 +192,15 @@ def shared_of(pid: int) -> set[Path]:
 
 
 def test_directories_that_killed_processes_have_left_are_removed(directory: Path) -> None:
-    settings = load(directory, METRICS, DOWNLOADVIEW_SERVER__WORKERS="2")
-    with shared_directory(settings):
+    settings = load(directory, METRICS)
+    with SharedDirectory() as shared:
+        shared.added_to(settings)
         (place,) = shared_of(os.getpid())
         left = place.with_name(f"downloadview-metrics-{os.getpid()}-left")
         left.mkdir()
         (left / "owner").touch()
-        with shared_directory(settings):
+        with SharedDirectory() as another:
+            another.added_to(settings)
             assert not left.exists()
             assert place.exists()  # its process runs
     assert not place.exists()

@@ -5,16 +5,19 @@ import contextlib
 import http.client
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import bcrypt
 import pytest
@@ -24,6 +27,7 @@ from downloadview_async import ConfigurationError
 from downloadview_async.cli import main
 from downloadview_async.service import systemd
 from downloadview_async.service.config_loader import CONFIG, load_settings
+from downloadview_async.service.listening import Listeners
 from downloadview_async.service.pid_file import reload_by_pid_file
 from downloadview_async.service.reload import needing_a_restart
 from downloadview_async.service.systemd import Notifier, inherited_sockets
@@ -53,6 +57,7 @@ def fill(directory: Path) -> None:
         (directory / name / "a.txt").write_text(name)
     with (directory / "files/large.bin").open("wb") as file:
         file.truncate(LARGE)
+    (directory / "exits.py").write_text("import sys; sys.exit(3)\n")
     (directory / "links.keys").write_text(f"one {'s' * 40}\n")
     (directory / "downloadview.toml").write_text(SETTINGS)
 
@@ -178,7 +183,21 @@ _WRONG = [
     ('source = "files"', 'source = "files"\naccess = ["hook:gone:gone"]', r"routes\[0\].access\[0\]"),
     _NO_STORE,
     ("[server]", '[server]\nssl_certfile = "gone.pem"', "server.ssl_certfile"),
+    ('source = "files"', 'source = "files"\naccess = ["hook:exits:allow"]', "SystemExit: 3"),
 ]
+
+
+def content_type(server: Server) -> str | None:
+    with urllib.request.urlopen(f"{server.url}/files/a.txt", timeout=30) as answer:
+        return cast("str | None", answer.headers["Content-Type"])
+
+
+def test_content_types_are_those_of_the_settings_alone(site: Site) -> None:
+    for kind in ("text/x-first", "text/x-second"):
+        site.use(f'{SETTINGS}[content_types]\n".txt" = "{kind}"\n')
+        assert content_type(site.server) == f"{kind}; charset=utf-8"
+    site.use()
+    assert content_type(site.server) == "text/plain; charset=utf-8"
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -187,8 +206,10 @@ def test_wrong_settings_change_nothing_and_say_why(sites: Sites, workers: str) -
     site.use()
     for old, new, problem in _WRONG:
         site.change(old, new)
+        site.change("[server]", '[content_types]\n".txt" = "text/x-refused"\n[server]')
         with pytest.raises(ConfigurationError, match=problem) as raised:
             site.reload()
+        assert content_type(site.server) == "text/plain; charset=utf-8"
         assert f"The settings cannot be used, so the old ones stay: {raised.value}\n" in site.server.log
         assert get(site.server, "/files/a.txt") == (200, b"files", None)
         site.write(SETTINGS)
@@ -232,6 +253,15 @@ def test_certificates_are_loaded_again(directory: Path) -> None:
         certificate(directory, "second.example")
         reload(directory)
         assert b"second.example" in presented(server)
+        # the key is replaced while the settings are read
+        (directory / "breaks.py").write_text("open('key.pem', 'w').close()\nasync def allow(*_):\n    return True\n")
+        change(directory, 'source = "files"', 'source = "files"\naccess = ["hook:breaks:allow"]')
+        with pytest.raises(ConfigurationError, match=r"server\.ssl_certfile"):
+            reload(directory)
+        assert b"second.example" in presented(server)
+        certificate(directory, "third.example")
+        reload(directory)
+        assert b"third.example" in presented(server)
 
 
 def test_keys_and_users_are_read_again(site: Site) -> None:
@@ -280,7 +310,9 @@ def test_the_number_of_workers_changes(sites: Sites) -> None:
 def test_what_a_reload_cannot_change_is_logged(site: Site) -> None:
     site.use(SETTINGS.replace("workers = 1", "workers = 3\nhost = 'localhost'\nbacklog = 100"))
     names = "server.host, server.workers, server.backlog"
-    assert f"These settings change at the next restart only: {names}\n" in site.server.log
+    for times in (1, 2):
+        assert site.server.log.count(f"These settings change at the next restart only: {names}\n") == times
+        site.reload()  # still
 
 
 def test_which_settings_one_process_cannot_change(directory: Path) -> None:
@@ -334,6 +366,14 @@ def test_a_reload_of_nothing_is_an_error(directory: Path) -> None:
     assert "nothing to reload: give --pid-file" in refused(cwd=directory, command="reload")
 
 
+def test_a_process_that_sighup_would_end_is_not_told_to_reload(directory: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        problem = refused(str(other.pid), cwd=directory, command="reload")
+        assert f"the process {other.pid} does not handle SIGHUP" in problem
+        other.communicate(b"\n")
+    assert other.returncode == 0
+
+
 def test_a_signal_that_comes_before_the_service_is_ready_is_obeyed(directory: Path) -> None:
     port = free_port()
     with subprocess.Popen([*COMMAND, "--port", str(port)], cwd=directory, stderr=subprocess.PIPE, text=True) as process:
@@ -350,9 +390,9 @@ def test_a_signal_that_comes_before_the_service_is_ready_is_obeyed(directory: Pa
 
 
 def test_a_reload_of_a_process_that_ends_does_not_wait_for_its_time(directory: Path) -> None:
-    """A process that does not know SIGHUP ends by it."""
     script = (
-        "import time; from downloadview_async.service.pid_file import PidFile\n"
+        "import signal, sys, time; from downloadview_async.service.pid_file import PidFile\n"
+        "signal.signal(signal.SIGHUP, lambda *_: sys.exit())\n"
         "with PidFile('pid'): print('ready', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=directory, stdout=subprocess.PIPE) as process:
@@ -360,6 +400,22 @@ def test_a_reload_of_a_process_that_ends_does_not_wait_for_its_time(directory: P
         assert process.stdout.readline() == b"ready\n"
         with pytest.raises(ConfigurationError, match=f"the process {process.pid} has ended before it has answered"):
             reload(directory)
+
+
+@pytest.mark.slow
+def test_a_reload_without_descriptors_for_new_workers_changes_nothing(sites: Sites) -> None:
+    site = sites("2")
+    site.use()
+    process = site.server.process.pid
+    limits = resource.prlimit(process, resource.RLIMIT_NOFILE)
+    used = {int(one) for one in os.listdir(f"/proc/{process}/fd")}
+    third_free = [number for number in range(len(used) + 3) if number not in used][2]
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (third_free + 1, limits[1]))
+    with pytest.raises(ConfigurationError, match="a worker process cannot be started"):
+        site.reload()
+    resource.prlimit(process, resource.RLIMIT_NOFILE, limits)
+    assert get(site.server, "/files/a.txt")[0] == 200
+    site.reload()
 
 
 def descriptors(server: Server) -> list[str]:
@@ -474,6 +530,29 @@ def test_without_a_valid_interval_there_is_no_watchdog(
         notifier.alive()
         with pytest.raises(BlockingIOError):
             manager.recv(1000)
+
+
+@pytest.mark.parametrize(
+    "count, problem", [("1", "server.fd: an inherited socket cannot listen"), ("2", "LISTEN_FDS is 2, and the descriptor 4 is not a socket")]
+)
+def test_descriptors_of_which_one_cannot_listen(directory: Path, count: str, problem: str) -> None:
+    script = (
+        "import os, socket, sys; os.closerange(3, 9); one = socket.socket(type=socket.SOCK_DGRAM); "
+        "one.set_inheritable(True); "
+        f"os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='{count}'); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", script, *COMMAND]
+    failed = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60)
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert problem in failed.stderr
+
+
+def test_a_connection_is_not_a_socket_to_listen_on(directory: Path) -> None:
+    settings = load_settings(directory / "downloadview.toml", environ={})
+    with contextlib.ExitStack() as stack:
+        both = [stack.enter_context(one) for one in socket.socketpair()]
+        with pytest.raises(ConfigurationError, match=r"server\.fd: an inherited socket cannot listen"):
+            Listeners(settings, both)
 
 
 def test_the_sockets_of_another_process_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
