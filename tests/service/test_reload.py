@@ -533,7 +533,8 @@ def test_without_a_valid_interval_there_is_no_watchdog(
 
 
 @pytest.mark.parametrize(
-    "count, problem", [("1", "server.fd: an inherited socket cannot listen"), ("2", "LISTEN_FDS is 2, and the descriptor 4 is not a socket")]
+    "count, problem",
+    [("1", "server.fd: an inherited socket cannot listen"), ("2", "LISTEN_FDS is 2, and the descriptor 4 is not a")],
 )
 def test_descriptors_of_which_one_cannot_listen(directory: Path, count: str, problem: str) -> None:
     script = (
