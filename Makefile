@@ -146,7 +146,7 @@ wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dis
 
 .PHONY: audit
 audit: $(VENV)/dev.done  ## Check what is pinned and installed, by the package index: yanked, foreign, licences, changed
-	@$(BIN)/python requirements/audit.py requirements/run.txt requirements/dev.txt \
+	@$(BIN)/python requirements/audit.py requirements/run.txt requirements/dev.txt requirements/bench.txt requirements/django.txt \
 		requirements/oldest.txt=$(VENV)/oldest requirements/servers.txt=$(VENV)/servers
 
 .PHONY: sbom
