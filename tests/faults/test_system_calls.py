@@ -1,12 +1,13 @@
 """Each system call by which files are opened, described, read and sent fails in a running service, then works again."""
 
+import json
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from downloadview_async.sources.local.open_file_cache import KEEP_SECONDS
-from tests.faults.site import RIGHT, Site, eventually, site, upstream
+from tests.faults.site import CONTENT, RIGHT, Site, eventually, site, upstream, verdict
 from tests.faults.tracing import injected, why_not
 
 LOCAL_FILES = ["small", "medium", "big", "range", "ranges", "storage"]
@@ -60,3 +61,17 @@ def test_whatever_call_fails_the_answers_are_right_or_say_so_and_nothing_is_left
     assert running.threads() <= threads + 3  # of the shared pool, which ends its idle threads later
     assert "Traceback" not in running.server.log
     assert running.server.log.count("sendfile is refused") == running.server.log.count("preadv2 with") == 1
+
+
+@pytest.mark.parametrize("kind", ["path", "storage"])
+def test_a_file_that_cannot_be_described_is_listed_and_never_left_out_of_an_archive(running: Site, kind: str) -> None:
+    url = f"/{kind}/folder/"
+    with injected(running.pid, "newfstatat:error=EIO", path="b.bin") as calls:
+        listed, archive = running.get(url, "Accept: application/json"), running.get(f"{url}?archive=zip")
+        assert "INJECTED" in calls.read_text()
+    assert listed is not None
+    assert archive is not None
+    entries = {entry["name"]: entry.get("size") for entry in json.loads(listed.body)["entries"]}
+    assert entries == {"a.txt": len(CONTENT["folder/a.txt"]), "b.bin": None, "inner": None}
+    assert verdict(archive, {}) in ("right", "503")  # right: it was opened, although it could not be described
+    assert running.round() == RIGHT

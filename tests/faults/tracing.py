@@ -13,10 +13,10 @@ from tests.servers import wait_for_text
 
 
 @contextlib.contextmanager
-def injected(pid: int, *faults: str) -> Iterator[Path]:
+def injected(pid: int, *faults: str, path: str | None = None) -> Iterator[Path]:
     """Inject faults into all threads of a process: `sendfile:error=EINVAL`, `pread64:error=EIO:when=3+`.
 
-    Gives the file in which strace writes the calls that it has tampered with.
+    path: only into calls with this path, as they have it. Gives the file in which strace writes the calls.
     """
     with tempfile.TemporaryDirectory() as directory:
         log, calls = Path(directory, "log"), Path(directory, "calls")
@@ -24,6 +24,8 @@ def injected(pid: int, *faults: str) -> Iterator[Path]:
         command = ["strace", "-f", "-o", str(calls), "-e", f"trace={names}"]
         for fault in faults:
             command += ["-e", f"inject={fault}"]
+        if path is not None:
+            command += ["-P", path]
         with log.open("wb") as output:
             strace = subprocess.Popen([*command, "-p", str(pid)], stdout=output, stderr=output)
         try:
