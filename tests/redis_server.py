@@ -47,6 +47,11 @@ class RedisServer:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
+    def signal(self, number: int) -> None:
+        """Send the server a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def stop(self) -> None:
         """Stop the server."""
         assert self._process is not None

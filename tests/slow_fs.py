@@ -84,6 +84,8 @@ class SlowDisk:
         self._names_seconds = names_seconds
         self._delays = dict(delays or {})
         self._hangs: frozenset[str] = frozenset()
+        self._errors: dict[str, list[int]] = {}
+        self._most = 1 << 20
         self._due: list[tuple[float, int, _Request]] = []
         self._held: dict[int, _Request] = {}
         self._changed = threading.Condition()
@@ -102,6 +104,17 @@ class SlowDisk:
         """Let these operations hang from now on, until `release`."""
         with self._changed:
             self._hangs = frozenset(operations)
+
+    def fail(self, operation: str, error: int, *, after: int = 0) -> None:
+        """Let an operation fail with an error number from now on, after it has succeeded `after` times; 0 ends that."""
+        with self._changed:
+            self._errors.pop(operation, None)
+            if error:
+                self._errors[operation] = [after, error]
+
+    def read_at_most(self, count: int) -> None:
+        """Answer reads with so many bytes at most: short reads, if the disk is `direct`."""
+        self._most = count
 
     def step(self) -> None:
         """Answer what hangs now; what is asked for next hangs again."""
@@ -172,8 +185,13 @@ class SlowDisk:
                 reply = self._answers[operation](node, body)
             except KeyError:
                 error = errno.ENOENT if operation in self._answers else errno.ENOSYS
-        request = _Request(unique, operation, reply, error)
         with self._changed:
+            if (failing := self._errors.get(operation)) is not None:
+                if failing[0]:
+                    failing[0] -= 1
+                else:
+                    error = failing[1]
+            request = _Request(unique, operation, reply, error)
             self.asked[operation] += 1
             if operation in self._hangs:
                 self._held[unique] = request
@@ -207,7 +225,7 @@ class SlowDisk:
 
     def _read(self, node: int, body: bytes) -> bytes:
         _, offset, length = _READ_IN.unpack_from(body)
-        return content_of(*self._files[node])[offset : offset + length]
+        return content_of(*self._files[node])[offset : offset + min(length, self._most)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import anyio
 
 from downloadview_async.accounts.outcome import BufferedListener, Listener, Outcome
 from downloadview_async.errors import ConfigurationError
+from downloadview_async.http.log_text import escaped
 
 logger = logging.getLogger("downloadview_async")
 
@@ -179,6 +180,8 @@ class _Waiting:
         """Have a listener write what it has collected."""
         try:
             listener.flush()
+        except OSError as exc:  # such as a disk that is full: its message says enough
+            self._failed.add(f"{exc}", self._unflushed)
         except BaseException as exc:
             self._failed.add(exc, self._unflushed)
         self._unflushed = 0
@@ -265,12 +268,12 @@ class _Count:
         self._name = listener if isinstance(listener, str) else _name_of(listener)
         self._count = 0
         self._logged_at = -inf
-        self._last: BaseException | None = None
+        self._last: BaseException | str | None = None
 
-    def add(self, exc: BaseException | None = None, count: int = 1) -> None:
-        """Count some. The first ones are logged at once."""
+    def add(self, reason: BaseException | str | None = None, count: int = 1) -> None:
+        """Count some. The first ones are logged at once. An exception as the reason is logged with its traceback."""
         self._count += count
-        self._last = exc
+        self._last = reason
         if monotonic() - self._logged_at >= LOG_SECONDS:
             self.log()
 
@@ -279,8 +282,11 @@ class _Count:
         if self._count:
             self._logged_at = monotonic()
             count, self._count = self._count, 0
-            exc, self._last = self._last, None
-            logger.warning(self._text, count, self._name, exc_info=exc)
+            reason, self._last = self._last, None
+            if isinstance(reason, str):
+                logger.warning(f"{self._text}: %s", count, self._name, escaped(reason))
+            else:
+                logger.warning(self._text, count, self._name, exc_info=reason)
 
 
 _too_many = _Count("%d outcomes were dropped, because %s are busy", "too many listeners of single answers")

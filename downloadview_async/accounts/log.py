@@ -45,6 +45,7 @@ class AccessLog:
 
     _path: str | None = None
     _descriptor = -1
+    _is_pipe = False
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, format: LogFormat = "text") -> None:  # noqa: A002
         if format not in _FORMATS:
@@ -78,8 +79,7 @@ class AccessLog:
         self._open()
         if self._is_torn:
             lines.insert(0, "")  # ends the line of which only the beginning was written
-        is_pipe = stat.S_ISFIFO(os.fstat(self._descriptor).st_mode)
-        for part in _parts(lines) if is_pipe else ["\n".join([*lines, ""])]:
+        for part in _parts(lines) if self._is_pipe else ["\n".join([*lines, ""])]:
             self._write(part.encode("ascii"))
 
     def close(self) -> None:
@@ -96,17 +96,25 @@ class AccessLog:
         if self._path is None:
             if self._descriptor < 0:
                 self._descriptor = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
+                self._is_pipe = _is_pipe(self._descriptor)
             return
-        if self._descriptor >= 0:
-            try:
-                if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
-                    return
-            except FileNotFoundError:
-                pass
-        opened = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            if self._descriptor >= 0 and self._is_current(self._path):
+                return
+            opened = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError:
+            if self._descriptor < 0:
+                raise
+            return  # in the file that is open, the lines are not lost
         if self._descriptor >= 0:
             os.close(self._descriptor)
-        self._descriptor, self._is_torn = opened, False
+        self._descriptor, self._is_torn, self._is_pipe = opened, False, _is_pipe(opened)
+
+    def _is_current(self, path: str) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(path))
+        except FileNotFoundError:
+            return False
 
     def _write(self, data: bytes) -> None:
         left = memoryview(data)
@@ -119,6 +127,13 @@ class AccessLog:
                         raise
         finally:
             self._is_torn = bool(left) and (len(left) < len(data) or self._is_torn)
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
 
 
 def _parts(lines: list[str]) -> list[str]:

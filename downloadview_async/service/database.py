@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import anyio
 from sqlalchemy import (
     BigInteger,
     Enum,
@@ -36,6 +37,7 @@ from downloadview_async.service.settings import DatabaseUnavailable
 from downloadview_async.service.source_settings import ObjectSettings
 
 _BATCH = 500  # rows that one statement of a listing reads
+_PATIENCE = 5.0  # seconds that a statement may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +231,11 @@ class Documents:
 
     async def _rows(self, statement: Any) -> Sequence[Any]:
         try:
-            async with self._engine.connect() as connection:
-                return (await connection.execute(statement)).all()
+            with anyio.fail_after(_PATIENCE):
+                async with self._engine.connect() as connection:
+                    return (await connection.execute(statement)).all()
+        except TimeoutError as exc:
+            raise SourceUnavailable(f"the database has not answered in {_PATIENCE:g} seconds") from exc
         except (SQLAlchemyError, OSError, ValueError) as exc:  # ValueError: an invalid time
             raise SourceUnavailable(f"the database failed: {type(exc).__name__}: {exc}") from exc
 

@@ -575,9 +575,11 @@ class OpenArchive:
             if batch.length:
                 yield batch.take()
                 await batch.release()
-        except DownloadError:
+        except (DownloadError, OSError) as exc:
             self._laid_out.is_stale = True  # a file may have changed: the next request looks at the folder again
-            raise
+            if isinstance(exc, DownloadError):
+                raise
+            raise TransferAborted(f"reading a file for the archive failed: {exc}") from exc
         finally:
             with anyio.CancelScope(shield=True):
                 await batch.close()

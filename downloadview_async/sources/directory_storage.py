@@ -12,7 +12,7 @@ from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.path import FileBeneath
 from downloadview_async.sources.local.root import Root, Symlinks
 from downloadview_async.sources.names import Names
-from downloadview_async.sources.workers import Slots, Workers
+from downloadview_async.sources.workers import STUCK_DISK, Slots, Workers
 
 
 class DirectoryStorage:
@@ -27,7 +27,7 @@ class DirectoryStorage:
         names: Names = "portable",
     ) -> None:
         self.root = Root(root, symlinks=symlinks, names=names)
-        self._workers = Workers(threads)
+        self._workers = Workers(threads, stuck=STUCK_DISK)
         self._cache = OpenFileCache(self.root, self._workers)
 
     @property

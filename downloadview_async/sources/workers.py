@@ -30,20 +30,30 @@ MID_TRANSFER = 60.0
 """Seconds that a transfer which has begun waits for a worker: a slow transfer is better than an aborted one."""
 
 
+STUCK_DISK = 0.8
+"""Seconds in which one of the calls to a disk has to end. If none does, and all workers are in use, the disk hangs."""
+
+
 class Slots:
     """At most `limit` holders at once. A caller that gets no slot within `patience` seconds is turned away.
 
     They may be used in one event loop after another, of asyncio or trio.
 
+    stuck: seconds after which a caller is turned away unless a slot has become free in them. Where no holder leaves,
+    because a disk hangs, waiting longer does not help. It does not apply to a caller that gives its own patience.
     are_connections: whether each slot is a request to another server, and not a thread.
     waits, refusals: how many callers had to wait so far, and how many of these were turned away. wait_seconds: how long
     all have waited.
     """
 
-    def __init__(self, limit: int, *, patience: float = 2.0, are_connections: bool = False) -> None:
+    def __init__(
+        self, limit: int, *, patience: float = 2.0, stuck: float = math.inf, are_connections: bool = False
+    ) -> None:
         self.are_connections = are_connections
         self._limit = limit
         self._patience = patience
+        self._stuck = stuck
+        self._freed_at = -math.inf
         self._holders: set[object] = set()
         self._waiting: deque[tuple[object, anyio.Event]] = deque()
         self.waits = 0
@@ -75,8 +85,11 @@ class Slots:
         self.waits += 1
         began = monotonic()
         try:
-            with anyio.move_on_after(self._patience if patience is None else patience):
-                await place[1].wait()
+            if patience is None:
+                await self._wait_while_it_helps(place[1], began)
+            else:
+                with anyio.move_on_after(patience):
+                    await place[1].wait()
         except BaseException:
             if slot in self._holders:  # the slot was given to a caller that is being cancelled
                 self._free(slot)
@@ -90,8 +103,17 @@ class Slots:
             raise SourceUnavailable(f"all {self._limit} slots of this source are in use: try again, or raise its limit")
         return held
 
+    async def _wait_while_it_helps(self, given: anyio.Event, began: float) -> None:
+        while not given.is_set():
+            until = min(began + self._patience, max(began, self._freed_at) + self._stuck)
+            if monotonic() >= until:
+                return
+            with anyio.move_on_after(until - monotonic()):
+                await given.wait()
+
     def _free(self, slot: object) -> None:
         self._holders.remove(slot)
+        self._freed_at = monotonic()
         if self._waiting:
             following, given = self._waiting.popleft()
             self._holders.add(following)
@@ -132,11 +154,13 @@ def slots_of(source: object) -> Slots | None:
 class Workers:
     """At most `limit` blocking calls at once. A caller that gets no worker within `patience` seconds is turned away.
 
+    stuck: see `Slots`.
+
     anyio's shared limiter is never used: forty calls that hang there would stop every other thread of the process.
     """
 
-    def __init__(self, limit: int = 40, *, patience: float = 2.0) -> None:
-        self.slots = Slots(limit, patience=patience)
+    def __init__(self, limit: int = 40, *, patience: float = 2.0, stuck: float = math.inf) -> None:
+        self.slots = Slots(limit, patience=patience, stuck=stuck)
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts, patience: float | None = None) -> T:
         """Return what `function(*args)` returns in a worker thread. A cancelled caller waits for the call to end.

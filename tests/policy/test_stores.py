@@ -164,13 +164,13 @@ async def test_what_is_revoked(store: dv.GrantStore) -> None:
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 async def test_entries_expire(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     store = dv.grant_store_from_url(url_of(kind, request))
-    link, other = Link(store, 1), Link(store, 1)
+    link, other, began = Link(store, 1), Link(store, 1), time.time()
     try:
-        assert await link.claim("ada", until=NOW + 10)
-        await store.revoke("gone", NOW + 10)
-        assert not await store.is_revoked(["gone"], NOW + 10)
-        assert await other.claim("ada", now=NOW + 70)
-        assert await link.claim("bob", now=NOW + 71), "the entry of a link that has expired is still there"
+        assert await link.claim("ada", now=began, until=began + 10)
+        await store.revoke("gone", began + 10)
+        assert not await store.is_revoked(["gone"], began + 10)
+        assert await other.claim("ada", now=began + 70)
+        assert await link.claim("bob", now=began + 71), "the entry of a link that has expired is still there"
     finally:
         await store.aclose()
 

@@ -148,16 +148,16 @@ async def test_a_name_that_changes_its_address_is_looked_up_once_and_connected_t
     lookups: list[str] = []
     connected: list[str] = []
 
-    async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
-        lookups.append(host)
+    def getaddrinfo(host: bytes, port: None, **_: Any) -> list[Any]:
+        lookups.append(host.decode())
         address = "93.184.216.34" if len(lookups) == 1 else "127.0.0.1"
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
 
     async def connect(address: str, port: int, **_: Any) -> Any:
         connected.append(address)
         raise OSError("nothing leaves this machine")
 
-    monkeypatch.setattr("anyio.getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
     monkeypatch.setattr("downloadview_async.sources.remote.ssrf.connect", connect)
     with pytest.raises((UpstreamError, OSError)):
         await fetch(RemoteSource(f"http://rebind.test:{listener.port}/"))

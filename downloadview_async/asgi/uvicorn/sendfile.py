@@ -170,6 +170,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         else:
                             sent = await _sendfile_in_worker(connection, file, offset, length)
                         few = _FEW
+                        if not sent:
+                            by_transport = length  # after a short read, FUSE returns 0 before the end of the file
                     except BlockingIOError:
                         by_transport = min(count, few)  # only the transport may wait for its socket
                         few = min(2 * few, _WINDOW)

@@ -25,7 +25,7 @@ from downloadview_async.sources.base import AsyncFile, OpenFile
 from downloadview_async.sources.file_objects import READS, close, home_of, is_read_by, reads_a_descriptor
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile, PathSource
-from downloadview_async.sources.local.root import Symlinks, settled_stat
+from downloadview_async.sources.local.root import Symlinks, file_error, settled_stat
 from downloadview_async.sources.names import canonical_name
 from downloadview_async.sources.remote.client import Upstream
 from downloadview_async.sources.remote.source import RemoteFile
@@ -129,9 +129,15 @@ class _OpenedElsewhere:
         """Duplicate the descriptor. The project closes the file that it has opened."""
         if self._file.closed:
             raise FileMissing(f"{self.name!r} is closed")
-        descriptor = os.dup(self._file.fileno())
+        try:
+            descriptor = os.dup(self._file.fileno())
+        except OSError as exc:
+            raise file_error(exc) from exc
         try:
             status = await _workers.run(settled_stat, descriptor)
+        except OSError as exc:
+            os.close(descriptor)
+            raise file_error(exc) from exc
         except BaseException:
             os.close(descriptor)
             raise

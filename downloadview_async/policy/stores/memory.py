@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.policy.stores.base import DownloadSession, is_whole, with_span
+from downloadview_async.policy.stores.steady import SteadyClock
 
 _SWEPT_EVERY = 60.0  # seconds
 
@@ -34,6 +35,7 @@ class MemoryGrantStore:
         self._links: dict[str, _Link] = {}
         self._revoked: dict[str, float | None] = {}
         self._sweep_at = 0.0
+        self._clock = SteadyClock()
 
     async def claim(
         self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
@@ -76,10 +78,10 @@ class MemoryGrantStore:
         """Do nothing: there are no connections."""
 
     def _sweep(self, now: float) -> None:
-        if now >= self._sweep_at:
-            self._sweep_at = now + _SWEPT_EVERY
-            self._links = {name: link for name, link in self._links.items() if _is_kept(link.until, now)}
-            self._revoked = {name: until for name, until in self._revoked.items() if _is_kept(until, now)}
+        if not 0 < self._sweep_at - now <= _SWEPT_EVERY:  # the clock may have been set back
+            self._sweep_at, then = now + _SWEPT_EVERY, self._clock.at_most(now)
+            self._links = {name: link for name, link in self._links.items() if _is_kept(link.until, then)}
+            self._revoked = {name: until for name, until in self._revoked.items() if _is_kept(until, then)}
 
 
 def _is_kept(until: float | None, now: float) -> bool:

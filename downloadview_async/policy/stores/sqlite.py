@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.policy.stores.base import DownloadSession, is_whole, with_span
+from downloadview_async.policy.stores.steady import SteadyClock
 from downloadview_async.sources.sqlite_file import SQLiteFile
 
 _SWEPT_EVERY = 60.0  # seconds
@@ -45,6 +46,7 @@ class SQLiteGrantStore:
         self._file = SQLiteFile(path, tables=_TABLES, version=_VERSION, user="SQLiteGrantStore")
         self._rows = self._file.rows
         self._sweep_at = 0.0
+        self._clock = SteadyClock()
 
     async def claim(
         self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
@@ -81,14 +83,14 @@ class SQLiteGrantStore:
 
     async def check(self) -> None:
         """Return if the file can be read and written."""
-        await self._rows("DELETE FROM revoked WHERE until <= ?", time.time())
+        await self._rows("DELETE FROM revoked WHERE until <= ?", self._clock.at_most(time.time()))
 
     async def aclose(self) -> None:
         """Close the connection of the running event loop."""
         await self._file.aclose()
 
     async def _sweep(self, now: float) -> None:
-        if now >= self._sweep_at:
-            self._sweep_at = now + _SWEPT_EVERY
-            await self._rows("DELETE FROM sessions WHERE until <= ?", now)
-            await self._rows("DELETE FROM revoked WHERE until <= ?", now)
+        if not 0 < self._sweep_at - now <= _SWEPT_EVERY:  # the clock may have been set back
+            self._sweep_at, ended = now + _SWEPT_EVERY, self._clock.at_most(now)
+            await self._rows("DELETE FROM sessions WHERE until <= ?", ended)
+            await self._rows("DELETE FROM revoked WHERE until <= ?", ended)

@@ -30,7 +30,7 @@ from downloadview_async.sources.cache.fill import Fill
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.root import Opened
-from downloadview_async.sources.workers import Workers
+from downloadview_async.sources.workers import STUCK_DISK, Workers
 
 if TYPE_CHECKING:
     from downloadview_async.sources.cache.source import CachedSource
@@ -138,7 +138,7 @@ class Cache:
             max_unused=max(UNUSED_SECONDS, UNUSED_AGES * self.max_age),
             used=self._used,
         )
-        self._workers = Workers()
+        self._workers = Workers(stuck=STUCK_DISK)
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="downloadview-cache")
         self._open_files = OpenFileCache(self.directory.root, self._workers)
         self.kept: dict[tuple[str, str], Kept] = {}

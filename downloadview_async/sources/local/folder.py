@@ -12,9 +12,9 @@ from contextlib import aclosing, closing
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-from downloadview_async.errors import FileError
+from downloadview_async.errors import AccessDenied, FileError, FileMissing
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.sources.listing import DescribedEntry, Entry, Version
 from downloadview_async.sources.local.open_file import metadata_of, version_of
@@ -111,7 +111,10 @@ async def folder_identity(root: Root, folder: str, workers: Workers) -> tuple[in
 
     def identity() -> tuple[int, int]:
         name = canonical_folder(folder, root.names)
-        status = root.status(name) if name else os.fstat(root.descriptor)
+        try:
+            status = root.status(name) if name else os.fstat(root.descriptor)
+        except OSError as exc:
+            raise file_error(exc) from exc
         return status.st_dev, status.st_ino
 
     return await workers.run_or_abandon(identity)
@@ -142,15 +145,15 @@ class FolderReader:
 
     def read(self) -> list[Entry] | None:
         """Return the entries among the next `BATCH` items of the directory; None at its end."""
-        return self._read(partial(self._described, _file, _folder), BATCH)
+        return self._read(partial(self._described, _LISTED), BATCH)
 
     def read_described(self) -> list[Entry] | None:
         """Return what `read` does; files are `DescribedEntry` objects."""
-        return self._read(partial(self._described, _file_with_version, _folder), BATCH)
+        return self._read(partial(self._described, _DESCRIBED), BATCH)
 
     def read_versions(self) -> list[Version] | None:
         """Return what `read` does, for an archive."""
-        return self._read(partial(self._described, _version, _version_of_folder), BATCH)
+        return self._read(partial(self._described, _VERSIONS), BATCH)
 
     def read_names(self) -> list[Entry] | None:
         """Return what `read` does, without sizes and times, and without asking whether a file can be read."""
@@ -158,35 +161,37 @@ class FolderReader:
 
     def describe(self, names: Sequence[str]) -> list[Entry]:
         """Return the entries with these names that exist, with sizes and times."""
-        entries = (self._entry(name, None, _file, _folder) for name in names if self._is_valid(name))
+        entries = (self._entry(name, None, _LISTED) for name in names if self._is_valid(name))
         return [entry for entry in entries if entry is not None]
 
     def _read(self, entries_of: Callable[[list[os.DirEntry[str]]], list[T]], count: int) -> list[T] | None:
         with self._in_use:
             try:
                 items = [] if self._is_closing else list(islice(self._items, count))
+                self.has_ended = len(items) < count
+                if items and not self._are_valid([item.name for item in items]):
+                    entries = entries_of([item for item in items if self._is_valid(item.name)])
+                else:
+                    entries = entries_of(items)
             except OSError as exc:
                 raise file_error(exc) from exc
-            self.has_ended = len(items) < count
-            if items and not self._are_valid([item.name for item in items]):
-                entries = entries_of([item for item in items if self._is_valid(item.name)])
-            else:
-                entries = entries_of(items)
         if self._is_closing:
             self.close()
         return entries if items else None
 
-    def _described(self, file_of: "_Make[T]", folder_of: "_Make[T]", items: list[os.DirEntry[str]]) -> list[T]:
+    def _described(self, makes: "_Makes[T]", items: list[os.DirEntry[str]]) -> list[T]:
         entries: list[T] = []
         for item in items:
             name = item.name
             try:
                 status = item.stat(follow_symlinks=False)
-            except OSError:  # it has been removed
+            except OSError as exc:
+                if not _is_gone(exc):
+                    entries.append(makes.unknown(name, item.is_dir(follow_symlinks=False)))
                 continue
             if status.st_mode & _KIND_AND_READABLE == _READABLE_FILE:
-                entries.append(file_of(name, status))
-            elif (entry := self._entry(name, status, file_of, folder_of)) is not None:
+                entries.append(makes.file(name, status))
+            elif (entry := self._entry(name, status, makes)) is not None:
                 entries.append(entry)
         return entries
 
@@ -195,7 +200,7 @@ class FolderReader:
         for item in items:
             if item.is_file(follow_symlinks=False):
                 entries.append(_entry((item.name, False, None, None, None)))
-            elif (entry := self._entry(item.name, None, _file, _folder)) is not None:
+            elif (entry := self._entry(item.name, None, _LISTED)) is not None:
                 entries.append(Entry(item.name, entry.is_folder))
         return entries
 
@@ -211,10 +216,10 @@ class FolderReader:
             finally:
                 self._in_use.release()
 
-    def _entry(self, name: str, status: os.stat_result | None, file_of: "_Make[T]", folder_of: "_Make[T]") -> T | None:
+    def _entry(self, name: str, status: os.stat_result | None, makes: "_Makes[T]") -> T | None:
         """Return the entry with a valid name; None if it cannot be downloaded or listed.
 
-        status: of the item itself, not of what it links to, if that is known. file_of, folder_of: make the entry.
+        status: of the item itself, not of what it links to, if that is known. makes: makes the entry.
         """
         try:
             if status is None:
@@ -223,8 +228,8 @@ class FolderReader:
                 if self._root.symlinks == "deny":
                     return None
                 status = self._root.status(self._prefix + name)
-        except (OSError, FileError):  # it has been removed, or the policy refuses the link
-            return None
+        except (OSError, FileError) as exc:
+            return None if _is_gone(exc) else makes.unknown(name, False)
         is_folder = stat.S_ISDIR(status.st_mode)
         if not (is_folder or stat.S_ISREG(status.st_mode)):
             return None
@@ -232,10 +237,24 @@ class FolderReader:
         # most are readable by everybody, and then the system need not be asked about this process
         if status.st_mode & readable != readable and not os.access(name, access, dir_fd=self._descriptor):
             return None
-        return (folder_of if is_folder else file_of)(name, status)
+        return (makes.folder if is_folder else makes.file)(name, status)
 
 
-_Make = Callable[[str, os.stat_result], T]
+class _Makes(NamedTuple, Generic[T]):
+    """The functions that make an entry of a name and a status.
+
+    unknown: makes one of a name, and of whether it is a folder, for an entry that the disk fails to describe. It must
+    not be left out: an archive would lack it without a sign. Opening it raises the error.
+    """
+
+    file: Callable[[str, os.stat_result], T]
+    folder: Callable[[str, os.stat_result], T]
+    unknown: Callable[[str, bool], T]
+
+
+def _is_gone(exc: OSError | FileError) -> bool:
+    """Return whether an entry has been removed, or the policy for links or the system refuses it."""
+    return isinstance(file_error(exc) if isinstance(exc, OSError) else exc, FileMissing | AccessDenied)
 
 
 def _folder(name: str, status: os.stat_result) -> Entry:
@@ -260,6 +279,10 @@ def _version_of_folder(name: str, status: os.stat_result) -> Version:
     return name, True, None, _seconds_of(status), None
 
 
+def _unknown_version(name: str, is_folder: bool) -> Version:
+    return name, is_folder, None, None, None
+
+
 class _LocalFileEntry(DescribedEntry):
     """The entry of a file with a status."""
 
@@ -270,6 +293,11 @@ class _LocalFileEntry(DescribedEntry):
 
     def identity(self) -> tuple[int | None, str]:
         return self.status.st_size, version_of(self.status)
+
+
+_LISTED = _Makes[Entry](_file, _folder, Entry)
+_DESCRIBED = _Makes[Entry](_file_with_version, _folder, Entry)
+_VERSIONS = _Makes[Version](_version, _version_of_folder, _unknown_version)
 
 
 def _seconds_of(status: os.stat_result) -> int | None:

@@ -168,6 +168,8 @@ class OpenLocalFile:
 
         Its bytes may then come from two versions. A file that has grown does not count: it may be a log, whose promised
         bytes are still the same. On file systems like NFS and FUSE this is not checked, as that may wait.
+
+        Raises `SourceUnavailable`, as `is_same` does, if the disk fails.
         """
         return self.is_quick and self._has_other_times()
 
@@ -178,12 +180,18 @@ class OpenLocalFile:
         """
         if not self.is_quick:
             return True
-        now = os.fstat(self.descriptor)
+        now = self._status()
         return now.st_mtime_ns == self._mtime_ns and now.st_size == self.size
 
     def _has_other_times(self) -> bool:
-        now = os.fstat(self.descriptor)
+        now = self._status()
         return now.st_mtime_ns != self._mtime_ns and now.st_size == self.size
+
+    def _status(self) -> os.stat_result:
+        try:
+            return os.fstat(self.descriptor)
+        except OSError as exc:
+            raise SourceUnavailable(f"the open file cannot be described: {exc}") from exc
 
     def is_cached(self, offset: int, length: int) -> bool:
         """Return whether a span can be read without waiting for a disk, judged by one byte of every `_PROBE`."""
@@ -205,10 +213,10 @@ class OpenLocalFile:
     async def read(self, span: ByteRange) -> bytes:
         """Return the bytes of a short span during a transfer; fewer only if the file ends there."""
         if len(span) > _COPIED and self.is_cached(span.start, len(span)):
-            return os.pread(self.descriptor, len(span), span.start)
+            return _pread(self.descriptor, span)
         chunk = self.read_nowait(span)
         if chunk is None:
-            chunk = await self.workers.run(os.pread, self.descriptor, len(span), span.start, patience=MID_TRANSFER)
+            chunk = await self.workers.run(_pread, self.descriptor, span, patience=MID_TRANSFER)
         return chunk
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
@@ -265,6 +273,14 @@ class OpenLocalFile:
         # After any other error, the worker gets the same error, where it can be handled.
         self._read_cached_pages = False
         _reads_of_cached_pages.note(self.device, exc)
+
+
+def _pread(descriptor: int, span: ByteRange) -> bytes:
+    """Return the bytes of a span; fewer only if the file ends there. On FUSE, one call may return fewer."""
+    chunk = os.pread(descriptor, len(span), span.start)
+    while len(chunk) < len(span) and (more := os.pread(descriptor, len(span) - len(chunk), span.start + len(chunk))):
+        chunk += more
+    return chunk
 
 
 def local_of(opened: OpenFile) -> OpenLocalFile | None:

@@ -24,15 +24,15 @@ from downloadview_async.sources.local.folder import (
 )
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
-from downloadview_async.sources.local.root import Opened, Root, Symlinks, open_trusted
+from downloadview_async.sources.local.root import Opened, Root, Symlinks, file_error, open_trusted
 from downloadview_async.sources.names import Names, canonical_name
-from downloadview_async.sources.workers import Slots, Workers
+from downloadview_async.sources.workers import STUCK_DISK, Slots, Workers
 
 SUFFIXES = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}
 """Content codings, and the suffix that the name of a precompressed sibling has for each."""
 
 _KEPT = 1024  # names requested last, each with its `FileBeneath`, which is small until it is opened
-_trusted_workers = Workers()
+_trusted_workers = Workers(stuck=STUCK_DISK)
 _removing = ThreadPoolExecutor(1, "downloadview removal")
 
 
@@ -86,6 +86,9 @@ class LocalFile:
                     os.unlink(self._path)
             self._kept = os.dup(opened.descriptor)
             weakref.finalize(self, os.close, self._kept)
+        except OSError as exc:
+            _close(opened)
+            raise file_error(exc) from exc
         except BaseException:
             _close(opened)
             raise
@@ -202,7 +205,7 @@ class PathSource:
         self.root = beneath = Root(root, symlinks=symlinks, names=names)
         if not isinstance(threads, int) or threads < 1:
             raise ConfigurationError(f"threads is {threads!r}: give a number of calls, 1 or more")
-        workers, codings = Workers(threads), tuple(precompressed)
+        workers, codings = Workers(threads, stuck=STUCK_DISK), tuple(precompressed)
         cache = OpenFileCache(beneath, workers)
 
         @lru_cache(_KEPT)

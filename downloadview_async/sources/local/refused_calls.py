@@ -35,6 +35,11 @@ _PASSING = frozenset(
 )
 
 
+def is_passing(exc: OSError) -> bool:
+    """Return whether an error of a call is about one file or this moment, so that the call may work the next time."""
+    return exc.errno in _PASSING
+
+
 class Refusals:
     """Remembers for the life of the process which devices (`st_dev`) refuse a call.
 
@@ -47,7 +52,7 @@ class Refusals:
 
     def note(self, device: int, exc: OSError) -> None:
         """Remember a call that has failed, unless it may work with the next file."""
-        if exc.errno in _PASSING or device in self.devices:
+        if is_passing(exc) or device in self.devices:
             return
         self.devices.add(device)
         name = errno.errorcode.get(exc.errno or 0, str(exc.errno))

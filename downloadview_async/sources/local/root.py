@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from downloadview_async.errors import AccessDenied, ConfigurationError, FileError, FileMissing, SourceUnavailable
 from downloadview_async.http.metadata import unsettled_seconds
+from downloadview_async.sources.local.refused_calls import is_passing
 from downloadview_async.sources.names import Names, check_canonical, check_names_option, checked_segments
 
 Symlinks = Literal["deny", "inside", "follow"]
@@ -178,9 +179,12 @@ class Root:
             descriptor = _openat2(self.descriptor, name, self._resolve_cached)
         except OSError:
             return None
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) and not (self.settles and unsettled_seconds(status.st_mtime_ns, now)):
-            return descriptor, status
+        try:
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) and not (self.settles and unsettled_seconds(status.st_mtime_ns, now)):
+                return descriptor, status
+        except OSError:  # whatever opens the file in another way will get this error, too
+            pass
         os.close(descriptor)
         return None
 
@@ -238,6 +242,8 @@ class Root:
         descriptor = self._open(name, _STATUS_FLAGS)
         try:
             return os.fstat(descriptor)
+        except OSError as exc:
+            raise file_error(exc) from exc
         finally:
             os.close(descriptor)
 
@@ -259,8 +265,8 @@ class Root:
                     raise
                 # "a [...] component [...] raced with a rename [...] the caller may retry" [openat2(2), EAGAIN]
                 if exc.errno != errno.EAGAIN:
+                    self.use_openat2 = is_passing(exc) or has_openat2()
                     break
-        self.use_openat2 = has_openat2()
         return None
 
     def _open_portably(self, name: str, segments: list[str], flags: int) -> int:
@@ -338,6 +344,9 @@ def _only_regular(descriptor: int, *, quick: bool | None = None, settled: bool =
         status = settled_stat(descriptor) if settled else os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileMissing("not a regular file")
+    except OSError as exc:
+        os.close(descriptor)
+        raise file_error(exc) from exc
     except BaseException:
         os.close(descriptor)
         raise

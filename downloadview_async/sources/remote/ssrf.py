@@ -5,9 +5,11 @@ second lookup, which an attacker's name server could answer with another address
 """
 
 import ipaddress
+import math
 import socket
 import ssl
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
@@ -18,8 +20,11 @@ import httpx2
 
 from downloadview_async.errors import UpstreamError
 from downloadview_async.sources.remote.network import Connection, connect
+from downloadview_async.sources.workers import Workers
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_LOOKUPS = 4  # of one source at once
 
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -83,10 +88,15 @@ def _normalized(host: str) -> str:
 
 
 class GuardedBackend(httpcore2.AsyncNetworkBackend):
-    """Opens connections for a client: looks each name up once, checks all addresses, connects to one of them."""
+    """Opens connections for a client: looks each name up once, checks all addresses, connects to one of them.
+
+    Each backend has a few threads for its lookups. Those of the event loop are shared: the lookups of one source whose
+    name server does not answer would hold up those of all others.
+    """
 
     def __init__(self, hosts: AllowedHosts) -> None:
         self._hosts = hosts
+        self._workers = Workers(_LOOKUPS)
 
     async def connect_tcp(
         self,
@@ -97,7 +107,7 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
         """Return a connection. Raises `UpstreamError` for a host or an address that is not allowed."""
-        addresses = await _look_up(host, port, timeout)
+        addresses = await self._look_up(host, timeout)
         if not self._hosts.permits(host) or not self._hosts.permits_addresses(host, addresses):
             raise UpstreamError(
                 f"{host!r} has the address {', '.join(map(str, addresses))}, which is not allowed: list the host in "
@@ -127,17 +137,27 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         """Sleep between two tries of httpcore."""
         await anyio.sleep(seconds)
 
+    async def _look_up(self, host: str, timeout: float | None) -> list[Address]:
+        with suppress(ValueError):
+            return [_without_zone(host)]
+        try:
+            with anyio.fail_after(timeout):
+                entries = await self._workers.run_or_abandon(_entries_of, host, patience=math.inf)
+        except TimeoutError as exc:
+            raise httpcore2.ConnectTimeout(f"looking {host!r} up took more than {timeout} s") from exc
+        except (OSError, OverflowError, UnicodeError) as exc:
+            raise httpcore2.ConnectError(f"{host!r} cannot be looked up: {exc}") from exc
+        return list(dict.fromkeys(map(_without_zone, entries)))
 
-async def _look_up(host: str, port: int, timeout: float | None) -> list[Address]:
-    try:
-        with anyio.fail_after(timeout):
-            entries = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except TimeoutError as exc:
-        raise httpcore2.ConnectTimeout(f"looking {host!r} up took more than {timeout} s") from exc
-    except (OSError, OverflowError, UnicodeError) as exc:
-        raise httpcore2.ConnectError(f"{host!r} cannot be looked up: {exc}") from exc
-    # the zone of a link-local address (fe80::1%eth0) is dropped: rules name addresses without it
-    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in entries))
+
+def _entries_of(host: str) -> list[str]:
+    """Return the addresses of a host, as text. Blocks."""
+    return [str(entry[4][0]) for entry in socket.getaddrinfo(host.encode("ascii"), None, type=socket.SOCK_STREAM)]
+
+
+def _without_zone(address: str) -> Address:
+    """Return an address. The zone of a link-local one (fe80::1%eth0) is dropped: rules name addresses without it."""
+    return ipaddress.ip_address(address.partition("%")[0])
 
 
 _RETRIED = "downloadview_async.retried"
