@@ -7,7 +7,7 @@ import re
 import socket
 import time
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async import ConfigurationError
 
 _NUMBER = re.compile("[0-9]{1,18}")
 _FIRST_SOCKET = 3  # the number of the first descriptor [sd_listen_fds(3)]
