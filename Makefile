@@ -5,6 +5,7 @@ VENV ?= .venv
 PORT ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -51,6 +52,12 @@ $(VENV)/dev.done: requirements/dev.txt requirements/oldest.txt requirements/serv
 $(VENV)/clients.done: requirements/clients.txt | $(BIN)/python
 	@# a directory that only the tests use
 	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/clients --requirement requirements/clients.txt
+	@touch $@
+
+$(VENV)/fuzz.done: requirements/fuzz.txt | $(BIN)/python
+	@# a directory that only `make fuzz` uses; where atheris has no wheel, inputs are made without it
+	-$(PIP) install --require-hashes --no-deps --only-binary :all: --upgrade --target $(VENV)/fuzz \
+		--requirement requirements/fuzz.txt
 	@touch $@
 
 $(VENV)/bench.done: requirements/bench.txt pyproject.toml | $(BIN)/python
@@ -100,6 +107,10 @@ outcomes: $(VENV)/dev.done  ## Compare the outcomes of 20,000 requests to each s
 .PHONY: restarts
 restarts: $(VENV)/dev.done  ## Reload and restart the service under load, 20 times in each way, in about an hour
 	$(BIN)/python -m tests.service.restarts
+
+.PHONY: fuzz
+fuzz: $(VENV)/dev.done $(VENV)/fuzz.done  ## Fuzz every parser, and the service beside nginx, for an hour; FUZZ_ARGS="--minutes 5"
+	PYTHONPATH=$(VENV)/fuzz $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (170 MB); install the others with apt
@@ -173,9 +184,11 @@ lock:  ## Pin the newest versions of all packages (needs uv)
 		--output-file requirements/servers.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
 		requirements/oldest.in --output-file requirements/oldest.txt
+	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
+		requirements/fuzz.in --output-file requirements/fuzz.txt
 
 .PHONY: clean
 clean:  ## Remove the environment, the generated content of the demo and all build results
-	rm -rf $(VENV) .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache dist docs/_build app/demo.db \
+	rm -rf $(VENV) .coverage* .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache dist docs/_build app/demo.db \
 		app/files/large.bin examples/django/data/db.sqlite3 examples/django/data/files
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

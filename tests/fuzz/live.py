@@ -433,7 +433,7 @@ def sound(request: Request, answer: Answer) -> None:
         assert answer.fields.get(b"connection") == b"close", "the connection stays open after an error of the protocol"
 
 
-@target_within(REQUEST, pair)
+@target_within(REQUEST, pair, regressions=[Request("HEAD", b"/files/ten.txt", b"1.1", (b"Host: a b",))])
 def a_request_beside_nginx(request: Request, place: Pair) -> None:
     tags = place.tags
     ours = exchange(place.ours, request.head(tags[0]), [request.method])

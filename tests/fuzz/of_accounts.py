@@ -144,7 +144,9 @@ def joined(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
-@target(OUTCOMES)
+@target(
+    OUTCOMES, regressions=[Outcome(request_id="f" * 32, time=0.0, method="G" * 65_536, path="/", http_version="1.1")]
+)
 def lines_of_our_logs(outcome: Outcome) -> None:
     lines: dict[str, str] = {name: form(outcome) for name, form in log._FORMATS.items()}
     for line in lines.values():
@@ -173,7 +175,11 @@ SAMPLES = (
 )
 
 
-@target_within(edited(*SAMPLES, words=["null", "[]", "{}", "[" * 3000]), _samples_directory)
+@target_within(
+    edited(*SAMPLES, words=["null", "[]", "{}", "[" * 3000]),
+    _samples_directory,
+    regressions=["{}", '{"merged": [], "samples": {"link_failures": 1}}', "[" * 100_000],
+)
 def samples_of_processes(content: str, directory: Path) -> None:
     for name in ("ended.json", "12.json"):
         (directory / name).write_text(content)

@@ -221,6 +221,7 @@ def applications() -> Iterator[Applications]:
         FIELDS,
     ),
     applications,
+    regressions=[("path", "GET", "/sub", b"\r", {})],
 )
 def whole_applications(value: tuple[str, str, str, bytes, dict[bytes, str]], place: Applications) -> None:
     name, method, path, query, fields = value

@@ -342,7 +342,7 @@ NAMES = edited_text(
 )
 
 
-@target(st.tuples(NAMES, st.booleans()))
+@target(st.tuples(NAMES, st.booleans()), regressions=[("a" + "\u0327\u0301" * 30_000, True)])
 def disposition(value: tuple[str, bool]) -> None:
     name, attachment = value
     text = content_disposition(name, attachment=attachment)
@@ -529,7 +529,7 @@ PATHS = edited_text(
 )
 
 
-@target(PATHS)
+@target(PATHS, regressions=[".:."])
 def names_in_archives(path: str) -> None:
     name = safe_name(path)
     assert name == safe_name(name)

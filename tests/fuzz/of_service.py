@@ -123,12 +123,12 @@ VARIABLES = st.lists(
 )
 
 
-@target_within(VARIABLES, scratch)
+@target_within(VARIABLES, scratch, regressions=[[("SERVER__PORT", "8\ud800")], [("SERVER__\ud800", "8")]])
 def settings_variables(pairs: list[tuple[str, str]], directory: Path) -> None:
     file = directory / "s.toml"
     file.write_bytes(SMALL)
     try:
-        settings = load_settings(file, environ={f"{PREFIX}{name}": value for name, value in pairs})
+        settings = load_settings(file, environ={f"{PREFIX}{name[:1000]}": value for name, value in pairs})
     except ConfigurationError as exc:
         refused_in_one_line(exc)
         return
@@ -153,7 +153,7 @@ KEYS = edited_bytes(
 )
 
 
-@target_within(KEYS, scratch)
+@target_within(KEYS, scratch, regressions=[b"\xfa2026a " + SECRET.encode()])
 def keys_files(content: bytes, directory: Path) -> None:
     file = directory / "keys"
     file.write_bytes(content)
@@ -198,6 +198,7 @@ def set_variable(name: str, value: str) -> bool:
 @target_within(
     st.tuples(NUMBERS, st.sampled_from(["", "@fuzz", "/nonexistent", "relative", "@" + "x" * 200]), NUMBERS),
     environment,
+    regressions=[("1000000", "", "1"), ("1", "@x", "9" * 5000)],
 )
 def variables_of_systemd(value: tuple[str, str, str], _: None) -> None:
     count, address, interval = value

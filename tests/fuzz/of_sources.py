@@ -202,6 +202,7 @@ def cache_on_disk() -> Iterator[CacheOnDisk]:
         max_size=3,
     ),
     cache_on_disk,
+    regressions=[[(1, "deep", 0, b"")], [(20, "folder", 0, b"")]],
 )
 def files_of_a_cache(changes: list[tuple[int, str, int, bytes]], place: CacheOnDisk) -> None:
     shutil.rmtree(place.used, ignore_errors=True)

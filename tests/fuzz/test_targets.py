@@ -12,6 +12,8 @@ import pytest
 from tests.fuzz.running import running
 from tests.fuzz.targets import TARGETS
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("FUZZ_SEED") or secrets.randbelow(1 << 32))
 SECONDS = 0.6
 """How long new inputs are tried for each target: it bounds the number of inputs, and never decides on a result."""
