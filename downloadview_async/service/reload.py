@@ -8,7 +8,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import anyio.to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,9 +22,8 @@ from downloadview_async.service.server_checks import check_certificate
 from downloadview_async.service.settings import ServerSettings, Settings
 from downloadview_async.service.shutdown import EndsInTime
 
-_NEED_A_RESTART = (
-    *("host", "port", "uds", "fd", "reuse_port", "workers", "loop", "backlog", "limit_max_requests", "pid_file"),
-)
+_OF_ALL_PROCESSES = ("host", "port", "uds", "fd", "reuse_port", "pid_file")
+_OF_ONE_PROCESS = ("workers", "loop", "backlog", "limit_max_requests")
 
 _logger = logging.getLogger("downloadview_async")
 
@@ -218,8 +217,7 @@ class Generations:
         self._current = generation
         if self._is_draining:
             generation.drain()
-        if changed := needing_a_restart(self._at_start, generation.settings.server):
-            _logger.warning("These settings change at the next restart only: %s", ", ".join(changed))
+        warn_of_restart(needing_a_restart(self._at_start, generation.settings.server))
         self._older.add(old)
         task = asyncio.create_task(self._end(old))
         self._tasks.add(task)
@@ -251,9 +249,19 @@ def _change_content_types(old: Settings, new: Settings) -> None:
     add_content_types({**dict.fromkeys(old.content_types), **new.content_types})
 
 
-def needing_a_restart(old: ServerSettings, new: ServerSettings) -> list[str]:
-    """Return the names of the settings that have changed, and that one running process cannot change."""
-    names = [name for name in _NEED_A_RESTART if getattr(old, name) != getattr(new, name)]
-    if bool(old.ssl_certfile) != bool(new.ssl_certfile):
+def warn_of_restart(names: Sequence[str]) -> None:
+    """Log the names of settings that have changed, but do so at a restart only."""
+    if names:
+        _logger.warning("These settings change at the next restart only: %s", ", ".join(names))
+
+
+def needing_a_restart(old: ServerSettings, new: ServerSettings, *, has_workers: bool = False) -> list[str]:
+    """Return the names of the settings that have changed, and that a reload cannot change.
+
+    has_workers: whether a reload starts new worker processes.
+    """
+    keys = _OF_ALL_PROCESSES if has_workers else _OF_ALL_PROCESSES + _OF_ONE_PROCESS
+    names = [name for name in keys if getattr(old, name) != getattr(new, name)]
+    if not has_workers and bool(old.ssl_certfile) != bool(new.ssl_certfile):
         names.append("ssl_certfile")
     return [f"server.{name}" for name in names]

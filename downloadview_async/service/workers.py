@@ -30,7 +30,7 @@ from downloadview_async.service.listening import Listeners
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.metrics import SharedDirectory
 from downloadview_async.service.pid_file import PidFile
-from downloadview_async.service.reload import Generation, Generations
+from downloadview_async.service.reload import Generation, Generations, needing_a_restart, warn_of_restart
 from downloadview_async.service.server import DownloadServer, config_for
 from downloadview_async.service.server_checks import check_certificate
 from downloadview_async.service.settings import Settings, Unavailable
@@ -237,6 +237,7 @@ class Workers:
         watches: bool = False,
     ) -> None:
         self._settings = settings
+        self._at_start = settings.server
         self._listeners = listeners
         self._load = load
         self._notifier = notifier
@@ -394,6 +395,7 @@ class Workers:
         if self._next and all(worker.is_ready for worker in self._next):
             self._retiring, self._current, self._next = self._current, self._next, []
             self._settings = self._next_settings
+            warn_of_restart(needing_a_restart(self._at_start, self._settings.server, has_workers=True))
             for worker in self._retiring:
                 worker.tell(_RETIRE)
             self._leaving += self._retiring
