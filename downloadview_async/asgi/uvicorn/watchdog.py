@@ -18,12 +18,15 @@ Bytes count as taken when the kernel of the client acknowledges them. Some kerne
 several times this rate to be safe.
 """
 
+_LOOK_SECONDS = 2.0  # at most so long after its time has passed, a client is dropped
+
 
 class Watched(Connection, Protocol):
     """A connection that can be watched.
 
     stall_seconds, minimum_rate (bytes per second): the connection is reset if the client takes less than this rate on
-    the average of so many seconds. is_stalled: whether that has happened. request_id: for the log, if it is known.
+    the average of so many seconds. is_stalled: whether that has happened. is_waiting: whether something still waits for
+    the client. request_id: for the log, if it is known.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -32,6 +35,10 @@ class Watched(Connection, Protocol):
     stall_seconds: float
     minimum_rate: int
     request_id: str | None
+
+    @property
+    def is_waiting(self) -> bool:
+        """See the class."""
 
 
 # When the watch over a connection began (seconds of the monotonic clock), and its untaken bytes at that moment.
@@ -46,7 +53,7 @@ def start_watching(connection: Watched) -> None:
     watches = _watched.get(connection.loop)
     if watches is None:
         watches = _watched.set(connection.loop, {})
-        interval = connection.stall_seconds / 4
+        interval = min(connection.stall_seconds / 4, _LOOK_SECONDS)
         connection.loop.call_later(interval, _look_at, watches, connection.loop, interval)
     watches[connection] = monotonic(), untaken_bytes(connection)
 
@@ -67,24 +74,17 @@ def _look_at(watches: _Watches, loop: asyncio.AbstractEventLoop, interval: float
 
 
 def check(connection: Watched, since: float, untaken_then: int) -> None:
-    """Reset the connection of a client that has stalled, or begin a new watch. Before `stall_seconds`, do nothing.
+    """Begin a new watch over a client that has taken enough, and reset the connection of one that has stalled.
 
     since: when the watch began. untaken_then: the bytes that the client had not taken yet then.
     """
-    if monotonic() - since < connection.stall_seconds:
-        return
-    if has_stalled(connection, untaken_then):
-        drop_client(connection)
-    else:
+    if untaken_then - untaken_bytes(connection) >= connection.minimum_rate * connection.stall_seconds:
         start_watching(connection)
-
-
-def has_stalled(connection: Watched, untaken_then: int) -> bool:
-    """Return whether the client has taken too little in the last `stall_seconds`.
-
-    untaken_then: the bytes that it had not taken yet when these began.
-    """
-    return untaken_then - untaken_bytes(connection) < connection.minimum_rate * connection.stall_seconds
+    elif monotonic() - since >= connection.stall_seconds:
+        if connection.is_waiting:
+            drop_client(connection)
+        else:
+            stop_watching(connection)
 
 
 def drop_client(connection: Watched) -> None:
