@@ -100,6 +100,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from downloadview_async.asgi.deadline import STALL_SECONDS
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
 from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
@@ -128,7 +129,7 @@ from downloadview_async.asgi.uvicorn.sockets import (
 )
 from downloadview_async.asgi.uvicorn.watchdog import (
     MINIMUM_RATE,
-    STALL_SECONDS,
+    Watch,
     drop_client,
     start_watching,
     stop_watching,
@@ -241,6 +242,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "flushed",
         "is_lost",
         "is_stalled",
+        "last_watch",
         "minimum_rate",
         "request_id",
         "stall_seconds",
@@ -256,6 +258,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self.minimum_rate = minimum_rate
         self.is_lost = False
         self.is_stalled = False
+        self.last_watch: Watch | None = None
         self.file_sent = 0
         self.request_id: str | None = None
         self._paused: tuple[int, int] | None = None  # the untaken bytes, and those acknowledged, when writing paused
