@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 import downloadview_async as dv
+from downloadview_async.asgi import deadline
 from downloadview_async.asgi.uvicorn import protocol as module
 from downloadview_async.asgi.uvicorn.protocol import DownloadProtocol
-from tests.asgi.test_server import CLOSE, MIB, app_for, endless, get, sipped
-from tests.live import parse, uvicorn_for
+from tests.asgi.test_server import CLOSE, MIB, app_for, endless, get, sipped, small_buffers
+from tests.asgi.ways import WAYS
+from tests.live import ask, live, parse, uvicorn_for
 
 LOOPS = ["asyncio", "uvloop"]
 pytestmark = pytest.mark.asyncio
@@ -92,7 +95,7 @@ class Place:
         """Return a client that has sent a request, and reads nothing of the answer."""
         client = self.connect()
         client.sendall(request)
-        if half_closes and self.transport != "TLS":  # asyncio ends a connection over TLS in both directions
+        if half_closes:
             client.shutdown(socket.SHUT_WR)
         return client
 
@@ -151,11 +154,12 @@ async def test_nothing_stays_of_clients_that_take_too_little(
         before = len(os.listdir("/proc/self/fd"))
 
         def ask() -> list[socket.socket]:
-            asked = itertools.product(itertools.chain.from_iterable(map(requests, REQUESTS)), (False, True))
+            ways = [False] if transport == "TLS" else [False, True]  # asyncio ends TLS in both directions at once
+            asked = itertools.product(itertools.chain.from_iterable(map(requests, REQUESTS)), ways)
             return [place.asking(request, half_closes=half_closes) for request, half_closes in asked]
 
         clients = await asyncio.to_thread(ask)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(100):
             while place.held() or len(os.listdir("/proc/self/fd")) > before + len(clients):
                 await asyncio.sleep(0.05)
                 sips(clients[::3])
@@ -165,13 +169,12 @@ async def test_nothing_stays_of_clients_that_take_too_little(
     assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("half_closes", [False, True])
+@pytest.mark.parametrize("transport, half_closes", [("plain", False), ("plain", True), ("TLS", False), ("Unix", True)])
 async def test_the_last_answer_has_the_time_that_the_minimum_rate_allows(
     root: Path, tmp_path: Path, certificate: dict[str, str], transport: str, half_closes: bool
 ) -> None:
-    async with served(transport, root, tmp_path, certificate, stall_seconds=0.3, minimum_rate=1000) as place:
-        client = await asyncio.to_thread(place.asking, get("/ours/small.bin", CLOSE), half_closes=half_closes)
+    async with served(transport, root, tmp_path, certificate, stall_seconds=1, minimum_rate=1000) as place:
+        client = await asyncio.to_thread(place.asking, get("/text/120000", CLOSE), half_closes=half_closes)
 
         def read() -> bytes:
             received = b""
@@ -186,7 +189,7 @@ async def test_the_last_answer_has_the_time_that_the_minimum_rate_allows(
             client.setblocking(False)
             received = await sipped(client, 1024, 0.02)
         client.close()
-    assert parse(received).body == bytes(60_000)
+    assert parse(received).body == b"x" * 120_000
 
 
 @pytest.mark.parametrize("transport", ["plain", "TLS"])
@@ -226,3 +229,66 @@ async def test_the_kernel_does_not_keep_what_a_closed_socket_had_left(
         while place.held():
             await asyncio.sleep(0.05)
     client.close()
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+@pytest.mark.parametrize("path", ["/ours/big.bin", "/virtual/x", "/folder/?archive=zip", "/response/big.bin"])
+async def test_another_server_has_a_deadline_for_each_chunk(
+    root: Path, http: Any, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The application, its file and its slot are free then; the server closes the connection in its own way."""
+    monkeypatch.setattr(deadline, "STALL_SECONDS", 0.2)
+    outcomes: asyncio.Queue[dv.Outcome] = asyncio.Queue()
+    offload = dv.OffloadMiddleware(app(root), dv.XAccelRedirect([dv.Rule(str(root / "none"), "/none/")]), pathsend=True)
+    async with live(dv.Accounts(offload, [outcomes.put]), http=http) as port:
+        assert (await ask(port, "/ours/small.bin")).complete
+        await outcomes.get()
+        before = len(os.listdir("/proc/self/fd"))
+        client = small_buffers(port)
+        client.send(get(path))
+        outcome = await asyncio.wait_for(outcomes.get(), 30)
+        assert (outcome.result, outcome.reason) == ("aborted", "stalled")
+        while len(os.listdir("/proc/self/fd")) > before + 2:  # both ends of the connection
+            await asyncio.sleep(0.01)
+        assert not parse(await received_by(client)).complete
+
+
+def impatient_app() -> Any:
+    """Make the application of a server process: it prints how its answers have ended."""
+    deadline.STALL_SECONDS = 0.5
+    source = dv.VirtualSource(lambda name: dv.VirtualFile(endless, name=name))
+    return dv.Accounts(Starlette(routes=[Route("/{name}", dv.Download(source))]), [_print])
+
+
+def _print(outcome: dv.Outcome) -> None:
+    print(outcome.result, outcome.reason, flush=True)
+
+
+@pytest.mark.parametrize("way", ["path send, granian", "chunks, hypercorn"])
+async def test_granian_and_hypercorn_have_it_too(way: str, tmp_path: Path) -> None:
+    with WAYS[way].serving(f"{__name__}:impatient_app", log=tmp_path / "log") as server:
+        client = small_buffers(int(server.address))
+        client.send(get("/x"))
+        await asyncio.to_thread(server.wait_for_log, "aborted stalled")
+        client.close()
+
+
+async def received_by(client: socket.socket) -> bytes:
+    """Read all that still comes, and close."""
+    received = bytearray()
+    with contextlib.suppress(ConnectionResetError):
+        while block := await asyncio.get_running_loop().sock_recv(client, 1 << 16):
+            received += block
+    client.close()
+    return bytes(received)
+
+
+async def test_a_deadline_is_for_each_chunk_and_not_for_the_whole_answer(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deadline, "STALL_SECONDS", 0.5)  # a chunk has two seconds, and the answer takes four
+    async with live(app(root), http="h11") as port:
+        client = socket.create_connection(("127.0.0.1", port))
+        client.setblocking(False)
+        client.send(get("/ours/big.bin", CLOSE))
+        assert parse(await sipped(client, 1 << 16, 0.015)).complete
