@@ -27,8 +27,11 @@ from http import HTTPStatus
 from math import ceil
 from typing import Literal
 
-AbortReason = Literal["file-changed", "upstream-failed", "source-failed"]
-"""Why the promised bytes cannot be delivered: the file has changed, a remote server failed, or another source did."""
+AbortReason = Literal["file-changed", "upstream-failed", "source-failed", "stalled"]
+"""Why the promised bytes cannot be delivered.
+
+The file has changed, a remote server failed, another source did, or the client takes too little.
+"""
 
 
 class DownloadError(Exception):

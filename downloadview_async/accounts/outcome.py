@@ -19,9 +19,10 @@ Reason = Literal[
 """Why an answer is incomplete.
 
 client-left: the client has closed the connection. stalled: the client took too little, and the server has reset the
-connection. file-changed: the file has fewer bytes than were promised, or was written to. upstream-failed: a remote
-server or a store failed. source-failed: another source, such as a disk, failed. server-stopped: the server has shut
-down. failed: the application raised another error, or returned before the end of its answer.
+connection, or the answer was aborted. file-changed: the file has fewer bytes than were promised, or was written to.
+upstream-failed: a remote server or a store failed. source-failed: another source, such as a disk, failed.
+server-stopped: the server has shut down. failed: the application raised another error, or returned before the end of
+its answer.
 """
 
 Header = tuple[bytes, bytes]

@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from downloadview_async.accounts.facts import ACCOUNT, Facts, request_id_of
 from downloadview_async.asgi.accounts import hold_accounts
 from downloadview_async.asgi.answer import RawHeaders
+from downloadview_async.asgi.deadline import in_time
 from downloadview_async.asgi.delivery import Empty, Offloaded, Path, deliver, delivery_of
 from downloadview_async.asgi.disconnect import until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, send_error
@@ -123,7 +124,7 @@ class ForeignResponse:
         if (refused := refusal(is_telling=file.is_telling)) is not None:
             note_refusal(refused, self._scope["method"], self._scope["path"])
             try:
-                await self._stream(start, file, self._receive, self._send)
+                await self._stream(start, file, self._receive, in_time(self._scope, self._send))
             finally:
                 await file.aclose()
             return
@@ -185,7 +186,8 @@ class ForeignResponse:
             await deliver(Path(nullcontext(path), size), start, self._send, facts=self._facts, status=self._status)
             return
         try:
-            await self._stream_named(start, path, self._receive, self._send)
+            send = in_time(self._scope, self._send)
+            await self._stream_named(start, path, self._receive, send)
         except FileError as exc:
             if start is None:
                 raise TransferAborted(f"the promised file cannot be sent: {exc}") from exc

@@ -16,6 +16,7 @@ from downloadview_async.accounts.listeners import tell
 from downloadview_async.accounts.outcome import Listener
 from downloadview_async.asgi.accounts import Account, hold_accounts
 from downloadview_async.asgi.answer import Answer, RawHeaders, age_of, answer_to, is_reserved, raw, text_of
+from downloadview_async.asgi.deadline import in_time
 from downloadview_async.asgi.delivery import (
     Delivery,
     Empty,
@@ -131,6 +132,8 @@ class DownloadResponse(Response):
             self._follow(grant)
             if ACCOUNT in scope:
                 scope[ACCOUNT].allow(grant.user, grant.link_id)
+        if scope["type"] == "http":
+            send = in_time(scope, send)
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
         elif CONNECTION in (extensions := scope.get("extensions") or {}):  # of a server that raises no `OSError`

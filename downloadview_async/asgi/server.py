@@ -1,5 +1,6 @@
 """The public import path of `DownloadProtocol` and its constants. The code is in `asgi/uvicorn/`."""
 
+from downloadview_async.asgi.deadline import STALL_SECONDS
 from downloadview_async.asgi.uvicorn.cycle import DownloadCycle
 from downloadview_async.asgi.uvicorn.internals import KNOWN_UVICORN, uvicorn_warning
 from downloadview_async.asgi.uvicorn.protocol import (
@@ -9,7 +10,7 @@ from downloadview_async.asgi.uvicorn.protocol import (
     MAX_WAITING_BYTES,
     DownloadProtocol,
 )
-from downloadview_async.asgi.uvicorn.watchdog import MINIMUM_RATE, STALL_SECONDS
+from downloadview_async.asgi.uvicorn.watchdog import MINIMUM_RATE
 
 __all__ = [
     "GRACE_SECONDS",

@@ -1070,7 +1070,7 @@ async def test_a_transport_without_a_socket(root: Path) -> None:
         pipe = Pipe()
         protocol.connection_made(pipe)
         protocol.pause_writing()
-        check(protocol, 0, 0)
+        check(protocol, (0, 0, 0))
         protocol.resume_writing()
         pipe.closed.clear()
         protocol.data_received(request)

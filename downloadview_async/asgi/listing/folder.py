@@ -15,6 +15,7 @@ from anyio.lowlevel import checkpoint
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.asgi.answer import raw
+from downloadview_async.asgi.deadline import in_time
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import send_error
 from downloadview_async.asgi.listing.data import Lines, document_of
@@ -68,7 +69,8 @@ class FolderEndpoint:
         folder: what the source lists. tail: the end of the URL's path that stands for it, below the top folder; it is
         empty or ends with a slash.
         """
-        await until_the_client_leaves(partial(self._answer, folder, tail, grant, scope), receive, send)
+        answer = partial(self._answer, folder, tail, grant, scope)
+        await until_the_client_leaves(answer, receive, in_time(scope, send))
 
     async def _answer(self, folder: str, tail: str, grant: Grant | None, scope: Scope, send: Send) -> None:
         try:

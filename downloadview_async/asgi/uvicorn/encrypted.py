@@ -44,6 +44,11 @@ class CountingTransport:
             self._on_step()
         self._transport.write(data)
 
+    def close(self) -> None:
+        """Close, once: asyncio's transport forgets its socket if it is closed twice, and cannot be aborted then."""
+        if not self._transport.is_closing():
+            self._transport.close()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 

@@ -26,9 +26,13 @@ after the answer. A chunked one that turns out to be long closes the connection:
 request before it has sent all of the body.
 To close a socket while bytes come from the client resets the connection, and the client may lose the answer [RFC 9112
 9.6]. So `_close` closes this side alone and drops what comes, until the client closes or `LINGER_SECONDS` are over. It
-closes the socket at once where the client has nothing more to send, and where the socket is not plain. A client that
-has half-closed after a whole request gets its answer. Nothing is ever written into another answer: the connection is
-reset instead.
+closes the socket at once where the client has nothing more to send and has taken all, and where the socket is not
+plain. A client that has half-closed after a whole request gets its answer. Nothing is ever written into another answer:
+the connection is reset instead.
+Linux keeps what a closed socket has not sent for as long as the client's machine answers, even if the client reads
+nothing. So over TCP the socket stays open, and the client is watched, until it has taken the last byte; TLS ends only
+then. Where the socket has to be closed before, the kernel gets `stall_seconds` for it (`limit_queue`). What is sent
+over a Unix socket belongs to the client's socket at once, and cannot be dropped.
 
 Timers. The loop calls a protocol, which has no coroutine that could hold a task group, so these are `call_later`.
 
@@ -37,10 +41,12 @@ Timers. The loop calls a protocol, which has no coroutine that could hold a task
 - The idle timer, uvicorn's `timeout_keep_alive`: from the end of an answer to the first byte of the next request. While
   closing it has `LINGER_SECONDS`, or `GRACE_SECONDS` when the server shuts down. It is not set anew for each request:
   when it rings, it looks at `_idle_since`. The connection stays open while the client still takes bytes that were sent,
-  at `minimum_rate` or faster.
+  at `minimum_rate` or faster. While closing it rings up to every second, and sees whether the client has taken all; a
+  client of TLS that does not confirm the end has `LINGER_SECONDS` for that.
 - The grace timer, `GRACE_SECONDS`: from the shutdown of the server to the end of a head that may be on its way.
 - The hang-up timer, every second: after a half-close nothing is read, so a reset by the client would go unnoticed.
-- The timer of the watchdog, one for all connections of a loop: it runs while a transport waits for its client.
+- The timer of the watchdog, one for all connections of a loop: it runs while a transport waits for its client, or the
+  client has not taken all of its last answer.
 
 States
 ======
@@ -50,16 +56,16 @@ one without a body.
 
     state    | phase   | answer    | bytes                          | unreadable bytes        | end of the input
     ---------+---------+-----------+--------------------------------+-------------------------+------------------
-    NEW      | BETWEEN | none      | parsed: HEAD                   | refused: CLOSING        | closed
-    IDLE     | BETWEEN | complete  | parsed: HEAD                   | refused: CLOSING        | closed
-    HEAD     | HEAD    | none yet  | parsed: BODY, after its end    | refused: CLOSING        | closed
+    NEW      | BETWEEN | none      | parsed: HEAD                   | refused: CLOSING        | CLOSING
+    IDLE     | BETWEEN | complete  | parsed: HEAD                   | refused: CLOSING        | CLOSING
+    HEAD     | HEAD    | none yet  | parsed: BODY, after its end    | refused: CLOSING        | CLOSING
     BODY     | BODY    | under way | for the application: ANSWER,   | reset                   | closed
              |         |           | after the end of the body      |                         |
     ANSWER   | BETWEEN | under way | wait                           | wait                    | half-closed
-    REST     | BODY    | complete  | dropped: IDLE, after the end   | CLOSING                 | closed
+    REST     | BODY    | complete  | dropped: IDLE, after the end   | CLOSING                 | CLOSING
              |         |           | of the body; CLOSING, if it is |                         |
              |         |           | longer than `MAX_UNREAD_BODY`  |                         |
-    CLOSING  | CLOSING | complete  | dropped                        | dropped                 | closed
+    CLOSING  | CLOSING | complete  | dropped                        | dropped                 | half-closed
              |         | or none   |                                |                         |
 
     state    | the answer is complete   | head timer | idle timer | the server shuts down
@@ -74,9 +80,11 @@ one without a body.
     CLOSING  |                          |            | closed     | closed after the grace
 
 - "refused": answered by 400, 501 or 505. A head that is complete may be refused, too.
-- "closed": by the transport, when it has sent what it holds. Where a client does not take that, it is watched.
+- "closed": by the transport, when it has sent what it holds. Where a client does not take that, it is watched. If the
+  head is late and the client has not taken all of an answer before it, CLOSING.
 - "dropped": beyond `MAX_UNREAD_BODY`, CLOSING pauses reading.
-- "half-closed": remains in ANSWER where the socket is plain; else closed.
+- "half-closed": remains in its state where the socket is plain, until the client has taken all; else closed.
+- "CLOSING" at the end of the input: closed at once if the client has taken all, or where the socket is not plain.
 
 Empty lines before a head leave NEW and IDLE as they are. An upgrade leaves the transport to another protocol, and the
 phase is CLOSING, in which nothing more is done here. In any state, the loss of the connection ends all timers and a
@@ -92,6 +100,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from downloadview_async.asgi.deadline import STALL_SECONDS
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
 from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
@@ -109,8 +118,10 @@ from downloadview_async.asgi.uvicorn.sockets import (
     acknowledged_bytes,
     has_hung_up,
     has_socket,
+    has_taken_all,
     has_unread_bytes,
     is_on_unix_socket,
+    limit_queue,
     reset,
     set_pace,
     unpaced_segments,
@@ -118,9 +129,8 @@ from downloadview_async.asgi.uvicorn.sockets import (
 )
 from downloadview_async.asgi.uvicorn.watchdog import (
     MINIMUM_RATE,
-    STALL_SECONDS,
+    Watch,
     drop_client,
-    has_stalled,
     start_watching,
     stop_watching,
 )
@@ -145,6 +155,8 @@ GRACE_SECONDS = 0.5
 
 _END_OF_HEAD = b"\r\n\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"  # of a chunked body, without data [RFC 9112 7.1]
+
+_FIRST_LOOK, _LAST_LOOK = 0.01, 1.0  # seconds: how often it is asked whether a client has taken its last answer
 
 _PACE_SECONDS = 0.1  # how often it is asked whether a client has taken the last byte of a paced answer
 
@@ -230,6 +242,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "flushed",
         "is_lost",
         "is_stalled",
+        "last_watch",
         "minimum_rate",
         "request_id",
         "stall_seconds",
@@ -245,6 +258,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self.minimum_rate = minimum_rate
         self.is_lost = False
         self.is_stalled = False
+        self.last_watch: Watch | None = None
         self.file_sent = 0
         self.request_id: str | None = None
         self._paused: tuple[int, int] | None = None  # the untaken bytes, and those acknowledged, when writing paused
@@ -520,7 +534,7 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._encrypted is not None and not self.transport.get_write_buffer_size():
             self._encrypted.close()
         if self.transport.is_closing():
-            self._watch_untaken_bytes()
+            self._watch_end()
             return
         if cycle.closes or not cycle.keep_alive:
             is_last_request = cycle.scope["http_version"] == "1.0" or CONNECTION_CLOSE in cycle.scope["headers"]
@@ -553,17 +567,46 @@ class DownloadProtocol(HttpToolsProtocol):
                 if self._on_half_close is not None:
                     self._on_half_close()
             return True
-        self._watch_untaken_bytes()
+        if self._has_plain_socket and not (self._is_answering() or self._has_passed_on()):
+            self._is_half_closed = True
+            if self._phase is not _CLOSING:
+                self._close(is_expecting=False)
+            elif self._idle_since is not None:
+                self._set_idle_timer(_FIRST_LOOK)
+            return True
+        self._watch_end()
         return False
 
-    def _watch_untaken_bytes(self) -> None:
-        """Watch the client of a transport that closes when the client has taken all bytes."""
+    def _has_passed_on(self) -> bool:
+        """Return whether no more can be done for the client: it has taken all, or its own socket holds the bytes."""
+        return self._is_on_unix_socket or has_taken_all(self)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the transport waits for the client, or it has not taken all of its last answer."""
+        return self.flow.write_paused or untaken_bytes(self) > 0
+
+    def _end(self) -> None:
+        """Close the transport. Over TLS, the client has some time to say that it has seen the end."""
+        self._phase = _CLOSING
+        self.transport.close()
+        self._watch_end()
+        if self._encrypted is not None and not self.is_lost:
+            self._idle_since = monotonic()
+            self._set_idle_timer(LINGER_SECONDS)
+
+    def _watch_end(self) -> None:
+        """Watch the client of a transport that closes when it has sent all, and limit the time of the kernel then.
+
+        An answer that is under way may put more into the kernel's queue, until it notices the end.
+        """
+        limit_queue(self, self.stall_seconds)
         if untaken_bytes(self):
             start_watching(self)
 
     def _look_for_hangup(self) -> None:
         """Abort the transport if a client that has half-closed has left: no read is under way that would show it."""
-        if self.is_lost or self.transport.is_closing():
+        if self.is_lost or self.transport.is_closing() or self._phase is _CLOSING:
             return
         if has_hung_up(self):
             self.transport.abort()
@@ -580,7 +623,7 @@ class DownloadProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _close(self, *, is_expecting: bool) -> None:
-        """Close the connection when all is sent, and the client has had the time to take it.
+        """Close the connection when all is sent, and the client has taken it.
 
         is_expecting: whether the client may still be sending. Then only this side is closed, since a socket that is
         closed while bytes come is reset, and the client loses what it has not read yet [RFC 9112 9.6].
@@ -589,19 +632,44 @@ class DownloadProtocol(HttpToolsProtocol):
         self._phase = _CLOSING
         self._unparsed = b""
         has_finished = is_between and not is_expecting and not has_unread_bytes(self)
-        if not self._has_plain_socket or self._is_half_closed or has_finished:
-            self.transport.close()
-            self._watch_untaken_bytes()
+        if (not self._has_plain_socket or self._is_half_closed or has_finished) and self._has_passed_on():
+            self._end()
             return
-        try:
-            self.transport.write_eof()
-        except OSError:  # the client has reset the connection
-            self.transport.abort()
-            return
+        if self._has_plain_socket:
+            try:
+                self.transport.write_eof()
+            except OSError:  # the client has reset the connection
+                self.transport.abort()
+                return
         self.flow.is_full = False
         self.flow.resume_reading()
         self._idle_since, self._untaken_since = monotonic(), None
-        self._set_idle_timer(self._idle_limit())
+        if untaken_bytes(self):
+            start_watching(self)
+        self._set_idle_timer(self._idle_limit() if self._awaits_eof() else _FIRST_LOOK)
+
+    def _awaits_eof(self) -> bool:
+        """Return whether the client is to close its side of the connection, which ends the closing at once."""
+        return self._has_plain_socket and not self._is_half_closed
+
+    def _look_at_end(self, idle: float) -> None:
+        """Go on closing a connection, which began `idle` seconds ago: end it if the client has taken all."""
+        if self.transport.is_closing():
+            if self._has_passed_on():
+                self.transport.abort()  # of TLS, whose client does not say that it has seen the end
+            else:
+                self._set_idle_timer(LINGER_SECONDS)
+        elif self._has_passed_on():
+            stop_watching(self)
+            limit = self._idle_limit() if self._awaits_eof() else 0
+            if idle < limit:
+                self._set_idle_timer(limit - idle)
+            else:
+                self._end()
+        elif self._is_shutting_down and idle >= GRACE_SECONDS and not self.transport.get_write_buffer_size():
+            self._end()  # the kernel sends the rest without us
+        else:
+            self._set_idle_timer(min(max(idle, _FIRST_LOOK), _LAST_LOOK))
 
     def _drop_input(self, data: bytes) -> None:
         """Drop what a client sends while closing. Beyond `MAX_UNREAD_BODY`, pause reading, so that it has to wait."""
@@ -646,7 +714,7 @@ class DownloadProtocol(HttpToolsProtocol):
         elif self._is_answering():
             self._cycle.keep_alive = False
         elif self._phase is _BETWEEN and self._is_idle():
-            self.transport.close()
+            self._end()
         else:  # a request may be on its way
             self.loop.call_later(GRACE_SECONDS, self._grace_is_over)
 
@@ -687,10 +755,11 @@ class DownloadProtocol(HttpToolsProtocol):
             self._paused = untaken_bytes(self), acknowledged
 
     def resume_writing(self) -> None:
-        """Stop watching: the client has taken what the transport held."""
+        """Stop watching: the client has taken what the transport held. At the end it has to take the rest, too."""
         super().resume_writing()
         self._paused, self._held = None, 0
-        stop_watching(self)
+        if self._phase is not _CLOSING:
+            stop_watching(self)
         end_flush(self)
 
     def timeout_keep_alive_handler(self) -> None:
@@ -698,23 +767,26 @@ class DownloadProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = None
         if self._idle_since is None:
             return
-        now, untaken, limit = monotonic(), untaken_bytes(self), self._idle_limit()
+        now, limit = monotonic(), self._idle_limit()
         idle = now - self._idle_since
-        if idle < limit:
+        if self._phase is _CLOSING:
+            self._look_at_end(idle)
+        elif idle < limit:
             self._set_idle_timer(limit - idle)
         elif self._phase is _BETWEEN and has_unread_bytes(self):
             self._set_idle_timer(limit)  # the transport is about to read the next request
-        elif untaken == 0 or self.transport.is_closing():
-            super().timeout_keep_alive_handler()
+        elif (untaken := untaken_bytes(self)) == 0 or self.transport.is_closing():
+            self._end()
         else:
             since, untaken_then = self._untaken_since = self._untaken_since or (now, untaken)
-            if now - since < self.stall_seconds:
-                self._set_idle_timer(min(limit, self.stall_seconds))
-            elif has_stalled(self, untaken_then):
-                drop_client(self)
-            else:
+            left = since + self.stall_seconds - now
+            if untaken_then - untaken >= self.minimum_rate * self.stall_seconds:
                 self._untaken_since = None
                 self._set_idle_timer(0)
+            elif left > 0:
+                self._set_idle_timer(min(limit, left))
+            else:
+                drop_client(self)
 
     def note_untaken_bytes(self) -> None:
         """Note how many bytes the end of the connection drops.
@@ -829,4 +901,7 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        self.transport.close()
+        if self._has_passed_on():
+            self._end()
+        else:
+            self._close(is_expecting=True)

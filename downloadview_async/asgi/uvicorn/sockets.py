@@ -15,6 +15,8 @@ _SO_MAX_PACING_RATE = 47  # of Linux; the module socket has no name for it
 _UNPACED = 2 ** (8 * struct.calcsize("N")) - 1
 _ACKNOWLEDGED = 120  # where `tcpi_bytes_acked` is in Linux' `tcp_info`
 _SEGMENTS = 156  # where `tcpi_data_segs_out` is
+_STATE = 0  # where `tcpi_state` is
+_CLOSED = 7  # `TCP_CLOSE`
 _UNPACED_SEGMENTS = 10  # with data, at the beginning of a connection, which Linux does not pace
 
 
@@ -64,6 +66,14 @@ def untaken_bytes(connection: Connection) -> int:
     except OSError:
         return 0
     return queued(number) + connection.transport.get_write_buffer_size()
+
+
+def has_taken_all(connection: Connection) -> bool:
+    """Return whether the client will take no more: it has taken everything, or the connection has failed."""
+    try:
+        return untaken_bytes(connection) == 0 or _of_tcp_info(socket_number(connection), _STATE, "B") == _CLOSED
+    except OSError:
+        return True
 
 
 def queued(number: int) -> int:
@@ -134,6 +144,16 @@ def set_pace(connection: Connection, rate: int | None) -> None:
             sock.setsockopt(
                 socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("N", _UNPACED if rate is None else rate)
             )
+
+
+def limit_queue(connection: Connection, seconds: float) -> None:
+    """Have the kernel drop what it holds for a client that takes nothing for so long, also after the socket is closed.
+
+    Without that, Linux keeps these bytes for as long as the machine of the client answers.
+    """
+    with suppress(OSError, AttributeError):  # a Unix socket, and systems without this option
+        sock: socket.socket = connection.transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(seconds * 1000)))
 
 
 def reset(connection: Connection) -> None:

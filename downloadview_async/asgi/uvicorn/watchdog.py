@@ -5,11 +5,8 @@ import logging
 from time import monotonic
 from typing import Protocol
 
-from downloadview_async.asgi.uvicorn.sockets import Connection, reset, untaken_bytes
+from downloadview_async.asgi.uvicorn.sockets import Connection, acknowledged_bytes, reset, untaken_bytes
 from downloadview_async.sources.per_loop import PerLoop
-
-STALL_SECONDS = 60.0
-"""How long a client may take less than `MINIMUM_RATE` before its connection is reset."""
 
 MINIMUM_RATE = 64
 """Bytes per second that a client has to take, on the average of `STALL_SECONDS`.
@@ -18,12 +15,16 @@ Bytes count as taken when the kernel of the client acknowledges them. Some kerne
 several times this rate to be safe.
 """
 
+_LOOK_SECONDS = 2.0  # at most so long after its time has passed, a client is dropped
+
 
 class Watched(Connection, Protocol):
     """A connection that can be watched.
 
     stall_seconds, minimum_rate (bytes per second): the connection is reset if the client takes less than this rate on
-    the average of so many seconds. is_stalled: whether that has happened. request_id: for the log, if it is known.
+    the average of so many seconds. is_stalled: whether that has happened. is_waiting: whether something still waits for
+    the client. last_watch: the last watch that was stopped, see `start_watching`. request_id: for the log, if it is
+    known.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -31,60 +32,74 @@ class Watched(Connection, Protocol):
     is_stalled: bool
     stall_seconds: float
     minimum_rate: int
+    last_watch: "Watch | None"
     request_id: str | None
 
+    @property
+    def is_waiting(self) -> bool:
+        """See the class."""
 
-# When the watch over a connection began (seconds of the monotonic clock), and its untaken bytes at that moment.
-_Watches = dict[Watched, tuple[float, int]]
+
+# When it began (seconds of the monotonic clock), and the untaken and the acknowledged bytes at that moment.
+Watch = tuple[float, int, int]
+_Watches = dict[Watched, Watch]
 
 # One timer for all connections of a loop, instead of one that each pause of a client makes and cancels.
 _watched = PerLoop[_Watches]()
 
 
 def start_watching(connection: Watched) -> None:
-    """Watch a client that something waits for. If it is watched already, begin again."""
+    """Watch a client that something waits for.
+
+    A watch that was stopped goes on if the client has not taken anything to speak of meanwhile. The transport stopped
+    waiting then because the buffer of the kernel had grown, or because there is room again for the queues of others.
+    """
     watches = _watched.get(connection.loop)
     if watches is None:
         watches = _watched.set(connection.loop, {})
-        interval = connection.stall_seconds / 4
+        interval = min(connection.stall_seconds / 4, _LOOK_SECONDS)
         connection.loop.call_later(interval, _look_at, watches, connection.loop, interval)
-    watches[connection] = monotonic(), untaken_bytes(connection)
+    last, connection.last_watch = connection.last_watch, None
+    if last is not None and last[2] and acknowledged_bytes(connection) - last[2] < min(_quota(connection), last[1]):
+        watches[connection] = last
+    else:
+        watches[connection] = monotonic(), untaken_bytes(connection), acknowledged_bytes(connection)
 
 
 def stop_watching(connection: Watched) -> None:
     """End the watch over a client, if there is one."""
     if (watches := _watched.get(connection.loop)) is not None:
-        watches.pop(connection, None)
+        connection.last_watch = watches.pop(connection, connection.last_watch)
 
 
 def _look_at(watches: _Watches, loop: asyncio.AbstractEventLoop, interval: float) -> None:
-    for connection, (since, untaken_then) in list(watches.items()):
-        check(connection, since, untaken_then)
+    for connection, watch in list(watches.items()):
+        check(connection, watch)
     if watches:
         loop.call_later(interval, _look_at, watches, loop, interval)
     else:
         _watched.drop(loop)  # a loop has a timer as long as it has a value here
 
 
-def check(connection: Watched, since: float, untaken_then: int) -> None:
-    """Reset the connection of a client that has stalled, or begin a new watch. Before `stall_seconds`, do nothing.
-
-    since: when the watch began. untaken_then: the bytes that the client had not taken yet then.
-    """
-    if monotonic() - since < connection.stall_seconds:
-        return
-    if has_stalled(connection, untaken_then):
-        drop_client(connection)
-    else:
+def check(connection: Watched, watch: Watch) -> None:
+    """Begin a new watch over a client that has taken enough, and reset the connection of one that has stalled."""
+    since, untaken_then, acknowledged_then = watch
+    if acknowledged_then:
+        taken = acknowledged_bytes(connection) - acknowledged_then
+    else:  # a Unix socket
+        taken = untaken_then - untaken_bytes(connection)
+    if taken >= _quota(connection):
         start_watching(connection)
+    elif monotonic() - since >= connection.stall_seconds:
+        if connection.is_waiting:
+            drop_client(connection)
+        else:
+            stop_watching(connection)
 
 
-def has_stalled(connection: Watched, untaken_then: int) -> bool:
-    """Return whether the client has taken too little in the last `stall_seconds`.
-
-    untaken_then: the bytes that it had not taken yet when these began.
-    """
-    return untaken_then - untaken_bytes(connection) < connection.minimum_rate * connection.stall_seconds
+def _quota(connection: Watched) -> float:
+    """Return how many bytes a client has to take in `stall_seconds`."""
+    return connection.minimum_rate * connection.stall_seconds
 
 
 def drop_client(connection: Watched) -> None:
