@@ -5,6 +5,7 @@ VENV ?= .venv
 PORT ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -99,6 +100,10 @@ outcomes: $(VENV)/dev.done  ## Compare the outcomes of 20,000 requests to each s
 .PHONY: restarts
 restarts: $(VENV)/dev.done  ## Reload and restart the service under load, 20 times in each way, in about an hour
 	$(BIN)/python -m tests.service.restarts
+
+.PHONY: soak
+soak: $(VENV)/dev.done  ## Random clients and faults for an hour; SOAK_ARGS="--minutes 2 --seed 7" for a shorter run
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (170 MB); install the others with apt
