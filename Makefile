@@ -6,6 +6,7 @@ PORT ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?=
+SOAK_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -111,6 +112,10 @@ restarts: $(VENV)/dev.done  ## Reload and restart the service under load, 20 tim
 .PHONY: fuzz
 fuzz: $(VENV)/dev.done $(VENV)/fuzz.done  ## Fuzz every parser, and the service beside nginx, for an hour; FUZZ_ARGS="--minutes 5"
 	PYTHONPATH=$(VENV)/fuzz $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
+.PHONY: soak
+soak: $(VENV)/dev.done  ## Random clients and faults for an hour; SOAK_ARGS="--minutes 2 --seed 7" for a shorter run
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (170 MB); install the others with apt

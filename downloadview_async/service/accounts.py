@@ -59,11 +59,17 @@ class Service(Starlette):
         if (log := settings.log) is not None:
             with settings.blaming("log.path"):
                 self._listeners.append(AccessLog(log.path, format=log.format))
+        self._accounts: Accounts | None = None
         self._traces: Traces | None = None
         if settings.accounts.traces:
             with settings.blaming("accounts.traces"):
                 self._traces = Traces()
         super().__init__(**options)
+
+    @property
+    def in_progress(self) -> int:
+        """How many answers have not ended, of which the client may still take the last bytes; 0 without listeners."""
+        return 0 if self._accounts is None else self._accounts.in_progress
 
     def build_middleware_stack(self) -> ASGIApp:
         """Return the application with its middleware around it."""
@@ -77,7 +83,9 @@ class Service(Starlette):
         if self._traces is not None:
             app = self._traces.around(app)
             observers.append(self._traces.observe)
-        accounts = Accounts(app, self._listeners, observers=observers, trusted_proxies=trusted, sends_request_id=True)
+        self._accounts = accounts = Accounts(
+            app, self._listeners, observers=observers, trusted_proxies=trusted, sends_request_id=True
+        )
         if metrics is not None:
             metrics.add_accounts(accounts)
         return accounts

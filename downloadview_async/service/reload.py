@@ -5,9 +5,11 @@ newest one; an older one ends when its last request has.
 """
 
 import asyncio
+import functools
 import gc
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import anyio.to_thread
@@ -37,6 +39,7 @@ class Generation:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings = settings.of_own_server()
         self._service = build(settings)
+        self.reference: weakref.ref[ASGIApp] = weakref.ref(self._service)
         self.app: ASGIApp = behind_proxies(self._service, settings)
         self.requests = 0
         self.ended = asyncio.Event()  # when the last request has, after the generation has retired
@@ -61,6 +64,11 @@ class Generation:
         self._stop.set()
         if self._lifespan is not None:
             await self._lifespan
+
+    @property
+    def in_progress(self) -> int:
+        """How many answers have not ended."""
+        return self._service.in_progress
 
     def retire(self) -> None:
         """End the generation when its last request has ended."""
@@ -221,20 +229,29 @@ class Generations:
         self._older.add(old)
         task = asyncio.create_task(self._end(old))
         self._tasks.add(task)
-        task.add_done_callback(self._has_ended)
+        task.add_done_callback(functools.partial(self._has_ended, old.reference))
         return None
 
     async def _end(self, old: Generation) -> None:
-        """End a generation after its last request."""
+        """End a generation after its last request, and after the last client has taken what it was sent."""
         old.retire()
         await old.ended.wait()
+        while old.in_progress:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # an event would cost each request something
         if old in self._older:
             self._older.discard(old)
             await old.end()
 
-    def _has_ended(self, task: asyncio.Task[None]) -> None:
+    def _has_ended(self, service: weakref.ref[ASGIApp], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        _forget_unused()  # here, because the task has held the generation
+        _forget_when_unused(service)  # here, because the task has held the generation
+
+
+def _forget_when_unused(service: weakref.ref[ASGIApp], seconds: float = 1.0) -> None:
+    """Forget a service that has ended. An idle connection may still hold it, by the last request that it has had."""
+    _forget_unused()
+    if service() is not None:
+        asyncio.get_running_loop().call_later(seconds, _forget_when_unused, service, min(2 * seconds, 60.0))
 
 
 def _forget_unused() -> None:

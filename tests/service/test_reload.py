@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import http.client
+import json
 import os
 import re
 import resource
@@ -446,6 +447,42 @@ def test_reloads_leave_nothing_open(site: Site) -> None:
         assert time.monotonic() < deadline, (before, descriptors(site.server))
         time.sleep(0.01)
     wait_for_text(site.directory / "access.log", "/files/a.txt", times=5)
+
+
+def test_a_reload_leaves_nothing_open_for_connections_that_close_later(site: Site) -> None:
+    """An idle connection holds the application that has answered its last request."""
+    site.use(f'{SETTINGS}[log]\npath = "access.log"\n')
+    log = str(site.directory / "access.log")
+    assert log in descriptors(site.server)
+    with socket.create_connection(("127.0.0.1", int(site.server.address))) as idle:
+        idle.sendall(b"GET /files/a.txt HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert idle.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        site.use()
+    deadline = time.monotonic() + 30
+    while log in descriptors(site.server):
+        assert time.monotonic() < deadline, descriptors(site.server)
+        time.sleep(0.01)
+
+
+def test_an_answer_that_a_slow_client_still_takes_is_complete_after_a_reload(site: Site) -> None:
+    """The application has passed all of it on, but the transport has not: only its end tells what became of it."""
+    size = 250_000
+    (site.directory / "made.py").write_text(f"def make(name):\n    return b'x' * {size}\n")
+    made = '[sources.made]\ntype = "virtual"\nfactory = "made:make"\n'
+    made += '[[routes]]\npath = "/made/{name}"\nsource = "made"\n'
+    site.use(f'{SETTINGS}{made}[log]\npath = "made.log"\nformat = "json"\n')
+    with socket.socket() as slow, slow.makefile("rb") as answer:
+        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # the kernels keep little of the answer then
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", int(site.server.address)))
+        slow.sendall(b"GET /made/a.bin HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
+        assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+        site.use()
+        time.sleep(1)  # more than the settings that are replaced give to answers that are ending
+        assert len(answer.read().partition(b"\r\n\r\n")[2]) == size
+    wait_for_text(site.directory / "made.log", "/made/a.bin")
+    line = json.loads((site.directory / "made.log").read_text())
+    assert (line["result"], line["bytes"]) == ("completed", size)
 
 
 @pytest.mark.slow
