@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -16,6 +17,12 @@ from downloadview_async.service.settings import Settings
 from downloadview_async.service.systemd import Notifier
 from downloadview_async.service.terminal import Terminal
 from downloadview_async.service.workers import STARTUP_FAILURE, Workers
+
+_COSTS_OF_HTTP2 = (
+    "HTTP/2 is experimental in uvicorn: files are sent in chunks, not by sendfile, and up to 256 KiB of an answer are "
+    "in memory while its client does not read. HTTP/1.1 is served as without it"
+)
+_logger = logging.getLogger("uvicorn.error")
 
 
 def serve(
@@ -41,6 +48,8 @@ def serve(
     signal.signal(signal.SIGHUP, lambda number, _: signals.append(number))
     application = Generations(Generation(settings), load)  # with several workers too: errors show before any starts
     config = config_for(application, settings)
+    if settings.server.http2:
+        _logger.warning(_COSTS_OF_HTTP2)
     notifier = Notifier()
     with contextlib.ExitStack() as stack:
         announce()

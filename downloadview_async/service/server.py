@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.server import DownloadProtocol, http2_protocols
 from downloadview_async.service.listening import begin_no_more, steer_away, steer_no_more, waiting_connections
 from downloadview_async.service.logs import log_config
 from downloadview_async.service.settings import Settings
@@ -40,7 +40,7 @@ _HANDSHAKE = 0.5  # seconds that a handshake of TLS may take in the moment of th
 _SETTLE = 2.0  # seconds after the drain in which connections that have just been made may send their first request
 _ENDING = 0.5  # seconds that aborted answers have to end
 _LAST = 3.0  # seconds after the second signal in which the process ends, even if a call still blocks
-_OURS = ("host", "port", "uds", "fd", "workers", "drain_seconds", "pid_file", "reuse_port")
+_OURS = ("host", "port", "uds", "fd", "workers", "drain_seconds", "http2", "pid_file", "reuse_port")
 """The settings of `[server]` that are not options of the `uvicorn.Config`."""
 _OF_NEW_CONNECTIONS = (
     *("encoded_headers", "http", "http_protocol_class", "limit_concurrency", "root_path"),
@@ -68,11 +68,23 @@ def config_for(app: Any, settings: Settings) -> uvicorn.Config:
     for name in _OURS:
         del options[name]
     watch = {"stall_seconds": options.pop("stall_timeout"), "minimum_rate": options.pop("minimum_rate")}
-    if server.http == "auto":
+    if server.http2:
+        options["http"] = _http2_protocols(settings, **watch)
+    elif server.http == "auto":
         options["http"] = partial(DownloadProtocol, **watch)
     # the application writes the log of answers, and knows the proxies
     options |= {"access_log": False, "proxy_headers": False}
     return uvicorn.Config(app, lifespan="on", ws="none", log_config=log_config(server.log_level), **options)
+
+
+def _http2_protocols(settings: Settings, **watch: Any) -> Callable[..., asyncio.Protocol]:
+    """Return the protocols for HTTP/2 and HTTP/1.1. Raises `ConfigurationError` without the packages for it."""
+    if settings.server.http != "auto":
+        raise settings.error("server.http2", f'true needs http = "auto", not {settings.server.http!r}')
+    try:
+        return http2_protocols(**watch)
+    except ImportError as exc:
+        raise settings.error("server.http2", "true needs zttp, and uvicorn 0.54 or newer: install both") from exc
 
 
 class DownloadServer(uvicorn.Server):

@@ -81,6 +81,10 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
             "h11 or httptools"
         ),
     ] = "auto"
+    http2: Annotated[
+        bool,
+        Meta(description="true to serve HTTP/2 too, which is experimental; needs the package zttp, and http = auto"),
+    ] = False
     stall_timeout: Annotated[
         Seconds,
         Meta(description="seconds that a client may receive less than minimum_rate, at most a year; needs http = auto"),
