@@ -160,9 +160,15 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                 variables = dict(word.split("=", 1) for word in arguments if "=" in word)
                 targets = [word for word in arguments if "=" not in word]
                 assert set(targets) <= set(text.split()), f"no such target: {words}"
-                assert set(variables) <= {"BENCH_ARGS", "PYTEST_ARGS"}, f"nobody checks the variables of {words}"
+                assert set(variables) <= {"BENCH_ARGS", "FUZZ_ARGS", "PYTEST_ARGS"}, (
+                    f"nobody checks the variables of {words}"
+                )
                 if "PYTEST_ARGS" in variables:
                     assert set(targets) <= {"test", "test-all"}
+                if "FUZZ_ARGS" in variables:
+                    assert targets == ["fuzz"]
+                    text = help_of("tests.fuzz")
+                    options = [word for word in shlex.split(variables["FUZZ_ARGS"]) if word.startswith("--")]
                 if "BENCH_ARGS" in variables:
                     assert targets == ["bench"]
                     text = help_of("benchmarks")

@@ -19,7 +19,7 @@ FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 """A control character."""
-KEY_LINE = re.compile(r"^\s*([A-Za-z0-9_.-]{1,64})\s+(\S{32,})\s*$", re.MULTILINE)
+KEY_LINE = re.compile(r"^[^\S\n]*([A-Za-z0-9_.-]{1,64})[^\S\n]+(\S{32,})[^\S\n]*$", re.MULTILINE)
 """A line of a keys file: the id of a key and its secret."""
 
 _UNITS = {

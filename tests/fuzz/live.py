@@ -272,7 +272,8 @@ def _request(data: st.Data) -> Request:
             lines.append(
                 edited_bytes(b"Content-Length: 0", b"Transfer-Encoding: chunked", b"Content-Length: -1").read(data)
             )
-    return Request(method.read(data), aim, version, tuple(lines), body)
+    # A head of more than 80 KiB is refused, and nginx has another limit.
+    return Request(method.read(data), aim[:3000], version, tuple(lines), body)
 
 
 REQUEST: Input[Request] = Input(_request)
@@ -454,25 +455,25 @@ def a_request_beside_nginx(request: Request, place: Pair) -> None:
     st.tuples(st.lists(REQUEST, min_size=2, max_size=5), edited_bytes(b"", b"\r\n", b"GET / HTTP/1.1\r\n")), pair
 )
 def a_pipeline(value: tuple[list[Request], bytes], place: Pair) -> None:
-    requests, tail = value
+    parts, tail = value
+    # Nobody can say where another request ends. The tail may be one.
+    requests = [one for one in parts if is_readable(one) and not {*b"\r\n"} & {*one.target}]
     tag = place.tags[0]
     sent = b"".join(request.head(tag) for request in requests) + tail
     answers = exchange(place.ours, sent, [request.method for request in requests])
     # Up to the first answer that closes, each request gets the answer that it gets alone.
     for number, request in enumerate(requests):
         if number >= len(answers):
-            if not is_readable(request):  # its body never comes
-                break
             assert number > 0
             assert answers[-1].fields.get(b"connection") == b"close" or answers[-1].version == b"1.0"
             break
         sound(request, answers[number])
-        if not is_readable(request):  # nobody can say where it ends
-            break
         alone = exchange(place.ours, request.head(tag), [request.method])
         assert answers[number].status == alone[0].status
         if alone[0].status < 400:  # behind a HEAD, the text of an error is left out
-            assert answers[number].body == alone[0].body
+            assert len(answers[number].body) == len(alone[0].body)
+            is_multipart = alone[0].fields.get(b"content-type", b"").startswith(b"multipart/")
+            assert is_multipart or answers[number].body == alone[0].body  # each multipart has another boundary
         if answers[number].fields.get(b"connection") == b"close":
             break
     assert place.ours.process.poll() is None

@@ -380,7 +380,7 @@ def content_types(text: str) -> None:
     assert with_charset(charset) == charset
     if not is_active(text):
         assert "html" not in message.get_content_type()
-        assert not message.get_content_type().endswith("xml")
+        assert not message.get_content_type().endswith("+xml")
 
 
 @target(NAMES)

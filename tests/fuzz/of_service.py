@@ -153,7 +153,7 @@ KEYS = edited_bytes(
 )
 
 
-@target_within(KEYS, scratch, regressions=[b"\xfa2026a " + SECRET.encode()])
+@target_within(KEYS, scratch, regressions=[b"\xfa2026a " + SECRET.encode(), b"\n" * 300_000])
 def keys_files(content: bytes, directory: Path) -> None:
     file = directory / "keys"
     file.write_bytes(content)

@@ -20,6 +20,7 @@ MODULES = (of_http, of_policy, of_accounts, of_sources, of_asgi, of_service, liv
 LENGTH = 400
 """Bytes of an input. Most targets read fewer."""
 
+_MOST_SHOWN = 5000  # characters of a report
 _BATCH = 50  # inputs of one seed
 
 
@@ -97,10 +98,12 @@ class Run:
 
     def report(self, data: bytes) -> str:
         """Return what makes the failure of an input a regression test."""
-        value = self.target.input.of(data)
+        shown = pprint.pformat(self.target.input.of(data), width=110)
+        if len(shown) > _MOST_SHOWN:
+            shown = f"{shown[:_MOST_SHOWN]} ... and {len(shown) - _MOST_SHOWN} characters"
         return (
             f"{self.target.name} fails. Put this into its `regressions` in {self.target.module}, then mend the fault:\n"
-            f"    {pprint.pformat(value, width=110)}\n"
+            f"    {shown}\n"
         )
 
 
