@@ -6,7 +6,6 @@
 new connections ask for a file of a KiB. Each client is one descriptor here, and one in the server: see `ulimit -n`.
 """
 
-import contextlib
 import os
 import resource
 import socket
@@ -104,24 +103,32 @@ def _stalled(server: Server, count: int) -> None:
     print(f"afterwards: {(memory - before[0]) / 1024 / 1024:+.1f} MiB of RSS, {descriptors - before[1]:+} descriptors")
 
 
-def _read_slowly(clients: list[socket.socket], ended: threading.Event) -> None:
-    """Read a KiB a second of each client, some clients at a time."""
+def _read_slowly(clients: list[socket.socket], ended: threading.Event, reset: set[socket.socket]) -> None:
+    """Read a KiB a second of each client, some clients at a time, and note those that are reset."""
     turn = 0
     while not ended.is_set():
         began = time.monotonic()
         for client in clients[turn::_ROUNDS]:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 client.recv(1024, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                reset.add(client)
         turn = (turn + 1) % _ROUNDS
         time.sleep(max(0.0, 1 / _ROUNDS - (time.monotonic() - began)))
 
 
 def _readers(server: Server, count: int) -> None:
     port, before = int(server.address), _used(server)
-    clients = [_connect(port, "large.bin") for _ in range(count)]
-    ended = threading.Event()
-    reading = threading.Thread(target=_read_slowly, args=(clients, ended))
+    clients: list[socket.socket] = []
+    ended, reset = threading.Event(), set[socket.socket]()
+    reading = threading.Thread(target=_read_slowly, args=(clients, ended, reset))
     reading.start()
+    for _ in range(count):
+        client = _connect(port, "large.bin")
+        client.recv(12)
+        clients.append(client)
     time.sleep(5)
     print(f"{count} readers: {_cost(server, before, count)}")
     samples, until = [], time.monotonic() + _READING_SECONDS
@@ -132,6 +139,7 @@ def _readers(server: Server, count: int) -> None:
     reading.join()
     p99 = statistics.quantiles(samples, n=100)[98]
     print(f"a new download of 1 KiB: p50 {statistics.median(samples) * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms")
+    print(f"{len(reset)} readers were reset")
     for client in clients:
         client.close()
 
