@@ -14,8 +14,9 @@ from typing import Any, cast
 from uvicorn.protocols.http.auto_zttp_impl import AutoZttpProtocol
 from uvicorn.protocols.http.zttp_h2_impl import RequestResponseCycle, ZttpH2Protocol
 
+from downloadview_async.asgi.deadline import STALL_SECONDS
 from downloadview_async.asgi.uvicorn.protocol import DownloadProtocol
-from downloadview_async.asgi.uvicorn.watchdog import MINIMUM_RATE, STALL_SECONDS
+from downloadview_async.asgi.uvicorn.watchdog import MINIMUM_RATE
 
 
 class HTTP2Cycle(RequestResponseCycle):
