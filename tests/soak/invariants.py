@@ -24,7 +24,7 @@ MOST_POOLED = 100
 MOST_CONNECTIONS = 60
 MOST_REUSED = 12
 MOST_GROWTH = 24 << 20
-"""Bytes by which the memory of a process may grow from the second quarter of its life to the last."""
+"""Bytes by which the memory of a process may grow from the third quarter of its life to the last."""
 
 _LARGEST = max(UPSTREAM_SIZES.values())
 
@@ -98,10 +98,10 @@ def cache_on_disk(directory: Path) -> tuple[int, int]:
 
 def check_growth(ledger: Ledger, pid: int, samples: list[int]) -> None:
     """Check that the memory of a process has no trend: the medians of two quarters of its quiet moments."""
-    if len(samples) < 12:
+    if len(samples) < 16:
         return
     quarter = len(samples) // 4
-    before, after = statistics.median(samples[quarter : 2 * quarter]), statistics.median(samples[-quarter:])
+    before, after = statistics.median(samples[-2 * quarter : -quarter]), statistics.median(samples[-quarter:])
     ledger.most("growth of memory in MiB", (after - before) / (1 << 20))
     ledger.check(
         "memory does not grow", after - before <= MOST_GROWTH, f"process {pid}: {before} to {after} bytes: {samples}"
