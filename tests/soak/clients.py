@@ -119,6 +119,7 @@ async def ask(
 
 
 _NOTHING: Result = "nothing"
+_COMPLETE: Result = "complete"
 
 
 def _check_any(world: World, record: Record, body: bytes, part: str, why: str, *, is_again: bool) -> None:
@@ -374,16 +375,16 @@ async def pipelines(world: World) -> None:
         while left:
             record, one = left[0]
             await connection.head(record)
-            body, result = bytearray(), "cut"
+            body, result = bytearray(), _COMPLETE
             try:
                 await connection.body(record, body)
-                result = "complete"
-            finally:
-                left.pop(0)
-                world.ledger.end(record, "complete" if result == "complete" else "cut")
-                _check_any(world, record, bytes(body), one.part, "pipelined", is_again=True)
+            except (Ended, Hangs):
+                result = "cut"
+            left.pop(0)
+            world.ledger.end(record, result)
+            _check_any(world, record, bytes(body), one.part, "pipelined", is_again=True)
             check_file(world, Answer(record, bytes(body), dict(connection.headers)), one)
-            if not connection.is_kept:
+            if result != "complete" or not connection.is_kept:
                 break
     except (OSError, Ended, Hangs):
         pass

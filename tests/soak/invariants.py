@@ -30,8 +30,11 @@ _LARGEST = max(UPSTREAM_SIZES.values())
 
 
 def memory(pid: int) -> int:
-    """Return the resident bytes of a process."""
-    return int(re.search(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{pid}/status").read_text())[1]) << 10  # type: ignore[index]
+    """Return the resident bytes of a process. Raises `ProcessLookupError` if it has ended, and nobody knows that yet."""
+    match = re.search(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{pid}/status").read_text())
+    if match is None:
+        raise ProcessLookupError(pid)
+    return int(match[1]) << 10
 
 
 def threads(pid: int) -> int:

@@ -115,7 +115,7 @@ def test_memory_that_grows_is_found() -> None:
     ledger = Ledger()
     check_growth(ledger, 1, [100 << 20] * 40)
     assert ledger.problems == []
-    check_growth(ledger, 1, [number * MOST_GROWTH // 10 for number in range(40)])
+    check_growth(ledger, 1, [number * MOST_GROWTH // 5 for number in range(40)])
     assert len(ledger.problems) == 1
 
 
