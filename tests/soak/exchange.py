@@ -147,6 +147,6 @@ class Connection:
         """Close the connection with a reset."""
         if self.writer is not None:
             sock = self.writer.get_extra_info("socket")
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):  # a transport that has ended has none any more
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.writer.transport.abort()

@@ -172,7 +172,7 @@ async def cache_disk_full(world: World) -> None:
     try:
         await some_time(world, most=4)
     finally:
-        ballast.unlink()
+        ballast.unlink(missing_ok=True)
 
 
 @fault("cache accounting")

@@ -24,14 +24,17 @@ MOST_POOLED = 100
 MOST_CONNECTIONS = 60
 MOST_REUSED = 12
 MOST_GROWTH = 24 << 20
-"""Bytes by which the memory of a process may grow from the second quarter of its life to the last."""
+"""Bytes by which the memory of a process may grow from the third quarter of its life to the last."""
 
 _LARGEST = max(UPSTREAM_SIZES.values())
 
 
 def memory(pid: int) -> int:
-    """Return the resident bytes of a process."""
-    return int(re.search(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{pid}/status").read_text())[1]) << 10  # type: ignore[index]
+    """Return the resident bytes of a process. Raises `ProcessLookupError` if it has ended, and nobody knows that yet."""
+    match = re.search(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{pid}/status").read_text())
+    if match is None:
+        raise ProcessLookupError(pid)
+    return int(match[1]) << 10
 
 
 def threads(pid: int) -> int:
@@ -98,10 +101,10 @@ def cache_on_disk(directory: Path) -> tuple[int, int]:
 
 def check_growth(ledger: Ledger, pid: int, samples: list[int]) -> None:
     """Check that the memory of a process has no trend: the medians of two quarters of its quiet moments."""
-    if len(samples) < 12:
+    if len(samples) < 16:
         return
     quarter = len(samples) // 4
-    before, after = statistics.median(samples[quarter : 2 * quarter]), statistics.median(samples[-quarter:])
+    before, after = statistics.median(samples[-2 * quarter : -quarter]), statistics.median(samples[-quarter:])
     ledger.most("growth of memory in MiB", (after - before) / (1 << 20))
     ledger.check(
         "memory does not grow", after - before <= MOST_GROWTH, f"process {pid}: {before} to {after} bytes: {samples}"

@@ -30,13 +30,15 @@ class Report:
     impossible: set[str] = field(default_factory=set)
 
 
-async def _faults(world: World, *, exclusive: asyncio.Lock, faults: list[Fault]) -> None:
+async def _faults(world: World, *, exclusive: asyncio.Lock, active: set[Fault], faults: list[Fault]) -> None:
     """Do one fault after another, until the load ends."""
     while not world.tests_stop.is_set() and not world.ledger.problems:
         what = world.random.choice(faults)
-        if what.is_possible(world):
+        if what.is_possible(world) and what not in active:
+            active.add(what)
             async with exclusive if what.changes_processes else contextlib.nullcontext():
                 await inflict(world, what)
+            active.discard(what)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(world.tests_stop.wait(), world.random.uniform(0.2, 2.5))
 
@@ -44,14 +46,14 @@ async def _faults(world: World, *, exclusive: asyncio.Lock, faults: list[Fault])
 async def one_round(world: World, watch: Watch, *, clients: int, seconds: float, faults: list[Fault]) -> None:
     """Let clients and faults do what they like, then wait until all have ended, and check the quiet moment."""
     world.tests_stop.clear()
-    exclusive = asyncio.Lock()
+    exclusive, active = asyncio.Lock(), set[Fault]()
     killed = world.ledger.faults["worker killed"]
     async with asyncio.TaskGroup() as group:
         group.create_task(watch.each_second())
         for _ in range(clients):
             group.create_task(visits(world))
         for _ in range(2 if faults else 0):
-            group.create_task(_faults(world, exclusive=exclusive, faults=faults))
+            group.create_task(_faults(world, exclusive=exclusive, active=active, faults=faults))
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and not world.ledger.problems:
             await asyncio.sleep(0.1)
@@ -73,6 +75,7 @@ async def soak(
 ) -> None:
     """Soak a service of one shape. Raises `Broken` for the first invariant that does not hold."""
     random, ledger = Random(f"{seed} {shape}"), report.ledger
+    ledger.is_tls = shape.tls
     ends = time.monotonic() + seconds
     async with Site(directory, shape) as site:
         world = World(site, ledger, random)

@@ -33,6 +33,7 @@ workers = {workers}
 drain_seconds = 2
 timeout_graceful_shutdown = 60
 stall_timeout = 6
+timeout_keep_alive = 600
 reuse_port = true
 log_level = "info"
 {tls}

@@ -18,6 +18,7 @@ from tests.soak.site import Shape, Site
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.asyncio
 async def test_a_short_soak(tmp_path: Path) -> None:
     report = Report(Ledger())
@@ -29,6 +30,7 @@ async def test_a_short_soak(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.asyncio
 async def test_a_connection_that_stays_is_found(tmp_path: Path) -> None:
     async with Site(tmp_path, Shape(1)) as site:
@@ -113,7 +115,7 @@ def test_memory_that_grows_is_found() -> None:
     ledger = Ledger()
     check_growth(ledger, 1, [100 << 20] * 40)
     assert ledger.problems == []
-    check_growth(ledger, 1, [number * MOST_GROWTH // 10 for number in range(40)])
+    check_growth(ledger, 1, [number * MOST_GROWTH // 5 for number in range(40)])
     assert len(ledger.problems) == 1
 
 
