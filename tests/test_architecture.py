@@ -121,8 +121,8 @@ def test_sources_and_offload_do_not_know_starlette(path: Path) -> None:
 )
 def test_the_service_uses_the_public_names_alone(path: Path) -> None:
     for module, name in imports_of(path):
-        # public under its own name, which uvicorn's users give it by: importing it needs uvicorn
-        if ours(module) and module != f"{NAME}.asgi.server":
+        # public under their own names: importing them needs uvicorn, and zttp for HTTP/2
+        if ours(module) and module not in (f"{NAME}.asgi.server", f"{NAME}.asgi.http2"):
             room = target_room(module, name)
             assert room in (NAME, "service", "cli", "app"), f"{module} is not for users of the library"
             assert room != NAME or name in downloadview_async.__all__, f"{name} is not a public name"

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from downloadview_async.asgi.server import DownloadProtocol, http2_protocols
+from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.listening import begin_no_more, steer_away, steer_no_more, waiting_connections
 from downloadview_async.service.logs import log_config
 from downloadview_async.service.settings import Settings
@@ -82,9 +82,10 @@ def _http2_protocols(settings: Settings, **watch: Any) -> Callable[..., asyncio.
     if settings.server.http != "auto":
         raise settings.error("server.http2", f'true needs http = "auto", not {settings.server.http!r}')
     try:
-        return http2_protocols(**watch)
+        from downloadview_async.asgi.http2 import protocols
     except ImportError as exc:
         raise settings.error("server.http2", "true needs zttp, and uvicorn 0.54 or newer: install both") from exc
+    return protocols(**watch)
 
 
 class DownloadServer(uvicorn.Server):

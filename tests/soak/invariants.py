@@ -30,7 +30,7 @@ _LARGEST = max(UPSTREAM_SIZES.values())
 
 
 def memory(pid: int) -> int:
-    """Return the resident bytes of a process. Raises `ProcessLookupError` if it has ended, and nobody knows that yet."""
+    """Return the resident bytes of a process. Raises `ProcessLookupError` if it has ended, which nobody knows yet."""
     match = re.search(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{pid}/status").read_text())
     if match is None:
         raise ProcessLookupError(pid)
