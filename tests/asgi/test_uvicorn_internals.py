@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import re
+import socket
 import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from downloadview_async.asgi.uvicorn import internals
+from downloadview_async.asgi.uvicorn import internals, sendfile
 from downloadview_async.asgi.uvicorn.cycle import DownloadCycle
 from downloadview_async.asgi.uvicorn.protocol import DownloadProtocol
 from tests.live import ask, ask_raw, live, parse
@@ -954,3 +955,30 @@ async def test_each_connection_is_told_of_the_end() -> None:
     assert await reader.read() == b""
     writer.close()
     assert told == [True]
+
+
+def test_a_connection_that_is_lost_while_a_file_is_read_takes_no_bytes() -> None:
+    """The transport of uvloop raises an error then, which would be logged as one of the application."""
+    uvloop = pytest.importorskip("uvloop")
+
+    async def run() -> int:
+        ended = asyncio.Event()
+
+        class Connection(asyncio.Protocol):
+            transport: Any
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                ended.set()
+
+        here, there = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        connection: Any
+        with there:
+            transport, connection = await loop.create_connection(Connection, sock=here)
+            connection.transport = transport
+            transport.abort()
+            await ended.wait()
+            await asyncio.sleep(0)
+            return sendfile._write(connection, None, b"content", 0)
+
+    assert uvloop.run(run()) == 0

@@ -30,7 +30,7 @@ _LARGEST = max(UPSTREAM_SIZES.values())
 
 
 def memory(pid: int) -> int:
-    """Return the resident bytes of a process. Raises `ProcessLookupError` if it has ended, which nobody knows yet."""
+    """Return the resident bytes of a process. Raises `ProcessLookupError` if it has ended."""
     match = re.search(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{pid}/status").read_text())
     if match is None:
         raise ProcessLookupError(pid)
@@ -63,7 +63,7 @@ def descriptors(pid: int, own_port: int) -> Counter[str]:
         if (inode := name.removeprefix("socket:[").rstrip("]")) in sockets:
             local, remote = sockets[inode]
             name = "listener" if not remote else "client" if local == own_port else POOLED
-        found[re.sub("[0-9a-f]{8,}|[0-9]+", "#", name)] += 1
+        found[re.sub("(?<=metrics-)[^/]+|[0-9a-f]{8,}|[0-9]+", "#", name)] += 1
     return found
 
 

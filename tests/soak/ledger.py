@@ -182,5 +182,7 @@ class Ledger:
         """Forget requests without a line, and report those that must have one. lost: a process was killed."""
         for record in missing:
             del self._open[record.agent]
-            must = record.request_id is not None and not (lost and self.excuses("process", record.begun, record.ended))
+            # the log has the lines of the last 50 ms not yet: at most some seconds on a busy machine
+            is_lost = lost and self.excuses("process", record.begun, record.ended + 5)
+            must = record.request_id is not None and not is_lost
             self.check("one outcome", not must, f"no line of {record}")

@@ -240,6 +240,8 @@ def _write(connection: Sending, sock: socket.socket | None, text: bytes | memory
         except OSError:  # the transport gets the same error, where it can be handled
             sent = 0
     if sent < len(text):
+        if connection.transport.is_closing():  # lost while the file was read: uvloop would raise an error
+            return sent
         connection.transport.write(memoryview(text)[sent:])
         if connection.transport.is_closing():
             return sent
