@@ -79,10 +79,10 @@ class _Links(HTMLParser):
         self.files: list[File] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        if tag == "a" and "#sha256=" in (found.get("href") or ""):
-            yanked = (found["data-yanked"] or "") if "data-yanked" in found else None
-            self.files.append(File((found["href"] or "").rpartition("#sha256=")[2], yanked))
+        attributes = dict(attrs)
+        if tag == "a" and "#sha256=" in (href := attributes.get("href") or ""):
+            yanked = (attributes["data-yanked"] or "") if "data-yanked" in attributes else None
+            self.files.append(File(href.rpartition("#sha256=")[2], yanked))
 
 
 def files_of(name: str, index: str) -> list[File]:

@@ -4,13 +4,20 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Callable, Generator
+from contextlib import closing
 from math import inf
+from typing import TypeVar, TypeVarTuple
 
 import anyio
 
-from downloadview_async.accounts.completion_store import CompletionStore
+from downloadview_async.accounts.completion_store import CompletionStore, Place
 from downloadview_async.accounts.proxy_log import LogLine
 from downloadview_async.accounts.rotated_log import LogDirectory, RotatedLog, open_log
+from downloadview_async.sources.workers import Workers
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 logger = logging.getLogger("downloadview_async")
 
@@ -34,6 +41,7 @@ class ProxyLog:
     def __init__(self, path: str | os.PathLike[str], store: CompletionStore) -> None:
         self.path = os.path.abspath(path)
         self.store = store
+        self._workers = Workers(1)  # a walk through a directory of logs would hold up the event loop
 
     async def add(self) -> int:
         """Add all lines up to now, and return how many answers were counted.
@@ -42,7 +50,7 @@ class ProxyLog:
         """
         log = await self._open()
         try:
-            written_at = log.look()
+            written_at = await self._in_thread(log.look)
             if written_at is None:
                 return 0
             age = time.time() - written_at
@@ -73,18 +81,21 @@ class ProxyLog:
             await anyio.sleep(1)
 
     async def _open(self) -> RotatedLog | LogDirectory:
-        return open_log(self.path, await self.store.places(self.path))
+        return await self._in_thread(open_log, self.path, await self.store.places(self.path))
+
+    async def _in_thread(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        return await self._workers.run(function, *args, patience=inf)
 
     async def _follow(self, log: RotatedLog | LogDirectory) -> None:
         """Follow the log. Return if another process follows it."""
         locked = due = None
         while True:
-            log.open()
+            await self._in_thread(log.open)
             if log.current is not None and log.current != locked:
                 if not _lock(log.current):
                     return
                 locked = log.current
-            if due is None and log.look() is not None:
+            if due is None and await self._in_thread(log.look) is not None:
                 due = time.monotonic() + _PATIENCE
             if due is not None and time.monotonic() >= due:
                 due = None
@@ -94,10 +105,16 @@ class ProxyLog:
 
     async def _add(self, log: RotatedLog | LogDirectory, *, keeps_unknown: bool = True) -> int:
         count = 0
-        for lines, place in log.read():
-            parsed = [line for line in map(LogLine.parse, lines) if line is not None]
-            count += len(await self.store.close_delegated(parsed, place, keeps_unknown=keeps_unknown))
+        with closing(_parts_of(log)) as parts:
+            while (part := await self._in_thread(next, parts, None)) is not None:
+                count += len(await self.store.close_delegated(*part, keeps_unknown=keeps_unknown))
         return count
+
+
+def _parts_of(log: RotatedLog | LogDirectory) -> Generator[tuple[list[LogLine], Place]]:
+    with closing(log.read()) as read:
+        for lines, place in read:
+            yield [line for line in map(LogLine.parse, lines) if line is not None], place
 
 
 def _lock(descriptor: int) -> bool:

@@ -3,7 +3,7 @@
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -100,7 +100,7 @@ class RotatedLog:
                 self._close(file)
         return written_at
 
-    def read(self) -> Iterator[tuple[list[str], Place]]:
+    def read(self) -> Generator[tuple[list[str], Place]]:
         """Yield the lines that the last look has found, and the place after them.
 
         They are read again later if the caller stops at them, as by an exception. A line without its end is not read.
@@ -261,7 +261,7 @@ class LogDirectory:
                 if stat.S_ISREG(status.st_mode) and not is_read and status.st_size and status.st_mtime >= oldest:
                     yield status.st_mtime, path, () if place is None else (place,)
 
-    def read(self) -> Iterator[tuple[list[str], Place]]:
+    def read(self) -> Generator[tuple[list[str], Place]]:
         """Do what `RotatedLog.read` does."""
         for _, path, places in self._waiting:
             log = RotatedLog(path, places, reads_renamed=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from downloadview_async.asgi.prepared_head import PreparedHead
-from downloadview_async.http.content_types import content_type_changes
+from downloadview_async.http import content_types
 from downloadview_async.http.digest import preferred_digest
 from downloadview_async.http.fields import FRAMING, OFFLOAD_HEADERS
 from downloadview_async.http.metadata import FileMetadata
@@ -69,8 +69,8 @@ def answer_to(
     if not keep or status != 200 or not is_shown_for_good(metadata.last_modified, time.time()):
         plan = _plan(request, metadata, presentation, added, offered, status=status)
         return Answer(plan, raw(plan.headers))
-    versions = len(metadata.digests), content_type_changes()
-    whole = _kept_answer(request.method, metadata, presentation, added, offered, versions)
+    digests, changes = len(metadata.digests), content_types.changes
+    whole = _kept_answer(request.method, metadata, presentation, added, offered, digests, changes)
     if offered is not None or request.unconditional:
         return whole
     plan = narrowed(whole.plan, request, metadata)
@@ -98,12 +98,14 @@ def _kept_answer(
     presentation: Presentation,
     added: tuple[tuple[bytes, bytes], ...],
     offload: tuple[tuple[str, str], ...] | None,
-    versions: tuple[int, int],
+    digests: int,
+    type_changes: int,
 ) -> Answer:
     """Return the answer to a request without conditions and ranges.
 
-    versions: how many digests there are in `metadata`, whose hash does not tell, and `content_type_changes`. With them,
-    the answers before and after a digest became known have different keys, which need no slow comparison.
+    digests: how many there are in `metadata`, whose hash does not tell. With it, the answers before and after a digest
+    became known have different keys, which need no slow comparison. type_changes: how often the table of content types
+    has changed.
     """
     plan = _plan(DownloadRequest(method=method), metadata, presentation, added, offload)
     headers = raw(plan.headers)

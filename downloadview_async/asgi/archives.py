@@ -37,6 +37,12 @@ class ArchiveOptions:
     per_client: int | None = 1
 
 
+class NoSuchArchive(FileMissing):
+    """The query asks for an archive of another kind than ZIP."""
+
+    detail = "the archive of a folder is at archive=zip"
+
+
 class Archives:
     """Makes archives of the folders of a source.
 
@@ -119,7 +125,8 @@ class Archives:
 def key_of(key: Any, scope: Scope) -> str | None:
     """Return which archive a request asks for, or None if it does not: its query has no `archive=zip`.
 
-    key: that of the folder. Raises `FileMissing` for a folder or a name that cannot exist.
+    key: that of the folder. Raises `FileMissing` for a folder or a name that cannot exist, and for another archive of
+    a folder; a file has no archive, so its URL may have such a query.
     """
     if b"archive" not in scope["query_string"] or not isinstance(key, str):
         return None
@@ -128,6 +135,10 @@ def key_of(key: Any, scope: Scope) -> str | None:
     except ValueError:
         raise FileMissing("the query is not valid UTF-8") from None
     if ("archive", "zip") not in query:
+        if key and not key.endswith("/"):
+            return None
+        if any(name == "archive" for name, _ in query):
+            raise NoSuchArchive("the query asks for another archive than archive=zip")
         return None
     names = [value.removesuffix("/") for name, value in query if name == "name"]
     if any(not name or "\0" in name for name in names):

@@ -24,13 +24,18 @@ class Departures:
             raise
 
 
+def is_followed(send: Send) -> bool:
+    """Return whether a caller drops the `OSError` of a client that leaves."""
+    return isinstance(getattr(send, "__self__", None), Departures)
+
+
 async def answer_until_departure(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Call an application, and drop the `OSError` by which the server tells that the client has left.
 
     The server knows it, so nobody has to be told; it would log the error as one of the application.
     """
-    if isinstance(getattr(send, "__self__", None), Departures) or CONNECTION in (scope.get("extensions") or {}):
-        await app(scope, receive, send)  # somebody drops it further out, or the server raises none
+    if is_followed(send) or CONNECTION in (scope.get("extensions") or {}):
+        await app(scope, receive, send)  # our server raises no `OSError`
         return
     departures = Departures(send)
     try:

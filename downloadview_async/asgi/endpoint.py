@@ -18,7 +18,7 @@ from downloadview_async.accounts.facts import ACCOUNT, Facts, note_facts
 from downloadview_async.asgi.archives import ArchiveOptions, Archives
 from downloadview_async.asgi.archives import key_of as archive_key_of
 from downloadview_async.asgi.checksum import checksum_response, send_checksums, wanted_checksum
-from downloadview_async.asgi.departures import answer_until_departure
+from downloadview_async.asgi.departures import answer_until_departure, is_followed
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.extensions import CONNECTION
@@ -81,12 +81,10 @@ class _Endpoint:
         """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
-        elif CONNECTION in (scope.get("extensions") or {}):  # of a server that raises no `OSError`
-            await self._answer_request(scope, receive, send)
-        else:
-            await answer_until_departure(self._answer_request, scope, receive, send)
-
-    async def _answer_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+            return
+        if not (((extensions := scope.get("extensions")) and CONNECTION in extensions) or is_followed(send)):
+            await answer_until_departure(partial(_Endpoint.__call__, self), scope, receive, send)
+            return
         if scope["method"] == "OPTIONS":
             await Response(status_code=204, headers=_ALLOW | close_after_body(scope))(scope, receive, send)
             return

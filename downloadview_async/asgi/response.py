@@ -132,26 +132,19 @@ class DownloadResponse(Response):
             self._follow(grant)
             if ACCOUNT in scope:
                 scope[ACCOUNT].allow(grant.user, grant.link_id)
-        if scope["type"] == "http":
-            send = in_time(scope, send)
         if scope["type"] != "http":
             await refuse_websocket(scope, send)
-        elif CONNECTION in (extensions := scope.get("extensions") or {}):  # of a server that raises no `OSError`
-            await self._respond(scope, receive, send)
-        else:
-            if extensions:
-                scope = with_zero_copy(scope, receive)
-            await answer_until_departure(self._respond, scope, receive, send)
+        elif not ((extensions := scope.get("extensions")) and CONNECTION in extensions):
+            scope, send = with_zero_copy(scope, receive), in_time(scope, send)
+            await answer_until_departure(self._respond_and_count, scope, receive, send)
+        elif self._on_outcome is not None or USE in scope:
+            await self._respond_and_count(scope, receive, send)
+        elif not await self._answer_nowait(scope, receive, send):  # the server watches its clients
+            await self._answer_or_leave(scope, receive, send)
         if self.background is not None:
             if TRANSFERS in scope:
                 scope[TRANSFERS].end()
             await self.background()
-
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._on_outcome is not None or USE in scope:
-            await self._respond_and_count(scope, receive, send)
-        elif not await self._answer_nowait(scope, receive, send):
-            await self._answer_or_leave(scope, receive, send)
 
     def _follow(self, grant: Grant) -> None:
         """Present the file as the grant says, by which the request has come."""

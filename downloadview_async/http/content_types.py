@@ -255,7 +255,8 @@ _PASSIVE_TYPES = frozenset({"text/plain", "text/csv", "application/json", DEFAUL
 
 
 _added: dict[str, str] = {}
-_changes = 0
+changes = 0
+"""How often types were added or removed: an answer that was kept before may have another type."""
 
 
 def add_content_types(types: Mapping[str, str | None]) -> None:
@@ -279,13 +280,8 @@ def add_content_types(types: Mapping[str, str | None]) -> None:
             _added.pop(suffix.lower(), None)
         else:
             _added[suffix.lower()] = content_type
-    global _changes
-    _changes += 1
-
-
-def content_type_changes() -> int:
-    """Return how often types were added or removed: an answer that was kept before may have another type."""
-    return _changes
+    global changes
+    changes += 1
 
 
 def content_types() -> dict[str, str]:

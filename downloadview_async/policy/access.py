@@ -16,6 +16,7 @@ from downloadview_async.errors import (
     SourceUnavailable,
 )
 from downloadview_async.policy.addresses import ANYONE
+from downloadview_async.policy.cancellation import is_cancelled
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.signing import URLSigner
@@ -134,9 +135,8 @@ async def allow(access: tuple[Access, ...], request: Request, name: Any) -> tupl
             refusals.append(exc)
             continue
         except (Exception, asyncio.CancelledError) as exc:
-            task = asyncio.current_task() if isinstance(exc, asyncio.CancelledError) else None
-            if task is not None and task.cancelling():
-                raise  # else a task that the function has waited for was cancelled
+            if is_cancelled(exc):
+                raise
             logger.exception("the decision about access has failed")
             raise SourceUnavailable("the decision about access has failed") from exc
         if isinstance(verdict, Grant):

@@ -367,6 +367,34 @@ def test_lines_of_an_old_log_wait_for_no_answer(url: str, tmp_path: Path, age: f
     assert asyncio.run(rows()) == kept
 
 
+@pytest.mark.parametrize("kind", ["log", "directory"])
+def test_the_event_loop_does_not_read_a_log(url: str, tmp_path: Path, kind: str) -> None:
+    log = tmp_path / "logs" / "downloads.log"
+    log.parent.mkdir()
+    log.write_text('{"request_id":"1","method":"GET","status":200,"bytes":100,"content_range":"","range":""}\n')
+    calls: dict[str, set[Any]] = {"c_call": {os.pread, os.stat, os.scandir}, "call": {os.walk.__code__}}
+    on_loop: list[Any] = []
+
+    def note(frame: Any, event: str, function: Any) -> None:
+        called = frame.f_code if event == "call" else function
+        if called in calls.get(event, ()):
+            on_loop.append(called)
+
+    async def run() -> None:
+        async with dv.Completions(url) as completions:
+            completions(now_and(request_id="1", spans=(), sent=0, result="delegated", delegated_to="x-accel-redirect"))
+            await asyncio.to_thread(completions.close)
+            log_of_proxy = dv.ProxyLog(log if kind == "log" else log.parent, completions.store)
+            sys.setprofile(note)
+            try:
+                assert await log_of_proxy.add() == 1
+            finally:
+                sys.setprofile(None)
+
+    asyncio.run(run())
+    assert on_loop == []
+
+
 def test_rows_are_bounded_by_age_and_number(url: str) -> None:
     async def run() -> None:
         store = dv.CompletionStore(url, keep=timedelta(days=3), max_rows=5)

@@ -108,8 +108,7 @@ async def test_a_folder_a_selection_and_the_top(root: Path, prefix: str, listing
         "reports/?archive=zip&name=%ff",
         "%2e%2e/?archive=zip",
         "reports%00/?archive=zip",
-        "reports/?archive=tar",
-        "reports/?archive",
+        "reports?archive=tar",
     ],
 )
 async def test_everything_else_is_the_same_404(root: Path, path: str) -> None:
@@ -117,6 +116,16 @@ async def test_everything_else_is_the_same_404(root: Path, path: str) -> None:
         missing = await ask(port, "/files/missing.txt")
         answer = await ask(port, f"/files/{path}")
     assert (answer.status, answer.body) == (404, missing.body)
+
+
+@pytest.mark.parametrize("listing", [False, True])
+@pytest.mark.parametrize("path", ["reports/?archive=tar", "?archive", "none/?archive=tar"])
+async def test_another_archive_of_a_folder_tells_which_one_there_is(root: Path, path: str, listing: bool) -> None:
+    async with live(application(root, listing=listing)) as port:
+        answer = await ask(port, f"/files/{path}")
+        file = await ask(port, "/files/b.txt?archive=tar")
+    assert (answer.status, answer.body) == (404, b"Not Found: the archive of a folder is at archive=zip")
+    assert file.body == b"bb"
 
 
 async def test_without_the_option_there_is_none(root: Path) -> None:

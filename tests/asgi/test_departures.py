@@ -74,7 +74,7 @@ OURS: dict[str, tuple[Callable[[Path], ASGIApp], str, dict[str, Any]]] = {
     "chunks": (download, "/large.bin", {}),
     "chunks of memory": (in_memory, "/large.bin", {}),
     "a 404": (download, "/none", {}),
-    "an archive": (lambda root: download(root, archive=True), "/?archive=tar", {}),
+    "an archive": (lambda root: download(root, archive=True), "/?archive=zip", {}),
     "a listing": (lambda root: download(root, listing=True), "/", {}),
     "a listing as JSON": (lambda root: download(root, listing=True), "/?format=json", {}),
     "limits": (lambda root: download(root, limits=LIMITS), "/large.bin", {}),

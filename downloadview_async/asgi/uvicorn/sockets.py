@@ -79,9 +79,10 @@ def has_taken_all(connection: Connection) -> bool:
 
 def queued(number: int) -> int:
     """Return how many bytes the kernel holds for the client; 0 if it does not tell."""
-    with suppress(OSError):
+    try:
         return int(struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))[0])
-    return 0
+    except OSError:
+        return 0
 
 
 def acknowledged_bytes(connection: Connection) -> int:
@@ -163,9 +164,11 @@ def limit_queue(connection: Connection, seconds: float) -> None:
 
     Without that, Linux keeps these bytes for as long as the machine of the client answers.
     """
-    with suppress(OSError, AttributeError):  # a Unix socket, and systems without this option
+    try:
         sock: socket.socket = connection.transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(seconds * 1000)))
+    except (OSError, AttributeError):  # a Unix socket, and systems without this option
+        pass
 
 
 def reset(connection: Connection) -> None:

@@ -28,6 +28,7 @@ from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.asgi.deadline import in_time
 from downloadview_async.asgi.delivery import Delivery, Empty, Offloaded, deliver, delivery_of
 from downloadview_async.asgi.departures import answer_until_departure
 from downloadview_async.asgi.extensions import PATHSEND
@@ -172,6 +173,7 @@ class DownloadASGIHandler(ASGIHandler):
                 scope[TRANSFERS].sent(None)  # how much of another body is that of the file, nobody knows
             await self.send_response(response, send)
             return
+        send = in_time(dict(request.scope), send)
         send_it: Any = deliver
         if scope is not None and isinstance(response, DownloadResponse):
             send_it = partial(deliver_limited, scope=scope)

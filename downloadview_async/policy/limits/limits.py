@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope
 from downloadview_async.errors import ConfigurationError, LimitExceeded, SourceUnavailable
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.policy.addresses import network_of
+from downloadview_async.policy.cancellation import is_cancelled
 from downloadview_async.policy.limits.amounts import Quota, Window, quota_of, rate_of, window_of
 from downloadview_async.policy.limits.clients import ClientOf, address_client, client_function
 from downloadview_async.policy.limits.coverage import Parts
@@ -153,9 +154,8 @@ class Limits:
         except ConfigurationError:
             raise
         except (Exception, asyncio.CancelledError) as exc:
-            task = asyncio.current_task() if isinstance(exc, asyncio.CancelledError) else None
-            if task is not None and task.cancelling():
-                raise  # else a task that the function has waited for was cancelled
+            if is_cancelled(exc):
+                raise
             logger.exception("the function for the client of limits has failed")
             raise SourceUnavailable("the function for the client of limits has failed") from exc
         peer = request.scope.get("client")

@@ -17,8 +17,10 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from downloadview_async import Download, ObjectStorage, OffloadMiddleware, PathSource, Rule, XAccelRedirect
+from downloadview_async.asgi import deadline
 from downloadview_async.contrib.django import HTTPDownloadView, PathDownloadView, get_asgi_application
 from downloadview_async.http.metadata import ByteRange
+from tests.asgi.test_server import get, small_buffers
 from tests.descriptors import open_paths
 from tests.live import ask, live
 from tests.observed import Observed
@@ -82,9 +84,9 @@ def held(root: Path) -> int:
 
 
 async def nothing_is_held(root: Path) -> None:
-    deadline = time.monotonic() + 20
+    until = time.monotonic() + 20
     while held(root):
-        assert time.monotonic() < deadline, held(root)
+        assert time.monotonic() < until, held(root)
         await asyncio.sleep(0.01)
 
 
@@ -101,6 +103,19 @@ async def test_a_response_that_is_replaced_leaves_nothing_open(
                 assert not {"etag", "content-disposition", "accept-ranges"} & answer.headers.keys()
             assert (await ask(port, f"/{kind}/a.txt")).body == TEXT
             await nothing_is_held(root)
+
+
+async def test_a_client_that_stops_reading_holds_the_file_until_the_deadline(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deadline, "STALL_SECONDS", 0.2)
+    (root / "big.bin").write_bytes(bytes(16 << 20))
+    with override_settings(ROOT_URLCONF=Urls(root)):
+        async with live(get_asgi_application(), http="h11") as port:
+            with small_buffers(port) as client:
+                client.send(get("/async/big.bin"))
+                assert await asyncio.get_running_loop().sock_recv(client, 1)
+                await nothing_is_held(root)
 
 
 @each_handler
