@@ -132,6 +132,8 @@ from downloadview_async.asgi.uvicorn.watchdog import (
     MINIMUM_RATE,
     Watch,
     drop_client,
+    patience_with,
+    quota_of,
     start_watching,
     stop_watching,
 )
@@ -227,7 +229,6 @@ class DownloadProtocol(HttpToolsProtocol):
         "_is_draining",
         "_is_half_closed",
         "_is_on_unix_socket",
-        "_is_paced",
         "_is_shutting_down",
         "_may_be_paced",
         "_on_half_close",
@@ -245,7 +246,9 @@ class DownloadProtocol(HttpToolsProtocol):
         "is_stalled",
         "last_watch",
         "minimum_rate",
+        "paced_at",
         "request_id",
+        "slowest_pace",
         "stall_seconds",
     )
 
@@ -283,7 +286,8 @@ class DownloadProtocol(HttpToolsProtocol):
         self._on_half_close: Callable[[], None] | None = None
         self._is_draining = False
         self._is_shutting_down = False
-        self._is_paced = False
+        self.paced_at: int | None = None
+        self.slowest_pace: int | None = None
         self._pace_timer: asyncio.TimerHandle | None = None
         self._may_be_paced = False
 
@@ -433,7 +437,7 @@ class DownloadProtocol(HttpToolsProtocol):
         extensions: Any = {PATHSEND: _PATH_SEND, CONNECTION: self} if self._has_plain_socket else {}
         if self._may_be_paced:
             extensions[PACE] = self
-            if self._is_paced and self._pace_timer is None:
+            if self.paced_at is not None and self._pace_timer is None:
                 self._end_pace(acknowledged_bytes(self) + untaken_bytes(self))
             if not self._has_plain_socket:
                 extensions[CONNECTION] = self
@@ -458,7 +462,8 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._pace_timer is not None:
             self._pace_timer.cancel()
             self._pace_timer = None
-        self._is_paced = True
+        self.slowest_pace = rate if self.slowest_pace is None else min(rate, self.slowest_pace)
+        self.paced_at = rate
         set_pace(self, rate)
         if self._has_plain_socket and not self._cycle.response_started and (count := unpaced_segments(self)):
             self._cycle.begin_in_segments(count)
@@ -472,7 +477,7 @@ class DownloadProtocol(HttpToolsProtocol):
         if acknowledged_bytes(self) < end and not self.is_lost:
             self._pace_timer = self.loop.call_later(_PACE_SECONDS, self._end_pace, end)
         else:
-            self._is_paced = False
+            self.paced_at = self.slowest_pace = None
             set_pace(self, None)
 
     def acknowledged(self) -> int:
@@ -782,8 +787,8 @@ class DownloadProtocol(HttpToolsProtocol):
             self._end()
         else:
             since, untaken_then = self._untaken_since = self._untaken_since or (now, untaken)
-            left = since + self.stall_seconds - now
-            if untaken_then - untaken >= self.minimum_rate * self.stall_seconds:
+            left = since + patience_with(self) - now
+            if untaken_then - untaken >= quota_of(self):
                 self._untaken_since = None
                 self._set_idle_timer(0)
             elif left > 0:

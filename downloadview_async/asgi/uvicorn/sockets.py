@@ -14,6 +14,7 @@ from typing import Protocol
 _SO_MAX_PACING_RATE = 47  # of Linux; the module socket has no name for it
 _UNPACED = 2 ** (8 * struct.calcsize("N")) - 1
 _ACKNOWLEDGED = 120  # where `tcpi_bytes_acked` is in Linux' `tcp_info`
+_SEGMENT_SIZE = 16  # where `tcpi_snd_mss` is
 _SEGMENTS = 156  # where `tcpi_data_segs_out` is
 _STATE = 0  # where `tcpi_state` is
 _CLOSED = 7  # `TCP_CLOSE`
@@ -105,6 +106,14 @@ def unpaced_segments(connection: Connection) -> int:
     except OSError:
         return 0
     return 0 if sent is None else max(0, _UNPACED_SEGMENTS - sent)
+
+
+def paced_packet_bytes(connection: Connection) -> int:
+    """Return how many bytes the kernel sends at once at a slow pace: two segments; 0 if it does not tell."""
+    try:
+        return 2 * (_of_tcp_info(socket_number(connection), _SEGMENT_SIZE, "I") or 0)
+    except OSError:
+        return 0
 
 
 def _of_tcp_info(number: int, offset: int, kind: str) -> int | None:

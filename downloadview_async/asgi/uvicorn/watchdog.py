@@ -5,7 +5,13 @@ import logging
 from time import monotonic
 from typing import Protocol
 
-from downloadview_async.asgi.uvicorn.sockets import Connection, acknowledged_bytes, reset, untaken_bytes
+from downloadview_async.asgi.uvicorn.sockets import (
+    Connection,
+    acknowledged_bytes,
+    paced_packet_bytes,
+    reset,
+    untaken_bytes,
+)
 from downloadview_async.sources.per_loop import PerLoop
 
 MINIMUM_RATE = 64
@@ -23,8 +29,9 @@ class Watched(Connection, Protocol):
 
     stall_seconds, minimum_rate (bytes per second): the connection is reset if the client takes less than this rate on
     the average of so many seconds. is_stalled: whether that has happened. is_waiting: whether something still waits for
-    the client. last_watch: the last watch that was stopped, see `start_watching`. request_id: for the log, if it is
-    known.
+    the client. last_watch: the last watch that was stopped, see `start_watching`. paced_at: the bytes per second that
+    the kernel sends at most, or None; slowest_pace: the least of them since the watch began. request_id: for the log,
+    if it is known.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -33,6 +40,8 @@ class Watched(Connection, Protocol):
     stall_seconds: float
     minimum_rate: int
     last_watch: "Watch | None"
+    paced_at: int | None
+    slowest_pace: int | None
     request_id: str | None
 
     @property
@@ -60,9 +69,10 @@ def start_watching(connection: Watched) -> None:
         interval = min(connection.stall_seconds / 4, _LOOK_SECONDS)
         connection.loop.call_later(interval, _look_at, watches, connection.loop, interval)
     last, connection.last_watch = connection.last_watch, None
-    if last is not None and last[2] and acknowledged_bytes(connection) - last[2] < min(_quota(connection), last[1]):
+    if last is not None and last[2] and acknowledged_bytes(connection) - last[2] < min(quota_of(connection), last[1]):
         watches[connection] = last
     else:
+        connection.slowest_pace = connection.paced_at
         watches[connection] = monotonic(), untaken_bytes(connection), acknowledged_bytes(connection)
 
 
@@ -88,25 +98,39 @@ def check(connection: Watched, watch: Watch) -> None:
         taken = acknowledged_bytes(connection) - acknowledged_then
     else:  # a Unix socket
         taken = untaken_then - untaken_bytes(connection)
-    if taken >= _quota(connection):
+    if taken >= quota_of(connection):
         start_watching(connection)
-    elif monotonic() - since >= connection.stall_seconds:
+    elif monotonic() - since >= patience_with(connection):
         if connection.is_waiting:
             drop_client(connection)
         else:
             stop_watching(connection)
 
 
-def _quota(connection: Watched) -> float:
-    """Return how many bytes a client has to take in `stall_seconds`."""
-    return connection.minimum_rate * connection.stall_seconds
+def quota_of(connection: Watched) -> float:
+    """Return how many bytes a client has to take in the time of `patience_with`."""
+    return _rate_for(connection) * patience_with(connection)
+
+
+def patience_with(connection: Watched) -> float:
+    """Return in how many seconds a client is to take its quota: two packets have to leave in it, whatever the pace."""
+    if connection.slowest_pace is None:
+        return connection.stall_seconds
+    return max(connection.stall_seconds, 2 * paced_packet_bytes(connection) / connection.slowest_pace)
+
+
+def _rate_for(connection: Watched) -> float:
+    """Return the bytes per second that a client has to take: it cannot take more than the kernel sends."""
+    if connection.slowest_pace is None:
+        return connection.minimum_rate
+    return min(connection.minimum_rate, connection.slowest_pace / 4)
 
 
 def drop_client(connection: Watched) -> None:
     """Reset the connection of a client that takes too little, and log that."""
     of = "" if connection.request_id is None else f" (request {connection.request_id})"
     connection.logger.warning(
-        "Transfer aborted: the client took less than %d bytes a second%s", connection.minimum_rate, of
+        "Transfer aborted: the client took less than %d bytes a second%s", _rate_for(connection), of
     )
     connection.is_stalled = True
     reset(connection)
