@@ -228,10 +228,13 @@ class Account(Facts):
             await self._send(message)
             self.take(length, is_last=is_last)
             return
-        if is_last and length and self.sent:  # after the end, a disconnect tells nothing: separate the two
+        # Many servers report a disconnect after the end, be it that of the message or of Content-Length.
+        has_all = (promised := self._length()) is not None and self.sent + length >= promised
+        if is_last and length and self.sent and not has_all:  # then a disconnect tells nothing: separate the two
             await self._send_part({**message, "more_body": True}, length)
             message, length = {**message, "body": b""}, 0
         if not is_last:
+            self._is_ending = has_all
             await self._send_part(message, length)
             return
         self._is_ending = True

@@ -169,22 +169,6 @@ async def test_nothing_stays_of_clients_that_take_too_little(
     assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
-@pytest.mark.parametrize("transport", ["plain", "TLS"])
-@pytest.mark.parametrize("path", ["/ours/big.bin", "/generated"])
-async def test_the_kernel_takes_little_for_a_client_that_does_not_read(
-    root: Path, tmp_path: Path, certificate: dict[str, str], transport: str, path: str
-) -> None:
-    async with served(transport, root, tmp_path, certificate, stall_seconds=0.5) as place:
-        client = await asyncio.to_thread(place.asking, get(path))
-        most = 0
-        async with asyncio.timeout(60):
-            while held := place.held():
-                most = max(most, *held.values())
-                await asyncio.sleep(0.01)
-        client.close()
-    assert 50_000 < most < 400_000  # and without a limit, megabytes
-
-
 @pytest.mark.parametrize("transport, half_closes", [("plain", False), ("plain", True), ("TLS", False), ("Unix", True)])
 async def test_the_last_answer_has_the_time_that_the_minimum_rate_allows(
     root: Path, tmp_path: Path, certificate: dict[str, str], transport: str, half_closes: bool

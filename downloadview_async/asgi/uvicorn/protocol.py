@@ -122,7 +122,6 @@ from downloadview_async.asgi.uvicorn.sockets import (
     has_unread_bytes,
     is_on_unix_socket,
     limit_queue,
-    limit_unsent_bytes,
     reset,
     set_pace,
     unpaced_segments,
@@ -317,8 +316,6 @@ class DownloadProtocol(HttpToolsProtocol):
         self._has_plain_socket = has_socket(self) and not transport.get_extra_info("sslcontext")
         self._is_on_unix_socket = is_on_unix_socket(self)
         self._may_be_paced = has_socket(self) and not self._is_on_unix_socket and sys.platform == "linux"
-        if self._may_be_paced:
-            limit_unsent_bytes(self)
         if self._has_plain_socket:
             # While the transport holds anything, writing is paused: so it is known what a loss drops.
             transport.set_write_buffer_limits(high=0)

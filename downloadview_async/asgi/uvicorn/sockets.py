@@ -18,7 +18,6 @@ _SEGMENT_SIZE = 16  # where `tcpi_snd_mss` is
 _SEGMENTS = 156  # where `tcpi_data_segs_out` is
 _STATE = 0  # where `tcpi_state` is
 _CLOSED = 7  # `TCP_CLOSE`
-_MOST_UNSENT = 1 << 17  # bytes
 _UNPACED_SEGMENTS = 10  # with data, at the beginning of a connection, which Linux does not pace
 
 
@@ -155,17 +154,6 @@ def set_pace(connection: Connection, rate: int | None) -> None:
             sock.setsockopt(
                 socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("N", _UNPACED if rate is None else rate)
             )
-
-
-def limit_unsent_bytes(connection: Connection) -> None:
-    """Have the kernel take no more than 128 KiB that it cannot send yet.
-
-    It would take megabytes for a client that reads slowly, above all on the loopback device, where a proxy may be. All
-    TCP connections of a machine share its memory, and when that is used up, fast clients wait, too.
-    """
-    with suppress(OSError, AttributeError):  # systems without this option
-        sock: socket.socket = connection.transport.get_extra_info("socket")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MOST_UNSENT)
 
 
 def limit_queue(connection: Connection, seconds: float) -> None:
