@@ -1,6 +1,7 @@
 """What tests of several rooms need."""
 
 import gc
+import logging
 import os
 from collections.abc import Generator, Iterator
 
@@ -50,6 +51,18 @@ def no_setting_is_left_in_the_environment() -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("DOWNLOADVIEW_")]:
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def no_configuration_of_logs_is_left() -> Iterator[None]:
+    """Restore the loggers: a command that is called in this process configures them as for a service."""
+    loggers = [logging.getLogger(name) for name in ("downloadview_async", "uvicorn", "uvicorn.error", "uvicorn.access")]
+    before = [(one.level, one.propagate, one.disabled, one.handlers[:]) for one in loggers]
+    yield
+    for one, (level, propagate, disabled, handlers) in zip(loggers, before, strict=True):
+        if (one.level, one.propagate, one.disabled, one.handlers) != (level, propagate, disabled, handlers):
+            one.setLevel(level)
+            one.propagate, one.disabled, one.handlers = propagate, disabled, handlers
 
 
 @pytest.fixture

@@ -299,7 +299,7 @@ def test_every_dependency_is_explained_with_its_licence() -> None:
         assert match is not None
         package = match[0]
         assert package in rows, f"docs/dependencies.md says nothing of {package}"
-        licences = re.findall(r"MIT|BSD|Apache|MPL", rows[package].split("|")[-2] + rows[package].split("|")[3])
+        licences = re.findall(r"MIT|BSD|Apache|MPL|PSF", rows[package].split("|")[-2] + rows[package].split("|")[3])
         assert licences, f"docs/dependencies.md has no licence for {package}"
         try:
             metadata = importlib.metadata.metadata(package).json

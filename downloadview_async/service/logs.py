@@ -105,6 +105,8 @@ def _lines_of(last: TracebackException) -> Iterator[str]:
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Log a transfer that was aborted by `TransferAborted`, or because the server stops, without a traceback."""
     exc = record.exc_info[1] if record.exc_info else None
+    if isinstance(exc, asyncio.CancelledError) and "lifespan" in str(record.msg):
+        return False  # not a transfer; `OneLineFailures` says that the server ends at once
     if isinstance(exc, TransferAborted | asyncio.CancelledError):
         reason = str(exc) if isinstance(exc, TransferAborted) else "the server stops"
         record.levelno, record.levelname = logging.WARNING, "WARNING"

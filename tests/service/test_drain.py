@@ -207,6 +207,7 @@ def test_the_service_ends_when_its_terminal_is_closed(directory: Path, workers: 
     (directory / "downloadview.toml").write_text(SETTINGS.format(drain=0, limit=30))
     process, terminal = pty.fork()
     if not process:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.chdir(directory)
         os.execv(COMMAND[0], [*COMMAND, "--port", str(free_port()), "--workers", workers])
     log = b""
