@@ -258,7 +258,8 @@ def _quoted(text: str) -> str:
     """Return a text as it is written between quotation marks."""
     if len(text) <= LIMIT and _PLAIN_WORD.fullmatch(text):
         return text
-    return cut(text.encode("unicode_escape").decode().replace('"', '\\"'))
+    # nginx writes quotation marks in this way, too: a cut cannot separate one from a backslash before it
+    return cut(text.encode("unicode_escape").decode().replace('"', "\\x22"))
 
 
 def _word(text: str | None) -> str:

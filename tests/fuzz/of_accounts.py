@@ -145,7 +145,11 @@ def joined(text: str) -> str:
 
 
 @target(
-    OUTCOMES, regressions=[Outcome(request_id="f" * 32, time=0.0, method="G" * 65_536, path="/", http_version="1.1")]
+    OUTCOMES,
+    regressions=[
+        Outcome(request_id="f" * 32, time=0.0, method="G" * 65_536, path="/", http_version="1.1"),
+        Outcome(request_id="f" * 32, time=0.0, method="G" + '"a' * 30_000, path="/", http_version="1.1"),
+    ],
 )
 def lines_of_our_logs(outcome: Outcome) -> None:
     lines: dict[str, str] = {name: form(outcome) for name, form in log._FORMATS.items()}
