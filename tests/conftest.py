@@ -53,16 +53,17 @@ def no_setting_is_left_in_the_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+_LOGGERS = [logging.getLogger(name) for name in ("downloadview_async", "uvicorn", "uvicorn.error", "uvicorn.access")]
+_AS_THEY_ARE = [(one.level, one.propagate, one.disabled, one.handlers[:]) for one in _LOGGERS]
+
+
 @pytest.fixture(autouse=True)
-def no_configuration_of_logs_is_left() -> Iterator[None]:
-    """Restore the loggers: a command that is called in this process configures them as for a service."""
-    loggers = [logging.getLogger(name) for name in ("downloadview_async", "uvicorn", "uvicorn.error", "uvicorn.access")]
-    before = [(one.level, one.propagate, one.disabled, one.handlers[:]) for one in loggers]
-    yield
-    for one, (level, propagate, disabled, handlers) in zip(loggers, before, strict=True):
+def loggers_are_as_at_the_start() -> None:
+    """Restore the loggers: a command that was called in this process has configured them as for a service."""
+    for one, (level, propagate, disabled, handlers) in zip(_LOGGERS, _AS_THEY_ARE, strict=True):
         if (one.level, one.propagate, one.disabled, one.handlers) != (level, propagate, disabled, handlers):
             one.setLevel(level)
-            one.propagate, one.disabled, one.handlers = propagate, disabled, handlers
+            one.propagate, one.disabled, one.handlers = propagate, disabled, handlers[:]
 
 
 @pytest.fixture
