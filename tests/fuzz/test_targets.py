@@ -1,10 +1,9 @@
 """Every fuzz target for a moment: with the same inputs in each run, then with new ones. `make fuzz` takes an hour.
 
-The seed of the new inputs is in the output of a test that fails. `FUZZ_SEED=123` gives the same ones again.
+The seed is fixed, so that a run can be repeated. `FUZZ_SEED=123` gives other inputs.
 """
 
 import os
-import secrets
 import time
 
 import pytest
@@ -14,7 +13,7 @@ from tests.fuzz.targets import TARGETS
 
 pytestmark = pytest.mark.slow
 
-SEED = int(os.environ.get("FUZZ_SEED") or secrets.randbelow(1 << 32))
+SEED = int(os.environ.get("FUZZ_SEED") or 909785370)  # `make fuzz` looks for new inputs
 SECONDS = 0.6
 """How long new inputs are tried for each target: it bounds the number of inputs, and never decides on a result."""
 
