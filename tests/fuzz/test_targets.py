@@ -25,5 +25,6 @@ def test_a_target(name: str) -> None:
     with running(target) as run:
         run.regressions()
         run.repeatably(50)
-        run.until(time.monotonic() + SECONDS, SEED)
-    assert run.executions > 50
+        if SEED is not None:
+            run.until(time.monotonic() + SECONDS, SEED)
+    assert run.executions >= 50
