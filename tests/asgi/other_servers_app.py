@@ -18,6 +18,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import downloadview_async as dv
+from tests.asgi.middlewares import Dropping, Keeping
 from tests.descriptors import open_paths
 
 _sent_by_kernel = 0
@@ -36,37 +37,6 @@ vars(os)["sendfile"] = _counting
 
 async def _passed_on(request: Request, call_next: Any) -> Any:
     return await call_next(request)
-
-
-class _Dropping:
-    """Drops the messages that it does not know."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def known(message: Message) -> None:
-            if message["type"] in ("http.response.start", "http.response.body"):
-                await send(message)
-
-        await self.app(scope, receive, known)
-
-
-class _Keeping:
-    """Keeps all messages until the application has returned."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kept: list[Message] = []
-
-        async def keep(message: Message) -> None:
-            kept.append(message)
-
-        await self.app(scope, receive, keep)
-        for message in kept:
-            await send(message)
 
 
 class _Shrinking:
@@ -111,8 +81,8 @@ def make_app() -> ASGIApp:
         Mount("/limited", routes=[limited]),
         Mount("/gzip", routes=[download], middleware=[Middleware(GZipMiddleware)]),
         Mount("/basehttp", routes=[download], middleware=[Middleware(BaseHTTPMiddleware, dispatch=_passed_on)]),
-        Mount("/dropping", routes=[download], middleware=[Middleware(_Dropping)]),
-        Mount("/keeping", routes=[download], middleware=[Middleware(_Keeping)]),
+        Mount("/dropping", routes=[download], middleware=[Middleware(Dropping)]),
+        Mount("/keeping", routes=[download], middleware=[Middleware(Keeping)]),
         Mount("/shrinking", routes=[download], middleware=[Middleware(_Shrinking, root=root)]),
         Mount("/foreign", dv.OffloadMiddleware(Starlette(routes=[Route("/{name}", foreign)]), backend, pathsend=True)),
     ]

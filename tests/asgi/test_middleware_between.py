@@ -26,6 +26,7 @@ from downloadview_async.asgi import loan
 from downloadview_async.asgi.extensions import PATHSEND
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.testing import call
+from tests.asgi.middlewares import Dropping, Keeping
 from tests.descriptors import open_paths
 from tests.live import Answer, Watched, ask, ask_raw, live
 
@@ -39,37 +40,6 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "big.bin").write_bytes(CONTENT)
     (tmp_path / "small.bin").write_bytes(CONTENT[:1000])
     return tmp_path
-
-
-class Dropping:
-    """Passes on what it knows."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def known(message: Message) -> None:
-            if message["type"] in ("http.response.start", "http.response.body"):
-                await send(message)
-
-        await self.app(scope, receive, known)
-
-
-class Keeping:
-    """Passes on everything when the application has returned."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kept: list[Message] = []
-
-        async def keep(message: Message) -> None:
-            kept.append(message)
-
-        await self.app(scope, receive, keep)
-        for message in kept:
-            await send(message)
 
 
 class Delaying:

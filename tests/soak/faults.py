@@ -16,6 +16,7 @@ from downloadview_async import ConfigurationError
 from downloadview_async.service.pid_file import reload_by_pid_file
 from tests.servers import PROJECT
 from tests.soak.clients import World
+from tests.soak.contents import Tree
 from tests.soak.site import PATIENCE
 
 Act = Callable[[World], Awaitable[None]]
@@ -121,12 +122,16 @@ async def file_grown_in_place(world: World) -> None:
     world.site.files.replace(name)
 
 
+async def _deleted_for_a_while(world: World, tree: Tree) -> None:
+    name = world.random.choice(tree.names)
+    tree.delete(name)
+    await some_time(world, most=1)
+    tree.replace(name)
+
+
 @fault()
 async def file_deleted(world: World) -> None:
-    name = world.random.choice(world.site.files.names)
-    world.site.files.delete(name)
-    await some_time(world, most=1)
-    world.site.files.replace(name)
+    await _deleted_for_a_while(world, world.site.files)
 
 
 @fault()
@@ -138,10 +143,7 @@ async def upstream_files_replaced(world: World) -> None:
 
 @fault()
 async def upstream_file_deleted(world: World) -> None:
-    name = world.random.choice(world.site.origin.names)
-    world.site.origin.delete(name)
-    await some_time(world, most=1)
-    world.site.origin.replace(name)
+    await _deleted_for_a_while(world, world.site.origin)
 
 
 @fault()
