@@ -131,7 +131,7 @@ def litestar_app(root: Path) -> ASGIApp:
     async def mounted(scope: Any, receive: Any, send: Any) -> None:
         await static(scope, receive, send)
 
-    app: Any = Litestar(route_handlers=[own, mounted], openapi_config=None)
+    app: Any = Litestar(route_handlers=[own, mounted], openapi_config=None, logging_config=None)
     return app  # type: ignore[no-any-return]
 
 

@@ -68,7 +68,7 @@ def litestar(mounted: bool) -> Callable[[Download], App]:
         async def files(scope: Any, receive: Any, send: Any) -> None:
             await download(scope, receive, send)
 
-        return Litestar([files], openapi_config=None)
+        return Litestar([files], openapi_config=None, logging_config=None)
 
     return made
 
