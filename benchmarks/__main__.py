@@ -185,6 +185,7 @@ def _make_files(scratch: Path, scale: Scale) -> Path:
             file.write(block[: size % len(block)])
             file.flush()
             os.fsync(file.fileno())  # nothing is written back while we measure
+        os.utime(files / name, (1_700_000_000,) * 2)  # the last bytes of a new file are copied
     return files
 
 

@@ -138,7 +138,7 @@ def delivery_of(
     path_send: the server's entry for path sends in the scope, None if it has none. With "descriptor" in it, the server
     takes an open descriptor, an offset and a count, or pieces. With `ZERO_COPY`, it takes Zero Copy Sends. Else it
     takes a path, and only whole files are sent that way.
-    is_fresh: whether the file has been opened just now, so that nobody can have written to it since.
+    is_fresh: whether the file has been opened just now. Unless it was changed recently, nobody has written to it since.
     """
     if not plan.body:
         return Empty()
@@ -152,7 +152,7 @@ def delivery_of(
         return Chunks(plan, opened)
     if len(span) <= SMALL:
         body = local.read_nowait(span)
-        if body is None or (not is_fresh and local.is_rewritten()):
+        if body is None or ((not is_fresh or local.is_recent()) and local.is_rewritten(is_last=True)):
             return Chunks(plan, opened)  # which aborts if the file was written to
         return Inline(body, span)
     if path_send is None or FOREIGN in path_send:

@@ -10,7 +10,7 @@ import pytest
 
 from downloadview_async.sources.local.refused_calls import Refusals
 from tests.asgi.ways import WAYS
-from tests.live import ask
+from tests.live import ask, make_old
 from tests.refusing import CALLS, IS_POSSIBLE
 from tests.servers import Server
 
@@ -27,6 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("files")
     for name, size in SIZES.items():
         (directory / name).write_bytes(os.urandom(size))
+    make_old(directory)  # what was written a moment ago is copied
     return directory
 
 

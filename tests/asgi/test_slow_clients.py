@@ -71,10 +71,11 @@ def app(root: Path) -> Any:
 
 
 class Place:
-    """Where a server listens, and how clients with small buffers come there."""
+    """Where a server listens, and how clients come there: with small buffers, unless `is_slow` is false."""
 
-    def __init__(self, transport: str, directory: Path, certificate: dict[str, str]) -> None:
+    def __init__(self, transport: str, directory: Path, certificate: dict[str, str], *, is_slow: bool = True) -> None:
         self.transport = transport
+        self._is_slow = is_slow
         self.options = certificate if transport == "TLS" else {}
         self.listener = socket.socket(socket.AF_UNIX if transport == "Unix" else socket.AF_INET)
         self.listener.bind(str(directory / "socket") if transport == "Unix" else ("127.0.0.1", 0))
@@ -84,9 +85,10 @@ class Place:
         self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
 
     def connect(self) -> socket.socket:
-        """Return a connected client whose own buffers are small."""
+        """Return a connected client."""
         client = socket.socket(self.listener.family)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        if self._is_slow:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(30)
         client.connect(self.address)
         return self._context.wrap_socket(client) if self.transport == "TLS" else client

@@ -244,6 +244,9 @@ def test_an_application_adds_types_which_win_over_the_table() -> None:
     assert content_type_for("a.ts") == "text/plain; charset=utf-8"
     assert content_type_for("a.7z") == "application/x-own; level=9"
     assert content_type_for("a.mp4") == "video/mp4"
+    add_content_types({".gcode": None, ".ts": None, ".mp4": None, "never added": None})
+    assert (content_type_for("a.gcode"), content_type_for("a.ts")) == (OCTETS, "video/mp2t")
+    assert (content_type_for("a.7z"), content_type_for("a.mp4")) == ("application/x-own; level=9", "video/mp4")
 
 
 @pytest.mark.usefixtures("unchanged_types")

@@ -1,8 +1,15 @@
-"""Path sends: the kernel copies an open file to the client's socket, one window after another."""
+"""Path sends: the kernel sends an open file to the client's socket, one window after another.
+
+`sendfile` gives the kernel the pages of the file, not a copy of them. If the file is written to before the client has
+taken them, the client gets the new bytes. So if somebody may be writing to the file, the last bytes of an answer are
+copied, as many as the kernel holds at most. When the very last ones leave, the client has taken all pages. The file is
+looked at once more then, and if it has changed, the answer stays incomplete.
+"""
 
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
@@ -12,8 +19,9 @@ from starlette.types import Message
 
 from downloadview_async.asgi.loan import Batches, Lendable, LentFile
 from downloadview_async.asgi.transfer import chunks_of, exactly
-from downloadview_async.asgi.uvicorn.sockets import Connection, socket_number
+from downloadview_async.asgi.uvicorn.sockets import queue_limit, socket_number, untaken_bytes
 from downloadview_async.asgi.uvicorn.turns import turn
+from downloadview_async.asgi.uvicorn.watchdog import Watched, start_watching, stop_watching
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.sources.base import Piece
@@ -27,19 +35,30 @@ _WINDOW = 256 << 10  # bytes that are sent in one turn, while other clients wait
 # goes on answering EAGAIN although the transport sends all, they double each time.
 _FEW = 128
 
+_LOOK_SECONDS = 0.005  # how often it is asked whether the client has taken all pages
+
 _MORE = getattr(socket, "MSG_MORE", 0)
 
 _refusals = Refusals("sendfile")
 
 
-class Sending(Connection, Protocol):
+class _Buffers(threading.local):
+    """One buffer for each thread: nothing else runs in the thread between reading and writing."""
+
+    def __init__(self) -> None:
+        self.of_this_thread = memoryview(bytearray(_WINDOW))
+
+
+_buffers = _Buffers()
+
+
+class Sending(Watched, Protocol):
     """A connection over which a file can be sent.
 
     flushed: a future that is done when the transport has sent all that it holds, or the connection is lost: see
     `flush`. None unless something waits for that. file_sent: the bytes of the last file that were sent.
     """
 
-    loop: asyncio.AbstractEventLoop
     flushed: "asyncio.Future[bool] | None"
     file_sent: int
 
@@ -92,6 +111,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     body = lent.take()
     source, offset = None if isinstance(body, OpenLocalFile) else body, message.get("offset", 0)
     promised = given = in_turn = 0  # in_turn: bytes since the last turn
+    pages_end = 0  # up to where `sendfile` has sent pages
+    is_copying = False
     connection.file_sent = 0
     few = _FEW
     socket_of_pieces: socket.socket | None = None
@@ -155,39 +176,57 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     await turn(loop)
                     in_turn = 0
                     continue
-                if not is_new and file.is_rewritten():
-                    raise TransferAborted(REWRITTEN, reason="file-changed")
-                is_new = False
                 length, by_transport = min(count, _WINDOW), 0
-                if file.device in _refusals.devices:
-                    by_transport = length
-                else:
-                    try:
-                        if file.is_cached(offset, length):
-                            number = socket_number(connection) if socket_of_pieces is None else duplicate
-                            sent = os.sendfile(number, file.descriptor, offset, length)
-                            in_turn += sent
-                        else:
-                            sent = await _sendfile_in_worker(connection, file, offset, length)
-                        few = _FEW
-                        if not sent:
-                            by_transport = length  # after a short read, FUSE returns 0 before the end of the file
-                    except BlockingIOError:
-                        by_transport = min(count, few)  # only the transport may wait for its socket
-                        few = min(2 * few, _WINDOW)
-                    except ConnectionError:
-                        if not connection.is_lost:  # a worker thread may see this before uvicorn does
-                            connection.note_untaken_bytes()
-                            connection.flushed = loop.create_future()
-                            transport.abort()
-                            # Until uvicorn knows that the client has left, it would log the answer as a broken one.
-                            await connection.flushed
-                        break
-                    except OSError as exc:
+                if not is_copying and file.is_recent():
+                    is_copying = promised - given <= max(_WINDOW, queue_limit(connection))
+                chunk: memoryview | bytes | None = None
+                if is_copying or file.device in _refusals.devices:
+                    if pages_end and given + length == promised and untaken_bytes(connection) > given - pages_end:
+                        await _pages_are_taken(connection, given - pages_end)
+                    memory = _buffers.of_this_thread[:length]
+                    read = file.read_into(memory, offset)
+                    chunk = memory[:read] if read else await file.read(ByteRange(offset, offset + length))
+                if chunk is not None:
+                    _check(file, is_last=given + len(chunk) == promised)
+                elif not is_new:
+                    _check(file, is_last=False)
+                is_new = False
+                try:
+                    number = socket_number(connection) if socket_of_pieces is None else duplicate
+                    if chunk is not None:
+                        sent = os.write(number, chunk)
+                        in_turn += sent
+                    elif file.is_cached(offset, length):
+                        sent = os.sendfile(number, file.descriptor, offset, length)
+                        in_turn += sent
+                        pages_end = given + sent
+                    else:
+                        sent = await _sendfile_in_worker(connection, file, offset, length)
+                        pages_end = given + sent
+                    few = _FEW
+                    if not sent:
+                        by_transport = length  # after a short read, FUSE returns 0 before the end of the file
+                except BlockingIOError:
+                    by_transport = min(count, few)  # only the transport may wait for its socket
+                    few = min(2 * few, _WINDOW)
+                except ConnectionError:
+                    if not connection.is_lost:  # a worker thread may see this before uvicorn does
+                        connection.note_untaken_bytes()
+                        connection.flushed = loop.create_future()
+                        transport.abort()
+                        # Until uvicorn knows that the client has left, it would log the answer as a broken one.
+                        await connection.flushed
+                    break
+                except OSError as exc:
+                    if chunk is None:
                         _refusals.note(file.device, exc)
-                        by_transport = length
+                    by_transport = length
                 if by_transport:
-                    chunk = await file.read(ByteRange(offset, offset + by_transport))
+                    if chunk is None:
+                        chunk = await file.read(ByteRange(offset, offset + by_transport))
+                        _check(file, is_last=given + len(chunk) == promised)
+                    else:
+                        chunk = bytes(chunk[:by_transport])  # the transport may keep it
                     sent = _write(connection, None, chunk, 0)
                     if sent < len(chunk):
                         break
@@ -271,6 +310,20 @@ async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: 
         return await file.workers.run(os.sendfile, number, file.descriptor, offset, length, patience=MID_TRANSFER)
     finally:
         os.close(number)
+
+
+def _check(file: OpenLocalFile, *, is_last: bool) -> None:
+    """Raise `TransferAborted` if the bytes that were read, and those that are about to be sent, are of two versions."""
+    if file.is_rewritten(is_last=is_last):
+        raise TransferAborted(REWRITTEN, reason="file-changed")
+
+
+async def _pages_are_taken(connection: Sending, copied: int) -> None:
+    """Wait until the client has taken everything but the last `copied` bytes, or the connection is lost."""
+    start_watching(connection)
+    while not connection.is_lost and untaken_bytes(connection) > copied:  # noqa: ASYNC110 - the kernel tells no one
+        await asyncio.sleep(_LOOK_SECONDS)
+    stop_watching(connection)
 
 
 def flush(connection: Sending) -> "asyncio.Future[bool]":

@@ -21,6 +21,9 @@ from downloadview_async.sources.workers import MID_TRANSFER, Workers, unlimited
 CHUNK_SIZE = 256 * 1024
 """Bytes read, and sent, at a time."""
 
+RECENT_SECONDS = 60
+"""A file that was written to in so many seconds is sent with more care: somebody may be writing to it now."""
+
 _SECOND = 1_000_000_000
 REWRITTEN = "the file was written to while it was sent"
 """Why a transfer is aborted: its bytes may come from two versions of a file."""
@@ -163,15 +166,22 @@ class OpenLocalFile:
         chunk = self._cached(len(span), span.start)
         return chunk if chunk is not None and len(chunk) == len(span) else None
 
-    def is_rewritten(self) -> bool:
+    def is_recent(self) -> bool:
+        """Return whether the file was written to in the last `RECENT_SECONDS`, and perhaps still is."""
+        return time.time_ns() - self._mtime_ns < RECENT_SECONDS * _SECOND
+
+    def is_rewritten(self, *, is_last: bool = False) -> bool:
         """Return whether the file is known to have been written to in place since it was opened.
 
         Its bytes may then come from two versions. A file that has grown does not count: it may be a log, whose promised
         bytes are still the same. On file systems like NFS and FUSE this is not checked, as that may wait.
 
+        is_last: whether the last bytes have just been read. Then a file that was cut counts, too: it may have been
+        written to before that. A cut does not count earlier, because the bytes before it are the same.
+
         Raises `SourceUnavailable`, as `is_same` does, if the disk fails.
         """
-        return self.is_quick and self._has_other_times()
+        return self.is_quick and self._is_other_version(is_last=is_last)
 
     def is_same(self) -> bool:
         """Return whether the file has the size and the time with which it was opened: not even a log may grow.
@@ -183,9 +193,11 @@ class OpenLocalFile:
         now = self._status()
         return now.st_mtime_ns == self._mtime_ns and now.st_size == self.size
 
-    def _has_other_times(self) -> bool:
+    def _is_other_version(self, *, is_last: bool) -> bool:
         now = self._status()
-        return now.st_mtime_ns != self._mtime_ns and now.st_size == self.size
+        if now.st_mtime_ns == self._mtime_ns:
+            return False
+        return now.st_size == self.size or (is_last and now.st_size < self.size)
 
     def _status(self) -> os.stat_result:
         try:
@@ -229,8 +241,8 @@ class OpenLocalFile:
             try:
                 chunk = self._cached(length, position)
                 if chunk is None:
-                    chunk = await self.workers.run_or_abandon(self._pread, length, position, patience=patience)
-                elif self.is_rewritten():
+                    chunk = await self.workers.run_or_abandon(self._pread, length, position, stop, patience=patience)
+                elif self.is_rewritten(is_last=position + len(chunk) == stop):
                     raise OSError(errno.ESTALE, REWRITTEN)
             except (OSError, SourceUnavailable) as exc:
                 raise TransferAborted(f"reading failed at byte {position}: {exc}") from exc
@@ -240,9 +252,9 @@ class OpenLocalFile:
             patience = MID_TRANSFER
             yield chunk
 
-    def _pread(self, length: int, position: int) -> bytes:
+    def _pread(self, length: int, position: int, stop: int) -> bytes:
         chunk = os.pread(self.descriptor, length, position)
-        if self._has_other_times():
+        if self._is_other_version(is_last=position + len(chunk) == stop):
             raise OSError(errno.ESTALE, REWRITTEN)
         return chunk
 
