@@ -13,7 +13,7 @@ what a test needs, the test is skipped and names it. These are the cases, and wh
   `tests.policy.test_stores`, `tests.accounts.test_completions`
 - a name server does not answer: `test_names`
 - the clock leaps: `test_clock`
-- files that change while they are sent: `tests.asgi.test_transfer`, `tests.sources.test_archive`
+- files that change while they are sent: `test_changing_files`, `tests.asgi.test_transfer`, `tests.sources.test_archive`
 - clients that stop reading, leave or attack: `tests.asgi.test_watch`, `tests.asgi.test_wire`, `tests.test_attacks`
 - the end of the service: `tests.service.test_drain`, `tests.service.test_restarts`
 - paths, links, SSRF, offload: `tests.test_attacks`, `tests.sources.test_ssrf`, `tests.policy`, `tests.proxies`

@@ -21,7 +21,7 @@ from tests.asgi.test_server import CLOSE, MIB, app_for, get
 from tests.asgi.test_slow_clients import TRANSPORTS, Place
 from tests.live import parse, uvicorn_for
 
-ROUNDS = int(os.environ.get("FAULT_ROUNDS", "30"))
+ROUNDS = int(os.environ.get("FAULT_ROUNDS", "10"))
 SIZES = {"inline": 40_000, "copied": 300_000, "by page": 6 * MIB}
 
 
@@ -69,7 +69,7 @@ def all_of(client: socket.socket, received: bytes = b"") -> bytes:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [written_in_place, cut])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_a_change_to_what_the_kernel_still_holds(
