@@ -35,7 +35,13 @@ from downloadview_async.asgi.limiting import deliver_limited, path_send_for, spe
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.uses import Counted, claim
 from downloadview_async.asgi.zero_copy import with_zero_copy
-from downloadview_async.errors import ConfigurationError, FileError, FileMissing
+from downloadview_async.errors import (
+    ConfigurationError,
+    FileError,
+    FileMissing,
+    SourceUnavailable,
+    abort_reason,
+)
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.metadata import FileMetadata
@@ -217,12 +223,19 @@ class DownloadResponse(Response):
             try:
                 await self._deliver(opened, metadata, request, offload, scope, send, receive)
             except FileError as exc:
+                if abort_reason(exc) == "file-changed":
+                    return False  # opened again
                 await send_error(exc, scope, send)
         return True
 
     async def _answer_or_error(self, scope: Scope, send: Send) -> None:
         try:
-            await self._answer(scope, send)
+            try:
+                await self._answer(scope, send)
+            except SourceUnavailable as exc:
+                if abort_reason(exc) != "file-changed":
+                    raise
+                await self._answer(scope, send)  # nothing has been sent yet, and there is a new version to send
         except FileError as exc:
             if self.missing is not None and isinstance(exc, FileMissing):
                 await self.missing(exc, scope, send)

@@ -22,6 +22,7 @@ import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from downloadview_async.errors import (
+    AccessDenied,
     ArchiveTooLarge,
     ConfigurationError,
     DownloadError,
@@ -577,6 +578,8 @@ class OpenArchive:
                 await batch.release()
         except (DownloadError, OSError) as exc:
             self._laid_out.is_stale = True  # a file may have changed: the next request looks at the folder again
+            if isinstance(exc, FileMissing | AccessDenied):  # it was a file when the archive was laid out
+                raise TransferAborted(str(exc), reason="file-changed") from exc
             if isinstance(exc, DownloadError):
                 raise
             raise TransferAborted(f"reading a file for the archive failed: {exc}") from exc
