@@ -402,6 +402,43 @@ async def test_an_answer_of_unknown_size_is_charged_when_it_has_been_sent(files:
         assert (await ask(port, "/a")).status == 429
 
 
+class Changing:
+    """A file that changes when it is read for the first time, and no more after that."""
+
+    name = "changing.bin"
+    location = None
+
+    def __init__(self) -> None:
+        self._has_changed = False
+
+    @contextlib.asynccontextmanager
+    async def open(self, request: dv.DownloadRequest | None = None) -> AsyncIterator["Changing"]:
+        yield self
+
+    @property
+    def metadata(self) -> dv.FileMetadata:
+        return dv.FileMetadata(size=len(SMALL), etag=dv.ETag(str(self._has_changed)))
+
+    async def stream(self, span: dv.ByteRange | None) -> AsyncIterator[bytes]:
+        if not self._has_changed:
+            self._has_changed = True
+            raise dv.TransferAborted("the file was written to", reason="file-changed")
+        yield SMALL
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("quota", ["1kB/day", "2 downloads/day"])
+async def test_a_file_that_changes_before_its_first_byte_is_charged_once(quota: str) -> None:
+    class Source:
+        async def resolve(self, name: str) -> Changing:
+            return Changing()
+
+    async with live(dv.Download(Source(), limits=dv.Limits(quota=quota))) as port:
+        answers = [await ask(port, f"/{number}") for number in range(3)]
+    assert [answer.status for answer in answers] == [200, 200, 429]
+    assert [answer.body for answer in answers[:2]] == [SMALL, SMALL]
+
+
 class Noted:
     """An application that notes which rates its answers set."""
 

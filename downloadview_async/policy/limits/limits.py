@@ -269,6 +269,10 @@ class Limits:
         """
         if not self._quotas:
             return None
+        if transfer.is_charged:  # for a version of the file of which nothing was sent
+            refunds, unsent = self._refunds(transfer, 0, is_complete=False)
+            self._store.release(transfer.client, None, refunds, spent_at=transfer.spent_at, unsent=unsent)
+            transfer.is_charged = False
         now = time.time()
         costs = [(quota, (size or 0) if quota.unit == "bytes" else 0) for quota in self._quotas]
         if self._counts_downloads:
@@ -301,21 +305,26 @@ class Limits:
 
     def end(self, transfer: "Transfer", sent: int | None, *, is_complete: bool) -> None:
         """Give back what a transfer holds. sent: bytes of its body, None if all of what it was to have."""
-        refunds: Costs = ()
-        unsent = None
-        if transfer.is_charged:
-            parts, back = transfer.parts, 0 if sent is None else (transfer.spent or 0) - sent
-            if parts is not None:
-                has_all = is_complete or sent is None
-                unsent = parts.after(parts.size if has_all else 0 if sent is None or transfer.spent is None else sent)
-            if back or unsent is not None:
-                refunds = [(quota, back if quota.unit == "bytes" else 0) for quota in self._quotas]
+        refunds, unsent = self._refunds(transfer, sent, is_complete=is_complete)
         lease = transfer.lease if transfer.is_held and self._holds_leases else None
         transfer.is_held = transfer.is_charged = False
         if lease is not None or refunds:
             self._store.release(transfer.client, lease, refunds, spent_at=transfer.spent_at, unsent=unsent)
         if self._queues:
             self._wake(transfer.client)
+
+    def _refunds(self, transfer: "Transfer", sent: int | None, *, is_complete: bool) -> tuple[Costs, Parts | None]:
+        """Return what the quotas get back, and which parts were not sent, of a transfer that was charged."""
+        if not transfer.is_charged:
+            return (), None
+        unsent = None
+        parts, back = transfer.parts, 0 if sent is None else (transfer.spent or 0) - sent
+        if parts is not None:
+            has_all = is_complete or sent is None
+            unsent = parts.after(parts.size if has_all else 0 if sent is None or transfer.spent is None else sent)
+        if not back and unsent is None:
+            return (), None
+        return [(quota, back if quota.unit == "bytes" else 0) for quota in self._quotas], unsent
 
     def _wake(self, client: str) -> None:
         """Have the one that waits first ask for a lease: one has become free."""
