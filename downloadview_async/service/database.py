@@ -216,8 +216,11 @@ class Documents:
         batch = await self._rows(below)
         while batch:
             for row in batch:
-                name = row.parent[len(prefix) :].partition("/")[0]
-                if row.parent.startswith(prefix) and name and name not in folders:  # LIKE may ignore case
+                below_here = row.parent[len(prefix) :].split("/")
+                name = below_here[0]
+                if not all(below_here):
+                    continue  # such as `a//b` or `a/`, which no URL of a folder stands for
+                if row.parent.startswith(prefix) and name not in folders:  # LIKE may ignore case
                     is_empty = False
                     folders.add(name)
                     yield Entry(name, is_folder=True)

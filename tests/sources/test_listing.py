@@ -794,6 +794,23 @@ async def test_rows_are_in_the_folders_of_a_column(tmp_path: Path) -> None:
                 pass
 
 
+async def test_a_folder_that_no_url_stands_for_is_not_listed(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "rows.db")) as database:
+        database.execute("CREATE TABLE rows (id INTEGER PRIMARY KEY, folder TEXT, file TEXT)")
+        folders = ["trailing/", "two//slashes", "/leading", "good", "good/inner/", "good//inner"]
+        database.executemany("INSERT INTO rows (folder, file) VALUES (?, 'f')", [(folder,) for folder in folders])
+        database.commit()
+    database_url = f"sqlite+aiosqlite:///{tmp_path / 'rows.db'}"
+    settings = ObjectSettings(
+        database=database_url, table="rows", key="id", file="file", source="files", parent="folder", list=True
+    )
+    documents = Documents(settings, directory=tmp_path)
+    async with documents.opened():
+        source = source_of(documents)
+        assert set(await entries_of(source)) == {"good/"}
+        assert set(await entries_of(source, "good")) == {"4"}
+
+
 async def test_rows_may_have_numbers_as_keys_and_no_files(tmp_path: Path) -> None:
     async for documents in rows_of(tmp_path / "rows.db", ["1", "20", "3"], kind="INTEGER", size=None, modified=None):
         source = source_of(documents)
