@@ -161,7 +161,9 @@ class _Knowledge:
 
     def key(self, name: str, version: str, size: int) -> bytes:
         """Return the key of a version of a file."""
-        return blake2b(f"{self._source}\0{name}\0{version}\0{size}".encode(), digest_size=16).digest()
+        # the source may be called by the path of a directory, which need not be UTF-8
+        text = f"{self._source}\0{name}\0{version}\0{size}"
+        return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     def keep(self, key: bytes, begun: _Begun) -> None:
         """Keep how far a file has been read, and forget the oldest beyond `_BEGUN`."""
