@@ -1,6 +1,7 @@
 """Reads the rows of a database table as objects with a file. No other module needs SQLAlchemy."""
 
 import datetime
+import os
 import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -258,7 +259,7 @@ def _located(url: URL, directory: Path) -> URL:
         raise ConfigurationError(
             f"the database {str(path)!r} cannot be read ({exc.strerror}): create it, or correct `database`"
         ) from exc
-    return url.set(database=f"file:{quote(str(path))}").update_query_dict({"mode": "ro", "uri": "true"})
+    return url.set(database=f"file:{quote(os.fsencode(path))}").update_query_dict({"mode": "ro", "uri": "true"})
 
 
 def _comparable(kind: Any) -> Any:
