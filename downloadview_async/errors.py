@@ -25,7 +25,7 @@ The message of an error is for the log. No response ever shows it; what the clie
 import errno
 from http import HTTPStatus
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 AbortReason = Literal["file-changed", "upstream-failed", "source-failed", "stalled"]
 """Why the promised bytes cannot be delivered.
@@ -35,7 +35,15 @@ The file has changed, a remote server failed, another source did, or the client 
 
 
 class DownloadError(Exception):
-    """The root of the tree."""
+    """The root of the tree. Each error can be copied and pickled, whatever arguments its class takes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_init, (type(self), self.args), self.__dict__
+
+
+def _without_init(cls: type[DownloadError], args: tuple[Any, ...]) -> DownloadError:
+    """Return an error with the message in `args`. Its attributes are those that a copy gets later."""
+    return cls.__new__(cls, *args)
 
 
 class ConfigurationError(DownloadError, ValueError):

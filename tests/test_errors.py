@@ -1,6 +1,9 @@
 """The error tree: as drawn, and complete against the errors of the HTTP clients."""
 
+import pickle
 import re
+from collections.abc import Callable
+from copy import copy
 from http import HTTPStatus
 
 import httpx2
@@ -53,6 +56,35 @@ def test_a_configuration_error_is_a_value_error_and_no_answer() -> None:
 
 def test_what_aborts_a_connection_is_no_answer() -> None:
     assert not issubclass(errors.TransferAborted, errors.FileError)
+
+
+class OwnError(errors.FileError):
+    """An error of an application, made in its own way."""
+
+    def __init__(self, *, quota: int) -> None:
+        super().__init__(f"the quota is {quota}")
+        self.quota = quota
+
+
+MADE = [
+    errors.FileMissing("why"),
+    errors.AuthenticationRequired("why", challenge="Basic"),
+    errors.ArchiveTooLarge("why", "the limit"),
+    errors.LimitExceeded("1 MB/h", wait=7.5),
+    errors.UpstreamBusy("why", status=429, retry_after="9"),
+    errors.TransferAborted("why", reason="file-changed"),
+    errors.ConfigurationError("why"),
+    OwnError(quota=3),
+]
+
+
+@pytest.mark.parametrize("exc", MADE, ids=lambda exc: type(exc).__name__)
+@pytest.mark.parametrize("again", [copy, lambda exc: pickle.loads(pickle.dumps(exc))], ids=["copy", "pickle"])
+def test_an_error_can_be_copied(exc: errors.DownloadError, again: Callable[[Exception], Exception]) -> None:
+    """A cache raises the failure of one fetch once for each client that waits for it."""
+    other = again(exc)
+    assert other is not exc
+    assert (type(other), str(other), other.args, vars(other)) == (type(exc), str(exc), exc.args, vars(exc))
 
 
 CLIENT_ERRORS = [value for value in vars(httpx2).values() if isinstance(value, type) and issubclass(value, Exception)]

@@ -17,6 +17,7 @@ from downloadview_async.errors import (
 )
 from downloadview_async.policy.addresses import ANYONE
 from downloadview_async.policy.cancellation import is_cancelled
+from downloadview_async.policy.folders import carried
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.signing import URLSigner
@@ -148,7 +149,7 @@ async def allow(access: tuple[Access, ...], request: Request, name: Any) -> tupl
             raise SourceUnavailable(f"access gave {verdict!r} instead of True, False or a Grant: is an await missing?")
     if len(access) == 1 and refusals:
         raise refusals[0]
-    raise _refusal(refusals, may_be_link=bool(request.scope["query_string"]))
+    raise _refusal(refusals, may_be_link=bool(carried(request.scope["query_string"])))
 
 
 def _asked_below(access: tuple[Access, ...], granting: int, folder: Any) -> tuple[Access, ...]:
@@ -195,7 +196,8 @@ def _refusal(refusals: list[FileError], *, may_be_link: bool) -> FileError:
     """Return the error that the client gets after several refusals.
 
     A failure to decide (503) is first, because the client may succeed later. Then comes the refusal of a link, if the
-    URL has a query; then a challenge, because a user may log in; else the answer is that to a missing file.
+    URL has a query with more than what chooses a page; then a challenge, because a user may log in; else the answer is
+    that to a missing file.
     """
     failed = (error for error in refusals if error.status >= 500)
     challenges = [error for error in refusals if isinstance(error, AuthenticationRequired)]

@@ -1,6 +1,7 @@
 """Reads the rows of a database table as objects with a file. No other module needs SQLAlchemy."""
 
 import datetime
+import os
 import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -216,8 +217,11 @@ class Documents:
         batch = await self._rows(below)
         while batch:
             for row in batch:
-                name = row.parent[len(prefix) :].partition("/")[0]
-                if row.parent.startswith(prefix) and name and name not in folders:  # LIKE may ignore case
+                below_here = row.parent[len(prefix) :].split("/")
+                name = below_here[0]
+                if not all(below_here):
+                    continue  # such as `a//b` or `a/`, which no URL of a folder stands for
+                if row.parent.startswith(prefix) and name not in folders:  # LIKE may ignore case
                     is_empty = False
                     folders.add(name)
                     yield Entry(name, is_folder=True)
@@ -255,7 +259,7 @@ def _located(url: URL, directory: Path) -> URL:
         raise ConfigurationError(
             f"the database {str(path)!r} cannot be read ({exc.strerror}): create it, or correct `database`"
         ) from exc
-    return url.set(database=f"file:{quote(str(path))}").update_query_dict({"mode": "ro", "uri": "true"})
+    return url.set(database=f"file:{quote(os.fsencode(path))}").update_query_dict({"mode": "ro", "uri": "true"})
 
 
 def _comparable(kind: Any) -> Any:

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 import msgspec
 
@@ -60,8 +60,8 @@ def _source(origin: Origin, name: str, table: Any) -> SourceSettings:
     if isinstance(source, ChosenSettings):
         return ChosenSettings(paths=[origin.absolute(path) for path in source.paths])
     if isinstance(source, StorageSettings) and re.match("file:[^/]", source.url):
-        path = origin.absolute(unquote(source.url.removeprefix("file:")))
-        source = msgspec.structs.replace(source, url=f"file://{quote(path)}")
+        path = origin.absolute(os.fsdecode(unquote_to_bytes(os.fsencode(source.url.removeprefix("file:")))))
+        source = msgspec.structs.replace(source, url=f"file://{quote(os.fsencode(path))}")
     if isinstance(source, StorageSettings) and not _OBJECT_STORE.match(source.url):
         for option in ("options", "presign", "max_connections"):
             if getattr(source, option):

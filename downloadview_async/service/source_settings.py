@@ -1,8 +1,9 @@
 """The tables `[sources.NAME]`, a type for each kind of source."""
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Literal
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from msgspec import Meta, Struct
 
@@ -186,7 +187,7 @@ def directory_of(source: SourceSettings) -> str | None:
     if isinstance(source, PathSettings):
         return source.root
     if isinstance(source, StorageSettings) and (parts := urlsplit(source.url)).scheme == "file":
-        return unquote(parts.path).rstrip("/") or "/"
+        return os.fsdecode(unquote_to_bytes(os.fsencode(parts.path))).rstrip("/") or "/"
     return None
 
 

@@ -161,7 +161,9 @@ class _Knowledge:
 
     def key(self, name: str, version: str, size: int) -> bytes:
         """Return the key of a version of a file."""
-        return blake2b(f"{self._source}\0{name}\0{version}\0{size}".encode(), digest_size=16).digest()
+        # the source may be called by the path of a directory, which need not be UTF-8
+        text = f"{self._source}\0{name}\0{version}\0{size}"
+        return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     def keep(self, key: bytes, begun: _Begun) -> None:
         """Keep how far a file has been read, and forget the oldest beyond `_BEGUN`."""
@@ -286,11 +288,15 @@ class FolderArchive(Archive):
         tree: _Tree = {}
         is_whole = await self._look(tree)
         last, kept = self._folder.rpartition("/")[2], self._source.kept
-        if (known := kept.pop(key, None)) is None or known[0] != tree:
+        known, can_keep = kept.pop(key, None), True
+        if known is None or known[0] != tree:
             items = [_Item(f"{last}/")] if is_whole else []
             _add_items(items, tree, self._folder, f"{last}/" if is_whole else "")
+            await _describe(items, self._source.source, self._is_chosen)
             known = tree, await _laid_out(items, self._source.source, self._limits)
-        if known[1].metadata.etag is not None:  # else a file may change without a sign
+            # else a file may change without a sign in the listing
+            can_keep = known[1].metadata.etag is not None and _has_versions(tree)
+        if can_keep:
             kept[key] = known
             while len(kept) > 1 and sum(len(laid_out.items) for _, laid_out in kept.values()) > _KEPT:
                 del kept[next(iter(kept))]
@@ -302,6 +308,11 @@ class FolderArchive(Archive):
         above = set() if self._names else {await self._identity_of(self._folder)}
         await self._collect(tree, self._folder, above, 0, int(is_whole), self._names)
         return is_whole
+
+    def _is_chosen(self, item: "_Item") -> bool:
+        """Return whether a file is one that the request has named, so that it must not be left out."""
+        folder, _, name = item.source_name.rpartition("/")
+        return folder == self._folder and name in self._names
 
     async def _identity_of(self, folder: str) -> Hashable:
         listing = self._source.listing
@@ -919,18 +930,29 @@ async def _find(item: _Item, source: Source | None) -> AsyncFile:
     return await source.resolve(item.source_name)
 
 
-async def _describe(items: Iterable[_Item], source: Source | None) -> None:
-    """Open each file that has not been described, and describe it."""
+async def _describe(
+    items: list[_Item], source: Source | None, is_needed: Callable[[_Item], bool] = lambda item: True
+) -> None:
+    """Open each file that has not been described, and describe it.
+
+    A file that does not exist or may not be read is dropped from the items, unless it is needed. Raises `FileError`.
+    """
     pending = iter([item for item in items if item.version is None])
+    missing: list[_Item] = []
     failures: list[Exception] = []
 
     async def work() -> None:
         try:
             for item in pending:
-                async with (await _find(item, source)).open(HEAD) as opened:
-                    item.describe(opened.metadata.size, opened.metadata.version)
-                    if item.modified is None:
-                        item.modified = opened.metadata.last_modified
+                try:
+                    async with (await _find(item, source)).open(HEAD) as opened:
+                        item.describe(opened.metadata.size, opened.metadata.version)
+                        if item.modified is None:
+                            item.modified = opened.metadata.last_modified
+                except (FileMissing, AccessDenied):
+                    if is_needed(item):
+                        raise
+                    missing.append(item)
         except Exception as exc:  # raised as it is, and not in a group
             failures.append(exc)
             group.cancel_scope.cancel()
@@ -940,6 +962,13 @@ async def _describe(items: Iterable[_Item], source: Source | None) -> None:
             group.start_soon(work)
     if failures:
         raise failures[0]
+    if missing:
+        items[:] = [item for item in items if item.version is not None]
+
+
+def _has_versions(tree: _Tree) -> bool:
+    """Return whether the listings tell the version of each file, so that each change of a file changes the tree."""
+    return all(is_folder or version is not None for entries in tree.values() for _, is_folder, _, _, version in entries)
 
 
 def _request_for(span: ByteRange) -> DownloadRequest:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from downloadview_async.http.content_types import valid_content_type
@@ -56,11 +56,14 @@ T = TypeVar("T")
 
 
 def aware_time(text: str) -> datetime:
-    """Return a time of ISO 8601 with a time zone, as entries have it. Raises `ValueError` for any other text."""
+    """Return a time of ISO 8601 with a time zone, in UTC. Raises `ValueError` for any other text."""
     time = datetime.fromisoformat(text)
     if time.tzinfo is None:
         raise ValueError(f"{text!r} has no time zone")
-    return time
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:  # a day before the year 1, or after 9999
+        raise ValueError(f"{text!r} is out of range") from None
 
 
 @asynccontextmanager

@@ -1,11 +1,12 @@
 """`StorageSource`: the files of a storage, by their names in it."""
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.request import GET, DownloadRequest
@@ -102,7 +103,7 @@ def storage_from_url(url: str, /, *, names: Names = "portable", **options: Any) 
     if parts.scheme == "memory" and not (parts.netloc or parts.path.strip("/")):
         return MemoryStorage()
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
-        return DirectoryStorage(unquote(parts.path), names=names)
+        return DirectoryStorage(os.fsdecode(unquote_to_bytes(os.fsencode(parts.path))), names=names)
     raise ConfigurationError(
         f"{url!r} is not the URL of a storage: give file:///ABSOLUTE/DIRECTORY, memory://, s3://BUCKET/PREFIX, "
         "gs://BUCKET/PREFIX or az://CONTAINER/PREFIX, or make a StorageSource of an object"

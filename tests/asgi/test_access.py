@@ -281,6 +281,31 @@ async def test_the_one_refusal_of_a_list(root: Path) -> None:
                 )
 
 
+@pytest.mark.parametrize(
+    "query, status",
+    [
+        ("view", 401),
+        ("archive=zip&name=a.txt&name=b.txt", 401),
+        ("sort=size&order=desc&q=a&deep=1&after=f,1,a", 401),
+        ("format=json&", 401),
+        ("checksum=sha256", 401),
+        ("view&k=1", 403),
+        ("e=1&sort=size", 403),
+        ("views", 403),
+    ],
+)
+async def test_a_query_that_only_chooses_a_page_is_not_taken_for_a_link(root: Path, query: str, status: int) -> None:
+    """A client that has not sent its password yet, such as wget or a browser with a bookmark, needs the challenge."""
+
+    async def log_in(request: Request, name: str) -> bool:
+        raise dv.AuthenticationRequired("who is it", challenge='Basic realm="files"')
+
+    app = dv.Download(dv.PathSource(root), access=[dv.SignedLinks(SIGNER), log_in], listing=True, archive=True)
+    for path in ("/", "/files/"):
+        answer = await call(app, path, query=query)
+        assert (answer.status, "www-authenticate" in answer.headers) == (status, status == 401)
+
+
 async def test_only_what_is_allowed_is_offloaded(root: Path) -> None:
     source = dv.PathSource(root)
     app = dv.OffloadMiddleware(

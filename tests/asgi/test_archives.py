@@ -170,6 +170,16 @@ async def test_the_limit_is_told_before_anything_is_read(root: Path) -> None:
         assert names_of(await ask(port, "/files/reports/2026/?archive=zip"))
 
 
+async def test_the_limit_is_told_by_a_cache_too(root: Path, tmp_path: Path) -> None:
+    cache = dv.Cache(tmp_path / "cache")
+    options = dv.ArchiveOptions(limits=dv.ArchiveLimits(files=3), cache=cache, name="files")
+    async with live(application(root, options)) as port:
+        answer = await ask(port, "/files/reports/?archive=zip")
+    assert answer.status == 413
+    assert answer.body.endswith(b": it would have more than 3 files and folders, the limit")
+    await cache.aclose()
+
+
 async def test_access_decides_about_the_folder_and_about_each_name_below(root: Path) -> None:
     seen: list[str] = []
 

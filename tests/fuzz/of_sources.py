@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC
 from hashlib import blake2b, sha256
 from pathlib import Path
 
@@ -284,7 +285,20 @@ ENTRY = b'{"name":"a.txt","kind":"file","size":10,"modified":"2026-01-01T00:00:0
 
 @target(
     edited_bytes(
-        ENTRY, ENTRY.replace(b"file", b"folder"), words=[b"null", b"1e999", b"{" * 3000, b'"a"', b"-1", b"9" * 5000]
+        ENTRY,
+        ENTRY.replace(b"file", b"folder"),
+        words=[
+            b"null",
+            b"true",
+            b"1e999",
+            b"{" * 3000,
+            b'"a"',
+            b"-1",
+            b"9" * 5000,
+            b"+23:59",
+            b"0001-01-01",
+            b"9999-12-31",
+        ],
     )
 )
 def entries_of_another_server(line: bytes) -> None:
@@ -295,8 +309,8 @@ def entries_of_another_server(line: bytes) -> None:
         return
     fields = json.loads(line)
     assert entry.name == fields["name"]
-    assert entry.size is None or entry.size >= 0
-    assert entry.modified is None or entry.modified.tzinfo is not None
+    assert entry.size is None or (type(entry.size) is int and entry.size >= 0)
+    assert entry.modified is None or entry.modified.tzinfo is UTC
     assert not (entry.is_folder and entry.size is not None)
 
 

@@ -1,6 +1,7 @@
 """The service's `archive = true` and `[archives]`: what is read, what is refused, and what is served."""
 
 import io
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -121,3 +122,14 @@ def test_a_source_that_does_not_list_is_refused(directory: Path) -> None:
     text = TEXT.replace('type = "path"\nroot = "files"', 'type = "virtual"\nfactory = "made:make"')
     with pytest.raises(ConfigurationError, match=r"routes\[0\]\.archive: the source 'files' cannot list its folders"):
         build(load(directory, text))
+
+
+@pytest.mark.parametrize("where", ["", "[archives]\nchecksums = 'checksums.db'\n"])
+def test_a_directory_whose_name_is_not_utf_8(tmp_path: Path, where: str) -> None:
+    directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/di\xffr"))
+    (directory / "files/d").mkdir(parents=True)
+    (directory / "files/d/a.txt").write_bytes(b"a")
+    with TestClient(build(load(directory, TEXT + where))) as client:
+        for _ in range(2):
+            answer = client.get("/files/d/?archive=zip")
+            assert (answer.status_code, names_of(answer.content)) == (200, ["d/", "d/a.txt"])

@@ -1,9 +1,12 @@
 """Listings, the page at `/` and the pages of errors, as the settings make them."""
 
+import json
+import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 import pytest
@@ -17,6 +20,7 @@ from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.pages import ServicePages
 from downloadview_async.service.pages.index import IndexPage
 from downloadview_async.testing import Recording, call
+from tests.service.loading import load
 
 pytestmark = pytest.mark.asyncio
 SOURCE = '[sources.files]\ntype = "path"\nroot = "files"\n'
@@ -236,3 +240,24 @@ async def test_mistakes_are_refused(directory: Path, text: str, problem: str) ->
     (directory / "bad" / "listing.html").write_text("{% for %}")
     with pytest.raises(ConfigurationError, match=problem):
         service(directory, text)
+
+
+@pytest.mark.parametrize("url", ["file:media", "file://{}/media"])
+async def test_a_storage_below_a_directory_whose_name_is_not_utf_8(tmp_path: Path, url: str) -> None:
+    directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/di\xffr"))
+    (directory / "media").mkdir(parents=True)
+    (directory / "media/a.txt").write_bytes(b"a")
+    url = url.format(quote(os.fsencode(directory)))
+    text = f"""
+        [sources.media]
+        type = "storage"
+        url = "{url}"
+        [[routes]]
+        path = "/media/{{path:path}}"
+        source = "media"
+        list = true
+    """
+    app = build(load(directory, text))
+    entries = json.loads((await call(app, "/media/", query="format=json")).body)["entries"]
+    assert [entry["name"] for entry in entries] == ["a.txt"]
+    assert (await call(app, "/media/a.txt")).body == b"a"

@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.sources import archive as archive_module
+from downloadview_async.testing import call
 from tests.live import ask, live
 from tests.observed import Observed
 from tests.s3 import S3
@@ -169,3 +171,43 @@ async def test_the_kernel_sends_cached_files_of_another_server(tmp_path: Path) -
     assert unpacked(bodies[0]) == {"a": LARGE, "b": LARGE}
     assert bodies[0] == bodies[1]
     assert [outcome.kind for outcome in app.outcomes] == ["chunks", "zero-copy"]
+
+
+def rows(directory: Path, names: list[str]) -> dv.ObjectSource:
+    """Rows whose files are in a directory. Their listing tells neither the sizes nor the versions."""
+
+    async def get(key: str) -> SimpleNamespace | None:
+        return SimpleNamespace(file=key.rpartition("/")[2]) if key.rpartition("/")[2] in names else None
+
+    async def entries(folder: str) -> AsyncIterator[dv.Entry]:
+        if not folder:
+            yield dv.Entry("d", is_folder=True)
+        for name in names:
+            yield dv.Entry(name)
+
+    return dv.ObjectSource(get, source=dv.PathSource(directory), list_folder=entries)
+
+
+async def test_a_file_that_changes_without_a_sign_in_the_listing_gives_another_archive(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"old")
+    download = dv.Download(rows(tmp_path, ["a.txt"]), archive=True)
+    first = await call(download, "/d/", query="archive=zip")
+    assert first.status == 200
+    file.write_bytes(b"new bytes")
+    headers = {"If-None-Match": first.headers["etag"]}
+    second = await call(download, "/d/", query="archive=zip", headers=headers)
+    assert second.status == 200
+    assert unpacked(second.body) == {"d/": b"", "d/a.txt": b"new bytes"}
+
+
+async def test_a_row_whose_file_does_not_exist_is_left_out_unless_it_is_chosen(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a")
+    download = dv.Download(rows(tmp_path, ["a.txt", "gone.txt"]), archive=True)
+    answer = await call(download, "/d/", query="archive=zip")
+    assert (answer.status, unpacked(answer.body)) == (200, {"d/": b"", "d/a.txt": b"a"})
+    chosen = await call(download, "/", query="archive=zip&name=d")
+    assert (chosen.status, unpacked(chosen.body)) == (200, {"d/": b"", "d/a.txt": b"a"})
+    assert (await call(download, "/", query="archive=zip&name=gone.txt")).status == 404
+    (tmp_path / "gone.txt").write_bytes(b"back")
+    assert unpacked((await call(download, "/d/", query="archive=zip")).body)["d/gone.txt"] == b"back"

@@ -1,6 +1,7 @@
 """Listings of folders: the same tree in every source and storage that can list."""
 
 import asyncio
+import json
 import os
 import socket
 import sqlite3
@@ -51,6 +52,7 @@ from downloadview_async.sources.directory_storage import DirectoryStorage
 from downloadview_async.sources.listing import Entry, closing_entries
 from downloadview_async.sources.local.folder import BATCH, NAMES, FolderReader
 from downloadview_async.sources.local.root import Root
+from downloadview_async.testing import call
 from tests.descriptors import open_paths
 from tests.live import live
 from tests.s3 import BUCKET, DENIED_ID, KEY_ID, REGION, S3, SECRET, serving_store
@@ -344,6 +346,16 @@ class Upstream:
 LINE = b'{"name":"a.txt","kind":"file","size":3,"modified":"2026-01-02T03:04:05Z","type":"text/plain","url":"x"}'
 
 
+@pytest.mark.parametrize("size", [b"true", b"false", b"-1", b"1.5", b'"3"', b"null", b"[]"])
+async def test_a_size_that_is_not_a_number_of_bytes_is_not_passed_on(size: bytes) -> None:
+    async with live(Upstream(LINE.replace(b":3,", b":" + size + b","))) as port:
+        remote = RemoteSource(f"http://127.0.0.1:{port}/", allow_hosts=["127.0.0.1"], lists=True)
+        answer = await call(Download(remote, listing=True), "/", query="format=json")
+        await remote.aclose()
+    (entry,) = json.loads(answer.body)["entries"]
+    assert (entry["name"], entry["size"]) == ("a.txt", None)
+
+
 @pytest.mark.parametrize(
     ("upstream", "error"),
     [
@@ -358,6 +370,8 @@ LINE = b'{"name":"a.txt","kind":"file","size":3,"modified":"2026-01-02T03:04:05Z
         (Upstream(LINE.replace(b"2026", b"year")), UpstreamError),
         (Upstream(LINE.replace(b"05Z", b"05")), UpstreamError),
         (Upstream(b" " * 100_000), UpstreamError),
+        (Upstream(LINE.replace(b"2026-01-02T03:04:05Z", b"9999-12-31T03:04:05-23:59")), UpstreamError),
+        (Upstream(LINE.replace(b"2026-01-02T03:04:05Z", b"0001-01-01T03:04:05+23:59")), UpstreamError),
         (Upstream(LINE + b"\n", more=10), TransferAborted),
     ],
 )
@@ -792,6 +806,23 @@ async def test_rows_are_in_the_folders_of_a_column(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=problem):
             async with Documents(msgspec.structs.replace(settings, parent=parent), directory=tmp_path).opened():
                 pass
+
+
+async def test_a_folder_that_no_url_stands_for_is_not_listed(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "rows.db")) as database:
+        database.execute("CREATE TABLE rows (id INTEGER PRIMARY KEY, folder TEXT, file TEXT)")
+        folders = ["trailing/", "two//slashes", "/leading", "good", "good/inner/", "good//inner"]
+        database.executemany("INSERT INTO rows (folder, file) VALUES (?, 'f')", [(folder,) for folder in folders])
+        database.commit()
+    database_url = f"sqlite+aiosqlite:///{tmp_path / 'rows.db'}"
+    settings = ObjectSettings(
+        database=database_url, table="rows", key="id", file="file", source="files", parent="folder", list=True
+    )
+    documents = Documents(settings, directory=tmp_path)
+    async with documents.opened():
+        source = source_of(documents)
+        assert set(await entries_of(source)) == {"good/"}
+        assert set(await entries_of(source, "good")) == {"4"}
 
 
 async def test_rows_may_have_numbers_as_keys_and_no_files(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def entry_of(line: bytes) -> Entry:
         return Entry(
             name,
             is_folder,
-            size if isinstance(size, int) and size >= 0 and not is_folder else None,
+            size if type(size) is int and size >= 0 and not is_folder else None,  # JSON's true is an int in Python
             None if modified is None else aware_time(modified),
             content_type if isinstance(content_type, str) else None,
         )
