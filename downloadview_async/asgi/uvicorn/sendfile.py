@@ -19,7 +19,7 @@ from starlette.types import Message
 
 from downloadview_async.asgi.loan import Batches, Lendable, LentFile
 from downloadview_async.asgi.transfer import chunks_of, exactly
-from downloadview_async.asgi.uvicorn.sockets import queue_limit, socket_number, untaken_bytes
+from downloadview_async.asgi.uvicorn.sockets import has_hung_up, queue_limit, socket_number, untaken_bytes
 from downloadview_async.asgi.uvicorn.turns import turn
 from downloadview_async.asgi.uvicorn.watchdog import Watched, start_watching, stop_watching
 from downloadview_async.errors import FileError, TransferAborted
@@ -35,7 +35,7 @@ _WINDOW = 256 << 10  # bytes that are sent in one turn, while other clients wait
 # goes on answering EAGAIN although the transport sends all, they double each time.
 _FEW = 128
 
-_LOOK_SECONDS = 0.005  # how often it is asked whether the client has taken all pages
+_FIRST_LOOK, _LAST_LOOK = 0.005, 1.0  # seconds: how often it is asked whether the client has taken all pages
 
 _MORE = getattr(socket, "MSG_MORE", 0)
 
@@ -183,6 +183,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 if is_copying or file.device in _refusals.devices:
                     if pages_end and given + length == promised and untaken_bytes(connection) > given - pages_end:
                         await _pages_are_taken(connection, given - pages_end)
+                        in_turn = 0
+                        continue
                     memory = _buffers.of_this_thread[:length]
                     read = file.read_into(memory, offset)
                     chunk = memory[:read] if read else await file.read(ByteRange(offset, offset + length))
@@ -210,12 +212,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     by_transport = min(count, few)  # only the transport may wait for its socket
                     few = min(2 * few, _WINDOW)
                 except ConnectionError:
-                    if not connection.is_lost:  # a worker thread may see this before uvicorn does
-                        connection.note_untaken_bytes()
-                        connection.flushed = loop.create_future()
-                        transport.abort()
-                        # Until uvicorn knows that the client has left, it would log the answer as a broken one.
-                        await connection.flushed
+                    await _abort(connection)
                     break
                 except OSError as exc:
                     if chunk is None:
@@ -321,9 +318,28 @@ def _check(file: OpenLocalFile, *, is_last: bool) -> None:
 async def _pages_are_taken(connection: Sending, copied: int) -> None:
     """Wait until the client has taken everything but the last `copied` bytes, or the connection is lost."""
     start_watching(connection)
-    while not connection.is_lost and untaken_bytes(connection) > copied:  # noqa: ASYNC110 - the kernel tells no one
-        await asyncio.sleep(_LOOK_SECONDS)
-    stop_watching(connection)
+    pause = _FIRST_LOOK
+    try:
+        while not connection.is_lost and untaken_bytes(connection) > copied:
+            if has_hung_up(connection):
+                await _abort(connection)
+                return
+            await asyncio.sleep(pause)
+            pause = min(1.5 * pause, _LAST_LOOK)  # thousands of clients may take nothing
+    finally:
+        stop_watching(connection)
+
+
+async def _abort(connection: Sending) -> None:
+    """End a connection whose client has left, and return when uvicorn knows that: it logs no broken answer then.
+
+    A worker thread, or a look at the socket while reading is paused, may notice the client's end before uvicorn does.
+    """
+    if not connection.is_lost:
+        connection.note_untaken_bytes()
+        connection.flushed = connection.loop.create_future()
+        connection.transport.abort()
+        await connection.flushed
 
 
 def flush(connection: Sending) -> "asyncio.Future[bool]":
