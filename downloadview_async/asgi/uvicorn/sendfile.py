@@ -177,10 +177,10 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     in_turn = 0
                     continue
                 length, by_transport = min(count, _WINDOW), 0
-                if not is_copying and file.is_recent():
+                if not is_copying and file.is_quick and file.is_recent():  # else it is not looked at again
                     is_copying = promised - given <= max(_WINDOW, queue_limit(connection))
                 chunk: memoryview | bytes | None = None
-                if is_copying or file.device in _refusals.devices:
+                if is_copying:
                     if pages_end and given + length == promised and untaken_bytes(connection) > given - pages_end:
                         await _pages_are_taken(connection, given - pages_end)
                         in_turn = 0
@@ -188,7 +188,6 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     memory = _buffers.of_this_thread[:length]
                     read = file.read_into(memory, offset)
                     chunk = memory[:read] if read else await file.read(ByteRange(offset, offset + length))
-                if chunk is not None:
                     _check(file, is_last=given + len(chunk) == promised)
                 elif not is_new:
                     _check(file, is_last=False)
@@ -198,6 +197,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     if chunk is not None:
                         sent = os.write(number, chunk)
                         in_turn += sent
+                    elif file.device in _refusals.devices:
+                        sent = 0
                     elif file.is_cached(offset, length):
                         sent = os.sendfile(number, file.descriptor, offset, length)
                         in_turn += sent
@@ -207,7 +208,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         pages_end = given + sent
                     few = _FEW
                     if not sent:
-                        by_transport = length  # after a short read, FUSE returns 0 before the end of the file
+                        by_transport = length  # FUSE, too, sends 0 bytes before the end of the file: after a short read
                 except BlockingIOError:
                     by_transport = min(count, few)  # only the transport may wait for its socket
                     few = min(2 * few, _WINDOW)
