@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from downloadview_async import Accounts, Outcome
+from downloadview_async.asgi.uvicorn import sendfile
 from downloadview_async.asgi.uvicorn.protocol import DownloadProtocol
 from downloadview_async.asgi.uvicorn.sockets import untaken_bytes
 from tests.asgi.test_server import CLOSE, MIB, app_for, get
@@ -105,7 +106,9 @@ async def test_a_change_to_what_the_kernel_still_holds(
 
 
 @asynccontextmanager
-async def without_the_last_bytes(root: Path, **options: Any) -> AsyncIterator[tuple[socket.socket, Any]]:
+async def without_the_last_bytes(
+    root: Path, *, route: str = "ours", **options: Any
+) -> AsyncIterator[tuple[socket.socket, Any]]:
     """Give a client, and its connection at the server, which waits until the client has taken what `sendfile` sent."""
     app = Accounts(app_for(root), **options)
     (path := root / "file.bin").write_bytes(os.urandom(300_000))
@@ -116,7 +119,7 @@ async def without_the_last_bytes(root: Path, **options: Any) -> AsyncIterator[tu
         client.setblocking(False)
         async with uvicorn_for(app, sockets=[listener], http=DownloadProtocol) as server:
             os.utime(path)
-            client.send(get("/ours/file.bin", CLOSE))
+            client.send(get(f"/{route}/file.bin", CLOSE))
             connections: Any = server.server_state.connections
             while not any(map(untaken_bytes, connections)):
                 await asyncio.sleep(0)
@@ -140,6 +143,19 @@ async def test_a_client_that_takes_nothing_is_looked_at_less_and_less(
         await asyncio.sleep(1)
         monkeypatch.undo()
     assert len(naps) < 60  # the server and the test take more than ten of these
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("route", ["ours", "response"])
+async def test_a_client_that_leaves_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    monkeypatch.setattr(sendfile, "_FIRST_LOOK", 60.0)
+    ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    async with without_the_last_bytes(tmp_path, route=route, observers=[ended.set_result]) as (client, _):
+        client.close()
+        outcome = await asyncio.wait_for(ended, 10)
+    assert (outcome.result, outcome.reason) == ("aborted", "client-left")
 
 
 @pytest.mark.asyncio

@@ -325,7 +325,7 @@ async def _pages_are_taken(connection: Sending, copied: int) -> None:
             if has_hung_up(connection):
                 await _abort(connection)
                 return
-            await asyncio.sleep(pause)
+            await asyncio.wait([flush(connection)], timeout=pause)  # ends early if the connection is lost
             pause = min(1.5 * pause, _LAST_LOOK)  # thousands of clients may take nothing
     finally:
         stop_watching(connection)
