@@ -9,7 +9,6 @@ looked at once more then, and if it has changed, the answer stays incomplete.
 import asyncio
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
@@ -25,12 +24,12 @@ from downloadview_async.asgi.uvicorn.watchdog import Watched, start_watching, st
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.sources.base import Piece
-from downloadview_async.sources.local.open_file import REWRITTEN, OpenLocalFile
+from downloadview_async.sources.local.open_file import CHUNK_SIZE, REWRITTEN, OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile
 from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
-_WINDOW = 256 << 10  # bytes that are sent in one turn, while other clients wait
+_WINDOW = CHUNK_SIZE  # bytes that are sent in one turn, while other clients wait
 # Bytes that go through the transport when the socket is full: the transport then waits for the client. Where `sendfile`
 # goes on answering EAGAIN although the transport sends all, they double each time.
 _FEW = 128
@@ -40,16 +39,6 @@ _FIRST_LOOK, _LAST_LOOK = 0.005, 1.0  # seconds: how often it is asked whether t
 _MORE = getattr(socket, "MSG_MORE", 0)
 
 _refusals = Refusals("sendfile")
-
-
-class _Buffers(threading.local):
-    """One buffer for each thread: nothing else runs in the thread between reading and writing."""
-
-    def __init__(self) -> None:
-        self.of_this_thread = memoryview(bytearray(_WINDOW))
-
-
-_buffers = _Buffers()
 
 
 class Sending(Watched, Protocol):
@@ -185,9 +174,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         await _pages_are_taken(connection, given - pages_end)
                         in_turn = 0
                         continue
-                    memory = _buffers.of_this_thread[:length]
-                    read = file.read_into(memory, offset)
-                    chunk = memory[:read] if read else await file.read(ByteRange(offset, offset + length))
+                    chunk = file.view_nowait(length, offset) or await file.read(ByteRange(offset, offset + length))
                     _check(file, is_last=given + len(chunk) == promised)
                 elif not is_new:
                     _check(file, is_last=False)
