@@ -325,9 +325,9 @@ async def _abort(connection: Sending) -> None:
     """
     if not connection.is_lost:
         connection.note_untaken_bytes()
-        connection.flushed = connection.loop.create_future()
+        ended = flush(connection)
         connection.transport.abort()
-        await connection.flushed
+        await ended
 
 
 def flush(connection: Sending) -> "asyncio.Future[bool]":
