@@ -3,7 +3,7 @@
 import anyio
 from starlette.types import Message, Scope, Send
 
-from downloadview_async.asgi.extensions import CONNECTION
+from downloadview_async.asgi.extensions import CONNECTION, WATCHED
 from downloadview_async.errors import TransferAborted
 
 STALL_SECONDS = 60.0
@@ -17,9 +17,9 @@ def in_time(scope: Scope, send: Send) -> Send:
 
     Each 64 KiB of a message, and what is left of them, have `STALL_SECONDS`. The server may not see anything of what a
     client takes until a third of the kernel's buffer is free again, so this does not measure a rate. A server
-    that knows its connections has a limit for them, and its own `send` is returned.
+    that watches its clients has a limit for them, and its own `send` is returned.
     """
-    if (extensions := scope.get("extensions")) and CONNECTION in extensions:
+    if (extensions := scope.get("extensions")) and (CONNECTION in extensions or WATCHED in extensions):
         return send
 
     async def send_in_time(message: Message) -> None:

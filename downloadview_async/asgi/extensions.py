@@ -12,6 +12,9 @@ PREPARED = "downloadview_async.prepared"
 CONNECTION = "downloadview_async.connection"
 """The extension by which a server that knows what its client has taken gives its connection: see `asgi.accounts`."""
 
+WATCHED = "downloadview_async.watched"
+"""Marks in the extensions of a scope that the server itself drops a client that takes too little."""
+
 FOREIGN = "downloadview_async.foreign"
 """Marks a path-send offer in the scope that `OffloadMiddleware` made for responses that are not ours."""
 

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.auto_zttp_impl import AutoZttpProtocol
 from uvicorn.protocols.http.zttp_h2_impl import RequestResponseCycle, ZttpH2Protocol
 
 from downloadview_async.asgi.deadline import STALL_SECONDS
+from downloadview_async.asgi.extensions import WATCHED
 from downloadview_async.asgi.uvicorn.protocol import DownloadProtocol
 from downloadview_async.asgi.uvicorn.watchdog import MINIMUM_RATE
 
@@ -90,6 +91,7 @@ class HTTP2Protocol(ZttpH2Protocol):
         cycle: Any = self.cycles[event.stream_id]
         cycle.__class__ = HTTP2Cycle
         cycle.protocol = self
+        cycle.scope["extensions"][WATCHED] = True
 
     def flush(self) -> None:
         """Write what zttp has for the client, which may have enlarged its window."""

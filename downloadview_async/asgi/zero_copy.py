@@ -123,7 +123,7 @@ async def send_zero_copy(file: OpenLocalFile, span: ByteRange, send: Send, when_
     is_dropped, offset = lent.is_closed, span.start
     try:
         while offset < span.stop:
-            count = min(_WINDOW, span.stop - offset)
+            count, chunk = min(_WINDOW, span.stop - offset), b""
             if not is_dropped and file.is_cached(offset, count):
                 is_dropped = not await _lend(lent, offset, count, send)
                 if is_dropped:
@@ -132,12 +132,12 @@ async def send_zero_copy(file: OpenLocalFile, span: ByteRange, send: Send, when_
             else:
                 chunk = await file.read(ByteRange(offset, offset + min(count, CHUNK_SIZE)))
                 count = len(chunk)
-                if chunk:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            if file.is_rewritten():
+            if file.is_rewritten(is_last=offset + count == span.stop):
                 raise TransferAborted(REWRITTEN, reason="file-changed")
             if not count or os.fstat(file.descriptor).st_size < offset + count:
                 raise TransferAborted("the file ended before the end of the promised content", reason="file-changed")
+            if chunk:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
             offset += count
             await checkpoint()  # lets `receive` tell that the client has left
     finally:

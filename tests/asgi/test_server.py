@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -28,6 +29,9 @@ from starlette.websockets import WebSocket
 import downloadview_async as dv
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.uvicorn import sendfile
+from downloadview_async.sources.local import open_file
+from downloadview_async.sources.local.refused_calls import Refusals
 from tests.asgi.test_slow_disk import FILES, server_on
 from tests.live import ask, ask_raw, live, make_old, parse, uvicorn_for
 from tests.servers import Server, free_port, serving
@@ -134,6 +138,32 @@ async def test_the_bytes_do_not_come_by_way_of_python(big: Path, monkeypatch: py
         sent.clear()
         await ask(port, "/ours/big.bin", headers={"Range": "bytes=5-3000004"})
         assert sum(sent) == 3_000_000
+
+
+async def test_where_sendfile_is_refused_each_byte_is_read_once(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is slow, so that the kernel takes less than what was read."""
+    read = 0
+    pread = os.pread
+
+    def refuse(*args: Any) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def counted(*args: Any) -> bytes:
+        nonlocal read
+        read += len(chunk := pread(*args))
+        return chunk
+
+    monkeypatch.setattr(sendfile, "_refusals", Refusals("sendfile"))
+    monkeypatch.setattr(os, "sendfile", refuse)
+    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(open_file, "_RWF_NOWAIT", None)  # all is read by `pread` then
+    os.truncate(big, 4 * MIB)
+    async with live(app_for(big.parent), http=DownloadProtocol) as port:
+        client = small_buffers(port)
+        await asyncio.get_running_loop().sock_sendall(client, get("/ours/big.bin", CLOSE))
+        answer = parse(await sipped(client, 1 << 16, 0.001))
+    assert answer.body == big.read_bytes()
+    assert read == 4 * MIB
 
 
 async def test_a_cold_file(big: Path) -> None:

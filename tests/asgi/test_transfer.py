@@ -21,6 +21,8 @@ from starlette.routing import Route
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.asgi.uvicorn import protocol
+from downloadview_async.asgi.zero_copy import send_zero_copy
+from downloadview_async.http.metadata import ByteRange
 from downloadview_async.sources.local import open_file
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.local.root import has_openat2
@@ -128,6 +130,31 @@ async def test_a_file_that_is_rewritten_in_place_aborts(big: Path, caplog: pytes
     assert not answer.complete
     assert content.startswith(answer.body)
     assert "written to while it was sent" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["zero-copy", "chunks"])
+async def test_a_last_part_of_a_shorter_version_aborts_a_zero_copy_send(tmp_path: Path, way: str) -> None:
+    """The file is written to and cut, but not to less than the end of the range."""
+    (path := tmp_path / "file.bin").write_bytes(b"old " * MIB)
+    received = b""
+
+    async def send(message: Any) -> None:
+        nonlocal received
+        if message["type"] == "http.response.body":
+            received += message["body"]
+        elif way == "chunks":
+            return  # a middleware that does not know the message drops it
+        else:
+            received += os.pread(message["file"].fileno(), message["count"], message["offset"])
+        if received and path.stat().st_size == 4 * MIB:
+            path.write_bytes(b"new " * (MIB - 1))
+
+    async with dv.LocalFile(path).open() as file:
+        span = ByteRange(0, 2 * MIB if way == "zero-copy" else 2 * CHUNK_SIZE)
+        with pytest.raises(dv.TransferAborted, match="written to"):
+            await send_zero_copy(file, span, send, lambda: None)
+    if way == "chunks":
+        assert received == b"old " * (CHUNK_SIZE // 4)
 
 
 @pytest.mark.parametrize("how", ["renamed over", "unlinked"])

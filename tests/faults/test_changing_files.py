@@ -6,17 +6,21 @@ FAULT_ROUNDS is the number of downloads in each case: FAULT_ROUNDS=1000 takes an
 import asyncio
 import os
 import socket
+import struct
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from downloadview_async import Accounts, Outcome
+from downloadview_async.asgi.uvicorn import sendfile
 from downloadview_async.asgi.uvicorn.protocol import DownloadProtocol
+from downloadview_async.asgi.uvicorn.sockets import untaken_bytes
 from tests.asgi.test_server import CLOSE, MIB, app_for, get
 from tests.asgi.test_slow_clients import TRANSPORTS, Place
 from tests.live import parse, uvicorn_for
@@ -99,6 +103,72 @@ async def test_a_change_to_what_the_kernel_still_holds(
     assert [outcome.result for outcome in outcomes] == ["completed"]
     assert answer.complete
     assert answer.body == content
+
+
+@asynccontextmanager
+async def without_the_last_bytes(
+    root: Path, *, route: str = "ours", **options: Any
+) -> AsyncIterator[tuple[socket.socket, Any]]:
+    """Give a client, and its connection at the server, which waits until the client has taken what `sendfile` sent."""
+    app = Accounts(app_for(root), **options)
+    (path := root / "file.bin").write_bytes(os.urandom(300_000))
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1000)  # the kernel's queue at the server is short then
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listener.getsockname())
+        client.setblocking(False)
+        async with uvicorn_for(app, sockets=[listener], http=DownloadProtocol) as server:
+            os.utime(path)
+            client.send(get(f"/{route}/file.bin", CLOSE))
+            connections: Any = server.server_state.connections
+            while not any(map(untaken_bytes, connections)):
+                await asyncio.sleep(0)
+            yield client, next(iter(connections))
+            client.close()
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_takes_nothing_is_looked_at_less_and_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, naps = asyncio.get_running_loop(), list[float]()
+    call_later = loop.call_later
+
+    def noting(delay: float, *args: Any, **options: Any) -> asyncio.TimerHandle:
+        naps.append(delay)
+        return call_later(delay, *args, **options)
+
+    async with without_the_last_bytes(tmp_path):
+        monkeypatch.setattr(loop, "call_later", noting)
+        await asyncio.sleep(1)
+        monkeypatch.undo()
+    assert len(naps) < 60  # the server and the test take more than ten of these
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("route", ["ours", "response"])
+async def test_a_client_that_leaves_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    monkeypatch.setattr(sendfile, "_FIRST_LOOK", 60.0)
+    ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    async with without_the_last_bytes(tmp_path, route=route, observers=[ended.set_result]) as (client, _):
+        client.close()
+        outcome = await asyncio.wait_for(ended, 10)
+    assert (outcome.result, outcome.reason) == ("aborted", "client-left")
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_leaves_while_reading_is_paused(tmp_path: Path) -> None:
+    ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    async with without_the_last_bytes(tmp_path, observers=[ended.set_result]) as (client, connection):
+        client.send(get("/ours/file.bin") * 1000)
+        while not connection.flow.read_paused:
+            await asyncio.sleep(0)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()  # resets the connection
+        outcome = await asyncio.wait_for(ended, 10)
+    assert (outcome.result, outcome.reason) == ("aborted", "client-left")
 
 
 @pytest.mark.asyncio

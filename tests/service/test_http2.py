@@ -1,5 +1,6 @@
 """HTTP/2 by uvicorn's zttp: the bytes are right, and a client that does not read costs little and is dropped."""
 
+import asyncio
 import os
 import socket
 import sys
@@ -13,7 +14,10 @@ import h2.connection
 import h2.events
 import pytest
 
+from downloadview_async.asgi import deadline
+from tests.asgi.test_server import app_for
 from tests.asgi.ways import OTHER_SERVERS, needs_other_servers
+from tests.live import live
 from tests.servers import PROJECT, Server, free_port, serving
 
 SIZE = 200_000_000
@@ -149,3 +153,20 @@ def test_a_slow_client_gets_all(client: Client) -> None:
         elif isinstance(event, h2.events.StreamEnded):
             break
     assert (event.stream_id, taken) == (stream, 1_000_000)
+
+
+@pytest.mark.asyncio
+async def test_the_deadline_for_other_servers_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_other_servers()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(OTHER_SERVERS)])
+    from downloadview_async.asgi.http2 import protocols
+
+    monkeypatch.setattr(deadline, "STALL_SECONDS", 0.1)  # for each 64 KiB
+    (tmp_path / "file.bin").write_bytes(CONTENT)
+    async with live(app_for(tmp_path), http=protocols()) as port:
+        client = await asyncio.to_thread(Client, port)
+        stream = client.request("/ours/file.bin")
+        await asyncio.sleep(1)
+        _, body = await asyncio.to_thread(client.answer, stream)
+        client.socket.close()
+    assert body == CONTENT

@@ -9,7 +9,6 @@ looked at once more then, and if it has changed, the answer stays incomplete.
 import asyncio
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
@@ -19,37 +18,27 @@ from starlette.types import Message
 
 from downloadview_async.asgi.loan import Batches, Lendable, LentFile
 from downloadview_async.asgi.transfer import chunks_of, exactly
-from downloadview_async.asgi.uvicorn.sockets import queue_limit, socket_number, untaken_bytes
+from downloadview_async.asgi.uvicorn.sockets import has_hung_up, queue_limit, socket_number, untaken_bytes
 from downloadview_async.asgi.uvicorn.turns import turn
 from downloadview_async.asgi.uvicorn.watchdog import Watched, start_watching, stop_watching
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.sources.base import Piece
-from downloadview_async.sources.local.open_file import REWRITTEN, OpenLocalFile
+from downloadview_async.sources.local.open_file import CHUNK_SIZE, REWRITTEN, OpenLocalFile
 from downloadview_async.sources.local.path import LocalFile
 from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
-_WINDOW = 256 << 10  # bytes that are sent in one turn, while other clients wait
+_WINDOW = CHUNK_SIZE  # bytes that are sent in one turn, while other clients wait
 # Bytes that go through the transport when the socket is full: the transport then waits for the client. Where `sendfile`
 # goes on answering EAGAIN although the transport sends all, they double each time.
 _FEW = 128
 
-_LOOK_SECONDS = 0.005  # how often it is asked whether the client has taken all pages
+_FIRST_LOOK, _LAST_LOOK = 0.005, 1.0  # seconds: how often it is asked whether the client has taken all pages
 
 _MORE = getattr(socket, "MSG_MORE", 0)
 
 _refusals = Refusals("sendfile")
-
-
-class _Buffers(threading.local):
-    """One buffer for each thread: nothing else runs in the thread between reading and writing."""
-
-    def __init__(self) -> None:
-        self.of_this_thread = memoryview(bytearray(_WINDOW))
-
-
-_buffers = _Buffers()
 
 
 class Sending(Watched, Protocol):
@@ -177,16 +166,15 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     in_turn = 0
                     continue
                 length, by_transport = min(count, _WINDOW), 0
-                if not is_copying and file.is_recent():
+                if not is_copying and file.is_quick and file.is_recent():  # else it is not looked at again
                     is_copying = promised - given <= max(_WINDOW, queue_limit(connection))
                 chunk: memoryview | bytes | None = None
-                if is_copying or file.device in _refusals.devices:
+                if is_copying:
                     if pages_end and given + length == promised and untaken_bytes(connection) > given - pages_end:
                         await _pages_are_taken(connection, given - pages_end)
-                    memory = _buffers.of_this_thread[:length]
-                    read = file.read_into(memory, offset)
-                    chunk = memory[:read] if read else await file.read(ByteRange(offset, offset + length))
-                if chunk is not None:
+                        in_turn = 0
+                        continue
+                    chunk = file.view_nowait(length, offset) or await file.read(ByteRange(offset, offset + length))
                     _check(file, is_last=given + len(chunk) == promised)
                 elif not is_new:
                     _check(file, is_last=False)
@@ -196,6 +184,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     if chunk is not None:
                         sent = os.write(number, chunk)
                         in_turn += sent
+                    elif file.device in _refusals.devices:
+                        sent = 0
                     elif file.is_cached(offset, length):
                         sent = os.sendfile(number, file.descriptor, offset, length)
                         in_turn += sent
@@ -205,17 +195,12 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         pages_end = given + sent
                     few = _FEW
                     if not sent:
-                        by_transport = length  # after a short read, FUSE returns 0 before the end of the file
+                        by_transport = length  # FUSE, too, sends 0 bytes before the end of the file: after a short read
                 except BlockingIOError:
                     by_transport = min(count, few)  # only the transport may wait for its socket
                     few = min(2 * few, _WINDOW)
                 except ConnectionError:
-                    if not connection.is_lost:  # a worker thread may see this before uvicorn does
-                        connection.note_untaken_bytes()
-                        connection.flushed = loop.create_future()
-                        transport.abort()
-                        # Until uvicorn knows that the client has left, it would log the answer as a broken one.
-                        await connection.flushed
+                    await _abort(connection)
                     break
                 except OSError as exc:
                     if chunk is None:
@@ -321,9 +306,28 @@ def _check(file: OpenLocalFile, *, is_last: bool) -> None:
 async def _pages_are_taken(connection: Sending, copied: int) -> None:
     """Wait until the client has taken everything but the last `copied` bytes, or the connection is lost."""
     start_watching(connection)
-    while not connection.is_lost and untaken_bytes(connection) > copied:  # noqa: ASYNC110 - the kernel tells no one
-        await asyncio.sleep(_LOOK_SECONDS)
-    stop_watching(connection)
+    pause = _FIRST_LOOK
+    try:
+        while not connection.is_lost and untaken_bytes(connection) > copied:
+            if has_hung_up(connection):
+                await _abort(connection)
+                return
+            await asyncio.wait([flush(connection)], timeout=pause)  # ends early if the connection is lost
+            pause = min(1.5 * pause, _LAST_LOOK)  # thousands of clients may take nothing
+    finally:
+        stop_watching(connection)
+
+
+async def _abort(connection: Sending) -> None:
+    """End a connection whose client has left, and return when uvicorn knows that: it logs no broken answer then.
+
+    A worker thread, or a look at the socket while reading is paused, may notice the client's end before uvicorn does.
+    """
+    if not connection.is_lost:
+        connection.note_untaken_bytes()
+        ended = flush(connection)
+        connection.transport.abort()
+        await ended
 
 
 def flush(connection: Sending) -> "asyncio.Future[bool]":

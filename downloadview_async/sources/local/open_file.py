@@ -36,7 +36,7 @@ _reads_of_cached_pages = Refusals("preadv2 with RWF_NOWAIT")
 
 
 class _Buffers(threading.local):
-    """One buffer for each thread, for trio too: nothing else runs in the thread between reading and copying."""
+    """One buffer for each thread, for trio too: nothing else runs in the thread between reading and using the bytes."""
 
     def __init__(self) -> None:
         self.of_this_thread = memoryview(bytearray(CHUNK_SIZE))
@@ -259,10 +259,17 @@ class OpenLocalFile:
         return chunk
 
     def _cached(self, length: int, position: int) -> bytes | None:
-        """Return the first bytes of the span if they are in the page cache, without waiting for a disk; else None."""
-        buffer = _buffers.of_this_thread[:length]
-        count = self.read_into(buffer, position)
-        return None if count is None else bytes(buffer[:count])
+        view = self.view_nowait(length, position)
+        return None if view is None else bytes(view)
+
+    def view_nowait(self, length: int, position: int) -> memoryview | None:
+        """Return the first bytes of a span if they are in the page cache, without waiting for a disk; else None.
+
+        length: at most `CHUNK_SIZE`. The next read in this thread uses the memory again.
+        """
+        memory = _buffers.of_this_thread[:length]
+        count = self.read_into(memory, position)
+        return None if count is None else memory[:count]
 
     def read_into(self, memory: memoryview, position: int) -> int | None:
         """Read bytes if the page cache has the first of them, without waiting for a disk; else return None.
