@@ -1,6 +1,6 @@
 """`Traces`: a span of OpenTelemetry for each request, which ends with its outcome."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ class Traces:
             ) from exc
         self._context, self._propagate, self._trace = context, propagate, trace
         self._tracer = trace.get_tracer(_NAME, tracer_provider=provider)
-        self._spans: dict[str, Any] = {}
+        self._spans: dict[str, list[tuple[object, Any]]] = {}  # with the headers of the request, which tell it apart
         follow(self._below)
 
     def around(self, app: ASGIApp) -> ASGIApp:
@@ -45,18 +45,19 @@ class Traces:
 
         async def traced(scope: Scope, receive: Receive, send: Send) -> None:
             request_id = request_id_of(scope) if scope["type"] == "http" else None
-            if request_id is None or request_id in self._spans:  # a proxy may send the same id twice
+            begun = () if request_id is None else self._spans.get(request_id, ())
+            if request_id is None or any(headers is scope["headers"] for headers, _ in begun):
                 await app(scope, receive, send)
                 return
             fields = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             parent = self._propagate.extract(fields)
             span = self._tracer.start_span(
-                _method(scope["method"]),
+                _name_of(scope["method"]),
                 context=parent,
                 kind=self._trace.SpanKind.SERVER,
                 attributes=_attributes_of(scope, fields),
             )
-            self._spans[request_id] = span
+            self._spans.setdefault(request_id, []).append((scope["headers"], span))
             token = self._context.attach(self._trace.set_span_in_context(span, parent))
             try:
                 await app(scope, receive, send)
@@ -67,7 +68,7 @@ class Traces:
 
     def observe(self, outcome: Outcome) -> None:
         """End the span of a request. This is an observer of `Accounts`."""
-        span = self._spans.pop(outcome.request_id, None)
+        span = self._pop(outcome)
         if span is None:
             return
         known = {
@@ -82,13 +83,24 @@ class Traces:
         }
         span.set_attributes({name: value for name, value in known.items() if value is not None})
         if outcome.route is not None:
-            span.update_name(f"{_method(outcome.method)} {outcome.route}")
+            span.update_name(f"{_name_of(outcome.method)} {outcome.route}")
         error = outcome.reason or (str(outcome.status) if outcome.status >= 500 else None)
         if error is not None:
             span.set_attribute("error.type", error)
             if error not in _BY_CLIENT:
                 span.set_status(self._trace.StatusCode.ERROR)
         span.end()
+
+    def _pop(self, outcome: Outcome) -> Any:
+        """Return the span of a request, and forget it; None if it has none. A proxy may send the same id twice."""
+        begun = self._spans.pop(outcome.request_id, [])
+        if not begun:
+            return None
+        at = next((at for at, (headers, _) in enumerate(begun) if headers is outcome.headers), -1)
+        _, span = begun.pop(at)
+        if begun:
+            self._spans[outcome.request_id] = begun
+        return span
 
     def _below(self, name: str, attributes: Mapping[str, Value]) -> AbstractContextManager[Note]:
         return _client_span(self._tracer, self._trace, name, attributes)
@@ -101,7 +113,13 @@ def _client_span(tracer: Any, trace: Any, name: str, attributes: Mapping[str, Va
     with tracer.start_as_current_span(
         name, kind=kind, attributes=attributes, record_exception=False, set_status_on_exception=False
     ) as span:
-        note: Callable[[str, Value], object] = span.set_attribute
+
+        def note(attribute: str, value: Value) -> None:
+            span.set_attribute(attribute, value)
+            if attribute == "http.response.status_code" and isinstance(value, int) and value >= 400:
+                span.set_attribute("error.type", str(value))
+                span.set_status(trace.StatusCode.ERROR)
+
         try:
             yield note
         except BaseException as exc:
@@ -113,6 +131,11 @@ def _client_span(tracer: Any, trace: Any, name: str, attributes: Mapping[str, Va
 
 def _method(method: str) -> str:
     return method if method in _METHODS else "_OTHER"
+
+
+def _name_of(method: str) -> str:
+    """Return what the conventions put into the name of a span for a method."""
+    return method if method in _METHODS else "HTTP"
 
 
 def _attributes_of(scope: Scope, fields: Mapping[str, str]) -> dict[str, Any]:

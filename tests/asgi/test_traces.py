@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from starlette.applications import Starlette
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -132,6 +133,51 @@ async def test_requests_to_other_servers_and_the_store_are_below(traced: Traced,
     expected = {"server.address": "127.0.0.1", "server.port": port, "http.response.status_code": 200}
     assert expected.items() <= attributes_of(upstream).items()
     assert upstream.kind is SpanKind.CLIENT
+
+
+@pytest.mark.asyncio
+async def test_requests_with_the_same_id_have_a_span_each(traced: Traced, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    has_begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: object) -> Response:
+        has_begun.set()
+        await may_end.wait()
+        return Response(b"12345")
+
+    routes = [Route("/slow", slow), Route("/{path:path}", Download(PathSource(tmp_path)))]
+    app = Accounts(
+        traced.traces.around(Starlette(routes=routes)), observers=[traced.traces.observe], trusted_proxies=["*"]
+    )
+    same = {"x-request-id": "the-same"}
+    first = asyncio.create_task(call(app, "/slow", headers=same))
+    await has_begun.wait()
+    await call(app, "/a.txt", headers=same)
+    may_end.set()
+    await first
+    assert [(span.name, attributes_of(span)["http.response.body.size"]) for span in traced.spans] == [
+        ("GET /{path:path}", 10),
+        ("GET /slow", 5),
+    ]
+    assert not traced.traces._spans
+
+
+@pytest.mark.asyncio
+async def test_an_unknown_method_is_not_in_the_name_of_a_span(traced: Traced, tmp_path: Path) -> None:
+    await call(traced.app(Route("/{path:path}", Download(PathSource(tmp_path)))), "/a.txt", method="BREW")
+    (span,) = traced.spans
+    assert (span.name, attributes_of(span)["http.request.method"]) == ("HTTP /{path:path}", "_OTHER")
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_another_server_refuses_is_an_error_below(traced: Traced, tmp_path: Path) -> None:
+    async with live(Starlette(routes=[Route("/{path:path}", Download(PathSource(tmp_path)))])) as port:
+        source = RemoteSource(f"http://127.0.0.1:{port}/", allow_hosts=["127.0.0.1"])
+        assert (await call(traced.app(Route("/{path:path}", Download(source))), "/none")).status == 404
+        await source.aclose()
+    upstream, request = traced.spans
+    assert (upstream.status.status_code, attributes_of(upstream)["error.type"]) == (StatusCode.ERROR, "404")
+    assert request.status.status_code is StatusCode.UNSET
 
 
 @pytest.mark.asyncio

@@ -606,6 +606,28 @@ async def test_the_store_is_used_again_when_it_is_back(
         server.stop()
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("verdict", ["allow", "refuse"])
+async def test_no_request_has_to_come_before_a_store_that_is_back_is_used_again(
+    verdict: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("downloadview_async.policy.limits.guarded.PAUSE", 0.05)
+    server = RedisServer(tmp_path)
+    guarded = GuardedLimitStore(RedisLimitStore(server.url, timeout=1.0), when_it_fails=verdict)
+    with contextlib.nullcontext() if verdict == "allow" else pytest.raises(dv.SourceUnavailable):
+        await guarded.admit("a", window=Window(1, 60, ""), most=None, lease=None)
+    server.start()
+    try:
+        with anyio.fail_after(20):
+            while "the store of limits works again" not in caplog.text:
+                await asyncio.sleep(0.02)
+        assert (await guarded.admit("a", window=Window(1, 60, ""), most=None, lease=None)).refused is None
+        assert (await guarded.admit("a", window=Window(1, 60, ""), most=None, lease=None)).refused == "requests"
+    finally:
+        await guarded.aclose()
+        server.stop()
+
+
 def request_from(client: str | None = "192.0.2.1", headers: dict[str, str] | None = None, **scope: Any) -> Request:
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     peer = None if client is None else (client, 1)

@@ -12,6 +12,7 @@ from downloadview_async.policy.limits.amounts import Quota, Window
 from downloadview_async.policy.limits.coverage import Parts
 from downloadview_async.policy.limits.redis import RedisLimitStore
 from downloadview_async.policy.limits.store import ALLOWED, Costs, NotCounted, Verdict
+from downloadview_async.sources.per_loop import PerLoop
 
 logger = logging.getLogger("downloadview_async")
 
@@ -30,7 +31,7 @@ class GuardedLimitStore:
     """Asks a store, and decides what holds while it does not answer.
 
     when_it_fails: "refuse" raises `SourceUnavailable`; "allow" counts nothing. After a failure no request waits for the
-    store until it has answered a check.
+    store until it has answered a check. A task checks it until it does, also while there are no requests.
     """
 
     def __init__(self, store: RedisLimitStore, *, when_it_fails: WhenStoreFails) -> None:
@@ -40,7 +41,7 @@ class GuardedLimitStore:
         self._has_failed = False
         self._is_logged = False  # the failure that began last
         self._check_at = 0.0
-        self._checking: asyncio.Task[None] | None = None
+        self._checks: PerLoop[asyncio.Task[None]] = PerLoop()
         self._held: set[str] = set()  # the leases that the store has given
         self.uncounted = 0
         """How many requests were allowed without being counted."""
@@ -86,8 +87,10 @@ class GuardedLimitStore:
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
-        if self._checking is not None:
-            self._checking.cancel()
+        loop = asyncio.get_running_loop()
+        if (checks := self._checks.get(loop)) is not None:
+            self._checks.drop(loop)
+            checks.cancel()
         await self._store.aclose()
 
     async def _ask(self, call: Callable[[], Awaitable[T]], otherwise: S) -> T | S:
@@ -96,38 +99,42 @@ class GuardedLimitStore:
                 return await call()
             except Exception as exc:  # whatever the library of the store raises
                 self._break(exc)
-        elif time.monotonic() >= self._check_at and self._checking is None:
-            self._checking = asyncio.get_running_loop().create_task(self._look())
+        loop = asyncio.get_running_loop()
+        if time.monotonic() >= self._check_at and self._checks.get(loop) is None:
+            self._checks.set(loop, loop.create_task(self._check_until_it_works()))
         if self._is_allowed:
             self.uncounted += 1
             return otherwise
         raise SourceUnavailable("the store of limits has failed")
 
     def _break(self, exc: Exception) -> None:
+        if self._has_failed:  # another request was waiting for the store, too
+            return
+        self._has_failed = True
         self._check_at = time.monotonic()
-        if self._has_failed:
-            self._check_at += PAUSE
-        else:
-            self._has_failed = True
-            self._is_logged = time.monotonic() - self._logged_at >= LOG_SECONDS
-            if self._is_logged:
-                self._logged_at = time.monotonic()
-                verdict = (
-                    "nothing is limited until it works again" if self._is_allowed else "requests get 503 until then"
-                )
-                logger.warning(
-                    "the store of limits has failed (%s: %s): %s", type(exc).__name__, escaped(str(exc)), verdict
-                )
+        self._is_logged = time.monotonic() - self._logged_at >= LOG_SECONDS
+        if self._is_logged:
+            self._logged_at = time.monotonic()
+            verdict = "nothing is limited until it works again" if self._is_allowed else "requests get 503 until then"
+            logger.warning(
+                "the store of limits has failed (%s: %s): %s", type(exc).__name__, escaped(str(exc)), verdict
+            )
 
-    async def _look(self) -> None:
-        """Ask whether the store works again."""
+    async def _check_until_it_works(self) -> None:
+        """Ask the store again and again whether it works."""
         try:
-            await self._store.check()
-        except Exception as exc:
-            self._break(exc)
-        else:
-            self._has_failed = False
-            if self._is_logged:
-                logger.warning("the store of limits works again: %d requests were not counted so far", self.uncounted)
+            while self._has_failed:
+                try:
+                    await self._store.check()
+                except Exception:  # whatever the library raises; that the store fails is logged already
+                    self._check_at = time.monotonic() + PAUSE
+                    await asyncio.sleep(PAUSE)
+                else:
+                    self._works_again()
         finally:
-            self._checking = None
+            self._checks.drop(asyncio.get_running_loop())
+
+    def _works_again(self) -> None:
+        self._has_failed = False
+        if self._is_logged:
+            logger.warning("the store of limits works again: %d requests were not counted so far", self.uncounted)
