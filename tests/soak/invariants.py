@@ -23,6 +23,7 @@ MOST_THREADS = 150
 MOST_POOLED = 100
 MOST_CONNECTIONS = 60
 MOST_REUSED = 12
+KEPT_BY_NGINX = 16 * (os.cpu_count() or 1)  # idle connections to the service: `keepalive` of each of its processes
 MOST_GROWTH = 24 << 20
 """Bytes by which the memory of a process may grow from the third quarter of its life to the last."""
 
@@ -292,6 +293,8 @@ class Watch:
             found = await self.found()
         except (OSError, Ended, Hangs) as exc:
             return repr(exc)
+        if self.world.site.shape.behind_nginx:
+            found["descriptors"] -= Counter({"client": KEPT_BY_NGINX})
         self.base = self.base or found
         problem = beyond_base(found, self.base)
         return problem and f"{problem}: {[open_names(pid) for pid in self.world.site.serving()]}"

@@ -22,6 +22,7 @@ from tests.soak.contents import OUTSIDE, Tree, content
 
 CACHE_LIMIT = 12 << 20
 STORED = "object.bin"
+NOBODY = 65534
 PATIENCE = 120.0
 """Seconds for what takes a moment. Only what hangs takes as long, also on a machine that is busy."""
 
@@ -177,6 +178,9 @@ class Site:
         for name in ("files/dir", "origin", "disk", "outside", "tmp", "real", "redis"):
             (at / name).mkdir(parents=True)
         (at / "outside/secret.bin").write_bytes(OUTSIDE * 3000)
+        if os.geteuid() == 0:  # nginx follows links to files of the owner of the link: `disable_symlinks if_not_owner`
+            os.chown(at / "outside/secret.bin", NOBODY, NOBODY)
+            os.chown(at / "outside", NOBODY, NOBODY)
         (at / "real/secret.bin").write_bytes(b"inside\n" * 1000)
         (at / "files/leak.bin").symlink_to("../outside/secret.bin")
         self.files = Tree(at / "files", SIZES)
