@@ -51,16 +51,13 @@ def descriptors(pid: int, own_port: int) -> Counter[str]:
 
     own_port: at which clients reach the process. Its pools keep connections to others open for a while.
     """
+    names = open_names(pid)  # before the table, which has no connection that comes later
     sockets = {}
     for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         sockets[fields[9]] = (int(fields[1].rpartition(":")[2], 16), int(fields[2].rpartition(":")[2], 16))
     found: Counter[str] = Counter()
-    for number in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            name = os.readlink(f"/proc/{pid}/fd/{number}")
-        except OSError:
-            continue
+    for name in names:
         if (inode := name.removeprefix("socket:[").rstrip("]")) in sockets:
             local, remote = sockets[inode]
             name = "listener" if not remote else "client" if local == own_port else POOLED
@@ -73,7 +70,7 @@ def open_names(pid: int) -> list[str]:
     names = []
     for number in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
-            names.append(f"{number} {os.readlink(f'/proc/{pid}/fd/{number}')}")
+            names.append(os.readlink(f"/proc/{pid}/fd/{number}"))
     return names
 
 

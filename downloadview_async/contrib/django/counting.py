@@ -1,7 +1,16 @@
 """Counts what Django's servers have taken of a body: for an `Outcome`, a link that has `uses`, and for limits."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Generator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+)
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -132,11 +141,20 @@ def _pieces_of(chunk: bytes, size: int) -> Iterator[bytes]:
         yield chunk[start : start + size]
 
 
-def each_limited(chunks: Iterable[bytes], transfers: Transfers) -> Iterator[bytes]:
-    """Yield the chunks of a body, and note at the end how many bytes a server has taken. No rate is kept."""
+def each_limited(
+    chunks: Iterable[bytes], transfers: Transfers, length: int | None, end: Callable[[], object]
+) -> Iterator[bytes]:
+    """Yield the chunks of a body, and note at the end how many bytes a server has taken. No rate is kept.
+
+    length: of the body in bytes, None if it is not known. end: ends the transfer. It is called before the last bytes of
+    a body of known length leave: a client that has them may ask again before the server closes the response.
+    """
     sent, is_complete = 0, False
     try:
         for chunk in chunks:
+            if sent + len(chunk) == length:
+                transfers.sent(length, is_complete=True)
+                end()
             yield chunk
             sent += len(chunk)
         is_complete = True

@@ -184,7 +184,8 @@ async def _spend(request: HttpRequest, response: HttpResponseBase, transfers: Tr
     if hasattr(request, "scope"):  # Django would read a synchronous body as a whole before it sends the first byte
         streaming.streaming_content = limited(chunks if streaming.is_async else in_threads(chunks), transfers, length)
     else:
-        streaming.streaming_content = each_limited(chunks, transfers)
+        end = partial(_end, transfers, asyncio.get_running_loop())
+        streaming.streaming_content = each_limited(chunks, transfers, length, end)
 
 
 def _limited(response: HttpResponseBase, transfers: Transfers, loop: asyncio.AbstractEventLoop) -> HttpResponseBase:
