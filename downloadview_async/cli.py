@@ -463,7 +463,8 @@ def digest(path: str | None, config: Path | None) -> None:
     """Compute the digests of files, and keep them in the store.
 
     They are computed for the files at PATH, or for all files, of the sources that have `digests`. Digests that
-    the store has are not computed again. PATH is a file or a directory below the root of a source.
+    the store has are not computed again. PATH is a file or a directory below the root of a source. The exit status
+    is 1 if no file at PATH gets a digest.
     """
     import sqlite3
 
@@ -489,6 +490,8 @@ def digest(path: str | None, config: Path | None) -> None:
     for name in without:
         click.echo(f"downloadview: no digest: {one_line(name)}", err=True)
     click.echo(f"digests: {len(files) - len(without)} of {len(files)} files")
+    if path is not None and without and len(without) == len(files):
+        sys.exit(1)
 
 
 @main.command("account")

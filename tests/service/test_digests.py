@@ -114,6 +114,8 @@ def test_the_command_fills_the_store(directory: Path) -> None:
     assert (everything.exit_code, everything.stdout) == (0, "digests: 3 of 5 files\n")
     assert "no digest: old.txt" in everything.stderr
     assert "no digest: outside" in everything.stderr
+    without = command("files/old.txt")
+    assert (without.exit_code, without.stdout) == (1, "digests: 0 of 1 files\n")
     with contextlib.closing(sqlite3.connect("digests.db")) as store:
         rows = store.execute("SELECT source, name, value FROM digests ORDER BY name").fetchall()
     assert rows == [
