@@ -125,6 +125,8 @@ async def limited(body: AsyncIterable[bytes], transfers: Transfers, length: int 
                 for piece in [chunk] if pace is None else _pieces_of(chunk, pace.piece):
                     if pace is not None and sent:
                         await pace.wait(len(piece))
+                    if sent + len(piece) == length:
+                        transfers.let_go()  # a client that has all may ask again before the server asks for the end
                     yield piece
                     await asyncio.sleep(0)  # lets Django cancel this, since servers drop what comes after the end
                     sent += len(piece)
@@ -142,19 +144,18 @@ def _pieces_of(chunk: bytes, size: int) -> Iterator[bytes]:
 
 
 def each_limited(
-    chunks: Iterable[bytes], transfers: Transfers, length: int | None, end: Callable[[], object]
+    chunks: Iterable[bytes], transfers: Transfers, length: int | None, let_go: Callable[[], object]
 ) -> Iterator[bytes]:
     """Yield the chunks of a body, and note at the end how many bytes a server has taken. No rate is kept.
 
-    length: of the body in bytes, None if it is not known. end: ends the transfer. It is called before the last bytes of
-    a body of known length leave: a client that has them may ask again before the server closes the response.
+    length: of the body in bytes, None if it is not known. let_go: calls `Transfers.let_go` in its event loop. It is
+    called before the last bytes leave: a client that has them may ask again before the server closes the response.
     """
     sent, is_complete = 0, False
     try:
         for chunk in chunks:
             if sent + len(chunk) == length:
-                transfers.sent(length, is_complete=True)
-                end()
+                let_go()
             yield chunk
             sent += len(chunk)
         is_complete = True

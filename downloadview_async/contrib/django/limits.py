@@ -184,8 +184,8 @@ async def _spend(request: HttpRequest, response: HttpResponseBase, transfers: Tr
     if hasattr(request, "scope"):  # Django would read a synchronous body as a whole before it sends the first byte
         streaming.streaming_content = limited(chunks if streaming.is_async else in_threads(chunks), transfers, length)
     else:
-        end = partial(_end, transfers, asyncio.get_running_loop())
-        streaming.streaming_content = each_limited(chunks, transfers, length, end)
+        let_go = partial(_call_in, asyncio.get_running_loop(), transfers.let_go)
+        streaming.streaming_content = each_limited(chunks, transfers, length, let_go)
 
 
 def _limited(response: HttpResponseBase, transfers: Transfers, loop: asyncio.AbstractEventLoop) -> HttpResponseBase:
@@ -198,8 +198,12 @@ def _limited(response: HttpResponseBase, transfers: Transfers, loop: asyncio.Abs
 
 def _end(transfers: Transfers, loop: asyncio.AbstractEventLoop) -> None:
     """Give back what a request holds, in the event loop of its limits; this may be called in any thread."""
+    _call_in(loop, transfers.end)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
     if not loop.is_closed():
-        loop.call_soon_threadsafe(transfers.end)
+        loop.call_soon_threadsafe(function)
 
 
 @contextmanager

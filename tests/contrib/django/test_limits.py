@@ -7,7 +7,7 @@ import http.client
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from django.urls import path
 
 import downloadview_async as dv
 from downloadview_async.contrib.django import PathDownloadView, get_asgi_application
+from downloadview_async.contrib.django.counting import each_limited, limited
 from downloadview_async.contrib.django.limits import LimitsMiddleware, limits_of_settings
 from downloadview_async.contrib.django.nginx import x_accel_redirect
+from downloadview_async.policy.limits.limits import Transfers
 from tests.contrib.django.test_accounts import SERVERS
 from tests.descriptors import open_paths
 from tests.live import make_old
@@ -282,3 +284,35 @@ async def test_a_place_is_free_after_send_has_raised(application: Callable[[], A
         app = application()
         assert [await status_of(is_there=there) for there in (False, False, False, True)] == [200] * 4
     assert open_paths().count(str(root / "large.bin")) <= 1  # which is kept for the next request
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_the_next_transfer_may_begin_when_the_last_bytes_leave(is_async: bool) -> None:
+    limits, scope = dv.Limits(concurrent=1), {"client": ("127.0.0.1", 1), "headers": [], "method": "GET"}
+    transfers = Transfers()
+    assert transfers.begin_nowait([limits], scope, is_transfer=True)
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"ab"
+        yield b"cd"
+
+    def is_free() -> bool:
+        other = Transfers()
+        try:
+            return other.begin_nowait([limits], scope, is_transfer=True)
+        except dv.LimitExceeded:
+            return False
+        finally:
+            other.end()
+
+    if is_async:
+        body = limited(parts(), transfers, 4)
+        assert (await anext(body), is_free()) == (b"ab", False)
+        assert (await anext(body), is_free()) == (b"cd", True)
+        await body.aclose()
+    else:
+        chunks = each_limited([b"ab", b"cd"], transfers, 4, transfers.let_go)
+        assert (next(chunks), is_free()) == (b"ab", False)
+        assert (next(chunks), is_free()) == (b"cd", True)
+        assert next(chunks, None) is None
