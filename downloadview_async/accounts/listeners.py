@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 
-from downloadview_async.accounts.outcome import BufferedListener, Listener, Outcome
+from downloadview_async.accounts.outcome import BatchListener, Listener, Outcome
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.log_text import escaped
 
@@ -30,7 +30,7 @@ MAX_AT_ONCE = 1000
 """Listeners of single answers that may be busy at once. The outcomes for further ones are dropped and counted."""
 
 _BATCH_SECONDS = 0.05  # a thread is started for the outcomes of this time
-_BUFFERED = 500  # outcomes that a `BufferedListener` collects
+_BATCH = 500  # outcomes that a `BatchListener` writes together
 _TURN = 20  # outcomes after which other tasks get their turn
 
 
@@ -47,13 +47,14 @@ class _Waiting:
     def __init__(self, listener: Listener, size: int, key: object = None) -> None:
         self._listener: Callable[[Outcome], Any] = listener
         self._is_async = iscoroutinefunction(listener) or iscoroutinefunction(getattr(listener, "__call__", None))  # noqa: B004
-        self._buffered = listener if isinstance(listener, BufferedListener) and not self._is_async else None
-        self._unflushed = 0
+        self._batches = listener if isinstance(listener, BatchListener) and not self._is_async else None
+        self._prepare = None if self._batches is None else self._batches.prepare
         self._size = size
         self._key = key
-        self._outcomes: deque[Outcome] = deque()
+        self._outcomes: deque[Any] = deque()  # or what a `BatchListener` has prepared of them
         self._is_awake = False
-        self._is_delivering = False
+        self._delivering = 0  # outcomes that the listener has at this moment
+        self._hurried = threading.Event()
         self._lock = threading.RLock()  # the garbage collector may put an outcome while this thread has it
         self._loop: asyncio.AbstractEventLoop | None = None  # the one that is to deliver, or to start a thread
         self._timer: asyncio.TimerHandle | None = None
@@ -67,7 +68,14 @@ class _Waiting:
         if len(outcomes) >= self._size:
             self._dropped.add()
             return
-        outcomes.append(outcome)
+        if self._prepare is None:
+            outcomes.append(outcome)
+        else:
+            try:
+                outcomes.append(self._prepare(outcome))
+            except Exception as exc:
+                self._failed.add(exc)
+                return
         if self._is_awake and ((loop := self._loop) is None or not loop.is_closed()):
             return
         if self.is_orphaned:
@@ -89,10 +97,11 @@ class _Waiting:
     @property
     def count(self) -> int:
         """How many outcomes have not been delivered."""
-        return len(self._outcomes) + self._is_delivering
+        return len(self._outcomes) + self._delivering
 
     def hurry(self) -> None:
-        """Start the thread now, if it is to be started soon."""
+        """Start the thread now, if it is to be started soon, or end its pause."""
+        self._hurried.set()
         if self._timer is not None:
             self._timer.cancel()
             self._start_thread()
@@ -142,7 +151,7 @@ class _Waiting:
     def _task_has_ended(self, task: "asyncio.Task[None]") -> None:
         """Have the next outcome start another task, if this one was cancelled, perhaps before its first step."""
         if self._task is task:
-            self._is_delivering = False
+            self._delivering = 0
             self._task = self._loop = None
             self.give_up()
 
@@ -159,32 +168,40 @@ class _Waiting:
         return not was_awake
 
     def _deliver_in_thread(self) -> None:
-        outcomes, listener, buffered = self._outcomes, self._listener, self._buffered
-        while outcomes or self._goes_on():
-            self._is_delivering = True
-            outcome = outcomes.popleft()
+        if self._batches is not None:
+            self._write_in_thread(self._batches)
+            return
+        while self._goes_on():
+            outcome = self._take()
             try:
-                result = listener(outcome)
+                result = self._listener(outcome)
                 if result is not None and isinstance(result, Awaitable):
                     asyncio.run(_waiting_for(result))
             except BaseException as exc:  # `sys.exit`, or something of the listener was cancelled: not this thread
                 self._failed.add(exc)
-            if buffered is not None:
-                self._unflushed += 1
-                if not outcomes or self._unflushed >= _BUFFERED:
-                    self._flush(buffered)
-            if not outcomes:
-                self._is_delivering = False
+            self._delivering = 0
 
-    def _flush(self, listener: BufferedListener) -> None:
-        """Have a listener write what it has collected."""
+    def _write_in_thread(self, listener: BatchListener) -> None:
+        """Write until no outcome has come for a while.
+
+        Without the pauses, each answer that ends during a write would be written alone, and the event loop would wait
+        for the interpreter each time.
+        """
+        while self._goes_on():
+            self._write_batch(listener)
+            if len(self._outcomes) < _BATCH and self._hurried.wait(_BATCH_SECONDS):
+                self._hurried.clear()
+
+    def _write_batch(self, listener: BatchListener) -> None:
+        outcomes = self._outcomes
+        self._delivering = count = min(len(outcomes), _BATCH)
         try:
-            listener.flush()
+            listener.write([outcomes.popleft() for _ in range(count)])
         except OSError as exc:  # such as a disk that is full: its message says enough
-            self._failed.add(f"{exc}", self._unflushed)
+            self._failed.add(f"{exc}", count)
         except BaseException as exc:
-            self._failed.add(exc, self._unflushed)
-        self._unflushed = 0
+            self._failed.add(exc, count)
+        self._delivering = 0
 
     async def _deliver_in_task(self) -> None:
         number, task = 0, asyncio.current_task()
@@ -196,14 +213,15 @@ class _Waiting:
                 if task is not None and task.cancelling():
                     raise
                 self._failed.add(exc)  # or what the listener waits for was cancelled
-            self._is_delivering = False
+            self._delivering = 0
             if (number := number + 1) % _TURN == 0:
                 await asyncio.sleep(0)
         self._task = self._loop = None
 
     def _take(self) -> Outcome:
-        self._is_delivering = True
-        return self._outcomes.popleft()
+        self._delivering = 1
+        outcome: Outcome = self._outcomes.popleft()
+        return outcome
 
 
 class Listeners:

@@ -50,9 +50,9 @@ class AccessLog:
     def __init__(self, path: str | os.PathLike[str] | None = None, *, format: LogFormat = "text") -> None:  # noqa: A002
         if format not in _FORMATS:
             raise ConfigurationError(f"format is {format!r}: give {', '.join(_FORMATS)}")
-        self._line_of = _FORMATS[format]
+        self.prepare: Callable[[Outcome], str] = _FORMATS[format]
+        """Returns the line of an outcome."""
         self._path = None if path is None else os.path.abspath(path)
-        self._lines: list[str] = []
         self._is_torn = False
         try:
             self._open()
@@ -63,33 +63,26 @@ class AccessLog:
             ) from exc
 
     def __del__(self) -> None:
-        """Close the file, without the lines that have not been written."""
-        if self._path is not None and self._descriptor >= 0:
-            os.close(self._descriptor)
+        """Close the file."""
+        self.close()
 
     def __call__(self, outcome: Outcome) -> None:
-        """Take the line of an outcome, which `flush` writes."""
-        self._lines.append(self._line_of(outcome))
+        """Write the line of an outcome. Raises `OSError` if it cannot be written; it is lost then."""
+        self.write([self.prepare(outcome)])
 
-    def flush(self) -> None:
-        """Write the lines. Raises `OSError` if they cannot be written; they are lost then."""
-        if not self._lines:
-            return
-        lines, self._lines = self._lines, []
+    def write(self, lines: list[str]) -> None:
+        """Write lines that `prepare` has made. Raises `OSError` if they cannot be written; they are lost then."""
         self._open()
         if self._is_torn:
-            lines.insert(0, "")  # ends the line of which only the beginning was written
+            lines = ["", *lines]  # ends the line of which only the beginning was written
         for part in _parts(lines) if self._is_pipe else ["\n".join([*lines, ""])]:
             self._write(part.encode("ascii"))
 
     def close(self) -> None:
-        """Write the lines, and close the file. Another outcome opens it again."""
-        try:
-            self.flush()
-        finally:
-            if self._path is not None and self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
+        """Close the file. Another outcome opens it again."""
+        if self._path is not None and self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def _open(self) -> None:
         """Open the file, if it is not open, or if there is another file of that name now."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from downloadview_async.http.metadata import ByteRange
 
@@ -97,17 +97,17 @@ Listener = Callable[[Outcome], Awaitable[None] | None]
 
 
 @runtime_checkable
-class BufferedListener(Protocol):
-    """A plain listener that collects outcomes, such as `AccessLog`.
+class BatchListener(Protocol):
+    """A listener that takes what it needs from each outcome at once, and writes that for many outcomes together.
 
-    `flush` is called in the same thread when no further outcome waits, and after 500 outcomes.
+    `AccessLog` is one: with the lines made in the event loop, its thread does not contend for the interpreter.
     """
 
-    def __call__(self, outcome: Outcome, /) -> None:
-        """Take an outcome."""
+    def prepare(self, outcome: Outcome, /) -> Any:
+        """Return what `write` gets. This is called in the event loop, when the answer has ended: it must not block."""
 
-    def flush(self) -> None:
-        """Write what was collected."""
+    def write(self, prepared: list[Any], /) -> None:
+        """Write what `prepare` has returned for up to 500 outcomes. This is called in a thread."""
 
 
 Observer = Callable[[Outcome], None]

@@ -154,10 +154,8 @@ def test_the_next_lines_go_to_a_new_file_after_a_rotation(tmp_path: Path, rotate
     file = tmp_path / "log"
     log = AccessLog(file)
     log(outcome(name="first"))
-    log.flush()
     rotate(file)
     log(outcome(path="/second"))
-    log.flush()
     assert file.read_text().count("\n") == 1
     assert "/second" in file.read_text()
     assert "/second" not in "".join(old.read_text() for old in tmp_path.glob("*.1"))
@@ -184,9 +182,7 @@ def test_lines_of_several_writers_do_not_mix(tmp_path: Path, is_pipe: bool) -> N
 from tests.accounts.test_log import *
 log = AccessLog({str(file)!r}, format="json")
 for _ in range(20):
-    for _ in range(50):
-        log(outcome(name=sys.argv[1] * 300))
-    log.flush()
+    log.write([log.prepare(outcome(name=sys.argv[1] * 300)) for _ in range(50)])
 """
     writers = [subprocess.Popen([sys.executable, "-c", script, letter]) for letter in "abcd"]
     assert [writer.wait(60) for writer in writers] == [0] * 4
@@ -209,17 +205,14 @@ log = AccessLog({str(tmp_path / "log")!r}, format="json")
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
 for _ in range(2):
-    for _ in range(10):
-        log(outcome())
     try:
-        log.flush()
+        log.write([log.prepare(outcome()) for _ in range(10)])
     except OSError:
         pass
     else:
         raise SystemExit("nothing was raised")
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 log(outcome(name="last"))
-log.flush()
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     *lines, torn, last = (tmp_path / "log").read_text().splitlines()
@@ -230,7 +223,7 @@ log.flush()
 
 
 def test_without_a_path_lines_go_to_the_standard_error() -> None:
-    script = "from tests.accounts.test_log import *; log = AccessLog(); log(outcome()); log.flush()"
+    script = "from tests.accounts.test_log import *; log = AccessLog(); log(outcome())"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)
     assert "request 0123abcd\n" in done.stderr
     assert done.stdout == ""
@@ -245,42 +238,63 @@ def test_wrong_options_are_refused(options: dict[str, Any], problem: str) -> Non
         AccessLog(**options)
 
 
+class Batches:
+    """Keeps the batches that it was given, and raises what is to be raised."""
+
+    def __init__(self, *, prepares: Exception | None = None, writes: Exception | None = None) -> None:
+        self.batches: list[list[str]] = []
+        self.threads: set[int] = set()
+        self._prepares, self._writes = prepares, writes
+
+    def __call__(self, outcome: Outcome) -> None:
+        raise AssertionError("a listener that has batches is not called")
+
+    def prepare(self, outcome: Outcome) -> str:
+        assert threading.get_ident() == threading.main_thread().ident
+        if self._prepares is not None:
+            raise self._prepares
+        return outcome.path
+
+    def write(self, prepared: list[str]) -> None:
+        self.batches.append(prepared)
+        self.threads.add(threading.get_ident())
+        if self._writes is not None:
+            raise self._writes
+
+
 @pytest.mark.asyncio
-async def test_a_buffered_listener_is_flushed_when_nothing_waits_and_in_between() -> None:
-    class Buffered:
-        def __init__(self) -> None:
-            self.waiting = 0
-            self.flushed: list[int] = []
-
-        def __call__(self, outcome: Outcome) -> None:
-            self.waiting += 1
-
-        def flush(self) -> None:
-            self.flushed.append(self.waiting)
-            self.waiting = 0
-
-    buffered = Buffered()
-    listeners = Listeners([buffered])
-    for _ in range(1_200):
-        listeners.put(outcome())
+async def test_a_batch_listener_prepares_in_the_loop_and_writes_many_in_a_thread() -> None:
+    listener = Batches()
+    listeners = Listeners([listener])
+    for number in range(1_200):
+        listeners.put(outcome(path=f"/{number}"))
+    assert not listener.batches
     await listeners.drain(30)
-    assert buffered.flushed == [500, 500, 200]
+    assert [len(batch) for batch in listener.batches] == [500, 500, 200]
+    assert [path for batch in listener.batches for path in batch] == [f"/{number}" for number in range(1_200)]
+    assert threading.main_thread().ident not in listener.threads
 
 
+@pytest.mark.parametrize(
+    "broken, reason",
+    [
+        ({"writes": OSError(28, "No space left on device")}, "[Errno 28] No space left on device"),
+        ({"writes": KeyError("key")}, "KeyError: 'key'"),
+        ({"prepares": KeyError("key")}, "KeyError: 'key'"),
+    ],
+)
 @pytest.mark.asyncio
-async def test_lines_that_cannot_be_written_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken:
-        def __call__(self, outcome: Outcome) -> None: ...
-
-        def flush(self) -> None:
-            raise OSError(28, "No space left on device")
-
-    listeners = Listeners([Broken()])
+async def test_outcomes_that_cannot_be_written_are_counted(
+    broken: dict[str, Exception], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    listeners = Listeners([Batches(**broken)])
     for _ in range(7):
         listeners.put(outcome())
     await listeners.drain(30)
     listeners.end()
-    assert "7 outcomes were lost" in caplog.text
+    lost = [int(record.args[0]) for record in caplog.records if "outcomes were lost" in record.msg]  # type: ignore[index, arg-type, call-overload]
+    assert sum(lost) == 7
+    assert reason in caplog.text
 
 
 def test_the_members_of_a_long_path_are_not_kept(tmp_path: Path) -> None:
