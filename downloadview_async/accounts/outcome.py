@@ -103,6 +103,9 @@ class BatchListener(Protocol):
     `AccessLog` is one: with the lines made in the event loop, its thread does not contend for the interpreter.
     """
 
+    def __call__(self, outcome: Outcome, /) -> None:
+        """Write one outcome now. `Accounts` does not call this."""
+
     def prepare(self, outcome: Outcome, /) -> Any:
         """Return what `write` gets. This is called in the event loop, when the answer has ended: it must not block."""
 

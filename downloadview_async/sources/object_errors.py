@@ -28,7 +28,7 @@ _NOT_A_FILE = frozenset({"2", "20", "21", "36", "40"})  # ENOENT, ENOTDIR, EISDI
 _DENIED = frozenset({"1", "13"})  # EPERM, EACCES
 
 
-def file_error(exc: Exception, name: str) -> FileError:
+def file_error(exc: BaseException, name: str) -> FileError:
     """Return our error for an error of obstore."""
     reason = f"{name!r}: {first_line(exc)}"
     kind = type(exc).__name__
@@ -54,6 +54,11 @@ def file_error(exc: Exception, name: str) -> FileError:
     return UpstreamError(reason)
 
 
-def first_line(exc: Exception) -> str:
+def is_of_store(exc: BaseException) -> bool:
+    """Return whether obstore has raised: an error, or the panic of its threads, which is no `Exception`."""
+    return isinstance(exc, Exception) or type(exc).__name__ == "PanicException"
+
+
+def first_line(exc: BaseException) -> str:
     """Return the message of an obstore error without the details of its code, of limited length."""
     return (str(exc).partition("\n\nDebug source:")[0] or type(exc).__name__)[:500]

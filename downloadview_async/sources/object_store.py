@@ -6,7 +6,7 @@ the store. Bytes from further requests must be of the same version.
 
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager, closing
+from contextlib import aclosing, asynccontextmanager, closing, suppress
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType
@@ -15,14 +15,21 @@ from urllib.parse import quote, unquote, urlsplit
 
 import anyio
 
-from downloadview_async.errors import ConfigurationError, FileError, FileMissing, UpstreamError, UpstreamTimeout
+from downloadview_async.errors import (
+    ConfigurationError,
+    FileError,
+    FileMissing,
+    SourceUnavailable,
+    UpstreamError,
+    UpstreamTimeout,
+)
 from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.sigv4 import Credentials
 from downloadview_async.sources.bucket_listing import BucketListing
 from downloadview_async.sources.listing import DescribedEntry, Entry
 from downloadview_async.sources.names import canonical_folder, checked_segments
-from downloadview_async.sources.object_errors import file_error, first_line
+from downloadview_async.sources.object_errors import file_error, first_line, is_of_store
 from downloadview_async.sources.object_options import ALIASES, ENDPOINTS, SCHEMES, arguments_of, plain_name
 from downloadview_async.sources.open_object import OpenObject
 from downloadview_async.sources.tracing import span
@@ -50,6 +57,7 @@ _FROM_ENVIRONMENT = (
 )
 
 _AFTERGLOW = 0.05  # seconds
+_PIPES = 8  # that obstore's threads need at most, to start
 _LISTING_TIMES = 10  # a listing is many requests: it may take so many times the time of one
 
 
@@ -191,6 +199,7 @@ class ObjectStorage:
         """
         checked_segments(name, "exact")
         with await self.slots.take():
+            await _start_threads()
             store, key = await self._place_of(name)
             of_disk = urlsplit(self.url).scheme == "file"
             with closing(OpenObject(store, key, answer_timeout=self._answer_timeout, of_disk=of_disk)) as opened:
@@ -218,12 +227,13 @@ class ObjectStorage:
 
         try:
             with await self.slots.take(), anyio.fail_after(_LISTING_TIMES * self._answer_timeout):
+                await _start_threads()
                 listed = await obstore.list_with_delimiter_async(self.store, prefix=folder or None)
         except TimeoutError as exc:
             raise UpstreamTimeout(f"{folder!r} was not listed in time") from exc
-        except FileError:
-            raise
-        except Exception as exc:
+        except BaseException as exc:
+            if isinstance(exc, FileError) or not is_of_store(exc):
+                raise
             if type(exc).__name__ == "InvalidPathError":
                 raise UpstreamError(f"{folder!r} has a key that obstore cannot read: {first_line(exc)}") from exc
             raise file_error(exc, folder) from exc
@@ -294,6 +304,34 @@ class ObjectStorage:
         # they abort it.
         with anyio.CancelScope(shield=True):
             await anyio.sleep(_AFTERGLOW)
+
+
+_started_in: int | None = None  # the process in which obstore's threads run
+
+
+async def _start_threads() -> None:
+    """Have obstore start its threads, once in a process. Raises `SourceUnavailable` if descriptors have run out.
+
+    obstore itself would panic then, and again at each later call, until the process ends.
+    """
+    global _started_in
+    if _started_in == (process := os.getpid()):
+        return
+    import obstore
+    from obstore.store import MemoryStore
+
+    held: list[int] = []
+    try:
+        for _ in range(_PIPES):
+            held += os.pipe()
+    except OSError as exc:
+        raise SourceUnavailable(f"obstore cannot start: {exc.strerror}") from exc
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+    with suppress(FileNotFoundError):
+        await obstore.head_async(MemoryStore(), "none")
+    _started_in = process
 
 
 def _entry(name: str, size: int, modified: datetime | None, etag: str) -> Entry:

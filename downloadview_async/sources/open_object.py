@@ -28,7 +28,7 @@ from downloadview_async.http.ranges import NEAR, RangeSpec, read_from
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.http.upstream import REFUSALS
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
-from downloadview_async.sources.object_errors import STATUS, file_error, first_line
+from downloadview_async.sources.object_errors import STATUS, file_error, first_line, is_of_store
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
@@ -120,7 +120,9 @@ class OpenObject:
                 return await obstore.get_async(self._store, self._name, options=options)
         except TimeoutError as exc:
             raise UpstreamTimeout(f"{self._name!r}: no answer within {self._answer_timeout} s") from exc
-        except Exception as exc:
+        except BaseException as exc:
+            if not is_of_store(exc):
+                raise
             if (instead := _instead_of(options, exc)) is not None:
                 raise _Refused(instead) from exc
             raise file_error(exc, self._name) from exc
@@ -141,7 +143,9 @@ class OpenObject:
                 chunk = self._rest or await anext(self._stream, b"")
                 if not chunk:
                     raise UpstreamError(f"{self._name!r} ended {len(self._span)} bytes early")
-            except Exception as exc:
+            except BaseException as exc:
+                if not is_of_store(exc):
+                    raise
                 self.close()
                 if reopened_for_nothing or (has_begun and not self.metadata.is_pinned):
                     raise TransferAborted(
@@ -227,7 +231,7 @@ def _version(meta: Mapping[str, Any]) -> tuple[str | None, Any, int]:
     return meta["e_tag"], meta["last_modified"], meta["size"]
 
 
-def _instead_of(options: Mapping[str, Any], exc: Exception) -> dict[str, Any] | None:
+def _instead_of(options: Mapping[str, Any], exc: BaseException) -> dict[str, Any] | None:
     """Return the options for the next try if the store refuses a HEAD or a range. None: the error is its answer."""
     status = STATUS.search(str(exc))
     if "range" in options:

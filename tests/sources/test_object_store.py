@@ -410,6 +410,32 @@ os._exit(0)  # the threads of obstore now and then abort a Python that is ending
     assert done.stdout == "here\nhere\n"
 
 
+async def test_a_store_works_again_after_its_first_use_had_no_descriptors(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"here")
+    code = f"""
+import asyncio, os, resource
+import anyio
+from downloadview_async import ObjectStorage, SourceUnavailable
+storage = ObjectStorage("file://{tmp_path}")
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+async def read():
+    await anyio.sleep(0)  # imports what it needs
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    for use in (lambda: storage.open("a.txt").__aenter__(), lambda: anext(storage.list())):
+        try:
+            await use()
+        except SourceUnavailable as exc:
+            print(exc, flush=True)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    async with storage.open("a.txt") as opened:
+        print(b"".join([chunk async for chunk in opened.stream(None)]).decode(), flush=True)
+asyncio.run(read())
+os._exit(0)  # the threads of obstore now and then abort a Python that is ending
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "obstore cannot start: Too many open files\n" * 2 + "here\n"
+
+
 # ---- a real S3 server
 
 
