@@ -28,10 +28,15 @@ class KeepPeer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with the address of the peer. One of another `KeepPeer` around this stays."""
-        if scope["type"] == "http":
-            client = scope.get("client")
-            scope.setdefault(PEER, client[0] if client else None)
+        self.keep(scope)
         await self.app(scope, receive, send)
+
+    @staticmethod
+    def keep(scope: Scope) -> None:
+        """Keep the address in the scope of a request, without an application."""
+        if scope["type"] == "http" and PEER not in scope:
+            client = scope.get("client")
+            scope[PEER] = client[0] if client else None
 
 
 class ProxyUsers:

@@ -3,7 +3,7 @@
 import logging
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import anyio
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async import (
     Access,
@@ -162,7 +162,15 @@ def behind_proxies(app: ASGIApp, settings: Settings) -> ASGIApp:
     limits = [settings.limits, *(route.limits for route in settings.routes)]
     has_header = settings.users is not None and settings.users.header is not None
     has_clients = any(one is not None and one.client.startswith("header:") for one in limits)
-    return KeepPeer(app) if settings.listens or has_header or has_clients else app
+    if not (settings.listens or has_header or has_clients):
+        return app
+    inner = app
+
+    def with_peer(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        KeepPeer.keep(scope)
+        return inner(scope, receive, send)
+
+    return with_peer
 
 
 def access_of(

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from ipaddress import ip_network
@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 from starlette.applications import Starlette
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async import (
     AccessLog,
@@ -25,6 +25,7 @@ from downloadview_async import (
     Traces,
 )
 from downloadview_async.service.access import trusted_proxies
+from downloadview_async.service.dispatch import Dispatch
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.settings import DatabaseUnavailable, Settings
@@ -71,9 +72,22 @@ class Service(Starlette):
         """How many answers have not ended, of which the client may still take the last bytes; 0 without listeners."""
         return 0 if self._accounts is None else self._accounts.in_progress
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or run the lifespan."""
+        await self.answer(scope, receive, send)
+
+    def answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Return what does so. Servers that look at it do not take this plain function for an ASGI application."""
+        scope["app"] = self
+        if self.middleware_stack is None:
+            self.middleware_stack = self.build_middleware_stack()
+        return self.middleware_stack(scope, receive, send)
+
     def build_middleware_stack(self) -> ASGIApp:
         """Return the application with its middleware around it."""
-        app = super().build_middleware_stack()
+        app: ASGIApp = Dispatch(self.router, self.exception_handlers)
+        for kind, args, kwargs in reversed(self.user_middleware):
+            app = kind(app, *args, **kwargs)
         if not self._settings.listens:
             return app
         trusted = list(_addresses_of(self._settings))

@@ -9,7 +9,7 @@ import codecs
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from traceback import TracebackException
 from typing import Any
 
@@ -138,11 +138,11 @@ class OneLineFailures:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass everything on, but shorten the message of a failed start-up or shutdown."""
-        if scope["type"] != "lifespan":
-            await self.app(scope, receive, send)
-            return
+        return (self._live if scope["type"] == "lifespan" else self.app)(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         failed: list[Message] = []
 
         async def keep_failure(message: Message) -> None:

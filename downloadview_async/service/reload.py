@@ -40,7 +40,7 @@ class Generation:
         self.settings = settings = settings.of_own_server()
         self._service = build(settings)
         self.reference: weakref.ref[ASGIApp] = weakref.ref(self._service)
-        self.app: ASGIApp = behind_proxies(self._service, settings)
+        self.app: ASGIApp = behind_proxies(self._service.answer, settings)
         self.requests = 0
         self.ended = asyncio.Event()  # when the last request has, after the generation has retired
         self.is_retired = False

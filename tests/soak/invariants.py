@@ -275,6 +275,9 @@ class Watch:
         """Return what the processes have."""
         found = {"descriptors": Counter[str](), "tasks": Counter[str](), "threads": Counter[str]()}
         for pid, state in (await self.inside()).items():
+            # the log has a thread while there are outcomes to write, also those of these questions
+            writing = state["threads"].pop("downloadview outcomes", 0)
+            self.world.ledger.check("one thread writes the log", writing <= 1, state)
             pooled = state["threads"].pop("pooled", 0)
             self.world.ledger.most("threads of pools in a quiet moment", pooled)
             self.world.ledger.check("pools are bounded", pooled <= MOST_POOLED, state)

@@ -1,6 +1,6 @@
 """`ErrorPages`: errors as pages, for browsers."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from functools import lru_cache
 from http import HTTPStatus
 
@@ -20,11 +20,12 @@ class ErrorPages:
         self._headers = pages.headers
         self._page = lru_cache(maxsize=64)(lambda status, detail: pages.error(status, detail).encode())
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass on a request, and replace the body of an error that is its phrase, or that and a detail."""
-        if scope["type"] != "http" or not _is_browser(scope):
-            await self._app(scope, receive, send)
-            return
+        has_pages = scope["type"] == "http" and _is_browser(scope)
+        return (self._answer if has_pages else self._app)(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         error: Message | None = None  # the start of an error, until its body shows whether it is one of ours
 
         async def send_page(message: Message) -> None:
