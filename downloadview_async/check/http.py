@@ -1,4 +1,4 @@
-"""HTTP requests of `downloadview check`: paths are sent exactly as spelled, and only the start of a body is read."""
+"""HTTP requests of a check: paths are sent exactly as spelled, and only the start of a body is read."""
 
 import re
 import socket
@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import anyio
@@ -55,9 +56,25 @@ class Answer:
         return one != another and (not one or not another or _listed(one) != _listed(another))
 
     @property
+    def cookies(self) -> set[str]:
+        """The names of the cookies that it sets."""
+        return {value.partition("=")[0] for name, value in self.headers if name == "set-cookie"}
+
+    @property
     def orders(self) -> dict[str, str]:
         """The offload headers, which only a proxy should see."""
         return {name: value for name, value in self.headers if _ORDER.fullmatch(name)}
+
+
+class Asked(Protocol):
+    """What answers requests: a `Peer`, or an application in this process. headers: of every request."""
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...  # noqa: D102
+
+    async def ask(self, target: str, *, method: str = "GET", headers: Mapping[str, str] | None = None) -> Answer:
+        """Send a request and return the answer. Raises `NoAnswerError`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
