@@ -18,7 +18,7 @@ import anyio
 from starlette.types import ASGIApp
 
 from downloadview_async import ConfigurationError, FileError, FileMetadata, LocalFile, TransferAborted, proxy_kinds
-from downloadview_async.check.http import MOST, Answer, NoAnswerError, Peer
+from downloadview_async.check.http import MOST, Answer, Asked, NoAnswerError, Peer
 from downloadview_async.check.in_process import Application, started
 from downloadview_async.check.inner import internal_locations, name_of_proxy
 from downloadview_async.check.samples import Content, content_of
@@ -158,6 +158,10 @@ class ApplicationSite(Site):
         """Return the remedy for an application that makes headers for another kind of proxy."""
         return f"make the headers for {proxy_kinds()[kind].title}, by its backend"
 
+    def alone(self, file: File) -> Asked:
+        """Return the application without the proxy: the running one, if its address is known."""
+        return self.direct if self.direct is not None and file.direct is not None else self.in_process
+
     def facts_of(self, file: File) -> Mapping[str, str]:
         """Return what stands for the name of a source in the settings of a service."""
         return {"name": "NAME"}
@@ -173,16 +177,16 @@ class ApplicationSite(Site):
                     return f"root_path mismatch: clients reach {target} at {url}{target}: give the URL {url}"
             if not prefix:
                 return ""
+            # the running application was not asked for the file if it says what this one says of another path
             unchanged = await self.in_process.ask(f"{prefix}{target}")
         except NoAnswerError:
             return ""
         if unchanged.status != answer.status or unchanged.body != answer.body:
             return ""
         return (
-            f"root_path mismatch: the application has got {prefix}{target}, and has no such route: let the proxy "
-            f"remove {prefix} (nginx: `location {prefix}/ {{ proxy_pass <service>/; }}`), or have the application know "
-            f'it, as by FastAPI(root_path="{prefix}"), but not both'
-        ).replace("<service>", self.service)
+            f"root_path mismatch: the application has got {prefix}{target}, and has no such route: have it know the "
+            f'prefix, as by FastAPI(root_path="{prefix}"), or let the proxy remove {prefix}, but not both'
+        )
 
 
 class _Run:

@@ -196,6 +196,10 @@ class Site:
         """Return whether a path belongs to a source of existing files, which does not generate any."""
         return False
 
+    def alone(self, file: File) -> Asked | None:
+        """Return the application without the proxy, if its answer for a file is the expected one."""
+        return self.direct if file.direct is not None else None
+
     def cache_of(self, file: File) -> str | None:
         """Return the directory of the cache that may hold a file."""
         return None

@@ -422,8 +422,8 @@ class TransferChecks:
         if right:
             return passed("together", file.wanted, request, outcome)
         streamed = not file.offloaded and problem in ("ranges", "conditions")
-        if streamed and file.direct is not None and self.site.direct is not None:
-            direct = await self.site.direct.ask(file.target, headers=headers)
+        if streamed and (alone := self.site.alone(file)) is not None:
+            direct = await alone.ask(file.target, headers=headers)
             if direct.status == answer.status and direct.body == answer.body:
                 return skipped("together", file.wanted, request, f"the service alone answers {outcome} too")
         return failed("together", file.wanted, request, outcome, self._why(problem, file, answer))
