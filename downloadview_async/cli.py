@@ -338,15 +338,17 @@ def check(
     import anyio
 
     from downloadview_async.check.application import check_application
-    from downloadview_async.check.site import Line, summary_of
+    from downloadview_async.check.http import headers_of
+    from downloadview_async.check.site import Line, counts_of, report_of
     from downloadview_async.service.check.run import check as checks
 
     lines: list[Line] = []
     if app_name is not None and (config is not None or only):
         raise click.UsageError("--app is for an application without settings: leave out --config and --only")
-    if not all(re.fullmatch(r"[\w-]+:[\t -~]*", header, re.ASCII) for header in headers):
-        raise click.UsageError("--header is NAME: VALUE, such as 'Authorization: Basic YWRhOnNlY3JldA=='")
-    sent = {name: value.strip() for name, _, value in (header.partition(":") for header in headers)}
+    try:
+        sent = headers_of(headers)
+    except ConfigurationError as exc:
+        raise click.UsageError(str(exc)) from None
 
     async def run_checks() -> None:
         if app_name is None:
@@ -366,9 +368,9 @@ def check(
     except ConfigurationError as exc:
         _say(exc)
         sys.exit(_WRONG_SETTINGS)
-    counts = summary_of(lines)
+    counts = counts_of(lines)
     if as_json:
-        click.echo(json.dumps({**counts, "checks": [line.as_json() for line in lines]}, indent=1))
+        click.echo(json.dumps(report_of(lines), indent=1))
     else:
         click.echo(", ".join(f"{count} {result}" for result, count in counts.items()))
     sys.exit(1 if counts["FAIL"] else 0)

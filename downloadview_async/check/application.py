@@ -184,8 +184,9 @@ class ApplicationSite(Site):
         if unchanged.status != answer.status or unchanged.body != answer.body:
             return ""
         return (
-            f"root_path mismatch: the application has got {prefix}{target}, and has no such route: have it know the "
-            f'prefix, as by FastAPI(root_path="{prefix}"), or let the proxy remove {prefix}, but not both'
+            f"root_path mismatch: the application has got {prefix}{target}, and has no such route: let the proxy "
+            f'remove {prefix}, as `proxy_config(..., prefix="{prefix}")` prints it, and start the server with its '
+            f"option for the root path, such as --root-path {prefix} of uvicorn"
         )
 
 
@@ -267,7 +268,8 @@ class _Run:
             known = _described(answer)
         metadata, content = known
         answers_head = head.status == 200
-        expected = head if answers_head and bool(head.orders) == bool(answer.orders) else answer
+        head_is_separate = answers_head and bool(head.orders) != bool(answer.orders)
+        expected = head if answers_head and not head_is_separate else answer
         if not answer.orders and not redirects:
             if not content.begins(answer.body):
                 remedy = "give the local file that the application sends, by --file PATH=FILE"
@@ -275,7 +277,16 @@ class _Run:
             is_ranged = answer.get("accept-ranges") == "bytes"
             metadata = replace(metadata, accept_ranges=is_ranged)
             outcome = f"{outcome}, streamed: {_why_streamed(reasons, was_offered)}"
-        file = File(wanted, path, metadata, content, expected, redirects=redirects, answers_head=answers_head)
+        file = File(
+            wanted,
+            path,
+            metadata,
+            content,
+            expected,
+            redirects=redirects,
+            answers_head=answers_head,
+            head_is_separate=head_is_separate,
+        )
         return passed("application", wanted, request, outcome), file
 
     def _why_refused(self, wanted: Wanted, answer: Answer, reasons: Sequence[str]) -> str:

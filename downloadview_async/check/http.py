@@ -3,7 +3,7 @@
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +20,7 @@ PIECE = 64 << 10
 MOST = 3 * PIECE
 """The most bytes to read of one answer."""
 
+_FIELD = re.compile(r"[\w-]+:[\t -~]*", re.ASCII)
 _SPACES = re.compile("[ \t]*,[ \t]*")
 _OBEYED = [name for kind in proxy_kinds().values() for name in kind.headers]
 _ORDER = re.compile("|".join(["x-accel-.+", "x-sendfile.*", "x-offload-target", *_OBEYED]))
@@ -64,6 +65,13 @@ class Answer:
     def orders(self) -> dict[str, str]:
         """The offload headers, which only a proxy should see."""
         return {name: value for name, value in self.headers if _ORDER.fullmatch(name)}
+
+
+def headers_of(given: Sequence[str]) -> dict[str, str]:
+    """Return headers that are given as `NAME: VALUE`. Raises `ConfigurationError`."""
+    if not all(_FIELD.fullmatch(header) for header in given):
+        raise ConfigurationError("--header is NAME: VALUE, such as 'Authorization: Basic YWRhOnNlY3JldA=='")
+    return {name: value.strip() for name, _, value in (header.partition(":") for header in given)}
 
 
 class Asked(Protocol):

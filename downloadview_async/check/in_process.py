@@ -66,6 +66,8 @@ class Application:
         except Exception as exc:  # the application may raise anything
             if not answering.has_enough:
                 raise NoAnswerError(f"the application raised {type(exc).__name__}: {exc}") from exc
+            if answering.status >= 500:  # frameworks answer, and raise the exception again for the log of the server
+                self.refusals.append(f"{type(exc).__name__}: {exc}")
         self.was_offered = not offer.was_taken
         return answering.answer()
 
@@ -120,6 +122,10 @@ class _Answering:
                 self._left.set()
                 if message.get("more_body", False):
                     raise _EnoughError
+
+    @property
+    def status(self) -> int:
+        return 0 if self._start is None else int(self._start["status"])
 
     def answer(self) -> Answer:
         if self._start is None or not self.has_enough:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import unquote
 
 from downloadview_async import FileMetadata, ProxyKind, proxy_kinds
@@ -65,9 +65,14 @@ class Line:
         return "\n".join(cut("".join(map(_printable, line))) for line in lines)
 
 
-def summary_of(lines: Sequence[Line]) -> dict[str, int]:
+def counts_of(lines: Sequence[Line]) -> dict[str, int]:
     """Return the number of each result."""
     return {result: sum(line.result == result for line in lines) for result in ("pass", "FAIL", "skip")}
+
+
+def report_of(lines: Sequence[Line]) -> dict[str, Any]:
+    """Return all results as the object of `--json`."""
+    return {**counts_of(lines), "checks": [line.as_json() for line in lines]}
 
 
 def _printable(character: str) -> str:
@@ -124,7 +129,8 @@ class File:
     """A file that can be read here, and the answers that the application should give and gives for it.
 
     location: where its bytes are, as `AsyncFile.location`. redirects: whether clients are redirected to it.
-    answers_head: whether the application answers HEAD.
+    answers_head: whether the application answers HEAD. head_is_separate: whether it does so without the proxy that
+    sends the file for a GET, as Starlette's `FileResponse` does.
     """
 
     wanted: Wanted
@@ -135,6 +141,7 @@ class File:
     """The answer of the application in this process: to HEAD, or to GET if it does not answer HEAD."""
     redirects: bool = False
     answers_head: bool = True
+    head_is_separate: bool = False
     direct: Answer | None = None
     """The answer of the running application, if it is the expected one."""
 
