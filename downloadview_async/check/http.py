@@ -75,7 +75,7 @@ def headers_of(given: Sequence[str]) -> dict[str, str]:
 
 
 class Asked(Protocol):
-    """What answers requests: a `Peer`, or an application in this process. headers: of every request."""
+    """Answers requests: a `Peer`, or an application in this process. headers: of every request."""
 
     @property
     def headers(self) -> Mapping[str, str]: ...  # noqa: D102

@@ -45,7 +45,7 @@ def named_by(answer: Answer, servers: Mapping[str, Iterable[tuple[str, str]]]) -
 
 
 async def named_by_errors(peer: Peer) -> list[str]:
-    """Return the name of a proxy that adds no header to answers, by the pages of its own errors.
+    """Return the name of a proxy that adds no header to answers, by its error pages.
 
     HAProxy refuses a long header with its own page. Traefik answers a Host that it does not know as each server does
     that is written in Go.
