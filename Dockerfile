@@ -10,7 +10,7 @@ ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 COPY requirements/run.txt requirements/
 RUN pip install --require-hashes --requirement requirements/run.txt
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY downloadview_async downloadview_async
 RUN pip install --no-deps --no-build-isolation --no-index . && python -m compileall -q /opt/venv/lib
 COPY app /srv/app
