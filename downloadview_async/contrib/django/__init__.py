@@ -8,6 +8,7 @@ from downloadview_async.contrib.django.accounts import AccountsMiddleware, downl
 from downloadview_async.contrib.django.asgi import get_asgi_application
 from downloadview_async.contrib.django.decorators import _signature_is_valid, signature_required
 from downloadview_async.contrib.django.disposition import content_disposition
+from downloadview_async.contrib.django.file_errors import FileErrorMiddleware
 from downloadview_async.contrib.django.files import (
     FileNotFound,
     HTTPFile,
@@ -48,6 +49,7 @@ __all__ = [
     "DownloadDispatcherMiddleware",
     "DownloadMixin",
     "DownloadResponse",
+    "FileErrorMiddleware",
     "FileNotFound",
     "HTTPDownloadView",
     "HTTPFile",

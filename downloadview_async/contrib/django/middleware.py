@@ -15,7 +15,7 @@ from functools import cached_property, wraps
 from inspect import Parameter, isawaitable, signature
 from typing import Any, ClassVar, TypeVar, cast
 
-from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
+from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest
@@ -24,6 +24,7 @@ from django.utils.module_loading import import_string
 from downloadview_async.contrib.django import offload
 from downloadview_async.contrib.django.deferral import deferred
 from downloadview_async.contrib.django.dual import like
+from downloadview_async.contrib.django.file_errors import FileErrorMiddleware
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse, ProxyOffer
 from downloadview_async.contrib.django.responses import DownloadResponse, is_due, may_be_offloaded
 from downloadview_async.offload.backends import XAccelRedirect
@@ -55,15 +56,12 @@ class WrongBackend(ImproperlyConfigured):
     """A setting does not name a backend."""
 
 
-class BaseDownloadMiddleware:
+class BaseDownloadMiddleware(FileErrorMiddleware):
     """Processes the download responses of the views: subclasses override `process_download_response`.
 
     It works under WSGI and ASGI. Inside it, the views leave their responses unfinished, and the outermost middleware
     finishes them. Under ASGI, a method that a subclass overrides without `async` is called in a thread.
     """
-
-    sync_capable = True
-    async_capable = True
 
     def __init__(self, get_response: Callable[[HttpRequest], Any] | None = None) -> None:
         if get_response is not None and not callable(get_response):
@@ -71,9 +69,7 @@ class BaseDownloadMiddleware:
                 f"the first positional argument of a middleware is get_response, not {get_response!r}: write the "
                 "options of a rule by name, as in {'source_url': ..., 'destination_url': ...}"
             )
-        self.get_response = get_response
-        if iscoroutinefunction(get_response):
-            markcoroutinefunction(self)
+        super().__init__(get_response)
 
     def __call__(self, request: HttpRequest) -> Any:
         """Answer the request; under ASGI, return a coroutine that does."""
