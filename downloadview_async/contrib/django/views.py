@@ -41,7 +41,7 @@ _OURS = "downloadview_async.contrib.django."
 _OF_DJANGO = ("django.views.generic.", _OURS)
 # They take precedence over If-Modified-Since [RFC 9110 13.2.2].
 _STRONGER = frozenset({"if-match", "if-none-match", "if-unmodified-since"})
-# What would lead out of a directory to which a path is joined: an absolute path, `..`, or NUL, which ends a path in C.
+# An absolute path and `..` would lead out of a directory to which they are joined. NUL ends a path in C.
 _LEADS_OUT = re.compile(r"\A/|(?:\A|/)\.\.(?:/|\Z)|\0")
 
 
@@ -280,14 +280,11 @@ class PathDownloadView(BaseDownloadView):
         return self.kwargs.get(self.path_url_kwarg, self.path)
 
     def _check_arguments(self) -> None:
-        if self.root is None:
-            self._check_names()
-
-    def _check_names(self) -> None:
-        """Raise `FileNotFound` for an argument that may lead out of a directory, and for a path with empty segments."""
-        super()._check_arguments()
-        if self.allow_unsafe_arguments:
+        if self._has_root or self.allow_unsafe_arguments:
             return
+        if self._lacks_root and all(_is_of_path_view(self, hook) for hook in ("get_file", "aget_file")):
+            return  # `_file` raises ImproperlyConfigured
+        super()._check_arguments()
         path, match = self.kwargs.get(self.path_url_kwarg, ""), getattr(self.request, "resolver_match", None)
         if match is None or match.extra_kwargs.get(self.path_url_kwarg) != path:
             name = str(path)
@@ -305,12 +302,17 @@ class PathDownloadView(BaseDownloadView):
         """Return the file, which is opened when the response is finished."""
         return self._file()
 
+    @property
+    def _has_root(self) -> bool:
+        return self.root is not None
+
+    @property
+    def _lacks_root(self) -> bool:
+        """Whether the view takes any path from the URL, which is a mistake of the project."""
+        return not self._has_root and self.path_url_kwarg in self.kwargs and _is_of_path_view(self, "get_path")
+
     def _file(self) -> PathFile:
-        if (
-            self.root is None
-            and self.path_url_kwarg in self.kwargs
-            and type(self).get_path is PathDownloadView.get_path
-        ):
+        if self._lacks_root:
             raise ImproperlyConfigured(
                 f"{type(self).__name__} takes its path from the URL and has no root, so a client could request every "
                 "file of this machine: set root to the directory that has the files"
@@ -322,10 +324,16 @@ class PathDownloadView(BaseDownloadView):
         return PathFile(path, root=self.root)
 
 
+def _is_of_path_view(view: PathDownloadView, method: str) -> bool:
+    return getattr(type(view), method) is getattr(PathDownloadView, method)
+
+
 class StorageDownloadView(PathDownloadView):
     """Sends a file in a Django storage, by its name there, which `get_path` returns. The storage checks it, too."""
 
     storage: Any = default_storage
+    _has_root = False  # a storage knows no root
+    _lacks_root = False
 
     def get_file(self) -> Any:
         """Return the file, which is opened when the response is finished."""
@@ -335,9 +343,6 @@ class StorageDownloadView(PathDownloadView):
     async def aget_file(self) -> Any:
         """Do what `get_file` does."""
         return self.get_file()
-
-    def _check_arguments(self) -> None:
-        self._check_names()  # a storage knows no root
 
 
 class HTTPDownloadView(BaseDownloadView):

@@ -68,6 +68,13 @@ class JoinedByItself(Joined):
         return f"{self.directory}/{self.kwargs['path']}"
 
 
+class JoinedFile(Joined):
+    get_path = PathDownloadView.get_path
+
+    def get_file(self) -> Any:
+        return PathFile(os.path.join(self.directory, self.get_path()))
+
+
 class JoinedName(StorageDownloadView):
     def get_path(self) -> str:
         return os.path.join("files", super().get_path())
@@ -112,6 +119,7 @@ class Looked(ObjectDownloadView):
 VIEWS: dict[str, Callable[[Path], Any]] = {
     "path": lambda root: Joined.as_view(directory=root / "files"),
     "path, without super": lambda root: JoinedByItself.as_view(directory=root / "files"),
+    "path, in get_file": lambda root: JoinedFile.as_view(directory=root / "files"),
     "decorated path": lambda root: x_accel_redirect(
         Joined.as_view(directory=root / "files"), source_dir=str(root), destination_url="/_files/"
     ),
@@ -124,7 +132,15 @@ VIEWS: dict[str, Callable[[Path], Any]] = {
     "object": lambda root: Looked.as_view(),
     "sendfile": lambda root: lambda request, path: sendfile(request, os.path.join(root / "files", path)),
 }
-OF_NAMES = ["path", "path, without super", "decorated path", "storage", "storage with a root", "storage in memory"]
+OF_NAMES = [
+    "path",
+    "path, without super",
+    "path, in get_file",
+    "decorated path",
+    "storage",
+    "storage with a root",
+    "storage in memory",
+]
 
 
 def _in_memory() -> InMemoryStorage:
