@@ -280,7 +280,19 @@ def print_config(
     metavar="URL",
     help="The URL at which the service itself listens.  [default: the address in the settings]",
 )
-@click.option("--file", "files", multiple=True, metavar="PATH", help="A path to request; may be repeated.")
+@click.option(
+    "--app",
+    "app_name",
+    metavar="MODULE:APP",
+    help="Check this ASGI application, instead of a service with settings.",
+)
+@click.option(
+    "--file",
+    "files",
+    multiple=True,
+    metavar="PATH[=FILE]",
+    help="A path to request; with --app, also the local file that is sent for it. May be repeated.",
+)
 @click.option("--only", is_flag=True, help="Request only the paths of --file.")
 @click.option(
     "--timeout",
@@ -297,8 +309,16 @@ def print_config(
     help="A header of every request, such as that of a user who may have the files; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def check(url: str | None, config: Path | None, as_json: bool, headers: Sequence[str], **options: Any) -> None:
-    """Check a running service, and the proxy in front of it.
+def check(
+    url: str | None,
+    config: Path | None,
+    app_name: str | None,
+    only: bool,
+    as_json: bool,
+    headers: Sequence[str],
+    **options: Any,
+) -> None:
+    r"""Check a running service or application, and the proxy in front of it.
 
     The service is checked against its settings, and with URL the proxy too. URL is the address at which clients reach
     the proxy. Each row shows the result (pass, FAIL or skip), the step, the route, the request and the outcome; below a
@@ -306,39 +326,71 @@ def check(url: str | None, config: Path | None, as_json: bool, headers: Sequence
 
     The settings are the same as those of `downloadview serve`. The check requests the `example`s of each route, the
     paths of --file, or the first file of a local directory.
+
+    With --app, an ASGI application of any framework is checked in the same way: it is imported from the current
+    directory, started, and called in this process, to know what it answers.
+
+    \b
+    downloadview check --app main:app https://example.org \
+        --header "Authorization: Bearer TOKEN" \
+        --file /invoices/1=invoices/a.pdf
     """
     import anyio
 
-    from downloadview_async.service.check.run import Line
+    from downloadview_async.check.application import check_application
+    from downloadview_async.check.http import headers_of
+    from downloadview_async.check.site import Line, counts_of, report_of
     from downloadview_async.service.check.run import check as checks
 
     lines: list[Line] = []
-    if not all(re.fullmatch(r"[\w-]+:[\t -~]*", header, re.ASCII) for header in headers):
-        raise click.UsageError("--header is NAME: VALUE, such as 'Authorization: Basic YWRhOnNlY3JldA=='")
-    sent = {name: value.strip() for name, _, value in (header.partition(":") for header in headers)}
+    if app_name is not None and (config is not None or only):
+        raise click.UsageError("--app is for an application without settings: leave out --config and --only")
+    try:
+        sent = headers_of(headers)
+    except ConfigurationError as exc:
+        raise click.UsageError(str(exc)) from None
 
     async def run_checks() -> None:
-        _choose(config, "nothing to check: give ")
-        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        async with contextlib.aclosing(checks(settings, url=url, headers=sent, **options)) as new_lines:
+        if app_name is None:
+            _choose(config, "nothing to check: give ")
+            settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+            results = checks(settings, url=url, headers=sent, only=only, **options)
+        else:
+            results = check_application(_application(app_name), url=url, headers=sent, **options)
+        async with contextlib.aclosing(results) as new_lines:
             async for line in new_lines:
                 lines.append(line)
                 if not as_json:
-                    click.echo(one_line(f"{line.result}  {line.step}  {line.route}  {line.request}: {line.outcome}"))
-                    if line.remedy:
-                        click.echo(one_line(f"      {line.remedy}"))
+                    click.echo(line.as_text())
 
     try:
         anyio.run(run_checks)
     except ConfigurationError as exc:
         _say(exc)
         sys.exit(_WRONG_SETTINGS)
-    counts = {result: sum(line.result == result for line in lines) for result in ("pass", "FAIL", "skip")}
+    counts = counts_of(lines)
     if as_json:
-        click.echo(json.dumps({**counts, "checks": [line.as_json() for line in lines]}, indent=1))
+        click.echo(json.dumps(report_of(lines), indent=1))
     else:
         click.echo(", ".join(f"{count} {result}" for result, count in counts.items()))
     sys.exit(1 if counts["FAIL"] else 0)
+
+
+def _application(name: str) -> Any:
+    """Import an object named MODULE:OBJECT, from the current directory too. Raises `ConfigurationError`."""
+    from uvicorn.importer import ImportFromStringError, import_from_string
+
+    if (directory := os.getcwd()) not in sys.path:
+        sys.path.insert(0, directory)
+    try:
+        return import_from_string(name)
+    except ImportFromStringError as exc:
+        reason = str(exc)
+    except (Exception, SystemExit) as exc:  # importing a module may raise anything
+        reason = f"{type(exc).__name__}: {exc}"
+    raise ConfigurationError(
+        f"--app {name} cannot be imported ({reason}): give MODULE:APP, of a module in {directory} or an installed one"
+    )
 
 
 @main.command("keys")

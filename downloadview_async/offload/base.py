@@ -127,7 +127,7 @@ class ProxyKind:
     replaced_headers: headers of the service that the proxy replaces when it sends a file.
     has_bare_errors: whether the errors that the proxy makes itself cannot carry headers of the service.
     configuration: returns a whole configuration for a site, see `proxy_config`. None: there is no template.
-    remedies: the advice of `downloadview check` for each problem, named as in `service/check/advice.py`. Words in angle
+    remedies: the advice of `downloadview check` for each problem, named as in `check/advice.py`. Words in angle
     brackets, such as `<directory>`, `<target>`, `<service>` and `<header>`, are replaced.
 
     Raises `ConfigurationError` for an invalid name, option or header.

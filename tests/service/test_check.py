@@ -22,12 +22,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async import ConfigurationError, MemoryStorage, StorageSource, proxy_kinds
+from downloadview_async.check.advice import PROBLEMS, SOCKET, advice
+from downloadview_async.check.http import MOST, PIECE, Answer, NoAnswerError, Peer
+from downloadview_async.check.samples import Content, content_of
 from downloadview_async.http.fields import OFFLOAD_HEADERS
 from downloadview_async.service.app import build
-from downloadview_async.service.check.advice import PROBLEMS, SOCKET, advice
-from downloadview_async.service.check.http import MOST, PIECE, Answer, NoAnswerError, Peer
 from downloadview_async.service.check.run import Line, check
-from downloadview_async.service.check.samples import Content, content_of
 from downloadview_async.service.settings import Settings
 from tests.certificates import make_certificate
 from tests.live import listening, live

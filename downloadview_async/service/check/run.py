@@ -8,35 +8,35 @@ import os
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import anyio
 
 from downloadview_async import AccessDenied, ConfigurationError, Download, FileMissing, UpstreamError, VirtualFile
-from downloadview_async.service.app import build
-from downloadview_async.service.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer
-from downloadview_async.service.check.samples import content_of, names_in
-from downloadview_async.service.check.site import (
-    PARAMETER,
+from downloadview_async.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer
+from downloadview_async.check.inner import internal_locations, name_of_proxy
+from downloadview_async.check.samples import content_of, names_in
+from downloadview_async.check.site import (
     PLAIN,
-    File,
     Line,
     Result,
-    Site,
     Step,
-    Wanted,
     failed,
     passed,
+    rule_among,
     shown,
     shown_url,
     skipped,
     unsigned,
 )
-from downloadview_async.service.check.transfers import TransferChecks
+from downloadview_async.check.transfers import TransferChecks
+from downloadview_async.service.app import build
+from downloadview_async.service.check.site import PARAMETER, File, Site, Wanted
+from downloadview_async.service.check.site import wanted as wanted_of
 from downloadview_async.service.health import LIVEZ, PADDING
-from downloadview_async.service.settings import DatabaseUnavailable, RouteSettings, RuleSettings, Settings
+from downloadview_async.service.settings import DatabaseUnavailable, RouteSettings, Settings
 from downloadview_async.service.source_settings import (
     SourceSettings,
     StorageSettings,
@@ -101,7 +101,7 @@ async def check(
         if url is not None:
             proxy = await stack.enter_async_context(Peer.at(url, timeout, sent))
         where = f"http://unix:{uds}" if uds else shown_url(service or "http://HOST:PORT")
-        site = Site(settings, app, in_process, running, proxy, timeout, where)
+        site = Site(in_process, running, proxy, timeout, where, settings, app)
         async with aclosing(_Run(site).lines(files, only)) as lines:
             async for line in lines:
                 yield line
@@ -189,7 +189,7 @@ class _Run:
                 continue
             names = [] if only else route.examples or self._found(route)
             targets = given.get(route.path) or [before + quote(name) + after for name in names]
-            wanted += [Wanted(route, target, thorough=number == 0) for number, target in enumerate(targets)]
+            wanted += [wanted_of(route, target, thorough=number == 0) for number, target in enumerate(targets)]
             if not targets and not only:
                 outcome = "not checked: no file is known"
                 remedy = "give the route an `example` in the settings, or give a path with --file"
@@ -247,7 +247,15 @@ class _Run:
                 expected = answer if answer.orders else expected
             if expected.status == 200:
                 outcome = "of unknown size" if content.size is None else f"{content.size} bytes"
-                return passed("source", wanted, request, outcome), File(wanted, file, metadata, content, expected)
+                return passed("source", wanted, request, outcome), File(
+                    wanted,
+                    file.location,
+                    metadata,
+                    content,
+                    expected,
+                    redirects=wanted.route.send == "redirect",
+                    is_generated=isinstance(file, VirtualFile),
+                )
             outcome = f"with these settings the answer is {expected.status}"
             if wanted.route.access is not None:
                 remedy = "give the headers of a user who may have this file with --header"
@@ -312,7 +320,7 @@ class _Run:
         cache = cache_of(source)
         if cache is None or self.site.settings.offload.backend is None or file.route.send not in (None, "proxy"):
             return None
-        if isinstance(file.file, VirtualFile) or file.expected.get("content-encoding") or not seconds_of(cache.max_age):
+        if file.is_generated or file.expected.get("content-encoding") or not seconds_of(cache.max_age):
             return None  # the file is not cached, or not offloaded
         headers = dict(file.metadata.headers)
         if re.search('no-store|no-cache|private|max-?age="?0', headers.get("cache-control", "").lower()):
@@ -325,7 +333,8 @@ class _Run:
         size = file.content.size
         if size is None or size > min(MOST, bytes_of(cache.max_bytes) or 0):
             return None
-        return None if self.site.rule_for([f"{cache.path}/"]) is None else cache.path
+        rules = self.site.settings.offload.rules
+        return None if rule_among(rules, [f"{cache.path}/"]) is None else cache.path
 
     async def _ask_again(self, service: Peer, file: File) -> Answer:
         """Request a file until the service has cached it, at most `_TRIES` times; return the last answer."""
@@ -340,11 +349,11 @@ class _Run:
     def _misfit(self, file: File, answer: Answer) -> tuple[str, str]:
         """Return the answer of the running service as text, and how the settings differ from it ("" if they do not)."""
         outcome = f"{answer.status}{shown(answer.orders)}"
-        if answer.status == 307 and file.route.send == "redirect":
+        if answer.status == 307 and file.redirects:
             return f"307 to {urlsplit(answer.get('location') or '').netloc}", ""
         if answer.status != 200:
             return outcome, "it does not find the file, or its user may not read it"
-        for name in file.kept_headers:
+        for name in file.wanted.kept_headers:
             if answer.differs(file.expected, name):
                 return f"{outcome}, {name}: {answer.get(name)}", f"they give {name}: {file.expected.get(name)}"
         _, source = self.site.source_of(file.route)
@@ -367,7 +376,7 @@ class _Run:
 
     def _why_streamed(self, file: File) -> tuple[str, str]:
         """Return why the service itself sends a file, and the remedy: "" if the route does not ask for the proxy."""
-        location = file.file.location
+        location = file.location
         if self.site.settings.offload.backend is None:
             return "", ""
         if file.route.send == "stream":
@@ -393,10 +402,7 @@ class _Run:
     # --- 3: the proxy alone
 
     async def _proxy_alone(self, proxy: Peer, files: Sequence[File]) -> AsyncIterator[Line]:
-        # answers that the proxy makes itself, such as refusals, name it in their Server header
-        for target in ("/../", "/%00"):
-            with suppress(ClosedError):
-                self.site.see(await proxy.ask(target, root=True))
+        await name_of_proxy(self.site, proxy)
         async for line in self._lengths(proxy):
             yield line
         rules = self.site.settings.offload.rules if self.site.settings.offload.backend else []
@@ -405,26 +411,8 @@ class _Run:
             yield Line(result="skip", step="proxy", route="", request="internal locations", outcome=outcome)
         for rule in rules:
             file = next((file for file in files if file.offloaded and self.site.rule_of(file) == rule), None)
-            for target in self._inner_targets(rule, file):
-                if (await self.site.in_process.ask(target, method="HEAD")).status == 200:
-                    continue  # a page of the service itself
-                result: Result = "pass"
-                outcome, remedy = "refused", ""
-                try:
-                    answer = await proxy.ask(target, root=True)
-                except ClosedError:
-                    pass
-                else:
-                    outcome = f"{answer.status}, refused"
-                    if answer.status in (200, 206):
-                        result, outcome = "FAIL", f"{answer.status}: every client can read it"
-                        remedy = self.site.advice("open", rule)
-                    elif answer.status >= 500:
-                        result, outcome, remedy = "FAIL", str(answer.status), self.site.advice("unreached", rule)
-                where = rule.target or rule.source
-                yield Line(
-                    result=result, step="proxy", route=where, request=f"GET {target}", outcome=outcome, remedy=remedy
-                )
+            async for line in internal_locations(self.site, proxy, rule, file):
+                yield line
 
     async def _lengths(self, proxy: Peer) -> AsyncIterator[Line]:
         """Check that the proxy passes on the longest request line, and the longest header of an answer."""
@@ -457,22 +445,6 @@ class _Run:
                 result, remedy = "FAIL", self.site.advice(problem, None)
                 self.site.narrow.add(problem)
             yield Line(result=result, step=step, route="", request=request, outcome=outcome, remedy=remedy)
-
-    def _inner_targets(self, rule: RuleSettings, file: File | None) -> list[str]:
-        """Return paths by which a client might reach the files of a rule without the service."""
-        source, location = rule.source.rstrip("/"), "" if file is None else file.file.location or ""
-        rest = quote(location.removeprefix(f"{source}/")) if location.startswith(f"{source}/") else ""
-        name = quote(source.rpartition("/")[2])
-        if self.site.kind is not None and self.site.kind.targets == "directory":
-            return [f"{quote(source)}/{rest}", f"/{name}/{rest}", f"/{rest}"] if rest else []
-        target = rule.target or ""
-        return [
-            target + rest,
-            f"/%{ord(target[1]):02X}{target[2:]}{rest}",
-            f"/{target}{rest}",
-            f"{target.upper()}{rest}",
-            f"{target.rstrip('/')}../{name}/{rest}",
-        ]
 
 
 def _bucket_of(source: SourceSettings) -> str:

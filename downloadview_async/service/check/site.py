@@ -1,149 +1,111 @@
-"""The state of `downloadview check`: the installation that it checks, the files that it requests, and the results."""
+"""The installation that `downloadview check` checks: the service, with its settings."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
-from urllib.parse import unquote
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
 
 from starlette.applications import Starlette
 from starlette.routing import Match, Route
 
-from downloadview_async import AsyncFile, Download, FileMetadata, FileMissing, ProxyKind, proxy_kinds
-from downloadview_async.service.check.advice import advice
-from downloadview_async.service.check.http import Answer, Peer
-from downloadview_async.service.check.samples import Content
-from downloadview_async.service.settings import RouteSettings, RuleSettings, Settings
-from downloadview_async.service.source_settings import SourceSettings, source_of_files
-
-Step = Literal["source", "application", "proxy", "together"]
-Result = Literal["pass", "FAIL", "skip"]
+from downloadview_async import AsyncFile, Download, FileMissing
+from downloadview_async.check import site
+from downloadview_async.service.settings import CORS_HEADERS, RouteSettings, RuleSettings, Settings
+from downloadview_async.service.source_settings import (
+    PathSettings,
+    SourceSettings,
+    StorageSettings,
+    cache_of,
+    source_of_files,
+)
 
 PARAMETER = re.compile("{[^}]*}")
-PLAIN = re.compile("/?[A-Za-z0-9_][A-Za-z0-9_./~-]*")
-"""Names that every proxy encodes in the same way."""
-
-KEPT_HEADERS = (
-    "Content-Type",
-    "Content-Disposition",
-    "Cache-Control",
-    "X-Content-Type-Options",
-    "Content-Security-Policy",
-    "Content-Encoding",
-    "Content-Language",
-)
-"""The headers of the service that must reach the client unchanged, whoever sends the file. See `File.kept_headers`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """The result of one check, for people to read. route: the path of a route, or the target of a rule.
-
-    request: what the check requested. outcome: what came back, or why the check was skipped. remedy: how to fix a
-    failure.
-    """
-
-    result: Result
-    step: Step
-    route: str
-    request: str
-    outcome: str
-    remedy: str = ""
-
-    def as_json(self) -> dict[str, str]:
-        """Return the line as it is in the output of `--json`."""
-        return {
-            "result": self.result,
-            "step": self.step,
-            "route": self.route,
-            "asked": self.request,
-            "came": self.outcome,
-            "remedy": self.remedy,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A file to request. thorough: make all checks with it, not only those that depend on its name."""
+class Wanted(site.Wanted):
+    """A file of a route to request."""
 
     route: RouteSettings
-    target: str
-    thorough: bool
+
+
+def wanted(route: RouteSettings, target: str, *, thorough: bool) -> Wanted:
+    """Return a file of a route to request."""
+    origin = None
+    if route.cors is not None:
+        origin = "https://downloadview-check.example" if "*" in route.cors.origins else route.cors.origins[0]
+    return Wanted(
+        label=route.path,
+        target=target,
+        below=quote(PARAMETER.split(route.path)[0]),
+        thorough=thorough,
+        headers=tuple(route.headers),
+        origin=origin,
+        cors_headers=CORS_HEADERS,
+        route=route,
+    )
 
 
 @dataclass(slots=True)
-class File:
-    """A file that its source has returned, and the answers that the service should give and gives for it."""
+class File(site.File):
+    """A file that the source of a route has returned. is_generated: whether a function makes it."""
 
     wanted: Wanted
-    file: AsyncFile
-    metadata: FileMetadata
-    content: Content
-    expected: Answer
-    """The answer to HEAD of the application in this process, which has the same settings."""
-    direct: Answer | None = None
-    """The answer of the running service, if it is the expected one."""
+    is_generated: bool = False
 
     @property
     def route(self) -> RouteSettings:
         """The route that serves it."""
         return self.wanted.route
 
-    @property
-    def target(self) -> str:
-        """The path to request."""
-        return self.wanted.target
-
-    @property
-    def offloaded(self) -> bool:
-        """Whether the proxy should send it."""
-        return bool(self.expected.orders)
-
-    @property
-    def kept_headers(self) -> tuple[str, ...]:
-        """The headers of the service that must reach the client: those of the route too."""
-        return tuple({name.lower(): name for name in (*self.route.headers, *KEPT_HEADERS)}.values())
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether every request is certain to get the same bytes."""
-        return self.offloaded or bool(self.expected.get("etag") or self.expected.get("last-modified"))
-
-    @property
-    def ranged(self) -> bool:
-        """Whether it supports range requests."""
-        return self.content.size is not None and self.metadata.size is not None and self.metadata.accept_ranges
-
 
 @dataclass(slots=True)
-class Site:
-    """The installation that is checked.
-
-    in_process: the application in this process. direct: the running service, without the proxy. service: the URL of the
-    running service, for messages.
-    """
+class Site(site.Site):
+    """The installation, with its settings. app: an application with the same settings, in this process."""
 
     settings: Settings
     app: Starlette
-    in_process: Peer
-    direct: Peer | None
-    proxy: Peer | None
-    timeout: float
-    service: str
-    seen: set[str] = field(default_factory=set)
-    """The kinds of proxy that the Server and Via headers of answers have named."""
-    narrow: set[str] = field(default_factory=set)
-    """The lengths that the proxy limits too tightly: "request line", "fields"."""
 
     @property
-    def kind(self) -> ProxyKind | None:
+    def backend(self) -> str | None:
         """The kind of proxy in the settings, or None."""
-        return proxy_kinds().get(self.settings.offload.backend or "")
+        backend: str | None = self.settings.offload.backend
+        return backend
 
-    def see(self, answer: Answer) -> None:
-        """Note the kind of proxy that the Server and Via headers of an answer name."""
-        servers = f"{answer.get('server')} {answer.get('via')}".lower()
-        self.seen.update(name for name in proxy_kinds() if name in servers)
+    def rules_for(self, file: site.File) -> list[RuleSettings]:
+        """Return the rules in the settings."""
+        rules: list[RuleSettings] = self.settings.offload.rules
+        return rules
+
+    def to_use(self, kind: str) -> str:
+        """Return the remedy for settings with another kind of proxy."""
+        return f'set [offload] backend = "{kind}"'
+
+    def is_of_files(self, target: str) -> bool:
+        """Return whether a path belongs to a source of existing files, which does not generate any."""
+        answering, _ = self.route_of(target)
+        return any(
+            isinstance(self.source_of(route)[1], PathSettings | StorageSettings)
+            for route in self.settings.routes
+            if answering is not None and route.path == answering.path
+        )
+
+    def cache_of(self, file: site.File) -> str | None:
+        """Return the directory of the cache of a file's source, or None."""
+        _, source = self.source_of(_route_of(file))
+        cache = cache_of(source)
+        return None if cache is None else str(cache.path)
+
+    async def relocate(self, file: site.File) -> None:
+        """Set the location of a file again: by now the cache may have it."""
+        assert isinstance(file, File)
+        with suppress(Exception):  # a source may raise anything
+            file.location = (await self.resolve(file.wanted)).location
+
+    def facts_of(self, file: site.File) -> Mapping[str, str]:
+        """Return the name of a file's source."""
+        return {"name": self.source_of(_route_of(file))[0]}
 
     def route_of(self, target: str) -> tuple[Route | None, str]:
         """Return the route that matches a path, and the name that it passes to its source."""
@@ -167,63 +129,7 @@ class Site:
         """Return the name and the settings of the source that holds the files of a route."""
         return source_of_files(route.source, self.settings.sources)
 
-    def rule_of(self, file: File) -> RuleSettings | None:
-        """Return the rule that covers a file, even if a header cannot carry the file's name; None if no rule does."""
-        return self.rule_for([file.file.location or "", *map(unquote, file.expected.orders.values())])
 
-    def rule_for(self, places: Iterable[str]) -> RuleSettings | None:
-        """Return the most specific rule whose source or target contains one of these places, or None."""
-        rules = [
-            rule
-            for place in places
-            for rule in self.settings.offload.rules
-            for prefix in (rule.source, rule.target or rule.source)
-            if place.startswith(f"{prefix.rstrip('/')}/")
-        ]
-        return max(rules, key=lambda rule: len(rule.source), default=None)
-
-    def is_fetched(self, file: File) -> bool:
-        """Return whether the proxy fetches a file from another server."""
-        rule = self.rule_of(file)
-        return file.offloaded and rule is not None and not rule.source.startswith("/")
-
-    def advice(self, problem: str, rule: RuleSettings | None, **facts: str) -> str:
-        """Return the remedy for a problem with the files of a rule: see `advice.advice`."""
-        backend: str | None = self.settings.offload.backend
-        if backend is None and len(self.seen) == 1:
-            (backend,) = self.seen
-        if rule is not None:
-            facts |= {"directory": rule.source.rstrip("/"), "target": rule.target or rule.source}
-        if (header := facts.get("header")) is not None:
-            facts["variable"] = header.lower().replace("-", "_")
-        return advice(problem, backend, service=self.service, **facts)
-
-
-def passed(step: Step, wanted: Wanted, request: str, outcome: str) -> Line:
-    """Return a pass row."""
-    return Line(result="pass", step=step, route=wanted.route.path, request=request, outcome=outcome)
-
-
-def failed(step: Step, wanted: Wanted, request: str, outcome: str, remedy: str) -> Line:
-    """Return a FAIL row."""
-    return Line(result="FAIL", step=step, route=wanted.route.path, request=request, outcome=outcome, remedy=remedy)
-
-
-def skipped(step: Step, wanted: Wanted, request: str, reason: str) -> Line:
-    """Return a skip row: the check could not be made."""
-    return Line(result="skip", step=step, route=wanted.route.path, request=request, outcome=f"not checked: {reason}")
-
-
-def unsigned(orders: Mapping[str, str]) -> dict[str, str]:
-    """Return offload headers without the signature of a store's URL, which changes every second."""
-    return {name: value.partition("?")[0] if name == "x-offload-target" else value for name, value in orders.items()}
-
-
-def shown(headers: Mapping[str, str], comma: str = ",") -> str:
-    """Return headers as text for a row, without signatures."""
-    return "".join(f"{comma} {name}: {value}" for name, value in unsigned(headers).items())
-
-
-def shown_url(url: str) -> str:
-    """Return a URL without its password, and without its query, which may hold a signature."""
-    return re.sub("//[^/]*@", "//", url.partition("?")[0].rstrip("/"))
+def _route_of(file: site.File) -> RouteSettings:
+    assert isinstance(file, File)
+    return file.route

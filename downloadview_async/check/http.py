@@ -1,12 +1,13 @@
-"""HTTP requests of `downloadview check`: paths are sent exactly as spelled, and only the start of a body is read."""
+"""HTTP requests of a check: paths are sent exactly as spelled, and only the start of a body is read."""
 
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import anyio
@@ -19,6 +20,7 @@ PIECE = 64 << 10
 MOST = 3 * PIECE
 """The most bytes to read of one answer."""
 
+_FIELD = re.compile(r"[\w-]+:[\t -~]*", re.ASCII)
 _SPACES = re.compile("[ \t]*,[ \t]*")
 _OBEYED = [name for kind in proxy_kinds().values() for name in kind.headers]
 _ORDER = re.compile("|".join(["x-accel-.+", "x-sendfile.*", "x-offload-target", *_OBEYED]))
@@ -55,9 +57,32 @@ class Answer:
         return one != another and (not one or not another or _listed(one) != _listed(another))
 
     @property
+    def cookies(self) -> set[str]:
+        """The names of the cookies that it sets."""
+        return {value.partition("=")[0] for name, value in self.headers if name == "set-cookie"}
+
+    @property
     def orders(self) -> dict[str, str]:
         """The offload headers, which only a proxy should see."""
         return {name: value for name, value in self.headers if _ORDER.fullmatch(name)}
+
+
+def headers_of(given: Sequence[str]) -> dict[str, str]:
+    """Return headers that are given as `NAME: VALUE`. Raises `ConfigurationError`."""
+    if not all(_FIELD.fullmatch(header) for header in given):
+        raise ConfigurationError("--header is NAME: VALUE, such as 'Authorization: Basic YWRhOnNlY3JldA=='")
+    return {name: value.strip() for name, _, value in (header.partition(":") for header in given)}
+
+
+class Asked(Protocol):
+    """Answers requests: a `Peer`, or an application in this process. headers: of every request."""
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...  # noqa: D102
+
+    async def ask(self, target: str, *, method: str = "GET", headers: Mapping[str, str] | None = None) -> Answer:
+        """Send a request and return the answer. Raises `NoAnswerError`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

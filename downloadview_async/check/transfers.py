@@ -1,21 +1,22 @@
-"""The last step of `downloadview check`: compares the answers that clients get through the proxy with the service's."""
+"""The last step of a check: compares the answers that clients get through the proxy with the application's."""
 
 import re
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from downloadview_async import proxy_kinds
-from downloadview_async.service.check.advice import SOCKET, remedies_of
-from downloadview_async.service.check.http import Answer, ClosedError, NoAnswerError, Peer, UnknownHostError, follow
-from downloadview_async.service.check.samples import closed_to_others
-from downloadview_async.service.check.site import (
+from downloadview_async.check.advice import SOCKET, remedies_of
+from downloadview_async.check.http import Answer, ClosedError, NoAnswerError, Peer, UnknownHostError, follow
+from downloadview_async.check.proxies import APPLICATION_SERVERS, named_by, named_by_errors
+from downloadview_async.check.samples import closed_to_others
+from downloadview_async.check.site import (
     KEPT_HEADERS,
-    PARAMETER,
     PLAIN,
     File,
     Line,
+    PlacedRule,
     Site,
     failed,
     passed,
@@ -23,8 +24,6 @@ from downloadview_async.service.check.site import (
     shown_url,
     skipped,
 )
-from downloadview_async.service.settings import CORS_HEADERS
-from downloadview_async.service.source_settings import PathSettings, StorageSettings, cache_of
 
 _PART = 1024  # bytes of a requested range
 _ONCE = ("accept-ranges", "content-length", "date", "etag", "last-modified", "server")
@@ -108,15 +107,14 @@ class TransferChecks:
         return passed("together", file.wanted, request, outcome)
 
     def _redirect_advice(self, file: File) -> str:
-        name, _ = self.site.source_of(file.route)
-        return self.site.advice("redirect", None, name=name)
+        return self.site.advice("redirect", None, **self.site.facts_of(file))
 
     async def _whole(self, file: File, answer: Answer) -> tuple[str, str]:
         """Return the answer to a plain GET as text, and the remedy: "" if the answer is right."""
         self.site.see(answer)
         outcome = f"{answer.status}{shown(answer.orders)}"
-        backend, rule = self.site.settings.offload.backend, self.site.rule_of(file)
-        if answer.status == 307 and file.route.send == "redirect":
+        backend, rule = self.site.backend, self.site.rule_of(file)
+        if answer.status == 307 and file.redirects:
             place, wanted = answer.get("location"), None if file.direct is None else file.direct.get("location")
             if place and (wanted is None or urlsplit(place)[:3] == urlsplit(wanted)[:3]):
                 return f"307 to {urlsplit(place).netloc}", ""
@@ -136,15 +134,18 @@ class TransferChecks:
                 return outcome, self.site.advice("leaked", rule, header=header)
             if self.site.seen and backend not in self.site.seen:
                 (kind, *_) = sorted(self.site.seen)
-                return outcome, f'set [offload] backend = "{kind}": the proxy is {kind}, which does not obey {header}'
+                return outcome, f"{self.site.to_use(kind)}: the proxy is {kind}, which does not obey {header}"
             if header not in file.expected.orders:
                 return (
                     outcome,
                     f"the service does not run with these settings: they give{shown(file.expected.orders, '')}",
                 )
+            if not self.site.seen:
+                return outcome, await self._who_passes_on(answer, header, rule)
             return outcome, self.site.advice("not obeyed", rule)
         if answer.status in (403, 404):
-            return outcome, await self._why_not_found(file)
+            misrouted = await self.site.misrouted(file, answer)
+            return outcome, misrouted or await self._why_not_found(file)
         if answer.status != 200:
             if file.direct is None:
                 return outcome, "see the logs of the proxy and of the service"
@@ -169,21 +170,37 @@ class TransferChecks:
             return f"{outcome}, the right bytes, which the service alone does not send", ""
         return f"{outcome}, the right bytes", ""
 
+    async def _who_passes_on(self, answer: Answer, header: str, rule: PlacedRule | None) -> str:
+        """Return the remedy for an offload header that a server has passed on which does not say that it obeys it."""
+        names = self.site.passing or await named_by_errors(self.proxy)
+        titles = [kind.title for kind in proxy_kinds().values() if kind.header.lower() == header]
+        if names:
+            (name, *_) = sorted(names)
+            return (
+                f"{name} cannot send files for an application, and no proxy behind it has: put {' or '.join(titles)} "
+                "between it and the service, or let the service send the files itself, without a backend"
+            )
+        remedy = self.site.advice("not obeyed", rule)
+        if servers := named_by(answer, APPLICATION_SERVERS):
+            return (
+                f"give the URL of the proxy: at this one, {servers[0]} answers without one, or behind a proxy that "
+                f"obeys no {header}; else {remedy}"
+            )
+        return remedy
+
     async def _why_not_found(self, file: File) -> str:
         rule = self.site.rule_of(file)
         if not file.offloaded:
             return self.site.advice("not passed on", rule)
         if self.site.is_fetched(file):
             return self.site.advice("not fetched", rule)
-        _, source = self.site.source_of(file.route)
-        cache = cache_of(source)
+        cache = self.site.cache_of(file)
         if cache is not None:
-            with suppress(Exception):  # a source may raise anything
-                file.file = await self.site.resolve(file.wanted)  # by now it may be in the cache
-        location = file.file.location or ""
+            await self.site.relocate(file)
+        location = file.location or ""
         if (closed_part := closed_to_others(location)) is not None:
             path, mode = closed_part
-            is_in_cache = cache is not None and f"{path}/".startswith(f"{cache.path}/")
+            is_in_cache = cache is not None and f"{path}/".startswith(f"{cache}/")
             problem = "unreadable in the cache" if is_in_cache else "unreadable"
             closed = self.site.advice(problem, rule, path=path, mode=mode)
             return f"{closed}; else {self.site.advice('not found', rule)}"
@@ -199,14 +216,14 @@ class TransferChecks:
             for name in ("ETag", "Last-Modified")
             if not file.offloaded and (file.direct is not None or not whole.get(name))
         ]
-        changed = [name for name in (*file.kept_headers, *validators) if whole.differs(expected, name)]
+        changed = [name for name in (*file.wanted.kept_headers, *validators) if whole.differs(expected, name)]
         if file.offloaded and self.site.kind is not None:
             changed = [name for name in changed if name not in self.site.kind.replaced_headers]
         if (expected.get("content-security-policy") or "") in (whole.get("content-security-policy") or ""):
             changed = [name for name in changed if name != "Content-Security-Policy"]  # the proxy may make it stricter
         # the outcome, the problem as in `advice.PROBLEMS`, and the header
         problems = [(f"{name}: {whole.get(name)} instead of {expected.get(name)}", "header", name) for name in changed]
-        if whole.get("set-cookie") != expected.get("set-cookie"):
+        if whole.cookies != expected.cookies:
             problems.append((f"Set-Cookie: {whole.get('set-cookie')}", "cookie", "Set-Cookie"))
         names = [name for name, _ in whole.headers]
         twice = [name for name in _ONCE if names.count(name) > 1]
@@ -223,14 +240,21 @@ class TransferChecks:
             yield passed("together", file.wanted, request, "the same as the service's")
 
     async def _head(self, file: File, whole: Answer) -> AsyncIterator[Line]:
-        answer = await self._ask(file, method="HEAD")
         request = f"HEAD {file.target}"
+        if not file.answers_head:
+            remedy = "let the route answer HEAD: download managers ask by it for the size of a file"
+            yield skipped("together", file.wanted, request, "the application does not answer HEAD", remedy)
+            return
+        answer = await self._ask(file, method="HEAD")
         differ = [name for name in _OF_BOTH if answer.get(name) != whole.get(name)]
         if file.metadata.size is None:
             differ = [name for name in differ if name not in ("content-length", "accept-ranges")]
         if answer.status != 200 or answer.orders or answer.body:
             outcome, remedy = f"{answer.status}{shown(answer.orders)}", self._why("ranges", file, answer)
             yield failed("together", file.wanted, request, outcome, remedy)
+        elif differ and file.head_is_separate:
+            reason = f"the application answers HEAD itself, with {differ[0]}: {answer.get(differ[0])}"
+            yield skipped("together", file.wanted, request, reason)
         elif differ:
             outcome = f"200, {differ[0]}: {answer.get(differ[0])} instead of {whole.get(differ[0])}"
             remedy = self._lost("header", file, header=differ[0])
@@ -289,7 +313,9 @@ class TransferChecks:
     async def _encodings(self, file: File, whole: Answer) -> AsyncIterator[Line]:
         coding = {"Accept-Encoding": "gzip, br, zstd"}
         answer = await self._ask(file, **coding)
-        expected = await self.site.in_process.ask(file.target, method="HEAD", headers=coding)
+        expected = await self.site.in_process.ask(
+            file.target, method="HEAD" if file.answers_head else "GET", headers=coding
+        )
         actual, wanted = answer.get("content-encoding"), expected.get("content-encoding")
         outcome = f", Content-Encoding: {actual}"
         right = answer.status == 200 and actual == wanted
@@ -299,7 +325,7 @@ class TransferChecks:
 
     async def _names(self, file: File, whole: Answer) -> AsyncIterator[Line]:
         """Request names outside the source, in spellings that some proxies decode or normalise."""
-        before = quote(PARAMETER.split(file.route.path)[0])
+        before = file.wanted.below
         name = file.target[len(before) :]
         outside = "etc/passwd"
         targets = [
@@ -329,7 +355,7 @@ class TransferChecks:
             if expected.status >= 500:
                 remedy = f"the service itself answers {expected.status}: see its log"
                 return failed("together", file.wanted, request, outcome, remedy)
-            if not self._is_of_files(target):  # a function may make a file of any name
+            if not self.site.is_of_files(target):  # a function may make a file of any name
                 if expected.body == answer.body:
                     return passed("together", file.wanted, request, f"{outcome}, as the service alone answers")
                 merged = await self._expected(target.replace("//", "/"))  # lighttpd merges slashes
@@ -349,15 +375,6 @@ class TransferChecks:
                     return await peer.ask(target)
         return None
 
-    def _is_of_files(self, target: str) -> bool:
-        """Return whether a path belongs to a source of existing files, which does not generate any."""
-        answering, _ = self.site.route_of(target)
-        return any(
-            isinstance(self.site.source_of(route)[1], PathSettings | StorageSettings)
-            for route in self.site.settings.routes
-            if answering is not None and route.path == answering.path
-        )
-
     async def _orders(self, file: File, whole: Answer) -> AsyncIterator[Line]:
         answer = await self._ask(file, **_ORDERS_OF_A_CLIENT)
         right = answer.status == 200 and (file.content.begins(answer.body) or not file.repeatable)
@@ -367,15 +384,14 @@ class TransferChecks:
 
     async def _cors(self, file: File, whole: Answer) -> AsyncIterator[Line]:
         """Check what a browser needs before it lets a script of another web site read the file, or an error."""
-        cors = file.route.cors
-        if cors is None:
+        if file.wanted.origin is None:
             return
-        origin = {"Origin": "https://downloadview-check.example" if "*" in cors.origins else cors.origins[0]}
+        origin = {"Origin": file.wanted.origin}
         expected = await self.site.in_process.ask(file.target, headers=origin, method="HEAD")
         beyond = {**origin, "Range": f"bytes={file.content.size}-"}
         for headers in (origin, beyond) if file.ranged and file.content.size else (origin,):
             answer = await self._ask(file, **headers)
-            lost = [name for name in CORS_HEADERS if answer.differs(expected, name)]
+            lost = [name for name in file.wanted.cors_headers if answer.differs(expected, name)]
             request = f"GET {file.target}{shown(headers, '')}"
             kind = self.site.kind
             if lost and answer.status == 416 and file.offloaded and kind is not None and kind.has_bare_errors:
@@ -409,15 +425,15 @@ class TransferChecks:
         if right:
             return passed("together", file.wanted, request, outcome)
         streamed = not file.offloaded and problem in ("ranges", "conditions")
-        if streamed and file.direct is not None and self.site.direct is not None:
-            direct = await self.site.direct.ask(file.target, headers=headers)
+        if streamed and (alone := self.site.alone(file)) is not None:
+            direct = await alone.ask(file.target, headers=headers)
             if direct.status == answer.status and direct.body == answer.body:
                 return skipped("together", file.wanted, request, f"the service alone answers {outcome} too")
         return failed("together", file.wanted, request, outcome, self._why(problem, file, answer))
 
     def _why(self, problem: str, file: File, answer: Answer) -> str:
         """Return the remedy for a wrong answer about a file that a plain GET downloads correctly."""
-        if SOCKET in remedies_of(self.site.settings.offload.backend) and file.offloaded and answer.status in (404, 502):
+        if SOCKET in remedies_of(self.site.backend) and file.offloaded and answer.status in (404, 502):
             return self.site.advice(SOCKET, None)
         if answer.status not in _UNREACHED:
             return self._lost(problem, file)

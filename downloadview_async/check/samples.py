@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from downloadview_async import AsyncFile, ByteRange, FileMetadata, TransferAborted
-from downloadview_async.service.check.http import MOST, PIECE
+from downloadview_async.check.http import MOST, PIECE
 
 _MOST_ENTRIES = 1000  # how many directory entries the search for a file may read
 
