@@ -8,7 +8,6 @@ from downloadview_async.contrib.django.accounts import AccountsMiddleware, downl
 from downloadview_async.contrib.django.asgi import get_asgi_application
 from downloadview_async.contrib.django.decorators import _signature_is_valid, signature_required
 from downloadview_async.contrib.django.disposition import content_disposition
-from downloadview_async.contrib.django.file_errors import FileErrorMiddleware
 from downloadview_async.contrib.django.files import (
     FileNotFound,
     HTTPFile,
@@ -22,6 +21,7 @@ from downloadview_async.contrib.django.links import arevoke_link, link_signer, r
 from downloadview_async.contrib.django.middleware import (
     BaseDownloadMiddleware,
     DownloadDispatcherMiddleware,
+    DownloadMiddleware,
     SmartDownloadMiddleware,
 )
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
@@ -47,9 +47,9 @@ __all__ = [
     "BaseDownloadView",
     "BytesIteratorIO",
     "DownloadDispatcherMiddleware",
+    "DownloadMiddleware",
     "DownloadMixin",
     "DownloadResponse",
-    "FileErrorMiddleware",
     "FileNotFound",
     "HTTPDownloadView",
     "HTTPFile",

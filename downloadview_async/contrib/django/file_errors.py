@@ -1,12 +1,7 @@
-"""Answers to a `FileError` that a view raises, such as that of `source.resolve`, and the middleware that gives them."""
+"""Answers to a `FileError` that a view raises, such as that of `source.resolve`."""
 
-from collections.abc import Callable
-from typing import Any
-
-from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.core.exceptions import PermissionDenied
-from django.http import Http404, HttpRequest
-from django.http.response import HttpResponse, HttpResponseBase
+from django.http import Http404, HttpRequest, HttpResponse
 
 from downloadview_async.asgi.errors import failed
 from downloadview_async.errors import FileError, FileMissing
@@ -39,27 +34,3 @@ def answer_to(exc: FileError, request: HttpRequest) -> HttpResponse:
         note_missing(exc, request)
         raise Http404 from exc
     return error_response(exc, request)
-
-
-class FileErrorMiddleware:
-    """Answers a `FileError` that a view raises by its status, instead of 500.
-
-    `SmartDownloadMiddleware`, the other middlewares for downloads and `get_asgi_application` do the same.
-    """
-
-    sync_capable = True
-    async_capable = True
-
-    def __init__(self, get_response: Callable[[HttpRequest], Any] | None = None) -> None:
-        self.get_response = get_response
-        if iscoroutinefunction(get_response):
-            markcoroutinefunction(self)
-
-    def __call__(self, request: HttpRequest) -> Any:
-        """Answer the request; under ASGI, return a coroutine that does."""
-        assert self.get_response is not None, "a middleware needs get_response to answer requests"
-        return self.get_response(request)
-
-    def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponseBase | None:
-        """Return the answer to a `FileError`. Raises `Http404` for a file that the client cannot have."""
-        return answer_to(exception, request) if isinstance(exception, FileError) else None

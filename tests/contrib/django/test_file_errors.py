@@ -43,7 +43,7 @@ from tests.live import Answer, ask, live
 
 OURS = "downloadview_async.contrib.django."
 MIDDLEWARES: dict[str, dict[str, Any]] = {
-    "errors": {"MIDDLEWARE": [f"{OURS}FileErrorMiddleware"]},
+    "errors": {"MIDDLEWARE": [f"{OURS}DownloadMiddleware"]},
     "smart": {
         "MIDDLEWARE": [f"{OURS}SmartDownloadMiddleware"],
         "DOWNLOADVIEW": {"BACKEND": "nginx", "RULES": [{"source_dir": "/nowhere", "destination_url": "/_files/"}]},
@@ -166,7 +166,10 @@ async def test_an_error_about_a_file_is_answered_by_its_status(
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("how", ["ours", "stock", "wsgi"])
-async def test_a_missing_file_of_a_source_and_one_of_a_view_give_the_same_404(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("middleware", MIDDLEWARES)
+async def test_a_missing_file_of_a_source_and_one_of_a_view_give_the_same_404(
+    tmp_path: Path, how: str, middleware: str
+) -> None:
     source = PathSource(tmp_path)
 
     async def of_source(request: Any, path: str) -> Any:
@@ -176,7 +179,7 @@ async def test_a_missing_file_of_a_source_and_one_of_a_view_give_the_same_404(tm
         path("source/<path:path>", of_source), path("view/<path:path>", PathDownloadView.as_view(root=tmp_path))
     )
     targets = ["/page", "/source/missing.txt", "/view/missing.txt", "/source/../x", "/view/..%2fx", "/no/such/view"]
-    found = await answers(how, urls, targets, **MIDDLEWARES["smart"])
+    found = await answers(how, urls, targets, **MIDDLEWARES[middleware])
     assert {(answer.status, answer.body, *sorted(_headers(answer).items())) for answer in found} == {
         (404, NOTHING, *sorted(_headers(found[0]).items()))
     }
