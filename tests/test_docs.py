@@ -117,6 +117,32 @@ def test_the_applications_of_the_readme_send_files(tmp_path: Path, monkeypatch: 
     assert client.get("/invoices/18.pdf", headers={"X-User": "ada"}).status_code == 404
 
 
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", (PROJECT / "README.md").read_text())
+    assert "docs/who-sends-what.svg" in targets
+    for target in targets:
+        path, _, heading = target.partition("#")
+        if not path.startswith(("http://", "https://")):
+            assert (PROJECT / path).exists(), target
+            headings = re.findall(r"(?m)^#+ (.*)$", (PROJECT / path).read_text()) if heading else []
+            assert not heading or heading in [re.sub(r"[^\w-]", "", one.lower().replace(" ", "-")) for one in headings]
+
+
+def test_the_figures_of_the_readme_were_measured() -> None:
+    text = (PROJECT / "README.md").read_text()
+    figures = re.findall(r"(\d+\.\d+) times", text)
+    assert len(figures) == 2
+    rows = (DOCS / "performance" / "results.md").read_text().splitlines()
+    names = (
+        "10 KiB requests/s, against Starlette's FileResponse on stock uvicorn",
+        "CPU per GiB, 1 GiB file, zero-copy",
+    )
+    for figure, name in zip(figures, names, strict=True):
+        assert any(row.startswith(f"| {name}") and f"| {figure}x " in row for row in rows), (
+            f"{figure} is not the figure of {name}: correct the README after a run of `make bench`"
+        )
+
+
 @pages_with("toml")
 def test_settings_load(page: Path, tmp_path: Path) -> None:
     for number, (_, text) in enumerate(blocks(page, "toml")):
@@ -191,6 +217,15 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             case "mypy" | "pytest" | "sphinx-build" | "python" | "python3" | "pip" | "apt-get" | "git" | "cd" | "nginx":
                 assert not options, f"nobody checks the options of {words}"
                 continue
+            case "" | "curl" | "echo" | "export" | "grep" | "mkdir" | "weed":
+                assert not options, f"nobody checks the options of {words}"
+                continue
+            case "docker":
+                image = words.index("downloadview") if arguments[0] == "run" else len(words)
+                own = {word for word in words[:image] if word.startswith("--")}
+                assert own <= {"--rm", "--read-only", "--cap-drop"}, f"nobody checks the options of {words}"
+                program, options = "downloadview", [word for word in words[image:] if word.startswith("--")]
+                text = help_of("downloadview_async.cli", *words[image + 1 : image + 2])
             case "htpasswd":
                 assert arguments[0] in ("-cB", "-B"), f"no hash of bcrypt: {words}"
                 continue

@@ -26,6 +26,9 @@ PREFIX = "DOWNLOADVIEW_"
 CONFIG = "DOWNLOADVIEW_CONFIG"
 """The environment variable with the path of the settings file."""
 
+CREDENTIALS = "CREDENTIALS_DIRECTORY"
+"""The environment variable with the directory of the secrets: systemd sets it, see systemd.exec(5)."""
+
 
 def load_settings(
     file: str | os.PathLike[str] | None,
@@ -36,7 +39,8 @@ def load_settings(
     """Return the settings of a TOML file, overridden by DOWNLOADVIEW_* variables in `environ` and by `options`.
 
     file: None to use only variables and options. environ: in the name of a variable, `__` separates the parts of a key,
-    as in DOWNLOADVIEW_SERVER__PORT; its value is text, or JSON for a whole table or list. options: keys of `[server]`
+    as in DOWNLOADVIEW_SERVER__PORT; its value is text, or JSON for a whole table or list. A file with the name of a
+    variable in the directory `CREDENTIALS` takes the place of a variable that is not set. options: keys of `[server]`
     from the command line.
 
     Relative paths begin at the directory of the file, or without a file at the current directory; those in `options`
@@ -47,7 +51,7 @@ def load_settings(
     label = "settings" if file is None else os.fspath(file)
     directory = Path.cwd() if file is None else Path(file).absolute().parent
     data = {} if file is None else _read(label)
-    origins = _apply_variables(data, environ)
+    origins = _apply_variables(data, {**_credentials(environ), **environ})
     if options and isinstance(server := data.setdefault("server", {}), dict):  # another type is refused below
         server |= options
         origins |= dict.fromkeys((f"server.{name}" for name in options), COMMAND_LINE)
@@ -67,6 +71,21 @@ def _read(file: str) -> dict[str, Any]:
         raise ConfigurationError(f"{file}: tables or lists are nested too deeply: write them flat") from exc
     except ValueError as exc:  # invalid TOML or UTF-8, or an integer with thousands of digits
         raise ConfigurationError(f"{file}: not valid TOML: {exc}: correct the file") from exc
+
+
+def _credentials(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the secrets that are in files with the names of variables. The last line end of each is left out."""
+    directory = environ.get(CREDENTIALS)
+    if not directory:
+        return {}
+    try:
+        names = [name for name in os.listdir(directory) if name.startswith(PREFIX) and name != CONFIG]
+        return {name: Path(directory, name).read_text(encoding="utf-8").removesuffix("\n") for name in names}
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "a file is not UTF-8"
+        raise ConfigurationError(
+            f"{CREDENTIALS}: the secrets in {directory} cannot be read ({reason}): let this user read them, as text"
+        ) from exc
 
 
 def _apply_variables(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:

