@@ -5,6 +5,7 @@ import asyncio
 import importlib.metadata
 import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -170,7 +171,9 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 @cache
 def help_of(*command: str) -> str:
-    return subprocess.run([sys.executable, "-m", *command, "--help"], capture_output=True, check=True, text=True).stdout
+    env = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.contrib.django.project"}
+    arguments = [sys.executable, "-m", *command, "--help"]
+    return subprocess.run(arguments, env=env, capture_output=True, check=True, text=True).stdout
 
 
 @pages_with("sh")
@@ -205,6 +208,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                         assert known is None or set(value.split(",")) <= set(known), f"unknown names: {words}"
             case "uvicorn":
                 text = help_of("uvicorn")
+            case "python" if arguments[:2] == ["manage.py", "downloadview_check"]:
+                text = help_of("django", "downloadview_check")
             case "ruff":
                 text = subprocess.run(
                     [sys.executable, "-m", *words[:2], "--help"], capture_output=True, text=True

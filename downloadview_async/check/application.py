@@ -38,6 +38,7 @@ from downloadview_async.check.site import (
 from downloadview_async.check.transfers import TransferChecks
 
 _REASON = "sent without the proxy, "
+_UNOFFERED = "there is no OffloadMiddleware around it"
 _LOCAL = "http://localhost"
 
 
@@ -50,6 +51,7 @@ async def check_application(
     timeout: float = 10.0,
     headers: Mapping[str, str] | None = None,
     root_path: str | None = None,
+    unoffered: str = _UNOFFERED,
 ) -> AsyncGenerator[Line, None]:
     """Make the checks, and yield each result as soon as it is known.
 
@@ -57,7 +59,8 @@ async def check_application(
     that the application sends for it, such as /invoices/1=invoices/a.pdf; only PATH, if the application sends it
     itself. url: the URL at which clients reach the proxy; without it, no proxy is checked. direct: the URL of the
     running application itself. timeout: seconds for the start, and for each request. headers: of every request.
-    root_path: the path below which clients reach the application, if `app` has no attribute of this name.
+    root_path: the path below which clients reach the application, if `app` has no attribute of this name. unoffered:
+    why the application sends a file itself for which no proxy was offered.
 
     Raises `ConfigurationError` for anything that is not an ASGI application, for one that does not start, for wrong
     URLs, and if there is no file to request.
@@ -71,14 +74,16 @@ async def check_application(
     async with AsyncExitStack() as stack:
         running = proxy = None
         if direct is not None:
-            running = await stack.enter_async_context(Peer.at(direct, timeout, sent))
+            # the proxy passes the Host of its clients on, and the application may accept no other
+            host = {} if url is None else {"Host": _host_of(url).rpartition("/")[2]}
+            running = await stack.enter_async_context(Peer.at(direct, timeout, {**host, **sent}))
         if url is not None:
             proxy = await stack.enter_async_context(Peer.at(url, timeout, sent))
         state = await stack.enter_async_context(started(app, timeout))
         in_process = Application(app, base, timeout, sent, state)
         where = "http://HOST:PORT" if direct is None else shown_url(direct)
         root = root_path if root_path is not None else str(getattr(app, "root_path", "") or "")
-        site = ApplicationSite(in_process, running, proxy, timeout, where, root.rstrip("/"))
+        site = ApplicationSite(in_process, running, proxy, timeout, where, root.rstrip("/"), unoffered)
         async with aclosing(_Run(site, in_process).lines(samples)) as lines:
             async for line in lines:
                 yield line
@@ -127,9 +132,13 @@ class _Rule:
 
 @dataclass(slots=True)
 class ApplicationSite(Site):
-    """The installation. Its rules follow from the headers that the application makes. root: its `root_path`."""
+    """The installation. Its rules follow from the headers that the application makes.
+
+    root: its `root_path`. unoffered: why it sends a file itself for which no proxy was offered.
+    """
 
     root: str
+    unoffered: str
     headers_made: set[str] = field(default_factory=set)
     """The names of the offload headers that the application has made."""
 
@@ -186,7 +195,8 @@ class ApplicationSite(Site):
         return (
             f"root_path mismatch: the application has got {prefix}{target}, and has no such route: let the proxy "
             f'remove {prefix}, as `proxy_config(..., prefix="{prefix}")` prints it, and start the server with its '
-            f"option for the root path, such as --root-path {prefix} of uvicorn"
+            f"option for the root path, such as --root-path {prefix} of uvicorn. For gunicorn and WSGI, let the proxy "
+            f"leave it there, and set the environment variable SCRIPT_NAME={prefix}"
         )
 
 
@@ -276,7 +286,7 @@ class _Run:
                 return failed("application", wanted, request, f"{outcome}, other bytes than the file", remedy), None
             is_ranged = answer.get("accept-ranges") == "bytes"
             metadata = replace(metadata, accept_ranges=is_ranged)
-            outcome = f"{outcome}, streamed: {_why_streamed(reasons, was_offered)}"
+            outcome = f"{outcome}, streamed: {self._why_streamed(reasons, was_offered)}"
         file = File(
             wanted,
             path,
@@ -301,6 +311,14 @@ class _Run:
         if answer.status == 400:
             return f"let the application accept the host {urlsplit(self.in_process.base).netloc}{reason}"
         return f"see what the application says of this request{reason}"
+
+    def _why_streamed(self, reasons: Sequence[str], was_offered: bool) -> str:
+        if not was_offered:
+            return self.site.unoffered
+        for reason in reasons:
+            if _REASON in reason:
+                return reason.partition(_REASON)[2]
+        return f"{_UNOFFERED}, or none with pathsend=True for a response of another library"
 
     async def _running(self, file: File, direct: Peer) -> Line:
         request = f"GET {file.target}"
@@ -346,12 +364,3 @@ def _described(answer: Answer) -> tuple[FileMetadata, Content]:
     if size is None and len(answer.body) < MOST:
         return FileMetadata(), Content(len(answer.body), ((0, answer.body),))
     return FileMetadata(size=size), Content(size, ((0, answer.body),))
-
-
-def _why_streamed(reasons: Sequence[str], was_offered: bool) -> str:
-    if not was_offered:
-        return "there is no OffloadMiddleware around it"
-    for reason in reasons:
-        if _REASON in reason:
-            return reason.partition(_REASON)[2]
-    return "there is no OffloadMiddleware around it, or none with pathsend=True for a response of another library"

@@ -21,6 +21,7 @@ from downloadview_async.contrib.django.links import arevoke_link, link_signer, r
 from downloadview_async.contrib.django.middleware import (
     BaseDownloadMiddleware,
     DownloadDispatcherMiddleware,
+    DownloadMiddleware,
     SmartDownloadMiddleware,
 )
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
@@ -46,6 +47,7 @@ __all__ = [
     "BaseDownloadView",
     "BytesIteratorIO",
     "DownloadDispatcherMiddleware",
+    "DownloadMiddleware",
     "DownloadMixin",
     "DownloadResponse",
     "FileNotFound",

@@ -11,7 +11,7 @@ import logging
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import django
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
@@ -23,7 +23,7 @@ from django.core.handlers.base import reset_urlconf
 from django.core.handlers.exception import response_for_exception
 from django.db import close_old_connections, connections, reset_queries
 from django.dispatch import Signal
-from django.http import HttpRequest, HttpResponse, HttpResponseNotModified
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotModified
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
@@ -38,9 +38,11 @@ from downloadview_async.asgi.zero_copy import with_zero_copy
 from downloadview_async.contrib.django.accounts import account_of, mark_counted, note_response
 from downloadview_async.contrib.django.counting import limited_scope, shielded
 from downloadview_async.contrib.django.deferral import note_receivers
+from downloadview_async.contrib.django.file_errors import answer_to
 from downloadview_async.contrib.django.links import link_of
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse
 from downloadview_async.contrib.django.responses import DownloadResponse
+from downloadview_async.errors import FileError, SourceUnavailable, abort_reason
 from downloadview_async.http.fields import OFFLOAD_ORDERS
 from downloadview_async.policy.limits.limits import TRANSFERS
 
@@ -149,26 +151,20 @@ class DownloadASGIHandler(ASGIHandler):
             vars(response)["_handler_class"] = type(self)  # as Django does
         return response
 
+    def process_exception_by_middleware(self, exception: Exception, request: HttpRequest) -> Any:
+        """Return the answer of a middleware to an exception of a view, else that to a `FileError`, else None."""
+        response: Any = super().process_exception_by_middleware(exception, request)
+        if response is None and isinstance(exception, FileError):
+            return answer_to(exception, request)
+        return response
+
     async def _send(self, request: ASGIRequest, response: HttpResponseBase, send: Any) -> None:
         """Send a response. A download, a 304 and an answer that has a proxy send a file end in an `Outcome`."""
         facts: Facts | None = request.scope.get(ACCOUNT)
         if facts is not None:
             note_response(facts, request, response)
-        delivery: Delivery | None = None
         scope = limited_scope(request)
-        if isinstance(response, DownloadResponse) and not response.is_replaced and response.plan is not None:
-            assert response.opened is not None
-            path_send = (request.scope.get("extensions") or {}).get(PATHSEND)
-            if scope is not None:
-                path_send = path_send_for(scope, path_send)
-            delivery = delivery_of(response.plan, response.opened, path_send)
-        elif (
-            isinstance(response, ProxiedDownloadResponse)
-            or (isinstance(response, HttpResponseNotModified) and "plan" in vars(response))  # it was a download
-        ) and not response.content:
-            order = next((name.lower() for name in response.headers if name.lower() in OFFLOAD_ORDERS), None)
-            delivery = Empty() if order is None else Offloaded(order)
-        if delivery is None:
+        if (delivery := _delivery_of(request, response)) is None:
             if scope is not None and isinstance(response, DownloadResponse):
                 scope[TRANSFERS].sent(None)  # how much of another body is that of the file, nobody knows
             await self.send_response(response, send)
@@ -177,17 +173,15 @@ class DownloadASGIHandler(ASGIHandler):
         send_it: Any = deliver
         if scope is not None and isinstance(response, DownloadResponse):
             send_it = partial(deliver_limited, scope=scope)
-        headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in response.items()]
-        cookies = [cookie.output(header="") for cookie in response.cookies.values()]
-        headers += [(b"set-cookie", cookie.strip().encode("ascii")) for cookie in cookies]
-        start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
         link = link_of(request)
         answer = None if link is None or link.use is None else Counted(link.use, dict(request.scope), send)
+        send_it = partial(
+            send_it,
+            send=send if answer is None else answer.send,
+            facts=facts if answer is None else answer.scope[ACCOUNT],
+        )
         try:
-            if answer is None:
-                await send_it(delivery, start, send, facts=facts)
-            else:
-                await send_it(delivery, start, answer.send, facts=answer.scope[ACCOUNT])
+            await self._send_or_fail(delivery, request, response, send_it, send)
         finally:
             if scope is not None:
                 scope[TRANSFERS].end()
@@ -195,6 +189,27 @@ class DownloadASGIHandler(ASGIHandler):
                 await shielded(answer.note())
             if isinstance(response, DownloadResponse):
                 await response.release()
+
+    async def _send_or_fail(
+        self, delivery: Delivery, request: ASGIRequest, response: HttpResponseBase, send_it: Any, send: Any
+    ) -> None:
+        """Send a download, once more if its file changes before the first byte, or the answer to a `FileError`."""
+        try:
+            try:
+                await send_it(delivery, _start_of(response))
+            except SourceUnavailable as exc:
+                if abort_reason(exc) != "file-changed" or not isinstance(response, DownloadResponse):
+                    raise
+                await response.afinish_again(request)
+                await send_it(_delivery_of(request, response), _start_of(response))
+        except FileError as exc:  # nothing has been sent
+            if not isinstance(response, DownloadResponse):
+                raise
+            try:
+                failure = await response.afail(exc, request)
+            except Http404 as error:
+                failure = await sync_to_async(response_for_exception)(request, error)
+            await self.send_response(failure, send)
 
     async def _close(self, response: HttpResponseBase, context: ThreadSensitiveContext) -> None:
         """Close a response, and send `request_finished`: in a thread, unless nothing needs one."""
@@ -213,6 +228,29 @@ class DownloadASGIHandler(ASGIHandler):
             with suppress(Exception):
                 close()
         response.closed = True
+
+
+def _delivery_of(request: ASGIRequest, response: HttpResponseBase) -> Delivery | None:
+    """Return how a download leaves, also one that has become a 304 or an order to a proxy; None for other responses."""
+    if isinstance(response, DownloadResponse) and not response.is_replaced and response.plan is not None:
+        assert response.opened is not None
+        path_send = (request.scope.get("extensions") or {}).get(PATHSEND)
+        if (scope := limited_scope(request)) is not None:
+            path_send = path_send_for(scope, path_send)
+        return delivery_of(response.plan, response.opened, path_send)
+    is_of_proxy = isinstance(response, ProxiedDownloadResponse)
+    was_download = isinstance(response, HttpResponseNotModified) and "plan" in vars(response)
+    if not (is_of_proxy or was_download) or cast("HttpResponse", response).content:
+        return None
+    order = next((name.lower() for name in response.headers if name.lower() in OFFLOAD_ORDERS), None)
+    return Empty() if order is None else Offloaded(order)
+
+
+def _start_of(response: HttpResponseBase) -> dict[str, Any]:
+    headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in response.items()]
+    cookies = [cookie.output(header="") for cookie in response.cookies.values()]
+    headers += [(b"set-cookie", cookie.strip().encode("ascii")) for cookie in cookies]
+    return {"type": "http.response.start", "status": response.status_code, "headers": headers}
 
 
 def _leave(answering: "asyncio.Task[HttpResponseBase]", leaving: "asyncio.Task[None]") -> None:

@@ -220,7 +220,10 @@ def _check_paths() -> Iterator[CheckMessage]:
                 id="downloadview_async.E005",
             )
         elif (
-            root is None and not is_ours and _makes_a_path(view.get_path, named in arguments or any(arguments.values()))
+            root is None
+            and not is_ours
+            and not initkwargs.get("allow_unsafe_arguments", view.allow_unsafe_arguments)
+            and _makes_a_path(view.get_path, named in arguments or any(arguments.values()))
         ):
             yield CheckWarning(
                 f"{view.__name__} at {route!r} makes a path from the URL in get_path, and has no root: only get_path "

@@ -11,9 +11,10 @@ from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
 from downloadview_async.contrib.django.dual import DualView, has_running_loop, like
+from downloadview_async.contrib.django.file_errors import answer_to
 from downloadview_async.contrib.django.links import averify, link_of, verify
 from downloadview_async.contrib.django.middleware import DownloadDecorator, View
-from downloadview_async.contrib.django.responses import error_response, is_due
+from downloadview_async.contrib.django.responses import is_due
 from downloadview_async.errors import FileError
 
 __all__ = ["DownloadDecorator", "signature_required"]
@@ -41,14 +42,14 @@ def signature_required(function: View) -> View:
         try:
             verify(request)
         except FileError as exc:
-            return _refused(exc, request)
+            return answer_to(exc, request)
         return _kept(function(request, *args, **kwargs), request)
 
     async def on_loop(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
         try:
             await averify(request)
         except FileError as exc:
-            return _refused(exc, request)
+            return answer_to(exc, request)
         return await _akept(function(request, *args, **kwargs), request)
 
     return cast("View", like(function, decorated))
@@ -60,12 +61,6 @@ def _signature_is_valid(request: HttpRequest) -> None:
         verify(request)
     except FileError as exc:
         raise PermissionDenied(str(exc)) from exc
-
-
-def _refused(exc: FileError, request: HttpRequest) -> HttpResponseBase:
-    if exc.status == 403:
-        raise PermissionDenied(str(exc)) from exc
-    return error_response(exc, request)
 
 
 def _kept(response: Any, request: HttpRequest) -> Any:

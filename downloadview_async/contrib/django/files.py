@@ -227,6 +227,8 @@ class VirtualFile(File):
         if not is_read_as_django_does(self):
             return read_in_its_own_way(self, self.name or "", self._size)
         content: Any = self.file
+        if type(content) is io.StringIO and not content.closed:
+            content = content.getvalue()  # its size in bytes was known to django-downloadview, too
         return AsyncVirtualFile(content, name=self.name or "", size=self._size)
 
 

@@ -20,7 +20,8 @@ from downloadview_async.asgi.limiting import half_close_of
 from downloadview_async.contrib.django.accounts import scope_of
 from downloadview_async.contrib.django.counting import LIMITED, each_limited, in_threads, limited
 from downloadview_async.contrib.django.event_loop import background_loop, run_in_background
-from downloadview_async.contrib.django.responses import DownloadResponse, error_response
+from downloadview_async.contrib.django.file_errors import error_response
+from downloadview_async.contrib.django.responses import DownloadResponse
 from downloadview_async.errors import ConfigurationError, FileError
 from downloadview_async.policy.limits.limits import TRANSFERS, Limits, Transfers
 

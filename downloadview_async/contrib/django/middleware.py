@@ -18,14 +18,16 @@ from typing import Any, ClassVar, TypeVar, cast
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.utils.module_loading import import_string
 
 from downloadview_async.contrib.django import offload
 from downloadview_async.contrib.django.deferral import deferred
 from downloadview_async.contrib.django.dual import like
+from downloadview_async.contrib.django.file_errors import answer_to
 from downloadview_async.contrib.django.proxied import ProxiedDownloadResponse, ProxyOffer
 from downloadview_async.contrib.django.responses import DownloadResponse, is_due, may_be_offloaded
+from downloadview_async.errors import FileError
 from downloadview_async.offload.backends import XAccelRedirect
 from downloadview_async.offload.base import OffloadBackend
 from downloadview_async.offload.rules import Rule
@@ -59,7 +61,8 @@ class BaseDownloadMiddleware:
     """Processes the download responses of the views: subclasses override `process_download_response`.
 
     It works under WSGI and ASGI. Inside it, the views leave their responses unfinished, and the outermost middleware
-    finishes them. Under ASGI, a method that a subclass overrides without `async` is called in a thread.
+    finishes them. It answers a `FileError` that a view raises by its status. Under ASGI, a method that a subclass
+    overrides without `async` is called in a thread.
     """
 
     sync_capable = True
@@ -79,6 +82,10 @@ class BaseDownloadMiddleware:
         """Answer the request; under ASGI, return a coroutine that does."""
         assert self.get_response is not None, "a middleware needs get_response to answer requests"
         return _call(self, self.get_response, request)
+
+    def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponse | None:
+        """Return the answer to a `FileError`. Raises `Http404` for a file that the client cannot have."""
+        return answer_to(exception, request) if isinstance(exception, FileError) else None
 
     def is_download_response(self, response: Any) -> bool:
         """Return whether to process the response: whether it is a `DownloadResponse`."""
@@ -105,6 +112,21 @@ class BaseDownloadMiddleware:
     async def aprocess_download_response(self, request: HttpRequest, response: Any) -> Any:
         """Do what `process_download_response` does, in an event loop."""
         return await _off_the_loop(self.process_download_response, request, response)
+
+
+class DownloadMiddleware(BaseDownloadMiddleware):
+    """Finishes the downloads of functions, and answers a `FileError` that a view raises, where no proxy sends files.
+
+    `SmartDownloadMiddleware` and `get_asgi_application` do the same.
+    """
+
+    def process_download_response(self, request: HttpRequest, response: Any) -> Any:
+        """Return the response, which is finished afterwards."""
+        return response
+
+    async def aprocess_download_response(self, request: HttpRequest, response: Any) -> Any:
+        """Return the response, which is finished afterwards."""
+        return response
 
 
 class RealDownloadMiddleware(BaseDownloadMiddleware):

@@ -19,7 +19,7 @@ from django.http.response import HttpResponseBase
 from downloadview_async.asgi.accounts import Account
 from downloadview_async.asgi.answer import age_of
 from downloadview_async.asgi.delivery import SMALL
-from downloadview_async.asgi.errors import failed, note_refusal
+from downloadview_async.asgi.errors import note_refusal
 from downloadview_async.asgi.limiting import spend
 from downloadview_async.asgi.transfer import body_of
 from downloadview_async.asgi.uses import claim
@@ -35,6 +35,7 @@ from downloadview_async.contrib.django.deferral import has_new_receivers, is_def
 from downloadview_async.contrib.django.disposition import content_disposition
 from downloadview_async.contrib.django.dual import close_idle_connections, close_own_connections, has_running_loop
 from downloadview_async.contrib.django.event_loop import for_request, iterate_in_background, run_in_background
+from downloadview_async.contrib.django.file_errors import error_response, note_missing
 from downloadview_async.contrib.django.files import FileNotFound
 from downloadview_async.contrib.django.links import Link, link_of
 from downloadview_async.contrib.django.offload import is_local
@@ -214,23 +215,43 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
             return self
         self.request = request
         self._follow_link(request)
+        self._unfinished = self.status_code, {header.lower(): value for header, value in self.items()}
         try:
-            file = async_file_of(self.file, self.get_basename())
-            self._wanted = self._wanted_by(request)
-            if await self._is_offloaded_by_scope(request, file):
-                return self
-            opened = await self._open(file, self._wanted)
-            metadata, presentation, headers = self._described(file, opened)
-            plan = make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=headers)
-            await self._spend(request, metadata, plan)
-            if self._use is not None:
-                await for_request(request, claim(self._use, metadata, plan))
+            await self._finish(request)
         except (FileError, FileNotFound) as exc:
-            return await self._failed(exc, request)
+            return await self.afail(exc, request)
+        return self
+
+    async def afinish_again(self, request: HttpRequest) -> None:
+        """Finish the response for the version of the file that is there now. Nothing has been sent of the other one.
+
+        What has been set since in the response stays. Raises `FileError`.
+        """
+        assert self.plan is not None, "the response has to be finished"
+        await self.release()
+        self.status_code, headers = self._unfinished
+        for header, value in self.plan.headers.items():
+            if self.get(header) == value:
+                del self[header]
+                if header in headers:
+                    self.headers[spelled(header)] = headers[header]
+        self.is_finished, self.plan = False, None
+        await self._finish(request)
+
+    async def _finish(self, request: HttpRequest) -> None:
+        file = async_file_of(self.file, self.get_basename())
+        self._wanted = self._wanted_by(request)
+        if await self._is_offloaded_by_scope(request, file):
+            return
+        opened = await self._open(file, self._wanted)
+        metadata, presentation, headers = self._described(file, opened)
+        plan = make_plan(self._wanted, metadata, presentation, status=self.status_code, headers=headers)
+        await self._spend(request, metadata, plan)
+        if self._use is not None:
+            await for_request(request, claim(self._use, metadata, plan))
         self._take_over(plan)
         if plan.status == 304 and is_left_by_closing(self):
             await self._become(HttpResponseNotModified)
-        return self
 
     def accept(self, request: HttpRequest, offer: ProxyOffer) -> bool:
         """Do what `aaccept` does, for synchronous code."""
@@ -435,21 +456,22 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
             "_link",
             "_loop",
             "_resources",
+            "_unfinished",
         ):  # Django's cache pickles the rest
             vars(self).pop(name, None)
         response: Any = self
         response.__class__ = kind
         response.content = b""
 
-    async def _failed(self, exc: Exception, request: HttpRequest) -> HttpResponseBase:
+    async def afail(self, exc: Exception, request: HttpRequest) -> HttpResponseBase:
+        """Close the file, and return the answer to a request whose file cannot be sent. Raises `Http404`."""
         await self.release()
-        error = exc if isinstance(exc, FileError) else FileMissing(str(exc))
-        response = error_response(error, request)
-        if error.status == 404:
-            if (answer := self.file_not_found_response) is not None:
-                return await (answer if iscoroutinefunction(answer) else sync_to_async(answer))()
-            raise Http404 from None
-        return response
+        if isinstance(exc, FileError) and exc.status != 404:
+            return error_response(exc, request)
+        note_missing(exc, request)
+        if (answer := self.file_not_found_response) is not None:
+            return await (answer if iscoroutinefunction(answer) else sync_to_async(answer))()
+        raise Http404 from None
 
     @property
     def is_long(self) -> bool:
@@ -551,16 +573,6 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
 async def _spend(scope: dict[str, Any], metadata: FileMetadata, plan: Plan | None) -> None:
     if (spending := spend(scope, metadata, plan)) is not None:
         await spending
-
-
-def error_response(exc: FileError, request: HttpRequest) -> HttpResponse:
-    """Return the answer to a request whose file cannot be sent. The reason goes to the log alone."""
-    headers = failed(exc, str(request.method), request.path)
-    if exc.detail is not None:
-        return HttpResponse(f"{exc.status.phrase}: {exc.detail}", "text/plain", exc.status, headers=headers)
-    response = HttpResponse(status=exc.status, headers={**headers, "Content-Length": "0"})
-    del response["Content-Type"]
-    return response
 
 
 def _check_file(file: Any, basename: str | None) -> None:

@@ -7,9 +7,11 @@ as classes for django-downloadview do, runs in a thread as a whole.
 
 import calendar
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
@@ -25,8 +27,10 @@ from django.views.static import was_modified_since
 
 from downloadview_async.contrib.django.deferral import note_receivers
 from downloadview_async.contrib.django.dual import DualView, has_running_loop
+from downloadview_async.contrib.django.file_errors import answer_to, note_missing
 from downloadview_async.contrib.django.files import FileNotFound, HTTPFile, PathFile, StorageFile
 from downloadview_async.contrib.django.responses import DownloadResponse, is_due
+from downloadview_async.errors import FileError
 
 if TYPE_CHECKING:
     _SingleObjectMixin = SingleObjectMixin[Any]  # only the stubs have it generic
@@ -37,6 +41,8 @@ _OURS = "downloadview_async.contrib.django."
 _OF_DJANGO = ("django.views.generic.", _OURS)
 # They take precedence over If-Modified-Since [RFC 9110 13.2.2].
 _STRONGER = frozenset({"if-match", "if-none-match", "if-unmodified-since"})
+# An absolute path and `..` would lead out of a directory to which they are joined. NUL ends a path in C.
+_LEADS_OUT = re.compile(r"\A/|(?:\A|/)\.\.(?:/|\Z)|\0")
 
 
 class DownloadMixin:
@@ -59,10 +65,17 @@ class DownloadMixin:
     encoding: str | None = None
     """The encoding, for `DownloadResponse.get_encoding`."""
 
+    allow_unsafe_arguments = False
+    """Whether the URL's arguments may lead out of a directory to which the view joins them.
+
+    False: an argument that is absolute, or contains `..` as a segment or NUL, gives a 404. So does one that is so once
+    backslashes count as slashes, or when it is percent-decoded once more. True: the view checks its arguments itself.
+    """
+
     file_instance: Any = None
 
     def get_file(self) -> Any:
-        """Return the file. Raises `FileNotFound`."""
+        """Return the file. Raises `FileNotFound`, or a `FileError` such as that of `source.resolve`."""
         if type(self).aget_file is not DownloadMixin.aget_file:
             return async_to_sync(self.aget_file)()
         raise NotImplementedError(f"{type(self).__name__} needs get_file() or async def aget_file()")
@@ -120,6 +133,12 @@ class DownloadMixin:
         """Return the response for a missing file, or raise `Http404`, as here."""
         raise Http404
 
+    def _failed(self, exc: FileError | FileNotFound) -> HttpResponseBase:
+        if isinstance(exc, FileError) and exc.status != 404:
+            return answer_to(exc, self.request)
+        note_missing(exc, self.request)
+        return self.file_not_found_response()
+
     def render_to_response(self, *args: Any, **kwargs: Any) -> Any:
         """Return the response to a GET or HEAD, by the methods above.
 
@@ -127,9 +146,10 @@ class DownloadMixin:
         `was_modified_since` or `not_modified_response`, and a file with `was_modified_since`, decide before that.
         """
         try:
+            self._check_arguments()
             self.file_instance = self.get_file()
-        except FileNotFound:
-            return self.file_not_found_response()
+        except (FileError, FileNotFound) as exc:
+            return self._failed(exc)
         since = self.request.headers.get("if-modified-since")
         decides = (
             since is not None
@@ -143,6 +163,16 @@ class DownloadMixin:
             response.ignores_modified_since = True
         return response
 
+    def _check_arguments(self) -> None:
+        """Raise `FileNotFound` for an argument of the URL that would lead out of a directory."""
+        match = getattr(self.request, "resolver_match", None)
+        if match is None or self.allow_unsafe_arguments:
+            return
+        named = [value for name, value in match.kwargs.items() if match.extra_kwargs.get(name) != value]
+        for value in (*match.args, *named):
+            if isinstance(value, str) and leads_out(value):
+                raise FileNotFound(f"the argument {value!r} of the URL may lead out of its directory")
+
     def _decides_itself(self) -> bool:
         """Return whether the project decides about If-Modified-Since itself, by a method of the view or the file."""
         hooks = (self.was_modified_since, self.not_modified_response)
@@ -153,9 +183,10 @@ class DownloadMixin:
     async def _arender_to_response(self) -> Any:
         """Do what `render_to_response` does, on the event loop."""
         try:
+            self._check_arguments()
             self.file_instance = await self.aget_file()
-        except FileNotFound:
-            return self.file_not_found_response()
+        except (FileError, FileNotFound) as exc:
+            return self._failed(exc)
         return self.download_response()
 
 
@@ -178,23 +209,30 @@ class BaseDownloadView(DownloadMixin, View):
             return (on_loop if has_running_loop() else in_thread)(request, *args, **kwargs)
 
         def in_thread(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-            response: Any = blocking_view(request, *args, **kwargs)
-            if hasattr(response, "__await__"):  # from an `async def get`
-                response = async_to_sync(_awaited)(response)
+            response: Any
+            try:
+                response = blocking_view(request, *args, **kwargs)
+                if hasattr(response, "__await__"):  # from an `async def get`
+                    response = async_to_sync(_awaited)(response)
+            except FileError as exc:  # such as that of `get_object`
+                return answer_to(exc, request)
             return response.finish(request) if is_due(response, request) else response
 
         async def on_loop(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
             if not isinstance(request, ASGIRequest):
                 return await sync_to_async(in_thread)(request, *args, **kwargs)
             response: Any
-            if is_blocking:
-                response = await sync_to_async(blocking_view)(request, *args, **kwargs)
-            else:
-                self = cls(**initkwargs)
-                self.setup(request, *args, **kwargs)
-                response = self._adispatch(request, *args, **kwargs)
-            if hasattr(response, "__await__"):
-                response = await response
+            try:
+                if is_blocking:
+                    response = await sync_to_async(blocking_view)(request, *args, **kwargs)
+                else:
+                    self = cls(**initkwargs)
+                    self.setup(request, *args, **kwargs)
+                    response = self._adispatch(request, *args, **kwargs)
+                if hasattr(response, "__await__"):
+                    response = await response
+            except FileError as exc:
+                return answer_to(exc, request)
             return await response.afinish(request) if is_due(response, request) else response
 
         update_wrapper(view, blocking_view)
@@ -223,8 +261,8 @@ class PathDownloadView(BaseDownloadView):
     """Sends a file on a local disk.
 
     root: a directory. Paths are names beneath it, and symbolic links cannot lead out of it. Without a root, the
-    project's own code has to choose the path: `path`, or the result of an overridden `get_path`. An absolute path or a
-    `..` from the URL then gives a 404.
+    project's own code has to choose the path: `path`, or the result of an overridden `get_path`. A path from the URL
+    that is absolute, or has `..` or empty segments, then gives a 404, see `allow_unsafe_arguments`.
     """
 
     root: str | os.PathLike[str] | None = None
@@ -235,27 +273,23 @@ class PathDownloadView(BaseDownloadView):
     def get_path(self) -> Any:
         """Return the path: the URL's argument `path_url_kwarg`, else `path`.
 
-        Raises `FileNotFound` for an argument that is absolute or has `..` in it, unless there is a root.
+        Raises `FileNotFound` for an argument that may lead out of its directory, or has empty segments, unless there is
+        a root, or `allow_unsafe_arguments`.
         """
         self._check_arguments()
         return self.kwargs.get(self.path_url_kwarg, self.path)
 
     def _check_arguments(self) -> None:
-        """Raise `FileNotFound` for an argument that would lead out of a directory to which `get_path` joins it.
-
-        An overridden `get_path` may join any argument that the URL gives. Those of the URLconf itself are not checked.
-        """
-        if self.root is not None:
+        if self._has_root or self.allow_unsafe_arguments:
             return
-        match = getattr(self.request, "resolver_match", None)
-        arguments = []
-        if match is None or self.path_url_kwarg not in match.extra_kwargs:
-            arguments.append(str(self.kwargs.get(self.path_url_kwarg, "")))
-        if match is not None and type(self).get_path is not PathDownloadView.get_path:
-            arguments += [value for value in (*match.args, *match.captured_kwargs.values()) if isinstance(value, str)]
-        for path in arguments:
-            if path.startswith("/") or ".." in path.replace("\\", "/").split("/"):
-                raise FileNotFound(f"the path from the URL leads out of its directory: {path!r}")
+        if self._lacks_root and all(_is_of_path_view(self, hook) for hook in ("get_file", "aget_file")):
+            return  # `_file` raises ImproperlyConfigured
+        super()._check_arguments()
+        path, match = self.kwargs.get(self.path_url_kwarg, ""), getattr(self.request, "resolver_match", None)
+        if match is None or match.extra_kwargs.get(self.path_url_kwarg) != path:
+            name = str(path)
+            if leads_out(name) or "//" in name or name.endswith("/"):
+                raise FileNotFound(f"the path from the URL is not the name of a file: {name!r}")
 
     def get_file(self) -> Any:
         """Return the file. Raises `FileNotFound` where there is none."""
@@ -268,12 +302,17 @@ class PathDownloadView(BaseDownloadView):
         """Return the file, which is opened when the response is finished."""
         return self._file()
 
+    @property
+    def _has_root(self) -> bool:
+        return self.root is not None
+
+    @property
+    def _lacks_root(self) -> bool:
+        """Whether the view takes any path from the URL, which is a mistake of the project."""
+        return not self._has_root and self.path_url_kwarg in self.kwargs and _is_of_path_view(self, "get_path")
+
     def _file(self) -> PathFile:
-        if (
-            self.root is None
-            and self.path_url_kwarg in self.kwargs
-            and type(self).get_path is PathDownloadView.get_path
-        ):
+        if self._lacks_root:
             raise ImproperlyConfigured(
                 f"{type(self).__name__} takes its path from the URL and has no root, so a client could request every "
                 "file of this machine: set root to the directory that has the files"
@@ -285,17 +324,20 @@ class PathDownloadView(BaseDownloadView):
         return PathFile(path, root=self.root)
 
 
+def _is_of_path_view(view: PathDownloadView, method: str) -> bool:
+    return getattr(type(view), method) is getattr(PathDownloadView, method)
+
+
 class StorageDownloadView(PathDownloadView):
-    """Sends a file in a Django storage, by its name there."""
+    """Sends a file in a Django storage, by its name there, which `get_path` returns. The storage checks it, too."""
 
     storage: Any = default_storage
-
-    def get_path(self) -> Any:
-        """Return the name: the URL's argument `path_url_kwarg`, else `path`. The storage checks it."""
-        return self.kwargs.get(self.path_url_kwarg, self.path)
+    _has_root = False  # a storage knows no root
+    _lacks_root = False
 
     def get_file(self) -> Any:
         """Return the file, which is opened when the response is finished."""
+        self._check_arguments()
         return StorageFile(self.storage, self.get_path())
 
     async def aget_file(self) -> Any:
@@ -407,6 +449,11 @@ async def _awaited(response: Any) -> Any:
     return await response
 
 
+def leads_out(argument: str) -> bool:
+    """Return whether an argument may lead out of a directory, even if it is decoded once more or has backslashes."""
+    return any(_LEADS_OUT.search(text.replace("\\", "/")) for text in (argument, unquote(argument)))
+
+
 _GETS = {BaseDownloadView.get, ObjectDownloadView.get}
 
 
@@ -433,7 +480,8 @@ def sendfile(
 ) -> Any:
     """Return the response with the file at a path, as django-sendfile does. Where an event loop runs, `await` it.
 
-    The project's own code has to choose the path. Raises `Http404` if there is no such file.
+    The project's own code has to choose the path. Raises `Http404` if there is no such file, and if an argument of the
+    URL may lead out of a directory, see `DownloadMixin.allow_unsafe_arguments`.
     """
     return PathDownloadView.as_view(
         path=filename, attachment=attachment, basename=attachment_filename, mimetype=mimetype, encoding=encoding

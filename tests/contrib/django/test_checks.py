@@ -217,6 +217,7 @@ JOINED: list[tuple[Any, bool]] = [
     (path("f/<path:path>", x_accel_redirect(Joined.as_view(), source_dir="/srv", destination_url="/_srv/")), True),
     (path("f/<path:path>", Joined.as_view(root="/srv")), False),
     (path("f/<path:path>", JoinedBeneath.as_view()), False),
+    (path("f/<path:path>", Joined.as_view(allow_unsafe_arguments=True)), False),
     (path("f/<int:pk>", Joined.as_view()), False),
     (path("f/<path:name>", JoinedByName.as_view()), True),
     (path("<str:name>/f", JoinedByName.as_view()), True),

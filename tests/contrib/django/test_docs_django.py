@@ -85,6 +85,8 @@ class Tests(TestCase):
         assert_download_response(self, get("/manuals/terms.txt"), content=b"none", attachment=False)
         assert_download_response(self, get("/numbers/"), basename="numbers.txt", content=b"0\\n1\\n2\\n")
         self.assertEqual(get("/manuals/../manage.py").status_code, 404)
+        assert_download_response(self, get("/leaflets/terms.txt"), content=b"none")
+        self.assertEqual(get("/leaflets/missing.txt").status_code, 404)
         self.assertEqual(get("/shared/1.txt").status_code, 403)
         assert_download_response(self, get(self.document.file.url), content=b"0123456789")
 
@@ -110,6 +112,7 @@ class Tests(TestCase):
         await self.async_client.aforce_login(self.ada)
         own = [f"/{path}/{self.document.pk}/" for path in ("documents", "own", "mine")]
         paths = ["/terms/", "/manuals/terms.txt", "/numbers/", "/manuals/../manage.py", "/shared/1.txt"]
+        paths += ["/leaflets/terms.txt", "/leaflets/missing.txt"]
         links = {"shared": self.document.file.url}
         responses = {path: await self.async_client.get(path) for path in [*own, *paths, links["shared"]]}
         self.check(lambda path: responses[links["shared"] if "X-Signature" in path else path])

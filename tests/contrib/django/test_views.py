@@ -440,3 +440,6 @@ def test_a_virtual_file_in_memory(asking: Ask) -> None:
     answer = get(asking, View.as_view())
     assert (answer.status, answer.body) == (200, "Hällo\n".encode())
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.headers["content-length"] == "7"
+    part = get(asking, View.as_view(), range="bytes=1-2")
+    assert (part.status, part.body) == (206, "ä".encode())
