@@ -11,6 +11,7 @@ from datetime import timedelta
 from random import Random
 from urllib.parse import quote
 
+from downloadview_async.sources.archive import SHARED_SECONDS
 from tests.soak.contents import OUTSIDE, Tree, content
 from tests.soak.exchange import USER, Connection, Ended, Hangs
 from tests.soak.ledger import Ledger, Record, Result
@@ -157,11 +158,9 @@ def _was_cut(world: World, record: Record) -> bool:
 
 
 def _changed_archive(world: World, record: Record) -> bool:
-    """Return whether a request was for an archive of which a file has changed."""
-    files = world.site.files
-    return "archive=" in record.path and any(
-        len(files.lived(name, record.begun, record.ended)) > 1 for name in files.names
-    )
+    """Return whether a request was for an archive of which a file has changed, or did while its layout was shared."""
+    files, since = world.site.files, record.begun - SHARED_SECONDS
+    return "archive=" in record.path and any(len(files.lived(name, since, record.ended)) > 1 for name in files.names)
 
 
 def check_file(world: World, answer: Answer, what: Target, *, may: tuple[int, ...] = (200,)) -> int | None:
