@@ -116,7 +116,7 @@ def sample_of(file: str) -> Sample:
     path, equals, local = file.partition("=")
     if not path.startswith("/") or (equals and not local):
         raise ConfigurationError(f"{file!r} is not PATH=FILE: give one such as /invoices/1=invoices/a.pdf")
-    return Sample(quote(path, safe="/%:@!$&'()*+,;=~?"), os.path.abspath(os.path.expanduser(local)) if local else None)
+    return Sample(quote(path, safe="/%:@!$&'()*+,;=~"), os.path.abspath(os.path.expanduser(local)) if local else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,19 +83,25 @@ def _printable(character: str) -> str:
 class Wanted:
     """A file to request.
 
-    label: the route of the file in the results. target: its path. below: the path of the folder from which the
-    application takes it, encoded. thorough: make all checks with it, not only those that depend on its name.
-    headers: names of further headers that must reach the client. origin: the Origin of a web site whose scripts may
-    read the file. cors_headers: names of the headers that such a script needs.
+    label: the route of the file in the results. target: its path. query: that of a signed link, which no row shows.
+    below: the path of the folder from which the application takes it, encoded. thorough: make all checks with it, not
+    only those that depend on its name. headers: names of further headers that must reach the client. origin: the
+    Origin of a web site whose scripts may read the file. cors_headers: names of the headers that such a script needs.
     """
 
     label: str
     target: str
     below: str
     thorough: bool
+    query: str = ""
     headers: tuple[str, ...] = ()
     origin: str | None = None
     cors_headers: tuple[str, ...] = ()
+
+    @property
+    def requested(self) -> str:
+        """The path and the query to request."""
+        return f"{self.target}?{self.query}" if self.query else self.target
 
     @property
     def kept_headers(self) -> tuple[str, ...]:
@@ -147,8 +153,13 @@ class File:
 
     @property
     def target(self) -> str:
-        """The path to request."""
+        """The path to request, without a query."""
         return self.wanted.target
+
+    @property
+    def requested(self) -> str:
+        """The path and the query to request."""
+        return self.wanted.requested
 
     @property
     def offloaded(self) -> bool:

@@ -53,7 +53,7 @@ class TransferChecks:
         """Make the checks of a file, and yield each result as soon as it is known."""
         request = f"GET {file.target}"
         try:
-            whole = await self.proxy.ask(file.target)
+            whole = await self.proxy.ask(file.requested)
             outcome, remedy = await self._whole(file, whole)
             if remedy:
                 yield failed("together", file.wanted, request, outcome, remedy)
@@ -314,7 +314,7 @@ class TransferChecks:
         coding = {"Accept-Encoding": "gzip, br, zstd"}
         answer = await self._ask(file, **coding)
         expected = await self.site.in_process.ask(
-            file.target, method="HEAD" if file.answers_head else "GET", headers=coding
+            file.requested, method="HEAD" if file.answers_head else "GET", headers=coding
         )
         actual, wanted = answer.get("content-encoding"), expected.get("content-encoding")
         outcome = f", Content-Encoding: {actual}"
@@ -387,7 +387,7 @@ class TransferChecks:
         if file.wanted.origin is None:
             return
         origin = {"Origin": file.wanted.origin}
-        expected = await self.site.in_process.ask(file.target, headers=origin, method="HEAD")
+        expected = await self.site.in_process.ask(file.requested, headers=origin, method="HEAD")
         beyond = {**origin, "Range": f"bytes={file.content.size}-"}
         for headers in (origin, beyond) if file.ranged and file.content.size else (origin,):
             answer = await self._ask(file, **headers)
@@ -403,7 +403,7 @@ class TransferChecks:
             if not lost:
                 yield passed("together", file.wanted, request, f"{answer.status}, a script can read it")
         preflight = {**origin, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "range"}
-        expected = await self.site.in_process.ask(file.target, headers=preflight, method="OPTIONS")
+        expected = await self.site.in_process.ask(file.requested, headers=preflight, method="OPTIONS")
         answer = await self._ask(file, method="OPTIONS", **preflight)
         right = answer.status == expected.status
         right = right and not any(answer.differs(expected, name) for name in _OF_A_PREFLIGHT)
@@ -416,7 +416,7 @@ class TransferChecks:
     # --- requests and rows
 
     async def _ask(self, file: File, *, method: str = "GET", **headers: str) -> Answer:
-        return await self.proxy.ask(file.target, method=method, headers=headers)
+        return await self.proxy.ask(file.requested, method=method, headers=headers)
 
     async def _judged(
         self, right: bool, file: File, headers: Mapping[str, str], answer: Answer, problem: str, outcome: str = ""
@@ -426,7 +426,7 @@ class TransferChecks:
             return passed("together", file.wanted, request, outcome)
         streamed = not file.offloaded and problem in ("ranges", "conditions")
         if streamed and (alone := self.site.alone(file)) is not None:
-            direct = await alone.ask(file.target, headers=headers)
+            direct = await alone.ask(file.requested, headers=headers)
             if direct.status == answer.status and direct.body == answer.body:
                 return skipped("together", file.wanted, request, f"the service alone answers {outcome} too")
         return failed("together", file.wanted, request, outcome, self._why(problem, file, answer))

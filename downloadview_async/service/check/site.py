@@ -30,7 +30,7 @@ class Wanted(site.Wanted):
     route: RouteSettings
 
 
-def wanted(route: RouteSettings, target: str, *, thorough: bool) -> Wanted:
+def wanted(route: RouteSettings, target: str, query: str = "", *, thorough: bool) -> Wanted:
     """Return a file of a route to request."""
     origin = None
     if route.cors is not None:
@@ -40,6 +40,7 @@ def wanted(route: RouteSettings, target: str, *, thorough: bool) -> Wanted:
         target=target,
         below=quote(PARAMETER.split(route.path)[0]),
         thorough=thorough,
+        query=query,
         headers=tuple(route.headers),
         origin=origin,
         cors_headers=CORS_HEADERS,
