@@ -78,7 +78,7 @@ async def check_application(
         in_process = Application(app, base, timeout, sent, state)
         where = "http://HOST:PORT" if direct is None else shown_url(direct)
         root = root_path if root_path is not None else str(getattr(app, "root_path", "") or "")
-        site = ApplicationSite(in_process, running, proxy, timeout, where, root.rstrip("/"))
+        site = ApplicationSite(in_process, running, proxy, timeout, where, root=root.rstrip("/"))
         async with aclosing(_Run(site, in_process).lines(samples)) as lines:
             async for line in lines:
                 yield line
@@ -127,9 +127,8 @@ class _Rule:
 
 @dataclass(slots=True)
 class ApplicationSite(Site):
-    """The installation. Its rules follow from the headers that the application makes. root: its `root_path`."""
+    """The installation. Its rules follow from the headers that the application makes."""
 
-    root: str
     headers_made: set[str] = field(default_factory=set)
     """The names of the offload headers that the application has made."""
 
@@ -166,27 +165,11 @@ class ApplicationSite(Site):
         """Return what stands for the name of a source in the settings of a service."""
         return {"name": "NAME"}
 
-    async def misrouted(self, file: File, answer: Answer) -> str:
-        """Return the remedy if the running application has got another path than the file's, or ""."""
-        assert self.proxy is not None
-        prefix, target = self.proxy.path, file.target
-        try:
-            for other in dict.fromkeys(("", self.root)):
-                if other != prefix and (await self.proxy.ask(f"{other}{target}", root=True)).status == 200:
-                    url = shown_url(f"{self.proxy.base}{other}")
-                    return f"root_path mismatch: clients reach {target} at {url}{target}: give the URL {url}"
-            if not prefix:
-                return ""
-            # the running application was not asked for the file if it says what this one says of another path
-            unchanged = await self.in_process.ask(f"{prefix}{target}")
-        except NoAnswerError:
-            return ""
-        if unchanged.status != answer.status or unchanged.body != answer.body:
-            return ""
+    def to_know(self, prefix: str) -> str:
+        """Return how the proxy and the application agree about a prefix."""
         return (
-            f"root_path mismatch: the application has got {prefix}{target}, and has no such route: let the proxy "
-            f'remove {prefix}, as `proxy_config(..., prefix="{prefix}")` prints it, and start the server with its '
-            f"option for the root path, such as --root-path {prefix} of uvicorn"
+            f'let the proxy remove {prefix}, as `proxy_config(..., prefix="{prefix}")` prints it, and start the server '
+            f"with its option for the root path, such as --root-path {prefix} of uvicorn"
         )
 
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from downloadview_async import FileMetadata, ProxyKind, proxy_kinds
 from downloadview_async.check.advice import advice
-from downloadview_async.check.http import Answer, Asked, Peer
+from downloadview_async.check.http import Answer, Asked, NoAnswerError, Peer
 from downloadview_async.check.proxies import PASSING_ON, named_by
 from downloadview_async.check.samples import Content
 from downloadview_async.http.log_text import cut
@@ -190,6 +190,8 @@ class Site:
     proxy: Peer | None
     timeout: float
     service: str
+    root: str = field(default="", kw_only=True)
+    """The `root_path` of the application: the path below which clients reach it."""
     seen: set[str] = field(default_factory=set, kw_only=True)
     """The kinds of proxy that the Server and Via headers of answers have named."""
     passing: set[str] = field(default_factory=set, kw_only=True)
@@ -226,8 +228,28 @@ class Site:
         """Set the location of a file again: by now a cache may have it."""
 
     async def misrouted(self, file: File, answer: Answer) -> str:
-        """Return the remedy if an answer shows that another path than the file's has reached the application, or ""."""
-        return ""
+        """Return the remedy if the running application has got another path than the file's, or ""."""
+        assert self.proxy is not None
+        prefix, target = self.proxy.path, file.requested
+        try:
+            for other in dict.fromkeys(("", self.root)):
+                if other != prefix and (await self.proxy.ask(f"{other}{target}", root=True)).status == 200:
+                    url = shown_url(f"{self.proxy.base}{other}")
+                    return f"root_path mismatch: clients reach {file.target} at {url}{file.target}: give the URL {url}"
+            if not prefix:
+                return ""
+            # the running application was not asked for the file if it says what this one says of another path
+            unchanged = await self.in_process.ask(f"{prefix}{target}")
+        except NoAnswerError:
+            return ""
+        if unchanged.status != answer.status or unchanged.body != answer.body:
+            return ""
+        path = f"{prefix}{file.target}"
+        return f"root_path mismatch: the application has got {path}, and has no such route: {self.to_know(prefix)}"
+
+    def to_know(self, prefix: str) -> str:
+        """Return how the proxy and the application agree about a prefix of the paths."""
+        raise NotImplementedError
 
     def facts_of(self, file: File) -> Mapping[str, str]:
         """Return further values for the words in angle brackets in advice."""

@@ -23,7 +23,11 @@ from downloadview_async.check.application import check_application, sample_of
 from downloadview_async.check.http import Answer
 from downloadview_async.check.proxies import APPLICATION_SERVERS, PASSING_ON, named_by
 from downloadview_async.check.site import Line
+from downloadview_async.service.app import build
+from downloadview_async.service.check.run import check as check_service
+from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.logs import LONGEST
+from downloadview_async.service.proxy_config import config_for
 from tests.live import live, make_old
 from tests.proxies.servers import KINDS, _system_program, proxy, readable_directory, running
 from tests.servers import PROJECT, free_port
@@ -457,6 +461,29 @@ async def test_a_prefix_in_the_path_of_the_file(site: Site) -> None:
 async def test_a_mount_is_no_mismatch(site: Site) -> None:
     app = Starlette(routes=[Mount("/api", application(site.directory))])
     assert failures(await site.check(app, f"/api{FILE}", edit=passing("/api"))) == []
+
+
+async def test_a_prefix_of_the_service_that_the_url_lacks(site: Site) -> None:
+    file = site.directory / "downloads.toml"
+    route = '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\n'
+    offload = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+    file.write_text(
+        f'[server]\nroot_path = "/api"\n[sources.files]\ntype = "path"\nroot = "invoices"\n{route}{offload}'
+    )
+    settings = load_settings(file, environ={})
+
+    def text(service: str, listen: str) -> str:
+        return config_for(settings, "nginx", listen=listen, service=service, relative_to=None)
+
+    async with live(build(settings), root_path="/api") as port:
+        with proxy(KINDS["nginx"], site.directory, port, text=text) as front:
+            url, direct = f"http://127.0.0.1:{front}", f"http://127.0.0.1:{port}"
+            lines = [line async for line in check_service(settings, url=f"{url}/api", direct=direct)]
+            assert failures(lines) == []
+            lines = [line async for line in check_service(settings, url=url, direct=direct)]
+    (line,) = [line for line in failures(lines) if line.step == "together"]
+    assert line.remedy.startswith("root_path mismatch: clients reach /files/a.pdf at ")
+    assert line.remedy.endswith(f"give the URL {url}/api")
 
 
 # --- proxies that cannot send files

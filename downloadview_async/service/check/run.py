@@ -101,7 +101,7 @@ async def check(
         if url is not None:
             proxy = await stack.enter_async_context(Peer.at(url, timeout, sent))
         where = f"http://unix:{uds}" if uds else shown_url(service or "http://HOST:PORT")
-        site = Site(in_process, running, proxy, timeout, where, settings, app)
+        site = Site(in_process, running, proxy, timeout, where, settings, app, root=settings.server.root_path)
         async with aclosing(_Run(site).lines(files, only)) as lines:
             async for line in lines:
                 yield line

@@ -83,6 +83,10 @@ class Site(site.Site):
         """Return the remedy for settings with another kind of proxy."""
         return f'set [offload] backend = "{kind}"'
 
+    def to_know(self, prefix: str) -> str:
+        """Return how the proxy and the service agree about a prefix."""
+        return f'set root_path = "{prefix}" in [server], and print the configuration of the proxy again'
+
     def is_of_files(self, target: str) -> bool:
         """Return whether a path belongs to a source of existing files, which does not generate any."""
         answering, _ = self.route_of(target)
