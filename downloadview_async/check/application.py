@@ -161,9 +161,12 @@ class ApplicationSite(Site):
         """Return the application without the proxy: the running one, if its address is known."""
         return self.direct if self.direct is not None and file.direct is not None else self.in_process
 
-    def facts_of(self, file: File) -> Mapping[str, str]:
-        """Return what stands for the name of a source in the settings of a service."""
-        return {"name": "NAME"}
+    def redirect_advice(self, file: File) -> str:
+        """Return the remedy for a redirect that does not lead to the file."""
+        return (
+            "give PresignedRedirect the URL at which clients reach the store as public_endpoint; a proxy in front of "
+            "the store must not change the host, the path or the query, because they are signed"
+        )
 
     def to_know(self, prefix: str) -> str:
         """Return how the proxy and the application agree about a prefix."""
@@ -241,7 +244,8 @@ class _Run:
         outcome = f"{answer.status}{shown(answer.orders)}"
         if 300 <= answer.status < 400:
             outcome = f"{answer.status} to {shown_url(answer.get('location') or '')}"
-        redirects = answer.status == 307 and not (answer.get("location") or "/").startswith("/")
+        place = urlsplit(answer.get("location") or "")
+        redirects = answer.status == 307 and place.netloc not in ("", urlsplit(self.in_process.base).netloc)
         if answer.status != 200 and not redirects:
             return failed("application", wanted, request, outcome, self._why_refused(wanted, answer, reasons)), None
         if known is None and (answer.orders or redirects):
@@ -274,6 +278,9 @@ class _Run:
 
     def _why_refused(self, wanted: Wanted, answer: Answer, reasons: Sequence[str]) -> str:
         reason = f" (the log says: {reasons[-1]})" if reasons else ""
+        place = urlsplit(answer.get("location") or "")
+        if 300 <= answer.status < 400 and place.path.rstrip("/") == wanted.target.rstrip("/"):
+            return "give the URL and the path that this redirect leads to"
         if answer.status in (401, 403) or 300 <= answer.status < 400:
             return f"give the headers of a user who may have this file with --header{reason}"
         root = self.site.root

@@ -251,9 +251,9 @@ class Site:
         """Return how the proxy and the application agree about a prefix of the paths."""
         raise NotImplementedError
 
-    def facts_of(self, file: File) -> Mapping[str, str]:
-        """Return further values for the words in angle brackets in advice."""
-        return {}
+    def redirect_advice(self, file: File) -> str:
+        """Return the remedy for a redirect that does not lead to the file."""
+        raise NotImplementedError
 
     @property
     def kind(self) -> ProxyKind | None:

@@ -92,22 +92,19 @@ class TransferChecks:
         except UnknownHostError as exc:
             return skipped("together", file.wanted, request, str(exc))
         except NoAnswerError as exc:
-            return failed("together", file.wanted, request, str(exc), self._redirect_advice(file))
+            return failed("together", file.wanted, request, str(exc), self.site.redirect_advice(file))
         outcome = f"{answer.status}, {len(answer.body)} bytes"
         if answer.status == 416 and file.content.size == 0:
             return passed("together", file.wanted, request, outcome)
         if answer.status != 206 or answer.body != file.content.part(0, 1):
-            return failed("together", file.wanted, request, outcome, self._redirect_advice(file))
+            return failed("together", file.wanted, request, outcome, self.site.redirect_advice(file))
         actual, wanted = answer.get("content-disposition"), file.expected.get("content-disposition")
         outcome = f"{outcome}, Content-Disposition: {actual}"
         if actual != wanted:
             return failed(
-                "together", file.wanted, request, f"{outcome} instead of {wanted}", self._redirect_advice(file)
+                "together", file.wanted, request, f"{outcome} instead of {wanted}", self.site.redirect_advice(file)
             )
         return passed("together", file.wanted, request, outcome)
-
-    def _redirect_advice(self, file: File) -> str:
-        return self.site.advice("redirect", None, **self.site.facts_of(file))
 
     async def _whole(self, file: File, answer: Answer) -> tuple[str, str]:
         """Return the answer to a plain GET as text, and the remedy: "" if the answer is right."""

@@ -1,7 +1,6 @@
 """The installation that `downloadview check` checks: the service, with its settings."""
 
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
@@ -108,9 +107,10 @@ class Site(site.Site):
         with suppress(Exception):  # a source may raise anything
             file.location = (await self.resolve(file.wanted)).location
 
-    def facts_of(self, file: site.File) -> Mapping[str, str]:
-        """Return the name of a file's source."""
-        return {"name": self.source_of(_route_of(file))[0]}
+    def redirect_advice(self, file: site.File) -> str:
+        """Return the remedy for a redirect that does not lead to the file."""
+        name, _ = self.source_of(_route_of(file))
+        return self.advice("redirect", None, name=name)
 
     def route_of(self, target: str) -> tuple[Route | None, str]:
         """Return the route that matches a path, and the name that it passes to its source."""
