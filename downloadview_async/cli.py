@@ -318,7 +318,7 @@ def check(
     headers: Sequence[str],
     **options: Any,
 ) -> None:
-    r"""Check a running service or application, and the proxy in front of it.
+    """Check a running service or application, and its proxy.
 
     The service is checked against its settings, and with URL the proxy too. URL is the address at which clients reach
     the proxy. Each row shows the result (pass, FAIL or skip), the step, the route, the request and the outcome; below a
@@ -328,12 +328,8 @@ def check(
     paths of --file, or the first file of a local directory.
 
     With --app, an ASGI application of any framework is checked in the same way: it is imported from the current
-    directory, started, and called in this process, to know what it answers.
-
-    \b
-    downloadview check --app main:app https://example.org \
-        --header "Authorization: Bearer TOKEN" \
-        --file /invoices/1=invoices/a.pdf
+    directory, started, and called in this process, to know what it answers. Example: downloadview check --app main:app
+    https://example.org --header "Authorization: Bearer TOKEN" --file /invoices/1=invoices/a.pdf
     """
     import anyio
 
@@ -352,7 +348,7 @@ def check(
 
     async def run_checks() -> None:
         if app_name is None:
-            _choose(config, "nothing to check: give ")
+            _choose(config, "nothing to check: give an application with --app, or ")
             settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
             results = checks(settings, url=url, headers=sent, only=only, **options)
         else:

@@ -83,7 +83,7 @@ async def check_application(
         in_process = Application(app, base, timeout, sent, state)
         where = "http://HOST:PORT" if direct is None else shown_url(direct)
         root = root_path if root_path is not None else str(getattr(app, "root_path", "") or "")
-        site = ApplicationSite(in_process, running, proxy, timeout, where, root.rstrip("/"), unoffered)
+        site = ApplicationSite(in_process, running, proxy, timeout, where, root=root.rstrip("/"), unoffered=unoffered)
         async with aclosing(_Run(site, in_process).lines(samples)) as lines:
             async for line in lines:
                 yield line
@@ -121,7 +121,7 @@ def sample_of(file: str) -> Sample:
     path, equals, local = file.partition("=")
     if not path.startswith("/") or (equals and not local):
         raise ConfigurationError(f"{file!r} is not PATH=FILE: give one such as /invoices/1=invoices/a.pdf")
-    return Sample(quote(path, safe="/%:@!$&'()*+,;=~?"), os.path.abspath(os.path.expanduser(local)) if local else None)
+    return Sample(quote(path, safe="/%:@!$&'()*+,;=~"), os.path.abspath(os.path.expanduser(local)) if local else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +134,10 @@ class _Rule:
 class ApplicationSite(Site):
     """The installation. Its rules follow from the headers that the application makes.
 
-    root: its `root_path`. unoffered: why it sends a file itself for which no proxy was offered.
+    unoffered: why the application sends a file itself for which no proxy was offered.
     """
 
-    root: str
-    unoffered: str
+    unoffered: str = field(default=_UNOFFERED, kw_only=True)
     headers_made: set[str] = field(default_factory=set)
     """The names of the offload headers that the application has made."""
 
@@ -171,32 +170,19 @@ class ApplicationSite(Site):
         """Return the application without the proxy: the running one, if its address is known."""
         return self.direct if self.direct is not None and file.direct is not None else self.in_process
 
-    def facts_of(self, file: File) -> Mapping[str, str]:
-        """Return what stands for the name of a source in the settings of a service."""
-        return {"name": "NAME"}
-
-    async def misrouted(self, file: File, answer: Answer) -> str:
-        """Return the remedy if the running application has got another path than the file's, or ""."""
-        assert self.proxy is not None
-        prefix, target = self.proxy.path, file.target
-        try:
-            for other in dict.fromkeys(("", self.root)):
-                if other != prefix and (await self.proxy.ask(f"{other}{target}", root=True)).status == 200:
-                    url = shown_url(f"{self.proxy.base}{other}")
-                    return f"root_path mismatch: clients reach {target} at {url}{target}: give the URL {url}"
-            if not prefix:
-                return ""
-            # the running application was not asked for the file if it says what this one says of another path
-            unchanged = await self.in_process.ask(f"{prefix}{target}")
-        except NoAnswerError:
-            return ""
-        if unchanged.status != answer.status or unchanged.body != answer.body:
-            return ""
+    def redirect_advice(self, file: File) -> str:
+        """Return the remedy for a redirect that does not lead to the file."""
         return (
-            f"root_path mismatch: the application has got {prefix}{target}, and has no such route: let the proxy "
-            f'remove {prefix}, as `proxy_config(..., prefix="{prefix}")` prints it, and start the server with its '
-            f"option for the root path, such as --root-path {prefix} of uvicorn. For gunicorn and WSGI, let the proxy "
-            f"leave it there, and set the environment variable SCRIPT_NAME={prefix}"
+            "give PresignedRedirect the URL at which clients reach the store as public_endpoint; a proxy in front of "
+            "the store must not change the host, the path or the query, because they are signed"
+        )
+
+    def to_know(self, prefix: str) -> str:
+        """Return how the proxy and the application agree about a prefix."""
+        return (
+            f'let the proxy remove {prefix}, as `proxy_config(..., prefix="{prefix}")` prints it, and start the server '
+            f"with its option for the root path, such as --root-path {prefix} of uvicorn. For gunicorn and WSGI, let "
+            f"the proxy leave it there, and set the environment variable SCRIPT_NAME={prefix}"
         )
 
 
@@ -268,7 +254,8 @@ class _Run:
         outcome = f"{answer.status}{shown(answer.orders)}"
         if 300 <= answer.status < 400:
             outcome = f"{answer.status} to {shown_url(answer.get('location') or '')}"
-        redirects = answer.status == 307 and not (answer.get("location") or "/").startswith("/")
+        place = urlsplit(answer.get("location") or "")
+        redirects = answer.status == 307 and place.netloc not in ("", urlsplit(self.in_process.base).netloc)
         if answer.status != 200 and not redirects:
             return failed("application", wanted, request, outcome, self._why_refused(wanted, answer, reasons)), None
         if known is None and (answer.orders or redirects):
@@ -301,6 +288,9 @@ class _Run:
 
     def _why_refused(self, wanted: Wanted, answer: Answer, reasons: Sequence[str]) -> str:
         reason = f" (the log says: {reasons[-1]})" if reasons else ""
+        place = urlsplit(answer.get("location") or "")
+        if 300 <= answer.status < 400 and place.path.rstrip("/") == wanted.target.rstrip("/"):
+            return "give the URL and the path that this redirect leads to"
         if answer.status in (401, 403) or 300 <= answer.status < 400:
             return f"give the headers of a user who may have this file with --header{reason}"
         root = self.site.root

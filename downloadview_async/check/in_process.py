@@ -146,12 +146,14 @@ def _reasons(reasons: list[str]) -> Iterator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             reasons.append(record.getMessage())
 
-    handler, level = Collecting(logging.DEBUG), _logger.level
+    handler, level, propagates = Collecting(logging.DEBUG), _logger.level, _logger.propagate
     _logger.addHandler(handler)
     _logger.setLevel(logging.DEBUG)
+    _logger.propagate = False  # other handlers would print what is said at levels that they do not want
     try:
         yield
     finally:
+        _logger.propagate = propagates
         _logger.setLevel(level)
         _logger.removeHandler(handler)
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from downloadview_async import FileMetadata, ProxyKind, proxy_kinds
 from downloadview_async.check.advice import advice
-from downloadview_async.check.http import Answer, Asked, Peer
+from downloadview_async.check.http import Answer, Asked, NoAnswerError, Peer
 from downloadview_async.check.proxies import PASSING_ON, named_by
 from downloadview_async.check.samples import Content
 from downloadview_async.http.log_text import cut
@@ -83,19 +83,25 @@ def _printable(character: str) -> str:
 class Wanted:
     """A file to request.
 
-    label: the route of the file in the results. target: its path. below: the path of the folder from which the
-    application takes it, encoded. thorough: make all checks with it, not only those that depend on its name.
-    headers: names of further headers that must reach the client. origin: the Origin of a web site whose scripts may
-    read the file. cors_headers: names of the headers that such a script needs.
+    label: the route of the file in the results. target: its path. query: that of a signed link, which no row shows.
+    below: the path of the folder from which the application takes it, encoded. thorough: make all checks with it, not
+    only those that depend on its name. headers: names of further headers that must reach the client. origin: the
+    Origin of a web site whose scripts may read the file. cors_headers: names of the headers that such a script needs.
     """
 
     label: str
     target: str
     below: str
     thorough: bool
+    query: str = ""
     headers: tuple[str, ...] = ()
     origin: str | None = None
     cors_headers: tuple[str, ...] = ()
+
+    @property
+    def requested(self) -> str:
+        """The path and the query to request."""
+        return f"{self.target}?{self.query}" if self.query else self.target
 
     @property
     def kept_headers(self) -> tuple[str, ...]:
@@ -147,8 +153,13 @@ class File:
 
     @property
     def target(self) -> str:
-        """The path to request."""
+        """The path to request, without a query."""
         return self.wanted.target
+
+    @property
+    def requested(self) -> str:
+        """The path and the query to request."""
+        return self.wanted.requested
 
     @property
     def offloaded(self) -> bool:
@@ -179,6 +190,8 @@ class Site:
     proxy: Peer | None
     timeout: float
     service: str
+    root: str = field(default="", kw_only=True)
+    """The `root_path` of the application: the path below which clients reach it."""
     seen: set[str] = field(default_factory=set, kw_only=True)
     """The kinds of proxy that the Server and Via headers of answers have named."""
     passing: set[str] = field(default_factory=set, kw_only=True)
@@ -215,12 +228,32 @@ class Site:
         """Set the location of a file again: by now a cache may have it."""
 
     async def misrouted(self, file: File, answer: Answer) -> str:
-        """Return the remedy if an answer shows that another path than the file's has reached the application, or ""."""
-        return ""
+        """Return the remedy if the running application has got another path than the file's, or ""."""
+        assert self.proxy is not None
+        prefix, target = self.proxy.path, file.requested
+        try:
+            for other in dict.fromkeys(("", self.root)):
+                if other != prefix and (await self.proxy.ask(f"{other}{target}", root=True)).status == 200:
+                    url = shown_url(f"{self.proxy.base}{other}")
+                    return f"root_path mismatch: clients reach {file.target} at {url}{file.target}: give the URL {url}"
+            if not prefix:
+                return ""
+            # the running application was not asked for the file if it says what this one says of another path
+            unchanged = await self.in_process.ask(f"{prefix}{target}")
+        except NoAnswerError:
+            return ""
+        if unchanged.status != answer.status or unchanged.body != answer.body:
+            return ""
+        path = f"{prefix}{file.target}"
+        return f"root_path mismatch: the application has got {path}, and has no such route: {self.to_know(prefix)}"
 
-    def facts_of(self, file: File) -> Mapping[str, str]:
-        """Return further values for the words in angle brackets in advice."""
-        return {}
+    def to_know(self, prefix: str) -> str:
+        """Return how the proxy and the application agree about a prefix of the paths."""
+        raise NotImplementedError
+
+    def redirect_advice(self, file: File) -> str:
+        """Return the remedy for a redirect that does not lead to the file."""
+        raise NotImplementedError
 
     @property
     def kind(self) -> ProxyKind | None:

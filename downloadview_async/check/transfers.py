@@ -53,7 +53,7 @@ class TransferChecks:
         """Make the checks of a file, and yield each result as soon as it is known."""
         request = f"GET {file.target}"
         try:
-            whole = await self.proxy.ask(file.target)
+            whole = await self.proxy.ask(file.requested)
             outcome, remedy = await self._whole(file, whole)
             if remedy:
                 yield failed("together", file.wanted, request, outcome, remedy)
@@ -92,22 +92,19 @@ class TransferChecks:
         except UnknownHostError as exc:
             return skipped("together", file.wanted, request, str(exc))
         except NoAnswerError as exc:
-            return failed("together", file.wanted, request, str(exc), self._redirect_advice(file))
+            return failed("together", file.wanted, request, str(exc), self.site.redirect_advice(file))
         outcome = f"{answer.status}, {len(answer.body)} bytes"
         if answer.status == 416 and file.content.size == 0:
             return passed("together", file.wanted, request, outcome)
         if answer.status != 206 or answer.body != file.content.part(0, 1):
-            return failed("together", file.wanted, request, outcome, self._redirect_advice(file))
+            return failed("together", file.wanted, request, outcome, self.site.redirect_advice(file))
         actual, wanted = answer.get("content-disposition"), file.expected.get("content-disposition")
         outcome = f"{outcome}, Content-Disposition: {actual}"
         if actual != wanted:
             return failed(
-                "together", file.wanted, request, f"{outcome} instead of {wanted}", self._redirect_advice(file)
+                "together", file.wanted, request, f"{outcome} instead of {wanted}", self.site.redirect_advice(file)
             )
         return passed("together", file.wanted, request, outcome)
-
-    def _redirect_advice(self, file: File) -> str:
-        return self.site.advice("redirect", None, **self.site.facts_of(file))
 
     async def _whole(self, file: File, answer: Answer) -> tuple[str, str]:
         """Return the answer to a plain GET as text, and the remedy: "" if the answer is right."""
@@ -314,7 +311,7 @@ class TransferChecks:
         coding = {"Accept-Encoding": "gzip, br, zstd"}
         answer = await self._ask(file, **coding)
         expected = await self.site.in_process.ask(
-            file.target, method="HEAD" if file.answers_head else "GET", headers=coding
+            file.requested, method="HEAD" if file.answers_head else "GET", headers=coding
         )
         actual, wanted = answer.get("content-encoding"), expected.get("content-encoding")
         outcome = f", Content-Encoding: {actual}"
@@ -387,7 +384,7 @@ class TransferChecks:
         if file.wanted.origin is None:
             return
         origin = {"Origin": file.wanted.origin}
-        expected = await self.site.in_process.ask(file.target, headers=origin, method="HEAD")
+        expected = await self.site.in_process.ask(file.requested, headers=origin, method="HEAD")
         beyond = {**origin, "Range": f"bytes={file.content.size}-"}
         for headers in (origin, beyond) if file.ranged and file.content.size else (origin,):
             answer = await self._ask(file, **headers)
@@ -403,7 +400,7 @@ class TransferChecks:
             if not lost:
                 yield passed("together", file.wanted, request, f"{answer.status}, a script can read it")
         preflight = {**origin, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "range"}
-        expected = await self.site.in_process.ask(file.target, headers=preflight, method="OPTIONS")
+        expected = await self.site.in_process.ask(file.requested, headers=preflight, method="OPTIONS")
         answer = await self._ask(file, method="OPTIONS", **preflight)
         right = answer.status == expected.status
         right = right and not any(answer.differs(expected, name) for name in _OF_A_PREFLIGHT)
@@ -416,7 +413,7 @@ class TransferChecks:
     # --- requests and rows
 
     async def _ask(self, file: File, *, method: str = "GET", **headers: str) -> Answer:
-        return await self.proxy.ask(file.target, method=method, headers=headers)
+        return await self.proxy.ask(file.requested, method=method, headers=headers)
 
     async def _judged(
         self, right: bool, file: File, headers: Mapping[str, str], answer: Answer, problem: str, outcome: str = ""
@@ -426,7 +423,7 @@ class TransferChecks:
             return passed("together", file.wanted, request, outcome)
         streamed = not file.offloaded and problem in ("ranges", "conditions")
         if streamed and (alone := self.site.alone(file)) is not None:
-            direct = await alone.ask(file.target, headers=headers)
+            direct = await alone.ask(file.requested, headers=headers)
             if direct.status == answer.status and direct.body == answer.body:
                 return skipped("together", file.wanted, request, f"the service alone answers {outcome} too")
         return failed("together", file.wanted, request, outcome, self._why(problem, file, answer))

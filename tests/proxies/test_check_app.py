@@ -13,8 +13,10 @@ import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.httpsredirect import HTTPSRedirectMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
@@ -23,9 +25,14 @@ from downloadview_async.check.application import check_application, sample_of
 from downloadview_async.check.http import Answer
 from downloadview_async.check.proxies import APPLICATION_SERVERS, PASSING_ON, named_by
 from downloadview_async.check.site import Line
+from downloadview_async.service.app import build
+from downloadview_async.service.check.run import check as check_service
+from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.logs import LONGEST
+from downloadview_async.service.proxy_config import config_for
 from tests.live import live, make_old
 from tests.proxies.servers import KINDS, _system_program, proxy, readable_directory, running
+from tests.s3 import S3
 from tests.servers import PROJECT, free_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -336,6 +343,45 @@ async def test_what_the_application_refuses(site: Site, file: str, status: str, 
     assert remedy in line.remedy
 
 
+@pytest.mark.parametrize(
+    "middleware, file, remedy",
+    [
+        ([Middleware(HTTPSRedirectMiddleware)], FILE, "the URL and the path that this redirect leads to"),
+        ([], "/folder=invoices/a.pdf", "the URL and the path that this redirect leads to"),
+        ([], "/login=invoices/a.pdf", "--header"),
+    ],
+    ids=["https", "slash", "login"],
+)
+async def test_a_redirect_of_the_application(site: Site, middleware: list[Middleware], file: str, remedy: str) -> None:
+    async def login(request: Request) -> Response:
+        return RedirectResponse("/signin", 302)
+
+    routes = [Mount("/folder", routes=[Route("/", invoice)]), Route("/login", login)]
+    app = Starlette(routes=routes, middleware=middleware)
+    (line,) = failures(await site.check(app, file))
+    assert line.step == "application"
+    assert remedy in line.remedy
+
+
+@pytest.mark.slow
+async def test_a_redirect_to_a_store(site: Site, s3: S3) -> None:
+    s3.put("check/a.pdf", (site.directory / "invoices" / "a.pdf").read_bytes(), content_type="application/pdf")
+    storage = s3.storage("check")
+
+    def redirecting(**options: str) -> Starlette:
+        source = dv.StorageSource(storage)
+        download = dv.Download(source, redirect=dv.PresignedRedirect(storage, **options))  # type: ignore[arg-type]
+        return Starlette(routes=[Route("/invoices/{path:path}", download)])
+
+    lines = await site.check(redirecting())
+    assert failures(lines) == []
+    assert "206, 1 bytes, Content-Disposition: attachment" in lines[-1].outcome
+    assert "X-Amz-Signature" not in "".join(line.as_text() for line in lines)
+    (line,) = failures(await site.check(redirecting(public_endpoint="http://127.0.0.1:1")))
+    assert "public_endpoint" in line.remedy
+    await storage.aclose()
+
+
 async def test_an_exception_of_the_application_is_named(site: Site) -> None:
     async def broken(request: Request) -> Response:
         raise ZeroDivisionError("one by nought")
@@ -457,6 +503,29 @@ async def test_a_prefix_in_the_path_of_the_file(site: Site) -> None:
 async def test_a_mount_is_no_mismatch(site: Site) -> None:
     app = Starlette(routes=[Mount("/api", application(site.directory))])
     assert failures(await site.check(app, f"/api{FILE}", edit=passing("/api"))) == []
+
+
+async def test_a_prefix_of_the_service_that_the_url_lacks(site: Site) -> None:
+    file = site.directory / "downloads.toml"
+    route = '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\n'
+    offload = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+    file.write_text(
+        f'[server]\nroot_path = "/api"\n[sources.files]\ntype = "path"\nroot = "invoices"\n{route}{offload}'
+    )
+    settings = load_settings(file, environ={})
+
+    def text(service: str, listen: str) -> str:
+        return config_for(settings, "nginx", listen=listen, service=service, relative_to=None)
+
+    async with live(build(settings), root_path="/api") as port:
+        with proxy(KINDS["nginx"], site.directory, port, text=text) as front:
+            url, direct = f"http://127.0.0.1:{front}", f"http://127.0.0.1:{port}"
+            lines = [line async for line in check_service(settings, url=f"{url}/api", direct=direct)]
+            assert failures(lines) == []
+            lines = [line async for line in check_service(settings, url=url, direct=direct)]
+    (line,) = [line for line in failures(lines) if line.step == "together"]
+    assert line.remedy.startswith("root_path mismatch: clients reach /files/a.pdf at ")
+    assert line.remedy.endswith(f"give the URL {url}/api")
 
 
 # --- proxies that cannot send files

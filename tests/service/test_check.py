@@ -26,6 +26,7 @@ from downloadview_async.check.advice import PROBLEMS, SOCKET, advice
 from downloadview_async.check.http import MOST, PIECE, Answer, NoAnswerError, Peer
 from downloadview_async.check.samples import Content, content_of
 from downloadview_async.http.fields import OFFLOAD_HEADERS
+from downloadview_async.service.access import sign_path
 from downloadview_async.service.app import build
 from downloadview_async.service.check.run import Line, check
 from downloadview_async.service.settings import Settings
@@ -233,6 +234,23 @@ async def test_a_route_with_a_hook_is_checked_with_the_headers_of_a_user(directo
         assert line.result == "FAIL"
         assert "the answer is 404" in line.outcome
         assert "--header" in line.remedy
+
+
+@pytest.mark.asyncio
+async def test_a_route_that_takes_links_is_checked_with_a_link(directory: Path) -> None:
+    links = f'[links]\nkeys = "k1 {"s" * 32}"\n'
+    settings = load(directory, FILES + 'access = ["signed"]\nexample = "a.txt"\n' + links)
+    link = sign_path(settings, "/files/a.txt")
+    async with live(build(settings)) as port:
+        url = f"http://127.0.0.1:{port}"
+        lines = await checked(settings, url=url, direct=url, files=[link])
+        assert failures(lines) == []
+        assert ("together", "pass") in [(line.step, line.result) for line in lines]
+        assert not any("k1" in line.as_text() for line in lines), "a row has the query of the link"
+        (line, *_) = await checked(settings, url=url, direct=url, files=[link[:-1]], only=True)
+        assert (line.result, line.outcome) == ("FAIL", "with these settings the answer is 403")
+        with pytest.raises(ConfigurationError, match="no file to request"):
+            await checked(settings, url=url, direct=url)
 
 
 @pytest.mark.asyncio

@@ -101,7 +101,7 @@ async def check(
         if url is not None:
             proxy = await stack.enter_async_context(Peer.at(url, timeout, sent))
         where = f"http://unix:{uds}" if uds else shown_url(service or "http://HOST:PORT")
-        site = Site(in_process, running, proxy, timeout, where, settings, app)
+        site = Site(in_process, running, proxy, timeout, where, settings, app, root=settings.server.root_path)
         async with aclosing(_Run(site).lines(files, only)) as lines:
             async for line in lines:
                 yield line
@@ -165,20 +165,22 @@ class _Run:
 
     def _wanted(self, files: Sequence[str], only: bool) -> tuple[list[Wanted], list[Line]]:
         """Return the files to request, and a skip row for each route without a known file, unless `only` is set."""
-        given: dict[str, list[str]] = {}
-        for path in files:
+        given: dict[str, list[tuple[str, str]]] = {}
+        for link in files:
+            path, _, query = link.partition("?")
             target = quote(path, safe="/%:@!$&'()*+,;=~")
             endpoint, _ = self.site.route_of(target)
             if endpoint is None or not isinstance(endpoint.endpoint, Download):
                 raise ConfigurationError(f"no route serves {path!r}: give a path such as /files/a.txt")
-            given.setdefault(endpoint.path, []).append(target)
+            given.setdefault(endpoint.path, []).append((target, quote(query, safe="/%:@!$&'()*+,;=~?")))
         wanted: list[Wanted] = []
         unknown: list[Line] = []
         for route in self.site.settings.routes:
             before, after = (quote(part) for part in PARAMETER.split(route.path))
-            if route.access is not None and not only and not self._may_ask(route.access):
+            has_link = any(query for _, query in given.get(route.path, []))
+            if route.access is not None and not only and not has_link and not self._may_ask(route.access):
                 outcome = "not checked: the route has an `access`"
-                remedy = "download a file of this route yourself, as a user who may have it"
+                remedy = "download a file of this route yourself, as a user who may have it, or give a link with --file"
                 if not self.site.in_process.headers:
                     remedy += ", or give the headers of such a user with --header"
                 unknown.append(
@@ -188,8 +190,10 @@ class _Run:
                 )
                 continue
             names = [] if only else route.examples or self._found(route)
-            targets = given.get(route.path) or [before + quote(name) + after for name in names]
-            wanted += [wanted_of(route, target, thorough=number == 0) for number, target in enumerate(targets)]
+            targets = given.get(route.path) or [(before + quote(name) + after, "") for name in names]
+            wanted += [
+                wanted_of(route, target, query, thorough=number == 0) for number, (target, query) in enumerate(targets)
+            ]
             if not targets and not only:
                 outcome = "not checked: no file is known"
                 remedy = "give the route an `example` in the settings, or give a path with --file"
@@ -240,10 +244,10 @@ class _Run:
                 await anyio.sleep(min(max(fresh_for, 0), 2))
                 if cache_of(source) is not None:
                     file = await self.site.resolve(wanted)  # by now it is in the cache, so it has a location
-            expected = await self.site.in_process.ask(wanted.target, method="HEAD")
+            expected = await self.site.in_process.ask(wanted.requested, method="HEAD")
             if (file.location or "").startswith("http"):
                 # Only an answer to GET tells the proxy to fetch a file. Without a proxy, this reads one byte.
-                answer = await self.site.in_process.ask(wanted.target, headers={"Range": "bytes=0-0"})
+                answer = await self.site.in_process.ask(wanted.requested, headers={"Range": "bytes=0-0"})
                 expected = answer if answer.orders else expected
             if expected.status == 200:
                 outcome = "of unknown size" if content.size is None else f"{content.size} bytes"
@@ -288,7 +292,7 @@ class _Run:
         if self.site.direct is None:
             return skipped("application", file.wanted, request, "give the address of the service with --direct")
         try:
-            answer = await self.site.direct.ask(file.target)
+            answer = await self.site.direct.ask(file.requested)
             directory = self._cache_for(file) if answer.status == 200 and not answer.orders else None
             if directory is not None:
                 answer = await self._ask_again(self.site.direct, file)
@@ -338,12 +342,12 @@ class _Run:
 
     async def _ask_again(self, service: Peer, file: File) -> Answer:
         """Request a file until the service has cached it, at most `_TRIES` times; return the last answer."""
-        answer = await service.ask(file.target)
+        answer = await service.ask(file.requested)
         for _ in range(_TRIES):
             if answer.orders:
                 break
             await anyio.sleep(_PAUSE)
-            answer = await service.ask(file.target)
+            answer = await service.ask(file.requested)
         return answer
 
     def _misfit(self, file: File, answer: Answer) -> tuple[str, str]:

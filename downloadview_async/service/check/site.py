@@ -1,7 +1,6 @@
 """The installation that `downloadview check` checks: the service, with its settings."""
 
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
@@ -30,7 +29,7 @@ class Wanted(site.Wanted):
     route: RouteSettings
 
 
-def wanted(route: RouteSettings, target: str, *, thorough: bool) -> Wanted:
+def wanted(route: RouteSettings, target: str, query: str = "", *, thorough: bool) -> Wanted:
     """Return a file of a route to request."""
     origin = None
     if route.cors is not None:
@@ -40,6 +39,7 @@ def wanted(route: RouteSettings, target: str, *, thorough: bool) -> Wanted:
         target=target,
         below=quote(PARAMETER.split(route.path)[0]),
         thorough=thorough,
+        query=query,
         headers=tuple(route.headers),
         origin=origin,
         cors_headers=CORS_HEADERS,
@@ -82,6 +82,10 @@ class Site(site.Site):
         """Return the remedy for settings with another kind of proxy."""
         return f'set [offload] backend = "{kind}"'
 
+    def to_know(self, prefix: str) -> str:
+        """Return how the proxy and the service agree about a prefix."""
+        return f'set root_path = "{prefix}" in [server], and print the configuration of the proxy again'
+
     def is_of_files(self, target: str) -> bool:
         """Return whether a path belongs to a source of existing files, which does not generate any."""
         answering, _ = self.route_of(target)
@@ -103,9 +107,10 @@ class Site(site.Site):
         with suppress(Exception):  # a source may raise anything
             file.location = (await self.resolve(file.wanted)).location
 
-    def facts_of(self, file: site.File) -> Mapping[str, str]:
-        """Return the name of a file's source."""
-        return {"name": self.source_of(_route_of(file))[0]}
+    def redirect_advice(self, file: site.File) -> str:
+        """Return the remedy for a redirect that does not lead to the file."""
+        name, _ = self.source_of(_route_of(file))
+        return self.advice("redirect", None, name=name)
 
     def route_of(self, target: str) -> tuple[Route | None, str]:
         """Return the route that matches a path, and the name that it passes to its source."""
