@@ -26,3 +26,6 @@ SETTLED = "downloadview_async.settled"
 
 REQUEST_ID = b"x-request-id"
 """The header field with the id of a request, which `Accounts` takes from trusted proxies, and sends."""
+
+RAISES = "downloadview_async.raises"
+"""Marks in a scope that the caller answers a `FileError` in its own way: it is raised before the response begins."""
