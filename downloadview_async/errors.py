@@ -58,6 +58,15 @@ class WrongType(ConfigurationError, TypeError):
     """An argument has the wrong type. The message says what to write instead."""
 
 
+def wrong_type(takes: str, value: object) -> WrongType:
+    """Return the error for a value of the wrong type. takes: such as `Download takes a source, such as ...`."""
+    if isinstance(value, type):
+        return WrongType(f"{takes}, not the class {value.__name__}: write {value.__name__}(...)")
+    if hasattr(value, "__await__"):
+        return WrongType(f"{takes}, not a coroutine: write `await` before the call")
+    return WrongType(f"{takes}, not {value!r}")
+
+
 class _PhraseUnlessSet:
     """The phrase of the status of an error, as long as the error, or its class, has no other text."""
 

@@ -36,7 +36,7 @@ from downloadview_async.asgi.departures import stems_from
 from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, REQUEST_ID, ZERO_COPY
 from downloadview_async.asgi.loan import Loan
 from downloadview_async.asgi.zero_copy import LentDescriptor, NotingReceive
-from downloadview_async.errors import ConfigurationError, abort_reason
+from downloadview_async.errors import WrongType, abort_reason, wrong_type
 from downloadview_async.http.fields import length_of
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.ranges import parse_content_range
@@ -613,10 +613,12 @@ class Accounts:
         trusted_proxies: Iterable[str] = (),
         sends_request_id: bool = False,
     ) -> None:
-        if not all(callable(observer) for observer in observers):
-            raise ConfigurationError(f"observers is {observers!r}: give a list of functions that take an Outcome")
+        if not callable(app):
+            raise wrong_type("Accounts takes an ASGI application", app)
+        if not isinstance(observers, Iterable) or not all(callable(observer) for observer in observers):
+            raise WrongType(f"observers is {observers!r}: give a list of functions that take an Outcome")
         if waiting := [one for one in observers if iscoroutinefunction(one) or iscoroutinefunction(type(one).__call__)]:
-            raise ConfigurationError(f"observers has {waiting[0]!r}, which is async: give it as a listener")
+            raise WrongType(f"observers has {waiting[0]!r}, which is async: give it as a listener")
         self.app = app
         self._open: set[Account] = set()
         self._listeners = Listeners(listeners, max_waiting)

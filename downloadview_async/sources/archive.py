@@ -28,6 +28,7 @@ from downloadview_async.errors import (
     DownloadError,
     FileMissing,
     TransferAborted,
+    wrong_type,
 )
 from downloadview_async.http.archive_names import distinct_names, safe_name
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
@@ -104,6 +105,23 @@ class ArchiveEntry:
     file: AsyncFile | None = None
     modified: int | None = None
     mode: int | None = None
+
+
+def _listed(entries: object) -> Iterable[object]:
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        raise wrong_type("Archive takes a list of paths with files, such as [('a.txt', LocalFile('a.txt'))]", entries)
+    return entries
+
+
+def _entry(value: object) -> ArchiveEntry:
+    """Return an entry that may be given as a pair. Raises `WrongType`."""
+    entry = ArchiveEntry(*value) if isinstance(value, tuple) and 0 < len(value) <= 4 else value
+    if not isinstance(entry, ArchiveEntry) or not isinstance(entry.path, str):
+        raise wrong_type("an entry of an archive is a path and a file, such as ('a.txt', LocalFile('a.txt'))", value)
+    file = entry.file
+    if file is not None and (not hasattr(file, "open") or hasattr(file, "__fspath__") or isinstance(file, type)):
+        raise wrong_type(f"{entry.path!r} in an archive takes a file, such as LocalFile('a.txt')", file)
+    return entry
 
 
 @dataclass(slots=True)
@@ -199,12 +217,8 @@ class Archive:
     ) -> None:
         self.name = name
         self._limits = limits or ArchiveLimits()
-        self._entries = [entry if isinstance(entry, ArchiveEntry) else ArchiveEntry(*entry) for entry in entries]
+        self._entries = [_entry(entry) for entry in _listed(entries)]
         for entry in self._entries:
-            if not isinstance(entry.path, str) or not (entry.file is None or hasattr(entry.file, "open")):
-                raise ConfigurationError(
-                    f"{entry!r} is not an entry of an archive: give a path and a file, such as LocalFile('a.txt')"
-                )
             if (entry.file is None) != entry.path.endswith("/"):
                 raise ConfigurationError(
                     f"{entry.path!r} is in an archive: give it a file, or a slash at its end for a folder"

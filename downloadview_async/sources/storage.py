@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import ConfigurationError, wrong_type
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import IdentifiesFolders, OpenFile, Storage, SupportsListing, pass_listing_on
 from downloadview_async.sources.directory_storage import DirectoryStorage
@@ -56,9 +56,7 @@ class StorageSource:
 
     def __init__(self, storage: Storage, *, names: Names | None = None) -> None:
         if not hasattr(storage, "locate") or isinstance(storage, type):
-            raise ConfigurationError(
-                f"StorageSource takes a storage, such as DirectoryStorage('files'), not {storage!r}"
-            )
+            raise wrong_type("StorageSource takes a storage, such as DirectoryStorage('files')", storage)
         self.storage = storage
         self.names: Names = _names_of(storage) if names is None else names
         check_names_option(self.names)
