@@ -128,7 +128,9 @@ def access_of(access: Access | Sequence[Access] | None) -> tuple[Access, ...]:
 
 def not_a_signer(taker: str, value: object) -> WrongType:
     """Return the error for a value in place of a signer. The value may be a secret, so the message does not show it."""
-    return WrongType(f"{taker} takes a signer, as in {taker}(URLSigner({{'2026a': secret}})), not a {_kind_of(value)}")
+    return WrongType(
+        f"{taker} takes a URLSigner, as in {taker}(URLSigner({{'2026a': secret}})), not a {_kind_of(value)}"
+    )
 
 
 def _kind_of(value: object) -> str:

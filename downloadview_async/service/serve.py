@@ -10,8 +10,10 @@ from collections.abc import Callable
 import uvicorn
 
 from downloadview_async.service.listening import Listeners
+from downloadview_async.service.logs import one_line
 from downloadview_async.service.pid_file import PidFile
 from downloadview_async.service.reload import Generation, Generations
+from downloadview_async.service.served import served
 from downloadview_async.service.server import DownloadServer, config_for
 from downloadview_async.service.settings import Settings
 from downloadview_async.service.systemd import Notifier
@@ -50,6 +52,8 @@ def serve(
     config = config_for(application, settings)
     if settings.server.http2:
         _logger.warning(_COSTS_OF_HTTP2)
+    for line in served(settings):
+        _logger.info("%s", one_line(line))
     notifier = Notifier()
     with contextlib.ExitStack() as stack:
         announce()

@@ -28,6 +28,7 @@ from downloadview_async.errors import (
     DownloadError,
     FileMissing,
     TransferAborted,
+    WrongType,
     wrong_type,
 )
 from downloadview_async.http.archive_names import distinct_names, safe_name
@@ -116,11 +117,15 @@ def _listed(entries: object) -> Iterable[object]:
 def _entry(value: object) -> ArchiveEntry:
     """Return an entry that may be given as a pair. Raises `WrongType`."""
     entry = ArchiveEntry(*value) if isinstance(value, tuple) and 0 < len(value) <= 4 else value
-    if not isinstance(entry, ArchiveEntry) or not isinstance(entry.path, str):
-        raise wrong_type("an entry of an archive is a path and a file, such as ('a.txt', LocalFile('a.txt'))", value)
-    file = entry.file
-    if file is not None and (not hasattr(file, "open") or hasattr(file, "__fspath__") or isinstance(file, type)):
-        raise wrong_type(f"{entry.path!r} in an archive takes a file, such as LocalFile('a.txt')", file)
+    is_entry = isinstance(entry, ArchiveEntry) and isinstance(entry.path, str)
+    file = getattr(entry, "file", None)
+    is_file = file is None or (hasattr(file, "open") and not hasattr(file, "__fspath__") and not isinstance(file, type))
+    if not (is_entry and is_file):
+        raise WrongType(
+            f"{value!r} is not an entry of an archive: give a path and a file, such as ('a.txt', LocalFile('a.txt'))"
+            + (", and `await` a coroutine first" if hasattr(file, "__await__") else "")
+        )
+    assert isinstance(entry, ArchiveEntry)
     return entry
 
 

@@ -71,7 +71,7 @@ class VirtualFile:
     ) -> None:
         if not isinstance(content, bytes | str) and not _is_content(content):
             raise wrong_type(
-                "VirtualFile takes bytes, text, a file object, an iterable of bytes, or a function that returns one",
+                "the content must be bytes, text, a file object, an iterable, or a function that returns one",
                 content,
             )
         if not isinstance(name, str):
