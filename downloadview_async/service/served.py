@@ -1,4 +1,4 @@
-"""What the service logs when it starts: each route, where its files are, and who sends them."""
+"""The lines that the service logs at its start: each route, where its files are, and the server that sends them."""
 
 from collections.abc import Iterator
 
