@@ -99,14 +99,18 @@ async def test_nginx_sends_the_files_of_the_page_on_fastapi(monkeypatch: pytest.
             def configuration(service: str, listen: str) -> str:
                 return str(made["proxy_config"]("nginx", made["rules"], service=service, listen=listen))
 
+            ada, bob = {"Authorization": "Bearer token-of-ada"}, {"Authorization": "Bearer token-of-bob"}
             with proxy(KINDS["nginx"], checkout, service, text=configuration) as port:
-                answer = await ask(port, "/invoices/1")
+                answer = await ask(port, "/invoices/1", headers=ada)
                 assert look(answer) == (200, b"%PDF-1.7 an invoice")
-                part = await ask(port, "/invoices/1", headers={"Range": "bytes=0-3"})
+                part = await ask(port, "/invoices/1", headers={**ada, "Range": "bytes=0-3"})
                 assert look(part) == (206, b"%PDF")
-                assert (await ask(port, "/_invoices/1.pdf")).status == 404
-            direct = await call(made["app"], "/invoices/1")
-            assert (direct.status, direct.body, direct.headers["x-accel-redirect"]) == (200, b"", "/_invoices/1.pdf")
+                assert (await ask(port, "/invoices/1", headers=bob)).status == 404
+                assert (await ask(port, "/invoices/1")).status == 401
+                assert (await ask(port, "/_invoices/ada/1.pdf", headers=ada)).status == 404
+            direct = await call(made["app"], "/invoices/1", headers=ada)
+            order = direct.headers["x-accel-redirect"]
+            assert (direct.status, direct.body, order) == (200, b"", "/_invoices/ada/1.pdf")
 
 
 # --- Litestar and Quart
