@@ -33,10 +33,10 @@ from downloadview_async.asgi.delivery import (
     spans_of,
 )
 from downloadview_async.asgi.departures import stems_from
-from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, REQUEST_ID, ZERO_COPY
+from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, REQUEST_ID, ZERO_COPY, raises_errors
 from downloadview_async.asgi.loan import Loan
 from downloadview_async.asgi.zero_copy import LentDescriptor, NotingReceive
-from downloadview_async.errors import WrongType, abort_reason, wrong_type
+from downloadview_async.errors import FileError, WrongType, abort_reason, wrong_type
 from downloadview_async.http.fields import length_of
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.ranges import parse_content_range
@@ -499,6 +499,8 @@ class Account(Facts):
         """Return the status, the result, and for an aborted answer its reason and the text of the error."""
         status = self.status
         if not self.is_complete:
+            if status == 0 and isinstance(exc, FileError) and raises_errors(self._scope):
+                return exc.status_code, "refused", None, None
             reason, detail = self._why(exc)
             if status == 0 and reason == "failed" and exc is not None:
                 status = 500  # so answers the server

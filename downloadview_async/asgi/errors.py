@@ -17,14 +17,13 @@ from starlette.types import Message, Scope, Send
 from downloadview_async.accounts.facts import ACCOUNT, note_facts, request_id_of
 from downloadview_async.asgi.delivery import Empty, Inline, deliver
 from downloadview_async.asgi.disconnect import close_after_body
-from downloadview_async.asgi.extensions import RAISES
+from downloadview_async.asgi.extensions import RAISES, raises_errors
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.plan import Headers
 from downloadview_async.offload.decision import Refusal
 
 logger = logging.getLogger("downloadview_async")
-_LITESTAR = "litestar_app"  # in the scope of each of its requests
 codecs.lookup("unicode_escape")  # load it now: when it is first needed, the process may have no descriptor left
 
 # Frameworks find the answer to an error by its base classes. `errors.py` must not know a framework.
@@ -70,10 +69,10 @@ async def send_error(exc: FileError, scope: Scope, send: Send) -> None:
             failed(exc, scope["method"], scope["path"], request_id_of(scope))
             await _send_answer_of(handler, exc, scope, send)
             return
-        if RAISES in scope:
-            raise exc
-        if _LITESTAR in scope and "starlette.exception_handlers" not in scope:
-            failed(exc, scope["method"], scope["path"], request_id_of(scope))
+        if raises_errors(scope):
+            if RAISES not in scope:  # there, the caller logs it
+                failed(exc, scope["method"], scope["path"], request_id_of(scope))
+            note_facts(scope, kind="error")
             raise exc
     response = error_response(exc, scope)
     start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}

@@ -1,5 +1,6 @@
 """Endpoints of several frameworks that find and send a file: no handler is registered, and all refusals look alike."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -227,12 +228,52 @@ async def test_download_error_answers_fastapi_in_plain_text_and_logs(
     assert "not for this client" in caplog.text
 
 
-async def test_the_outcome_of_an_error_of_the_application(source: Documents) -> None:
+@frameworks
+async def test_the_outcome_of_an_error_of_the_application(framework: str, source: Documents) -> None:
     outcomes: list[dv.Outcome] = []
-    app = dv.Accounts(fastapi(source), observers=[outcomes.append])
-    for path in ("/one/missing", "/all/denied"):
+    app = dv.Accounts(FRAMEWORKS[framework](source), observers=[outcomes.append])
+    paths = ["/one/missing", "/all/missing"]
+    for path in paths:
         await call(app, path)
     assert [(outcome.status, outcome.kind, outcome.result) for outcome in outcomes] == [(404, "error", "refused")] * 2
+
+
+@frameworks
+async def test_the_outcome_of_one_answer(framework: str, tmp_path: Path) -> None:
+    """A file that is found missing when it is opened, inside of the framework's own answer to that."""
+    told: asyncio.Queue[dv.Outcome] = asyncio.Queue()
+
+    class Told:
+        async def resolve(self, name: str) -> dv.AsyncFile:
+            return dv.LocalFile(tmp_path / "missing.txt")
+
+    async def note(outcome: dv.Outcome) -> None:
+        told.put_nowait(outcome)
+
+    app: Any
+    if framework == "quart":
+        app = quart(Told())
+
+        @app.get("/told")  # type: ignore[untyped-decorator]
+        async def four() -> for_quart.DownloadResponse:
+            return for_quart.DownloadResponse(await Told().resolve(""), on_outcome=note)
+
+    elif framework == "litestar":
+
+        @get("/told")
+        async def two() -> dv.DownloadResponse:
+            return dv.DownloadResponse(await Told().resolve(""), on_outcome=note)
+
+        app = Litestar([two], openapi_config=None, logging_config=None)
+    else:
+
+        async def three(request: Request) -> dv.DownloadResponse:
+            return dv.DownloadResponse(await Told().resolve(""), on_outcome=note)
+
+        app = {"fastapi": FastAPI, "starlette": Starlette}[framework](routes=[Route("/told", three)])
+    assert (await call(app, "/told")).status == 404
+    outcome = await asyncio.wait_for(told.get(), 10)
+    assert (outcome.status, outcome.kind, outcome.result, outcome.reason) == (404, "error", "refused", None)
 
 
 # --- FastAPI ---
