@@ -147,6 +147,20 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda x: dv.Pages(title=5), "title takes text"),
     (lambda x: dv.Pages(downloads="all"), "takes an async function"),
     (lambda x: dv.proxy_config("nginx", x.rules), "takes a list of rules"),
+    (lambda x: dv.proxy_config("nginx", [dv.Rule("/a", "/_a/")], links=["/files/"]), "a list of LinkLocation"),
+    (lambda x: dv.ObjectFile("files/a.txt"), "ObjectFile takes a file"),
+    (lambda x: dv.ObjectFile(x.coroutine), "not a coroutine"),
+    (lambda x: dv.StorageFile("files", "a.txt"), "StorageFile takes a storage"),
+    (lambda x: dv.StorageFile(x.storage, 5), "the key of a StorageFile is text"),
+    (lambda x: dv.storage_from_url(x.path), "storage_from_url takes a URL"),
+    (lambda x: dv.grant_store_from_url(x.path), "grant_store_from_url takes a URL"),
+    (lambda x: dv.add_content_types([(".a", "text/a")]), "takes a dictionary"),
+    (lambda x: dv.add_content_types({".a": 5}), "the content type of '.a' is text"),
+    (lambda x: dv.Digests(x.source, "digests.db"), r"DigestStore\('digests\.db'\)"),
+    (lambda x: dv.secure_link_secrets(SECRET), "takes the keys of URLSigner"),
+    (lambda x: dv.KeepPeer(None), "takes an ASGI application"),
+    (lambda x: dv.LimitsMiddleware(app, None), "takes limits"),
+    (lambda x: dv.LimitsMiddleware(None, dv.Limits(concurrent=1)), "takes an ASGI application"),
 ]
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from downloadview_async.errors import ConfigurationError, FileMissing
+from downloadview_async.errors import ConfigurationError, FileMissing, wrong_type
 from downloadview_async.http.content_types import content_type_for, valid_content_type, with_charset
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
@@ -124,6 +124,8 @@ class ObjectFile:
         size: int | None = None,
         modified: datetime | float | None = None,
     ) -> None:
+        if not hasattr(file, "open") or hasattr(file, "__fspath__"):
+            raise wrong_type("ObjectFile takes a file, such as LocalFile('a.txt')", file)
         self.name = file.name if name is None else str(name)
         self.location = file.location
         self._file = file

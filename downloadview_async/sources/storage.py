@@ -24,6 +24,10 @@ class StorageFile:
     """A file of a storage, by its key."""
 
     def __init__(self, storage: Storage, key: str, *, name: str | None = None, location: str | None = None) -> None:
+        if not hasattr(storage, "locate"):
+            raise wrong_type("StorageFile takes a storage, such as DirectoryStorage('files'), and a key", storage)
+        if not isinstance(key, str):
+            raise wrong_type("the key of a StorageFile is text, such as 'a.txt'", key)
         self.storage = storage
         self.key = key
         self.name = key.rpartition("/")[2] if name is None else name
@@ -91,6 +95,8 @@ def storage_from_url(url: str, /, *, names: Names = "portable", **options: Any) 
 
     Raises `ConfigurationError` for any other scheme, and for a directory that cannot be opened.
     """
+    if not isinstance(url, str):
+        raise wrong_type("storage_from_url takes a URL, such as 's3://bucket/prefix'", url)
     parts = urlsplit(url)
     if parts.scheme in SCHEMES:
         return ObjectStorage(url, **options)
