@@ -52,14 +52,14 @@ def serve(
     config = config_for(application, settings)
     if settings.server.http2:
         _logger.warning(_COSTS_OF_HTTP2)
-    for line in served(settings):
-        _logger.info("%s", one_line(line))
     notifier = Notifier()
     with contextlib.ExitStack() as stack:
         announce()
         listeners = stack.enter_context(Listeners(settings, inherited))
         with settings.blaming("server.pid_file"):
             pid_file = stack.enter_context(PidFile(settings.server.pid_file))
+        for line in served(settings):
+            _logger.info("%s", one_line(line))
         if settings.server.workers == 1 and not watches:
             return _serve_here(application, config, settings, listeners, notifier, pid_file, terminal, signals)
         del application, config
