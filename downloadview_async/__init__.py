@@ -36,6 +36,7 @@ from downloadview_async.errors import (
     UpstreamBusy,
     UpstreamError,
     UpstreamTimeout,
+    WrongType,
 )
 from downloadview_async.http.content_types import add_content_types
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
@@ -181,6 +182,7 @@ __all__ = [
     "ViewPage",
     "VirtualFile",
     "VirtualSource",
+    "WrongType",
     "XAccelRedirect",
     "XLiteSpeedLocation",
     "XReproxyURL",

@@ -2,6 +2,7 @@
 
     DownloadError
     ├── ConfigurationError         a setting or an argument is wrong; says what to do, at start-up if it is known then
+    │   └── WrongType                   an argument has the wrong type, such as a path in place of a source
     ├── FileError                  no byte of the file has left yet: becomes a status
     │   ├── FileMissing            404  there is no such file
     │   ├── AccessDenied           404  there is one, but not for this client (never told apart from missing)
@@ -20,6 +21,9 @@
     └── TransferAborted            bytes have left already: the connection is aborted, never ended cleanly
 
 The message of an error is for the log. No response ever shows it; what the client may know is in `detail`.
+
+`asgi/errors.py` makes each `FileError` an `HTTPException` of Starlette, too, so that Starlette, FastAPI and Litestar
+answer with its status without a handler.
 """
 
 import errno
@@ -50,16 +54,65 @@ class ConfigurationError(DownloadError, ValueError):
     """A setting or an argument is wrong. The message says which, and what to do about it."""
 
 
+class WrongType(ConfigurationError, TypeError):
+    """An argument has the wrong type. The message says what to write instead."""
+
+
+def wrong_type(takes: str, value: object) -> WrongType:
+    """Return the error for a value of the wrong type. takes: such as `Download takes a source, such as ...`."""
+    if isinstance(value, type):
+        return WrongType(f"{takes}, not the class {value.__name__}: write {value.__name__}(...)")
+    if hasattr(value, "__await__"):
+        return WrongType(f"{takes}, not a coroutine: write `await` before the call")
+    return WrongType(f"{takes}, not {value!r}")
+
+
+class _PhraseUnlessSet:
+    """The phrase of the status of an error, as long as the error, or its class, has no other text."""
+
+    def __get__(self, error: "FileError | None", owner: object) -> str:
+        return "" if error is None else error.status.phrase
+
+
 class FileError(DownloadError):
-    """A file cannot be sent, and no byte of it has been sent: the client gets `status`."""
+    """A file cannot be sent, and no byte of it has been sent: the client gets `status`.
+
+    Starlette, FastAPI and Litestar answer it as they answer their own `HTTPException`, by `status_code`, `detail` and
+    `headers`.
+    """
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     retry_after: str | None = None
     """The value of Retry-After that the client gets: seconds, or an HTTP date."""
     challenge: str | None = None
     """The value of WWW-Authenticate that the client gets."""
-    detail: str | None = None
-    """The text for the client besides the status. It must not tell anything that the client may not see."""
+    detail = _PhraseUnlessSet()
+    """The text for the client, by default the phrase of `status`. It must not tell what the client may not see."""
+
+    def __init__(self, *args: object) -> None:
+        Exception.__init__(self, *args)  # not that of Starlette's `HTTPException`, which takes a status
+
+    __str__ = Exception.__str__
+    __repr__ = Exception.__repr__
+
+    @property
+    def status_code(self) -> int:
+        """The status as a number, for frameworks."""
+        return self.status.value
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the answer, which are the same for a missing and for a forbidden file."""
+        headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+        if self.challenge is not None:
+            headers["WWW-Authenticate"] = self.challenge
+        return headers if self.retry_after is None else {**headers, "Retry-After": self.retry_after}
+
+    @property
+    def text(self) -> str:
+        """The text of a plain answer: the phrase of the status, and the detail if there is one."""
+        phrase = self.status.phrase
+        return phrase if self.detail == phrase else f"{phrase}: {self.detail}"
 
 
 class FileMissing(FileError):

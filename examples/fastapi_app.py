@@ -23,6 +23,7 @@ from downloadview_async import (
     XAccelRedirect,
     download_error,
 )
+from downloadview_async.contrib.fastapi import download_route
 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
@@ -44,13 +45,13 @@ def create_app() -> FastAPI:
     async def homepage() -> dict[str, str]:
         return {"message": "an application like any other"}
 
-    @app.api_route("/members/{path:path}", methods=["GET", "HEAD"], dependencies=[Depends(member)])
+    @download_route(app, "/members/{path:path}", dependencies=[Depends(member)])
     async def member_file(path: str) -> DownloadResponse:
         return DownloadResponse(await files.resolve(path), headers={"Cache-Control": "private"})
 
     # public, so without a permission check: `Download` is an ASGI application, which can be mounted
     app.mount("/public", Download(PathSource(os.path.join(os.environ["EXAMPLE_FILES"], "public"))))
-    # answer the errors that `resolve` raises in `member_file` as `Download` answers them
+    # answer errors in plain text, and log the reason of each; without this line, the answers are JSON
     app.add_exception_handler(FileError, download_error)
     if os.environ.get("EXAMPLE_OFFLOAD") == "nginx":
         app.add_middleware(OffloadMiddleware, backend=XAccelRedirect([Rule(files.root.path, "/_files/")]))

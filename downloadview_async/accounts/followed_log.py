@@ -14,6 +14,7 @@ import anyio
 from downloadview_async.accounts.completion_store import CompletionStore, Place
 from downloadview_async.accounts.proxy_log import LogLine
 from downloadview_async.accounts.rotated_log import LogDirectory, RotatedLog, open_log
+from downloadview_async.errors import wrong_type
 from downloadview_async.sources.workers import Workers
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ class ProxyLog:
     """
 
     def __init__(self, path: str | os.PathLike[str], store: CompletionStore) -> None:
+        if not isinstance(store, CompletionStore):
+            raise wrong_type("ProxyLog takes the path of a log, and a CompletionStore", store)
         self.path = os.path.abspath(path)
         self.store = store
         self._workers = Workers(1)  # a walk through a directory of logs would hold up the event loop

@@ -5,7 +5,7 @@ import contextvars
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from functools import partial
 from inspect import iscoroutinefunction
 from math import inf
@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 
 from downloadview_async.accounts.outcome import BatchListener, Listener, Outcome
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import WrongType
 from downloadview_async.http.log_text import escaped
 
 logger = logging.getLogger("downloadview_async")
@@ -228,8 +228,8 @@ class Listeners:
     """Gives each outcome to some listeners. Each has a queue of at most `size` outcomes."""
 
     def __init__(self, listeners: Sequence[Listener], size: int = MAX_WAITING) -> None:
-        if not all(callable(listener) for listener in listeners):
-            raise ConfigurationError(f"listeners is {listeners!r}: give a list of functions that take an Outcome")
+        if not isinstance(listeners, Iterable) or not all(callable(listener) for listener in listeners):
+            raise WrongType(f"listeners is {listeners!r}: give a list of functions that take an Outcome")
         self._waiting = [_Waiting(listener, size) for listener in listeners]
         self.put: Callable[[Outcome], None] = (
             self._waiting[0].put if len(self._waiting) == 1 else partial(_put_into, self._waiting)

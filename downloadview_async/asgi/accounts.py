@@ -33,10 +33,10 @@ from downloadview_async.asgi.delivery import (
     spans_of,
 )
 from downloadview_async.asgi.departures import stems_from
-from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, REQUEST_ID, ZERO_COPY
+from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, REQUEST_ID, ZERO_COPY, raises_errors
 from downloadview_async.asgi.loan import Loan
 from downloadview_async.asgi.zero_copy import LentDescriptor, NotingReceive
-from downloadview_async.errors import ConfigurationError, abort_reason
+from downloadview_async.errors import FileError, WrongType, abort_reason, wrong_type
 from downloadview_async.http.fields import length_of
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.ranges import parse_content_range
@@ -499,6 +499,8 @@ class Account(Facts):
         """Return the status, the result, and for an aborted answer its reason and the text of the error."""
         status = self.status
         if not self.is_complete:
+            if status == 0 and isinstance(exc, FileError) and raises_errors(self._scope):
+                return exc.status_code, "refused", None, None
             reason, detail = self._why(exc)
             if status == 0 and reason == "failed" and exc is not None:
                 status = 500  # so answers the server
@@ -613,10 +615,12 @@ class Accounts:
         trusted_proxies: Iterable[str] = (),
         sends_request_id: bool = False,
     ) -> None:
-        if not all(callable(observer) for observer in observers):
-            raise ConfigurationError(f"observers is {observers!r}: give a list of functions that take an Outcome")
+        if not callable(app):
+            raise wrong_type("Accounts takes an ASGI application", app)
+        if not isinstance(observers, Iterable) or not all(callable(observer) for observer in observers):
+            raise WrongType(f"observers is {observers!r}: give a list of functions that take an Outcome")
         if waiting := [one for one in observers if iscoroutinefunction(one) or iscoroutinefunction(type(one).__call__)]:
-            raise ConfigurationError(f"observers has {waiting[0]!r}, which is async: give it as a listener")
+            raise WrongType(f"observers has {waiting[0]!r}, which is async: give it as a listener")
         self.app = app
         self._open: set[Account] = set()
         self._listeners = Listeners(listeners, max_waiting)

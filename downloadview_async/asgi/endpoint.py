@@ -28,8 +28,8 @@ from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
 from downloadview_async.asgi.listing.page import Pages
 from downloadview_async.asgi.listing.view import PDF_POLICY, view_of
 from downloadview_async.asgi.request_key import key_of, tail_of
-from downloadview_async.asgi.response import DownloadResponse, checked_headers
-from downloadview_async.errors import ConfigurationError, FileError, FileMissing
+from downloadview_async.asgi.response import DownloadResponse, check_ways, checked_headers
+from downloadview_async.errors import ConfigurationError, FileError, FileMissing, WrongType, wrong_type
 from downloadview_async.http.content_types import content_type_for
 from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, access_of, allow
@@ -66,6 +66,12 @@ class _Endpoint:
         check_source(source, type(self).__name__)
         self.source = source
         self._canonical = source.canonical if isinstance(source, HasCanonicalNames) else None
+        if not (source_name is None or isinstance(source_name, str)):
+            raise wrong_type("source_name takes a str", source_name)
+        if not (key is None or isinstance(key, str) or callable(key)):
+            raise wrong_type("key takes the name of a path parameter, or a function of the request", key)
+        if headers is not None and not hasattr(headers, "items"):
+            raise wrong_type("headers takes a dictionary, such as {'X-Robots-Tag': 'noindex'}", headers)
         self.source_name = type(source).__name__ if source_name is None else source_name
         self.headers = dict(headers or {})
         checked_headers(tuple(self.headers.items()))
@@ -250,8 +256,9 @@ class Download(_Endpoint):
     `sha256sum` about the file, or with `listing` about each file of a folder whose digest is known.
     source_name: the name of the source in the `Outcome` of each answer. Default: the name of its class.
 
-    Raises `ConfigurationError` for an invalid source, access or pattern, and for a listing or an archive of a source
-    that cannot list; `ValueError` for a header that is refused.
+    Raises `ConfigurationError` for an invalid pattern, and for a listing or an archive of a source that cannot list;
+    `WrongType`, which is also a `TypeError`, for an argument of another type, such as a path in place of the source;
+    `ValueError` for a header that is refused.
     """
 
     def __init__(
@@ -272,13 +279,18 @@ class Download(_Endpoint):
         digests: Digests | None = None,
         source_name: str | None = None,
     ) -> None:
-        all_headers = dict(headers or {})
+        all_headers: Any = headers
         if cache_control is not None:
-            all_headers["Cache-Control"] = cache_control
+            if not isinstance(cache_control, str):
+                raise wrong_type("cache_control takes text, such as 'private, max-age=3600'", cache_control)
+            all_headers = {**(headers or {}), "Cache-Control": cache_control}
+        if not isinstance(attachment, bool):
+            raise wrong_type("attachment takes True (save the file) or False (show it)", attachment)
         if not isinstance(archive, (bool, ArchiveOptions)):
-            raise ConfigurationError(f"archive is {archive!r}: give True, False or ArchiveOptions(...)")
+            raise WrongType(f"archive is {archive!r}: give True, False or ArchiveOptions(...)")
         if digests is not None and not isinstance(digests, Digests):
-            raise ConfigurationError(f"digests is {digests!r}: give Digests(source)")
+            raise WrongType(f"digests is {digests!r}: give Digests(source)")
+        check_ways(redirect, offload)
         pages = _pages_of(listing) if listing else None
         super().__init__(
             source,
@@ -487,7 +499,7 @@ def _pages_of(listing: object) -> Pages:
     if listing is True:
         return Pages()
     if not isinstance(listing, Pages):
-        raise ConfigurationError(f"listing is {listing!r}: give True, False or Pages(...)")
+        raise WrongType(f"listing is {listing!r}: give True, False or Pages(...)")
     return listing
 
 

@@ -1,5 +1,8 @@
 """The keys by which responses, middleware and the server find each other in an ASGI scope and in its messages."""
 
+from collections.abc import Mapping
+from typing import Any
+
 PATHSEND = "http.response.pathsend"
 """The ASGI extension by which a server sends a file itself, and the type of its message."""
 
@@ -26,3 +29,13 @@ SETTLED = "downloadview_async.settled"
 
 REQUEST_ID = b"x-request-id"
 """The header field with the id of a request, which `Accounts` takes from trusted proxies, and sends."""
+
+RAISES = "downloadview_async.raises"
+"""Marks in a scope that the caller answers a `FileError` in its own way: it is raised before the response begins."""
+
+_LITESTAR = "litestar_app"  # in the scope of each of its requests
+
+
+def raises_errors(scope: Mapping[str, Any]) -> bool:
+    """Return whether a `FileError` is raised, because what is around answers it: Litestar, or our code for Quart."""
+    return RAISES in scope or (_LITESTAR in scope and "starlette.exception_handlers" not in scope)

@@ -15,7 +15,7 @@ from downloadview_async.asgi.errors import send_error
 from downloadview_async.asgi.extensions import FOREIGN, PACE, PATHSEND, ZERO_COPY
 from downloadview_async.asgi.limiting import Limiting, counted, half_close_of, limits_of, paced
 from downloadview_async.asgi.zero_copy import is_native
-from downloadview_async.errors import FileError
+from downloadview_async.errors import FileError, wrong_type
 from downloadview_async.http.dates import parse_http_date
 from downloadview_async.http.fields import length_of
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
@@ -45,8 +45,12 @@ class LimitsMiddleware:
     """
 
     def __init__(self, app: ASGIApp, limits: Limiting | Sequence[Limiting]) -> None:
+        if not callable(app):
+            raise wrong_type("LimitsMiddleware takes an ASGI application, and then limits", app)
         self.app = app
         self.limits = limits_of(limits)
+        if not self.limits:
+            raise wrong_type("LimitsMiddleware takes limits, such as Limits(rate='20MB/s')", limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, unless it is refused."""

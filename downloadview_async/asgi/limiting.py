@@ -22,7 +22,7 @@ from downloadview_async.asgi.delivery import (
 )
 from downloadview_async.asgi.disconnect import calling_at_the_end, until_the_client_leaves
 from downloadview_async.asgi.extensions import CONNECTION, PACE
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import WrongType
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.ranges import select_ranges
@@ -43,7 +43,7 @@ def limits_of(limits: Limiting | Sequence[Limiting] | None) -> tuple[Limiting, .
     """Return what an application gives as `limits=`, as a tuple. Raises `ConfigurationError` for anything else."""
     each = tuple(limits) if isinstance(limits, list | tuple) else () if limits is None else (limits,)
     if not all(isinstance(one, Limits | SourceLimit) for one in each):
-        raise ConfigurationError(f"limits is {limits!r}: give Limits(...), SourceLimit(...), or a list of them")
+        raise WrongType(f"limits is {limits!r}: give Limits(...), SourceLimit(...), or a list of them")
     return each
 
 

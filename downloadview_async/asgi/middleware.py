@@ -1,15 +1,24 @@
 """`OffloadMiddleware`: offers a reverse proxy to every download response inside it."""
 
+import logging
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.asgi.direct import seems_direct
 from downloadview_async.asgi.extensions import FOREIGN, PATHSEND
 from downloadview_async.asgi.holding import Holding
 from downloadview_async.asgi.offer import Offer
 from downloadview_async.asgi.pathsend import ForeignResponse
 from downloadview_async.asgi.zero_copy import is_native
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import wrong_type
+from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.offload.base import EXTENSION, OffloadBackend
+from downloadview_async.offload.proxies import proxy_kinds
+
+logger = logging.getLogger("downloadview_async")
+
+_WATCHED = 1_000  # offloaded answers, the first of a process, that are looked at
 
 
 class OffloadMiddleware:
@@ -38,21 +47,29 @@ class OffloadMiddleware:
     proxy: the name of the proxy in outcomes, such as "caddy". Default: that of the best-known proxy that obeys the
     header of the backend, such as "nginx".
 
-    Raises `ConfigurationError` for an invalid backend.
+    A warning in the log tells once if a client gets an offloaded answer without a proxy in between, as it seems.
+
+    Raises `WrongType` for an invalid application or backend.
     """
 
     def __init__(
         self, app: ASGIApp, backend: OffloadBackend, pathsend: bool = False, *, proxy: str | None = None
     ) -> None:
+        if not callable(app):
+            raise wrong_type("OffloadMiddleware takes an ASGI application, and then a backend", app)
         if not hasattr(backend, "headers_for") or isinstance(backend, type):
-            raise ConfigurationError(
-                "OffloadMiddleware takes a backend, such as XAccelRedirect([Rule('/srv/files', '/_files/')]), not "
-                f"{backend!r}"
+            raise wrong_type(
+                "OffloadMiddleware takes a backend, such as XAccelRedirect([Rule('/srv/files', '/_files/')])", backend
             )
+        if not isinstance(pathsend, bool):
+            raise wrong_type("pathsend takes True or False", pathsend)
+        if not (proxy is None or isinstance(proxy, str)):
+            raise wrong_type("proxy takes the name of the proxy, such as 'nginx'", proxy)
         self.app = app
         self.backend = backend
         self.pathsend = pathsend
         self.proxy = proxy
+        self._watched = _WATCHED
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, with the offer in its scope."""
@@ -90,3 +107,21 @@ class OffloadMiddleware:
         if foreign is not None:
             await foreign.end()
         await holding.end()
+        if self._watched and offer.orders and not offer.is_withdrawn:
+            self._watched -= 1
+            if seems_direct(scope):
+                self._watched = 0
+                self._tell_to_open_the_proxy(scope, offer)
+
+    def _tell_to_open_the_proxy(self, scope: Scope, offer: Offer) -> None:
+        order = next(iter(offer.orders[-1])).lower()
+        titles = (kind.title for kind in proxy_kinds().values() if order == kind.header.lower())
+        proxy = self.proxy or next(titles, "the proxy")
+        logger.warning(
+            "%s %s: the answer has no body, because files are sent by %s, but the request does not seem to have come "
+            "through it: open the address of %s. If it has, let the proxy set X-Forwarded-For",
+            escaped(scope["method"]),
+            shown(scope["path"]),
+            proxy,
+            proxy,
+        )

@@ -36,11 +36,12 @@ from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.uses import Counted, claim
 from downloadview_async.asgi.zero_copy import with_zero_copy
 from downloadview_async.errors import (
-    ConfigurationError,
     FileError,
     FileMissing,
     SourceUnavailable,
+    WrongType,
     abort_reason,
+    wrong_type,
 )
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import TOKEN_CHAR
@@ -87,9 +88,9 @@ class DownloadResponse(Response):
 
     The file is opened when the response is sent. If it is missing then, the answer is that of `error_response`: a 404.
 
-    Raises `ConfigurationError` for an invalid `file` and a `filename` that is not text, and `ValueError` for another
-    argument that is refused: an invalid content type or status, a reserved header, a header with a control character
-    or beyond Latin-1.
+    Raises `WrongType`, which is also a `TypeError`, for an argument of another type, such as a path or a coroutine in
+    place of the file, and `ValueError` for another value that is refused: an invalid content type or status, a reserved
+    header, a header with a control character or beyond Latin-1.
     """
 
     def __init__(
@@ -106,16 +107,24 @@ class DownloadResponse(Response):
         offload: bool | None = None,
         on_outcome: Listener | None = None,
     ) -> None:
-        if not hasattr(file, "open") or hasattr(file, "__fspath__"):
+        if not hasattr(file, "open") or hasattr(file, "__fspath__") or isinstance(file, type):
             raise _not_a_file(file)
-        if content_type is not None and valid_content_type(content_type) is None:
+        if not (attachment is True or attachment is False):
+            raise wrong_type("attachment takes True (save the file) or False (show it)", attachment)
+        if content_type is not None and (not isinstance(content_type, str) or valid_content_type(content_type) is None):
             raise ValueError(f"{content_type!r} is not a content type: write one such as 'text/html; charset=utf-8'")
-        if status_code < 200 or status_code in (204, 205, 304):
-            raise ValueError(f"a response with the status {status_code} has no body, so it cannot send a file")
+        if headers is not None and not hasattr(headers, "items"):
+            raise wrong_type("headers takes a dictionary, such as {'X-Robots-Tag': 'noindex'}", headers)
+        if status_code != 200:
+            _check_status(status_code)
         if filename is not None and not isinstance(filename, str):
-            raise ConfigurationError(f"filename takes a str, not {filename!r}")
+            raise wrong_type("filename takes a str", filename)
         if on_outcome is not None and not callable(on_outcome):
-            raise ConfigurationError(f"on_outcome takes a function of an Outcome, not {on_outcome!r}")
+            raise wrong_type("on_outcome takes a function of an Outcome", on_outcome)
+        if background is not None and not isinstance(background, BackgroundTask):
+            raise wrong_type("background takes a task, such as BackgroundTask(function)", background)
+        if redirect is not None or offload is not None:
+            check_ways(redirect, offload)
         self.file = file
         self.presentation = _presentation(file.name if filename is None else filename, attachment, content_type)
         self.status_code = status_code
@@ -425,12 +434,27 @@ def _wants_a_digest(scope: Scope) -> bool:
     return b"want-repr-digest" in dict(scope["headers"])
 
 
-def _not_a_file(value: object) -> ConfigurationError:
+def _not_a_file(value: object) -> WrongType:
     if hasattr(value, "__await__"):
-        return ConfigurationError("DownloadResponse takes a file, not a coroutine: await source.resolve(...) first")
-    return ConfigurationError(
-        f"DownloadResponse takes a file, such as await source.resolve('a.txt') or LocalFile('a.txt'), not {value!r}"
+        return WrongType("DownloadResponse takes a file, not a coroutine: await source.resolve(...) first")
+    return wrong_type(
+        "DownloadResponse takes a file, such as await source.resolve('a.txt') or LocalFile('a.txt')", value
     )
+
+
+def _check_status(status: int) -> None:
+    if not isinstance(status, int):
+        raise wrong_type("status_code takes a number, such as 200", status)
+    if status < 200 or status in (204, 205, 304):
+        raise ValueError(f"a response with the status {status} has no body, so it cannot send a file")
+
+
+def check_ways(redirect: object, offload: object) -> None:
+    """Raise `WrongType` for values that do not say where, or by whom, a file is sent."""
+    if redirect is not None and (not hasattr(redirect, "headers_for") or isinstance(redirect, type)):
+        raise wrong_type("redirect takes a redirect, such as PresignedRedirect(storage)", redirect)
+    if not (offload is None or isinstance(offload, bool)):
+        raise wrong_type("offload takes True, False or None: OffloadMiddleware names the proxy", offload)
 
 
 @lru_cache(maxsize=1024)

@@ -4,6 +4,7 @@ import mimetypes
 import re
 from collections.abc import Mapping
 
+from downloadview_async.errors import wrong_type
 from downloadview_async.http.fields import TOKEN_CHAR
 
 DEFAULT = "application/octet-stream"
@@ -268,9 +269,13 @@ def add_content_types(types: Mapping[str, str | None]) -> None:
     Raises `ValueError` for a suffix without a dot, with a second dot or with a slash, and for a type that is not a
     media type.
     """
+    if not hasattr(types, "items"):
+        raise wrong_type("add_content_types takes a dictionary, such as {'.gcode': 'text/x-gcode'}", types)
     for suffix, content_type in types.items():
         if content_type is None:
             continue
+        if not isinstance(suffix, str) or not isinstance(content_type, str):
+            raise wrong_type(f"the content type of {suffix!r} is text, such as 'text/x-gcode'", content_type)
         if _SUFFIX.fullmatch(suffix) is None:
             raise ValueError(f"{suffix!r} is not a suffix of a file name: write one dot first, as in '.gcode'")
         if valid_content_type(content_type) is None:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import ConfigurationError, wrong_type
 from downloadview_async.http.fields import OF_THE_CONNECTION, OF_THE_FILE, OFFLOAD_HEADERS, TOKEN_CHAR
 from downloadview_async.offload.places import by_http
 from downloadview_async.offload.proxies import proxy_kinds
@@ -118,6 +118,8 @@ def proxy_config(
     if site.links and not kind.verifies_links:
         raise ConfigurationError(f"{kind.title} cannot verify links: remove links, and let the application verify them")
     for link in site.links:
+        if not isinstance(link, LinkLocation):
+            raise wrong_type("links takes a list of LinkLocation(prefix='/files/', directory='/srv/files')", link)
         if not re.fullmatch("(/[^/]+)+/", link.prefix) or not link.directory.startswith("/"):
             raise ConfigurationError(
                 f"links have the prefix {link.prefix!r} and the directory {link.directory!r}: give a path such as "

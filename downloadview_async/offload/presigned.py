@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from downloadview_async.errors import ConfigurationError, SourceUnavailable
+from downloadview_async.errors import ConfigurationError, SourceUnavailable, wrong_type
 from downloadview_async.http.fields import REQUEST_ID_PARAMETER
 from downloadview_async.http.sigv4 import MAX_SECONDS, Credentials, presigned_url
 from downloadview_async.sources.base import AsyncFile
@@ -51,6 +51,8 @@ class PresignedRedirect:
         public_endpoint: str | None = None,
         logs_request_id: bool = False,
     ) -> None:
+        if not isinstance(storage, ObjectStorage):
+            raise wrong_type("PresignedRedirect takes a storage, such as ObjectStorage('s3://bucket')", storage)
         scheme = urlsplit(storage.url).scheme
         if scheme in ("gs", "az"):
             instead = (

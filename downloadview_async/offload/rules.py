@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import ConfigurationError, wrong_type
+from downloadview_async.offload.unmatched import Unmatched
 
 # A proxy would resolve these to another file, trim or refuse them: control characters, empty segments, dot segments.
 _AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f]|(?:^|/)\.{0,2}(?:/|$)")
@@ -32,16 +33,17 @@ class Rule:
 
     def __post_init__(self) -> None:
         for name in ("source", "target"):  # users often pass a Path
-            object.__setattr__(self, name, os.fsdecode(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, str | bytes | os.PathLike):
+                raise wrong_type(f"the {name} of a Rule is text, as in Rule('/srv/files', '/_files/')", value)
+            object.__setattr__(self, name, os.fsdecode(value))
 
 
 def checked_rules(rules: Iterable[Rule]) -> list[Rule]:
     """Return the rules as a list. Raises `ConfigurationError` for anything that is not an iterable of rules."""
     listed: list[object] = list(rules) if isinstance(rules, Iterable) else [None]
     if not all(isinstance(rule, Rule) for rule in listed):
-        raise ConfigurationError(
-            f"an offload backend takes a list of rules, such as [Rule('/srv/files', '/_files/')], not {rules!r}"
-        )
+        raise wrong_type("an offload backend takes a list of rules, such as [Rule('/srv/files', '/_files/')]", rules)
     return [rule for rule in listed if isinstance(rule, Rule)]
 
 
@@ -61,6 +63,7 @@ class RuleTable:
             self._targets[source] = rule.target
         if not self._targets:
             raise ConfigurationError("an offload backend needs at least one rule: add one, or remove the backend")
+        self._unmatched = Unmatched(self._targets)
 
     def __iter__(self) -> Iterator[str]:
         """Yield the sources, without their last slashes."""
@@ -77,8 +80,10 @@ class RuleTable:
             prefix = prefix[: slash - 1]
             if (target := self._targets.get(prefix)) is not None:
                 rest = location[slash:]
+                self._unmatched.end()
                 too_long = location.startswith("/") and _bytes_with(prefix, target, rest) > LONGEST
                 return None if too_long or _AMBIGUOUS.search(rest) else (target, rest)
+        self._unmatched.note(location)
         return None
 
 

@@ -14,6 +14,7 @@ from downloadview_async.errors import (
     ConfigurationError,
     FileError,
     SourceUnavailable,
+    WrongType,
 )
 from downloadview_async.policy.addresses import ANYONE
 from downloadview_async.policy.cancellation import is_cancelled
@@ -21,6 +22,7 @@ from downloadview_async.policy.folders import carried
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.signing import URLSigner
+from downloadview_async.sources.base import check_async
 
 logger = logging.getLogger("downloadview_async")
 
@@ -60,7 +62,7 @@ class SignedLinks:
 
     def __init__(self, signer: URLSigner, *, format: str = "complete") -> None:  # noqa: A002
         if not isinstance(signer, URLSigner):
-            raise ConfigurationError(f"SignedLinks takes a URLSigner, not {signer!r}")
+            raise not_a_signer("SignedLinks", signer)
         if format not in link_formats():
             raise ConfigurationError(f"format is {format!r}: give one of {', '.join(link_formats())}")
         self._signer = signer
@@ -101,6 +103,8 @@ def signed_link(
     It raises what `URLSigner.verify` raises, which `download_error` answers. The uses of a link are counted by the
     `DownloadResponse` that the endpoint returns. format: as in `URLSigner.sign`.
     """
+    if not isinstance(signer, URLSigner):
+        raise not_a_signer("signed_link", signer)
 
     async def verify(request: Request) -> Grant:
         return await signer.verify(request.scope, format=format)
@@ -113,11 +117,24 @@ def access_of(access: Access | Sequence[Access] | None) -> tuple[Access, ...]:
     if access is None:
         return ()
     each = tuple(access) if isinstance(access, list | tuple) else (access,)
-    if not each or not all(callable(one) for one in each):
-        raise ConfigurationError(
+    if not each or not all(callable(one) and not isinstance(one, type) for one in each):
+        raise WrongType(
             f"access is {access!r}: give an async function (request, name), SignedLinks(signer), or a list of them"
         )
+    for one in each:
+        check_async(one, "access")
     return each
+
+
+def not_a_signer(taker: str, value: object) -> WrongType:
+    """Return the error for a value in place of a signer. The value may be a secret, so the message does not show it."""
+    return WrongType(
+        f"{taker} takes a URLSigner, as in {taker}(URLSigner({{'2026a': secret}})), not a {_kind_of(value)}"
+    )
+
+
+def _kind_of(value: object) -> str:
+    return f"class, {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 async def allow(access: tuple[Access, ...], request: Request, name: Any) -> tuple[Grant, tuple[Access, ...]]:

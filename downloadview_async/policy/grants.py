@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from downloadview_async.errors import wrong_type
 from downloadview_async.http.content_types import valid_content_type
 
 GRANT = "downloadview_async.grant"
@@ -37,6 +38,8 @@ class Grant:
         """Refuse here, where the decision is made, what could not be sent once it is made."""
         if self.filename is not None and not isinstance(self.filename, str):
             raise ValueError(f"filename is {self.filename!r}: give text")
+        if self.expires is not None and not isinstance(self.expires, int | float):
+            raise wrong_type("expires takes seconds since the epoch, such as time.timestamp()", self.expires)
         if self.content_type is not None and valid_content_type(self.content_type) is None:
             raise ValueError(
                 f"{self.content_type!r} is not a content type: write one such as 'text/html; charset=utf-8'"

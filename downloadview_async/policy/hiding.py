@@ -4,7 +4,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
-from downloadview_async.errors import ConfigurationError, FileMissing
+from downloadview_async.errors import ConfigurationError, FileMissing, WrongType
 
 _NOT_NAMES = ("", ".", "..")
 _SLASH = re.compile(r"[/\\]")
@@ -19,12 +19,12 @@ class Hidden:
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        if isinstance(patterns, str):
-            raise ConfigurationError(f"hide is {patterns!r}: give a list of patterns, such as ['.*', '*.key']")
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+            raise WrongType(f"hide is {patterns!r}: give a list of patterns, such as ['.*', '*.key']")
         patterns = list(patterns)
         for pattern in patterns:
             if not isinstance(pattern, str):
-                raise ConfigurationError(f"hide has {pattern!r}: give patterns as text, such as '.*'")
+                raise WrongType(f"hide has {pattern!r}: give patterns as text, such as '.*'")
             if not pattern or "/" in pattern:
                 raise ConfigurationError(
                     f"hide has {pattern!r}: a pattern is for one segment of a path, so remove the slash"

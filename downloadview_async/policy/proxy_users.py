@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from downloadview_async.errors import AccessDenied, ConfigurationError
+from downloadview_async.errors import AccessDenied, ConfigurationError, wrong_type
 from downloadview_async.policy.access import Access, UserAccess
 from downloadview_async.policy.addresses import ANYONE, PEER, TrustedAddresses
 
@@ -24,6 +24,8 @@ class KeepPeer:
     """
 
     def __init__(self, app: ASGIApp) -> None:
+        if not callable(app):
+            raise wrong_type("KeepPeer takes an ASGI application", app)
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

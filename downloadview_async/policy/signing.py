@@ -9,7 +9,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
-from downloadview_async.errors import ConfigurationError, FileError, LinkInvalid
+from downloadview_async.errors import ConfigurationError, FileError, LinkInvalid, WrongType
 from downloadview_async.policy.folders import MAX_FOLDER
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.formats.base import LinkFormat
@@ -61,11 +61,11 @@ class URLSigner:
         client_of: Callable[[Mapping[str, Any]], str] = client_network,
     ) -> None:
         if not isinstance(keys, Mapping):
-            raise ConfigurationError("keys is not a mapping: give {'2026a': secrets.token_bytes(32)}")
+            raise WrongType("keys is not a mapping: give {'2026a': secrets.token_bytes(32)}")
         if not keys:
             raise ConfigurationError("URLSigner needs a key: URLSigner({'2026a': secrets.token_bytes(32)})")
         if max_age is not None and not isinstance(max_age, timedelta):
-            raise ConfigurationError(f"max_age is {max_age!r}: give a timedelta")
+            raise WrongType(f"max_age is {max_age!r}: give a timedelta, such as timedelta(hours=1)")
         if max_age is not None and max_age < timedelta(seconds=1):
             raise ConfigurationError(f"max_age is {max_age}: give one second or more, or None for links without an end")
         self._keys = {name: _checked_secret(name, secret) for name, secret in keys.items()}
@@ -77,6 +77,8 @@ class URLSigner:
             None if store is None else GuardedStore(store, when_it_fails=when_store_fails, timeout=store_timeout)
         )
         self._session_seconds = session_seconds
+        if not callable(client_of):
+            raise WrongType(f"client_of is {client_of!r}: give a function of the scope of a request")
         self._client_of = client_of
         self._counts = {"verified": 0, "refused": 0}
 
@@ -283,6 +285,8 @@ def _new_link_id() -> str:
 
 
 def _checked_secret(key_id: str, secret: bytes | str) -> bytes:
+    if not isinstance(key_id, str) or not isinstance(secret, bytes | str):
+        raise WrongType("a key is a text with a secret: give {'2026a': secrets.token_bytes(32)}")
     if not _KEY_ID.fullmatch(key_id):
         raise ConfigurationError(f"{key_id!r} is not the id of a key: use letters, digits, dots, _ and -, at most 64")
     secret = secret.encode() if isinstance(secret, str) else secret

@@ -153,7 +153,7 @@ def build(settings: Settings) -> Service:
             Route("/favicon.ico", pages.favicon),
         ],
         middleware=middleware,
-        exception_handlers={FileError: download_error, 404: _not_found, 405: _method_not_allowed},
+        exception_handlers={FileError: download_error, HTTPException: _without_file},
         lifespan=lifespan,
     )
     # /files gives 404 like any unknown path: a redirect to /files/ would reveal that it exists
@@ -198,11 +198,10 @@ def _backend(settings: Settings, sources: Mapping[str, Source]) -> OffloadBacken
         return proxy_kinds()[offload.backend].make_backend(rules_of(settings), storages=storages, **options_of(offload))
 
 
-async def _not_found(request: Request, exc: Exception) -> Response:
-    return await download_error(request, FileMissing("there is no such route"))
-
-
-async def _method_not_allowed(request: Request, exc: Exception) -> Response:
+async def _without_file(request: Request, exc: Exception) -> Response:
+    """Answer an error that is not about a file: a URL without a route, or a method that the route does not have."""
     assert isinstance(exc, HTTPException)
+    if exc.status_code == 404:
+        return await download_error(request, FileMissing("there is no such route"))
     headers = {**(exc.headers or {}), "X-Content-Type-Options": "nosniff"}
-    return Response("Method Not Allowed", 405, headers, "text/plain")
+    return Response(exc.detail, exc.status_code, headers, "text/plain")

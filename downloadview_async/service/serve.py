@@ -10,8 +10,10 @@ from collections.abc import Callable
 import uvicorn
 
 from downloadview_async.service.listening import Listeners
+from downloadview_async.service.logs import one_line
 from downloadview_async.service.pid_file import PidFile
 from downloadview_async.service.reload import Generation, Generations
+from downloadview_async.service.served import served
 from downloadview_async.service.server import DownloadServer, config_for
 from downloadview_async.service.settings import Settings
 from downloadview_async.service.systemd import Notifier
@@ -56,6 +58,8 @@ def serve(
         listeners = stack.enter_context(Listeners(settings, inherited))
         with settings.blaming("server.pid_file"):
             pid_file = stack.enter_context(PidFile(settings.server.pid_file))
+        for line in served(settings):
+            _logger.info("%s", one_line(line))
         if settings.server.workers == 1 and not watches:
             return _serve_here(application, config, settings, listeners, notifier, pid_file, terminal, signals)
         del application, config

@@ -28,6 +28,8 @@ from downloadview_async.errors import (
     DownloadError,
     FileMissing,
     TransferAborted,
+    WrongType,
+    wrong_type,
 )
 from downloadview_async.http.archive_names import distinct_names, safe_name
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
@@ -104,6 +106,27 @@ class ArchiveEntry:
     file: AsyncFile | None = None
     modified: int | None = None
     mode: int | None = None
+
+
+def _listed(entries: object) -> Iterable[object]:
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        raise wrong_type("Archive takes a list of paths with files, such as [('a.txt', LocalFile('a.txt'))]", entries)
+    return entries
+
+
+def _entry(value: object) -> ArchiveEntry:
+    """Return an entry that may be given as a pair. Raises `WrongType`."""
+    entry = ArchiveEntry(*value) if isinstance(value, tuple) and 0 < len(value) <= 4 else value
+    is_entry = isinstance(entry, ArchiveEntry) and isinstance(entry.path, str)
+    file = getattr(entry, "file", None)
+    is_file = file is None or (hasattr(file, "open") and not hasattr(file, "__fspath__") and not isinstance(file, type))
+    if not (is_entry and is_file):
+        raise WrongType(
+            f"{value!r} is not an entry of an archive: give a path and a file, such as ('a.txt', LocalFile('a.txt'))"
+            + (", and `await` a coroutine first" if hasattr(file, "__await__") else "")
+        )
+    assert isinstance(entry, ArchiveEntry)
+    return entry
 
 
 @dataclass(slots=True)
@@ -199,12 +222,8 @@ class Archive:
     ) -> None:
         self.name = name
         self._limits = limits or ArchiveLimits()
-        self._entries = [entry if isinstance(entry, ArchiveEntry) else ArchiveEntry(*entry) for entry in entries]
+        self._entries = [_entry(entry) for entry in _listed(entries)]
         for entry in self._entries:
-            if not isinstance(entry.path, str) or not (entry.file is None or hasattr(entry.file, "open")):
-                raise ConfigurationError(
-                    f"{entry!r} is not an entry of an archive: give a path and a file, such as LocalFile('a.txt')"
-                )
             if (entry.file is None) != entry.path.endswith("/"):
                 raise ConfigurationError(
                     f"{entry.path!r} is in an archive: give it a file, or a slash at its end for a folder"

@@ -7,11 +7,13 @@ more slowly.
 """
 
 import inspect
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import WrongType, wrong_type
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
@@ -312,19 +314,34 @@ def pass_listing_on(wrapper: Any, inner: object) -> None:
 
 
 def check_source(value: object, taker: str) -> None:
-    """Raise `ConfigurationError` if a value is not a source. taker: the name of the class that takes it."""
+    """Raise `WrongType` if a value is not a source. taker: the name of the class that takes it."""
     if not hasattr(value, "resolve") or hasattr(value, "__fspath__") or isinstance(value, type):
-        raise ConfigurationError(f"{taker} takes a source, such as PathSource('files'), not {value!r}")
+        example = "StorageSource(storage)" if hasattr(value, "locate") else "PathSource('files')"
+        raise wrong_type(f"{taker} takes a source, such as {example}", value)
 
 
 def check_function(value: Any, takes: str) -> None:
-    """Raise `ConfigurationError` if a value cannot be called with one argument. takes: what is needed instead."""
+    """Raise `WrongType` if a value cannot be called with one argument. takes: what is needed instead."""
     try:
         inspect.signature(value).bind(None)
     except TypeError as exc:
-        raise ConfigurationError(f"{takes}, not {value!r}") from exc
+        raise WrongType(f"{takes}, not {value!r}") from exc
     except ValueError:  # a function in C may have no signature
         return
+
+
+def check_async(value: Any, what: str) -> None:
+    """Raise `WrongType` for a plain function whose result cannot be awaited. what: what the function is for.
+
+    A lambda, and a function whose annotation says so, may return an awaitable.
+    """
+    function = value.func if isinstance(value, partial) else value
+    if not inspect.isroutine(function) or inspect.iscoroutinefunction(inspect.unwrap(function)):
+        return
+    returned = str(getattr(function, "__annotations__", {}).get("return", ""))
+    if inspect.isbuiltin(function) or function.__name__ == "<lambda>" or re.search("Awaitable|Coroutine", returned):
+        return
+    raise WrongType(f"{what} is {value!r}, which is not async: write `async def {function.__name__}`")
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from hashlib import blake2b
 
-from downloadview_async.errors import FileMissing
+from downloadview_async.errors import FileMissing, wrong_type
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.listing import DescribedEntry, Entry
@@ -21,11 +21,15 @@ class MemoryStorage:
 
     def __init__(self, files: dict[str, bytes] | None = None) -> None:
         self._files: dict[str, tuple[bytes, FileMetadata]] = {}
+        if files is not None and not hasattr(files, "items"):
+            raise wrong_type("MemoryStorage takes a dictionary, such as {'a.txt': b'content'}", files)
         for name, content in (files or {}).items():
             self.put(name, content)
 
     def put(self, name: str, content: bytes) -> None:
         """Store `content`. Downloads that have begun go on with the version that they have."""
+        if not isinstance(content, bytes | bytearray | memoryview):
+            raise wrong_type("MemoryStorage takes content as bytes, such as text.encode()", content)
         content = bytes(content)
         self._files[name] = (
             content,

@@ -10,13 +10,21 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from downloadview_async.errors import ConfigurationError, FileMissing
+from downloadview_async.errors import ConfigurationError, FileMissing, wrong_type
 from downloadview_async.http.content_types import content_type_for, valid_content_type, with_charset
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source, check_function, check_source, pass_listing_on
+from downloadview_async.sources.base import (
+    AsyncFile,
+    OpenFile,
+    Source,
+    check_async,
+    check_function,
+    check_source,
+    pass_listing_on,
+)
 from downloadview_async.sources.listing import Entry, accepted_entries
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import without_empty_segments
@@ -57,6 +65,7 @@ class ObjectSource:
         list_folder: Callable[[str], AsyncIterator[Entry]] | None = None,
     ) -> None:
         check_function(get, "ObjectSource takes an asynchronous function of one argument, the key")
+        check_async(get, "the function of ObjectSource")
         if source is not None:
             check_source(source, "ObjectSource")
         self._get = get
@@ -115,6 +124,8 @@ class ObjectFile:
         size: int | None = None,
         modified: datetime | float | None = None,
     ) -> None:
+        if not hasattr(file, "open") or hasattr(file, "__fspath__"):
+            raise wrong_type("ObjectFile takes a file, such as LocalFile('a.txt')", file)
         self.name = file.name if name is None else str(name)
         self.location = file.location
         self._file = file

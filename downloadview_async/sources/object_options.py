@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import ConfigurationError, wrong_type
 
 SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
 """The schemes of remote stores, and the extra that each needs."""
@@ -52,6 +52,8 @@ _HTTP_URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]+)?(/[!-~]*
 
 def arguments_of(url: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of obstore's `from_url`. Raises `ConfigurationError`."""
+    if not isinstance(url, str):
+        raise wrong_type("ObjectStorage takes a URL, such as 's3://bucket/prefix'", url)
     parts = urlsplit(url)
     local = {
         "file": parts.netloc == "" and parts.path.startswith("/"),

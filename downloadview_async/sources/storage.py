@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import ConfigurationError, wrong_type
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import IdentifiesFolders, OpenFile, Storage, SupportsListing, pass_listing_on
 from downloadview_async.sources.directory_storage import DirectoryStorage
@@ -24,6 +24,10 @@ class StorageFile:
     """A file of a storage, by its key."""
 
     def __init__(self, storage: Storage, key: str, *, name: str | None = None, location: str | None = None) -> None:
+        if not hasattr(storage, "locate"):
+            raise wrong_type("StorageFile takes a storage, such as DirectoryStorage('files'), and a key", storage)
+        if not isinstance(key, str):
+            raise wrong_type("the key of a StorageFile is text, such as 'a.txt'", key)
         self.storage = storage
         self.key = key
         self.name = key.rpartition("/")[2] if name is None else name
@@ -56,9 +60,7 @@ class StorageSource:
 
     def __init__(self, storage: Storage, *, names: Names | None = None) -> None:
         if not hasattr(storage, "locate") or isinstance(storage, type):
-            raise ConfigurationError(
-                f"StorageSource takes a storage, such as DirectoryStorage('files'), not {storage!r}"
-            )
+            raise wrong_type("StorageSource takes a storage, such as DirectoryStorage('files')", storage)
         self.storage = storage
         self.names: Names = _names_of(storage) if names is None else names
         check_names_option(self.names)
@@ -93,6 +95,8 @@ def storage_from_url(url: str, /, *, names: Names = "portable", **options: Any) 
 
     Raises `ConfigurationError` for any other scheme, and for a directory that cannot be opened.
     """
+    if not isinstance(url, str):
+        raise wrong_type("storage_from_url takes a URL, such as 's3://bucket/prefix'", url)
     parts = urlsplit(url)
     if parts.scheme in SCHEMES:
         return ObjectStorage(url, **options)

@@ -11,7 +11,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
-from downloadview_async.errors import AccessDenied, ConfigurationError, DownloadError, FileMissing, SourceUnavailable
+from downloadview_async.errors import AccessDenied, DownloadError, FileMissing, SourceUnavailable, WrongType
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ETag, FileMetadata, is_telling, unsettled_seconds
 from downloadview_async.http.request import GET, DownloadRequest
@@ -48,8 +48,10 @@ class SyncStorage:
     """
 
     def __init__(self, storage: Any, *, threads: int = 40, describes: bool = True) -> None:
-        if not callable(getattr(storage, "open", None)):
-            raise ConfigurationError(f"{storage!r} is not a storage: it has no method open(name, mode)")
+        if not callable(getattr(storage, "open", None)) or hasattr(storage, "__fspath__") or isinstance(storage, type):
+            raise WrongType(f"{storage!r} is not a storage: it has no method open(name, mode)")
+        if hasattr(storage, "locate"):
+            raise WrongType(f"{storage!r} is asynchronous already: write StorageSource(storage), without SyncStorage")
         self._storage = storage
         self._workers = Workers(threads)
         self._describes = describes

@@ -2,14 +2,14 @@
 
 import inspect
 import io
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Self
 
 import anyio
 
-from downloadview_async.errors import FileMissing, TransferAborted
+from downloadview_async.errors import FileMissing, TransferAborted, wrong_type
 from downloadview_async.http.content_types import content_type_for, valid_content_type, with_charset
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
@@ -69,8 +69,21 @@ class VirtualFile:
         last_modified: int | None = None,
         max_age: float | None = None,
     ) -> None:
-        if content_type is not None and valid_content_type(content_type) is None:
+        if not isinstance(content, bytes | str) and not _is_content(content):
+            raise wrong_type(
+                "the content must be bytes, text, a file object, an iterable, or a function that returns one",
+                content,
+            )
+        if not isinstance(name, str):
+            raise wrong_type("name takes the name of the file, such as 'report.csv'", name)
+        if content_type is not None and (not isinstance(content_type, str) or valid_content_type(content_type) is None):
             raise ValueError(f"not a content type: {content_type!r}")
+        if etag is not None and not isinstance(etag, ETag):
+            raise wrong_type("etag takes an ETag, such as ETag('v1')", etag)
+        if last_modified is not None and not isinstance(last_modified, int | float):
+            raise wrong_type("last_modified takes seconds since the epoch, such as time.timestamp()", last_modified)
+        if size is not None and not isinstance(size, int):
+            raise wrong_type("size takes a number of bytes", size)
         self.name = name
         self.max_age = max_age
         self._content = content
@@ -126,6 +139,12 @@ class VirtualFile:
             content_type=with_charset(self._content_type) if self._content_type else content_type_for(self.name),
             accept_ranges=whole,
         )
+
+
+def _is_content(value: object) -> bool:
+    if isinstance(value, Mapping) or hasattr(value, "__await__") or hasattr(value, "__fspath__"):
+        return False
+    return callable(value) or any(hasattr(value, name) for name in ("__iter__", "__aiter__", "read", "__buffer__"))
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -275,3 +276,11 @@ def test_the_table_of_types_by_their_suffixes() -> None:
     table = content_types.content_types()
     assert (table[".txt"], table[".png"]) == ("text/plain; charset=utf-8", "image/png")
     assert all(content_types.content_type_for(f"a{suffix}") == kind for suffix, kind in table.items())
+
+
+@pytest.mark.parametrize(
+    "types", [[(".gcode", "text/x-gcode")], ".gcode", {5: "text/plain"}, {".gcode": b"text/plain"}]
+)
+def test_types_of_another_type_are_refused(types: Any) -> None:
+    with pytest.raises(TypeError, match="such as"):
+        add_content_types(types)

@@ -15,7 +15,7 @@ from downloadview_async.asgi.listing.data import is_plain
 from downloadview_async.asgi.listing.order import type_of
 from downloadview_async.asgi.listing.query import ListingQuery, Sort, query_of
 from downloadview_async.asgi.listing.view import ViewPage
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import ConfigurationError, wrong_type
 from downloadview_async.sources.listing import Entry
 
 Downloads = Callable[[Sequence[str]], Awaitable[Mapping[str, int]]]
@@ -92,14 +92,19 @@ class Pages:
         script: str | None = None,
         downloads: Downloads | None = None,
     ) -> None:
+        for name, text in (("title", title), ("logo", logo), ("footer", footer), ("style", style), ("script", script)):
+            if text is not None and not isinstance(text, str):
+                raise wrong_type(f"{name} takes text", text)
+        if downloads is not None and not callable(downloads):
+            raise wrong_type("downloads takes an async function, such as CompletionStore(url).downloads_of", downloads)
         self.title = title
         self.downloads = downloads
         self.logo = logo
         self.footer = footer
         self.style = _resource("page.css") if style is None else style
         self.script = _resource("page.js") if script is None else script
-        for name, text in (("style", self.style), ("script", self.script)):
-            if f"</{name}" in text.lower() or "<!--" in text:
+        for name, code in (("style", self.style), ("script", self.script)):
+            if f"</{name}" in code.lower() or "<!--" in code:
                 raise ConfigurationError(f"{name} has '</{name}' or '<!--', which HTML does not allow there: remove it")
 
     @cached_property

@@ -10,8 +10,8 @@ from downloadview_async.errors import FileError, FileMissing
 def error_response(exc: FileError, request: HttpRequest) -> HttpResponse:
     """Return the answer to a request whose file cannot be sent. The reason goes to the log alone."""
     headers = failed(exc, str(request.method), request.path)
-    if exc.detail is not None:
-        return HttpResponse(f"{exc.status.phrase}: {exc.detail}", "text/plain", exc.status, headers=headers)
+    if exc.text != exc.status.phrase:
+        return HttpResponse(exc.text, "text/plain", exc.status, headers=headers)
     response = HttpResponse(status=exc.status, headers={**headers, "Content-Length": "0"})
     del response["Content-Type"]
     return response

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from ipaddress import ip_network
 from urllib.parse import quote
 
-from downloadview_async.errors import LinkExpired, LinkInvalid
+from downloadview_async.errors import LinkExpired, LinkInvalid, WrongType
 from downloadview_async.policy.addresses import address_of
 from downloadview_async.policy.grants import Grant
 
@@ -79,6 +79,8 @@ def secure_link_secrets(keys: Mapping[str, bytes | str]) -> str:
 
     Whoever can read it can make links. keys: those of `URLSigner`.
     """
+    if not isinstance(keys, Mapping):  # which may be a secret: the message does not show it
+        raise WrongType("secure_link_secrets takes the keys of URLSigner, as in {'2026a': secret}")
     secrets = secrets_of({key_id: key.encode() if isinstance(key, str) else key for key_id, key in keys.items()})
     lines = (f'    "~^{key_id.replace(".", "[.]")}$" "{secret}";\n' for key_id, secret in secrets.items())
     return f"map $arg_key $link_secret {{\n{''.join(lines)}}}\n"

@@ -1,6 +1,6 @@
 """`grant_store_from_url`: the store that a URL names."""
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import ConfigurationError, wrong_type
 from downloadview_async.policy.stores.base import GrantStore
 from downloadview_async.policy.stores.memory import MemoryGrantStore
 from downloadview_async.policy.stores.redis import RedisGrantStore
@@ -12,6 +12,8 @@ def grant_store_from_url(url: str) -> GrantStore:
 
     Raises `ConfigurationError` for another URL, and if the package that the store needs is missing.
     """
+    if not isinstance(url, str):
+        raise wrong_type("grant_store_from_url takes a URL, such as 'sqlite:links.db'", url)
     scheme, _, rest = url.partition(":")
     if url == "memory:":
         return MemoryGrantStore()

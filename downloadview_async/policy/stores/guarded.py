@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import anyio
 
-from downloadview_async.errors import ConfigurationError, SourceUnavailable
+from downloadview_async.errors import ConfigurationError, SourceUnavailable, WrongType
 from downloadview_async.http.log_text import escaped
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.policy.stores.base import DownloadSession, GrantStore
@@ -31,7 +31,7 @@ class GuardedStore:
 
     def __init__(self, store: GrantStore, *, when_it_fails: WhenStoreFails, timeout: float) -> None:
         if not hasattr(store, "claim") or isinstance(store, type):
-            raise ConfigurationError(f"store is {store!r}: give a GrantStore, such as SQLiteGrantStore('links.db')")
+            raise WrongType(f"store is {store!r}: give a GrantStore, such as SQLiteGrantStore('links.db')")
         if when_it_fails not in ("refuse", "allow"):
             raise ConfigurationError(f'when_store_fails is {when_it_fails!r}: give "refuse" or "allow"')
         self._store = store

@@ -11,10 +11,7 @@ from contextlib import asynccontextmanager
 from inspect import isfunction
 from typing import Any
 
-from downloadview_async.errors import (
-    ConfigurationError,
-    SourceUnavailable,
-)
+from downloadview_async.errors import ConfigurationError, SourceUnavailable, wrong_type
 from downloadview_async.http.digest import check_algorithms
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
@@ -60,7 +57,7 @@ class CachedSource:
         check_source(source, "CachedSource")
         check_algorithms(digests, "digests")
         if not isinstance(cache, Cache):
-            raise ConfigurationError(f"CachedSource takes a cache, such as Cache('cache'), not {cache!r}")
+            raise wrong_type("CachedSource takes a cache, such as Cache('cache')", cache)
         self.source = source
         self.cache = cache
         self.digests = tuple(digests)

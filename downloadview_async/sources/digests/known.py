@@ -14,7 +14,7 @@ from dataclasses import replace
 import anyio
 from anyio.lowlevel import RunVar
 
-from downloadview_async.errors import ConfigurationError, DownloadError
+from downloadview_async.errors import ConfigurationError, DownloadError, wrong_type
 from downloadview_async.http.digest import ALGORITHMS, check_algorithms, digests_of, new_hashes
 from downloadview_async.http.digest import Digests as Values
 from downloadview_async.http.metadata import FileMetadata
@@ -68,6 +68,8 @@ class Digests:
         max_bytes: int | None = None,
     ) -> None:
         check_source(source, "Digests")
+        if not (store is None or isinstance(store, DigestStore)):
+            raise wrong_type("store takes a DigestStore, such as DigestStore('digests.db')", store)
         check_algorithms(algorithms or "none", "algorithms")
         self.source = source
         self.store = store

@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 
-from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing
+from downloadview_async.errors import AccessDenied, ConfigurationError, FileMissing, wrong_type
 from downloadview_async.http.content_types import content_type_for
 from downloadview_async.http.metadata import stat_version
 from downloadview_async.http.negotiation import preferred_encodings
@@ -47,7 +47,10 @@ class LocalFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None, delete: bool = False) -> None:
-        self._path = os.path.abspath(path)
+        try:
+            self._path = os.path.abspath(path)
+        except TypeError as exc:
+            raise wrong_type("LocalFile takes the path of a file, such as 'files/a.txt'", path) from exc
         self.location: str | None = None if delete else self._path
         self.name = os.path.basename(self._path) if name is None else name
         self._delete = delete

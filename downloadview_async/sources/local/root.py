@@ -14,7 +14,14 @@ import weakref
 from functools import cache
 from typing import Literal, NamedTuple
 
-from downloadview_async.errors import AccessDenied, ConfigurationError, FileError, FileMissing, SourceUnavailable
+from downloadview_async.errors import (
+    AccessDenied,
+    ConfigurationError,
+    FileError,
+    FileMissing,
+    SourceUnavailable,
+    wrong_type,
+)
 from downloadview_async.http.metadata import unsettled_seconds
 from downloadview_async.sources.local.refused_calls import is_passing
 from downloadview_async.sources.names import Names, check_canonical, check_names_option, checked_segments
@@ -143,6 +150,8 @@ class Root:
         check_names_option(names)
         if symlinks not in _RESOLVE:
             raise ConfigurationError(f"symlinks must be one of {', '.join(_RESOLVE)}, not {symlinks!r}")
+        if not isinstance(path, str | bytes | os.PathLike):
+            raise wrong_type("the root is the path of a directory, such as 'files'", path)
         if not os.fspath(path):
             raise ConfigurationError("the root is empty: name a directory, '.' for the current one")
         self.path = os.path.abspath(os.fsdecode(path))

@@ -10,7 +10,14 @@ from urllib.parse import urlsplit
 
 import anyio
 
-from downloadview_async.errors import ConfigurationError, FileError, SourceUnavailable, UpstreamError, UpstreamTimeout
+from downloadview_async.errors import (
+    ConfigurationError,
+    FileError,
+    SourceUnavailable,
+    UpstreamError,
+    UpstreamTimeout,
+    wrong_type,
+)
 from downloadview_async.sources.tracing import span
 from downloadview_async.sources.workers import Slots
 
@@ -88,6 +95,8 @@ class Upstream:
                 "allow_hosts takes a list of hosts, as names or addresses without scheme, port and path, not "
                 f"{allow_hosts!r}"
             )
+        if not isinstance(host, str) or "/" in host:
+            raise wrong_type("Upstream takes the name of a host, such as 'files.example.org'", host)
         self._hosts = AllowedHosts(host, allowed)
         self._headers = dict(headers or {})
         self._owns_client = client is None

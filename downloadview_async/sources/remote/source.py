@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from downloadview_async.errors import ConfigurationError, FileMissing, UpstreamError
+from downloadview_async.errors import ConfigurationError, FileMissing, UpstreamError, wrong_type
 from downloadview_async.http.metadata import MAX_READS, ByteRange, FileMetadata
 from downloadview_async.http.negotiation import hides_coding
 from downloadview_async.http.ranges import NEAR, RangeSpec, read_from
@@ -63,6 +63,8 @@ class RemoteSource:
     ) -> None:
         check_names_option(names)
         self.names: Names = names
+        if not isinstance(url, str):
+            raise wrong_type("RemoteSource takes a URL, such as 'https://example.org/files/'", url)
         self.url = f"{url.rstrip('/')}/"
         self._upstream = Upstream(
             _host_of(url),
@@ -126,6 +128,8 @@ class RemoteFile:
     """
 
     def __init__(self, url: str, *, upstream: Upstream | None = None, name: str | None = None) -> None:
+        if not isinstance(url, str):
+            raise wrong_type("RemoteFile takes a URL, such as 'https://example.org/a.pdf'", url)
         self.location: str | None = url
         self.name = unquote(urlsplit(url).path).rpartition("/")[2] if name is None else name
         self._url = url
