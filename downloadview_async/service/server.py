@@ -30,7 +30,7 @@ import uvicorn
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.listening import begin_no_more, steer_away, steer_no_more, waiting_connections
 from downloadview_async.service.logs import log_config
-from downloadview_async.service.settings import Settings
+from downloadview_async.service.settings import Settings, Unavailable
 from downloadview_async.service.shutdown import end_in
 
 _NAP = 0.05  # seconds; uvicorn's own is 0.1
@@ -73,19 +73,32 @@ def config_for(app: Any, settings: Settings) -> uvicorn.Config:
     elif server.http == "auto":
         options["http"] = partial(DownloadProtocol, **watch)
     # the application writes the log of answers, and knows the proxies
-    options |= {"access_log": False, "proxy_headers": False}
+    options |= {"access_log": False, "proxy_headers": False, "workers": 1}  # not those of WEB_CONCURRENCY
     return uvicorn.Config(app, lifespan="on", ws="none", log_config=log_config(server.log_level), **options)
 
 
 def _http2_protocols(settings: Settings, **watch: Any) -> Callable[..., asyncio.Protocol]:
     """Return the protocols for HTTP/2 and HTTP/1.1. Raises `ConfigurationError` without the packages for it."""
     if settings.server.http != "auto":
-        raise settings.error("server.http2", f'true needs http = "auto", not {settings.server.http!r}')
+        problem = f'true needs http = "auto", not {settings.server.http!r}'
+        raise settings.error("server.http2", problem, because="server.http")
     try:
         from downloadview_async.asgi.http2 import protocols
     except ImportError as exc:
         raise settings.error("server.http2", "true needs zttp, and uvicorn 0.54 or newer: install both") from exc
     return protocols(**watch)
+
+
+def _name_of(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name)
+
+
+def _is_listening(sock: socket.socket) -> bool:
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
+    except OSError:  # it has been closed
+        return False
 
 
 class DownloadServer(uvicorn.Server):
@@ -164,8 +177,21 @@ class DownloadServer(uvicorn.Server):
                 connection.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, and accept connections."""
-        await super().startup(sockets=sockets)
+        """Start the application, and accept connections. Raises `Unavailable` if a socket cannot listen."""
+        names = [_name_of(one) for one in sockets or []]
+        problem: OSError | None = None
+        try:
+            await super().startup(sockets=sockets)
+        except OSError as exc:
+            problem = exc
+        if not all(map(_is_listening, sockets or [])):  # uvloop closes the socket then, without an error
+            await self.lifespan.shutdown()
+            raise Unavailable(
+                f"cannot listen on {', '.join(names)}: another process has just begun to listen there: stop it, or "
+                "give another port"
+            ) from problem
+        if problem is not None:
+            raise problem
         if self.started:
             self._when_ready()
 

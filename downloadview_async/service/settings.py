@@ -540,9 +540,9 @@ class Settings:
             log = LogSettings()
         return replace(self, log=log if self.server.access_log else None)
 
-    def error(self, key: str, problem: str) -> ConfigurationError:
-        """Return the error for a key such as `sources.files.root`."""
-        return self.origin.error(key, problem)
+    def error(self, key: str, problem: str, *, because: str = "") -> ConfigurationError:
+        """Return the error for a key such as `sources.files.root`, as `Origin.error` does."""
+        return self.origin.error(key, problem, because=because)
 
     @contextmanager
     def blaming(self, key: str) -> Iterator[None]:
