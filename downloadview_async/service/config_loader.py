@@ -27,6 +27,9 @@ PREFIX = "DOWNLOADVIEW_"
 CONFIG = "DOWNLOADVIEW_CONFIG"
 """The environment variable with the path of the settings file."""
 
+DEFAULT = Path("downloadview.toml")
+"""The settings file if the variable is not set."""
+
 _OF_UVICORN = "FORWARDED_ALLOW_IPS"
 """The variable that uvicorn reads if `server.forwarded_allow_ips` is not set."""
 _MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from downloadview_async import ConfigurationError
 
 NO_FILE = "settings"
-"""What stands for the file if there is none."""
+"""Stands for the file if there is none."""
 
 COMMAND_LINE = "the command line"
 """Where a key was set that an option of the command has set."""

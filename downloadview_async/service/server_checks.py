@@ -102,12 +102,11 @@ def _check_address(settings: Settings) -> None:
         return
     reason = os.strerror(failed[0].errno or 0).lower()
     key = "server.host" if failed[0].errno in _NO_SUCH_ADDRESS else "server.port"
-    instead = {
-        "server.host": "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all",
-        errno.EADDRINUSE: "give another, or stop the process that uses it",
-        errno.EACCES: "this user may not use ports below 1024: give a higher one, such as 8000",
-    }
-    remedy = instead.get(key) or instead.get(failed[0].errno or 0, "give another")
+    remedy = "give another, or stop the process that uses it"
+    if key == "server.host":
+        remedy = "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
+    elif failed[0].errno == errno.EACCES:
+        remedy = "this user may not use so low a port: give a higher one, such as 8000"
     error = settings.error(key, f"cannot listen on {server.host}:{server.port} ({reason}): {remedy}")
     if failed[0].errno in (errno.EADDRINUSE, *_NO_SUCH_ADDRESS):
         raise Unavailable(str(error)) from failed[0]

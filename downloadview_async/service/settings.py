@@ -42,7 +42,7 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     reuse_port: Annotated[
         bool,
         Meta(
-            description="true to share the port with another process that has this, too (SO_REUSEPORT), or to take the "
+            description="true to share the port with another process that has this, too (SO_REUSEPORT), or take the "
             "place of another process at uds"
         ),
     ] = False
