@@ -81,7 +81,7 @@ def _check_address(settings: Settings) -> None:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
         instead = "give an address of this machine, such as 127.0.0.1"
         if "/" in server.host or re.search(r":[0-9]+\Z", server.host):
-            instead += ", and the number after it as the port"
+            instead = "give the address alone, such as 127.0.0.1, and the port as server.port"
         problem = f"{server.host!r} has no address ({reason}): {instead}"
         error = settings.error("server.host", problem)
         raise (Unavailable(str(error)) if isinstance(exc, OSError) else error) from exc
