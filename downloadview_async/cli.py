@@ -38,6 +38,7 @@ except ConfigurationError as exc:  # a mistake in a proxy that an installed pack
 
 _CONFIGURED = [name for name, kind in proxy_kinds().items() if kind.configuration is not None]
 _PROGRAM = "downloadview"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STARTUP_FAILURE = 3  # the exit status of uvicorn: trying again may help
 
 
@@ -206,6 +207,8 @@ def _announce(settings: Settings, paths: Sequence[str], *, share: bool, qr: bool
     urls = urls_of(settings, paths, share=share)
     for url in urls:
         click.echo(url)
+    if share and urls and settings.server.host in _LOOPBACK and sys.stderr.isatty():
+        click.echo("Only this machine can open the link. For others in the network, add --host 0.0.0.0", err=True)
     if qr and urls and sys.stdout.isatty():
         import segno
 

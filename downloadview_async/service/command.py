@@ -74,6 +74,8 @@ class Group(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as exc:
+            if args[0] in ("help", "version"):
+                raise click.UsageError(f"No such command '{args[0]}'. Write: downloadview --{args[0]}", ctx) from exc
             if os.path.exists(args[0]):
                 option = "--config " if args[0].endswith(".toml") else ""
                 raise click.UsageError(f"{exc.message} To serve it: downloadview serve {option}{args[0]}", ctx) from exc

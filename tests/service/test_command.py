@@ -70,6 +70,8 @@ def test_no_short_help_is_cut(width: str) -> None:
         ("files", "No such command 'files'. To serve it: downloadview serve files"),
         ("s.toml", "No such command 's.toml'. To serve it: downloadview serve --config s.toml"),
         ("gone", "No such command 'gone'."),
+        ("help", "No such command 'help'. Write: downloadview --help"),
+        ("version", "No such command 'version'. Write: downloadview --version"),
         ("config", "Missing argument 'PROXY'. Choose from: nginx, apache"),
     ],
 )

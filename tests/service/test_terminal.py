@@ -26,6 +26,25 @@ def _output_until(terminal: int, text: bytes | None) -> bytes:
     return said
 
 
+def test_a_link_that_only_this_machine_can_open_says_so(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "downloadview_async", "serve", "files", "--port", "0", "--share", "2h"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=lambda: os.login_tty(theirs)
+    )
+    os.close(theirs)
+    try:
+        said = _output_until(ours, b"Listening on")
+        assert b"Only this machine can open the link. For others in the network, add --host 0.0.0.0" in said
+        os.write(ours, b"\x03")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_the_service_while_clients_download(tmp_path: Path, workers: str) -> None:
     (tmp_path / "files").mkdir()
