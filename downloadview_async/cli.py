@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from downloadview_async import ConfigurationError, FileError, __version__, link_formats, proxy_kinds
 
@@ -22,12 +22,13 @@ try:
 except ModuleNotFoundError as exc:
     sys.exit(f"downloadview: the service needs {exc.name}: install downloadview_async with its extra `server`")
 
+from downloadview_async.service.command import Group
 from downloadview_async.service.logs import one_line
 
 _WRONG_SETTINGS = 2  # the exit status: trying again does not help
 
 try:
-    from downloadview_async.service.config_loader import CONFIG, load_settings
+    from downloadview_async.service.config_loader import CONFIG, DEFAULT, load_settings
     from downloadview_async.service.schema import description_of, parts_of
     from downloadview_async.service.settings import ServerSettings, Settings, Unavailable
     from downloadview_async.service.values import seconds_of
@@ -36,7 +37,8 @@ except ConfigurationError as exc:  # a mistake in a proxy that an installed pack
     sys.exit(_WRONG_SETTINGS)
 
 _CONFIGURED = [name for name, kind in proxy_kinds().items() if kind.configuration is not None]
-_DEFAULT_CONFIG = "downloadview.toml"
+_PROGRAM = "downloadview"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STARTUP_FAILURE = 3  # the exit status of uvicorn: trying again may help
 
 
@@ -44,18 +46,75 @@ class _Served(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if os.path.isfile(value) and str(value).endswith(".toml"):
             self.fail(f"{value!r} is a file: for settings use --config {value}, or else give its directory", param, ctx)
+        if not os.path.exists(value) and str(value).endswith(".toml"):
+            self.fail(f"{value!r} does not exist: for settings use --config, with a file that exists", param, ctx)
+        if not os.path.exists(value) and str(value).isdecimal():
+            self.fail(f"{value!r} does not exist: for a port use --port {value}", param, ctx)
         return super().convert(value, param, ctx)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Choice(click.Choice[str]):
+    """Shows and completes the choices, in upper or lower case; another value is refused with the settings."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value).lower()
+
+
+_SERVE_GROUPS = {
+    "Files and directories, without settings": ("hidden", "title", "users", "share", "qr"),
+    "Settings": ("config", "watch"),
+    "Address": ("host", "port", "root_path", "uds", "fd", "reuse_port"),
+    "HTTPS": ("ssl_certfile", "ssl_keyfile", "ssl_keyfile_password"),
+    "Processes": (
+        *("workers", "drain_seconds", "timeout_graceful_shutdown", "limit_max_requests", "pid_file", "loop"),
+    ),
+    "Clients": (
+        *("limit_concurrency", "backlog", "timeout_keep_alive", "stall_timeout", "minimum_rate"),
+        *("http", "http2", "server_header", "date_header"),
+    ),
+    "Proxies in front": ("proxy_headers", "forwarded_allow_ips"),
+    "Log": ("log_level", "access_log", "use_colors"),
+}
+_MEANT = {
+    **dict.fromkeys(["-p", "-P"], "--port"),
+    **dict.fromkeys(["-b", "-H", "--bind", "--listen", "--address"], "--host, and the port as --port"),
+    **dict.fromkeys(["-d", "--directory", "--root", "--path"], "the directory without an option"),
+    **dict.fromkeys(["-c", "--settings", "--config-file"], "--config"),
+    **dict.fromkeys(["--password", "--auth", "--username"], "--user NAME, or --user NAME:PASSWORD"),
+    **dict.fromkeys(["--expires", "--link"], "--share, with a time such as 2h"),
+    **dict.fromkeys(["--reload", "--dev"], "--watch"),
+    **dict.fromkeys(["-q", "--quiet"], "--log-level warning"),
+    **dict.fromkeys(["-v", "--verbose", "--debug"], "--log-level debug"),
+    **dict.fromkeys(["--tls", "--https", "--cert", "--certfile"], "--ssl-certfile and --ssl-keyfile"),
+    "--browse": "no option: the directory is listed",
+}
+"""Options of other servers, with those that `serve` has instead."""
+
+
+_CONFIG_OPTION = click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="`downloadview COMMAND --help` has the options of a command, in groups, and examples.",
+)
 @click.version_option(__version__, prog_name="downloadview")
 def main() -> None:
     """Serve downloads from directories, storages, databases, other servers and code."""
 
 
-@main.command()
+@main.command(
+    examples=[
+        "downloadview serve DIRECTORY",
+        "downloadview serve DIRECTORY --share 2h --qr --host 0.0.0.0",
+        "downloadview serve --config downloads.toml --workers 4",
+    ],
+    groups=_SERVE_GROUPS,
+    meant=_MEANT,
+)
 @click.argument("paths", nargs=-1, metavar="[PATH]...", type=_Served(exists=True))
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@_CONFIG_OPTION
 @click.option("--hidden", is_flag=True, help="With PATH, serve names that begin with a dot, too.")
 @click.option("--title", help="With PATH, the title of the pages.")
 @click.option(
@@ -148,10 +207,15 @@ def _announce(settings: Settings, paths: Sequence[str], *, share: bool, qr: bool
     urls = urls_of(settings, paths, share=share)
     for url in urls:
         click.echo(url)
+    if share and urls and settings.server.host in _LOOPBACK and sys.stderr.isatty():
+        click.echo("Only this machine can open the link. For others in the network, add --host 0.0.0.0", err=True)
     if qr and urls and sys.stdout.isatty():
         import segno
 
         segno.make(urls[-1], error="l", micro=False).terminal(compact=True)
+
+
+_PATHS = ("uds", "pid_file", "ssl_keyfile", "ssl_certfile")
 
 
 def _flag(name: str) -> str:
@@ -161,7 +225,11 @@ def _flag(name: str) -> str:
 def _option_of(setting: msgspec.structs.FieldInfo) -> click.Option:
     """Return the option for a setting of the server: its name, type, default and description are the setting's."""
     flag = _flag(setting.name)
-    kind = next((part for part in parts_of(setting.type) if part in (bool, int, float)), str)
+    kind: Any = next((part for part in parts_of(setting.type) if part in (bool, int, float)), str)
+    if choices := next((get_args(part) for part in parts_of(setting.type) if get_origin(part) is Literal), ()):
+        kind = _Choice(choices)
+    elif setting.name in _PATHS:
+        kind = click.Path()
     text = (description_of(setting.type) or "").removeprefix("true to ")
     # other settings are options here: minimum_rate, http = auto
     text = re.sub(r"\b([a-z]+(?:_[a-z]+)+|[a-z]+(?= = ))\b(?: =)?", lambda match: _flag(match[1]), text)
@@ -177,9 +245,12 @@ def _option_of(setting: msgspec.structs.FieldInfo) -> click.Option:
 serve.params += map(_option_of, msgspec.structs.fields(ServerSettings))
 
 
-@main.command("reload")
+@main.command(
+    "reload",
+    examples=["downloadview reload --config downloads.toml", "downloadview reload --pid-file /run/downloadview.pid"],
+)
 @click.argument("process", required=False, type=click.IntRange(min=1), metavar="[PID]")
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@_CONFIG_OPTION
 @click.option("--pid-file", help="The pid_file of the service.  [default: server.pid_file in the settings]")
 @click.option(
     "--timeout",
@@ -228,9 +299,9 @@ def reload_settings(process: int | None, config: Path | None, pid_file: str | No
     click.echo("reloaded")
 
 
-@main.command("config")
-@click.argument("proxy", type=click.Choice(_CONFIGURED))
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@main.command("config", examples=["downloadview config nginx --config downloads.toml > nginx.conf"])
+@click.argument("proxy", type=click.Choice(_CONFIGURED), metavar="PROXY")
+@_CONFIG_OPTION
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="The address that the proxy listens on.")
 @click.option(
     "--service",
@@ -251,8 +322,9 @@ def print_config(
 ) -> None:
     """Print the configuration of a proxy, such as nginx.
 
-    The proxy sends the files of the settings' rules. The settings are the same as those of `serve`, variables included;
-    offload.backend must be this proxy. The proxy can be started with the printed configuration unchanged. "TLS:" marks
+    PROXY is nginx, apache, lighttpd, caddy or h2o, or one that an installed package adds. It sends the files of the
+    settings' rules. The settings are the same as those of `serve`, variables included; offload.backend must be this
+    proxy. The proxy can be started with the printed configuration unchanged. "TLS:" marks
     the place for TLS.
     """
     from downloadview_async.service.access import link_secrets as link_secrets_of
@@ -272,9 +344,15 @@ def print_config(
     click.echo(text.encode(), nl=False)
 
 
-@main.command()
+@main.command(
+    examples=[
+        "downloadview check --config downloads.toml",
+        "downloadview check https://files.example.org --file /files/a.txt",
+        "downloadview check --app main:app http://127.0.0.1:8080 --file /invoices/1=invoices/a.pdf",
+    ]
+)
 @click.argument("url", required=False)
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@_CONFIG_OPTION
 @click.option(
     "--direct",
     metavar="URL",
@@ -328,8 +406,7 @@ def check(
     paths of --file, or the first file of a local directory.
 
     With --app, an ASGI application of any framework is checked in the same way: it is imported from the current
-    directory, started, and called in this process, to know what it answers. Example: downloadview check --app main:app
-    https://example.org --header "Authorization: Bearer TOKEN" --file /invoices/1=invoices/a.pdf
+    directory, started, and called in this process, to know what it answers.
     """
     import anyio
 
@@ -389,7 +466,7 @@ def _application(name: str) -> Any:
     )
 
 
-@main.command("keys")
+@main.command("keys", examples=["downloadview keys >> keys.txt"])
 def print_key() -> None:
     """Print a new line for the file of the keys that sign links.
 
@@ -398,11 +475,24 @@ def print_key() -> None:
     click.echo(f"{datetime.now(UTC):%Y%m%d}-{secrets.token_hex(2)} {secrets.token_urlsafe(32)}")
 
 
-@main.command("sign")
+@main.command(
+    "sign",
+    examples=[
+        "downloadview sign /files/report.pdf --expires 2h --base https://files.example.org",
+        "downloadview sign /files/2026/ --below --uses 3",
+    ],
+    groups={
+        "How long, and for whom": ("expires", "until", "client", "uses", "below", "shareable"),
+        "How the file is presented": ("filename", "inline", "content_type"),
+        "The link": ("base", "format"),
+    },
+)
 @click.argument("path")
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@_CONFIG_OPTION
 @click.option("--expires", help="How long the link is valid, such as 90s, 10m, 2h or 7d.  [default: links.max_age]")
-@click.option("--until", type=click.DateTime(), help="Until when the link is valid, in UTC, instead of --expires.")
+@click.option(
+    "--until", type=click.DateTime(), metavar="TIME", help="Until when the link is valid, in UTC, instead of --expires."
+)
 @click.option("--filename", help="The name under which the client saves the file.")
 @click.option("--inline/--attachment", default=None, help="Whether the client shows the file, or saves it.")
 @click.option("--content-type", help="The media type of the file.")
@@ -450,9 +540,9 @@ def _life(expires: str | None, option: str = "--expires") -> timedelta | None:
     return timedelta(seconds=seconds)
 
 
-@main.command("verify")
+@main.command("verify", examples=["downloadview verify 'https://files.example.org/files/report.pdf?k=...'"])
 @click.argument("url")
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@_CONFIG_OPTION
 @click.option("--client", metavar="ADDRESS", help="The address of the client, for a link that is bound to one.")
 @click.option("--base", default="", metavar="URL", help="That of `sign`, if it has a prefix that a proxy removes.")
 def verify(url: str, config: Path | None, client: str | None, base: str) -> None:
@@ -478,9 +568,9 @@ def verify(url: str, config: Path | None, client: str | None, base: str) -> None
         click.echo(f"{name}: {value}")
 
 
-@main.command("revoke")
+@main.command("revoke", examples=["downloadview revoke kGUFLq4Y7xSq"])
 @click.argument("identifier", metavar="ID")
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@_CONFIG_OPTION
 def revoke(identifier: str, config: Path | None) -> None:
     """Revoke a link, or all links of a key, from the next request on.
 
@@ -504,9 +594,9 @@ def revoke(identifier: str, config: Path | None) -> None:
         click.echo(f"downloadview: {identifier!r} {problem}", err=True)
 
 
-@main.command("digest")
+@main.command("digest", examples=["downloadview digest", "downloadview digest files/2026"])
 @click.argument("path", required=False, type=click.Path(exists=True))
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@_CONFIG_OPTION
 def digest(path: str | None, config: Path | None) -> None:
     """Compute the digests of files, and keep them in the store.
 
@@ -542,9 +632,9 @@ def digest(path: str | None, config: Path | None) -> None:
         sys.exit(1)
 
 
-@main.command("account")
+@main.command("account", examples=["downloadview account /var/log/nginx/downloads.log --follow"])
 @click.argument("log", required=False, type=click.Path(path_type=Path))
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@_CONFIG_OPTION
 @click.option("--follow", is_flag=True, help="Go on with the lines that are written, until Ctrl-C.")
 def account(log: Path | None, config: Path | None, follow: bool) -> None:
     """Count what the proxy, or S3, has sent, by its LOG.
@@ -572,8 +662,8 @@ def account(log: Path | None, config: Path | None, follow: bool) -> None:
     click.echo(f"counted: {count}")
 
 
-@main.command("report")
-@click.option("--config", type=click.Path(path_type=Path), help="The settings file, in TOML.")
+@main.command("report", examples=["downloadview report --since 7d --by user", "downloadview report --format csv"])
+@_CONFIG_OPTION
 @click.option("--since", metavar="TIME", help="Only the days of the last time (UTC), such as 7d or 24h.")
 @click.option(
     "--by",
@@ -614,6 +704,24 @@ def print_report(config: Path | None, since: str | None, by: str, top: int, form
         click.echo((csv_of if form == "csv" else table_of)(rows, by), nl=False)
 
 
+@main.command(
+    "completion", examples=["downloadview completion bash > ~/.local/share/bash-completion/completions/downloadview"]
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), metavar="SHELL")
+def print_completion(shell: str) -> None:
+    """Print the script that completes commands, options and their values in a shell.
+
+    SHELL is bash, zsh or fish. Save the script where the shell looks for completions. For the current shell alone: eval
+    "$(downloadview completion bash)".
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    script = kind(main, {}, _PROGRAM, f"_{_PROGRAM.upper()}_COMPLETE").source()
+    click.echo(script.replace('string split ","', 'string split -m 1 ","'))  # in fish: a description may have commas
+
+
 def _say(exc: Exception) -> None:
     """Print the error on one line, whatever characters the settings contain."""
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
@@ -628,12 +736,16 @@ def _choose(config: Path | None, lacking: str) -> None:
     """
     if config is not None:
         os.environ[CONFIG] = str(config)
-    elif CONFIG not in os.environ:
-        if not os.path.exists(_DEFAULT_CONFIG):
+    elif not os.environ.get(CONFIG):
+        if not DEFAULT.exists():
             raise ConfigurationError(
-                f"{lacking}settings with --config, {CONFIG} or a file {_DEFAULT_CONFIG} in the current directory"
+                f"{lacking}settings with --config, {CONFIG} or a file {DEFAULT} in the current directory"
             )
-        os.environ[CONFIG] = _DEFAULT_CONFIG
+        os.environ[CONFIG] = str(DEFAULT)
+    elif not os.path.exists(os.environ[CONFIG]):
+        raise ConfigurationError(
+            f"{CONFIG}: {os.environ[CONFIG]!r} does not exist: correct the variable, or unset it, or give --config"
+        )
 
 
 def run(

@@ -26,7 +26,7 @@ STOREYS = [
     {"check"},
     {"contrib", "testing", "service"},
     {"cli"},
-    {"app"},
+    {"app", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 LEVEL["pytest_plugin"] = LEVEL["testing"]

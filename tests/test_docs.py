@@ -206,8 +206,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                     for option, value in pairwise(given):
                         known = {"--only": MEASURES, "--servers": SERVERS}.get(option)
                         assert known is None or set(value.split(",")) <= set(known), f"unknown names: {words}"
-            case "uvicorn":
-                text = help_of("uvicorn")
+            case "uvicorn" | "hypercorn" | "granian":
+                text = help_of(program)
             case "python" if arguments[:2] == ["manage.py", "downloadview_check"]:
                 text = help_of("django", "downloadview_check")
             case "ruff":

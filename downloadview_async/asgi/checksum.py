@@ -37,7 +37,8 @@ async def checksum_response(wanted: str, digests: Digests, name: str, file: Asyn
     """
     headers = _HEADERS | close_after_body(scope)
     if (algorithm := _ALGORITHMS.get(wanted)) is None:
-        return _unknown_algorithm(headers)
+        async with file.open(HEAD):  # one that is missing gives 404
+            return _unknown_algorithm(headers)
     value = await _known(algorithm, digests, name, file)
     if value is None and digests.background and algorithm in digests.algorithms:
         if not await digests.computed(name, _PATIENCE):
@@ -60,6 +61,8 @@ async def send_checksums(
     """
     headers = _HEADERS | close_after_body(scope)
     if (algorithm := _ALGORITHMS.get(wanted)) is None:
+        async with aclosing(names):
+            await anext(names, None)  # a folder that is missing gives 404
         await _unknown_algorithm(headers)(scope, _nothing, send)
         return
     headers["Content-Type"] = "text/plain; charset=utf-8"

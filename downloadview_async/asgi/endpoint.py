@@ -82,6 +82,7 @@ class _Endpoint:
         if pages is None and self._always_lists:
             pages = Pages()
         self._folders = None if pages is None else self._folders_of(source, pages)
+        self._checked_route: Any = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
@@ -91,6 +92,8 @@ class _Endpoint:
         if not (((extensions := scope.get("extensions")) and CONNECTION in extensions) or is_followed(send)):
             await answer_until_departure(partial(_Endpoint.__call__, self), scope, receive, send)
             return
+        if self._folders is not None and (route := scope.get("route")) is not self._checked_route:
+            self._check_route(route)
         if scope["method"] == "OPTIONS":
             await Response(status_code=204, headers=_ALLOW | close_after_body(scope))(scope, receive, send)
             return
@@ -217,7 +220,10 @@ class _Endpoint:
         except FileError as error:
             await send_error(error, scope, send)
             return
-        route = scope.get("route")
+        await self._folders.redirect(folder_place(scope), scope, send)
+
+    def _check_route(self, route: Any) -> None:
+        """Raise `ConfigurationError` for a route in which folders have no URL: see `Download`."""
         if isinstance(route, Route) and route.endpoint is self:
             kinds = route.param_convertors.values()
             if kinds and not any(isinstance(kind, PathConvertor) for kind in kinds):
@@ -225,7 +231,7 @@ class _Endpoint:
                     f"the parameter of {route.path!r} matches no slashes, so folders have no URL: write it as "
                     "{path:path}"
                 )
-        await self._folders.redirect(folder_place(scope), scope, send)
+        self._checked_route = route
 
     async def _redirect_to_folder(self, scope: Scope, _: Scope, receive: Receive, send: Send) -> None:
         assert self._folders is not None
@@ -248,7 +254,8 @@ class Download(_Endpoint):
     hide: patterns as in `fnmatch` for names of files and directories that do not exist for clients, such as `.*` or
     `*.key`. One that matches a segment of the name hides it; upper and lower case are the same.
     listing: True, or `Pages` with a title and more, to answer a URL that ends in a slash as `Listing` does, and to
-    redirect to it from the name of a folder. A file then has a view page, at its URL with `?view`.
+    redirect to it from the name of a folder. A file then has a view page, at its URL with `?view`. The parameter of
+    the route has to match slashes, as `{path:path}` does; each request to another route raises `ConfigurationError`.
     archive: True, or `ArchiveOptions`, to answer `?archive=zip` with a ZIP archive of the folder, or of those of its
     entries that `name=` chooses. Access decides about the folder, and then about each file and folder below it, one
     after another, unless it has `covers_below`. Refused and hidden entries are left out.

@@ -133,7 +133,10 @@ def trusted_proxies(settings: Settings) -> list[str]:
     """
     import uvicorn  # here, because the commands that sign links do not need it
 
-    trusted = uvicorn.Config("", log_config=None, forwarded_allow_ips=settings.server.forwarded_allow_ips)
+    allowed = settings.server.forwarded_allow_ips
+    trusted = uvicorn.Config(
+        "", log_config=None, forwarded_allow_ips=allowed, workers=1
+    )  # not those of WEB_CONCURRENCY
     addresses: str | Sequence[str] = trusted.forwarded_allow_ips
     each = addresses.split(",") if isinstance(addresses, str) else addresses
     trusted_ones = [address.strip() for address in each if address.strip()]

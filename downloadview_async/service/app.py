@@ -42,10 +42,11 @@ from downloadview_async.service.config_loader import CONFIG, load_settings
 from downloadview_async.service.digests import digests_of
 from downloadview_async.service.health import PRIVATE, CachePage, Health, check_directory, check_store
 from downloadview_async.service.limits import opened_limits, service_limits
-from downloadview_async.service.logs import OneLineFailures, log_in_single_lines
+from downloadview_async.service.logs import OneLineFailures, log_in_single_lines, one_line
 from downloadview_async.service.metrics import PAGE as METRICS
 from downloadview_async.service.metrics import MetricsPage, metrics_of
-from downloadview_async.service.pages import ServicePages
+from downloadview_async.service.own_files import served_files
+from downloadview_async.service.pages import ServicePages, unused_templates
 from downloadview_async.service.pages.errors import ErrorPages
 from downloadview_async.service.pages.index import IndexPage, folder_of
 from downloadview_async.service.routes import routes_of
@@ -107,7 +108,13 @@ def build(settings: Settings) -> Service:
         async with contextlib.AsyncExitStack() as stack:
             log_in_single_lines()
             if not settings.routes:
-                _logger.warning("No route is configured, so every download gives 404: add [[routes]] tables")
+                _logger.warning(
+                    "No route is configured, so every download gives 404: add [[routes]] tables and [sources.NAME] "
+                    "tables to %s, or serve a directory without settings: downloadview serve DIRECTORY",
+                    one_line(settings.origin.file),
+                )
+            for problem in (*served_files(settings), *unused_templates(settings)):
+                _logger.warning("%s", one_line(problem))
             for cache in caches.values():
                 await cache.sweep()
             storages = [storage_of(source) for source in sources.values()]

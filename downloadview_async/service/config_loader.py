@@ -4,6 +4,7 @@ Variables override the file, and the command line overrides both. Every mistake 
 line, which says where the mistake is, in which key, what is wrong and what to do.
 """
 
+import codecs
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from downloadview_async import ConfigurationError
-from downloadview_async.service.origin import COMMAND_LINE, Origin
+from downloadview_async.service.origin import COMMAND_LINE, NO_FILE, Origin
 from downloadview_async.service.schema import fields_of
 from downloadview_async.service.settings import TABLES, Settings
 from downloadview_async.service.settings_checks import checked_settings
@@ -28,6 +29,12 @@ CONFIG = "DOWNLOADVIEW_CONFIG"
 
 CREDENTIALS = "CREDENTIALS_DIRECTORY"
 """The environment variable with the directory of the secrets: systemd sets it, see systemd.exec(5)."""
+DEFAULT = Path("downloadview.toml")
+"""The settings file if the variable is not set."""
+
+_OF_UVICORN = "FORWARDED_ALLOW_IPS"
+"""The variable that uvicorn reads if `server.forwarded_allow_ips` is not set."""
+_MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 def load_settings(
@@ -48,29 +55,62 @@ def load_settings(
 
     Raises `ConfigurationError`.
     """
-    label = "settings" if file is None else os.fspath(file)
+    label = NO_FILE if file is None else os.fspath(file)
     directory = Path.cwd() if file is None else Path(file).absolute().parent
     data = {} if file is None else _read(label)
     origins = _apply_variables(data, {**_credentials(environ), **environ})
     if options and isinstance(server := data.setdefault("server", {}), dict):  # another type is refused below
         server |= options
         origins |= dict.fromkeys((f"server.{name}" for name in options), COMMAND_LINE)
-    return checked_settings(Origin(label, directory, origins), data)
+    settings = checked_settings(Origin(label, directory, origins), data)
+    if settings.server.forwarded_allow_ips is None and _OF_UVICORN in environ:
+        origins["server.forwarded_allow_ips"] = _OF_UVICORN
+    return settings
 
 
 def _read(file: str) -> dict[str, Any]:
     try:
         with open(file, "rb") as opened:
-            return tomllib.load(opened)
+            content = opened.read()
     except OSError as exc:
         raise ConfigurationError(
             f"{file or repr(file)}: the settings file cannot be read ({exc.strerror}): give the path of a readable "
             f"TOML file with --config or {CONFIG}"
         ) from exc
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            problem = f"the file begins with a byte order mark of {encoding}: save it as UTF-8 without one"
+            raise ConfigurationError(f"{file}: not valid TOML: {problem}")
+    try:
+        return tomllib.loads(content.decode())
     except RecursionError as exc:
         raise ConfigurationError(f"{file}: tables or lists are nested too deeply: write them flat") from exc
-    except ValueError as exc:  # invalid TOML or UTF-8, or an integer with thousands of digits
-        raise ConfigurationError(f"{file}: not valid TOML: {exc}: correct the file") from exc
+    except UnicodeDecodeError as exc:
+        line = content.count(b"\n", 0, exc.start) + 1
+        problem = f"line {line} is not UTF-8: save the file as UTF-8"
+        raise ConfigurationError(f"{file}: not valid TOML: {problem}") from exc
+    except ValueError as exc:  # invalid TOML, or an integer with thousands of digits
+        raise ConfigurationError(f"{file}: not valid TOML: {exc}: {_instead_of(str(exc), content)}") from exc
+
+
+def _instead_of(problem: str, content: bytes) -> str:
+    """Return the end of an error about a file that is not TOML, which tells what to write instead."""
+    if b"\0" in content:
+        return "it has NUL characters, as UTF-16 has: save the file as UTF-8"
+    if re.search(r"hex value|Unescaped '\\'", problem):
+        return r"a backslash in double quotes begins an escape: write \\, or write the text in single quotes"
+    at = re.search("at line ([0-9]+), column ([0-9]+)", problem)
+    lines = content.decode().split("\n")
+    rest = lines[int(at[1]) - 1][int(at[2]) - 1 :] if at else ""
+    if rest[:1] in ("\u201c", "\u201d", "\u201e", "\u2018", "\u2019"):
+        return 'write straight quotes: "'
+    if content.lstrip().startswith(b"{"):
+        return "it looks like JSON: write [server], and below it such as port = 8000"
+    if problem.startswith("Expected '='") and rest.startswith(":"):
+        return "write = between a key and its value, not :"
+    if problem.startswith("Invalid value") and re.match(r"[^\W\d]|[/~.$]", rest):
+        return 'write a text in quotes, such as "files"'
+    return "correct the file"
 
 
 def _credentials(environ: Mapping[str, str]) -> dict[str, str]:
@@ -101,6 +141,12 @@ def _apply_variables(data: dict[str, Any], environ: Mapping[str, str]) -> dict[s
         table: Any = data
         keys: list[str] = []
         meant = [other for other in known if re.sub("_+", "_", other) == re.sub("_+", "_", name)]
+        if (
+            not parents
+            and last.lower() not in TABLES
+            and (inner := [other for other in known if other.endswith(f"__{last}")])
+        ):
+            raise ConfigurationError(f"{name}: {last.lower()}: unknown key: did you mean {' or '.join(inner)}?")
         if meant and name not in meant and not environ[name].lstrip().startswith("{"):  # not a whole new source
             raise ConfigurationError(f"{name}: unknown key: did you mean {meant[0]}?")
         for part in parents:

@@ -33,7 +33,7 @@ def checked_offload(origin: Origin, offload: OffloadSettings, sources: Mapping[s
         key = f"offload.rules[{index}]"
         if rule.source in sources:
             rule = _rule_of_source(origin, key, rule, sources[rule.source], kind)
-        source = rule.source if "://" in rule.source else origin.absolute(rule.source)
+        source = rule.source if "://" in rule.source else origin.absolute(f"{key}.source", rule.source)
         if not any(is_within(place, source) or is_within(source, place) for place in places):
             raise origin.error(
                 f"{key}.source",
@@ -41,7 +41,8 @@ def checked_offload(origin: Origin, offload: OffloadSettings, sources: Mapping[s
                 f"({', '.join(dict.fromkeys(places)) or 'there is none'}), or remove the rule",
             )
         if rule.target is None and kind is not None and kind.targets == "uri":
-            raise origin.error(f"{key}.target", f"missing: {kind.name} needs an internal location, such as /_files/")
+            problem = f"missing: {kind.name} needs an internal location, such as /_files/"
+            raise origin.error(f"{key}.target", problem, because="offload.backend")
         rules.append(RuleSettings(source=source, target=rule.target))
     if kind is not None:
         _check_options(origin, kind, options_of(offload))
@@ -51,7 +52,9 @@ def checked_offload(origin: Origin, offload: OffloadSettings, sources: Mapping[s
         rules = _rules_for_all(kind, sources)
     if kind is not None and not rules:
         raise origin.error(
-            "offload.rules", "no source is local, so the proxy sends nothing: add a rule, or remove the backend"
+            "offload.rules",
+            "no source is local, so the proxy sends nothing: add a rule, or remove the backend",
+            because="offload.backend",
         )
     return msgspec.structs.replace(offload, rules=rules)
 
@@ -75,6 +78,7 @@ def check_sending(key: str, route: RouteSettings, settings: Settings) -> None:
                 key,
                 f"{settings.offload.backend} sends only local files, and those of {name!r} are not local: add "
                 f"[sources.{name}.cache] and a rule whose source is the path of the cache, or choose stream",
+                because="offload.backend",
             )
         if not any(
             is_within(place, rule.source) or is_within(rule.source, place)
@@ -96,7 +100,7 @@ def _rule_of_source(
     places = places_of(source)
     if not places:
         return rule
-    directory = origin.absolute(rule.source)
+    directory = origin.absolute(f"{key}.source", rule.source)
     if places[0] != directory and os.path.isdir(directory):
         raise origin.error(
             f"{key}.source",
@@ -109,7 +113,8 @@ def _rule_of_source(
 def _check_options(origin: Origin, kind: ProxyKind, given: Iterable[str]) -> None:
     for name in given:
         if name not in kind.options:
-            raise origin.error(f"offload.{name}", f"{kind.name} has {PROXY_OPTIONS[name].lacking}: remove it")
+            problem = f"{kind.name} has {PROXY_OPTIONS[name].lacking}: remove it"
+            raise origin.error(f"offload.{name}", problem, because="offload.backend")
 
 
 def _check_folded_targets(origin: Origin, kind: ProxyKind, rules: Sequence[RuleSettings]) -> None:

@@ -1,14 +1,20 @@
 """Where settings come from: for the errors about them, and for their relative paths."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from downloadview_async import ConfigurationError
 
+NO_FILE = "settings"
+"""Stands for the file if there is none."""
+
 COMMAND_LINE = "the command line"
 """Where a key was set that an option of the command has set."""
+
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +28,29 @@ class Origin:
     directory: Path
     keys: Mapping[str, str]
 
-    def error(self, key: str, problem: str) -> ConfigurationError:
-        """Return an error with one line: where the mistake is, in which key, what is wrong and what to do."""
-        place, part = self.file, key
-        while part:
-            if part in self.keys:
-                place = self.keys[part]
-                break
-            part = part[: max(part.rfind("."), part.rfind("["), 0)]
+    def error(self, key: str, problem: str, *, because: str = "") -> ConfigurationError:
+        """Return an error with one line: where the mistake is, in which key, what is wrong and what to do.
+
+        because: another key that takes part in the mistake. If a variable has set it, the error names the variable.
+        """
+        place, other = self._place_of(key), self._place_of(because)
+        if other not in (self.file, place):
+            problem += f" ({because} comes from {other})"
         return ConfigurationError(f"{place}: {key}: {problem}" if key else f"{place}: {problem}")
 
-    def absolute(self, path: str) -> str:
-        """Return a path that is absolute or relative to the directory."""
-        return os.path.normpath(self.directory / path)
+    def _place_of(self, key: str) -> str:
+        """Return where a key was set, or the table that it is in."""
+        while key:
+            if key in self.keys:
+                return self.keys[key]
+            key = key[: max(key.rfind("."), key.rfind("["), 0)]
+        return self.file
+
+    def absolute(self, key: str, path: str) -> str:
+        """Return the path in a key, which is absolute, begins with `~`, or is relative to the directory.
+
+        Raises `ConfigurationError` for a path of Windows: the service needs a POSIX system.
+        """
+        if _OF_WINDOWS.match(path):
+            raise self.error(key, f"{path!r} is a path of Windows: give one of this system, such as /srv/files")
+        return os.path.normpath(self.directory / os.path.expanduser(path))

@@ -32,12 +32,12 @@ def fields_of(kind: Any) -> dict[str, Any]:
     return {field.name: field.type for field in msgspec.structs.fields(struct)} | ({tag: str} if tag else {})
 
 
-def converted(origin: Origin, key: str, value: Any, kind: Any) -> Any:
-    """Return the value of a key as its type. Raises `ConfigurationError`."""
+def converted(origin: Origin, key: str, value: Any, kind: Any, *, because: str = "") -> Any:
+    """Return the value of a key as its type. because: as in `Origin.error`. Raises `ConfigurationError`."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as exc:
-        raise origin.error(*_explained(key, str(exc), kind)) from None
+        raise origin.error(*_explained(key, str(exc), kind), because=because) from None
     except UnicodeEncodeError as exc:
         raise origin.error(key, f"{exc.object!r} is not UTF-8: correct it") from None
     except RecursionError:

@@ -64,7 +64,7 @@ def serve(
             return _serve_here(application, config, settings, listeners, notifier, pid_file, terminal, signals)
         del application, config
         gc.collect()  # the parent holds no root of the application, and no log
-        return Workers(
+        status = Workers(
             settings,
             listeners,
             load=load,
@@ -74,6 +74,8 @@ def serve(
             signals=signals,
             watches=watches,
         ).run()
+        gc.freeze()  # for the end of the interpreter, which would look through all objects once more
+        return status
 
 
 def _serve_here(

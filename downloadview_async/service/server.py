@@ -9,13 +9,15 @@ A shutdown has these steps. uvicorn's own begins with the third.
    connection must not look like the end of a file.
 5. The lifespan of the application ends.
 
-A second signal skips what is left of steps 2 to 5, and the lifespan is cancelled. A server that another one replaces
+Ctrl-C at a terminal leaves out step 2 and the seconds of step 4: the service ends within a second. A second signal
+skips what is left of steps 2 to 5, and the lifespan is cancelled. A server that another one replaces
 *retires*: it skips step 2, its idle connections end by their own time, and downloads have all the time that they need.
 """
 
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import struct
 from collections.abc import Callable
@@ -30,8 +32,9 @@ import uvicorn
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.listening import begin_no_more, steer_away, steer_no_more, waiting_connections
 from downloadview_async.service.logs import log_config
-from downloadview_async.service.settings import Settings
+from downloadview_async.service.settings import Settings, Unavailable
 from downloadview_async.service.shutdown import end_in
+from downloadview_async.service.terminal import is_in_foreground
 
 _NAP = 0.05  # seconds; uvicorn's own is 0.1
 _STEER = 0.1  # seconds in which handshakes end that began before new connections were kept away
@@ -73,19 +76,32 @@ def config_for(app: Any, settings: Settings) -> uvicorn.Config:
     elif server.http == "auto":
         options["http"] = partial(DownloadProtocol, **watch)
     # the application writes the log of answers, and knows the proxies
-    options |= {"access_log": False, "proxy_headers": False}
+    options |= {"access_log": False, "proxy_headers": False, "workers": 1}  # not those of WEB_CONCURRENCY
     return uvicorn.Config(app, lifespan="on", ws="none", log_config=log_config(server.log_level), **options)
 
 
 def _http2_protocols(settings: Settings, **watch: Any) -> Callable[..., asyncio.Protocol]:
     """Return the protocols for HTTP/2 and HTTP/1.1. Raises `ConfigurationError` without the packages for it."""
     if settings.server.http != "auto":
-        raise settings.error("server.http2", f'true needs http = "auto", not {settings.server.http!r}')
+        problem = f'true needs http = "auto", not {settings.server.http!r}'
+        raise settings.error("server.http2", problem, because="server.http")
     try:
         from downloadview_async.asgi.http2 import protocols
     except ImportError as exc:
         raise settings.error("server.http2", "true needs zttp, and uvicorn 0.54 or newer: install both") from exc
     return protocols(**watch)
+
+
+def _name_of(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name)
+
+
+def _is_listening(sock: socket.socket) -> bool:
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
+    except OSError:  # it has been closed
+        return False
 
 
 class DownloadServer(uvicorn.Server):
@@ -118,13 +134,21 @@ class DownloadServer(uvicorn.Server):
         self._when_alive = when_alive
         self._taking: set[asyncio.Task[None]] = set()
         self._end = _End.NOT
+        self._hurries = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the shutdown; at a second signal, end at once."""
         if self._end is _End.DRAIN:
             self.stop_now()
-        else:
-            self.drain()
+            return
+        if sig == signal.SIGINT and is_in_foreground():
+            self.hurry()
+        self.drain()
+
+    def hurry(self) -> None:
+        """Give running downloads no time when the shutdown begins."""
+        self.drain_seconds, self.config.timeout_graceful_shutdown = 0.0, 0
+        self._hurries = True
 
     def drain(self) -> None:
         """Begin the shutdown. If it has begun, do nothing; if the server has retired, its time is limited now."""
@@ -164,8 +188,21 @@ class DownloadServer(uvicorn.Server):
                 connection.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, and accept connections."""
-        await super().startup(sockets=sockets)
+        """Start the application, and accept connections. Raises `Unavailable` if a socket cannot listen."""
+        names = [_name_of(one) for one in sockets or []]
+        problem: OSError | None = None
+        try:
+            await super().startup(sockets=sockets)
+        except OSError as exc:
+            problem = exc
+        if not all(map(_is_listening, sockets or [])):  # uvloop closes the socket then, without an error
+            await self.lifespan.shutdown()
+            raise Unavailable(
+                f"cannot listen on {', '.join(names)}: another process has just begun to listen there: stop it, or "
+                "give another port"
+            ) from problem
+        if problem is not None:
+            raise problem
         if self.started:
             self._when_ready()
 
@@ -240,7 +277,7 @@ class DownloadServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         await asyncio.sleep(_HANDSHAKE if self.config.ssl else _NAP)  # accepted connections become known
         deadline = shutdown_at = None
-        if self.server_state.connections and not self.force_exit:
+        if self.server_state.connections and not self.force_exit and not self._hurries:
             _logger.info("Waiting for connections to close. (CTRL+C to force quit)")
         while (self.server_state.connections or self.server_state.tasks or self._taking) and not self.force_exit:
             if self._end is _End.DRAIN:
@@ -260,7 +297,9 @@ class DownloadServer(uvicorn.Server):
     async def _abort_connections(self) -> None:
         """Reset the connections that are left, and end their applications."""
         tasks = list(self.server_state.tasks)
-        if tasks and not self.force_exit:
+        if tasks and self._hurries:
+            _logger.info("Ctrl-C: %d running downloads are cut", len(tasks))
+        elif tasks and not self.force_exit:
             _logger.error("Cancel %d running task(s), timeout graceful shutdown exceeded", len(tasks))
         for connection in self.server_state.connections:
             sock = connection.transport.get_extra_info("socket")

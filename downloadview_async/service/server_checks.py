@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 import ssl
 import stat
@@ -78,7 +79,10 @@ def _check_address(settings: Settings) -> None:
         )
     except (OSError, ValueError) as exc:  # ValueError: not a host name, such as 300 characters
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
-        problem = f"{server.host!r} has no address ({reason}): give an address of this machine, such as 127.0.0.1"
+        instead = "give an address of this machine, such as 127.0.0.1"
+        if "/" in server.host or re.search(r":[0-9]+\Z", server.host):
+            instead = "give the address alone, such as 127.0.0.1, and the port as server.port"
+        problem = f"{server.host!r} has no address ({reason}): {instead}"
         error = settings.error("server.host", problem)
         raise (Unavailable(str(error)) if isinstance(exc, OSError) else error) from exc
     problems: list[OSError] = []
@@ -98,10 +102,12 @@ def _check_address(settings: Settings) -> None:
         return
     reason = os.strerror(failed[0].errno or 0).lower()
     key = "server.host" if failed[0].errno in _NO_SUCH_ADDRESS else "server.port"
-    error = settings.error(
-        key,
-        f"cannot listen on {server.host}:{server.port} ({reason}): give another, or stop the process that uses it",
-    )
+    remedy = "give another, or stop the process that uses it"
+    if key == "server.host":
+        remedy = "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
+    elif failed[0].errno == errno.EACCES:
+        remedy = "this user may not use so low a port: give a higher one, such as 8000"
+    error = settings.error(key, f"cannot listen on {server.host}:{server.port} ({reason}): {remedy}")
     if failed[0].errno in (errno.EADDRINUSE, *_NO_SUCH_ADDRESS):
         raise Unavailable(str(error)) from failed[0]
     raise error from failed[0]

@@ -42,7 +42,7 @@ class ServerSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     reuse_port: Annotated[
         bool,
         Meta(
-            description="true to share the port with another process that has this, too (SO_REUSEPORT), or to take the "
+            description="true to share the port with another process that has this, too (SO_REUSEPORT), or take the "
             "place of another process at uds"
         ),
     ] = False
@@ -540,9 +540,9 @@ class Settings:
             log = LogSettings()
         return replace(self, log=log if self.server.access_log else None)
 
-    def error(self, key: str, problem: str) -> ConfigurationError:
-        """Return the error for a key such as `sources.files.root`."""
-        return self.origin.error(key, problem)
+    def error(self, key: str, problem: str, *, because: str = "") -> ConfigurationError:
+        """Return the error for a key such as `sources.files.root`, as `Origin.error` does."""
+        return self.origin.error(key, problem, because=because)
 
     @contextmanager
     def blaming(self, key: str) -> Iterator[None]:

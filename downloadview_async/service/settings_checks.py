@@ -11,7 +11,7 @@ from msgspec import Struct
 from downloadview_async.service.offload_checks import check_sending, checked_offload
 from downloadview_async.service.origin import COMMAND_LINE, Origin
 from downloadview_async.service.route_checks import check_limits, checked_routes
-from downloadview_async.service.schema import converted, instead_of
+from downloadview_async.service.schema import converted, fields_of, instead_of
 from downloadview_async.service.settings import (
     TABLES,
     AccountsSettings,
@@ -24,7 +24,7 @@ from downloadview_async.service.settings import (
     UsersSettings,
 )
 from downloadview_async.service.source_checks import checked_sources
-from downloadview_async.service.source_settings import PathSettings, SourceSettings, digests_mode
+from downloadview_async.service.source_settings import SOURCE_TYPES, PathSettings, SourceSettings, digests_mode
 from downloadview_async.service.values import CONTROL, KEY_LINE, bytes_of, seconds_of
 
 _Table = TypeVar("_Table", bound=Struct)
@@ -36,9 +36,15 @@ _MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_p
 def checked_settings(origin: Origin, data: Mapping[str, Any]) -> Settings:
     """Return the settings that all tables together give. Raises `ConfigurationError`."""
     _check_texts(origin, data)
-    for key in data:
+    for key, value in data.items():
         if key not in TABLES:
-            raise origin.error(key, f"unknown key: {instead_of(key, TABLES)}")
+            place = None if isinstance(value, dict | list) else _place_for(key)
+            raise origin.error(key, f"unknown key: {place or instead_of(key, TABLES)}")
+    if isinstance(data.get("routes"), dict):
+        problem = (
+            "expected array, got object: give tables, each written as [[routes]] with two brackets, even a single one"
+        )
+        raise origin.error("routes", problem)
     tables = _Tables(origin, data)
     server = _server(origin, tables.read("server"))
     sources = checked_sources(origin, tables.read("sources"))
@@ -48,7 +54,7 @@ def checked_settings(origin: Origin, data: Mapping[str, Any]) -> Settings:
     limits: LimitsSettings | None = tables.read("limits") if "limits" in data else None
     if limits is not None:
         check_limits(origin, "limits", limits)
-    digests = _with_paths(origin, tables.read("digests"), "store") if "digests" in data else None
+    digests = _with_paths(origin, "digests", tables.read("digests"), "store") if "digests" in data else None
     _check_digests(origin, digests, sources)
     settings = Settings(
         origin=origin,
@@ -61,14 +67,24 @@ def checked_settings(origin: Origin, data: Mapping[str, Any]) -> Settings:
         limits=limits,
         archives=_archives(origin, tables.read("archives")),
         accounts=_accounts(origin, tables.read("accounts")),
-        log=_with_paths(origin, tables.read("log"), "path") if "log" in data else None,
-        metrics=_with_paths(origin, tables.read("metrics"), "directory") if "metrics" in data else None,
-        pages=_with_paths(origin, tables.read("pages"), "logo", "templates"),
+        log=_with_paths(origin, "log", tables.read("log"), "path") if "log" in data else None,
+        metrics=_with_paths(origin, "metrics", tables.read("metrics"), "directory") if "metrics" in data else None,
+        pages=_with_paths(origin, "pages", tables.read("pages"), "logo", "templates"),
         digests=digests,
         content_types=tables.read("content_types"),
     )
     _check_needs_of_routes(settings)
     return settings
+
+
+def _place_for(key: str) -> str | None:
+    """Return the end of an error about a key that belongs into a table, or None if no table has it."""
+    kinds = {f"[{table}]": kind for table, kind in TABLES.items() if table != "routes"}
+    kinds["[[routes]]"] = TABLES["routes"]
+    tables = [table for table, kind in kinds.items() if key in fields_of(kind)]
+    if any(key in fields_of(kind) for kind in SOURCE_TYPES.values()):
+        tables.append("[sources.NAME]")
+    return f"write it below {' or '.join(tables)}" if tables else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +103,9 @@ class _Tables:
         return converted(self.origin, key, table, TABLES[key])
 
 
-def _with_paths(origin: Origin, table: _Table, *names: str) -> _Table:
-    """Return a table whose paths are absolute. names: the keys of the paths, which may be None."""
-    paths = {name: origin.absolute(path) for name in names if (path := getattr(table, name))}
+def _with_paths(origin: Origin, key: str, table: _Table, *names: str) -> _Table:
+    """Return a table whose paths are absolute. key: that of the table. names: those of the paths, which may be None."""
+    paths = {name: origin.absolute(f"{key}.{name}", path) for name in names if (path := getattr(table, name))}
     return msgspec.structs.replace(table, **paths)
 
 
@@ -123,13 +139,15 @@ def _check_texts(origin: Origin, data: Mapping[str, Any]) -> None:
         elif isinstance(value, str):
             forbidden = "\0" if _MAY_HAVE_LINES.fullmatch(key) else CONTROL
             if (match := re.search(forbidden, value)) is not None:
-                raise origin.error(key, f"a control character ({match[0]!r}): remove it")
+                is_path = re.match("[A-Za-z]:", value) is not None
+                instead = "write the backslashes in single quotes" if is_path else "remove it"
+                raise origin.error(key, f"a control character ({match[0]!r}): {instead}")
 
 
 def _server(origin: Origin, server: ServerSettings) -> ServerSettings:
     """Return the table with absolute paths; those from the command line stay relative to the current directory."""
     names = [name for name in _SERVER_PATHS if origin.keys.get(f"server.{name}") != COMMAND_LINE]
-    return _with_paths(origin, server, *names)
+    return _with_paths(origin, "server", server, *names)
 
 
 def _links(origin: Origin, links: LinksSettings, server: ServerSettings) -> LinksSettings:
@@ -147,10 +165,11 @@ def _links(origin: Origin, links: LinksSettings, server: ServerSettings) -> Link
         raise origin.error(
             "links.store",
             f"memory: is for one worker, and there are {server.workers}: give such as sqlite:links.db",
+            because="server.workers",
         )
     if store is not None and store.startswith("sqlite:"):
-        store = f"sqlite:{origin.absolute(store.removeprefix('sqlite:'))}"
-    keys = links.keys if KEY_LINE.search(links.keys) else origin.absolute(links.keys)
+        store = f"sqlite:{origin.absolute('links.store', store.removeprefix('sqlite:'))}"
+    keys = links.keys if KEY_LINE.search(links.keys) else origin.absolute("links.keys", links.keys)
     return msgspec.structs.replace(links, keys=keys, store=store, **ages)
 
 
@@ -167,7 +186,7 @@ def _check_digests(origin: Origin, digests: DigestsSettings | None, sources: Map
 def _users(origin: Origin, users: UsersSettings) -> UsersSettings:
     if (users.file is None) == (users.header is None):
         raise origin.error("users", "give either a file or a header, and not both")
-    return _with_paths(origin, users, "file")
+    return _with_paths(origin, "users", users, "file")
 
 
 def _archives(origin: Origin, archives: ArchivesSettings) -> ArchivesSettings:
@@ -177,7 +196,7 @@ def _archives(origin: Origin, archives: ArchivesSettings) -> ArchivesSettings:
             "archives.max_bytes",
             f"{archives.max_bytes!r} is not a size: give a number of bytes, or a size such as 10GiB",
         )
-    return msgspec.structs.replace(_with_paths(origin, archives, "checksums"), max_bytes=size)
+    return msgspec.structs.replace(_with_paths(origin, "archives", archives, "checksums"), max_bytes=size)
 
 
 def _accounts(origin: Origin, accounts: AccountsSettings) -> AccountsSettings:
@@ -186,4 +205,4 @@ def _accounts(origin: Origin, accounts: AccountsSettings) -> AccountsSettings:
         raise origin.error("accounts.keep", f"{accounts.keep!r} is not a time: give such as 90d or 24h")
     if accounts.proxy_log is not None and accounts.database is None:
         raise origin.error("accounts.database", "missing: the log of the proxy is counted in a database")
-    return msgspec.structs.replace(_with_paths(origin, accounts, "proxy_log"), keep=keep)
+    return msgspec.structs.replace(_with_paths(origin, "accounts", accounts, "proxy_log"), keep=keep)

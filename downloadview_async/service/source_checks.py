@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 import msgspec
 
 from downloadview_async.service.origin import Origin
-from downloadview_async.service.schema import converted, instead_of
+from downloadview_async.service.schema import converted, fields_of, instead_of
 from downloadview_async.service.source_settings import (
     SOURCE_TYPES,
     CacheSettings,
@@ -42,7 +42,10 @@ def _source(origin: Origin, name: str, table: Any) -> SourceSettings:
     if not re.fullmatch("[A-Za-z0-9_-]+", name):
         raise origin.error(key, "not a valid source name: use letters, digits, - and _")
     if not isinstance(table, dict):
-        raise origin.error(key, f"must be a table: write it as [{key}]")
+        problem = f"write it as [{key}]"
+        if any(name in fields_of(kind) for kind in SOURCE_TYPES.values()):
+            problem = "a source has a name: write its keys below such as [sources.files]"
+        raise origin.error(key, f"must be a table: {problem}")
     if "type" not in table:
         raise origin.error(f"{key}.type", f"missing: give one of {', '.join(SOURCE_TYPES)}")
     kind = SOURCE_TYPES.get(str(table["type"]))
@@ -50,17 +53,18 @@ def _source(origin: Origin, name: str, table: Any) -> SourceSettings:
         raise origin.error(
             f"{key}.type", f"unknown type {table['type']!r}: {instead_of(str(table['type']), SOURCE_TYPES)}"
         )
-    source = cast("SourceSettings", converted(origin, key, table, kind))
+    source = cast("SourceSettings", converted(origin, key, table, kind, because=f"{key}.type"))
     if isinstance(source, StorageSettings | RemoteSettings):
         _check_url(origin, f"{key}.url", source.url)
     if (cache := cache_of(source)) is not None:
         source = msgspec.structs.replace(source, cache=_cache(origin, f"{key}.cache", cache))
     if isinstance(source, PathSettings):
-        return msgspec.structs.replace(source, root=origin.absolute(source.root))
+        return msgspec.structs.replace(source, root=origin.absolute(f"{key}.root", source.root))
     if isinstance(source, ChosenSettings):
-        return ChosenSettings(paths=[origin.absolute(path) for path in source.paths])
+        return ChosenSettings(paths=[origin.absolute(f"{key}.paths", path) for path in source.paths])
     if isinstance(source, StorageSettings) and re.match("file:[^/]", source.url):
-        path = origin.absolute(os.fsdecode(unquote_to_bytes(os.fsencode(source.url.removeprefix("file:")))))
+        path = os.fsdecode(unquote_to_bytes(os.fsencode(source.url.removeprefix("file:"))))
+        path = origin.absolute(f"{key}.url", path)
         source = msgspec.structs.replace(source, url=f"file://{quote(os.fsencode(path))}")
     if isinstance(source, StorageSettings) and not _OBJECT_STORE.match(source.url):
         for option in ("options", "presign", "max_connections"):
@@ -103,7 +107,7 @@ def _cache(origin: Origin, key: str, cache: CacheSettings) -> CacheSettings:
             f"{key}.max_age",
             f"{cache.max_age!r} is not a time: give a number of seconds, or a time such as 10m or 1d",
         )
-    return CacheSettings(path=origin.absolute(cache.path), max_bytes=size, max_age=age)
+    return CacheSettings(path=origin.absolute(f"{key}.path", cache.path), max_bytes=size, max_age=age)
 
 
 def _check_caches(origin: Origin, sources: Mapping[str, SourceSettings]) -> None:

@@ -1,4 +1,8 @@
-"""The terminal from which the service was started: SIGHUP means that it was closed, or that a reload is wanted."""
+"""The terminal from which the service was started: what SIGHUP and SIGINT mean.
+
+SIGHUP means that the terminal was closed, or that a reload is wanted. SIGINT means Ctrl-C, after which nobody wants to
+wait, or that another program ends the service.
+"""
 
 import os
 import signal
@@ -11,12 +15,17 @@ class Terminal:
     """
 
     def __init__(self) -> None:
-        self._matters = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _foreground() == os.getpgrp()
+        self._matters = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and is_in_foreground()
 
     @property
     def was_closed(self) -> bool:
         """Whether the process was started in the foreground of a terminal that has been closed."""
         return self._matters and _foreground() is None
+
+
+def is_in_foreground() -> bool:
+    """Return whether this process is in the foreground of a terminal, so that SIGINT means Ctrl-C."""
+    return _foreground() == os.getpgrp()
 
 
 def _foreground() -> int | None:

@@ -35,7 +35,7 @@ from downloadview_async.service.server import DownloadServer, config_for
 from downloadview_async.service.server_checks import check_certificate
 from downloadview_async.service.settings import Settings, Unavailable
 from downloadview_async.service.systemd import Notifier
-from downloadview_async.service.terminal import Terminal
+from downloadview_async.service.terminal import Terminal, is_in_foreground
 
 WRONG_SETTINGS = 2
 """The exit status if the settings are wrong: trying again does not help."""
@@ -50,7 +50,7 @@ _POLL = 0.5  # seconds between two looks at watched files
 _MARGIN = 10.0  # seconds after the time of a shutdown in which a worker has to end
 
 # what the parent says
-_DRAIN, _DRAIN_LAST, _RETIRE, _NOW = b"drain", b"last", b"retire", b"now"
+_DRAIN, _DRAIN_LAST, _RETIRE, _NOW, _HURRY = b"drain", b"last", b"retire", b"now", b"hurry"
 # what a worker says
 _READY, _LEAVING, _CLOSED, _FAILED, _ALIVE = b"r", b"l", b"c", b"f", b"."
 
@@ -147,7 +147,8 @@ class _WorkerServer(DownloadServer):
         if order in (_DRAIN, _DRAIN_LAST):  # all workers do
             self.shares_sockets, self.shares_port = self._are_inherited, self._settings.server.reuse_port
             self.closes_last = order == _DRAIN_LAST
-        {_DRAIN: self.drain, _DRAIN_LAST: self.drain, _RETIRE: self.retire, _NOW: self.stop_now}[order]()
+        orders = {_DRAIN: self.drain, _DRAIN_LAST: self.drain, _RETIRE: self.retire, _NOW: self.stop_now}
+        (orders | {_HURRY: self.hurry})[order]()
 
 
 class _Worker:
@@ -308,20 +309,24 @@ class Workers:
 
     def _handle_signals(self) -> None:
         while self._signals:
-            is_hangup = self._signals.pop(0) == signal.SIGHUP
+            number = self._signals.pop(0)
+            is_hangup = number == signal.SIGHUP
             if is_hangup and not self._terminal.was_closed:
                 self._wants_reload = True
             elif self._kill_at is None:
-                self._shut_down()
+                self._shut_down(hurries=number == signal.SIGINT and is_in_foreground())
             elif not is_hangup:
                 self._tell_all(_NOW, 0)
 
-    def _shut_down(self) -> None:
+    def _shut_down(self, *, hurries: bool) -> None:
         server = self._settings.server
+        seconds = 0.0 if hurries else server.drain_seconds + server.timeout_graceful_shutdown
         self._notifier.stopping()
         for listener in self._listeners.sockets:
             listener.close()
-        self._tell_all(_DRAIN, server.drain_seconds + server.timeout_graceful_shutdown, last=_DRAIN_LAST)
+        if hurries:
+            self._tell_all(_HURRY, seconds)
+        self._tell_all(_DRAIN, seconds, last=_DRAIN_LAST)
         for worker in self._everyone:
             worker.end_unless_ready()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 
-from downloadview_async.errors import FileError, TransferAborted, UpstreamError, UpstreamTimeout
+from downloadview_async.errors import AccessDenied, FileError, TransferAborted, UpstreamError, UpstreamTimeout
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import (
@@ -125,7 +125,21 @@ class OpenObject:
                 raise
             if (instead := _instead_of(options, exc)) is not None:
                 raise _Refused(instead) from exc
-            raise file_error(exc, self._name) from exc
+            error = file_error(exc, self._name)
+            if "head" in options and isinstance(error, AccessDenied):
+                await self._raise_if_misconfigured()
+            raise error from exc
+
+    async def _raise_if_misconfigured(self) -> None:
+        """Raise `UpstreamError` if the store refuses the credentials: only the body of an answer to a GET says that."""
+        import obstore
+
+        with anyio.move_on_after(self._answer_timeout):
+            try:
+                await obstore.get_async(self._store, self._name, options={"range": (0, 1)})
+            except Exception as exc:
+                if isinstance(error := file_error(exc, self._name), UpstreamError):
+                    raise error from exc
 
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span: from the open answer if they come next in it, else from a new one.

@@ -198,7 +198,14 @@ async def test_the_checksums_of_a_folder_are_those_that_are_known(
         assert b"  a.bin\n" in (await ask(port, "/files/?checksum=sha256")).body
         head = await ask(port, "/files/folder/?checksum=sha256", method="HEAD")
         assert (head.status, head.body) == (200, b"")
-        for path, status in [("folder/?checksum=md5", 400), ("none/?checksum=sha256", 404)]:
+        for path, status in [
+            ("folder/?checksum=md5", 400),
+            ("none/?checksum=sha256", 404),
+            ("none/?checksum=md5", 404),
+            ("a.bin?checksum=md5", 400),
+            ("none.bin?checksum=md5", 404),
+            ("folder?checksum=md5", 308),
+        ]:
             assert (await ask(port, f"/files/{path}")).status == status
         assert (await ask(port, "/files/folder?checksum=sha256")).status == 308
     async with served(application(source, digests, listing=True, access=nobody)) as port:

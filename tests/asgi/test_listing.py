@@ -500,8 +500,15 @@ async def test_what_cannot_be_listed_is_refused() -> None:
 
 async def test_a_route_whose_parameter_matches_no_slash_is_refused(root: Path) -> None:
     endpoint = Starlette(routes=[Route("/files/{name}", dv.Download(dv.PathSource(root), listing=True))])
-    with pytest.raises(dv.ConfigurationError, match="matches no slashes"):
-        await call(endpoint, "/files/sub")
+    for path in ("/files/sub", "/files/a.txt", "/files/none"):  # whatever is asked for first
+        with pytest.raises(dv.ConfigurationError, match="matches no slashes"):
+            await call(endpoint, path)
+    two = dv.Download(dv.PathSource(root), listing=True)
+    endpoint = Starlette(routes=[Route("/all/{path:path}", two), Route("/files/{name}", two)])
+    for _ in range(2):
+        assert (await call(endpoint, "/all/a.txt")).status == 200
+        with pytest.raises(dv.ConfigurationError, match="matches no slashes"):
+            await call(endpoint, "/files/a.txt")
 
 
 async def test_a_key_that_a_function_makes(root: Path) -> None:

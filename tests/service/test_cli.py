@@ -607,6 +607,8 @@ def test_a_port_that_is_taken_is_one_line_and_worth_another_try(directory: Path,
         ("nothing.invalid", 3, "server.host: 'nothing.invalid' has no address"),
         ("a" * 300, 2, "has no address (encoding with 'idna' codec failed"),
         ("a..b", 2, "server.host: 'a..b' has no address"),
+        ("http://127.0.0.1", 3, "give the address alone, such as 127.0.0.1, and the port as server.port"),
+        ("127.0.0.1:8000", 3, "give the address alone, such as 127.0.0.1, and the port as server.port"),
     ],
 )
 def test_an_address_that_is_not_of_this_machine_is_one_line(

@@ -65,9 +65,34 @@ def refused(directory: Path, text: str | bytes, *arguments: str, env: Mapping[st
 
 
 HOSTILE: dict[str, tuple[str | bytes, str]] = {
-    "a byte order mark": (b"\xef\xbb\xbf[server]\n", "not valid TOML"),
-    "UTF-16": ("[server]\n".encode("utf-16"), "not valid TOML"),
-    "Latin-1": (b'[server]\nhost = "\xe9"\n', "not valid TOML"),
+    "a byte order mark": (
+        b"\xef\xbb\xbf[server]\n",
+        "not valid TOML: the file begins with a byte order mark of UTF-8: save it as UTF-8 without one",
+    ),
+    "UTF-16": (
+        "[server]\n".encode("utf-16"),
+        "not valid TOML: the file begins with a byte order mark of UTF-16: save it as UTF-8 without one",
+    ),
+    "UTF-16 without a mark": (
+        "[server]\n".encode("utf-16-le"),
+        "it has NUL characters, as UTF-16 has: save the file as UTF-8",
+    ),
+    "Latin-1": (
+        b'[server]\nhost = "\xe9"\n',
+        "not valid TOML: line 2 is not UTF-8: save the file as UTF-8",
+    ),
+    "a path of Windows": (
+        b'[sources.a]\ntype = "path"\nroot = "C:\\data"\n',
+        r"a backslash in double quotes begins an escape: write \\, or write the text in single quotes",
+    ),
+    "another path of Windows": (
+        b'[sources.a]\ntype = "path"\nroot = "C:\\users"\r\n',
+        "a backslash in double quotes begins an escape",
+    ),
+    "a text without quotes": (b"[server]\nhost = localhost\n", 'write a text in quotes, such as "files"'),
+    "curly quotes": ("[server]\nhost = \u201clocalhost\u201d\n", 'write straight quotes: "'),
+    "a colon": (b"[server]\nport: 8000\n", "write = between a key and its value, not :"),
+    "JSON": (b'{"server": {"port": 8000}}\n', "it looks like JSON: write [server]"),
     "a NUL": (b"\0", "not valid TOML"),
     "a NUL in a text": (b'[server]\nhost = "\0"\n', "not valid TOML"),
     "lists in lists": (b"a = " + b"[" * 10_000 + b"]" * 10_000, "nested too deeply"),
@@ -386,3 +411,10 @@ def test_any_value_of_any_key_is_taken_or_refused(directory: Path, where: tuple[
         settings = load_settings(None, environ=environ)
         build(settings)
         anyio.run(check_databases, settings)
+
+
+def test_line_ends_of_windows_are_line_ends(directory: Path) -> None:
+    (directory / "s.toml").write_bytes((FILES + ROUTE).replace("\n", "\r\n").encode())
+    settings = load_settings("s.toml", environ={})
+    assert settings.sources == {"files": PathSettings(root=str(directory / "files"))}
+    assert [route.path for route in settings.routes] == ["/f/{path:path}"]

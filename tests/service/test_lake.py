@@ -225,6 +225,23 @@ def test_redirects_to_a_real_server(s3: S3, tmp_path: Path) -> None:
     assert fetched.headers["content-disposition"].startswith("inline; filename=")
 
 
+def test_a_wrong_secret_is_a_502_on_a_route_that_redirects_too(
+    s3: S3, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    s3.put("lake/a.txt", b"0123456789")
+    more = f'[sources.lake.presign]\nexpires = "30s"\n{REDIRECT}'
+    with TestClient(lake(s3, tmp_path, more, (f'"{SECRET}"', '"another"')), follow_redirects=False) as client:
+        answer = client.get("/lake/a.txt")
+        assert (answer.status_code, answer.text) == (502, "Bad Gateway")
+        (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert "the store refuses the bucket or the credentials (SignatureDoesNotMatch)" in record.getMessage()
+        ready = client.get("/-/readyz")
+        assert (ready.status_code, ready.text) == (503, "lake\n")
+    denied = lake(s3, tmp_path, more, (KEY_ID, DENIED_ID))
+    with TestClient(denied, follow_redirects=False) as client:  # a store that denies one object may give others
+        assert client.get("/lake/a.txt").status_code == 404
+
+
 @pytest.mark.parametrize("counts", [True, False])
 def test_a_redirect_has_the_id_of_the_request_if_downloads_are_counted(s3: S3, tmp_path: Path, counts: bool) -> None:
     s3.put("lake/a.txt", b"0123456789")

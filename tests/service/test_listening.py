@@ -2,7 +2,10 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +68,32 @@ def test_a_socket_that_begins_no_more_can_be_closed_without_a_reset(stack: conte
     with accepted:
         accepted.sendall(b"x")
         assert before.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_port_that_is_taken_during_the_start_ends_all_workers(tmp_path: Path, loop: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gate, socket.socket() as other:
+        (tmp_path / "slow.py").write_text(
+            "import contextlib, multiprocessing, socket\n"
+            "if multiprocessing.parent_process() is not None:\n"
+            "    with contextlib.suppress(OSError):\n"
+            f"        socket.create_connection({gate.getsockname()}).recv(1)\n"
+            "def make(name): ...\n"
+        )
+        (tmp_path / "downloadview.toml").write_text(
+            '[sources.v]\ntype = "virtual"\nfactory = "slow:make"\n[[routes]]\npath = "/{path:path}"\nsource = "v"\n'
+        )
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "downloadview_async", "serve", "--port", str(port), "--loop", loop]
+        with subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+            waiting, _ = gate.accept()  # a worker: the parent has bound the port
+            other.listen()
+            gate.close()
+            waiting.close()
+            _, said = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert f"downloadview: cannot listen on 127.0.0.1:{port}: another process has just begun to listen there" in said
+    assert "Traceback" not in said
+    assert "Listening on" not in said

@@ -22,6 +22,7 @@ from downloadview_async.service.app import build
 from downloadview_async.service.check.run import check as checks
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.schema import description_of
+from downloadview_async.service.server import config_for
 from downloadview_async.service.settings import RouteSettings, ServerSettings, Settings
 from downloadview_async.service.source_settings import (
     CacheSettings,
@@ -191,7 +192,33 @@ REFUSED = [
     (
         "port = 8000",
         "port",
-        "unknown key: use one of accounts, archives, content_types, digests, limits, links, log, ",
+        "unknown key: write it below [server]",
+    ),
+    ('root = "files"', "root", "unknown key: write it below [sources.NAME]"),
+    ('source = "files"', "source", "unknown key: write it below [[routes]] or [sources.NAME]"),
+    ("[source.files]\ntype = 'path'", "source", "did you mean 'sources'?"),
+    ('[sources]\ntype = "path"', "sources.type", "a source has a name: write its keys below such as [sources.files]"),
+    (f'{FILES}[routes]\npath = "/x"', "routes", "give tables, each written as [[routes]] with two brackets"),
+    (
+        r"""[sources.a]
+type = "path"
+root = 'C:\data'""",
+        "sources.a.root",
+        "is a path of Windows: give one of this system",
+    ),
+    (
+        r"""[log]
+path = '\\server\share\log'""",
+        "log.path",
+        "is a path of Windows",
+    ),
+    (
+        r"""[sources.a]
+type = "path"
+root = "C:\temp\""""
+        + '"',
+        "sources.a.root",
+        "a control character ('\\t'): write the backslashes in single quotes",
     ),
     ("[servre]", "servre", "did you mean 'server'?"),
     ("[server]\nprot = 1", "server.prot", "did you mean 'port'?"),
@@ -562,6 +589,69 @@ def test_a_mistake_in_a_variable_names_the_variable(directory: Path, environ: di
     with pytest.raises(ConfigurationError) as refused:
         load(directory, FILES + ROUTE, environ)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "environ, text, message",
+    [
+        (
+            {"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx"},
+            '[sources.a]\ntype = "remote"\nurl = "http://127.0.0.1:1/"',
+            "offload.rules: no source is local, so the proxy sends nothing: add a rule, or remove the backend "
+            "(offload.backend comes from DOWNLOADVIEW_OFFLOAD__BACKEND)",
+        ),
+        (
+            {"DOWNLOADVIEW_OFFLOAD__BACKEND": "caddy"},
+            f"{FILES}[offload]\nlimit_rate = 1",
+            "(offload.backend comes from DOWNLOADVIEW_OFFLOAD__BACKEND)",
+        ),
+        (
+            {"DOWNLOADVIEW_SERVER__WORKERS": "2"},
+            '[links]\nkeys = "keys"\nstore = "memory:"',
+            "give such as sqlite:links.db (server.workers comes from DOWNLOADVIEW_SERVER__WORKERS)",
+        ),
+        (
+            {"DOWNLOADVIEW_SOURCES__FILES__TYPE": "remote"},
+            FILES,
+            "(sources.files.type comes from DOWNLOADVIEW_SOURCES__FILES__TYPE)",
+        ),
+    ],
+)
+def test_a_variable_that_takes_part_in_a_mistake_of_the_file_is_named(
+    directory: Path, environ: dict[str, str], text: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        load(directory, text, environ)
+    assert str(refused.value).startswith(f"{directory / 'downloadview.toml'}: ")
+    assert str(refused.value).endswith(message)
+
+
+def test_the_variable_of_uvicorn_is_named_instead_of_the_file(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "1.2.3")
+    with pytest.raises(ConfigurationError, match=r"^FORWARDED_ALLOW_IPS: server\.forwarded_allow_ips: '1.2.3' is not"):
+        build(load(directory, f'{FILES}{ROUTE}[users]\nheader = "X-User"\n', {"FORWARDED_ALLOW_IPS": "1.2.3"}))
+    text = f'{FILES}{ROUTE}[users]\nheader = "X-User"\n[server]\nforwarded_allow_ips = "4.5"\n'
+    with pytest.raises(ConfigurationError, match=r"^.*downloadview\.toml: server\.forwarded_allow_ips: '4.5'"):
+        build(load(directory, text, {"FORWARDED_ALLOW_IPS": "1.2.3"}))
+
+
+def test_the_number_of_workers_of_other_servers_is_ignored(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEB_CONCURRENCY", "many")
+    settings = load(directory, FILES + ROUTE)
+    build(settings)
+    assert config_for(None, settings).workers == 1
+
+
+def test_a_path_may_begin_in_the_home_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(directory))
+    (directory / "settings").mkdir()
+    text = '[sources.files]\ntype = "path"\nroot = "~/files"\n[sources.media]\ntype = "storage"\nurl = "file:~/files"\n'
+    settings = load(directory / "settings", f'{text}{ROUTE}[log]\npath = "~/log"\n')
+    assert settings.sources["files"] == PathSettings(root=str(directory / "files"))
+    assert settings.sources["media"] == StorageSettings(url=f"file://{directory}/files")
+    assert settings.log is not None
+    assert settings.log.path == str(directory / "log")
+    build(settings)
 
 
 def test_the_command_line_wins_over_variables(directory: Path) -> None:

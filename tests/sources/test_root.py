@@ -174,6 +174,30 @@ def test_links_that_stay_inside_are_followed_and_no_others(
         assert read(root, name) == content
 
 
+@pytest.mark.parametrize(
+    "symlinks, name, problem",
+    [
+        (
+            "inside",
+            "out",
+            'is, or is below, a symbolic link that is absolute or leads out of the root: symlinks = "follow"',
+        ),
+        ("inside", "absolute", "a symbolic link that is absolute or leads out of the root"),
+        ("deny", "to-file", 'is, or is below, a symbolic link: symlinks = "inside" or "follow" would allow it'),
+        ("deny", "to-directory/b.txt", "a symbolic link: symlinks"),
+        ("inside", "loop", "Too many levels of symbolic links"),
+    ],
+)
+def test_the_log_tells_that_a_link_was_refused(
+    base: Path, use_openat2: bool, symlinks: Symlinks, name: str, problem: str
+) -> None:
+    root = Root(base, symlinks=symlinks, use_openat2=use_openat2)
+    with pytest.raises(AccessDenied) as refused:
+        root.open(name)
+    assert problem in str(refused.value)
+    assert "cross-device" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", LINKS)
 def test_no_link_is_followed_where_links_are_denied(base: Path, use_openat2: bool, name: str) -> None:
     root = Root(base, symlinks="deny", use_openat2=use_openat2)

@@ -11,11 +11,13 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from jinja2 import Environment, FileSystemLoader, Template, TemplateError
+from jinja2.meta import find_referenced_templates
 from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import Response
 
 from downloadview_async import ConfigurationError, Entry, ListingPage, Pages, ViewPage
+from downloadview_async.service.schema import instead_of
 from downloadview_async.service.settings import Settings
 
 MAX_LOGO = 64 * 1024
@@ -24,6 +26,7 @@ MAX_LOGO = 64 * 1024
 TEMPLATES = ("index.html", "listing.html", "view.html", "error.html")
 """The pages that a template may replace."""
 
+_TEXTS = ("page.css", "page.js")
 _TIME = datetime(2026, 1, 31, tzinfo=UTC)
 _ROUTE = {"name": "Files", "path": "/files/{path:path}", "parameter": "{path:path}", "kind": "a directory"}
 _SAMPLES: dict[str, dict[str, Any]] = {
@@ -162,6 +165,30 @@ class ServicePages(Pages):
             "quote": quote,
             "icon": self.icon,
         }
+
+
+def unused_templates(settings: Settings) -> Iterator[str]:
+    """Yield a sentence for each file among the templates that is neither a page of the service nor used by one."""
+    if (templates := settings.pages.templates) is None:
+        return
+    pages = [*TEMPLATES, *_TEXTS]
+    used, left = {*pages}, [*TEMPLATES]
+    while left:
+        names = _names_in(Path(templates, left.pop()))
+        left += names - used
+        used |= names
+    for path in sorted(Path(templates).iterdir()):
+        if path.is_file() and path.name not in used and not path.name.startswith("."):
+            yield f"pages.templates: {str(path)!r} is not used: {instead_of(path.name, pages)}"
+
+
+def _names_in(path: Path) -> set[str]:
+    """Return the names of the files that a template includes or extends, as far as it says them; none without one."""
+    try:
+        parsed = Environment(autoescape=True).parse(path.read_text(encoding="utf-8"))
+    except (OSError, TemplateError, UnicodeDecodeError):  # one that is used, and wrong, is refused elsewhere
+        return set()
+    return {name for name in find_referenced_templates(parsed) if name is not None}
 
 
 def _image(path: Path) -> str:

@@ -209,7 +209,7 @@ class Root:
             # not cached, on another file system, outside the root, or the call is refused: `open` will find out
             if exc.errno == errno.EXDEV or exc.errno not in _ANSWERS:
                 return None
-            raise file_error(exc) from exc
+            raise self._error(exc) from exc
         opened = _only_regular(descriptor, quick=True, settled=False)
         if self.settles and unsettled_seconds(opened.status.st_mtime_ns, time.time_ns()):
             os.close(descriptor)
@@ -262,7 +262,17 @@ class Root:
             descriptor = self._open_in_kernel(name, flags) if self.use_openat2 else None
             return self._open_portably(name, segments, flags) if descriptor is None else descriptor
         except OSError as exc:
-            raise file_error(exc) from exc
+            raise self._error(exc) from exc
+
+    def _error(self, exc: OSError) -> FileError:
+        """Return our error for one of opening a name. It says if a link was refused: the kernel's text does not."""
+        if self.symlinks == "inside" and exc.errno == errno.EXDEV:
+            problem = 'a symbolic link that is absolute or leads out of the root: symlinks = "follow" would allow it'
+        elif self.symlinks == "deny" and exc.errno == errno.ELOOP:
+            problem = 'a symbolic link: symlinks = "inside" or "follow" would allow it'
+        else:
+            return file_error(exc)
+        return AccessDenied(f"{exc.filename!r} is, or is below, {problem}")
 
     def _open_in_kernel(self, name: str, flags: int) -> int | None:
         """Return a descriptor, or None if the kernel refuses the call, so that other calls have to do its work."""
