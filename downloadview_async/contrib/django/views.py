@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
@@ -68,8 +67,8 @@ class DownloadMixin:
     allow_unsafe_arguments = False
     """Whether the URL's arguments may lead out of a directory to which the view joins them.
 
-    False: an argument that is absolute, or contains `..` as a segment or NUL, gives a 404. So does one that is so once
-    backslashes count as slashes, or when it is percent-decoded once more. True: the view checks its arguments itself.
+    False: an argument that is absolute, or contains `..` as a segment or NUL, gives a 404. Backslashes count as
+    slashes. True: the view checks its arguments itself.
     """
 
     file_instance: Any = None
@@ -450,8 +449,8 @@ async def _awaited(response: Any) -> Any:
 
 
 def leads_out(argument: str) -> bool:
-    """Return whether an argument may lead out of a directory, even if it is decoded once more or has backslashes."""
-    return any(_LEADS_OUT.search(text.replace("\\", "/")) for text in (argument, unquote(argument)))
+    """Return whether an argument may lead out of a directory to which it is joined."""
+    return _LEADS_OUT.search(argument.replace("\\", "/")) is not None
 
 
 _GETS = {BaseDownloadView.get, ObjectDownloadView.get}

@@ -41,13 +41,12 @@ FORBIDDEN = [
     "%2e%2e/secret.txt",
     "x/..%2f..%2fsecret.txt",
     "..%5csecret.txt",
-    "..%252fsecret.txt",
+    "%2e%2e%2fsecret.txt",
+    "%5cetc%5cpasswd",
     "%2fetc%2fpasswd",
     "/etc/passwd",
-    "%252fetc%252fpasswd",
     "a.txt%00",
     "a.txt%00.png",
-    "a.txt%2500",
     "..",
     "%2e%2e",
 ]
@@ -230,8 +229,11 @@ async def test_no_argument_leads_out_of_a_directory(root: Path, kind: str, how: 
 async def test_names_with_dots_and_percent_signs_are_names(root: Path) -> None:
     (root / "files" / "50%25.txt").write_bytes(b"0123456789")
     (root / "files" / "...").write_bytes(b"0123456789")
+    (root / "files" / "%2e%2e%2fx").write_bytes(b"0123456789")
     urls = Urls(Joined.as_view(directory=root / "files"))
-    for answer in await answers("ours", urls, ["/f/a..b", "/f/50%2525.txt", "/f/...", "/f/./a.txt"]):
+    for answer in await answers(
+        "ours", urls, ["/f/a..b", "/f/50%2525.txt", "/f/...", "/f/./a.txt", "/f/%252e%252e%252fx"]
+    ):
         assert (answer.status, answer.body) == (200, b"0123456789")
 
 
