@@ -45,9 +45,17 @@ from downloadview_async.errors import (
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.plan import Plan, Presentation, describe, make_redirect_plan
+from downloadview_async.http.plan import Presentation, describe, make_redirect_plan
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, CountedRedirect, OffloadBackend, Redirect, rated, signed
+from downloadview_async.offload.base import (
+    EXTENSION,
+    CountedRedirect,
+    OffloadBackend,
+    Redirect,
+    RedirectHeaders,
+    rated,
+    signed,
+)
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.limits.limits import TRANSFERS
@@ -250,9 +258,9 @@ class DownloadResponse(Response):
         if (
             scope["method"] == "GET"
             and self.redirect is not None
-            and (plan := await self._redirection(scope)) is not None
+            and (redirection := await self._redirection(scope)) is not None
         ):
-            start = self._start(Answer(plan, raw(plan.headers)), scope)
+            start = self._start(redirection, scope)
             await deliver(Redirected(), start, send, facts=scope.get(ACCOUNT))
             return
         order = self._order(scope)
@@ -340,7 +348,7 @@ class DownloadResponse(Response):
         else:
             await deliver(delivery, start, send, receive=receive, facts=facts)
 
-    async def _redirection(self, scope: Scope) -> Plan | None:
+    async def _redirection(self, scope: Scope) -> Answer | None:
         """Return the answer that redirects the client, or None: send the file. Raises `FileError`."""
         assert self.redirect is not None
         added = text_of(header for header in self.raw_headers if header[0] != b"set-cookie")
@@ -352,6 +360,7 @@ class DownloadResponse(Response):
         request_id = request_id_of(scope)
         if request_id is not None:
             scope[ACCOUNT].describe(self.file.name, metadata.etag, metadata.size)
+        headers: RedirectHeaders | None
         if request_id is not None and isinstance(self.redirect, CountedRedirect):
             headers = await self.redirect.counted_headers_for(self.file, described, request_id)
         else:
@@ -362,7 +371,10 @@ class DownloadResponse(Response):
             await spending
         if USE in scope:
             await claim(scope[USE], metadata)
-        return make_redirect_plan(added, headers)
+        single = {name: value for name, value in headers.items() if isinstance(value, str)}
+        plan = make_redirect_plan(added, single)
+        lines = [(name, line) for name, value in headers.items() if not isinstance(value, str) for line in value]
+        return Answer(plan, [*raw(plan.headers), *(field for name, line in lines for field in raw({name: line}))])
 
     def _lend(self, opened: OpenFile, metadata: FileMetadata, offer: Offer, start: Message, scope: Scope) -> None:
         """Keep a local file open while the answer waits for the application, which may delete the file."""

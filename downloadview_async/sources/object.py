@@ -16,7 +16,15 @@ from downloadview_async.http.dates import http_seconds
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
-from downloadview_async.sources.base import AsyncFile, OpenFile, Source, check_function, check_source, pass_listing_on
+from downloadview_async.sources.base import (
+    AsyncFile,
+    OpenFile,
+    Source,
+    check_function,
+    check_source,
+    object_url_of,
+    pass_listing_on,
+)
 from downloadview_async.sources.listing import Entry, accepted_entries
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
 from downloadview_async.sources.names import without_empty_segments
@@ -117,6 +125,7 @@ class ObjectFile:
     ) -> None:
         self.name = file.name if name is None else str(name)
         self.location = file.location
+        self.object_url = object_url_of(file)
         self._file = file
         self._mime_type = valid_content_type(mime_type if isinstance(mime_type, str) else None)
         self._encoding = encoding if isinstance(encoding, str) and _CODING.fullmatch(encoding) else None

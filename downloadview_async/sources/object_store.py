@@ -176,6 +176,11 @@ class ObjectStorage:
             path.insert(0, parts.netloc)
         return "/".join([endpoint.rstrip("/"), *[quote(part) for part in path if part]])
 
+    def object_url(self, name: str) -> str | None:
+        """Return the store's own URL of an object, such as `gs://bucket/name`; None for files and in memory."""
+        is_remote = urlsplit(self.url).scheme in SCHEMES
+        return f"{self.url.rstrip('/')}/{quote(name)}" if is_remote else None
+
     async def locate(self, name: str) -> str | None:
         """Return the plain URL of an object of S3, or the path of a file; None for other stores."""
         if urlsplit(self.url).scheme == "file":
