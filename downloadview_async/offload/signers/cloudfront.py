@@ -25,7 +25,7 @@ from downloadview_async.offload.signers.base import (
     moment_of,
     s3_query,
 )
-from downloadview_async.offload.signers.keys import curve_of, private_key, rsa_bits, signing
+from downloadview_async.offload.signers.keys import curve_of, pem_of, private_key, rsa_bits, signing
 
 _IN_URLS = str.maketrans("+=/", "-_~")
 
@@ -110,7 +110,7 @@ def _key(value: str) -> Any:
         suits = rsa_bits(key) == 2048 or curve_of(key) == "secp256r1"
         return None if suits else "an RSA key of 2,048 bits, or an ECDSA key with the curve P-256"
 
-    return private_key("private_key", value, missing=missing)
+    return private_key("private_key", pem_of("private_key", value), missing=missing)
 
 
 KIND = SignerKind(

@@ -66,9 +66,10 @@ class _ByAccount(_Google):
 
     def __init__(self, edge: Edge, key_file: str) -> None:
         super().__init__(edge)
+        text = read_key_file("key_file", key_file)
         try:
-            account = json.loads(read_key_file("key_file", key_file))
-            self._email, pem = str(account["client_email"]), str(account["private_key"])
+            account = json.loads(text)
+            self._email, pem = str(account["client_email"]), str(account["private_key"]).encode()
         except (KeyError, TypeError, ValueError):  # the error may have a part of the text
             raise ConfigurationError(
                 f"key_file: {key_file!r} is not the JSON of a service account with a private key: create one with "

@@ -56,8 +56,16 @@ def read_key_file(name: str, path: str) -> bytes:
         raise ConfigurationError(f"{name}: {path!r} cannot be read ({reason}): give the path of the key") from None
 
 
-def private_key(name: str, value: str, *, missing: Callable[[Any], str | None]) -> Any:
-    """Return the private key in a PEM file, or in the text of one.
+def pem_of(name: str, value: str) -> bytes:
+    """Return the text of a key in PEM: the value, or what the file with this name contains.
+
+    Raises `ConfigurationError` if the file cannot be read.
+    """
+    return value.strip().encode() if value.lstrip().startswith("-----BEGIN") else read_key_file(name, value)
+
+
+def private_key(name: str, pem: bytes, *, missing: Callable[[Any], str | None]) -> Any:
+    """Return the private key in a text in PEM.
 
     missing: returns which key is needed instead, None for one that suits.
 
@@ -69,8 +77,6 @@ def private_key(name: str, value: str, *, missing: Callable[[Any], str | None]) 
         raise ConfigurationError(
             f"{name}: signing with it needs {exc.name}: install downloadview_async with its extra `cdn`"
         ) from exc
-    is_text = value.lstrip().startswith("-----BEGIN")
-    pem = value.lstrip().encode() if is_text else read_key_file(name, value)
     try:
         key = load_pem_private_key(pem, None)
     except TypeError:

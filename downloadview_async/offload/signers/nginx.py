@@ -37,7 +37,8 @@ _KNOWN = {
     "arg_type",
     "uri",
 }
-_FILENAME = re.compile(r"filename\*=UTF-8''(\S+)|filename=\"([^\"]*)\"")
+_EXACT_NAME = re.compile(r"filename\*=UTF-8''(\S+)", re.IGNORECASE)
+_NAME = re.compile('filename="([^"]*)"', re.IGNORECASE)
 
 
 class _Nginx:
@@ -98,8 +99,8 @@ class _Nginx:
 
 def _presented(disposition: str) -> tuple[str, str]:
     """Return the kind of a Content-Disposition, and the name of the file as RFC 8187 encodes it."""
-    match = _FILENAME.search(disposition)
-    name = "" if match is None else unquote(match[1]) if match[1] else match[2]
+    exact, plain = _EXACT_NAME.search(disposition), _NAME.search(disposition)
+    name = unquote(exact[1]) if exact else plain[1] if plain else ""
     kind = disposition.partition(";")[0].strip().lower()
     return (kind if re.fullmatch("[a-z-]+", kind) else ""), quote(name, safe="")
 
