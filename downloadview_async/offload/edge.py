@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from urllib.parse import quote, unquote, urlsplit
 
 from downloadview_async.errors import ConfigurationError
-from downloadview_async.http.content_types import is_active
+from downloadview_async.http.content_types import is_rendered
 from downloadview_async.offload.base import RedirectHeaders
 from downloadview_async.offload.signers.base import RenewingSigner, Signer
 from downloadview_async.sources.base import AsyncFile, object_url_of
@@ -98,8 +98,8 @@ class EdgeRedirect:
             return False
         if described.get("content-encoding") == "identity" and "content-encoding" not in carries:
             return False  # it would send a coding that clients cannot use
-        # saved and not shown, which only a Content-Disposition or a Content-Type that is carried keeps
-        return carries.issuperset(_PRESENTED) or not is_active(described.get("content-type", ""))
+        # the edge might show a file that our Content-Disposition has the client save
+        return carries.issuperset(_PRESENTED) or not is_rendered(described.get("content-type", ""))
 
 
 def _place_of(place: str | os.PathLike[str] | ObjectStorage) -> str:

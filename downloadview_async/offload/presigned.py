@@ -52,13 +52,11 @@ class PresignedRedirect:
     ) -> None:
         scheme = urlsplit(storage.url).scheme
         if scheme in ("gs", "az"):
-            instead = (
-                "write the bucket as s3:// with the endpoint https://storage.googleapis.com and an HMAC key"
-                if scheme == "gs"
-                else "stream it, or have a proxy send it"
-            )
+            kind = "gcs" if scheme == "gs" else "azure"
+            other = ", or write the bucket as s3:// with an HMAC key" if scheme == "gs" else ""
             raise ConfigurationError(
-                f"{storage.url!r}: the signature of {scheme}:// cannot carry the file's name and type: {instead}"
+                f"{storage.url!r} is not S3: use EdgeRedirect with signer_of({kind!r}, ...), or [sources.NAME.edge] in "
+                f"the service: its URLs carry the file's name and type{other}"
             )
         if scheme != "s3":
             raise ConfigurationError(f"{storage.url!r} has no signed URLs: use a storage at s3://")

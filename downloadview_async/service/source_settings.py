@@ -44,7 +44,7 @@ else:
 
 class _EdgeSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     kind: Annotated[_Kind, Meta(description=f"one of {', '.join(signer_kinds())}")]
-    url: Annotated[Text, Meta(description="the URL to which the edge appends the names of the files")]
+    url: Annotated[Text, Meta(description="the URL below which the edge has the files of the source")]
     expires: Annotated[
         float | str, Meta(description="how long a URL can be used: seconds, or such as 30s, 10m, 1h or 7d")
     ] = "10m"

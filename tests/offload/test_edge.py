@@ -59,6 +59,7 @@ class Closing(Recording):
 
 ALL = ("content-disposition", "content-type", "cache-control", "content-encoding", "content-language")
 PRESENTED = ("content-disposition", "content-type")
+EVERY = ("x.html", "sub/π%.pdf", "x.png", "a b.txt", "x.zip")
 
 
 @pytest.fixture
@@ -117,11 +118,11 @@ async def test_head_other_methods_and_missing_files_are_answered_here(files: Pat
 @pytest.mark.parametrize(
     "carries, is_served_alike, shown, saved",
     [
-        (ALL, False, ["x.png", "a b.txt"], ["x.html", "sub/π%.pdf", "x.png", "a b.txt"]),
-        (PRESENTED, False, ["x.png", "a b.txt"], ["x.html", "sub/π%.pdf", "x.png", "a b.txt"]),
-        (("content-type",), False, ["x.png", "a b.txt"], ["x.png", "a b.txt"]),
-        ((), False, ["x.png", "a b.txt"], ["x.png", "a b.txt"]),
-        ((), True, ["x.png", "x.html", "sub/π%.pdf", "a b.txt"], ["x.png", "x.html", "sub/π%.pdf", "a b.txt"]),
+        (ALL, False, ["x.png", "a b.txt"], ["x.html", "sub/π%.pdf", "x.png", "a b.txt", "x.zip"]),
+        (PRESENTED, False, ["x.png", "a b.txt"], ["x.html", "sub/π%.pdf", "x.png", "a b.txt", "x.zip"]),
+        (("content-type",), False, ["x.png", "a b.txt"], ["x.png", "a b.txt", "x.zip"]),
+        ((), False, ["x.png", "a b.txt"], ["x.png", "a b.txt", "x.zip"]),
+        ((), True, [*EVERY], [*EVERY]),
     ],
 )
 async def test_what_a_browser_might_run_is_sent_by_us_unless_the_edge_protects_it(
@@ -130,7 +131,7 @@ async def test_what_a_browser_might_run_is_sent_by_us_unless_the_edge_protects_i
     signer = Recording(*carries, is_served_alike=is_served_alike)
     for attachment, redirected in ((False, shown), (True, saved)):
         endpoint = site(files, signer, attachment=attachment)
-        for name in ("x.html", "sub/π%.pdf", "x.png", "a b.txt"):
+        for name in EVERY:
             status = (await call(endpoint, f"/{name}")).status
             assert (status == 307) is (name in redirected), (name, attachment)
 

@@ -29,6 +29,7 @@ from downloadview_async import (
     Signer,
     SignerKind,
     SignerOption,
+    SourceUnavailable,
     signer_kinds,
     signer_of,
 )
@@ -46,9 +47,9 @@ PATHS = ["a.txt", "a%20b.txt", "sub/%CF%80.pdf", "100%25.txt", "a%26b%3Dc%2B.txt
 
 
 def pem(key: Any) -> str:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ).decode()
+    form = serialization.PrivateFormat.PKCS8
+    text: bytes = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    return text.decode()
 
 
 RSA_KEY = rsa.generate_private_key(65537, 2048)
@@ -285,7 +286,7 @@ async def test_a_user_delegation_key_signs_until_it_expires_and_is_renewed_befor
     assert (query["skoid"], query["sktid"], query["ske"]) == ("oid", "tid", given[0]["signed_expiry"])
     text = azure_text(query, "/blob/account/box/a.txt", delegated=True)
     assert query["sig"] == b64encode(hmac.digest(b"k" * 64, text.encode(), "sha256")).decode()
-    with pytest.raises(Exception, match="expired"):
+    with pytest.raises(SourceUnavailable, match="expired"):
         signer.sign("a.txt", {}, now=now + 7201, seconds=600)
 
 
@@ -297,7 +298,7 @@ async def test_a_provider_without_a_valid_delegation_key_gives_a_503(key: Any) -
     rest = dict.fromkeys(("oid", "tid", "start", "service", "version"), "x")
     full = {f"signed_{name}": value for name, value in rest.items()} | {"value": ACCOUNT_KEY}
     signer: Any = signer_of("azure", BLOBS, delegation_key=lambda: {**full, **key} if key else key)
-    with pytest.raises(Exception, match="delegation_key failed") as caught:
+    with pytest.raises(SourceUnavailable, match="delegation_key failed") as caught:
         await signer.renew()
     assert caught.value.status == 503
     assert ACCOUNT_KEY not in str(caught.value)
