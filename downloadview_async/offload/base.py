@@ -40,6 +40,17 @@ class Redirect(Protocol):
         ...
 
 
+class QuickRedirect(Redirect, Protocol):
+    """A `Redirect` that may need neither time nor the file, such as `EdgeRedirect`.
+
+    is_quick: whether `headers_for` never waits. is_checked: whether the file is opened first, so that a missing one
+    gives a 404 here. Without that, its description is that of its name.
+    """
+
+    is_quick: bool
+    is_checked: bool
+
+
 @runtime_checkable
 class CountedRedirect(Protocol):
     """A `Redirect` to a server whose log tells what it has sent, such as `PresignedRedirect`."""

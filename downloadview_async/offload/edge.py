@@ -26,14 +26,24 @@ class EdgeRedirect:
     signer: see `signer_of`.
     expires: seconds that a URL is valid. A client may cache the redirect for half of what is left of them.
 
-    Each redirect opens the file first, so a missing file gives a 404 here. A warning in the log tells which headers the
+    checks: whether each redirect opens the file first, so that a missing file gives a 404 here. With False, a redirect
+    costs no request to a store: the edge answers for a missing file, and the type is that of the file's name.
+
+    A warning in the log tells which headers the
     URLs cannot carry; files that a browser might run are not redirected then, unless the edge gets them from this
     application.
 
     Raises `ConfigurationError` for an invalid place and a time that the signer does not allow.
     """
 
-    def __init__(self, place: str | os.PathLike[str] | ObjectStorage, signer: Signer, *, expires: float = 600) -> None:
+    def __init__(
+        self,
+        place: str | os.PathLike[str] | ObjectStorage,
+        signer: Signer,
+        *,
+        expires: float = 600,
+        checks: bool = True,
+    ) -> None:
         if not isinstance(signer, Signer):
             raise ConfigurationError(f"EdgeRedirect takes a signer, such as signer_of('bunny', ...), not {signer!r}")
         if not 1 <= expires <= signer.max_seconds:
@@ -45,6 +55,8 @@ class EdgeRedirect:
         self._signer = signer
         self._renews = signer if isinstance(signer, RenewingSigner) else None
         self._expires = int(expires)
+        self.is_quick = self._renews is None
+        self.is_checked = checks
         lost = [name.title() for name in _PRESENTED if name not in signer.carries]
         if lost and not signer.is_served_alike:
             logger.warning(

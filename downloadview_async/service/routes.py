@@ -221,7 +221,7 @@ def _edge(settings: Settings, name: str, source: Source, edge: EdgeSettings) -> 
         place = source.storage
     assert place is not None
     try:
-        return EdgeRedirect(place, kind.make(edge.url, **options), expires=edge.expires)
+        return EdgeRedirect(place, kind.make(edge.url, **options), expires=edge.expires, checks=edge.checks)
     except ConfigurationError as exc:
         option, _, problem = str(exc).partition(": ")
         if option in ("url", *kind.options):

@@ -48,6 +48,9 @@ class _EdgeSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     expires: Annotated[
         float | str, Meta(description="how long a URL can be used: seconds, or such as 30s, 10m, 1h or 7d")
     ] = "10m"
+    checks: Annotated[bool, Meta(description="false to redirect without asking the source whether the file exists")] = (
+        True
+    )
 
 
 _WithOptions: Any = msgspec.defstruct(

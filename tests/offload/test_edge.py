@@ -26,7 +26,9 @@ from downloadview_async import (
     StorageSource,
     signer_of,
 )
+from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.testing import call
+from tests.live import ask, live
 from tests.s3 import BUCKET, S3, serving_store
 
 pytestmark = pytest.mark.asyncio
@@ -309,3 +311,33 @@ async def test_objects_of_a_real_store_are_found(s3: S3) -> None:
     assert (await call(endpoint, "/a b.txt")).headers["location"] == f"{URL}a%20b.txt?signed"
     assert (await call(endpoint, "/nothing.txt")).status == 404
     assert storage.url == f"s3://{BUCKET}/edge"
+
+
+async def test_without_a_check_the_source_is_not_asked() -> None:
+    async with serving_store() as store:
+        redirect = EdgeRedirect(store.storage, Recording(*PRESENTED), checks=False)
+        endpoint = Download(StorageSource(store.storage), redirect=redirect)
+        answer = await call(endpoint, "/a b.pdf")
+        assert (answer.status, answer.headers["location"]) == (307, f"{URL}a%20b.pdf?signed")
+        assert (await call(endpoint, "/../a.pdf")).status == 404  # by its name alone
+        assert store.methods == []
+
+
+async def test_a_redirect_under_our_server_is_the_same_and_needs_no_task(files: Path) -> None:
+    """With and without a check, for files that can and cannot be opened at once."""
+    (files / "gone.txt").symlink_to("nothing")
+    sites = {checks: EdgeRedirect(files, Recording(*PRESENTED), checks=checks) for checks in (True, False)}
+    for checks, redirect in sites.items():
+        async with live(Download(PathSource(files), redirect=redirect), http=DownloadProtocol) as port:
+            for name, status in (("x.zip", 307), ("x.html", 307), ("gone.txt", 404 if checks else 307)):
+                answer = await ask(port, f"/{name}")
+                assert (answer.status, answer.complete) == (status, True), (name, checks)
+                if status == 307:
+                    assert answer.headers["location"] == f"{URL}{name}?signed"
+                    assert answer.headers["cache-control"] == "private, max-age=250"
+            assert (await ask(port, "/x.zip", method="HEAD")).status == 200
+            assert (await ask(port, "/nothing.zip", headers={"Range": "bytes=0-1"})).status == (404 if checks else 307)
+        signer = Closing(*PRESENTED)
+        renewing = EdgeRedirect(files, signer, checks=checks)
+        async with live(Download(PathSource(files), redirect=renewing), http=DownloadProtocol) as port:
+            assert (await ask(port, "/x.zip")).status == 503

@@ -24,6 +24,7 @@ from downloadview_async.offload.signers.base import (
     Signer,
     SignerKind,
     SignerOption,
+    encoded,
     joined,
 )
 from downloadview_async.offload.signers.keys import secret_base64
@@ -101,7 +102,7 @@ class _Blobs:
         text = "\n".join(values.values())
         signature = b64encode(hmac.digest(key.value, text.encode(), "sha256")).decode()
         del values["resource"]
-        pairs = [f"{name}={quote(value, safe='')}" for name, value in values.items() if value]
+        pairs = [f"{name}={encoded(value)}" for name, value in values.items() if value]
         return Signed(joined(self.edge.url + path, *pairs, f"sig={quote(signature, safe='')}"), seconds)
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 from urllib.parse import quote, urlsplit
 
@@ -116,7 +117,7 @@ class SignerKind:
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.options):
-            if not _NAME.fullmatch(name) or name in ("kind", "url", "expires"):
+            if not _NAME.fullmatch(name) or name in ("kind", "url", "expires", "checks"):
                 raise ConfigurationError(f"{name!r} is not a valid name for a signer or an option: use a-z, 0-9 and _")
 
     def make(self, url: str, **options: Any) -> Signer:
@@ -181,7 +182,13 @@ class Edge:
 
 def s3_query(headers: Mapping[str, str]) -> str:
     """Return the parameters by which S3 sends other headers, for a query, sorted by their names."""
-    return "&".join(f"response-{name}={quote(value, safe='')}" for name, value in sorted(headers.items()))
+    return "&".join(f"response-{name}={encoded(value)}" for name, value in sorted(headers.items()))
+
+
+@lru_cache(KEPT)
+def encoded(value: str) -> str:
+    """Return a value for a query, percent-encoded."""
+    return quote(value, safe="")
 
 
 def joined(url: str, *queries: str) -> str:

@@ -67,7 +67,10 @@ class _Nginx:
         self.is_served_alike = origin == "service"
         if self.is_served_alike:
             self.carries = frozenset()
-        self._expression = expression
+        # the texts between the variables, and the names of the variables
+        self._parts = [
+            (index % 2 == 1, part) for index, part in enumerate(_VARIABLE.sub("\0\\1\\2\0", expression).split("\0"))
+        ]
 
     def __repr__(self) -> str:
         return f"<signer of nginx at {self.edge.url}>"
@@ -86,12 +89,7 @@ class _Nginx:
         values = {f"arg_{name}": value.encode() for name, value in arguments.items()}
         values |= {"secret": self._secret.encode(), "secure_link_expires": expires.encode()}
         values["uri"] = unquote_to_bytes(self.edge.prefix + path)
-        text = b""
-        end = 0
-        for match in _VARIABLE.finditer(self._expression):
-            text += self._expression[end : match.start()].encode() + values[match[1] or match[2]]
-            end = match.end()
-        text += self._expression[end:].encode()
+        text = b"".join(values[part] if is_name else part.encode() for is_name, part in self._parts)
         md5 = urlsafe_b64encode(hashlib.md5(text, usedforsecurity=False).digest()).decode().rstrip("=")
         pairs = [f"{name}={value}" for name, value in arguments.items() if value]
         return Signed(joined(self.edge.url + path, f"md5={md5}", *pairs), seconds)
