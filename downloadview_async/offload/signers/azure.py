@@ -53,14 +53,14 @@ _RENEW_AHEAD = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """What signs. fields: the parameters that name a user delegation key, in the order of the signature."""
+    """A key. fields: the parameters that name a user delegation key, in the order of the signature."""
 
     value: bytes = field(repr=False)
     fields: Mapping[str, str] | None = None
 
 
 class _Blobs:
-    """What both kinds of keys have in common."""
+    """A signer of blobs, by one of the two kinds of keys."""
 
     carries = frozenset(_PARAMETERS)
     is_served_alike = False

@@ -91,6 +91,7 @@ class SignerOption:
 
 SECRET = SignerOption(str, takes="the secret key, as the provider shows it", is_secret=True)
 KEY_ID = SignerOption(str, takes="the id by which the provider knows the key")
+PARAMETER = SignerOption(str, takes="the name of the parameter with the token")
 ORIGIN = SignerOption(
     Literal["other", "s3", "service"],
     takes="s3 (it passes response-* on to S3), service (it gets the files from this service) or other",
@@ -195,6 +196,13 @@ def joined(url: str, *queries: str) -> str:
     """Return a URL with the given parts of a query, of which some may be empty."""
     query = "&".join(part for part in queries if part)
     return f"{url}?{query}" if query else url
+
+
+def parameter_name(name: str) -> str:
+    """Return the name of a parameter. Raises `ConfigurationError` for one that a query cannot have as it is."""
+    if not re.fullmatch("[A-Za-z0-9_.~-]+", name):
+        raise ConfigurationError(f"parameter: {name!r} is not a name for a parameter: use letters, digits and _")
+    return name
 
 
 def moment_of(now: float, seconds: int) -> int:

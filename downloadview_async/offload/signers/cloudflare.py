@@ -4,27 +4,24 @@ https://developers.cloudflare.com/waf/custom-rules/use-cases/configure-token-aut
 """
 
 import hmac
-import re
 from base64 import b64encode
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.signers.base import (
     LONGEST,
     ORIGIN,
+    PARAMETER,
     S3_HEADERS,
     SECRET,
     Edge,
     Signed,
     SignerKind,
-    SignerOption,
     joined,
+    parameter_name,
     s3_query,
 )
 from downloadview_async.offload.signers.keys import secret_text
-
-PARAMETER = SignerOption(str, takes="the name of the parameter with the token")
 
 
 class _Cloudflare:
@@ -48,13 +45,6 @@ class _Cloudflare:
         mac = b64encode(hmac.digest(self._secret, f"{message}{issued}".encode(), "sha256")).decode()
         token = f"{self._parameter}={issued}-{quote(mac, safe='')}"
         return Signed(joined(self.edge.url + path, query, token), seconds)
-
-
-def parameter_name(name: str) -> str:
-    """Return the name of a parameter. Raises `ConfigurationError` for one that a query cannot have as it is."""
-    if not re.fullmatch("[A-Za-z0-9_.~-]+", name):
-        raise ConfigurationError(f"parameter: {name!r} is not a name for a parameter: use letters, digits and _")
-    return name
 
 
 KIND = SignerKind(

@@ -26,7 +26,7 @@ _REGION = "auto"
 
 
 class _Google:
-    """What both kinds of keys have in common."""
+    """A signer of objects, by one of the two kinds of keys."""
 
     max_seconds = MAX_SECONDS
     # the only two that it replaces: https://docs.cloud.google.com/storage/docs/xml-api/reference-headers

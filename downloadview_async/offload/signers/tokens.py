@@ -11,6 +11,7 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.signers.base import (
     LONGEST,
     ORIGIN,
+    PARAMETER,
     S3_HEADERS,
     SECRET,
     Edge,
@@ -18,9 +19,9 @@ from downloadview_async.offload.signers.base import (
     SignerKind,
     SignerOption,
     joined,
+    parameter_name,
     s3_query,
 )
-from downloadview_async.offload.signers.cloudflare import PARAMETER, parameter_name
 from downloadview_async.offload.signers.keys import secret_base64, secret_hex, secret_text
 
 _OF_TEXT = frozenset({"path", "query", "host", "expires", "now", "seconds"})
