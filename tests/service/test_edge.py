@@ -9,13 +9,18 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from downloadview_async import ConfigurationError, signer_kinds
 from downloadview_async.service import source_settings
 from downloadview_async.service.app import build
+from downloadview_async.service.check.run import check
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import Settings
 from downloadview_async.testing import call
+from tests.live import live
 from tests.servers import PROJECT
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -53,6 +58,28 @@ async def test_a_route_redirects_to_the_edge(tmp_path: Path, source: dict[str, A
         r"https://zone\.b-cdn\.net/files/a\.zip\?token=HS256-[\w-]{43}&expires=\d{10}", answer.headers["location"]
     )
     assert answer.headers["cache-control"] == "private, max-age=300"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"type": "remote", "url": "https://files.example.org/pub"},
+        {"type": "storage", "url": "s3://bucket/top", "options": {"access_key_id": "a", "secret_access_key": "b"}},
+        {"type": "storage", "url": "gs://bucket/top", "options": {"skip_signature": "true"}},
+        {"type": "storage", "url": "az://box/top", "options": {"account_name": "a", "account_key": "QUJD"}},
+    ],
+    ids=["remote", "s3", "gcs", "azure"],
+)
+async def test_without_checks_a_route_redirects_and_asks_no_other_server(
+    tmp_path: Path, source: dict[str, Any]
+) -> None:
+    """None of these servers can be reached here."""
+    app = app_of(tmp_path, {**EDGE, "checks": False, "origin": "s3"}, **source)
+    answer = await call(app, "/files/sub/a b.pdf")
+    assert answer.status == 307
+    assert answer.headers["location"].startswith("https://zone.b-cdn.net/files/sub/a%20b.pdf?token=HS256-")
+    assert "response-content-type=application%2Fpdf" in answer.headers["location"]
 
 
 @pytest.mark.asyncio
@@ -146,3 +173,26 @@ def test_the_reference_says_which_kind_takes_which_option() -> None:
             if name in kind.options
         ]
         assert f"| `{name}` | {', '.join(takers)} |" in page
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("status, result", [(206, "pass"), (403, "FAIL")])
+async def test_the_check_follows_the_redirect_with_its_cookies(tmp_path: Path, status: int, result: str) -> None:
+    heard: list[dict[str, str]] = []
+
+    async def edge(request: Request) -> Response:
+        heard.append(dict(request.headers))
+        return Response(b"P", status, {"Content-Range": "bytes 0-0/2"})
+
+    async with live(Starlette(routes=[Route("/{x:path}", edge)])) as at:
+        url = f"http://127.0.0.1:{at}/files/"
+        cloudfront = {"kind": "cloudfront", "url": url, "key_id": "K2JCJMDEHXQW5F", "private_key": KEY, "cookies": True}
+        settings = settings_of(tmp_path, cloudfront)
+        async with live(build(settings)) as port:
+            direct = f"http://127.0.0.1:{port}"
+            lines = [line async for line in check(settings, url=direct, direct=direct)]
+    followed = lines[-1]
+    assert (followed.result, followed.outcome[:3]) == (result, str(status))
+    assert ("[sources.files.edge]" in followed.remedy) == (result == "FAIL")
+    assert "CloudFront-Signature=" in heard[0]["cookie"]
+    assert not any("Signature" in str(line) for line in lines)
