@@ -118,7 +118,7 @@ soak: $(VENV)/dev.done  ## Random clients and faults for an hour; SOAK_ARGS="--m
 	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 .PHONY: clients
-clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (250 MB); install the others with apt
+clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (300 MB); install the others with apt
 
 .PHONY: lint
 lint: $(VENV)/dev.done  ## Check style and types

@@ -44,10 +44,13 @@ from downloadview_async.http.request import DownloadRequest
 from downloadview_async.offload.backends import XAccelRedirect, XLiteSpeedLocation, XReproxyURL, XSendfile
 from downloadview_async.offload.base import OffloadBackend, ProxyKind, ProxyOption, Redirect
 from downloadview_async.offload.config import proxy_config
+from downloadview_async.offload.edge import EdgeRedirect
 from downloadview_async.offload.presigned import PresignedRedirect
 from downloadview_async.offload.proxies import proxy_kinds
 from downloadview_async.offload.render import LinkLocation, ProxySite
 from downloadview_async.offload.rules import Rule
+from downloadview_async.offload.signers import signer_kinds, signer_of
+from downloadview_async.offload.signers.base import Edge, Signed, Signer, SignerKind, SignerOption
 from downloadview_async.policy.access import Access, SignedLinks, signed_link
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.formats.base import LinkFormat
@@ -115,6 +118,8 @@ __all__ = [
     "DownloadResponse",
     "DownloadSession",
     "ETag",
+    "Edge",
+    "EdgeRedirect",
     "Entry",
     "FileError",
     "FileMetadata",
@@ -161,7 +166,11 @@ __all__ = [
     "Rule",
     "SQLiteChecksums",
     "SQLiteGrantStore",
+    "Signed",
     "SignedLinks",
+    "Signer",
+    "SignerKind",
+    "SignerOption",
     "Source",
     "SourceLimit",
     "SourceUnavailable",
@@ -198,5 +207,7 @@ __all__ = [
     "request_id_of",
     "secure_link_secrets",
     "signed_link",
+    "signer_kinds",
+    "signer_of",
     "storage_from_url",
 ]

@@ -166,6 +166,19 @@ def test_every_public_name_exists_and_says_what_it_promises(name: str) -> None:
     assert not value.__doc__.startswith(f"{name}("), "a docstring that a dataclass has made promises nothing"
 
 
+SIGNERS = {
+    f"{NAME}.offload.signers.{path.stem}"
+    for path in (PACKAGE / "offload" / "signers").glob("*.py")
+    if path.stem not in ("__init__", "base", "keys")
+}
+
+
+@pytest.mark.parametrize("path", MODULE_PARAMS)
+def test_each_signer_is_one_file_that_no_other_knows(path: Path) -> None:
+    assert len(SIGNERS) >= 7
+    assert not SIGNERS & {module for module, _ in imports_of(path)}
+
+
 def modules_after(statement: str) -> set[str]:
     code = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, encoding="utf-8")
@@ -175,8 +188,9 @@ def modules_after(statement: str) -> set[str]:
 def test_importing_the_library_imports_no_server_no_client_and_no_database() -> None:
     loaded = {module.partition(".")[0] for module in modules_after("import downloadview_async")}
     heavy = {"uvicorn", "sqlalchemy", "jinja2", "click", "httpx2", "httpx", "msgspec", "aiofiles", "fastapi"}
-    heavy |= {"pytest", "obstore"}
+    heavy |= {"pytest", "obstore", "cryptography"}
     assert not heavy & loaded
+    assert not SIGNERS & modules_after("import downloadview_async")
 
 
 @pytest.mark.parametrize("path", MODULE_PARAMS)

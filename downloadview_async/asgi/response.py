@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack, closing, nullcontext
 from functools import lru_cache, partial
 
 from starlette.background import BackgroundTask
@@ -46,9 +46,17 @@ from downloadview_async.errors import (
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.plan import Plan, Presentation, describe, make_redirect_plan
+from downloadview_async.http.plan import Presentation, describe, make_redirect_plan
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
-from downloadview_async.offload.base import EXTENSION, CountedRedirect, OffloadBackend, Redirect, rated, signed
+from downloadview_async.offload.base import (
+    EXTENSION,
+    CountedRedirect,
+    OffloadBackend,
+    Redirect,
+    RedirectHeaders,
+    rated,
+    signed,
+)
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.limits.limits import TRANSFERS
@@ -197,7 +205,9 @@ class DownloadResponse(Response):
 
         No task has to listen for the client to leave while a server sends such a file: the server notices that.
         """
-        if scope["method"] not in ("GET", "HEAD") or self.redirect is not None:
+        if self.redirect is not None:
+            return await self._redirect_nowait(scope, send)
+        if scope["method"] not in ("GET", "HEAD"):
             return False
         if TRANSFERS in scope and scope[TRANSFERS].may_wait:
             return False
@@ -259,9 +269,9 @@ class DownloadResponse(Response):
         if (
             scope["method"] == "GET"
             and self.redirect is not None
-            and (plan := await self._redirection(scope)) is not None
+            and (redirection := await self._redirection(scope)) is not None
         ):
-            start = self._start(Answer(plan, raw(plan.headers)), scope)
+            start = self._start(redirection, scope)
             await deliver(Redirected(), start, send, facts=scope.get(ACCOUNT))
             return
         order = self._order(scope)
@@ -349,29 +359,65 @@ class DownloadResponse(Response):
         else:
             await deliver(delivery, start, send, receive=receive, facts=facts)
 
-    async def _redirection(self, scope: Scope) -> Plan | None:
+    async def _redirect_nowait(self, scope: Scope, send: Send) -> bool:
+        """Redirect the client if that needs no wait for the file or for a key, and return whether it was so."""
+        redirect = self.redirect
+        if scope["method"] != "GET" or not getattr(redirect, "is_quick", False):
+            return False
+        if TRANSFERS in scope and scope[TRANSFERS].may_wait:
+            return False
+        try:
+            opened = open_nowait(self.file, HEAD) if _is_checked(redirect) else None
+        except FileError:
+            return False  # opened again, for its answer
+        local = None if opened is None else local_of(opened)
+        if local is None and _is_checked(redirect):
+            return False
+        with nullcontext() if local is None else closing(local):
+            try:
+                answer = await self._redirection_of(opened, scope)
+            except FileError as exc:
+                await send_error(exc, scope, send)
+                return True
+        if answer is None:
+            return False
+        await deliver(Redirected(), self._start(answer, scope), send, facts=scope.get(ACCOUNT))
+        return True
+
+    async def _redirection(self, scope: Scope) -> Answer | None:
         """Return the answer that redirects the client, or None: send the file. Raises `FileError`."""
-        assert self.redirect is not None
-        added = text_of(header for header in self.raw_headers if header[0] != b"set-cookie")
+        if not _is_checked(self.redirect):
+            return await self._redirection_of(None, scope)
         async with self.file.open(HEAD) as opened:
-            described = describe(opened.metadata, self.presentation, added)
-            if getattr(opened, "hides_coding", False):
-                described.setdefault("content-encoding", "identity")  # else the store sends a useless coding
-            metadata = opened.metadata
+            return await self._redirection_of(opened, scope)
+
+    async def _redirection_of(self, opened: OpenFile | None, scope: Scope) -> Answer | None:
+        """Do what `_redirection` does for an open file. None: for one that is described by its name."""
+        redirect = self.redirect
+        assert redirect is not None
+        added = text_of(header for header in self.raw_headers if header[0] != b"set-cookie")
+        metadata = FileMetadata() if opened is None else opened.metadata
+        described = describe(metadata, self.presentation, added)
+        if getattr(opened, "hides_coding", False):
+            described.setdefault("content-encoding", "identity")  # else the store sends a useless coding
         request_id = request_id_of(scope)
         if request_id is not None:
             scope[ACCOUNT].describe(self.file.name, metadata.etag, metadata.size)
-        if request_id is not None and isinstance(self.redirect, CountedRedirect):
-            headers = await self.redirect.counted_headers_for(self.file, described, request_id)
+        headers: RedirectHeaders | None
+        if request_id is not None and isinstance(redirect, CountedRedirect):
+            headers = await redirect.counted_headers_for(self.file, described, request_id)
         else:
-            headers = await self.redirect.headers_for(self.file, described)
+            headers = await redirect.headers_for(self.file, described)
         if headers is None:
             return None
         if TRANSFERS in scope and (spending := spend(scope, metadata)) is not None:
             await spending
         if USE in scope:
             await claim(scope[USE], metadata)
-        return make_redirect_plan(added, headers)
+        single = {name: value for name, value in headers.items() if isinstance(value, str)}
+        plan = make_redirect_plan(added, single)
+        lines = [(name, line) for name, value in headers.items() if not isinstance(value, str) for line in value]
+        return Answer(plan, [*raw(plan.headers), *(field for name, line in lines for field in raw({name: line}))])
 
     def _lend(self, opened: OpenFile, metadata: FileMetadata, offer: Offer, start: Message, scope: Scope) -> None:
         """Keep a local file open while the answer waits for the application, which may delete the file."""
@@ -428,6 +474,11 @@ class DownloadResponse(Response):
         if self.raw_headers:
             headers += [header for header in self.raw_headers if header[0] == b"set-cookie"]
         return {"type": "http.response.start", "status": answer.plan.status, "headers": headers}
+
+
+def _is_checked(redirect: Redirect | None) -> bool:
+    """Return whether a file is opened before a client is redirected to another place of it: see `QuickRedirect`."""
+    return getattr(redirect, "is_checked", True)
 
 
 def _wants_a_digest(scope: Scope) -> bool:

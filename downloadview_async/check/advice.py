@@ -41,6 +41,8 @@ PROBLEMS: Mapping[str, str] = {
     "header of a store": "configure the proxy to remove <header> from answers",
     "redirect": "set [sources.<name>.presign] public_endpoint to the URL at which clients reach the store; a proxy in "
     "front of the store must not change the host, the path or the query, because they are signed",
+    "edge": "compare [sources.<name>.edge] with the configuration of the edge: url, the key, expires and origin; a "
+    "proxy in front of it must not change the host, the path or the query, because they are signed",
     "encoded": "configure the proxy to compress nothing that is a file",
     "preflight": "configure the proxy to pass OPTIONS on to <service>, and its answer to the client unchanged",
     "order": "configure the proxy to remove X-Accel-* and X-Sendfile* from requests",

@@ -252,6 +252,8 @@ _CHARSET = re.compile(_TOKEN)
 
 # A browser shows these without running anything in them. A comma is not allowed: a browser takes the last of a list.
 _PASSIVE = re.compile(rf"(?:audio|font|image|video)/(?!.*\+xml){_TOKEN}")
+# Browsers save other applications than these, which they show, run, or read as whatever the bytes look like.
+_SAVED = re.compile(rf"application/(?!.*(?:xml|html|pdf|script|flash|unknown)){_TOKEN}")
 _PASSIVE_TYPES = frozenset({"text/plain", "text/csv", "application/json", DEFAULT})
 
 
@@ -331,3 +333,11 @@ def is_active(content_type: str) -> bool:
     """
     essence = content_type.partition(";")[0].strip().lower()
     return essence not in _PASSIVE_TYPES and not _PASSIVE.fullmatch(essence)
+
+
+def is_rendered(content_type: str) -> bool:
+    """Return whether a browser might run something in such a file if nobody tells it to save the file.
+
+    Unlike for `is_active`, archives and other types that browsers always save are safe.
+    """
+    return is_active(content_type) and not _SAVED.fullmatch(content_type.partition(";")[0].strip().lower())

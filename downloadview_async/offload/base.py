@@ -22,10 +22,14 @@ _KEYS = ("backend", "rules")  # the other keys of [offload] are options
 _EXTENSION_HEADER = re.compile("[Xx]-[A-Za-z0-9-]+")
 
 
+RedirectHeaders = Mapping[str, str | tuple[str, ...]]
+"""The headers of a redirect, in lower case. Only the value of Set-Cookie may be a tuple: a line for each."""
+
+
 class Redirect(Protocol):
     """Redirects clients to another place of a file."""
 
-    async def headers_for(self, file: AsyncFile, described: Mapping[str, str]) -> Mapping[str, str] | None:
+    async def headers_for(self, file: AsyncFile, described: Mapping[str, str]) -> RedirectHeaders | None:
         """Return the headers of a 307 in lower case, with Location and Cache-Control. None: send the file yourself.
 
         described: the headers that our own answer would have. The other place has to send them too. Return None if it
@@ -36,13 +40,24 @@ class Redirect(Protocol):
         ...
 
 
+class QuickRedirect(Redirect, Protocol):
+    """A `Redirect` that may need neither time nor the file, such as `EdgeRedirect`.
+
+    is_quick: whether `headers_for` never waits. is_checked: whether the file is opened first, so that a missing one
+    gives a 404 here. Without that, its description is that of its name.
+    """
+
+    is_quick: bool
+    is_checked: bool
+
+
 @runtime_checkable
 class CountedRedirect(Protocol):
     """A `Redirect` to a server whose log tells what it has sent, such as `PresignedRedirect`."""
 
     async def counted_headers_for(
         self, file: AsyncFile, described: Mapping[str, str], request_id: str
-    ) -> Mapping[str, str] | None:
+    ) -> RedirectHeaders | None:
         """Do what `headers_for` does, with a Location that carries the id of the request into the log.
 
         Clients must not cache the redirect: the id stands for one download.

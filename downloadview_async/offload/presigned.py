@@ -1,6 +1,5 @@
 """Signed URLs of a store: `PresignedRedirect` gives them to clients, `StoreSigner` makes them."""
 
-import inspect
 import math
 import time
 from collections.abc import Mapping
@@ -11,10 +10,10 @@ from urllib.parse import unquote, urlsplit
 from downloadview_async.errors import ConfigurationError, SourceUnavailable, wrong_type
 from downloadview_async.http.fields import REQUEST_ID_PARAMETER
 from downloadview_async.http.sigv4 import MAX_SECONDS, Credentials, presigned_url
+from downloadview_async.offload.renewed import Renewed
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.names import has_dot_segment
 from downloadview_async.sources.object_store import ObjectStorage
-from downloadview_async.sources.workers import Slots, Workers
 
 # The headers that a signed URL can replace in the answer of S3. The parameter is "response-" and the name.
 _OVERRIDES = ("content-type", "content-disposition", "cache-control", "content-encoding", "content-language")
@@ -55,13 +54,11 @@ class PresignedRedirect:
             raise wrong_type("PresignedRedirect takes a storage, such as ObjectStorage('s3://bucket')", storage)
         scheme = urlsplit(storage.url).scheme
         if scheme in ("gs", "az"):
-            instead = (
-                "write the bucket as s3:// with the endpoint https://storage.googleapis.com and an HMAC key"
-                if scheme == "gs"
-                else "stream it, or have a proxy send it"
-            )
+            kind = "gcs" if scheme == "gs" else "azure"
+            other = ", or write the bucket as s3:// with an HMAC key" if scheme == "gs" else ""
             raise ConfigurationError(
-                f"{storage.url!r}: the signature of {scheme}:// cannot carry the file's name and type: {instead}"
+                f"{storage.url!r} is not S3: use EdgeRedirect with signer_of({kind!r}, ...), or [sources.NAME.edge] in "
+                f"the service: its URLs carry the file's name and type{other}"
             )
         if scheme != "s3":
             raise ConfigurationError(f"{storage.url!r} has no signed URLs: use a storage at s3://")
@@ -121,12 +118,16 @@ class StoreSigner:
         self._storage = storage
         self._expires = int(expires)
         self._region = storage.config.get("region", "us-east-1")
-        self._workers = Workers(1)
-        self._turn = Slots(1)
-        self._renew_at = math.inf
-        self._current: tuple[Credentials, float] | None = None
-        if storage.credential_provider is None:
-            self._current = (_credentials(storage.config, storage.url), math.inf)
+        self._credentials: Credentials | None = None
+        self._renewed: Renewed[Credentials] | None = None
+        if (provider := storage.credential_provider) is None:
+            self._credentials = _credentials(storage.config, storage.url)
+        else:
+            self._renewed = Renewed(provider, name="credential_provider", read=self._read, ahead=self._expires)
+
+    def _read(self, given: Mapping[str, Any]) -> tuple[Credentials, float]:
+        expires_at: datetime | None = given.get("expires_at")
+        return _credentials(given, self._storage.url), math.inf if expires_at is None else expires_at.timestamp()
 
     async def sign(
         self, location: str | None, *, endpoint: str | None = None, parameters: Mapping[str, str] | None = None
@@ -146,7 +147,10 @@ class StoreSigner:
         name = unquote(location[len(base) + 1 :])
         if has_dot_segment(name):
             return None
-        credentials, good_until = await self._sign_with()
+        credentials, good_until = self._credentials, math.inf
+        if self._renewed is not None:
+            credentials, good_until = await self._renewed.get()
+        assert credentials is not None
         now = time.time()
         seconds = int(min(self._expires, good_until - now))
         if seconds < 1:
@@ -155,36 +159,6 @@ class StoreSigner:
         assert url is not None
         signed = presigned_url(url, credentials, region=self._region, seconds=seconds, now=now, parameters=parameters)
         return signed, seconds
-
-    async def _sign_with(self) -> tuple[Credentials, float]:
-        """Return the key to sign with, and the time at which it expires."""
-        try:
-            if self._current is None or time.time() >= self._renew_at:
-                await self._renew()
-        except SourceUnavailable:
-            if self._current is None or time.time() >= self._current[1]:
-                raise
-        assert self._current is not None
-        return self._current
-
-    async def _renew(self) -> None:
-        """Get a new key from the `credential_provider`, once for all tasks that wait for one."""
-        before = self._current
-        provider = self._storage.credential_provider
-        with await self._turn.take():
-            if provider is None or self._current is not before:
-                return
-            try:
-                key = await self._workers.run_or_abandon(provider)
-                key = await key if inspect.isawaitable(key) else key
-                expires_at: datetime | None = key.get("expires_at")
-                good_until = math.inf if expires_at is None else expires_at.timestamp()
-                self._current = (_credentials(key, self._storage.url), good_until)
-                self._renew_at = good_until - min(self._expires, (good_until - time.time()) / 2)
-            except SourceUnavailable:
-                raise
-            except Exception as exc:  # a provider may raise anything
-                raise SourceUnavailable(f"the credential_provider failed: {type(exc).__name__}: {exc}") from exc
 
 
 def _credentials(config: Mapping[str, Any], url: str) -> Credentials:

@@ -18,6 +18,7 @@ from downloadview_async.service.settings import (
 from downloadview_async.service.source_settings import (
     SourceSettings,
     StorageSettings,
+    edge_of,
     is_within,
     places_of,
     source_of_files,
@@ -62,11 +63,12 @@ def checked_offload(origin: Origin, offload: OffloadSettings, sources: Mapping[s
 def check_sending(key: str, route: RouteSettings, settings: Settings) -> None:
     """Refuse a `send` that the source or the proxy in the settings does not support."""
     name, source = source_of_files(route.source, settings.sources)
-    if route.send == "redirect" and not (isinstance(source, StorageSettings) and source.presign is not None):
+    has_presign = isinstance(source, StorageSettings) and source.presign is not None
+    if route.send == "redirect" and not has_presign and edge_of(source) is None:
         raise settings.error(
             key,
             f"{name!r} has no presigned URLs to redirect to: add [sources.{name}.presign] to an s3:// storage, or "
-            "choose proxy or stream",
+            f"[sources.{name}.edge] for another store or CDN, or choose proxy or stream",
         )
     if route.send == "proxy":
         if settings.offload.backend is None:

@@ -16,26 +16,39 @@ from downloadview_async import (
     ArchiveOptions,
     Cache,
     Completions,
+    ConfigurationError,
     Digests,
     Download,
+    EdgeRedirect,
     MemoryChecksums,
     ObjectStorage,
     PresignedRedirect,
     ProxyUsers,
+    Redirect,
     Source,
     SQLiteChecksums,
     StorageSource,
     SupportsListing,
     URLSigner,
     Users,
+    signer_kinds,
 )
 from downloadview_async.service.access import USER, access_of, users_of
+from downloadview_async.service.functions import function_of
 from downloadview_async.service.limits import ServiceLimits
 from downloadview_async.service.pages import ServicePages
 from downloadview_async.service.pages.index import folder_of
 from downloadview_async.service.settings import RouteSettings, Settings
 from downloadview_async.service.sharing import Sharing, users_in
-from downloadview_async.service.source_settings import StorageSettings, source_of_files
+from downloadview_async.service.source_settings import (
+    EdgeSettings,
+    RemoteSettings,
+    StorageSettings,
+    directory_of,
+    edge_of,
+    options_of_edge,
+    source_of_files,
+)
 from downloadview_async.service.sources import place_of
 from downloadview_async.service.values import seconds_of, usable_store
 
@@ -175,8 +188,11 @@ def _cors(route: RouteSettings, has_passwords: bool) -> list[Middleware]:
     ]
 
 
-def _redirect(settings: Settings, name: str, source: Source) -> PresignedRedirect | None:
+def _redirect(settings: Settings, name: str, source: Source) -> Redirect | None:
+    """Return what redirects clients from the files of a source, or None. Raises `ConfigurationError`."""
     wanted = settings.sources[name]
+    if (edge := edge_of(wanted)) is not None:
+        return _edge(settings, name, source, edge)
     if not isinstance(wanted, StorageSettings) or wanted.presign is None:
         return None
     assert isinstance(source, StorageSource)
@@ -190,3 +206,24 @@ def _redirect(settings: Settings, name: str, source: Source) -> PresignedRedirec
             public_endpoint=wanted.presign.public_endpoint,
             logs_request_id=settings.accounts.database is not None,
         )
+
+
+def _edge(settings: Settings, name: str, source: Source, edge: EdgeSettings) -> EdgeRedirect:
+    key, kind = f"sources.{name}.edge", signer_kinds()[edge.kind]
+    options = options_of_edge(edge)
+    for option in options:
+        if kind.options[option].is_function:
+            options[option] = function_of(settings, f"{key}.{option}", options[option])
+    assert isinstance(edge.expires, float)  # the settings have been checked
+    wanted = settings.sources[name]
+    place: str | ObjectStorage | None = wanted.url if isinstance(wanted, RemoteSettings) else directory_of(wanted)
+    if isinstance(source, StorageSource) and isinstance(source.storage, ObjectStorage):
+        place = source.storage
+    assert place is not None
+    try:
+        return EdgeRedirect(place, kind.make(edge.url, **options), expires=edge.expires, checks=edge.checks)
+    except ConfigurationError as exc:
+        option, _, problem = str(exc).partition(": ")
+        if option in ("url", *kind.options):
+            raise settings.error(f"{key}.{option}", problem) from None
+        raise settings.error(key, str(exc)) from None

@@ -30,7 +30,7 @@ from downloadview_async.service.values import CONTROL, KEY_LINE, bytes_of, secon
 _Table = TypeVar("_Table", bound=Struct)
 
 _SERVER_PATHS = ("uds", "pid_file", "ssl_keyfile", "ssl_certfile")
-_MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.options\..+|server\.ssl_keyfile_password|links\.keys")
+_MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.(options|edge)\..+|server\.ssl_keyfile_password|links\.keys")
 
 
 def checked_settings(origin: Origin, data: Mapping[str, Any]) -> Settings:

@@ -8,12 +8,14 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 import msgspec
 
+from downloadview_async import signer_kinds
 from downloadview_async.service.origin import Origin
 from downloadview_async.service.schema import converted, fields_of, instead_of
 from downloadview_async.service.source_settings import (
     SOURCE_TYPES,
     CacheSettings,
     ChosenSettings,
+    EdgeSettings,
     ObjectSettings,
     PathSettings,
     RemoteSettings,
@@ -21,7 +23,9 @@ from downloadview_async.service.source_settings import (
     StorageSettings,
     cache_of,
     directory_of,
+    edge_of,
     is_within,
+    options_of_edge,
 )
 from downloadview_async.service.values import CONTROL, bytes_of, seconds_of
 
@@ -58,6 +62,8 @@ def _source(origin: Origin, name: str, table: Any) -> SourceSettings:
         _check_url(origin, f"{key}.url", source.url)
     if (cache := cache_of(source)) is not None:
         source = msgspec.structs.replace(source, cache=_cache(origin, f"{key}.cache", cache))
+    if (edge := edge_of(source)) is not None:
+        source = msgspec.structs.replace(source, edge=_edge(origin, f"{key}.edge", edge, source))
     if isinstance(source, PathSettings):
         return msgspec.structs.replace(source, root=origin.absolute(f"{key}.root", source.root))
     if isinstance(source, ChosenSettings):
@@ -82,6 +88,27 @@ def _source(origin: Origin, name: str, table: Any) -> SourceSettings:
         if isinstance(source, StorageSettings) and option in source.options:
             raise origin.error(f"{key}.options.{option}", f"not an option of obstore: write it in [{key}] itself")
     return source
+
+
+def _edge(origin: Origin, key: str, edge: EdgeSettings, source: SourceSettings) -> EdgeSettings:
+    """Return the table with its time in seconds and with absolute paths. Raises `ConfigurationError`."""
+    kind = signer_kinds()[edge.kind]
+    for other, needed in (("presign", "two sources"), ("cache", "two sources, of which one has the cache")):
+        if getattr(source, other, None) is not None:
+            raise origin.error(
+                key, f"a source cannot have both edge and {other}: remove one of them, or define {needed}"
+            )
+    if isinstance(source, StorageSettings) and source.url.startswith("memory:"):
+        raise origin.error(key, "no other server has the files in this memory: name another storage")
+    changed: dict[str, Any] = {"expires": seconds_of(edge.expires)}
+    if not changed["expires"]:
+        raise origin.error(f"{key}.expires", f"{edge.expires!r} is not a time: give such as 30s, 10m, 1h or 7d")
+    for name, value in options_of_edge(edge).items():
+        if (option := kind.options.get(name)) is None:
+            raise origin.error(f"{key}.{name}", f"{kind.title} has no such option: {instead_of(name, kind.options)}")
+        if option.is_path and "-----BEGIN" not in value:
+            changed[name] = origin.absolute(f"{key}.{name}", value)
+    return msgspec.structs.replace(edge, **changed)
 
 
 def _check_url(origin: Origin, key: str, url: str) -> None:

@@ -2,32 +2,18 @@
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
+import msgspec
 from msgspec import Meta, Struct
 
+from downloadview_async import SignerOption, signer_kinds
 from downloadview_async.service.values import FUNCTION, Count, Seconds, Text
 
 _MaxRequests = Annotated[Count, Meta(description="requests that may use the source at once in a worker")] | None
 _QueueTimeout = Annotated[Seconds, Meta(description="seconds that further requests wait before they get 503")]
 DigestMode = Annotated[Literal["off", "known", "background"], Meta(description="off, known or background")]
-
-
-class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="path"):
-    """`type = "path"`: a directory."""
-
-    root: Annotated[Text, Meta(description="a directory, absolute or relative to the settings file")]
-    symlinks: Annotated[Literal["deny", "inside", "follow"], Meta(description="deny, inside or follow")] = "inside"
-    names: Annotated[Literal["portable", "any"], Meta(description="portable or any")] = "portable"
-    threads: Annotated[Count, Meta(description="calls that may wait for the disk at once, 1 or more")] = 40
-    max_requests: _MaxRequests = None
-    queue_timeout: _QueueTimeout = 2.0
-    precompressed: Annotated[
-        list[Literal["br", "zstd", "gzip"]], Meta(description='a list of "br", "zstd" and "gzip"')
-    ] = []
-    digests: DigestMode = "off"
-    sidecars: Annotated[bool, Meta(description="true to read digests from files NAME.sha256")] = False
 
 
 class PresignSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -45,6 +31,46 @@ class PresignSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     ] = None
 
 
+SIGNER_OPTIONS: dict[str, SignerOption] = {
+    name: option for kind in signer_kinds().values() for name, option in kind.options.items()
+}
+"""The keys of `[sources.NAME.edge]` that some kind of signer accepts."""
+
+if TYPE_CHECKING:
+    _Kind = str
+else:
+    _Kind = Literal[tuple(signer_kinds())]
+
+
+class _EdgeSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    kind: Annotated[_Kind, Meta(description=f"one of {', '.join(signer_kinds())}")]
+    url: Annotated[Text, Meta(description="the URL below which the edge has the files of the source")]
+    expires: Annotated[
+        float | str, Meta(description="how long a URL can be used: seconds, or such as 30s, 10m, 1h or 7d")
+    ] = "10m"
+    checks: Annotated[bool, Meta(description="false to redirect without asking the source whether the file exists")] = (
+        True
+    )
+
+
+_WithOptions: Any = msgspec.defstruct(
+    "_WithOptions",
+    [
+        (name, Annotated[option.type, Meta(description=option.takes)] | None, None)
+        for name, option in SIGNER_OPTIONS.items()
+    ],
+    bases=(_EdgeSettings,),
+    kw_only=True,
+)
+
+
+class EdgeSettings(_WithOptions):  # type: ignore[misc]  # the options depend on the kinds of signers
+    """`[sources.NAME.edge]`: a store or CDN that has the same files, and checks signed URLs."""
+
+    def __repr__(self) -> str:
+        return f"EdgeSettings(kind={self.kind!r}, url={self.url!r})"  # there are secrets in the options
+
+
 class CacheSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """`[sources.NAME.cache]`: a directory that caches the files of a source."""
 
@@ -60,6 +86,26 @@ class CacheSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
 
 
 _CACHE = "a [sources.NAME.cache] table"
+_Edge = Annotated[
+    EdgeSettings | None, Meta(description='a [sources.NAME.edge] table, for routes with send = "redirect"')
+]
+
+
+class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="path"):
+    """`type = "path"`: a directory."""
+
+    root: Annotated[Text, Meta(description="a directory, absolute or relative to the settings file")]
+    symlinks: Annotated[Literal["deny", "inside", "follow"], Meta(description="deny, inside or follow")] = "inside"
+    names: Annotated[Literal["portable", "any"], Meta(description="portable or any")] = "portable"
+    threads: Annotated[Count, Meta(description="calls that may wait for the disk at once, 1 or more")] = 40
+    max_requests: _MaxRequests = None
+    queue_timeout: _QueueTimeout = 2.0
+    precompressed: Annotated[
+        list[Literal["br", "zstd", "gzip"]], Meta(description='a list of "br", "zstd" and "gzip"')
+    ] = []
+    edge: _Edge = None
+    digests: DigestMode = "off"
+    sidecars: Annotated[bool, Meta(description="true to read digests from files NAME.sha256")] = False
 
 
 class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="storage"):
@@ -86,6 +132,7 @@ class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     names: Annotated[Literal["portable", "any", "exact"] | None, Meta(description="portable, any or exact")] = None
     max_requests: _MaxRequests = None
     queue_timeout: _QueueTimeout = 2.0
+    edge: _Edge = None
     digests: DigestMode = "off"
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
@@ -131,6 +178,7 @@ class RemoteSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     queue_timeout: _QueueTimeout = 2.0
     names: Annotated[Literal["portable", "any", "exact"], Meta(description="portable, any or exact")] = "portable"
     list: Annotated[bool, Meta(description="true if the other server is such a service, and lists its folders")] = False
+    edge: _Edge = None
     digests: DigestMode = "off"
     cache: Annotated[CacheSettings | None, Meta(description=_CACHE)] = None
 
@@ -175,6 +223,16 @@ SOURCE_TYPES: dict[str, type[Struct]] = {
 def cache_of(source: SourceSettings) -> CacheSettings | None:
     """Return the cache of a source, or None."""
     return source.cache if isinstance(source, StorageSettings | RemoteSettings | VirtualSettings) else None
+
+
+def edge_of(source: SourceSettings) -> EdgeSettings | None:
+    """Return the store or CDN to which clients are redirected, or None."""
+    return source.edge if isinstance(source, PathSettings | StorageSettings | RemoteSettings) else None
+
+
+def options_of_edge(edge: EdgeSettings) -> dict[str, Any]:
+    """Return those options of the signer that are set."""
+    return {name: value for name in SIGNER_OPTIONS if (value := getattr(edge, name)) is not None}
 
 
 def digests_mode(source: SourceSettings) -> Literal["off", "known", "background"]:

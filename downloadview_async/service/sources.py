@@ -39,7 +39,7 @@ from downloadview_async.service.values import bytes_of, seconds_of
 if TYPE_CHECKING:  # it needs SQLAlchemy, which is optional
     from downloadview_async.service.database import Documents
 
-_NOT_OF_THE_SOURCE = frozenset({"cache", "digests", "sidecars", "max_requests", "queue_timeout"})
+_NOT_OF_THE_SOURCE = frozenset({"cache", "digests", "edge", "sidecars", "max_requests", "queue_timeout"})
 
 
 def databases_of(settings: Settings) -> dict[str, "Documents"]:

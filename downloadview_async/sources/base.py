@@ -199,6 +199,20 @@ class MadeOnDemand(Protocol):
         ...
 
 
+class HasObjectURL(Protocol):
+    """Optional for a file: it is in an object store, and its URL there is known although no proxy can fetch that."""
+
+    @property
+    def object_url(self) -> str | None:
+        """The store's own URL of the file, such as `gs://bucket/name`, percent-encoded; None for another file."""
+        ...
+
+
+def object_url_of(file: AsyncFile) -> str | None:
+    """Return the store's own URL of a file; None if it has none: see `HasObjectURL`."""
+    return getattr(file, "object_url", None)
+
+
 def pieces_of(opened: OpenFile, span: ByteRange) -> AsyncGenerator[Sequence[Piece], None] | None:
     """Return the pieces of a span of an open file, which the caller closes; None if it has none: see `InPieces`."""
     pieces: Callable[[ByteRange], AsyncGenerator[Sequence[Piece], None]] | None = getattr(opened, "pieces", None)

@@ -23,6 +23,7 @@ from downloadview_async.sources.base import (
     check_async,
     check_function,
     check_source,
+    object_url_of,
     pass_listing_on,
 )
 from downloadview_async.sources.listing import Entry, accepted_entries
@@ -128,6 +129,7 @@ class ObjectFile:
             raise wrong_type("ObjectFile takes a file, such as LocalFile('a.txt')", file)
         self.name = file.name if name is None else str(name)
         self.location = file.location
+        self.object_url = object_url_of(file)
         self._file = file
         self._mime_type = valid_content_type(mime_type if isinstance(mime_type, str) else None)
         self._encoding = encoding if isinstance(encoding, str) and _CODING.fullmatch(encoding) else None

@@ -89,6 +89,8 @@ class ObjectStorage:
         self._answer_timeout = answer_timeout
         self.slots = Slots(max_connections, are_connections=True)
         self._arguments = arguments_of(url, options)
+        self._bases: dict[str | None, str | None] = {}
+        """The URLs without a name, by the endpoint that was given."""
         self._made: tuple[int, Any] | None = (os.getpid(), self._make(url, self._arguments))
         self._below: dict[str, Any] = {}
         """Stores for keys with empty segments, by their endpoints, the most recently used last."""
@@ -173,16 +175,27 @@ class ObjectStorage:
 
         With `virtual_hosted_style_request` an endpoint includes the bucket, as for obstore.
         """
+        if endpoint not in self._bases:
+            self._bases[endpoint] = self._base_of(endpoint)
+        base = self._bases[endpoint]
+        return base if base is None or not name else f"{base}/{quote(name)}"
+
+    def _base_of(self, endpoint: str | None) -> str | None:
         config, parts = self.config, urlsplit(self.url)
         if parts.scheme != "s3":
             return None
         virtual = config.get("virtual_hosted_style_request", "").lower() in ("true", "1", "yes", "on", "y", "t")
         host = f"s3.{config.get('region', 'us-east-1')}.amazonaws.com"
         endpoint = endpoint or config.get("endpoint") or f"https://{f'{parts.netloc}.' if virtual else ''}{host}"
-        path = [unquote(parts.path).strip("/"), name]
+        path = [unquote(parts.path).strip("/")]
         if not virtual:
             path.insert(0, parts.netloc)
         return "/".join([endpoint.rstrip("/"), *[quote(part) for part in path if part]])
+
+    def object_url(self, name: str) -> str | None:
+        """Return the store's own URL of an object, such as `gs://bucket/name`; None for files and in memory."""
+        is_remote = self.url.partition("://")[0] in SCHEMES
+        return f"{self.url.rstrip('/')}/{quote(name)}" if is_remote else None
 
     async def locate(self, name: str) -> str | None:
         """Return the plain URL of an object of S3, or the path of a file; None for other stores."""

@@ -33,6 +33,11 @@ class StorageFile:
         self.name = key.rpartition("/")[2] if name is None else name
         self.location = location
 
+    @property
+    def object_url(self) -> str | None:
+        """The store's own URL of the file, such as `gs://bucket/name`: see `HasObjectURL`."""
+        return self.storage.object_url(self.key) if isinstance(self.storage, ObjectStorage) else None
+
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
         """Open one version of the bytes that the storage has under the key."""

@@ -15,6 +15,7 @@ from downloadview_async.http.content_types import (
     add_content_types,
     content_type_for,
     is_active,
+    is_rendered,
     valid_content_type,
     with_charset,
 )
@@ -200,6 +201,29 @@ def test_what_a_browser_could_run_is_active(content_type: str) -> None:
 )  # fmt: skip
 def test_what_a_browser_only_shows_is_not(content_type: str) -> None:
     assert not is_active(content_type)
+    assert not is_rendered(content_type)
+
+
+@pytest.mark.parametrize(
+    "content_type, rendered",
+    [
+        *[
+            (name, False)
+            for name in ("application/zip", "Application/X-Tar", "application/vnd.debian.binary-package; a=b")
+        ],
+        *[(name, True) for name in ("text/html", "application/xhtml+xml", "application/xml; a=b", "application/pdf")],
+        *[(name, True) for name in ("image/svg+xml", "application/javascript", "application/x-shockwave-flash")],
+        *[
+            (name, True)
+            for name in ("application/unknown", "application/atom+XML", "multipart/mixed", "model/x", "", "zip")
+        ],
+    ],
+)
+def test_what_a_browser_saves_without_being_told_is_active_and_yet_not_rendered(
+    content_type: str, rendered: bool
+) -> None:
+    assert is_active(content_type)
+    assert is_rendered(content_type) is rendered
 
 
 @given(st.text())

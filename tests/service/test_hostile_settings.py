@@ -24,6 +24,7 @@ from downloadview_async.service.logs import LONGEST
 from downloadview_async.service.settings import OffloadSettings, RouteSettings, RuleSettings, ServerSettings
 from downloadview_async.service.source_settings import (
     CacheSettings,
+    EdgeSettings,
     ObjectSettings,
     PathSettings,
     PresignSettings,
@@ -335,6 +336,15 @@ def test_seconds(value: float | str, number: float | None) -> None:
 
 # --- any value of any key
 
+EDGES = {
+    "azure": {"secret": "QUJD" * 8, "account": "a"},
+    "bunny": {"secret": "s" * 32},
+    "cloudflare": {"secret": "s" * 32},
+    "cloudfront": {"key_id": "K2JCJMDEHXQW5F", "private_key": "none.pem"},
+    "gcs": {"key_id": "GOOG1E", "secret": "s" * 32},
+    "hmac": {"secret": "s" * 32},
+    "nginx": {"secret": "s" * 32},
+}
 SECTIONS: dict[str, tuple[type[msgspec.Struct], dict[str, Any]]] = {
     "server": (ServerSettings, {"port": 0}),
     "path": (PathSettings, {"type": "path", "root": "files"}),
@@ -355,12 +365,18 @@ SECTIONS: dict[str, tuple[type[msgspec.Struct], dict[str, Any]]] = {
     "virtual": (VirtualSettings, {"type": "virtual", "factory": "os.path:basename"}),
     "cache": (CacheSettings, {"path": "cache"}),
     "presign": (PresignSettings, {}),
+    **{
+        f"edge {kind}": (EdgeSettings, {"kind": kind, "url": "https://x.org/", **options})
+        for kind, options in EDGES.items()
+    },
     "routes": (RouteSettings, {"path": "/f/{path:path}", "source": "files"}),
     "offload": (OffloadSettings, {"backend": "nginx"}),
     "rules": (RuleSettings, {"source": "files", "target": "/_files/"}),
 }
 KEYS = [(section, key) for section, (kind, _) in SECTIONS.items() for key in kind.__struct_fields__]
-HARMFUL = {("virtual", "factory"), ("server", "workers"), ("cache", "path"), ("server", "uds")}
+HARMFUL = {("virtual", "factory"), ("server", "workers"), ("cache", "path"), ("server", "uds")} | {
+    (f"edge {kind}", "delegation_key") for kind in EDGES
+}
 """What runs the code that it names, or writes where it says."""
 
 texts = st.text(alphabet=st.characters(), max_size=30) | st.sampled_from(
@@ -399,6 +415,8 @@ def test_any_value_of_any_key_is_taken_or_refused(directory: Path, where: tuple[
         sources[name] = tables[name]
     if section == "cache":
         sources["virtual"] |= {"cache": tables["cache"]}
+    if section.startswith("edge"):
+        sources["files"] |= {"edge": tables[section]}
     if section == "presign":
         sources["store"] |= {"presign": tables["presign"]}
     environ = {

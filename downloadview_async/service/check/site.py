@@ -16,6 +16,7 @@ from downloadview_async.service.source_settings import (
     SourceSettings,
     StorageSettings,
     cache_of,
+    edge_of,
     source_of_files,
 )
 
@@ -109,8 +110,8 @@ class Site(site.Site):
 
     def redirect_advice(self, file: site.File) -> str:
         """Return the remedy for a redirect that does not lead to the file."""
-        name, _ = self.source_of(_route_of(file))
-        return self.advice("redirect", None, name=name)
+        name, source = self.source_of(_route_of(file))
+        return self.advice("redirect" if edge_of(source) is None else "edge", None, name=name)
 
     def route_of(self, target: str) -> tuple[Route | None, str]:
         """Return the route that matches a path, and the name that it passes to its source."""
