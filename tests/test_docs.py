@@ -12,7 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from downloadview_async.service.schema import description_of
 from downloadview_async.sources.local import open_file, open_file_cache
 from downloadview_async.testing import assert_x_accel_redirect
 from tests.servers import PROJECT
+from tests.service.pods import run_tool
 
 DOCS = PROJECT / "docs"
 PAGES = [path for path in sorted([*PROJECT.glob("*.md"), *DOCS.rglob("*.md")]) if "_build" not in path.parts]
@@ -179,6 +180,10 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                         assert known is None or set(value.split(",")) <= set(known), f"unknown names: {words}"
             case "uvicorn":
                 text = help_of("uvicorn")
+            case "kubectl":
+                names = list(takewhile(lambda word: re.fullmatch("[a-z]+", word), arguments))
+                text = run_tool("kubectl", *names, "--help").stdout
+                text += run_tool("kubectl", "options").stdout
             case "ruff":
                 text = subprocess.run(
                     [sys.executable, "-m", *words[:2], "--help"], capture_output=True, text=True
