@@ -28,6 +28,7 @@ from tests.service.pods import run_tool
 FILE = PROJECT / "deploy" / "compose.yaml"
 SERVICES: dict[str, Any] = yaml.safe_load(FILE.read_text())["services"]
 LARGE = PROJECT / "app" / "files" / "large.bin"
+HUGE = 64 << 20  # more bytes than the kernel holds between the service, nginx and a client
 MOST = int(SERVICES["service"]["environment"]["DOWNLOADVIEW_LIMITS__CONCURRENT"])
 
 
@@ -114,14 +115,17 @@ class Fleet:
         return self.ports["seaweedfs:8333"]
 
     def fill_the_bucket(self) -> None:
-        """Run the service that copies the files, as soon as the store is healthy."""
+        """Run the service that copies the files, as soon as the store is healthy, and once more for a huge file."""
         (url,) = [one for one in SERVICES["seaweedfs"]["healthcheck"]["test"] if one.startswith("http")]
         wait_for(self.port_of_s3, url.partition(":8333")[2])
         files, target = "/srv/app/files", f"http://127.0.0.1:{self.ports['seaweedfs:8888']}/buckets/downloads/"
         name, *arguments = SERVICES["bucket"]["command"]
         assert arguments == [files, "http://seaweedfs:8888/buckets/downloads/"]
-        command = [weed("bucket"), name, str(PROJECT / "app" / "files"), target]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        with (self.directory / "huge.bin").open("wb") as file:
+            file.truncate(HUGE)
+        for source, place in ((PROJECT / "app" / "files", target), (self.directory / "huge.bin", f"{target}files/")):
+            command = [weed("bucket"), name, str(source), place]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
 
     def replica(self, host: str) -> AbstractContextManager[Server]:
         command = [sys.executable, "-m", "downloadview_async.cli", "serve", "--config", "app/downloadview.toml"]
@@ -207,7 +211,7 @@ def test_the_services_of_compose_work_together(tmp_path: Path) -> None:
         assert b"hello.txt" in get(port, "/media/")[1]
         # both replicas count the transfers of a client together
         with ExitStack() as downloads:
-            begun = [begin(port, "/media/large.bin") for _ in range(MOST + 4)]
+            begun = [begin(port, "/media/huge.bin") for _ in range(MOST + 4)]
             for answer, _ in begun:
                 downloads.callback(answer.close)
             assert [status for _, status in begun] == [200] * MOST + [429] * 4
