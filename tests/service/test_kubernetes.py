@@ -29,6 +29,7 @@ from downloadview_async.service import health
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.values import bytes_of
 from tests import redis_server
+from tests.faults.confined import confined, why_not
 from tests.s3 import KEY_ID, S3, SECRET, s3_server
 from tests.servers import PROJECT, Server, free_port, serving
 from tests.service.pods import (
@@ -315,13 +316,26 @@ def pod_of(overlay: str, root: Path, store: S3, **moved: str) -> Pod:
 
 @contextlib.contextmanager
 def service_of(pod: Pod, **variables: str) -> Iterator[Server]:
-    """Run the container of the service."""
+    """Run the container of the service, where mounts can be made with nothing that it may write to but its volumes."""
     command, env = pod.command("service")
     assert command[0] == "downloadview"
     assert command[3].startswith(str(pod.root))
     port = int(env["DOWNLOADVIEW_SERVER__PORT"])
-    with serving([*_COMMAND, *command[1:]], port, log=pod.root / "service.log", env=env | variables) as server:
+    mounts = container_of(pod.objects, "service")["volumeMounts"]
+    written = [str(pod.root / mount["name"]) for mount in mounts if not mount.get("readOnly")]
+    prefix = confined(*read_only_except(written)) if why_not() is None else []
+    started = [*prefix, *_COMMAND, *command[1:]]
+    with serving(started, port, log=pod.root / "service.log", env=env | variables) as server:
         yield server
+
+
+def read_only_except(directories: list[str]) -> Iterator[str]:
+    """Yield the commands that make all file systems read-only, except these directories."""
+    yield from (f"mount --bind '{directory}' '{directory}'" for directory in directories)
+    kept = "|".join([*directories, "/proc/*"])
+    remounted = f"case $path in {kept}) ;; *) mount -o remount,bind,ro $path || true ;; esac"
+    yield f"while read -r _ path _; do {remounted}; done < /proc/mounts"
+    yield f"for path in /tmp /dev/shm {PROJECT}; do if test -w $path; then exit 1; fi; done"
 
 
 def get(server: Server, path: str, **headers: str) -> tuple[int, bytes, http.client.HTTPMessage]:
