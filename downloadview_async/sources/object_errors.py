@@ -55,7 +55,7 @@ def file_error(exc: BaseException, name: str) -> FileError:
 
 
 def is_of_store(exc: BaseException) -> bool:
-    """Return whether obstore has raised: an error, or the panic of its threads, which is no `Exception`."""
+    """Return whether obstore has raised: an error, or a panic of its threads, which is only a `BaseException`."""
     return isinstance(exc, Exception) or type(exc).__name__ == "PanicException"
 
 
