@@ -3,6 +3,7 @@
 import importlib.metadata
 import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -117,16 +118,21 @@ def test_settings_load(page: Path, tmp_path: Path) -> None:
         assert loaded.content_types or (loaded.sources and loaded.routes)
 
 
+def commands_of(text: str) -> Iterator[list[str]]:
+    """Yield the words of each line of a shell block."""
+    lines = text.replace("\\\n", " ").splitlines()
+    for line in (re.sub(r"^\(umask 077; (.*)\)$", r"\1", line) for line in lines):
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch("[A-Z_]+=.*", words[0]):
+            words.pop(0)
+        if words:
+            yield words
+
+
 def commands(page: Path) -> Iterator[list[str]]:
     for _, text in blocks(page, "sh"):
         subprocess.run(["bash", "-n"], input=text.encode(), check=True)
-        lines = text.replace("\\\n", " ").splitlines()
-        for line in (re.sub(r"^\(umask 077; (.*)\)$", r"\1", line) for line in lines):
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch("[A-Z_]+=.*", words[0]):
-                words.pop(0)
-            if words:
-                yield words
+        yield from commands_of(text)
 
 
 @cache
@@ -185,6 +191,47 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                 pytest.fail(f"nobody checks the command {words}")
         for option in options:
             assert re.search(rf"{re.escape(option)}\b", text), f"{program} has no {option}: {words}"
+
+
+ENDING = {"config", "digest", "keys", "report", "revoke", "sign"}
+"""The commands that end, and need neither a running service nor a link that was made before."""
+SETTINGS = """
+[sources.files]
+type = "path"
+root = "files"
+[[routes]]
+path = "/files/{path:path}"
+source = "files"
+"""
+
+
+def ending_blocks(page: Path) -> list[tuple[int, str]]:
+    """Return the shell blocks of which each line is such a command."""
+    every = [(line, text, list(commands_of(text))) for line, text in blocks(page, "sh")]
+    return [
+        (line, text)
+        for line, text, lines in every
+        if lines and all(words[0] == "downloadview" and words[1] in ENDING for words in lines)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if ending_blocks(page)], ids=name_of)
+def test_commands_run_in_bash(page: Path, tmp_path: Path) -> None:
+    """One block after the other, with the settings above it on the page, if there are some."""
+    (tmp_path / "files" / "releases").mkdir(parents=True)
+    program = tmp_path / "downloadview"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m downloadview_async.cli "$@"\n')
+    program.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    for line, text in ending_blocks(page):
+        settings = [settings for above, settings in blocks(page, "toml") if above < line and file_of(settings) is None]
+        for name in ("downloads.toml", "downloadview.toml"):
+            (tmp_path / name).write_text(settings[-1] if settings else SETTINGS)
+        if backend := re.search(r"downloadview config (\w+)", text):
+            environ["DOWNLOADVIEW_OFFLOAD__BACKEND"] = backend[1]
+        done = subprocess.run(["bash", "-ec", text], cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name_of(page)}:{line}: {done.stderr}"
 
 
 def test_the_api_page_has_every_public_name() -> None:

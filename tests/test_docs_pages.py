@@ -45,8 +45,9 @@ BUTTONS = "document.querySelectorAll('div.highlight button.copybtn').length"
 def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the documentation, in which each warning is an error."""
     directory = tmp_path_factory.mktemp("docs")
-    command = ["-m", "sphinx", "-W", "-q", "-b", "html", "-d", directory / "doctrees", DOCS, directory / "html"]
-    built = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    options = ["-W", "-q", "-b", "html", "-d", str(directory / "doctrees")]
+    command = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(directory / "html")]
+    built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return directory / "html"
 
