@@ -2,8 +2,7 @@
 
 A Python block is a file that a reader saves and runs. A block that uses names which it does not define continues the
 blocks above it, from the one that defines them: a reader pastes it below them, into the same file. A block whose first
-line names a file (`# project/urls.py`) is part of a project, which a test of its own makes. On a page that says
-`python -m asyncio`, blocks may have `await` outside of a function.
+line names a file (`# project/urls.py`) is part of a project, which a test of its own makes.
 """
 
 import ast
@@ -25,15 +24,6 @@ PAGES = [path for path in sorted([*PROJECT.glob("*.md"), *DOCS.rglob("*.md")]) i
 BLOCK = re.compile(r"^(?P<fence>`{3,})(?P<kind>\S*)[^\n]*\n(?P<text>.*?)^(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL)
 _APPS = ("app", "application")
 _GIVEN = {*dir(builtins), "__file__", "__name__"}
-_AT_A_CONSOLE = """
-import ast, asyncio, inspect, sys
-code = compile(open(sys.argv[1]).read(), sys.argv[1], "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-async def main():
-    done = eval(code, {"__name__": "__main__"})
-    if inspect.isawaitable(done):
-        await done
-asyncio.run(main())
-"""
 
 
 def blocks(page: Path, *kinds: str) -> list[tuple[int, str]]:
@@ -50,11 +40,6 @@ def file_of(text: str) -> str | None:
     """Return the file that a block is part of, by its first line: "# project/urls.py". None: it is run by itself."""
     match = re.match(r"# ([\w/]+\.(?:py|toml))\n", text)
     return None if match is None else match[1]
-
-
-def is_for_a_console(page: Path) -> bool:
-    """Whether the page says that its lines are for `python -m asyncio`."""
-    return "python -m asyncio" in page.read_text()
 
 
 @dataclass(frozen=True)
@@ -78,10 +63,8 @@ class Script:
 
     def run(self, directory: Path) -> None:
         """Run it as a file in a new process. Raises `AssertionError` with its output if it fails."""
-        runner = ["-c", _AT_A_CONSOLE] if is_for_a_console(self.page) else []
-        done = subprocess.run(
-            [sys.executable, *runner, self.save(directory)], cwd=directory, capture_output=True, text=True, timeout=60
-        )
+        command = [sys.executable, self.save(directory)]
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{self.page}: {done.stdout}{done.stderr}"
 
     @contextmanager
