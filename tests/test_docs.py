@@ -66,12 +66,14 @@ def test_code_is_narrow_enough_to_be_read_without_scrolling(page: Path) -> None:
 
 
 @pages_with("python")
+@pytest.mark.timeout(300)  # a page may have ten files, each of which starts a Python
 def test_python_runs(page: Path, tmp_path: Path) -> None:
     for script in scripts(page):
         script.run(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", [page for page in PAGES if applications(page)], ids=name_of)
 def test_applications_are_served(page: Path, tmp_path: Path) -> None:
     for script in applications(page):
