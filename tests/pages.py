@@ -63,7 +63,7 @@ class Script:
 
     def run(self, directory: Path) -> None:
         """Run it as a file in a new process. Raises `AssertionError` with its output if it fails."""
-        command = [sys.executable, self.save(directory)]
+        command = [sys.executable, str(self.save(directory))]
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{self.page}: {done.stdout}{done.stderr}"
 
