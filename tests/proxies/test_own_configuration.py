@@ -13,9 +13,9 @@ from downloadview_async.service.check.run import check
 from downloadview_async.service.config_loader import load_settings
 from downloadview_async.service.settings import Settings
 from tests.live import ask, live, make_old
+from tests.pages import DOCS, blocks
 from tests.proxies.servers import EACH_KIND, KINDS, readable_directory, running
 from tests.servers import free_port
-from tests.test_docs import DOCS, blocks
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

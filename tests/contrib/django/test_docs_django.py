@@ -12,8 +12,8 @@ import pytest
 
 from downloadview_async.contrib import django as package
 from downloadview_async.contrib.django import apache, lighttpd, nginx
+from tests.pages import DOCS, blocks, file_of
 from tests.servers import PROJECT
-from tests.test_docs import DOCS, blocks, file_of
 
 GUIDE, MIGRATION = DOCS / "howto" / "django.md", DOCS / "migration.md"
 
