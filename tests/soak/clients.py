@@ -151,10 +151,17 @@ def _was_late(world: World, record: Record) -> bool:
 
 def _was_cut(world: World, record: Record) -> bool:
     files = world.site.files
-    if _changed_archive(world, record):
+    if _changed_archive(world, record) or _had_too_many_parts(world, record):
         return True
     name = record.path.partition("?")[0].lstrip("/").partition("/")[2]
     return name in files.versions and files.was_cut(name, record.begun, record.ended)
+
+
+def _had_too_many_parts(world: World, record: Record) -> bool:
+    """Return whether a request was for several parts of a file that the full cache could not take: see docs/limits.md."""
+    has_many = record.kind == "several ranges" and record.path.startswith("/mirror/")
+    world.ledger.seen["several ranges of a full cache", "cut"] += has_many
+    return has_many
 
 
 def _changed_archive(world: World, record: Record) -> bool:
