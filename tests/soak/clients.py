@@ -158,7 +158,7 @@ def _was_cut(world: World, record: Record) -> bool:
 
 
 def _had_too_many_parts(world: World, record: Record) -> bool:
-    """Return whether a request was for several parts of a file that the full cache could not take: see docs/limits.md."""
+    """Return whether the full cache could not take a file of which several parts are wanted: see docs/limits.md."""
     has_many = record.kind == "several ranges" and record.path.startswith("/mirror/")
     world.ledger.seen["several ranges of a full cache", "cut"] += has_many
     return has_many
