@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError as exc:
     sys.exit(f"downloadview: the service needs {exc.name}: install downloadview_async with its extra `server`")
 
-from downloadview_async.service.command import Group
+from downloadview_async.service.command import HELP, Group
 from downloadview_async.service.logs import one_line
 
 _WRONG_SETTINGS = 2  # the exit status: trying again does not help
@@ -96,7 +96,7 @@ _CONFIG_OPTION = click.option("--config", type=click.Path(path_type=Path), help=
 
 @click.group(
     cls=Group,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
     epilog="`downloadview COMMAND --help` has the options of a command, in groups, and examples.",
 )
 @click.version_option(__version__, prog_name="downloadview")

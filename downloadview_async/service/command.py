@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
 
 class Command(click.Command):
     """A command whose help has examples, and whose options are in groups.
@@ -22,7 +24,7 @@ class Command(click.Command):
         meant: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, **{"context_settings": HELP, **options})
         self.examples = examples
         self.groups = groups or {}
         self.meant = meant or {}

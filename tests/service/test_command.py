@@ -160,7 +160,7 @@ def test_the_scripts_for_other_shells(shell: str) -> None:
 
 
 def test_descriptions_in_fish_are_not_cut_at_a_comma() -> None:
-    env = {"_DOWNLOADVIEW_COMPLETE": "fish_complete", "COMP_WORDS": "downloadview che", "COMP_CWORD": "che"}
+    env = {"_DOWNLOADVIEW_COMPLETE": "fish_complete", "COMP_WORDS": "downloadview rev", "COMP_CWORD": "rev"}
     result = CliRunner(env=env).invoke(main, prog_name="downloadview")
-    assert result.output == "plain,check\tCheck a running service, and the proxy in front of it.\n"
+    assert result.output == "plain,revoke\tRevoke a link, or all links of a key, from the next request on.\n"
     assert 'string split -m 1 ","' in CliRunner().invoke(main, ["completion", "fish"]).output
