@@ -86,7 +86,7 @@ from downloadview_async.sources.storage import StorageFile, StorageSource, stora
 from downloadview_async.sources.sync_storage import SyncStorage
 from downloadview_async.sources.virtual import VirtualFile, VirtualSource
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Access",
