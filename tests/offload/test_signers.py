@@ -622,7 +622,7 @@ def test_cloudfront_takes_two_kinds_of_keys(key: Any, said: str) -> None:
 
 def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.serialization", None)
-    with pytest.raises(ConfigurationError, match="needs cryptography: install .* with its extra `cdn`"):
+    with pytest.raises(ConfigurationError, match=r"needs cryptography: install .* with its extra `cdn`"):
         signer_of("cloudfront", FILES, key_id=KEY_ID, private_key=RSA_PEM)
     assert signer_of("bunny", FILES, secret=SECRET)
 
