@@ -6,6 +6,7 @@ import hmac
 import importlib.metadata
 import json
 import re
+import sys
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import replace
@@ -617,6 +618,13 @@ def test_what_cannot_sign_is_refused_at_the_start(kind: str, url: str, options: 
 def test_cloudfront_takes_two_kinds_of_keys(key: Any, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         signer_of("cloudfront", FILES, key_id=KEY_ID, private_key=pem(key))
+
+
+def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.serialization", None)
+    with pytest.raises(ConfigurationError, match=r"needs cryptography: install .* with its extra `cdn`"):
+        signer_of("cloudfront", FILES, key_id=KEY_ID, private_key=RSA_PEM)
+    assert signer_of("bunny", FILES, secret=SECRET)
 
 
 def test_a_key_with_a_password_is_refused() -> None:

@@ -75,7 +75,7 @@ def private_key(name: str, pem: bytes, *, missing: Callable[[Any], str | None]) 
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     except ModuleNotFoundError as exc:
         raise ConfigurationError(
-            f"{name}: signing with it needs {exc.name}: install downloadview_async with its extra `cdn`"
+            f"{name}: signing with it needs cryptography: install downloadview_async with its extra `cdn`"
         ) from exc
     try:
         key = load_pem_private_key(pem, None)
