@@ -276,7 +276,9 @@ class DownloadServer(uvicorn.Server):
     async def _wait_for_connections(self) -> None:
         loop = asyncio.get_running_loop()
         await asyncio.sleep(_HANDSHAKE if self.config.ssl else _NAP)  # accepted connections become known
-        deadline = shutdown_at = None
+        deadline = None
+        idle_until = loop.time() + (_SETTLE if self.drain_seconds or self._end is _End.RETIRE else 0)
+        are_idle_ended = False
         if self.server_state.connections and not self.force_exit and not self._hurries:
             _logger.info("Waiting for connections to close. (CTRL+C to force quit)")
         while (self.server_state.connections or self.server_state.tasks or self._taking) and not self.force_exit:
@@ -284,15 +286,23 @@ class DownloadServer(uvicorn.Server):
                 if deadline is None:
                     limit = self.config.timeout_graceful_shutdown
                     deadline = loop.time() + (float("inf") if limit is None else limit)
-                    shutdown_at = loop.time() + (_SETTLE if self.drain_seconds else 0)
-                if shutdown_at is not None and loop.time() >= shutdown_at:
-                    shutdown_at = None
-                    for connection in list(self.server_state.connections):
-                        connection.shutdown()
+                    idle_until = min(idle_until, loop.time() + (_SETTLE if self.drain_seconds else 0))
                 if loop.time() >= deadline:
                     return
+            if not are_idle_ended and loop.time() >= idle_until:
+                are_idle_ended = True
+                self._end_idle_connections()
             self._when_alive()
             await asyncio.sleep(_NAP)
+
+    def _end_idle_connections(self) -> None:
+        """End what is idle now, and each other connection after its answer.
+
+        Without that, a proxy could use an idle connection to a server that has retired minutes ago, and would get an
+        answer by settings, keys and users that are no longer in use.
+        """
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
 
     async def _abort_connections(self) -> None:
         """Reset the connections that are left, and end their applications."""

@@ -124,6 +124,11 @@ class _WorkerServer(DownloadServer):
 
     async def _stop_accepting(self, sockets: list[socket.socket]) -> None:
         await super()._stop_accepting(sockets)
+        if not self.server_state.connections:
+            _say(self._pipe, _CLOSED)
+
+    def _end_idle_connections(self) -> None:
+        super()._end_idle_connections()
         _say(self._pipe, _CLOSED)
 
     def _listen_to_parent(self) -> None:
@@ -170,7 +175,7 @@ class _Worker:
             theirs.close()
         self.is_ready = False
         self.is_leaving = False
-        self.is_closed = False  # it accepts no more connections
+        self.is_closed = False  # it takes no more requests
         self.problem: str | None = None
         self.files: _States = {}
         self.silence = 0.0
@@ -410,7 +415,7 @@ class Workers:
                 self._serves = True
                 self._listeners.publish()
                 self._notifier.ready()
-        # Until then, the kernel may give a new connection to a worker with the old settings.
+        # Until then, a worker with the old settings may get a new connection, or a request on an idle one.
         if self._retiring and all(worker.is_closed or worker not in self._leaving for worker in self._retiring):
             self._retiring = []
             _logger.info("The settings have been read again, and are in use")
