@@ -75,7 +75,7 @@ def headers_of(given: Sequence[str]) -> dict[str, str]:
 
 
 class Server(Protocol):
-    """What answers the requests of a check: a `Peer`, or an application in this process. headers: of every request."""
+    """The server that a check sends requests to: a `Peer`, or an application in this process. headers: of every request."""
 
     @property
     def headers(self) -> Mapping[str, str]: ...  # noqa: D102
