@@ -75,7 +75,7 @@ def headers_of(given: Sequence[str]) -> dict[str, str]:
 
 
 class Server(Protocol):
-    """The server that a check sends requests to: a `Peer`, or an application in this process. headers: of every request."""
+    """A server that a check asks: a `Peer`, or an application in this process. headers: of every request."""
 
     @property
     def headers(self) -> Mapping[str, str]: ...  # noqa: D102
