@@ -324,8 +324,7 @@ def print_config(
 
     PROXY is nginx, apache, lighttpd, caddy or h2o, or one that an installed package adds. It sends the files of the
     settings' rules. The settings are the same as those of `serve`, variables included; offload.backend must be this
-    proxy. The proxy can be started with the printed configuration unchanged. "TLS:" marks
-    the place for TLS.
+    proxy. The proxy can be started with the printed configuration unchanged. "TLS:" marks the place for TLS.
     """
     from downloadview_async.service.access import link_secrets as link_secrets_of
     from downloadview_async.service.proxy_config import config_for

@@ -66,7 +66,7 @@ def create_app() -> Starlette:
             Route("/public/{path:path}", Download(PathSource(os.path.join(os.environ["EXAMPLE_FILES"], "public")))),
         ],
         middleware=middleware,
-        # answer the errors that `resolve` raises in `member_file` as `Download` answers them
+        # log the reason of each error, also of those that `resolve` raises in `member_file`
         exception_handlers={FileError: download_error},
     )
     app.state.files = files

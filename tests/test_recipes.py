@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 
-from downloadview_async.testing import call
 from tests.live import Answer, ask, live
-from tests.proxies.servers import KINDS, proxy, readable_directory
 from tests.servers import PROJECT
 
 pytestmark = pytest.mark.asyncio
@@ -88,29 +86,6 @@ async def test_the_directory_of_the_page_on_fastapi() -> None:
     async with served("fastapi.md", "A whole directory") as port:
         assert (await ask(port, "/manuals/start.txt")).status == 404
         assert (await ask(port, "/manuals/start.txt", headers={"X-Member": "yes"})).body == b"Read me first.\n"
-
-
-async def test_nginx_sends_the_files_of_the_page_on_fastapi(monkeypatch: pytest.MonkeyPatch) -> None:
-    with readable_directory() as checkout:
-        monkeypatch.chdir(checkout)
-        made = app_of("fastapi.md", "Behind nginx")
-        async with live(made["app"]) as service:
-
-            def configuration(service: str, listen: str) -> str:
-                return str(made["proxy_config"]("nginx", made["rules"], service=service, listen=listen))
-
-            ada, bob = {"Authorization": "Bearer token-of-ada"}, {"Authorization": "Bearer token-of-bob"}
-            with proxy(KINDS["nginx"], checkout, service, text=configuration) as port:
-                answer = await ask(port, "/invoices/1", headers=ada)
-                assert look(answer) == (200, b"%PDF-1.7 an invoice")
-                part = await ask(port, "/invoices/1", headers={**ada, "Range": "bytes=0-3"})
-                assert look(part) == (206, b"%PDF")
-                assert (await ask(port, "/invoices/1", headers=bob)).status == 404
-                assert (await ask(port, "/invoices/1")).status == 401
-                assert (await ask(port, "/_invoices/ada/1.pdf", headers=ada)).status == 404
-            direct = await call(made["app"], "/invoices/1", headers=ada)
-            order = direct.headers["x-accel-redirect"]
-            assert (direct.status, direct.body, order) == (200, b"", "/_invoices/ada/1.pdf")
 
 
 # --- Litestar and Quart

@@ -14,6 +14,12 @@ MAX_UNREAD_BODY = 1 << 20
 """Up to this many bytes of a request body are read and dropped: closing earlier could cost the client the answer."""
 
 
+async def listened_to_elsewhere() -> Message:
+    """Receive no message, ever: other code listens to the client, and cancels this when the client leaves."""
+    await anyio.sleep_forever()
+    raise AssertionError
+
+
 async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], receive: Receive, send: Send) -> None:
     """Run `work`, and cancel it if the client disconnects before the end of the response. Raises what `work` raises.
 

@@ -6,17 +6,16 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Scope, Send
+from starlette.types import Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, note_facts, request_id_of
 from downloadview_async.asgi.delivery import Empty, Inline, deliver
-from downloadview_async.asgi.disconnect import close_after_body
+from downloadview_async.asgi.disconnect import close_after_body, listened_to_elsewhere
 from downloadview_async.asgi.extensions import RAISES, raises_errors
 from downloadview_async.errors import DownloadError, FileError
 from downloadview_async.http.log_text import escaped, shown
@@ -103,13 +102,7 @@ async def _send_answer_of(handler: Callable[..., Any], exc: FileError, scope: Sc
     if isinstance(response, Response):
         response.headers.update(close_after_body(scope))
     note_facts(scope, kind="error")
-    await response(scope, _nothing, send)
-
-
-async def _nothing() -> Message:
-    """Receive no further message: the client is listened to elsewhere."""
-    await anyio.sleep_forever()
-    raise AssertionError
+    await response(scope, listened_to_elsewhere, send)
 
 
 async def download_error(request: Request, exc: Exception) -> Response:

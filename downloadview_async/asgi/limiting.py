@@ -40,7 +40,7 @@ Limiting = Limits | SourceLimit
 
 
 def limits_of(limits: Limiting | Sequence[Limiting] | None) -> tuple[Limiting, ...]:
-    """Return what an application gives as `limits=`, as a tuple. Raises `ConfigurationError` for anything else."""
+    """Return what an application gives as `limits=`, as a tuple. Raises `WrongType` for anything else."""
     each = tuple(limits) if isinstance(limits, list | tuple) else () if limits is None else (limits,)
     if not all(isinstance(one, Limits | SourceLimit) for one in each):
         raise WrongType(f"limits is {limits!r}: give Limits(...), SourceLimit(...), or a list of them")

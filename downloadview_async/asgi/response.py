@@ -61,7 +61,7 @@ from downloadview_async.offload.decision import Refusal, is_remote_order, refusa
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.limits.limits import TRANSFERS
 from downloadview_async.policy.uses import USE
-from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.base import AsyncFile, OpenFile, is_file
 from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.local.open_file import local_of, open_nowait
 
@@ -115,7 +115,7 @@ class DownloadResponse(Response):
         offload: bool | None = None,
         on_outcome: Listener | None = None,
     ) -> None:
-        if not hasattr(file, "open") or hasattr(file, "__fspath__") or isinstance(file, type):
+        if not is_file(file):
             raise _not_a_file(file)
         if not (attachment is True or attachment is False):
             raise wrong_type("attachment takes True (save the file) or False (show it)", attachment)

@@ -18,9 +18,9 @@ import anyio
 from starlette.types import ASGIApp
 
 from downloadview_async import ConfigurationError, FileError, FileMetadata, LocalFile, TransferAborted, proxy_kinds
-from downloadview_async.check.http import MOST, Answer, Asked, NoAnswerError, Peer
+from downloadview_async.check.http import MOST, Answer, NoAnswerError, Peer, Server
 from downloadview_async.check.in_process import Application, started
-from downloadview_async.check.inner import internal_locations, name_of_proxy
+from downloadview_async.check.proxy_alone import internal_locations, name_of_proxy
 from downloadview_async.check.samples import Content, content_of
 from downloadview_async.check.site import (
     File,
@@ -70,12 +70,12 @@ async def check_application(
     if not samples:
         raise ConfigurationError("there is no file to request: give one, such as --file /invoices/1=invoices/a.pdf")
     sent = headers or {}
-    base = _LOCAL if (clients := url or direct) is None else _host_of(clients)
+    base = _LOCAL if (clients := url or direct) is None else _base_of(clients)
     async with AsyncExitStack() as stack:
         running = proxy = None
         if direct is not None:
             # the proxy passes the Host of its clients on, and the application may accept no other
-            host = {} if url is None else {"Host": _host_of(url).rpartition("/")[2]}
+            host = {} if url is None else {"Host": _base_of(url).rpartition("/")[2]}
             running = await stack.enter_async_context(Peer.at(direct, timeout, {**host, **sent}))
         if url is not None:
             proxy = await stack.enter_async_context(Peer.at(url, timeout, sent))
@@ -100,7 +100,7 @@ def check_asgi(app: object) -> None:
         )
 
 
-def _host_of(url: str) -> str:
+def _base_of(url: str) -> str:
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -166,7 +166,7 @@ class ApplicationSite(Site):
         """Return the remedy for an application that makes headers for another kind of proxy."""
         return f"make the headers for {proxy_kinds()[kind].title}, by its backend"
 
-    def alone(self, file: File) -> Asked:
+    def alone(self, file: File) -> Server:
         """Return the application without the proxy: the running one, if its address is known."""
         return self.direct if self.direct is not None and file.direct is not None else self.in_process
 

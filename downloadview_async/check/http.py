@@ -74,8 +74,8 @@ def headers_of(given: Sequence[str]) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (header.partition(":") for header in given)}
 
 
-class Asked(Protocol):
-    """Answers requests: a `Peer`, or an application in this process. headers: of every request."""
+class Server(Protocol):
+    """A server that a check asks: a `Peer`, or an application in this process. headers: of every request."""
 
     @property
     def headers(self) -> Mapping[str, str]: ...  # noqa: D102

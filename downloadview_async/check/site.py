@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from downloadview_async import FileMetadata, ProxyKind, proxy_kinds
 from downloadview_async.check.advice import advice
-from downloadview_async.check.http import Answer, Asked, NoAnswerError, Peer
+from downloadview_async.check.http import Answer, NoAnswerError, Peer, Server
 from downloadview_async.check.proxies import PASSING_ON, named_by
 from downloadview_async.check.samples import Content
 from downloadview_async.http.log_text import cut
@@ -185,7 +185,7 @@ class Site:
     of the running application, for messages.
     """
 
-    in_process: Asked
+    in_process: Server
     direct: Peer | None
     proxy: Peer | None
     timeout: float
@@ -216,7 +216,7 @@ class Site:
         """Return whether a path belongs to a source of existing files, which does not generate any."""
         return False
 
-    def alone(self, file: File) -> Asked | None:
+    def alone(self, file: File) -> Server | None:
         """Return the application without the proxy, if its answer for a file is the expected one."""
         return self.direct if file.direct is not None else None
 

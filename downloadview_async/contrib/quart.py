@@ -3,14 +3,14 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-import anyio
 from hypercorn.typing import ASGISendCallable
 from quart import Quart, Request, Response, current_app, request
 from quart.asgi import ASGIHTTPConnection
 from quart.typing import ResponseTypes
-from starlette.types import Message, Scope, Send
+from starlette.types import Scope, Send
 from werkzeug.exceptions import default_exceptions
 
+from downloadview_async.asgi.disconnect import listened_to_elsewhere
 from downloadview_async.asgi.errors import failed
 from downloadview_async.asgi.extensions import RAISES
 from downloadview_async.asgi.response import DownloadResponse as _DownloadResponse
@@ -57,7 +57,8 @@ class DownloadResponse(Response):
                 self._inner.raw_headers.append((b"set-cookie", value.encode("latin-1")))
             else:
                 self._inner.raw_headers += checked_headers(((name, value),))
-        await self._inner({**scope, RAISES: True}, _listened_elsewhere, send)
+        # Quart cancels the request when the client leaves
+        await self._inner({**scope, RAISES: True}, listened_to_elsewhere, send)
 
 
 class _Connection(ASGIHTTPConnection):
@@ -94,9 +95,3 @@ async def _not_initialized() -> AsyncIterator[bytes]:
 
 def _body() -> bytes:
     raise ConfigurationError("call init_downloads(app) for the Quart application, so that it can send files")
-
-
-async def _listened_elsewhere() -> Message:
-    """Receive no further message: Quart cancels the request when the client leaves."""
-    await anyio.sleep_forever()
-    raise AssertionError

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from urllib.parse import quote, unquote, urlsplit
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import ConfigurationError, WrongType
 from downloadview_async.http.content_types import is_rendered
 from downloadview_async.offload.base import RedirectHeaders
 from downloadview_async.offload.signers.base import RenewingSigner, Signer
@@ -29,11 +29,11 @@ class EdgeRedirect:
     checks: whether each redirect opens the file first, so that a missing file gives a 404 here. With False, a redirect
     costs no request to a store: the edge answers for a missing file, and the type is that of the file's name.
 
-    A warning in the log tells which headers the
-    URLs cannot carry; files that a browser might run are not redirected then, unless the edge gets them from this
-    application.
+    A warning in the log tells which headers the URLs cannot carry; files that a browser might run are not redirected
+    then, unless the edge gets them from this application.
 
-    Raises `ConfigurationError` for an invalid place and a time that the signer does not allow.
+    Raises `WrongType` for anything that is not a signer, and `ConfigurationError` for an invalid place and a time that
+    the signer does not allow.
     """
 
     def __init__(
@@ -45,7 +45,8 @@ class EdgeRedirect:
         checks: bool = True,
     ) -> None:
         if not isinstance(signer, Signer):
-            raise ConfigurationError(f"EdgeRedirect takes a signer, such as signer_of('bunny', ...), not {signer!r}")
+            # the value may be a secret, so the message does not show it
+            raise WrongType("EdgeRedirect takes a signer, such as signer_of('bunny', ...)")
         if not 1 <= expires <= signer.max_seconds:
             raise ConfigurationError(
                 f"expires is {expires!r}: a URL of {signer!r} can be valid for 1 to {signer.max_seconds} seconds"

@@ -100,8 +100,8 @@ def signed_link(
 ) -> Callable[[Request], Awaitable[Grant]]:
     """Return a dependency for FastAPI: `grant: Annotated[Grant, Depends(signed_link(signer))]`.
 
-    It raises what `URLSigner.verify` raises, which `download_error` answers. The uses of a link are counted by the
-    `DownloadResponse` that the endpoint returns. format: as in `URLSigner.sign`.
+    It raises what `URLSigner.verify` raises, which FastAPI answers with its status. The uses of a link are counted by
+    the `DownloadResponse` that the endpoint returns. format: as in `URLSigner.sign`.
     """
     if not isinstance(signer, URLSigner):
         raise not_a_signer("signed_link", signer)

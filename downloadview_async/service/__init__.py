@@ -33,7 +33,7 @@ class _FromEnvironment:
             from downloadview_async import ConfigurationError
 
             try:
-                self._made = _made()
+                self._made = _application()
             except ConfigurationError as exc:
                 if scope["type"] != "lifespan":
                     raise
@@ -45,7 +45,7 @@ class _FromEnvironment:
         await self._made(scope, receive, send)
 
 
-def _made() -> _Application:
+def _application() -> _Application:
     from downloadview_async import ConfigurationError
     from downloadview_async.service.app import app_from_environment
     from downloadview_async.service.config_loader import CONFIG, DEFAULT, PREFIX

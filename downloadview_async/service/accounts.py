@@ -77,7 +77,7 @@ class Service(Starlette):
         await self.answer(scope, receive, send)
 
     def answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Return what does so. Servers that look at it do not take this plain function for an ASGI application."""
+        """Return a coroutine that does what a call does, without one more coroutine for each request."""
         scope["app"] = self
         if self.middleware_stack is None:
             self.middleware_stack = self.build_middleware_stack()

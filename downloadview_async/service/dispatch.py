@@ -27,7 +27,7 @@ class Dispatch:
         self._handlers: dict[Any, Any] = {HTTPException: _plain, **handlers}
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Return what answers a request, or runs the lifespan."""
+        """Return a coroutine that answers a request, or runs the lifespan."""
         return (self._answer if scope["type"] == "http" else self._router)(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

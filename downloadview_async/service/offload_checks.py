@@ -19,7 +19,7 @@ from downloadview_async.service.source_settings import (
     SourceSettings,
     StorageSettings,
     edge_of,
-    is_within,
+    overlap,
     places_of,
     source_of_files,
 )
@@ -35,7 +35,7 @@ def checked_offload(origin: Origin, offload: OffloadSettings, sources: Mapping[s
         if rule.source in sources:
             rule = _rule_of_source(origin, key, rule, sources[rule.source], kind)
         source = rule.source if "://" in rule.source else origin.absolute(f"{key}.source", rule.source)
-        if not any(is_within(place, source) or is_within(source, place) for place in places):
+        if not any(overlap(place, source) for place in places):
             raise origin.error(
                 f"{key}.source",
                 f"no source has files below {source!r}: give a directory or URL of a source "
@@ -82,11 +82,7 @@ def check_sending(key: str, route: RouteSettings, settings: Settings) -> None:
                 f"[sources.{name}.cache] and a rule whose source is the path of the cache, or choose stream",
                 because="offload.backend",
             )
-        if not any(
-            is_within(place, rule.source) or is_within(rule.source, place)
-            for place in places
-            for rule in settings.offload.rules
-        ):
+        if not any(overlap(place, rule.source) for place in places for rule in settings.offload.rules):
             raise settings.error(
                 key,
                 f"no rule tells the proxy where the files of {name!r} are: add one to [[offload.rules]]"

@@ -31,6 +31,7 @@ from downloadview_async import (
     SupportsListing,
     URLSigner,
     Users,
+    WrongType,
     signer_kinds,
 )
 from downloadview_async.service.access import USER, access_of, users_of
@@ -89,21 +90,25 @@ def routes_of(
             if needs_folders and not isinstance(sources[route.source], SupportsListing):
                 problem = f"the source {route.source!r} cannot list its folders: remove this, or name another source"
                 raise settings.error(f"routes[{index}].{option}", problem)
-        endpoint: ASGIApp = Download(
-            sources[route.source],
-            attachment=route.disposition == "attachment",
-            cache_control=route.cache_control,
-            redirect=redirects[where] if route.send == "redirect" else None,
-            offload=route.send != "stream",
-            access=access_of(settings, index, route, signer, users),
-            headers=route.headers,
-            limits=limits.of(index, route.source),
-            hide=route.hide,
-            listing=pages or False,
-            digests=digests.get(route.source),
-            archive=_archive(settings, route.source, sources[route.source], caches) if route.archive else False,
-            source_name=route.source,
-        )
+        access = access_of(settings, index, route, signer, users)
+        try:
+            endpoint: ASGIApp = Download(
+                sources[route.source],
+                attachment=route.disposition == "attachment",
+                cache_control=route.cache_control,
+                redirect=redirects[where] if route.send == "redirect" else None,
+                offload=route.send != "stream",
+                access=access,
+                headers=route.headers,
+                limits=limits.of(index, route.source),
+                hide=route.hide,
+                listing=pages or False,
+                digests=digests.get(route.source),
+                archive=_archive(settings, route.source, sources[route.source], caches) if route.archive else False,
+                source_name=route.source,
+            )
+        except WrongType as exc:  # the settings have been checked, but not whether a hook is async
+            raise settings.error(f"routes[{index}].access", str(exc)) from exc
         if pages is not None and sharers:
             endpoint = _sharing(settings, endpoint, pages, sharers, signer, users)
         if (folder := folder_of(route)) is not None and len(folder) > 1 and route.access is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from downloadview_async import proxy_kinds
 from downloadview_async.service.settings import RouteSettings, Settings
-from downloadview_async.service.source_settings import StorageSettings, is_within, places_of, source_of_files
+from downloadview_async.service.source_settings import edge_of, overlap, places_of, source_of_files
 
 
 def served(settings: Settings) -> Iterator[str]:
@@ -21,10 +21,8 @@ def served(settings: Settings) -> Iterator[str]:
 
 def _sender(route: RouteSettings, settings: Settings, proxy: str | None) -> str:
     source = source_of_files(route.source, settings.sources)[1]
-    if route.send == "redirect" and isinstance(source, StorageSettings):
-        return "the store, to which clients are redirected"
-    rules = settings.offload.rules
-    has_rule = any(
-        is_within(place, rule.source) or is_within(rule.source, place) for place in places_of(source) for rule in rules
-    )
+    if route.send == "redirect":
+        edge = edge_of(source)
+        return f"{'the store' if edge is None else edge.url}, to which clients are redirected"
+    has_rule = any(overlap(place, rule.source) for place in places_of(source) for rule in settings.offload.rules)
     return "this service" if proxy is None or not has_rule or route.send == "stream" else proxy

@@ -10,8 +10,8 @@ A shutdown has these steps. uvicorn's own begins with the third.
 5. The lifespan of the application ends.
 
 Ctrl-C at a terminal leaves out step 2 and the seconds of step 4: the service ends within a second. A second signal
-skips what is left of steps 2 to 5, and the lifespan is cancelled. A server that another one replaces
-*retires*: it skips step 2, its idle connections end by their own time, and downloads have all the time that they need.
+skips what is left of steps 2 to 5, and the lifespan is cancelled. A server that another one replaces *retires*: it
+skips step 2, its idle connections end by their own time, and downloads have all the time that they need.
 """
 
 import asyncio

@@ -24,8 +24,8 @@ from downloadview_async.service.source_settings import (
     cache_of,
     directory_of,
     edge_of,
-    is_within,
     options_of_edge,
+    overlap,
 )
 from downloadview_async.service.values import CONTROL, bytes_of, seconds_of
 
@@ -147,7 +147,7 @@ def _check_caches(origin: Origin, sources: Mapping[str, SourceSettings]) -> None
         for other, served in sources.items():
             directory = directory_of(served)
             paths = (os.path.realpath(cache.path), os.path.realpath(directory or ""))
-            if directory and (is_within(*paths) or is_within(*reversed(paths))):
+            if directory and overlap(*paths):
                 raise origin.error(
                     f"{key}.path", f"the source {other!r} serves {directory!r}: give the cache another directory"
                 )

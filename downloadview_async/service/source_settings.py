@@ -274,3 +274,8 @@ def places_of(source: SourceSettings) -> list[str]:
 def is_within(inner: str, outer: str) -> bool:
     """Return whether a directory or URL is the same as another or below it, comparing whole segments."""
     return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
+
+
+def overlap(place: str, other: str) -> bool:
+    """Return whether one of two directories or URLs is the same as the other or below it."""
+    return is_within(place, other) or is_within(other, place)

@@ -152,8 +152,14 @@ class _WorkerServer(DownloadServer):
         if order in (_DRAIN, _DRAIN_LAST):  # all workers do
             self.shares_sockets, self.shares_port = self._are_inherited, self._settings.server.reuse_port
             self.closes_last = order == _DRAIN_LAST
-        orders = {_DRAIN: self.drain, _DRAIN_LAST: self.drain, _RETIRE: self.retire, _NOW: self.stop_now}
-        (orders | {_HURRY: self.hurry})[order]()
+        orders = {
+            _DRAIN: self.drain,
+            _DRAIN_LAST: self.drain,
+            _RETIRE: self.retire,
+            _NOW: self.stop_now,
+            _HURRY: self.hurry,
+        }
+        orders[order]()
 
 
 class _Worker:

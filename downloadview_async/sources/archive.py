@@ -45,6 +45,7 @@ from downloadview_async.sources.base import (
     SupportsListing,
     check_source,
     closing_stream,
+    is_file,
 )
 from downloadview_async.sources.checksums import Checksums, MemoryChecksums, crc32
 from downloadview_async.sources.listing import DescribedEntry, Version, closing_entries
@@ -119,8 +120,7 @@ def _entry(value: object) -> ArchiveEntry:
     entry = ArchiveEntry(*value) if isinstance(value, tuple) and 0 < len(value) <= 4 else value
     is_entry = isinstance(entry, ArchiveEntry) and isinstance(entry.path, str)
     file = getattr(entry, "file", None)
-    is_file = file is None or (hasattr(file, "open") and not hasattr(file, "__fspath__") and not isinstance(file, type))
-    if not (is_entry and is_file):
+    if not (is_entry and (file is None or is_file(file))):
         raise WrongType(
             f"{value!r} is not an entry of an archive: give a path and a file, such as ('a.txt', LocalFile('a.txt'))"
             + (", and `await` a coroutine first" if hasattr(file, "__await__") else "")

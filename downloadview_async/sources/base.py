@@ -327,6 +327,11 @@ def pass_listing_on(wrapper: Any, inner: object) -> None:
             setattr(wrapper, method, getattr(inner, method))
 
 
+def is_file(value: object) -> bool:
+    """Return whether a value can be an `AsyncFile`: it can be opened, and is neither a path nor a class."""
+    return hasattr(value, "open") and not hasattr(value, "__fspath__") and not isinstance(value, type)
+
+
 def check_source(value: object, taker: str) -> None:
     """Raise `WrongType` if a value is not a source. taker: the name of the class that takes it."""
     if not hasattr(value, "resolve") or hasattr(value, "__fspath__") or isinstance(value, type):

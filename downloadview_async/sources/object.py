@@ -23,6 +23,7 @@ from downloadview_async.sources.base import (
     check_async,
     check_function,
     check_source,
+    is_file,
     object_url_of,
     pass_listing_on,
 )
@@ -125,7 +126,7 @@ class ObjectFile:
         size: int | None = None,
         modified: datetime | float | None = None,
     ) -> None:
-        if not hasattr(file, "open") or hasattr(file, "__fspath__"):
+        if not is_file(file):
             raise wrong_type("ObjectFile takes a file, such as LocalFile('a.txt')", file)
         self.name = file.name if name is None else str(name)
         self.location = file.location

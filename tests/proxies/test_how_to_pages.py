@@ -102,9 +102,11 @@ def test_behind_nginx(directory: Path) -> None:
     ):
         url = f"http://127.0.0.1:{front}"
         assert get(f"{url}/invoices/1", ADA) == (200, b"ada's invoice\n")
-        assert get(f"{url}/invoices/1", BOB)[0] == 404
+        assert get(f"{url}/invoices/1", {**ADA, "Range": "bytes=0-2"}) == (206, b"ada")
+        assert get(f"{url}/invoices/1", BOB) == get(f"{url}/invoices/7", ADA) == (404, b'{"detail":"Not Found"}')
         assert get(f"{url}/invoices/1", {})[0] == 401
-        assert get(f"{url}/_invoices/1.pdf", {})[0] == 404
+        assert get(f"{url}/_invoices/1.pdf", ADA)[0] == 404
+        assert get(f"http://127.0.0.1:{service}/invoices/1", ADA) == (200, b"")
         report = json.loads(output_of([*command(page, "downloadview", ports), "--json"], directory, environ))
         assert (report["FAIL"], report["skip"]) == (0, 0)
         said = "200, the right bytes, which the service alone does not send"

@@ -363,6 +363,7 @@ def test_the_pages_of_the_service_take_no_links(directory: Path, path: str) -> N
         ('access = ["signed"]', 'access = ["hook:may_read"]', "routes[0].access"),
         ("access_rules:may_read", "access_rules:no", "routes[1].access[0]: 'access_rules:no' cannot be imported"),
         ("access_rules:may_read", "access_rules:__name__", "'access_rules:__name__' is not a function"),
+        ("access_rules:may_read", "fnmatch:fnmatch", "routes[1].access: access is <function fnmatch at "),
         ('hide = [".*", "*.KEY"]', 'hide = ["a/b"]', "routes[1].hide"),
         ('hide = [".*", "*.KEY"]', 'hide = ".*"', "routes[1].hide"),
     ],

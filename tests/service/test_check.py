@@ -211,7 +211,8 @@ async def test_a_route_without_a_known_file_is_said_not_to_be_checked(directory:
     assert "example" in line.remedy
     with pytest.raises(ConfigurationError, match="no file to request"):
         await checked(load(directory, virtual), direct=nobody)
-    refusing = FILES + 'access = ["hook:made_here:make"]\n'
+    (directory / "hooks_here.py").write_text("async def may(request, name):\n    return False\n")
+    refusing = FILES + 'access = ["hook:hooks_here:may"]\n'
     with pytest.raises(ConfigurationError, match="or the headers of a user with --header"):
         await checked(load(directory, refusing), direct=nobody)
 

@@ -17,6 +17,11 @@ type = "storage"
 url = "s3://bucket/prefix"
 presign = {}
 
+[sources.copied]
+type = "path"
+root = "files"
+edge = { kind = "bunny", url = "https://zone.b-cdn.net/files/", secret = "0123456789abcdef" }
+
 [sources.mirror]
 type = "remote"
 url = "https://files.example.org/pub"
@@ -25,7 +30,14 @@ url = "https://files.example.org/pub"
 type = "virtual"
 factory = "app.reports:report"
 """
-ROUTES = [("files", None), ("files", "stream"), ("bucket", "redirect"), ("mirror", None), ("made", None)]
+ROUTES = [
+    ("files", None),
+    ("files", "stream"),
+    ("bucket", "redirect"),
+    ("mirror", None),
+    ("made", None),
+    ("copied", "redirect"),
+]
 
 
 @pytest.mark.parametrize("backend", [None, "nginx", "apache"])
@@ -46,6 +58,8 @@ def test_each_route_has_a_line(backend: str | None, tmp_path: Path) -> None:
         "/2/{path:path}: files of s3://bucket/prefix, sent by the store, to which clients are redirected",
         "/3/{path:path}: files of https://files.example.org/pub, sent by this service",
         "/4/{path:path}: files of the source made, sent by this service",
+        f"/5/{{path:path}}: files of {tmp_path}/files, sent by https://zone.b-cdn.net/files/, to which clients are "
+        "redirected",
     ]
     last = [f"{title} sends files: open its address, and not this one, where such an answer has no body"]
     assert lines[len(ROUTES) :] == (last if backend else [])

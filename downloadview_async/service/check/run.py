@@ -16,7 +16,7 @@ import anyio
 
 from downloadview_async import AccessDenied, ConfigurationError, Download, FileMissing, UpstreamError, VirtualFile
 from downloadview_async.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer
-from downloadview_async.check.inner import internal_locations, name_of_proxy
+from downloadview_async.check.proxy_alone import internal_locations, name_of_proxy
 from downloadview_async.check.samples import content_of, names_in
 from downloadview_async.check.site import (
     PLAIN,
@@ -33,8 +33,7 @@ from downloadview_async.check.site import (
 )
 from downloadview_async.check.transfers import TransferChecks
 from downloadview_async.service.app import build
-from downloadview_async.service.check.site import PARAMETER, File, Site, Wanted
-from downloadview_async.service.check.site import wanted as wanted_of
+from downloadview_async.service.check.site import PARAMETER, File, Site, Wanted, wanted_of
 from downloadview_async.service.health import LIVEZ, PADDING
 from downloadview_async.service.settings import DatabaseUnavailable, RouteSettings, Settings
 from downloadview_async.service.source_settings import (

@@ -30,7 +30,7 @@ class Wanted(site.Wanted):
     route: RouteSettings
 
 
-def wanted(route: RouteSettings, target: str, query: str = "", *, thorough: bool) -> Wanted:
+def wanted_of(route: RouteSettings, target: str, query: str = "", *, thorough: bool) -> Wanted:
     """Return a file of a route to request."""
     origin = None
     if route.cors is not None:
