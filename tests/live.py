@@ -73,7 +73,7 @@ async def uvicorn_for(
     app: ASGIApp, *, sockets: list[socket.socket] | None = None, **options: Any
 ) -> AsyncIterator[uvicorn.Server]:
     """Serve `app` on open sockets, or where the options of uvicorn say, and give the server."""
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options))
+    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, **{"lifespan": "off", **options}))
     task = asyncio.create_task(server.serve(sockets=sockets))
     while not server.started:
         await asyncio.sleep(0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quart import Quart
 
 from tests.live import Answer, ask, live
 from tests.servers import PROJECT
@@ -105,6 +106,37 @@ async def test_the_manuals_of_litestar() -> None:
     async with served("litestar-quart.md", "A whole directory") as port:
         assert (await ask(port, "/manuals/start.txt")).status == 404
         assert (await ask(port, "/manuals/start.txt", headers={"X-Member": "yes"})).body == b"Read me first.\n"
+
+
+async def test_the_generated_file_of_litestar() -> None:
+    async with served("litestar-quart.md", "A generated file") as port:
+        answer = await ask(port, "/squares.csv")
+        assert look(answer) == (200, b"number,square\r\n0,0\r\n1,1\r\n2,4\r\n")
+        assert answer.headers["content-type"].startswith("text/csv")
+        assert (await ask(port, "/squares.csv", method="HEAD")).status == 200
+
+
+async def test_the_manuals_of_quart() -> None:
+    async with served("litestar-quart.md", "The files of a directory") as port:
+        member = {"X-Member": "yes"}
+        assert (await ask(port, "/manuals/start.txt")).status == 404
+        assert look(await ask(port, "/manuals/start.txt", headers={**member, "Range": "bytes=0-3"})) == (206, b"Read")
+        assert (await ask(port, "/manuals/start.txt", method="HEAD", headers=member)).status == 200
+
+
+async def test_a_framework_beside_a_download_gets_its_lifespan(directory: Path) -> None:
+    made = app_of("litestar-quart.md", "Other frameworks")
+    started = []
+    framework = Quart(__name__)
+    framework.before_serving(lambda: started.append("Quart"))
+    framework.get("/")(lambda: "It works.")
+    made["app"].__globals__["other_framework"] = made["router"].default = framework
+    (directory / "files" / "a.txt").write_text("Hello\n")
+    async with live(made["app"], lifespan="on") as port:
+        assert started == ["Quart"]
+        assert (await ask(port, "/")).body == b"It works."
+        assert look(await ask(port, "/files/a.txt", headers={"Range": "bytes=0-3"})) == (206, b"Hell")
+        assert (await ask(port, "/files/none")).status == 404
 
 
 # --- recipes

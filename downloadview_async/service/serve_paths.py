@@ -52,7 +52,7 @@ def variables_of(
     variables: dict[str, object] = {"SOURCES": {"files": source}, "PAGES": {"title": title}}
     access = []
     if share is not None:
-        if not seconds_of(share):
+        if not seconds_of(share) or share[-1].isdigit():
             raise ConfigurationError(f"--share is {share!r}: give a time such as 90s, 10m, 2h or 7d")
         access.append("signed")
         variables["LINKS"] = {"keys": f"share {secrets.token_urlsafe(32)}", "max_age": share}

@@ -259,7 +259,8 @@ def test_mistakes_with_paths_are_refused(directory: Path) -> None:
     assert twice == "downloadview: two of the paths have the name 'a.txt': rename one, or leave it out\n"
     assert "--title is 'a\\nb': give a text" in refused("files", "--title", "a\nb", cwd=directory)
     assert "'.env' begins with a dot: add --hidden" in refused(".env", cwd=directory)
-    assert "--share is 'soon'" in refused("files/a.txt", "--share", "soon", cwd=directory)
+    for share in ("soon", "2", "0h"):  # a number alone may have been meant as hours
+        assert f"--share is {share!r}: give a time" in refused("files/a.txt", "--share", share, cwd=directory)
     assert "--user takes NAME:PASSWORD" in refused("files", "--user", "ada:", cwd=directory)
     assert "--user takes NAME:PASSWORD" in refused("files", "--user", "", cwd=directory)
     for name in ("#ada", "ada ", "a\nda"):
