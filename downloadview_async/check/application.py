@@ -56,7 +56,7 @@ _OF_THE_SENDER = frozenset(
         "transfer-encoding",
     ]
 )
-"""The headers that whoever sends the file makes, and cookies, which are compared by their names."""
+"""The headers that the sender of a file makes, and cookies, which are compared by their names."""
 
 
 async def check_application(
@@ -366,7 +366,7 @@ class _Run:
 
 
 def _others(answer: Answer) -> tuple[str, ...]:
-    """Return the headers of an answer that are neither compared by their values nor made by whoever sends the file."""
+    """Return the headers of an answer that are not compared by their values. The sender of a file makes none of them."""
     compared = {name.lower() for name in KEPT_HEADERS}
     names = dict.fromkeys(name for name, _ in answer.headers)
     return tuple(name.title() for name in names if name not in compared | _OF_THE_SENDER and name not in answer.orders)

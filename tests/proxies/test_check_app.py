@@ -421,6 +421,16 @@ async def test_a_redirect_to_a_store(site: Site, s3: S3) -> None:
     assert "X-Amz-Signature" not in "".join(line.as_text() for line in lines)
     (line,) = failures(await site.check(redirecting(public_endpoint="http://127.0.0.1:1")))
     assert "public_endpoint" in line.remedy
+
+    async def by_hand(request: Request) -> Response:
+        file = await dv.StorageSource(storage).resolve("a.pdf")
+        name = {"content-disposition": 'attachment; filename="invoice.pdf"'}
+        url, _ = await dv.PresignedRedirect(storage).url_for(file, name)
+        return RedirectResponse(url)
+
+    lines = await site.check(Starlette(routes=[Route("/invoices/{path:path}", by_hand)]))
+    assert failures(lines) == []
+    assert 'Content-Disposition: attachment; filename="invoice.pdf"' in lines[-1].outcome
     await storage.aclose()
 
 

@@ -507,7 +507,7 @@ async def test_a_file_of_django_is_no_entry_and_the_message_names_the_adapter(tm
     (tmp_path / "a.txt").write_text("0123456789")
     says = r"or \('a.txt', async_file_of\(file\)\) for a file of Django"
     with (tmp_path / "a.txt").open("rb") as file, pytest.raises(dv.ConfigurationError, match=says):
-        Archive([("a.txt", File(file))])
+        Archive([("a.txt", File(file))])  # type: ignore[list-item]
 
 
 async def test_a_source_that_lists_nothing_is_refused() -> None:
