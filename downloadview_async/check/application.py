@@ -366,7 +366,7 @@ class _Run:
 
 
 def _others(answer: Answer) -> tuple[str, ...]:
-    """Return the headers of an answer that are not compared by their values. The sender of a file makes none of them."""
+    """Return the headers that are not compared by their values, and that no sender of a file makes."""
     compared = {name.lower() for name in KEPT_HEADERS}
     names = dict.fromkeys(name for name, _ in answer.headers)
     return tuple(name.title() for name in names if name not in compared | _OF_THE_SENDER and name not in answer.orders)
