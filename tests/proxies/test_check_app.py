@@ -425,8 +425,9 @@ async def test_a_redirect_to_a_store(site: Site, s3: S3) -> None:
     async def by_hand(request: Request) -> Response:
         file = await dv.StorageSource(storage).resolve("a.pdf")
         name = {"content-disposition": 'attachment; filename="invoice.pdf"'}
-        url, _ = await dv.PresignedRedirect(storage).url_for(file, name)
-        return RedirectResponse(url)
+        signed = await dv.PresignedRedirect(storage).url_for(file, name)
+        assert signed is not None
+        return RedirectResponse(signed[0])
 
     lines = await site.check(Starlette(routes=[Route("/invoices/{path:path}", by_hand)]))
     assert failures(lines) == []
