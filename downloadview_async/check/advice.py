@@ -28,6 +28,7 @@ PROBLEMS: Mapping[str, str] = {
     "decoded": "forward the path exactly as the client sent it",
     "header": "configure the proxy to pass on <header> unchanged, and to send it once",
     "streamed header": "configure the proxy to pass on <header> unchanged, and to send it once",
+    "header of the site": "configure the proxy to send <header> with files, too",
     "ranges": "configure the proxy to pass on Range and If-Range, and to compress nothing",
     "streamed ranges": "configure the proxy to pass on Range and If-Range, and to compress nothing",
     "conditions": "configure the proxy to pass on If-None-Match, If-Modified-Since, ETag and Last-Modified",

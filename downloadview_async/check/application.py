@@ -23,6 +23,7 @@ from downloadview_async.check.in_process import Application, started
 from downloadview_async.check.proxy_alone import internal_locations, name_of_proxy
 from downloadview_async.check.samples import Content, content_of
 from downloadview_async.check.site import (
+    KEPT_HEADERS,
     File,
     Line,
     PlacedRule,
@@ -40,6 +41,22 @@ from downloadview_async.check.transfers import TransferChecks
 _REASON = "sent without the proxy, "
 _UNOFFERED = "there is no OffloadMiddleware around it"
 _LOCAL = "http://localhost"
+_OF_THE_SENDER = frozenset(
+    [
+        "accept-ranges",
+        "connection",
+        "content-length",
+        "content-range",
+        "date",
+        "etag",
+        "keep-alive",
+        "last-modified",
+        "server",
+        "set-cookie",
+        "transfer-encoding",
+    ]
+)
+"""The headers that the sender of a file makes, and cookies, which are compared by their names."""
 
 
 async def check_application(
@@ -283,6 +300,7 @@ class _Run:
             redirects=redirects,
             answers_head=answers_head,
             head_is_separate=head_is_separate,
+            others=_others(expected) if expected.orders else (),
         )
         return passed("application", wanted, request, outcome), file
 
@@ -345,6 +363,13 @@ class _Run:
         if not checked:
             wanted = replace(files[0].wanted, label="")
             yield skipped("proxy", wanted, "internal locations", "the application lets no proxy send these files")
+
+
+def _others(answer: Answer) -> tuple[str, ...]:
+    """Return the headers that are not compared by their values, and that no sender of a file makes."""
+    compared = {name.lower() for name in KEPT_HEADERS}
+    names = dict.fromkeys(name for name, _ in answer.headers)
+    return tuple(name.title() for name in names if name not in compared | _OF_THE_SENDER and name not in answer.orders)
 
 
 def _described(answer: Answer) -> tuple[FileMetadata, Content]:

@@ -150,6 +150,8 @@ class File:
     head_is_separate: bool = False
     direct: Answer | None = None
     """The answer of the running application, if it is the expected one."""
+    others: tuple[str, ...] = ()
+    """The names of the other headers of the application, which must reach the client, with whatever values."""
 
     @property
     def target(self) -> str:

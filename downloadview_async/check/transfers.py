@@ -38,6 +38,8 @@ _ORDERS_OF_A_CLIENT = dict(
 )
 _OF_A_STORE = re.compile("x-amz-(?!cf-)|x-goog-|x-ms-|seaweed-")  # x-amz-cf- is CloudFront, which is a proxy
 _OF_A_PREFLIGHT = ("Access-Control-Allow-Origin", "Access-Control-Allow-Methods", "Access-Control-Allow-Headers")
+_OF_A_SITE = "Strict-Transport-Security"
+"""A header that belongs to every answer of a site. Proxies add it, and may lose it where they send files."""
 _UNREACHED = (502, 503, 504)
 
 
@@ -104,7 +106,8 @@ class TransferChecks:
             return failed("together", file.wanted, request, outcome, self.site.redirect_advice(file))
         actual, wanted = answer.get("content-disposition"), file.expected.get("content-disposition")
         outcome = f"{outcome}, Content-Disposition: {actual}"
-        if actual != wanted and any(name in url.lower() for name in _DISPOSITIONS):  # not every CDN takes one
+        # not every CDN takes one, and an application that makes the redirect itself may say none
+        if wanted not in (None, actual) and any(name in url.lower() for name in _DISPOSITIONS):
             return failed(
                 "together", file.wanted, request, f"{outcome} instead of {wanted}", self.site.redirect_advice(file)
             )
@@ -222,6 +225,7 @@ class TransferChecks:
             changed = [name for name in changed if name not in self.site.kind.replaced_headers]
         if (expected.get("content-security-policy") or "") in (whole.get("content-security-policy") or ""):
             changed = [name for name in changed if name != "Content-Security-Policy"]  # the proxy may make it stricter
+        changed += [name for name in file.others if whole.get(name) is None]
         # the outcome, the problem as in `advice.PROBLEMS`, and the header
         problems = [(f"{name}: {whole.get(name)} instead of {expected.get(name)}", "header", name) for name in changed]
         if whole.cookies != expected.cookies:
@@ -340,14 +344,21 @@ class TransferChecks:
             f"{before}x%2F..%2F{name}",
         ]
         for number, target in enumerate(targets):
-            yield await self._name(file, target, "decoded" if number else "not passed on")
+            request = f"GET {target}"
+            try:
+                answer = await self.proxy.ask(target)
+            except ClosedError:
+                yield passed("together", file.wanted, request, "refused")
+                continue
+            yield await self._name(file, target, answer, "decoded" if number else "not passed on")
+            is_lost = not number and file.offloaded and whole.get(_OF_A_SITE) is None
+            if is_lost and (value := answer.get(_OF_A_SITE)) is not None:
+                request, outcome = f"GET {file.target}: headers", f"{_OF_A_SITE}: None, but {value} with a 404"
+                remedy = self._lost("header of the site", file, header=_OF_A_SITE, value=value)
+                yield failed("together", file.wanted, request, outcome, remedy)
 
-    async def _name(self, file: File, target: str, problem: str) -> Line:
+    async def _name(self, file: File, target: str, answer: Answer, problem: str) -> Line:
         request = f"GET {target}"
-        try:
-            answer = await self.proxy.ask(target)
-        except ClosedError:
-            return passed("together", file.wanted, request, "refused")
         outcome = f"{answer.status}{shown(answer.orders)}"
         if 400 <= answer.status < 500 and not answer.orders:
             return passed("together", file.wanted, request, outcome)

@@ -120,10 +120,11 @@ def _entry(value: object) -> ArchiveEntry:
     entry = ArchiveEntry(*value) if isinstance(value, tuple) and 0 < len(value) <= 4 else value
     is_entry = isinstance(entry, ArchiveEntry) and isinstance(entry.path, str)
     file = getattr(entry, "file", None)
-    if not (is_entry and (file is None or is_file(file))):
+    if not (is_entry and (file is None or (is_file(file) and hasattr(file, "location")))):
         raise WrongType(
             f"{value!r} is not an entry of an archive: give a path and a file, such as ('a.txt', LocalFile('a.txt'))"
             + (", and `await` a coroutine first" if hasattr(file, "__await__") else "")
+            + (", or ('a.txt', async_file_of(file)) for a file of Django" if opens else "")
         )
     assert isinstance(entry, ArchiveEntry)
     return entry

@@ -322,6 +322,48 @@ async def test_a_mistake_of_the_proxy_has_the_remedy_of_the_check_of_a_service(s
     assert wrong.advice in failed[0].remedy
 
 
+async def test_each_header_of_the_application_has_to_reach_the_client(site: Site) -> None:
+    app = application(site.directory)
+
+    @app.middleware("http")
+    async def more(request: Request, call_next: Callable[[Request], Any]) -> Response:
+        response: Response = await call_next(request)
+        response.headers["X-Frame-Options"] = "DENY"
+        response.headers["X-Request-Id"] = os.urandom(4).hex()
+        return response
+
+    failed = failures(await site.check(app))
+    assert [line.outcome.partition(" instead")[0] for line in failed] == ["X-Frame-Options: None", "X-Request-Id: None"]
+    line = "`add_header X-Frame-Options $upstream_http_x_frame_options always;` in location /_files/"
+    assert failed[0].remedy.startswith(line)
+
+    def edit(text: str) -> str:
+        restored = (
+            "internal; add_header X-Frame-Options $upstream_http_x_frame_options always; "
+            "add_header X-Request-Id $upstream_http_x_request_id always;"
+        )
+        return text.replace("internal;", restored)
+
+    assert failures(await site.check(app, edit=edit)) == []
+
+
+async def test_a_header_of_the_server_that_the_location_does_not_inherit(site: Site) -> None:
+    """nginx drops the headers of the server from a location with an `add_header` of its own."""
+    sent = 'add_header Strict-Transport-Security "max-age=60" always;'
+
+    def in_the_server(text: str) -> str:
+        return text.replace("        location / {", f"        {sent}\n        location / {{", 1)
+
+    (failed,) = failures(await site.check(application(site.directory), edit=in_the_server))
+    assert failed.outcome == "Strict-Transport-Security: None, but max-age=60 with a 404"
+    assert failed.remedy.startswith(f"repeat `{sent}` of the server in location /_files/")
+
+    def in_both(text: str) -> str:
+        return in_the_server(text).replace("internal;", f"internal; {sent}")
+
+    assert failures(await site.check(application(site.directory), edit=in_both)) == []
+
+
 async def test_another_file_than_the_one_that_is_sent(site: Site) -> None:
     (line, *_) = failures(await site.check(application(site.directory), "/invoices/a.pdf=invoices/b.pdf"))
     assert (line.step, line.outcome) == ("together", "200, other bytes")
@@ -379,6 +421,17 @@ async def test_a_redirect_to_a_store(site: Site, s3: S3) -> None:
     assert "X-Amz-Signature" not in "".join(line.as_text() for line in lines)
     (line,) = failures(await site.check(redirecting(public_endpoint="http://127.0.0.1:1")))
     assert "public_endpoint" in line.remedy
+
+    async def by_hand(request: Request) -> Response:
+        file = await dv.StorageSource(storage).resolve("a.pdf")
+        name = {"content-disposition": 'attachment; filename="invoice.pdf"'}
+        signed = await dv.PresignedRedirect(storage).url_for(file, name)
+        assert signed is not None
+        return RedirectResponse(signed[0])
+
+    lines = await site.check(Starlette(routes=[Route("/invoices/{path:path}", by_hand)]))
+    assert failures(lines) == []
+    assert 'Content-Disposition: attachment; filename="invoice.pdf"' in lines[-1].outcome
     await storage.aclose()
 
 

@@ -70,7 +70,7 @@ def failures(lines: list[Line]) -> list[Line]:
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_there_is_advice_for_every_proxy_and_nothing_left_open_in_it(problem: str, backend: str | None) -> None:
-    facts = ("directory", "target", "service", "header", "variable", "path", "mode", "name")
+    facts = ("directory", "target", "service", "header", "variable", "value", "path", "mode", "name")
     said = advice(problem, backend, **{name: name.upper() for name in facts})
     assert said
     assert not re.search("<[a-z]+>", said)

@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import pytest
+from django.core.files import File
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -500,6 +501,13 @@ async def test_a_file_is_needed_except_for_a_folder(entry: ArchiveEntry | tuple[
 async def test_what_is_no_entry_is_refused(entry: Any) -> None:
     with pytest.raises(dv.ConfigurationError, match="is not an entry of an archive: give a path and a file"):
         Archive([entry])
+
+
+async def test_a_file_of_django_is_no_entry_and_the_message_names_the_adapter(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789")
+    says = r"or \('a.txt', async_file_of\(file\)\) for a file of Django"
+    with (tmp_path / "a.txt").open("rb") as file, pytest.raises(dv.ConfigurationError, match=says):
+        Archive([("a.txt", File(file))])  # type: ignore[list-item]
 
 
 async def test_a_source_that_lists_nothing_is_refused() -> None:

@@ -5,6 +5,7 @@ The middlewares and decorators for a single proxy are in `nginx`, `apache` and `
 
 from downloadview_async.contrib.django import legacy as _legacy  # noqa: F401 - its import paths
 from downloadview_async.contrib.django.accounts import AccountsMiddleware, download_finished
+from downloadview_async.contrib.django.adapters import async_file_of
 from downloadview_async.contrib.django.asgi import get_asgi_application
 from downloadview_async.contrib.django.decorators import _signature_is_valid, signature_required
 from downloadview_async.contrib.django.disposition import content_disposition
@@ -70,6 +71,7 @@ __all__ = [
     "_signature_is_valid",
     "arevoke_link",
     "assert_download_response",
+    "async_file_of",
     "content_disposition",
     "download_finished",
     "get_asgi_application",

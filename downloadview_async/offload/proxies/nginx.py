@@ -350,6 +350,8 @@ NGINX = ProxyKind(
         "on as the client spelled it",
         "header": "`add_header <header> $upstream_http_<variable> always;` in location <target>, and no other "
         "add_header, expires or proxy_hide_header for it",
+        "header of the site": 'repeat `add_header <header> "<value>" always;` of the server in location <target>: a '
+        "location with an add_header inherits none",
         "fetched header": "`set $service_header $upstream_http_<variable>;`, `proxy_hide_header <header>;` and "
         "`add_header <header> $service_header always;` in `location = <target>`",
         "streamed header": "no add_header, expires or proxy_hide_header for <header> in the location with proxy_pass",

@@ -64,6 +64,8 @@ def test_the_views_of_the_guide_answer(guide: Path) -> None:
     (guide / "documents" / "tests.py").rename(guide / "documents" / "tests_of_the_page.py")
     (guide / "documents" / "tests.py").write_text(
         """
+import io
+import zipfile
 from django.contrib.auth.models import User
 from django.core.files.base import ContentFile
 from django.test import AsyncClient, Client, TestCase
@@ -97,6 +99,29 @@ class Tests(TestCase):
             self.assertEqual(Client().get(f"/{path}/{self.document.pk}/").status_code, 302)
         self.assertEqual(Client().get(f"/own/{self.document.pk}/").status_code, 403)
 
+    def test_the_archive(self):
+        self.client.force_login(self.ada)
+        whole = self.client.get("/mine.zip")
+        assert_download_response(self, whole, basename="documents.zip", mime_type="application/zip", ranges=True)
+        content = b"".join(whole)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            self.assertEqual(archive.read(f"{self.document.pk}/a.txt"), b"0123456789")
+        headers = {"Range": "bytes=20-", "If-Range": whole["ETag"]}
+        rest = self.client.get("/mine.zip", headers=headers)
+        assert_download_response(self, rest, status=206, content=content[20:], size=len(content))
+        self.client.force_login(User.objects.create_user("grace"))
+        self.assertEqual(self.client.get("/mine.zip").status_code, 404)
+
+    def test_the_bucket(self):
+        self.assertIn("login", Client().get(f"/bucket/{self.document.pk}/")["Location"])
+        self.client.force_login(self.ada)
+        response = self.client.get(f"/bucket/{self.document.pk}/")
+        self.assertEqual(response.status_code, 307)
+        url, _, query = response["Location"].partition("?")
+        self.assertEqual(url, "http://127.0.0.1:8333/invoices/1.txt")
+        self.assertIn("X-Amz-Signature=", query)
+        self.assertIn("a.txt", query)
+
     def test_a_shared_link(self):
         self.client.force_login(self.ada)
         link = self.client.get(f"/documents/{self.document.pk}/share/").content.decode()
@@ -118,7 +143,7 @@ class Tests(TestCase):
         self.check(lambda path: responses[links["shared"] if "X-Signature" in path else path])
 """
     )
-    assert "Ran 3 tests" in run(guide, "manage.py", "test", "documents.tests")
+    assert "Ran 5 tests" in run(guide, "manage.py", "test", "documents.tests")
 
 
 def test_the_applications_of_the_guide_answer(guide: Path) -> None:

@@ -1,6 +1,7 @@
 """`manage.py downloadview_check`: checks a project and the proxy in front of it, as `downloadview check --app` does."""
 
 import json
+import logging
 import sys
 from argparse import RawDescriptionHelpFormatter
 from contextlib import aclosing
@@ -75,10 +76,14 @@ class Command(BaseCommand):
     def handle(self, *args: Any, as_json: bool, **options: Any) -> None:
         """Make the checks, and print each result."""
         lines: list[Line] = []
+        log = logging.getLogger("django.request")
+        log.addFilter(_is_error)  # a level would be reset by `get_asgi_application`
         try:
             anyio.run(partial(self._check, lines, as_json, options))
         except ConfigurationError as exc:
             raise CommandError(str(exc), returncode=_WRONG) from exc
+        finally:
+            log.removeFilter(_is_error)
         counts = counts_of(lines)
         if as_json:
             self.stdout.write(json.dumps(report_of(lines), indent=1))
@@ -103,6 +108,11 @@ class Command(BaseCommand):
                 lines.append(line)
                 if not as_json:
                     self.stdout.write(line.as_text())
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    """Return whether a line of the log is of an error. The check requests missing files, and its rows say what came."""
+    return record.levelno >= logging.ERROR
 
 
 def _application(path: str | None) -> Any:
