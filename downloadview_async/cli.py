@@ -118,9 +118,17 @@ def main() -> None:
 @click.option("--hidden", is_flag=True, help="With PATH, serve names that begin with a dot, too.")
 @click.option("--title", help="With PATH, the title of the pages.")
 @click.option(
-    "--user", "users", multiple=True, metavar="NAME[:PASSWORD]", help="With PATH, ask for this name and password."
+    "--user",
+    "users",
+    multiple=True,
+    metavar="NAME[:PASSWORD]",
+    help="With PATH, ask for this name and password; may be repeated.",
 )
-@click.option("--share", metavar="TIME", help="With PATH, print signed links, such as for 2h, and serve nothing else.")
+@click.option(
+    "--share",
+    metavar="TIME",
+    help="With PATH, print signed links, such as for 2h, and serve nothing else, but to --user.",
+)
 @click.option("--qr", is_flag=True, help="With PATH, show the last URL as a QR code, on a terminal.")
 @click.option("--watch", is_flag=True, help="Reload when the settings or the code change, for development.")
 @click.pass_context
@@ -661,15 +669,22 @@ def account(log: Path | None, config: Path | None, follow: bool) -> None:
     click.echo(f"counted: {count}")
 
 
-@main.command("report", examples=["downloadview report --since 7d --by user", "downloadview report --format csv"])
+@main.command(
+    "report",
+    examples=[
+        "downloadview report --config downloads.toml --since 7d --by user",
+        "downloadview report --by user --by file --format csv",
+    ],
+)
 @_CONFIG_OPTION
 @click.option("--since", metavar="TIME", help="Only the days of the last time (UTC), such as 7d or 24h.")
 @click.option(
     "--by",
     type=click.Choice(["file", "route", "user", "client", "link", "day"]),
-    default="file",
+    default=["file"],
+    multiple=True,
     show_default=True,
-    help="The unit that a row counts.",
+    help="The unit that a row counts. With user and file, who has downloaded what; client goes with day alone.",
 )
 @click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, help="How many rows.")
 @click.option(
@@ -680,7 +695,7 @@ def account(log: Path | None, config: Path | None, follow: bool) -> None:
     show_default=True,
     help="How the rows are printed.",
 )
-def print_report(config: Path | None, since: str | None, by: str, top: int, form: str) -> None:
+def print_report(config: Path | None, since: str | None, by: tuple[str, ...], top: int, form: str) -> None:
     """Print how often files were downloaded.
 
     A download is a version of a file that was delivered whole to a client. The bytes are all that were sent, in the

@@ -228,28 +228,37 @@ class CompletionStore:
             rows = await connection.execute(_select(*columns).where(table.c.path == path).order_by(table.c.time))
             return [Place(**row) for row in rows.mappings()]
 
-    async def report(self, by: By, *, since: timedelta | None = None, top: int | None = None) -> list[dict[str, Any]]:
+    async def report(
+        self, by: By | Sequence[By], *, since: timedelta | None = None, top: int | None = None
+    ) -> list[dict[str, Any]]:
         """Return the completed downloads, the answers and the bytes by something, the most downloads first.
 
-        since: of the last time, by whole days (UTC). top: how many rows. Each row has the key `by`, and `downloads`,
-        `answers` and `bytes`. Days are in their order.
+        by: one, or several, such as ("user", "file") for the files of each user. Clients are counted by day alone.
+        since: of the last time, by whole days (UTC). top: how many rows. Each row has a key for each of `by`, and
+        `downloads`, `answers` and `bytes`. Days are in their order, the last one first.
+
+        Raises `ConfigurationError` for clients by anything but the day.
         """
         from sqlalchemy import func
 
-        table = self._tables.clients if by == "client" else self._tables.totals
-        keys = [table.c.source, table.c.file] if by == "file" else [table.c[by]]
+        units = (by,) if isinstance(by, str) else tuple(by)
+        table = self._tables.clients if "client" in units else self._tables.totals
+        if "client" in units and not {"client", "day"}.issuperset(units):
+            raise ConfigurationError("clients are counted alone, or by day: leave out the others, or client")
+        keys = [table.c[name] for unit in units for name in (("source", "file") if unit == "file" else (unit,))]
         sums = [func.sum(table.c[name]).label(name) for name in _COUNTS]
         selected = _select(*keys, *sums).group_by(*keys)
         if since is not None:
             selected = selected.where(table.c.day >= day_of(time.time() - since.total_seconds()))
-        if by in ("user", "link"):
-            selected = selected.where(table.c[by] != "")
-        order = [table.c.day.desc()] if by == "day" else [sums[0].desc(), sums[2].desc(), *keys]
+        for unit in {"user", "link"}.intersection(units):
+            selected = selected.where(table.c[unit] != "")
+        days = [table.c.day.desc()] if "day" in units else []
+        order = [*days, sums[0].desc(), sums[2].desc(), *keys]
         async with self._reading() as connection:
             rows = (await connection.execute(selected.order_by(*order).limit(top))).mappings().all()
         return [
             {
-                by: "/".join(filter(None, (row["source"], row["file"]))) if by == "file" else row[by],
+                **{unit: _file_of(row["source"], row["file"]) if unit == "file" else row[unit] for unit in units},
                 **{name: int(row[name]) for name in _COUNTS},
             }
             for row in rows
@@ -548,6 +557,11 @@ class _Tables:
 def day_of(seconds: float) -> str:
     """Return the day (UTC) of a time in seconds since 1970, such as 2026-11-29."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
+
+
+def _file_of(source: str, file: str) -> str:
+    """Return a file as a report has it: its source and its name, or the path of the request."""
+    return "/".join(filter(None, (source, file)))
 
 
 def _prepare(connection: Any, record: object) -> None:

@@ -329,9 +329,12 @@ class _Run:
         return f"{_UNOFFERED}, or none with pathsend=True for a response of another library"
 
     async def _running(self, file: File, direct: Peer) -> Line:
-        request = f"GET {file.target}"
+        # A GET counts as a transfer for an hour, and its answer has a rate that depends on the other transfers.
+        is_asked_by_head = file.offloaded and file.answers_head and not file.head_is_separate
+        method = "HEAD" if is_asked_by_head else "GET"
+        request = f"{method} {file.target}"
         try:
-            answer = await direct.ask(file.target)
+            answer = await direct.ask(file.target, method=method)
         except NoAnswerError as exc:
             remedy = f"start the application at {self.site.service}, or give its address with --direct"
             return failed("application", file.wanted, request, str(exc), remedy)

@@ -38,7 +38,9 @@ async def account(settings: Settings, log: str, *, follow: bool) -> int:
             await store.aclose()
 
 
-async def report(settings: Settings, *, by: Any, since: timedelta | None, top: int | None) -> list[dict[str, Any]]:
+async def report(
+    settings: Settings, *, by: Sequence[Any], since: timedelta | None, top: int | None
+) -> list[dict[str, Any]]:
     """Return the rows of `CompletionStore.report`. Raises `ConfigurationError` if the database cannot be used."""
     store = required_store(settings)
     await check_completions(settings, store)
@@ -48,20 +50,26 @@ async def report(settings: Settings, *, by: Any, since: timedelta | None, top: i
         await store.aclose()
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], by: str) -> str:
+def table_of(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> str:
     """Return the rows of a report as a table for people, a line each."""
-    cells = [[*_COUNTS, by], *([*(str(row[name]) for name in _COUNTS), one_line(row[by] or "-")] for row in rows)]
+    texts = [[one_line(row[unit] or "-") for unit in by] for row in rows]
+    counts = [[str(row[name]) for name in _COUNTS] for row in rows]
+    cells = [[*_COUNTS, *by], *(numbers + units for numbers, units in zip(counts, texts, strict=True))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "".join(
-        "  ".join([*(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False)), line[-1]]) + "\n"
+        "  ".join(
+            cell.rjust(width) if column < len(_COUNTS) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        + "\n"
         for line in cells
     )
 
 
-def csv_of(rows: Sequence[Mapping[str, Any]], by: str) -> str:
+def csv_of(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> str:
     """Return the rows of a report as CSV [RFC 4180], with a header."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [by, *_COUNTS])
+    writer = csv.DictWriter(text, [*by, *_COUNTS])
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

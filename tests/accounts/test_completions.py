@@ -126,6 +126,16 @@ def test_what_is_counted_and_by_what(url: str) -> None:
     assert counted(url, "client") == {"192.0.2.7": (4, 5, 410), "2001:db8::1": (1, 1, 100)}
     assert counted(url, "day", since=timedelta(days=1)) == {today: (5, 6, 510)}
     assert [row["file"] for row in report(url, top=1)] == ["files/a.bin"]
+    by_both = [(row["user"], row["file"], row["downloads"]) for row in report(url, ("user", "file"))]
+    assert by_both == [
+        ("ada", "files/a.bin", 1),
+        ("ada", "files/b.bin", 1),
+        ("bob", "files/a.bin", 1),
+        ("eve", "files/a.bin", 0),
+    ]
+    assert [list(row)[:2] for row in report(url, ("day", "client"))] == [["day", "client"]] * 2
+    with pytest.raises(dv.ConfigurationError, match="clients are counted alone, or by day"):
+        report(url, ("client", "file"))
 
 
 @pytest.mark.asyncio

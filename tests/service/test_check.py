@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
+import httpx2
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -331,6 +332,21 @@ async def test_why_a_file_is_not_offloaded(directory: Path) -> None:
         "200, streamed: it has no location that a proxy could read",
         f"200, streamed: no rule covers {directory}/other/b.txt",
     ]
+
+
+@pytest.mark.asyncio
+async def test_limits_neither_fail_the_check_nor_count_it_as_a_transfer_without_an_end(directory: Path) -> None:
+    limits = '[limits]\nrate = "5MB/s"\nconcurrent = 2\n'
+    accounts = '[accounts]\ndatabase = "sqlite+aiosqlite:///accounts.db"\nproxy_log = "proxy.log"\n'
+    (directory / "proxy.log").touch()
+    settings = load(directory, FILES + NGINX + limits + accounts)
+    app = build(settings)
+    async with app.router.lifespan_context(app), live(app) as port:
+        for _ in range(3):
+            assert not failures(await checked(settings, direct=f"http://127.0.0.1:{port}"))
+        async with httpx2.AsyncClient() as client:
+            answer = await client.get(f"http://127.0.0.1:{port}/files/a.txt")
+        assert (answer.status_code, answer.headers["x-accel-limit-rate"]) == (200, "5000000")
 
 
 @pytest.mark.asyncio

@@ -376,6 +376,20 @@ def test_systemd_finds_nothing_wrong_with_the_credentials(tmp_path: Path) -> Non
     assert "LoadCredentials" in checked.stderr  # it does look at this file
 
 
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed: apt install systemd"
+)
+def test_systemd_finds_nothing_wrong_with_the_directories_to_write(tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd" / "downloadview.service").read_text()
+    copy = tmp_path / "downloadview.service"
+    copy.write_text(text.replace("/opt/downloadview/bin/downloadview", shutil.which("true") or "/bin/true"))
+    added = tmp_path / "downloadview.service.d" / "writing.conf"
+    added.parent.mkdir()
+    added.write_text((DEPLOY / "systemd" / "writing.conf").read_text())
+    checked = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
 def test_the_credentials_are_settings(tmp_path: Path) -> None:
     text = (DEPLOY / "systemd" / "credentials.conf").read_text()
     secrets = dict(re.findall(r"(?m)^LoadCredential=([^:]+):(.*)$", text))

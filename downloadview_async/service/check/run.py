@@ -287,11 +287,12 @@ class _Run:
     # --- 2: the service alone
 
     async def _application(self, file: File) -> Line:
-        request = f"GET {file.target}"
+        method = self._method_for(file)
+        request = f"{method} {file.target}"
         if self.site.direct is None:
             return skipped("application", file.wanted, request, "give the address of the service with --direct")
         try:
-            answer = await self.site.direct.ask(file.requested)
+            answer = await self.site.direct.ask(file.requested, method=method)
             directory = self._cache_for(file) if answer.status == 200 and not answer.orders else None
             if directory is not None:
                 answer = await self._ask_again(self.site.direct, file)
@@ -316,6 +317,16 @@ class _Run:
         if remedy:
             return failed("application", file.wanted, request, f"{outcome}{reason}", remedy)
         return passed("application", file.wanted, request, f"{outcome}{reason}")
+
+    def _method_for(self, file: File) -> str:
+        """Return the method by which to ask the service itself for a file.
+
+        With limits, a GET counts as a transfer until the proxy has logged its end, which it never does here. Its answer
+        has a rate that depends on the other transfers. A HEAD has and does nothing of this.
+        """
+        is_limited = self.site.settings.limits is not None or file.route.limits is not None
+        is_fetched = (file.location or "").startswith("http")  # such a file is offloaded for a GET alone
+        return "HEAD" if is_limited and file.offloaded and not is_fetched else "GET"
 
     def _cache_for(self, file: File) -> str | None:
         """Return the directory of the cache that must hold a file before the proxy can send it, or None."""
