@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -386,6 +387,21 @@ async def test_quart_answers_by_the_handlers_of_the_application(source: Document
 
     bodies = {(await call(app, path)).body for path in ("/one/missing", "/one/denied", "/aborts", "/none")}
     assert bodies == {b"my page"}
+
+
+@pytest.mark.parametrize("status", [402, 508])
+async def test_quart_answers_with_a_status_for_which_it_has_no_exception(status: int) -> None:
+    class OwnError(dv.FileError):
+        pass
+
+    class Owing:
+        async def resolve(self, name: str) -> dv.AsyncFile:
+            raise OwnError("the account of Ada owes 7 euros")
+
+    OwnError.status = HTTPStatus(status)
+    answer = await call(quart(Owing()), "/one/a.txt")
+    assert answer.status == status
+    assert b"Ada" not in answer.body
 
 
 async def test_quart_without_init_downloads_is_told_so(source: Documents) -> None:
