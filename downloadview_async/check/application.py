@@ -18,7 +18,7 @@ import anyio
 from starlette.types import ASGIApp
 
 from downloadview_async import ConfigurationError, FileError, FileMetadata, LocalFile, TransferAborted, proxy_kinds
-from downloadview_async.check.http import MOST, Answer, Asked, NoAnswerError, Peer
+from downloadview_async.check.http import MOST, Answer, Asked, NoAnswerError, Peer, check_seconds, server_url
 from downloadview_async.check.in_process import Application, started
 from downloadview_async.check.inner import internal_locations, name_of_proxy
 from downloadview_async.check.samples import Content, content_of
@@ -66,6 +66,7 @@ async def check_application(
     URLs, and if there is no file to request.
     """
     check_asgi(app)
+    check_seconds(timeout)
     samples = [sample_of(file) for file in files]
     if not samples:
         raise ConfigurationError("there is no file to request: give one, such as --file /invoices/1=invoices/a.pdf")
@@ -101,7 +102,7 @@ def check_asgi(app: object) -> None:
 
 
 def _host_of(url: str) -> str:
-    parts = urlsplit(url)
+    parts = server_url(url)
     return f"{parts.scheme}://{parts.netloc}"
 
 

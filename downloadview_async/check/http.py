@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import anyio
 import httpx2
@@ -74,6 +74,24 @@ def headers_of(given: Sequence[str]) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (header.partition(":") for header in given)}
 
 
+def check_seconds(timeout: float) -> None:
+    """Raise `ConfigurationError` for a timeout that is not positive."""
+    if not timeout > 0:  # as NaN is, too
+        raise ConfigurationError(f"--timeout is {timeout:g}: give seconds, such as 10")
+
+
+def server_url(url: str) -> SplitResult:
+    """Return the parts of a server URL. Raises `ConfigurationError` for another text."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment:
+        raise ConfigurationError(f"{url!r} is not a server URL: give one such as http://127.0.0.1:8080")
+    return parts
+
+
 class Asked(Protocol):
     """Answers requests: a `Peer`, or an application in this process. headers: of every request."""
 
@@ -116,13 +134,7 @@ class Peer:
 
         Raises `ConfigurationError` if `url` is not a server URL.
         """
-        try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
-        except ValueError:
-            good = False
-        if not good or parts.query or parts.fragment:
-            raise ConfigurationError(f"{url!r} is not a server URL: give one such as http://127.0.0.1:8080")
+        parts = server_url(url)
         async with _client(parts.scheme, timeout, uds) as client:
             yield cls(client, f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), timeout, headers)
 

@@ -391,6 +391,19 @@ async def test_an_exception_of_the_application_is_named(site: Site) -> None:
     assert "(the log says: ZeroDivisionError: one by nought)" in line.remedy
 
 
+@pytest.mark.parametrize(
+    ("status", "named"), [("200", "TypeError: the status is '200'"), (None, "SystemExit: 5")], ids=["text", "exit"]
+)
+async def test_an_application_that_breaks_the_protocol_is_named(site: Site, status: Any, named: str) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        if status is None:
+            sys.exit(5)
+        await send({"type": "http.response.start", "status": status})
+
+    (line,) = failures(await site.check(broken, "/x=invoices/a.pdf"))
+    assert named in line.outcome
+
+
 async def test_a_file_that_is_not_here(site: Site) -> None:
     (line,) = failures(await site.check(application(site.directory), "/invoices/a.pdf=/nowhere/a.pdf"))
     assert (line.step, line.request) == ("source", "read /nowhere/a.pdf")
@@ -660,6 +673,16 @@ def refused(directory: Path, *arguments: str) -> str:
             "async def app(scope, receive, send): ...",
             ["--app", "main:app", "x:y", "--file", "/a=b"],
             "not a server URL",
+        ),
+        (
+            "async def app(scope, receive, send): ...",
+            ["--app", "main:app", "http://[::1", "--file", "/a=b"],
+            "not a server URL",
+        ),
+        (
+            "async def app(scope, receive, send): ...",
+            ["--app", "main:app", "--file", "/a=b", "--timeout", "nan"],
+            "--timeout is nan: give seconds",
         ),
         ("", ["--app", "main:app", "--config", "x.toml"], "leave out --config"),
         (

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 import anyio
 
 from downloadview_async import AccessDenied, ConfigurationError, Download, FileMissing, UpstreamError, VirtualFile
-from downloadview_async.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer
+from downloadview_async.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer, check_seconds
 from downloadview_async.check.inner import internal_locations, name_of_proxy
 from downloadview_async.check.samples import content_of, names_in
 from downloadview_async.check.site import (
@@ -84,6 +84,7 @@ async def check(
 
     Raises `ConfigurationError` for wrong settings and URLs, and if there is no file to request.
     """
+    check_seconds(timeout)
     app = build(settings)
     async with AsyncExitStack() as stack:
         try:
