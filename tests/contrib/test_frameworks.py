@@ -319,6 +319,15 @@ async def test_a_router_of_fastapi_with_a_prefix_and_options(source: Documents) 
         assert (await ask(port, "/v1/invoices/a.txt", method="POST")).status == 405
 
 
+async def test_responses_may_be_none_as_they_are_by_default() -> None:
+    app = FastAPI()
+
+    @download_route(app, "/one", responses=None)
+    async def one() -> None: ...
+
+    assert {"200", "206", "404"} <= {*app.openapi()["paths"]["/one"]["get"]["responses"]}
+
+
 @pytest.mark.parametrize("given", ["app", None, FastAPI, Starlette()])
 async def test_download_route_says_what_it_takes(given: Any) -> None:
     with pytest.raises(TypeError, match="download_route takes a FastAPI application or an APIRouter"):
