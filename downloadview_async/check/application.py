@@ -255,7 +255,7 @@ class _Run:
         outcome = f"{answer.status}{shown(answer.orders)}"
         if 300 <= answer.status < 400:
             outcome = f"{answer.status} to {shown_url(answer.get('location') or '')}"
-        place = urlsplit(answer.get("location") or "")
+        place = answer.place
         redirects = answer.status == 307 and place.netloc not in ("", urlsplit(self.in_process.base).netloc)
         if answer.status != 200 and not redirects:
             return failed("application", wanted, request, outcome, self._why_refused(wanted, answer, reasons)), None
@@ -289,7 +289,7 @@ class _Run:
 
     def _why_refused(self, wanted: Wanted, answer: Answer, reasons: Sequence[str]) -> str:
         reason = f" (the log says: {reasons[-1]})" if reasons else ""
-        place = urlsplit(answer.get("location") or "")
+        place = answer.place
         if 300 <= answer.status < 400 and place.path.rstrip("/") == wanted.target.rstrip("/"):
             return "give the URL and the path that this redirect leads to"
         if answer.status in (401, 403) or 300 <= answer.status < 400:

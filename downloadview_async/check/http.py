@@ -62,6 +62,14 @@ class Answer:
         return {value.partition("=")[0] for name, value in self.headers if name == "set-cookie"}
 
     @property
+    def place(self) -> SplitResult:
+        """The parts of the URL that it redirects to, which are empty if there is no such URL."""
+        try:
+            return urlsplit(self.get("location") or "")
+        except ValueError:
+            return urlsplit("")
+
+    @property
     def orders(self) -> dict[str, str]:
         """The offload headers, which only a proxy should see."""
         return {name: value for name, value in self.headers if _ORDER.fullmatch(name)}
@@ -165,7 +173,10 @@ async def follow(url: str, timeout: float, headers: Mapping[str, str]) -> Answer
 
     Raises `UnknownHostError` if the host has no address here, else `NoAnswerError` if there is no answer.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as exc:
+        raise NoAnswerError(f"the redirect does not lead to a URL: {exc}") from exc
     try:
         with anyio.fail_after(timeout):
             await anyio.getaddrinfo(parts.hostname or "", parts.port, type=socket.SOCK_STREAM)

@@ -391,6 +391,14 @@ async def test_an_exception_of_the_application_is_named(site: Site) -> None:
     assert "(the log says: ZeroDivisionError: one by nought)" in line.remedy
 
 
+async def test_a_redirect_to_what_is_not_a_url(site: Site) -> None:
+    async def lost(request: Request) -> Response:
+        return Response(status_code=307, headers={"Location": "http://[::1/a.pdf"})
+
+    (line,) = failures(await site.check(Starlette(routes=[Route("/x", lost)]), "/x=invoices/a.pdf"))
+    assert line.outcome == "307 to http://[::1/a.pdf"
+
+
 @pytest.mark.parametrize(
     ("status", "named"), [("200", "TypeError: the status is '200'"), (None, "SystemExit: 5")], ids=["text", "exit"]
 )

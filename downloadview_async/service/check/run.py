@@ -355,7 +355,7 @@ class _Run:
         """Return the answer of the running service as text, and how the settings differ from it ("" if they do not)."""
         outcome = f"{answer.status}{shown(answer.orders)}"
         if answer.status == 307 and file.redirects:
-            return f"307 to {urlsplit(answer.get('location') or '').netloc}", ""
+            return f"307 to {answer.place.netloc}", ""
         if answer.status != 200:
             return outcome, "it does not find the file, or its user may not read it"
         for name in file.wanted.kept_headers:

@@ -240,7 +240,7 @@ class JoinedPath(PathDownloadView):
     directory = ""
 
     def get_path(self) -> Any:
-        return self.directory / self.kwargs["name"]  # type: ignore[operator]
+        return self.directory / self.kwargs["name"]
 
 
 @pytest.mark.parametrize("how", ["ours", "stock", "wsgi"])
