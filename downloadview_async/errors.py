@@ -89,6 +89,11 @@ class FileError(DownloadError):
     detail = _PhraseUnlessSet()
     """The text for the client, by default the phrase of `status`. It must not tell what the client may not see."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Take a plain number for the status of a class, such as 402."""
+        super().__init_subclass__(**options)
+        cls.status = HTTPStatus(cls.status)
+
     def __init__(self, *args: object) -> None:
         Exception.__init__(self, *args)  # not that of Starlette's `HTTPException`, which takes a status
 

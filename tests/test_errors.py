@@ -87,6 +87,14 @@ def test_an_error_can_be_copied(exc: errors.DownloadError, again: Callable[[Exce
     assert (type(other), str(other), other.args, vars(other)) == (type(exc), str(exc), exc.args, vars(exc))
 
 
+def test_a_class_of_an_application_may_have_a_number_for_its_status() -> None:
+    class Unpaid(errors.FileError):
+        status = 402  # type: ignore[assignment]
+
+    exc = Unpaid("account 7 has not paid")
+    assert (exc.status_code, exc.detail, exc.text) == (402, "Payment Required", "Payment Required")
+
+
 CLIENT_ERRORS = [value for value in vars(httpx2).values() if isinstance(value, type) and issubclass(value, Exception)]
 
 

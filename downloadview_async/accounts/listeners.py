@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
@@ -105,6 +106,13 @@ class _Waiting:
         if self._timer is not None:
             self._timer.cancel()
             self._start_thread()
+
+    def forget(self) -> None:
+        """Begin anew in a process that was forked: the other one delivers what waits, and its threads are not here."""
+        self._outcomes.clear()
+        self._delivering, self._is_awake = 0, False
+        self._hurried, self._lock = threading.Event(), threading.RLock()
+        self._loop = self._timer = self._task = None
 
     def end(self) -> None:
         """Give up what has not been delivered, and log how much that is."""
@@ -276,6 +284,16 @@ def tell(listener: Listener, outcome: Outcome) -> None:
             return
         waiting = _of_answers[key] = _Waiting(listener, MAX_WAITING, key)
     waiting.put(outcome)
+
+
+def _forget_others() -> None:
+    for waiting in list(_awake):
+        waiting.forget()
+    _awake.clear()
+    _of_answers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_others)
 
 
 class _Count:

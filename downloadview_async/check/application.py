@@ -18,7 +18,7 @@ import anyio
 from starlette.types import ASGIApp
 
 from downloadview_async import ConfigurationError, FileError, FileMetadata, LocalFile, TransferAborted, proxy_kinds
-from downloadview_async.check.http import MOST, Answer, NoAnswerError, Peer, Server
+from downloadview_async.check.http import MOST, Answer, NoAnswerError, Peer, Server, check_seconds, server_url
 from downloadview_async.check.in_process import Application, started
 from downloadview_async.check.proxy_alone import internal_locations, name_of_proxy
 from downloadview_async.check.samples import Content, content_of
@@ -83,6 +83,7 @@ async def check_application(
     URLs, and if there is no file to request.
     """
     check_asgi(app)
+    check_seconds(timeout)
     samples = [sample_of(file) for file in files]
     if not samples:
         raise ConfigurationError("there is no file to request: give one, such as --file /invoices/1=invoices/a.pdf")
@@ -118,7 +119,7 @@ def check_asgi(app: object) -> None:
 
 
 def _base_of(url: str) -> str:
-    parts = urlsplit(url)
+    parts = server_url(url)
     return f"{parts.scheme}://{parts.netloc}"
 
 
@@ -271,7 +272,7 @@ class _Run:
         outcome = f"{answer.status}{shown(answer.orders)}"
         if 300 <= answer.status < 400:
             outcome = f"{answer.status} to {shown_url(answer.get('location') or '')}"
-        place = urlsplit(answer.get("location") or "")
+        place = answer.place
         redirects = answer.status == 307 and place.netloc not in ("", urlsplit(self.in_process.base).netloc)
         if answer.status != 200 and not redirects:
             return failed("application", wanted, request, outcome, self._why_refused(wanted, answer, reasons)), None
@@ -306,7 +307,7 @@ class _Run:
 
     def _why_refused(self, wanted: Wanted, answer: Answer, reasons: Sequence[str]) -> str:
         reason = f" (the log says: {reasons[-1]})" if reasons else ""
-        place = urlsplit(answer.get("location") or "")
+        place = answer.place
         if 300 <= answer.status < 400 and place.path.rstrip("/") == wanted.target.rstrip("/"):
             return "give the URL and the path that this redirect leads to"
         if answer.status in (401, 403) or 300 <= answer.status < 400:

@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import anyio
 import httpx2
@@ -62,6 +62,14 @@ class Answer:
         return {value.partition("=")[0] for name, value in self.headers if name == "set-cookie"}
 
     @property
+    def place(self) -> SplitResult:
+        """The parts of the URL that it redirects to, which are empty if there is no such URL."""
+        try:
+            return urlsplit(self.get("location") or "")
+        except ValueError:
+            return urlsplit("")
+
+    @property
     def orders(self) -> dict[str, str]:
         """The offload headers, which only a proxy should see."""
         return {name: value for name, value in self.headers if _ORDER.fullmatch(name)}
@@ -72,6 +80,24 @@ def headers_of(given: Sequence[str]) -> dict[str, str]:
     if not all(_FIELD.fullmatch(header) for header in given):
         raise ConfigurationError("--header is NAME: VALUE, such as 'Authorization: Basic YWRhOnNlY3JldA=='")
     return {name: value.strip() for name, _, value in (header.partition(":") for header in given)}
+
+
+def check_seconds(timeout: float) -> None:
+    """Raise `ConfigurationError` for a timeout that is not positive."""
+    if not timeout > 0:  # as NaN is, too
+        raise ConfigurationError(f"--timeout is {timeout:g}: give seconds, such as 10")
+
+
+def server_url(url: str) -> SplitResult:
+    """Return the parts of a server URL. Raises `ConfigurationError` for another text."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment:
+        raise ConfigurationError(f"{url!r} is not a server URL: give one such as http://127.0.0.1:8080")
+    return parts
 
 
 class Server(Protocol):
@@ -116,13 +142,7 @@ class Peer:
 
         Raises `ConfigurationError` if `url` is not a server URL.
         """
-        try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
-        except ValueError:
-            good = False
-        if not good or parts.query or parts.fragment:
-            raise ConfigurationError(f"{url!r} is not a server URL: give one such as http://127.0.0.1:8080")
+        parts = server_url(url)
         async with _client(parts.scheme, timeout, uds) as client:
             yield cls(client, f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), timeout, headers)
 
@@ -153,7 +173,10 @@ async def follow(url: str, timeout: float, headers: Mapping[str, str]) -> Answer
 
     Raises `UnknownHostError` if the host has no address here, else `NoAnswerError` if there is no answer.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as exc:
+        raise NoAnswerError(f"the redirect does not lead to a URL: {exc}") from exc
     try:
         with anyio.fail_after(timeout):
             await anyio.getaddrinfo(parts.hostname or "", parts.port, type=socket.SOCK_STREAM)

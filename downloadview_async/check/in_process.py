@@ -63,7 +63,7 @@ class Application:
                 await self.app(scope, answering.receive, answering.send)
         except TimeoutError:
             raise NoAnswerError(f"no complete answer within {self.timeout:g} s") from None
-        except Exception as exc:  # the application may raise anything
+        except (Exception, SystemExit) as exc:  # the application may raise anything
             if not answering.has_enough:
                 raise NoAnswerError(f"the application raised {type(exc).__name__}: {exc}") from exc
             if answering.status >= 500:  # frameworks answer, and raise the exception again for the log of the server
@@ -114,6 +114,8 @@ class _Answering:
         if self.has_enough:
             raise _EnoughError
         if message["type"] == "http.response.start":
+            if not isinstance(message["status"], int):
+                raise TypeError(f"the status is {message['status']!r}, and not a number")
             self._start = message
         elif message["type"] == "http.response.body":
             self._body += message.get("body", b"")
@@ -195,7 +197,7 @@ class _Lifespan:
     async def run(self) -> None:
         try:
             await self._app(self._scope, self._receive, self._send)
-        except Exception as exc:  # an application without a lifespan may raise anything
+        except (Exception, SystemExit) as exc:  # an application without a lifespan may raise anything
             if not self._has_begun or self.is_ready.is_set():
                 return
             self.failure = self.failure or f"{type(exc).__name__}: {exc}"

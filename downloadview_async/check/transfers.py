@@ -4,7 +4,6 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
-from urllib.parse import urlsplit
 
 from downloadview_async import proxy_kinds
 from downloadview_async.check.advice import SOCKET, remedies_of
@@ -91,7 +90,7 @@ class TransferChecks:
         url = redirect.get("location") or ""
         cookies = [value.partition(";")[0] for name, value in redirect.headers if name == "set-cookie"]
         headers = {"Range": "bytes=0-0"} | ({"Cookie": "; ".join(cookies)} if cookies else {})
-        place = urlsplit(url).netloc
+        place = redirect.place.netloc
         request = f"GET {place} Range: bytes=0-0, the redirect of {file.target}"
         try:
             answer = await follow(url, self.site.timeout, headers)
@@ -119,10 +118,12 @@ class TransferChecks:
         outcome = f"{answer.status}{shown(answer.orders)}"
         backend, rule = self.site.backend, self.site.rule_of(file)
         if answer.status == 307 and file.redirects:
-            place, wanted = answer.get("location"), None if file.direct is None else file.direct.get("location")
-            if place and (wanted is None or urlsplit(place)[:3] == urlsplit(wanted)[:3]):
-                return f"307 to {urlsplit(place).netloc}", ""
-            return f"307 to {shown_url(place or '')}", self.site.advice("streamed header", rule, header="Location")
+            place, wanted = answer.place, None if file.direct is None else file.direct.place
+            if place.netloc and (wanted is None or not wanted.netloc or place[:3] == wanted[:3]):
+                return f"307 to {place.netloc}", ""
+            return f"307 to {shown_url(answer.get('location') or '')}", self.site.advice(
+                "streamed header", rule, header="Location"
+            )
         if 300 <= answer.status < 400:
             return f"{outcome} to {shown_url(answer.get('location') or '')}", "give the URL that this redirect leads to"
         if answer.status in (414, 431):

@@ -37,7 +37,7 @@ def download_route(router: FastAPI | APIRouter, path: str, **options: Any) -> Ca
     """
     if not isinstance(router, FastAPI | APIRouter):
         raise WrongType(f"download_route takes a FastAPI application or an APIRouter, not {router!r}")
-    responses = DOWNLOAD_RESPONSES | options.pop("responses", {})
+    responses = DOWNLOAD_RESPONSES | (options.pop("responses", None) or {})
     options = {"response_class": DownloadResponse, **options, "responses": responses}
 
     def register(endpoint: _Endpoint) -> _Endpoint:

@@ -8,7 +8,7 @@ from quart import Quart, Request, Response, current_app, request
 from quart.asgi import ASGIHTTPConnection
 from quart.typing import ResponseTypes
 from starlette.types import Scope, Send
-from werkzeug.exceptions import default_exceptions
+from werkzeug.exceptions import HTTPException, default_exceptions
 
 from downloadview_async.asgi.disconnect import listened_to_elsewhere
 from downloadview_async.asgi.errors import failed
@@ -82,8 +82,9 @@ class _Connection(ASGIHTTPConnection):
 
 
 async def _answer_to(error: FileError) -> ResponseTypes:
-    kind = default_exceptions[error.status_code]
+    kind = default_exceptions.get(error.status_code, HTTPException)  # werkzeug has no class for some statuses
     exception = kind() if error.detail == error.status.phrase else kind(error.detail)
+    exception.code = error.status_code
     response = await current_app.make_response(await current_app.handle_http_exception(exception))
     response.headers.update(failed(error, request.method, request.path))
     return response

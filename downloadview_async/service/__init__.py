@@ -37,11 +37,13 @@ class _FromEnvironment:
             except ConfigurationError as exc:
                 if scope["type"] != "lifespan":
                     raise
-                from downloadview_async.service.logs import one_line
+                problem = str(exc)
+        if self._made is None:
+            from downloadview_async.service.logs import one_line
 
-                await receive()
-                await send({"type": "lifespan.startup.failed", "message": f"downloadview: {one_line(str(exc))}"})
-                return
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": f"downloadview: {one_line(problem)}"})
+            return
         await self._made(scope, receive, send)
 
 

@@ -124,7 +124,7 @@ def _entry(value: object) -> ArchiveEntry:
         raise WrongType(
             f"{value!r} is not an entry of an archive: give a path and a file, such as ('a.txt', LocalFile('a.txt'))"
             + (", and `await` a coroutine first" if hasattr(file, "__await__") else "")
-            + (", or ('a.txt', async_file_of(file)) for a file of Django" if opens else "")
+            + (", or ('a.txt', async_file_of(file)) for a file of Django" if is_file(file) else "")
         )
     assert isinstance(entry, ArchiveEntry)
     return entry

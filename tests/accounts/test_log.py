@@ -297,6 +297,45 @@ async def test_outcomes_that_cannot_be_written_are_counted(
     assert reason in caplog.text
 
 
+FORKED = """
+import asyncio, os, sys, threading
+from downloadview_async import AccessLog, Outcome
+from downloadview_async.accounts.listeners import Listeners
+
+class Log(AccessLog):
+    def write(self, lines):
+        written.set()
+        super().write(lines)
+
+written = threading.Event()
+listeners = Listeners([Log(sys.argv[1])])
+
+def put(name):
+    listeners.put(Outcome(request_id=name, time=0.0, method="GET", path="/", http_version="1.1"))
+
+async def one(name):
+    put(name)
+    await listeners.drain(20)
+
+async def first():
+    put("first")
+    await asyncio.to_thread(written.wait, 20)
+
+asyncio.run(first())  # its thread waits for further outcomes
+child = os.fork()
+asyncio.run(one("child" if child == 0 else "parent"))
+if child:
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_process_writes_its_own_lines(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    subprocess.run([sys.executable, "-c", FORKED, str(file)], check=True, timeout=60)
+    ids = [line.rpartition(" ")[2] for line in file.read_text().splitlines()]
+    assert sorted(ids) == ["child", "first", "parent"]
+
+
 def test_the_members_of_a_long_path_are_not_kept(tmp_path: Path) -> None:
     kept = log._json_of_answer.cache_info().currsize
     for number in range(3):

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -318,6 +319,15 @@ async def test_a_router_of_fastapi_with_a_prefix_and_options(source: Documents) 
         assert (await ask(port, "/v1/invoices/a.txt", method="POST")).status == 405
 
 
+async def test_responses_may_be_none_as_they_are_by_default() -> None:
+    app = FastAPI()
+
+    @download_route(app, "/one", responses=None)
+    async def one() -> None: ...
+
+    assert {"200", "206", "404"} <= {*app.openapi()["paths"]["/one"]["get"]["responses"]}
+
+
 @pytest.mark.parametrize("given", ["app", None, FastAPI, Starlette()])
 async def test_download_route_says_what_it_takes(given: Any) -> None:
     with pytest.raises(TypeError, match="download_route takes a FastAPI application or an APIRouter"):
@@ -386,6 +396,21 @@ async def test_quart_answers_by_the_handlers_of_the_application(source: Document
 
     bodies = {(await call(app, path)).body for path in ("/one/missing", "/one/denied", "/aborts", "/none")}
     assert bodies == {b"my page"}
+
+
+@pytest.mark.parametrize("status", [402, 508])
+async def test_quart_answers_with_a_status_for_which_it_has_no_exception(status: int) -> None:
+    class OwnError(dv.FileError):
+        pass
+
+    class Owing:
+        async def resolve(self, name: str) -> dv.AsyncFile:
+            raise OwnError("the account of Ada owes 7 euros")
+
+    OwnError.status = HTTPStatus(status)
+    answer = await call(quart(Owing()), "/one/a.txt")
+    assert answer.status == status
+    assert b"Ada" not in answer.body
 
 
 async def test_quart_without_init_downloads_is_told_so(source: Documents) -> None:

@@ -559,6 +559,21 @@ WRONG: list[tuple[str, str, dict[str, Any], str]] = [
     ("cloudfront", FILES, {"private_key": RSA_PEM}, "key_id: missing"),
     ("cloudfront", FILES, {"key_id": "k", "private_key": RSA_PEM}, "key_id: missing, or not an id"),
     ("cloudfront", FILES, {"key_id": KEY_ID, "private_key": "/nothing/is/here"}, "cannot be read"),
+    # the key itself in place of its file, without the line before it or behind a byte order mark
+    ("cloudfront", FILES, {"key_id": KEY_ID, "private_key": SECRET}, "private_key: the file cannot be read"),
+    (
+        "cloudfront",
+        FILES,
+        {"key_id": KEY_ID, "private_key": f"\ufeff{RSA_PEM}"},
+        "private_key: the file cannot be read",
+    ),
+    ("gcs", FILES, {"key_file": f'{{"private_key": "{RSA_PEM}"}}'}, "key_file: the file cannot be read"),
+    (
+        "bunny",
+        f"https://ada:{SECRET}@edge.example.org/",
+        {"secret": SECRET},
+        "url: the value is not the URL of an edge",
+    ),
     ("cloudfront", FILES, {"key_id": KEY_ID, "private_key": "/etc/hostname"}, "private_key: not a private key in PEM"),
     ("cloudfront", FILES, {"key_id": KEY_ID, "private_key": RSA_PEM[:900]}, "private_key: not a private key in PEM"),
     (

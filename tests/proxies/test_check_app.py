@@ -444,6 +444,27 @@ async def test_an_exception_of_the_application_is_named(site: Site) -> None:
     assert "(the log says: ZeroDivisionError: one by nought)" in line.remedy
 
 
+async def test_a_redirect_to_what_is_not_a_url(site: Site) -> None:
+    async def lost(request: Request) -> Response:
+        return Response(status_code=307, headers={"Location": "http://[::1/a.pdf"})
+
+    (line,) = failures(await site.check(Starlette(routes=[Route("/x", lost)]), "/x=invoices/a.pdf"))
+    assert line.outcome == "307 to http://[::1/a.pdf"
+
+
+@pytest.mark.parametrize(
+    ("status", "named"), [("200", "TypeError: the status is '200'"), (None, "SystemExit: 5")], ids=["text", "exit"]
+)
+async def test_an_application_that_breaks_the_protocol_is_named(site: Site, status: Any, named: str) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        if status is None:
+            sys.exit(5)
+        await send({"type": "http.response.start", "status": status})
+
+    (line,) = failures(await site.check(broken, "/x=invoices/a.pdf"))
+    assert named in line.outcome
+
+
 async def test_a_file_that_is_not_here(site: Site) -> None:
     (line,) = failures(await site.check(application(site.directory), "/invoices/a.pdf=/nowhere/a.pdf"))
     assert (line.step, line.request) == ("source", "read /nowhere/a.pdf")
@@ -713,6 +734,16 @@ def refused(directory: Path, *arguments: str) -> str:
             "async def app(scope, receive, send): ...",
             ["--app", "main:app", "x:y", "--file", "/a=b"],
             "not a server URL",
+        ),
+        (
+            "async def app(scope, receive, send): ...",
+            ["--app", "main:app", "http://[::1", "--file", "/a=b"],
+            "not a server URL",
+        ),
+        (
+            "async def app(scope, receive, send): ...",
+            ["--app", "main:app", "--file", "/a=b", "--timeout", "nan"],
+            "--timeout is nan: give seconds",
         ),
         ("", ["--app", "main:app", "--config", "x.toml"], "leave out --config"),
         (

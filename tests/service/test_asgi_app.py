@@ -79,6 +79,21 @@ def test_wrong_settings_are_one_line_in_the_log_of_the_server(directory: Path, s
         assert "Traceback" not in run.stdout + run.stderr
 
 
+def test_hypercorn_tells_of_wrong_settings_without_our_own_traceback(directory: Path) -> None:
+    (directory / "downloadview.toml").write_text("[server]\nprot = 1\n")
+    run = subprocess.run(
+        command_of("hypercorn", free_port()),
+        cwd=directory,
+        env={"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "server.prot: unknown key: did you mean 'port'?" in run.stderr
+    assert "During handling of the above exception" not in run.stderr
+    assert "config_loader" not in run.stderr
+
+
 def test_importing_it_reads_nothing() -> None:
     code = (
         "import sys\n"

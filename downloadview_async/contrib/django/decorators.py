@@ -60,7 +60,7 @@ def _signature_is_valid(request: HttpRequest) -> None:
     try:
         verify(request)
     except FileError as exc:
-        raise PermissionDenied(str(exc)) from exc
+        raise PermissionDenied from exc
 
 
 def _kept(response: Any, request: HttpRequest) -> Any:

@@ -29,7 +29,7 @@ def answer_to(exc: FileError, request: HttpRequest) -> HttpResponse:
     and `PermissionDenied` for a link that is invalid.
     """
     if exc.status == 403:
-        raise PermissionDenied(str(exc)) from exc
+        raise PermissionDenied from exc  # without the reason: a page of the project may show the message
     if exc.status == 404:
         note_missing(exc, request)
         raise Http404 from exc

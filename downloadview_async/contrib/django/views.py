@@ -169,7 +169,8 @@ class DownloadMixin:
             return
         named = [value for name, value in match.kwargs.items() if match.extra_kwargs.get(name) != value]
         for value in (*match.args, *named):
-            if isinstance(value, str) and leads_out(value):
+            # a converter of the project may make paths of them
+            if isinstance(value, str | bytes | os.PathLike) and leads_out(os.fsdecode(value)):
                 raise FileNotFound(f"the argument {value!r} of the URL may lead out of its directory")
 
     def _decides_itself(self) -> bool:

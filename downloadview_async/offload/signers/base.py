@@ -168,8 +168,9 @@ class Edge:
         except ValueError:
             good = False
         if not good or "@" in parts.netloc or parts.query or parts.fragment or not _PATH.fullmatch(parts.path):
+            shown = "the value" if "@" in str(url) else repr(url)  # it may have a password
             raise ConfigurationError(
-                f"url: {url!r} is not the URL of an edge: write one such as https://cdn.example.org/files/"
+                f"url: {shown} is not the URL of an edge: write one such as https://cdn.example.org/files/"
             )
         self.scheme = parts.scheme
         self.host = parts.hostname or ""

@@ -1,6 +1,7 @@
 """Reads and checks the keys of signers, and signs with private keys. No message has a part of a key."""
 
 import binascii
+import os
 from base64 import b64decode
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +54,8 @@ def read_key_file(name: str, path: str) -> bytes:
             return opened.read(_MOST_BYTES)
     except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or type(exc).__name__
-        raise ConfigurationError(f"{name}: {path!r} cannot be read ({reason}): give the path of the key") from None
+        shown = repr(path) if os.path.isabs(path) else "the file"  # another text may be the key itself
+        raise ConfigurationError(f"{name}: {shown} cannot be read ({reason}): give the path of the key") from None
 
 
 def pem_of(name: str, value: str) -> bytes:

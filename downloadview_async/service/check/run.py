@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 import anyio
 
 from downloadview_async import AccessDenied, ConfigurationError, Download, FileMissing, UpstreamError, VirtualFile
-from downloadview_async.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer
+from downloadview_async.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer, check_seconds
 from downloadview_async.check.proxy_alone import internal_locations, name_of_proxy
 from downloadview_async.check.samples import content_of, names_in
 from downloadview_async.check.site import (
@@ -83,6 +83,7 @@ async def check(
 
     Raises `ConfigurationError` for wrong settings and URLs, and if there is no file to request.
     """
+    check_seconds(timeout)
     app = build(settings)
     async with AsyncExitStack() as stack:
         try:
@@ -364,7 +365,7 @@ class _Run:
         """Return the answer of the running service as text, and how the settings differ from it ("" if they do not)."""
         outcome = f"{answer.status}{shown(answer.orders)}"
         if answer.status == 307 and file.redirects:
-            return f"307 to {urlsplit(answer.get('location') or '').netloc}", ""
+            return f"307 to {answer.place.netloc}", ""
         if answer.status != 200:
             return outcome, "it does not find the file, or its user may not read it"
         for name in file.wanted.kept_headers:

@@ -4,8 +4,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
@@ -16,7 +16,8 @@ from django.core.wsgi import get_wsgi_application
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.test import override_settings
-from django.urls import include, path, re_path
+from django.urls import include, path, re_path, register_converter
+from django.urls.converters import PathConverter
 
 from downloadview_async.contrib.django import (
     BaseDownloadView,
@@ -223,6 +224,40 @@ async def test_no_argument_leads_out_of_a_directory(root: Path, kind: str, how: 
     )
     for name, answer in zip(refused, others, strict=True):
         assert (answer.status, answer.body) == (404, b"nothing here"), name
+
+
+class _AsPath(PathConverter):
+    """Gives the view a `Path`, as converters of projects may."""
+
+    def to_python(self, value: str) -> Any:
+        return PurePosixPath(value)
+
+
+register_converter(_AsPath, "aspath")
+
+
+class JoinedPath(PathDownloadView):
+    directory = ""
+
+    def get_path(self) -> Any:
+        return self.directory / self.kwargs["name"]
+
+
+@pytest.mark.parametrize("how", ["ours", "stock", "wsgi"])
+@pytest.mark.parametrize("view", [JoinedPath, JoinedInGetFile, JoinedOnTheLoop])
+@pytest.mark.asyncio
+async def test_no_path_of_a_converter_leads_out_of_a_directory(root: Path, view: Any, how: str) -> None:
+    name = "name" if view is JoinedPath else "path"
+
+    class URLs:
+        handler404 = Urls.handler404
+        urlpatterns: ClassVar = [path(f"f/<aspath:{name}>", view.as_view(directory=root / "files"))]
+
+    refused = [f"/f/{each}" for each in (*FORBIDDEN, f"{root}/secret.txt")]
+    good, *others = await answers(how, URLs, ["/f/x/a.txt", *refused])
+    assert (good.status, good.body) == (200, b"0123456789")
+    for target, answer in zip(refused, others, strict=True):
+        assert (answer.status, answer.body) == (404, b"nothing here"), target
 
 
 @pytest.mark.asyncio

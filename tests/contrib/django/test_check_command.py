@@ -214,6 +214,7 @@ def test_a_script_name_that_the_project_has_and_the_url_lacks_is_named(project: 
     [
         ((), "there is no file to request: give one, such as --file /invoices/1=invoices/a.pdf"),
         (("--file", "invoices/1"), "'invoices/1' is not PATH=FILE"),
+        (("--file", "/invoices/1", "--timeout", "-1"), "--timeout is -1: give seconds"),
         (("--file", "/invoices/1", "--header", "Cookie"), "--header is NAME: VALUE"),
         (("--file", "/invoices/1", "--app", "no_such.app"), "no_such.app cannot be imported (ModuleNotFoundError"),
         (("--file", "/invoices/1", "--app", "site_urls.urlpatterns"), "is not an ASGI application"),

@@ -121,7 +121,8 @@ def no_page(request: Any) -> Any:
 
 class Urls:
     handler404: Any = staticmethod(lambda request, exception: HttpResponse(NOTHING, status=404))
-    handler403: Any = staticmethod(lambda request, exception: HttpResponse(b"no", status=403))
+    # Django's own handler gives a template `403.html` this message
+    handler403: Any = staticmethod(lambda request, exception: HttpResponse(f"no: {exception}", status=403))
 
     def __init__(self, *patterns: Any) -> None:
         self.urlpatterns = [*patterns, path("page", no_page)]
