@@ -199,7 +199,7 @@ sbom: $(VENV)/dev.done  ## Write the bill of materials of the service into dist/
 
 .PHONY: lock
 lock:  ## Pin the newest versions of all packages (needs uv)
-	$(LOCK) --upgrade --extra server --extra auth --extra sqlalchemy --extra s3 --extra redis --extra metrics \
+	$(LOCK) --upgrade --extra server --extra auth --extra sqlalchemy --extra s3 --extra redis --extra metrics --extra cdn \
 		--output-file requirements/run.txt
 	$(LOCK) --upgrade --all-extras --group test --group lint --group docs --constraints requirements/run.txt \
 		--output-file requirements/dev.txt

@@ -100,9 +100,9 @@ def test_the_service_starts_from_python(tmp_path: Path) -> None:
     port = free_port()
     file = tmp_path / "start.py"
     file.write_text(text.replace("uvicorn.run(", f"uvicorn.run(port={port}, app=", 1))
-    subprocess.run([sys.executable, "-m", "app.demo"], cwd=PROJECT, check=True)
+    (tmp_path / "downloadview.toml").write_text("[server]\n")
     env = {"PYTHONPATH": str(PROJECT)}  # "in the checkout"
-    with serving([sys.executable, file], port, log=tmp_path / "log", env=env) as server:
+    with serving([sys.executable, file], port, log=tmp_path / "log", cwd=tmp_path, env=env) as server:
         assert httpx2.get(f"{server.url}/files/nothing").status_code == 404
         server.wait_for_log("nothing")
 

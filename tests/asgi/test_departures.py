@@ -105,6 +105,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "small.txt").write_bytes(b"small")
     (tmp_path / "large.bin").write_bytes(LARGE)
     make_old(tmp_path)
+    (tmp_path / "x").mkdir()
     return tmp_path
 
 
