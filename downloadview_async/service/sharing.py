@@ -32,7 +32,8 @@ class Sharing:
     def __init__(
         self, download: ASGIApp, *, access: Access, signer: URLSigner, pages: ServicePages, max_age: float, counts: bool
     ) -> None:
-        self._download = download
+        self.download = download
+        """The application that answers all other requests."""
         self._access = access
         self._signer = signer
         self._pages = pages
@@ -43,7 +44,7 @@ class Sharing:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD", "POST") or not _is_share(scope):
-            await self._download(scope, receive, send)
+            await self.download(scope, receive, send)
             return
         body = await _body_of(receive) if scope["method"] == "POST" else b""
         if body is None:
@@ -61,7 +62,7 @@ class Sharing:
             return
         if not allowed or await self._status(scope) != 200:
             # the answer that a download gets, which tells nothing about links
-            await self._download({**scope, "method": "GET", "query_string": b""}, receive, send)
+            await self.download({**scope, "method": "GET", "query_string": b""}, receive, send)
             return
         page = self._made(request, _fields_of(body)) if scope["method"] == "POST" else self._form(scope)
         note_facts(scope, kind="share")  # `_status` has noted how the file would be sent
@@ -79,7 +80,7 @@ class Sharing:
         headers = [(name, value) for name, value in scope["headers"] if not name.startswith(b"if-")]
         headers = [(name, value) for name, value in headers if name not in _LEFT_OUT]
         probe = {**scope, "method": "HEAD", "query_string": b"", "headers": headers, "extensions": {}}
-        await self._download(probe, _ended(), send)
+        await self.download(probe, _ended(), send)
         return status
 
     def _form(self, scope: Scope, problem: str = "") -> str:

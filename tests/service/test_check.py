@@ -1,6 +1,7 @@
 """`downloadview check` without a proxy: what is asked for, sources that fail, what is said, and how it ends."""
 
 import asyncio
+import base64
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
+import bcrypt
 import httpx2
 import pytest
 from starlette.applications import Starlette
@@ -253,6 +255,22 @@ async def test_a_route_that_takes_links_is_checked_with_a_link(directory: Path) 
         assert (line.result, line.outcome) == ("FAIL", "with these settings the answer is 403")
         with pytest.raises(ConfigurationError, match="no file to request"):
             await checked(settings, url=url, direct=url)
+
+
+@pytest.mark.asyncio
+async def test_a_route_whose_users_make_links_is_checked_for_a_user_and_with_a_link(directory: Path) -> None:
+    password = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
+    (directory / "users").write_text(f"ada:{password}\n")
+    tables = f'[links]\nkeys = "one {"s" * 40}"\n[users]\nfile = "users"\n'
+    settings = load(directory, FILES + 'access = ["signed", "user:*"]\nlist = true\nexample = "a.txt"\n' + tables)
+    (target,) = [sign_path(settings, "/files/a.txt")]
+    async with live(build(settings)) as port:
+        direct = f"http://127.0.0.1:{port}"
+        user = {"Authorization": f"Basic {base64.b64encode(b'ada:secret').decode()}"}
+        for options in ({"headers": user}, {"files": [target], "only": True}):
+            lines = await checked(settings, direct=direct, **options)
+            assert not failures(lines), failures(lines)
+            assert ("application", "pass") in [(line.step, line.result) for line in lines]
 
 
 @pytest.mark.asyncio

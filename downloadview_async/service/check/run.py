@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 import anyio
 
-from downloadview_async import AccessDenied, ConfigurationError, Download, FileMissing, UpstreamError, VirtualFile
+from downloadview_async import AccessDenied, ConfigurationError, FileMissing, UpstreamError, VirtualFile
 from downloadview_async.check.http import MOST, Answer, ClosedError, NoAnswerError, Peer, check_seconds
 from downloadview_async.check.proxy_alone import internal_locations, name_of_proxy
 from downloadview_async.check.samples import content_of, names_in
@@ -33,7 +33,7 @@ from downloadview_async.check.site import (
 )
 from downloadview_async.check.transfers import TransferChecks
 from downloadview_async.service.app import build
-from downloadview_async.service.check.site import PARAMETER, File, Site, Wanted, wanted_of
+from downloadview_async.service.check.site import PARAMETER, File, Site, Wanted, download_of, wanted_of
 from downloadview_async.service.health import LIVEZ, PADDING
 from downloadview_async.service.settings import DatabaseUnavailable, RouteSettings, Settings
 from downloadview_async.service.source_settings import (
@@ -170,7 +170,7 @@ class _Run:
             path, _, query = link.partition("?")
             target = quote(path, safe="/%:@!$&'()*+,;=~")
             endpoint, _ = self.site.route_of(target)
-            if endpoint is None or not isinstance(endpoint.endpoint, Download):
+            if endpoint is None or download_of(endpoint) is None:
                 raise ConfigurationError(f"no route serves {path!r}: give a path such as /files/a.txt")
             given.setdefault(endpoint.path, []).append((target, quote(query, safe="/%:@!$&'()*+,;=~?")))
         wanted: list[Wanted] = []

@@ -11,6 +11,7 @@ from starlette.routing import Match, Route
 from downloadview_async import AsyncFile, Download, FileMissing
 from downloadview_async.check import site
 from downloadview_async.service.settings import CORS_HEADERS, RouteSettings, RuleSettings, Settings
+from downloadview_async.service.sharing import Sharing
 from downloadview_async.service.source_settings import (
     PathSettings,
     SourceSettings,
@@ -128,12 +129,20 @@ class Site(site.Site):
         route, key = self.route_of(wanted.target)
         if route is None or route.path != wanted.route.path:
             raise FileMissing(f"{'no route' if route is None else route.path} answers this path")
-        assert isinstance(route.endpoint, Download)
-        return await route.endpoint.source.resolve(key)
+        download = download_of(route)
+        assert download is not None
+        return await download.source.resolve(key)
 
     def source_of(self, route: RouteSettings) -> tuple[str, SourceSettings]:
         """Return the name and the settings of the source that holds the files of a route."""
         return source_of_files(route.source, self.settings.sources)
+
+
+def download_of(route: Route) -> Download | None:
+    """Return what sends the files of a route, behind its form for links; None for a page of the service."""
+    endpoint = route.endpoint
+    inner = endpoint.download if isinstance(endpoint, Sharing) else endpoint
+    return inner if isinstance(inner, Download) else None
 
 
 def _route_of(file: site.File) -> RouteSettings:
