@@ -299,3 +299,16 @@ def test_without_settings_there_is_nothing_to_print(tmp_path: Path) -> None:
     said = printed("nginx", cwd=tmp_path, status=2)
     assert "give settings with --config" in said
     assert said.count("\n") == 1
+
+
+def test_the_caddyfile_passes_no_header_on_that_is_meant_for_nginx(tmp_path: Path) -> None:
+    """An application may send them, such as Django's X-Accel-Charset, although Caddy obeys one of them alone."""
+    write_settings(tmp_path, "caddy")
+    offload = '{"backend": "caddy", "rules": [{"source": "my files", "target": "/files/"}]}'
+    status, text, _ = run(tmp_path, "caddy", env={"DOWNLOADVIEW_OFFLOAD": offload})
+    assert status == 0
+    lines = [line.split() for line in text.splitlines() if line.strip().startswith("exclude ")]
+    assert lines
+    for line in lines:
+        excluded = {word.lower() for word in line[1:]}
+        assert {name for name in OFFLOAD_HEADERS if name.startswith("x-accel-")} <= excluded
