@@ -486,7 +486,7 @@ def print_key() -> None:
     "sign",
     examples=[
         "downloadview sign /files/report.pdf --expires 2h --base https://files.example.org",
-        "downloadview sign /files/2026/ --below --uses 3",
+        "downloadview sign /files/2026/ --below --expires 7d",
     ],
     groups={
         "How long, and for whom": ("expires", "until", "client", "uses", "below", "shareable"),
