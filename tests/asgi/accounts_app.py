@@ -41,7 +41,7 @@ class Lines:
 
     def __call__(self, outcome: dv.Outcome) -> None:
         if (number := outcome.header("x-number")) is not None:
-            names = ("method", "path", "status", "kind", "result", "reason", "sent", "name", "size")
+            names = ("method", "path", "status", "kind", "result", "reason", "sent", "unacknowledged", "name", "size")
             fields = {name: getattr(outcome, name) for name in names}
             self._file.write(json.dumps({"number": number, "repr": repr(outcome), **fields}) + "\n")
             self._file.flush()

@@ -425,17 +425,19 @@ def problem_of(received: Received, outcome: dict[str, Any], site: Site) -> str |
         "completed",
     ):
         return "not aborted"
-    if not received.is_abandoned:
-        if outcome["path"] != "/broken":
-            return "the server has aborted the answer"
-        return None if sent == body else "other bytes of a broken answer"
-    if outcome["result"] != "aborted" or outcome["reason"] == "failed":  # it has left the process
-        return None if sent >= body - slack else "the client has received more"
-    # What has arrived but was not acknowledged counts as not sent. Other servers do not tell what they still hold, nor
-    # how much of a last message they have sent. Some hold all that they are given.
     more, less = 2 * RECEIVE_BUFFER + slack, 2 * RECEIVE_BUFFER + RECORDS * bool(site.certificate)
     if not site.is_ours:
         more, less = more + MESSAGE, SEND_BUFFER if site.has_bounds else 1 << 62
+    if not received.is_abandoned:
+        if outcome["path"] != "/broken":
+            return "the server has aborted the answer"
+        # Other servers may drop what they still hold when the application fails, and do not tell that.
+        return None if 0 <= sent - body <= less * (not site.is_ours) else "other bytes of a broken answer"
+    is_reset = outcome["unacknowledged"] > 0
+    if outcome["result"] != "aborted" or (outcome["reason"] == "failed" and not is_reset):  # it has left the process
+        return None if sent >= body - slack else "the client has received more"
+    # What has arrived but was not acknowledged counts as not sent. Other servers do not tell what they still hold, nor
+    # how much of a last message they have sent. Some hold all that they are given.
     return None if -more <= sent - body <= less else f"{sent - body} bytes off"
 
 
