@@ -104,6 +104,10 @@ async def _echo(request: Request) -> Response:
     return PlainTextResponse(f"{request.headers.raw} {request.scope['raw_path']}")
 
 
+async def _length(request: Request) -> Response:
+    return PlainTextResponse(str(len(await request.body())))
+
+
 class _Refusing(BaseHTTPMiddleware):
     """Lets the download be made and answers something else then: the order that makes an authorisation bypass."""
 
@@ -170,6 +174,7 @@ async def serve(kind: Kind, checkout: Path, backend: dv.OffloadBackend | None = 
                 Route("/dressed/{path:path}", dv.Download(path, headers=DRESS)),
                 Route("/encoded/{path:path}", dv.Download(path, headers={"Content-Encoding": "x-none"})),
                 Route("/echo/{path:path}", _echo),
+                Route("/length/{path:path}", _length, methods=["POST"]),
             ],
             middleware=[Middleware(_Refusing)],
         )

@@ -354,12 +354,27 @@ async def test_the_service_hears_no_orders_and_who_the_client_is(site: Site) -> 
 
 
 async def test_a_body_that_is_too_large_is_refused(site: Site) -> None:
-    request = f"GET /path/{NAME} HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\nConnection: close\r\n\r\n"
-    answer = await ask_raw(site.port, request.encode() + bytes(100_000))
-    if site.kind.name == "apache" and answer.status == 200:  # the service, which reads no body, was the first to answer
-        assert answer.body == CONTENT
+    head = "{} HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\nConnection: close\r\n\r\n"
+    answer = await ask_raw(site.port, head.format("POST /length/").encode() + bytes(100_000))
+    assert answer.status in (400, 413)
+    answer = await ask_raw(site.port, head.format(f"GET /path/{NAME}").encode() + bytes(100_000))
+    if site.kind.name == "caddy" and answer.status == 200:  # it passes the head on before the body has come
+        assert answer.body == CONTENT  # and the service, which reads no body, was the first to answer
     else:
         assert answer.status in (400, 413)
+
+
+async def test_a_body_may_be_as_long_as_the_configuration_says(site: Site) -> None:
+    head = f"POST /length/ HTTP/1.1\r\nHost: test\r\nContent-Length: {16_384}\r\nConnection: close\r\n\r\n"
+    answer = await ask_raw(site.port, head.encode() + bytes(16_384))
+    assert (answer.status, answer.body) == (200, b"16384")
+
+
+async def test_a_chunked_body_that_is_too_large_is_refused(site: Site) -> None:
+    fields = "Host: test\r\nTransfer-Encoding: chunked\r\nConnection: close"
+    request = f"POST /length/ HTTP/1.1\r\n{fields}\r\n\r\n{100_000:x}\r\n".encode()
+    answer = await ask_raw(site.port, request + bytes(100_000) + b"\r\n0\r\n\r\n")
+    assert answer.status in (400, 411, 413)
 
 
 # --- links and permissions

@@ -231,8 +231,9 @@ class Watch:
         await self._until("cache accounting", self._accounting)
         await self._until("back to base", self.beyond_base, patience=60)
         for pid in site.serving():
-            self.samples.setdefault(pid, []).append(memory(pid))
-            check_growth(ledger, pid, self.samples[pid])
+            with contextlib.suppress(OSError):  # a worker that a reload has replaced ends just now
+                self.samples.setdefault(pid, []).append(memory(pid))
+                check_growth(ledger, pid, self.samples[pid])
 
     async def _until(self, what: str, look: Any, patience: float = 30.0) -> None:
         """Check that something is so, or becomes so soon. look: returns what is wrong, or nothing."""

@@ -88,7 +88,6 @@ _LINE = log_line(
     content_range="%{Content-Range}o",
     requested="%{Range}i",
 )
-_ALIAS = "LoadModule alias_module ${modules}/mod_alias.so\n"
 
 
 def _configuration(site: ProxySite) -> str:
@@ -104,7 +103,6 @@ def _configuration(site: ProxySite) -> str:
         service=f"unix:{site.socket}|http://localhost" if site.socket else f"http://{site.authority}",
         idle=str(site.idle),
         outside=filled(_OUTSIDE, prefix=re.escape(site.prefix)) if site.prefix else "",
-        modules=_ALIAS if site.private else "",
         private=filled(_PRIVATE, refused=_with_encoded_slashes(site)) if site.private else "",
         headers=filled(_OF_ERRORS, lines=always) if always else "",
         rules="\n".join(f"XSendFilePath {_word(site, path)}" for path in directories(site)),
