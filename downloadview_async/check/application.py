@@ -36,7 +36,7 @@ from downloadview_async.check.site import (
     skipped,
     unsigned,
 )
-from downloadview_async.check.transfers import TransferChecks
+from downloadview_async.check.transfers import lines_of_proxy
 
 _REASON = "sent without the proxy, "
 _UNOFFERED = "there is no OffloadMiddleware around it"
@@ -228,23 +228,8 @@ class _Run:
             files.append(file)
             if self.site.direct is not None:
                 yield await self._running(file, self.site.direct)
-        if self.site.proxy is None:
-            outcome = "not checked: give the URL at which clients reach the proxy"
-            yield Line(result="skip", step="proxy", route="", request="the proxy", outcome=outcome)
-            return
-        if not files:
-            return
-        try:
-            async for line in self._proxy_alone(self.site.proxy, files):
-                yield line
-        except NoAnswerError as exc:
-            request = f"GET {shown_url(self.site.proxy.base)}"
-            remedy = "start the proxy, or give the URL at which clients reach the proxy"
-            yield Line(result="FAIL", step="proxy", route="", request=request, outcome=str(exc), remedy=remedy)
-            return
-        transfers = TransferChecks(self.site, self.site.proxy)
-        for file in files:
-            async for line in transfers.lines(file):
+        if files or self.site.proxy is None:
+            async for line in lines_of_proxy(self.site, files, self._proxy_alone):
                 yield line
 
     async def _source(self, wanted: Wanted, path: str) -> tuple[Line, tuple[FileMetadata, Content] | None]:

@@ -2,8 +2,9 @@
 
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 from downloadview_async import proxy_kinds
 from downloadview_async.check.advice import SOCKET, remedies_of
@@ -40,6 +41,33 @@ _OF_A_PREFLIGHT = ("Access-Control-Allow-Origin", "Access-Control-Allow-Methods"
 _OF_A_SITE = "Strict-Transport-Security"
 """A header that belongs to every answer of a site. Proxies add it, and may lose it where they send files."""
 _UNREACHED = (502, 503, 504)
+
+AnyFile = TypeVar("AnyFile", bound=File)
+
+
+async def lines_of_proxy(
+    site: Site, files: Sequence[AnyFile], alone: Callable[[Peer, Sequence[AnyFile]], AsyncIterator[Line]]
+) -> AsyncIterator[Line]:
+    """Make the checks of the site's proxy: first those of `alone`, which compare no file, and then those of each file.
+
+    Yields each result as soon as it is known: one that says so if the site has no proxy.
+    """
+    if site.proxy is None:
+        outcome = "not checked: give the URL at which clients reach the proxy"
+        yield Line(result="skip", step="proxy", route="", request="the proxy", outcome=outcome)
+        return
+    try:
+        async for line in alone(site.proxy, files):
+            yield line
+    except NoAnswerError as exc:
+        request = f"GET {shown_url(site.proxy.base)}"
+        remedy = "start the proxy, or give the URL at which clients reach the proxy"
+        yield Line(result="FAIL", step="proxy", route="", request=request, outcome=str(exc), remedy=remedy)
+        return
+    transfers = TransferChecks(site, site.proxy)
+    for file in files:
+        async for line in transfers.lines(file):
+            yield line
 
 
 class TransferChecks:

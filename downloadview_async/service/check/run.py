@@ -31,7 +31,7 @@ from downloadview_async.check.site import (
     skipped,
     unsigned,
 )
-from downloadview_async.check.transfers import TransferChecks
+from downloadview_async.check.transfers import lines_of_proxy
 from downloadview_async.service.app import build
 from downloadview_async.service.check.site import PARAMETER, File, Site, Wanted, download_of, wanted_of
 from downloadview_async.service.health import LIVEZ, PADDING
@@ -144,22 +144,8 @@ class _Run:
                 files_to_check.append(file)
         for file in files_to_check:
             yield await self._application(file)
-        if self.site.proxy is None:
-            outcome = "not checked: give the URL at which clients reach the proxy"
-            yield Line(result="skip", step="proxy", route="", request="the proxy", outcome=outcome)
-            return
-        try:
-            async for line in self._proxy_alone(self.site.proxy, files_to_check):
-                yield line
-        except NoAnswerError as exc:
-            request = f"GET {shown_url(self.site.proxy.base)}"
-            remedy = "start the proxy, or give the URL at which clients reach the proxy"
-            yield Line(result="FAIL", step="proxy", route="", request=request, outcome=str(exc), remedy=remedy)
-            return
-        transfers = TransferChecks(self.site, self.site.proxy)
-        for file in files_to_check:
-            async for line in transfers.lines(file):
-                yield line
+        async for line in lines_of_proxy(self.site, files_to_check, self._proxy_alone):
+            yield line
 
     # --- which files
 
