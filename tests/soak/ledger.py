@@ -55,11 +55,13 @@ class Ledger:
     """The records of all requests, the faults, and what is broken.
 
     settles: seconds after the end of a fault in which its effects are still excused. is_tls: whether the service has
-    TLS.
+    TLS. proxy_patience: after how many seconds a proxy in front of it drops a client that takes nothing; None: there is
+    no proxy.
     """
 
     settles: float = 15.0
     is_tls: bool = False
+    proxy_patience: float | None = None
     events: deque[str] = field(default_factory=lambda: deque(maxlen=400))
     problems: list[str] = field(default_factory=list)
     seen: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -176,7 +178,11 @@ class Ledger:
             check("complete in the log", line["result"] != "aborted", "an answer that the client has is aborted")
             check("same bytes", line["bytes"] == record.received, "other bytes")
         if record.result == "cut":
-            check("cut in the log", line["result"] == "aborted", "a cut answer is complete")
+            seconds, patience = record.ended - record.begun, self.proxy_patience
+            if patience is not None and seconds >= patience:  # it has the whole answer by then
+                self.seen["cut after the time-out of nginx", f"{line['result']} in the log"] += 1
+            else:
+                check("cut in the log", line["result"] == "aborted", "a cut answer is complete")
 
     def forget(self, missing: list[Record], *, lost: bool) -> None:
         """Forget requests without a line, and report those that must have one. lost: a process was killed."""

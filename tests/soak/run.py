@@ -14,7 +14,7 @@ from tests.soak.clients import World, visits
 from tests.soak.faults import FAULTS, Fault, inflict
 from tests.soak.invariants import Watch
 from tests.soak.ledger import Broken, Ledger
-from tests.soak.site import Shape, Site
+from tests.soak.site import STALL_SECONDS, Shape, Site
 
 SHAPES = (Shape(1), Shape(2, behind_nginx=True), Shape(1, tls=True), Shape(2))
 LOAD_SECONDS = 15.0
@@ -76,6 +76,7 @@ async def soak(
     """Soak a service of one shape. Raises `Broken` for the first invariant that does not hold."""
     random, ledger = Random(f"{seed} {shape}"), report.ledger
     ledger.is_tls = shape.tls
+    ledger.proxy_patience = STALL_SECONDS if shape.behind_nginx else None
     ends = time.monotonic() + seconds
     async with Site(directory, shape) as site:
         world = World(site, ledger, random)

@@ -26,6 +26,9 @@ NOBODY = 65534
 PATIENCE = 120.0
 """Seconds for what takes a moment. Only what hangs takes as long, also on a machine that is busy."""
 
+STALL_SECONDS = 6
+"""After so many seconds, a client that takes nothing is dropped: by the service, or by nginx in front of it."""
+
 _SERVE = (sys.executable, "-m", "downloadview_async.cli", "serve")
 _SETTINGS = """
 [server]
@@ -33,7 +36,7 @@ pid_file = "pid"
 workers = {workers}
 drain_seconds = 2
 timeout_graceful_shutdown = 60
-stall_timeout = 6
+stall_timeout = {stall}
 timeout_keep_alive = 600
 reuse_port = true
 log_level = "info"
@@ -234,6 +237,7 @@ class Site:
         tls = 'ssl_certfile = "cert.pem"\nssl_keyfile = "key.pem"\n' if self.shape.tls else ""
         text = _SETTINGS.format(
             workers=self.shape.workers,
+            stall=STALL_SECONDS,
             tls=tls,
             redis=self.redis.url,
             upstream=self.upstream_port,
