@@ -68,6 +68,8 @@ class Completions:
         self._logged_at = -inf
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._has_loop = False
+        """Whether the thread has an event loop, which needs descriptors."""
         self._process = 0
         self._has_some = threading.Event()
         self._is_closing = threading.Event()
@@ -134,26 +136,40 @@ class Completions:
                 self._has_some.clear()
 
     def _run(self) -> None:
-        with asyncio.Runner() as runner:
-            delay = _DELAY
-            while True:
-                self._has_some.wait()
-                is_last = self._is_closing.wait(delay)
-                self._has_some.clear()
-                is_written = runner.run(self._write())
-                delay = _DELAY if is_written else _RETRY_SECONDS
-                with self._lock:
-                    has_some = self._waiting
-                    if is_last and not (is_written and has_some):
-                        self._thread = None
-                        break
-                    if has_some:
-                        self._has_some.set()
+        runner, delay = asyncio.Runner(), _DELAY
+        while True:
+            self._has_some.wait()
+            is_last = self._is_closing.wait(delay)
+            self._has_some.clear()
+            is_written = self._write_by(runner)
+            delay = _DELAY if is_written else _RETRY_SECONDS
+            with self._lock:
+                has_some = self._waiting
+                if is_last and not (is_written and has_some):
+                    self._thread = None
+                    break
+                if has_some:
+                    self._has_some.set()
+        if self._has_loop:
             runner.run(self.store.aclose())
+        runner.close()
+        self._has_loop = False
         if has_some:
             pending = [(self._outcomes, self._whole), self._unwritten]
             count = sum(len(one) + sum(answers for answers, _ in counts.values()) for one, counts in pending)
             logger.warning("%d answers were not counted before the end", count)
+
+    def _write_by(self, runner: asyncio.Runner) -> bool:
+        """Write what waits, or what could not be written before, and return whether that succeeded."""
+        try:
+            if not self._has_loop:
+                _check_descriptors()
+                runner.get_loop()
+                self._has_loop = True
+        except OSError as exc:
+            self._log("Downloads cannot be counted now: %s", str(exc))
+            return False
+        return runner.run(self._write())
 
     async def _write(self) -> bool:
         """Write what waits, or what could not be written before, and return whether that succeeded."""
@@ -187,3 +203,14 @@ class Completions:
         if monotonic() - self._logged_at >= _LOG_SECONDS:
             self._logged_at = monotonic()
             logger.warning(text, reason)
+
+
+def _check_descriptors() -> None:
+    """Raise `OSError` if there are no descriptors for an event loop: asyncio would print an error of its own, too."""
+    held: list[int] = []
+    try:
+        for _ in range(2):
+            held += os.pipe()
+    finally:
+        for number in held:
+            os.close(number)

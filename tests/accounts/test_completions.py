@@ -30,7 +30,7 @@ from downloadview_async.accounts.proxy_log import LogLine
 from downloadview_async.testing import call
 from tests.accounts.test_completion import outcome
 from tests.proxies.servers import readable_directory
-from tests.servers import free_port
+from tests.servers import PROJECT, free_port
 
 PIECES = 16
 CHUNK = 100
@@ -500,6 +500,33 @@ def test_a_connection_that_ends_within_a_commit_counts_once(postgres: str, caplo
     asyncio.run(run())
     assert b"COMMIT" in held[1], "no answer to a commit was held back"
     assert counted(postgres)["files/once.bin"] == (2, 3, 300)
+
+
+def test_downloads_count_although_there_were_no_descriptors_for_the_first(tmp_path: Path) -> None:
+    """The thread needs some for its event loop."""
+    code = f"""
+import logging, os, resource, time
+import downloadview_async as dv
+from tests.accounts.test_completion import outcome
+logging.basicConfig(format="%(message)s")
+completions = dv.Completions("sqlite+aiosqlite:///{tmp_path}/a.db")
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+logged = []
+logging.getLogger("downloadview_async").addFilter(lambda record: logged.append(record) or True)
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+completions(outcome(time=time.time()))
+deadline = time.monotonic() + 60
+while not logged and time.monotonic() < deadline:
+    time.sleep(0.01)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+completions(outcome(time=time.time(), name="other"))
+completions.close()
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == "Downloads cannot be counted now: [Errno 24] Too many open files\n"
+    rows = report(f"sqlite+aiosqlite:///{tmp_path}/a.db", "file")
+    assert sorted(row["downloads"] for row in rows) == [1, 1]
 
 
 def test_an_outcome_costs_no_thread_and_no_wait(url: str) -> None:

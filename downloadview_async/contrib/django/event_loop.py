@@ -28,10 +28,13 @@ def background_loop() -> asyncio.AbstractEventLoop:
     with _lock:
         loop = _loops.get(os.getpid())
         if loop is None:
-            loop = _loops[os.getpid()] = asyncio.new_event_loop()
-            threading.Thread(
-                target=_run, args=(loop, threading.get_native_id()), name="downloadview-async", daemon=True
-            ).start()
+            loop, starter = asyncio.new_event_loop(), threading.get_native_id()
+            try:
+                threading.Thread(target=_run, args=(loop, starter), name="downloadview-async", daemon=True).start()
+            except RuntimeError:  # no thread can be started now: the next call tries it again
+                loop.close()
+                raise
+            _loops[os.getpid()] = loop
         return loop
 
 
