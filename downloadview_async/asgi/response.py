@@ -360,17 +360,18 @@ class DownloadResponse(Response):
         later: SendLater | None = extensions.get(SEND_LATER)
         if later is not None and receive is not None and type(delivery) is Descriptor and self._may_send_later(scope):
             delivery.later = later
-            await deliver(delivery, start, send, receive=receive, facts=facts)
-            if later.is_used:
-                later.accounts = hold_accounts(facts, None)
-        elif TRANSFERS in scope:
+        if TRANSFERS in scope:
             await deliver_limited(delivery, start, send, scope=scope, receive=receive, facts=facts)
         else:
             await deliver(delivery, start, send, receive=receive, facts=facts)
+        if later is not None and later.is_used:
+            if TRANSFERS in scope:
+                later.contexts += (scope[TRANSFERS].last(),)
+            later.accounts = hold_accounts(facts, None)
 
     def _may_send_later(self, scope: Scope) -> bool:
-        """Return whether nothing is to be done when the file has been sent."""
-        return self.background is None and TRANSFERS not in scope and USE not in scope
+        """Return whether nothing is to be done when the file has been sent that has to be done here."""
+        return self.background is None and USE not in scope and (TRANSFERS not in scope or scope[TRANSFERS].may_last)
 
     async def _redirect_nowait(self, scope: Scope, send: Send) -> bool:
         """Redirect the client if that needs no wait for the file or for a key, and return whether it was so."""

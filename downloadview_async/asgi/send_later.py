@@ -5,9 +5,9 @@ wait, too, with the requests and responses that they know: a third of the memory
 """
 
 from collections.abc import Awaitable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from starlette.types import Message, Scope
 
@@ -41,16 +41,18 @@ class SendLater:
                 await later.send()
 
     A `DownloadResponse` inside it leaves the sending of its file to it if the server is our `DownloadProtocol`, the
-    file was opened without waiting, and nothing else is to happen when the client has it, such as a background task.
+    file was opened without waiting, and nothing else is to happen when the client has it: no background task, and no
+    count of a link for a number of downloads. Limits of a `Download` hold until the file has been sent.
 
     Middleware inside gets control when the answer has begun, and not when it has ended. So none of it may limit how
     many answers there are at once, measure how long they take, or wait for the client to leave. `Accounts` may: it
     makes the outcome when the file has been sent, and counts the request as being in progress until then.
 
-    is_used: whether an answer has left its file. accounts: those of that answer, the innermost first.
+    is_used: whether an answer has left its file. accounts: those of that answer, the innermost first. contexts: what
+    else ends with it, before the accounts, in this order.
     """
 
-    __slots__ = ("_answer", "_is_over", "_message", "accounts", "is_used")
+    __slots__ = ("_answer", "_is_over", "_message", "accounts", "contexts", "is_used")
 
     def __init__(self, scope: Scope) -> None:
         if (extensions := scope.get("extensions")) is not None:
@@ -59,6 +61,7 @@ class SendLater:
         self._message: Message | None = None
         self._answer: Answering | None = None
         self.accounts: Sequence[Waiting] = ()
+        self.contexts: tuple[AbstractContextManager[Any], ...] = ()
 
     def take(self, message: Message, answer: Answering) -> bool:
         """Keep a path send, and return True; or return False: it has to be sent now. Servers call this."""
@@ -81,15 +84,18 @@ class SendLater:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the file back if it has not been sent, and end the accounts."""
+        """Give the file back if it has not been sent, and end everything that has waited for that."""
         self._is_over, self._answer = True, None
         message, self._message = self._message, None
         accounts, self.accounts = self.accounts, ()
+        contexts, self.contexts = self.contexts, ()
         if message is not None:
             message["descriptor"].give_back(0)
         elif accounts and isinstance(exc, Exception):
             with suppress(TypeError):  # as `Accounts` does
                 exc.add_note(f"request {accounts[-1].request_id}")
+        for context in contexts:
+            context.__exit__(kind, exc, trace)
         for account in accounts:
             account.is_held = False
             account.leave(exc)

@@ -216,14 +216,44 @@ async def test_what_follows_an_answer_follows_its_end(big: Path) -> None:
     assert app.was_used == [False]
 
 
-@pytest.mark.parametrize("limits", [dv.Limits(concurrent=1), dv.Limits(rate="1GB/s"), dv.Limits(quota="1GB/day")])
-async def test_limits_count_an_answer_until_its_end(big: Path, limits: dv.Limits) -> None:
-    app = Outermost(dv.Download(dv.PathSource(big.parent), key=lambda request: "big.bin", limits=limits))
-    async with live(app, http=DownloadProtocol) as port, stalled(port) as (reader, _):
-        if limits.concurrent is not None:
-            assert (await ask(port, "/big.bin")).status == 429
-        await reader.readexactly(SIZE)
-    assert app.was_used.count(True) == 0
+def limited(path: Path, limits: dv.Limits) -> dv.Download:
+    return dv.Download(dv.PathSource(path.parent), key=lambda request: path.name, limits=limits)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_file_counts_as_a_download_until_it_has_been_sent(big: Path, leaves: bool) -> None:
+    app = Outermost(limited(big, dv.Limits(concurrent=1)))
+    async with live(app, http=DownloadProtocol) as port:
+        async with stalled(port) as (reader, _):
+            await asyncio.wait_for(app.has_returned.wait(), 30)
+            assert (await ask(port, "/")).status == 429
+            app.has_ended.clear()
+            if not leaves:
+                await reader.readexactly(SIZE)
+                await asyncio.wait_for(app.has_ended.wait(), 30)
+        await asyncio.wait_for(app.has_ended.wait(), 30)
+        assert (await ask(port, "/")).status == 200
+    assert app.was_used == [True, False, True]
+
+
+async def test_a_quota_gets_back_what_a_client_does_not_take(big: Path) -> None:
+    app = Outermost(limited(big, dv.Limits(quota="40MB/day")))  # a download may begin until it is used up
+    async with live(app, http=DownloadProtocol) as port:
+        async with stalled(port):
+            await asyncio.wait_for(app.has_returned.wait(), 30)
+        await asyncio.wait_for(app.has_ended.wait(), 30)
+        assert [(await ask(port, "/")).status for _ in range(4)] == [200, 200, 200, 429]
+    assert app.outcomes[0].sent < SIZE // 2
+    assert app.was_used == [True, True, True, True, False]
+
+
+async def test_a_rate_holds_when_the_application_has_returned(big: Path) -> None:
+    app, loop = Outermost(limited(big, dv.Limits(rate="32MB/s"))), asyncio.get_running_loop()
+    async with live(app, http=DownloadProtocol) as port:
+        began = loop.time()
+        assert (await ask(port, "/")).body == big.read_bytes()
+        assert loop.time() - began > 0.3
+    assert app.was_used == [True]
 
 
 def drop_path_sends(app: ASGIApp) -> ASGIApp:
