@@ -150,6 +150,7 @@ class Generations:
             with SendLater(scope) as later:
                 await generation.app(scope, receive, send)
                 if later.is_used:
+                    del scope, receive, send
                     await later.send()
         finally:
             generation.requests -= 1

@@ -1,9 +1,11 @@
 """`SendLater`: the application has returned when its file is sent, and everything else is as if it had waited."""
 
 import asyncio
+import gc
 import logging
 import os
 import socket
+import weakref
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -305,3 +307,31 @@ async def test_another_server_sends_at_once(big: Path) -> None:
     async with live(app, http="h11") as port:
         assert (await ask(port, "/big.bin")).body == big.read_bytes()
     assert app.was_used == [False]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("name", ["small.bin", "big.bin"])
+async def test_a_connection_that_has_ended_leaves_nothing_to_the_garbage_collector(
+    big: Path, name: str, leaves: bool
+) -> None:
+    (big.parent / "small.bin").write_bytes(bytes(1000))
+    connections: list[weakref.ref[DownloadProtocol]] = []
+
+    class Followed(DownloadProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.append(weakref.ref(self))
+
+    app = Outermost(of(big.parent / name))
+    gc.collect()
+    gc.disable()
+    try:
+        async with live(app, http=Followed) as port:
+            async with stalled(port, f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()) as (reader, _):
+                if not leaves:
+                    await reader.readexactly((big.parent / name).stat().st_size)
+            with anyio.fail_after(30):
+                while connections[0]() is not None:
+                    await asyncio.sleep(0.01)
+    finally:
+        gc.enable()

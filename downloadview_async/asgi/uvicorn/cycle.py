@@ -68,6 +68,7 @@ class DownloadCycle(RequestResponseCycle):
 
     def send_now(self, message: Message) -> Awaitable[None]:
         """Send a path send that a `SendLater` has kept."""
+        protocol_of(self).forget_scope()
         self.expected_content_length = self._expected_later
         return _path_send_of(message)(protocol_of(self), self, message)
 

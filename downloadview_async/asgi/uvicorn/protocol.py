@@ -166,6 +166,8 @@ _PACE_SECONDS = 0.1  # how often it is asked whether a client has taken the last
 
 _FEW_HELD = 4096  # up to so many bytes in the transport, asking the kernel costs more than it tells
 
+_OF_CYCLES = ("method", "http_version", "headers")  # of a scope, what a cycle needs to the end
+
 _PATH_SEND: Any = {"descriptor": True, PREPARED: True}  # what this server's path send takes
 
 
@@ -342,6 +344,16 @@ class DownloadProtocol(HttpToolsProtocol):
         """Make another parser in place of the one that was dropped while the client stalled."""
         self.parser = HttpRequestParser(self)
         self._set_leniencies()
+
+    def forget_scope(self) -> None:
+        """Forget what only the application needs of the scope, when it has returned or the answer is complete.
+
+        The scope refers to the connection: without this, only the garbage collector would free both.
+        """
+        cycle = self._cycle
+        if cycle is not None and self.scope is cycle.scope:
+            scope: Any = {name: self.scope[name] for name in _OF_CYCLES}
+            self.scope = cycle.scope = scope
 
     def _is_answering(self) -> bool:
         cycle = self._cycle
@@ -744,6 +756,8 @@ class DownloadProtocol(HttpToolsProtocol):
             self._encrypted.close()
         end_flush(self)
         super().connection_lost(exc)
+        if not self._is_answering():
+            self.forget_scope()
 
     def handle_websocket_upgrade(self) -> None:
         """Leave the connection to another protocol, and end the timers."""
