@@ -1,9 +1,11 @@
 """Many slow clients on one worker: what they cost, whether they are dropped in time, and what a fast client sees.
 
-    python -m benchmarks.slow_clients [stalled|readers] [CLIENTS]
+    python -m benchmarks.slow_clients [stalled|readers] [CLIENTS] [service|quiet|nginx]
 
 `stalled` counts clients that read the first bytes of an answer and no more. `readers` each take a KiB a second, while
 new connections ask for a file of a KiB. Each client is one descriptor here, and one in the server: see `ulimit -n`.
+
+`service` is `downloadview serve` with its defaults but for the limit, `quiet` the same without its log of answers.
 """
 
 import os
@@ -16,18 +18,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
-from starlette.applications import Starlette
-from starlette.routing import Route
-
-import downloadview_async as dv
 from benchmarks import proc
-from downloadview_async.asgi.server import DownloadProtocol
+from benchmarks.servers import Place, nginx_command
 from tests.servers import Server, free_port, serving
 
-STALL_SECONDS = 20.0
+STALL_SECONDS = 20
 """The limit of the server. A shorter one would end before all clients have come."""
 
 _CLIENTS = {"stalled": 2000, "readers": 5000}
@@ -35,20 +32,36 @@ _READING_SECONDS = 30.0
 _ROUNDS = 20  # a second
 _HELD = 1 << 20  # bytes of the answers: as much as the kernel holds for one client, and more
 
-http = partial(DownloadProtocol, stall_seconds=STALL_SECONDS)
+_SETTINGS = """
+[server]
+stall_timeout = {seconds}
+access_log = {is_logged}
+backlog = 8192
 
+[sources.files]
+type = "path"
+root = "{root}"
 
-def app() -> Starlette:
-    """Make the application of the server process."""
-    return Starlette(routes=[Route("/{name}", dv.Download(dv.PathSource(os.environ["SLOW_ROOT"])))])
+[[routes]]
+path = "/{{path:path}}"
+source = "files"
+"""
 
 
 @contextmanager
-def _server(root: Path) -> Iterator[Server]:
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "--factory", "benchmarks.slow_clients:app", "--port", str(port)]
-    command += ["--http", "benchmarks.slow_clients:http", "--no-access-log", "--backlog", "8192"]
-    with serving(command, port, log=root.with_suffix(".log"), env={"SLOW_ROOT": str(root)}) as server:
+def _server(root: Path, kind: str) -> Iterator[Server]:
+    port, scratch = free_port(), root.parent / kind
+    scratch.mkdir(exist_ok=True)
+    if kind == "nginx":
+        place = Place(root, scratch, port, port)
+        location = f"location / {{ root {root}; send_timeout {STALL_SECONDS}s; }}"
+        command = nginx_command(place, location).arguments
+    else:
+        is_logged = "true" if kind == "service" else "false"
+        settings = scratch / "settings.toml"
+        settings.write_text(_SETTINGS.format(seconds=STALL_SECONDS, is_logged=is_logged, root=root))
+        command = [sys.executable, "-m", "downloadview_async", "serve", "--config", str(settings), "--port", str(port)]
+    with serving(command, port, log=scratch / "log") as server:
         for _ in range(50):
             _ask(int(server.address))
         yield server
@@ -92,6 +105,7 @@ def _stalled(server: Server, count: int) -> None:
     for client in clients:
         client.recv(12)
     connected = time.monotonic()
+    time.sleep(3)  # until the server has filled the buffers of all of them
     print(f"{count} stalled clients, connected in {connected - began:.1f} s: {_cost(server, before, count)}")
     while _used(server)[1] > before[1]:
         time.sleep(0.1)
@@ -156,9 +170,11 @@ def main(arguments: list[str]) -> None:
         (root / "large.bin").write_bytes(bytes(64 * _HELD))
         for file in root.iterdir():
             os.utime(file, (1_700_000_000,) * 2)
+        kind = arguments[2] if len(arguments) > 2 else "service"
         for name in arguments[:1] or _CLIENTS:
             count = int(arguments[1]) if len(arguments) > 1 else _CLIENTS[name]
-            with _server(root) as server:
+            print(f"{kind}:")
+            with _server(root, kind) as server:
                 {"stalled": _stalled, "readers": _readers}[name](server, count)
 
 

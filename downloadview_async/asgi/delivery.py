@@ -12,8 +12,9 @@ from starlette.types import Message, Receive, Send
 from downloadview_async.accounts.facts import Facts
 from downloadview_async.asgi.descriptor_paths import LastingPaths
 from downloadview_async.asgi.disconnect import until_the_client_leaves
-from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SETTLED, ZERO_COPY
+from downloadview_async.asgi.extensions import FOREIGN, PATHSEND, SEND_LATER, SETTLED, ZERO_COPY
 from downloadview_async.asgi.loan import Batches, Lendable, Loan
+from downloadview_async.asgi.send_later import SendLater
 from downloadview_async.asgi.transfer import send_in_chunks
 from downloadview_async.asgi.zero_copy import send_zero_copy
 from downloadview_async.errors import SourceUnavailable, TransferAborted
@@ -53,11 +54,15 @@ class Inline:
 
 @dataclass(slots=True)
 class Descriptor:
-    """The server sends a span of an open file by its descriptor, or we do if a middleware drops its message."""
+    """The server sends a span of an open file by its descriptor, or we do if a middleware drops its message.
+
+    later: given if the server may send it when the application has returned.
+    """
 
     file: OpenLocalFile
     span: ByteRange
     otherwise: "Chunks"
+    later: SendLater | None = None
 
 
 @dataclass(slots=True)
@@ -195,7 +200,7 @@ async def _send(delivery: Delivery, start: Message | None, send: Send, receive: 
                 await send(start)
             await send({"type": "http.response.body", "body": delivery.body if isinstance(delivery, Inline) else b""})
         case Descriptor():
-            if not await _lend(delivery.file, delivery.span, start, send, receive):
+            if not await _lend(delivery.file, delivery.span, start, send, receive, delivery.later):
                 await _send(delivery.otherwise, None, send, receive)
         case Pieces():
             async with aclosing(delivery.batches) as batches:
@@ -227,12 +232,19 @@ async def _send_zero_copy(delivery: ZeroCopy, send: Send) -> None:
     await send_zero_copy(delivery.file, delivery.span, send, delivery.use)
 
 
-async def _lend(lent: Lendable, span: ByteRange, start: Message | None, send: Send, receive: Receive | None) -> bool:
+async def _lend(
+    lent: Lendable,
+    span: ByteRange,
+    start: Message | None,
+    send: Send,
+    receive: Receive | None,
+    later: SendLater | None = None,
+) -> bool:
     """Send the start, and have the server send a span. Return False if a middleware has dropped the message for it."""
     if start is not None:
         await send(start)
     async with Loan(lent) as loan:
-        await send(loan.message(span))
+        await send(loan.message(span) if later is None else {**loan.message(span), SEND_LATER: later})
         if not loan.is_settled:
             await _listening(lambda _: loan.wait(), send, receive)
         return not loan.is_dropped

@@ -105,6 +105,8 @@ class _Endpoint:
         if around is not None:
             around.is_ours = True
         with (nullcontext(around) if around is not None else Transfers()) if self.limits else _UNLIMITED as transfers:
+            if transfers is not None and around is None:
+                transfers.may_last = True
             try:
                 key = key_of(self._key, scope, type(self).__name__)
                 facts: Facts | None = scope.get(ACCOUNT)

@@ -27,6 +27,9 @@ PACE = "downloadview_async.pace"
 SETTLED = "downloadview_async.settled"
 """Marks a path-send message whose file no proxy may send: that has been decided already."""
 
+SEND_LATER = "downloadview_async.send_later"
+"""The key of a `SendLater` in the extensions of a scope, and in a path send that may be left to it."""
+
 REQUEST_ID = b"x-request-id"
 """The header field with the id of a request, which `Accounts` takes from trusted proxies, and sends."""
 

@@ -225,6 +225,8 @@ async def _deliver_large(
         if transfers.rates:
             send = stack.enter_context(paced(transfers.rates, scope, send))
         await deliver(delivery, start, send, receive=receive, facts=facts)
+        if isinstance(delivery, Descriptor) and delivery.later is not None and delivery.later.is_used:
+            delivery.later.contexts += (stack.pop_all(),)
 
 
 @contextmanager

@@ -52,15 +52,27 @@ class LentFile:
 
         Raises `TransferAborted` if the response has already ended.
         """
-        if self.loan.is_over:
+        if self.loan.is_over and not self.loan.is_kept:
             raise TransferAborted("the response ended before its file was sent")
         self.loan.is_taken = True
         return self._lent
+
+    def keep(self) -> bool:
+        """Take an open local file for longer than the loan, which ends now. Return whether that is possible."""
+        loan = self.loan
+        if loan.is_over or loan.is_recalled or not isinstance(self._lent, OpenLocalFile):
+            return False
+        self._lent.shared()
+        loan.is_taken = loan.is_kept = True
+        loan.settle()
+        return True
 
     def give_back(self, sent: int) -> None:
         """Let the file be closed. sent: the bytes that the kernel has taken."""
         self.loan.sent += sent
         self.loan.settle()
+        if self.loan.is_kept and isinstance(self._lent, OpenLocalFile):
+            self._lent.close()
 
     def __del__(self) -> None:
         self.loan.settle()
@@ -72,15 +84,17 @@ class Loan:
     The context ends when the server has given it back; the server is told to stop waiting for more pieces.
 
     is_taken: whether the server has taken the file. is_settled: whether it has given the file back, or will never take
-    it. is_over: whether the context has ended, so that the file cannot be taken any more. is_recalled: whether the path
-    send has been kept for so long that the body is sent without it. sent: the bytes that the server says it has sent.
-    has_files: whether the kernel has sent some of them from a file. scope: cancels the server's wait for more pieces.
+    it, or has kept it. is_kept: whether it sends the file after the end of the context: see `SendLater`. is_over:
+    whether the context has ended, so that the file cannot be taken any more. is_recalled: whether the path send has
+    been kept for so long that the body is sent without it. sent: the bytes that the server says it has sent. has_files:
+    whether the kernel has sent some of them from a file. scope: cancels the server's wait for more pieces.
     """
 
     __slots__ = (
         "_lent",
         "_settled",
         "has_files",
+        "is_kept",
         "is_over",
         "is_recalled",
         "is_settled",
@@ -94,6 +108,7 @@ class Loan:
         self._settled: anyio.Event | None = None
         self.has_files = False
         self.scope: anyio.CancelScope | None = None
+        self.is_kept = False
         self.is_over = False
         self.is_recalled = False
         self.is_settled = False
@@ -107,8 +122,8 @@ class Loan:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.is_over = True
-        if self.is_taken:
-            if self.scope is not None and not self.is_settled:
+        if self.is_taken and not self.is_settled:
+            if self.scope is not None:
                 self.scope.cancel()
             with anyio.CancelScope(shield=True):
                 await self._wait()

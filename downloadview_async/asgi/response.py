@@ -19,6 +19,7 @@ from downloadview_async.asgi.answer import Answer, RawHeaders, age_of, answer_to
 from downloadview_async.asgi.deadline import in_time
 from downloadview_async.asgi.delivery import (
     Delivery,
+    Descriptor,
     Empty,
     Inline,
     Offloaded,
@@ -29,10 +30,11 @@ from downloadview_async.asgi.delivery import (
 from downloadview_async.asgi.departures import answer_until_departure
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
-from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED
+from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, SEND_LATER
 from downloadview_async.asgi.handed_over import awaits_line, hand_over
 from downloadview_async.asgi.limiting import deliver_limited, path_send_for, spend
 from downloadview_async.asgi.offer import Lent, Offer
+from downloadview_async.asgi.send_later import SendLater
 from downloadview_async.asgi.uses import Counted, claim
 from downloadview_async.asgi.zero_copy import with_zero_copy
 from downloadview_async.errors import (
@@ -330,7 +332,8 @@ class DownloadResponse(Response):
         if (age := age_of(opened)) is not None:
             answer = answer.aged(age)
         start = self._start(answer, scope)
-        path_send = (scope.get("extensions") or {}).get(PATHSEND)
+        extensions = scope.get("extensions") or {}
+        path_send = extensions.get(PATHSEND)
         delivery: Delivery
         if offload is None:
             delivery = delivery_of(answer.plan, opened, path_send_for(scope, path_send), is_fresh=keep)
@@ -354,10 +357,21 @@ class DownloadResponse(Response):
         facts: Facts | None = scope.get(ACCOUNT)
         if facts is not None:
             facts.describe(self.file.name, metadata.etag, metadata.size)
+        later: SendLater | None = extensions.get(SEND_LATER)
+        if later is not None and receive is not None and type(delivery) is Descriptor and self._may_send_later(scope):
+            delivery.later = later
         if TRANSFERS in scope:
             await deliver_limited(delivery, start, send, scope=scope, receive=receive, facts=facts)
         else:
             await deliver(delivery, start, send, receive=receive, facts=facts)
+        if later is not None and later.is_used:
+            if TRANSFERS in scope:
+                later.contexts += (scope[TRANSFERS].last(),)
+            later.accounts = hold_accounts(facts, None)
+
+    def _may_send_later(self, scope: Scope) -> bool:
+        """Return whether nothing is to be done when the file has been sent that has to be done here."""
+        return self.background is None and USE not in scope and (TRANSFERS not in scope or scope[TRANSFERS].may_last)
 
     async def _redirect_nowait(self, scope: Scope, send: Send) -> bool:
         """Redirect the client if that needs no wait for the file or for a key, and return whether it was so."""

@@ -1,6 +1,7 @@
 """The public import path of `DownloadProtocol` and its constants. The code is in `asgi/uvicorn/`."""
 
 from downloadview_async.asgi.deadline import STALL_SECONDS
+from downloadview_async.asgi.send_later import SendLater
 from downloadview_async.asgi.uvicorn.cycle import DownloadCycle
 from downloadview_async.asgi.uvicorn.internals import KNOWN_UVICORN, uvicorn_warning
 from downloadview_async.asgi.uvicorn.protocol import (
@@ -22,5 +23,6 @@ __all__ = [
     "STALL_SECONDS",
     "DownloadCycle",
     "DownloadProtocol",
+    "SendLater",
     "uvicorn_warning",
 ]

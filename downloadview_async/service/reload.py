@@ -16,6 +16,7 @@ import anyio.to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async import ConfigurationError, add_content_types
+from downloadview_async.asgi.server import SendLater
 from downloadview_async.service.access import behind_proxies
 from downloadview_async.service.app import build
 from downloadview_async.service.logs import one_line
@@ -146,7 +147,11 @@ class Generations:
         generation = self._current
         generation.requests += 1
         try:
-            await generation.app(scope, receive, send)
+            with SendLater(scope) as later:
+                await generation.app(scope, receive, send)
+                if later.is_used:
+                    del scope, receive, send
+                    await later.send()
         finally:
             generation.requests -= 1
             if generation.is_retired and not generation.requests:

@@ -2,7 +2,8 @@
 
 ACCOUNTS_ROOT: the directory of the files. ACCOUNTS_LOG: the file of the outcomes. ACCOUNTS_GATE: a FIFO, at which
 `/gate/` blocks the event loop until something is written to it. ACCOUNTS_PORT: where this is served, for the remote
-files. ACCOUNTS_S3: the options of a bucket as JSON, if there is one.
+files. ACCOUNTS_S3: the options of a bucket as JSON, if there is one. ACCOUNTS_LATER: if it is there, files are sent
+when the application has returned.
 """
 
 import json
@@ -20,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import downloadview_async as dv
-from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.server import DownloadProtocol, SendLater
 
 SIZES = {"small.bin": 17, "medium.bin": 60_000, "large.bin": 300_000, "huge.bin": 8 << 20}
 ONE = 8 << 20
@@ -135,4 +136,12 @@ def make_app() -> ASGIApp:
         routes.append(Route("/s3/{path:path}", dv.Download(dv.StorageSource(storage))))
         redirecting = dv.Download(dv.StorageSource(storage), redirect=dv.PresignedRedirect(storage))
         routes.append(Route("/redirected/{path:path}", redirecting))
-    return dv.Accounts(Starlette(routes=routes), [Lines(os.environ["ACCOUNTS_LOG"])])
+    accounts = dv.Accounts(Starlette(routes=routes), [Lines(os.environ["ACCOUNTS_LOG"])])
+
+    async def sending_later(scope: Scope, receive: Receive, send: Send) -> None:
+        with SendLater(scope) as later:
+            await accounts(scope, receive, send)
+            if later.is_used:
+                await later.send()
+
+    return sending_later if "ACCOUNTS_LATER" in os.environ else accounts

@@ -447,6 +447,14 @@ def test_each_request_has_one_outcome_although_clients_leave(serve: Serving, way
         stress(site, 400)
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_each_request_has_one_outcome_if_files_are_sent_when_the_application_has_returned(
+    serve: Serving, loop: str
+) -> None:
+    with serve(f"zero-copy, {loop}", ACCOUNTS_LATER="1") as site:
+        stress(site, 400)
+
+
 @pytest.mark.parametrize(
     ("is_second", "pieces"), [(False, "1"), (False, "12"), (False, "32"), (True, "32"), (False, "12,600")]
 )
@@ -592,9 +600,10 @@ def test_each_of_many_requests_to_django_has_one_outcome(kind: str, root: Path, 
         stress(site, COUNT)
 
 
+@pytest.mark.parametrize("is_later", [False, True], ids=["now", "later"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_each_request_has_one_outcome_although_the_server_is_stopped(serve: Serving, loop: str) -> None:
-    with serve(f"zero-copy, {loop}") as site:
+def test_each_request_has_one_outcome_although_the_server_is_stopped(serve: Serving, loop: str, is_later: bool) -> None:
+    with serve(f"zero-copy, {loop}", **({"ACCOUNTS_LATER": "1"} if is_later else {})) as site:
 
         def stop() -> None:
             outcomes_in(site.outcomes, 100)

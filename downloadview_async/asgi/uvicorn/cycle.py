@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import Message
 
 from downloadview_async.asgi.disconnect import close_after_body
-from downloadview_async.asgi.extensions import PATHSEND, PREPARED, REQUEST_ID
+from downloadview_async.asgi.extensions import PATHSEND, PREPARED, REQUEST_ID, SEND_LATER
 from downloadview_async.asgi.prepared_head import PreparedHead, is_ordinary
 from downloadview_async.asgi.uvicorn.internals import STATUS_LINE, RequestResponseCycle, protocol_of
 from downloadview_async.asgi.uvicorn.sendfile import send_file, send_path, send_pieces
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from downloadview_async.asgi.accounts import Account
 
 CONNECTION_CLOSE = (b"connection", b"close")
+
+_REFUSED = -1  # bytes that are still expected: any body is too long then
 
 _PIECE = 8  # bytes of each but the first segment of a head
 
@@ -35,6 +37,7 @@ class DownloadCycle(RequestResponseCycle):
     is_unframed = False
     transport: Any
     _held_head: bytes | None = None  # a prepared head that waits for its body: one write sends both
+    _expected_later = 0
     account: "Account | None" = None
     """Counts the answer, if the application sends by `send_and_count`."""
 
@@ -53,8 +56,21 @@ class DownloadCycle(RequestResponseCycle):
         if not self.keep_alive or self.closes:
             message = self._prepare_last_answer(message)
         if message["type"] == PATHSEND:
-            return _path_send_of(message)(protocol_of(self), self, message)
+            return self._send_path(message)
         return super().send(message)
+
+    def _send_path(self, message: Message) -> Awaitable[None]:
+        if (later := message.get(SEND_LATER)) is None or not later.take(message, self):
+            return _path_send_of(message)(protocol_of(self), self, message)
+        # uvicorn refuses what an application sends after that, as it does after a path send
+        self._expected_later, self.expected_content_length = self.expected_content_length, _REFUSED
+        return _done()
+
+    def send_now(self, message: Message) -> Awaitable[None]:
+        """Send a path send that a `SendLater` has kept."""
+        protocol_of(self).forget_scope()
+        self.expected_content_length = self._expected_later
+        return _path_send_of(message)(protocol_of(self), self, message)
 
     def begin_in_segments(self, count: int) -> None:
         """Send the beginning of the head in so many segments: the kernel paces only what comes after them.

@@ -4,7 +4,6 @@ uvicorn documents none of them. tests/asgi/test_uvicorn_internals.py compares th
 package use, and tests on uvicorn itself that each name means what is said here.
 
     imported                          | meaning
-    FlowControl                       | pauses and resumes the reading and the writing of a connection
     RequestResponseCycle              | a request and its answer; another class may be assigned to `__class__`
     STATUS_LINE                       | the status line of each status as bytes, by the number
     ServerState                       | what the connections of a server share
@@ -12,7 +11,7 @@ package use, and tests on uvicorn itself that each name means what is said here.
     of a protocol                     | meaning
     loop logger                       | the event loop, and the log of uvicorn's errors
     transport                         | the transport, from `connection_made` on
-    flow                              | its `FlowControl`, made in `connection_made`; another one may be assigned
+    flow                              | its `FlowControl`, made in `connection_made`; another object may be assigned
     flow.is_full                      | ours, not uvicorn's: reading does not resume while it is True
     flow.pause_reading                | pauses reading
     flow.resume_reading               | resumes reading; uvicorn calls it when an application waits for a message
@@ -65,14 +64,12 @@ import re
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 __all__ = [
     "KNOWN_UVICORN",
     "STATUS_LINE",
-    "FlowControl",
     "HttpToolsProtocol",
     "RequestResponseCycle",
     "ServerState",

@@ -100,15 +100,17 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from httptools import HttpRequestParser
+
 from downloadview_async.asgi.deadline import STALL_SECONDS
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
 from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
 from downloadview_async.asgi.uvicorn.encrypted import CountingTransport, EncryptedStream
+from downloadview_async.asgi.uvicorn.flow import Flow, Signal
 from downloadview_async.asgi.uvicorn.heads import Refused, read_head
 from downloadview_async.asgi.uvicorn.internals import (
     STATUS_LINE,
-    FlowControl,
     HttpToolsProtocol,
     RequestResponseCycle,
     ServerState,
@@ -164,6 +166,8 @@ _PACE_SECONDS = 0.1  # how often it is asked whether a client has taken the last
 
 _FEW_HELD = 4096  # up to so many bytes in the transport, asking the kernel costs more than it tells
 
+_OF_CYCLES = ("method", "http_version", "headers")  # of a scope, what a cycle needs to the end
+
 _PATH_SEND: Any = {"descriptor": True, PREPARED: True}  # what this server's path send takes
 
 
@@ -181,19 +185,6 @@ _BETWEEN, _HEAD, _BODY, _CLOSING = _Phase  # a global name is faster than an att
 # The servers that are shutting down, or that drain: connections that they still accept end after one request.
 _shutting_down: WeakSet[ServerState] = WeakSet()
 _draining: WeakSet[ServerState] = WeakSet()
-
-
-class _Flow(FlowControl):
-    """uvicorn's flow control, but reading does not resume while too many bytes wait.
-
-    uvicorn resumes it whenever an application waits for a message.
-    """
-
-    is_full = False
-
-    def resume_reading(self) -> None:
-        if not self.is_full:
-            super().resume_reading()
 
 
 class _Trailers:
@@ -256,7 +247,8 @@ class DownloadProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(*args, **options)
         self.pipeline: Any = ()  # stays empty: requests wait as bytes. uvicorn's deque weighs 760 bytes
-        self.parser.set_dangerous_leniencies(lenient_version=True)  # `read_head` checks the version
+        self.parser: Any = self.parser  # None while it is not needed: see `pause_writing`
+        self._set_leniencies()
         self.stall_seconds = stall_seconds
         self.minimum_rate = minimum_rate
         self.is_lost = False
@@ -303,6 +295,7 @@ class DownloadProtocol(HttpToolsProtocol):
         """
         if cycle is not None:
             cycle.__class__ = DownloadCycle
+            cycle.message_event = Signal()  # type: ignore[assignment]
         self._cycle: Any = cycle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -312,7 +305,7 @@ class DownloadProtocol(HttpToolsProtocol):
             self._encrypted = EncryptedStream(counting)
             transport = counting.as_transport()
         super().connection_made(transport)
-        self.flow: _Flow = _Flow(transport)
+        self.flow: Any = Flow(transport)
         self._has_plain_socket = has_socket(self) and not transport.get_extra_info("sslcontext")
         self._is_on_unix_socket = is_on_unix_socket(self)
         self._may_be_paced = has_socket(self) and not self._is_on_unix_socket and sys.platform == "linux"
@@ -333,6 +326,8 @@ class DownloadProtocol(HttpToolsProtocol):
             idle_since, self._idle_since = self._idle_since, None
             if self._is_one_head(data):
                 self._framing_bytes += len(data)
+                if self.parser is None:
+                    self._make_parser()
                 super().data_received(data)
                 if self._phase is _HEAD:
                     self._start_head_timer()
@@ -340,6 +335,25 @@ class DownloadProtocol(HttpToolsProtocol):
                 self._parse(data, 0)
             if idle_since is not None and not self._is_answering() and self._phase in (_BETWEEN, _BODY):
                 self._idle_since = idle_since  # empty lines and the rest of a body do not begin a request
+
+    def _set_leniencies(self) -> None:
+        # uvicorn sets the first one, too, and `read_head` checks the version
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True, lenient_version=True)
+
+    def _make_parser(self) -> None:
+        """Make another parser in place of the one that was dropped while the client stalled."""
+        self.parser = HttpRequestParser(self)
+        self._set_leniencies()
+
+    def forget_scope(self) -> None:
+        """Forget what only the application needs of the scope, when it has returned or the answer is complete.
+
+        The scope refers to the connection: without this, only the garbage collector would free both.
+        """
+        cycle = self._cycle
+        if cycle is not None and self.scope is cycle.scope:
+            scope: Any = {name: self.scope[name] for name in _OF_CYCLES}
+            self.scope = cycle.scope = scope
 
     def _is_answering(self) -> bool:
         cycle = self._cycle
@@ -369,6 +383,8 @@ class DownloadProtocol(HttpToolsProtocol):
             piece = data if end - start == size else data[start:end]
             start = end
             self._framing_bytes += len(piece)
+            if self.parser is None:
+                self._make_parser()
             super().data_received(piece)
             if self._framing_bytes > MAX_HEAD_BYTES:
                 self._refuse_excess()
@@ -740,6 +756,8 @@ class DownloadProtocol(HttpToolsProtocol):
             self._encrypted.close()
         end_flush(self)
         super().connection_lost(exc)
+        if not self._is_answering():
+            self.forget_scope()
 
     def handle_websocket_upgrade(self) -> None:
         """Leave the connection to another protocol, and end the timers."""
@@ -755,6 +773,8 @@ class DownloadProtocol(HttpToolsProtocol):
         start_watching(self)
         if not self._has_plain_socket:
             return
+        if self._phase is _BETWEEN and self._is_answering():
+            self.parser = None  # with its methods it has 1.3 KiB, which a client that stalls would hold
         self._held = held = self.transport.get_write_buffer_size()
         if held > _FEW_HELD and (acknowledged := acknowledged_bytes(self)):
             self._paused = untaken_bytes(self), acknowledged

@@ -9,7 +9,7 @@ looked at once more then, and if it has changed, the answer stays incomplete.
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
@@ -35,6 +35,8 @@ _WINDOW = CHUNK_SIZE  # bytes that are sent in one turn, while other clients wai
 _FEW = 128
 
 _FIRST_LOOK, _LAST_LOOK = 0.005, 1.0  # seconds: how often it is asked whether the client has taken all pages
+
+_FULL = -1
 
 _MORE = getattr(socket, "MSG_MORE", 0)
 
@@ -98,7 +100,9 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     if lent.loan.is_recalled:
         return  # the body follows
     body = lent.take()
-    source, offset = None if isinstance(body, OpenLocalFile) else body, message.get("offset", 0)
+    offset, count = message.get("offset", 0), message.get("count")
+    del message
+    source = None if isinstance(body, OpenLocalFile) else body
     promised = given = in_turn = 0  # in_turn: bytes since the last turn
     pages_end = 0  # up to where `sendfile` has sent pages
     is_copying = False
@@ -114,10 +118,10 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
         if cycle.scope["method"] == "HEAD":
             source = None
         elif cycle.chunked_encoding or cycle.is_unframed:
-            await _send_in_chunks(connection, lent, body, offset, message.get("count"), cycle)
+            await _send_in_chunks(connection, lent, body, offset, count, cycle)
             source = None
         else:
-            promised = message.get("count", cycle.expected_content_length)
+            promised = cycle.expected_content_length if count is None else count
             if promised > cycle.expected_content_length:
                 raise RuntimeError("the application sent a path send of more bytes than Content-Length promises")
             cycle.expected_content_length -= promised  # uvicorn counts down only what it sends itself
@@ -182,23 +186,24 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 try:
                     number = socket_number(connection) if socket_of_pieces is None else duplicate
                     if chunk is not None:
-                        sent = os.write(number, chunk)
-                        in_turn += sent
+                        sent = _unless_full(os.write, number, chunk)
+                        in_turn += max(sent, 0)
                     elif file.device in _refusals.devices:
                         sent = 0
                     elif file.is_cached(offset, length):
-                        sent = os.sendfile(number, file.descriptor, offset, length)
-                        in_turn += sent
-                        pages_end = given + sent
+                        sent = _unless_full(os.sendfile, number, file.descriptor, offset, length)
+                        in_turn += max(sent, 0)
                     else:
                         sent = await _sendfile_in_worker(connection, file, offset, length)
-                        pages_end = given + sent
-                    few = _FEW
-                    if not sent:
-                        by_transport = length  # FUSE, too, sends 0 bytes before the end of the file: after a short read
-                except BlockingIOError:
-                    by_transport = min(count, few)  # only the transport may wait for its socket
-                    few = min(2 * few, _WINDOW)
+                    if sent == _FULL:
+                        by_transport = min(count, few)  # only the transport may wait for its socket
+                        few = min(2 * few, _WINDOW)
+                    else:
+                        few = _FEW
+                        if not sent:  # FUSE, too, sends 0 bytes before the end of the file: after a short read
+                            by_transport = length
+                        elif chunk is None:
+                            pages_end = given + sent
                 except ConnectionError:
                     await _abort(connection)
                     break
@@ -248,6 +253,17 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
             lent.give_back(given)
 
 
+def _unless_full(call: Callable[..., int], *arguments: Any) -> int:
+    """Return what a system call returns, or `_FULL` if the socket has no room.
+
+    An exception that has passed through the coroutine of a client would leave 432 bytes there, while the client stalls.
+    """
+    try:
+        return call(*arguments)
+    except BlockingIOError:
+        return _FULL
+
+
 def _write(connection: Sending, sock: socket.socket | None, text: bytes | memoryview, flags: int) -> int:
     """Write bytes: the kernel takes what it has room for, and the transport the rest.
 
@@ -266,7 +282,7 @@ def _write(connection: Sending, sock: socket.socket | None, text: bytes | memory
     if sent < len(text):
         if connection.transport.is_closing():  # lost while the file was read: uvloop would raise an error
             return sent
-        connection.transport.write(memoryview(text)[sent:])
+        connection.transport.write(memoryview(text)[sent:] if sent else text)  # a view takes 368 bytes while it waits
         if connection.transport.is_closing():
             return sent
     return len(text)
@@ -292,7 +308,9 @@ async def _sendfile_in_worker(connection: Sending, file: OpenLocalFile, offset: 
     """Send a window that is not in the page cache from a thread, which may wait for the disk. Return the bytes sent."""
     number = os.dup(socket_number(connection))  # the number itself may become another connection's meanwhile
     try:
-        return await file.workers.run(os.sendfile, number, file.descriptor, offset, length, patience=MID_TRANSFER)
+        return await file.workers.run(
+            _unless_full, os.sendfile, number, file.descriptor, offset, length, patience=MID_TRANSFER
+        )
     finally:
         os.close(number)
 

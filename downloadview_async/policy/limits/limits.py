@@ -432,12 +432,14 @@ class Transfers:
         "_by_proxy",
         "_is_at_once",
         "_is_complete",
+        "_lasts",
         "_of_client",
         "_sent",
         "counts_bytes",
         "is_held",
         "is_ours",
         "keeper",
+        "may_last",
         "rates",
         "waits",
     )
@@ -461,6 +463,9 @@ class Transfers:
         """Gets what the transfer holds of limits with a `proxy_log`, when the answer has been handed over."""
         self.is_ours = False
         """Whether our own response keeps to them, so that `LimitsMiddleware` has nothing to do."""
+        self.may_last = False
+        """Whether they may be given back after the end of the context, if that is by no error: see `last`."""
+        self._lasts = False
 
     def __enter__(self) -> "Transfers":
         return self
@@ -468,11 +473,19 @@ class Transfers:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and self._lasts:
+            self._lasts = False
+            return
         if kind is not None and self._is_at_once:
             self._sent, self._is_complete = 0, False
         if kind is not None:
             self.keeper = None
         self.end()
+
+    def last(self) -> "Transfers":
+        """Have the end of the context leave everything to another context with the same object, which ends later."""
+        self._lasts = True
+        return self
 
     @property
     def proxy_log(self) -> str | None:
