@@ -5,9 +5,11 @@ import asyncio
 import json
 import secrets
 import sys
+import time
 from pathlib import Path
 
 from tests.cluster.costs import as_rows
+from tests.cluster.page import write
 from tests.cluster.run import run, run_costs
 from tests.cluster.scenarios import SCENARIOS
 
@@ -18,6 +20,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=3, help="how many replicas there are")
     parser.add_argument("--costs", type=float, metavar="SECONDS", help="measure what requests cost, each kind so long")
     parser.add_argument("--json", type=Path, help="a file for the costs")
+    parser.add_argument("--page", type=Path, help="a file for the page about the run, such as docs/cluster.md")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     given = parser.parse_args()
     if given.costs:
@@ -27,9 +30,12 @@ def main() -> None:
         return
     scenarios = [one for one in SCENARIOS if not given.only or one.name in given.only]
     print(f"seed {given.seed}", flush=True)
+    began = time.monotonic()
     reports = asyncio.run(
         run(scenarios, seed=given.seed, size=given.replicas, say=lambda text: print(text, flush=True))
     )
+    if given.page:
+        write(reports, given.page, seed=given.seed, seconds=time.monotonic() - began)
     sys.exit(any(report.findings.problems for report in reports))
 
 

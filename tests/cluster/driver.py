@@ -88,7 +88,8 @@ class Download:
 class Driver:
     """Makes downloads at a port, and keeps them."""
 
-    def __init__(self, port: int, agents: int = 0) -> None:
+    def __init__(self, port: int, agents: int = 0, slack: int = 1) -> None:
+        self._patience, self._stalled = _PATIENCE * slack, _STALLED * slack
         self._port = port
         self._numbers = agents
         self._addresses = agents
@@ -122,7 +123,7 @@ class Driver:
     async def fetch(self, download: Download) -> Download:
         """Make requests until the client has what it wants, or is denied it, or has tried for too long."""
         body = bytearray() if download.name is None else None
-        have, ends = 0, time.monotonic() + _PATIENCE
+        have, ends = 0, time.monotonic() + self._patience
         while True:
             attempt = Attempt(time.time(), have)
             download.attempts.append(attempt)
@@ -169,7 +170,7 @@ class Driver:
         writer = None
         try:
             sock.bind((download.address, 0))
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(self._patience):
                 await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self._port))
                 reader, writer = await asyncio.open_connection(sock=sock)
                 writer.write(("\r\n".join(fields) + "\r\n\r\n").encode())
@@ -208,7 +209,7 @@ class Driver:
         expected = memoryview(content(download.name)) if download.name is not None else None
         began, pace = time.monotonic(), 0.0 if download.cut else download.pace
         while attempt.received < size:
-            async with asyncio.timeout(_STALLED):
+            async with asyncio.timeout(self._stalled):
                 block = await reader.read(min(1 << 16, size - attempt.received))
             if not block:
                 attempt.end = "cut"

@@ -52,7 +52,9 @@ async def run_scenario(site: Site, scenario: Scenario, store: CompletionStore, *
         await asyncio.to_thread(site.put, name)
     for node in site.nodes.values():
         node.killed.clear()
-    load = Load(site, Driver(site.port, first), Random(f"{seed} {scenario.name}"), cold, sign=site.signer().sign)
+    load = Load(
+        site, Driver(site.port, first, site.slack), Random(f"{seed} {scenario.name}"), cold, sign=site.signer().sign
+    )
     world, logs, before = World(site, load), Logs(site), await completed(store)
     began = time.time()
     running = asyncio.create_task(load.run())
@@ -62,9 +64,9 @@ async def run_scenario(site: Site, scenario: Scenario, store: CompletionStore, *
         await asyncio.sleep(scenario.settles)
     finally:
         load.stop.set()
+        ended = time.time()
         load.driver.hurries = True
         await running
-    ended = time.time()
     await asyncio.sleep(1.0)  # the end of a download is known to all replicas
     await load.try_again()
     findings = await check(scenario, world, logs, before, store)

@@ -168,6 +168,10 @@ async def _status(world: World, path: str) -> int:
 @scenario("cache-node", "a cache is lost with all that it has")
 async def cache_node(world: World) -> None:
     await kill(world, world.site.caches[0], 4)
+    # after 3 s (`fail_timeout`), nginx tries a failed node with one request; until it answers, others go elsewhere
+    await world.seconds(3.5)
+    for name in world.load.used_cold:
+        await world.load.driver.fetch(world.load.driver.download("cold again", f"/cold/{name}", name))
 
 
 @scenario("clock", "the clocks of two replicas are five minutes off")

@@ -149,8 +149,8 @@ http {{
     proxy_http_version 1.1;
     proxy_set_header Connection "";
     proxy_max_temp_file_size 0;
-    proxy_connect_timeout 1s;
-    proxy_read_timeout 10s;
+    proxy_connect_timeout {slack}s;
+    proxy_read_timeout {read}s;
     upstream caches {{
         hash $uri consistent;
 {caches}
@@ -185,9 +185,9 @@ global
     log stdout format raw local0
 defaults
     mode http
-    timeout connect 1s
+    timeout connect {slack}s
     timeout client 60s
-    timeout server 2s
+    timeout server {server}s
     timeout http-keep-alive 30s
     retries 3
     option redispatch 1
@@ -222,6 +222,8 @@ class Site:
     port: int = field(default_factory=free_port)
     nodes: dict[str, Node] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    slack: int = 1
+    """How many times as long everything may take, on a machine that is busy with something else."""
     version: str = "a"
     """What the replicas say in `X-Version`."""
 
@@ -248,12 +250,12 @@ class Site:
     @property
     def replicas(self) -> list[Node]:
         """The replicas of the service."""
-        return [self.nodes[f"replica{number}"] for number in range(1, self.size + 1)]
+        return [node for name, node in self.nodes.items() if name.startswith("replica")]
 
     @property
     def caches(self) -> list[Node]:
         """The two nodes with a cache."""
-        return [self.nodes["cache1"], self.nodes["cache2"]]
+        return [node for name, node in self.nodes.items() if name.startswith("cache")]
 
     def _add(self, name: str, command: list[str], port: int, **more: object) -> Node:
         self.nodes[name] = node = Node(name, command, port, self.directory, **more)  # type: ignore[arg-type]
@@ -351,6 +353,8 @@ class Site:
         configuration.write_text(
             _TIER.format(
                 at=self.directory,
+                slack=self.slack,
+                read=10 * self.slack,
                 user=_nginx_user(),
                 temporary=_TEMPORARY.format(at=self.directory, name="tier"),
                 log_format=_JSON_LOG,
@@ -410,13 +414,13 @@ class Site:
         changes = {
             f"server {first.address};": f"zone service 64k; {servers}",
             # a replica that says nothing for so long is left, and the request is made at another one
-            "proxy_read_timeout 300s;": "proxy_read_timeout 2s;",
-            "proxy_connect_timeout 5s;": "proxy_connect_timeout 1s;",
+            "proxy_read_timeout 300s;": f"proxy_read_timeout {2 * self.slack}s;",
+            "proxy_connect_timeout 5s;": f"proxy_connect_timeout {self.slack}s;",
             "worker_processes auto;": "worker_processes 2;",
             "access_log /dev/stdout path_alone;": _JSON_LOG
             + f"\n    access_log {self.directory}/front-access.log cluster;",
         }
-        text = printed.stdout.replace("/tmp/downloadview-", f"{self.directory}/front-")
+        text = printed.stdout.replace("/tmp/downloadview-nginx", f"{self.directory}/front")
         for old, new in changes.items():
             assert text.count(old) == 1, f"{old}: {text}"
             text = text.replace(old, new)
@@ -429,7 +433,11 @@ class Site:
         log_format = re.sub(r'(["\\ ])', r"\\\1", _HAPROXY_LOG)
         servers = "".join(f"    server {one.name} {one.address} check\n" for one in self.replicas)
         configuration = self.directory / "haproxy.cfg"
-        configuration.write_text(_HAPROXY.format(port=self.port, servers=servers, log_format=log_format))
+        configuration.write_text(
+            _HAPROXY.format(
+                port=self.port, servers=servers, log_format=log_format, slack=self.slack, server=2 * self.slack
+            )
+        )
         await self._add("front", [program, "-db", "-f", str(configuration)], self.port).start()
 
     def add_key(self) -> None:
