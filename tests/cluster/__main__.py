@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=3, help="how many replicas there are")
     parser.add_argument("--costs", type=float, metavar="SECONDS", help="measure what requests cost, each kind so long")
     parser.add_argument("--json", type=Path, help="a file for the costs")
+    parser.add_argument("--slack", type=int, default=1, help="how many times as long all may take, on a busy machine")
     parser.add_argument("--page", type=Path, help="a file for the page about the run, such as docs/cluster.md")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     given = parser.parse_args()
@@ -32,7 +33,9 @@ def main() -> None:
     print(f"seed {given.seed}", flush=True)
     began = time.monotonic()
     reports = asyncio.run(
-        run(scenarios, seed=given.seed, size=given.replicas, say=lambda text: print(text, flush=True))
+        run(
+            scenarios, seed=given.seed, size=given.replicas, slack=given.slack, say=lambda text: print(text, flush=True)
+        )
     )
     if given.page:
         write(reports, given.page, seed=given.seed, seconds=time.monotonic() - began)

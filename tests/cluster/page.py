@@ -72,7 +72,21 @@ A process that is killed has not yet written what it did in the last second. A r
 after the proxy has left it for another one: then two replicas have a line. The checks allow for these two, and the text
 below each picture says how often they occurred.
 
-In the pictures, each bar is a tenth of a second. A download is *retried* if the proxy or the client made its request
+## What to set
+
+- `proxy_read_timeout` of nginx, which `downloadview config nginx` prints as 300 seconds: with several replicas, set it
+  to the longest time that an answer may pause. Only then does nginx leave a replica that hangs, and ask another one.
+  nginx does not ask `/-/readyz`; it learns from a request that a replica does not answer.
+- Redis needs `appendonly yes` and `maxmemory-policy noeviction`, so that no use of a link is forgotten. With
+  `when_store_fails = "refuse"`, no quota is exceeded while Redis is gone: requests that need it get 503 instead.
+- Replace a key in three steps: add the new key to the file of each replica and reload all of them, then sign by it, and
+  remove the old one when its links have expired.
+- Each cached file is in one cache, by the hash of its URL. If a cache is lost, its files are fetched once more. When it
+  is back, nginx sends requests to it again after `fail_timeout`.
+
+## How to read the pictures
+
+Each bar is a tenth of a second. A download is *retried* if the proxy or the client made its request
 again, and it is complete. A *refused* request has got a 5xx or no answer at all. The time to recover begins with the
 first event, and ends with the last answer that was retried or refused.
 """

@@ -116,7 +116,7 @@ def _note_kill(report: Report, one: Download, kills: Sequence[float]) -> None:
 
 
 async def run(
-    scenarios: Sequence[Scenario], *, seed: int, size: int = 3, say: Callable[[str], None] = print
+    scenarios: Sequence[Scenario], *, seed: int, size: int = 3, slack: int = 1, say: Callable[[str], None] = print
 ) -> list[Report]:
     """Run scenarios, those with the same front on the same cluster. The directory stays if something does not hold."""
     reports = []
@@ -124,7 +124,7 @@ async def run(
     for front, some in groupby(scenarios, key=lambda one: one.front):
         directory = Path(tempfile.mkdtemp(prefix="cluster-"))
         began, holds = time.monotonic(), True
-        async with Site(directory, front, size) as site:
+        async with Site(directory, front, size, slack=slack) as site:
             say(f"{size} replicas behind {front} have started in {time.monotonic() - began:.0f} s")
             store = CompletionStore(site.database)
             try:

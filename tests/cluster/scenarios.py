@@ -96,7 +96,7 @@ async def sigstop(world: World) -> None:
     world.mark(f"SIGSTOP {node.name}")
     node.send(signal.SIGSTOP)
     try:
-        await world.seconds(5)
+        await world.seconds(3 + 2 * world.site.slack)  # longer than `proxy_read_timeout`
     finally:
         node.send(signal.SIGCONT)
     world.mark("SIGCONT")
