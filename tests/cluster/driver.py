@@ -129,12 +129,11 @@ class Driver:
             download.attempts.append(attempt)
             try:
                 await self._attempt(download, attempt, body)
+            except TimeoutError:
+                attempt.end = "stalled" if attempt.head else "no answer"
             except (OSError, asyncio.IncompleteReadError) as exc:
                 attempt.end = "cut" if attempt.head else "no answer"
-                if not attempt.head:
-                    download.problem = repr(exc)
-            except TimeoutError:
-                attempt.end = "stalled"
+                download.problem = f"{exc!r} "
             attempt.ended = time.time()
             have += attempt.received
             if attempt.end in ("complete", "denied", "wrong"):

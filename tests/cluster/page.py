@@ -39,7 +39,7 @@ All of them are the real programs, each on a port of this machine:
 
 - **The front** is nginx with the configuration that `downloadview config nginx` prints, or HAProxy. In nginx, the
   upstream has three servers in place of one, `proxy_read_timeout` is 2 seconds and `proxy_connect_timeout` 1 second.
-  It retries as it does by default, and sends local files by X-Accel-Redirect. HAProxy asks `/-/readyz`, and repeats
+  It retries as it does by default, and sends local files by X-Accel-Redirect. HAProxy asks `/-/livez`, and repeats
   requests that have got no answer.
 - **Three replicas** of `downloadview serve` share a directory of files, the keys of links, Redis and PostgreSQL. Redis
   has the uses of links and the quotas (`appendonly yes`), and PostgreSQL has the completed downloads.
@@ -77,6 +77,9 @@ below each picture says how often they occurred.
 - `proxy_read_timeout` of nginx, which `downloadview config nginx` prints as 300 seconds: with several replicas, set it
   to the longest time that an answer may pause. Only then does nginx leave a replica that hangs, and ask another one.
   nginx does not ask `/-/readyz`; it learns from a request that a replica does not answer.
+- If some routes do not need Redis, have the balancer ask `/-/livez`. While Redis is gone, `/-/readyz` of all replicas
+  gives 503, and a balancer that asks it has no replica left for any route. A replica that ends refuses connections
+  after `drain_seconds`, so the balancer has to repeat requests that found no connection, as both do here.
 - Redis needs `appendonly yes` and `maxmemory-policy noeviction`, so that no use of a link is forgotten. With
   `when_store_fails = "refuse"`, no quota is exceeded while Redis is gone: requests that need it get 503 instead.
 - Replace a key in three steps: add the new key to the file of each replica and reload all of them, then sign by it, and

@@ -41,11 +41,46 @@ class Report:
     """The most seconds from that kill to the last byte of a download that it has cut."""
     cut: int = 0
     downloads: int = 0
+    last: int = 0
+    """The highest number of an agent."""
     kinds: Counter[str] = field(default_factory=Counter)
     versions: Counter[str] = field(default_factory=Counter)
 
 
-async def run_scenario(site: Site, scenario: Scenario, store: CompletionStore, *, seed: int, first: int) -> Report:
+def _aborted_by_the_kernel() -> int:
+    """Return how many connections of this machine the kernel has reset because it had no memory for TCP."""
+    names, values = [
+        line.split() for line in Path("/proc/net/netstat").read_text().splitlines() if line.startswith("TcpExt:")
+    ]
+    return int(dict(zip(names, values, strict=True))["TCPAbortOnMemory"])
+
+
+async def run_scenario(
+    site: Site,
+    scenario: Scenario,
+    store: CompletionStore,
+    *,
+    seed: int,
+    first: int,
+    say: Callable[[str], None] = print,
+    tries: int = 5,
+) -> Report:
+    """Run a scenario, and once more if other programs of this machine have left the kernel no memory for TCP.
+
+    first: no agent has had a higher number.
+    """
+    for _ in range(tries):
+        aborted = _aborted_by_the_kernel()
+        report = await _run_scenario(site, scenario, store, seed=seed, first=first)
+        first += report.downloads
+        report.last = first
+        if not report.findings.problems or aborted == _aborted_by_the_kernel():
+            break
+        say(f"{scenario.name}: once more, because the kernel has reset connections: it had no memory for TCP")
+    return report
+
+
+async def _run_scenario(site: Site, scenario: Scenario, store: CompletionStore, *, seed: int, first: int) -> Report:
     """Run a scenario on a cluster that is well, and check what has to hold. first: no agent has had a higher number."""
     cold = [f"cold-{first}-{number}.bin" for number in range(COLD_FILES)]
     for name in cold:
@@ -79,6 +114,8 @@ def _report(
     report = Report(scenario, findings, seconds=ended - began)
     report.marks = [(at - began, text) for at, text in world.marks]
     findings.facts += world.facts
+    for problem in world.problems:
+        findings.check("the scenario", False, problem)
     event = world.marks[0][0] if world.marks else ended
     replicas = {node.name: node for node in world.site.replicas}
     kills = [at for node in replicas.values() for at in node.killed]
@@ -129,8 +166,8 @@ async def run(
             store = CompletionStore(site.database)
             try:
                 for scenario in some:
-                    report = await run_scenario(site, scenario, store, seed=seed, first=first)
-                    first += report.downloads
+                    report = await run_scenario(site, scenario, store, seed=seed, first=first, say=say)
+                    first = report.last
                     reports.append(report)
                     holds = holds and not report.findings.problems
                     say(line_of(report))

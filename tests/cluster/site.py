@@ -206,7 +206,8 @@ frontend downloads
     default_backend replicas
 backend replicas
     balance roundrobin
-    option httpchk GET /-/readyz
+    # not /-/readyz: while Redis is gone, no replica is ready, but each can answer what does not need Redis
+    option httpchk GET /-/livez
     default-server inter 500ms fall 2 rise 1 on-marked-down shutdown-sessions
 {servers}
 """
