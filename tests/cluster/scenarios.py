@@ -78,7 +78,12 @@ async def steady(world: World) -> None:
 
 @scenario("kill-9", "a replica is killed")
 async def kill_9(world: World) -> None:
+    driver = world.load.driver
+    large = [driver.download("large stream", "/stream/large.bin", "large.bin", pace=4e6) for _ in range(6)]
+    running = [asyncio.create_task(driver.fetch(one)) for one in large]
+    await world.seconds(0.7)  # some of them are at that replica
     await kill(world, world.site.replicas[-1], 3)
+    await asyncio.gather(*running)
 
 
 @scenario("sigterm", "a replica is told to end")
@@ -198,7 +203,7 @@ async def clock(world: World) -> None:
 
 @scenario("haproxy-kill-9", "a replica is killed behind HAProxy", front="haproxy")
 async def haproxy_kill_9(world: World) -> None:
-    await kill(world, world.site.replicas[-1], 3)
+    await kill_9(world)
 
 
 @scenario("haproxy-sigterm", "a replica is told to end behind HAProxy", front="haproxy")

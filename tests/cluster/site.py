@@ -208,7 +208,8 @@ backend replicas
     balance roundrobin
     # not /-/readyz: while Redis is gone, no replica is ready, but each can answer what does not need Redis
     option httpchk GET /-/livez
-    default-server inter 500ms fall 2 rise 1 on-marked-down shutdown-sessions
+    # no shutdown-sessions: a replica that ends takes no connections any more, but finishes its answers
+    default-server inter 500ms fall 2 rise 1
 {servers}
 """
 
