@@ -456,6 +456,62 @@ def check(
     sys.exit(1 if counts["FAIL"] else 0)
 
 
+@main.command(
+    examples=[
+        "downloadview purge mirror releases/1.2/app.zip",
+        "downloadview purge mirror --prefix releases/ --at http://10.0.0.5:8000 --at http://10.0.0.6:8000",
+    ]
+)
+@click.argument("source")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--prefix", "prefixes", multiple=True, help="Remove all files whose names begin so; may be repeated.")
+@click.option("--all", "is_all", is_flag=True, help="Remove all files of the source.")
+@click.option(
+    "--at",
+    "urls",
+    multiple=True,
+    metavar="URL",
+    help="Have the service at this URL do it, by its /-/purge; may be repeated.  [default: the cache on this machine]",
+)
+@_CONFIG_OPTION
+def purge(
+    source: str, names: Sequence[str], prefixes: Sequence[str], is_all: bool, urls: Sequence[str], config: Path | None
+) -> None:
+    """Remove files from the cache of SOURCE.
+
+    SOURCE is the name of a source in the settings, and NAME the path of a file in it, not percent-encoded. Later
+    requests fetch the file again. Running downloads get the rest of their file.
+
+    Without --at, this has to run on the machine of the cache, as the user of the service. It holds for all processes
+    that use the directory. With --at, each service needs a [purge] table with the keys of these settings. The exit
+    status is 0 if everything was done, 1 if a service did not do it, and 2 for wrong settings.
+    """
+    from downloadview_async.service.purge import purge_at, purge_here
+
+    if not (names or prefixes or is_all):
+        raise click.UsageError("nothing to purge: give NAME, --prefix or --all")
+    if is_all and (names or prefixes):
+        raise click.UsageError("--all excludes NAME and --prefix: it stands for all files")
+    if is_all:
+        prefixes = ("",)
+    is_done = True
+    try:
+        _choose(config, "no caches: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        if not urls:
+            click.echo(f"purged {purge_here(settings, source, names, prefixes)}")
+        for url in urls:
+            try:
+                click.echo(f"{url}: purged {purge_at(settings, url, source, names, prefixes)}")
+            except Unavailable as exc:
+                is_done = False
+                _say(exc)
+    except ConfigurationError as exc:
+        _say(exc)
+        sys.exit(_WRONG_SETTINGS)
+    sys.exit(0 if is_done else 1)
+
+
 def _application(name: str) -> Any:
     """Import an object named MODULE:OBJECT, from the current directory too. Raises `ConfigurationError`."""
     from uvicorn.importer import ImportFromStringError, import_from_string

@@ -7,7 +7,8 @@ from typing import Any
 
 from downloadview_async import LinkLocation, ObjectStorage, proxy_config, proxy_kinds
 from downloadview_async.service.health import PRIVATE, PUBLIC
-from downloadview_async.service.metrics import PAGE
+from downloadview_async.service.metrics import PAGE as METRICS
+from downloadview_async.service.purge import PAGE as PURGE
 from downloadview_async.service.settings import CORS_HEADERS, Settings, rules_of
 from downloadview_async.service.source_settings import (
     PathSettings,
@@ -30,7 +31,8 @@ def config_for(
     """
     _check_proxy(proxy, settings)
     server, rules = settings.server, rules_of(settings)
-    public = [*PUBLIC, PAGE] if settings.metrics is not None and settings.metrics.public else PUBLIC
+    pages = {METRICS: settings.metrics, PURGE: settings.purge}
+    public = [*PUBLIC, *(name for name, page in pages.items() if page is not None and page.public)]
     options: dict[str, Any] = {"storages": _storages(settings), "private": PRIVATE, "public": public}
     steps: list[tuple[str, dict[str, Any]]] = [
         ("offload.rules", {}),
@@ -67,6 +69,9 @@ def _headers(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"routes[{index}].cors", {"headers": [*names]}
         if digests_mode(source_of_files(route.source, settings.sources)[1]) != "off":
             names.append("Repr-Digest")
+            yield f"routes[{index}].source", {"headers": [*names]}
+        if cache_of(source_of_files(route.source, settings.sources)[1]) is not None:
+            names.append("Cache-Status")
             yield f"routes[{index}].source", {"headers": [*names]}
         if route.headers:
             names += route.headers
