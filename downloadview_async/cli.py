@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from downloadview_async import ConfigurationError, FileError, __version__, link_formats, proxy_kinds
+from downloadview_async import BALANCERS, ConfigurationError, FileError, __version__, link_formats, proxy_kinds
 
 try:
     import click
@@ -36,7 +36,7 @@ except ConfigurationError as exc:  # a mistake in a proxy that an installed pack
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
     sys.exit(_WRONG_SETTINGS)
 
-_CONFIGURED = [name for name, kind in proxy_kinds().items() if kind.configuration is not None]
+_CONFIGURED = [*(name for name, kind in proxy_kinds().items() if kind.configuration is not None), *BALANCERS]
 _PROGRAM = "downloadview"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STARTUP_FAILURE = 3  # the exit status of uvicorn: trying again may help
@@ -307,13 +307,29 @@ def reload_settings(process: int | None, config: Path | None, pid_file: str | No
     click.echo("reloaded")
 
 
-@main.command("config", examples=["downloadview config nginx --config downloads.toml > nginx.conf"])
+@main.command(
+    "config",
+    examples=[
+        "downloadview config nginx --config downloads.toml > nginx.conf",
+        "downloadview config haproxy --service 10.0.0.5:8000 --service 10.0.0.6:8000 > haproxy.cfg",
+    ],
+)
 @click.argument("proxy", type=click.Choice(_CONFIGURED), metavar="PROXY")
 @_CONFIG_OPTION
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="The address that the proxy listens on.")
 @click.option(
     "--service",
-    help="Where the proxy finds the service: HOST:PORT, or unix:/PATH.  [default: the address in the settings]",
+    "services",
+    multiple=True,
+    help="Where the proxy finds the service: HOST:PORT, or unix:/PATH; repeated for several replicas, of which nginx, "
+    "haproxy and envoy choose one by the path.  [default: the address in the settings]",
+)
+@click.option(
+    "--bound",
+    type=int,
+    metavar="PERCENT",
+    help="For haproxy and envoy, the most requests of a replica, in percent of the average; 0: any number.  [default: "
+    "150]",
 )
 @click.option(
     "--relative-to",
@@ -326,23 +342,38 @@ def reload_settings(process: int | None, config: Path | None, pid_file: str | No
     help="Print instead the file with the secrets by which nginx verifies links. Keep it from everyone else.",
 )
 def print_config(
-    proxy: Any, config: Path | None, listen: str, service: str | None, relative_to: Path | None, link_secrets: bool
+    proxy: Any,
+    config: Path | None,
+    listen: str,
+    services: Sequence[str],
+    bound: int | None,
+    relative_to: Path | None,
+    link_secrets: bool,
 ) -> None:
     """Print the configuration of a proxy, such as nginx.
 
     PROXY is nginx, apache, lighttpd, caddy or h2o, or one that an installed package adds. It sends the files of the
     settings' rules. The settings are the same as those of `serve`, variables included; offload.backend must be this
     proxy. The proxy can be started with the printed configuration unchanged. "TLS:" marks the place for TLS.
+
+    PROXY may also be haproxy or envoy, which send no files: they only choose one of several replicas.
     """
     from downloadview_async.service.access import link_secrets as link_secrets_of
-    from downloadview_async.service.proxy_config import config_for
+    from downloadview_async.service.proxy_config import balancer_config_for, config_for
 
-    if link_secrets and not proxy_kinds()[proxy].verifies_links:
+    if link_secrets and (proxy in BALANCERS or not proxy_kinds()[proxy].verifies_links):
         raise click.UsageError(f"{proxy} does not verify links: --link-secrets is for nginx")
+    if bound is not None and proxy not in BALANCERS:
+        raise click.UsageError(f"{proxy} cannot bound the load of a replica: --bound is for {' and '.join(BALANCERS)}")
+    if relative_to is not None and proxy in BALANCERS:
+        raise click.UsageError(f"{proxy} sends no files: --relative-to is for proxies that do")
     try:
         _choose(config, "no proxy to configure: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        text = config_for(settings, proxy, listen=listen, service=service, relative_to=relative_to)
+        if proxy in BALANCERS:
+            text = balancer_config_for(settings, proxy, listen=listen, services=services, bound=bound)
+        else:
+            text = config_for(settings, proxy, listen=listen, service=services or None, relative_to=relative_to)
         if link_secrets:
             text = link_secrets_of(settings)
     except ConfigurationError as exc:
