@@ -21,6 +21,7 @@ from tests.proxies.conftest import PRIVATE_PAGES
 from tests.proxies.servers import KINDS, _system_program, readable_directory, running
 from tests.servers import free_port
 from tests.service.loading import load
+from tests.service.pods import TOOLS
 from tests.sources.test_cached import Origin
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.slow]
