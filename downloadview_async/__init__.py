@@ -42,7 +42,7 @@ from downloadview_async.http.content_types import add_content_types
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.offload.backends import XAccelRedirect, XLiteSpeedLocation, XReproxyURL, XSendfile
-from downloadview_async.offload.balancers import BALANCERS, balancer_config
+from downloadview_async.offload.balancers import balancer_config, balancers
 from downloadview_async.offload.base import OffloadBackend, ProxyKind, ProxyOption, Redirect
 from downloadview_async.offload.config import proxy_config
 from downloadview_async.offload.edge import EdgeRedirect
@@ -90,7 +90,6 @@ from downloadview_async.sources.virtual import VirtualFile, VirtualSource
 __version__ = "0.2.0"
 
 __all__ = [
-    "BALANCERS",
     "Access",
     "AccessDenied",
     "AccessLog",
@@ -201,6 +200,7 @@ __all__ = [
     "__version__",
     "add_content_types",
     "balancer_config",
+    "balancers",
     "download_error",
     "grant_store_from_url",
     "link_formats",

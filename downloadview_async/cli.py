@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from downloadview_async import BALANCERS, ConfigurationError, FileError, __version__, link_formats, proxy_kinds
+from downloadview_async import ConfigurationError, FileError, __version__, balancers, link_formats, proxy_kinds
 
 try:
     import click
@@ -36,7 +36,7 @@ except ConfigurationError as exc:  # a mistake in a proxy that an installed pack
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
     sys.exit(_WRONG_SETTINGS)
 
-_CONFIGURED = [*(name for name, kind in proxy_kinds().items() if kind.configuration is not None), *BALANCERS]
+_CONFIGURED = [*(name for name, kind in proxy_kinds().items() if kind.configuration is not None), *balancers()]
 _PROGRAM = "downloadview"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STARTUP_FAILURE = 3  # the exit status of uvicorn: trying again may help
@@ -361,16 +361,18 @@ def print_config(
     from downloadview_async.service.access import link_secrets as link_secrets_of
     from downloadview_async.service.proxy_config import balancer_config_for, config_for
 
-    if link_secrets and (proxy in BALANCERS or not proxy_kinds()[proxy].verifies_links):
+    if link_secrets and (proxy in balancers() or not proxy_kinds()[proxy].verifies_links):
         raise click.UsageError(f"{proxy} does not verify links: --link-secrets is for nginx")
-    if bound is not None and proxy not in BALANCERS:
-        raise click.UsageError(f"{proxy} cannot bound the load of a replica: --bound is for {' and '.join(BALANCERS)}")
-    if relative_to is not None and proxy in BALANCERS:
+    if bound is not None and proxy not in balancers():
+        raise click.UsageError(
+            f"{proxy} cannot bound the load of a replica: --bound is for {' and '.join(balancers())}"
+        )
+    if relative_to is not None and proxy in balancers():
         raise click.UsageError(f"{proxy} sends no files: --relative-to is for proxies that do")
     try:
         _choose(config, "no proxy to configure: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        if proxy in BALANCERS:
+        if proxy in balancers():
             text = balancer_config_for(settings, proxy, listen=listen, services=services, bound=bound)
         else:
             text = config_for(settings, proxy, listen=listen, service=services or None, relative_to=relative_to)

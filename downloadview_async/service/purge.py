@@ -102,10 +102,10 @@ def purge_here(settings: Settings, source: str, names: Sequence[str], prefixes: 
     Raises `ConfigurationError` for a source without a cache, a name that no file can have, and a disk that fails.
     """
     check_source_name(settings, source)
-    found = sources_of(settings)[source]
-    assert isinstance(found, CachedSource)
+    cached = sources_of(settings)[source]
+    assert isinstance(cached, CachedSource)
     try:
-        return anyio.run(purged, found, names, prefixes)
+        return anyio.run(purged, cached, names, prefixes)
     except FileMissing as exc:
         raise ConfigurationError(f"no file can have one of these names: {exc}") from exc
     except FileError as exc:

@@ -213,7 +213,7 @@ class HasCacheStatus(Protocol):
 
     @property
     def cache_status(self) -> str | None:
-        """What the cache did for this request, as Cache-Status says it [RFC 9211]; known once the file is open."""
+        """The value of Cache-Status for this request [RFC 9211], known once the file is open; None without it."""
         ...
 
 

@@ -1,7 +1,6 @@
 """`balancer_config`: the configuration of a balancer, by which requests for one file go to one replica of a service."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.offload.balancers.envoy import envoy_config
@@ -11,10 +10,12 @@ from downloadview_async.offload.render import ProxySite
 
 DEFAULT_BOUND = 150
 
-BALANCERS: Mapping[str, Callable[[ProxySite], str]] = MappingProxyType(
-    {"haproxy": haproxy_config, "envoy": envoy_config}
-)
-"""Balancers that send no files themselves, with the functions that write their configurations."""
+_BALANCERS: Mapping[str, Callable[[ProxySite], str]] = {"haproxy": haproxy_config, "envoy": envoy_config}
+
+
+def balancers() -> tuple[str, ...]:
+    """Return the names of the balancers that `balancer_config` knows. They send no files themselves."""
+    return tuple(_BALANCERS)
 
 
 def balancer_config(
@@ -33,7 +34,7 @@ def balancer_config(
 ) -> str:
     """Return a whole configuration: requests for one path go to one of the services, by consistent hashing.
 
-    balancer: one of `BALANCERS`. services: the addresses of the replicas, each HOST:PORT or unix:/PATH.
+    balancer: one of `balancers()`. services: the addresses of the replicas, each HOST:PORT or unix:/PATH.
     bound: the most requests in progress that a replica takes, in percent of the average, more than 100. What is beyond
     goes to another replica. 0: no bound.
     probe: the path of a page that answers 200 while a replica can serve.
@@ -41,9 +42,9 @@ def balancer_config(
 
     Raises `ConfigurationError` for values that the balancer's configuration language cannot express.
     """
-    write = BALANCERS.get(balancer)
+    write = _BALANCERS.get(balancer)
     if write is None:
-        raise ConfigurationError(f"there is no balancer {balancer!r}: use one of {', '.join(BALANCERS)}")
+        raise ConfigurationError(f"there is no balancer {balancer!r}: use one of {', '.join(_BALANCERS)}")
     if bound and not 100 < bound <= 100_000:
         raise ConfigurationError(f"the bound is {bound} %: give more than 100, such as 150, or 0 for no bound")
     site = checked_site(
