@@ -36,7 +36,14 @@ except ConfigurationError as exc:  # a mistake in a proxy that an installed pack
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
     sys.exit(_WRONG_SETTINGS)
 
-_CONFIGURED = [*(name for name, kind in proxy_kinds().items() if kind.configuration is not None), *balancers()]
+_KINDS = {name: kind for name, kind in proxy_kinds().items() if kind.configuration is not None}
+_CONFIGURED = [
+    *(name for name, kind in _KINDS.items() if kind.balances),
+    *balancers(),
+    *(name for name, kind in _KINDS.items() if not kind.balances),
+]
+"""What `downloadview config` prints; those that can choose one of several replicas come first."""
+
 _PROGRAM = "downloadview"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STARTUP_FAILURE = 3  # the exit status of uvicorn: trying again may help
