@@ -42,7 +42,7 @@ _CONFIGURED = [
     *balancers(),
     *(name for name, kind in _KINDS.items() if not kind.balances),
 ]
-"""What `downloadview config` prints; those that can choose one of several replicas come first."""
+"""The proxies that `downloadview config` knows. Those that can choose one of several replicas come first."""
 
 _PROGRAM = "downloadview"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
