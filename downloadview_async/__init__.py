@@ -42,6 +42,7 @@ from downloadview_async.http.content_types import add_content_types
 from downloadview_async.http.metadata import ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.offload.backends import XAccelRedirect, XLiteSpeedLocation, XReproxyURL, XSendfile
+from downloadview_async.offload.balancers import balancer_config, balancers
 from downloadview_async.offload.base import OffloadBackend, ProxyKind, ProxyOption, Redirect
 from downloadview_async.offload.config import proxy_config
 from downloadview_async.offload.edge import EdgeRedirect
@@ -198,6 +199,8 @@ __all__ = [
     "XSendfile",
     "__version__",
     "add_content_types",
+    "balancer_config",
+    "balancers",
     "download_error",
     "grant_store_from_url",
     "link_formats",

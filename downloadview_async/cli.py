@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from downloadview_async import ConfigurationError, FileError, __version__, link_formats, proxy_kinds
+from downloadview_async import ConfigurationError, FileError, __version__, balancers, link_formats, proxy_kinds
 
 try:
     import click
@@ -36,7 +36,14 @@ except ConfigurationError as exc:  # a mistake in a proxy that an installed pack
     click.echo(f"downloadview: {one_line(str(exc))}", err=True)
     sys.exit(_WRONG_SETTINGS)
 
-_CONFIGURED = [name for name, kind in proxy_kinds().items() if kind.configuration is not None]
+_KINDS = {name: kind for name, kind in proxy_kinds().items() if kind.configuration is not None}
+_CONFIGURED = [
+    *(name for name, kind in _KINDS.items() if kind.balances),
+    *balancers(),
+    *(name for name, kind in _KINDS.items() if not kind.balances),
+]
+"""The proxies that `downloadview config` knows. Those that can choose one of several replicas come first."""
+
 _PROGRAM = "downloadview"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STARTUP_FAILURE = 3  # the exit status of uvicorn: trying again may help
@@ -307,13 +314,29 @@ def reload_settings(process: int | None, config: Path | None, pid_file: str | No
     click.echo("reloaded")
 
 
-@main.command("config", examples=["downloadview config nginx --config downloads.toml > nginx.conf"])
+@main.command(
+    "config",
+    examples=[
+        "downloadview config nginx --config downloads.toml > nginx.conf",
+        "downloadview config haproxy --service 10.0.0.5:8000 --service 10.0.0.6:8000 > haproxy.cfg",
+    ],
+)
 @click.argument("proxy", type=click.Choice(_CONFIGURED), metavar="PROXY")
 @_CONFIG_OPTION
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="The address that the proxy listens on.")
 @click.option(
     "--service",
-    help="Where the proxy finds the service: HOST:PORT, or unix:/PATH.  [default: the address in the settings]",
+    "services",
+    multiple=True,
+    help="Where the proxy finds the service: HOST:PORT, or unix:/PATH; repeated for several replicas, of which nginx, "
+    "haproxy and envoy choose one by the path.  [default: the address in the settings]",
+)
+@click.option(
+    "--bound",
+    type=int,
+    metavar="PERCENT",
+    help="For haproxy and envoy, the most requests of a replica, in percent of the average; 0: any number.  [default: "
+    "150]",
 )
 @click.option(
     "--relative-to",
@@ -326,23 +349,40 @@ def reload_settings(process: int | None, config: Path | None, pid_file: str | No
     help="Print instead the file with the secrets by which nginx verifies links. Keep it from everyone else.",
 )
 def print_config(
-    proxy: Any, config: Path | None, listen: str, service: str | None, relative_to: Path | None, link_secrets: bool
+    proxy: Any,
+    config: Path | None,
+    listen: str,
+    services: Sequence[str],
+    bound: int | None,
+    relative_to: Path | None,
+    link_secrets: bool,
 ) -> None:
     """Print the configuration of a proxy, such as nginx.
 
     PROXY is nginx, apache, lighttpd, caddy or h2o, or one that an installed package adds. It sends the files of the
     settings' rules. The settings are the same as those of `serve`, variables included; offload.backend must be this
     proxy. The proxy can be started with the printed configuration unchanged. "TLS:" marks the place for TLS.
+
+    PROXY may also be haproxy or envoy, which send no files: they only choose one of several replicas.
     """
     from downloadview_async.service.access import link_secrets as link_secrets_of
-    from downloadview_async.service.proxy_config import config_for
+    from downloadview_async.service.proxy_config import balancer_config_for, config_for
 
-    if link_secrets and not proxy_kinds()[proxy].verifies_links:
+    if link_secrets and (proxy in balancers() or not proxy_kinds()[proxy].verifies_links):
         raise click.UsageError(f"{proxy} does not verify links: --link-secrets is for nginx")
+    if bound is not None and proxy not in balancers():
+        raise click.UsageError(
+            f"{proxy} cannot bound the load of a replica: --bound is for {' and '.join(balancers())}"
+        )
+    if relative_to is not None and proxy in balancers():
+        raise click.UsageError(f"{proxy} sends no files: --relative-to is for proxies that do")
     try:
         _choose(config, "no proxy to configure: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
-        text = config_for(settings, proxy, listen=listen, service=service, relative_to=relative_to)
+        if proxy in balancers():
+            text = balancer_config_for(settings, proxy, listen=listen, services=services, bound=bound)
+        else:
+            text = config_for(settings, proxy, listen=listen, service=services or None, relative_to=relative_to)
         if link_secrets:
             text = link_secrets_of(settings)
     except ConfigurationError as exc:
@@ -454,6 +494,62 @@ def check(
     else:
         click.echo(", ".join(f"{count} {result}" for result, count in counts.items()))
     sys.exit(1 if counts["FAIL"] else 0)
+
+
+@main.command(
+    examples=[
+        "downloadview purge mirror releases/1.2/app.zip",
+        "downloadview purge mirror --prefix releases/ --at http://10.0.0.5:8000 --at http://10.0.0.6:8000",
+    ]
+)
+@click.argument("source")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--prefix", "prefixes", multiple=True, help="Remove all files whose names begin so; may be repeated.")
+@click.option("--all", "is_all", is_flag=True, help="Remove all files of the source.")
+@click.option(
+    "--at",
+    "urls",
+    multiple=True,
+    metavar="URL",
+    help="Have the service at this URL do it, by its /-/purge; may be repeated.  [default: the cache on this machine]",
+)
+@_CONFIG_OPTION
+def purge(
+    source: str, names: Sequence[str], prefixes: Sequence[str], is_all: bool, urls: Sequence[str], config: Path | None
+) -> None:
+    """Remove files from the cache of SOURCE.
+
+    SOURCE is the name of a source in the settings, and NAME the path of a file in it, not percent-encoded. Later
+    requests fetch the file again. Running downloads get the rest of their file.
+
+    Without --at, this has to run on the machine of the cache, as the user of the service. It holds for all processes
+    that use the directory. With --at, each service needs a [purge] table with the keys of these settings. The exit
+    status is 0 if everything was done, 1 if a service did not do it, and 2 for wrong settings.
+    """
+    from downloadview_async.service.purge import purge_at, purge_here
+
+    if not (names or prefixes or is_all):
+        raise click.UsageError("nothing to purge: give NAME, --prefix or --all")
+    if is_all and (names or prefixes):
+        raise click.UsageError("--all excludes NAME and --prefix: it stands for all files")
+    if is_all:
+        prefixes = ("",)
+    is_done = True
+    try:
+        _choose(config, "no caches: give ")
+        settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
+        if not urls:
+            click.echo(f"purged {purge_here(settings, source, names, prefixes)}")
+        for url in urls:
+            try:
+                click.echo(f"{url}: purged {purge_at(settings, url, source, names, prefixes)}")
+            except Unavailable as exc:
+                is_done = False
+                _say(exc)
+    except ConfigurationError as exc:
+        _say(exc)
+        sys.exit(_WRONG_SETTINGS)
+    sys.exit(0 if is_done else 1)
 
 
 def _application(name: str) -> Any:

@@ -332,7 +332,7 @@ class Account(Facts):
         made = start.get("headers", ())
         if (head := start.get(PREPARED)) is not None and REQUEST_ID not in head.lines:
             made.append(field)  # the message of `DownloadResponse`, which is made for this answer alone
-            start[PREPARED] = head.with_field(field)
+            start[PREPARED] = head.with_fields([field])
             return start
         headers = [header for header in made if bytes(header[0]).lower() != REQUEST_ID]
         changed = {**start, "headers": [*headers, field]}

@@ -37,13 +37,19 @@ class Answer:
     headers: RawHeaders
     head: PreparedHead | None = None
 
-    def aged(self, age: str) -> "Answer":
-        """Return the answer with Age, which changes every second, so that it is not in a cached answer."""
-        if self.plan.status not in (200, 206, 304) or "age" in self.plan.headers:
+    def from_cache(self, age: str | None, status: str | None) -> "Answer":
+        """Return the answer with Age and Cache-Status, which differ between requests, so that no kept answer has them.
+
+        age, status: None: without this field. An answer without the metadata of the file has no Age.
+        """
+        fields = []
+        if age is not None and self.plan.status in (200, 206, 304) and "age" not in self.plan.headers:
+            fields.append((b"age", age.encode()))
+        if status is not None and "cache-status" not in self.plan.headers:
+            fields.append((b"cache-status", status.encode()))
+        if not fields:
             return self
-        field = (b"age", age.encode())
-        head = None if self.head is None else self.head.with_field(field)
-        return Answer(self.plan, [*self.headers, field], head)
+        return Answer(self.plan, [*self.headers, *fields], None if self.head is None else self.head.with_fields(fields))
 
 
 def answer_to(

@@ -1,7 +1,7 @@
 """`PreparedHead`: the header lines of an answer that is sent often, ready for HTTP/1.1."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from downloadview_async.http.fields import NAME_CHAR
@@ -36,6 +36,7 @@ class PreparedHead:
             return None
         return cls(headers, lines, lengths[0])
 
-    def with_field(self, field: tuple[bytes, bytes]) -> "PreparedHead":
-        """Return the head with one more field, which has to be ordinary."""
-        return PreparedHead((*self.headers, field), self.lines + b"%s: %s\r\n" % field, self.length)
+    def with_fields(self, fields: Sequence[tuple[bytes, bytes]]) -> "PreparedHead":
+        """Return the head with further fields, which have to be ordinary."""
+        lines = b"".join([b"%s: %s\r\n" % field for field in fields])
+        return PreparedHead((*self.headers, *fields), self.lines + lines, self.length)

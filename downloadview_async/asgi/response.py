@@ -63,7 +63,7 @@ from downloadview_async.offload.decision import Refusal, is_remote_order, refusa
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.limits.limits import TRANSFERS
 from downloadview_async.policy.uses import USE
-from downloadview_async.sources.base import AsyncFile, OpenFile, is_file
+from downloadview_async.sources.base import AsyncFile, OpenFile, cache_status_of, is_file
 from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.local.open_file import local_of, open_nowait
 
@@ -329,8 +329,7 @@ class DownloadResponse(Response):
         answer = answer_to(
             request, metadata, self.presentation, self.raw_headers, offload, status=self.status_code, keep=keep
         )
-        if (age := age_of(opened)) is not None:
-            answer = answer.aged(age)
+        answer = answer.from_cache(age_of(opened), cache_status_of(self.file))
         start = self._start(answer, scope)
         extensions = scope.get("extensions") or {}
         path_send = extensions.get(PATHSEND)
@@ -442,8 +441,7 @@ class DownloadResponse(Response):
         async def stream(receive: Receive, send: Send) -> None:
             request = DownloadRequest.from_headers(scope["method"], scope["headers"])
             answer = answer_to(request, metadata, self.presentation, self.raw_headers)
-            if (age := age_of(opened)) is not None:
-                answer = answer.aged(age)
+            answer = answer.from_cache(age_of(opened), cache_status_of(self.file))
             start = self._start(answer, scope)
             try:
                 send_it = partial(deliver_limited, scope=scope) if TRANSFERS in scope else deliver

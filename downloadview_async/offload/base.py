@@ -138,6 +138,7 @@ class ProxyKind:
     fetches_urls: whether the proxy can fetch files from other servers, so that the source of a rule may be a URL.
     folds_case: whether two targets that differ only in case are the same for the proxy.
     hides_targets: whether the proxy answers requests below a target itself, so that no route may be there.
+    balances: whether its configuration can choose one of several replicas of the service by the path of a request.
     verifies_links: whether its configuration can verify links of the format `secure_link` and send their files.
     replaced_headers: headers of the service that the proxy replaces when it sends a file.
     has_bare_errors: whether the errors that the proxy makes itself cannot carry headers of the service.
@@ -161,6 +162,7 @@ class ProxyKind:
     fetches_urls: bool = False
     folds_case: bool = False
     hides_targets: bool = False
+    balances: bool = False
     verifies_links: bool = False
     replaced_headers: tuple[str, ...] = ()
     has_bare_errors: bool = False

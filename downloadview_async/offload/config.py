@@ -3,13 +3,14 @@
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from downloadview_async.errors import ConfigurationError, wrong_type
 from downloadview_async.http.fields import OF_THE_CONNECTION, OF_THE_FILE, OFFLOAD_HEADERS, TOKEN_CHAR
 from downloadview_async.offload.places import by_http
 from downloadview_async.offload.proxies import proxy_kinds
-from downloadview_async.offload.render import PORTS, LinkLocation, ProxySite, RemoteRule, host_and_port
+from downloadview_async.offload.render import PORTS, LinkLocation, ProxySite, RemoteRule, host_and_port, socket_of
 from downloadview_async.offload.rules import Rule, checked_rules
 from downloadview_async.sources.object_store import ObjectStorage
 
@@ -28,7 +29,7 @@ def proxy_config(
     rules: Iterable[Rule],
     *,
     storages: Iterable[ObjectStorage] = (),
-    service: str = "127.0.0.1:8000",
+    service: str | Sequence[str] = "127.0.0.1:8000",
     listen: str = "127.0.0.1:8080",
     prefix: str = "",
     relative_to: str | None = None,
@@ -46,7 +47,8 @@ def proxy_config(
 
     proxy: the name of one of `proxy_kinds` that has a configuration.
     rules, storages: those of the backend for this proxy.
-    service: the address of the application: HOST:PORT, or unix:/PATH of a socket.
+    service: the address of the application: HOST:PORT, or unix:/PATH of a socket. Of several replicas, a list of their
+    addresses: requests for one path go to one of them. Only nginx can do that; see also `balancer_config`.
     listen: the HOST:PORT on which the proxy listens. The configuration has no TLS: "TLS:" marks where to add it.
     prefix: the path below which the application is served, such as /downloads. The proxy removes it, and refuses
     requests for other paths.
@@ -74,38 +76,28 @@ def proxy_config(
     if kind is None or kind.configuration is None:
         known = ", ".join(name for name, other in proxy_kinds().items() if other.configuration is not None)
         raise ConfigurationError(f"there is no configuration for {proxy!r}: use one of {known}")
-    if not _PREFIX.fullmatch(prefix):
+    services = (service,) if isinstance(service, str) else tuple(service)
+    if len(services) != 1 and not kind.balances:
         raise ConfigurationError(
-            f"{prefix!r} is not a prefix: write a path such as /downloads, of letters, digits, _, ~, . and -"
-        )
-    if idle_seconds < 2:
-        raise ConfigurationError(
-            f"the application keeps an idle connection for {idle_seconds!r} seconds, which is too short for a proxy: "
-            "let it keep them for 2 seconds or more"
-        )
-    if stall_seconds <= 0 or max_body_bytes <= 0:
-        raise ConfigurationError("stall_seconds and max_body_bytes have to be more than 0")
-    host, port = host_and_port(listen, "listen")
-    public = tuple(public)
-    if private and not (_PRIVATE.fullmatch(private) and all(map(_PUBLIC.fullmatch, public))):
-        raise ConfigurationError(
-            f"private is {private!r} and public is {public!r}: write a path such as /-/, and names such as livez"
+            f"{kind.title} cannot choose a replica by the path alone: give one service, and put a balancer in front of "
+            "several, such as haproxy, envoy or nginx"
         )
     rules, storages = tuple(checked_rules(rules)), tuple(storages)
     kind.make_backend(rules, storages=storages)  # raises for rules that the backend would not take
-    site = ProxySite(
+    site = replace(
+        checked_site(
+            services,
+            listen=listen,
+            prefix=prefix,
+            idle_seconds=idle_seconds,
+            stall_seconds=stall_seconds,
+            max_body_bytes=max_body_bytes,
+            private=private,
+            public=public,
+        ),
         rules=tuple(rule for rule in rules if rule.source.startswith("/")),
         remotes=_remotes((rule for rule in rules if not rule.source.startswith("/")), storages),
-        service=service,
-        host=host,
-        port=port,
-        prefix=prefix,
         relative_to=None if relative_to is None else os.path.normpath(relative_to),
-        idle=math.floor(idle_seconds) - 1,
-        stall=math.ceil(stall_seconds),
-        max_body=max_body_bytes,
-        private=private,
-        public=public,
         headers=_checked_names(headers),
         links=tuple(links),
         log=log,
@@ -131,10 +123,67 @@ def proxy_config(
                 f"the target {rule.target!r} is below {prefix}{private}, where the proxy refuses requests: choose "
                 "another target, such as /_files/"
             )
-    return _without_headers(kind.configuration(site), kind.title, unset)
+    return without_headers(kind.configuration(site), kind.title, unset)
 
 
-def _without_headers(text: str, title: str, unset: Iterable[str]) -> str:
+def checked_site(
+    services: Sequence[str],
+    *,
+    listen: str,
+    prefix: str,
+    idle_seconds: float,
+    stall_seconds: float,
+    private: str,
+    public: Iterable[str],
+    max_body_bytes: int = 16_384,
+    bound: int = 0,
+    probe: str = "/",
+) -> ProxySite:
+    """Return a site without rules. Raises `ConfigurationError` for values that no configuration can have."""
+    if not _PREFIX.fullmatch(prefix):
+        raise ConfigurationError(
+            f"{prefix!r} is not a prefix: write a path such as /downloads, of letters, digits, _, ~, . and -"
+        )
+    if idle_seconds < 2:
+        raise ConfigurationError(
+            f"the application keeps an idle connection for {idle_seconds!r} seconds, which is too short for a proxy: "
+            "let it keep them for 2 seconds or more"
+        )
+    if stall_seconds <= 0 or max_body_bytes <= 0:
+        raise ConfigurationError("stall_seconds and max_body_bytes have to be more than 0")
+    host, port = host_and_port(listen, "listen")
+    public = tuple(public)
+    if private and not (_PRIVATE.fullmatch(private) and all(map(_PUBLIC.fullmatch, public))):
+        raise ConfigurationError(
+            f"private is {private!r} and public is {public!r}: write a path such as /-/, and names such as livez"
+        )
+    if not services or len(set(services)) != len(services):
+        raise ConfigurationError(f"the services are {', '.join(services) or 'none'}: give each address once")
+    if len(services) > 1:
+        for service in services:
+            if socket_of(service) is None:
+                host_and_port(service, "service")
+    return ProxySite(
+        rules=(),
+        remotes=(),
+        service=services[0],
+        further=tuple(services[1:]),
+        host=host,
+        port=port,
+        prefix=prefix,
+        relative_to=None,
+        idle=math.floor(idle_seconds) - 1,
+        stall=math.ceil(stall_seconds),
+        max_body=max_body_bytes,
+        private=private,
+        public=public,
+        headers=(),
+        bound=bound,
+        probe=probe,
+    )
+
+
+def without_headers(text: str, title: str, unset: Iterable[str]) -> str:
     """Return a configuration that removes further headers of requests, in the way in which it removes `_UNSET`."""
     for name in unset:
         if not _HEADER.fullmatch(name):

@@ -31,7 +31,8 @@ class ProxySite:
 
     rules: the rules for directories. remotes: the rules for files of other servers, if the proxy fetches them.
     host, port: where the proxy listens. idle, stall: seconds. max_body: bytes.
-    service, prefix, relative_to, private, public, headers, links, log: as in `proxy_config`.
+    service: the address of the service. further: those of its other replicas. bound, probe: as in `balancer_config`.
+    prefix, relative_to, private, public, headers, links, log: as in `proxy_config`.
     """
 
     rules: Sequence[Rule]
@@ -49,6 +50,14 @@ class ProxySite:
     headers: Sequence[str]
     links: "Sequence[LinkLocation]" = ()
     log: str = ""
+    further: Sequence[str] = ()
+    bound: int = 0
+    probe: str = "/"
+
+    @property
+    def services(self) -> Sequence[str]:
+        """The addresses of all replicas of the service."""
+        return (self.service, *self.further)
 
     @property
     def refused(self) -> str:
@@ -66,12 +75,7 @@ class ProxySite:
     @property
     def socket(self) -> str | None:
         """The path of the service's Unix socket, or None."""
-        match = _SOCKET.fullmatch(self.service)
-        if match is None and self.service.startswith(("unix:", "/")):
-            raise ConfigurationError(
-                f"{self.service!r}: write a Unix socket as unix:/run/downloadview.sock, of letters, digits and _.@/-"
-            )
-        return None if match is None else match[1]
+        return socket_of(self.service)
 
     @property
     def authority(self) -> str:
@@ -180,6 +184,16 @@ def quoted(text: str) -> str:
 def directories(site: ProxySite) -> list[str]:
     """Return the directories as the proxy sees them, each once."""
     return list(dict.fromkeys(rule.target for rule in site.rules))
+
+
+def socket_of(service: str) -> str | None:
+    """Return the path of the Unix socket at which a service listens, or None. Raises `ConfigurationError`."""
+    match = _SOCKET.fullmatch(service)
+    if match is None and service.startswith(("unix:", "/")):
+        raise ConfigurationError(
+            f"{service!r}: write a Unix socket as unix:/run/downloadview.sock, of letters, digits and _.@/-"
+        )
+    return None if match is None else match[1]
 
 
 def host_and_port(address: str, name: str) -> tuple[str, int]:

@@ -99,7 +99,7 @@ def signer_of(settings: Settings, store: GrantStore | None) -> URLSigner | None:
     max_age, session_age = seconds_of(links.max_age), seconds_of(links.session_age)
     assert max_age is not None
     assert session_age is not None  # the settings have been checked
-    keys = _keys(settings, links.keys)
+    keys = keys_in(settings, "links.keys", links.keys)
     with settings.blaming("links.keys"):
         return URLSigner(
             keys,
@@ -206,8 +206,11 @@ def _access_of(
             yield users.allow(*names)
 
 
-def _keys(settings: Settings, keys: str) -> dict[str, str]:
-    """Return the keys in a text, or in the file that it names, in their order."""
+def keys_in(settings: Settings, key: str, keys: str) -> dict[str, str]:
+    """Return the keys in a text, or in the file that it names, in their order.
+
+    key: where the settings have it, such as `links.keys`. Raises `ConfigurationError`.
+    """
     path = None
     if KEY_LINE.search(keys) is None:
         path = keys
@@ -215,16 +218,16 @@ def _keys(settings: Settings, keys: str) -> dict[str, str]:
             with open(keys, encoding="utf-8") as file:
                 keys = file.read()
         except UnicodeDecodeError as exc:
-            raise settings.error("links.keys", f"{keys!r} is not UTF-8: write the file in UTF-8") from exc
+            raise settings.error(key, f"{keys!r} is not UTF-8: write the file in UTF-8") from exc
         except OSError as exc:
             if re.search(r"\s", keys):  # it may be a wrong secret, so it is not shown
                 raise settings.error(
-                    "links.keys",
+                    key,
                     f"it is neither a file that can be read ({exc.strerror}) nor a line `id secret`, with a secret of "
                     "32 characters or more: correct it",
                 ) from None
             raise settings.error(
-                "links.keys",
+                key,
                 f"{keys!r} cannot be read ({exc.strerror}): create it with `downloadview keys >> {keys}`",
             ) from exc
     secrets: dict[str, str] = {}
@@ -234,13 +237,13 @@ def _keys(settings: Settings, keys: str) -> dict[str, str]:
         match = KEY_LINE.fullmatch(line)
         if match is None:  # the line may have a secret, so it is not shown
             raise settings.error(
-                "links.keys", f"line {number} is not `id secret`, with a secret of 32 characters or more: correct it"
+                key, f"line {number} is not `id secret`, with a secret of 32 characters or more: correct it"
             )
         if match[1] in secrets:
-            raise settings.error("links.keys", f"line {number} has the id {match[1]!r} again: give it another id")
+            raise settings.error(key, f"line {number} has the id {match[1]!r} again: give it another id")
         secrets[match[1]] = match[2]
     if not secrets:
-        raise settings.error("links.keys", f"{path!r} has no key: add one with `downloadview keys >> {path}`")
+        raise settings.error(key, f"{path!r} has no key: add one with `downloadview keys >> {path}`")
     return secrets
 
 
@@ -249,7 +252,7 @@ def link_secrets(settings: Settings) -> str:
     if settings.links is None:
         raise ConfigurationError("links need keys: add a [links] table with keys")
     signer_of(settings, None)  # refuses wrong keys
-    return secure_link_secrets(_keys(settings, settings.links.keys))
+    return secure_link_secrets(keys_in(settings, "links.keys", settings.links.keys))
 
 
 def sign_path(settings: Settings, path: str, **options: Any) -> str:
@@ -340,7 +343,7 @@ async def revoke(settings: Settings, identifier: str) -> tuple[str | None, bool]
         raise settings.error("links.store", "links are revoked in a store: set it, such as sqlite:links.db")
     async with opened_store(settings, store):
         until = _date(await signer.revoke(identifier))
-    return until, until is not None or identifier in _keys(settings, settings.links.keys)
+    return until, until is not None or identifier in keys_in(settings, "links.keys", settings.links.keys)
 
 
 def _date(seconds: float | None) -> str | None:

@@ -49,6 +49,8 @@ from downloadview_async.service.own_files import served_files
 from downloadview_async.service.pages import ServicePages, unused_templates
 from downloadview_async.service.pages.errors import ErrorPages
 from downloadview_async.service.pages.index import IndexPage, folder_of
+from downloadview_async.service.purge import PAGE as PURGE
+from downloadview_async.service.purge import purge_page
 from downloadview_async.service.routes import routes_of
 from downloadview_async.service.settings import DatabaseUnavailable, Settings, options_of, rules_of
 from downloadview_async.service.source_settings import StorageSettings, directory_of
@@ -137,6 +139,7 @@ def build(settings: Settings) -> Service:
             yield
 
     metrics = metrics_of(settings, sources, caches, signer, limits)
+    purge = purge_page(settings, sources)
     health = Health(checks)
     pages = ServicePages(settings)
     middleware = [Middleware(OneLineFailures), Middleware(ErrorPages, pages=pages)]
@@ -155,6 +158,7 @@ def build(settings: Settings) -> Service:
             _Page("/-/livez", health.livez),
             _Page("/-/readyz", health.readyz),
             *([] if metrics is None else [_Page(f"{PRIVATE}{METRICS}", MetricsPage(metrics).answer)]),
+            *([] if purge is None else [_Page(f"{PRIVATE}{PURGE}", purge.answer, methods=["POST"])]),
             *([_Page("/-/cache", CachePage(caches).answer)] if caches else []),
             *routes_of(settings, sources, signer, caches, digests, limits, completions),
             Route("/favicon.ico", pages.favicon),

@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from downloadview_async import LinkLocation, ObjectStorage, proxy_config, proxy_kinds
-from downloadview_async.service.health import PRIVATE, PUBLIC
-from downloadview_async.service.metrics import PAGE
+from downloadview_async import LinkLocation, ObjectStorage, balancer_config, proxy_config, proxy_kinds
+from downloadview_async.service.health import LIVEZ, PRIVATE, PUBLIC
+from downloadview_async.service.metrics import PAGE as METRICS
+from downloadview_async.service.purge import PAGE as PURGE
 from downloadview_async.service.settings import CORS_HEADERS, Settings, rules_of
 from downloadview_async.service.source_settings import (
     PathSettings,
@@ -20,7 +21,12 @@ from downloadview_async.service.source_settings import (
 
 
 def config_for(
-    settings: Settings, proxy: Any, *, listen: str, service: str | None, relative_to: str | os.PathLike[str] | None
+    settings: Settings,
+    proxy: Any,
+    *,
+    listen: str,
+    service: str | Sequence[str] | None,
+    relative_to: str | os.PathLike[str] | None,
 ) -> str:
     """Return the configuration of a proxy that sends the files of the settings' rules.
 
@@ -30,8 +36,7 @@ def config_for(
     """
     _check_proxy(proxy, settings)
     server, rules = settings.server, rules_of(settings)
-    public = [*PUBLIC, PAGE] if settings.metrics is not None and settings.metrics.public else PUBLIC
-    options: dict[str, Any] = {"storages": _storages(settings), "private": PRIVATE, "public": public}
+    options: dict[str, Any] = {"storages": _storages(settings), "private": PRIVATE, "public": _public(settings)}
     steps: list[tuple[str, dict[str, Any]]] = [
         ("offload.rules", {}),
         ("server.root_path", {"prefix": server.root_path}),
@@ -55,6 +60,45 @@ def config_for(
     return proxy_config(proxy, rules, listen=listen, **options)
 
 
+def balancer_config_for(
+    settings: Settings, balancer: str, *, listen: str, services: Sequence[str], bound: int | None
+) -> str:
+    """Return the configuration of a balancer in front of several replicas of the service.
+
+    listen, services, bound: as in `balancer_config`. With `offload.backend`, the services are the addresses of such
+    proxies, each in front of its replica: they remove the `root_path` and hide the pages themselves.
+
+    Raises `ConfigurationError`, which names the key.
+    """
+    server = settings.server
+    is_direct = settings.offload.backend is None
+    options: dict[str, Any] = {"private": PRIVATE, "public": _public(settings), "probe": f"{PRIVATE}readyz"}
+    if is_direct:
+        options["prefix"] = server.root_path
+    else:
+        options |= {"private": f"{server.root_path}{PRIVATE}", "probe": f"{server.root_path}{LIVEZ}"}
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("server.root_path", {}),
+        ("server.timeout_keep_alive", {"idle_seconds": server.timeout_keep_alive if is_direct else 30}),
+        ("server.stall_timeout", {"stall_seconds": server.stall_timeout}),
+    ]
+    for key, option in steps:
+        options |= option
+        with settings.blaming(key):
+            balancer_config(balancer, ["127.0.0.1:8000"], **options)
+    if settings.users is not None and settings.users.header is not None:
+        options["unset"] = [settings.users.header]
+    if bound is not None:
+        options["bound"] = bound
+    return balancer_config(balancer, services or [_address(settings)], listen=listen, **options)
+
+
+def _public(settings: Settings) -> list[str]:
+    """Return the names of the service's pages that clients may request."""
+    pages = {METRICS: settings.metrics, PURGE: settings.purge}
+    return [*PUBLIC, *(name for name, page in pages.items() if page is not None and page.public)]
+
+
 def _headers(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the key of each route that sends further headers, and the names that are known with this route."""
     names: list[str] = []
@@ -67,6 +111,9 @@ def _headers(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"routes[{index}].cors", {"headers": [*names]}
         if digests_mode(source_of_files(route.source, settings.sources)[1]) != "off":
             names.append("Repr-Digest")
+            yield f"routes[{index}].source", {"headers": [*names]}
+        if cache_of(source_of_files(route.source, settings.sources)[1]) is not None:
+            names.append("Cache-Status")
             yield f"routes[{index}].source", {"headers": [*names]}
         if route.headers:
             names += route.headers

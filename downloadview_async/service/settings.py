@@ -251,6 +251,21 @@ class MetricsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     ] = None
 
 
+class PurgeSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[purge]`: the page /-/purge, which removes files from caches."""
+
+    keys: Annotated[
+        Text,
+        Meta(
+            description="a file with a line `id secret` for each key, as `downloadview keys` prints it; or such a "
+            "line. Requests have to carry one of the secrets",
+        ),
+    ]
+    public: Annotated[bool, Meta(description="true to let clients request it through the printed configurations")] = (
+        False
+    )
+
+
 class ArchivesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """`[archives]`: limits of the archives of folders, for routes with `archive = true`."""
 
@@ -493,6 +508,7 @@ TABLES: dict[str, Any] = {
     "accounts": AccountsSettings,
     "log": LogSettings,
     "metrics": MetricsSettings,
+    "purge": PurgeSettings,
     "archives": ArchivesSettings,
     "pages": PagesSettings,
 }
@@ -520,6 +536,7 @@ class Settings:
     accounts: AccountsSettings = field(default_factory=AccountsSettings)
     log: LogSettings | None = None
     metrics: MetricsSettings | None = None
+    purge: PurgeSettings | None = None
     content_types: Mapping[str, str] = field(default_factory=dict)
     pages: PagesSettings = field(default_factory=PagesSettings)
 

@@ -19,18 +19,25 @@ from downloadview_async.service.settings import (
     DigestsSettings,
     LimitsSettings,
     LinksSettings,
+    PurgeSettings,
     ServerSettings,
     Settings,
     UsersSettings,
 )
 from downloadview_async.service.source_checks import checked_sources
-from downloadview_async.service.source_settings import SOURCE_TYPES, PathSettings, SourceSettings, digests_mode
+from downloadview_async.service.source_settings import (
+    SOURCE_TYPES,
+    PathSettings,
+    SourceSettings,
+    cache_of,
+    digests_mode,
+)
 from downloadview_async.service.values import CONTROL, KEY_LINE, bytes_of, seconds_of
 
 _Table = TypeVar("_Table", bound=Struct)
 
 _SERVER_PATHS = ("uds", "pid_file", "ssl_keyfile", "ssl_certfile")
-_MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.(options|edge)\..+|server\.ssl_keyfile_password|links\.keys")
+_MAY_HAVE_LINES = re.compile(r"sources\.[^.]+\.(options|edge)\..+|server\.ssl_keyfile_password|(links|purge)\.keys")
 
 
 def checked_settings(origin: Origin, data: Mapping[str, Any]) -> Settings:
@@ -69,6 +76,7 @@ def checked_settings(origin: Origin, data: Mapping[str, Any]) -> Settings:
         accounts=_accounts(origin, tables.read("accounts")),
         log=_with_paths(origin, "log", tables.read("log"), "path") if "log" in data else None,
         metrics=_with_paths(origin, "metrics", tables.read("metrics"), "directory") if "metrics" in data else None,
+        purge=_purge(origin, tables.read("purge"), sources) if "purge" in data else None,
         pages=_with_paths(origin, "pages", tables.read("pages"), "logo", "templates"),
         digests=digests,
         content_types=tables.read("content_types"),
@@ -169,8 +177,18 @@ def _links(origin: Origin, links: LinksSettings, server: ServerSettings) -> Link
         )
     if store is not None and store.startswith("sqlite:"):
         store = f"sqlite:{origin.absolute('links.store', store.removeprefix('sqlite:'))}"
-    keys = links.keys if KEY_LINE.search(links.keys) else origin.absolute("links.keys", links.keys)
-    return msgspec.structs.replace(links, keys=keys, store=store, **ages)
+    return msgspec.structs.replace(links, keys=_keys(origin, "links.keys", links.keys), store=store, **ages)
+
+
+def _keys(origin: Origin, key: str, keys: str) -> str:
+    """Return keys as they are, or the absolute path of their file."""
+    return keys if KEY_LINE.search(keys) else origin.absolute(key, keys)
+
+
+def _purge(origin: Origin, purge: PurgeSettings, sources: Mapping[str, SourceSettings]) -> PurgeSettings:
+    if not any(map(cache_of, sources.values())):
+        raise origin.error("purge", "no source has a cache: add a [sources.NAME.cache] table, or remove this one")
+    return msgspec.structs.replace(purge, keys=_keys(origin, "purge.keys", purge.keys))
 
 
 def _check_digests(origin: Origin, digests: DigestsSettings | None, sources: Mapping[str, SourceSettings]) -> None:

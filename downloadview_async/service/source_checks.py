@@ -123,18 +123,22 @@ def _check_url(origin: Origin, key: str, url: str) -> None:
 
 
 def _cache(origin: Origin, key: str, cache: CacheSettings) -> CacheSettings:
-    size, age = bytes_of(cache.max_bytes), seconds_of(cache.max_age)
+    size = bytes_of(cache.max_bytes)
     if not size:
         raise origin.error(
             f"{key}.max_bytes",
             f"{cache.max_bytes!r} is not a size: give a number of bytes, or a size such as 10GiB",
         )
-    if age is None:
-        raise origin.error(
-            f"{key}.max_age",
-            f"{cache.max_age!r} is not a time: give a number of seconds, or a time such as 10m or 1d",
-        )
-    return CacheSettings(path=origin.absolute(f"{key}.path", cache.path), max_bytes=size, max_age=age)
+    times: dict[str, float] = {}
+    for name in ("max_age", "stale_while_revalidate", "stale_if_error"):
+        value = getattr(cache, name)
+        seconds = seconds_of(value)
+        if seconds is None:
+            raise origin.error(
+                f"{key}.{name}", f"{value!r} is not a time: give a number of seconds, or a time such as 10m or 1d"
+            )
+        times[name] = seconds
+    return CacheSettings(path=origin.absolute(f"{key}.path", cache.path), max_bytes=size, **times)
 
 
 def _check_caches(origin: Origin, sources: Mapping[str, SourceSettings]) -> None:

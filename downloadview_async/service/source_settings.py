@@ -83,6 +83,20 @@ class CacheSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
         float | str,
         Meta(description="how long a cached file is sent without revalidation: seconds, or such as 90s, 10m, 2h, 1d"),
     ] = "1d"
+    stale_while_revalidate: Annotated[
+        float | str,
+        Meta(
+            description="how long after that it is sent at once while it is revalidated, if the source names no other "
+            "time: seconds, or such as 30s, 10m"
+        ),
+    ] = 0
+    stale_if_error: Annotated[
+        float | str,
+        Meta(
+            description="how long after that it is sent if the source fails, if the source names no other time: "
+            "seconds, or such as 10m, 1d"
+        ),
+    ] = 0
 
 
 _CACHE = "a [sources.NAME.cache] table"

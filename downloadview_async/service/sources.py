@@ -81,13 +81,24 @@ def caches_of(settings: Settings) -> dict[str, Cache]:
         if (cache := cache_of(source)) is None:
             continue
         if cache.path not in of_path:
-            max_bytes, max_age = bytes_of(cache.max_bytes), seconds_of(cache.max_age)
-            assert max_bytes is not None
-            assert max_age is not None  # the settings have been checked
+            max_bytes = bytes_of(cache.max_bytes)
+            assert max_bytes is not None  # the settings have been checked
             with settings.blaming(f"sources.{name}.cache.path"):
-                of_path[cache.path] = Cache(cache.path, max_bytes=max_bytes, max_age=max_age)
+                of_path[cache.path] = Cache(
+                    cache.path,
+                    max_bytes=max_bytes,
+                    max_age=_seconds(cache.max_age),
+                    stale_while_revalidate=_seconds(cache.stale_while_revalidate),
+                    stale_if_error=_seconds(cache.stale_if_error),
+                )
         caches[name] = of_path[cache.path]
     return caches
+
+
+def _seconds(value: float | str) -> float:
+    seconds = seconds_of(value)
+    assert seconds is not None  # the settings have been checked
+    return seconds
 
 
 def sources_of(

@@ -208,6 +208,20 @@ class HasObjectURL(Protocol):
         ...
 
 
+class HasCacheStatus(Protocol):
+    """Optional for a file: a cache has decided where it comes from."""
+
+    @property
+    def cache_status(self) -> str | None:
+        """The value of Cache-Status for this request [RFC 9211], known once the file is open; None without it."""
+        ...
+
+
+def cache_status_of(file: AsyncFile) -> str | None:
+    """Return the value of Cache-Status for an open file; None if no cache was asked: see `HasCacheStatus`."""
+    return getattr(file, "cache_status", None)
+
+
 def object_url_of(file: AsyncFile) -> str | None:
     """Return the store's own URL of a file; None if it has none: see `HasObjectURL`."""
     return getattr(file, "object_url", None)

@@ -20,6 +20,7 @@ from downloadview_async.sources.base import (
     AsyncFile,
     OpenFile,
     Source,
+    cache_status_of,
     check_async,
     check_function,
     check_source,
@@ -138,6 +139,11 @@ class ObjectFile:
         # A database may have invalid values. The values of the file itself are used instead.
         self._size = size if isinstance(size, int) and size >= 0 else None
         self._modified = modified if isinstance(modified, datetime | int | float) else None
+
+    @property
+    def cache_status(self) -> str | None:
+        """That of the file itself: see `HasCacheStatus`."""
+        return cache_status_of(self._file)
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator["OpenObjectFile"]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from downloadview_async import ConfigurationError
-from downloadview_async.service.access import _keys
+from downloadview_async.service.access import keys_in
 from downloadview_async.service.config_loader import PREFIX, load_settings
 from downloadview_async.service.logs import LONGEST, one_line
 from downloadview_async.service.settings import Settings
@@ -162,7 +162,7 @@ def keys_files(content: bytes, directory: Path) -> None:
         if "\0" in keys:
             continue  # refused before, with all settings
         try:
-            secrets = _keys(settings, keys)
+            secrets = keys_in(settings, "links.keys", keys)
         except ConfigurationError as exc:
             refused_in_one_line(exc)
             assert SECRET not in str(exc), "a secret is shown"

@@ -276,7 +276,7 @@ def test_what_the_settings_say_is_in_it(tmp_path: Path, server: str, arguments: 
             {"DOWNLOADVIEW_OFFLOAD": '{"backend": "nginx", "rules": [{"source": "my files", "target": "/files/"}]}'},
             "routes[0].path: '/files/{path:path}' is below '/files/', the target of a rule, which clients cannot reach",
         ),
-        ("", ["iis"], {}, "'iis' is not one of 'nginx', 'apache'"),
+        ("", ["iis"], {}, "'iis' is not one of 'nginx', 'haproxy', 'envoy', 'apache'"),
     ],
 )
 def test_refusals(tmp_path: Path, server: str, arguments: list[str], env: dict[str, str], message: str) -> None:

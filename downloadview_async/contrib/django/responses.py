@@ -51,7 +51,7 @@ from downloadview_async.offload.base import EXTENSION, OffloadBackend, rated, si
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.policy.limits.limits import TRANSFERS
 from downloadview_async.policy.uses import Use
-from downloadview_async.sources.base import AsyncFile, OpenFile
+from downloadview_async.sources.base import AsyncFile, OpenFile, cache_status_of
 from downloadview_async.sources.cache.source import CachedFile
 from downloadview_async.sources.local.open_file import local_of, open_nowait
 from downloadview_async.sources.virtual import VirtualFile
@@ -430,6 +430,8 @@ class DownloadResponse(OrderedWith200, StreamingHttpResponse):
         given_headers.setdefault("content-disposition", self["Content-Disposition"])
         if opened is not None and (age := age_of(opened)) is not None:
             given_headers.setdefault("age", age)
+        if opened is not None and (status := cache_status_of(file)) is not None:
+            given_headers.setdefault("cache-status", status)
         return metadata, presentation, given_headers
 
     def _take_over(self, plan: Plan) -> None:

@@ -14,7 +14,16 @@ from downloadview_async.http.content_types import content_types
 from downloadview_async.http.plan import ACTIVE_POLICY, SVG_POLICY
 from downloadview_async.offload.base import ProxyKind, ProxyOption
 from downloadview_async.offload.places import KEPT, Places, RateHeader, percent_encoded
-from downloadview_async.offload.render import LinkLocation, ProxySite, filled, log_line, quoted, template
+from downloadview_async.offload.render import (
+    LinkLocation,
+    ProxySite,
+    filled,
+    host_and_port,
+    log_line,
+    quoted,
+    socket_of,
+    template,
+)
 from downloadview_async.offload.rules import Rule
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.object_store import ObjectStorage
@@ -110,6 +119,20 @@ _PASS_BELOW = """\
             proxy_pass http://service$below;"""
 
 
+_HASH = """\
+        # Requests for one path go to one replica, so that a file is fetched into the cache of one replica only. It is
+        # the decoded path without the query: two signed links to one file meet there. nginx does not bound the load of
+        # a replica: all clients of one file are served by one, however many they are. HAProxy and Envoy bound it.
+        hash $uri consistent;
+"""
+_RETRIES = """\
+            # If a replica cannot be reached, or ends without an answer, another one is asked. nginx repeats only
+            # requests that may be repeated, such as GET and HEAD, and no POST that it has sent.
+            proxy_next_upstream error timeout;
+            proxy_next_upstream_tries 3;
+            proxy_next_upstream_timeout 10s;
+
+"""
 _PRIVATE = """\
         # Pages of the application that are not for clients.
         location ~ "<<refused>>" {
@@ -257,7 +280,9 @@ def _configuration(site: ProxySite) -> str:
         below=filled(_MAP, prefix=re.escape(site.prefix)) if site.prefix else "",
         max_body=f"{site.max_body // 1024}k" if site.max_body % 1024 == 0 else str(site.max_body),
         stall=f"{site.stall}s",
-        service=f"unix:{site.socket}" if site.socket else site.authority,
+        hash=_HASH if site.further else "",
+        servers="\n".join(f"        server {_place(service)};" for service in site.services),
+        retries=_RETRIES if site.further else "",
         idle=f"{site.idle}s",
         listen=f"{site.host}:{site.port}",
         proxy_pass=_PASS_BELOW if site.prefix else _PASS,
@@ -265,6 +290,13 @@ def _configuration(site: ProxySite) -> str:
         upstreams="".join(upstreams),
         rules="\n".join(blocks).rstrip("\n"),
     )
+
+
+def _place(service: str) -> str:
+    if (path := socket_of(service)) is not None:
+        return f"unix:{path}"
+    host, port = host_and_port(service, "service")
+    return f"{host}:{port}"
 
 
 def _links(site: ProxySite, location: LinkLocation) -> str:
@@ -332,6 +364,7 @@ NGINX = ProxyKind(
     },
     fetches_urls=True,
     hides_targets=True,
+    balances=True,
     verifies_links=True,
     configuration=_configuration,
     remedies={

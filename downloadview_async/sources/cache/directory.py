@@ -1,8 +1,9 @@
 """`CacheDirectory`: the directory of a cache, which several processes share. Plain blocking calls, for worker threads.
 
-Its files are those of `CacheFiles`, and one besides:
+Its files are those of `CacheFiles`, and two besides:
 
     usage       bytes in use, and when they were last counted; locked while a name is added or removed
+    purges      what was purged: see `PurgeLog`
 
 All locks are the kernel's, so they end with the process that holds them.
 """
@@ -21,15 +22,17 @@ from dataclasses import dataclass
 
 from downloadview_async.errors import ConfigurationError
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.sources.cache.entry import BLOCK, Entry, dump_entry, key_hash, load_entry
+from downloadview_async.sources.cache.entry import BLOCK, Entry, dump_entry, key_hash, key_in, load_entry
 from downloadview_async.sources.cache.eviction import retire, sweep
-from downloadview_async.sources.cache.files import MAKE, CacheFiles, Part, closing, cost
+from downloadview_async.sources.cache.files import MAKE, META, CacheFiles, Part, closing, cost
+from downloadview_async.sources.cache.purges import Position, Purge, PurgeLog
 from downloadview_async.sources.local.root import Root
 
 SWEEP_SECONDS = 60.0
 """Seconds between two sweeps of a directory, by any of the processes that use it."""
 
 _LOCK_PATIENCE = 10.0
+_PURGED_AT_ONCE = 256  # files that are removed while the lock is held
 
 
 @dataclass(slots=True)
@@ -87,6 +90,7 @@ class CacheDirectory:
             )
         self._files = CacheFiles(self.root.descriptor)
         self._check_locks()
+        self.purges = PurgeLog(self.root.descriptor)
         self.max_bytes = max_bytes
         self.bytes = 0
         """Bytes in use, when this process last looked."""
@@ -180,8 +184,10 @@ class CacheDirectory:
             self._add(usage, more)
         return True
 
-    def commit(self, part: Part, source: str, key: str, entry: Entry) -> None:
-        """Give a complete part its name, and make it the current version of its key.
+    def commit(self, part: Part, source: str, key: str, entry: Entry, *, began: Position | None = None) -> bool:
+        """Give a complete part its name, and make it the current version of its key, and return whether that was done.
+
+        It is not done if the file was purged after `began`, the end of the log of purges when the source was asked.
 
         Its bytes are on the disk before it has the name (`fdatasync`), so that no crash leaves a damaged file. The
         descriptor stays open, and protects the file as long as it is.
@@ -191,6 +197,9 @@ class CacheDirectory:
         os.ftruncate(part.descriptor, size)
         os.fdatasync(part.descriptor)
         with self._locked() as usage:
+            purges = () if began is None else self.purges.since(began)
+            if purges is None or any(purge.covers(source, key) for purge in purges):
+                return False
             before = self._files.current(part.key)
             leased = self._files.leased(part.key)
             os.utime(part.descriptor, (time.time(), self._modified(entry.metadata, before)))
@@ -210,6 +219,7 @@ class CacheDirectory:
                 if before != entry.data:
                     self._add(usage, -retire(self._files, before, leased))
             part.name, part.reserved, part.is_kept = entry.data, size, True
+        return True
 
     def discard(self, part: Part) -> None:
         """Remove a part. Its descriptor stays open."""
@@ -217,12 +227,14 @@ class CacheDirectory:
         with self._locked() as usage:
             self._add(usage, -cost(part.reserved) - BLOCK)
 
-    def renew(self, source: str, key: str, entry: Entry) -> None:
-        """Write the new description of the current version of a key, which has been revalidated."""
+    def renew(self, source: str, key: str, entry: Entry) -> bool:
+        """Write the new description of a version that has been revalidated; return whether it is still current."""
         hashed = key_hash(source, key)
         with self._locked():
-            if self._files.current(hashed) == entry.data:
-                self._files.write_meta(hashed, dump_entry(source, key, entry), self._files.leased(hashed))
+            if self._files.current(hashed) != entry.data:
+                return False
+            self._files.write_meta(hashed, dump_entry(source, key, entry), self._files.leased(hashed))
+        return True
 
     def forget(self, source: str, key: str, data: str | None = None) -> None:
         """Remove the file of a key, unless it is another version than `data`. Open files can be read to their end."""
@@ -231,17 +243,52 @@ class CacheDirectory:
             current, leased = self._files.current(hashed), self._files.leased(hashed)
             if data is not None and current not in (None, data):
                 return
-            if self._files.unlink(f"{hashed}.meta"):
-                self._add(usage, -BLOCK)
-            if current is not None:
-                self._add(usage, -retire(self._files, current, leased))
+            self._remove(usage, hashed, current, leased)
+
+    def purge(self, purge: Purge) -> int:
+        """Remove files, and return how many there were. Open files can be read to their end.
+
+        What was fetched for them before is not kept, by whatever process.
+        """
+        with self._locked():
+            self.purges.add(purge)
+        if purge.is_prefix:
+            with self._files.listed() as entries:
+                names = [item.name for item in entries if META.fullmatch(item.name)]
+            keys = [name.removesuffix(".meta") for name in names if self._is_covered(name, purge)]
+        else:
+            keys = [key_hash(purge.source, purge.name)]
+        count = 0
+        for index in range(0, len(keys), _PURGED_AT_ONCE):
+            with self._locked() as usage:
+                for hashed in keys[index : index + _PURGED_AT_ONCE]:
+                    count += self._remove(usage, hashed, self._files.current(hashed), self._files.leased(hashed))
+        return count
+
+    def _is_covered(self, name: str, purge: Purge) -> bool:
+        """Return whether a purge covers the file that a K.meta describes."""
+        try:
+            with closing(self._files.open_meta(name)) as descriptor:
+                described = key_in(os.read(descriptor, 1 << 20))
+        except OSError:  # it was removed meanwhile
+            return False
+        return described is not None and purge.covers(*described)
 
     def sweep(self) -> None:
         """Count the files, and remove unused ones, replaced versions and those that dead processes have left."""
         with self._locked() as usage:
             self._sweep(usage)
 
-    # The following methods are called with the lock held.
+    # The following methods are called with the lock held, except for `_locked` itself.
+
+    def _remove(self, usage: _Usage, hashed: str, current: str | None, leased: float) -> bool:
+        """Remove the file of K, and return whether there was one."""
+        is_removed = self._files.unlink(f"{hashed}.meta")
+        if is_removed:
+            self._add(usage, -BLOCK)
+        if current is not None:
+            self._add(usage, -retire(self._files, current, leased))
+        return is_removed
 
     @contextmanager
     def _locked(self) -> Iterator[_Usage]:

@@ -1,6 +1,7 @@
 """The description of one complete file of a cache (`Entry`), and how it is written to the file K.meta as JSON."""
 
 import json
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class Entry:
             return 0.0
         return max(0.0, (max_age if self.max_age is None else self.max_age) - age)
 
+    def overdue(self, max_age: float) -> float:
+        """Return for how many seconds it has not been fresh; infinity if that is not known."""
+        age = time.time() - self.validated
+        return math.inf if age < 0 else max(0.0, age - (max_age if self.max_age is None else self.max_age))
+
 
 def key_hash(source: str, key: str) -> str:
     """Return the K of a source's name and a key: 40 hexadecimal digits, different for different pairs."""
@@ -91,6 +97,18 @@ def dump_entry(source: str, key: str, entry: Entry) -> bytes:
         }
     ).encode()
     return blake2b(body, digest_size=20).hexdigest().encode() + b"\n" + body
+
+
+def key_in(content: bytes) -> tuple[str, str] | None:
+    """Return the source and the key in a K.meta, or None if it is damaged."""
+    checksum, _, body = content.partition(b"\n")
+    if checksum != blake2b(body, digest_size=20).hexdigest().encode():
+        return None
+    try:
+        loaded = json.loads(body)
+        return str(loaded["source"]), str(loaded["key"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def load_entry(content: bytes, source: str, key: str) -> Entry | None:

@@ -28,6 +28,7 @@ from downloadview_async.sources.base import AsyncFile, OpenFile, closing_stream,
 from downloadview_async.sources.cache.entry import Entry, data_name, is_describable
 from downloadview_async.sources.cache.files import Part
 from downloadview_async.sources.cache.freshness import asking_for_news, is_current, max_age_of, updated
+from downloadview_async.sources.cache.purges import Position
 from downloadview_async.sources.cache.spool import Arriving, ArrivingFile
 from downloadview_async.sources.local.open_file import OpenLocalFile
 
@@ -53,6 +54,8 @@ class Fill:
         stale: Entry | None,
         before: "Fill | None" = None,
         algorithms: Sequence[str] = (),
+        *,
+        began: Position,
     ) -> None:
         self.source = source
         self.key = key
@@ -68,6 +71,10 @@ class Fill:
         self._stale = stale
         self.is_for_one = False
         """Whether the answer is uncacheable, so that only the first client may get it."""
+        self.began = began
+        """The end of the log of purges before the source was asked."""
+        self.is_purged = False
+        """Whether the file was purged since then, so that it is not kept."""
         self._before = before
         """Another fill of the same file that still arrives. The source is asked whether its version is current."""
         self._same: Fill | None = None
@@ -94,6 +101,11 @@ class Fill:
         self._cache.withdraw(self)
         self.arriving.fail(SourceUnavailable("the fetch was ended"))
         self._scope.cancel()
+
+    def purge(self) -> None:
+        """Keep nothing of what is fetched, and let no other client join."""
+        self.is_purged = True
+        self._cache.withdraw(self)
 
     @property
     def is_fresh(self) -> bool:
@@ -128,7 +140,8 @@ class Fill:
             raise SourceUnavailable(str(failure)) if isinstance(failure, TransferAborted) else failure
         if self.result is None:
             self._cache.withdraw(self)
-            self._cache.refuse(self.source, self.key)
+            if not self.is_purged:
+                self._cache.refuse(self.source, self.key)
 
     @asynccontextmanager
     async def joined(self) -> AsyncIterator[tuple["Fill", ArrivingFile | None]]:
@@ -246,7 +259,7 @@ class Fill:
             await self._cache.forget(self.source, self.key, known.data)
             return False
         self.result = await self._cache.renew(self.source, self.key, entry)
-        return True
+        return self.result is not None
 
     def _completed_meanwhile(self, known: Entry) -> Entry | None:
         """Return the entry of the fill `before` if it has been kept meanwhile and is the confirmed version."""
@@ -292,6 +305,8 @@ class Fill:
         self.is_for_one = True
         self._cache.withdraw(self)
         self._cache.refuse(self.source, self.key)
+        if max_age is None and self._stale is not None:  # else it might be sent as a stale answer
+            await self._cache.forget(self.source, self.key, self._stale.data)
         self.arriving.describe(metadata)
         await self._take_all(opened, size)
 
@@ -316,7 +331,7 @@ class Fill:
             if self._on_demand is not None:
                 entry = replace(entry, validated=time.time())  # its `max_age` counts from its completion
             with anyio.CancelScope(shield=True):
-                self.result = await self._cache.commit(part, self.source, self.key, entry)
+                self.result = await self._cache.commit(part, self, entry)
         finally:
             self.is_kept = self.result is not None
 

@@ -47,6 +47,24 @@ def max_age_of(on_demand: OnDemand | None, metadata: FileMetadata, max_age: floa
     return max_age if lifetime is None else max(0.0, min(max_age, lifetime - received.age))
 
 
+def stale_seconds(metadata: FileMetadata, *, while_revalidate: float, if_error: float) -> tuple[float, float]:
+    """Return for how many seconds after its lifetime a copy may be sent while it is revalidated, and after an error.
+
+    These are stale-while-revalidate and stale-if-error of the origin [RFC 5861 3, 4]; `while_revalidate` and `if_error`
+    hold if it sends none. Both are 0 if the origin forbids stale answers: "by a no-cache response directive, a
+    must-revalidate response directive, or an applicable s-maxage or proxy-revalidate" [RFC 9111 4.2.4].
+    """
+    directives = _DIRECTIVE.findall(dict(metadata.headers).get("cache-control", "").lower())
+    names = {name for name, _ in directives}
+    if not names.isdisjoint({"no-cache", "must-revalidate", "s-maxage", "proxy-revalidate"}):
+        return 0.0, 0.0
+    of_origin = _delta(directives, "stale-while-revalidate"), _delta(directives, "stale-if-error")
+    return (
+        while_revalidate if of_origin[0] is None else of_origin[0],
+        if_error if of_origin[1] is None else of_origin[1],
+    )
+
+
 def _delta(directives: list[tuple[str, str]], name: str) -> float | None:
     """Return the seconds of a directive, or None without it.
 

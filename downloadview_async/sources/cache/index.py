@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, TypeVarTuple
 
 import anyio
 
@@ -20,13 +20,16 @@ from downloadview_async.errors import (
     ConfigurationError,
     FileError,
     FileMissing,
+    SourceUnavailable,
 )
-from downloadview_async.http.log_text import escaped
+from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.cache.directory import CacheDirectory
 from downloadview_async.sources.cache.entry import Entry, key_hash
 from downloadview_async.sources.cache.files import Part, protect
 from downloadview_async.sources.cache.fill import Fill
+from downloadview_async.sources.cache.freshness import stale_seconds
+from downloadview_async.sources.cache.purges import Purge
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.root import Opened
@@ -44,12 +47,23 @@ UNUSED_SECONDS = 3600.0
 UNUSED_AGES = 10
 """A file is removed after it was not used for this many seconds and for this many times `max_age`."""
 
+RETRY_SECONDS = 5.0
+"""Seconds for which a source that failed is not asked again about a file that may be sent although it is stale."""
+
+MAX_BACKGROUND = 16
+"""Files that are revalidated in the background at the same time, for each process."""
+
 _NEVER = -math.inf
 _CHECK_SECONDS = 5.0  # how long a file counts as present without another look into the directory
 _GROW = 8 << 20  # bytes: the room that is reserved at a time for a file that arrives
 _MAX_KNOWN = 16384
 _MAX_UNATTENDED = 4
 _THREADS = 4
+
+_ERRORS = frozenset({500, 502, 503, 504})  # "a situation that would result in a 500, 502, 503, or 504" [RFC 5861 4]
+
+StaleUse = Literal["stale-while-revalidate", "stale-if-error"]
+"""Why a file that is not fresh is sent."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -88,7 +102,8 @@ class Kept:
 
     checked: when the file was last seen in the directory, or put there. current: until when it is sent without any
     check. leased: when a proxy was last told to send it. used: when it was last requested. is_gone: whether it was
-    found to be removed. file: what `CachedSource.resolve` returns for it, once it was requested.
+    found to be removed. file: what `CachedSource.resolve` returns for it, once it was requested. retry: until when the
+    source is not asked about it, because it has just failed.
     """
 
     source: str
@@ -101,6 +116,7 @@ class Kept:
     used: float
     is_gone: bool = False
     file: AsyncFile | None = None
+    retry: float = _NEVER
 
 
 class Cache:
@@ -110,6 +126,10 @@ class Cache:
     max_bytes: the most bytes that all its files may take, in whole blocks of the disk. The least recently used files
     are evicted.
     max_age: seconds for which a file is sent without asking the source whether it is still current.
+    stale_while_revalidate: seconds after that in which it is sent at once and revalidated in the background, if the
+    source names no others [RFC 5861 3].
+    stale_if_error: seconds after that in which it is sent if the source fails, if the source names no others
+    [RFC 5861 4]. A source fails by an answer with the status 500, 502, 503 or 504, or by none.
 
     Raises `ConfigurationError` if the directory cannot be made or read, for an invalid number, and if aiofiles is not
     installed. A directory that is full, or that cannot be written to later, is not an error: files that are not in the
@@ -117,12 +137,23 @@ class Cache:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, max_bytes: int = 10 << 30, max_age: float = 86_400.0
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_bytes: int = 10 << 30,
+        max_age: float = 86_400.0,
+        stale_while_revalidate: float = 0.0,
+        stale_if_error: float = 0.0,
     ) -> None:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
             raise ConfigurationError(f"max_bytes must be a number of bytes, more than 0, not {max_bytes!r}")
-        if isinstance(max_age, bool) or not isinstance(max_age, int | float) or not max_age >= 0:
-            raise ConfigurationError(f"max_age must be a number of seconds, 0 or more, not {max_age!r}")
+        for option, seconds in (
+            ("max_age", max_age),
+            ("stale_while_revalidate", stale_while_revalidate),
+            ("stale_if_error", stale_if_error),
+        ):
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+                raise ConfigurationError(f"{option} must be a number of seconds, 0 or more, not {seconds!r}")
         try:
             import aiofiles  # only writing needs it
         except ModuleNotFoundError as exc:
@@ -132,10 +163,12 @@ class Cache:
         self._open_async: Callable[..., Any] = aiofiles.open
         self.max_bytes = max_bytes
         self.max_age = float(max_age)
+        self.stale_while_revalidate = float(stale_while_revalidate)
+        self.stale_if_error = float(stale_if_error)
         self.directory = CacheDirectory(
             directory,
             max_bytes=max_bytes,
-            max_unused=max(UNUSED_SECONDS, UNUSED_AGES * self.max_age),
+            max_unused=max(UNUSED_SECONDS, UNUSED_AGES * self.max_age, self.max_age + self.stale_if_error),
             used=self._used,
         )
         self._workers = Workers(stuck=STUCK_DISK)
@@ -147,6 +180,8 @@ class Cache:
         self._running: set[Fill] = set()
         """The fills that have not ended, including those that no client may join any more."""
         self._sweeping: set[asyncio.Task[None]] = set()
+        self._revalidating: dict[tuple[asyncio.AbstractEventLoop, str, str], asyncio.Task[None]] = {}
+        self._read_to = self.directory.purges.position()
         self._names: dict[str, CachedSource] = {}
         self._is_offloaded = False
         self._complained = -60.0
@@ -169,8 +204,22 @@ class Cache:
         """
         await self._attempt(self.directory.sweep)
 
+    async def purge(self, source: str, name: str, *, is_prefix: bool = False) -> int:
+        """Remove a file of a source, or with `is_prefix` all whose names begin with `name`; return how many there were.
+
+        source: the name of the source in this cache. See `CachedSource.purge`. Raises `SourceUnavailable` if the disk
+        fails.
+        """
+        try:
+            return await self._workers.run(self.directory.purge, Purge(source, name, is_prefix))
+        except OSError as exc:
+            raise SourceUnavailable(f"the cache {self.path!r} cannot be purged: {exc}") from exc
+        finally:
+            self.catch_up()
+
     async def aclose(self) -> None:
         """End the running fills, and remove incomplete files. Clients that wait for them are aborted."""
+        await self._end_revalidations(None)
         await self._end(list(self._running))
         for task in list(self._sweeping):
             await asyncio.wait([task])
@@ -186,11 +235,18 @@ class Cache:
 
     async def end_of(self, source: str) -> None:
         """End the fills from a source, and free its name."""
+        await self._end_revalidations(source)
         await self._end([fetch for fetch in self._running if fetch.source == source])
         self._names.pop(source, None)
         for kept in list(self.kept.values()):
             if kept.source == source:
                 kept.file = None  # it would use the source again
+
+    async def _end_revalidations(self, source: str | None) -> None:
+        for (loop, name, _), task in list(self._revalidating.items()):
+            if source in (None, name) and loop is asyncio.get_running_loop():
+                task.cancel()
+                await asyncio.wait([task])
 
     async def _end(self, fetches: "list[Fill]") -> None:
         for fetch in fetches:
@@ -215,9 +271,11 @@ class Cache:
     def remember(self, source: str, key: str, entry: Entry, *, leased: float = _NEVER) -> Kept:
         """Remember the complete file of a key."""
         before = self.kept.pop((source, key), None)
-        now = time.monotonic()
+        now, retry = time.monotonic(), _NEVER
         if before is not None and before.entry.data == entry.data:
             leased = max(leased, before.leased)
+            if before.entry.validated == entry.validated:
+                retry = before.retry
         while len(self.kept) >= _MAX_KNOWN:
             del self.kept[next(iter(self.kept))]
         kept = self.kept[source, key] = Kept(
@@ -229,8 +287,67 @@ class Cache:
             current=now + min(_CHECK_SECONDS, entry.fresh_for(self.max_age)),
             leased=leased,
             used=now,
+            retry=retry,
         )
         return kept
+
+    def catch_up(self) -> None:
+        """Forget what has been purged since the last call, by this process or another one."""
+        position = self.directory.purges.position()
+        if position == self._read_to:
+            return
+        purges = self.directory.purges.since(self._read_to)
+        self._read_to = position
+
+        def is_purged(source: str, key: str) -> bool:
+            return purges is None or any(purge.covers(source, key) for purge in purges)
+
+        for place in [place for place in {*self.kept, *self._refused} if is_purged(*place)]:
+            self.kept.pop(place, None)
+            self._refused.pop(place, None)
+        for fill in list(self._running):
+            if is_purged(fill.source, fill.key):
+                fill.purge()
+
+    def staleness(self, kept: Kept) -> StaleUse | None:
+        """Return why a file that is not fresh may be sent without waiting for the source; None if it may not."""
+        overdue = kept.entry.overdue(self.max_age)
+        while_revalidate, if_error = self._stale_seconds(kept)
+        if overdue < while_revalidate:
+            return "stale-while-revalidate"
+        return "stale-if-error" if overdue < if_error and time.monotonic() < kept.retry else None
+
+    def replaces(self, kept: Kept, exc: FileError) -> bool:
+        """Return whether a file that is not fresh may be sent because the source has failed.
+
+        If so, the source is not asked again at once.
+        """
+        if exc.status not in _ERRORS or kept.entry.overdue(self.max_age) >= self._stale_seconds(kept)[1]:
+            return False
+        self.catch_up()
+        current = self.kept.get((kept.source, kept.key))
+        if current is None or current.entry.data != kept.entry.data:  # purged, or replaced
+            return False
+        if time.monotonic() >= current.retry:
+            name, problem = shown(kept.entry.name), escaped(f"{type(exc).__name__}: {exc}")
+            logger.warning("the cached %s is sent although it is stale, as its source failed: %s", name, problem)
+        current.retry = time.monotonic() + RETRY_SECONDS
+        return True
+
+    def _stale_seconds(self, kept: Kept) -> tuple[float, float]:
+        return stale_seconds(
+            kept.entry.metadata, while_revalidate=self.stale_while_revalidate, if_error=self.stale_if_error
+        )
+
+    def revalidate_soon(self, kept: Kept) -> None:
+        """Revalidate a file in the background, once, unless too many are, or its source has just failed."""
+        place = asyncio.get_running_loop(), kept.source, kept.key
+        is_due = place not in self._revalidating and time.monotonic() >= kept.retry
+        if (source := self._names.get(kept.source)) is None or not is_due or len(self._revalidating) >= MAX_BACKGROUND:
+            return
+        # not in a task group: the request that finds it due does not wait for it
+        task = self._revalidating[place] = asyncio.create_task(source.revalidate(kept))
+        task.add_done_callback(lambda _: self._revalidating.pop(place, None))
 
     def _used(self) -> dict[str, float]:
         """Return when files were last used, in seconds since the epoch, by their K."""
@@ -321,7 +438,8 @@ class Cache:
         if fill is None and inner is not None:
             enlisted = self._names.get(source)
             algorithms = () if enlisted is None else enlisted.digests
-            fill = self._fetches[place] = Fill(self, source, key, inner, stale, before, algorithms)
+            began = self.directory.purges.position()
+            fill = self._fetches[place] = Fill(self, source, key, inner, stale, before, algorithms, began=began)
             self._running.add(fill)
             fill.start()
             fill.task.add_done_callback(partial(self._ended, fill))
@@ -362,21 +480,25 @@ class Cache:
         room = size + _GROW if part.size is None else min(size + _GROW, part.size)
         return bool(await self._attempt(self.directory.grow, part, room))
 
-    async def commit(self, part: Part, source: str, key: str, entry: Entry) -> Kept | None:
-        """Keep a complete part and return it, or return a newer version of its key; None if the disk fails."""
-        newer = self.kept.get((source, key))
+    async def commit(self, part: Part, fill: Fill, entry: Entry) -> Kept | None:
+        """Keep a complete part and return it, or return a newer version of its key.
+
+        Returns None if the disk fails, or if the file was purged since the fill began.
+        """
+        self.catch_up()
+        newer = self.kept.get((fill.source, fill.key))
         if newer is not None and newer.entry.validated > entry.validated:
             return newer
+        commit = partial(self.directory.commit, part, fill.source, fill.key, entry, began=fill.began)
+        is_kept = await self._attempt(commit)
+        if is_kept is False:
+            fill.purge()
+        return self.remember(fill.source, fill.key, entry) if is_kept else None
 
-        def commit() -> bool:
-            self.directory.commit(part, source, key, entry)
-            return True
-
-        return self.remember(source, key, entry) if await self._attempt(commit) else None
-
-    async def renew(self, source: str, key: str, entry: Entry) -> Kept:
-        """Note that a file is still current, with its new description."""
-        await self._attempt(self.directory.renew, source, key, entry)
+    async def renew(self, source: str, key: str, entry: Entry) -> Kept | None:
+        """Note that a file is still current, with its new description; None if it has been removed or replaced."""
+        if await self._attempt(self.directory.renew, source, key, entry) is False:
+            return None
         return self.remember(source, key, entry)
 
     async def open_to_write(self, part: Part) -> Any:

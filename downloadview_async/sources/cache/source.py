@@ -4,15 +4,18 @@ A complete file is a local file: a proxy can send it by its path, it has ranges,
 missing file is fetched once (single-flight) by a separate task, and all clients get its bytes while they arrive.
 """
 
+import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from inspect import isfunction
 from typing import Any
 
-from downloadview_async.errors import ConfigurationError, SourceUnavailable, wrong_type
+from downloadview_async.errors import ConfigurationError, FileError, FileMissing, SourceUnavailable, wrong_type
 from downloadview_async.http.digest import check_algorithms
+from downloadview_async.http.log_text import escaped, shown
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.sources.base import (
@@ -24,15 +27,21 @@ from downloadview_async.sources.base import (
     on_demand_of,
     pass_listing_on,
 )
-from downloadview_async.sources.cache.entry import Entry
 from downloadview_async.sources.cache.fill import Fill
-from downloadview_async.sources.cache.index import Cache, Kept
+from downloadview_async.sources.cache.index import RETRY_SECONDS, Cache, Kept
 from downloadview_async.sources.local.open_file import OpenLocalFile
 
 MAX_AHEAD = 8 << 20
 """Bytes: a range that begins further than this after the bytes that have arrived is read from the source itself."""
 
+CACHE_NAME = "downloadview"
+"""The name of every cache of this library in Cache-Status: it tells nothing about the machine or the source."""
+
+_HIT = f"{CACHE_NAME}; hit"
+_STALE_IF_ERROR = f"{CACHE_NAME}; fwd=stale; detail=stale-if-error"
 _MAX_TRIES = 3
+
+logger = logging.getLogger("downloadview_async")
 
 
 class CachedSource:
@@ -77,20 +86,67 @@ class CachedSource:
             return await self.source.resolve(name)
         if self._canonical is not None:
             name = self._canonical(name)  # else each spelling would be fetched and kept separately
-        now = time.monotonic()
-        if (kept := self.cache.kept.get((self.name, name))) is None or now >= kept.current:
-            kept = await self.cache.find(self.name, name)
-            if kept is None or not kept.entry.fresh_for(self.cache.max_age):
-                inner = await self.source.resolve(name)
-                on_demand = on_demand_of(inner)
-                if _is_local(inner) or (on_demand is not None and not on_demand.is_keepable):
+        cache, now = self.cache, time.monotonic()
+        cache.catch_up()
+        if (kept := cache.kept.get((self.name, name))) is None or now >= kept.current:
+            kept = await cache.find(self.name, name)
+            if kept is None or not kept.entry.fresh_for(cache.max_age):
+                if kept is not None and (reason := cache.staleness(kept)) is not None:
+                    cache.counts["hits"] += 1
+                    kept.used = now
+                    cache.revalidate_soon(kept)
+                    ttl = -math.ceil(kept.entry.overdue(cache.max_age))
+                    return KeptFile(self, kept, f"{_HIT}; ttl={ttl}; detail={reason}")
+                try:
+                    inner = await self.source.resolve(name)
+                except FileError as exc:
+                    if kept is None or not cache.replaces(kept, exc):
+                        raise
+                    cache.counts["revalidated"] += 1
+                    return KeptFile(self, kept, _STALE_IF_ERROR)
+                if not _is_keepable(inner):
                     return inner
-                return CachedFile(self.cache, self.name, name, inner, stale=None if kept is None else kept.entry)
-        self.cache.counts["hits"] += 1
+                return CachedFile(cache, self.name, name, inner, stale=kept)
+        cache.counts["hits"] += 1
         kept.used = now
         if kept.file is None:
             kept.file = KeptFile(self, kept)
         return kept.file
+
+    async def purge(self, name: str = "", *, is_prefix: bool = False) -> int:
+        """Remove a file from the cache, or with `is_prefix` all whose names begin with `name`.
+
+        Returns how many files there were. Requests that come afterwards, in all processes that share the directory, ask
+        the source. Running answers get the rest of their files, but what is being fetched for them is not kept. The
+        prefix is compared letter by letter: `v1` is also the beginning of `v10/a`; an empty one covers all files.
+
+        Raises `FileMissing` for a name that no file can have, `SourceUnavailable` if the disk fails.
+        """
+        if not is_prefix and self._canonical is not None:
+            name = self._canonical(name)
+        return await self.cache.purge(self.name, name.lstrip("/") if is_prefix else name, is_prefix=is_prefix)
+
+    async def revalidate(self, kept: Kept) -> None:
+        """Ask the source whether a kept file is still current, and fetch it if it is not: for `Cache`."""
+        cache = self.cache
+        try:
+            inner = await self.source.resolve(kept.key)
+            if not _is_keepable(inner):
+                await cache.forget(self.name, kept.key, kept.entry.data)
+                return
+            fetch = cache.fetch(self.name, kept.key, inner, kept.entry)
+            assert fetch is not None
+            async with fetch.joined() as (fetch, arriving):
+                if arriving is not None:
+                    arriving.position = None  # it reads nothing
+                if not fetch.is_for_one:
+                    await fetch.settled()
+        except FileMissing:
+            await cache.forget(self.name, kept.key, kept.entry.data)
+        except Exception as exc:  # a source may raise anything
+            kept.retry = time.monotonic() + RETRY_SECONDS
+            problem = escaped(f"{type(exc).__name__}: {exc}")
+            logger.warning("the cached %s cannot be revalidated: %s", shown(kept.entry.name), problem)
 
     async def aclose(self) -> None:
         """End the fills from the source, and close it if it has `aclose`."""
@@ -118,17 +174,24 @@ def _name_of(source: Source) -> str:
     )
 
 
-def _is_local(file: AsyncFile) -> bool:
-    return file.location is not None and os.path.isabs(file.location)
+def _is_keepable(file: AsyncFile) -> bool:
+    """Return whether a cache may keep a file: it is not local, and content that is made on demand allows it."""
+    on_demand = on_demand_of(file)
+    is_local = file.location is not None and os.path.isabs(file.location)
+    return not is_local and (on_demand is None or on_demand.is_keepable)
 
 
 class KeptFile:
-    """A file of a `CachedSource` that was in the cache, and fresh, when it was requested."""
+    """A file of a `CachedSource` that was in the cache, and might be sent from there, when it was requested.
 
-    __slots__ = ("_kept", "_source", "name")
+    cache_status: see `HasCacheStatus`.
+    """
 
-    def __init__(self, source: CachedSource, kept: Kept) -> None:
+    __slots__ = ("_kept", "_source", "cache_status", "name")
+
+    def __init__(self, source: CachedSource, kept: Kept, cache_status: str = _HIT) -> None:
         self.name = kept.entry.name
+        self.cache_status = cache_status
         self._source = source
         self._kept = kept
 
@@ -160,7 +223,7 @@ class KeptFile:
 class CachedFile:
     """A file of a `CachedSource` that is not in the cache, or not fresh. It has a location once it is both."""
 
-    __slots__ = ("_cache", "_inner", "_is_counted", "_kept", "_key", "_source", "_stale", "name")
+    __slots__ = ("_cache", "_inner", "_is_counted", "_kept", "_key", "_source", "_stale", "cache_status", "name")
 
     def __init__(
         self,
@@ -169,10 +232,12 @@ class CachedFile:
         key: str,
         inner: AsyncFile,
         *,
-        stale: Entry | None = None,
+        stale: Kept | None = None,
         is_counted: bool = False,
     ) -> None:
         self.name = inner.name
+        self.cache_status: str | None = None
+        """See `HasCacheStatus`."""
         self._cache = cache
         self._source = source
         self._key = key
@@ -188,38 +253,67 @@ class CachedFile:
 
     @asynccontextmanager
     async def open(self, request: DownloadRequest = GET) -> AsyncIterator[OpenFile]:
-        """Open the complete file, the file while it arrives, or the file of the source itself."""
+        """Open the complete file, the file while it arrives, or the file of the source itself.
+
+        If the source fails and the cache may send the file although it is stale, open that one.
+        """
+        stale = self._stale
+        async with AsyncExitStack() as stack:
+            try:
+                opened = await stack.enter_async_context(self._open(request))
+            except FileError as exc:
+                if stale is None or not self._cache.replaces(stale, exc):
+                    raise
+                local = await stack.enter_async_context(self._cache.open(stale))
+                if local is None:
+                    raise
+                self._kept, self.cache_status, opened = stale, _STALE_IF_ERROR, local
+            yield opened
+
+    @asynccontextmanager
+    async def _open(self, request: DownloadRequest) -> AsyncIterator[OpenFile]:
         cache, source, key = self._cache, self._source, self._key
+        status = _HIT
         for _ in range(_MAX_TRIES):
             kept = self._kept or self._fetched_meanwhile()
             if kept is not None:
                 async with cache.open(kept) as opened:
                     if opened is not None:
-                        self._kept = kept
+                        self._kept, self.cache_status = kept, status
                         self._count("hits")
                         yield opened
                         return
                 self._kept = self._stale = None
                 await cache.forget(source, key, kept.entry.data)
             self._count("misses" if self._stale is None else "revalidated")
+            reason = f"{CACHE_NAME}; fwd={'miss' if self._stale is None else 'stale'}"
             async with self._passed(request) as passed:
                 if passed is not None:
                     cache.counts["passed"] += 1
+                    self.cache_status = reason
                     yield passed
                     return
-            fetch = cache.fetch(source, key, self._inner, self._stale)
+            running = cache.fetch(source, key, None, None)
+            stale = None if self._stale is None else self._stale.entry
+            fetch = cache.fetch(source, key, self._inner, stale)
             assert fetch is not None
+            is_collapsed = fetch is running
             async with fetch.joined() as (fetch, arriving):
                 if fetch.is_for_one and (arriving is None or _are_parts(request, arriving.metadata)):
                     continue  # an uncacheable stream can be read only once, but several ranges need to seek
+                if fetch.is_kept or fetch.result is not None:
+                    reason += "; collapsed" if is_collapsed else "; stored"
                 if arriving is not None and not (request.range and arriving.metadata.size is None and fetch.is_kept):
+                    self.cache_status = reason
                     yield arriving
                     return
                 # the kept file is current, or the size is not known yet, and without it there are no ranges
                 if arriving is not None:
                     arriving.position = None
                 await fetch.settled()
-            self._kept = fetch.result
+            self._kept, status = fetch.result, reason
+            if stale is not None and fetch.result is not None and fetch.result.entry.data == stale.data:
+                status = f"{CACHE_NAME}; fwd=stale; fwd-status=304"
         raise SourceUnavailable(f"{self.name!r} does not stay in the cache")
 
     def _count(self, what: str) -> None:

@@ -1,0 +1,195 @@
+"""Purging a cache: by name and by prefix, in all processes, and while files arrive or are sent."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+import downloadview_async as dv
+from downloadview_async import Cache, CachedSource
+from downloadview_async.sources.cache import purges
+from downloadview_async.sources.cache.purges import Purge, PurgeLog
+from tests.servers import PROJECT
+from tests.sources.test_cached import BIG, Origin, Served, origin, remote, serving
+
+__all__ = ["origin"]  # a fixture
+
+pytestmark = pytest.mark.asyncio
+HIT = "downloadview; hit"
+MISS = "downloadview; fwd=miss; stored"
+
+
+@pytest_asyncio.fixture
+async def served(origin: Origin, tmp_path: Path) -> AsyncIterator[Served]:
+    async with serving(remote(origin), tmp_path / "cache") as served:
+        yield served
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[int]:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+async def filled(served: Served, *names: str) -> None:
+    for name in names:
+        assert (await served.get(f"/{name}")).status == 200
+    await served.settled()
+
+
+async def test_a_name_and_a_prefix(origin: Origin, served: Served) -> None:
+    origin.content = b"content"
+    await filled(served, "a/1", "a/2", "ab/3", "b", "b/c")
+    assert await served.source.purge("a/1") == 1
+    assert await served.source.purge("a/1") == 0
+    assert await served.source.purge("./b") == 1  # another spelling of it
+    assert await served.source.purge("/a", is_prefix=True) == 2
+    assert await served.source.purge("", is_prefix=True) == 1
+    assert not served.data()
+    assert served.cache.counters.bytes == 0
+    assert len(origin.requests) == 5
+    await filled(served, "a/1")
+    assert len(origin.requests) == 6
+    with pytest.raises(dv.FileMissing):
+        await served.source.purge("../x")
+
+
+async def test_other_sources_of_the_directory_keep_their_files(origin: Origin, served: Served) -> None:
+    other = CachedSource(remote(origin), served.cache, name="another source")
+    await filled(served, "a")
+    assert await other.purge("", is_prefix=True) == 0
+    assert len(served.data()) == 1
+
+
+async def test_an_answer_that_is_being_sent_keeps_its_bytes(origin: Origin, served: Served) -> None:
+    await filled(served, "a.bin")
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1 << 16)
+    writer.write(b"GET /a.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    assert await served.source.purge("a.bin") == 1
+    origin.content, origin.headers[0] = BIG[::-1], 'ETag: "v2"'
+    assert (await served.get()).body == BIG[::-1]
+    assert await reader.readexactly(len(BIG)) == BIG
+    writer.close()
+
+
+@pytest.mark.parametrize("is_prefix", [True, False])
+async def test_a_fill_that_began_before_is_not_kept(origin: Origin, served: Served, is_prefix: bool) -> None:
+    origin.held_from = 1_000_000
+    old = asyncio.create_task(served.get())
+    await origin.has_open(1)
+    assert await served.source.purge("a" if is_prefix else "a.bin", is_prefix=is_prefix) == 0
+    origin.content, origin.headers[0], origin.held_from = BIG[::-1], 'ETag: "v2"', None
+    assert (await served.get()).body == BIG[::-1]  # it does not join the old one
+    origin.gate.set()
+    assert (await old).body == BIG
+    await served.settled()
+    again = await served.get()
+    assert (again.body, again.headers["cache-status"]) == (BIG[::-1], HIT)
+    assert len(origin.requests) == 2
+
+
+@pytest.mark.parametrize("is_by_another_process", [True, False])
+async def test_a_purged_fill_leaves_nothing(origin: Origin, served: Served, is_by_another_process: bool) -> None:
+    origin.held_from = 1_000_000
+    old = asyncio.create_task(served.get())
+    await origin.has_open(1)
+    source = served.source
+    if is_by_another_process:  # one that has its own view of the directory
+        source = CachedSource(remote(origin), Cache(served.cache.path), name="the source")
+    await source.purge("a.bin")
+    origin.gate.set()
+    assert (await old).body == BIG
+    await served.settled()
+    assert not served.data()
+    # nor does it count as uncacheable
+    assert (await served.get()).headers["cache-status"] == MISS
+
+
+async def test_a_revalidation_that_began_before_puts_nothing_back(origin: Origin, tmp_path: Path) -> None:
+    async with serving(remote(origin), tmp_path, max_age=0) as served:
+        await filled(served, "a.bin")
+        kept = await served.cache.find(served.source.name, "a.bin")
+        assert kept is not None
+        await served.source.purge("a.bin")
+        assert await served.cache.renew(served.source.name, "a.bin", kept.entry) is None
+        assert (served.source.name, "a.bin") not in served.cache.kept
+
+
+async def test_another_process_learns_of_it_at_once(origin: Origin, served: Served) -> None:
+    await filled(served, "a.bin", "b.bin")
+    for _ in range(3):  # so that it is kept open
+        assert (await served.get()).headers["cache-status"] == HIT
+    code = (
+        "import asyncio, sys, downloadview_async as dv\n"
+        "source = dv.CachedSource(dv.VirtualSource(print), dv.Cache(sys.argv[1]), name='the source')\n"
+        "print(asyncio.run(source.purge('a.bin')))\n"
+    )
+    command = [sys.executable, "-c", code, served.cache.path]
+    process = await asyncio.create_subprocess_exec(*command, cwd=PROJECT, stdout=subprocess.PIPE)
+    assert (await process.communicate())[0] == b"1\n"
+    origin.content, origin.headers[0] = BIG[::-1], 'ETag: "v2"'
+    answer = await served.get()
+    assert (answer.body, answer.headers["cache-status"]) == (BIG[::-1], MISS)
+    assert (await served.get("/b.bin")).headers["cache-status"] == HIT
+
+
+async def test_a_file_that_a_proxy_may_still_open_is_not_sent_again(served: Served) -> None:
+    await filled(served, "a.bin")
+    location = (await served.source.resolve("a.bin")).location
+    assert location is not None
+    await served.source.purge("a.bin")
+    assert Path(location).read_bytes() == BIG
+    assert (await served.source.resolve("a.bin")).location is None
+    assert (await served.get()).headers["cache-status"] == MISS
+
+
+async def test_the_log_is_replaced_when_it_is_long(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = PurgeLog(directory), PurgeLog(directory)
+    start = other.position()
+    assert other.since(start) == ()
+    one.add(Purge("s", "a"))
+    assert other.since(start) == [Purge("s", "a")]
+    middle = other.position()
+    one.add(Purge("s", "\udcff\n", is_prefix=True))
+    assert other.since(middle) == [Purge("s", "\udcff\n", is_prefix=True)]
+    assert PurgeLog(directory).since(other.position()) == ()
+    monkeypatch.setattr(purges, "MAX_BYTES", 10)
+    one.add(Purge("s", "b"))
+    assert other.since(middle) is None
+    assert other.since(start) is None
+    last = other.position()
+    monkeypatch.undo()
+    one.add(Purge("s", "c"))
+    assert other.since(last) == [Purge("s", "c")]
+
+
+async def test_a_log_that_is_lost_means_that_anything_was_purged(served: Served) -> None:
+    await served.source.purge("b.bin")
+    await filled(served, "a.bin")
+    assert (served.source.name, "a.bin") in served.cache.kept
+    (Path(served.cache.path) / "purges").unlink()
+    await served.source.purge("c.bin")
+    assert (served.source.name, "a.bin") not in served.cache.kept
+    assert (await served.get()).headers["cache-status"] == HIT  # it is still on the disk
+
+
+async def test_a_disk_that_fails_is_an_error(served: Served) -> None:
+    await filled(served, "a.bin")
+    usage = Path(served.cache.path) / "usage"
+    usage.unlink()
+    usage.mkdir()
+    with pytest.raises(dv.SourceUnavailable, match="cannot be purged"):
+        await served.source.purge("a.bin")
+
+
+async def test_without_a_purge_there_is_no_log(served: Served) -> None:
+    await filled(served, "a.bin")
+    assert served.cache.directory.purges.position() == (0, 0)
+    assert not (Path(served.cache.path) / "purges").exists()
