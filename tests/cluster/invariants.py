@@ -191,7 +191,7 @@ def _check_links(findings: Findings, world: World, excuses: Excuses, by_agent: d
         again += len(wholes) > 1 and unwritten
     if again:
         findings.facts.append(
-            f"{again} clients could get their file again by a link for one download, because its end was not written"
+            f"clients that could get their file again by a link, because its end was not written: {again}"
         )
 
 
@@ -265,8 +265,8 @@ def _check_outcomes(
                 findings.check("same status and bytes", same, text)
     if uncertain.left:
         findings.facts.append(
-            f"{len(uncertain.left)} answers were given twice: by a replica that hung, after the proxy had left it, "
-            "and by another one"
+            "answers that were given by a replica that hung, after the proxy had left it, and by another one, too: "
+            f"{len(uncertain.left)}"
         )
     return uncertain
 
