@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from benchmarks.apps.bare import INTERNAL
-from benchmarks.servers import SIGNER
+from benchmarks.running import SIGNER
 from downloadview_async import Download, OffloadMiddleware, PathSource, Rule, SignedLinks, XAccelRedirect
 
 FILES = os.environ["BENCH_FILES"]
