@@ -160,6 +160,18 @@ bench: $(VENV)/bench.done  ## Compare with other servers in 25 minutes (needs wr
 bench-quick: $(VENV)/bench.done  ## Print what `downloadview serve` reaches, measured in 2 minutes; writes nothing (needs wrk)
 	$(BIN)/python -m benchmarks --quick --product --rounds 2
 
+.PHONY: costs
+costs: $(VENV)/bench.done  ## Measure what `downloadview plan` computes with, in 8 minutes, and write it (needs wrk, redis)
+	$(BIN)/python -m benchmarks --costs $(BENCH_ARGS)
+
+.PHONY: plan-check
+plan-check: $(VENV)/dev.done  ## Compare `downloadview plan` with what 1, 2 and 3 replicas of `make cluster` use
+	@mkdir -p dist
+	for replicas in 1 2 3; do \
+		$(BIN)/python -m tests.cluster --costs 5 --replicas $$replicas --json dist/cluster-$$replicas.json || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.plan_check dist/cluster-1.json dist/cluster-2.json dist/cluster-3.json
+
 .PHONY: configs
 configs: $(VENV)/run.done  ## Write the proxy configurations in deploy/ again with `downloadview config`
 	DOWNLOADVIEW_OFFLOAD__BACKEND=nginx $(call CONFIG,nginx) > $(DEPLOY)/nginx/nginx.conf

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks import proc, report
+from benchmarks.costs import SHOWN, write_costs
 from benchmarks.goals import PRODUCT, Rounds
 from benchmarks.load import LoadError, wrk_program
 from benchmarks.measures import FIGURES, FULL, MEASURE_OF, MEASURES, QUICK, Scale, warm
@@ -26,6 +27,7 @@ from benchmarks.nginx import nginx_program
 from benchmarks.pictures import Bar, bar_chart
 from benchmarks.running import FILE_SIZES, MEGABYTES, Server, running
 from benchmarks.servers import SERVERS
+from downloadview_async.service.plan.costs import MEASURED
 
 _RESULTS = Path(__file__).parent.parent / "docs" / "performance"
 _PACKAGES = (
@@ -56,13 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("The load comes from wrk, which is not installed: apt-get install wrk", file=sys.stderr)
         return 2
     scale = QUICK if options.quick else FULL
-    rounds = options.rounds or (1 if options.quick else 5)
-    everything = not (options.only or options.servers or options.quick or options.product)
+    rounds = options.rounds or (1 if options.quick else 3 if options.costs else 5)
+    everything = not (options.only or options.servers or options.quick or options.product or options.costs)
     output: Path | None = options.output or (_RESULTS if everything else None)
     servers = [server for server in SERVERS.values() if not options.servers or server.key in options.servers]
     measures = options.only or list(MEASURES)
 
-    needed = _of_product() if options.product else None
+    needed = (
+        _of_product()
+        if options.product
+        else _measures_of((figure, row) for row, figure in SHOWN)
+        if options.costs
+        else None
+    )
     present = [server for server in servers if not server.missing]
     for server in servers:
         if server.missing:
@@ -87,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     before = json.loads(options.before.read_text()) if options.before.exists() else None
     text = _write(results, before, output)
+    if everything or options.costs:
+        lacking = write_costs(results, options.output / "costs.json" if options.output else MEASURED)
+        _say(f"NOT WRITTEN: the costs lack {', '.join(lacking)}" if lacking else "the costs are written")
     print(report.goals_table(measured, PRODUCT) if options.product else text)
     return 1 if failures or len(present) < len(servers) else 0
 
@@ -102,6 +113,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes and one short round: does it work at all?")
     parser.add_argument(
         "--product", action="store_true", help="measure only what the table of the product needs, and print that table"
+    )
+    parser.add_argument(
+        "--costs", action="store_true", help="measure only what `downloadview plan` computes with, and write that"
     )
     parser.add_argument(
         "--page", action="store_true", help="measure nothing: write the page and the pictures of the results again"
@@ -134,6 +148,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _of_product() -> set[tuple[str, str]]:
     """Return the measures and servers that the goals of the product need."""
     pairs = {pair for goal in PRODUCT for pair in (goal.row.value, goal.row.base) if pair is not None}
+    return _measures_of(pairs)
+
+
+def _measures_of(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
     return {(MEASURE_OF.get(figure, figure), server) for figure, server in pairs}
 
 
@@ -151,11 +169,12 @@ def _names(known: Collection[str]) -> Any:
 def _run(
     turns: Sequence[tuple[str, Server]], rounds: int, scale: Scale, scratch: Path
 ) -> tuple[dict[str, dict[str, list[float | None]]], list[str], float]:
-    """Measure, round by round.
+    """Measure, round by round. After the first rounds, what the product has to reach is measured alone.
 
     Returns the figures of each round, what could not be measured, and how busy the machine was with other things.
     """
     cores = sorted(os.sched_getaffinity(0))
+    of_product = _of_product()
     load_core, server_core = cores[0], cores[-1]
     if load_core == server_core:
         _say("ONE CORE ONLY: servers and clients share it, and what is measured is both of them")
@@ -165,6 +184,9 @@ def _run(
     files = _make_files(scratch, scale)
     os.environ["BENCH_FILES"] = str(files)
     start = time.monotonic()
+    main = [turn for turn in turns if (turn[0], turn[1].key) in of_product]
+    total = sum(len(turns if number < report.ENOUGH_ROUNDS else main) for number in range(rounds))
+    done = 0
     measured: dict[str, dict[str, list[float | None]]] = {}
     failures: list[str] = []
     busy = 0.0
@@ -173,9 +195,9 @@ def _run(
             busy = max(busy, proc.busy_share(_LOOK))
             if busy > _BUSY:
                 _say(f"BUSY MACHINE: {busy:.0%} of its processors are in use before anything is measured")
-            for turn, (measure, server) in enumerate(turns):
-                done = number * len(turns) + turn
-                prefix = f"{time.monotonic() - start:5.0f} s, {done + 1}/{rounds * len(turns)}: {measure} {server.key}"
+            for measure, server in turns if number < report.ENOUGH_ROUNDS else main:
+                done += 1
+                prefix = f"{time.monotonic() - start:5.0f} s, {done}/{total}: {measure} {server.key}"
                 try:
                     with running(
                         server, files=files, scratch=scratch / f"{done}", core=server_core, other_core=load_core

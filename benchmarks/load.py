@@ -19,6 +19,7 @@ from typing import Any
 HOST = "127.0.0.1"
 _PATIENCE = 120.0  # seconds without a byte
 _BUFFER = 256 * 1024
+_PACED_BUFFER = 128 * 1024
 _PIECE = 64 * 1024  # bytes that a client of a limited rate reads at once
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
@@ -161,11 +162,11 @@ def first_byte_seconds(port: int, path: str, tls: ssl.SSLContext | None = None) 
 
 
 @contextlib.contextmanager
-def stalled(port: int, path: str, clients: int) -> Iterator[None]:
+def stalled(port: int, path: str, clients: int, tls: ssl.SSLContext | None = None) -> Iterator[None]:
     """Have clients that ask for a large file, take its first bytes, and take no more."""
     with contextlib.ExitStack() as stack:
         for _ in range(clients):
-            connection = stack.enter_context(connect(port, receive_buffer=4096))
+            connection = stack.enter_context(connect(port, receive_buffer=4096, tls=tls))
             if not ask(connection, path).begun:
                 connection.recv(1024)
         yield
@@ -173,7 +174,14 @@ def stalled(port: int, path: str, clients: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def downloading(
-    port: int, path: str, clients: int, *, core: int, rate: float | None = None, niceness: int = 19
+    port: int,
+    path: str,
+    clients: int,
+    *,
+    core: int,
+    rate: float | None = None,
+    niceness: int = 19,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[Callable[[], int]]:
     """Have clients that download a file again and again, in a process of low priority.
 
@@ -183,7 +191,9 @@ def downloading(
     with contextlib.ExitStack() as stack:
         connections: dict[socket.socket, int] = {}
         for _ in range(clients):
-            connection = stack.enter_context(connect(port))
+            # a client of a limited rate must not let the kernel take seconds of its bytes in advance
+            buffer = None if rate is None else _PACED_BUFFER
+            connection = stack.enter_context(connect(port, receive_buffer=buffer, tls=tls))
             head = ask(connection, path)
             connections[connection] = head.length - head.begun
         # Forked, for it has the connections then. What measures beside it must not wait for it.
@@ -247,13 +257,17 @@ def _receive(
 
 
 def ask_each(port: int, paths: Sequence[str], connections: int) -> None:
-    """Request each path once, with a few requests at once, and read the answers. Raises `LoadError` for an error."""
+    """Request each path once, with a few requests at once, and read the answers. Raises `LoadError` for an error.
+
+    A proxy seems to have got each request from another client.
+    """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(connect(port)) for _ in range(connections)]
         for start in range(0, len(paths), connections):
             turn = [*zip(sockets, paths[start : start + connections], strict=False)]
-            for connection, path in turn:
-                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
+            for number, (connection, path) in enumerate(turn, start):
+                client = f"X-Forwarded-For: 10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {HOST}\r\n{client}\r\n\r\n".encode())
             for connection, path in turn:
                 head = read_head(connection, path)
                 if head.status != 200:

@@ -30,7 +30,7 @@ _GIB = 1 << 30
 _MIB = 1 << 20
 _CONNECTIONS = 16
 _WARM_REQUESTS = 200
-_TURNS = 2
+_COLD_TURNS = 2
 _QUIET = 0.25  # seconds in which a server that has no more to do uses no processor
 _RANGE = 64 << 10
 _PACE = 2e6  # bytes per second of each client of `paced`
@@ -60,6 +60,7 @@ class Scale:
     downloads: int = 50
     many_downloads: int = 500
     shared_requests: int = 1000
+    connections: int = 500
 
 
 FULL = Scale()
@@ -71,6 +72,7 @@ QUICK = Scale(
     downloads=10,
     many_downloads=50,
     shared_requests=100,
+    connections=50,
 )
 
 
@@ -97,6 +99,7 @@ _BESIDE = ("downloads",)
 FIGURES = {
     "rps_10k": Figure("10 KiB, requests/s", more_is_better=True),
     "cpu_10k": Figure("10 KiB, CPU of a request, µs", 1e-6, 1),
+    "cpu_connect": Figure("10 KiB on a new connection, CPU, µs", 1e-6, 1),
     "rps_1m": Figure("1 MiB, requests/s", more_is_better=True),
     "cpu_1m": Figure("1 MiB, CPU of a request, µs", 1e-6, 1),
     "range_1m": Figure("Range of 1 MiB, requests/s", more_is_better=True),
@@ -127,6 +130,7 @@ FIGURES = {
     "cpu_shared": Figure("CPU of a download, µs", 1e-6, 1),
     "redis_ops": Figure("Redis operations of a download", digits=2),
     "redis_cpu": Figure("CPU of a Redis operation, µs", 1e-6, 2),
+    "redis_memory": Figure("memory of Redis for a download, bytes"),
 }
 
 
@@ -190,6 +194,17 @@ def ranges(server: Running, scale: Scale, core: int) -> dict[str, float]:
     return {"rps_ranges": result.rate, "cpu_ranges": cpu}
 
 
+def connections(server: Running, scale: Scale, core: int) -> dict[str, float]:
+    """Find what a small file costs on a new connection."""
+    processes, path = proc.of_sessions(server.leaders), server.path("10k.bin")
+    start = proc.cpu_seconds(processes)
+    for _ in range(scale.connections):
+        with connect(server.port, tls=server.tls) as connection:
+            read_body(connection, ask(connection, path))
+    _wait_until_quiet(server)
+    return {"cpu_connect": (proc.cpu_seconds(processes) - start) / scale.connections}
+
+
 def listing(server: Running, scale: Scale, core: int) -> dict[str, float]:
     """Count requests per second for the page of a folder."""
     result, cpu = _load(server, "folder/", scale, core)
@@ -210,25 +225,20 @@ def workers(server: Running, scale: Scale, core: int) -> dict[str, float]:
 
 
 def range_1m(server: Running, scale: Scale, core: int) -> dict[str, float]:
-    """Count requests per second for a Range of 1 MiB of a large file, and in turns with it for a file of 1 MiB.
+    """Count requests per second for a Range of 1 MiB of a large file, and then for a file of 1 MiB.
 
-    From one turn to the next, both vary by more than what they differ by. So they do with the pages of the page cache
-    that a megabyte is in: each turn takes others. A turn is as long as other loads, since the first half second of
-    a load is slower.
+    Both vary with the pages of the page cache that a megabyte is in: each round takes others.
     """
-    rates: dict[str, list[float]] = {"range_1m": [], "whole_1m": []}
-    for _ in range(_TURNS):
-        start = random.randrange(0, scale.large_bytes, _MIB)
-        header = f"Range: bytes={start}-{start + _MIB - 1}"
-        for figure, name, headers in (
-            ("range_1m", server.server.large, [header]),
-            ("whole_1m", random.choice(MEGABYTES), []),
-        ):
-            _expect(server, name, *headers, status=206 if headers else 200)
-            url = server.url(name)
-            result = run_wrk(url, seconds=scale.seconds, connections=_CONNECTIONS, core=core, headers=headers)
-            rates[figure].append(result.rate)
-    return {figure: statistics.mean(values) for figure, values in rates.items()}
+    start = random.randrange(0, scale.large_bytes, _MIB)
+    header = f"Range: bytes={start}-{start + _MIB - 1}"
+    rates = {}
+    for figure, name, headers in (
+        ("range_1m", server.server.large, [header]),
+        ("whole_1m", random.choice(MEGABYTES), []),
+    ):
+        _expect(server, name, *headers, status=206 if headers else 200)
+        rates[figure] = _load(server, name, scale, core, headers=headers)[0].rate
+    return rates
 
 
 def _expect(server: Running, name: str, *headers: str, status: int) -> None:
@@ -275,8 +285,8 @@ def _several(server: Running, scale: Scale, core: int, clients: int, *, rate: fl
     """Return the CPU seconds per GiB of several downloads at once."""
     path = _prime(server)
     processes = proc.of_sessions(server.leaders)
-    with downloading(server.port, path, clients, core=core, rate=rate, niceness=0) as received:
-        time.sleep(scale.seconds / 4)  # the first bytes fill the queues of the kernel
+    with downloading(server.port, path, clients, core=core, rate=rate, niceness=0, tls=server.tls) as received:
+        time.sleep(scale.seconds / 2)  # the first bytes fill the queues of the kernel
         start, begun = proc.cpu_seconds(processes), received()
         time.sleep(scale.seconds)
         used, sent = proc.cpu_seconds(processes) - start, received() - begun
@@ -306,13 +316,13 @@ def cold(server: Running, scale: Scale, core: int) -> dict[str, float]:
     processes, path = proc.of_sessions(server.leaders), server.path("64m.bin")
     used = seconds = 0.0
     with connect(server.port) as connection:
-        for _ in range(_TURNS):
+        for _ in range(_COLD_TURNS):
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             start, cpu = time.monotonic(), proc.cpu_seconds(processes)
             read_body(connection, ask(connection, path))
             used, seconds = used + proc.cpu_seconds(processes) - cpu, seconds + time.monotonic() - start
-    gib = _TURNS * FILE_SIZES["64m.bin"] / _GIB
+    gib = _COLD_TURNS * FILE_SIZES["64m.bin"] / _GIB
     return {"cpu_per_gib_cold": used / gib, "seconds_per_gib_cold": seconds / gib}
 
 
@@ -332,11 +342,14 @@ def shared(server: Running, scale: Scale, core: int) -> dict[str, float]:
     redis = [process for process, _ in server.others]
     paths = [server.path("10k.bin") for _ in range(scale.shared_requests)]
     used, redis_used = proc.cpu_seconds(processes), proc.cpu_seconds(redis)
+    memory = sum(_redis_memory(port) for _, port in server.others)
     ask_each(server.port, paths, connections=8)
     _wait_until_quiet(server)
     figures = {"cpu_shared": (proc.cpu_seconds(processes) - used) / len(paths)}
     if redis:
         redis_used = proc.cpu_seconds(redis) - redis_used
+        memory = sum(_redis_memory(port) for _, port in server.others) - memory
+        figures["redis_memory"] = memory / scale.shared_requests
         paths = [server.path("10k.bin") for _ in range(_COUNTED)]
         with _operations(server.others[0][1]) as operations:
             ask_each(server.port, paths, connections=8)
@@ -344,6 +357,13 @@ def shared(server: Running, scale: Scale, core: int) -> dict[str, float]:
             figures["redis_ops"] = operations() / len(paths)
         figures["redis_cpu"] = redis_used / (figures["redis_ops"] * scale.shared_requests)
     return figures
+
+
+def _redis_memory(port: int) -> int:
+    """Return the bytes that a Redis has allocated."""
+    with socket.create_connection((HOST, port)) as connection:
+        connection.sendall(b"INFO memory\r\n")
+        return int(connection.recv(1 << 16).partition(b"used_memory:")[2].partition(b"\r")[0])
 
 
 @contextlib.contextmanager
@@ -366,14 +386,16 @@ def _operations(port: int) -> Iterator[Callable[[], int]]:
 
 def stalled_clients(server: Running, scale: Scale, core: int) -> dict[str, float]:
     """Find what a client costs that has asked for a large file and does not read on."""
+    path = _prime(server)
     processes = proc.of_sessions(server.leaders)
     memory, descriptors = proc.resident(processes), proc.descriptors(processes)
-    with stalled(server.port, server.path(server.server.large), scale.stalled_clients):
+    clients = scale.stalled_clients if server.server.many else scale.stalled_clients // 4
+    with stalled(server.port, path, clients, server.tls):
         _wait_until_quiet(server)
         processes = proc.of_sessions(server.leaders)
         return {
-            "rss_per_client": (proc.resident(processes) - memory) / scale.stalled_clients,
-            "descriptors_per_client": (proc.descriptors(processes) - descriptors) / scale.stalled_clients,
+            "rss_per_client": (proc.resident(processes) - memory) / clients,
+            "descriptors_per_client": (proc.descriptors(processes) - descriptors) / clients,
         }
 
 
@@ -418,6 +440,7 @@ MEASURES: Mapping[str, Callable[[Running, Scale, int], dict[str, float]]] = {
     "rps_1m": rps_1m,
     "range_1m": range_1m,
     "ranges": ranges,
+    "connections": connections,
     "listing": listing,
     "workers": workers,
     "shared": shared,
@@ -437,11 +460,12 @@ MEASURE_OF = {
     "p99": "beside",
     "p99_many": "beside_500",
     "cpu_10k": "rps_10k",
+    "cpu_connect": "connections",
     "cpu_1m": "rps_1m",
     "whole_1m": "range_1m",
     **dict.fromkeys(["rps_ranges", "cpu_ranges"], "ranges"),
     **dict.fromkeys(["rps_listing", "cpu_listing"], "listing"),
     **dict.fromkeys(["rps_workers", "cpu_workers", "balance"], "workers"),
-    **dict.fromkeys(["cpu_shared", "redis_ops", "redis_cpu"], "shared"),
+    **dict.fromkeys(["cpu_shared", "redis_ops", "redis_cpu", "redis_memory"], "shared"),
 }
 """The measure that finds a figure, if it has another name."""

