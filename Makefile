@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?=
 SOAK_ARGS ?=
+CLUSTER_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -123,6 +124,10 @@ fuzz: $(VENV)/dev.done $(VENV)/fuzz.done  ## Fuzz every parser, and the service 
 .PHONY: soak
 soak: $(VENV)/dev.done  ## Random clients and faults for an hour; SOAK_ARGS="--minutes 2 --seed 7" for a shorter run
 	$(BIN)/python -m tests.soak $(SOAK_ARGS)
+
+.PHONY: cluster
+cluster: $(VENV)/dev.done  ## Replicas that fail, and what clients notice, in ten minutes; CLUSTER_ARGS="--only kill-9" for one
+	$(BIN)/python -m tests.cluster $(CLUSTER_ARGS)
 
 .PHONY: clients
 clients: $(VENV)/clients.done  ## Install the Python clients for tests/clients (300 MB); install the others with apt
