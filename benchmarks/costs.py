@@ -13,6 +13,7 @@ from downloadview_async.service.plan.page import amount_text
 PAGE = Path(__file__).parent.parent / "docs" / "performance" / "costs.md"
 SHOWN = {
     *((row, figure) for row in ("serve-2", "serve-reuse-2") for figure in ("cpu_workers", "balance")),
+    *((row, "cpu_10k") for row in ("serve", "serve-redirect")),
     ("serve-redirect-2", "cpu_workers"),
     *NEEDED,
 }
@@ -69,18 +70,19 @@ def page(costs: Costs) -> str:
         "`make costs` and `make bench` write this page; do not edit it. [Scale](../scale.md) explains how "
         "`downloadview plan` computes with these numbers.",
         "## Ways to send",
-        "CPU is user and system time of all processes that send, nginx included. A request is one for 10 KiB. The "
-        "bytes are those of 64 clients that take 2 MB/s each.",
+        "CPU is user and system time of all processes that send, nginx included. In `serve-proxied`, nginx passes the "
+        "bytes on and is not counted. A request is one for 10 KiB; the bytes are those of 64 clients that take 2 MB/s "
+        "each.",
         _shown(
             costs,
-            [way.row for way in WAYS.values()] + ["serve-tls", "nginx", "nginx-tls"],
-            ["cpu_10k", "cpu_connect", "cpu_per_gib_paced", "cpu_per_gib_fill", "rss_per_client"],
+            ["serve", "serve-proxied", *(way.row for way in WAYS.values()), "serve-tls", "nginx", "nginx-tls"],
+            ["cpu_shared", "cpu_connect", "cpu_per_gib_paced", "cpu_per_gib_fill", "rss_per_client"],
         ),
         "## Facts in Redis, and counted downloads",
-        "For each download of 10 KiB. CPU of a download is that of the service; `serve` has no Redis.",
+        "For each request of 10 KiB. Its CPU is that of the service; `serve` and `serve-accounts` have no Redis.",
         _shown(
             costs,
-            ["serve", "shared-links", "shared-limits", "shared-both"],
+            ["serve", "serve-accounts", "shared-links", "shared-limits", "shared-both"],
             ["cpu_shared", "redis_ops", "redis_cpu", "redis_memory"],
         ),
         "## One worker and two",

@@ -239,30 +239,35 @@ def _download_at(
         for connection in connections:
             time.sleep(max(at - time.monotonic(), 0.0))
             at += turn
-            _receive(connections, connection, path, buffer, received)
+            left = _PIECE
+            while left > 0:  # TLS gives a record of 16 KiB at a time
+                left -= _receive(connections, connection, path, buffer, received)
 
 
 def _receive(
     connections: dict[socket.socket, int], connection: socket.socket, path: str, buffer: bytearray, received: _Counter
-) -> None:
+) -> int:
+    """Receive a part of a body, or begin the next download. Returns how many bytes of bodies were received."""
+    begun = 0
     if not connections[connection]:
         head = ask(connection, path)
         connections[connection] = head.length - head.begun
-        received.value += head.begun
+        begun = head.begun
     got = connection.recv_into(buffer, min(len(buffer), connections[connection]))
     if not got:
         raise LoadError("a download was cut off")
     connections[connection] -= got
-    received.value += got
+    received.value += begun + got
+    return begun + got
 
 
-def ask_each(port: int, paths: Sequence[str], connections: int) -> None:
+def ask_each(port: int, paths: Sequence[str], connections: int, tls: ssl.SSLContext | None = None) -> None:
     """Request each path once, with a few requests at once, and read the answers. Raises `LoadError` for an error.
 
     A proxy seems to have got each request from another client.
     """
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(connect(port)) for _ in range(connections)]
+        sockets = [stack.enter_context(connect(port, tls=tls)) for _ in range(connections)]
         for start in range(0, len(paths), connections):
             turn = [*zip(sockets, paths[start : start + connections], strict=False)]
             for number, (connection, path) in enumerate(turn, start):
@@ -270,6 +275,6 @@ def ask_each(port: int, paths: Sequence[str], connections: int) -> None:
                 connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {HOST}\r\n{client}\r\n\r\n".encode())
             for connection, path in turn:
                 head = read_head(connection, path)
-                if head.status != 200:
+                if head.status not in (200, 307):
                     raise LoadError(f"{path} was answered with {head.status}")
                 read_body(connection, head)

@@ -127,7 +127,7 @@ FIGURES = {
     "cpu_workers": Figure("CPU of a request, 2 workers, µs", 1e-6, 1),
     "rps_workers": Figure("requests/s, 2 workers", more_is_better=True),
     "balance": Figure("share of the busier worker", digits=2),
-    "cpu_shared": Figure("CPU of a download, µs", 1e-6, 1),
+    "cpu_shared": Figure("10 KiB, 8 at once, CPU of a request, µs", 1e-6, 1),
     "redis_ops": Figure("Redis operations of a download", digits=2),
     "redis_cpu": Figure("CPU of a Redis operation, µs", 1e-6, 2),
     "redis_memory": Figure("memory of Redis for a download, bytes"),
@@ -337,22 +337,23 @@ def fill(server: Running, scale: Scale, core: int) -> dict[str, float]:
 
 
 def shared(server: Running, scale: Scale, core: int) -> dict[str, float]:
-    """Find what a download takes of Redis, and of the service for that. Without Redis, this is the comparison."""
+    """Find what a request costs if the server is not always busy, and what it takes of Redis, if there is one."""
     processes = proc.of_sessions(server.leaders)
-    redis = [process for process, _ in server.others]
+    others = server.others if server.server.shares else []
+    redis = [process for process, _ in others]
     paths = [server.path("10k.bin") for _ in range(scale.shared_requests)]
     used, redis_used = proc.cpu_seconds(processes), proc.cpu_seconds(redis)
-    memory = sum(_redis_memory(port) for _, port in server.others)
-    ask_each(server.port, paths, connections=8)
+    memory = sum(_redis_memory(port) for _, port in others)
+    ask_each(server.port, paths, connections=8, tls=server.tls)
     _wait_until_quiet(server)
     figures = {"cpu_shared": (proc.cpu_seconds(processes) - used) / len(paths)}
     if redis:
         redis_used = proc.cpu_seconds(redis) - redis_used
-        memory = sum(_redis_memory(port) for _, port in server.others) - memory
+        memory = sum(_redis_memory(port) for _, port in others) - memory
         figures["redis_memory"] = memory / scale.shared_requests
         paths = [server.path("10k.bin") for _ in range(_COUNTED)]
-        with _operations(server.others[0][1]) as operations:
-            ask_each(server.port, paths, connections=8)
+        with _operations(others[0][1]) as operations:
+            ask_each(server.port, paths, connections=8, tls=server.tls)
             _wait_until_quiet(server)
             figures["redis_ops"] = operations() / len(paths)
         figures["redis_cpu"] = redis_used / (figures["redis_ops"] * scale.shared_requests)

@@ -139,6 +139,19 @@ def behind_nginx(product: Product) -> Callable[[Place], list[Command]]:
     return commands
 
 
+def proxied(product: Product) -> Callable[[Place], list[Command]]:
+    """Return the commands of the service behind an nginx that passes its bytes on, and is not measured."""
+
+    def commands(place: Place) -> list[Command]:
+        # the buffers are those of the printed configuration
+        buffers = "proxy_buffer_size 32k; proxy_buffers 8 32k; proxy_max_temp_file_size 0;"
+        client = "proxy_set_header X-Forwarded-For $http_x_forwarded_for;"
+        location = f"location /files/ {{ {PROXY} {buffers} {client} }}"
+        return [nginx_command(place, location, measured=False), serve(product, place, port=place.behind)]
+
+    return commands
+
+
 def before_nginx(product: Product) -> Callable[[Place], list[Command]]:
     """Return the commands of the service and of the nginx from which it fetches files, which is not measured."""
 

@@ -74,6 +74,8 @@ class Server:
     links: Literal["none", "reused", "once"] = "none"
     """Whether it takes only URLs that `SIGNER` has signed, or a new one for each download."""
     tls: bool = False
+    shares: bool = False
+    """Whether it has a Redis."""
     many: bool = False
     """Whether it has all stalled clients, and not a quarter of them."""
     primed: bool = False

@@ -387,7 +387,7 @@ def test_a_plan_is_compared_with_what_replicas_have_used() -> None:
     assert other.measured == 10.0
     far = Compared("a kind", 3, "CPU ms", 1.5, 1.0)
     assert plan_table([redis, far]).splitlines()[2:] == [
-        f"| quota of downloads, 20 kB, streamed | 2 | Redis CPU ms | {redis.planned:.3g} | {redis.measured:.3g} | +0% |",
+        f"| {redis.kind} | 2 | Redis CPU ms | {redis.planned:.3g} | {redis.measured:.3g} | +0% |",
         "| a kind | 3 | CPU ms | 1.5 | 1 | **+50%** |",
     ]
 

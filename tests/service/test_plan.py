@@ -17,14 +17,13 @@ from downloadview_async.service.plan.page import text_of
 
 GIB = 1 << 30
 ROUND = {
-    "cpu_10k": 100e-6,
     "cpu_connect": 200e-6,
     "cpu_per_gib_paced": 0.5,
     "cpu_per_gib_fill": 4.0,
     "rss_per_client": 10_000.0,
     "descriptors_per_client": 2.0,
     "idle": 50e6,
-    "cpu_shared": 300e-6,
+    "cpu_shared": 100e-6,
     "redis_ops": 4.0,
     "redis_cpu": 20e-6,
     "redis_memory": 500.0,
@@ -44,9 +43,14 @@ MACHINE = Machine(cores=4, memory=16e9, network=1.25e9, descriptors=65_536, use=
 
 
 def load(**changes: Any) -> Load:
-    return Load(
-        **{"send": "zero-copy", "clients": 1000.0, "requests": 100.0, "size": float(GIB), "kept": True} | changes
-    )
+    usual: dict[str, Any] = {
+        "send": "zero-copy",
+        "clients": 1000.0,
+        "requests": 100.0,
+        "size": float(GIB),
+        "kept": True,
+    }
+    return Load(**(usual | changes))
 
 
 @pytest.mark.parametrize(
@@ -58,8 +62,8 @@ def load(**changes: Any) -> Load:
         ({"send": "nginx", "tls": True}, 100 * 200e-6 + 100 * 1.0),
         ({"send": "cache", "hit_ratio": 0.9}, 100 * 100e-6 + 90 * 0.5 + 10 * 4.0),
         ({"send": "redirect"}, 100 * 100e-6),
-        ({"send": "redirect", "links": True}, 100 * 100e-6 + 100 * 300e-6),
-        ({"links": True, "limits": True}, 100 * 100e-6 + 100 * 0.5 + 100 * 600e-6),
+        ({"send": "redirect", "links": True}, 100 * 100e-6 + 100 * 100e-6),
+        ({"links": True, "limits": True}, 100 * 100e-6 + 100 * 0.5 + 100 * 200e-6),
         ({"completions": True}, 100 * 100e-6 + 100 * 0.5 + 100 * 50e-6),
     ],
 )
@@ -138,7 +142,7 @@ def test_the_text_has_the_formula_and_where_it_was_measured() -> None:
     text = text_of(plan(load(size=1e6), MACHINE, COSTS, spare=1), COSTS)
     assert "Machines: 2: 1 for the load, 1 to spare" in text
     assert "First bottleneck: network (0.2 machines), then CPU" in text
-    assert "100 requests/s x 100 µs (serve cpu_10k)" in text
+    assert "100 requests/s x 100 µs (serve-proxied cpu_shared)" in text
     assert "Measured: date 2026-01-02" in text
 
 

@@ -22,8 +22,9 @@ _DAY = 86_400
 class Way:
     """One way to send files.
 
-    row: the row of the benchmark. tls: what TLS adds is the difference of these two rows. holds: whether a download
-    holds a connection and sends its bytes here. fetches: whether what a client gets may be fetched first.
+    row: the row of the benchmark. tls: two rows whose difference is the cost of TLS. holds: whether a download holds a
+    connection and sends its bytes here. fetches: whether the bytes for a client may be fetched first. proxied: the row
+    in which a proxy passes the bytes on, if there is one.
     """
 
     title: str
@@ -31,10 +32,11 @@ class Way:
     tls: tuple[str, str]
     holds: bool = True
     fetches: bool = False
+    proxied: str | None = None
 
 
 WAYS: Mapping[str, Way] = {
-    "zero-copy": Way("local files by sendfile", "serve", ("serve-tls", "serve")),
+    "zero-copy": Way("local files by sendfile", "serve", ("serve-tls", "serve"), proxied="serve-proxied"),
     "chunks": Way("local files in chunks, as under other servers", "serve-chunks", ("serve-tls", "serve-chunks")),
     "nginx": Way("local files by nginx on the same machine, X-Accel-Redirect", "serve-nginx", ("nginx-tls", "nginx")),
     "cache": Way("remote files through the cache", "serve-cached", ("serve-tls", "serve"), fetches=True),
@@ -44,7 +46,7 @@ WAYS: Mapping[str, Way] = {
 """The ways by the names that `--send` takes."""
 
 _LIMITS, _LINKS, _BOTH, _COMPLETIONS = "shared-limits", "shared-links", "shared-both", "serve-accounts"
-_SENDING = ("cpu_10k", "cpu_connect", "cpu_per_gib_paced", "rss_per_client", "descriptors_per_client")
+_SENDING = ("cpu_shared", "cpu_connect", "cpu_per_gib_paced", "rss_per_client", "descriptors_per_client")
 _SHARED = ("cpu_shared", "redis_ops", "redis_cpu", "redis_memory")
 
 NEEDED: frozenset[tuple[str, str]] = frozenset(
@@ -53,7 +55,13 @@ NEEDED: frozenset[tuple[str, str]] = frozenset(
         ((row, figure) for way in WAYS.values() for row in way.tls for figure in _SENDING[:4]),
         ((row, figure) for row in (_LIMITS, _LINKS, _BOTH) for figure in _SHARED),
         (("serve-redirect", figure) for figure in _SENDING[:2]),
-        [("serve", "cpu_shared"), ("serve", "idle"), ("serve-cached", "cpu_per_gib_fill"), (_COMPLETIONS, "cpu_10k")],
+        (
+            (way.proxied, figure)
+            for way in WAYS.values()
+            if way.proxied
+            for figure in ("cpu_shared", "cpu_per_gib_paced")
+        ),
+        [("serve", "idle"), ("serve-cached", "cpu_per_gib_fill"), (_COMPLETIONS, "cpu_shared")],
     )
 )
 """Each row and figure that some plan needs."""
@@ -197,22 +205,22 @@ def _more(costs: Costs, amount: float, of: str, rows: tuple[str, str], figure: s
 
 def _cpu(load: Load, costs: Costs) -> Iterator[Term]:
     way, per_second = WAYS[load.send], "core-seconds/s"
-    request = "cpu_10k" if load.kept else "cpu_connect"
-    yield _term(costs, load.requests, "requests/s", way.row, request, per_second)
+    row, request = way.row, "cpu_shared" if load.kept else "cpu_connect"
+    if load.kept and way.proxied:
+        row = way.proxied
+    yield _term(costs, load.requests, "requests/s", row, request, per_second)
     if load.tls:
         yield _more(costs, load.requests, "requests/s", way.tls, request, per_second)
     if way.holds:
         gib = load.bytes_per_second / _GIB
         missed = gib * (1 - load.hit_ratio) if load.send == "cache" else 0.0
-        yield _term(costs, gib - missed, "GiB/s", way.row, "cpu_per_gib_paced", per_second)
+        yield _term(costs, gib - missed, "GiB/s", row, "cpu_per_gib_paced", per_second)
         if missed:
             yield _term(costs, missed, "GiB/s", way.row, "cpu_per_gib_fill", per_second)
         if load.tls:
             yield _more(costs, gib, "GiB/s", way.tls, "cpu_per_gib_paced", per_second)
-    if row := _shared_row(load):
-        yield _more(costs, load.requests, "requests/s", (row, "serve"), "cpu_shared", per_second)
-    if load.completions:
-        yield _more(costs, load.requests, "requests/s", (_COMPLETIONS, "serve"), "cpu_10k", per_second)
+    for more in filter(None, [_shared_row(load), _COMPLETIONS if load.completions else None]):
+        yield _more(costs, load.requests, "requests/s", (more, "serve"), "cpu_shared", per_second)
 
 
 def _shared_row(load: Load) -> str | None:
