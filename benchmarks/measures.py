@@ -35,6 +35,7 @@ _QUIET = 0.25  # seconds in which a server that has no more to do uses no proces
 _RANGE = 64 << 10
 _PACE = 2e6  # bytes per second of each client of `paced`
 _PACED_CLIENTS = 64
+_LEAST_SHARE = 0.8  # of their rate, which paced clients have to receive
 _COUNTED = 100  # downloads whose operations of Redis are counted
 
 _RANGES = """
@@ -207,7 +208,7 @@ def connections(server: Running, scale: Scale, core: int) -> dict[str, float]:
 
 def listing(server: Running, scale: Scale, core: int) -> dict[str, float]:
     """Count requests per second for the page of a folder."""
-    result, cpu = _load(server, "folder/", scale, core)
+    result, cpu = _load(server, "folder/", scale, core, headers=["Accept: text/html"])
     return {"rps_listing": result.rate, "cpu_listing": cpu}
 
 
@@ -290,8 +291,9 @@ def _several(server: Running, scale: Scale, core: int, clients: int, *, rate: fl
         start, begun = proc.cpu_seconds(processes), received()
         time.sleep(scale.seconds)
         used, sent = proc.cpu_seconds(processes) - start, received() - begun
-    if not sent:
-        raise LoadError("the clients received nothing")
+    least = 1 if rate is None else rate * clients * scale.seconds * _LEAST_SHARE
+    if sent < least:  # then the bytes that the server has sent are not those that the clients have received
+        raise LoadError(f"the clients received {sent:,} bytes, not {least:,.0f}: the machine or the server is too busy")
     return used * _GIB / sent
 
 
