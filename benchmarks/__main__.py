@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     servers = [server for server in SERVERS.values() if not options.servers or server.key in options.servers]
     measures = options.only or list(MEASURES)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers that run are killed then, too
     needed = (
         _of_product()
         if options.product
@@ -96,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = json.loads(options.before.read_text()) if options.before.exists() else None
     text = _write(results, before, output)
     if everything or options.costs:
-        lacking = write_costs(results, options.output / "costs.json" if options.output else MEASURED)
+        path = options.output / "costs.json" if options.output else MEASURED
+        lacking = write_costs(results, path, renews_some=bool(options.only or options.servers))
         _say(f"NOT WRITTEN: the costs lack {', '.join(lacking)}" if lacking else "the costs are written")
     print(report.goals_table(measured, PRODUCT) if options.product else text)
     return 1 if failures or len(present) < len(servers) else 0

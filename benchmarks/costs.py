@@ -34,12 +34,17 @@ _FLEETS = {
 """Loads for one request a second. Clients take 2 MB/s."""
 
 
-def write_costs(results: Mapping[str, Any], path: Path = MEASURED) -> list[str]:
-    """Write the medians that plans need. If the run lacks some, return their names and write nothing."""
-    figures: dict[str, dict[str, float]] = {}
+def write_costs(results: Mapping[str, Any], path: Path = MEASURED, *, renews_some: bool = False) -> list[str]:
+    """Write the medians that plans need. If the run lacks some, return their names and write nothing.
+
+    renews_some: whether a run of some rows replaces these in the file, and the others stay.
+    """
+    figures = load_costs(path).figures if renews_some else {}
     lacking = []
     for row, figure in sorted(SHOWN):
         value = median(results["figures"], figure, row)
+        if value is None and figure in figures.get(row, {}):
+            continue
         if value is None:
             lacking.append(f"{figure} of {row}")
         else:

@@ -404,6 +404,10 @@ def test_costs_are_written_only_if_they_are_complete(lacks: bool, tmp_path: Path
         costs = load_costs(tmp_path / "costs.json")
         assert costs.of("serve", "idle") == 0.1235
         assert costs.run["machine"] == "A processor, 2 cores, 8 GiB"
+        some = results({"idle": {"serve": [0.5]}})
+        assert write_costs(some, tmp_path / "costs.json", renews_some=True) == []
+        renewed = load_costs(tmp_path / "costs.json")
+        assert (renewed.of("serve", "idle"), renewed.of("serve", "cpu_10k")) == (0.5, 0.1235)
 
 
 def test_the_page_of_the_costs_is_that_of_the_costs() -> None:
