@@ -132,4 +132,5 @@ def _fleets(costs: Costs) -> Iterator[list[str]]:
             store = f"{shared.store_requests * times:,.0f} requests/s" if shared.store_requests else ""
             redis = f"{shared.redis_share * times:,.1f}" if shared.redis_share else ""
             clients = f"{load.clients * times:,.0f}" if load.clients else ""
-            yield [title, f"{size:,}", f"{load.requests * times:,.0f}", clients, made.needs[0].resource, redis, store]
+            first = "one Redis" if shared.redis_share * times > _MACHINE.use else made.needs[0].resource
+            yield [title, f"{size:,}", f"{load.requests * times:,.0f}", clients, first, redis, store]
