@@ -158,8 +158,24 @@ coverage: $(VENV)/dev.done  ## Run all tests, and report the lines and branches 
 	$(BIN)/python -m coverage report
 
 .PHONY: bench
-bench: $(VENV)/bench.done  ## Compare with other servers in 20 minutes (needs wrk); BENCH_ARGS="--quick" for a short run
+bench: $(VENV)/bench.done  ## Compare with other servers in 25 minutes (needs wrk); BENCH_ARGS="--quick" for a short run
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+.PHONY: bench-quick
+bench-quick: $(VENV)/bench.done  ## Print what `downloadview serve` reaches, measured in 2 minutes; writes nothing (needs wrk)
+	$(BIN)/python -m benchmarks --quick --product --rounds 2
+
+.PHONY: costs
+costs: $(VENV)/bench.done  ## Measure what `downloadview plan` computes with, in 8 minutes, and write it (needs wrk, redis)
+	$(BIN)/python -m benchmarks --costs $(BENCH_ARGS)
+
+.PHONY: plan-check
+plan-check: $(VENV)/dev.done  ## Compare `downloadview plan` with what 1, 2 and 3 replicas of `make cluster` use
+	@mkdir -p dist
+	for replicas in 1 2 3; do \
+		$(BIN)/python -m tests.cluster --costs 5 --replicas $$replicas --json dist/cluster-$$replicas.json || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.plan_check dist/cluster-1.json dist/cluster-2.json dist/cluster-3.json
 
 .PHONY: configs
 configs: $(VENV)/run.done  ## Write the proxy configurations in deploy/ again with `downloadview config`
@@ -210,8 +226,8 @@ lock:  ## Pin the newest versions of all packages (needs uv)
 		--output-file requirements/dev.txt
 	$(LOCK) --upgrade --extra server --extra django requirements/django.in --constraints requirements/dev.txt \
 		--output-file requirements/django.txt
-	$(LOCK) --upgrade --extra server --extra django --extra s3 --group bench --constraints requirements/dev.txt \
-		--output-file requirements/bench.txt
+	$(LOCK) --upgrade --extra server --extra django --extra s3 --extra redis --extra metrics --extra sqlalchemy --group bench \
+		--constraints requirements/dev.txt --output-file requirements/bench.txt
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--custom-compile-command "make lock" requirements/clients.in --constraints requirements/dev.txt \
 		--output-file requirements/clients.txt

@@ -21,7 +21,8 @@ from pathlib import Path
 from benchmarks import proc
 from benchmarks.counting import Count
 from benchmarks.load import HOST, LoadError
-from benchmarks.servers import Command, Place, Server, nginx_command, running
+from benchmarks.nginx import PROXY, nginx_command
+from benchmarks.running import Command, Place, Server, running
 from benchmarks.trace import Site, make_repositories, make_site, replay
 
 _PAGE = Path(__file__).parent.parent / "docs" / "performance" / "caches.md"
@@ -54,14 +55,15 @@ time of a call without the cache, while the caches behind it have their values. 
 divided by all requests of the server."""
 
 
-def _counted(place: Place, module: str, *arguments: str, **environment: str) -> Command:
+def _counted(place: Place, port: int, module: str, *arguments: str, **environment: str) -> Command:
     command = [sys.executable, "-m", "benchmarks.counting", str(place.scratch / "counts.json"), module, *arguments]
-    return Command(command, environment)
+    return Command(command, port, environment)
 
 
 def _serve(place: Place, *what: str, port: int | None = None, **environment: str) -> Command:
-    options = ["--port", str(port or place.port), "--no-access-log", "--log-level", "error"]
-    return _counted(place, "downloadview_async.cli", "serve", *what, *options, **environment)
+    port = port or place.port
+    options = ["--port", str(port), "--no-access-log", "--log-level", "error"]
+    return _counted(place, port, "downloadview_async.cli", "serve", *what, *options, **environment)
 
 
 def _direct(place: Place) -> list[Command]:
@@ -69,8 +71,7 @@ def _direct(place: Place) -> list[Command]:
 
 
 def _behind_nginx(place: Place) -> list[Command]:
-    passing = 'proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection "";'
-    locations = f"location /files/ {{ {passing} }} location /_files/ {{ internal; alias {place.files}/; }}"
+    locations = f"location /files/ {{ {PROXY} }} location /_files/ {{ internal; alias {place.files}/; }}"
     rules = json.dumps([{"source": str(place.files), "target": "/_files/"}])
     offload = {"DOWNLOADVIEW_OFFLOAD__BACKEND": "nginx", "DOWNLOADVIEW_OFFLOAD__RULES": rules}
     return [nginx_command(place, locations), _serve(place, str(place.files), port=place.behind, **offload)]
@@ -86,7 +87,7 @@ def _cached(place: Place) -> list[Command]:
 def _django(place: Place) -> list[Command]:
     options = ["--port", str(place.port), "--no-access-log", "--log-level", "error", "--lifespan", "off"]
     options += ["--http", "downloadview_async.asgi.server:DownloadProtocol"]
-    return [_counted(place, "uvicorn", "benchmarks.apps.ours_django:app", *options)]
+    return [_counted(place, place.port, "uvicorn", "benchmarks.apps.ours_django:app", *options)]
 
 
 _TITLES: Mapping[str, Callable[[Place], list[Command]]] = {
@@ -119,7 +120,9 @@ def main(seconds: float | None = None) -> None:
 
 def _part(server: Server, site: Site, files: Path, scratch: Path, seconds: float) -> str:
     """Return what the clients make of one server, as a section."""
-    with running(server, files=files, scratch=scratch, core=max(os.sched_getaffinity(0))) as process:
+    with running(
+        server, files=files, scratch=scratch, core=max(os.sched_getaffinity(0)), other_core=min(os.sched_getaffinity(0))
+    ) as process:
         replayed = replay(site, process.port, seconds=seconds, visits_per_second=_VISITS_PER_SECOND)
         visits, programs = asyncio.run(replayed)
         file = scratch / "counts.json"

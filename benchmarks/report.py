@@ -1,170 +1,19 @@
 """From rounds to medians, ratios, the goals, what is worse than before, and the page that shows it all."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.measures import FIGURES
+from benchmarks.goals import GOALS, LIBRARY, PRODUCT, Goal, Rounds, Row
+from benchmarks.measures import FIGURES, FULL
 from benchmarks.servers import SERVERS
-
-Rounds = Mapping[str, Mapping[str, Sequence[float | None]]]
-"""Figure, server, and what each round measured in base units; None where a round failed."""
 
 ENOUGH_ROUNDS = 3
 """With fewer, nothing is known of the spread, and nothing is said to be worse."""
 
 _LEAST_TOLERANCE = 0.03
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A figure of a server, as a multiple of another one of the same round; without `base`, in the figure's unit."""
-
-    title: str
-    value: tuple[str, str]
-    """A figure and a server."""
-    base: tuple[str, str] | None
-    more_is_better: bool
-
-    def rounds(self, measured: Rounds) -> list[float]:
-        """Return the row in each round that has both numbers: neighbours in time are compared."""
-        values = measured.get(self.value[0], {}).get(self.value[1], [])
-        if self.base is None:
-            unit = FIGURES[self.value[0]].unit
-            return [value / unit for value in values if value is not None]
-        bases = measured.get(self.base[0], {}).get(self.base[1], [])
-        return [value / base for value, base in zip(values, bases, strict=False) if value is not None and base]
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What a row has to reach, and what it should."""
-
-    row: Row
-    reach: float
-    goal: float
-
-    def met(self, value: float) -> str:
-        """Return which of the two a value meets, at the two digits that are shown."""
-        value = round(value, 2)
-        if self.row.more_is_better:
-            return "goal" if value >= self.goal else "reach" if value >= self.reach else "**no**"
-        return "goal" if value <= self.goal else "reach" if value <= self.reach else "**no**"
-
-    def show(self, limit: float) -> str:
-        """Return a limit as it is shown."""
-        sign = "≥" if self.row.more_is_better else "≤"
-        return f"{sign} {limit:g}{'x' if self.row.base else ''}"
-
-
-def _at_most(title: str, value: tuple[str, str], base: tuple[str, str] | None, reach: float, goal: float) -> Goal:
-    return Goal(Row(title, value, base, more_is_better=False), reach, goal)
-
-
-def _at_least(title: str, value: tuple[str, str], base: tuple[str, str], reach: float, goal: float) -> Goal:
-    return Goal(Row(title, value, base, more_is_better=True), reach, goal)
-
-
-GOALS = [
-    _at_most(
-        "CPU per GiB, 1 GiB file, zero-copy, against nginx sendfile",
-        ("cpu_per_gib", "ours"),
-        ("cpu_per_gib", "nginx"),
-        1.25,
-        1.05,
-    ),
-    _at_least("1 MiB requests/s, against nginx", ("rps_1m", "ours"), ("rps_1m", "nginx"), 0.75, 0.95),
-    _at_least(
-        "10 KiB requests/s, against Starlette's Response from memory",
-        ("rps_10k", "ours"),
-        ("rps_10k", "memory"),
-        0.75,
-        1.1,
-    ),
-    _at_least(
-        "10 KiB requests/s, against Starlette's FileResponse on stock uvicorn",
-        ("rps_10k", "ours"),
-        ("rps_10k", "starlette"),
-        5,
-        8,
-    ),
-    _at_least(
-        "10 KiB requests/s of a signed link, against the same route public",
-        ("rps_10k", "ours-signed"),
-        ("rps_10k", "ours"),
-        0.9,
-        0.95,
-    ),
-    _at_least(
-        "10 KiB requests/s behind a function that allows every request, against the same route public",
-        ("rps_10k", "ours-hooked"),
-        ("rps_10k", "ours"),
-        0.85,
-        0.95,
-    ),
-    _at_most(
-        "CPU per GiB on stock uvicorn, against Starlette's FileResponse",
-        ("cpu_per_gib", "ours-chunks"),
-        ("cpu_per_gib", "starlette"),
-        0.3,
-        0.2,
-    ),
-    _at_least(
-        "a Range of 1 MiB out of the large file, against a whole 1 MiB file",
-        ("range_1m", "ours"),
-        ("whole_1m", "ours"),
-        0.9,
-        1,
-    ),
-    _at_most("RSS per stalled client, KiB", ("rss_per_client", "ours"), None, 16, 12),
-    _at_most("open descriptors per stalled client", ("descriptors_per_client", "ours"), None, 3, 2),
-    *(
-        _at_most(
-            f"cost of an offloaded answer, against a Starlette Response with the same header, both on {where}",
-            ("rps_10k", f"bare-header{suffix}"),
-            ("rps_10k", f"ours-header{suffix}"),
-            1.25,
-            1.05,
-        )
-        for where, suffix in (("DownloadProtocol", ""), ("stock uvicorn", "-stock"))
-    ),
-    _at_most(
-        "cost of a request with 1,000 offload rules, against 1 rule",
-        ("rps_10k", "rules-1"),
-        ("rps_10k", "rules-1000"),
-        1.2,
-        1,
-    ),
-    _at_most("p99 of a 10 KiB request beside the downloads, against nginx", ("p99", "ours"), ("p99", "nginx"), 3, 1.5),
-    _at_least(
-        "10 KiB requests/s from the cache, against a local file", ("rps_10k", "cached"), ("rps_10k", "ours"), 0.95, 1
-    ),
-    _at_least(
-        "1 MiB requests/s from the cache, against a local file", ("rps_1m", "cached"), ("rps_1m", "ours"), 0.95, 1
-    ),
-    _at_most(
-        "CPU per GiB of an object that is not cached, against obstore in a bare loop",
-        ("cpu_per_gib", "store"),
-        ("cpu_per_gib", "bare-store"),
-        1.3,
-        1.1,
-    ),
-    _at_most(
-        "CPU per GiB in Django, zero-copy, against the same in Starlette",
-        ("cpu_per_gib", "ours-django"),
-        ("cpu_per_gib", "ours"),
-        1.1,
-        1,
-    ),
-    _at_least(
-        "10 KiB requests/s in Django, against django-downloadview on ASGI",
-        ("rps_10k", "ours-django"),
-        ("rps_10k", "django-downloadview"),
-        5,
-        8,
-    ),
-]
+_MISSED = "**no**"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +43,10 @@ def spread(rounds: Sequence[float]) -> float:
     return third - first
 
 
-def worse_than_before(now: Rounds, before: Rounds) -> list[Worse]:
+def worse_than_before(now: Rounds, before: Rounds, rows: Iterable[Row] | None = None) -> list[Worse]:
     """Return the rows whose median is worse by more than both spreads together, and by more than 3 %."""
     worse = []
-    for row in compared_rows():
+    for row in compared_rows() if rows is None else rows:
         then, here = row.rounds(before), row.rounds(now)
         if min(len(then), len(here)) < ENOUGH_ROUNDS:
             continue
@@ -214,19 +63,34 @@ def median(measured: Rounds, figure: str, server: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def goals_table(measured: Rounds) -> str:
-    """Return the goals as a Markdown table; beside each median, half the width of the middle half of the rounds."""
+def goals_table(measured: Rounds, goals: Sequence[Goal] = GOALS) -> str:
+    """Return goals as a Markdown table, those that are missed in bold.
+
+    Beside each median is half the width of the middle half of the rounds, and the same ratio of CPU times.
+    """
     lines = []
-    for goal in GOALS:
+    for goal in goals:
         rounds = goal.row.rounds(measured)
-        shown = met = "not measured"
+        title, shown, met = goal.row.title, "not measured", "not measured"
         if rounds:
             value = statistics.median(rounds)
-            shown, met = f"{value:.2f}{'x' if goal.row.base else ''}", goal.met(value)
+            met = goal.met(value)
+            shown = f"{value:,.2f}{'x' if goal.row.base else ''}"
+            if met == _MISSED:
+                title, shown = f"**{title}**", f"**{shown}**"
             if len(rounds) > 1:
-                shown += f" (± {spread(rounds) / 2:.2f})"
-        lines.append([goal.row.title, shown, goal.show(goal.reach), goal.show(goal.goal), met])
-    return _table(["measure", "this run", "reach", "goal", "met"], lines)
+                shown += f" (± {spread(rounds) / 2:,.2f})"
+        cpu = goal.row.in_cpu.rounds(measured) if goal.row.in_cpu else []
+        in_cpu = f"{statistics.median(cpu):.2f}x" if cpu else ""
+        lines.append([title, shown, in_cpu, goal.show(goal.reach), goal.show(goal.goal), met])
+    return table(["measure", "this run", "CPU of a request", "reach", "go for", "met"], lines)
+
+
+def reached(measured: Rounds) -> Iterator[tuple[Goal, float]]:
+    """Yield the goals of the product that were measured, each with its median."""
+    for goal in PRODUCT:
+        if rounds := goal.row.rounds(measured):
+            yield goal, statistics.median(rounds)
 
 
 def figures_table(measured: Rounds, figures: Sequence[str], servers: Sequence[str]) -> str:
@@ -240,7 +104,7 @@ def figures_table(measured: Rounds, figures: Sequence[str], servers: Sequence[st
                 for figure, value in zip(figures, medians, strict=True)
             ]
             lines.append([SERVERS[server].title, *shown])
-    return _table(["server", *(FIGURES[figure].title for figure in figures)], lines) if lines else ""
+    return table(["server", *(FIGURES[figure].title for figure in figures)], lines) if lines else ""
 
 
 def growth_table(measured: Rounds) -> str:
@@ -248,7 +112,7 @@ def growth_table(measured: Rounds) -> str:
     lines = []
     for kind, title in [
         ("rules", "offload rules of one application"),
-        ("routes", "routes of the service, each to a separate source"),
+        ("routes", "routes of `downloadview serve`, each to a separate source"),
         ("bare-routes", "routes of a bare Starlette application"),
     ]:
         cells = [
@@ -257,7 +121,7 @@ def growth_table(measured: Rounds) -> str:
         ]
         if any(cells):
             lines.append([title, *(f"{statistics.median(cell):.2f}x" if cell else "" for cell in cells)])
-    return _table(["cost of a request", "1", "100", "1,000"], lines) if lines else ""
+    return table(["cost of a request", "1", "100", "1,000"], lines) if lines else ""
 
 
 _GIB = 1 << 30
@@ -342,7 +206,7 @@ def core_table(measured: Rounds) -> str:
         "stalled clients per GiB of memory",
         f"clients per {EXAMPLE.descriptors:,} descriptors",
     ]
-    return _table(head, lines) if lines else ""
+    return table(head, lines) if lines else ""
 
 
 def example_table(measured: Rounds, machine: Machine = EXAMPLE) -> str:
@@ -356,7 +220,11 @@ def example_table(measured: Rounds, machine: Machine = EXAMPLE) -> str:
                 cells = [f"{allowed[resource]:,.0f}" if resource in allowed else "" for resource in resources]
                 holds = f"{allowed[first]:,.0f} {load.unit}: {first}"
                 lines.append([load.title, SERVERS[server].title, *cells, holds])
-    return _table(["load", "server", *resources, "holds, and what runs out first"], lines) if lines else ""
+    return table(["load", "server", *resources, "holds, and what runs out first"], lines) if lines else ""
+
+
+REACH = "reach"
+"""The picture with which the page begins."""
 
 
 def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str]) -> str:
@@ -365,7 +233,7 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
     compared: what `comparison` says. pictures: the names of files, by the figures that they show.
     """
     measured: Rounds = results["figures"]
-    scale = results["scale"]
+    scale = asdict(FULL) | results["scale"]
     main = [key for key in SERVERS if not key.startswith(("rules-", "routes-", "bare-routes-"))]
     django = (
         "Django reads the whole file into memory first, so its file is one of 64 MiB, and its CPU is scaled to a GiB."
@@ -373,9 +241,9 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
     sections: list[tuple[str, list[str], str]] = [
         (
             "Requests per second",
-            ["rps_10k", "rps_1m", "range_1m", "whole_1m"],
-            "16 connections that are kept. The range is 1 MiB of the large file, in each turn another one; "
-            "it takes turns with a whole file of 1 MiB, of 32 such files.",
+            ["rps_10k", "cpu_10k", "cpu_connect", "rps_1m", "cpu_1m", "range_1m", "whole_1m"],
+            "16 connections that are kept. CPU is user and system time of the whole server. The range is 1 MiB of the "
+            "large file, in each turn another one; it takes turns with a whole file of 1 MiB, of 32 such files.",
         ),
         (
             "One large download",
@@ -383,14 +251,47 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
             f"A file of {_size(scale['large_bytes'])}. CPU is user and system time of the whole server. {django}",
         ),
         (
+            "Several large downloads",
+            ["cpu_per_gib_4", "cpu_per_gib_64", "cpu_per_gib_paced"],
+            "CPU of the whole server, with 4 and 64 clients that read as fast as they can, and with 64 clients that "
+            "each take 2 MB/s.",
+        ),
+        (
+            "Ranges, cold files, fills of the cache, and listings",
+            [
+                *("rps_ranges", "cpu_ranges", "cpu_per_gib_cold", "seconds_per_gib_cold"),
+                *("cpu_per_gib_fill", "rps_listing", "cpu_listing"),
+            ],
+            "Each range is 64 KiB from another byte of the large file on. A cold file is one of 64 MiB that is not in "
+            "the page cache.",
+        ),
+        (
             "Clients that stop reading",
             ["rss_per_client", "descriptors_per_client"],
-            f"{scale['stalled_clients']} clients that take the first bytes of the large file and no more.",
+            f"{scale['stalled_clients']:,} clients of nginx and of `downloadview serve`, and a quarter as many of the "
+            "others, that take the first bytes of the large file and no more.",
         ),
         (
             "A small request beside large downloads",
-            ["p50", "p99"],
-            f"10 KiB on one connection, while {scale['downloads']} clients read the large file as fast as it comes.",
+            ["p50", "p99", "p99_many"],
+            f"10 KiB on one connection, while {scale['downloads']} clients, in the last column "
+            f"{scale['many_downloads']}, read the large file as fast as it comes.",
+        ),
+        (
+            "Start and memory",
+            ["start", "idle"],
+            "The time from the start of the process to its first connection, and its memory after 200 small requests.",
+        ),
+        (
+            "Two workers",
+            ["rps_workers", "cpu_workers", "balance"],
+            "64 connections, on all cores, which wrk shares. The share of the busier worker is 0.5 if both do as much.",
+        ),
+        (
+            "Facts in Redis",
+            ["cpu_shared", "redis_ops", "redis_cpu", "redis_memory"],
+            f"{scale['shared_requests']:,} downloads of 10 KiB, 8 at once. Operations are commands that the service "
+            "sends. CPU of a download is that of the service, CPU of an operation that of Redis.",
         ),
     ]
     failures = results["failures"]
@@ -398,12 +299,20 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
         "# Results of a run",
         "`make bench` writes this page; do not edit it. [Performance](../performance.md) explains what is measured.",
     ]
+    if REACH in pictures:
+        parts.append(f"![How much of its reach each row of the product has]({pictures[REACH]})")
+    parts += [
+        compared,
+        "## The product",
+        "`downloadview serve` as people run it. Rows in bold miss their reach. Ratios are of one round.",
+        goals_table(measured, PRODUCT),
+    ]
     for title, figures, text in sections:
-        table = figures_table(measured, figures, main)
-        if table:
+        shown = figures_table(measured, figures, main)
+        if shown:
             parts += [f"## {title}", text]
             parts += [f"![{FIGURES[figure].title}]({pictures[figure]})" for figure in figures if figure in pictures]
-            parts.append(table)
+            parts.append(shown)
     if growth := growth_table(measured):
         parts += [
             "## Rules and routes",
@@ -424,7 +333,7 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
         ]
     parts += ["## The run", _machine(results)]
     parts += [f"{len(failures)} turns failed: {'; '.join(failures)}."] if failures else []
-    parts += ["## Goals", goals_table(measured), compared]
+    parts += ["## Goals of the library", goals_table(measured, LIBRARY)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -432,23 +341,27 @@ def comparison(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
     """Return a paragraph, or a table, on what is worse than in an earlier run."""
     if before is None:
         return "There is no earlier run to compare with."
-    if now["scale"] != before["scale"]:
-        return "Not compared with the earlier run: it measured with other sizes or durations."
     if min(now["rounds"], before["rounds"]) < ENOUGH_ROUNDS:
         return f"Not compared with the earlier run: that takes {ENOUGH_ROUNDS} rounds of both."
+    changed = {name for name in now["scale"] if now["scale"][name] != before["scale"].get(name)}
+    everything = [row for row in compared_rows() if row.rounds(now["figures"]) and row.rounds(before["figures"])]
+    rows = [row for row in everything if not changed & set(FIGURES[row.value[0]].depends)]
     date = before["machine"]["date"]
-    worse = worse_than_before(now["figures"], before["figures"])
+    if everything and not rows:
+        return "Not compared with the earlier run: it measured with other sizes."
+    rest = f" {len(everything) - len(rows)} rows were measured with other sizes." if len(everything) > len(rows) else ""
+    worse = worse_than_before(now["figures"], before["figures"], rows)
     if not worse:
-        return f"No row is worse than in the run of {date}, by more than what the rounds of both differ."
+        return f"No row is worse than in the run of {date}, by more than what the rounds of both differ.{rest}"
     lines = [[row.row.title, f"{row.before:.2f}", f"{row.now:.2f}", f"{row.tolerance:.2f}"] for row in worse]
-    return f"Worse than in the run of {date}:\n\n" + _table(["row", "before", "now", "tolerance"], lines)
+    return f"Worse than in the run of {date}:{rest}\n\n" + table(["row", "before", "now", "tolerance"], lines)
 
 
 def _machine(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     rounds = results["rounds"]
-    return _table(
+    return table(
         ["machine", ""],
         [
             ["date", machine["date"]],
@@ -458,7 +371,11 @@ def _machine(results: Mapping[str, Any]) -> str:
             ["Python", machine["python"]],
             ["versions", packages],
             ["other work", f"{results['busy']:.0%} of the processors at most, before each round"],
-            ["rounds", f"{rounds}, each through all servers; medians, and ratios within a round"],
+            [
+                "rounds",
+                f"{rounds} for what the product has to reach, {min(rounds, ENOUGH_ROUNDS)} for the rest; medians, and "
+                "ratios within a round",
+            ],
         ],
     )
 
@@ -467,6 +384,7 @@ def _size(size: int) -> str:
     return f"{size >> 30} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     align = ["---", *("---:" if len(head) > 2 else "---" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, align, *lines])

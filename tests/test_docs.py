@@ -22,6 +22,7 @@ import pytest
 
 import downloadview_async
 from benchmarks import report
+from benchmarks.goals import LIBRARY, PRODUCT
 from benchmarks.measures import FIGURES, MEASURES
 from benchmarks.servers import SERVERS
 from downloadview_async.asgi import delivery, descriptor_paths, server
@@ -239,7 +240,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             assert re.search(rf"{re.escape(option)}\b", text), f"{program} has no {option}: {words}"
 
 
-ENDING = {"config", "digest", "keys", "report", "revoke", "sign"}
+ENDING = {"config", "digest", "keys", "plan", "report", "revoke", "sign"}
 """The commands that end, and need neither a running service nor a link that was made before."""
 SETTINGS = """
 [sources.files]
@@ -436,5 +437,7 @@ def test_the_results_are_those_of_the_run() -> None:
     for path in DOCS.glob("performance/results.json"):  # nobody has edited the one or the other
         figures = json.loads(path.read_text())["figures"]
         assert set(figures) <= set(FIGURES)
-        for table in (report.goals_table(figures), report.core_table(figures), report.example_table(figures)):
+        for goals in (PRODUCT, LIBRARY):
+            assert report.goals_table(figures, goals) in page
+        for table in (report.core_table(figures), report.example_table(figures)):
             assert table in page

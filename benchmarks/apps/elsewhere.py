@@ -7,6 +7,7 @@ import os
 from tempfile import mkdtemp
 from typing import Any
 
+import httpx2
 from obstore.store import S3Store
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -39,4 +40,17 @@ async def bare(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
     async for chunk in answer.stream(256 * 1024):
         await send({"type": "http.response.body", "body": bytes(chunk), "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+_client = httpx2.AsyncClient(limits=httpx2.Limits(max_connections=100, max_keepalive_connections=100))
+
+
+async def bare_remote(scope: Scope, receive: Receive, send: Send) -> None:
+    """Send a remote file in a bare loop, as above."""
+    async with _client.stream("GET", ORIGIN + scope["path"]) as answer:
+        length = answer.headers["content-length"].encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        async for chunk in answer.aiter_raw():
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
     await send({"type": "http.response.body", "body": b""})

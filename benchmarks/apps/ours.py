@@ -1,18 +1,13 @@
-"""This library: one route, one directory, and a proxy with BENCH_RULES rules where that is set.
-
-The same route is public, for signed links, or behind a function that allows every request.
-"""
+"""This library: one route, one directory, and a proxy with BENCH_RULES rules where that is set."""
 
 import os
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
 from starlette.routing import Route
 
 from benchmarks.apps.bare import INTERNAL
-from benchmarks.servers import SIGNER
-from downloadview_async import Download, OffloadMiddleware, PathSource, Rule, SignedLinks, XAccelRedirect
+from downloadview_async import Download, OffloadMiddleware, PathSource, Rule, XAccelRedirect
 
 FILES = os.environ["BENCH_FILES"]
 
@@ -26,11 +21,3 @@ app = Starlette(
     routes=[Route("/files/{path:path}", Download(PathSource(FILES)))],
     middleware=[_offload(int(os.environ["BENCH_RULES"]))] if "BENCH_RULES" in os.environ else [],
 )
-
-
-async def _allowed(request: Request, name: str) -> bool:
-    return True
-
-
-signed = Starlette(routes=[Route("/files/{path:path}", Download(PathSource(FILES), access=SignedLinks(SIGNER)))])
-hooked = Starlette(routes=[Route("/files/{path:path}", Download(PathSource(FILES), access=_allowed))])
