@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import proc
-from benchmarks.servers import Place, nginx_command
+from benchmarks.nginx import nginx_command
+from benchmarks.running import Place
 from tests.servers import Server, free_port, serving
 
 STALL_SECONDS = 20
