@@ -16,7 +16,7 @@ from downloadview_async.policy.formats.base import LinkFormat
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.stores.base import GrantStore
 from downloadview_async.policy.stores.guarded import GuardedStore, WhenStoreFails
-from downloadview_async.policy.uses import MARGIN, USE, Use, client_network
+from downloadview_async.policy.uses import MARGIN, TOGETHER, USE, Use, client_network
 
 MIN_SECRET_BYTES = 32
 """The shortest secret: as long as the output of the hash function [RFC 2104 3]."""
@@ -197,12 +197,17 @@ class URLSigner:
         if self._store is None:
             if grant.uses is not None:
                 raise LinkInvalid(f"the link {grant.link_id} is for {grant.uses} downloads, and there is no store")
-        else:
+        elif not ((together := scope.get(TOGETHER)) and together.defers(self._store, grant, self._note_revoked)):
             await self.refuse_revoked(grant)
         scope[GRANT] = grant
         if self._store is not None and grant.uses is not None and scope["method"] == "GET":
             scope[USE] = Use(self._store, grant, self._client_of(scope), self._session_seconds)
         return grant
+
+    def _note_revoked(self) -> None:
+        """Count a link as refused that was counted as verified."""
+        self._counts["verified"] -= 1
+        self._counts["refused"] += 1
 
     async def refuse_revoked(self, grant: Grant) -> None:
         """Raise `LinkInvalid` if the link or its key is revoked, `SourceUnavailable` if the store does not answer."""

@@ -190,6 +190,56 @@ class Limits:
             self._judge(transfer, lease, self._memory.admit_nowait(client, self._window, self.concurrent, lease))
         return transfer
 
+    @property
+    def redis(self) -> RedisLimitStore | None:
+        """The store, if requests can be counted there once their file is open; None: before that, or it fails."""
+        return self._store.redis if isinstance(self._store, GuardedLimitStore) and not self.queues else None
+
+    async def begin_later(self, scope: Scope, receive: Receive) -> "Transfer":
+        """Return what a request takes, of which nothing is counted or held before `enter`."""
+        return Transfer(self, await self.client_of(Request(scope, receive)))
+
+    async def enter(
+        self,
+        transfer: "Transfer",
+        gate: str,
+        version: str,
+        size: int | None,
+        spans: Sequence[ByteRange | None] | None,
+        file: int | None,
+    ) -> None:
+        """Do what `begin` and `spend` do, in one step. spans: None for an answer without bytes of the file.
+
+        gate: see `RedisLimitStore.enter`. Raises `LimitExceeded` and `SourceUnavailable`.
+        """
+        assert isinstance(self._store, GuardedLimitStore)
+        has_bytes = spans is not None
+        if has_bytes and self._holds_leases:
+            transfer.lease = f"{_process}.{next(_numbers)}"
+        else:
+            transfer.is_held = True
+        lease = transfer.lease or None
+        costs = self._costs(transfer, version, size, spans, file) if spans is not None else ()
+        if not (self._window or lease or costs):
+            return
+        try:
+            verdict, used_up = await self._store.enter(
+                transfer.client,
+                window=self._window,
+                most=self.concurrent,
+                lease=lease,
+                costs=costs,
+                parts=transfer.parts,
+                now=transfer.spent_at,
+                gate=gate,
+            )
+        except NotCounted:
+            transfer.is_held = True
+            return
+        self._judge(transfer, lease, verdict)
+        if costs:
+            self._charge(transfer, used_up)
+
     def _new(self, client: str, is_transfer: bool) -> "tuple[Transfer, str | None]":
         """Return a transfer, and the lease that it asks for."""
         transfer = Transfer(self, client)
@@ -273,16 +323,21 @@ class Limits:
             refunds, unsent = self._refunds(transfer, 0, is_complete=False)
             self._store.release(transfer.client, None, refunds, spent_at=transfer.spent_at, unsent=unsent)
             transfer.is_charged = False
-        now = time.time()
-        costs = [(quota, (size or 0) if quota.unit == "bytes" else 0) for quota in self._quotas]
+        costs = self._costs(transfer, version, size, spans, file)
+        if self._memory is None:
+            return self._spend(transfer, costs)
+        self._charge(transfer, self._memory.spend_nowait(transfer.client, costs, transfer.parts, transfer.spent_at))
+        return None
+
+    def _costs(
+        self, transfer: "Transfer", version: str, size: int | None, spans: Sequence[ByteRange | None], file: int | None
+    ) -> Costs:
+        """Return what an answer costs, and note it in its transfer."""
         if self._counts_downloads:
             known = tuple((span.start, span.stop) for span in spans if span is not None)
             transfer.parts = Parts(_short(version), known or ((0, 1),), file if known and file is not None else 1)
-        transfer.spent, transfer.spent_at = size, now
-        if self._memory is None:
-            return self._spend(transfer, costs)
-        self._charge(transfer, self._memory.spend_nowait(transfer.client, costs, transfer.parts, now))
-        return None
+        transfer.spent, transfer.spent_at = size, time.time()
+        return [(quota, (size or 0) if quota.unit == "bytes" else 0) for quota in self._quotas]
 
     async def _spend(self, transfer: "Transfer", costs: Costs) -> None:
         try:
@@ -524,6 +579,30 @@ class Transfers:
         if self.waits:
             self.let_go()  # while the request waits, others may have what it does not use
 
+    async def begin_later(self, limits: "Sequence[Limits]", scope: Scope, receive: Receive) -> None:
+        """Take note of the limits that hold for a request. Nothing is counted before `enter`."""
+        for one in limits:
+            transfer = await one.begin_later(scope, receive)
+            transfer.is_held = True  # as far as others may ask before `enter`
+            self._add(one, transfer)
+            transfer.is_held = False
+
+    def enter(
+        self, gate: str, path: str, metadata: FileMetadata, size: int | None, spans: Sequence[ByteRange | None] | None
+    ) -> list[Awaitable[None]]:
+        """Return what counts the request in each of the limits, and adds its answer to the quotas.
+
+        To be awaited at the same time, and in this order. The arguments are those of `Limits.enter` and of `spend`.
+        """
+        if spans is not None:
+            self._sent = 0
+        named = _named(path, metadata)
+        each: list[Awaitable[None]] = []
+        for transfer in self._all:
+            assert isinstance(transfer.limits, Limits)
+            each.append(transfer.limits.enter(transfer, gate, named, size, spans, metadata.size))
+        return each
+
     def _add(self, limits: "Limits | SourceLimit", transfer: Transfer) -> None:
         self._all.append(transfer)
         if transfer.waits:
@@ -575,8 +654,7 @@ class Transfers:
         None for all of a file of unknown size.
         """
         self._sent = 0
-        version = metadata.etag if metadata.etag is not None else f"{metadata.last_modified} {metadata.size}"
-        named, rest = f"{path} {version}", iter(self._all)
+        named, rest = _named(path, metadata), iter(self._all)
         for transfer in rest:
             if (spending := transfer.limits.spend(transfer, named, size, spans, metadata.size)) is not None:
                 return self._spend_rest(spending, rest, named, size, spans, metadata.size)
@@ -619,6 +697,12 @@ class Transfers:
             self._by_proxy = self._of_client
             for shared in self._by_proxy:
                 shared.begin_by_proxy()
+
+
+def _named(path: str, metadata: FileMetadata) -> str:
+    """Return a text for a version of a file."""
+    version = metadata.etag if metadata.etag is not None else f"{metadata.last_modified} {metadata.size}"
+    return f"{path} {version}"
 
 
 def _in_redis(url: str, when_it_fails: WhenStoreFails, follower: Follower) -> LimitStore:

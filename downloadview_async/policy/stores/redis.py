@@ -7,18 +7,26 @@ this format, and expire with the link.
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from downloadview_async.errors import ConfigurationError
+from downloadview_async.errors import ConfigurationError, LinkInvalid
 from downloadview_async.http.metadata import ByteRange
-from downloadview_async.policy.stores.base import DownloadSession, is_whole, with_span
+from downloadview_async.policy.stores.base import MOST_SPANS, DownloadSession
 from downloadview_async.sources.per_loop import PerLoop
 
 _MOST_CONNECTIONS = 16  # of one event loop; further calls wait for one
 _PATIENCE = 5.0  # seconds
 
-_CLAIM = """
+# Each script gets the key of a link, a gate and the keys of revocations. A gate is a key that exists if a limit has
+# refused the same request, a moment ago in the same round trip: see `Ride`.
+_VERDICTS = """
+if redis.call('EXISTS', KEYS[2]) == 1 then return -1 end
+for number = 3, #KEYS do if redis.call('EXISTS', KEYS[number]) == 1 then return -2 end end
+"""
+_CHECK = f"{_VERDICTS} return 1"
+_CLAIM = f"""{_VERDICTS}
 local state = redis.call('HGET', KEYS[1], ARGV[1])
 if state then
     local ends, complete = string.match(state, '^(%S+) (%d)')
@@ -30,11 +38,51 @@ redis.call('HSET', KEYS[1], ARGV[1], ARGV[5] .. ' 0 ')
 if ARGV[6] ~= '' then redis.call('EXPIREAT', KEYS[1], ARGV[6]) end
 return 1
 """
-_REPLACE = """
-if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+# `with_span` and `is_whole` in Lua.
+_NOTE = f"""
+local state = redis.call('HGET', KEYS[1], ARGV[1])
+if not state then return 0 end
+local ends, complete, sent = string.match(state, '^(%S+) (%d) (.*)$')
+local start, stop, parts = tonumber(ARGV[2]), tonumber(ARGV[3]), {{}}
+for first, last in string.gmatch(sent, '(%d+)-(%d+)') do
+    first, last = tonumber(first), tonumber(last)
+    if last < start or first > stop then
+        parts[#parts + 1] = {{first, last}}
+    else
+        start, stop = math.min(start, first), math.max(stop, last)
+    end
+end
+if #parts < {MOST_SPANS} then
+    parts[#parts + 1] = {{start, stop}}
+    table.sort(parts, function(one, other) return one[1] < other[1] end)
+    for number, part in ipairs(parts) do parts[number] = string.format('%.0f-%.0f', part[1], part[2]) end
+    sent = table.concat(parts, ' ')
+end
+if ARGV[4] == '0' or sent == '0-' .. ARGV[4] then complete = '1' end
+redis.call('HSET', KEYS[1], ARGV[1], ends .. ' ' .. complete .. ' ' .. sent)
 return 1
 """
+LINK_SCRIPTS = (_CHECK, _CLAIM, _NOTE)
+"""The scripts that may ride with those of the limits."""
+
+_REFUSED_BY_A_LIMIT, _REVOKED = -1, -2
+
+
+@dataclass(frozen=True, slots=True)
+class Ride:
+    """Has a script run with those of the limits of the same request, in one round trip.
+
+    call: runs a script with keys and values, soon. gate: a key that exists if a limit has refused the request.
+    revocable: the ids of the link and its key; the script refuses the request if one of them is revoked.
+    """
+
+    call: Callable[[str, Sequence[str], Sequence[object]], Awaitable[Any]]
+    gate: str
+    revocable: Sequence[str]
+
+
+class RefusedByLimit(Exception):
+    """A limit has refused the request, so no download was claimed."""
 
 
 def check_url(connect: Callable[[], object]) -> None:
@@ -76,26 +124,62 @@ class RedisGrantStore:
 
         self._connect = connect
         self._clients: PerLoop[Any] = PerLoop()
+        self.url = url
         self._prefix = f"{prefix}:1:"
+        self._no_gate = f"{self._prefix}gate:"  # no such key is ever written
         check_url(connect)
 
     async def claim(
-        self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
+        self,
+        session: DownloadSession,
+        *,
+        uses: int,
+        wants_all: bool,
+        now: float,
+        ends: float,
+        until: float | None,
+        ride: Ride | None = None,
     ) -> bool:
-        """Return whether a request belongs to an open session, or to one that this call has opened."""
+        """Return whether a request belongs to an open session, or to one that this call has opened.
+
+        ride: asks in the round trip of the limits, and whether the link is revoked. Raises `RefusedByLimit` and
+        `LinkInvalid` then.
+        """
         expires = "" if until is None else math.ceil(until)
         values = (session.digest, uses, int(wants_all), repr(now), repr(ends), expires)
-        return bool(await self._client().eval(_CLAIM, 1, self._key_of(session), *values))
+        verdict = await self._run(_CLAIM, self._key_of(session), values, ride)
+        return bool(self._judged(verdict, ride))
 
-    async def note(self, session: DownloadSession, span: ByteRange, size: int) -> None:
-        """Note a part of the file that was sent."""
-        client, key = self._client(), self._key_of(session)
-        while (state := await client.hget(key, session.digest)) is not None:
-            ends, complete, sent = state.split(" ", 2)
-            sent = with_span(sent, span)
-            more = f"{ends} {1 if complete == '1' or is_whole(sent, size) else 0} {sent}"
-            if await client.eval(_REPLACE, 1, key, session.digest, state, more):
-                return  # else another process has noted a part in the meantime
+    async def note(self, session: DownloadSession, span: ByteRange, size: int, *, ride: Ride | None = None) -> None:
+        """Note a part of the file that was sent. ride: in the round trip that ends the transfer."""
+        await self._run(_NOTE, self._key_of(session), (session.digest, span.start, span.stop, size), ride)
+
+    async def refuse_revoked(self, ride: Ride) -> None:
+        """Ask in the round trip of the limits whether the link is revoked.
+
+        Raises `LinkInvalid` if it is, and `RefusedByLimit`.
+        """
+        self._judged(await self._run(_CHECK, self._no_gate, (), ride), ride)
+
+    def _judged(self, verdict: int, ride: Ride | None) -> int:
+        if verdict == _REFUSED_BY_A_LIMIT:
+            raise RefusedByLimit
+        if verdict == _REVOKED:
+            assert ride is not None
+            raise LinkInvalid(f"the link {ride.revocable[0]}, or its key, is revoked")
+        return verdict
+
+    async def _run(self, script: str, key: str, values: Sequence[object], ride: Ride | None) -> int:
+        """Return what a script returns. If the limits' round trip fails, the link has one of its own."""
+        revocable = () if ride is None else map(self._revoked, ride.revocable)
+        if ride is not None:
+            keys = (key, ride.gate, *revocable)
+            try:
+                return int(await ride.call(script, keys, values))
+            except Exception:  # whatever the library raises: the next attempt tells
+                revocable = keys[2:]
+        keys = (key, self._no_gate, *revocable)
+        return int(await self._client().eval(script, len(keys), *keys, *values))
 
     async def revoke(self, identifier: str, until: float | None) -> None:
         """Revoke a link or a key."""

@@ -1,0 +1,172 @@
+"""What services keep together in Redis: what a download costs there, and what is left when it is lost."""
+
+import asyncio
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+import downloadview_async as dv
+from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.service.app import build
+from downloadview_async.service.config_loader import load_settings
+from tests.live import ask, live, make_old
+from tests.redis_relay import Relay, relaying
+from tests.redis_server import RedisServer, redis_server
+
+SECRET = "s" * 32
+SIZE = 400_000
+LIMITS = {
+    "all": 'concurrent = 8\nrequests = "1000/minute"\nquota = ["50GB/day", "1000 downloads/day"]\n',
+    "transfers": "concurrent = 8\n",
+    "requests": 'requests = "1000/minute"\n',
+}
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+def app_of(directory: Path, url: str, limits: str) -> Any:
+    (directory / "files").mkdir(exist_ok=True)
+    (directory / "files" / "a.bin").write_bytes(bytes(SIZE))
+    make_old(directory / "files")
+    (directory / "links.keys").write_text(f"a {SECRET}\n")
+    (directory / "downloadview.toml").write_text(
+        f'[links]\nkeys = "links.keys"\nstore = "{url}"\n[limits]\nstore = "{url}"\n{limits}'
+        '[accounts]\ndatabase = "sqlite+aiosqlite:///accounts.db"\n'
+        '[sources.files]\ntype = "path"\nroot = "files"\n'
+        '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\naccess = ["signed"]\n'
+    )
+    return build(load_settings(directory / "downloadview.toml", environ={}))
+
+
+def link(uses: int | None = 1, path: str = "/files/a.bin") -> str:
+    signer = dv.URLSigner({"a": SECRET}, store=dv.grant_store_from_url("memory:"))
+    return signer.sign(path, expires_in=timedelta(hours=1), uses=uses)
+
+
+async def quiet(relay: Relay) -> None:
+    """Return when nothing has passed for a while: what follows an answer is sent soon after it."""
+    before = -1
+    while before != len(relay.commands):
+        before = len(relay.commands)
+        await asyncio.sleep(0.2)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("uses", [1, None])
+async def test_a_download_costs_four_commands_in_two_round_trips(
+    tmp_path: Path, redis: RedisServer, limits: str, uses: int | None
+) -> None:
+    async with relaying(redis.port) as relay:
+        app = app_of(tmp_path, relay.url, LIMITS[limits])
+        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+            await ask(port, link(uses))  # which opens the connections, and teaches the server its scripts
+            await quiet(relay)
+            relay.reset()
+            answer = await ask(port, link(uses))
+            assert (answer.status, len(answer.body)) == (200, SIZE)
+            await quiet(relay)
+            assert len(relay.commands) <= 4
+            assert relay.round_trips <= 2
+
+
+def id_of(url: str) -> str:
+    return parse_qs(urlsplit(url).query)["i"][0]
+
+
+async def status_of(port: int, path: str, client: str) -> int:
+    """Return the status of a request from an address of the loopback."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(client, 0))
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n".encode())
+    status = int((await reader.readline()).split()[1])
+    while await reader.read(1 << 20):
+        pass
+    writer.close()
+    return status
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("uses", [1, None])
+async def test_a_revoked_link_is_refused_and_costs_no_quota(
+    tmp_path: Path, redis: RedisServer, uses: int | None
+) -> None:
+    store = dv.RedisGrantStore(redis.url)
+    app = app_of(tmp_path, redis.url, 'quota = ["1 downloads/day"]\nconcurrent = 1\n')
+    client = f"127.0.2.{uses or 2}"
+    async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        revoked = link(uses)
+        await store.revoke(id_of(revoked), None)
+        for _ in range(3):
+            assert await status_of(port, revoked, client) == 403
+        assert await status_of(port, link(uses), client) == 200
+        assert await status_of(port, link(uses), client) == 429
+    await store.aclose()
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_a_limit_refuses_uses_no_link_up(tmp_path: Path, redis: RedisServer) -> None:
+    app = app_of(tmp_path, redis.url, 'requests = "1/hour"\nquota = ["9GB/day"]\n')
+    once = link()
+    async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        assert await status_of(port, link(), "127.0.3.1") == 200
+        statuses = [await status_of(port, once, f"127.0.3.{number}") for number in (1, 2, 3)]
+        assert statuses == [429, 200, 410]
+
+
+@pytest.mark.asyncio
+async def test_requests_for_missing_files_count(tmp_path: Path, redis: RedisServer) -> None:
+    app = app_of(tmp_path, redis.url, 'requests = "2/hour"\n')
+    missing = link(None, "/files/none.bin")
+    async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        statuses = [await status_of(port, missing, "127.0.4.1") for _ in range(3)]
+        assert statuses == [404, 404, 429]
+
+
+@pytest.mark.asyncio
+async def test_a_once_only_link_serves_one_of_many_clients_at_once(tmp_path: Path, redis: RedisServer) -> None:
+    apps = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        apps.append(app_of(tmp_path / name, redis.url, LIMITS["all"]))
+    once = link()
+    async with (
+        live(apps[0], lifespan="on", http=DownloadProtocol) as port,
+        live(apps[1], lifespan="on", http=DownloadProtocol) as other,
+    ):
+        requests = [status_of((port, other)[number % 2], once, f"127.0.1.{number + 1}") for number in range(24)]
+        statuses = await asyncio.gather(*requests)
+    assert (statuses.count(200), statuses.count(410)) == (1, 23)
+
+
+@pytest.mark.asyncio
+async def test_a_link_that_is_used_up_costs_no_quota(tmp_path: Path, redis: RedisServer) -> None:
+    app = app_of(tmp_path, redis.url, 'quota = ["1 downloads/day"]\n')
+    once, client = link(), "127.0.5.1"
+    async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        assert await status_of(port, once, "127.0.5.2") == 200
+        statuses = [await status_of(port, url, client) for url in (once, once, link(), link())]
+    assert statuses == [410, 410, 200, 429]
+
+
+@pytest.mark.asyncio
+async def test_while_redis_is_gone_links_are_refused_and_then_work_again(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        app = app_of(tmp_path, server.url, LIMITS["all"])
+        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+            once = link()
+            server.stop()
+            assert (await ask(port, once)).status == 503
+            assert (await ask(port, link(None))).status == 503
+            server.start()
+            async with asyncio.timeout(20):
+                while (await ask(port, link())).status != 200:
+                    await asyncio.sleep(0.1)
+            assert (await ask(port, once)).status == 200
