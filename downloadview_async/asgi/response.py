@@ -335,9 +335,9 @@ class DownloadResponse(Response):
         if offload is None:
             delivery = delivery_of(answer.plan, opened, path_send_for(scope, path_send), is_fresh=keep)
             if TRANSFERS in scope or USE in scope:
-                await _count(scope, opened.metadata, answer.plan)
+                await _count(scope, metadata, answer.plan)
         else:
-            await _count(scope, opened.metadata)
+            await _count(scope, metadata)
             if TRANSFERS in scope:
                 hand_over(scope, offload)
             offer = scope["extensions"][EXTENSION]

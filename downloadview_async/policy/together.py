@@ -24,7 +24,7 @@ Spans = Sequence[ByteRange | None]
 
 
 class Together:
-    """What is to be asked about one request. `limits` are all its limits, and `store` is where they count."""
+    """Asks about one request. limits: all those of the request, which count in `store`."""
 
     def __init__(self, store: RedisLimitStore, limits: Sequence[Limits]) -> None:
         self._store = store

@@ -26,6 +26,7 @@ def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, D
                 name=route.source,
                 sidecars=isinstance(files, PathSettings) and files.sidecars,
                 background=mode == "background",
+                etags=isinstance(files, PathSettings) and files.etag == "digest",
             )
     return digests
 

@@ -181,6 +181,8 @@ def _check_digests(origin: Origin, digests: DigestsSettings | None, sources: Map
             raise origin.error(f"sources.{name}.digests", "there is no store: add a [digests] table with a store")
         if sidecars and mode == "off":
             raise origin.error(f"sources.{name}.sidecars", 'digests are off: set digests = "known" too')
+        if isinstance(source, PathSettings) and source.etag == "digest" and mode == "off":
+            raise origin.error(f"sources.{name}.etag", 'digests are off: set digests = "background" too')
 
 
 def _users(origin: Origin, users: UsersSettings) -> UsersSettings:

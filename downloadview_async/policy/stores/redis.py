@@ -170,7 +170,7 @@ class RedisGrantStore:
         return verdict
 
     async def _run(self, script: str, key: str, values: Sequence[object], ride: Ride | None) -> int:
-        """Return what a script returns. If the limits' round trip fails, the link has one of its own."""
+        """Return what a script returns. If the round trip of the limits fails, another one follows."""
         revocable = () if ride is None else map(self._revoked, ride.revocable)
         if ride is not None:
             keys = (key, ride.gate, *revocable)
