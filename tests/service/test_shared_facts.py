@@ -114,8 +114,8 @@ async def test_a_revoked_link_is_refused_and_costs_no_quota(
 @pytest.mark.asyncio
 async def test_a_request_that_a_limit_refuses_uses_no_link_up(tmp_path: Path, redis: RedisServer) -> None:
     app = app_of(tmp_path, redis.url, 'requests = "1/hour"\nquota = ["9GB/day"]\n')
-    once = link()
     async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        once = link()
         assert await status_of(port, link(), "127.0.3.1") == 200
         statuses = [await status_of(port, once, f"127.0.3.{number}") for number in (1, 2, 3)]
         assert statuses == [429, 200, 410]
@@ -136,11 +136,11 @@ async def test_a_once_only_link_serves_one_of_many_clients_at_once(tmp_path: Pat
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         apps.append(app_of(tmp_path / name, redis.url, LIMITS["all"]))
-    once = link()
     async with (
         live(apps[0], lifespan="on", http=DownloadProtocol) as port,
         live(apps[1], lifespan="on", http=DownloadProtocol) as other,
     ):
+        once = link()
         requests = [status_of((port, other)[number % 2], once, f"127.0.1.{number + 1}") for number in range(24)]
         statuses = await asyncio.gather(*requests)
     assert (statuses.count(200), statuses.count(410)) == (1, 23)
@@ -149,8 +149,8 @@ async def test_a_once_only_link_serves_one_of_many_clients_at_once(tmp_path: Pat
 @pytest.mark.asyncio
 async def test_a_link_that_is_used_up_costs_no_quota(tmp_path: Path, redis: RedisServer) -> None:
     app = app_of(tmp_path, redis.url, 'quota = ["1 downloads/day"]\n')
-    once, client = link(), "127.0.5.1"
     async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        once, client = link(), "127.0.5.1"
         assert await status_of(port, once, "127.0.5.2") == 200
         statuses = [await status_of(port, url, client) for url in (once, once, link(), link())]
     assert statuses == [410, 410, 200, 429]
@@ -165,8 +165,49 @@ async def test_while_redis_is_gone_links_are_refused_and_then_work_again(tmp_pat
             server.stop()
             assert (await ask(port, once)).status == 503
             assert (await ask(port, link(None))).status == 503
-            server.start()
+            server.start()  # with nothing in it
             async with asyncio.timeout(20):
                 while (await ask(port, link())).status != 200:
                     await asyncio.sleep(0.1)
-            assert (await ask(port, once)).status == 200
+            assert (await ask(port, once)).status == 503
+
+
+async def call(url: str, *command: str) -> None:
+    """Send Redis a command, as an operator does."""
+    from redis import asyncio as client
+
+    async with client.Redis.from_url(url) as redis:
+        await redis.execute_command(*command)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("limits", ["all", "none"])
+async def test_a_store_that_is_flushed_lets_no_used_and_no_revoked_link_in(
+    tmp_path: Path, limits: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis_server(tmp_path) as server:
+        app = app_of(tmp_path, server.url, LIMITS.get(limits, ""))
+        store = dv.RedisGrantStore(server.url)
+        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+            used, revoked = link(), link(None)
+            assert await status_of(port, used, "127.0.6.1") == 200
+            await store.revoke(id_of(revoked), None)
+            assert await status_of(port, revoked, "127.0.6.1") == 403
+            await call(server.url, "FLUSHALL")
+            assert [await status_of(port, one, "127.0.6.2") for one in (used, revoked)] == [503, 503]
+            assert [await status_of(port, link(uses), "127.0.6.2") for uses in (1, None)] == [200, 200]
+            assert "has lost its data" in caplog.text
+        async with live(app_of(tmp_path, server.url, ""), lifespan="on", http=DownloadProtocol) as port:
+            assert await status_of(port, used, "127.0.6.3") == 503  # nor does one that was started after that
+            await call(server.url, "SET", "downloadview:1:began", "0")
+            assert await status_of(port, used, "127.0.6.3") == 200  # the operator has accepted the loss
+        await store.aclose()
+
+
+@pytest.mark.asyncio
+async def test_redis_that_may_evict_keys_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with redis_server(tmp_path) as server:
+        await call(server.url, "CONFIG", "SET", "maxmemory", "100mb")
+        await call(server.url, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        async with live(app_of(tmp_path, server.url, ""), lifespan="on"):
+            assert "set it to noeviction" in caplog.text

@@ -54,7 +54,7 @@ logger = logging.getLogger("downloadview_async")
 _process = token_hex(8)
 _numbers = count()
 _names = count()
-_stores: WeakValueDictionary[tuple[str, str], GuardedLimitStore] = WeakValueDictionary()
+_stores: WeakValueDictionary[tuple[str, str, str], GuardedLimitStore] = WeakValueDictionary()
 
 
 class Limits:
@@ -69,6 +69,7 @@ class Limits:
     mode: "refuse" answers 429 to a client that has `concurrent` transfers. "queue" lets at most 32 requests of a client
     wait for `queue_seconds` at most, in their order.
     store: "memory", for this process alone, or a URL such as "redis://127.0.0.1:6379/0", for all that use it.
+    prefix: the beginning of all keys in that store, for applications that share it.
     when_store_fails: "allow" or "refuse" (503), while the store does not answer.
     name: tells these limits from others in the same store. The processes of one application give the same name.
     proxy_log: the log of the proxy, as in `ProxyLog`. With it, and with `Accounts(..., sends_request_id=True)` around
@@ -92,6 +93,7 @@ class Limits:
         mode: Literal["refuse", "queue"] = "refuse",
         queue_seconds: float = QUEUE_SECONDS,
         store: str = "memory",
+        prefix: str = "downloadview",
         when_store_fails: WhenStoreFails = "allow",
         trusted: Iterable[str] = ("127.0.0.1", "::1"),
         name: str = "",
@@ -141,7 +143,7 @@ class Limits:
         self.is_shared = store != "memory"
         """Whether other processes use the store too."""
         self._memory = MemoryLimitStore() if store == "memory" else None  # which needs no `await`, as costs time
-        self._store: LimitStore = self._memory or _in_redis(store, when_store_fails, self)
+        self._store: LimitStore = self._memory or _in_redis(store, prefix, when_store_fails, self)
 
     async def client_of(self, request: Request) -> str:
         """Return the key of the client that sends a request. If a function fails, that raises `SourceUnavailable`."""
@@ -705,14 +707,15 @@ def _named(path: str, metadata: FileMetadata) -> str:
     return f"{path} {version}"
 
 
-def _in_redis(url: str, when_it_fails: WhenStoreFails, follower: Follower) -> LimitStore:
+def _in_redis(url: str, prefix: str, when_it_fails: WhenStoreFails, follower: Follower) -> LimitStore:
     """Return the store at a URL. All limits with the same URL share one, and the knowledge that it has failed."""
     if not isinstance(url, str) or url.partition("://")[0] not in ("redis", "rediss", "unix"):
         # the URL may have a password, so it is not shown
         raise ConfigurationError('store is not a store: give "memory" or a URL such as redis://127.0.0.1:6379/0')
-    guarded = _stores.get((url, when_it_fails))
+    guarded = _stores.get((url, prefix, when_it_fails))
     if guarded is None:
-        guarded = _stores[url, when_it_fails] = GuardedLimitStore(RedisLimitStore(url), when_it_fails=when_it_fails)
+        guarded = GuardedLimitStore(RedisLimitStore(url, prefix=prefix), when_it_fails=when_it_fails)
+        _stores[url, prefix, when_it_fails] = guarded
     guarded.followers.add(follower)
     return guarded
 

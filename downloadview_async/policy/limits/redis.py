@@ -22,7 +22,7 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.policy.limits.amounts import Quota, Window
 from downloadview_async.policy.limits.coverage import MAX_EDGES, Parts
 from downloadview_async.policy.limits.store import ALLOWED, RESERVED_SECONDS, SESSION_SECONDS, Costs, Verdict
-from downloadview_async.policy.stores.redis import LINK_SCRIPTS, check_url
+from downloadview_async.policy.stores.redis import LINK_SCRIPTS, check_url, script_digest
 from downloadview_async.sources.per_loop import PerLoop
 
 LEASE_SECONDS = 30.0
@@ -401,11 +401,6 @@ def _arguments(costs: Costs, parts: Parts | None, time: float) -> list[object]:
     return values
 
 
-@lru_cache(maxsize=32)
-def _digest(script: str) -> str:
-    return hashlib.sha1(script.encode()).hexdigest()  # noqa: S324 - by which the server knows a script
-
-
 @lru_cache(maxsize=256)
 def _terms(window: Window | None, most: int | None) -> str:
     amount, length = (0, 0) if window is None else (window.amount, window.seconds * 1000)
@@ -515,7 +510,7 @@ class _Batches:
     async def _pipeline(self, batch: Sequence[_Call]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
         for script, keys, values, _ in batch:
-            pipeline.evalsha(_digest(script), len(keys), *keys, *values)
+            pipeline.evalsha(script_digest(script), len(keys), *keys, *values)
         results: list[Any] = await pipeline.execute(raise_on_error=False)
         return results
 

@@ -23,6 +23,7 @@ from downloadview_async.sources.digests.hashing import hash_file
 from downloadview_async.sources.digests.sidecar import SUFFIX, read_sidecar
 from downloadview_async.sources.digests.store import DigestStore
 from downloadview_async.sources.local.open_file import local_of
+from downloadview_async.sources.shared_facts import SharedDigests
 
 _KEPT = 16_384  # names with what is known of them; each takes about 1 KiB
 _WAITING = 1_000  # names of files to hash
@@ -44,7 +45,7 @@ class Digests:
     """The digests of a source's files, for `Download(digests=...)`.
 
     source: the same source as that of the `Download`.
-    store: keeps digests over restarts. Needs aiosqlite and asyncio.
+    store: keeps digests over restarts: a `DigestStore`, or for several machines `SharedDigests`. Needs asyncio.
     name: identifies the source in the store.
     sidecars: whether `NAME.sha256` beside a local file NAME has its digest, as `sha256sum NAME > NAME.sha256` writes
     it. A sidecar that is older than the file is ignored.
@@ -62,7 +63,7 @@ class Digests:
     def __init__(
         self,
         source: Source,
-        store: DigestStore | None = None,
+        store: DigestStore | SharedDigests | None = None,
         *,
         name: str = "files",
         sidecars: bool = False,
@@ -72,7 +73,7 @@ class Digests:
         etags: bool = False,
     ) -> None:
         check_source(source, "Digests")
-        if not (store is None or isinstance(store, DigestStore)):
+        if not (store is None or isinstance(store, DigestStore | SharedDigests)):
             raise wrong_type("store takes a DigestStore, such as DigestStore('digests.db')", store)
         check_algorithms(algorithms or "none", "algorithms")
         self.source = source
