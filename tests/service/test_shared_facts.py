@@ -1,7 +1,9 @@
 """What services keep together in Redis: what a download costs there, and what is left when it is lost."""
 
 import asyncio
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
+from tests.accounts.test_completions import postgres as postgres
 from tests.live import ask, live, make_old
 from tests.redis_relay import Relay, relaying
 from tests.redis_server import RedisServer, redis_server
+from tests.service.loading import refusal
 
 SECRET = "s" * 32
 SIZE = 400_000
@@ -172,12 +176,12 @@ async def test_while_redis_is_gone_links_are_refused_and_then_work_again(tmp_pat
             assert (await ask(port, once)).status == 503
 
 
-async def call(url: str, *command: str) -> None:
+async def call(url: str, *command: Any) -> Any:
     """Send Redis a command, as an operator does."""
     from redis import asyncio as client
 
     async with client.Redis.from_url(url) as redis:
-        await redis.execute_command(*command)
+        return await redis.execute_command(*command)
 
 
 @pytest.mark.asyncio
@@ -202,6 +206,96 @@ async def test_a_store_that_is_flushed_lets_no_used_and_no_revoked_link_in(
             await call(server.url, "SET", "downloadview:1:began", "0")
             assert await status_of(port, used, "127.0.6.3") == 200  # the operator has accepted the loss
         await store.aclose()
+
+
+def settings_of(directory: Path, url: str, prefix: str) -> Any:
+    (directory / "downloadview.toml").write_text(
+        f'[shared]\nprefix = "{prefix}"\n[digests]\nstore = "{url}"\n[archives]\nchecksums = "{url}"\n'
+        f'[links]\nkeys = "links.keys"\nstore = "{url}"\n[limits]\nstore = "{url}"\nrequests = "2/hour"\n'
+        '[sources.files]\ntype = "path"\nroot = "files"\ndigests = "background"\n'
+        '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\naccess = ["signed"]\narchive = true\n'
+    )
+    return build(load_settings(directory / "downloadview.toml", environ={}))
+
+
+@pytest.mark.asyncio
+async def test_services_with_different_prefixes_do_not_see_each_other(tmp_path: Path, redis: RedisServer) -> None:
+    app_of(tmp_path, redis.url, "")
+    once = None
+    for prefix in ("one", "two"):
+        app = settings_of(tmp_path, redis.url, prefix)
+        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+            once = once or link()
+            statuses = [await status_of(port, one, "127.0.7.1") for one in (once, link(), link())]
+            # the other one has none of its uses, so it refuses the link that was made before it has begun
+            assert statuses == ([200, 200, 429] if prefix == "one" else [503, 200, 429])
+
+
+def facts_url(kind: str, request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(kind) if kind == "postgres" else request.getfixturevalue(kind).url)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["redis", pytest.param("postgres", marks=pytest.mark.slow)])
+async def test_digests_and_checksums_are_shared(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    url = facts_url(kind, request)
+    version = dv.FileMetadata(size=5, etag=dv.ETag("1"))
+    others = [replace(version, size=6), replace(version, etag=dv.ETag("2"))]
+    stores = [dv.SharedFacts(url, prefix=prefix) for prefix in ("a", "a", "b")]
+    one, two, three = (dv.SharedDigests(facts) for facts in stores)
+    known = (("sha-256", b"d" * 32),)
+    assert await one.get("files", "é\udcff", version) == ()
+    await one.put("files", "é\udcff", version, known)
+    assert await two.get("files", "é\udcff", version) == known
+    assert [await two.get("files", "é\udcff", other) for other in others] == [(), ()]
+    assert (await two.get("other", "é\udcff", version), await three.get("files", "é\udcff", version)) == ((), ())
+    sums = {bytes([number % 256, number // 256]): number for number in range(1200)}
+    await dv.SharedChecksums(stores[0]).put(sums)
+    assert await dv.SharedChecksums(stores[1]).get([*sums, b"none"]) == sums
+    assert await dv.SharedChecksums(stores[2]).get([*sums]) == {}
+    for facts in stores:
+        await facts.aclose()
+
+
+@pytest.mark.asyncio
+async def test_keys_expire_and_name_their_version(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        app = app_of(tmp_path, server.url, LIMITS["all"])
+        facts = dv.SharedFacts(server.url)
+        await dv.SharedChecksums(facts).put({b"1": 1})
+        await facts.aclose()
+        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+            assert (await ask(port, link())).status == 200
+        keys = {key: int(await call(server.url, "TTL", key)) for key in await call(server.url, "KEYS", "*")}
+        assert all(re.match(rb"downloadview:((limits|facts):)?\d+:", key) for key in keys)
+        assert {key for key, seconds in keys.items() if seconds < 0} == {b"downloadview:1:began"}
+
+
+@pytest.mark.asyncio
+async def test_a_store_that_fails_costs_time_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    facts = dv.SharedFacts("redis://127.0.0.1:1/0")
+    sums = dv.SharedChecksums(facts)
+    await sums.put({b"1": 1})
+    assert await sums.get([b"1"]) == {}
+    assert caplog.text.count("the store of CRC-32s has failed") == 1
+    await facts.aclose()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[digests]\nstore = "redis:"\n', "digests.store"),
+        ('[digests]\nstore = "mysql://h/n"\n', "digests.store: there is no such store"),
+        ('[archives]\nchecksums = "postgresql://h/n"\n', "archives.checksums: there is no such store"),
+        ('[shared]\nprefix = "a b"\n', "shared.prefix"),
+        ('[shared]\nurl = "redis://h"\n', "shared.url"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "files").mkdir()
+    source = '[sources.files]\ntype = "path"\nroot = "files"\ndigests = "known"\nsidecars = true\n'
+    route = '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\narchive = true\n'
+    assert problem in refusal(tmp_path, text + source + route)
 
 
 @pytest.mark.asyncio
