@@ -1,7 +1,7 @@
 """`SharedFacts`: digests and CRC-32s of files in Redis or PostgreSQL, for the services of several machines.
 
 Any of them may be forgotten: the file is then read again. A key has the kind of a fact, the version of this format and
-a digest of the version of a file, so an entry of another format, or of a file that has changed, is never found.
+a digest of the version of a file, so an entry of another format, or of a file that has changed, is never read.
 """
 
 import asyncio
@@ -78,8 +78,8 @@ class SharedFacts:
         for start in range(0, len(keys), _MANY):
             some = {self._key(kind, key): key for key in keys[start : start + _MANY]}
             with _failing():
-                found = await _in_time(self._get_redis([*some]) if self._is_redis else self._get_sql([*some]))
-            known |= {some[name]: value for name, value in found.items()}
+                values = await _in_time(self._get_redis([*some]) if self._is_redis else self._get_sql([*some]))
+            known |= {some[name]: value for name, value in values.items()}
         return known
 
     async def put(self, kind: Kind, values: Mapping[bytes, str]) -> None:
@@ -132,9 +132,9 @@ class SharedFacts:
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
                 await connection.execute(text(_TABLE))
             rows = await connection.execute(text(statement), values)
-            found = [(row[0], row[1]) for row in rows] if rows.returns_rows else []
+            pairs = [(row[0], row[1]) for row in rows] if rows.returns_rows else []
         self._is_created = True
-        return found
+        return pairs
 
     def _client(self) -> Any:
         loop = asyncio.get_running_loop()
