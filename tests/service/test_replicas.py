@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 import downloadview_async as dv
-from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
-from tests.live import Answer, ask, live
+from tests.live import Answer, ask, served
 from tests.service.loading import refusal
 
 TIME = 1_700_000_000
@@ -59,7 +58,7 @@ async def replicas(trees: Sequence[Path], text: str, more: str = "") -> AsyncIte
                 '[[routes]]\npath = "/files/{path:path}"\nsource = "files"\narchive = true\n'
             )
             app: Any = build(load_settings(path, environ={}))
-            ports.append(await stack.enter_async_context(live(app, lifespan="on", http=DownloadProtocol)))
+            ports.append(await stack.enter_async_context(served(app)))
         yield ports
 
 

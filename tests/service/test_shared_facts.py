@@ -12,11 +12,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 import downloadview_async as dv
-from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
 from tests.accounts.test_completions import postgres as postgres
-from tests.live import ask, live, make_old
+from tests.live import ask, make_old, served
 from tests.redis_relay import Relay, relaying
 from tests.redis_server import RedisServer, redis_server
 from tests.service.loading import refusal
@@ -71,7 +70,7 @@ async def test_a_download_costs_four_commands_in_two_round_trips(
 ) -> None:
     async with relaying(redis.port) as relay:
         app = app_of(tmp_path, relay.url, LIMITS[limits])
-        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        async with served(app) as port:
             await ask(port, link(uses))  # which opens the connections, and teaches the server its scripts
             await quiet(relay)
             relay.reset()
@@ -105,7 +104,7 @@ async def test_a_revoked_link_is_refused_and_costs_no_quota(
     store = dv.RedisGrantStore(redis.url)
     app = app_of(tmp_path, redis.url, 'quota = ["1 downloads/day"]\nconcurrent = 1\n')
     client = f"127.0.2.{uses or 2}"
-    async with live(app, lifespan="on", http=DownloadProtocol) as port:
+    async with served(app) as port:
         revoked = link(uses)
         await store.revoke(id_of(revoked), None)
         for _ in range(3):
@@ -118,7 +117,7 @@ async def test_a_revoked_link_is_refused_and_costs_no_quota(
 @pytest.mark.asyncio
 async def test_a_request_that_a_limit_refuses_uses_no_link_up(tmp_path: Path, redis: RedisServer) -> None:
     app = app_of(tmp_path, redis.url, 'requests = "1/hour"\nquota = ["9GB/day"]\n')
-    async with live(app, lifespan="on", http=DownloadProtocol) as port:
+    async with served(app) as port:
         once = link()
         assert await status_of(port, link(), "127.0.3.1") == 200
         statuses = [await status_of(port, once, f"127.0.3.{number}") for number in (1, 2, 3)]
@@ -129,7 +128,7 @@ async def test_a_request_that_a_limit_refuses_uses_no_link_up(tmp_path: Path, re
 async def test_requests_for_missing_files_count(tmp_path: Path, redis: RedisServer) -> None:
     app = app_of(tmp_path, redis.url, 'requests = "2/hour"\n')
     missing = link(None, "/files/none.bin")
-    async with live(app, lifespan="on", http=DownloadProtocol) as port:
+    async with served(app) as port:
         statuses = [await status_of(port, missing, "127.0.4.1") for _ in range(3)]
         assert statuses == [404, 404, 429]
 
@@ -141,8 +140,8 @@ async def test_a_once_only_link_serves_one_of_many_clients_at_once(tmp_path: Pat
         (tmp_path / name).mkdir()
         apps.append(app_of(tmp_path / name, redis.url, LIMITS["all"]))
     async with (
-        live(apps[0], lifespan="on", http=DownloadProtocol) as port,
-        live(apps[1], lifespan="on", http=DownloadProtocol) as other,
+        served(apps[0]) as port,
+        served(apps[1]) as other,
     ):
         once = link()
         requests = [status_of((port, other)[number % 2], once, f"127.0.1.{number + 1}") for number in range(24)]
@@ -153,7 +152,7 @@ async def test_a_once_only_link_serves_one_of_many_clients_at_once(tmp_path: Pat
 @pytest.mark.asyncio
 async def test_a_link_that_is_used_up_costs_no_quota(tmp_path: Path, redis: RedisServer) -> None:
     app = app_of(tmp_path, redis.url, 'quota = ["1 downloads/day"]\n')
-    async with live(app, lifespan="on", http=DownloadProtocol) as port:
+    async with served(app) as port:
         once, client = link(), "127.0.5.1"
         assert await status_of(port, once, "127.0.5.2") == 200
         statuses = [await status_of(port, url, client) for url in (once, once, link(), link())]
@@ -164,7 +163,7 @@ async def test_a_link_that_is_used_up_costs_no_quota(tmp_path: Path, redis: Redi
 async def test_while_redis_is_gone_links_are_refused_and_then_work_again(tmp_path: Path) -> None:
     with redis_server(tmp_path) as server:
         app = app_of(tmp_path, server.url, LIMITS["all"])
-        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        async with served(app) as port:
             once = link()
             server.stop()
             assert (await ask(port, once)).status == 503
@@ -192,7 +191,7 @@ async def test_a_store_that_is_flushed_lets_no_used_and_no_revoked_link_in(
     with redis_server(tmp_path) as server:
         app = app_of(tmp_path, server.url, LIMITS.get(limits, ""))
         store = dv.RedisGrantStore(server.url)
-        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        async with served(app) as port:
             used, revoked = link(), link(None)
             assert await status_of(port, used, "127.0.6.1") == 200
             await store.revoke(id_of(revoked), None)
@@ -201,7 +200,7 @@ async def test_a_store_that_is_flushed_lets_no_used_and_no_revoked_link_in(
             assert [await status_of(port, one, "127.0.6.2") for one in (used, revoked)] == [503, 503]
             assert [await status_of(port, link(uses), "127.0.6.2") for uses in (1, None)] == [200, 200]
             assert "has lost its data" in caplog.text
-        async with live(app_of(tmp_path, server.url, ""), lifespan="on", http=DownloadProtocol) as port:
+        async with served(app_of(tmp_path, server.url, "")) as port:
             assert await status_of(port, used, "127.0.6.3") == 503  # nor does one that was started after that
             await call(server.url, "SET", "downloadview:1:began", "0")
             assert await status_of(port, used, "127.0.6.3") == 200  # the operator has accepted the loss
@@ -224,7 +223,7 @@ async def test_services_with_different_prefixes_do_not_see_each_other(tmp_path: 
     once = None
     for prefix in ("one", "two"):
         app = settings_of(tmp_path, redis.url, prefix)
-        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        async with served(app) as port:
             once = once or link()
             statuses = [await status_of(port, one, "127.0.7.1") for one in (once, link(), link())]
             # the other one has none of its uses, so it refuses the link that was made before it has begun
@@ -264,7 +263,7 @@ async def test_keys_expire_and_name_their_version(tmp_path: Path) -> None:
         facts = dv.SharedFacts(server.url)
         await dv.SharedChecksums(facts).put({b"1": 1})
         await facts.aclose()
-        async with live(app, lifespan="on", http=DownloadProtocol) as port:
+        async with served(app) as port:
             assert (await ask(port, link())).status == 200
         keys = {key: int(await call(server.url, "TTL", key)) for key in await call(server.url, "KEYS", "*")}
         assert all(re.match(rb"downloadview:((limits|facts):)?\d+:", key) for key in keys)
@@ -303,5 +302,5 @@ async def test_redis_that_may_evict_keys_is_told(tmp_path: Path, caplog: pytest.
     with redis_server(tmp_path) as server:
         await call(server.url, "CONFIG", "SET", "maxmemory", "100mb")
         await call(server.url, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
-        async with live(app_of(tmp_path, server.url, ""), lifespan="on"):
+        async with served(app_of(tmp_path, server.url, "")):
             assert "set it to noeviction" in caplog.text
