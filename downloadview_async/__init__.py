@@ -83,6 +83,7 @@ from downloadview_async.sources.object import ObjectFile, ObjectSource
 from downloadview_async.sources.object_store import ObjectStorage
 from downloadview_async.sources.remote.client import Upstream
 from downloadview_async.sources.remote.source import RemoteFile, RemoteSource
+from downloadview_async.sources.shared_facts import SharedChecksums, SharedDigests, SharedFacts
 from downloadview_async.sources.storage import StorageFile, StorageSource, storage_from_url
 from downloadview_async.sources.sync_storage import SyncStorage
 from downloadview_async.sources.virtual import VirtualFile, VirtualSource
@@ -167,6 +168,9 @@ __all__ = [
     "Rule",
     "SQLiteChecksums",
     "SQLiteGrantStore",
+    "SharedChecksums",
+    "SharedDigests",
+    "SharedFacts",
     "Signed",
     "SignedLinks",
     "Signer",

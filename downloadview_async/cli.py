@@ -619,7 +619,7 @@ def sign(
     PATH is not percent-encoded, such as "/files/Q3 report.pdf" or /files/2026/. The settings are the same as those
     of `serve`. The route of PATH must have "signed" or "secure_link" in its access.
     """
-    from downloadview_async.service.access import sign_path
+    from downloadview_async.service.access import begin_store, sign_path
 
     if expires is not None and until is not None:
         raise click.UsageError("--expires and --until exclude each other")
@@ -628,6 +628,7 @@ def sign(
         _choose(config, "no keys: give ")
         settings = load_settings(os.environ.get(CONFIG), environ=os.environ)
         options |= {"expires_in": _life(expires), "until": until and until.replace(tzinfo=UTC)}
+        begin_store(settings)
         link = sign_path(settings, path, attachment=attachment, **options)
     except ValueError as exc:  # ConfigurationError is one
         _say(exc)

@@ -95,6 +95,15 @@ async def live(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
 
 
 @contextlib.asynccontextmanager
+async def served(app: Any) -> AsyncIterator[int]:
+    """Serve the service by our protocol on a free port, within its lifespan, and give the port."""
+    from downloadview_async.asgi.server import DownloadProtocol
+
+    async with app.router.lifespan_context(app), live(app, http=DownloadProtocol) as port:
+        yield port
+
+
+@contextlib.asynccontextmanager
 async def listening(
     serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], **options: Any
 ) -> AsyncIterator[int]:

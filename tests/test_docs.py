@@ -143,7 +143,7 @@ def test_settings_load(page: Path, tmp_path: Path) -> None:
         file.write_text(text)
         loaded = load_settings(file, environ={})
         tables = {"server", "sources", "routes", "offload", "content_types", "links", "users", "pages", "digests"}
-        tables |= {"limits", "accounts", "log", "metrics", "purge"}
+        tables |= {"limits", "accounts", "log", "metrics", "purge", "archives", "shared"}
         assert set(tomllib.loads(text)) <= tables
         assert loaded.content_types or (loaded.sources and loaded.routes)
 

@@ -22,7 +22,7 @@ from downloadview_async.asgi.departures import answer_until_departure, is_follow
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.extensions import CONNECTION
-from downloadview_async.asgi.limiting import Limiting, admit, limits_of
+from downloadview_async.asgi.limiting import Limiting, admit, limits_of, together_for
 from downloadview_async.asgi.listing.entries import FolderEntries
 from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
 from downloadview_async.asgi.listing.page import Pages
@@ -32,13 +32,16 @@ from downloadview_async.asgi.response import DownloadResponse, check_ways, check
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing, WrongType, wrong_type
 from downloadview_async.http.content_types import content_type_for
 from downloadview_async.offload.base import Redirect
-from downloadview_async.policy.access import Access, access_of, allow
+from downloadview_async.policy.access import Access, SignedLinks, access_of, allow
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
 from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
+from downloadview_async.policy.together import Together
+from downloadview_async.policy.uses import TOGETHER
 from downloadview_async.sources.archive import AllowedEntries
 from downloadview_async.sources.base import AsyncFile, HasCanonicalNames, Source, SupportsListing, check_source
 from downloadview_async.sources.digests.known import Digests
+from downloadview_async.sources.local.path import PathSource
 from downloadview_async.sources.names import without_empty_segments
 
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
@@ -83,6 +86,7 @@ class _Endpoint:
             pages = Pages()
         self._folders = None if pages is None else self._folders_of(source, pages)
         self._checked_route: Any = None
+        self._has_links_alone = len(self.access) == 1 and type(self.access[0]) is SignedLinks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. A WebSocket, which a `Mount` passes on too, is refused."""
@@ -107,6 +111,7 @@ class _Endpoint:
         with (nullcontext(around) if around is not None else Transfers()) if self.limits else _UNLIMITED as transfers:
             if transfers is not None and around is None:
                 transfers.may_last = True
+            together: Together | None = None
             try:
                 key = key_of(self._key, scope, type(self).__name__)
                 facts: Facts | None = scope.get(ACCOUNT)
@@ -114,6 +119,9 @@ class _Endpoint:
                     facts.find(self.source_name, self._plain(key), scope)
                 if self._hidden is not None:
                     self._hidden.check(key)
+                together = None if transfers is None else self._together(key, scope)
+                if together is not None:
+                    scope[TOGETHER] = together
                 if self.access:
                     is_folder = self._is_for_folder(key, scope)
                     grant, below = await self._allow(Request(scope, receive), key, is_folder=is_folder)
@@ -122,7 +130,10 @@ class _Endpoint:
                     grant, below = None, ()
                 if facts is not None and grant is not None:
                     facts.allow(grant.user, grant.link_id)
-                if (
+                if transfers is not None and together is not None:
+                    scope[TRANSFERS] = transfers
+                    await transfers.begin_later(together.limits, scope, receive)
+                elif (
                     transfers is not None
                     and (admission := admit(self.limits, transfers, key, scope, receive, send)) is not None
                     and not await admission
@@ -130,9 +141,25 @@ class _Endpoint:
                     return
                 answer = await self._answer_to(key, grant, below, scope)
             except FileError as exc:
-                await send_error(exc, scope, send)
+                await send_error(exc if together is None else await together.error_for(exc, scope), scope, send)
                 return
-            await answer(scope, receive, send)
+            if together is None:
+                await answer(scope, receive, send)
+                return
+            try:
+                await answer(scope, receive, together.asking_before(scope, send))
+            except FileError as exc:
+                if exc is not together.refusal:
+                    raise
+                await send_error(exc, scope, send)
+
+    def _together(self, key: Any, scope: Scope) -> Together | None:
+        """Return what asks the link and the limits of a request later and together, where that can be: see `Together`.
+
+        Opening a local file asks nobody else, so it may come first. The decision of a link alone needs nothing more
+        from its store than what is asked then.
+        """
+        return None
 
     def _plain(self, key: Any) -> Any:
         """Return the one name that all spellings of a key stand for, so that they are counted as one file."""
@@ -322,6 +349,12 @@ class Download(_Endpoint):
 
     def _is_for_folder(self, key: Any, scope: Scope) -> bool:
         return self._archives is not None and archive_key_of(key, scope) is not None
+
+    def _together(self, key: Any, scope: Scope) -> Together | None:
+        is_local = type(self.source) is PathSource and self.redirect is None
+        if not is_local or CONNECTION not in (scope.get("extensions") or {}) or self._is_for_folder(key, scope):
+            return None
+        return together_for(self.limits, key, scope) if not self.access or self._has_links_alone else None
 
     async def _answer_to(self, key: Any, grant: Grant | None, below: tuple[Access, ...], scope: Scope) -> ASGIApp:
         if self._archives is not None and (name := archive_key_of(key, scope)) is not None:

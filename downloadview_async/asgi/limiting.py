@@ -22,14 +22,18 @@ from downloadview_async.asgi.delivery import (
 )
 from downloadview_async.asgi.disconnect import calling_at_the_end, until_the_client_leaves
 from downloadview_async.asgi.extensions import CONNECTION, PACE
+from downloadview_async.asgi.uses import claim
 from downloadview_async.errors import WrongType
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan
 from downloadview_async.http.ranges import select_ranges
 from downloadview_async.http.request import DownloadRequest
+from downloadview_async.offload.base import EXTENSION
 from downloadview_async.policy.limits.limits import TRANSFERS, Limits, Transfers, WhenHalfClosed
 from downloadview_async.policy.limits.pace import Pace, Paced, SharedRate
 from downloadview_async.policy.limits.source import SourceLimit
+from downloadview_async.policy.together import Together
+from downloadview_async.policy.uses import TOGETHER
 
 _CONDITIONS = frozenset({b"if-none-match", b"if-modified-since", b"if-match", b"if-unmodified-since"})
 
@@ -112,6 +116,24 @@ def _is_for_a_file(key: Any, scope: Scope) -> bool:
     return True
 
 
+def together_for(limits: Sequence[Limiting], key: Any, scope: Scope) -> Together | None:
+    """Return what asks a link and the limits together once the file is open, or None: each is asked in its turn.
+
+    limits: all those of the request. They have to count in one Redis. Only for a request whose answer is
+    a local file, and only if no part of a rate has to be known before it is open.
+    """
+    if scope["method"] != "GET" or TRANSFERS in scope or not _is_for_a_file(key, scope):
+        return None
+    if EXTENSION in scope["extensions"] and any(one.rate is not None for one in limits):
+        return None  # the proxy is told a part of the rate
+    each = [one for one in limits if isinstance(one, Limits)]
+    stores = [one.redis for one in each]
+    store = stores[0] if stores else None
+    if store is None or len(each) < len(limits) or any(one is not store for one in stores):
+        return None
+    return Together(store, each)
+
+
 def spend(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> Awaitable[None] | None:
     """Hold the lease of an answer that has bytes of the file, and add it to the quotas.
 
@@ -126,14 +148,33 @@ def spend(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> Awa
         return _hold_and_spend(transfers, scope, metadata, plan)
     if not transfers.counts_bytes:
         return None
+    size, spans = _bytes_of(scope, metadata, plan)
+    spending = transfers.spend(scope["path"], metadata, size, spans)
     if plan is None:
-        spans = _spans_of_another_server(scope, metadata)
-        size = None if metadata.size is None else sum(len(span) for span in spans if span is not None)
-        spending = transfers.spend(scope["path"], metadata, size, spans)
         transfers.sent(None)
-        return spending
-    spans = [one for one in plan.body if not isinstance(one, bytes)]
-    return transfers.spend(scope["path"], metadata, plan.length, spans)
+    return spending
+
+
+async def ask_together(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> None:
+    """Do what `spend` and `claim` do, and what was put off until now, in one round trip: see `Together`."""
+    together: Together = scope[TOGETHER]
+    transfers: Transfers = scope[TRANSFERS]
+    transfers.is_ours = True
+    if plan is not None and not plan.body:
+        await together.ask(scope)
+        return
+    size, spans = _bytes_of(scope, metadata, plan)
+    await together.ask(scope, metadata, size, spans, lambda use: claim(use, metadata, plan))
+    if plan is None:
+        transfers.sent(None)
+
+
+def _bytes_of(scope: Scope, metadata: FileMetadata, plan: Plan | None) -> tuple[int | None, Sequence[ByteRange | None]]:
+    """Return the size of an answer, None if it is not known, and the parts of the file that it has."""
+    if plan is not None:
+        return plan.length, [one for one in plan.body if not isinstance(one, bytes)]
+    spans = _spans_of_another_server(scope, metadata)
+    return None if metadata.size is None else sum(len(span) for span in spans if span is not None), spans
 
 
 def _spans_of_another_server(scope: Scope, metadata: FileMetadata) -> Sequence[ByteRange | None]:
@@ -173,7 +214,8 @@ def deliver_limited(
     transfers: Transfers = scope[TRANSFERS]
     if not isinstance(delivery, Offloaded):
         transfers.keeper = None  # no proxy sends it after all
-    if transfers.keeper is None and (receive is None or isinstance(delivery, Chunks)):
+    ends_at_once = TOGETHER in scope and transfers.counts_bytes
+    if transfers.keeper is None and (receive is None or isinstance(delivery, Chunks)) and not ends_at_once:
         send = calling_at_the_end(send, transfers.let_go)  # otherwise, the application returns at once
     if isinstance(delivery, Inline):
         seconds = 0.0
@@ -221,7 +263,16 @@ async def _deliver_large(
 ) -> None:
     with ExitStack() as stack:
         if transfers.counts_bytes:
-            send = stack.enter_context(counted(transfers, scope, send)).send
+            account = stack.enter_context(counted(transfers, scope, send))
+            send = account.send
+            if TOGETHER in scope:  # the lease ends, and the quotas get back what was not sent, in one step
+
+                def end() -> None:
+                    _, sent, is_complete = account.progress()
+                    transfers.sent(sent, is_complete=is_complete)
+                    transfers.end()
+
+                send = calling_at_the_end(send, end)
         if transfers.rates:
             send = stack.enter_context(paced(transfers.rates, scope, send))
         await deliver(delivery, start, send, receive=receive, facts=facts)

@@ -32,7 +32,7 @@ from downloadview_async.asgi.disconnect import close_after_body, until_the_clien
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
 from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, SEND_LATER
 from downloadview_async.asgi.handed_over import awaits_line, hand_over
-from downloadview_async.asgi.limiting import deliver_limited, path_send_for, spend
+from downloadview_async.asgi.limiting import ask_together, deliver_limited, path_send_for, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.send_later import SendLater
 from downloadview_async.asgi.uses import Counted, claim
@@ -48,7 +48,7 @@ from downloadview_async.errors import (
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.plan import Presentation, describe, make_redirect_plan
+from downloadview_async.http.plan import Plan, Presentation, describe, make_redirect_plan
 from downloadview_async.http.request import GET, HEAD, DownloadRequest
 from downloadview_async.offload.base import (
     EXTENSION,
@@ -62,7 +62,7 @@ from downloadview_async.offload.base import (
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.limits.limits import TRANSFERS
-from downloadview_async.policy.uses import USE
+from downloadview_async.policy.uses import TOGETHER, USE
 from downloadview_async.sources.base import AsyncFile, OpenFile, cache_status_of, is_file
 from downloadview_async.sources.digests.known import Digests
 from downloadview_async.sources.local.open_file import local_of, open_nowait
@@ -336,17 +336,12 @@ class DownloadResponse(Response):
         delivery: Delivery
         if offload is None:
             delivery = delivery_of(answer.plan, opened, path_send_for(scope, path_send), is_fresh=keep)
-            if TRANSFERS in scope and (spending := spend(scope, opened.metadata, answer.plan)) is not None:
-                await spending
-            if USE in scope:
-                await claim(scope[USE], opened.metadata, answer.plan)
+            if TRANSFERS in scope or USE in scope:
+                await _count(scope, metadata, answer.plan)
         else:
+            await _count(scope, metadata)
             if TRANSFERS in scope:
-                if (spending := spend(scope, opened.metadata)) is not None:
-                    await spending
                 hand_over(scope, offload)
-            if USE in scope:
-                await claim(scope[USE], opened.metadata)
             offer = scope["extensions"][EXTENSION]
             delivery = Offloaded(next(iter(offload)).lower())
             if isinstance(offer, Offer) and not (self.offload or (self.ends_request and keep)):
@@ -370,7 +365,9 @@ class DownloadResponse(Response):
 
     def _may_send_later(self, scope: Scope) -> bool:
         """Return whether nothing is to be done when the file has been sent that has to be done here."""
-        return self.background is None and USE not in scope and (TRANSFERS not in scope or scope[TRANSFERS].may_last)
+        if self.background is not None or USE in scope or TOGETHER in scope:
+            return False
+        return TRANSFERS not in scope or bool(scope[TRANSFERS].may_last)
 
     async def _redirect_nowait(self, scope: Scope, send: Send) -> bool:
         """Redirect the client if that needs no wait for the file or for a key, and return whether it was so."""
@@ -423,10 +420,7 @@ class DownloadResponse(Response):
             headers = await redirect.headers_for(self.file, described)
         if headers is None:
             return None
-        if TRANSFERS in scope and (spending := spend(scope, metadata)) is not None:
-            await spending
-        if USE in scope:
-            await claim(scope[USE], metadata)
+        await _count(scope, metadata)
         single = {name: value for name, value in headers.items() if isinstance(value, str)}
         plan = make_redirect_plan(added, single)
         lines = [(name, line) for name, value in headers.items() if not isinstance(value, str) for line in value]
@@ -486,6 +480,20 @@ class DownloadResponse(Response):
         if self.raw_headers:
             headers += [header for header in self.raw_headers if header[0] == b"set-cookie"]
         return {"type": "http.response.start", "status": answer.plan.status, "headers": headers}
+
+
+async def _count(scope: Scope, metadata: FileMetadata, plan: Plan | None = None) -> None:
+    """Count an answer in the limits, and as a use of its link. plan: None if another server sends the file.
+
+    Raises what `spend` and `claim` raise.
+    """
+    if TOGETHER in scope:
+        await ask_together(scope, metadata, plan)
+        return
+    if TRANSFERS in scope and (spending := spend(scope, metadata, plan)) is not None:
+        await spending
+    if USE in scope:
+        await claim(scope[USE], metadata, plan)
 
 
 def _is_checked(redirect: Redirect | None) -> bool:

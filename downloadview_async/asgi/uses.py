@@ -11,7 +11,8 @@ from downloadview_async.accounts.outcome import Outcome
 from downloadview_async.asgi.accounts import Account
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan
-from downloadview_async.policy.uses import Use
+from downloadview_async.policy.limits.limits import TRANSFERS
+from downloadview_async.policy.uses import TOGETHER, Use
 
 
 class Counted:
@@ -49,6 +50,8 @@ class Counted:
         exc: the error that has ended the answer.
         """
         self._account.leave(exc)
+        if exc is None and TOGETHER in self.scope:
+            self.scope[TRANSFERS].end()  # in the round trip of the note
         spans, taken, is_complete = self._account.progress()
         await note_sent(self._use, spans, taken, is_complete=is_complete)
 

@@ -1,7 +1,6 @@
 """`URLSigner`: makes links to files that expire, and checks them. Any process with the same keys can check a link."""
 
 import re
-import secrets
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import datetime, timedelta
@@ -14,9 +13,10 @@ from downloadview_async.policy.folders import MAX_FOLDER
 from downloadview_async.policy.formats import link_formats
 from downloadview_async.policy.formats.base import LinkFormat
 from downloadview_async.policy.grants import GRANT, Grant
+from downloadview_async.policy.link_ids import LINK_ID, new_link_id
 from downloadview_async.policy.stores.base import GrantStore
 from downloadview_async.policy.stores.guarded import GuardedStore, WhenStoreFails
-from downloadview_async.policy.uses import MARGIN, USE, Use, client_network
+from downloadview_async.policy.uses import MARGIN, TOGETHER, USE, Use, client_network
 
 MIN_SECRET_BYTES = 32
 """The shortest secret: as long as the output of the hash function [RFC 2104 3]."""
@@ -25,7 +25,6 @@ MOST_USES = 1_000_000
 """The most downloads that a link may be limited to."""
 
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_LINK_ID = re.compile(r"[A-Za-z0-9_-]{12}|[0-9a-f]{16}")  # the second: of a link that nginx verifies
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SAFE_IN_QUERY = "%!$&()*+,;=:@/?"  # a client would encode the others
 
@@ -133,7 +132,7 @@ class URLSigner:
             content_type=content_type,
             expires=self._expiry(expires_in, until),
             is_shareable=shareable,
-            link_id=_new_link_id(),
+            link_id=new_link_id(),
             uses=uses,
             folder=_checked_folder(checked) if below else None,
         )
@@ -197,12 +196,17 @@ class URLSigner:
         if self._store is None:
             if grant.uses is not None:
                 raise LinkInvalid(f"the link {grant.link_id} is for {grant.uses} downloads, and there is no store")
-        else:
+        elif not ((together := scope.get(TOGETHER)) and together.defers(self._store, grant, self._note_revoked)):
             await self.refuse_revoked(grant)
         scope[GRANT] = grant
         if self._store is not None and grant.uses is not None and scope["method"] == "GET":
             scope[USE] = Use(self._store, grant, self._client_of(scope), self._session_seconds)
         return grant
+
+    def _note_revoked(self) -> None:
+        """Count a link as refused that was counted as verified."""
+        self._counts["verified"] -= 1
+        self._counts["refused"] += 1
 
     async def refuse_revoked(self, grant: Grant) -> None:
         """Raise `LinkInvalid` if the link or its key is revoked, `SourceUnavailable` if the store does not answer."""
@@ -227,7 +231,7 @@ class URLSigner:
         if not _KEY_ID.fullmatch(identifier):
             raise ValueError(f"{identifier!r} is not the id of a link or of a key: `downloadview verify` prints both")
         until = None
-        if self._max_age is not None and identifier not in self._keys and _LINK_ID.fullmatch(identifier):
+        if self._max_age is not None and identifier not in self._keys and LINK_ID.fullmatch(identifier):
             until = time.time() + self._max_age.total_seconds() + MARGIN
         await self._store.revoke(identifier, until)
         return until
@@ -275,13 +279,6 @@ def _network(client: str) -> IPv4Network | IPv6Network:
     except ValueError:
         pass
     raise ValueError(f"client is {client!r}: give an address or a network, such as 203.0.113.0/24")
-
-
-def _new_link_id() -> str:
-    """Return a random id that is not taken for an option of a command."""
-    while (link_id := secrets.token_urlsafe(9)).startswith("-"):
-        pass
-    return link_id
 
 
 def _checked_secret(key_id: str, secret: bytes | str) -> bytes:

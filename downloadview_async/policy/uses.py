@@ -13,9 +13,13 @@ from downloadview_async.policy.addresses import network_of
 from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.stores.base import DownloadSession
 from downloadview_async.policy.stores.guarded import GuardedStore
+from downloadview_async.policy.stores.redis import Ride
 
 USE = "downloadview_async.use"
 """The key of a `Use` in an ASGI scope: `URLSigner.verify` puts it there, and `DownloadResponse` claims it."""
+
+TOGETHER = "downloadview_async.together"
+"""The key of a `Together` in an ASGI scope: what it asks later need not be asked at once."""
 
 MARGIN = 3600.0
 """Seconds that an entry in a store is kept after its link has expired: the clocks of machines differ."""
@@ -36,6 +40,8 @@ class Use:
         self._session: DownloadSession | None = None
         self._size: int | None = None
         self._noted: anyio.Event | None = None
+        self.ride: Ride | None = None
+        """Set if the limits of the request are asked in the same round trip: see `Together`."""
 
     async def claim(self, metadata: FileMetadata, *, wants_all: bool) -> None:
         """Count the request, once, before anything is sent. wants_all: whether it is for all bytes of the file.
@@ -57,6 +63,7 @@ class Use:
             now=now,
             ends=now + self._seconds,
             until=None if self._until is None else max(self._until, now + self._seconds),
+            ride=self.ride,
         )
         if not is_claimed:
             raise LinkUsedUp(f"the link {self._link_id} has been used for {self._uses} downloads")
@@ -81,7 +88,7 @@ class Use:
         """Note a part of the file that was sent. is_whole: it is all of a file whose size was unknown."""
         size = len(span) if is_whole else self._size
         if self._session is not None and size is not None:
-            await self._store.note(self._session, span, size)
+            await self._store.note(self._session, span, size, ride=self.ride)
 
 
 def client_network(scope: Mapping[str, Any]) -> str:

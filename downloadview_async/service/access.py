@@ -22,6 +22,7 @@ from downloadview_async import (
     Hidden,
     KeepPeer,
     ProxyUsers,
+    RedisGrantStore,
     SignedLinks,
     URLSigner,
     Users,
@@ -52,7 +53,7 @@ def store_of(settings: Settings) -> GrantStore | None:
     if settings.links is None or settings.links.store is None:
         return None
     with settings.blaming("links.store"):
-        return grant_store_from_url(settings.links.store)
+        return grant_store_from_url(settings.links.store, prefix=settings.shared.prefix, guards_loss=True)
 
 
 @asynccontextmanager
@@ -86,6 +87,21 @@ async def opened_store(settings: Settings, store: GrantStore | None) -> AsyncIte
     finally:
         with anyio.CancelScope(shield=True):
             await store.aclose()
+
+
+def begin_store(settings: Settings) -> None:
+    """Have the store of links begin before a link is made: it refuses links that were made before it has begun.
+
+    A store that does not answer is logged.
+    """
+    store = store_of(settings)
+    if not isinstance(store, RedisGrantStore):
+        return
+    try:
+        store.begin()
+    except Exception as exc:  # whatever the library of the store raises
+        problem = f"the store does not answer ({one_line(str(exc))}): if it is new, the link will be refused"
+        logger.warning("%s", settings.error("links.store", problem))
 
 
 def signer_of(settings: Settings, store: GrantStore | None) -> URLSigner | None:

@@ -4,18 +4,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from downloadview_async import Digests, DigestStore, FileError, Source
+from downloadview_async import Digests, DigestStore, FileError, SharedDigests, SharedFacts, Source
 from downloadview_async.service.settings import Settings
 from downloadview_async.service.source_settings import PathSettings, digests_mode, directory_of, source_of_files
-from downloadview_async.service.values import usable_store
+from downloadview_async.service.values import is_server, usable_store
 
 
 def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, Digests]:
     """Return the digests of each source of a route that has them. Raises `ConfigurationError`."""
-    store = None
+    store: DigestStore | SharedDigests | None = None
     if settings.digests is not None:
         with settings.blaming("digests.store"):
-            store = DigestStore(usable_store(settings.digests.store))
+            store = _store_of(settings, settings.digests.store)
     digests: dict[str, Digests] = {}
     for route in settings.routes:
         _, files = source_of_files(route.source, settings.sources)
@@ -26,8 +26,15 @@ def digests_of(settings: Settings, sources: Mapping[str, Source]) -> dict[str, D
                 name=route.source,
                 sidecars=isinstance(files, PathSettings) and files.sidecars,
                 background=mode == "background",
+                etags=isinstance(files, PathSettings) and files.etag == "digest",
             )
     return digests
+
+
+def _store_of(settings: Settings, store: str) -> DigestStore | SharedDigests:
+    if is_server(store):
+        return SharedDigests(SharedFacts(store, prefix=settings.shared.prefix))
+    return DigestStore(usable_store(store))
 
 
 class LocalFile(NamedTuple):

@@ -67,7 +67,7 @@ def _limits(settings: Settings, key: str, limits: RouteLimitsSettings, name: str
     if settings.limits is not None:
         options |= {"store": settings.limits.store, "when_store_fails": settings.limits.when_store_fails}
     with settings.blaming(key):
-        return Limits(**options, name=name)
+        return Limits(**options, name=name, prefix=settings.shared.prefix)
 
 
 def _log_of(settings: Settings) -> str | None:

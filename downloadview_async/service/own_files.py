@@ -7,7 +7,7 @@ from downloadview_async import Hidden
 from downloadview_async.service.origin import NO_FILE
 from downloadview_async.service.settings import Settings
 from downloadview_async.service.source_settings import directory_of, is_within, source_of_files
-from downloadview_async.service.values import KEY_LINE
+from downloadview_async.service.values import KEY_LINE, is_server
 
 
 def served_files(settings: Settings) -> Iterator[str]:
@@ -49,7 +49,7 @@ def _own_files(settings: Settings) -> Mapping[str, str]:
         scheme, _, path = url.partition(":///")
         if scheme.startswith("sqlite") and path and not path.startswith(":"):
             files[key] = os.path.join(settings.origin.directory, path.partition("?")[0])
-    return {key: path for key, path in files.items() if path}
+    return {key: path for key, path in files.items() if path and not is_server(path)}
 
 
 def _databases(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,8 @@ from downloadview_async import (
     PresignedRedirect,
     ProxyUsers,
     Redirect,
+    SharedChecksums,
+    SharedFacts,
     Source,
     SQLiteChecksums,
     StorageSource,
@@ -51,7 +53,7 @@ from downloadview_async.service.source_settings import (
     source_of_files,
 )
 from downloadview_async.service.sources import place_of
-from downloadview_async.service.values import seconds_of, usable_store
+from downloadview_async.service.values import is_server, seconds_of, usable_store
 
 _CORS_REQUEST_HEADERS = ["If-Modified-Since", "If-None-Match", "If-Range", "Range", "Want-Repr-Digest"]
 _CORS_EXPOSED = [
@@ -119,15 +121,23 @@ def routes_of(
             raise settings.error(f"routes[{index}].path", f"{exc}: write the parameter as {{path:path}}") from exc
 
 
+def _checksums(settings: Settings, store: str | None) -> MemoryChecksums | SQLiteChecksums | SharedChecksums:
+    if store is None:
+        return MemoryChecksums()
+    if is_server(store):
+        return SharedChecksums(SharedFacts(store, prefix=settings.shared.prefix))
+    return SQLiteChecksums(usable_store(store))
+
+
 def _archive(settings: Settings, name: str, source: Source, caches: Mapping[str, Cache]) -> ArchiveOptions:
     """Return the options for the archives of a source. They are kept in the cache of the source, if it has one."""
     archives = settings.archives
     assert not isinstance(archives.max_bytes, str)  # the settings have been checked
     with settings.blaming("archives.checksums"):
-        store = None if archives.checksums is None else usable_store(archives.checksums)
+        checksums = _checksums(settings, archives.checksums)
     return ArchiveOptions(
         limits=ArchiveLimits(files=archives.max_files, size=archives.max_bytes, depth=archives.max_depth),
-        checksums=MemoryChecksums() if store is None else SQLiteChecksums(store),
+        checksums=checksums,
         cache=caches.get(name),
         name=f"{name} {place_of(settings, name, source)}",
         per_client=archives.per_client or None,

@@ -159,10 +159,32 @@ class LinksSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     ] = "1d"
 
 
+_FACTS = r"^(?!(redis|rediss|unix|postgresql\+asyncpg):(?!//.)).+\Z"  # a path, or the URL of a server
+
+
+class SharedSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[shared]`: what all stores that several services share have in common."""
+
+    prefix: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9_.-]{1,64}\Z",
+            description="the beginning of all keys in Redis and PostgreSQL: letters, digits, dots, _ and -, at most 64",
+        ),
+    ] = "downloadview"
+
+
 class DigestsSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """`[digests]`: where the digests of files are kept."""
 
-    store: Annotated[Text, Meta(description="an SQLite file, absolute or relative to the settings file")]
+    store: Annotated[
+        str,
+        Meta(
+            pattern=_FACTS,
+            description="an SQLite file, absolute or relative to the settings file; or for several machines "
+            "redis://127.0.0.1:6379/0 or postgresql+asyncpg://host/name",
+        ),
+    ]
 
 
 class UsersSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -279,13 +301,18 @@ class ArchivesSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         int,
         Meta(ge=0, description="archives that a client may get at the same time from a worker; 0: any number"),
     ] = 1
-    checksums: Annotated[
-        Text | None,
-        Meta(
-            description="an SQLite file that keeps the CRC-32s of files over restarts and for all workers, such as "
-            "checksums.db; by default, each worker keeps them in memory"
-        ),
-    ] = None
+    checksums: (
+        Annotated[
+            str,
+            Meta(
+                pattern=_FACTS,
+                description="an SQLite file that keeps the CRC-32s of files over restarts and for all workers, such as "
+                "checksums.db; or for several machines redis://127.0.0.1:6379/0 or postgresql+asyncpg://host/name; by "
+                "default, each worker keeps them in memory",
+            ),
+        ]
+        | None
+    ) = None
 
 
 _Client = Annotated[
@@ -503,6 +530,7 @@ TABLES: dict[str, Any] = {
     "content_types": ContentTypes,
     "links": LinksSettings,
     "digests": DigestsSettings,
+    "shared": SharedSettings,
     "users": UsersSettings,
     "limits": LimitsSettings,
     "accounts": AccountsSettings,
@@ -533,6 +561,7 @@ class Settings:
     limits: LimitsSettings | None = None
     archives: ArchivesSettings = field(default_factory=ArchivesSettings)
     digests: DigestsSettings | None = None
+    shared: SharedSettings = field(default_factory=SharedSettings)
     accounts: AccountsSettings = field(default_factory=AccountsSettings)
     log: LogSettings | None = None
     metrics: MetricsSettings | None = None

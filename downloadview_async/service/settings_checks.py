@@ -32,7 +32,7 @@ from downloadview_async.service.source_settings import (
     cache_of,
     digests_mode,
 )
-from downloadview_async.service.values import CONTROL, KEY_LINE, bytes_of, seconds_of
+from downloadview_async.service.values import CONTROL, KEY_LINE, bytes_of, is_server, seconds_of
 
 _Table = TypeVar("_Table", bound=Struct)
 
@@ -61,7 +61,9 @@ def checked_settings(origin: Origin, data: Mapping[str, Any]) -> Settings:
     limits: LimitsSettings | None = tables.read("limits") if "limits" in data else None
     if limits is not None:
         check_limits(origin, "limits", limits)
-    digests = _with_paths(origin, "digests", tables.read("digests"), "store") if "digests" in data else None
+    digests: DigestsSettings | None = tables.read("digests") if "digests" in data else None
+    if digests is not None and not is_server(digests.store):
+        digests = _with_paths(origin, "digests", digests, "store")
     _check_digests(origin, digests, sources)
     settings = Settings(
         origin=origin,
@@ -79,6 +81,7 @@ def checked_settings(origin: Origin, data: Mapping[str, Any]) -> Settings:
         purge=_purge(origin, tables.read("purge"), sources) if "purge" in data else None,
         pages=_with_paths(origin, "pages", tables.read("pages"), "logo", "templates"),
         digests=digests,
+        shared=tables.read("shared"),
         content_types=tables.read("content_types"),
     )
     _check_needs_of_routes(settings)
@@ -199,6 +202,8 @@ def _check_digests(origin: Origin, digests: DigestsSettings | None, sources: Map
             raise origin.error(f"sources.{name}.digests", "there is no store: add a [digests] table with a store")
         if sidecars and mode == "off":
             raise origin.error(f"sources.{name}.sidecars", 'digests are off: set digests = "known" too')
+        if isinstance(source, PathSettings) and source.etag == "digest" and mode == "off":
+            raise origin.error(f"sources.{name}.etag", 'digests are off: set digests = "background" too')
 
 
 def _users(origin: Origin, users: UsersSettings) -> UsersSettings:
@@ -214,7 +219,9 @@ def _archives(origin: Origin, archives: ArchivesSettings) -> ArchivesSettings:
             "archives.max_bytes",
             f"{archives.max_bytes!r} is not a size: give a number of bytes, or a size such as 10GiB",
         )
-    return msgspec.structs.replace(_with_paths(origin, "archives", archives, "checksums"), max_bytes=size)
+    if not is_server(archives.checksums or ""):
+        archives = _with_paths(origin, "archives", archives, "checksums")
+    return msgspec.structs.replace(archives, max_bytes=size)
 
 
 def _accounts(origin: Origin, accounts: AccountsSettings) -> AccountsSettings:

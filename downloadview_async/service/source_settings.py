@@ -120,6 +120,13 @@ class PathSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     edge: _Edge = None
     digests: DigestMode = "off"
     sidecars: Annotated[bool, Meta(description="true to read digests from files NAME.sha256")] = False
+    etag: Annotated[
+        Literal["nanoseconds", "seconds", "digest"],
+        Meta(
+            description="what entity tags are made of: nanoseconds or seconds of the modification time, with the size; "
+            "or digest, which needs digests"
+        ),
+    ] = "nanoseconds"
 
 
 class StorageSettings(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type", tag="storage"):

@@ -122,6 +122,7 @@ def sources_of(
         }
         match source:
             case PathSettings():
+                options["etag"] = "inode" if source.etag == "digest" else source.etag
                 with settings.blaming(f"{key}.root"):
                     sources[name] = PathSource(options.pop("root"), **options)
             case StorageSettings():

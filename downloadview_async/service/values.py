@@ -54,6 +54,11 @@ def seconds_of(value: float | str) -> float | None:
     return number if 0 <= number <= _LONGEST_AGE else None
 
 
+def is_server(store: str) -> bool:
+    """Return whether a store is at the URL of a server, and not a file."""
+    return "://" in store
+
+
 def usable_store(path: str) -> str:
     """Return the absolute path of an SQLite file. Raises `ConfigurationError` if it can certainly not be opened."""
     directory = os.path.dirname(path)

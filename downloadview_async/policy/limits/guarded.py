@@ -70,6 +70,39 @@ class GuardedLimitStore:
             raise used_up
         return used_up
 
+    async def enter(
+        self,
+        client: str,
+        *,
+        window: Window | None,
+        most: int | None,
+        lease: str | None,
+        costs: Costs,
+        parts: Parts | None,
+        now: float,
+        gate: str,
+    ) -> tuple[Verdict, Quota | None]:
+        """Do what `admit` and `spend` do, in one step: see `RedisLimitStore.enter`.
+
+        Raises `NotCounted` and `SourceUnavailable`.
+        """
+        entered: tuple[Verdict, Quota | None] | NotCounted = await self._ask(
+            lambda: self._store.enter(
+                client, window=window, most=most, lease=lease, costs=costs, parts=parts, now=now, gate=gate
+            ),
+            NotCounted(),
+        )
+        if isinstance(entered, NotCounted):
+            raise entered
+        if lease is not None and entered[0].refused is None:
+            self._held.add(lease)
+        return entered
+
+    @property
+    def redis(self) -> RedisLimitStore | None:
+        """The store itself; None while it fails."""
+        return None if self._has_failed else self._store
+
     def release(self, client: str, lease: str | None, refunds: Costs, *, spent_at: float, unsent: Parts | None) -> None:
         """End a lease, and give back what was not sent, unless the store has failed."""
         held = lease if lease in self._held else None

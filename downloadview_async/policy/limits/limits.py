@@ -54,7 +54,7 @@ logger = logging.getLogger("downloadview_async")
 _process = token_hex(8)
 _numbers = count()
 _names = count()
-_stores: WeakValueDictionary[tuple[str, str], GuardedLimitStore] = WeakValueDictionary()
+_stores: WeakValueDictionary[tuple[str, str, str], GuardedLimitStore] = WeakValueDictionary()
 
 
 class Limits:
@@ -69,6 +69,7 @@ class Limits:
     mode: "refuse" answers 429 to a client that has `concurrent` transfers. "queue" lets at most 32 requests of a client
     wait for `queue_seconds` at most, in their order.
     store: "memory", for this process alone, or a URL such as "redis://127.0.0.1:6379/0", for all that use it.
+    prefix: the beginning of all keys in that store, for applications that share it.
     when_store_fails: "allow" or "refuse" (503), while the store does not answer.
     name: tells these limits from others in the same store. The processes of one application give the same name.
     proxy_log: the log of the proxy, as in `ProxyLog`. With it, and with `Accounts(..., sends_request_id=True)` around
@@ -92,6 +93,7 @@ class Limits:
         mode: Literal["refuse", "queue"] = "refuse",
         queue_seconds: float = QUEUE_SECONDS,
         store: str = "memory",
+        prefix: str = "downloadview",
         when_store_fails: WhenStoreFails = "allow",
         trusted: Iterable[str] = ("127.0.0.1", "::1"),
         name: str = "",
@@ -141,7 +143,7 @@ class Limits:
         self.is_shared = store != "memory"
         """Whether other processes use the store too."""
         self._memory = MemoryLimitStore() if store == "memory" else None  # which needs no `await`, as costs time
-        self._store: LimitStore = self._memory or _in_redis(store, when_store_fails, self)
+        self._store: LimitStore = self._memory or _in_redis(store, prefix, when_store_fails, self)
 
     async def client_of(self, request: Request) -> str:
         """Return the key of the client that sends a request. If a function fails, that raises `SourceUnavailable`."""
@@ -189,6 +191,56 @@ class Limits:
         if self._window is not None or lease is not None:
             self._judge(transfer, lease, self._memory.admit_nowait(client, self._window, self.concurrent, lease))
         return transfer
+
+    @property
+    def redis(self) -> RedisLimitStore | None:
+        """The store, if requests can be counted there once their file is open; None: before that, or it fails."""
+        return self._store.redis if isinstance(self._store, GuardedLimitStore) and not self.queues else None
+
+    async def begin_later(self, scope: Scope, receive: Receive) -> "Transfer":
+        """Return what a request takes, of which nothing is counted or held before `enter`."""
+        return Transfer(self, await self.client_of(Request(scope, receive)))
+
+    async def enter(
+        self,
+        transfer: "Transfer",
+        gate: str,
+        version: str,
+        size: int | None,
+        spans: Sequence[ByteRange | None] | None,
+        file: int | None,
+    ) -> None:
+        """Do what `begin` and `spend` do, in one step. spans: None for an answer without bytes of the file.
+
+        gate: see `RedisLimitStore.enter`. Raises `LimitExceeded` and `SourceUnavailable`.
+        """
+        assert isinstance(self._store, GuardedLimitStore)
+        has_bytes = spans is not None
+        if has_bytes and self._holds_leases:
+            transfer.lease = f"{_process}.{next(_numbers)}"
+        else:
+            transfer.is_held = True
+        lease = transfer.lease or None
+        costs = self._costs(transfer, version, size, spans, file) if spans is not None else ()
+        if not (self._window or lease or costs):
+            return
+        try:
+            verdict, used_up = await self._store.enter(
+                transfer.client,
+                window=self._window,
+                most=self.concurrent,
+                lease=lease,
+                costs=costs,
+                parts=transfer.parts,
+                now=transfer.spent_at,
+                gate=gate,
+            )
+        except NotCounted:
+            transfer.is_held = True
+            return
+        self._judge(transfer, lease, verdict)
+        if costs:
+            self._charge(transfer, used_up)
 
     def _new(self, client: str, is_transfer: bool) -> "tuple[Transfer, str | None]":
         """Return a transfer, and the lease that it asks for."""
@@ -273,16 +325,21 @@ class Limits:
             refunds, unsent = self._refunds(transfer, 0, is_complete=False)
             self._store.release(transfer.client, None, refunds, spent_at=transfer.spent_at, unsent=unsent)
             transfer.is_charged = False
-        now = time.time()
-        costs = [(quota, (size or 0) if quota.unit == "bytes" else 0) for quota in self._quotas]
+        costs = self._costs(transfer, version, size, spans, file)
+        if self._memory is None:
+            return self._spend(transfer, costs)
+        self._charge(transfer, self._memory.spend_nowait(transfer.client, costs, transfer.parts, transfer.spent_at))
+        return None
+
+    def _costs(
+        self, transfer: "Transfer", version: str, size: int | None, spans: Sequence[ByteRange | None], file: int | None
+    ) -> Costs:
+        """Return what an answer costs, and note it in its transfer."""
         if self._counts_downloads:
             known = tuple((span.start, span.stop) for span in spans if span is not None)
             transfer.parts = Parts(_short(version), known or ((0, 1),), file if known and file is not None else 1)
-        transfer.spent, transfer.spent_at = size, now
-        if self._memory is None:
-            return self._spend(transfer, costs)
-        self._charge(transfer, self._memory.spend_nowait(transfer.client, costs, transfer.parts, now))
-        return None
+        transfer.spent, transfer.spent_at = size, time.time()
+        return [(quota, (size or 0) if quota.unit == "bytes" else 0) for quota in self._quotas]
 
     async def _spend(self, transfer: "Transfer", costs: Costs) -> None:
         try:
@@ -537,6 +594,30 @@ class Transfers:
         if self.waits:
             self.let_go()  # while the request waits, others may have what it does not use
 
+    async def begin_later(self, limits: "Sequence[Limits]", scope: Scope, receive: Receive) -> None:
+        """Take note of the limits that hold for a request. Nothing is counted before `enter`."""
+        for one in limits:
+            transfer = await one.begin_later(scope, receive)
+            transfer.is_held = True  # as far as others may ask before `enter`
+            self._add(one, transfer)
+            transfer.is_held = False
+
+    def enter(
+        self, gate: str, path: str, metadata: FileMetadata, size: int | None, spans: Sequence[ByteRange | None] | None
+    ) -> list[Awaitable[None]]:
+        """Return what counts the request in each of the limits, and adds its answer to the quotas.
+
+        To be awaited at the same time, and in this order. The arguments are those of `Limits.enter` and of `spend`.
+        """
+        if spans is not None:
+            self._sent = 0
+        named = _named(path, metadata)
+        each: list[Awaitable[None]] = []
+        for transfer in self._all:
+            assert isinstance(transfer.limits, Limits)
+            each.append(transfer.limits.enter(transfer, gate, named, size, spans, metadata.size))
+        return each
+
     def _add(self, limits: "Limits | SourceLimit", transfer: Transfer) -> None:
         self._all.append(transfer)
         if transfer.waits:
@@ -588,8 +669,7 @@ class Transfers:
         None for all of a file of unknown size.
         """
         self._sent = 0
-        version = metadata.etag if metadata.etag is not None else f"{metadata.last_modified} {metadata.size}"
-        named, rest = f"{path} {version}", iter(self._all)
+        named, rest = _named(path, metadata), iter(self._all)
         for transfer in rest:
             if (spending := transfer.limits.spend(transfer, named, size, spans, metadata.size)) is not None:
                 return self._spend_rest(spending, rest, named, size, spans, metadata.size)
@@ -634,14 +714,21 @@ class Transfers:
                 shared.begin_by_proxy()
 
 
-def _in_redis(url: str, when_it_fails: WhenStoreFails, follower: Follower) -> LimitStore:
+def _named(path: str, metadata: FileMetadata) -> str:
+    """Return a text for a version of a file."""
+    version = metadata.etag if metadata.etag is not None else f"{metadata.last_modified} {metadata.size}"
+    return f"{path} {version}"
+
+
+def _in_redis(url: str, prefix: str, when_it_fails: WhenStoreFails, follower: Follower) -> LimitStore:
     """Return the store at a URL. All limits with the same URL share one, and the knowledge that it has failed."""
     if not isinstance(url, str) or url.partition("://")[0] not in ("redis", "rediss", "unix"):
         # the URL may have a password, so it is not shown
         raise ConfigurationError('store is not a store: give "memory" or a URL such as redis://127.0.0.1:6379/0')
-    guarded = _stores.get((url, when_it_fails))
+    guarded = _stores.get((url, prefix, when_it_fails))
     if guarded is None:
-        guarded = _stores[url, when_it_fails] = GuardedLimitStore(RedisLimitStore(url), when_it_fails=when_it_fails)
+        guarded = GuardedLimitStore(RedisLimitStore(url, prefix=prefix), when_it_fails=when_it_fails)
+        _stores[url, prefix, when_it_fails] = guarded
     guarded.followers.add(follower)
     return guarded
 

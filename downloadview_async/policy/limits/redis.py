@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from secrets import token_hex
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -21,11 +22,14 @@ from downloadview_async.errors import ConfigurationError
 from downloadview_async.policy.limits.amounts import Quota, Window
 from downloadview_async.policy.limits.coverage import MAX_EDGES, Parts
 from downloadview_async.policy.limits.store import ALLOWED, RESERVED_SECONDS, SESSION_SECONDS, Costs, Verdict
-from downloadview_async.policy.stores.redis import check_url
+from downloadview_async.policy.stores.redis import LINK_SCRIPTS, check_url, script_digest
 from downloadview_async.sources.per_loop import PerLoop
 
 LEASE_SECONDS = 30.0
 """Seconds after which the leases of a dead process end."""
+
+GATE_SECONDS = 60
+"""Seconds after which a gate is forgotten: all that it is for is in the same round trip."""
 
 _RENEW_SECONDS = LEASE_SECONDS / 3
 _MOST_IN_A_BATCH = 200
@@ -207,11 +211,21 @@ for at = quotas, #ARGV - 1, 4 do
     give_back(at, tonumber(ARGV[3]), amount)
 end
 """
+# Both, unless the gate is closed: another limit has then refused the same request in the same round trip. A limit that
+# refuses it closes the gate.
+_ENTER = f"""
+local function admit(KEYS, ARGV) {_ADMIT} end
+local function spend(KEYS, ARGV) {_SPEND} end
+if redis.call('EXISTS', KEYS[2]) == 1 then return {{-1, 0}} end
+local held, full = admit(KEYS, {{ARGV[1], ARGV[2]}}), 0
+if held >= 0 and #ARGV > 2 then full = spend(KEYS, {{unpack(ARGV, 3)}}) end
+if held < 0 or full > 0 then redis.call('SET', KEYS[2], '1', 'EX', {GATE_SECONDS}) end
+return {{held, full}}
+"""
 _CHECK = "return 1"
-_SCRIPTS = {hashlib.sha1(text.encode()).hexdigest(): text for text in (_ADMIT, _END, _RENEW, _SPEND, _RELEASE, _CHECK)}  # noqa: S324
-_DIGEST = {text: digest for digest, text in _SCRIPTS.items()}
+_SCRIPTS = (_ADMIT, _END, _RENEW, _SPEND, _RELEASE, _ENTER, _CHECK, *LINK_SCRIPTS)
 
-_Call = tuple[str, str, Sequence[object], "asyncio.Future[Any] | None"]  # a script, its key and its values
+_Call = tuple[str, Sequence[str], Sequence[object], "asyncio.Future[Any] | None"]  # a script, its keys and its values
 
 
 class Follower(Protocol):
@@ -247,6 +261,7 @@ class RedisLimitStore:
             return client.Redis.from_pool(client.ConnectionPool.from_url(url, **options))
 
         self._connect = connect
+        self.url = url
         self._prefix = f"{prefix}:limits:2:"
         self._timeout = timeout
         self._name = lru_cache(maxsize=4096)(self._name_of)
@@ -259,10 +274,10 @@ class RedisLimitStore:
         """Count a request, and hold a lease for its transfer."""
         batches, name = self._running(), self._name(client)
         try:
-            held: int = await batches.call(_ADMIT, name, (_terms(window, most), lease or ""))
+            held: int = await batches.call(_ADMIT, (name,), (_terms(window, most), lease or ""))
         except BaseException:  # the server may have counted it all the same
             if lease is not None:
-                batches.post(_END, name, (lease,))
+                batches.post(_END, (name,), (lease,))
             raise
         if held < 0:
             return Verdict("requests", (-1 - held) / 1000) if held < -1 else Verdict("concurrent", 1.0)
@@ -270,9 +285,53 @@ class RedisLimitStore:
             batches.hold(client, lease, held)
         return ALLOWED
 
+    async def enter(
+        self,
+        client: str,
+        *,
+        window: Window | None,
+        most: int | None,
+        lease: str | None,
+        costs: Costs,
+        parts: Parts | None,
+        now: float,
+        gate: str,
+    ) -> tuple[Verdict, Quota | None]:
+        """Do what `admit` and `spend` do, in one step. gate: from `new_gate`; see `Ride`."""
+        batches, name = self._running(), self._name(client)
+        spent = [] if not costs else _arguments(costs, parts, now)
+        entering = batches.call(_ENTER, (name, gate), (_terms(window, most), lease or "", *spent))
+        try:
+            held, number = await asyncio.shield(entering)
+        except BaseException:  # the server may have counted it all the same
+            if lease is not None:
+                batches.post(_END, (name,), (lease,))
+
+            def give_back(entered: "asyncio.Future[list[int]]") -> None:
+                if costs and not entered.cancelled() and entered.exception() is None:
+                    held, number = entered.result()
+                    if held >= 0 and not number:
+                        self.release(client, None, costs, spent_at=now, unsent=parts)
+
+            entering.add_done_callback(give_back)
+            raise
+        if held < 0:
+            return Verdict("requests", (-1 - held) / 1000) if held < -1 else Verdict("concurrent", 1.0), None
+        if lease is not None:
+            batches.hold(client, lease, held)
+        return ALLOWED, costs[number - 1][0] if number else None
+
+    def new_gate(self) -> str:
+        """Return a new key, which a limit that refuses a request closes for what is asked after it."""
+        return f"{self._prefix}gate:{token_hex(8)}"
+
+    def call(self, script: str, keys: Sequence[str], values: Sequence[object]) -> "asyncio.Future[Any]":
+        """Return what another script will return, which runs in the next round trip."""
+        return self._running().call(script, keys, values)
+
     async def spend(self, client: str, costs: Costs, *, parts: Parts | None, now: float) -> Quota | None:
         """Add the costs to their quotas, or return a quota that is used up."""
-        spending = self._running().call(_SPEND, self._name(client), _arguments(costs, parts, now))
+        spending = self._running().call(_SPEND, (self._name(client),), _arguments(costs, parts, now))
         try:
             number: int = await asyncio.shield(spending)
         except asyncio.CancelledError:
@@ -291,9 +350,9 @@ class RedisLimitStore:
         if lease is not None:
             batches.drop(client, lease)
         if not refunds:
-            batches.post(_END, name, (lease,))
+            batches.post(_END, (name,), (lease,))
             return
-        batches.post(_RELEASE, name, (*_arguments(refunds, unsent, spent_at), lease or ""))
+        batches.post(_RELEASE, (name,), (*_arguments(refunds, unsent, spent_at), lease or ""))
 
     def transfers(self, client: str) -> int:
         """Return how many leases the client holds, at the time of the last answer about it."""
@@ -301,7 +360,7 @@ class RedisLimitStore:
 
     async def check(self) -> None:
         """Return if the server answers."""
-        await self._running().call(_CHECK, f"{self._prefix}check", ())
+        await self._running().call(_CHECK, (f"{self._prefix}check",), ())
 
     async def aclose(self) -> None:
         """Send what is left, and close the connections of the running event loop."""
@@ -326,9 +385,9 @@ class RedisLimitStore:
         """Seconds for an answer."""
         return self._timeout
 
-    def renewal(self, client: str, leases: Iterable[str]) -> tuple[str, str, Sequence[object]]:
+    def renewal(self, client: str, leases: Iterable[str]) -> tuple[str, Sequence[str], Sequence[object]]:
         """Return the call that renews the leases of a client."""
-        return _RENEW, self._name(client), (int(LEASE_SECONDS * 1000), *leases)
+        return _RENEW, (self._name(client),), (int(LEASE_SECONDS * 1000), *leases)
 
 
 def _arguments(costs: Costs, parts: Parts | None, time: float) -> list[object]:
@@ -363,15 +422,15 @@ class _Batches:
         self._deadline: asyncio.Handle
         self._is_late = False
 
-    def call(self, script: str, key: str, values: Sequence[object]) -> "asyncio.Future[Any]":
+    def call(self, script: str, keys: Sequence[str], values: Sequence[object]) -> "asyncio.Future[Any]":
         """Return what a script will return."""
         future = self._loop.create_future()
-        self._add((script, key, values, future))
+        self._add((script, keys, values, future))
         return future
 
-    def post(self, script: str, key: str, values: Sequence[object]) -> None:
+    def post(self, script: str, keys: Sequence[str], values: Sequence[object]) -> None:
         """Have a script run soon. If the server fails, it does not run."""
-        self._add((script, key, values, None))
+        self._add((script, keys, values, None))
 
     def _add(self, call: _Call) -> None:
         self._queue.append(call)
@@ -442,7 +501,7 @@ class _Batches:
         results = await self._pipeline(batch)
         unknown = [number for number, result in enumerate(results) if type(result).__name__ == "NoScriptError"]
         if unknown:  # the server has been started, or has forgotten its scripts; none of these has run
-            for text in _SCRIPTS.values():
+            for text in _SCRIPTS:  # all of them: one that is unknown later would run after those that follow it
                 await self._client.script_load(text)
             for number, result in zip(unknown, await self._pipeline([batch[one] for one in unknown]), strict=True):
                 results[number] = result
@@ -450,8 +509,8 @@ class _Batches:
 
     async def _pipeline(self, batch: Sequence[_Call]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
-        for script, key, values, _ in batch:
-            pipeline.evalsha(_DIGEST[script], 1, key, *values)
+        for script, keys, values, _ in batch:
+            pipeline.evalsha(script_digest(script), len(keys), *keys, *values)
         results: list[Any] = await pipeline.execute(raise_on_error=False)
         return results
 

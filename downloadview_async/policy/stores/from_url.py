@@ -7,8 +7,10 @@ from downloadview_async.policy.stores.redis import RedisGrantStore
 from downloadview_async.policy.stores.sqlite import SQLiteGrantStore
 
 
-def grant_store_from_url(url: str) -> GrantStore:
+def grant_store_from_url(url: str, *, prefix: str = "downloadview", guards_loss: bool = False) -> GrantStore:
     """Return a store of uses and revocations: `sqlite:` and a path, `redis://127.0.0.1:6379/0` or `memory:`.
+
+    prefix, guards_loss: as in `RedisGrantStore`; the others have no such options.
 
     Raises `ConfigurationError` for another URL, and if the package that the store needs is missing.
     """
@@ -21,6 +23,6 @@ def grant_store_from_url(url: str) -> GrantStore:
     if scheme == "sqlite" and rest.strip("/") and not rest.startswith("//"):
         return SQLiteGrantStore(rest)
     if scheme in ("redis", "rediss", "unix"):
-        return RedisGrantStore(url)
+        return RedisGrantStore(url, prefix=prefix, guards_loss=guards_loss)
     # the URL may have a password, so it is not shown
     raise ConfigurationError("there is no such store: give sqlite:PATH, redis://HOST:PORT/NUMBER or memory:")

@@ -4,14 +4,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 
-from downloadview_async.errors import ConfigurationError, SourceUnavailable, WrongType
+from downloadview_async.errors import ConfigurationError, FileError, LinkInvalid, SourceUnavailable, WrongType
 from downloadview_async.http.log_text import escaped
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.policy.stores.base import DownloadSession, GrantStore
+from downloadview_async.policy.stores.redis import RedisGrantStore, RefusedByLimit, Ride
 from downloadview_async.sources.tracing import span
 
 logger = logging.getLogger("downloadview_async")
@@ -42,12 +43,32 @@ class GuardedStore:
         self.notes: dict[DownloadSession, list[anyio.Event]] = {}
         """The notes that this process is writing now, by the session."""
 
+    @property
+    def redis(self) -> RedisGrantStore | None:
+        """The store itself, if it is Redis."""
+        return self._store if isinstance(self._store, RedisGrantStore) else None
+
     async def claim(
-        self, session: DownloadSession, *, uses: int, wants_all: bool, now: float, ends: float, until: float | None
+        self,
+        session: DownloadSession,
+        *,
+        uses: int,
+        wants_all: bool,
+        now: float,
+        ends: float,
+        until: float | None,
+        ride: Ride | None = None,
     ) -> bool:
-        """Return whether the request may have the file. Raises `SourceUnavailable`."""
+        """Return whether the request may have the file. ride: as in `RedisGrantStore`.
+
+        Raises `SourceUnavailable`, and with a `ride` `LinkInvalid` and `RefusedByLimit`.
+        """
+        options: dict[str, Any] = {} if ride is None else {"ride": ride}
         is_allowed = await self._ask(
-            lambda: self._store.claim(session, uses=uses, wants_all=wants_all, now=now, ends=ends, until=until), True
+            lambda: self._store.claim(
+                session, uses=uses, wants_all=wants_all, now=now, ends=ends, until=until, **options
+            ),
+            True,
         )
         self.counts["used" if is_allowed else "used-up"] += 1
         return is_allowed
@@ -62,10 +83,21 @@ class GuardedStore:
         """Return whether one of the ids is revoked. Raises `SourceUnavailable`."""
         return await self._ask(lambda: self._store.is_revoked(identifiers, time.time()), False)
 
-    async def note(self, session: DownloadSession, span: ByteRange, size: int) -> None:
+    async def refuse_revoked(self, ride: Ride) -> None:
+        """Raise `LinkInvalid` if the link is revoked, or `SourceUnavailable`. ride: as in `RedisGrantStore`."""
+        store = self.redis
+        assert store is not None
+        try:
+            await self._ask(lambda: store.refuse_revoked(ride), None)
+        except RefusedByLimit:  # that limit raises its own error, unless its answer was lost: then it does not hold
+            if await self.is_revoked(ride.revocable):
+                raise LinkInvalid(f"the link {ride.revocable[0]}, or its key, is revoked") from None
+
+    async def note(self, session: DownloadSession, span: ByteRange, size: int, *, ride: Ride | None = None) -> None:
         """Note a part of the file that was sent. If that fails, the session ends by its time."""
+        options: dict[str, Any] = {} if ride is None else {"ride": ride}
         with contextlib.suppress(SourceUnavailable):  # it is logged, and the file has left
-            await self._ask(lambda: self._store.note(session, span, size), None)
+            await self._ask(lambda: self._store.note(session, span, size, **options), None)
 
     async def revoke(self, identifier: str, until: float | None) -> None:
         """Revoke a link or a key. Raises `SourceUnavailable` if the store fails, whatever is allowed then."""
@@ -76,6 +108,8 @@ class GuardedStore:
         try:
             with span("store of links"), anyio.fail_after(self._timeout):
                 return await call()
+        except (FileError, RefusedByLimit):  # what the store says
+            raise
         except Exception as exc:  # whatever the library of the store raises
             self._log(exc)
             self.counts["store-failed"] += 1

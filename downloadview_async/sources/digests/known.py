@@ -17,12 +17,13 @@ from anyio.lowlevel import RunVar
 from downloadview_async.errors import ConfigurationError, DownloadError, wrong_type
 from downloadview_async.http.digest import ALGORITHMS, check_algorithms, digests_of, new_hashes
 from downloadview_async.http.digest import Digests as Values
-from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.http.metadata import ETag, FileMetadata
 from downloadview_async.sources.base import HasCanonicalNames, OpenFile, Source, check_source, on_demand_of
 from downloadview_async.sources.digests.hashing import hash_file
 from downloadview_async.sources.digests.sidecar import SUFFIX, read_sidecar
 from downloadview_async.sources.digests.store import DigestStore
 from downloadview_async.sources.local.open_file import local_of
+from downloadview_async.sources.shared_facts import SharedDigests
 
 _KEPT = 16_384  # names with what is known of them; each takes about 1 KiB
 _WAITING = 1_000  # names of files to hash
@@ -44,7 +45,7 @@ class Digests:
     """The digests of a source's files, for `Download(digests=...)`.
 
     source: the same source as that of the `Download`.
-    store: keeps digests over restarts. Needs aiosqlite and asyncio.
+    store: keeps digests over restarts: a `DigestStore`, or for several machines `SharedDigests`. Needs asyncio.
     name: identifies the source in the store.
     sidecars: whether `NAME.sha256` beside a local file NAME has its digest, as `sha256sum NAME > NAME.sha256` writes
     it. A sidecar that is older than the file is ignored.
@@ -52,6 +53,9 @@ class Digests:
     while `running` is open.
     algorithms: those that are computed, of "sha-256" and "sha-512".
     max_bytes: a file with more bytes is not hashed in the background.
+    etags: whether the SHA-256 of a file is its entity tag, so that all copies have the same one, whatever their times.
+    A file whose digest is not known yet has no validators then. The source may be a `PathSource(etag="inode")`, which
+    tells versions apart on this machine by more than the modification time.
 
     Raises `ConfigurationError` for an invalid source or algorithm.
     """
@@ -59,16 +63,17 @@ class Digests:
     def __init__(
         self,
         source: Source,
-        store: DigestStore | None = None,
+        store: DigestStore | SharedDigests | None = None,
         *,
         name: str = "files",
         sidecars: bool = False,
         background: bool = False,
         algorithms: Sequence[str] = ("sha-256",),
         max_bytes: int | None = None,
+        etags: bool = False,
     ) -> None:
         check_source(source, "Digests")
-        if not (store is None or isinstance(store, DigestStore)):
+        if not (store is None or isinstance(store, DigestStore | SharedDigests)):
             raise wrong_type("store takes a DigestStore, such as DigestStore('digests.db')", store)
         check_algorithms(algorithms or "none", "algorithms")
         self.source = source
@@ -78,6 +83,9 @@ class Digests:
         self.background = background
         self.algorithms = tuple(algorithm for algorithm in ALGORITHMS if algorithm in algorithms)
         self.max_bytes = max_bytes
+        self.etags = etags
+        if etags and "sha-256" not in self.algorithms:
+            raise ConfigurationError("entity tags are made of sha-256: add it to algorithms")
         self._canonical: Callable[[str], str] | None = (
             source.canonical if isinstance(source, HasCanonicalNames) else None
         )
@@ -88,18 +96,18 @@ class Digests:
     def kept(self, name: str, metadata: FileMetadata) -> FileMetadata | None:
         """Return the metadata with the digests of this version from memory; None: `find` has to be called first."""
         if (known := self._kept.get(name)) is None:
-            return None if _is_version(metadata) else metadata
+            return None if _is_version(metadata) else self._described(metadata, ())
         before, described, until = known
         if before is metadata and until is None:
             return described
         if not _is_version(metadata):
-            return metadata
+            return self._described(metadata, ())
         is_over = until is not None and until <= time.monotonic()
         if is_over or before.etag != metadata.etag or before.size != metadata.size:
             return None
         if metadata.digests and metadata.digests != before.digests:
             return None  # the source has learnt them meanwhile
-        return described if before is metadata else replace(metadata, digests=described.digests)
+        return described if before is metadata else self._described(metadata, described.digests)
 
     async def find(self, name: str, opened: OpenFile) -> FileMetadata:
         """Return the metadata of an open file with the digests of this version, where they are known.
@@ -231,12 +239,23 @@ class Digests:
     def _plain(self, name: str) -> str:
         return name if self._canonical is None else self._canonical(name)
 
+    def _described(self, metadata: FileMetadata, values: Values) -> FileMetadata:
+        if self.etags:
+            return replace(metadata, digests=values, etag=_tag_of(values), last_modified=None)
+        return replace(metadata, digests=values) if values and values != metadata.digests else metadata
+
     def _keep(self, name: str, metadata: FileMetadata, values: Values, until: float | None) -> FileMetadata:
-        described = replace(metadata, digests=values) if values != metadata.digests else metadata
+        described = self._described(metadata, values)
         if len(self._kept) >= _KEPT and name not in self._kept:
             self._kept.pop(next(iter(self._kept)), None)
         self._kept[name] = metadata, described, until
         return described
+
+
+def _tag_of(values: Values) -> ETag | None:
+    """Return the entity tag of a file with some digests."""
+    value = dict(values).get("sha-256")
+    return None if value is None else ETag(f"sha256-{value.hex()}")
 
 
 def _is_version(metadata: FileMetadata) -> bool:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, closing
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
 
@@ -18,7 +18,7 @@ from downloadview_async.errors import AccessDenied, FileError, FileMissing
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.sources.listing import DescribedEntry, Entry, Version
 from downloadview_async.sources.local.open_file import metadata_of, version_of
-from downloadview_async.sources.local.root import Root, file_error
+from downloadview_async.sources.local.root import Root, Validators, file_error
 from downloadview_async.sources.names import canonical_folder, entries_check, entry_check
 from downloadview_async.sources.workers import MID_TRANSFER, Workers
 
@@ -149,11 +149,11 @@ class FolderReader:
 
     def read_described(self) -> list[Entry] | None:
         """Return what `read` does; files are `DescribedEntry` objects."""
-        return self._read(partial(self._described, _DESCRIBED), BATCH)
+        return self._read(partial(self._described, _described(self._root.validators)), BATCH)
 
     def read_versions(self) -> list[Version] | None:
         """Return what `read` does, for an archive."""
-        return self._read(partial(self._described, _VERSIONS), BATCH)
+        return self._read(partial(self._described, _versions(self._root.validators)), BATCH)
 
     def read_names(self) -> list[Entry] | None:
         """Return what `read` does, without sizes and times, and without asking whether a file can be read."""
@@ -265,16 +265,6 @@ def _file(name: str, status: os.stat_result) -> Entry:
     return _entry((name, False, status.st_size, _time_of(status), None))
 
 
-def _file_with_version(name: str, status: os.stat_result) -> Entry:
-    entry = _LocalFileEntry(name, False, status.st_size, _time_of(status))
-    entry.status = status
-    return entry
-
-
-def _version(name: str, status: os.stat_result) -> Version:
-    return name, False, status.st_size, _seconds_of(status), version_of(status)
-
-
 def _version_of_folder(name: str, status: os.stat_result) -> Version:
     return name, True, None, _seconds_of(status), None
 
@@ -287,17 +277,34 @@ class _LocalFileEntry(DescribedEntry):
     """The entry of a file with a status."""
 
     status: os.stat_result
+    validators: Validators
 
     def describe(self) -> FileMetadata:
-        return metadata_of(self.status)
+        return metadata_of(self.status, self.validators)
 
     def identity(self) -> tuple[int | None, str]:
-        return self.status.st_size, version_of(self.status)
+        return self.status.st_size, version_of(self.status, self.validators)
 
 
 _LISTED = _Makes[Entry](_file, _folder, Entry)
-_DESCRIBED = _Makes[Entry](_file_with_version, _folder, Entry)
-_VERSIONS = _Makes[Version](_version, _version_of_folder, _unknown_version)
+
+
+@cache
+def _described(validators: Validators) -> _Makes[Entry]:
+    def file(name: str, status: os.stat_result) -> Entry:
+        entry = _LocalFileEntry(name, False, status.st_size, _time_of(status))
+        entry.status, entry.validators = status, validators
+        return entry
+
+    return _Makes[Entry](file, _folder, Entry)
+
+
+@cache
+def _versions(validators: Validators) -> _Makes[Version]:
+    def version(name: str, status: os.stat_result) -> Version:
+        return name, False, status.st_size, _seconds_of(status), version_of(status, validators)
+
+    return _Makes[Version](version, _version_of_folder, _unknown_version)
 
 
 def _seconds_of(status: os.stat_result) -> int | None:

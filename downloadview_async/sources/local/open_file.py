@@ -12,10 +12,18 @@ import anyio
 import anyio.to_thread
 
 from downloadview_async.errors import SourceUnavailable, TransferAborted
-from downloadview_async.http.metadata import ByteRange, FileMetadata, is_telling, stat_validators, stat_version
+from downloadview_async.http.metadata import (
+    ByteRange,
+    ETag,
+    FileMetadata,
+    is_telling,
+    stat_validators,
+    stat_version,
+)
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile, OpenLocalBytes
 from downloadview_async.sources.local.refused_calls import Refusals
+from downloadview_async.sources.local.root import Validators
 from downloadview_async.sources.workers import MID_TRANSFER, Workers, unlimited
 
 CHUNK_SIZE = 256 * 1024
@@ -53,20 +61,39 @@ def _metadata(size: int, mtime_ns: int, is_telling: bool) -> FileMetadata:
     return FileMetadata(size=size, etag=etag, last_modified=last_modified)
 
 
-def _is_telling(status: os.stat_result) -> bool:
+def _is_telling(status: os.stat_result, *, in_seconds: bool = False) -> bool:
     # A file system that keeps fractions of a second shows one in the time of the inode's last change.
     changed = status.st_mtime_ns
-    is_coarse = not changed % _SECOND and not status.st_ctime_ns % _SECOND
+    is_coarse = in_seconds or (not changed % _SECOND and not status.st_ctime_ns % _SECOND)
     return is_telling(changed, time.time_ns() if is_coarse else 0, is_coarse=is_coarse)
 
 
-def metadata_of(status: os.stat_result) -> FileMetadata:
+def _of_inode(status: os.stat_result) -> FileMetadata:
+    """Return metadata that identifies the bytes on this machine alone: the kernel sets ctime with each change."""
+    changed = status.st_ctime_ns
+    if not is_telling(changed, time.time_ns(), is_coarse=not changed % _SECOND):
+        return FileMetadata(size=status.st_size)
+    tag = f"{status.st_mtime_ns:x}-{changed:x}-{status.st_ino:x}-{status.st_size:x}"
+    return FileMetadata(size=status.st_size, etag=ETag(tag))
+
+
+def tag_time(mtime_ns: int, validators: Validators) -> int:
+    """Return the modification time in nanoseconds as the entity tag has it."""
+    return mtime_ns // _SECOND * _SECOND if validators == "seconds" else mtime_ns
+
+
+def metadata_of(status: os.stat_result, validators: Validators = "nanoseconds") -> FileMetadata:
     """Return the metadata of a file with this status."""
-    return _metadata(status.st_size, status.st_mtime_ns, _is_telling(status))
+    if validators == "inode":
+        return _of_inode(status)
+    is_telling = _is_telling(status, in_seconds=validators == "seconds")
+    return _metadata(status.st_size, tag_time(status.st_mtime_ns, validators), is_telling)
 
 
-def version_of(status: os.stat_result) -> str:
-    """Return `metadata_of(status).version`, in less time."""
+def version_of(status: os.stat_result, validators: Validators = "nanoseconds") -> str:
+    """Return `metadata_of(status, validators).version`, in less time."""
+    if validators != "nanoseconds":
+        return metadata_of(status, validators).version
     return stat_version(status.st_size, status.st_mtime_ns) if _is_telling(status) else ""
 
 
@@ -74,13 +101,14 @@ class OpenLocalFile:
     """An open descriptor, from which both the metadata and the bytes come. The caller that opened the file closes it.
 
     workers: threads for calls that may wait for the disk. quick: whether closing the file waits for nothing.
-    is_telling: given if that is known already.
+    is_telling: given if that is known already. validators: as in `PathSource`.
     """
 
     __slots__ = (
         "_described",
         "_mtime_ns",
         "_read_cached_pages",
+        "_tag_ns",
         "_users",
         "descriptor",
         "device",
@@ -100,6 +128,7 @@ class OpenLocalFile:
         *,
         workers: Workers,
         is_telling: bool | None = None,
+        validators: Validators = "nanoseconds",
     ) -> None:
         self.descriptor = descriptor
         self.is_quick = quick
@@ -111,15 +140,18 @@ class OpenLocalFile:
         self._mtime_ns = status.st_mtime_ns
         self.made_at: float | None = None
         """Set for a file from a cache: see `Aged`."""
-        self.is_telling = _is_telling(status) if is_telling is None else is_telling
+        if is_telling is None:
+            is_telling = _is_telling(status, in_seconds=validators == "seconds")
+        self.is_telling = is_telling
         """Whether other bytes would have another modification time. A proxy makes validators of this time."""
-        self._described: FileMetadata | None = None
+        self._tag_ns = self._mtime_ns if validators == "nanoseconds" else tag_time(self._mtime_ns, validators)
+        self._described: FileMetadata | None = _of_inode(status) if validators == "inode" else None
 
     @property
     def metadata(self) -> FileMetadata:
         """The metadata of this version: see `OpenFile`."""
         if self._described is None:
-            self._described = _metadata(self.size, self._mtime_ns, self.is_telling)
+            self._described = _metadata(self.size, self._tag_ns, self.is_telling)
         return self._described
 
     @metadata.setter
@@ -131,7 +163,7 @@ class OpenLocalFile:
         """`metadata.version`, in less time if nothing else needs the metadata."""
         if self._described is not None:
             return self._described.version
-        return stat_version(self.size, self._mtime_ns) if self.is_telling else ""
+        return stat_version(self.size, self._tag_ns) if self.is_telling else ""
 
     @property
     def local(self) -> "OpenLocalFile":

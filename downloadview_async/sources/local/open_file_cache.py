@@ -4,7 +4,7 @@ import asyncio
 import os
 
 from downloadview_async.sources.local.open_file import OpenLocalFile
-from downloadview_async.sources.local.root import Root
+from downloadview_async.sources.local.root import Opened, Root
 from downloadview_async.sources.per_loop import PerLoop
 from downloadview_async.sources.workers import Workers
 
@@ -35,7 +35,7 @@ class OpenFileCache:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # without asyncio, nothing would close the files in time
             opened = self._root.open_nowait(name)
-            return None if opened is None else OpenLocalFile(*opened, workers=self._workers)
+            return None if opened is None else self._file(opened)
         kept = self._kept.get(loop)
         if kept is None:
             kept = self._kept.set(loop, _Kept())
@@ -47,13 +47,16 @@ class OpenFileCache:
         opened = self._root.open_nowait(name)
         if opened is None:
             return None
-        file = OpenLocalFile(*opened, workers=self._workers)
+        file = self._file(opened)
         if name not in kept.opened_once:
             if len(kept.opened_once) < 16 * MAX_FILES:
                 kept.opened_once.add(name)
         elif len(kept.files) < MAX_FILES and (identity := _identity(opened.status)) == self._identity(name):
             kept.files[name] = file.shared(), identity
         return file
+
+    def _file(self, opened: Opened) -> OpenLocalFile:
+        return OpenLocalFile(*opened, workers=self._workers, validators=self._root.validators)
 
     def _identity(self, name: str) -> tuple[int, ...] | None:
         try:

@@ -22,9 +22,9 @@ from downloadview_async.sources.local.folder import (
     list_folder,
     list_versions,
 )
-from downloadview_async.sources.local.open_file import OpenLocalFile
+from downloadview_async.sources.local.open_file import OpenLocalFile, tag_time
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
-from downloadview_async.sources.local.root import Opened, Root, Symlinks, file_error, open_trusted
+from downloadview_async.sources.local.root import Opened, Root, Symlinks, Validators, file_error, open_trusted
 from downloadview_async.sources.names import Names, canonical_name
 from downloadview_async.sources.workers import STUCK_DISK, Slots, Workers
 
@@ -152,7 +152,7 @@ class FileBeneath:
             yield file
 
     def _opened(self, opened: Opened, encoding: str | None) -> OpenLocalFile:
-        file = OpenLocalFile(*opened, workers=self._workers)
+        file = OpenLocalFile(*opened, workers=self._workers, validators=self._root.validators)
         if self._precompressed:
             _describe_encoding(file, encoding, content_type_for(self.name))
         return file
@@ -190,6 +190,10 @@ class PathSource:
     threads: how many blocking calls to this directory may run at once.
     names: "portable" refuses names with a backslash or a colon and those of Windows devices, such as `aux.txt`; "any"
     accepts them.
+    etag: how entity tags are made. "nanoseconds" (the default): of the size and the modification time, which copies
+    have in common if their file systems keep it to the nanosecond. "seconds": of the size and the time in whole
+    seconds, for copies whose nanoseconds differ; a file has no tag in the first two seconds after a change, which may
+    not show in its time. "inode": of the inode and its times, which no copy has in common: for `Digests(etags=True)`.
 
     Raises `ConfigurationError` if root is not a readable directory or an option has an invalid value.
     """
@@ -202,10 +206,13 @@ class PathSource:
         precompressed: Sequence[str] = (),
         threads: int = 40,
         names: Names = "portable",
+        etag: Validators = "nanoseconds",
     ) -> None:
+        if etag not in ("nanoseconds", "seconds", "inode"):
+            raise ConfigurationError(f'etag is {etag!r}: give "nanoseconds", "seconds" or "inode"')
         if unknown := set(precompressed) - set(SUFFIXES):
             raise ConfigurationError(f"precompressed takes {', '.join(SUFFIXES)}, not {', '.join(sorted(unknown))}")
-        self.root = beneath = Root(root, symlinks=symlinks, names=names)
+        self.root = beneath = Root(root, symlinks=symlinks, names=names, validators=etag)
         if not isinstance(threads, int) or threads < 1:
             raise ConfigurationError(f"threads is {threads!r}: give a number of calls, 1 or more")
         workers, codings = Workers(threads, stuck=STUCK_DISK), tuple(precompressed)
@@ -242,9 +249,12 @@ class PathSource:
         if not self._is_plain or (opened := self.root.open_listed(name)) is None:
             return None
         descriptor, status = opened
-        if version and stat_version(status.st_size, status.st_mtime_ns) == version:
-            return OpenLocalFile(descriptor, status, workers=self._workers, is_telling=True)
-        file = OpenLocalFile(descriptor, status, workers=self._workers)
+        validators = self.root.validators
+        is_same = version and stat_version(status.st_size, tag_time(status.st_mtime_ns, validators)) == version
+        is_telling = True if is_same and validators != "inode" else None
+        file = OpenLocalFile(descriptor, status, workers=self._workers, is_telling=is_telling, validators=validators)
+        if is_telling:
+            return file
         if (file.size, file.version) == (size, version):
             return file
         file.close()

@@ -120,6 +120,10 @@ def has_openat2() -> bool:
     return True
 
 
+Validators = Literal["nanoseconds", "seconds", "inode"]
+"""How the entity tags of local files are made: see `PathSource`."""
+
+
 class Opened(NamedTuple):
     """An open descriptor, its `fstat`, and whether its file system is quick, so that closing it waits for nothing."""
 
@@ -133,7 +137,7 @@ class Root:
 
     `descriptor` is that of the directory. It is opened once, so a directory that is renamed is still served. `path` is
     absolute but not resolved, as a proxy's configuration would name it. settles: whether to wait, before a file that
-    has just changed is described, until a further change would show in its times.
+    has just changed is described, until a further change would show in its times. validators: as in `PathSource`.
 
     Raises `ConfigurationError` if `path` is not a readable directory.
     """
@@ -146,8 +150,10 @@ class Root:
         names: Names = "portable",
         settles: bool = True,
         use_openat2: bool | None = None,
+        validators: Validators = "nanoseconds",
     ) -> None:
         check_names_option(names)
+        self.validators: Validators = validators
         if symlinks not in _RESOLVE:
             raise ConfigurationError(f"symlinks must be one of {', '.join(_RESOLVE)}, not {symlinks!r}")
         if not isinstance(path, str | bytes | os.PathLike):
