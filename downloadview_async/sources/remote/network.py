@@ -149,7 +149,10 @@ class Connection:
 
 async def connect(address: str, port: int, *, family: int, deadline: float) -> Connection:
     """Return a connection to a literal address. Raises `UpstreamError`, and `UpstreamTimeout` at the deadline."""
-    raw = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        raw = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as exc:  # there is no free descriptor
+        raise UpstreamError(f"{type(exc).__name__}: {exc}") from exc
     raw.setblocking(False)
     try:
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -112,9 +112,12 @@ class Network:
         connection = await self._connect(addresses, host, port, deadline)
         if is_secure:
             try:
-                await connection.start_tls(ssl_context(), host, deadline)
-            except BaseException:
+                # in a thread: the first time, it takes 0.1 s
+                await connection.start_tls(await self._workers.run(ssl_context), host, deadline)
+            except BaseException as exc:
                 connection.close()
+                if isinstance(exc, OSError):
+                    raise UpstreamError(f"the certificates of this system cannot be read: {exc}") from exc
                 raise
         return connection
 
